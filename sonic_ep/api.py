@@ -1,0 +1,259 @@
+"""The public API: validate, choose the backend, call. No arithmetic."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from sonic_ep.backend import choose_backend
+from sonic_ep.config import AUTO, ClosedError, EPConfig, RouterOptions, ScoreOrder, parse_choice
+from sonic_ep.group import Group, resolve_group
+from sonic_ep.plan import RoutingPlan
+from sonic_ep.validation import (
+    Edge,
+    ExpertArguments,
+    check_experts,
+    check_plan,
+    check_router,
+    check_routing,
+    check_rows_of_plan,
+    check_rows_of_tokens,
+    check_scores,
+)
+
+logger = logging.getLogger("sonic_ep")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MoEOutput:
+    """What ``moe`` returns.
+
+    y: the layer's output, shape and dtype of x. router_logits: (T, E) fp32, differentiable.
+    tokens_per_expert: (E,) int32, slots of each expert over the whole group; the same on every rank.
+    """
+
+    y: Tensor
+    router_logits: Tensor
+    tokens_per_expert: Tensor
+
+
+class ExpertParallel:
+    """The experts of a group of ranks, as one layer. Every method that moves data is collective.
+
+    group: a ``ProcessGroup``, a 1-D ``DeviceMesh``, or None for the world (one rank if there is no process group).
+    backend: "reference", "fast", or "auto" for the fastest that can run here; ``.backend`` and ``.why`` tell, and
+        rank 0 logs one line.
+    config: modes and flags, the same on every rank.
+    max_tokens_per_rank: C, the most tokens that any rank brings to any call, the same on every rank. None: the most
+        that a rank brings to the first call, agreed there.
+
+    Raises ``ValueError`` for wrong arguments and ``BackendUnavailableError`` with every reason if ``backend`` cannot
+    run here. A context manager; ``close()`` gives back what it holds.
+    """
+
+    def __init__(
+        self,
+        group: Group = None,
+        backend: str = AUTO,
+        config: EPConfig | None = None,
+        max_tokens_per_rank: int | None = None,
+    ) -> None:
+        self.group = resolve_group(group)
+        self._edge = Edge(group=self.group)
+        if config is not None and not isinstance(config, EPConfig):
+            raise TypeError(f"{self.group}: config: got {type(config).__name__}, expected an EPConfig")
+        if max_tokens_per_rank is not None:
+            self._edge.count("max_tokens_per_rank", max_tokens_per_rank)
+        self.config = config or EPConfig()
+        choice = choose_backend(backend, self.group)
+        self.backend = choice.name
+        self.why = choice.why
+        self._capacity = max_tokens_per_rank
+        self._closed = False
+        self._backend = choice.module.create(self.group, self.config)
+        if self.group.rank == 0:
+            logger.info("backend=%s, %d ranks (%s)", self.backend, self.group.world_size, self.why)
+
+    @property
+    def rank(self) -> int:
+        """This rank's place in the group."""
+        return self.group.rank
+
+    @property
+    def world_size(self) -> int:
+        """W, the ranks of the group."""
+        return self.group.world_size
+
+    def moe(
+        self,
+        x: Tensor,
+        router_w: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        top_k: int,
+        b1: Tensor | None = None,
+        b2: Tensor | None = None,
+        activation: str = "swiglu",
+        gate_layout: str = "interleaved",
+        score_order: ScoreOrder | str = ScoreOrder.TOPK_THEN_SOFTMAX,
+        norm_topk_probs: bool = False,
+        reduce_router_grad: bool = True,
+    ) -> MoEOutput:
+        """Route x to ``top_k`` of E experts each, apply them, and return the weighted sums. Collective.
+
+        x (T, H) or (..., H), bf16, fp16 or fp32; T differs from rank to rank and may be 0.
+        router_w (E, H), as x or fp32, the same on every rank. w1 (e, 2I, H) for gated activations, else (e, I, H);
+        w2 (e, H, I); b1 (e, 2I or I) and b2 (e, H), both or neither: this rank's experts, in the dtype of x.
+        gate_layout: rows of w1 alternate gate, up ("interleaved") or hold all gates, then all ups ("concat").
+        score_order, norm_topk_probs: see ``RouterOptions``. Scores are fp32, and so are the logits returned.
+
+        Gradients: expert weights and biases get the sum over all tokens of the group, undivided; so does router_w,
+        unless ``reduce_router_grad`` is False. Raises ``ValueError`` before any communication.
+        """
+        self._open()
+        x_TH = check_rows_of_tokens(self._edge, x)
+        options = RouterOptions(
+            top_k=top_k,
+            score_order=parse_choice(f"{self.group}: score_order", score_order, ScoreOrder),
+            norm_topk_probs=norm_topk_probs,
+            reduce_router_grad=reduce_router_grad,
+        )
+        router_w_EH = check_router(self._edge, x_TH, router_w, options)
+        num_experts = router_w_EH.shape[0]
+        written = ExpertArguments(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, gate_layout=gate_layout)
+        experts = check_experts(self._edge, x_TH, written, num_experts)
+        capacity = self._agreed_capacity(x_TH)
+        routing = self._backend.route(x_TH, router_w_EH, options)
+        plan = self._backend.plan(routing.topk_idx, num_experts=num_experts, capacity=capacity, distinct=True)
+        y_TH = self._backend.layer(x_TH, routing.topk_scores, plan, experts)
+        return MoEOutput(y=y_TH.view(x.shape), router_logits=routing.logits, tokens_per_expert=plan.counts)
+
+    def moe_routed(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_scores: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        b1: Tensor | None = None,
+        b2: Tensor | None = None,
+        activation: str = "swiglu",
+        gate_layout: str = "interleaved",
+    ) -> Tensor:
+        """``moe`` with the caller's own routing: the weighted sums, shape and dtype of x. Collective.
+
+        topk_idx (T, K), int32 or int64: experts 0..E-1 with E = W*e; -1 drops a slot; an expert may appear twice.
+        topk_scores (T, K), any float, used in fp32; differentiable. Scores of dropped slots are not read.
+        """
+        self._open()
+        x_TH = check_rows_of_tokens(self._edge, x)
+        written = ExpertArguments(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, gate_layout=gate_layout)
+        experts = check_experts(self._edge, x_TH, written, None)
+        num_experts = experts.w1.shape[0] * self.group.world_size
+        idx_TK = check_routing(self._edge, topk_idx, num_experts, x_TH)
+        scores_TK = check_scores(self._edge, topk_scores, (idx_TK.shape[0], idx_TK.shape[1]), x_TH)
+        plan = self._plan(idx_TK, num_experts)
+        return self._backend.layer(x_TH, scores_TK, plan, experts).view(x.shape)
+
+    def plan(self, topk_idx: Tensor, num_experts: int) -> RoutingPlan:
+        """Where every slot of the group goes. Collective.
+
+        topk_idx (T, K) as in ``moe_routed``. The plan may be used for any number of dispatches and combines.
+        """
+        self._open()
+        return self._plan(check_routing(self._edge, topk_idx, num_experts), num_experts)
+
+    def dispatch(self, x: Tensor, plan: RoutingPlan) -> Tensor:
+        """Rows (R, H) in canonical order: expert, source rank, token, k. Collective, differentiable in x.
+
+        ``plan.group_ends`` delimits the experts. Rows past the last of its entries are unspecified: don't read them.
+        """
+        self._open()
+        checked = check_plan(self._edge, plan)
+        x_TH = check_rows_of_tokens(self._edge, x)
+        self._edge.require(
+            x_TH.shape[0] == checked.num_tokens, "tokens of x", x_TH.shape[0], f"T={checked.num_tokens} of the plan"
+        )
+        return self._backend.dispatch(x_TH, checked)
+
+    def combine(self, rows: Tensor, topk_scores: Tensor, plan: RoutingPlan) -> Tensor:
+        """(T, H): the sum over k of score * row for each token. Collective, differentiable in rows and scores.
+
+        rows (R, H) in canonical order; those past the valid ones are not read. topk_scores (T, K), any float.
+        """
+        self._open()
+        checked = check_plan(self._edge, plan)
+        rows_RH = check_rows_of_plan(self._edge, rows, checked)
+        scores_TK = check_scores(self._edge, topk_scores, (checked.num_tokens, checked.top_k), rows_RH)
+        return self._backend.combine(rows_RH, scores_TK, checked)
+
+    def agree(self, number: int, device: torch.device) -> int:
+        """Rank 0's ``number``, on every rank. Collective; ``device`` is one that the group moves."""
+        self._open()
+        return self._backend.gather_number(number, device)[0]
+
+    def check(self) -> None:
+        """Raise what the device has flagged since the last host sync, ``RowOverflowError`` first of all."""
+        self._open()
+        self._backend.check()
+
+    def close(self) -> None:
+        """Give back what is held. Later calls raise; closing again does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._backend.close()
+
+    def __enter__(self) -> ExpertParallel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"{self.group}: ExpertParallel: got one that is closed, expected an open one")
+
+    def _plan(self, idx_TK: Tensor, num_experts: int) -> RoutingPlan:
+        self._backend.check_expert_ids(idx_TK, num_experts)
+        capacity = self._agreed_capacity(idx_TK)
+        return self._backend.plan(idx_TK, num_experts=num_experts, capacity=capacity, distinct=False)
+
+    def _agreed_capacity(self, tokens: Tensor) -> int:
+        """C. Agreed by all ranks on the first call that brings a token, if the caller has not set it."""
+        num_tokens = tokens.shape[0]
+        if self._capacity is None:
+            most = max(self._backend.gather_number(num_tokens, tokens.device))
+            self._capacity = most or None
+            return most
+        expected = f"at most C={self._capacity} (max_tokens_per_rank, or the most that the first call brought)"
+        self._edge.require(num_tokens <= self._capacity, "tokens T", num_tokens, expected)
+        return self._capacity
+
+
+def moe(
+    x: Tensor,
+    router_w: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    top_k: int,
+    *,
+    ep: ExpertParallel | None = None,
+    group: Group = None,
+    backend: str = AUTO,
+    config: EPConfig | None = None,
+    **options: object,
+) -> MoEOutput:
+    """``ExpertParallel.moe`` as a function: over ``ep``, or over one made for ``group``, ``backend`` and ``config``.
+
+    ``options`` are the further keywords of ``ExpertParallel.moe``.
+    """
+    if ep is not None and (group is not None or config is not None or backend != AUTO):
+        raise ValueError("moe: got ep together with group, backend or config, expected one or the other")
+    chosen = ep or ExpertParallel(group, backend, config)
+    return chosen.moe(x, router_w, w1, w2, top_k, **options)  # type: ignore[arg-type]

@@ -1,0 +1,155 @@
+"""What a backend is: the protocols that both implement, and the registry that loads one on demand."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from sonic_ep.activation import Activation, GateLayout
+from sonic_ep.config import AUTO, BackendUnavailableError, EPConfig, RouterOptions
+from sonic_ep.group import EPGroup
+from sonic_ep.plan import RoutingPlan
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Experts:
+    """This rank's experts: weights, biases and what lies between the two projections.
+
+    w1 (e, 2I or I, H), w2 (e, H, I), b1 (e, 2I or I) and b2 (e, H) or both None; all in the dtype of x.
+    """
+
+    w1: Tensor
+    w2: Tensor
+    b1: Tensor | None
+    b2: Tensor | None
+    activation: Activation
+    layout: GateLayout
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Routing:
+    """A router's answer: logits (T, E) fp32, topk_idx (T, K) int64, topk_scores (T, K) fp32."""
+
+    logits: Tensor
+    topk_idx: Tensor
+    topk_scores: Tensor
+
+
+class DispatchPrimitive(Protocol):
+    """Moves rows of tokens to the ranks of their experts. Outputs are the same bits in both backends."""
+
+    def receive(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
+        """Collective. What this rank receives, in the mode's own layout."""
+        ...
+
+    def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
+        """Which received row each valid canonical row is a copy of, (rows,) int64; None if received row by row."""
+        ...
+
+
+class CombinePrimitive(Protocol):
+    """Moves rows of experts home and sums them, in the order and with the rounding points of its mode."""
+
+    def combine(self, rows_RH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
+        """Collective. The sum over k of score * row for each token, (T, H); every score is 1 if there are none."""
+        ...
+
+
+class Backend(Protocol):
+    """One way to run the layer. Shapes and dtypes are validated already; methods that move data are collective."""
+
+    def gather_number(self, number: int, device: torch.device) -> list[int]:
+        """``number`` of every rank, in rank order."""
+        ...
+
+    def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
+        """Logits, choices and scores of this rank's tokens. Collective in backward only."""
+        ...
+
+    def check_expert_ids(self, topk_idx_TK: Tensor, num_experts: int) -> None:
+        """Raise ``ValueError`` for ids out of -1..E-1, or flag them on the device. Not collective."""
+        ...
+
+    def plan(self, topk_idx_TK: Tensor, *, num_experts: int, capacity: int, distinct: bool) -> RoutingPlan:
+        """The plan of this routing. ``distinct``: no token has an expert twice, by the router's construction."""
+        ...
+
+    def dispatch(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
+        """(R, H) in canonical row order; rows past the valid ones are unspecified. Differentiable."""
+        ...
+
+    def combine(self, rows_RH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan) -> Tensor:
+        """(T, H). Differentiable in rows and scores; never reads rows past the valid ones."""
+        ...
+
+    def layer(self, x_TH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
+        """Dispatch, experts, combine: (T, H). Honours every flag of the config."""
+        ...
+
+    def check(self) -> None:
+        """Raise what the device has flagged since the last host sync."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the backend holds."""
+        ...
+
+
+class BackendModule(Protocol):
+    """What the package of a backend offers to the registry."""
+
+    def unavailable_reasons(self, group: EPGroup) -> tuple[str, ...]:
+        """Every reason why the backend cannot run here; empty if it can."""
+        ...
+
+    def create(self, group: EPGroup, config: EPConfig) -> Backend:
+        """The backend for this group."""
+        ...
+
+
+# In the order in which "auto" prefers them. Packages are imported when asked for, so the reference needs no triton.
+BACKEND_PACKAGES: Mapping[str, str] = MappingProxyType(
+    {"fast": "sonic_ep.fast", "reference": "sonic_ep.reference"}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendChoice:
+    """The backend that was chosen, and why those before it in preference were not."""
+
+    name: str
+    why: str
+    module: BackendModule
+
+
+def unavailable_reasons(name: str, group: EPGroup) -> tuple[str, ...]:
+    """Every reason why backend ``name`` cannot run here; empty if it can."""
+    return _load(name).unavailable_reasons(group)
+
+
+def choose_backend(name: str, group: EPGroup) -> BackendChoice:
+    """The backend called ``name``, or for ``"auto"`` the first that can run here.
+
+    Raises ``ValueError`` for an unknown name and ``BackendUnavailableError`` with every reason otherwise.
+    """
+    if name not in (AUTO, *BACKEND_PACKAGES):
+        expected = ", ".join(repr(word) for word in (AUTO, *BACKEND_PACKAGES))
+        raise ValueError(f"backend: got {name!r}, expected one of {expected}")
+    refused: list[str] = []
+    for candidate in BACKEND_PACKAGES if name == AUTO else (name,):
+        reasons = unavailable_reasons(candidate, group)
+        if not reasons:
+            why = "; ".join(refused) if refused else "asked for by name" if name != AUTO else "the preferred one"
+            return BackendChoice(name=candidate, why=why, module=_load(candidate))
+        refused.append(f"backend {candidate!r} cannot run here: " + "; ".join(reasons))
+    raise BackendUnavailableError(f"{group}: " + "; ".join(refused))
+
+
+def _load(name: str) -> BackendModule:
+    return cast(BackendModule, importlib.import_module(BACKEND_PACKAGES[name]))

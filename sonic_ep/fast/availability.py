@@ -1,0 +1,59 @@
+"""What the fast backend needs of a machine, each need as a reason when it is not met. Imports no triton."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.metadata import PackageNotFoundError, version
+from itertools import permutations
+
+import torch
+
+MINIMUM_TRITON = (3, 6)
+MINIMUM_CAPABILITY = (9, 0)
+
+
+def software_reasons() -> tuple[str, ...]:
+    """What is missing of Python packages."""
+    try:
+        triton_version = version("triton")
+    except PackageNotFoundError:
+        return ("triton is not installed",)
+    if _leading_numbers(triton_version) < MINIMUM_TRITON:
+        return (f"triton {triton_version} is installed, expected {_dotted(MINIMUM_TRITON)} or newer",)
+    return ()
+
+
+def device_reasons() -> tuple[str, ...]:
+    """What is missing of GPUs."""
+    if not torch.cuda.is_available():
+        return ("no CUDA device: torch.cuda.is_available() is False",)
+    return (*_capability_reasons(), *symmetric_memory_reasons())
+
+
+def symmetric_memory_reasons() -> tuple[str, ...]:
+    """Why GPUs of this machine cannot map each other's memory; empty if they can."""
+    if not torch.cuda.is_available():
+        return ("no CUDA device",)
+    if importlib.util.find_spec("torch.distributed._symmetric_memory") is None:
+        return (f"torch {torch.__version__} has no symmetric memory",)
+    pairs = permutations(range(torch.cuda.device_count()), 2)
+    blind = [f"{a}->{b}" for a, b in pairs if not torch.cuda.can_device_access_peer(a, b)]
+    return (f"no peer access between GPUs {', '.join(blind)}",) if blind else ()
+
+
+def _capability_reasons() -> tuple[str, ...]:
+    expected = _dotted(MINIMUM_CAPABILITY)
+    return tuple(
+        f"GPU {index} has compute capability {_dotted(capability)}, expected {expected} or newer"
+        for index in range(torch.cuda.device_count())
+        if (capability := torch.cuda.get_device_capability(index)) < MINIMUM_CAPABILITY
+    )
+
+
+def _leading_numbers(text: str) -> tuple[int, ...]:
+    """Major and minor of a version: '3.6.0+git' is (3, 6)."""
+    return tuple(int(part) for part in text.split("+")[0].split(".")[:2])
+
+
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))

@@ -1,0 +1,70 @@
+"""The expert-parallel group: which ranks share the experts of a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+Group = dist.ProcessGroup | DeviceMesh | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EPGroup:
+    """This rank's place in the group.
+
+    rank: r, in 0..W-1 and counted within the group. world_size: W.
+    process_group: None if this process is the whole group and torch.distributed is not initialised.
+    """
+
+    rank: int
+    world_size: int
+    process_group: dist.ProcessGroup | None
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.world_size}"
+
+    def device_types(self) -> frozenset[str] | None:
+        """Device types whose tensors the group can move; None if any will do (no process group)."""
+        if self.process_group is None:
+            return None
+        backend_of_device = dist.get_backend_config(self.process_group).split(",")
+        return frozenset(entry.split(":")[0] for entry in backend_of_device)
+
+
+def resolve_group(group: Group) -> EPGroup:
+    """The EP group that ``group`` means: a process group, a 1-D device mesh, or None for the world.
+
+    None without an initialised ``torch.distributed`` is one rank. Raises ``ValueError`` if ``group`` is something
+    else, a mesh of another dimension, or a group that this process is no member of.
+    """
+    if group is None:
+        return _world()
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"group: got a device mesh of {group.ndim} dimensions, expected one dimension")
+        group = group.get_group()
+    # torch.distributed.new_group answers ranks outside the group with a plain number.
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"group: got a group without rank {dist.get_rank()} of the world, expected a member")
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"group: got {type(group).__name__}, expected ProcessGroup, 1-D DeviceMesh or None")
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError(f"group: got a group without rank {dist.get_rank()} of the world, expected a member")
+    return EPGroup(rank=rank, world_size=dist.get_world_size(group), process_group=group)
+
+
+def _world() -> EPGroup:
+    if not (dist.is_available() and dist.is_initialized()):
+        return EPGroup(rank=0, world_size=1, process_group=None)
+    return EPGroup(rank=dist.get_rank(), world_size=dist.get_world_size(), process_group=dist.group.WORLD)
+
+
+def device_of_rank(rank: int) -> torch.device:
+    """The CUDA device that local rank ``rank`` uses, several ranks to a device if need be; the CPU without CUDA."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", rank % torch.cuda.device_count())

@@ -1,0 +1,119 @@
+"""The layer as an ``nn.Module`` that holds its own parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from sonic_ep.activation import ACTIVATIONS
+from sonic_ep.api import ExpertParallel, MoEOutput
+from sonic_ep.config import ScoreOrder, parse_choice
+from sonic_ep.validation import Edge, check_experts_divide
+
+SEEDS = 2**62
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts layer whose experts are spread over the ranks of ``ep``. Construction is collective.
+
+    hidden_size H, intermediate_size I, num_experts E (a multiple of W), top_k K; the further options are those of
+    ``ExpertParallel.moe``. ``bias`` adds b1 and b2.
+
+    Parameters: router_w (E, H), the same on every rank; w1, w2, b1, b2 of this rank's e experts. Their first values
+    come from rank 0's default generator and from the number of an expert, not from W: the same seed gives the same
+    layer on any number of ranks. Gradients arrive summed over the group, for ``expert_parameters`` and, unless
+    ``reduce_router_grad`` is False, for router_w: reduce neither again within the group.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        ep: ExpertParallel,
+        activation: str = "swiglu",
+        gate_layout: str = "interleaved",
+        score_order: ScoreOrder | str = ScoreOrder.TOPK_THEN_SOFTMAX,
+        norm_topk_probs: bool = False,
+        bias: bool = False,
+        reduce_router_grad: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        edge = Edge(group=ep.group)
+        sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_experts": num_experts}
+        for name, value in {**sizes, "top_k": top_k}.items():
+            edge.count(name, value)
+        check_experts_divide(edge, num_experts)
+        edge.require(top_k <= num_experts, "top_k", top_k, f"at most E={num_experts}")
+        self.ep = ep
+        self.top_k = top_k
+        self.activation = activation
+        self.gate_layout = gate_layout
+        self.score_order = parse_choice("score_order", score_order, ScoreOrder)
+        self.norm_topk_probs = norm_topk_probs
+        self.reduce_router_grad = reduce_router_grad
+        width = edge.named("activation", activation, ACTIVATIONS).up_width(intermediate_size)
+        held = num_experts // ep.world_size
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.router_w = parameter(num_experts, hidden_size)
+        self.w1 = parameter(held, width, hidden_size)
+        self.w2 = parameter(held, hidden_size, intermediate_size)
+        self.b1 = parameter(held, width) if bias else None
+        self.b2 = parameter(held, hidden_size) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Collective. Weights normal with variance 1/fan_in, biases zero, by a seed that rank 0 draws."""
+        device = self.router_w.device
+        seed = self.ep.agree(int(torch.randint(SEEDS, ())), device)
+        self._fill(self.router_w, seed, 0)
+        for place in range(self.w1.shape[0]):
+            expert = self.ep.rank * self.w1.shape[0] + place
+            self._fill(self.w1[place], seed, 2 * expert + 1)
+            self._fill(self.w2[place], seed, 2 * expert + 2)
+        for bias in (self.b1, self.b2):
+            if bias is not None:
+                bias.zero_()
+
+    def expert_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that only this rank holds: other ranks hold other experts."""
+        return (p for p in (self.w1, self.w2, self.b1, self.b2) if p is not None)
+
+    def forward(self, x: Tensor) -> MoEOutput:
+        """x (T, H) or (..., H) to ``MoEOutput``; ``.y`` has the shape of x. Collective."""
+        return self.ep.moe(
+            x,
+            self.router_w,
+            self.w1,
+            self.w2,
+            self.top_k,
+            b1=self.b1,
+            b2=self.b2,
+            activation=self.activation,
+            gate_layout=self.gate_layout,
+            score_order=self.score_order,
+            norm_topk_probs=self.norm_topk_probs,
+            reduce_router_grad=self.reduce_router_grad,
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(layer)``."""
+        experts, hidden = self.router_w.shape
+        return (
+            f"hidden_size={hidden}, intermediate_size={self.w2.shape[2]}, num_experts={experts} "
+            f"({self.w1.shape[0]} here), top_k={self.top_k}, activation={self.activation}"
+        )
+
+    @staticmethod
+    def _fill(weight: Tensor, seed: int, stream: int) -> None:
+        generator = torch.Generator(weight.device).manual_seed(seed + stream)
+        weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)

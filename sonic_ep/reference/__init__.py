@@ -1,0 +1,24 @@
+"""The reference backend: plain PyTorch over ``torch.distributed`` collectives, and the definition of right."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from sonic_ep.backend import Backend
+from sonic_ep.config import EPConfig
+from sonic_ep.group import EPGroup
+from sonic_ep.reference.layer import ReferenceBackend
+
+__all__ = ["create", "unavailable_reasons"]
+
+
+def unavailable_reasons(group: EPGroup) -> tuple[str, ...]:
+    """Why the backend cannot run here: only a PyTorch without torch.distributed stands in its way."""
+    if group.world_size > 1 and not dist.is_available():
+        return ("this PyTorch was built without torch.distributed",)
+    return ()
+
+
+def create(group: EPGroup, config: EPConfig) -> Backend:
+    """The reference backend for ``group``."""
+    return ReferenceBackend(group, config)

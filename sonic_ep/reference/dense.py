@@ -1,0 +1,40 @@
+"""The oracle: the whole Mixture-of-Experts layer on one device, a loop over experts, in any floating dtype.
+
+It shares only the activations with the backends, and has no ranks, no plan and no rows. In fp64 it is the truth; in
+the dtype of a test it is "plain PyTorch", whose error is the yardstick for everything else.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sonic_ep.backend import Experts
+from sonic_ep.config import RouterOptions, ScoreOrder
+
+
+def dense_scores(logits_TE: Tensor, topk_idx_TK: Tensor, options: RouterOptions) -> Tensor:
+    """Scores (T, K) of the experts chosen, in the dtype of the logits."""
+    if options.score_order is ScoreOrder.SOFTMAX_THEN_TOPK:
+        scores_TK = F.softmax(logits_TE, dim=1).gather(1, topk_idx_TK)
+    else:
+        scores_TK = F.softmax(logits_TE.gather(1, topk_idx_TK), dim=1)
+    return scores_TK / scores_TK.sum(dim=1, keepdim=True) if options.norm_topk_probs else scores_TK
+
+
+def dense_moe(x_TH: Tensor, topk_idx_TK: Tensor, topk_scores_TK: Tensor, experts: Experts) -> Tensor:
+    """``y[t] = sum over k of score[t, k] * expert(idx[t, k])(x[t])``, (T, H) in the dtype of x.
+
+    ``experts`` holds all E experts. The sum is in fp32, or fp64 for fp64 scores; a slot of -1 is dropped.
+    """
+    total_TH = x_TH.new_zeros(x_TH.shape, dtype=torch.promote_types(topk_scores_TK.dtype, torch.float32))
+    for expert in range(experts.w1.shape[0]):
+        token_N, choice_N = (topk_idx_TK == expert).nonzero(as_tuple=True)
+        b1 = None if experts.b1 is None else experts.b1[expert]
+        b2 = None if experts.b2 is None else experts.b2[expert]
+        hidden = F.linear(x_TH[token_N], experts.w1[expert], b1)
+        y_NH = F.linear(experts.activation(hidden, experts.layout), experts.w2[expert], b2)
+        weighted_NH = y_NH.to(total_TH.dtype) * topk_scores_TK[token_N, choice_N, None]
+        total_TH = total_TH.index_add(0, token_N, weighted_NH)
+    return total_TH.to(x_TH.dtype)

@@ -1,0 +1,24 @@
+"""Dispatch: rows of tokens to the ranks of their experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from sonic_ep.backend import DispatchPrimitive
+from sonic_ep.config import DispatchMode
+from sonic_ep.reference.collectives import Collectives
+from sonic_ep.reference.dispatch.all_gather import AllGatherDispatch
+from sonic_ep.reference.dispatch.all_to_all import AllToAllDispatch
+from sonic_ep.reference.dispatch.rank_dedup import RankDedupDispatch
+
+
+def dispatch_primitives(collectives: Collectives) -> Mapping[DispatchMode, DispatchPrimitive]:
+    """Every dispatch mode over ``collectives``."""
+    return MappingProxyType(
+        {
+            DispatchMode.ALL_GATHER: AllGatherDispatch(collectives),
+            DispatchMode.ALL_TO_ALL: AllToAllDispatch(collectives),
+            DispatchMode.RANK_DEDUP: RankDedupDispatch(collectives),
+        }
+    )

@@ -1,0 +1,265 @@
+"""The layer in plain torch: dispatch, experts, combine, and the two flags.
+
+Dispatch and combine are each other's adjoints: the gradient of dispatch is a combine without scores, in the
+configured combine mode; the gradient of combine dispatches d(out) in the configured dispatch mode. Those two adjoints
+are written here by hand; everything else is autograd's.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
+
+from sonic_ep.backend import CombinePrimitive, DispatchPrimitive, Experts, Routing
+from sonic_ep.config import EPConfig, RouterOptions
+from sonic_ep.cost import Workload, choose_modes
+from sonic_ep.group import EPGroup
+from sonic_ep.plan import RoutingPlan
+from sonic_ep.reference.collectives import Collectives, collectives_of
+from sonic_ep.reference.combine import combine_primitives
+from sonic_ep.reference.dispatch import dispatch_primitives
+from sonic_ep.reference.experts import apply_experts
+from sonic_ep.reference.plan import check_expert_ids, exchange_plan, pad_tokens, slot_exchange
+from sonic_ep.reference.router import route
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Exchange:
+    """One plan with the primitives that move rows by it, as the autograd functions need them."""
+
+    plan: RoutingPlan
+    dispatch: DispatchPrimitive
+    combine: CombinePrimitive
+    collectives: Collectives
+
+    def rows(self, x_TH: Tensor) -> Tensor:
+        """Collective. x of the group's tokens in canonical row order, (R, H); zeros past the valid rows."""
+        received = self.dispatch.receive(x_TH, self.plan)
+        source_N = self.dispatch.source_of_row(self.plan)
+        if source_N is None:
+            return received
+        rows_RH = x_TH.new_zeros((self.plan.row_capacity, *x_TH.shape[1:]))
+        rows_RH[: len(source_N)] = received[source_N]
+        return rows_RH
+
+    def scores_of_group(self, scores_TK: Tensor) -> Tensor:
+        """Collective. The scores of all tokens of the group, (W, C, K) fp32."""
+        return self.collectives.all_gather(pad_tokens(scores_TK, self.plan.capacity, 0))
+
+    def send_home(self, value_of_row_N: Tensor) -> Tensor:
+        """Collective. One value of each valid row to its slot's home, (T, K); zero for dropped slots."""
+        exchange = slot_exchange(self.plan)
+        home_N = self.collectives.all_to_all_rows(
+            value_of_row_N[exchange.rows], exchange.receive_splits, exchange.send_splits
+        )
+        value_of_slot_F = home_N.new_zeros(self.plan.num_tokens * self.plan.top_k)
+        value_of_slot_F[exchange.slots] = home_N
+        return value_of_slot_F.view(self.plan.num_tokens, self.plan.top_k)
+
+
+class Dispatch(torch.autograd.Function):
+    """x (T, H) to rows (R, H). Backward: a combine without scores."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_TH: Tensor, exchange: Exchange) -> Tensor:
+        """Rows in canonical order."""
+        ctx.exchange = exchange  # type: ignore[attr-defined]
+        return exchange.rows(x_TH)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
+        """dx = the sum of a token's row gradients, with the rounding points of the combine mode."""
+        exchange: Exchange = ctx.exchange
+        return exchange.combine.combine(grad_RH, None, exchange.plan), None
+
+
+class Combine(torch.autograd.Function):
+    """rows (R, H) and scores (T, K) fp32 to (T, H). Backward: d(out) is dispatched to the rows.
+
+    d(row) = round(score * d(out)), d(score) = the sum over H of d(out) * row in fp32, both on the rank of the expert;
+    the score's gradient then goes home, one float a slot.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows_RH: Tensor, scores_TK: Tensor, exchange: Exchange) -> Tensor:
+        """The weighted sums, (T, H)."""
+        scores_WCK = exchange.scores_of_group(scores_TK)
+        valid_slots_N = exchange.plan.slot_of_row[: exchange.plan.rows()].long()
+        ctx.exchange = exchange
+        ctx.save_for_backward(
+            scores_WCK.flatten()[valid_slots_N] if ctx.needs_input_grad[0] else None,
+            rows_RH if ctx.needs_input_grad[1] else None,
+        )
+        return exchange.combine.combine(rows_RH, scores_WCK, exchange.plan)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Gradients of the rows (R, H) and of the scores (T, K)."""
+        exchange: Exchange = ctx.exchange
+        score_of_row_N, rows_RH = ctx.saved_tensors
+        out_grad_RH = exchange.rows(grad_TH)
+        wide_NH = out_grad_RH[: exchange.plan.rows()].float()
+        grad_RH = grad_scores_TK = None
+        if score_of_row_N is not None:
+            grad_RH = torch.zeros_like(out_grad_RH)
+            grad_RH[: len(wide_NH)] = wide_NH * score_of_row_N[:, None]
+        if rows_RH is not None:
+            grad_scores_TK = exchange.send_home((wide_NH * rows_RH[: len(wide_NH)].float()).sum(dim=1))
+        return grad_RH, grad_scores_TK, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RowsView:
+    """A piece of the dispatched rows, without its memory."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class RowsOnDemand:
+    """Stands in for the dispatched rows between forward and backward: keeps where pieces lie, not what they hold.
+
+    Inside ``saving`` autograd keeps pieces of ``rows_RH`` as views to be; ``fill`` must run in backward before the
+    first of them is asked for. Only the saved pieces keep it alive, so the rows go when the last of them does.
+    """
+
+    def __init__(self, rows_RH: Tensor) -> None:
+        self._storage = rows_RH.untyped_storage().data_ptr()
+        self._filled_RH: Tensor | None = None
+
+    def fill(self, rows_RH: Tensor) -> None:
+        """Take the rows, gathered again."""
+        self._filled_RH = rows_RH
+
+    def saving(self) -> saved_tensors_hooks:
+        """The context under which the consumer of the rows runs forward."""
+        return saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> Tensor | _RowsView:
+        # An empty piece too would keep the whole storage alive.
+        if self._storage == 0 or tensor.untyped_storage().data_ptr() != self._storage:
+            return tensor
+        return _RowsView(size=tensor.shape, stride=tensor.stride(), offset=tensor.storage_offset())
+
+    def _unpack(self, packed: Tensor | _RowsView) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        assert self._filled_RH is not None, "backward asked for rows that were not gathered again"
+        return self._filled_RH.as_strided(packed.size, packed.stride, packed.offset)
+
+
+class GatherAgain(torch.autograd.Function):
+    """Identity on the experts' output; its backward dispatches x again, before the experts' backward needs the rows.
+
+    It runs on every rank, also where no row arrived, so that the collective always finds all of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y_RH: Tensor, x_TH: Tensor, on_demand: RowsOnDemand, exchange: Exchange) -> Tensor:
+        """``y_RH``, unchanged; x is what is kept."""
+        ctx.save_for_backward(x_TH)
+        ctx.on_demand, ctx.exchange = weakref.ref(on_demand), exchange
+        return y_RH.view_as(y_RH)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None, None, None]:
+        """``grad_RH``, unchanged."""
+        (x_TH,) = ctx.saved_tensors
+        rows_RH = ctx.exchange.rows(x_TH)
+        if (on_demand := ctx.on_demand()) is not None:
+            on_demand.fill(rows_RH)
+        return grad_RH, None, None, None
+
+
+class ReferenceBackend:
+    """The backend protocol over ``torch.distributed``. Stateless but for its group and config."""
+
+    def __init__(self, group: EPGroup, config: EPConfig) -> None:
+        self._config = config
+        self._collectives = collectives_of(group)
+        self._dispatch = dispatch_primitives(self._collectives)
+        self._combine = combine_primitives(self._collectives)
+
+    def gather_number(self, number: int, device: torch.device) -> list[int]:
+        """``number`` of every rank, in rank order."""
+        mine = torch.tensor([number], dtype=torch.int64, device=device)
+        return self._collectives.all_gather(mine).flatten().tolist()
+
+    def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
+        """See ``sonic_ep.reference.router``."""
+        with _full_precision(x_TH):
+            return route(x_TH, router_w_EH, options, self._collectives)
+
+    def check_expert_ids(self, topk_idx_TK: Tensor, num_experts: int) -> None:
+        """See ``sonic_ep.reference.plan``."""
+        check_expert_ids(topk_idx_TK, num_experts, self._collectives.group)
+
+    def plan(self, topk_idx_TK: Tensor, *, num_experts: int, capacity: int, distinct: bool) -> RoutingPlan:
+        """See ``sonic_ep.reference.plan``."""
+        return exchange_plan(
+            topk_idx_TK,
+            num_experts=num_experts,
+            capacity=capacity,
+            distinct=distinct,
+            config=self._config,
+            collectives=self._collectives,
+        )
+
+    def dispatch(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
+        """x in canonical row order, (R, H)."""
+        rows_RH: Tensor = Dispatch.apply(x_TH, self._exchange(plan))
+        return rows_RH
+
+    def combine(self, rows_RH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan) -> Tensor:
+        """The weighted sums of a token's rows, (T, H)."""
+        y_TH: Tensor = Combine.apply(rows_RH, topk_scores_TK.float(), self._exchange(plan))
+        return y_TH
+
+    def layer(self, x_TH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
+        """Dispatch, experts, combine."""
+        with _full_precision(x_TH):
+            rows_RH = self.dispatch(x_TH, plan)
+            y_RH = self._apply_experts(rows_RH, x_TH, plan, experts)
+            return self.combine(y_RH, topk_scores_TK, plan)
+
+    def check(self) -> None:
+        """Nothing is ever pending: this backend raises where it finds."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _apply_experts(self, rows_RH: Tensor, x_TH: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
+        # Only the gradient of w1 reads the rows in backward.
+        keeps_rows = torch.is_grad_enabled() and experts.w1.requires_grad
+        if not (self._config.redispatch_x_in_backward and keeps_rows):
+            return apply_experts(rows_RH, plan.group_ends, experts)
+        on_demand = RowsOnDemand(rows_RH)
+        with on_demand.saving():
+            y_RH = apply_experts(rows_RH, plan.group_ends, experts)
+        kept: Tensor = GatherAgain.apply(y_RH, x_TH, on_demand, self._exchange(plan))
+        return kept
+
+    def _exchange(self, plan: RoutingPlan) -> Exchange:
+        load = Workload(world_size=plan.world_size, top_k=plan.top_k, num_experts=plan.num_experts)
+        modes = choose_modes(self._config, load)
+        return Exchange(
+            plan=plan,
+            dispatch=self._dispatch[modes.dispatch],
+            combine=self._combine[modes.combine],
+            collectives=self._collectives,
+        )
+
+
+def _full_precision(x_TH: Tensor) -> torch.autocast:
+    """The dtypes of the arguments decide, not an autocast around the call."""
+    return torch.autocast(x_TH.device.type, enabled=False)

@@ -1,0 +1,217 @@
+"""The routing plan in plain torch, and the uneven exchanges that follow from it.
+
+The worked example of ``sonic_ep.plan``:
+
+>>> ids_WCK = torch.tensor([[[0, 2], [1, 0], [3, 2]], [[2, 1], [-1, 3], [0, 0]]], dtype=torch.int32)
+>>> plan = build_plan(ids_WCK, rank=1, num_tokens=3, num_experts=4, row_capacity=5)
+>>> plan.row_of_slot.tolist()
+[[[0, 0], [4, 1], [3, 1]], [[2, 5], [-1, 4], [2, 3]]]
+>>> plan.group_ends.tolist(), plan.slot_of_row.tolist()
+([3, 5], [1, 5, 6, 4, 9])
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sonic_ep.config import EPConfig, RowOverflowError
+from sonic_ep.group import EPGroup
+from sonic_ep.plan import INDEX_DTYPE, NO_ROW, RoutingPlan, row_ceiling
+from sonic_ep.reference.collectives import Collectives
+
+MOST_SLOTS = 2**31 - 1
+
+
+def check_expert_ids(topk_idx_TK: Tensor, num_experts: int, group: EPGroup) -> None:
+    """Raise ``ValueError`` if an id is out of -1..E-1. Reads the host, before any communication."""
+    if topk_idx_TK.numel() == 0:
+        return
+    least, most = (int(value) for value in topk_idx_TK.aminmax())
+    if least < NO_ROW or most >= num_experts:
+        raise ValueError(
+            f"{group}: topk_idx: got expert ids from {least} to {most}, "
+            f"expected 0 to {num_experts - 1}, or -1 for a dropped slot"
+        )
+
+
+def pad_tokens(tokens: Tensor, capacity: int, fill: float) -> Tensor:
+    """(T, ...) to (C, ...), rows of ``fill`` behind the tokens."""
+    padded = tokens.new_full((capacity, *tokens.shape[1:]), fill)
+    padded[: tokens.shape[0]] = tokens
+    return padded
+
+
+def exchange_plan(
+    topk_idx_TK: Tensor,
+    *,
+    num_experts: int,
+    capacity: int,
+    distinct: bool,
+    config: EPConfig,
+    collectives: Collectives,
+) -> RoutingPlan:
+    """Collective: gather the ids of all ranks and build this rank's plan from them.
+
+    Raises ``RowOverflowError`` on all ranks if one has more rows than ``config.max_rows``.
+    """
+    group = collectives.group
+    slots = group.world_size * capacity * topk_idx_TK.shape[1]
+    if slots > MOST_SLOTS:
+        raise ValueError(f"{group}: W*C*K: got {slots} slots, expected at most {MOST_SLOTS} (slots are int32)")
+    expert_ids_WCK = collectives.all_gather(pad_tokens(topk_idx_TK.to(INDEX_DTYPE), capacity, NO_ROW))
+    return build_plan(
+        expert_ids_WCK,
+        rank=group.rank,
+        num_tokens=topk_idx_TK.shape[0],
+        num_experts=num_experts,
+        row_capacity=_row_capacity(expert_ids_WCK, num_experts, distinct, config, group),
+    )
+
+
+def build_plan(
+    expert_ids_WCK: Tensor, *, rank: int, num_tokens: int, num_experts: int, row_capacity: int
+) -> RoutingPlan:
+    """The plan of ``rank`` from the ids of all ranks; the formulas are those of ``RoutingPlan``, in its order."""
+    experts_per_rank = num_experts // expert_ids_WCK.shape[0]
+    counts_E = _slots_of_expert(expert_ids_WCK, num_experts)
+    first, last = rank * experts_per_rank, (rank + 1) * experts_per_rank
+    row_of_slot_WCK = _rows_of_slots(expert_ids_WCK, counts_E, experts_per_rank)
+    owner_WCK = torch.where(expert_ids_WCK >= 0, expert_ids_WCK // experts_per_rank, NO_ROW)
+    ranks_W = torch.arange(expert_ids_WCK.shape[0], device=expert_ids_WCK.device)
+    present_WCW = (owner_WCK.unsqueeze(-1) == ranks_W).any(dim=2)
+    return RoutingPlan(
+        rank=rank,
+        num_tokens=num_tokens,
+        expert_ids=expert_ids_WCK,
+        counts=counts_E.to(INDEX_DTYPE),
+        row_of_slot=row_of_slot_WCK,
+        group_ends=counts_E[first:last].cumsum(0).to(INDEX_DTYPE),
+        slot_of_row=_slots_of_rows(row_of_slot_WCK, owner_WCK == rank, row_capacity),
+        pair_tokens=present_WCW.sum(dim=1).to(INDEX_DTYPE),
+        packed_of_token=_packed_places(present_WCW[:, :, rank]),
+    )
+
+
+def _slots_of_expert(expert_ids_WCK: Tensor, num_experts: int) -> Tensor:
+    """counts (E,) int64, without the dropped slots."""
+    return torch.bincount(expert_ids_WCK[expert_ids_WCK >= 0].long(), minlength=num_experts)
+
+
+def _rows_of_slots(expert_ids_WCK: Tensor, counts_E: Tensor, experts_per_rank: int) -> Tensor:
+    """Place of each slot in the stable sort by expert, minus the owner's first place; (W, C, K) int32."""
+    ids_F = expert_ids_WCK.flatten().long()
+    valid_F = ids_F >= 0
+    # Dropped slots sort behind all experts and take no part.
+    order_F = torch.where(valid_F, ids_F, len(counts_E)).argsort(stable=True)
+    place_F = torch.empty_like(order_F)
+    place_F[order_F] = torch.arange(len(order_F), device=order_F.device)
+    first_place_E = counts_E.cumsum(0) - counts_E
+    first_expert_F = ids_F.clamp(min=0) // experts_per_rank * experts_per_rank
+    row_F = torch.where(valid_F, place_F - first_place_E[first_expert_F], NO_ROW)
+    return row_F.to(INDEX_DTYPE).view_as(expert_ids_WCK)
+
+
+def _slots_of_rows(row_of_slot_WCK: Tensor, here_WCK: Tensor, row_capacity: int) -> Tensor:
+    """The slot in each row of this rank, (R,) int32, -1 behind the last."""
+    slots_N = here_WCK.flatten().nonzero().squeeze(1)
+    slot_of_row_R = row_of_slot_WCK.new_full((row_capacity,), NO_ROW)
+    slot_of_row_R[row_of_slot_WCK.flatten()[slots_N].long()] = slots_N.to(INDEX_DTYPE)
+    return slot_of_row_R
+
+
+def _packed_places(present_WC: Tensor) -> Tensor:
+    """Running number of the tokens that are present, -1 for the others; (W, C) int32."""
+    place_WC = present_WC.flatten().cumsum(0).view_as(present_WC) - 1
+    return torch.where(present_WC, place_WC, NO_ROW).to(INDEX_DTYPE)
+
+
+def _row_capacity(
+    expert_ids_WCK: Tensor, num_experts: int, distinct: bool, config: EPConfig, group: EPGroup
+) -> int:
+    """R: the exact rows with ``cpu_sync_on_runtime``, else the ceiling, or ``max_rows`` if that is less.
+
+    Every rank sees the rows of all ranks, so that an overflow is raised by all of them and nobody is left waiting.
+    """
+    world_size, capacity, top_k = expert_ids_WCK.shape
+    rows_W = _slots_of_expert(expert_ids_WCK, num_experts).view(world_size, -1).sum(dim=1).tolist()
+    if config.max_rows is not None and max(rows_W) > config.max_rows:
+        raise RowOverflowError(
+            f"{group}: max_rows: got {config.max_rows}, expected at least {max(rows_W)}: "
+            f"rank {rows_W.index(max(rows_W))} is routed {max(rows_W)} rows (all ranks: {rows_W})"
+        )
+    if config.cpu_sync_on_runtime:
+        return int(rows_W[group.rank])
+    ceiling = row_ceiling(
+        world_size=world_size,
+        capacity=capacity,
+        top_k=top_k,
+        experts_per_rank=num_experts // world_size,
+        distinct=distinct,
+    )
+    return ceiling if config.max_rows is None else min(ceiling, config.max_rows)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SlotExchange:
+    """One row for each slot, from the rank of its token to the rank of its expert.
+
+    Pieces are in canonical order: what rank p sends to rank q is sorted by the row it takes there.
+
+    slots (N,) int64: this rank's slots t*K + k in the order of sending. send_splits[q]: how many go to rank q.
+    rows (rows,) int64: the row that each received slot takes here. receive_splits[p]: how many come from rank p.
+    """
+
+    slots: Tensor
+    send_splits: list[int]
+    rows: Tensor
+    receive_splits: list[int]
+
+
+def slot_exchange(plan: RoutingPlan) -> SlotExchange:
+    """The exchange of one row a slot. Reads the host."""
+    owner_WF = plan.owner_of_slot().flatten(1)
+    row_WF = plan.row_of_slot.flatten(1).long()
+    sent = [_slots_by_row(owner_WF[plan.rank], row_WF[plan.rank], rank) for rank in range(plan.world_size)]
+    from_rank = [
+        row_WF[source][_slots_by_row(owner_WF[source], row_WF[source], plan.rank)]
+        for source in range(plan.world_size)
+    ]
+    return SlotExchange(
+        slots=torch.cat(sent),
+        send_splits=[len(slots_N) for slots_N in sent],
+        rows=torch.cat(from_rank),
+        receive_splits=[len(rows_N) for rows_N in from_rank],
+    )
+
+
+def _slots_by_row(owner_F: Tensor, row_F: Tensor, rank: int) -> Tensor:
+    """The slots that live on ``rank``, ordered by their row there."""
+    slots_N = (owner_F == rank).nonzero().squeeze(1)
+    return slots_N[row_F[slots_N].argsort()]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PairExchange:
+    """One row for each distinct (token, rank) pair; what arrives is in the order of ``packed_of_token``.
+
+    tokens (N,) int64: this rank's tokens in the order of sending, ascending for each receiver.
+    send_splits[q]: how many go to rank q. receive_splits[p]: how many come from rank p.
+    """
+
+    tokens: Tensor
+    send_splits: list[int]
+    receive_splits: list[int]
+
+
+def pair_exchange(plan: RoutingPlan) -> PairExchange:
+    """The exchange of one row a distinct (token, rank) pair. Reads the host."""
+    owner_CK = plan.owner_of_slot()[plan.rank]
+    sent = [(owner_CK == rank).any(dim=1).nonzero().squeeze(1) for rank in range(plan.world_size)]
+    return PairExchange(
+        tokens=torch.cat(sent),
+        send_splits=plan.pair_tokens[plan.rank].tolist(),
+        receive_splits=plan.pair_tokens[:, plan.rank].tolist(),
+    )

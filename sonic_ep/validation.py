@@ -1,0 +1,184 @@
+"""The public edge: every argument is held against what the call expects, before any communication.
+
+Each finding is a ``ValueError`` (``TypeError`` for what is no tensor at all) that names the rank, the argument, what
+was got and what was expected. Tensors come back contiguous; values on a device are not read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
+from sonic_ep.backend import Experts
+from sonic_ep.config import RouterOptions, is_count
+from sonic_ep.group import EPGroup
+from sonic_ep.plan import RoutingPlan
+
+ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+INDEX_DTYPES = (torch.int32, torch.int64)
+SCORE_DTYPES = (*ROW_DTYPES, torch.float64)
+
+ObjectT = TypeVar("ObjectT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertArguments:
+    """The experts of a call, as its caller wrote them."""
+
+    w1: object
+    w2: object
+    b1: object
+    b2: object
+    activation: object
+    gate_layout: object
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edge:
+    """Checks one argument at a time and says whose it was."""
+
+    group: EPGroup
+
+    def require(self, holds: bool, name: str, got: object, expected: object) -> None:
+        """Raise ``ValueError`` unless ``holds``."""
+        if not holds:
+            raise ValueError(f"{self.group}: {name}: got {got}, expected {expected}")
+
+    def count(self, name: str, value: object, *, least: int = 1) -> None:
+        """A whole number of at least ``least``."""
+        self.require(is_count(value, least=least), name, repr(value), f"a whole number of at least {least}")
+
+    def named(self, name: str, value: object, choices: Mapping[str, ObjectT]) -> ObjectT:
+        """The object that ``value`` names."""
+        found = choices.get(value) if isinstance(value, str) else None
+        self.require(found is not None, name, repr(value), f"one of {', '.join(map(repr, choices))}")
+        assert found is not None
+        return found
+
+    def tensor(
+        self, name: str, value: object, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None
+    ) -> Tensor:
+        """A dense tensor of one of ``dtypes``, on the device of ``like`` or else on one that the group can move."""
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{self.group}: {name}: got {type(value).__name__}, expected a torch.Tensor")
+        self.require(value.layout == torch.strided, f"layout of {name}", value.layout, torch.strided)
+        self.require(value.dtype in dtypes, f"dtype of {name}", value.dtype, " or ".join(map(str, dtypes)))
+        if like is None:
+            self._movable(name, value)
+        else:
+            self.require(value.device == like.device, f"device of {name}", value.device, like.device)
+        return value.contiguous()
+
+    def shape(self, name: str, tensor: Tensor, expected: tuple[int, ...], letters: str) -> None:
+        """Exactly the shape ``expected``, which ``letters`` explains."""
+        got = tuple(tensor.shape)
+        self.require(got == expected, f"shape of {name}", got, f"{expected} = {letters}")
+
+    def _movable(self, name: str, tensor: Tensor) -> None:
+        device = tensor.device
+        self.require(device.type != "meta", f"device of {name}", device, "a device that holds data")
+        movable = self.group.device_types()
+        if movable is not None:
+            moves = f"one that the process group moves: {', '.join(sorted(movable))}"
+            self.require(device.type in movable, f"device of {name}", device, moves)
+
+
+def check_rows_of_tokens(edge: Edge, x: object) -> Tensor:
+    """``x`` (..., H) as (T, H)."""
+    tensor = edge.tensor("x", x, ROW_DTYPES)
+    shape = tuple(tensor.shape)
+    edge.require(tensor.ndim >= 2 and shape[-1] >= 1, "shape of x", shape, "(T, H) or (..., H), H at least 1")
+    return tensor.flatten(0, -2)
+
+
+def check_experts_divide(edge: Edge, num_experts: int) -> None:
+    """W divides E."""
+    world_size = edge.group.world_size
+    divides = num_experts % world_size == 0
+    edge.require(divides, "number of experts E", num_experts, f"a multiple of the group's W={world_size} ranks")
+
+
+def check_router(edge: Edge, x_TH: Tensor, router_w: object, options: RouterOptions) -> Tensor:
+    """``router_w`` (E, H) in fp32 or as x, with W a divisor of E and 1 <= K <= E."""
+    dtypes = tuple(dict.fromkeys((x_TH.dtype, torch.float32)))
+    weight_EH = edge.tensor("router_w", router_w, dtypes, x_TH)
+    shape = tuple(weight_EH.shape)
+    hidden = x_TH.shape[1]
+    fits = weight_EH.ndim == 2 and shape[0] >= 1 and shape[1] == hidden
+    edge.require(fits, "shape of router_w", shape, f"(E, {hidden}) = (E, H), E at least 1")
+    check_experts_divide(edge, shape[0])
+    edge.count("top_k", options.top_k)
+    edge.require(options.top_k <= shape[0], "top_k", options.top_k, f"at most E={shape[0]}")
+    return weight_EH
+
+
+def check_routing(edge: Edge, topk_idx: object, num_experts: int, like: Tensor | None = None) -> Tensor:
+    """``topk_idx`` (T, K) with W a divisor of E and 1 <= K <= E. The backend checks the ids themselves."""
+    idx_TK = edge.tensor("topk_idx", topk_idx, INDEX_DTYPES, like)
+    shape = tuple(idx_TK.shape)
+    edge.require(idx_TK.ndim == 2, "shape of topk_idx", shape, "(T, K)")
+    edge.count("number of experts E", num_experts)
+    check_experts_divide(edge, num_experts)
+    edge.require(1 <= shape[1] <= num_experts, "K of topk_idx", shape[1], f"1 to E={num_experts}")
+    if like is not None:
+        edge.require(shape[0] == like.shape[0], "tokens of topk_idx", shape[0], f"T={like.shape[0]}, as x")
+    return idx_TK
+
+
+def check_scores(edge: Edge, topk_scores: object, shape: tuple[int, int], like: Tensor) -> Tensor:
+    """``topk_scores`` (T, K), any float."""
+    scores_TK = edge.tensor("topk_scores", topk_scores, SCORE_DTYPES, like)
+    edge.shape("topk_scores", scores_TK, shape, "(T, K), as topk_idx")
+    return scores_TK
+
+
+def check_experts(edge: Edge, x_TH: Tensor, arguments: ExpertArguments, num_experts: int | None) -> Experts:
+    """This rank's experts, of shapes that fit x, each other, and the router's E if there is one."""
+    activation = edge.named("activation", arguments.activation, ACTIVATIONS)
+    layout = edge.named("gate_layout", arguments.gate_layout, GATE_LAYOUTS)
+    w1 = edge.tensor("w1", arguments.w1, (x_TH.dtype,), x_TH)
+    w2 = edge.tensor("w2", arguments.w2, (x_TH.dtype,), x_TH)
+    hidden = x_TH.shape[1]
+    edge.require(w2.ndim == 3, "shape of w2", tuple(w2.shape), f"(e, {hidden}, I) = (e, H, I)")
+    held = w2.shape[0] if num_experts is None else num_experts // edge.group.world_size
+    width = activation.up_width(w2.shape[2])
+    edge.require(held >= 1, "shape of w2", tuple(w2.shape), "at least one expert on this rank")
+    edge.shape("w2", w2, (held, hidden, w2.shape[2]), "(e, H, I)")
+    edge.shape("w1", w1, (held, width, hidden), "(e, 2I, H)" if activation.gated else "(e, I, H)")
+    given = [name for name in ("b1", "b2") if getattr(arguments, name) is not None]
+    edge.require(len(given) != 1, "biases", f"{given} alone", "b1 and b2, or neither")
+    b1 = _check_bias(edge, x_TH, "b1", arguments.b1, (held, width))
+    b2 = _check_bias(edge, x_TH, "b2", arguments.b2, (held, hidden))
+    return Experts(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, layout=layout)
+
+
+def _check_bias(edge: Edge, x_TH: Tensor, name: str, bias: object, shape: tuple[int, int]) -> Tensor | None:
+    if bias is None:
+        return None
+    tensor = edge.tensor(name, bias, (x_TH.dtype,), x_TH)
+    edge.shape(name, tensor, shape, "(e, outputs)")
+    return tensor
+
+
+def check_plan(edge: Edge, plan: object) -> RoutingPlan:
+    """A plan that was made for this rank of a group of this size."""
+    if not isinstance(plan, RoutingPlan):
+        raise TypeError(f"{edge.group}: plan: got {type(plan).__name__}, expected a RoutingPlan")
+    got = f"a plan for rank {plan.rank} of {plan.world_size}"
+    here = (plan.rank, plan.world_size) == (edge.group.rank, edge.group.world_size)
+    edge.require(here, "plan", got, f"one for {edge.group}")
+    return plan
+
+
+def check_rows_of_plan(edge: Edge, rows: object, plan: RoutingPlan) -> Tensor:
+    """``rows`` (R, H) in the plan's canonical order."""
+    rows_RH = edge.tensor("rows", rows, ROW_DTYPES, plan.slot_of_row)
+    shape = tuple(rows_RH.shape)
+    fits = rows_RH.ndim == 2 and shape[0] == plan.row_capacity and shape[1] >= 1
+    edge.require(fits, "shape of rows", shape, f"({plan.row_capacity}, H) = (R, H)")
+    return rows_RH
