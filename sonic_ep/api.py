@@ -176,7 +176,10 @@ class ExpertParallel:
         checked = check_plan(self._edge, plan)
         x_TH = check_rows_of_tokens(self._edge, x)
         self._edge.require(
-            x_TH.shape[0] == checked.num_tokens, "tokens of x", x_TH.shape[0], f"T={checked.num_tokens} of the plan"
+            x_TH.shape[0] == checked.num_tokens,
+            "tokens of x",
+            x_TH.shape[0],
+            f"T={checked.num_tokens} of the plan",
         )
         return self._backend.dispatch(x_TH, checked)
 
@@ -231,7 +234,9 @@ class ExpertParallel:
             most = max(self._backend.gather_number(num_tokens, tokens.device))
             self._capacity = most or None
             return most
-        expected = f"at most C={self._capacity} (max_tokens_per_rank, or the most that the first call brought)"
+        expected = (
+            f"at most C={self._capacity} (max_tokens_per_rank, or the most that the first call brought)"
+        )
         self._edge.require(num_tokens <= self._capacity, "tokens T", num_tokens, expected)
         return self._capacity
 

@@ -145,7 +145,13 @@ def choose_backend(name: str, group: EPGroup) -> BackendChoice:
     for candidate in BACKEND_PACKAGES if name == AUTO else (name,):
         reasons = unavailable_reasons(candidate, group)
         if not reasons:
-            why = "; ".join(refused) if refused else "asked for by name" if name != AUTO else "the preferred one"
+            why = (
+                "; ".join(refused)
+                if refused
+                else "asked for by name"
+                if name != AUTO
+                else "the preferred one"
+            )
             return BackendChoice(name=candidate, why=why, module=_load(candidate))
         refused.append(f"backend {candidate!r} cannot run here: " + "; ".join(reasons))
     raise BackendUnavailableError(f"{group}: " + "; ".join(refused))

@@ -94,7 +94,9 @@ class EPConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected True or False")
         if self.max_rows is not None and not is_count(self.max_rows, least=1):
-            raise ValueError(f"max_rows: got {self.max_rows!r}, expected a whole number of at least 1, or None")
+            raise ValueError(
+                f"max_rows: got {self.max_rows!r}, expected a whole number of at least 1, or None"
+            )
 
 
 def is_count(value: object, *, least: int = 0) -> bool:

@@ -45,7 +45,11 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         edge = Edge(group=ep.group)
-        sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_experts": num_experts}
+        sizes = {
+            "hidden_size": hidden_size,
+            "intermediate_size": intermediate_size,
+            "num_experts": num_experts,
+        }
         for name, value in {**sizes, "top_k": top_k}.items():
             edge.count(name, value)
         check_experts_divide(edge, num_experts)

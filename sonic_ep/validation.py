@@ -100,7 +100,9 @@ def check_experts_divide(edge: Edge, num_experts: int) -> None:
     """W divides E."""
     world_size = edge.group.world_size
     divides = num_experts % world_size == 0
-    edge.require(divides, "number of experts E", num_experts, f"a multiple of the group's W={world_size} ranks")
+    edge.require(
+        divides, "number of experts E", num_experts, f"a multiple of the group's W={world_size} ranks"
+    )
 
 
 def check_router(edge: Edge, x_TH: Tensor, router_w: object, options: RouterOptions) -> Tensor:

@@ -60,7 +60,9 @@ def exchange_plan(
     group = collectives.group
     slots = group.world_size * capacity * topk_idx_TK.shape[1]
     if slots > MOST_SLOTS:
-        raise ValueError(f"{group}: W*C*K: got {slots} slots, expected at most {MOST_SLOTS} (slots are int32)")
+        raise ValueError(
+            f"{group}: W*C*K: got {slots} slots, expected at most {MOST_SLOTS} (slots are int32)"
+        )
     expert_ids_WCK = collectives.all_gather(pad_tokens(topk_idx_TK.to(INDEX_DTYPE), capacity, NO_ROW))
     return build_plan(
         expert_ids_WCK,

@@ -1,0 +1,28 @@
+"""Tools for tests of this layer, ours and yours: named cases, derived tolerances, live ranks, the harness.
+
+The library itself never imports this package.
+"""
+
+from sonic_ep.testing.cases import CASES, Case, Inputs, draw, option_cases, pairwise
+from sonic_ep.testing.checks import Accuracy, Errors, assert_as_accurate, assert_bitwise, measure_accuracy
+from sonic_ep.testing.differential import verify_moe, verify_routed
+from sonic_ep.testing.ranks import Rank, RankError, RankPool
+
+__all__ = [
+    "CASES",
+    "Accuracy",
+    "Case",
+    "Errors",
+    "Inputs",
+    "Rank",
+    "RankError",
+    "RankPool",
+    "assert_as_accurate",
+    "assert_bitwise",
+    "draw",
+    "measure_accuracy",
+    "option_cases",
+    "pairwise",
+    "verify_moe",
+    "verify_routed",
+]

@@ -1,0 +1,227 @@
+"""The named cases: one table of shapes and routings for tests, benches and ``sonic-ep verify``.
+
+A case is drawn whole, for all ranks, from its seed, on every rank alike: no rank needs another to know the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, product
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
+from sonic_ep.backend import Experts
+from sonic_ep.config import RouterOptions, ScoreOrder
+
+# Draws the experts of N tokens: (generator, N, case, W) to (N, K) int64.
+Chooser = Callable[[torch.Generator, int, "Case", int], Tensor]
+
+
+def uniform(generator: torch.Generator, tokens: int, case: Case, world_size: int) -> Tensor:
+    """K distinct experts, each set as likely as any other."""
+    return torch.rand(tokens, case.num_experts, generator=generator).argsort(dim=1)[:, : case.top_k]
+
+
+def skewed(generator: torch.Generator, tokens: int, case: Case, world_size: int) -> Tensor:
+    """K distinct experts, expert j about as likely as 1/(j + 1)."""
+    weights = 1 / torch.arange(1, case.num_experts + 1)
+    # The Gumbel trick: the K largest of log-weight plus noise are a draw without replacement.
+    noise = -(-torch.rand(tokens, case.num_experts, generator=generator).clamp(1e-9).log()).log()
+    return (weights.log() + noise).argsort(dim=1, descending=True)[:, : case.top_k]
+
+
+def first_experts(generator: torch.Generator, tokens: int, case: Case, world_size: int) -> Tensor:
+    """Every token chooses experts 0..K-1, in an order of its own."""
+    return torch.rand(tokens, case.top_k, generator=generator).argsort(dim=1)
+
+
+def one_rank(generator: torch.Generator, tokens: int, case: Case, world_size: int) -> Tensor:
+    """Every expert chosen lives on the last rank."""
+    held = case.num_experts // world_size
+    local = torch.rand(tokens, held, generator=generator).argsort(dim=1)[:, : case.top_k]
+    return case.num_experts - held + local
+
+
+def even_experts(generator: torch.Generator, tokens: int, case: Case, world_size: int) -> Tensor:
+    """Experts of even number only; every other one stays empty."""
+    half = torch.rand(tokens, case.num_experts // 2, generator=generator).argsort(dim=1)[:, : case.top_k]
+    return 2 * half
+
+
+def dropping(generator: torch.Generator, tokens: int, case: Case, world_size: int) -> Tensor:
+    """Uniform, a third of the slots dropped, and every fifth token dropped altogether."""
+    idx = uniform(generator, tokens, case, world_size)
+    dropped = torch.rand(idx.shape, generator=generator) < 1 / 3
+    dropped[::5] = True
+    return idx.masked_fill(dropped, -1)
+
+
+def repeating(generator: torch.Generator, tokens: int, case: Case, world_size: int) -> Tensor:
+    """Drawn with repetition from few experts, and every third token has one expert K times."""
+    idx = torch.randint(0, case.num_experts, (tokens, case.top_k), generator=generator) // 3 * 3
+    idx[::3] = idx[::3, :1]
+    return idx
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One point of the test space. ``tokens``: T of rank r is ``tokens[r % len(tokens)]``."""
+
+    name: str
+    tokens: tuple[int, ...] = (13,)
+    hidden: int = 32
+    intermediate: int = 16
+    num_experts: int = 24
+    top_k: int = 3
+    choose: Chooser = uniform
+    dtype: torch.dtype = torch.float32
+    activation: str = "swiglu"
+    gate_layout: str = "interleaved"
+    bias: bool = True
+    score_order: ScoreOrder = ScoreOrder.TOPK_THEN_SOFTMAX
+    norm_topk_probs: bool = False
+    seed: int = 0
+
+    def tokens_of_rank(self, rank: int) -> int:
+        """T of ``rank``."""
+        return self.tokens[rank % len(self.tokens)]
+
+    def router_options(self) -> RouterOptions:
+        """What the case asks of the router."""
+        return RouterOptions(
+            top_k=self.top_k, score_order=self.score_order, norm_topk_probs=self.norm_topk_probs
+        )
+
+
+def _table(*cases: Case) -> Mapping[str, Case]:
+    return MappingProxyType({case.name: case for case in cases})
+
+
+# E = 24 is a multiple of every W from 1 to 8 but 5 and 7.
+CASES: Mapping[str, Case] = _table(
+    Case(name="uniform"),
+    Case(name="uniform_bf16", dtype=torch.bfloat16, hidden=64),
+    Case(name="uniform_fp16", dtype=torch.float16, hidden=64),
+    Case(name="skewed", choose=skewed, tokens=(29,), seed=1),
+    Case(name="one_expert", choose=first_experts, top_k=1, seed=2),
+    Case(name="one_rank", choose=one_rank, seed=3),
+    Case(name="empty_experts", choose=even_experts, top_k=4, seed=4),
+    Case(name="zero_token_ranks", tokens=(0, 11), seed=5),
+    Case(name="no_tokens_at_all", tokens=(0,), seed=5),
+    Case(name="uneven_tokens", tokens=(13, 2, 7, 1), top_k=6, seed=6),
+    Case(name="dropped_slots", choose=dropping, top_k=4, tokens=(16, 9), seed=7),
+    Case(name="dropped_slots_bf16", choose=dropping, top_k=4, tokens=(16, 9), dtype=torch.bfloat16, seed=7),
+    Case(name="repeated_experts", choose=repeating, top_k=5, seed=8),
+    Case(name="top_1", top_k=1, tokens=(17,), seed=9),
+    Case(name="top_all", top_k=24, tokens=(5, 6), choose=uniform, seed=10),
+    Case(name="odd_hidden", hidden=33, intermediate=7, seed=11),
+    Case(name="prime_tokens", tokens=(37,), top_k=7, dtype=torch.bfloat16, seed=12),
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Inputs:
+    """A case drawn: tokens of all ranks one behind the other (N = sum of T), experts of all ranks.
+
+    x, dy (N, H); topk_idx (N, K) int64; topk_scores (N, K) fp32; router_w (E, H); dlogits (N, E) fp32.
+    """
+
+    case: Case
+    world_size: int
+    x: Tensor
+    dy: Tensor
+    topk_idx: Tensor
+    topk_scores: Tensor
+    router_w: Tensor
+    dlogits: Tensor
+    experts: Experts
+
+    def tokens_of(self, rank: int) -> slice:
+        """Where the tokens of ``rank`` stand among the N."""
+        first = sum(self.case.tokens_of_rank(other) for other in range(rank))
+        return slice(first, first + self.case.tokens_of_rank(rank))
+
+    def experts_of(self, rank: int) -> slice:
+        """Where the experts of ``rank`` stand among the E."""
+        held = self.case.num_experts // self.world_size
+        return slice(rank * held, (rank + 1) * held)
+
+
+def draw(case: Case, world_size: int, device: torch.device | str = "cpu") -> Inputs:
+    """The inputs of ``case`` for a group of ``world_size`` ranks, drawn on the CPU, so the same on any device."""
+    generator = torch.Generator().manual_seed(1_000 * case.seed + world_size)
+    tokens = sum(case.tokens_of_rank(rank) for rank in range(world_size))
+    width = ACTIVATIONS[case.activation].up_width(case.intermediate)
+
+    def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = case.dtype) -> Tensor:
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+        return drawn.to(dtype).to(device)
+
+    def bias(*shape: int) -> Tensor | None:
+        return normal(*shape, scale=0.1) if case.bias else None
+
+    return Inputs(
+        case=case,
+        world_size=world_size,
+        x=normal(tokens, case.hidden),
+        dy=normal(tokens, case.hidden),
+        topk_idx=case.choose(generator, tokens, case, world_size).to(device),
+        topk_scores=torch.rand(tokens, case.top_k, generator=generator).add(0.05).to(device),
+        router_w=normal(case.num_experts, case.hidden, scale=case.hidden**-0.5),
+        dlogits=normal(tokens, case.num_experts, scale=0.1, dtype=torch.float32),
+        experts=Experts(
+            w1=normal(case.num_experts, width, case.hidden, scale=case.hidden**-0.5),
+            w2=normal(case.num_experts, case.hidden, case.intermediate, scale=case.intermediate**-0.5),
+            b1=bias(case.num_experts, width),
+            b2=bias(case.num_experts, case.hidden),
+            activation=ACTIVATIONS[case.activation],
+            layout=GATE_LAYOUTS[case.gate_layout],
+        ),
+    )
+
+
+OPTIONS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "activation": tuple(ACTIVATIONS),
+        "gate_layout": tuple(GATE_LAYOUTS),
+        "bias": (True, False),
+        "score_order": tuple(ScoreOrder),
+        "norm_topk_probs": (False, True),
+        "dtype": (torch.float32, torch.bfloat16, torch.float16),
+    }
+)
+
+
+def pairwise(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """A short list of settings in which every two values of every two options meet.
+
+    Greedy: of all full settings, always the one that brings most pairs that have not met yet.
+    """
+    names = list(options)
+    candidates = [dict(zip(names, values, strict=True)) for values in product(*options.values())]
+    pairs_of = [{((a, c[a]), (b, c[b])) for a, b in combinations(names, 2)} for c in candidates]
+    missing = set().union(*pairs_of)
+    chosen: list[dict[str, Any]] = []
+    while missing:
+        best = max(range(len(candidates)), key=lambda index: len(pairs_of[index] & missing))
+        missing -= pairs_of[best]
+        chosen.append(candidates[best])
+    return chosen
+
+
+def option_cases() -> list[Case]:
+    """Cases in which every two values of ``OPTIONS`` meet, on one small shape."""
+    base = Case(name="options", top_k=4, tokens=(12, 7), hidden=48, seed=20)
+    settings = pairwise(OPTIONS)
+    return [replace(base, name=_option_name(setting), **setting) for setting in settings]
+
+
+def _option_name(setting: Mapping[str, Any]) -> str:
+    words = [setting["activation"], setting["gate_layout"], setting["score_order"].value]
+    words += [name for name in ("bias", "norm_topk_probs") if setting[name]]
+    return "-".join([*words, str(setting["dtype"]).removeprefix("torch.")])

@@ -1,0 +1,256 @@
+"""A pool of live ranks: worker processes that stay for a whole test run and call what they are fed.
+
+One pool serves every group size up to the largest asked for. An error on one rank comes back with its rank and
+traceback at once; the ranks that would wait for it are stopped, and fresh ones take the next call.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sonic_ep.group import device_of_rank
+
+# After the first error, how long others may take to report theirs before they are stopped.
+GRACE_SECONDS = 1.0
+
+
+class RankError(RuntimeError):
+    """A function failed on a rank. ``rank`` is the first that failed; the message has every traceback received."""
+
+    def __init__(self, rank: int, message: str) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """Where a function runs: its rank in a world of ``world_size``, and the device it should use."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """One call. store: the file of the process group's store; None for one rank without a process group."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    world_size: int
+    device_type: str
+    store: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answer:
+    """What came of a job: a value, or the traceback of the error."""
+
+    value: Any = None
+    failure: str | None = None
+
+
+class RankPool:
+    """Runs functions on W ranks at once.
+
+    device_type: "cpu" (gloo) or "cuda" (NCCL where each rank has a device of its own, else gloo).
+    timeout: seconds a call may take. A context manager.
+    """
+
+    def __init__(self, device_type: str = "cpu", timeout: float = 120.0) -> None:
+        self._device_type = device_type
+        self._timeout = timeout
+        self._workers: list[_Worker] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="sonic_ep_ranks_")
+        self._groups_formed = 0
+        self._formed: int | None = None
+
+    def run(self, function: Callable[..., Any], *arguments: Any, world_size: int) -> list[Any]:
+        """``function(rank, *arguments)`` on each of ``world_size`` ranks; what they returned, in rank order.
+
+        function: of a module's top level (it travels by name), taking a ``Rank`` first. ``torch.distributed`` is
+        initialised for it, unless ``world_size`` is 1. Raises ``RankError`` if a rank fails, dies or takes too long.
+        """
+        self._grow(world_size)
+        job = _Job(
+            function=function,
+            arguments=arguments,
+            world_size=world_size,
+            device_type=self._device_type,
+            store=self._store(world_size),
+        )
+        workers = self._workers[:world_size]
+        payload = pickle.dumps(job)
+        for worker in workers:
+            worker.connection.send_bytes(payload)
+        try:
+            answers = _collect(workers, self._timeout)
+        except BaseException:
+            self.stop()
+            raise
+        return [answer.value for answer in answers]
+
+    def pids(self) -> list[int]:
+        """Process ids of the live ranks."""
+        return [worker.process.pid for worker in self._workers if worker.process.pid is not None]
+
+    def stop(self) -> None:
+        """End all ranks now. The next call starts fresh ones."""
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join()
+            worker.connection.close()
+        self._workers.clear()
+        self._formed = None
+
+    def close(self) -> None:
+        """End all ranks and remove the pool's files."""
+        self.stop()
+        self._folder.cleanup()
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _grow(self, world_size: int) -> None:
+        while len(self._workers) < world_size:
+            self._workers.append(_Worker.start(len(self._workers)))
+
+    def _store(self, world_size: int) -> str | None:
+        """The store's file: a new one, and so a new process group, whenever the size of the world changes."""
+        if self._formed != world_size:
+            self._groups_formed += 1
+            self._formed = world_size
+        return None if world_size == 1 else str(Path(self._folder.name) / f"store_{self._groups_formed}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Worker:
+    """A live rank, seen from the pool."""
+
+    rank: int
+    process: SpawnProcess
+    connection: Connection
+
+    @staticmethod
+    def start(rank: int) -> _Worker:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(rank, theirs), daemon=True, name=f"rank {rank}")
+        process.start()
+        theirs.close()
+        return _Worker(rank=rank, process=process, connection=ours)
+
+
+def _collect(workers: Sequence[_Worker], timeout: float) -> list[_Answer]:
+    """The answers of all workers. Raises ``RankError`` soon after the first failure, or when time is up."""
+    answers: dict[int, _Answer] = {}
+    deadline = time.monotonic() + timeout
+    while len(answers) < len(workers):
+        waiting = {worker.connection: worker for worker in workers if worker.rank not in answers}
+        ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for connection in ready:
+            worker = waiting[connection]  # type: ignore[index]
+            answers[worker.rank] = _receive(worker)
+            if answers[worker.rank].failure is not None:
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+    missing = [worker.rank for worker in workers if worker.rank not in answers]
+    failed = [rank for rank, answer in answers.items() if answer.failure is not None]
+    if failed:
+        reports = "\n".join(
+            f"--- rank {rank} of {len(workers)} ---\n{answers[rank].failure}" for rank in failed
+        )
+        stopped = f"\nstopped while they waited: ranks {missing}" if missing else ""
+        raise RankError(failed[0], f"rank {failed[0]} of {len(workers)} failed\n{reports}{stopped}")
+    if missing:
+        raise RankError(missing[0], f"no answer within {timeout:g} s from ranks {missing} of {len(workers)}")
+    return [answers[worker.rank] for worker in workers]
+
+
+def _receive(worker: _Worker) -> _Answer:
+    try:
+        answer = pickle.loads(worker.connection.recv_bytes())
+    except (EOFError, ConnectionResetError):
+        worker.process.join(GRACE_SECONDS)
+        return _Answer(failure=f"the process died, exit code {worker.process.exitcode}")
+    assert isinstance(answer, _Answer)
+    return answer
+
+
+def _serve(rank: int, connection: Connection) -> None:
+    """A worker's life: answer jobs until the pool is gone."""
+    # Ctrl-C reaches the whole terminal; the pool decides what becomes of its ranks.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    store: str | None = None
+    while True:
+        try:
+            payload = connection.recv_bytes()
+        except EOFError:
+            return
+        try:
+            job = pickle.loads(payload)
+            if job.store != store:
+                _join_group(rank, job)
+                store = job.store
+            place = Rank(rank=rank, world_size=job.world_size, device=_device(rank, job))
+            answer = pickle.dumps(_Answer(value=job.function(place, *job.arguments)))
+        except BaseException:
+            answer = pickle.dumps(_Answer(failure=traceback.format_exc()))
+        connection.send_bytes(answer)
+
+
+def _device(rank: int, job: _Job) -> torch.device:
+    device = device_of_rank(rank) if job.device_type == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def _join_group(rank: int, job: _Job) -> None:
+    """Leave the last process group and enter the one of this job."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if job.store is None:
+        return
+    own_device = job.device_type == "cuda" and job.world_size <= torch.cuda.device_count()
+    if own_device:
+        torch.cuda.set_device(_device(rank, job))
+    dist.init_process_group(
+        "nccl" if own_device else "gloo",
+        store=dist.FileStore(job.store, job.world_size),
+        rank=rank,
+        world_size=job.world_size,
+    )
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

@@ -1,0 +1,31 @@
+"""Fixtures: one pool of ranks for the whole run, on the CPU and, where there are GPUs, on them."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from sonic_ep.testing import RankPool
+
+GPUS_NEEDED = 2
+DEVICE_TYPES = ["cpu", "cuda"] if torch.cuda.device_count() >= GPUS_NEEDED else ["cpu"]
+
+
+def pytest_report_header() -> str:
+    found = torch.cuda.device_count()
+    gpus = "runs" if "cuda" in DEVICE_TYPES else f"not run: needs {GPUS_NEEDED} CUDA devices, found {found}"
+    return f"sonic_ep levels: cpu runs, cuda {gpus}"
+
+
+@pytest.fixture(scope="session", params=DEVICE_TYPES)
+def pool(request: pytest.FixtureRequest) -> Iterator[RankPool]:
+    """Live ranks; every test that uses them runs on each kind of device that is here."""
+    with RankPool(request.param) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="session")
+def cpu_pool() -> Iterator[RankPool]:
+    """Live ranks on the CPU, for what does not depend on the device."""
+    with RankPool("cpu") as ranks:
+        yield ranks
