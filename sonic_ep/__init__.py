@@ -1,9 +1,9 @@
-"""Expert parallelism for Mixture-of-Experts layers: one API, two backends, one plan.
+r"""Expert parallelism for Mixture-of-Experts layers: one API, two backends, one plan.
 
 Forward, on each of W ranks (letters: ``sonic_ep.plan``)::
 
     x (T,H) --route--> ids, scores (T,K) --exchange--> plan
-       \\                                                 |
+       \                                                 |
         '--dispatch--> rows (R,H) --w1, activation, w2--> rows (R,H) --combine--> y (T,H)
 
 Backward::

@@ -234,9 +234,7 @@ class ExpertParallel:
             most = max(self._backend.gather_number(num_tokens, tokens.device))
             self._capacity = most or None
             return most
-        expected = (
-            f"at most C={self._capacity} (max_tokens_per_rank, or the most that the first call brought)"
-        )
+        expected = f"at most C={self._capacity} (max_tokens_per_rank, or the most that the first call brought)"
         self._edge.require(num_tokens <= self._capacity, "tokens T", num_tokens, expected)
         return self._capacity
 

@@ -114,9 +114,7 @@ class BackendModule(Protocol):
 
 
 # In the order in which "auto" prefers them. Packages are imported when asked for, so the reference needs no triton.
-BACKEND_PACKAGES: Mapping[str, str] = MappingProxyType(
-    {"fast": "sonic_ep.fast", "reference": "sonic_ep.reference"}
-)
+BACKEND_PACKAGES: Mapping[str, str] = MappingProxyType({"fast": "sonic_ep.fast", "reference": "sonic_ep.reference"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,13 +143,7 @@ def choose_backend(name: str, group: EPGroup) -> BackendChoice:
     for candidate in BACKEND_PACKAGES if name == AUTO else (name,):
         reasons = unavailable_reasons(candidate, group)
         if not reasons:
-            why = (
-                "; ".join(refused)
-                if refused
-                else "asked for by name"
-                if name != AUTO
-                else "the preferred one"
-            )
+            why = "; ".join(refused) if refused else "asked for by name" if name != AUTO else "the preferred one"
             return BackendChoice(name=candidate, why=why, module=_load(candidate))
         refused.append(f"backend {candidate!r} cannot run here: " + "; ".join(reasons))
     raise BackendUnavailableError(f"{group}: " + "; ".join(refused))

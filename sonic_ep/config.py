@@ -64,7 +64,7 @@ def parse_choice(name: str, value: object, choices: type[ChoiceT], *, also: tupl
 
 
 def _parse_mode(name: str, value: object, choices: type[ChoiceT]) -> ChoiceT | None:
-    return None if value is None or value == AUTO else parse_choice(name, value, choices, also=(AUTO,))
+    return None if value == AUTO else parse_choice(name, value, choices, also=(AUTO,))
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,7 @@ class EPConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected True or False")
         if self.max_rows is not None and not is_count(self.max_rows, least=1):
-            raise ValueError(
-                f"max_rows: got {self.max_rows!r}, expected a whole number of at least 1, or None"
-            )
+            raise ValueError(f"max_rows: got {self.max_rows!r}, expected a whole number of at least 1, or None")
 
 
 def is_count(value: object, *, least: int = 0) -> bool:

@@ -88,10 +88,6 @@ def choose_modes(config: EPConfig, load: Workload, rates: Rates = H200_NVLINK) -
     combine_cost = combine_seconds_per_byte(load, rates)
     dispatch, combine = config.dispatch, config.combine
     return ModePair(
-        dispatch=dispatch
-        if isinstance(dispatch, DispatchMode)
-        else min(dispatch_cost, key=dispatch_cost.__getitem__),
-        combine=combine
-        if isinstance(combine, CombineMode)
-        else min(combine_cost, key=combine_cost.__getitem__),
+        dispatch=dispatch if isinstance(dispatch, DispatchMode) else min(dispatch_cost, key=dispatch_cost.__getitem__),
+        combine=combine if isinstance(combine, CombineMode) else min(combine_cost, key=combine_cost.__getitem__),
     )

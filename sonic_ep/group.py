@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-Group = dist.ProcessGroup | DeviceMesh | None
+# An int is what torch.distributed.new_group gives to ranks that are not in the new group.
+Group = dist.ProcessGroup | DeviceMesh | int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +47,18 @@ def resolve_group(group: Group) -> EPGroup:
         if group.ndim != 1:
             raise ValueError(f"group: got a device mesh of {group.ndim} dimensions, expected one dimension")
         group = group.get_group()
-    # torch.distributed.new_group answers ranks outside the group with a plain number.
-    if group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError(f"group: got a group without rank {dist.get_rank()} of the world, expected a member")
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise _no_member()
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(f"group: got {type(group).__name__}, expected ProcessGroup, 1-D DeviceMesh or None")
     rank = dist.get_rank(group)
     if rank < 0:
-        raise ValueError(f"group: got a group without rank {dist.get_rank()} of the world, expected a member")
+        raise _no_member()
     return EPGroup(rank=rank, world_size=dist.get_world_size(group), process_group=group)
+
+
+def _no_member() -> ValueError:
+    return ValueError(f"group: got a group without rank {dist.get_rank()} of the world, expected a member")
 
 
 def _world() -> EPGroup:

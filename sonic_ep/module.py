@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from sonic_ep.activation import ACTIVATIONS
+from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
 from sonic_ep.api import ExpertParallel, MoEOutput
 from sonic_ep.config import ScoreOrder, parse_choice
 from sonic_ep.validation import Edge, check_experts_divide
@@ -61,6 +61,7 @@ class MoE(nn.Module):
         self.score_order = parse_choice("score_order", score_order, ScoreOrder)
         self.norm_topk_probs = norm_topk_probs
         self.reduce_router_grad = reduce_router_grad
+        edge.named("gate_layout", gate_layout, GATE_LAYOUTS)
         width = edge.named("activation", activation, ACTIVATIONS).up_width(intermediate_size)
         held = num_experts // ep.world_size
 
@@ -93,7 +94,7 @@ class MoE(nn.Module):
         return (p for p in (self.w1, self.w2, self.b1, self.b2) if p is not None)
 
     def forward(self, x: Tensor) -> MoEOutput:
-        """x (T, H) or (..., H) to ``MoEOutput``; ``.y`` has the shape of x. Collective."""
+        """X (T, H) or (..., H) to ``MoEOutput``; ``.y`` has the shape of x. Collective."""
         return self.ep.moe(
             x,
             self.router_w,

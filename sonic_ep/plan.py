@@ -100,7 +100,7 @@ class RoutingPlan:
 
     @property
     def experts_per_rank(self) -> int:
-        """e."""
+        """E."""
         return self.group_ends.shape[0]
 
     @property
@@ -128,9 +128,7 @@ class RoutingPlan:
         """
         _check_form(self)
         valid_WCK = self.expert_ids >= 0
-        _expect(
-            "expert_ids", bool((self.expert_ids < self.num_experts).all() & (self.expert_ids >= -1).all())
-        )
+        _expect("expert_ids", bool((self.expert_ids < self.num_experts).all() & (self.expert_ids >= -1).all()))
         _check_counts(self, valid_WCK)
         _check_rows(self, valid_WCK)
         _check_tokens(self)
@@ -198,7 +196,5 @@ def _check_tokens(plan: RoutingPlan) -> None:
         _expect("pair_tokens", torch.equal(plan.pair_tokens[:, rank].long(), present_WC.sum(dim=1)))
         if rank == plan.rank:
             packed_N = plan.packed_of_token[present_WC].long()
-            _expect(
-                "packed_of_token", torch.equal(packed_N, torch.arange(len(packed_N), device=packed_N.device))
-            )
+            _expect("packed_of_token", torch.equal(packed_N, torch.arange(len(packed_N), device=packed_N.device)))
             _expect("packed_of_token", bool((plan.packed_of_token[~present_WC] == NO_ROW).all()))

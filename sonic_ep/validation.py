@@ -60,9 +60,7 @@ class Edge:
         assert found is not None
         return found
 
-    def tensor(
-        self, name: str, value: object, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None
-    ) -> Tensor:
+    def tensor(self, name: str, value: object, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> Tensor:
         """A dense tensor of one of ``dtypes``, on the device of ``like`` or else on one that the group can move."""
         if not isinstance(value, Tensor):
             raise TypeError(f"{self.group}: {name}: got {type(value).__name__}, expected a torch.Tensor")
@@ -100,9 +98,7 @@ def check_experts_divide(edge: Edge, num_experts: int) -> None:
     """W divides E."""
     world_size = edge.group.world_size
     divides = num_experts % world_size == 0
-    edge.require(
-        divides, "number of experts E", num_experts, f"a multiple of the group's W={world_size} ranks"
-    )
+    edge.require(divides, "number of experts E", num_experts, f"a multiple of the group's W={world_size} ranks")
 
 
 def check_router(edge: Edge, x_TH: Tensor, router_w: object, options: RouterOptions) -> Tensor:

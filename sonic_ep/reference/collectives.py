@@ -74,9 +74,7 @@ class ProcessGroupCollectives:
     def all_to_all_rows(self, rows: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
         """Uneven splits, zeros among them; every rank takes part, whatever it has to send."""
         received = rows.new_empty((sum(receive_splits), *rows.shape[1:]))
-        dist.all_to_all_single(
-            received, rows.contiguous(), receive_splits, send_splits, group=self.group.process_group
-        )
+        dist.all_to_all_single(received, rows.contiguous(), receive_splits, send_splits, group=self.group.process_group)
         return received
 
 

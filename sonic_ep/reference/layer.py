@@ -75,7 +75,7 @@ class Dispatch(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
-        """dx = the sum of a token's row gradients, with the rounding points of the combine mode."""
+        """Dx = the sum of a token's row gradients, with the rounding points of the combine mode."""
         exchange: Exchange = ctx.exchange
         return exchange.combine.combine(grad_RH, None, exchange.plan), None
 
@@ -148,7 +148,7 @@ class RowsOnDemand:
         # An empty piece too would keep the whole storage alive.
         if self._storage == 0 or tensor.untyped_storage().data_ptr() != self._storage:
             return tensor
-        return _RowsView(size=tensor.shape, stride=tensor.stride(), offset=tensor.storage_offset())
+        return _RowsView(size=tensor.shape, stride=tensor.stride(), offset=int(tensor.storage_offset()))
 
     def _unpack(self, packed: Tensor | _RowsView) -> Tensor:
         if isinstance(packed, Tensor):
@@ -216,7 +216,7 @@ class ReferenceBackend:
         )
 
     def dispatch(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
-        """x in canonical row order, (R, H)."""
+        """X in canonical row order, (R, H)."""
         rows_RH: Tensor = Dispatch.apply(x_TH, self._exchange(plan))
         return rows_RH
 

@@ -60,9 +60,7 @@ def exchange_plan(
     group = collectives.group
     slots = group.world_size * capacity * topk_idx_TK.shape[1]
     if slots > MOST_SLOTS:
-        raise ValueError(
-            f"{group}: W*C*K: got {slots} slots, expected at most {MOST_SLOTS} (slots are int32)"
-        )
+        raise ValueError(f"{group}: W*C*K: got {slots} slots, expected at most {MOST_SLOTS} (slots are int32)")
     expert_ids_WCK = collectives.all_gather(pad_tokens(topk_idx_TK.to(INDEX_DTYPE), capacity, NO_ROW))
     return build_plan(
         expert_ids_WCK,
@@ -98,7 +96,7 @@ def build_plan(
 
 
 def _slots_of_expert(expert_ids_WCK: Tensor, num_experts: int) -> Tensor:
-    """counts (E,) int64, without the dropped slots."""
+    """Counts (E,) int64, without the dropped slots."""
     return torch.bincount(expert_ids_WCK[expert_ids_WCK >= 0].long(), minlength=num_experts)
 
 
@@ -130,9 +128,7 @@ def _packed_places(present_WC: Tensor) -> Tensor:
     return torch.where(present_WC, place_WC, NO_ROW).to(INDEX_DTYPE)
 
 
-def _row_capacity(
-    expert_ids_WCK: Tensor, num_experts: int, distinct: bool, config: EPConfig, group: EPGroup
-) -> int:
+def _row_capacity(expert_ids_WCK: Tensor, num_experts: int, distinct: bool, config: EPConfig, group: EPGroup) -> int:
     """R: the exact rows with ``cpu_sync_on_runtime``, else the ceiling, or ``max_rows`` if that is less.
 
     Every rank sees the rows of all ranks, so that an overflow is raised by all of them and nobody is left waiting.
@@ -178,8 +174,7 @@ def slot_exchange(plan: RoutingPlan) -> SlotExchange:
     row_WF = plan.row_of_slot.flatten(1).long()
     sent = [_slots_by_row(owner_WF[plan.rank], row_WF[plan.rank], rank) for rank in range(plan.world_size)]
     from_rank = [
-        row_WF[source][_slots_by_row(owner_WF[source], row_WF[source], plan.rank)]
-        for source in range(plan.world_size)
+        row_WF[source][_slots_by_row(owner_WF[source], row_WF[source], plan.rank)] for source in range(plan.world_size)
     ]
     return SlotExchange(
         slots=torch.cat(sent),

@@ -4,7 +4,7 @@ The library itself never imports this package.
 """
 
 from sonic_ep.testing.cases import CASES, Case, Inputs, draw, option_cases, pairwise
-from sonic_ep.testing.checks import Accuracy, Errors, assert_as_accurate, assert_bitwise, measure_accuracy
+from sonic_ep.testing.checks import Accuracy, Errors, Yardstick, assert_as_accurate, assert_bitwise
 from sonic_ep.testing.differential import verify_moe, verify_routed
 from sonic_ep.testing.ranks import Rank, RankError, RankPool
 
@@ -17,10 +17,10 @@ __all__ = [
     "Rank",
     "RankError",
     "RankPool",
+    "Yardstick",
     "assert_as_accurate",
     "assert_bitwise",
     "draw",
-    "measure_accuracy",
     "option_cases",
     "pairwise",
     "verify_moe",

@@ -93,9 +93,7 @@ class Case:
 
     def router_options(self) -> RouterOptions:
         """What the case asks of the router."""
-        return RouterOptions(
-            top_k=self.top_k, score_order=self.score_order, norm_topk_probs=self.norm_topk_probs
-        )
+        return RouterOptions(top_k=self.top_k, score_order=self.score_order, norm_topk_probs=self.norm_topk_probs)
 
 
 def _table(*cases: Case) -> Mapping[str, Case]:

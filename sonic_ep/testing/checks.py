@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
 
@@ -20,9 +21,7 @@ def assert_bitwise(got: Tensor, expected: Tensor, name: str = "tensor") -> None:
     Raises ``AssertionError`` that counts the differing elements and shows the first.
     """
     assert got.dtype == expected.dtype, f"{name}: got {got.dtype}, expected {expected.dtype}"
-    assert got.shape == expected.shape, (
-        f"{name}: got shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
-    )
+    assert got.shape == expected.shape, f"{name}: got shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
     bits = _BITS[got.element_size()]
     differs = got.detach().contiguous().view(bits) != expected.detach().contiguous().view(bits)
     if differs.any():
@@ -44,6 +43,10 @@ class Errors:
     norm: float
     worst_row: float
 
+    def within(self, bound: Errors) -> bool:
+        """Whether both errors are at most those of ``bound``."""
+        return self.norm <= bound.norm and self.worst_row <= bound.worst_row
+
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
@@ -56,7 +59,12 @@ class Accuracy:
     @property
     def ok(self) -> bool:
         """Whether both errors are within their bounds."""
-        return self.got.norm <= self.bound.norm and self.got.worst_row <= self.bound.worst_row
+        return self.got.within(self.bound)
+
+    @property
+    def ratio(self) -> float:
+        """The larger of both errors over their bounds: at most 1 if ok."""
+        return max(_ratio(self.got.norm, self.bound.norm), _ratio(self.got.worst_row, self.bound.worst_row))
 
     def __str__(self) -> str:
         return (
@@ -65,61 +73,81 @@ class Accuracy:
         )
 
 
-def measure_errors(got: Tensor, truth: Tensor, must_be_zero: Tensor | None = None) -> Errors:
-    """Errors of ``got`` against ``truth``; infinite for anything that is not finite.
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one rank's share of a tensor adds to the errors of the whole.
 
-    must_be_zero: a mask of rows that have to be exact zeros; another value there is an infinite error.
+    square: the squared norm of its difference from the truth. worst_row: as in ``Errors``.
     """
-    got_NH, truth_NH = _as_rows(got), _as_rows(truth)
-    if truth_NH.numel() == 0:
-        return Errors(norm=0.0, worst_row=0.0)
-    difference_NH = got_NH - truth_NH
-    stray = must_be_zero is not None and bool((got_NH[must_be_zero] != 0).any())
-    if stray or not bool(difference_NH.isfinite().all()):
-        return Errors(norm=inf, worst_row=inf)
-    size_N = truth_NH.norm(dim=1)
-    distance_N = difference_NH.norm(dim=1)
-    row_scale_N = size_N.clamp(min=float(size_N.square().mean().sqrt()))
-    return Errors(
-        norm=_ratio(float(difference_NH.norm()), float(truth_NH.norm())),
-        worst_row=max(map(_ratio, distance_N.tolist(), row_scale_N.tolist())),
-    )
+
+    square: float
+    worst_row: float
 
 
-def measure_accuracy(got: Tensor, truth: Tensor, plain: Tensor, name: str = "tensor") -> Accuracy:
-    """``got`` against the fp64 ``truth``, with ``plain`` (PyTorch in the same dtype) as the yardstick.
+class Yardstick:
+    """The truth of a whole tensor, in fp64, and how far plain PyTorch in the tested dtype is from it.
 
-    The bound is ``ACCURACY_FACTOR`` times the error of ``plain``, which counts as at least half a unit in the last
-    place: no result can be expected to be better than the truth, rounded. Rows that are exact zeros in the truth and
-    in ``plain`` have to be exact zeros.
+    Shares of ranks are measured one by one and judged together: a rank with two rows has no statistics of its own.
     """
-    assert got.dtype == plain.dtype, f"{name}: got {got.dtype}, expected {plain.dtype}"
-    assert got.shape == truth.shape == plain.shape, (
-        f"{name}: got {tuple(got.shape)}, expected {tuple(truth.shape)}"
-    )
-    half_ulp = torch.finfo(got.dtype).eps / 2
-    yardstick = measure_errors(plain, truth)
-    zero_rows = (_as_rows(truth) == 0).all(dim=1) & (_as_rows(plain) == 0).all(dim=1)
-    return Accuracy(
-        name=name,
-        got=measure_errors(got, truth, must_be_zero=zero_rows),
-        bound=Errors(
-            norm=ACCURACY_FACTOR * max(yardstick.norm, half_ulp),
-            worst_row=ACCURACY_FACTOR * max(yardstick.worst_row, half_ulp),
-        ),
-    )
+
+    def __init__(self, truth: Tensor, plain: Tensor) -> None:
+        assert truth.shape == plain.shape, f"got {tuple(plain.shape)}, expected {tuple(truth.shape)}"
+        self._dtype = plain.dtype
+        self._truth = truth.detach().double()
+        row_norms = torch.linalg.vector_norm(self._truth, dim=-1)
+        self._norm = float(torch.linalg.vector_norm(self._truth))
+        typical = self._norm / max(row_norms.numel(), 1) ** 0.5
+        self._row_scale = row_norms.clamp(min=typical)
+        # Rows that even rounding does not touch have to be exact.
+        self._zero_rows = (self._truth == 0).all(dim=-1) & (plain == 0).all(dim=-1)
+        self.bound = self._bound(plain)
+
+    def part(self, got: Tensor, share: slice = slice(None)) -> Part:
+        """The part of ``got``, which is ``share`` of the whole along the first dimension.
+
+        Infinite if anything is not finite, or not zero in a row that is exactly zero in the truth and in plain PyTorch.
+        """
+        truth = self._truth[share]
+        assert got.dtype == self._dtype, f"got {got.dtype}, expected {self._dtype}"
+        assert got.shape == truth.shape, f"got shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
+        if got.numel() == 0:
+            return Part(square=0.0, worst_row=0.0)
+        difference = got.detach().double() - truth
+        stray = bool((got.detach()[self._zero_rows[share]] != 0).any())
+        if stray or not bool(difference.isfinite().all()):
+            return Part(square=inf, worst_row=inf)
+        distance = torch.linalg.vector_norm(difference, dim=-1)
+        # A scale of zero means a truth of zeros only; a difference from that is infinitely wrong.
+        relative = torch.where(distance > 0, distance / self._row_scale[share], 0.0)
+        return Part(square=float(difference.square().sum()), worst_row=float(relative.max()))
+
+    def judge(self, name: str, parts: Iterable[Part]) -> Accuracy:
+        """The errors of the whole from the parts of all shares."""
+        return Accuracy(name=name, got=self._errors(list(parts)), bound=self.bound)
+
+    def _errors(self, parts: list[Part]) -> Errors:
+        distance = sum(part.square for part in parts) ** 0.5
+        return Errors(norm=_ratio(distance, self._norm), worst_row=max(part.worst_row for part in parts))
+
+    def _bound(self, plain: Tensor) -> Errors:
+        plain_errors = self._errors([self.part(plain)])
+        # No result can be expected to be better than the truth, rounded.
+        half_ulp = torch.finfo(plain.dtype).eps / 2
+        return Errors(
+            norm=ACCURACY_FACTOR * max(plain_errors.norm, half_ulp),
+            worst_row=ACCURACY_FACTOR * max(plain_errors.worst_row, half_ulp),
+        )
 
 
 def assert_as_accurate(got: Tensor, truth: Tensor, plain: Tensor, name: str = "tensor") -> None:
-    """Raise ``AssertionError`` unless ``got`` is as accurate as ``measure_accuracy`` asks."""
-    accuracy = measure_accuracy(got, truth, plain, name)
+    """Raise ``AssertionError`` unless ``got`` is at most ``ACCURACY_FACTOR`` times as far from ``truth`` as ``plain``.
+
+    truth: in fp64. plain: what PyTorch gives in the dtype of ``got``; its error counts as at least half a unit in the
+    last place. Both errors of ``Errors`` are held, and rows that are exact zeros in both have to be exact zeros.
+    """
+    yardstick = Yardstick(truth, plain)
+    accuracy = yardstick.judge(name, [yardstick.part(got)])
     assert accuracy.ok, str(accuracy)
-
-
-def _as_rows(tensor: Tensor) -> Tensor:
-    """(N, last dimension) in fp64; a vector is one row."""
-    wide = tensor.detach().double()
-    return wide.reshape(1, -1) if wide.ndim < 2 else wide.flatten(0, -2)
 
 
 def _ratio(distance: float, size: float) -> float:

@@ -1,6 +1,7 @@
 """The differential harness: one call of the layer, forward and every gradient, against the oracle.
 
-Each rank draws the whole case, runs its share, and holds that against its share of the oracle's answer.
+Each rank draws the whole case, runs its share, and measures that against its share of the oracle's answer; the parts
+of all ranks are judged together.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sonic_ep.api import ExpertParallel
@@ -17,7 +19,7 @@ from sonic_ep.backend import Experts
 from sonic_ep.config import RouterOptions
 from sonic_ep.reference.dense import dense_moe, dense_scores
 from sonic_ep.testing.cases import Case, Inputs, draw
-from sonic_ep.testing.checks import Accuracy, measure_accuracy
+from sonic_ep.testing.checks import Accuracy, Part, Yardstick
 
 # A call's results by name: y, dx, dw1, dw2, db1, db2, then d(scores), or router_logits and d(router_w).
 Outcome = Mapping[str, Tensor]
@@ -120,14 +122,33 @@ def choices_agree(topk_idx: Tensor, logits: Tensor) -> bool:
     return distinct and torch.equal(chosen, logits.topk(top_k, dim=1).values)
 
 
-def compare(outcome: Outcome, oracle: Oracle, inputs: Inputs, rank: int) -> list[Accuracy]:
-    """This rank's outcome against its share of the oracle's, one finding for each tensor the oracle knows."""
-    shares = {"tokens": inputs.tokens_of(rank), "experts": inputs.experts_of(rank), "all": slice(None)}
+def compare(outcome: Outcome, oracle: Oracle, inputs: Inputs, ep: ExpertParallel) -> list[Accuracy]:
+    """Collective: the outcome of all ranks against the oracle's, one finding for each tensor the oracle knows."""
+    shares = {"tokens": inputs.tokens_of(ep.rank), "experts": inputs.experts_of(ep.rank), "all": slice(None)}
+    sticks = {name: Yardstick(truth, oracle.plain[name]) for name, truth in oracle.truth.items()}
+    kinds = {name: _SHARE.get(name, "experts") for name in sticks}
+    parts = [stick.part(outcome[name], shares[kinds[name]]) for name, stick in sticks.items()]
+    by_rank = gather_parts(parts, ep, inputs.x.device)
     findings = []
-    for name, truth in oracle.truth.items():
-        share = shares[_SHARE.get(name, "experts")]
-        findings.append(measure_accuracy(outcome[name], truth[share], oracle.plain[name][share], name))
+    for place, (name, stick) in enumerate(sticks.items()):
+        if kinds[name] == "all":
+            # Every rank holds the whole; the worst of them counts.
+            found = [stick.judge(name, [parts[place]]) for parts in by_rank]
+            findings.append(max(found, key=lambda accuracy: accuracy.ratio))
+        else:
+            findings.append(stick.judge(name, [parts[place] for parts in by_rank]))
     return findings
+
+
+def gather_parts(parts: list[Part], ep: ExpertParallel, device: torch.device) -> list[list[Part]]:
+    """Collective: the parts of every rank, in rank order."""
+    mine = torch.tensor([[part.square, part.worst_row] for part in parts], dtype=torch.float64, device=device)
+    every = [torch.empty_like(mine) for _ in range(ep.world_size)]
+    if ep.group.process_group is None:
+        every = [mine]
+    else:
+        dist.all_gather(every, mine, group=ep.group.process_group)
+    return [[Part(square=square, worst_row=worst) for square, worst in rank.tolist()] for rank in every]
 
 
 @lru_cache(maxsize=4)
@@ -142,14 +163,21 @@ def drawn_oracle(case: Case, world_size: int, device: torch.device) -> Oracle:
     return routed_oracle(drawn(case, world_size, device))
 
 
+@lru_cache(maxsize=4)
+def drawn_moe_oracle(case: Case, world_size: int, device: torch.device, choices: tuple[int, ...]) -> Oracle:
+    """``moe_oracle``, kept for the next call with the same case and the same choices (N*K, token by token)."""
+    topk_idx = torch.tensor(choices, dtype=torch.int64, device=device).view(-1, case.top_k)
+    return moe_oracle(drawn(case, world_size, device), topk_idx)
+
+
 def verify_routed(case: Case, ep: ExpertParallel, device: torch.device) -> list[Accuracy]:
-    """Collective: ``ep.moe_routed`` against the oracle on this rank's share."""
+    """Collective: ``ep.moe_routed`` against the oracle; the same findings on every rank."""
     inputs = drawn(case, ep.world_size, device)
-    return compare(run_routed(inputs, ep), drawn_oracle(case, ep.world_size, device), inputs, ep.rank)
+    return compare(run_routed(inputs, ep), drawn_oracle(case, ep.world_size, device), inputs, ep)
 
 
 def verify_moe(case: Case, ep: ExpertParallel, device: torch.device) -> list[Accuracy]:
-    """Collective: ``ep.moe`` against the oracle on this rank's share.
+    """Collective: ``ep.moe`` against the oracle; the same findings on every rank.
 
     Raises ``AssertionError`` if its choices are not the largest of its own logits, or its counts not those choices'.
     """
@@ -161,10 +189,9 @@ def verify_moe(case: Case, ep: ExpertParallel, device: torch.device) -> list[Acc
     topk_idx = torch.cat(held).long()
     assert torch.equal(held[ep.rank].long(), mine), "the plan does not hold this rank's own choices"
     assert choices_agree(mine, outcome["router_logits"]), "choices are not the largest logits"
-    assert torch.equal(plan.counts, outcome["tokens_per_expert"]), (
-        "tokens_per_expert does not count the choices"
-    )
-    return compare(outcome, moe_oracle(inputs, topk_idx), inputs, ep.rank)
+    assert torch.equal(plan.counts, outcome["tokens_per_expert"]), "tokens_per_expert does not count the choices"
+    oracle = drawn_moe_oracle(case, ep.world_size, device, tuple(topk_idx.flatten().tolist()))
+    return compare(outcome, oracle, inputs, ep)
 
 
 _SHARE: Mapping[str, str] = {

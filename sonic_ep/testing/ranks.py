@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from sonic_ep.group import device_of_rank
 
@@ -181,9 +182,7 @@ def _collect(workers: Sequence[_Worker], timeout: float) -> list[_Answer]:
     missing = [worker.rank for worker in workers if worker.rank not in answers]
     failed = [rank for rank, answer in answers.items() if answer.failure is not None]
     if failed:
-        reports = "\n".join(
-            f"--- rank {rank} of {len(workers)} ---\n{answers[rank].failure}" for rank in failed
-        )
+        reports = "\n".join(f"--- rank {rank} of {len(workers)} ---\n{answers[rank].failure}" for rank in failed)
         stopped = f"\nstopped while they waited: ranks {missing}" if missing else ""
         raise RankError(failed[0], f"rank {failed[0]} of {len(workers)} failed\n{reports}{stopped}")
     if missing:
@@ -243,7 +242,7 @@ def _join_group(rank: int, job: _Job) -> None:
         torch.cuda.set_device(_device(rank, job))
     dist.init_process_group(
         "nccl" if own_device else "gloo",
-        store=dist.FileStore(job.store, job.world_size),
+        store=FileStore(job.store, job.world_size),
         rank=rank,
         world_size=job.world_size,
     )

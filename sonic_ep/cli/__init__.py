@@ -1,0 +1,144 @@
+"""The command line: ``python -m sonic_ep`` or ``sonic-ep``, with doctor, verify and demo.
+
+Exit codes: 0 for green, 1 for red or for a machine that cannot run what was asked, 2 for wrong arguments, 130 after
+Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from sonic_ep.backend import BACKEND_PACKAGES, choose_backend
+from sonic_ep.cli.demo import show_demo
+from sonic_ep.cli.doctor import Health, examine
+from sonic_ep.cli.launch import joined_group, launch, launched_by_torchrun
+from sonic_ep.cli.verify import DTYPES, Shape, chosen_cases, verify_cases
+from sonic_ep.config import AUTO, BackendUnavailableError
+from sonic_ep.group import EPGroup
+from sonic_ep.testing.cases import CASES
+
+GREEN, RED, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
+DEMO_RANKS = 4
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(words)
+    logging.basicConfig(format="%(name)s: %(message)s")
+    try:
+        options.check(options)
+        if getattr(options, "nproc", None) is not None and not launched_by_torchrun():
+            return launch(options.nproc, _without_nproc(words))
+        code: int = options.command(options)
+        return code
+    except (ValueError, BackendUnavailableError) as error:
+        print(f"sonic-ep: {error}", file=sys.stderr)
+        return WRONG_ARGUMENTS if isinstance(error, ValueError) else RED
+    except KeyboardInterrupt:
+        print("sonic-ep: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sonic-ep", description="Expert parallelism for Mixture-of-Experts layers.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _add_doctor(commands.add_parser("doctor", help="versions, GPUs, links, and which backends can run here"))
+    _add_verify(commands.add_parser("verify", help="run the differential cases on this machine"))
+    _add_demo(commands.add_parser("demo", help="route a handful of tokens over four ranks and show every step"))
+    return parser
+
+
+def _without_nproc(words: Sequence[str]) -> list[str]:
+    """The words for the ranks themselves: torchrun would take --nproc for an abbreviation of its own options."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--nproc")
+    return parser.parse_known_args(list(words))[1]
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", choices=tuple(BACKEND_PACKAGES), help="exit 1 unless this one can run here")
+    parser.set_defaults(command=_doctor, check=_nothing_to_check)
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    _add_nproc(parser, default=None)
+    parser.add_argument("--backend", choices=(AUTO, *BACKEND_PACKAGES), default=AUTO, help="which one to verify")
+    parser.add_argument("--case", action="append", choices=tuple(CASES), help="only this case; may be repeated")
+    parser.add_argument(
+        "--thiek",
+        type=_shape,
+        metavar="T,H,I,E,K",
+        help="a shape instead of the named cases: tokens of the whole group, hidden, intermediate, experts, top-k",
+    )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of --thiek")
+    parser.set_defaults(command=_verify, check=_check_verify)
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    _add_nproc(parser, default=DEMO_RANKS)
+    parser.set_defaults(command=_demo, check=_nothing_to_check)
+
+
+def _add_nproc(parser: argparse.ArgumentParser, default: int | None) -> None:
+    parser.add_argument(
+        "--nproc", type=_count, default=default, metavar="N", help=f"ranks to start (default: {default or 1})"
+    )
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
+    return int(text)
+
+
+def _shape(text: str) -> Shape:
+    parts = text.split(",")
+    if len(parts) != 5:
+        raise argparse.ArgumentTypeError(f"got {len(parts)} numbers in {text!r}, expected five: T,H,I,E,K")
+    tokens, hidden, intermediate, num_experts, top_k = (_count(part.strip()) for part in parts)
+    if top_k > num_experts:
+        raise argparse.ArgumentTypeError(f"got K={top_k}, expected at most E={num_experts}")
+    return Shape(tokens=tokens, hidden=hidden, intermediate=intermediate, num_experts=num_experts, top_k=top_k)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    health = examine()
+    _print_health(health)
+    return GREEN if health.can_run(options.backend) else RED
+
+
+def _print_health(health: Health) -> None:
+    for subject, finding in health.lines:
+        print(f"{subject:<17} {finding}")
+    for backend in health.backends:
+        print(f"backend {backend.name:<9} {'cannot run here:' if backend.reasons else 'can run here'}")
+        for reason in backend.reasons:
+            print(f"    - {reason}")
+
+
+def _nothing_to_check(options: argparse.Namespace) -> None:
+    """The parser has seen to everything."""
+
+
+def _check_verify(options: argparse.Namespace) -> None:
+    """What would fail alike on every rank fails here, once, before any is started."""
+    ranks = options.nproc or (int(os.environ["WORLD_SIZE"]) if launched_by_torchrun() else 1)
+    choose_backend(options.backend, EPGroup(rank=0, world_size=ranks, process_group=None))
+    chosen_cases(ranks, options.case, options.thiek, DTYPES[options.dtype])
+
+
+def _verify(options: argparse.Namespace) -> int:
+    with joined_group() as place:
+        cases = chosen_cases(place.world_size, options.case, options.thiek, DTYPES[options.dtype])
+        out = sys.stdout if place.rank == 0 else None
+        return GREEN if verify_cases(cases, options.backend, place.device, out) else RED
+
+
+def _demo(options: argparse.Namespace) -> int:
+    with joined_group() as place:
+        return GREEN if show_demo(place.device, sys.stdout if place.rank == 0 else None) else RED

@@ -1,0 +1,85 @@
+"""Several ranks from one command line: ``torch.distributed.run`` starts them, each joins the group."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from sonic_ep.group import device_of_rank
+
+FAILED = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """This process among those that were started, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def launched_by_torchrun() -> bool:
+    """Whether this process is a rank already."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launch(nproc: int, words: Sequence[str]) -> int:
+    """Run ``python -m sonic_ep words`` on ``nproc`` ranks of this machine.
+
+    words: the command line without --nproc. Returns the exit code of the rank that failed first, 0 if none did.
+    Raises ``KeyboardInterrupt`` after Ctrl-C, when the ranks are gone.
+    """
+    # Imported here: the launcher is heavy, and one rank does without it.
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    # Ranks that share the processor's cores must not each take all of them.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    try:
+        torchrun(["--standalone", f"--nproc-per-node={nproc}", "--module", "sonic_ep", *words])
+    except SignalException as stopped:
+        if stopped.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        return FAILED
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        # A rank that failed by its own word has said why; one that a signal ended has not.
+        if failure.exitcode < 0:
+            print(f"sonic-ep: rank {rank} was ended by {failure.signal_name()}", file=sys.stderr)
+            return FAILED
+        return failure.exitcode
+    return 0
+
+
+@contextmanager
+def joined_group() -> Iterator[Place]:
+    """The world that torchrun made, joined for as long as the context lasts; without torchrun, one rank and no group.
+
+    NCCL if every rank of this machine has a GPU of its own, else gloo.
+    """
+    if not launched_by_torchrun():
+        yield Place(rank=0, world_size=1, device=_claim(device_of_rank(0)))
+        return
+    local_rank, local_size = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    device = _claim(device_of_rank(local_rank))
+    own_device = device.type == "cuda" and local_size <= torch.cuda.device_count()
+    dist.init_process_group("nccl" if own_device else "gloo")
+    try:
+        yield Place(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _claim(device: torch.device) -> torch.device:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device

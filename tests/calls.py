@@ -1,0 +1,28 @@
+"""Arguments of a right call, small, for tests that change one of them."""
+
+from typing import Any
+
+import torch
+
+TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 5, 8, 4, 4, 2
+
+
+def good_call(**changes: Any) -> dict[str, Any]:
+    """Arguments of ``moe`` that are right, but for ``changes``."""
+    return {
+        "x": torch.randn(TOKENS, HIDDEN),
+        "router_w": torch.randn(EXPERTS, HIDDEN),
+        "w1": torch.randn(EXPERTS, 2 * INTERMEDIATE, HIDDEN),
+        "w2": torch.randn(EXPERTS, HIDDEN, INTERMEDIATE),
+        "top_k": TOP_K,
+        **changes,
+    }
+
+
+def good_routed_call(**changes: Any) -> dict[str, Any]:
+    """Arguments of ``moe_routed`` that are right, but for ``changes``."""
+    arguments = good_call()
+    del arguments["router_w"], arguments["top_k"]
+    arguments["topk_idx"] = torch.tensor([[0, 1]] * TOKENS)
+    arguments["topk_scores"] = torch.rand(TOKENS, TOP_K)
+    return {**arguments, **changes}

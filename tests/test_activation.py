@@ -1,0 +1,62 @@
+"""Every activation against its textbook formula in fp64, and the gate layouts against plain indexing."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS, GateLayout
+
+CONCAT, INTERLEAVED = GATE_LAYOUTS["concat"], GATE_LAYOUTS["interleaved"]
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + (-x).exp())
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh())
+
+
+def relu(x: Tensor) -> Tensor:
+    return x * (x > 0)
+
+
+FORMULAS = {
+    "swiglu": silu,
+    "geglu": gelu_tanh,
+    "reglu": relu,
+    "silu": silu,
+    "gelu": gelu_tanh,
+    "relu": relu,
+    "relu_sq": lambda x: relu(x) ** 2,
+}
+
+
+def test_every_activation_has_a_formula_here() -> None:
+    assert set(FORMULAS) == set(ACTIVATIONS)
+
+
+@pytest.mark.parametrize("layout", [CONCAT, INTERLEAVED], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("name", FORMULAS)
+def test_values(name: str, layout: GateLayout) -> None:
+    hidden = torch.randn(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+    activation = ACTIVATIONS[name]
+    gate, up = (hidden[:, :4], hidden[:, 4:]) if layout is CONCAT else (hidden[:, ::2], hidden[:, 1::2])
+    expected = up * FORMULAS[name](gate) if activation.gated else FORMULAS[name](hidden)
+    assert torch.allclose(activation(hidden, layout), expected, rtol=64 * torch.finfo(torch.float64).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_low_precision_is_rounded_once(name: str, dtype: torch.dtype) -> None:
+    hidden = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    out = ACTIVATIONS[name](hidden, INTERLEAVED)
+    assert out.dtype == dtype
+    assert torch.equal(out, ACTIVATIONS[name](hidden.float(), INTERLEAVED).to(dtype))
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_up_width(name: str) -> None:
+    assert ACTIVATIONS[name].up_width(7) == (14 if name in ("swiglu", "geglu", "reglu") else 7)

@@ -1,0 +1,137 @@
+"""The house rules that a reader relies on: imports go down, stems are mirrored, primitives have one signature."""
+
+import ast
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+
+import sonic_ep
+from sonic_ep.backend import CombinePrimitive, DispatchPrimitive
+
+PACKAGE = Path(sonic_ep.__file__).parent
+TESTS = Path(__file__).parent
+LEAVES = {"config", "plan", "activation", "cost", "group"}
+
+# What each part may import of the package. A part is a module or a folder right below sonic_ep.
+MAY_IMPORT = {
+    **{leaf: {"config"} for leaf in LEAVES},
+    "config": set(),
+    "backend": LEAVES,
+    "validation": {*LEAVES, "backend"},
+    "reference": {*LEAVES, "backend"},
+    "fast": {*LEAVES, "backend"},
+    "api": {*LEAVES, "backend", "validation"},
+    "module": {*LEAVES, "api", "validation"},
+    "testing": {*LEAVES, "backend", "api", "module", "reference"},
+    "cli": {*LEAVES, "backend", "api", "testing", "fast"},
+    "__init__": {*LEAVES, "api", "module"},
+    "__main__": {"cli"},
+}
+# Stems of one backend that the other need not have.
+FAST_ALONE = {"workspace", "device", "availability"}
+REFERENCE_ALONE = {"dense", "collectives"}
+
+
+def modules(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of everything that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides where an arrow goes"
+            assert node.module is not None
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_the_parts_are_those_we_know() -> None:
+    assert {part_of(path) for path in modules(PACKAGE)} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("path", modules(PACKAGE), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_arrows_go_down_only(path: Path) -> None:
+    own = [name for name in imported(path) if name.startswith("sonic_ep.")]
+    parts = {name.split(".")[1] for name in own} - {part_of(path)}
+    assert parts <= MAY_IMPORT[part_of(path)]
+
+
+@pytest.mark.parametrize("path", modules(PACKAGE), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_heavy_imports_stay_where_they_belong(path: Path) -> None:
+    names = imported(path)
+    triton = {name for name in names if name.split(".")[0] == "triton"}
+    assert not triton or part_of(path) == "fast", "only the fast backend imports triton"
+    symmetric = {name for name in names if "_symmetric_memory" in name}
+    assert not symmetric or path == PACKAGE / "fast" / "workspace.py"
+
+
+def stems(backend: str) -> set[str]:
+    """Stems of a backend's modules, those of a folder as folder/stem."""
+    folder = PACKAGE / backend
+    names = {str(path.relative_to(folder).with_suffix("")) for path in modules(folder)}
+    return {name for name in names if not name.endswith("__init__")}
+
+
+def test_stems_of_the_backends_are_mirrored() -> None:
+    assert stems("fast") - FAST_ALONE <= stems("reference")
+    assert stems("reference") >= REFERENCE_ALONE
+
+
+def test_every_stem_has_its_tests() -> None:
+    tested = {path.stem.removeprefix("test_") for path in TESTS.glob("test_*.py")}
+    tops = {part_of(path) for path in modules(PACKAGE)} - {"__init__", "__main__"}
+    inside = {name.split("/")[0] for name in stems("reference")}
+    # A folder of the package is covered by the tests of what it holds.
+    expected = (tops - {"reference", "fast", "testing"}) | inside | {"checks", "cases", "ranks"}
+    assert expected <= tested
+
+
+def primitives(backend: str, kind: str) -> list[type]:
+    """The classes of a backend that move rows, one in each module of its folder ``kind``."""
+    found = []
+    for path in sorted((PACKAGE / backend / kind).glob("[a-z]*.py")):
+        module = importlib.import_module(f"sonic_ep.{backend}.{kind}.{path.stem}")
+        own = [
+            value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__
+        ]
+        found += [value for value in own if value.__name__.endswith(kind.capitalize())]
+    return found
+
+
+def signatures(kind: type) -> dict[str, str]:
+    methods = {name: method for name, method in vars(kind).items() if not name.startswith("_")}
+    return {name: str(inspect.signature(method)) for name, method in methods.items() if callable(method)}
+
+
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+@pytest.mark.parametrize(("kind", "protocol"), [("dispatch", DispatchPrimitive), ("combine", CombinePrimitive)])
+def test_primitives_of_both_backends_have_one_signature(backend: str, kind: str, protocol: type) -> None:
+    found = primitives(backend, kind)
+    assert backend == "fast" or len(found) == 3
+    for primitive in found:
+        assert signatures(primitive) == signatures(protocol), primitive
+    names = {primitive.__name__ for primitive in found}
+    assert backend == "reference" or names <= {primitive.__name__ for primitive in primitives("reference", kind)}
+
+
+def test_the_library_never_needs_its_tests_or_triton() -> None:
+    """A fresh interpreter that imports the package and runs the reference has loaded neither."""
+    import subprocess
+    import sys
+
+    program = (
+        "import sys, torch, sonic_ep; sonic_ep.ExpertParallel(backend='reference').plan(torch.zeros(1, 1).int(), 2);"
+        "print([name for name in ('triton', 'sonic_ep.testing', 'sonic_ep.cli', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,57 @@
+"""The registry: a backend by name means that one, or an error that lists every reason."""
+
+import pytest
+import torch
+
+from sonic_ep import BackendUnavailableError, ExpertParallel
+from sonic_ep.backend import choose_backend, unavailable_reasons
+from sonic_ep.fast import availability
+from sonic_ep.group import EPGroup
+
+ALONE = EPGroup(rank=0, world_size=1, process_group=None)
+
+
+def test_fast_lists_every_reason_at_once() -> None:
+    reasons = unavailable_reasons("fast", ALONE)
+    assert "does not contain its kernels yet" in reasons[0]
+    if not torch.cuda.is_available():
+        assert "no CUDA device: torch.cuda.is_available() is False" in reasons
+    with pytest.raises(BackendUnavailableError) as raised:
+        ExpertParallel(backend="fast")
+    assert str(raised.value).startswith("rank 0 of 1: backend 'fast' cannot run here: ")
+    assert all(reason in str(raised.value) for reason in reasons)
+
+
+def test_auto_falls_to_the_next_and_says_why() -> None:
+    choice = choose_backend("auto", ALONE)
+    assert choice.name == "reference"
+    assert all(reason in choice.why for reason in unavailable_reasons("fast", ALONE))
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="backend: got 'turbo', expected one of 'auto', 'fast', 'reference'"):
+        choose_backend("turbo", ALONE)
+
+
+def test_what_is_missing_of_software(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(availability, "version", lambda name: "3.5.1+git0")
+    assert availability.software_reasons() == ("triton 3.5.1+git0 is installed, expected 3.6 or newer",)
+    monkeypatch.setattr(availability, "version", lambda name: "3.10.0")
+    assert availability.software_reasons() == ()
+
+    def absent(name: str) -> str:
+        raise availability.PackageNotFoundError(name)
+
+    monkeypatch.setattr(availability, "version", absent)
+    assert availability.software_reasons() == ("triton is not installed",)
+
+
+def test_what_is_missing_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0) if index == 1 else (9, 0))
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: 2 not in (a, b))
+    assert availability.device_reasons() == (
+        "GPU 1 has compute capability 8.0, expected 9.0 or newer",
+        "no peer access between GPUs 0->2, 1->2, 2->0, 2->1",
+    )

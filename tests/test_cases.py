@@ -1,0 +1,54 @@
+"""The case table: every case is what its name says, and drawn alike everywhere."""
+
+from itertools import combinations, product
+
+import pytest
+import torch
+
+from sonic_ep.testing import CASES, Inputs, assert_bitwise, draw, option_cases, pairwise
+from sonic_ep.testing.cases import OPTIONS
+
+WORLD_SIZES = [1, 2, 3, 4, 8]
+
+
+def drawn(name: str, world_size: int = 4) -> Inputs:
+    return draw(CASES[name], world_size)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("name", CASES)
+def test_a_draw_is_whole_and_repeatable(name: str, world_size: int) -> None:
+    case, inputs, again = CASES[name], drawn(name, world_size), drawn(name, world_size)
+    tokens = sum(case.tokens_of_rank(rank) for rank in range(world_size))
+    assert inputs.x.shape == inputs.dy.shape == (tokens, case.hidden)
+    assert inputs.topk_idx.shape == inputs.topk_scores.shape == (tokens, case.top_k)
+    assert inputs.topk_idx.ge(-1).all()
+    assert inputs.topk_idx.lt(case.num_experts).all()
+    for field in ("x", "dy", "topk_idx", "topk_scores", "router_w", "dlogits"):
+        assert_bitwise(getattr(inputs, field), getattr(again, field))
+    covered = [index for rank in range(world_size) for index in range(*inputs.tokens_of(rank).indices(tokens))]
+    assert covered == list(range(tokens))
+
+
+def test_names_keep_their_word() -> None:
+    assert set(drawn("one_expert").topk_idx.unique().tolist()) == {0}
+    assert set((drawn("one_rank").topk_idx // 6).unique().tolist()) == {3}
+    assert (drawn("empty_experts").topk_idx % 2).eq(0).all()
+    assert (drawn("dropped_slots").topk_idx == -1).any(dim=1).any()
+    assert (drawn("dropped_slots").topk_idx == -1).all(dim=1).any()
+    repeated = drawn("repeated_experts").topk_idx
+    assert (repeated.sort(dim=1).values.diff(dim=1) == 0).any()
+    assert (repeated == repeated[:, :1]).all(dim=1).any()
+    counts = torch.bincount(drawn("skewed").topk_idx.flatten(), minlength=24)
+    assert counts[:6].sum() > 2 * counts[-12:].sum()
+    assert drawn("no_tokens_at_all").x.shape[0] == 0
+    assert drawn("top_all").topk_idx.sort(dim=1).values.eq(torch.arange(24)).all()
+
+
+def test_pairwise_lets_every_two_values_meet() -> None:
+    settings = pairwise(OPTIONS)
+    for a, b in combinations(OPTIONS, 2):
+        met = {(setting[a], setting[b]) for setting in settings}
+        assert met == set(product(OPTIONS[a], OPTIONS[b]))
+    assert len(settings) < 40
+    assert len({case.name for case in option_cases()}) == len(settings)

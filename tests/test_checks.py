@@ -1,0 +1,167 @@
+"""The harness must bite: each kind of wrong answer is fed to it, and has to come out red."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from sonic_ep import ExpertParallel
+from sonic_ep.reference.dense import dense_moe
+from sonic_ep.testing import CASES, Case, Inputs, Yardstick, assert_as_accurate, assert_bitwise, draw
+from sonic_ep.testing.differential import compare, drawn_oracle, routed_oracle, run_routed
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+WORLD_SIZE = 4
+
+
+def accurate(name: str, dtype: torch.dtype) -> tuple[Inputs, Tensor, Tensor, Tensor]:
+    """A case with its truth, plain PyTorch's answer, and an answer that is right: the truth rounded."""
+    inputs = draw(replace(CASES[name], dtype=dtype), WORLD_SIZE)
+    oracle = routed_oracle(inputs)
+    return inputs, oracle.truth["y"], oracle.plain["y"], oracle.truth["y"].to(dtype)
+
+
+def all_zero(y: Tensor, inputs: Inputs) -> Tensor:
+    return torch.zeros_like(y)
+
+
+def swapped_row(y: Tensor, inputs: Inputs) -> Tensor:
+    y[[2, 3]] = y[[3, 2]]
+    return y
+
+
+def dropped_score(y: Tensor, inputs: Inputs) -> Tensor:
+    """One of the K slots of one token counts nothing."""
+    scores = inputs.topk_scores.clone()
+    scores[4, 1] = 0
+    return dense_moe(inputs.x, inputs.topk_idx, scores, inputs.experts)
+
+
+def shifted_rank(y: Tensor, inputs: Inputs) -> Tensor:
+    share = inputs.tokens_of(1)
+    y[share] = y[share].roll(1, dims=0)
+    return y
+
+
+def stale_buffer(y: Tensor, inputs: Inputs) -> Tensor:
+    """The last rank's rows are those of another call."""
+    share = inputs.tokens_of(WORLD_SIZE - 1)
+    other = dense_moe(inputs.dy, inputs.topk_idx, inputs.topk_scores, inputs.experts)
+    y[share] = other[share]
+    return y
+
+
+def one_nan(y: Tensor, inputs: Inputs) -> Tensor:
+    y[0, 0] = float("nan")
+    return y
+
+
+def sign_flipped(y: Tensor, inputs: Inputs) -> Tensor:
+    y[1, 0] = -y[1, 0]
+    return y
+
+
+WRONGS: list[Callable[[Tensor, Inputs], Tensor]] = [
+    all_zero,
+    swapped_row,
+    dropped_score,
+    shifted_rank,
+    stale_buffer,
+    one_nan,
+    sign_flipped,
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("wrong", WRONGS, ids=lambda wrong: wrong.__name__)
+@pytest.mark.parametrize("case", ["uniform", "uneven_tokens", "prime_tokens"])
+def test_wrong_answers_are_red(case: str, wrong: Callable[[Tensor, Inputs], Tensor], dtype: torch.dtype) -> None:
+    inputs, truth, plain, right = accurate(case, dtype)
+    assert_as_accurate(right, truth, plain, "y")
+    assert_as_accurate(plain, truth, plain, "y")
+    with pytest.raises(AssertionError, match="y: relative error"):
+        assert_as_accurate(wrong(right.clone(), inputs), truth, plain, "y")
+
+
+@pytest.mark.parametrize("small", [1e-3, 1e-6])
+def test_small_outputs_get_no_benefit(small: float) -> None:
+    """Where an absolute tolerance would let zeros pass."""
+    truth = torch.randn(10, 8, dtype=torch.float64) * small
+    plain = truth.bfloat16()
+    with pytest.raises(AssertionError):
+        assert_as_accurate(torch.zeros_like(plain), truth, plain)
+
+
+def test_one_wrong_row_among_many_is_red() -> None:
+    truth = torch.randn(100_000, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plain = truth.bfloat16()
+    wrong = plain.clone()
+    wrong[77] *= 1.02
+    with pytest.raises(AssertionError):
+        assert_as_accurate(wrong, truth, plain)
+
+
+def test_exact_zeros_have_to_be_exact() -> None:
+    truth = torch.randn(4, 8, dtype=torch.float64)
+    truth[2] = 0
+    plain = truth.float()
+    wrong = plain.clone()
+    wrong[2, 3] = 1e-30
+    with pytest.raises(AssertionError):
+        assert_as_accurate(wrong, truth, plain)
+
+
+def test_twice_the_error_is_the_limit() -> None:
+    truth = torch.ones(16, 16, dtype=torch.float64)
+    plain = (truth * (1 + 2**-10)).float()
+    assert_as_accurate((truth * (1 + 1.99 * 2**-10)).float(), truth, plain)
+    with pytest.raises(AssertionError):
+        assert_as_accurate((truth * (1 + 2.01 * 2**-10)).float(), truth, plain)
+
+
+def test_parts_of_ranks_make_the_errors_of_the_whole() -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(9, 4, generator=generator, dtype=torch.float64)
+    got = truth.bfloat16()
+    stick = Yardstick(truth, got)
+    whole = stick.judge("whole", [stick.part(got)]).got
+    parts = [stick.part(got[share], share) for share in (slice(0, 2), slice(2, 2), slice(2, 9))]
+    joined = stick.judge("parts", parts).got
+    assert joined.norm == pytest.approx(whole.norm)
+    assert joined.worst_row == whole.worst_row
+
+
+def test_forms_have_to_match() -> None:
+    truth = torch.zeros(2, 2, dtype=torch.float64)
+    with pytest.raises(AssertionError, match=r"got torch\.float16, expected torch\.float32"):
+        assert_as_accurate(truth.half(), truth, truth.float())
+    with pytest.raises(AssertionError, match=r"got shape \(1, 2\), expected \(2, 2\)"):
+        assert_as_accurate(truth[:1].float(), truth, truth.float())
+
+
+def test_bits() -> None:
+    nan = torch.tensor([float("nan"), 0.0])
+    assert_bitwise(nan, nan.clone())
+    with pytest.raises(AssertionError, match=r"1 of 2 elements differ, the first at \(1,\): got -0\.0, expected 0\.0"):
+        assert_bitwise(torch.tensor([1.0, -0.0]), torch.tensor([1.0, 0.0]))
+    with pytest.raises(AssertionError, match=r"got torch\.int32, expected torch\.int64"):
+        assert_bitwise(torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(AssertionError, match="shape"):
+        assert_bitwise(torch.zeros(1), torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize("name", ["y", "dx", "dscores", "dw1", "dw2", "db1", "db2"])
+def test_every_tensor_of_the_layer_is_held(name: str) -> None:
+    """The differential comparison notices a wrong value in any one of its tensors, and only there."""
+    case: Case = CASES["uniform"]
+    inputs = draw(case, 1)
+    with ExpertParallel(backend="reference") as ep:
+        outcome = dict(run_routed(inputs, ep))
+        oracle = drawn_oracle(case, 1, torch.device("cpu"))
+        assert all(finding.ok for finding in compare(outcome, oracle, inputs, ep))
+        outcome[name] = outcome[name].clone()
+        outcome[name][0] *= 1.001
+        reds = [finding.name for finding in compare(outcome, oracle, inputs, ep) if not finding.ok]
+    assert reds == [name]

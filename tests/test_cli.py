@@ -1,0 +1,179 @@
+"""The command line as its user meets it: output, exit codes, several ranks, wrong words, Ctrl-C."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import sonic_ep.cli.verify as verify_module
+from sonic_ep import EPConfig, ExpertParallel
+from sonic_ep.cli import GREEN, INTERRUPTED, RED, WRONG_ARGUMENTS, main
+from sonic_ep.cli.doctor import BackendHealth, Health, link_types
+from sonic_ep.cli.verify import Trial, chosen_cases, configurations, fitting_cases, run_trials
+from sonic_ep.testing import CASES, Accuracy, Case
+from sonic_ep.testing.checks import Errors
+
+COMMAND = [sys.executable, "-m", "sonic_ep"]
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=300)
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == GREEN
+    out = capsys.readouterr().out
+    assert f"torch             {torch.__version__}" in out
+    assert "backend reference can run here" in out
+    assert "backend fast      cannot run here:" in out
+    assert "    - this version of sonic_ep does not contain its kernels yet" in out
+    assert main(["doctor", "--backend", "reference"]) == GREEN
+    assert main(["doctor", "--backend", "fast"]) == RED
+
+
+def test_health_is_the_health_of_what_was_asked() -> None:
+    sick = BackendHealth(name="fast", reasons=("no GPU",))
+    well = BackendHealth(name="reference", reasons=())
+    both = Health(lines=(), backends=(sick, well))
+    assert (both.can_run(None), both.can_run("fast"), both.can_run("reference")) == (True, False, True)
+    assert not Health(lines=(), backends=(sick,)).can_run(None)
+
+
+def test_links_of_a_machine_without_nvlink() -> None:
+    matrix = "\tGPU0\tGPU1\tNIC0\nGPU0\t X \tSYS\tPIX\nGPU1\tSYS\t X \tPIX\nNIC0\tPIX\tPIX\t X \n"
+    assert link_types(matrix) == {(0, 1): "SYS (no NVLink)", (1, 0): "SYS (no NVLink)"}
+    assert link_types("") == {}
+
+
+def test_verify_on_one_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--case", "top_1", "--case", "uniform_bf16"]) == GREEN
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines[1:5]] == [
+        ["uniform_bf16", "moe_routed", "36"],
+        ["uniform_bf16", "moe", "36"],
+        ["top_1", "moe_routed", "36"],
+        ["top_1", "moe", "36"],
+    ]
+    assert all(line.endswith("green") for line in lines[1:5])
+    assert lines[5].startswith("144 runs, 0 red findings")
+
+
+def test_verify_on_several_ranks_and_a_given_shape() -> None:
+    done = run("verify", "--nproc", "3", "--thiek", "50,32,16,12,4", "--dtype", "bfloat16")
+    assert done.returncode == GREEN, done.stderr
+    assert done.stdout.count("T50-H32-I16-E12-K4") == 2
+    assert "72 runs, 0 red findings" in done.stdout
+
+
+def out_of_bounds(case: Case, ep: ExpertParallel, device: torch.device) -> list[Accuracy]:
+    bad, bound = Errors(norm=1.0, worst_row=1.0), Errors(norm=0.5, worst_row=0.5)
+    return [Accuracy(name="y", got=bad, bound=bound), Accuracy(name="dx", got=bound, bound=bound)]
+
+
+def test_verify_is_red_if_one_finding_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    trial = Trial(case=CASES["uniform"], entry="moe", verifier=out_of_bounds, config=EPConfig())
+    verdict = run_trials([trial], "reference", torch.device("cpu"))
+    assert verdict.worst == 2.0
+    assert len(verdict.reds) == 1
+    assert "y: relative error 1 (at most 0.5)" in verdict.reds[0]
+    monkeypatch.setattr(verify_module, "trials", lambda cases: iter([[trial]]))
+    assert main(["verify", "--case", "uniform"]) == RED
+    out = capsys.readouterr().out
+    assert "RED" in out
+    assert "1 runs, 1 red findings" in out
+
+
+def test_every_mode_pair_and_flag_is_verified() -> None:
+    assert len(set(configurations())) == 3 * 3 * 2 * 2
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5, 7, 8, 16])
+def test_cases_are_made_to_fit_any_number_of_ranks(world_size: int) -> None:
+    fitted = fitting_cases(world_size)
+    assert [case.name for case in fitted] == list(CASES)
+    for case in fitted:
+        assert case.num_experts % world_size == 0
+        assert 1 <= case.top_k <= case.num_experts
+    shape = chosen_cases(world_size, ["top_1"], None, torch.float32)
+    assert [case.name for case in shape] == ["top_1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the following arguments are required: command"),
+        (["tidy"], "invalid choice: 'tidy'"),
+        (["verify", "--nproc", "0"], "got '0', expected a whole number of at least 1"),
+        (["verify", "--nproc", "two"], "got 'two', expected a whole number of at least 1"),
+        (["verify", "--thiek", "1,2,3"], "got 3 numbers in '1,2,3', expected five: T,H,I,E,K"),
+        (["verify", "--thiek", "8,8,8,4,5"], "got K=5, expected at most E=4"),
+        (["verify", "--case", "nothing"], "invalid choice: 'nothing'"),
+        (["verify", "--backend", "turbo"], "invalid choice: 'turbo'"),
+    ],
+)
+def test_wrong_words(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == WRONG_ARGUMENTS
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (
+            ["--thiek", "8,8,8,4,2", "--nproc", "3"],
+            WRONG_ARGUMENTS,
+            "got E=4, expected a multiple of the 3 ranks",
+        ),
+        (
+            ["--thiek", "8,8,8,4,2", "--case", "top_1"],
+            WRONG_ARGUMENTS,
+            "got --case and --thiek, expected one or the other",
+        ),
+        (["--backend", "fast", "--nproc", "4"], RED, "backend 'fast' cannot run here: "),
+    ],
+)
+def test_what_cannot_be_verified_is_said_once(
+    words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = time.monotonic()
+    assert main(["verify", *words]) == code
+    assert time.monotonic() - started < 5
+    assert capsys.readouterr().err.count(message) == 1
+
+
+def test_demo_shows_the_rows_and_verifies() -> None:
+    done = run("demo", "--nproc", "2")
+    assert done.returncode == GREEN, done.stderr
+    assert "2 ranks on" in done.stdout
+    assert "tokens of rank 0 come home as [0.0, 1.0, 2.0, 3.0]" in done.stdout
+    assert "0 red findings" in done.stdout
+
+
+def test_ctrl_c_ends_every_rank() -> None:
+    words = [*COMMAND, "verify", "--nproc", "2"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launched:
+        assert launched.stdout is not None
+        assert "verdict" in launched.stdout.readline()
+        ranks = children(launched.pid)
+        assert len(ranks) == 2
+        launched.send_signal(signal.SIGINT)
+        assert launched.wait(timeout=20) == INTERRUPTED
+    assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(status.parent.name))
+    return found

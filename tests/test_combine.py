@@ -1,0 +1,132 @@
+"""The combine primitives, each against sums by hand with the same order and the same roundings: bit for bit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from sonic_ep import CombineMode, EPConfig, ExpertParallel
+from sonic_ep.reference.combine.ordered_sum import ordered_sum
+from sonic_ep.testing import CASES, Case, Inputs, Rank, RankPool, assert_bitwise, draw
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HIDDEN = 8
+
+
+def expert_rows(inputs: Inputs) -> Tensor:
+    """A made-up output of every slot, (N, K, H): any rank can tell it from the slot's number."""
+    tokens, top_k = inputs.topk_idx.shape
+    generator = torch.Generator().manual_seed(99)
+    rows = torch.randn(tokens, top_k, HIDDEN, generator=generator, dtype=torch.float64)
+    return rows.to(inputs.case.dtype).to(inputs.x.device)
+
+
+def one_by_one(terms: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """fp32 sum from the left, starting at zero, one rounding."""
+    total = torch.zeros(HIDDEN, dtype=torch.float32, device=terms[0].device if terms else "cpu")
+    for term in terms:
+        total = total + term.float()
+    return total.to(dtype)
+
+
+def all_to_all_by_hand(rows: Tensor, scores: Tensor, owners: list[int]) -> Tensor:
+    """round(sum over k)."""
+    terms = [scores[k] * rows[k].float() for k, owner in enumerate(owners) if owner >= 0]
+    return one_by_one(terms, rows.dtype)
+
+
+def reduce_scatter_by_hand(rows: Tensor, scores: Tensor, owners: list[int]) -> Tensor:
+    """round(sum over ranks of round(sum over k on the rank))."""
+    partial = []
+    for rank in sorted(set(owners) - {-1}):
+        terms = [scores[k] * rows[k].float() for k, owner in enumerate(owners) if owner == rank]
+        partial.append(one_by_one(terms, rows.dtype))
+    return one_by_one(partial, rows.dtype)
+
+
+BY_HAND = {
+    CombineMode.ALL_TO_ALL: all_to_all_by_hand,
+    CombineMode.REDUCE_SCATTER: reduce_scatter_by_hand,
+    CombineMode.RANK_DEDUP: reduce_scatter_by_hand,
+}
+
+
+def combined(rank: Rank, case: Case, mode: CombineMode, poison: float) -> None:
+    inputs = draw(case, rank.world_size, rank.device)
+    tokens = inputs.tokens_of(rank.rank)
+    slots = expert_rows(inputs)
+    scores = inputs.topk_scores.masked_fill(inputs.topk_idx < 0, float("nan"))
+    with ExpertParallel(backend="reference", config=EPConfig(combine=mode)) as ep:
+        plan = ep.plan(inputs.topk_idx[tokens], case.num_experts)
+        rows = torch.full((plan.row_capacity, HIDDEN), poison, dtype=case.dtype, device=rank.device)
+        rows[: plan.rows()] = canonical(inputs, slots, rank.rank)
+        y = ep.combine(rows, scores[tokens], plan)
+    owners = (inputs.topk_idx // plan.experts_per_rank).where(inputs.topk_idx >= 0, -1)[tokens].tolist()
+    assert y.shape == (len(owners), HIDDEN)
+    for token, owner in enumerate(owners):
+        expected = BY_HAND[mode](slots[tokens][token], scores[tokens][token], owner)
+        assert_bitwise(y[token].cpu(), expected.cpu(), f"token {token}")
+
+
+def canonical(inputs: Inputs, slots: Tensor, rank: int) -> Tensor:
+    experts = range(*inputs.experts_of(rank).indices(inputs.case.num_experts))
+    chosen = [(inputs.topk_idx == expert).nonzero() for expert in experts]
+    where = torch.cat(chosen)
+    return slots[where[:, 0], where[:, 1]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", CombineMode)
+@pytest.mark.parametrize(
+    "case", ["uniform", "dropped_slots", "repeated_experts", "zero_token_ranks", "uneven_tokens", "top_all"]
+)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_order_and_roundings(pool: RankPool, world_size: int, case: str, mode: CombineMode, dtype: torch.dtype) -> None:
+    pool.run(combined, replace(CASES[case], dtype=dtype), mode, float("nan"), world_size=world_size)
+
+
+def test_the_two_roundings_differ_from_one() -> None:
+    """The modes are told apart by their bits: 256 + 1 + 1 is 258 at once, and 256 in bf16 if rounded in between."""
+    rows = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
+    at_once = ordered_sum(rows, torch.tensor([[0, 1, 2]]))
+    first = ordered_sum(rows, torch.tensor([[0, 1]]))
+    in_two = ordered_sum(torch.cat([first, rows[2:]]), torch.tensor([[0, 1]]))
+    assert (at_once.item(), in_two.item()) == (258.0, 256.0)
+
+
+def test_an_absent_term_is_no_term() -> None:
+    """Not even a NaN or an infinite score of it counts, and no minus zero appears."""
+    rows = torch.tensor([[-1.0], [float("nan")]])
+    weights = torch.tensor([[2.0, float("inf")], [float("nan"), float("nan")]])
+    out = ordered_sum(rows, torch.tensor([[0, -1], [-1, -1]]), weights)
+    assert_bitwise(out, torch.tensor([[-2.0], [0.0]]))
+
+
+def score_gradient(rank: Rank, case: Case, config: EPConfig) -> None:
+    inputs = draw(case, rank.world_size, rank.device)
+    tokens = inputs.tokens_of(rank.rank)
+    slots = expert_rows(inputs)
+    scores = inputs.topk_scores[tokens].clone().requires_grad_()
+    dy = inputs.dy[tokens, :HIDDEN].contiguous()
+    with ExpertParallel(backend="reference", config=config) as ep:
+        plan = ep.plan(inputs.topk_idx[tokens], case.num_experts)
+        rows = torch.full((plan.row_capacity, HIDDEN), float("nan"), dtype=case.dtype, device=rank.device)
+        rows[: plan.rows()] = canonical(inputs, slots, rank.rank)
+        rows.requires_grad_()
+        ep.combine(rows, scores, plan).backward(dy)
+    assert rows.grad is not None
+    assert scores.grad is not None
+    weighted = inputs.topk_scores[:, :, None] * inputs.dy[:, None, :HIDDEN].float()
+    expected_rows = canonical(inputs, weighted.to(case.dtype), rank.rank)
+    assert_bitwise(rows.grad[: plan.rows()], expected_rows, "gradient of the rows")
+    expected_scores = (slots[tokens].float() * dy[:, None].float()).sum(dim=-1)
+    expected_scores[inputs.topk_idx[tokens] < 0] = 0
+    assert torch.allclose(scores.grad, expected_scores, rtol=HIDDEN * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("dispatch", ["all_gather", "all_to_all", "rank_dedup"])
+@pytest.mark.parametrize("case", ["uniform", "dropped_slots", "repeated_experts"])
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_gradients_of_rows_and_scores(pool: RankPool, world_size: int, case: str, dispatch: str) -> None:
+    pool.run(score_gradient, CASES[case], EPConfig(dispatch=dispatch), world_size=world_size)

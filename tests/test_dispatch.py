@@ -1,0 +1,83 @@
+"""The dispatch primitives, each against a copy by hand: moved bytes, so bit for bit."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sonic_ep import DispatchMode, EPConfig, ExpertParallel
+from sonic_ep.group import resolve_group
+from sonic_ep.reference.collectives import collectives_of
+from sonic_ep.reference.dispatch import dispatch_primitives
+from sonic_ep.testing import CASES, Case, Inputs, Rank, RankPool, assert_bitwise, draw
+
+MODES = list(DispatchMode)
+by_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def rows_by_hand(inputs: Inputs, rank: int) -> Tensor:
+    """Rows of ``rank`` in canonical order: for each of its experts, tokens in order of the group, k within a token."""
+    experts = range(*inputs.experts_of(rank).indices(inputs.case.num_experts))
+    tokens = [int(t) for expert in experts for t in (inputs.topk_idx == expert).nonzero()[:, 0]]
+    return inputs.x[tokens]
+
+
+def dispatched(rank: Rank, case: Case, mode: DispatchMode) -> None:
+    inputs = draw(case, rank.world_size, rank.device)
+    tokens = inputs.tokens_of(rank.rank)
+    with ExpertParallel(backend="reference", config=EPConfig(dispatch=mode)) as ep:
+        plan = ep.plan(inputs.topk_idx[tokens], case.num_experts)
+        rows = ep.dispatch(inputs.x[tokens], plan)
+    assert rows.shape == (plan.row_capacity, case.hidden)
+    assert_bitwise(rows[: plan.rows()], rows_by_hand(inputs, rank.rank))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@by_case
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_rows_arrive_in_canonical_order(pool: RankPool, world_size: int, case: Case, mode: DispatchMode) -> None:
+    pool.run(dispatched, case, mode, world_size=world_size)
+
+
+def received_by_mode(rank: Rank, case: Case) -> None:
+    inputs = draw(case, rank.world_size, rank.device)
+    tokens = inputs.tokens_of(rank.rank)
+    with ExpertParallel(backend="reference") as ep:
+        plan = ep.plan(inputs.topk_idx[tokens], case.num_experts)
+    received = {
+        mode: primitive.receive(inputs.x[tokens], plan)
+        for mode, primitive in dispatch_primitives(collectives_of(resolve_group(None))).items()
+    }
+    owner = inputs.topk_idx // plan.experts_per_rank
+    here = ((owner == rank.rank) & (inputs.topk_idx >= 0)).any(dim=1)
+    assert_bitwise(received[DispatchMode.RANK_DEDUP], inputs.x[here])
+    gathered = received[DispatchMode.ALL_GATHER].view(rank.world_size, plan.capacity, case.hidden)
+    for source in range(rank.world_size):
+        theirs = inputs.x[inputs.tokens_of(source)]
+        assert_bitwise(gathered[source, : len(theirs)], theirs)
+    assert received[DispatchMode.ALL_TO_ALL].shape[0] == plan.row_capacity
+
+
+@by_case
+def test_each_mode_receives_what_it_says(pool: RankPool, case: Case) -> None:
+    pool.run(received_by_mode, case, world_size=4)
+
+
+def gradient_of_dispatch(rank: Rank, case: Case, config: EPConfig) -> None:
+    """Summing a token's rows with weights: its gradient is the sum of its rows' weights, whatever lies behind them."""
+    inputs = draw(case, rank.world_size, rank.device)
+    tokens = inputs.tokens_of(rank.rank)
+    x = inputs.x[tokens].clone().requires_grad_()
+    with ExpertParallel(backend="reference", config=config) as ep:
+        plan = ep.plan(inputs.topk_idx[tokens], case.num_experts)
+        grad = torch.full((plan.row_capacity, case.hidden), float("nan"), dtype=case.dtype, device=rank.device)
+        grad[: plan.rows()] = 1
+        ep.dispatch(x, plan).backward(grad)
+    slots = (inputs.topk_idx[tokens] >= 0).sum(dim=1, keepdim=True)
+    assert x.grad is not None
+    assert_bitwise(x.grad, slots.to(case.dtype).expand_as(x).contiguous())
+
+
+@pytest.mark.parametrize("combine", ["all_to_all", "reduce_scatter", "rank_dedup"])
+@pytest.mark.parametrize("case", ["uniform", "dropped_slots", "repeated_experts", "zero_token_ranks"])
+def test_gradient_sums_rows_and_never_reads_behind_them(pool: RankPool, case: str, combine: str) -> None:
+    pool.run(gradient_of_dispatch, CASES[case], EPConfig(combine=combine), world_size=3)

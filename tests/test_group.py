@@ -1,0 +1,61 @@
+"""What counts as a group."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from sonic_ep import ExpertParallel
+from sonic_ep.group import EPGroup, device_of_rank, resolve_group
+from sonic_ep.testing import Rank, RankPool
+from sonic_ep.validation import Edge
+
+
+def groups(rank: Rank) -> None:
+    world = resolve_group(None)
+    assert (world.rank, world.world_size) == (rank.rank, 4)
+    assert world.device_types() is not None
+    assert rank.device.type in world.device_types()
+    mesh = init_device_mesh(rank.device.type, (2, 2), mesh_dim_names=("data", "expert"))
+    along = resolve_group(mesh["expert"])
+    assert (along.rank, along.world_size) == (rank.rank % 2, 2)
+    with pytest.raises(ValueError, match="group: got a device mesh of 2 dimensions, expected one dimension"):
+        resolve_group(mesh)
+    pair = dist.new_group([0, 3])
+    if rank.rank in (0, 3):
+        found = resolve_group(pair)
+        assert (found.rank, found.world_size) == (int(rank.rank == 3), 2)
+    else:
+        expected = f"group: got a group without rank {rank.rank} of the world, expected a member"
+        with pytest.raises(ValueError, match=expected):
+            ExpertParallel(pair)
+
+
+def test_worlds_meshes_and_subsets(cpu_pool: RankPool) -> None:
+    cpu_pool.run(groups, world_size=4)
+
+
+def test_no_process_group_is_one_rank() -> None:
+    alone = resolve_group(None)
+    assert alone == EPGroup(rank=0, world_size=1, process_group=None)
+    assert alone.device_types() is None
+    assert str(alone) == "rank 0 of 1"
+
+
+def tensors_it_cannot_move(rank: Rank) -> None:
+    only_cuda = dist.new_group(list(range(rank.world_size)), backend="cuda:gloo")
+    edge = Edge(group=resolve_group(only_cuda))
+    with pytest.raises(ValueError, match="device of x: got cpu, expected one that the process group moves: cuda"):
+        edge.tensor("x", torch.zeros(1), (torch.float32,))
+
+
+def test_a_device_that_the_group_does_not_move(cpu_pool: RankPool) -> None:
+    cpu_pool.run(tensors_it_cannot_move, world_size=2)
+
+
+def test_devices_are_shared_if_ranks_outnumber_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [device_of_rank(rank).index for rank in range(4)] == [0, 1, 0, 1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_of_rank(3) == torch.device("cpu")

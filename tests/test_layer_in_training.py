@@ -1,0 +1,174 @@
+"""The layer as training uses it: recompute, several forwards, frozen parts, autocast, and tokens that are odd."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sonic_ep import CombineMode, EPConfig, ExpertParallel
+from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise, draw
+from sonic_ep.testing.differential import leaf, leaf_experts, run_routed
+
+FLAGS = [
+    {"redispatch_x_in_backward": again, "cpu_sync_on_runtime": exact}
+    for again, exact in product((False, True), repeat=2)
+]
+
+
+def layer_inputs(rank: Rank, case: Case) -> tuple[Tensor, list[Tensor], Tensor]:
+    """x, the weights, and the gradient of y, of this rank."""
+    inputs = draw(case, rank.world_size, rank.device)
+    experts = leaf_experts(inputs.experts, inputs.experts_of(rank.rank))
+    tokens = inputs.tokens_of(rank.rank)
+    return leaf(inputs.x[tokens]), [leaf(inputs.router_w), experts.w1, experts.w2], inputs.dy[tokens]
+
+
+def gradients(y: Tensor, dy: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(y, leaves, dy))
+
+
+def recomputed(rank: Rank, case: Case, config: EPConfig) -> None:
+    x, weights, dy = layer_inputs(rank, case)
+    with ExpertParallel(backend="reference", config=config) as ep:
+
+        def layer(x: Tensor) -> Tensor:
+            return ep.moe(x, *weights, case.top_k).y
+
+        expected = gradients(layer(x), dy, [x, *weights])
+        for reentrant in (False, True):
+            y = checkpoint(layer, x, use_reentrant=reentrant)
+            y.backward(dy)
+            for tensor, grad in zip([x, *weights], expected, strict=True):
+                assert_bitwise(tensor.grad, grad)
+                tensor.grad = None
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_activation_checkpointing_both_variants(cpu_pool: RankPool, flags: dict[str, bool]) -> None:
+    cpu_pool.run(recomputed, CASES["uneven_tokens"], EPConfig(**flags), world_size=2)
+
+
+def interleaved(rank: Rank, case: Case, config: EPConfig) -> None:
+    """Two forwards before the backwards, in both orders, then both at once: always the same gradients."""
+    x, weights, dy = layer_inputs(rank, case)
+    other = leaf(x.detach().flip(0) * 2)
+    with ExpertParallel(backend="reference", config=config) as ep:
+
+        def layer(x: Tensor) -> Tensor:
+            return ep.moe(x, *weights, case.top_k).y
+
+        expected = gradients(layer(x), dy, [x, *weights])
+        expected_other = gradients(layer(other), dy, [other, *weights])
+        first, second = layer(x), layer(other)
+        # Run twice over one graph: what was gathered again must be gathered again once more.
+        for _ in range(2):
+            found = torch.autograd.grad(first, [x, *weights], dy, retain_graph=True)
+            for got, want in zip(found, expected, strict=True):
+                assert_bitwise(got, want)
+        for got, want in zip(gradients(second, dy, [other, *weights]), expected_other, strict=True):
+            assert_bitwise(got, want)
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_two_forwards_before_the_backwards(cpu_pool: RankPool, flags: dict[str, bool]) -> None:
+    cpu_pool.run(interleaved, CASES["zero_token_ranks"], EPConfig(**flags), world_size=4)
+
+
+def partly_frozen(rank: Rank, case: Case, config: EPConfig) -> None:
+    """Whatever is frozen has no gradient, and what is not has the same as ever."""
+    x, weights, dy = layer_inputs(rank, case)
+    leaves = [x, *weights]
+    with ExpertParallel(backend="reference", config=config) as ep:
+        expected = gradients(ep.moe(x, *weights, case.top_k).y, dy, leaves)
+        for wanted in product((False, True), repeat=len(leaves)):
+            held = [leaf(tensor).requires_grad_(wants) for tensor, wants in zip(leaves, wanted, strict=True)]
+            y = ep.moe(held[0], *held[1:], case.top_k).y
+            assert y.requires_grad == any(wanted)
+            if any(wanted):
+                y.backward(dy)
+            for tensor, wants, grad in zip(held, wanted, expected, strict=True):
+                assert (tensor.grad is not None) == wants
+                if tensor.grad is not None:
+                    assert_bitwise(tensor.grad, grad)
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_only_gradients_that_are_required(cpu_pool: RankPool, flags: dict[str, bool]) -> None:
+    cpu_pool.run(partly_frozen, CASES["zero_token_ranks"], EPConfig(**flags), world_size=2)
+
+
+def under_autocast_and_no_grad(rank: Rank, case: Case) -> None:
+    x, weights, _ = layer_inputs(rank, case)
+    config = EPConfig(redispatch_x_in_backward=True)
+    with ExpertParallel(backend="reference", config=config) as ep:
+        expected = ep.moe(x, *weights, case.top_k)
+        with torch.autocast(rank.device.type, dtype=torch.bfloat16):
+            out = ep.moe(x, *weights, case.top_k)
+        assert_bitwise(out.y, expected.y)
+        assert_bitwise(out.router_logits, expected.router_logits)
+        for quiet in (torch.no_grad(), torch.inference_mode()):
+            with quiet:
+                out = ep.moe(x, *weights, case.top_k)
+            assert not out.y.requires_grad
+            assert_bitwise(out.y, expected.y)
+
+
+def test_autocast_and_inference_leave_the_bits_alone(cpu_pool: RankPool) -> None:
+    cpu_pool.run(under_autocast_and_no_grad, CASES["uneven_tokens"], world_size=2)
+
+
+def router_gradients(rank: Rank, case: Case) -> tuple[Tensor, Tensor]:
+    x, weights, dy = layer_inputs(rank, case)
+    with ExpertParallel(backend="reference") as ep:
+        summed = ep.moe(x, *weights, case.top_k).y
+        (total,) = torch.autograd.grad(summed, weights[:1], dy)
+        own = ep.moe(x, *weights, case.top_k, reduce_router_grad=False).y
+        (part,) = torch.autograd.grad(own, weights[:1], dy)
+    return total, part
+
+
+def test_router_gradient_is_summed_unless_told_not_to(cpu_pool: RankPool) -> None:
+    found = cpu_pool.run(router_gradients, CASES["uneven_tokens"], world_size=3)
+    by_hand = (found[0][1] + found[1][1]) + found[2][1]
+    for total, _ in found:
+        assert_bitwise(total, by_hand)
+    assert not torch.equal(found[0][1], by_hand)
+
+
+def non_finite_tokens(rank: Rank, case: Case) -> None:
+    """A NaN stays in its token and in the gradients of what it touched; others keep their bits."""
+    inputs = draw(case, rank.world_size, rank.device)
+    tokens = inputs.tokens_of(rank.rank)
+    experts = leaf_experts(inputs.experts, inputs.experts_of(rank.rank))
+    arguments = [inputs.topk_idx[tokens], inputs.topk_scores[tokens], experts.w1, experts.w2]
+    for combine in CombineMode:
+        with ExpertParallel(backend="reference", config=EPConfig(combine=combine)) as ep:
+            x = inputs.x[tokens].clone()
+            clean = ep.moe_routed(x, *arguments)
+            x[1] = float("nan")
+            y = ep.moe_routed(x, *arguments)
+        assert y[1].isnan().all()
+        y[1] = clean[1]
+        assert_bitwise(y, clean)
+
+
+def test_a_nan_stays_in_its_token(cpu_pool: RankPool) -> None:
+    cpu_pool.run(non_finite_tokens, CASES["uniform"], world_size=2)
+
+
+def dropped_tokens(rank: Rank, case: Case) -> None:
+    inputs = draw(case, rank.world_size, rank.device)
+    tokens = inputs.tokens_of(rank.rank)
+    nowhere = (inputs.topk_idx[tokens] < 0).all(dim=1)
+    assert nowhere.any()
+    for combine in CombineMode:
+        with ExpertParallel(backend="reference", config=EPConfig(combine=combine)) as ep:
+            outcome = run_routed(inputs, ep)
+        for name in ("y", "dx", "dscores"):
+            assert (outcome[name][nowhere] == 0).all()
+
+
+def test_a_token_routed_nowhere_yields_exact_zeros(cpu_pool: RankPool) -> None:
+    cpu_pool.run(dropped_tokens, CASES["dropped_slots"], world_size=2)

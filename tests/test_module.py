@@ -1,0 +1,116 @@
+"""sonic_ep.MoE: the same layer on any number of ranks from one seed, trained as any module is."""
+
+import pytest
+import torch
+
+import sonic_ep
+from sonic_ep import ExpertParallel, MoE
+from sonic_ep.testing import Rank, RankPool, assert_bitwise
+
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 16, 8, 8, 2
+SIZES = (HIDDEN, INTERMEDIATE, EXPERTS, TOP_K)
+
+
+def parameters(rank: Rank, seed_by_rank: bool) -> dict[str, torch.Tensor]:
+    torch.manual_seed(7 + (rank.rank if seed_by_rank else 0))
+    with ExpertParallel(backend="reference") as ep:
+        layer = MoE(*SIZES, ep, bias=True, device=rank.device)
+    return {name: value.detach().cpu() for name, value in layer.named_parameters()}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_seed_decides_and_not_the_number_of_ranks(pool: RankPool, world_size: int) -> None:
+    (whole,) = pool.run(parameters, False, world_size=1)
+    shares = pool.run(parameters, False, world_size=world_size)
+    for name in ("w1", "w2", "b1", "b2"):
+        assert_bitwise(torch.cat([share[name] for share in shares]), whole[name], name)
+    for share in shares:
+        assert_bitwise(share["router_w"], whole["router_w"])
+
+
+def test_rank_0_decides_where_ranks_have_seeds_of_their_own(cpu_pool: RankPool) -> None:
+    shares = cpu_pool.run(parameters, True, world_size=2)
+    assert_bitwise(shares[1]["router_w"], shares[0]["router_w"])
+    (whole,) = cpu_pool.run(parameters, False, world_size=1)
+    assert_bitwise(torch.cat([share["w1"] for share in shares]), whole["w1"])
+
+
+def test_initial_values_are_spread_as_they_should_be() -> None:
+    torch.manual_seed(0)
+    layer = MoE(256, 128, 8, 2, ExpertParallel(), bias=True)
+    for weight, fan_in in ((layer.w1, 256), (layer.w2, 128), (layer.router_w, 256)):
+        assert weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.05)
+    flat = torch.cat([layer.w1.flatten(1), layer.w2.flatten(1)], dim=1)
+    # No two experts, and no two weights of one expert, start from the same numbers.
+    assert len(flat[:, 0].unique()) == 8
+    assert not torch.equal(layer.w1[0].flatten()[:100], layer.w2[0].flatten()[:100])
+    assert layer.b1 is not None
+    assert layer.b1.eq(0).all()
+
+
+def test_forward_and_state() -> None:
+    torch.manual_seed(0)
+    layer = MoE(*SIZES, ExpertParallel(), activation="relu_sq", score_order="softmax_then_topk", norm_topk_probs=True)
+    assert {name for name, _ in layer.named_parameters()} == {"router_w", "w1", "w2"}
+    assert set(layer.expert_parameters()) == {layer.w1, layer.w2}
+    x = torch.randn(2, 5, HIDDEN, requires_grad=True)
+    out = layer(x)
+    assert out.y.shape == x.shape
+    assert int(out.tokens_per_expert.sum()) == 10 * TOP_K
+    out.y.sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+    again = MoE(*SIZES, ExpertParallel(), activation="relu_sq", score_order="softmax_then_topk", norm_topk_probs=True)
+    again.load_state_dict(layer.state_dict())
+    assert_bitwise(again(x).y, out.y)
+    assert "num_experts=8 (8 here), top_k=2" in repr(layer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size: got 0, expected a whole number of at least 1"),
+        ({"intermediate_size": -1}, "intermediate_size: got -1"),
+        ({"num_experts": 0}, "num_experts: got 0"),
+        ({"top_k": 9}, "top_k: got 9, expected at most E=8"),
+        ({"activation": "mish"}, "activation: got 'mish', expected one of 'swiglu'"),
+        ({"gate_layout": "both"}, "gate_layout: got 'both', expected one of 'interleaved'"),
+        ({"score_order": "any"}, "score_order: got 'any', expected one of 'topk_then_softmax'"),
+    ],
+)
+def test_wrong_sizes_and_options(changes: dict[str, object], message: str) -> None:
+    sizes = dict(zip(("hidden_size", "intermediate_size", "num_experts", "top_k"), SIZES, strict=True))
+    with pytest.raises(ValueError, match=message):
+        MoE(**{**sizes, **changes}, ep=ExpertParallel())  # type: ignore[arg-type]
+
+
+def trained(rank: Rank) -> list[float]:
+    """Losses of a few steps; expert and router gradients come summed, so every rank may step alone."""
+    torch.manual_seed(0)
+    with ExpertParallel(backend="reference") as ep:
+        layer = MoE(*SIZES, ep)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+        data = torch.randn(16, HIDDEN)
+        share = data.chunk(ep.world_size)[ep.rank]
+        losses = []
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = (layer(share).y - share.roll(1, dims=1)).square().sum()
+            loss.backward()
+            optimizer.step()
+            total = torch.tensor([loss.item()], dtype=torch.float64)
+            if ep.world_size > 1:
+                torch.distributed.all_reduce(total)
+            losses.append(total.item())
+    return losses
+
+
+def test_training_is_the_same_on_one_rank_and_on_four(cpu_pool: RankPool) -> None:
+    (alone,) = cpu_pool.run(trained, world_size=1)
+    assert alone[-1] < 0.8 * alone[0]
+    for losses in cpu_pool.run(trained, world_size=4):
+        # Sums of 16 * 16 squares in another order, over twenty steps.
+        assert losses == pytest.approx(alone, rel=20 * 256 * torch.finfo(torch.float32).eps)
+
+
+def test_the_package_says_what_it_offers() -> None:
+    assert all(hasattr(sonic_ep, name) for name in sonic_ep.__all__)

@@ -1,0 +1,196 @@
+"""The plan against its definition: a worked example, a slow and plain second derivation, and a check that bites."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from sonic_ep import EPConfig, ExpertParallel, PlanError, RoutingPlan, RowOverflowError
+from sonic_ep.plan import row_ceiling
+from sonic_ep.reference.plan import build_plan, pair_exchange, slot_exchange
+from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise, draw
+
+TENSOR_FIELDS = [field.name for field in fields(RoutingPlan) if field.type == "Tensor"]
+WORKED_IDS = [[[0, 2], [1, 0], [3, 2]], [[2, 1], [-1, 3], [0, 0]]]
+
+
+def plan_of(ids_WCK: Tensor, rank: int, num_experts: int, row_capacity: int | None = None) -> RoutingPlan:
+    ceiling = ids_WCK.numel() if row_capacity is None else row_capacity
+    tokens = ids_WCK.shape[1]
+    return build_plan(
+        ids_WCK.to(torch.int32), rank=rank, num_tokens=tokens, num_experts=num_experts, row_capacity=ceiling
+    )
+
+
+def test_worked_example() -> None:
+    """The numbers in the docstring of sonic_ep.plan."""
+    ids = torch.tensor(WORKED_IDS)
+    plans = [plan_of(ids, rank, 4, row_capacity=6 - rank) for rank in range(2)]
+    for plan in plans:
+        plan.check()
+        assert plan.counts.tolist() == [4, 2, 3, 2]
+        assert plan.row_of_slot.tolist() == [[[0, 0], [4, 1], [3, 1]], [[2, 5], [-1, 4], [2, 3]]]
+        assert plan.pair_tokens.tolist() == [[2, 2], [2, 2]]
+    assert plans[0].group_ends.tolist() == [4, 6]
+    assert plans[0].slot_of_row.tolist() == [0, 3, 10, 11, 2, 7]
+    assert plans[0].packed_of_token.tolist() == [[0, 1, -1], [2, -1, 3]]
+    assert plans[1].group_ends.tolist() == [3, 5]
+    assert plans[1].slot_of_row.tolist() == [1, 5, 6, 4, 9]
+    assert plans[1].packed_of_token.tolist() == [[0, -1, 1], [2, 3, -1]]
+    assert [plan.rows() for plan in plans] == [6, 5]
+    assert [plan.packed_rows() for plan in plans] == [4, 4]
+
+
+def test_exchanges_of_the_worked_example() -> None:
+    ids = torch.tensor(WORKED_IDS)
+    slots = slot_exchange(plan_of(ids, 0, 4))
+    # Rank 0 keeps slots 0, 3, 2 (rows 0, 1, 4 of its own) and sends 1, 5, 4 (rows 0, 1, 3 of rank 1).
+    assert slots.slots.tolist() == [0, 3, 2, 1, 5, 4]
+    assert (slots.send_splits, slots.receive_splits) == ([3, 3], [3, 3])
+    assert slots.rows.tolist() == [0, 1, 4, 2, 3, 5]
+    pairs = pair_exchange(plan_of(ids, 0, 4))
+    assert pairs.tokens.tolist() == [0, 1, 0, 2]
+    assert (pairs.send_splits, pairs.receive_splits) == ([2, 2], [2, 2])
+
+
+def by_hand(ids: list[list[list[int]]], rank: int, num_experts: int) -> dict[str, list[int]]:
+    """The fields of a plan by loops over slots, sorted as tuples: (expert, rank, token, k)."""
+    held = num_experts // len(ids)
+    slots = [
+        (expert, source, token, k)
+        for source, tokens in enumerate(ids)
+        for token, experts in enumerate(tokens)
+        for k, expert in enumerate(experts)
+        if expert >= 0
+    ]
+    mine = sorted(slot for slot in slots if slot[0] // held == rank)
+    place = {
+        slot[1:]: row
+        for owner in range(len(ids))
+        for row, slot in enumerate(sorted(slot for slot in slots if slot[0] // held == owner))
+    }
+    capacity, top_k = len(ids[0]), len(ids[0][0])
+    every = [(r, t, k) for r in range(len(ids)) for t in range(capacity) for k in range(top_k)]
+    here = sorted({(source, token) for _, source, token, _ in mine})
+    return {
+        "counts": [sum(slot[0] == expert for slot in slots) for expert in range(num_experts)],
+        "row_of_slot": [place.get(slot, -1) for slot in every],
+        "group_ends": [sum(slot[0] <= rank * held + i for slot in mine) for i in range(held)],
+        "slot_of_row": [(r * capacity + t) * top_k + k for _, r, t, k in mine],
+        "pair_tokens": [
+            len({slot[2] for slot in slots if slot[1] == source and slot[0] // held == owner})
+            for source in range(len(ids))
+            for owner in range(len(ids))
+        ],
+        "packed_of_token": [
+            here.index((r, t)) if (r, t) in here else -1 for r in range(len(ids)) for t in range(capacity)
+        ],
+    }
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_field_against_a_second_derivation(world_size: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    num_experts, capacity, top_k = 24, 7, 1 + 2 * seed
+    # From -6: about a fifth of the slots are dropped; repetition is likely.
+    ids = torch.randint(-6, num_experts, (world_size, capacity, top_k), generator=generator).clamp(min=-1)
+    for rank in range(world_size):
+        expected = by_hand(ids.tolist(), rank, num_experts)
+        plan = plan_of(ids, rank, num_experts)
+        plan.check()
+        for name, values in expected.items():
+            found = getattr(plan, name).flatten()
+            assert found[: len(values)].tolist() == values, name
+            assert bool((found[len(values) :] == -1).all()), name
+
+
+def exchanged(rank: Rank, case: Case) -> list[Tensor]:
+    inputs = draw(case, rank.world_size, rank.device)
+    with ExpertParallel(backend="reference") as ep:
+        plan = ep.plan(inputs.topk_idx[inputs.tokens_of(rank.rank)], case.num_experts)
+    plan.check()
+    return [getattr(plan, name).cpu() for name in ("expert_ids", "counts", "row_of_slot", "pair_tokens")]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+def test_ranks_hold_one_and_the_same_plan(pool: RankPool, world_size: int, case: Case) -> None:
+    by_rank = pool.run(exchanged, case, world_size=world_size)
+    inputs = draw(case, world_size)
+    for rank, tensors in enumerate(by_rank):
+        for mine, first in zip(tensors, by_rank[0], strict=True):
+            assert_bitwise(mine, first)
+        here = inputs.topk_idx[inputs.tokens_of(rank)]
+        assert torch.equal(tensors[0][rank, : len(here)].long(), here)
+        assert bool((tensors[0][rank, len(here) :] == -1).all())
+
+
+@pytest.mark.parametrize("name", TENSOR_FIELDS)
+def test_check_goes_red_on_a_changed_field(name: str) -> None:
+    plan = plan_of(torch.tensor(WORKED_IDS), 0, 4, row_capacity=6)
+    plan.check()
+    tensor = getattr(plan, name)
+    for index in range(tensor.numel()):
+        wrong = tensor.clone()
+        wrong.view(-1)[index] += 1
+        with pytest.raises(PlanError):
+            replace(plan, **{name: wrong}).check()
+    for malformed in (tensor.long(), tensor[..., :-1]):
+        with pytest.raises(PlanError):
+            replace(plan, **{name: malformed}).check()
+
+
+@pytest.mark.parametrize("changes", [{"rank": 1}, {"num_tokens": 2}, {"num_tokens": 4}])
+def test_check_goes_red_on_another_place(changes: dict[str, int]) -> None:
+    with pytest.raises(PlanError):
+        replace(plan_of(torch.tensor(WORKED_IDS), 0, 4), **changes).check()  # type: ignore[arg-type]
+
+
+def test_row_ceiling() -> None:
+    sizes = {"world_size": 4, "capacity": 10, "top_k": 8, "experts_per_rank": 3}
+    assert row_ceiling(**sizes, distinct=True) == 4 * 10 * 3
+    assert row_ceiling(**sizes, distinct=False) == 4 * 10 * 8
+
+
+def overflowing(rank: Rank, case: Case) -> list[str]:
+    """The errors of two calls that pass the bound; then the group still works."""
+    inputs = draw(case, rank.world_size, rank.device)
+    mine = inputs.topk_idx[inputs.tokens_of(rank.rank)]
+    messages = []
+    with ExpertParallel(backend="reference", config=EPConfig(max_rows=20)) as ep:
+        for _ in range(2):
+            with pytest.raises(RowOverflowError) as raised:
+                ep.plan(mine, case.num_experts)
+            messages.append(str(raised.value))
+    inputs = draw(CASES["uniform"], rank.world_size, rank.device)
+    for bound, rows in ((60, 60), (100, 78)):
+        with ExpertParallel(backend="reference", config=EPConfig(max_rows=bound)) as ep:
+            plan = ep.plan(inputs.topk_idx[inputs.tokens_of(rank.rank)], case.num_experts)
+        assert plan.row_capacity == rows
+        plan.check()
+    return messages
+
+
+def test_overflow_names_rows_and_bound_on_every_rank(pool: RankPool) -> None:
+    # Two ranks of 13 tokens and 3 slots each, all on the last rank.
+    for rank, messages in enumerate(pool.run(overflowing, CASES["one_rank"], world_size=2)):
+        expected = (
+            f"rank {rank} of 2: max_rows: got 20, expected at least 78: rank 1 is routed 78 rows (all ranks: [0, 78])"
+        )
+        assert messages == [expected, expected]
+
+
+def varying_tokens(rank: Rank, tokens: list[list[int]]) -> list[int]:
+    """Capacities of plans made one after the other, T of rank r in call i being tokens[i][r]."""
+    with ExpertParallel(backend="reference") as ep:
+        plans = [ep.plan(torch.zeros(T[rank.rank], 1, dtype=torch.int64), 4) for T in tokens]
+    for plan in plans:
+        plan.check()
+    return [plan.capacity for plan in plans]
+
+
+def test_capacity_is_agreed_on_the_first_call_that_brings_a_token(cpu_pool: RankPool) -> None:
+    found = cpu_pool.run(varying_tokens, [[0, 0], [3, 5], [5, 0], [0, 0]], world_size=2)
+    assert found == [[0, 5, 5, 5]] * 2
