@@ -45,7 +45,7 @@ class RowOverflowError(RuntimeError):
 
 
 class ClosedError(ValueError):
-    """An ``ExpertParallel`` was used after ``close()``."""
+    """An ``ExpertParallel`` was used after ``close()``, or after its process group was destroyed."""
 
 
 AUTO = "auto"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+
+from sonic_ep.config import ClosedError
 
 # An int is what torch.distributed.new_group gives to ranks that are not in the new group.
 Group = dist.ProcessGroup | DeviceMesh | int | None
@@ -17,15 +20,26 @@ class EPGroup:
     """This rank's place in the group.
 
     rank: r, in 0..W-1 and counted within the group. world_size: W.
-    process_group: None if this process is the whole group and torch.distributed is not initialised.
+    handle: the process group, referenced weakly: torch.distributed owns it, and a process that still holds a gloo group
+        when it exits is aborted by PyTorch. None if this process is the whole group and has no process group.
     """
 
     rank: int
     world_size: int
-    process_group: dist.ProcessGroup | None
+    handle: weakref.ref[dist.ProcessGroup] | None = None
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.world_size}"
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The process group, or None if there never was one. Raises ``ClosedError`` if it has been destroyed."""
+        if self.handle is None:
+            return None
+        group = self.handle()
+        if group is None:
+            raise ClosedError(f"{self}: process group: got one that was destroyed, expected a live one")
+        return group
 
     def device_types(self) -> frozenset[str] | None:
         """Device types whose tensors the group can move; None if any will do (no process group)."""
@@ -54,7 +68,7 @@ def resolve_group(group: Group) -> EPGroup:
     rank = dist.get_rank(group)
     if rank < 0:
         raise _no_member()
-    return EPGroup(rank=rank, world_size=dist.get_world_size(group), process_group=group)
+    return EPGroup(rank=rank, world_size=dist.get_world_size(group), handle=weakref.ref(group))
 
 
 def _no_member() -> ValueError:
@@ -63,8 +77,10 @@ def _no_member() -> ValueError:
 
 def _world() -> EPGroup:
     if not (dist.is_available() and dist.is_initialized()):
-        return EPGroup(rank=0, world_size=1, process_group=None)
-    return EPGroup(rank=dist.get_rank(), world_size=dist.get_world_size(), process_group=dist.group.WORLD)
+        return EPGroup(rank=0, world_size=1)
+    world = dist.group.WORLD
+    assert world is not None
+    return EPGroup(rank=dist.get_rank(), world_size=dist.get_world_size(), handle=weakref.ref(world))
 
 
 def device_of_rank(rank: int) -> torch.device:

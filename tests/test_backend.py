@@ -8,7 +8,7 @@ from sonic_ep.backend import choose_backend, unavailable_reasons
 from sonic_ep.fast import availability
 from sonic_ep.group import EPGroup
 
-ALONE = EPGroup(rank=0, world_size=1, process_group=None)
+ALONE = EPGroup(rank=0, world_size=1)
 
 
 def test_fast_lists_every_reason_at_once() -> None:

@@ -1,5 +1,9 @@
 """What counts as a group."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -37,7 +41,7 @@ def test_worlds_meshes_and_subsets(cpu_pool: RankPool) -> None:
 
 def test_no_process_group_is_one_rank() -> None:
     alone = resolve_group(None)
-    assert alone == EPGroup(rank=0, world_size=1, process_group=None)
+    assert alone == EPGroup(rank=0, world_size=1)
     assert alone.device_types() is None
     assert str(alone) == "rank 0 of 1"
 
@@ -59,3 +63,28 @@ def test_devices_are_shared_if_ranks_outnumber_them(monkeypatch: pytest.MonkeyPa
     assert [device_of_rank(rank).index for rank in range(4)] == [0, 1, 0, 1]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_of_rank(3) == torch.device("cpu")
+
+
+LEFT_OPEN = """
+import torch, torch.distributed as dist, sonic_ep
+dist.init_process_group("gloo")
+ep = sonic_ep.ExpertParallel(backend="reference")
+layer = sonic_ep.MoE(8, 4, num_experts=4, top_k=2, ep=ep)
+out = layer(torch.randn(3, 8, requires_grad=True))
+dist.destroy_process_group()
+try:
+    layer(torch.randn(3, 8))
+except sonic_ep.ClosedError as error:
+    print(error)
+"""
+
+
+def test_what_outlives_the_process_group_neither_aborts_nor_hangs(tmp_path: Path) -> None:
+    """A graph, a layer and an open ExpertParallel at exit: PyTorch aborts processes that still hold a gloo group."""
+    script = tmp_path / "left_open.py"
+    script.write_text(LEFT_OPEN)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    for _ in range(3):
+        done = subprocess.run(launcher, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("process group: got one that was destroyed, expected a live one") == 2

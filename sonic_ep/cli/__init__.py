@@ -128,7 +128,7 @@ def _nothing_to_check(options: argparse.Namespace) -> None:
 def _check_verify(options: argparse.Namespace) -> None:
     """What would fail alike on every rank fails here, once, before any is started."""
     ranks = options.nproc or (int(os.environ["WORLD_SIZE"]) if launched_by_torchrun() else 1)
-    choose_backend(options.backend, EPGroup(rank=0, world_size=ranks, process_group=None))
+    choose_backend(options.backend, EPGroup(rank=0, world_size=ranks))
     chosen_cases(ranks, options.case, options.thiek, DTYPES[options.dtype])
 
 

@@ -42,7 +42,7 @@ class Health:
 
 def examine() -> Health:
     """Look at this machine. Starts no process group and allocates nothing on a GPU."""
-    group = EPGroup(rank=0, world_size=1, process_group=None)
+    group = EPGroup(rank=0, world_size=1)
     return Health(
         lines=(*_versions(), *_gpus(), *_links(), _symmetric_memory(), _process_groups()),
         backends=tuple(BackendHealth(name=name, reasons=unavailable_reasons(name, group)) for name in BACKEND_PACKAGES),

@@ -1,0 +1,41 @@
+"""The README's example runs as it stands, and its commands exist."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def example() -> str:
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    return block
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_the_example_runs_on_one_rank_and_on_several(nproc: int, tmp_path: Path) -> None:
+    script = tmp_path / "this_file.py"
+    script.write_text(example())
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_example_is_short() -> None:
+    assert sum(bool(line.strip()) for line in example().splitlines()) <= 15
+
+
+def test_every_make_target_named_here_exists() -> None:
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    targets = set(re.findall(r"`make (\w+)`", README))
+    assert {"demo", "test"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_every_file_linked_here_exists() -> None:
+    for target in re.findall(r"\]\(([\w/.]+)\)", README):
+        assert (Path(__file__).parent.parent / target).exists(), target
