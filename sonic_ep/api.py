@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from types import TracebackType
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -217,6 +218,13 @@ class ExpertParallel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ExpertParallel:
+        """Itself: copies of a module (an EMA, say) share the group and what is allocated for it."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an ExpertParallel belongs to its process and cannot be pickled; save a module's state_dict()")
 
     def _open(self) -> None:
         if self._closed:

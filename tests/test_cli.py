@@ -77,7 +77,7 @@ def out_of_bounds(case: Case, ep: ExpertParallel, device: torch.device) -> list[
 def test_verify_is_red_if_one_finding_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     trial = Trial(case=CASES["uniform"], entry="moe", verifier=out_of_bounds, config=EPConfig())
     verdict = run_trials([trial], "reference", torch.device("cpu"))
-    assert verdict.worst == 2.0
+    assert (verdict.worst.name, verdict.worst.ratio) == ("y", 2.0)
     assert len(verdict.reds) == 1
     assert "y: relative error 1 (at most 0.5)" in verdict.reds[0]
     monkeypatch.setattr(verify_module, "trials", lambda cases: iter([[trial]]))

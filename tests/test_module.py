@@ -1,5 +1,8 @@
 """sonic_ep.MoE: the same layer on any number of ranks from one seed, trained as any module is."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -63,6 +66,17 @@ def test_forward_and_state() -> None:
     again.load_state_dict(layer.state_dict())
     assert_bitwise(again(x).y, out.y)
     assert "num_experts=8 (8 here), top_k=2" in repr(layer)
+
+
+def test_copies_share_the_group_and_pickles_say_why_not() -> None:
+    layer = MoE(*SIZES, ExpertParallel())
+    twin = copy.deepcopy(layer)
+    assert twin.ep is layer.ep
+    assert twin.w1 is not layer.w1
+    x = torch.randn(3, HIDDEN)
+    assert_bitwise(twin(x).y, layer(x).y)
+    with pytest.raises(TypeError, match="belongs to its process and cannot be pickled; save a module's state_dict"):
+        pickle.dumps(layer)
 
 
 @pytest.mark.parametrize(

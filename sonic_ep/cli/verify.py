@@ -36,12 +36,12 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What came of all trials of one case and entry. ``worst`` is the largest error over its bound."""
+    """What came of all trials of one case and entry. ``worst``: the finding whose error is closest to its bound."""
 
     case: str
     entry: str
     trials: int
-    worst: float
+    worst: Accuracy
     reds: tuple[str, ...]
 
 
@@ -112,14 +112,15 @@ def trials(cases: Sequence[Case]) -> Iterator[list[Trial]]:
 
 def run_trials(group_of_trials: Sequence[Trial], backend: str, device: torch.device) -> Verdict:
     """Collective: all trials of one case and entry. The same verdict on every rank."""
-    worst, reds = 0.0, []
+    findings, reds = [], []
     for trial in group_of_trials:
         with ExpertParallel(backend=backend, config=trial.config) as ep:
             for finding in trial.verifier(trial.case, ep, device):
-                worst = max(worst, finding.ratio)
+                findings.append(finding)
                 if not finding.ok:
                     reds.append(f"{trial.config}: {finding}")
     first = group_of_trials[0]
+    worst = max(findings, key=lambda finding: finding.ratio)
     return Verdict(case=first.case.name, entry=first.entry, trials=len(group_of_trials), worst=worst, reds=tuple(reds))
 
 
@@ -130,22 +131,24 @@ def verify_cases(cases: Sequence[Case], backend: str, device: torch.device, out:
     """
     groups = list(trials(cases))
     started, reds = time.monotonic(), 0
-    _say(out, f"{'case':<36} {'entry':<11} {'runs':>4}  {'error/bound':>11}  verdict")
+    _say(out, f"{'case':<28} {'entry':<11} {'runs':>4}  {'error/bound':>11}  {'in':<13} verdict")
     for number, group_of_trials in enumerate(groups, start=1):
         _progress(out, f"[{number}/{len(groups)}] {group_of_trials[0].case.name} ...")
         verdict = run_trials(group_of_trials, backend, device)
-        state = "RED" if verdict.reds else "green"
         _progress(out, "")
-        _say(
-            out,
-            f"{verdict.case:<36} {verdict.entry:<11} {verdict.trials:>4}  {verdict.worst:>11.2f}  {state}",
-        )
+        _say(out, _table_line(verdict))
         for red in verdict.reds:
             _say(out, f"    {red}")
         reds += len(verdict.reds)
     runs = sum(map(len, groups))
     _say(out, f"{runs} runs, {reds} red findings, {time.monotonic() - started:.0f} s")
     return reds == 0
+
+
+def _table_line(verdict: Verdict) -> str:
+    state = "RED" if verdict.reds else "green"
+    worst = f"{verdict.worst.ratio:>11.2f}  {verdict.worst.name:<13}"
+    return f"{verdict.case:<28} {verdict.entry:<11} {verdict.trials:>4}  {worst} {state}"
 
 
 def _say(out: TextIO | None, line: str) -> None:
