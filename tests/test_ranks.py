@@ -41,6 +41,11 @@ def returns_a_function(rank: Rank) -> object:
     return lambda: rank
 
 
+def fresh_memory(rank: Rank) -> bool:
+    floats = torch.empty(1000, dtype=torch.bfloat16, device=rank.device)
+    return bool(floats.isnan().all() and torch.empty_like(floats).isnan().all())
+
+
 def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -59,6 +64,10 @@ def test_processes_live_on_and_serve_every_size() -> None:
             assert [total for _, _, total in again] == [sum(range(world_size))] * world_size
         pids = pool.pids()
     assert not any(map(alive, pids))
+
+
+def test_memory_that_nobody_wrote_is_poisoned(pool: RankPool) -> None:
+    assert pool.run(fresh_memory, world_size=2) == [True, True]
 
 
 def test_an_error_names_its_rank_and_stops_the_others() -> None:

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -87,7 +88,8 @@ class RankPool:
         """``function(rank, *arguments)`` on each of ``world_size`` ranks; what they returned, in rank order.
 
         function: of a module's top level (it travels by name), taking a ``Rank`` first. ``torch.distributed`` is
-        initialised for it, unless ``world_size`` is 1. Raises ``RankError`` if a rank fails, dies or takes too long.
+        initialised for it, unless ``world_size`` is 1, and memory fresh from ``torch.empty`` reads as NaN.
+        Raises ``RankError`` if a rank fails, dies or takes too long.
         """
         self._grow(world_size)
         job = _Job(
@@ -206,6 +208,7 @@ def _serve(rank: int, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    _poison_new_memory()
     store: str | None = None
     while True:
         try:
@@ -222,6 +225,14 @@ def _serve(rank: int, connection: Connection) -> None:
         except BaseException:
             answer = pickle.dumps(_Answer(failure=traceback.format_exc()))
         connection.send_bytes(answer)
+
+
+def _poison_new_memory() -> None:
+    """Let memory that nobody has written read as NaN (integers: their largest value): no test passes by luck."""
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    # PyTorch fills only in its deterministic mode; what has no deterministic form may still run.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    warnings.filterwarnings("ignore", message=".*deterministic.*")
 
 
 def _device(rank: int, job: _Job) -> torch.device:
