@@ -15,6 +15,7 @@ from sonic_ep.config import AUTO, ClosedError, EPConfig, RouterOptions, ScoreOrd
 from sonic_ep.group import Group, resolve_group
 from sonic_ep.plan import RoutingPlan
 from sonic_ep.validation import (
+    ROW_DTYPES,
     Edge,
     ExpertArguments,
     check_experts,
@@ -50,7 +51,7 @@ class ExpertParallel:
         rank 0 logs one line.
     config: modes and flags, the same on every rank.
     max_tokens_per_rank: C, the most tokens that any rank brings to any call, the same on every rank. None: the most
-        that a rank brings to the first call, agreed there.
+        that a rank brings to the first call, agreed there; on one rank, whatever a call brings.
 
     Raises ``ValueError`` for wrong arguments and ``BackendUnavailableError`` with every reason if ``backend`` cannot
     run here. A context manager; ``close()`` gives back what it holds.
@@ -120,8 +121,8 @@ class ExpertParallel:
         options = RouterOptions(
             top_k=top_k,
             score_order=parse_choice(f"{self.group}: score_order", score_order, ScoreOrder),
-            norm_topk_probs=norm_topk_probs,
-            reduce_router_grad=reduce_router_grad,
+            norm_topk_probs=self._edge.flag("norm_topk_probs", norm_topk_probs),
+            reduce_router_grad=self._edge.flag("reduce_router_grad", reduce_router_grad),
         )
         router_w_EH = check_router(self._edge, x_TH, router_w, options)
         num_experts = router_w_EH.shape[0]
@@ -176,6 +177,7 @@ class ExpertParallel:
         self._open()
         checked = check_plan(self._edge, plan)
         x_TH = check_rows_of_tokens(self._edge, x)
+        self._edge.tensor("x", x_TH, ROW_DTYPES, like=checked.slot_of_row)
         self._edge.require(
             x_TH.shape[0] == checked.num_tokens,
             "tokens of x",
@@ -196,9 +198,9 @@ class ExpertParallel:
         return self._backend.combine(rows_RH, scores_TK, checked)
 
     def agree(self, number: int, device: torch.device) -> int:
-        """Rank 0's ``number``, on every rank. Collective; ``device`` is one that the group moves."""
+        """Rank 0's ``number``, on every rank. Collective; goes over ``device`` if the group moves its tensors."""
         self._open()
-        return self._backend.gather_number(number, device)[0]
+        return self._backend.gather_number(number, self.group.device_for(device))[0]
 
     def check(self) -> None:
         """Raise what the device has flagged since the last host sync, ``RowOverflowError`` first of all."""
@@ -238,6 +240,8 @@ class ExpertParallel:
     def _agreed_capacity(self, tokens: Tensor) -> int:
         """C. Agreed by all ranks on the first call that brings a token, if the caller has not set it."""
         num_tokens = tokens.shape[0]
+        if self._capacity is None and self.world_size == 1:
+            return num_tokens
         if self._capacity is None:
             most = max(self._backend.gather_number(num_tokens, tokens.device))
             self._capacity = most or None
@@ -266,5 +270,7 @@ def moe(
     """
     if ep is not None and (group is not None or config is not None or backend != AUTO):
         raise ValueError("moe: got ep together with group, backend or config, expected one or the other")
+    if ep is not None and not isinstance(ep, ExpertParallel):
+        raise TypeError(f"moe: ep: got {type(ep).__name__}, expected an ExpertParallel")
     chosen = ep or ExpertParallel(group, backend, config)
     return chosen.moe(x, router_w, w1, w2, top_k, **options)  # type: ignore[arg-type]

@@ -138,7 +138,7 @@ def choose_backend(name: str, group: EPGroup) -> BackendChoice:
     """
     if name not in (AUTO, *BACKEND_PACKAGES):
         expected = ", ".join(repr(word) for word in (AUTO, *BACKEND_PACKAGES))
-        raise ValueError(f"backend: got {name!r}, expected one of {expected}")
+        raise ValueError(f"{group}: backend: got {name!r}, expected one of {expected}")
     refused: list[str] = []
     for candidate in BACKEND_PACKAGES if name == AUTO else (name,):
         reasons = unavailable_reasons(candidate, group)

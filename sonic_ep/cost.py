@@ -1,4 +1,4 @@
-"""What each mode costs, as pure functions of counts and shapes: the rule behind ``"auto"``.
+"""What each mode costs over the link, predicted from W, K and E: the rule behind ``"auto"``.
 
 Link rows count remote rows only: a row that stays on its rank crosses no link.
 """
@@ -23,7 +23,8 @@ class Rates:
     memory: float
 
 
-# Measured on 2×H200, both directions busy: NVLink by copy engine, kernel reads, kernel writes; device memory copies.
+# 2×H200: NVLink measured with both directions busy, by copy engine, kernel reads and kernel writes; device memory as a
+# copy of a large tensor moves it, reads and writes counted.
 H200_NVLINK = Rates(copy_engine=368e9, link_read=333e9, link_write=360e9, memory=4.3e12)
 
 

@@ -41,6 +41,13 @@ class EPGroup:
             raise ClosedError(f"{self}: process group: got one that was destroyed, expected a live one")
         return group
 
+    def device_for(self, preferred: torch.device) -> torch.device:
+        """``preferred`` if the group moves tensors of that type, else a device that it does move."""
+        movable = self.device_types()
+        if movable is None or preferred.type in movable:
+            return preferred
+        return torch.device(min(movable))
+
     def device_types(self) -> frozenset[str] | None:
         """Device types whose tensors the group can move; None if any will do (no process group)."""
         if self.process_group is None:
@@ -59,12 +66,14 @@ def resolve_group(group: Group) -> EPGroup:
         return _world()
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
-            raise ValueError(f"group: got a device mesh of {group.ndim} dimensions, expected one dimension")
+            raise ValueError(f"{_world()}: group: got a device mesh of {group.ndim} dimensions, expected one dimension")
         group = group.get_group()
-    if group == dist.GroupMember.NON_GROUP_MEMBER:
+    if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
         raise _no_member()
     if not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f"group: got {type(group).__name__}, expected ProcessGroup, 1-D DeviceMesh or None")
+        raise ValueError(
+            f"{_world()}: group: got {type(group).__name__}, expected ProcessGroup, 1-D DeviceMesh or None"
+        )
     rank = dist.get_rank(group)
     if rank < 0:
         raise _no_member()
@@ -72,7 +81,7 @@ def resolve_group(group: Group) -> EPGroup:
 
 
 def _no_member() -> ValueError:
-    return ValueError(f"group: got a group without rank {dist.get_rank()} of the world, expected a member")
+    return ValueError(f"{_world()}: group: got a group without this rank, expected one that it is a member of")
 
 
 def _world() -> EPGroup:

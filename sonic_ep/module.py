@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
 from sonic_ep.api import ExpertParallel, MoEOutput
 from sonic_ep.config import ScoreOrder, parse_choice
-from sonic_ep.validation import Edge, check_experts_divide
+from sonic_ep.validation import ROW_DTYPES, Edge, check_experts_divide
 
 SEEDS = 2**62
 
@@ -44,6 +44,8 @@ class MoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(ep, ExpertParallel):
+            raise TypeError(f"MoE: ep: got {type(ep).__name__}, expected an ExpertParallel")
         edge = Edge(group=ep.group)
         sizes = {
             "hidden_size": hidden_size,
@@ -58,9 +60,11 @@ class MoE(nn.Module):
         self.top_k = top_k
         self.activation = activation
         self.gate_layout = gate_layout
-        self.score_order = parse_choice("score_order", score_order, ScoreOrder)
-        self.norm_topk_probs = norm_topk_probs
-        self.reduce_router_grad = reduce_router_grad
+        self.score_order = parse_choice(f"{ep.group}: score_order", score_order, ScoreOrder)
+        self.norm_topk_probs = edge.flag("norm_topk_probs", norm_topk_probs)
+        self.reduce_router_grad = edge.flag("reduce_router_grad", reduce_router_grad)
+        dtype = dtype or torch.get_default_dtype()
+        edge.require(dtype in ROW_DTYPES, "dtype", dtype, " or ".join(map(str, ROW_DTYPES)))
         edge.named("gate_layout", gate_layout, GATE_LAYOUTS)
         width = edge.named("activation", activation, ACTIVATIONS).up_width(intermediate_size)
         held = num_experts // ep.world_size
@@ -77,9 +81,13 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Collective. Weights normal with variance 1/fan_in, biases zero, by a seed that rank 0 draws."""
-        device = self.router_w.device
-        seed = self.ep.agree(int(torch.randint(SEEDS, ())), device)
+        """Collective. Weights normal with variance 1/fan_in, biases zero, by a seed that rank 0 draws.
+
+        On the meta device there is nothing to fill: call it again after ``to_empty``.
+        """
+        if self.router_w.is_meta:
+            return
+        seed = self.ep.agree(int(torch.randint(SEEDS, (), device="cpu")), self.router_w.device)
         self._fill(self.router_w, seed, 0)
         for place in range(self.w1.shape[0]):
             expert = self.ep.rank * self.w1.shape[0] + place
@@ -94,7 +102,7 @@ class MoE(nn.Module):
         return (p for p in (self.w1, self.w2, self.b1, self.b2) if p is not None)
 
     def forward(self, x: Tensor) -> MoEOutput:
-        """X (T, H) or (..., H) to ``MoEOutput``; ``.y`` has the shape of x. Collective."""
+        """From x, (T, H) or (..., H), to ``MoEOutput``; ``.y`` has the shape of x. Collective."""
         return self.ep.moe(
             x,
             self.router_w,

@@ -100,7 +100,7 @@ class RoutingPlan:
 
     @property
     def experts_per_rank(self) -> int:
-        """E."""
+        """Experts of one rank, e."""
         return self.group_ends.shape[0]
 
     @property

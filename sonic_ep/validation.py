@@ -53,6 +53,11 @@ class Edge:
         """A whole number of at least ``least``."""
         self.require(is_count(value, least=least), name, repr(value), f"a whole number of at least {least}")
 
+    def flag(self, name: str, value: object) -> bool:
+        """True or False, and nothing that merely counts as one."""
+        self.require(isinstance(value, bool), name, repr(value), "True or False")
+        return bool(value)
+
     def named(self, name: str, value: object, choices: Mapping[str, ObjectT]) -> ObjectT:
         """The object that ``value`` names."""
         found = choices.get(value) if isinstance(value, str) else None

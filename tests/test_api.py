@@ -1,16 +1,18 @@
 """The public API: backends, shapes, the functional form, and plan, dispatch and combine in a user's hands."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from calls import EXPERTS, HIDDEN, good_call, good_routed_call
+from near import assert_near
 from torch import Tensor
 
 import sonic_ep
-from sonic_ep import EPConfig, ExpertParallel
+from sonic_ep import EPConfig, ExpertParallel, RoutingPlan
 from sonic_ep.reference.experts import apply_experts
 from sonic_ep.testing import CASES, Rank, RankPool, assert_bitwise, draw
 from sonic_ep.testing.differential import leaf_experts
@@ -56,7 +58,7 @@ def test_router_weight_may_be_wider_than_x() -> None:
     assert out.y.dtype == torch.bfloat16
     assert out.router_logits.dtype == torch.float32
     expected = low["x"].float() @ arguments["router_w"].T
-    assert torch.allclose(out.router_logits, expected, rtol=100 * torch.finfo(torch.float32).eps)
+    assert_near(out.router_logits, expected, 100)
 
 
 def test_the_functional_form() -> None:
@@ -118,3 +120,42 @@ def moved_by_hand(rank: Rank) -> None:
 
 def test_plan_dispatch_and_combine_make_the_layer(cpu_pool: RankPool) -> None:
     cpu_pool.run(moved_by_hand, world_size=3)
+
+
+def test_one_rank_alone_takes_any_number_of_tokens() -> None:
+    with ExpertParallel() as ep:
+        assert [ep.plan(torch.zeros(T, 1, dtype=torch.int64), 4).capacity for T in (1, 7, 0, 3)] == [1, 7, 0, 3]
+
+
+def test_a_plan_of_another_device_is_refused() -> None:
+    with ExpertParallel() as ep:
+        plan = ep.plan(torch.zeros(2, 1, dtype=torch.int64), EXPERTS)
+        elsewhere = replace(plan, slot_of_row=plan.slot_of_row.to("meta"))
+        with pytest.raises(ValueError, match="device of x: got cpu, expected meta"):
+            ep.dispatch(torch.zeros(2, HIDDEN), elsewhere)
+        with pytest.raises(ValueError, match="device of rows: got cpu, expected meta"):
+            ep.combine(torch.zeros(2, HIDDEN), torch.ones(2, 1), elsewhere)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_the_routers_own_choices_are_distinct_and_need_fewer_rows(top_k: int, cpu_pool: RankPool) -> None:
+    for rows in cpu_pool.run(rows_of_moe, top_k, world_size=2):
+        # Two ranks of five tokens, two experts on each rank.
+        assert rows == 2 * 5 * min(top_k, 2)
+
+
+def rows_of_moe(rank: Rank, top_k: int) -> int:
+    """R of the plan that ``moe`` makes."""
+    held = EXPERTS // rank.world_size
+    seen = []
+    with ExpertParallel(backend="reference") as ep:
+        make = ep._backend.plan
+
+        def watched(*arguments: Any, **options: Any) -> RoutingPlan:
+            seen.append(make(*arguments, **options))
+            return seen[-1]
+
+        ep._backend.plan = watched  # type: ignore[method-assign]
+        whole = good_call(top_k=top_k)
+        ep.moe(**{**whole, "w1": whole["w1"][:held], "w2": whole["w2"][:held]})
+    return seen[0].row_capacity

@@ -5,8 +5,8 @@ from itertools import combinations, product
 import pytest
 import torch
 
-from sonic_ep.testing import CASES, Inputs, assert_bitwise, draw, option_cases, pairwise
-from sonic_ep.testing.cases import OPTIONS
+from sonic_ep.testing import CASES, Inputs, assert_bitwise, draw, option_trials, pairwise
+from sonic_ep.testing.cases import CONFIG_OPTIONS, OPTIONS
 
 WORLD_SIZES = [1, 2, 3, 4, 8]
 
@@ -46,9 +46,18 @@ def test_names_keep_their_word() -> None:
 
 
 def test_pairwise_lets_every_two_values_meet() -> None:
-    settings = pairwise(OPTIONS)
-    for a, b in combinations(OPTIONS, 2):
+    options = {**OPTIONS, **CONFIG_OPTIONS}
+    settings = pairwise(options)
+    for a, b in combinations(options, 2):
         met = {(setting[a], setting[b]) for setting in settings}
-        assert met == set(product(OPTIONS[a], OPTIONS[b]))
+        assert met == set(product(options[a], options[b]))
     assert len(settings) < 40
-    assert len({case.name for case in option_cases()}) == len(settings)
+
+
+def test_option_trials_carry_their_settings() -> None:
+    trials = option_trials()
+    assert len({trial.case.name for trial in trials}) == len(trials) == len(pairwise({**OPTIONS, **CONFIG_OPTIONS}))
+    for name, values in OPTIONS.items():
+        assert {getattr(trial.case, name) for trial in trials} == set(values)
+    for name, values in CONFIG_OPTIONS.items():
+        assert {getattr(trial.config, name) for trial in trials} == set(values)

@@ -1,16 +1,32 @@
 """The harness must bite: each kind of wrong answer is fed to it, and has to come out red."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sonic_ep import ExpertParallel
 from sonic_ep.reference.dense import dense_moe
-from sonic_ep.testing import CASES, Case, Inputs, Yardstick, assert_as_accurate, assert_bitwise, draw
-from sonic_ep.testing.differential import compare, drawn_oracle, routed_oracle, run_routed
+from sonic_ep.reference.router import choose_experts
+from sonic_ep.testing import (
+    CASES,
+    Accuracy,
+    Case,
+    Errors,
+    Inputs,
+    Rank,
+    RankPool,
+    Yardstick,
+    assert_as_accurate,
+    assert_bitwise,
+    draw,
+)
+from sonic_ep.testing.differential import compare, drawn_oracle, moe_oracle, routed_oracle, run_moe, run_routed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WORLD_SIZE = 4
@@ -131,6 +147,65 @@ def test_parts_of_ranks_make_the_errors_of_the_whole() -> None:
     joined = stick.judge("parts", parts).got
     assert joined.norm == pytest.approx(whole.norm)
     assert joined.worst_row == whole.worst_row
+
+
+def test_each_of_both_errors_is_held() -> None:
+    bound = Errors(norm=1.0, worst_row=1.0)
+    for norm, worst_row in ((1.0, 1.0), (2.0, 1.0), (1.0, 2.0)):
+        accuracy = Accuracy(name="y", got=Errors(norm=norm, worst_row=worst_row), bound=bound)
+        assert accuracy.ok == (norm <= 1.0 and worst_row <= 1.0)
+        assert accuracy.ratio == max(norm, worst_row)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_yardstick_that_is_not_finite_measures_nothing(value: float) -> None:
+    truth = torch.randn(10, 8, dtype=torch.float64)
+    broken = truth.clone()
+    broken[3, 2] = value
+    for pair in ((truth, broken.half()), (broken, truth.half())):
+        for answer in (torch.zeros(10, 8).half(), truth.half()):
+            with pytest.raises(AssertionError, match="not finite"):
+                assert_as_accurate(answer, *pair)
+
+
+def test_vectors_are_one_row() -> None:
+    truth = torch.randn(8, dtype=torch.float64)
+    assert_as_accurate(truth.float(), truth, truth.float())
+    with pytest.raises(AssertionError):
+        assert_as_accurate(truth.float() * 1.001, truth, truth.float())
+
+
+def test_optimised_python_checks_as_well() -> None:
+    program = (
+        "import torch; from sonic_ep.testing import assert_as_accurate, assert_bitwise\n"
+        "truth = torch.randn(4, 4).double(); zeros = torch.zeros(4, 4)\n"
+        "calls = lambda: assert_as_accurate(zeros, truth, truth.float()), lambda: assert_bitwise(zeros.int(), zeros)\n"
+        "for call in calls:\n"
+        "    try: call()\n"
+        "    except AssertionError: print('red')"
+    )
+    done = subprocess.run([sys.executable, "-O", "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["red", "red"]
+
+
+def wrong_on_rank_1(rank: Rank, name: str) -> list[str]:
+    """One tensor is wrong on rank 1 alone; every rank has to hear of it."""
+    case = CASES["uniform"]
+    inputs = draw(case, rank.world_size, rank.device)
+    with ExpertParallel(backend="reference") as ep:
+        outcome = dict(run_moe(inputs, ep))
+        idx = choose_experts(F.linear(inputs.x.float(), inputs.router_w.float()), case.top_k)
+        oracle = moe_oracle(inputs, idx)
+        facts = {"plan": True, "counts": name != "counts" or rank.rank != 1}
+        if rank.rank == 1 and name in outcome:
+            outcome[name] = outcome[name].clone()
+            outcome[name][0] *= 1.001
+        return [finding.name for finding in compare(outcome, oracle, inputs, ep, facts) if not finding.ok]
+
+
+@pytest.mark.parametrize("name", ["y", "dx", "router_logits", "drouter_w", "dw1", "counts"])
+def test_what_is_wrong_on_one_rank_is_red_on_all(cpu_pool: RankPool, name: str) -> None:
+    assert cpu_pool.run(wrong_on_rank_1, name, world_size=3) == [[name]] * 3
 
 
 def test_forms_have_to_match() -> None:

@@ -13,6 +13,7 @@ import sonic_ep.cli.verify as verify_module
 from sonic_ep import EPConfig, ExpertParallel
 from sonic_ep.cli import GREEN, INTERRUPTED, RED, WRONG_ARGUMENTS, main
 from sonic_ep.cli.doctor import BackendHealth, Health, link_types
+from sonic_ep.cli.launch import joined_group, launched_by_torchrun
 from sonic_ep.cli.verify import Trial, chosen_cases, configurations, fitting_cases, run_trials
 from sonic_ep.testing import CASES, Accuracy, Case
 from sonic_ep.testing.checks import Errors
@@ -76,7 +77,9 @@ def out_of_bounds(case: Case, ep: ExpertParallel, device: torch.device) -> list[
 
 def test_verify_is_red_if_one_finding_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     trial = Trial(case=CASES["uniform"], entry="moe", verifier=out_of_bounds, config=EPConfig())
-    verdict = run_trials([trial], "reference", torch.device("cpu"))
+    begun: list[int] = []
+    verdict = run_trials([trial], "reference", torch.device("cpu"), begun.append)
+    assert begun == [1]
     assert (verdict.worst.name, verdict.worst.ratio) == ("y", 2.0)
     assert len(verdict.reds) == 1
     assert "y: relative error 1 (at most 0.5)" in verdict.reds[0]
@@ -85,6 +88,25 @@ def test_verify_is_red_if_one_finding_is(monkeypatch: pytest.MonkeyPatch, capsys
     out = capsys.readouterr().out
     assert "RED" in out
     assert "1 runs, 1 red findings" in out
+
+
+def test_a_rank_set_by_somebody_else_is_not_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not launched_by_torchrun()
+    with joined_group() as place:
+        assert (place.rank, place.world_size) == (0, 1)
+
+
+def test_a_reader_that_stops_early_sees_no_traceback() -> None:
+    words = [*COMMAND, "verify", "--case", "top_1"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stderr is not None
+        writer.stdout.readline()
+        writer.stdout.close()
+        assert writer.stderr.read() == ""
+        assert writer.wait(timeout=60) == RED
 
 
 def test_every_mode_pair_and_flag_is_verified() -> None:
@@ -113,6 +135,7 @@ def test_cases_are_made_to_fit_any_number_of_ranks(world_size: int) -> None:
         (["verify", "--thiek", "8,8,8,4,5"], "got K=5, expected at most E=4"),
         (["verify", "--case", "nothing"], "invalid choice: 'nothing'"),
         (["verify", "--backend", "turbo"], "invalid choice: 'turbo'"),
+        (["verify", "--d", "bfloat16"], "unrecognized arguments: --d bfloat16"),
     ],
 )
 def test_wrong_words(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

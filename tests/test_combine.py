@@ -4,52 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from combine_by_hand import BY_HAND, HIDDEN, canonical, expert_rows, owners_of_slots
+from near import assert_near
 
 from sonic_ep import CombineMode, EPConfig, ExpertParallel
 from sonic_ep.reference.combine.ordered_sum import ordered_sum
-from sonic_ep.testing import CASES, Case, Inputs, Rank, RankPool, assert_bitwise, draw
+from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise, draw
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-HIDDEN = 8
-
-
-def expert_rows(inputs: Inputs) -> Tensor:
-    """A made-up output of every slot, (N, K, H): any rank can tell it from the slot's number."""
-    tokens, top_k = inputs.topk_idx.shape
-    generator = torch.Generator().manual_seed(99)
-    rows = torch.randn(tokens, top_k, HIDDEN, generator=generator, dtype=torch.float64)
-    return rows.to(inputs.case.dtype).to(inputs.x.device)
-
-
-def one_by_one(terms: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """fp32 sum from the left, starting at zero, one rounding."""
-    total = torch.zeros(HIDDEN, dtype=torch.float32, device=terms[0].device if terms else "cpu")
-    for term in terms:
-        total = total + term.float()
-    return total.to(dtype)
-
-
-def all_to_all_by_hand(rows: Tensor, scores: Tensor, owners: list[int]) -> Tensor:
-    """round(sum over k)."""
-    terms = [scores[k] * rows[k].float() for k, owner in enumerate(owners) if owner >= 0]
-    return one_by_one(terms, rows.dtype)
-
-
-def reduce_scatter_by_hand(rows: Tensor, scores: Tensor, owners: list[int]) -> Tensor:
-    """round(sum over ranks of round(sum over k on the rank))."""
-    partial = []
-    for rank in sorted(set(owners) - {-1}):
-        terms = [scores[k] * rows[k].float() for k, owner in enumerate(owners) if owner == rank]
-        partial.append(one_by_one(terms, rows.dtype))
-    return one_by_one(partial, rows.dtype)
-
-
-BY_HAND = {
-    CombineMode.ALL_TO_ALL: all_to_all_by_hand,
-    CombineMode.REDUCE_SCATTER: reduce_scatter_by_hand,
-    CombineMode.RANK_DEDUP: reduce_scatter_by_hand,
-}
 
 
 def combined(rank: Rank, case: Case, mode: CombineMode, poison: float) -> None:
@@ -62,18 +24,11 @@ def combined(rank: Rank, case: Case, mode: CombineMode, poison: float) -> None:
         rows = torch.full((plan.row_capacity, HIDDEN), poison, dtype=case.dtype, device=rank.device)
         rows[: plan.rows()] = canonical(inputs, slots, rank.rank)
         y = ep.combine(rows, scores[tokens], plan)
-    owners = (inputs.topk_idx // plan.experts_per_rank).where(inputs.topk_idx >= 0, -1)[tokens].tolist()
+    owners = owners_of_slots(inputs, plan.experts_per_rank)[tokens].tolist()
     assert y.shape == (len(owners), HIDDEN)
     for token, owner in enumerate(owners):
         expected = BY_HAND[mode](slots[tokens][token], scores[tokens][token], owner)
         assert_bitwise(y[token].cpu(), expected.cpu(), f"token {token}")
-
-
-def canonical(inputs: Inputs, slots: Tensor, rank: int) -> Tensor:
-    experts = range(*inputs.experts_of(rank).indices(inputs.case.num_experts))
-    chosen = [(inputs.topk_idx == expert).nonzero() for expert in experts]
-    where = torch.cat(chosen)
-    return slots[where[:, 0], where[:, 1]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -122,11 +77,25 @@ def score_gradient(rank: Rank, case: Case, config: EPConfig) -> None:
     assert_bitwise(rows.grad[: plan.rows()], expected_rows, "gradient of the rows")
     expected_scores = (slots[tokens].float() * dy[:, None].float()).sum(dim=-1)
     expected_scores[inputs.topk_idx[tokens] < 0] = 0
-    assert torch.allclose(scores.grad, expected_scores, rtol=HIDDEN * torch.finfo(torch.float32).eps)
+    assert_near(scores.grad, expected_scores, HIDDEN)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dispatch", ["all_gather", "all_to_all", "rank_dedup"])
 @pytest.mark.parametrize("case", ["uniform", "dropped_slots", "repeated_experts"])
 @pytest.mark.parametrize("world_size", [1, 4])
-def test_gradients_of_rows_and_scores(pool: RankPool, world_size: int, case: str, dispatch: str) -> None:
-    pool.run(score_gradient, CASES[case], EPConfig(dispatch=dispatch), world_size=world_size)
+def test_gradients_of_rows_and_scores(
+    pool: RankPool, world_size: int, case: str, dispatch: str, dtype: torch.dtype
+) -> None:
+    pool.run(score_gradient, replace(CASES[case], dtype=dtype), EPConfig(dispatch=dispatch), world_size=world_size)
+
+
+@pytest.mark.parametrize("mode", CombineMode)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_scores_of_any_float_are_used_in_fp32(dtype: torch.dtype, mode: CombineMode) -> None:
+    idx = torch.tensor([[0, 1], [1, 0]])
+    scores = torch.rand(2, 2, dtype=torch.float64).to(dtype)
+    rows = torch.randn(4, HIDDEN).bfloat16()
+    with ExpertParallel(backend="reference", config=EPConfig(combine=mode)) as ep:
+        plan = ep.plan(idx, num_experts=2)
+        assert_bitwise(ep.combine(rows, scores, plan), ep.combine(rows, scores.float(), plan))

@@ -1,11 +1,18 @@
 """Predicted costs against counting, and what "auto" makes of them."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig
-from sonic_ep.cost import Workload, choose_modes
+from sonic_ep.cost import (
+    H200_NVLINK,
+    Workload,
+    choose_modes,
+    combine_seconds_per_byte,
+    dispatch_seconds_per_byte,
+)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +40,18 @@ def test_auto_picks_modes_and_a_choice_of_the_caller_stands(world_size: int, top
         assert (chosen.dispatch, chosen.combine) == (dispatch, combine)
         half = choose_modes(EPConfig(dispatch=dispatch), load)
         assert (half.dispatch, half.combine) == (dispatch, auto.combine)
+
+
+def test_auto_takes_the_cheapest() -> None:
+    load = Workload(world_size=8, top_k=2, num_experts=64)
+    # A token goes to fewer than two of seven other ranks: nobody gathers every token for that.
+    assert choose_modes(EPConfig(), load).dispatch is DispatchMode.ALL_TO_ALL
+    for costs in (dispatch_seconds_per_byte(load, H200_NVLINK), combine_seconds_per_byte(load, H200_NVLINK)):
+        assert all(cost > 0 for cost in costs.values())
+    slow_memory = replace(H200_NVLINK, memory=1.0)
+    fast_engine = replace(H200_NVLINK, copy_engine=1e15, memory=1e15)
+    assert choose_modes(EPConfig(), load, slow_memory).dispatch is DispatchMode.ALL_TO_ALL
+    assert choose_modes(EPConfig(), load, fast_engine).dispatch is DispatchMode.ALL_GATHER
 
 
 def test_partial_sums_win_where_a_token_has_several_slots_on_a_rank() -> None:

@@ -1,10 +1,13 @@
 """The dispatch primitives, each against a copy by hand: moved bytes, so bit for bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from combine_by_hand import BY_HAND, HIDDEN, canonical, expert_rows, owners_of_slots
 from torch import Tensor
 
-from sonic_ep import DispatchMode, EPConfig, ExpertParallel
+from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.group import resolve_group
 from sonic_ep.reference.collectives import collectives_of
 from sonic_ep.reference.dispatch import dispatch_primitives
@@ -75,6 +78,33 @@ def gradient_of_dispatch(rank: Rank, case: Case, config: EPConfig) -> None:
     slots = (inputs.topk_idx[tokens] >= 0).sum(dim=1, keepdim=True)
     assert x.grad is not None
     assert_bitwise(x.grad, slots.to(case.dtype).expand_as(x).contiguous())
+
+
+def gradient_roundings(rank: Rank, case: Case, combine: CombineMode) -> None:
+    """Dx is the sum of its rows' gradients with the roundings of the configured combine mode, and of no other."""
+    inputs = draw(case, rank.world_size, rank.device)
+    tokens = inputs.tokens_of(rank.rank)
+    slots = expert_rows(inputs)
+    x = torch.zeros(len(inputs.dy[tokens]), HIDDEN, dtype=case.dtype, device=rank.device, requires_grad=True)
+    with ExpertParallel(backend="reference", config=EPConfig(combine=combine)) as ep:
+        plan = ep.plan(inputs.topk_idx[tokens], case.num_experts)
+        grad = torch.full((plan.row_capacity, HIDDEN), float("nan"), dtype=case.dtype, device=rank.device)
+        grad[: plan.rows()] = canonical(inputs, slots, rank.rank)
+        ep.dispatch(x, plan).backward(grad)
+    assert x.grad is not None
+    ones = torch.ones(case.top_k, device=rank.device)
+    for token, owners in enumerate(owners_of_slots(inputs, plan.experts_per_rank)[tokens].tolist()):
+        expected = BY_HAND[combine](slots[tokens][token], ones, owners)
+        assert_bitwise(x.grad[token].cpu(), expected.cpu(), f"token {token}")
+
+
+@pytest.mark.parametrize("combine", CombineMode)
+@pytest.mark.parametrize("dispatch_case", ["uniform", "dropped_slots", "repeated_experts"])
+def test_gradient_has_the_roundings_of_the_combine_mode(
+    pool: RankPool, dispatch_case: str, combine: CombineMode
+) -> None:
+    case = replace(CASES[dispatch_case], dtype=torch.bfloat16, top_k=6)
+    pool.run(gradient_roundings, case, combine, world_size=3)
 
 
 @pytest.mark.parametrize("combine", ["all_to_all", "reduce_scatter", "rank_dedup"])

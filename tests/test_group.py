@@ -30,7 +30,7 @@ def groups(rank: Rank) -> None:
         found = resolve_group(pair)
         assert (found.rank, found.world_size) == (int(rank.rank == 3), 2)
     else:
-        expected = f"group: got a group without rank {rank.rank} of the world, expected a member"
+        expected = f"rank {rank.rank} of 4: group: got a group without this rank, expected one that it is a member of"
         with pytest.raises(ValueError, match=expected):
             ExpertParallel(pair)
 
@@ -49,6 +49,8 @@ def test_no_process_group_is_one_rank() -> None:
 def tensors_it_cannot_move(rank: Rank) -> None:
     only_cuda = dist.new_group(list(range(rank.world_size)), backend="cuda:gloo")
     edge = Edge(group=resolve_group(only_cuda))
+    assert resolve_group(only_cuda).device_for(torch.device("cpu")) == torch.device("cuda")
+    assert resolve_group(None).device_for(torch.device("cpu")) == torch.device("cpu")
     with pytest.raises(ValueError, match="device of x: got cpu, expected one that the process group moves: cuda"):
         edge.tensor("x", torch.zeros(1), (torch.float32,))
 
@@ -69,6 +71,7 @@ LEFT_OPEN = """
 import torch, torch.distributed as dist, sonic_ep
 dist.init_process_group("gloo")
 ep = sonic_ep.ExpertParallel(backend="reference")
+pair = sonic_ep.ExpertParallel(dist.new_group([0, 1]), backend="reference")
 layer = sonic_ep.MoE(8, 4, num_experts=4, top_k=2, ep=ep)
 out = layer(torch.randn(3, 8, requires_grad=True))
 dist.destroy_process_group()

@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
+from layer_inputs import layer_inputs, routing_of
 from torch import Tensor
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
@@ -17,19 +18,20 @@ from sonic_ep.reference.layer import ReferenceBackend
 from sonic_ep.testing import (
     CASES,
     Case,
+    OptionTrial,
     Rank,
     RankPool,
     assert_bitwise,
     draw,
-    option_cases,
+    option_trials,
     verify_moe,
     verify_routed,
 )
-from sonic_ep.testing.differential import Outcome, leaf, leaf_experts, run_moe, run_routed
+from sonic_ep.testing.differential import Outcome, run_moe, run_routed
 
 BACKENDS = ["reference"]
 WORLD_SIZES = [1, 2, 3, 4, 8]
-OPTION_CASES = {case.name: case for case in option_cases()}
+OPTION_TRIALS = {trial.case.name: trial for trial in option_trials()}
 PAIRS = [(dispatch, combine) for dispatch in DispatchMode for combine in CombineMode]
 FLAGS = [
     dict(zip(("redispatch_x_in_backward", "cpu_sync_on_runtime"), on, strict=True))
@@ -75,10 +77,11 @@ def test_layer_with_its_router_matches_the_oracle(
     assert pool.run(moe_reds, case, backend, config, world_size=world_size) == [[]] * world_size
 
 
-@pytest.mark.parametrize("case", OPTION_CASES.values(), ids=OPTION_CASES.keys())
+@pytest.mark.parametrize("trial", OPTION_TRIALS.values(), ids=OPTION_TRIALS.keys())
 @backends
-def test_options_match_the_oracle(pool: RankPool, backend: str, case: Case) -> None:
-    assert pool.run(moe_reds, case, backend, EPConfig(), world_size=3) == [[]] * 3
+def test_options_modes_and_flags_together_match_the_oracle(pool: RankPool, backend: str, trial: OptionTrial) -> None:
+    for reds in (moe_reds, routed_reds):
+        assert pool.run(reds, trial.case, backend, trial.config, world_size=3) == [[]] * 3
 
 
 def outcomes_by_flags(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
@@ -130,7 +133,7 @@ def test_modes_agree_bit_for_bit(pool: RankPool, backend: str, world_size: int, 
 
 
 class Watched:
-    """A dispatch primitive that remembers, without keeping alive, what it returned."""
+    """A dispatch primitive that counts its calls and remembers, without keeping alive, what it returned."""
 
     def __init__(self, primitive: DispatchPrimitive) -> None:
         self.primitive = primitive
@@ -150,32 +153,60 @@ class Watched:
 
 
 def rows_alive(rank: Rank, case: Case, redispatch: bool) -> tuple[int, int, int, int]:
-    """Buffers of dispatched rows alive after forward and after backward, and dispatches made until then."""
+    """Buffers of dispatched rows alive, and dispatches made, after forward and after backward."""
     config = EPConfig(dispatch="all_to_all", redispatch_x_in_backward=redispatch)
-    inputs = draw(case, rank.world_size, rank.device)
+    x, (_, w1, w2), dy = layer_inputs(rank, case)
     with ExpertParallel(backend="reference", config=config) as ep:
         backend = ep._backend
         assert isinstance(backend, ReferenceBackend)
         watched = Watched(backend._dispatch[DispatchMode.ALL_TO_ALL])
         backend._dispatch = {DispatchMode.ALL_TO_ALL: watched}
-        x = leaf(inputs.x[inputs.tokens_of(rank.rank)])
-        experts = leaf_experts(inputs.experts, inputs.experts_of(rank.rank))
-        tokens = inputs.tokens_of(rank.rank)
-        y = ep.moe_routed(x, inputs.topk_idx[tokens], inputs.topk_scores[tokens], experts.w1, experts.w2)
+        y = ep.moe_routed(x, *routing_of(rank, case), w1, w2)
         after_forward, calls_forward = watched.alive(), len(watched.received)
-        y.backward(inputs.dy[tokens])
+        y.backward(dy)
         return after_forward, calls_forward, watched.alive(), len(watched.received)
 
 
 @pytest.mark.parametrize("case", ["uniform", "empty_experts", "zero_token_ranks", "one_rank"])
 def test_redispatch_keeps_x_alone_and_gathers_it_again(pool: RankPool, case: str) -> None:
-    biasless = replace(CASES[case], bias=False)
     # Forward's rows, kept for the gradient of w1, and in backward the dispatch of d(out).
-    kept = pool.run(rows_alive, biasless, False, world_size=4)
+    kept = pool.run(rows_alive, CASES[case], False, world_size=4)
     assert [(found[0], found[1], found[3]) for found in kept] == [(1, 1, 2)] * 4
     # Nothing survives forward, and backward dispatches d(out) and x; nothing survives backward either, although the
     # graph is still referenced.
-    assert pool.run(rows_alive, biasless, True, world_size=4) == [(0, 1, 0, 3)] * 4
+    assert pool.run(rows_alive, CASES[case], True, world_size=4) == [(0, 1, 0, 3)] * 4
+
+
+def elements_saved(rank: Rank, case: Case, redispatch: bool, train_scores: bool) -> tuple[int, int, int]:
+    """Elements that autograd keeps of tensors as wide as x, and the sizes of x and of the rows."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.ndim == 2 and tensor.shape[1] == case.hidden and tensor.dtype == case.dtype:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
+        return tensor
+
+    x, (_, w1, w2), _ = layer_inputs(rank, case)
+    idx, scores = routing_of(rank, case)
+    with ExpertParallel(backend="reference", config=EPConfig(redispatch_x_in_backward=redispatch)) as ep:
+        rows = ep.plan(idx, case.num_experts).row_capacity
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            ep.moe_routed(x, idx, scores.requires_grad_(train_scores), w1, w2)
+    return sum(kept.values()), x.numel(), rows * case.hidden
+
+
+@pytest.mark.parametrize("train_scores", [False, True])
+def test_what_backward_keeps(cpu_pool: RankPool, train_scores: bool) -> None:
+    """X with the flag, the rows without; and the experts' outputs only if the scores need a gradient.
+
+    Counted by a hook from outside, which also shows that such hooks (activation checkpointing, offloading) see it all.
+    """
+    # No width of an expert is H here, so that only x, rows and outputs are counted.
+    case = replace(CASES["uniform"], hidden=40)
+    for kept, x, rows in cpu_pool.run(elements_saved, case, True, train_scores, world_size=2):
+        assert kept == x + train_scores * rows
+    for kept, _, rows in cpu_pool.run(elements_saved, case, False, train_scores, world_size=2):
+        assert kept == rows + train_scores * rows
 
 
 def rows_sized(rank: Rank, case: Case, exact: bool) -> tuple[int, int, int]:

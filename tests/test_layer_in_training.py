@@ -4,10 +4,11 @@ from itertools import product
 
 import pytest
 import torch
+from layer_inputs import layer_inputs, routing_of
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sonic_ep import CombineMode, EPConfig, ExpertParallel
+from sonic_ep import CombineMode, EPConfig, ExpertParallel, MoE
 from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise, draw
 from sonic_ep.testing.differential import leaf, leaf_experts, run_routed
 
@@ -15,14 +16,6 @@ FLAGS = [
     {"redispatch_x_in_backward": again, "cpu_sync_on_runtime": exact}
     for again, exact in product((False, True), repeat=2)
 ]
-
-
-def layer_inputs(rank: Rank, case: Case) -> tuple[Tensor, list[Tensor], Tensor]:
-    """x, the weights, and the gradient of y, of this rank."""
-    inputs = draw(case, rank.world_size, rank.device)
-    experts = leaf_experts(inputs.experts, inputs.experts_of(rank.rank))
-    tokens = inputs.tokens_of(rank.rank)
-    return leaf(inputs.x[tokens]), [leaf(inputs.router_w), experts.w1, experts.w2], inputs.dy[tokens]
 
 
 def gradients(y: Tensor, dy: Tensor, leaves: list[Tensor]) -> list[Tensor]:
@@ -172,3 +165,58 @@ def dropped_tokens(rank: Rank, case: Case) -> None:
 
 def test_a_token_routed_nowhere_yields_exact_zeros(cpu_pool: RankPool) -> None:
     cpu_pool.run(dropped_tokens, CASES["dropped_slots"], world_size=2)
+
+
+def unequal_needs(rank: Rank, case: Case, config: EPConfig) -> None:
+    """x, scores or both need a gradient on rank 0 alone: backward still finds all ranks, and rank 0's is right."""
+    x, (_, w1, w2), dy = layer_inputs(rank, case)
+    idx, scores = routing_of(rank, case)
+    with ExpertParallel(backend="reference", config=config) as ep:
+        scores = scores.clone().requires_grad_()
+        expected = torch.autograd.grad(ep.moe_routed(x, idx, scores, w1, w2), [x, scores], dy)
+        for wanted in product((False, True), repeat=2):
+            mine = [want and rank.rank == 0 for want in wanted]
+            held = [t.detach().clone().requires_grad_(m) for t, m in zip((x, scores), mine, strict=True)]
+            ep.moe_routed(held[0], idx, held[1], w1, w2).backward(dy)
+            for tensor, need, grad in zip(held, mine, expected, strict=True):
+                assert (tensor.grad is not None) == need
+                if tensor.grad is not None:
+                    assert_bitwise(tensor.grad, grad)
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_ranks_may_need_different_gradients(cpu_pool: RankPool, flags: dict[str, bool]) -> None:
+    cpu_pool.run(unequal_needs, CASES["uneven_tokens"], EPConfig(**flags), world_size=3)
+
+
+def empty_share(rank: Rank) -> None:
+    """A rank without tokens brings an x that came from nowhere; the others train a layer in front."""
+    torch.manual_seed(0)
+    with ExpertParallel(backend="reference") as ep:
+        front, layer = torch.nn.Linear(8, 8), MoE(8, 4, num_experts=6, top_k=2, ep=ep)
+        x = torch.zeros(0, 8) if rank.rank == 1 else front(torch.randn(5, 8))
+        layer(layer(x).y).y.sum().backward()
+        assert all(parameter.grad is not None for parameter in layer.parameters())
+        assert (front.weight.grad is not None) == (rank.rank != 1)
+
+
+def test_a_rank_without_tokens_needs_no_gradient_of_x(cpu_pool: RankPool) -> None:
+    cpu_pool.run(empty_share, world_size=3)
+
+
+def differentiated_twice(rank: Rank, case: Case) -> None:
+    x, weights, dy = layer_inputs(rank, case)
+    with ExpertParallel(backend="reference") as ep:
+        (grad,) = torch.autograd.grad(ep.moe(x, *weights, case.top_k).y, [x], dy, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+        plan = ep.plan(routing_of(rank, case)[0], case.num_experts)
+        rows = torch.zeros(plan.row_capacity, case.hidden, device=rank.device, requires_grad=True)
+        y = ep.combine(rows, routing_of(rank, case)[1].requires_grad_(), plan)
+        (grad,) = torch.autograd.grad(y, [rows], dy.clone().requires_grad_(), create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
+
+def test_second_derivatives_are_refused_not_wrong(cpu_pool: RankPool) -> None:
+    cpu_pool.run(differentiated_twice, CASES["uniform"], world_size=2)

@@ -68,6 +68,25 @@ def test_forward_and_state() -> None:
     assert "num_experts=8 (8 here), top_k=2" in repr(layer)
 
 
+def test_built_on_the_meta_device_and_filled_later() -> None:
+    torch.manual_seed(3)
+    expected = MoE(*SIZES, ExpertParallel(), bias=True)
+    with torch.device("meta"):
+        layer = MoE(*SIZES, ExpertParallel(), bias=True)
+    assert layer.w1.is_meta
+    torch.manual_seed(3)
+    layer.to_empty(device="cpu").reset_parameters()
+    for name, value in expected.state_dict().items():
+        assert_bitwise(layer.state_dict()[name], value, name)
+
+
+def test_what_is_no_expert_parallel() -> None:
+    with pytest.raises(TypeError, match="MoE: ep: got NoneType, expected an ExpertParallel"):
+        MoE(*SIZES, None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="moe: ep: got str, expected an ExpertParallel"):
+        sonic_ep.moe(*[torch.zeros(1)] * 4, 1, ep="x")  # type: ignore[arg-type]
+
+
 def test_copies_share_the_group_and_pickles_say_why_not() -> None:
     layer = MoE(*SIZES, ExpertParallel())
     twin = copy.deepcopy(layer)
@@ -89,11 +108,14 @@ def test_copies_share_the_group_and_pickles_say_why_not() -> None:
         ({"activation": "mish"}, "activation: got 'mish', expected one of 'swiglu'"),
         ({"gate_layout": "both"}, "gate_layout: got 'both', expected one of 'interleaved'"),
         ({"score_order": "any"}, "score_order: got 'any', expected one of 'topk_then_softmax'"),
+        ({"norm_topk_probs": "no"}, "norm_topk_probs: got 'no', expected True or False"),
+        ({"reduce_router_grad": 1}, "reduce_router_grad: got 1, expected True or False"),
+        ({"dtype": torch.float64}, "dtype: got torch.float64, expected torch.bfloat16 or"),
     ],
 )
 def test_wrong_sizes_and_options(changes: dict[str, object], message: str) -> None:
     sizes = dict(zip(("hidden_size", "intermediate_size", "num_experts", "top_k"), SIZES, strict=True))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"rank 0 of 1: {message}"):
         MoE(**{**sizes, **changes}, ep=ExpertParallel())  # type: ignore[arg-type]
 
 

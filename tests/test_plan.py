@@ -182,6 +182,24 @@ def test_overflow_names_rows_and_bound_on_every_rank(pool: RankPool) -> None:
         assert messages == [expected, expected]
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_max_rows_holds_with_and_without_exact_sizes(exact: bool) -> None:
+    idx = torch.tensor([[0], [1], [-1]])
+    for bound, fits in ((1, False), (2, True), (3, True)):
+        with ExpertParallel(config=EPConfig(max_rows=bound, cpu_sync_on_runtime=exact)) as ep:
+            if fits:
+                assert ep.plan(idx, num_experts=2).rows() == 2
+            else:
+                with pytest.raises(RowOverflowError, match="max_rows: got 1, expected at least 2"):
+                    ep.plan(idx, num_experts=2)
+
+
+def test_more_slots_than_int32_counts_are_refused() -> None:
+    refused = pytest.raises(ValueError, match=f"got {2**31} slots, expected at most {2**31 - 1}")
+    with ExpertParallel(max_tokens_per_rank=2**31) as ep, refused:
+        ep.plan(torch.zeros(1, 1, dtype=torch.int64), num_experts=2)
+
+
 def varying_tokens(rank: Rank, tokens: list[list[int]]) -> list[int]:
     """Capacities of plans made one after the other, T of rank r in call i being tokens[i][r]."""
     with ExpertParallel(backend="reference") as ep:

@@ -92,6 +92,8 @@ def test_a_dead_rank_is_named() -> None:
         with pytest.raises(RankError, match="the process died, exit code -9") as raised:
             pool.run(dies_on, 1, world_size=2)
         assert "--- rank 1 of 2 ---" in str(raised.value)
+        # Its peers complain of their connections, but it is the one that died.
+        assert raised.value.rank == 1
 
 
 def test_a_silent_rank_is_named_when_time_is_up() -> None:
@@ -100,6 +102,24 @@ def test_a_silent_rank_is_named_when_time_is_up() -> None:
         pytest.raises(RankError, match=r"no answer within 3 s from ranks \[1\] of 2"),
     ):
         pool.run(sleeps_on, 1, world_size=2)
+
+
+def test_a_rank_that_died_between_calls_is_named_and_replaced() -> None:
+    with RankPool() as pool:
+        pool.run(who, world_size=2)
+        os.kill(pool.pids()[1], signal.SIGKILL)
+        time.sleep(0.5)
+        with pytest.raises(RankError) as raised:
+            pool.run(who, world_size=2)
+        assert raised.value.rank == 1
+        assert len(pool.run(who, world_size=2)) == 2
+
+
+def test_a_closed_pool_says_so() -> None:
+    pool = RankPool()
+    pool.close()
+    with pytest.raises(RuntimeError, match=r"got a call after close\(\), expected an open pool"):
+        pool.run(who, world_size=2)
 
 
 def test_what_cannot_travel_is_an_error_and_no_hang() -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from near import assert_near
 
 from sonic_ep.config import RouterOptions, ScoreOrder
 from sonic_ep.group import resolve_group
@@ -26,6 +27,10 @@ def test_ties_go_to_the_lower_expert() -> None:
     assert choose_experts(torch.tensor([[1.0, 3.0, 1.0, 3.0, 1.0]]), 3).tolist() == [[1, 3, 0]]
 
 
+def test_ties_are_stable_among_many() -> None:
+    assert choose_experts(torch.zeros(3, 300), 300).eq(torch.arange(300)).all()
+
+
 def test_a_nan_logit_still_yields_experts_that_exist() -> None:
     chosen = choose_experts(torch.full((1, 4), float("nan")), 2)
     assert chosen.tolist() == [[0, 1]]
@@ -44,13 +49,13 @@ def test_scores_are_fp32_softmax(dtype: torch.dtype, order: ScoreOrder, norm: bo
     kept = exp.gather(1, routing.topk_idx)
     whole = exp if order is ScoreOrder.SOFTMAX_THEN_TOPK and not norm else kept
     expected = kept / whole.sum(dim=1, keepdim=True)
-    assert torch.allclose(routing.topk_scores.double(), expected, rtol=100 * torch.finfo(torch.float32).eps)
+    assert_near(routing.topk_scores, expected, 100)
 
 
 def test_norm_changes_nothing_after_a_softmax_over_the_chosen() -> None:
     x, weight = torch.randn(6, 16), torch.randn(8, 16)
     scores = [routed(x, weight, top_k=3, norm_topk_probs=norm).topk_scores for norm in (False, True)]
-    assert torch.allclose(*scores, rtol=4 * torch.finfo(torch.float32).eps)
+    assert_near(*scores, 4)
 
 
 def test_logits_carry_gradients_to_x_and_weight() -> None:
@@ -59,5 +64,5 @@ def test_logits_carry_gradients_to_x_and_weight() -> None:
     routing = routed(x, weight, top_k=2)
     assert not routing.topk_idx.requires_grad
     routing.logits.sum().backward()
-    assert torch.allclose(x.grad, weight.detach().sum(dim=0).expand(6, 16))
-    assert torch.allclose(weight.grad, x.detach().sum(dim=0).expand(8, 16))
+    assert_near(x.grad, weight.detach().sum(dim=0).expand(6, 16), 16)
+    assert_near(weight.grad, x.detach().sum(dim=0).expand(8, 16), 16)

@@ -48,7 +48,7 @@ WRONG_MOE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "w2 transposed": (
         {"w2": torch.randn(4, 4, 8)},
-        r"shape of w2: got \(4, 4, 8\), expected \(4, 8, 8\)|shape of w",
+        r"shape of w2: got \(4, 4, 8\), expected \(4, 8, 8\)",
     ),
     "w2 of two dimensions": ({"w2": torch.randn(8, 4)}, r"shape of w2: got \(8, 4\), expected \(e, 8, I\)"),
     "experts of another number": (
@@ -73,6 +73,7 @@ WRONG_MOE: dict[str, tuple[dict[str, Any], str]] = {
         {"gate_layout": "split"},
         "gate_layout: got 'split', expected one of 'interleaved', 'concat'",
     ),
+    "norm": ({"norm_topk_probs": "no"}, "norm_topk_probs: got 'no', expected True or False"),
     "score order": ({"score_order": "none"}, "score_order: got 'none', expected one of 'topk_then_softmax'"),
 }
 
@@ -130,8 +131,7 @@ def test_wrong_arguments_of_moe(name: str) -> None:
     changes, message = WRONG_MOE[name]
     with ExpertParallel(max_tokens_per_rank=6) as ep, pytest.raises(ValueError, match=message) as raised:
         ep.moe(**good_call(**changes))
-    prefix = "score_order" if name == "score order" else ""
-    assert "rank 0 of 1" in str(raised.value), prefix
+    assert "rank 0 of 1" in str(raised.value)
 
 
 @pytest.mark.parametrize("name", WRONG_ROUTED)
@@ -161,7 +161,7 @@ def test_what_is_no_tensor(argument: str) -> None:
     ],
 )
 def test_wrong_arguments_of_the_object(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"rank 0 of 1: {message}"):
         ExpertParallel(**arguments)
 
 
@@ -173,6 +173,7 @@ def test_config_of_another_type() -> None:
 def wrong_everywhere(rank: Rank) -> list[str]:
     """The messages of calls that are wrong on all ranks alike; communication works before and after."""
     messages = []
+    started = time.monotonic()
     with ExpertParallel(backend="reference") as ep:
         calls: list[Callable[[], object]] = [
             lambda: ep.moe(**good_call(router_w=torch.randn(3, HIDDEN))),
@@ -184,18 +185,17 @@ def wrong_everywhere(rank: Rank) -> list[str]:
             with pytest.raises(ValueError, match=f"rank {rank.rank} of 2") as raised:
                 call()
             messages.append(str(raised.value))
+        assert time.monotonic() - started < 5
         assert ep.plan(torch.zeros(2, 1, dtype=torch.int64), num_experts=4).counts.tolist() == [4, 0, 0, 0]
     return messages
 
 
 def test_wrong_on_all_ranks_is_refused_before_any_communication(cpu_pool: RankPool) -> None:
-    started = time.monotonic()
     for messages in cpu_pool.run(wrong_everywhere, world_size=2):
         assert "number of experts E: got 3, expected a multiple of the group's W=2 ranks" in messages[0]
         assert "topk_idx: got expert ids from 0 to 8, expected 0 to 7" in messages[1]
         assert "number of experts E: got 5" in messages[2]
         assert "number of experts E: got 5" in messages[3]
-    assert time.monotonic() - started < 60
 
 
 def nothing_moves(rank: Rank) -> None:
@@ -292,12 +292,16 @@ def processes_running(script: Path) -> list[str]:
 
 def test_a_closed_object_says_so() -> None:
     ep = ExpertParallel()
+    plan = ep.plan(torch.zeros(1, 1, dtype=torch.int64), 4)
     ep.close()
     ep.close()
     for call in (
         lambda: ep.moe(**good_call()),
         lambda: ep.moe_routed(**good_routed_call()),
         lambda: ep.plan(torch.zeros(1, 1, dtype=torch.int64), 4),
+        lambda: ep.dispatch(torch.zeros(1, HIDDEN), plan),
+        lambda: ep.combine(torch.zeros(1, HIDDEN), torch.ones(1, 1), plan),
+        lambda: ep.agree(1, torch.device("cpu")),
         lambda: ep.check(),
     ):
         with pytest.raises(ClosedError, match="rank 0 of 1: ExpertParallel: got one that is closed, expected an open"):

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from sonic_ep.backend import BACKEND_PACKAGES, choose_backend
 from sonic_ep.cli.demo import show_demo
@@ -39,13 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, BackendUnavailableError) as error:
         print(f"sonic-ep: {error}", file=sys.stderr)
         return WRONG_ARGUMENTS if isinstance(error, ValueError) else RED
+    except BrokenPipeError:
+        # Whoever read the table has seen enough; nothing may be flushed into the closed pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return RED
     except KeyboardInterrupt:
         print("sonic-ep: interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sonic-ep", description="Expert parallelism for Mixture-of-Experts layers.")
+    parser = _Parser(prog="sonic-ep", description="Expert parallelism for Mixture-of-Experts layers.")
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_doctor(commands.add_parser("doctor", help="versions, GPUs, links, and which backends can run here"))
     _add_verify(commands.add_parser("verify", help="run the differential cases on this machine"))
@@ -53,9 +58,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Parser(argparse.ArgumentParser):
+    """No abbreviations: what one rank understands, torchrun's own options must not take for theirs."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{**options, "allow_abbrev": False})
+
+
 def _without_nproc(words: Sequence[str]) -> list[str]:
     """The words for the ranks themselves: torchrun would take --nproc for an abbreviation of its own options."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = _Parser(add_help=False)
     parser.add_argument("--nproc")
     return parser.parse_known_args(list(words))[1]
 

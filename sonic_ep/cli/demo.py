@@ -17,7 +17,7 @@ EXPERTS_PER_RANK = 2
 
 
 def show_demo(device: torch.device, out: TextIO | None) -> bool:
-    """Collective: show a plan, follow the rows through dispatch and combine, and verify three cases.
+    """Collective: show a plan, follow the rows through dispatch and combine, and verify two cases.
 
     out: None on the ranks that print nothing. Returns whether everything is as it should be.
     """

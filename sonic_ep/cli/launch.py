@@ -15,6 +15,10 @@ import torch.distributed as dist
 from sonic_ep.group import device_of_rank
 
 FAILED = 1
+ENDED_BY_SIGNAL = 128
+
+# What torchrun tells its processes and others that set RANK may not.
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,7 @@ class Place:
 
 def launched_by_torchrun() -> bool:
     """Whether this process is a rank already."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    return all(name in os.environ for name in TORCHRUN_VARIABLES)
 
 
 def launch(nproc: int, words: Sequence[str]) -> int:
@@ -49,7 +53,7 @@ def launch(nproc: int, words: Sequence[str]) -> int:
     except SignalException as stopped:
         if stopped.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
-        return FAILED
+        return ENDED_BY_SIGNAL + int(stopped.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         # A rank that failed by its own word has said why; one that a signal ended has not.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from types import MappingProxyType
 from typing import TextIO
@@ -110,10 +111,16 @@ def trials(cases: Sequence[Case]) -> Iterator[list[Trial]]:
         yield [Trial(case=case, entry=entry, verifier=verifier, config=config) for config in configurations()]
 
 
-def run_trials(group_of_trials: Sequence[Trial], backend: str, device: torch.device) -> Verdict:
-    """Collective: all trials of one case and entry. The same verdict on every rank."""
+def run_trials(
+    group_of_trials: Sequence[Trial], backend: str, device: torch.device, begin: Callable[[int], None]
+) -> Verdict:
+    """Collective: all trials of one case and entry. The same verdict on every rank.
+
+    begin: told the number of each trial before it runs.
+    """
     findings, reds = [], []
-    for trial in group_of_trials:
+    for number, trial in enumerate(group_of_trials, start=1):
+        begin(number)
         with ExpertParallel(backend=backend, config=trial.config) as ep:
             for finding in trial.verifier(trial.case, ep, device):
                 findings.append(finding)
@@ -133,8 +140,8 @@ def verify_cases(cases: Sequence[Case], backend: str, device: torch.device, out:
     started, reds = time.monotonic(), 0
     _say(out, f"{'case':<28} {'entry':<11} {'runs':>4}  {'error/bound':>11}  {'in':<13} verdict")
     for number, group_of_trials in enumerate(groups, start=1):
-        _progress(out, f"[{number}/{len(groups)}] {group_of_trials[0].case.name} ...")
-        verdict = run_trials(group_of_trials, backend, device)
+        label = f"[{number}/{len(groups)}] {group_of_trials[0].case.name}"
+        verdict = run_trials(group_of_trials, backend, device, partial(_begin, out, label))
         _progress(out, "")
         _say(out, _table_line(verdict))
         for red in verdict.reds:
@@ -143,6 +150,10 @@ def verify_cases(cases: Sequence[Case], backend: str, device: torch.device, out:
     runs = sum(map(len, groups))
     _say(out, f"{runs} runs, {reds} red findings, {time.monotonic() - started:.0f} s")
     return reds == 0
+
+
+def _begin(out: TextIO | None, label: str, run: int) -> None:
+    _progress(out, f"{label}: run {run} ...")
 
 
 def _table_line(verdict: Verdict) -> str:

@@ -7,14 +7,12 @@ are written here by hand; everything else is autograd's.
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
 
 from sonic_ep.backend import CombinePrimitive, DispatchPrimitive, Experts, Routing
 from sonic_ep.config import EPConfig, RouterOptions
@@ -24,7 +22,7 @@ from sonic_ep.plan import RoutingPlan
 from sonic_ep.reference.collectives import Collectives, collectives_of
 from sonic_ep.reference.combine import combine_primitives
 from sonic_ep.reference.dispatch import dispatch_primitives
-from sonic_ep.reference.experts import apply_experts
+from sonic_ep.reference.experts import apply_experts, apply_second_half, grouped_linear
 from sonic_ep.reference.plan import check_expert_ids, exchange_plan, pad_tokens, slot_exchange
 from sonic_ep.reference.router import route
 
@@ -75,7 +73,7 @@ class Dispatch(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
-        """Dx = the sum of a token's row gradients, with the rounding points of the combine mode."""
+        """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
         exchange: Exchange = ctx.exchange
         return exchange.combine.combine(grad_RH, None, exchange.plan), None
 
@@ -116,69 +114,36 @@ class Combine(torch.autograd.Function):
         return grad_RH, grad_scores_TK, None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _RowsView:
-    """A piece of the dispatched rows, without its memory."""
+class UpProjectionOfRowsGatheredAgain(torch.autograd.Function):
+    """The up-projection of dispatched rows, (R, H) to (R, 2I or I), that keeps x (T, H) for backward and not the rows.
 
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-
-
-class RowsOnDemand:
-    """Stands in for the dispatched rows between forward and backward: keeps where pieces lie, not what they hold.
-
-    Inside ``saving`` autograd keeps pieces of ``rows_RH`` as views to be; ``fill`` must run in backward before the
-    first of them is asked for. Only the saved pieces keep it alive, so the rows go when the last of them does.
-    """
-
-    def __init__(self, rows_RH: Tensor) -> None:
-        self._storage = rows_RH.untyped_storage().data_ptr()
-        self._filled_RH: Tensor | None = None
-
-    def fill(self, rows_RH: Tensor) -> None:
-        """Take the rows, gathered again."""
-        self._filled_RH = rows_RH
-
-    def saving(self) -> saved_tensors_hooks:
-        """The context under which the consumer of the rows runs forward."""
-        return saved_tensors_hooks(self._pack, self._unpack)
-
-    def _pack(self, tensor: Tensor) -> Tensor | _RowsView:
-        # An empty piece too would keep the whole storage alive.
-        if self._storage == 0 or tensor.untyped_storage().data_ptr() != self._storage:
-            return tensor
-        return _RowsView(size=tensor.shape, stride=tensor.stride(), offset=int(tensor.storage_offset()))
-
-    def _unpack(self, packed: Tensor | _RowsView) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        assert self._filled_RH is not None, "backward asked for rows that were not gathered again"
-        return self._filled_RH.as_strided(packed.size, packed.stride, packed.offset)
-
-
-class GatherAgain(torch.autograd.Function):
-    """Identity on the experts' output; its backward dispatches x again, before the experts' backward needs the rows.
-
-    It runs on every rank, also where no row arrived, so that the collective always finds all of them.
+    Backward dispatches x again and hands the rows to autograd. It runs on every rank, also where no row arrived, so
+    that the collective always finds all of them.
     """
 
     @staticmethod
-    def forward(ctx: Any, y_RH: Tensor, x_TH: Tensor, on_demand: RowsOnDemand, exchange: Exchange) -> Tensor:
-        """``y_RH``, unchanged; x is what is kept."""
-        ctx.save_for_backward(x_TH)
-        ctx.on_demand, ctx.exchange = weakref.ref(on_demand), exchange
-        return y_RH.view_as(y_RH)
+    def forward(ctx: Any, x_TH: Tensor, rows_RH: Tensor, w1: Tensor, b1: Tensor | None, exchange: Exchange) -> Tensor:
+        """``grouped_linear`` of the rows; x is what is kept."""
+        ctx.exchange = exchange
+        ctx.save_for_backward(x_TH, w1, b1)
+        return grouped_linear(rows_RH, exchange.plan.group_ends, w1, b1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None, None, None]:
-        """``grad_RH``, unchanged."""
-        (x_TH,) = ctx.saved_tensors
-        rows_RH = ctx.exchange.rows(x_TH)
-        if (on_demand := ctx.on_demand()) is not None:
-            on_demand.fill(rows_RH)
-        return grad_RH, None, None, None
+    def backward(ctx: Any, grad_RF: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, None]:
+        """Gradients of the rows, w1 and b1, those that are required."""
+        x_TH, w1, b1 = ctx.saved_tensors
+        exchange: Exchange = ctx.exchange
+        needed = ctx.needs_input_grad[1:4]
+        rows_RH = exchange.rows(x_TH).requires_grad_(needed[0])
+        w1 = w1.detach().requires_grad_(needed[1])
+        b1 = None if b1 is None else b1.detach().requires_grad_(needed[2])
+        with torch.enable_grad():
+            hidden_RF = grouped_linear(rows_RH, exchange.plan.group_ends, w1, b1)
+        wanted = [leaf for leaf, need in zip((rows_RH, w1, b1), needed, strict=True) if need]
+        found = iter(torch.autograd.grad(hidden_RF, wanted, grad_RF))
+        rows_grad, w1_grad, b1_grad = (next(found) if need else None for need in needed)
+        return None, rows_grad, w1_grad, b1_grad, None
 
 
 class ReferenceBackend:
@@ -216,13 +181,15 @@ class ReferenceBackend:
         )
 
     def dispatch(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
-        """X in canonical row order, (R, H)."""
+        """Rows of x in canonical order, (R, H)."""
+        (x_TH,) = self._joined_in_backward(x_TH)
         rows_RH: Tensor = Dispatch.apply(x_TH, self._exchange(plan))
         return rows_RH
 
     def combine(self, rows_RH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan) -> Tensor:
         """The weighted sums of a token's rows, (T, H)."""
-        y_TH: Tensor = Combine.apply(rows_RH, topk_scores_TK.float(), self._exchange(plan))
+        rows_RH, scores_TK = self._joined_in_backward(rows_RH, topk_scores_TK.float())
+        y_TH: Tensor = Combine.apply(rows_RH, scores_TK, self._exchange(plan))
         return y_TH
 
     def layer(self, x_TH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
@@ -243,11 +210,25 @@ class ReferenceBackend:
         keeps_rows = torch.is_grad_enabled() and experts.w1.requires_grad
         if not (self._config.redispatch_x_in_backward and keeps_rows):
             return apply_experts(rows_RH, plan.group_ends, experts)
-        on_demand = RowsOnDemand(rows_RH)
-        with on_demand.saving():
-            y_RH = apply_experts(rows_RH, plan.group_ends, experts)
-        kept: Tensor = GatherAgain.apply(y_RH, x_TH, on_demand, self._exchange(plan))
-        return kept
+        up = UpProjectionOfRowsGatheredAgain.apply
+        hidden_RF = up(x_TH.detach(), rows_RH, experts.w1, experts.b1, self._exchange(plan))
+        return apply_second_half(hidden_RF, plan.group_ends, experts)
+
+    def _joined_in_backward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Collective. The tensors, each requiring a gradient here if it does on any rank of the group.
+
+        A backward that communicates has to run on all ranks or on none; a rank without tokens easily brings an x
+        that needs no gradient.
+        """
+        mine = sum(1 << place for place, tensor in enumerate(tensors) if tensor.requires_grad)
+        masks = self.gather_number(mine if torch.is_grad_enabled() else 0, tensors[0].device)
+        needed = [any(mask >> place & 1 for mask in masks) for place in range(len(tensors))]
+        if not torch.is_grad_enabled():
+            return tensors
+        return tuple(
+            tensor.detach().requires_grad_() if need and not tensor.requires_grad else tensor
+            for tensor, need in zip(tensors, needed, strict=True)
+        )
 
     def _exchange(self, plan: RoutingPlan) -> Exchange:
         load = Workload(world_size=plan.world_size, top_k=plan.top_k, num_experts=plan.num_experts)

@@ -3,7 +3,7 @@
 The library itself never imports this package.
 """
 
-from sonic_ep.testing.cases import CASES, Case, Inputs, draw, option_cases, pairwise
+from sonic_ep.testing.cases import CASES, Case, Inputs, OptionTrial, draw, option_trials, pairwise
 from sonic_ep.testing.checks import Accuracy, Errors, Yardstick, assert_as_accurate, assert_bitwise
 from sonic_ep.testing.differential import verify_moe, verify_routed
 from sonic_ep.testing.ranks import Rank, RankError, RankPool
@@ -14,6 +14,7 @@ __all__ = [
     "Case",
     "Errors",
     "Inputs",
+    "OptionTrial",
     "Rank",
     "RankError",
     "RankPool",
@@ -21,7 +22,7 @@ __all__ = [
     "assert_as_accurate",
     "assert_bitwise",
     "draw",
-    "option_cases",
+    "option_trials",
     "pairwise",
     "verify_moe",
     "verify_routed",

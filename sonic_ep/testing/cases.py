@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
 from sonic_ep.backend import Experts
-from sonic_ep.config import RouterOptions, ScoreOrder
+from sonic_ep.config import CombineMode, DispatchMode, EPConfig, RouterOptions, ScoreOrder
 
 # Draws the experts of N tokens: (generator, N, case, W) to (N, K) int64.
 Chooser = Callable[[torch.Generator, int, "Case", int], Tensor]
@@ -195,31 +195,68 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
 )
 
 
+FLAGS = ("redispatch_x_in_backward", "cpu_sync_on_runtime")
+
+CONFIG_OPTIONS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {"dispatch": tuple(DispatchMode), "combine": tuple(CombineMode), **dict.fromkeys(FLAGS, (False, True))}
+)
+
+
 def pairwise(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """A short list of settings in which every two values of every two options meet.
 
-    Greedy: of all full settings, always the one that brings most pairs that have not met yet.
+    Greedy: each setting starts from a pair that has not met, and takes for every other option the value that brings
+    most further pairs.
     """
     names = list(options)
-    candidates = [dict(zip(names, values, strict=True)) for values in product(*options.values())]
-    pairs_of = [{((a, c[a]), (b, c[b])) for a, b in combinations(names, 2)} for c in candidates]
-    missing = set().union(*pairs_of)
+    missing = {
+        frozenset({(a, x), (b, y)}) for a, b in combinations(names, 2) for x, y in product(options[a], options[b])
+    }
+    order = sorted(missing, key=repr)
     chosen: list[dict[str, Any]] = []
-    while missing:
-        best = max(range(len(candidates)), key=lambda index: len(pairs_of[index] & missing))
-        missing -= pairs_of[best]
-        chosen.append(candidates[best])
+    for pair in order:
+        if pair in missing:
+            setting = _completed(dict(pair), options, missing)
+            missing -= {frozenset(met) for met in combinations(setting.items(), 2)}
+            chosen.append(setting)
     return chosen
 
 
-def option_cases() -> list[Case]:
-    """Cases in which every two values of ``OPTIONS`` meet, on one small shape."""
+def _completed(start: dict[str, Any], options: Mapping[str, Sequence[Any]], missing: set[Any]) -> dict[str, Any]:
+    """``start`` with a value for every other option, each the one that meets most values it has not met."""
+    setting = dict(start)
+    for name in options:
+        if name not in setting:
+            met = {
+                value: sum(frozenset({(name, value), pair}) in missing for pair in setting.items())
+                for value in options[name]
+            }
+            setting[name] = max(met, key=lambda value: met[value])
+    return setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionTrial:
+    """One setting of all options: those of the case, and modes and flags."""
+
+    case: Case
+    config: EPConfig
+
+
+def option_trials() -> list[OptionTrial]:
+    """Trials in which every two values of ``OPTIONS`` and ``CONFIG_OPTIONS`` meet, on one small shape."""
     base = Case(name="options", top_k=4, tokens=(12, 7), hidden=48, seed=20)
-    settings = pairwise(OPTIONS)
-    return [replace(base, name=_option_name(setting), **setting) for setting in settings]
+    return [
+        OptionTrial(
+            case=replace(base, name=_option_name(setting), **{name: setting[name] for name in OPTIONS}),
+            config=EPConfig(**{name: setting[name] for name in CONFIG_OPTIONS}),
+        )
+        for setting in pairwise({**OPTIONS, **CONFIG_OPTIONS})
+    ]
 
 
 def _option_name(setting: Mapping[str, Any]) -> str:
     words = [setting["activation"], setting["gate_layout"], setting["score_order"].value]
     words += [name for name in ("bias", "norm_topk_probs") if setting[name]]
-    return "-".join([*words, str(setting["dtype"]).removeprefix("torch.")])
+    words += [str(setting["dtype"]).removeprefix("torch."), setting["dispatch"].value, setting["combine"].value]
+    return "-".join([*words, *(name for name in FLAGS if setting[name])])

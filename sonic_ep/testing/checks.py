@@ -15,13 +15,19 @@ ACCURACY_FACTOR = 2.0
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def expect(holds: bool, message: str) -> None:
+    """Raise ``AssertionError`` unless ``holds``, also where ``python -O`` drops assert statements."""
+    if not holds:
+        raise AssertionError(message)
+
+
 def assert_bitwise(got: Tensor, expected: Tensor, name: str = "tensor") -> None:
     """The same shape, dtype and bits (NaN equals NaN of the same bits, +0 differs from -0).
 
     Raises ``AssertionError`` that counts the differing elements and shows the first.
     """
-    assert got.dtype == expected.dtype, f"{name}: got {got.dtype}, expected {expected.dtype}"
-    assert got.shape == expected.shape, f"{name}: got shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    expect(got.dtype == expected.dtype, f"{name}: got {got.dtype}, expected {expected.dtype}")
+    expect(got.shape == expected.shape, f"{name}: got shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
     bits = _BITS[got.element_size()]
     differs = got.detach().contiguous().view(bits) != expected.detach().contiguous().view(bits)
     if differs.any():
@@ -91,7 +97,9 @@ class Yardstick:
     """
 
     def __init__(self, truth: Tensor, plain: Tensor) -> None:
-        assert truth.shape == plain.shape, f"got {tuple(plain.shape)}, expected {tuple(truth.shape)}"
+        expect(truth.shape == plain.shape, f"got shape {tuple(plain.shape)}, expected {tuple(truth.shape)}")
+        # An infinite yardstick would let everything pass.
+        expect(bool(truth.isfinite().all() & plain.isfinite().all()), "the truth or plain PyTorch is not finite")
         self._dtype = plain.dtype
         self._truth = truth.detach().double()
         row_norms = torch.linalg.vector_norm(self._truth, dim=-1)
@@ -108,8 +116,8 @@ class Yardstick:
         Infinite if anything is not finite, or not zero in a row that is exactly zero in the truth and in plain PyTorch.
         """
         truth = self._truth[share]
-        assert got.dtype == self._dtype, f"got {got.dtype}, expected {self._dtype}"
-        assert got.shape == truth.shape, f"got shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
+        expect(got.dtype == self._dtype, f"got {got.dtype}, expected {self._dtype}")
+        expect(got.shape == truth.shape, f"got shape {tuple(got.shape)}, expected {tuple(truth.shape)}")
         if got.numel() == 0:
             return Part(square=0.0, worst_row=0.0)
         difference = got.detach().double() - truth
@@ -145,9 +153,12 @@ def assert_as_accurate(got: Tensor, truth: Tensor, plain: Tensor, name: str = "t
     truth: in fp64. plain: what PyTorch gives in the dtype of ``got``; its error counts as at least half a unit in the
     last place. Both errors of ``Errors`` are held, and rows that are exact zeros in both have to be exact zeros.
     """
+    if got.ndim < 2:
+        # A vector is one row.
+        got, truth, plain = (tensor.reshape(1, -1) for tensor in (got, truth, plain))
     yardstick = Yardstick(truth, plain)
     accuracy = yardstick.judge(name, [yardstick.part(got)])
-    assert accuracy.ok, str(accuracy)
+    expect(accuracy.ok, str(accuracy))
 
 
 def _ratio(distance: float, size: float) -> float:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import inf
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -19,7 +21,11 @@ from sonic_ep.backend import Experts
 from sonic_ep.config import RouterOptions
 from sonic_ep.reference.dense import dense_moe, dense_scores
 from sonic_ep.testing.cases import Case, Inputs, draw
-from sonic_ep.testing.checks import Accuracy, Part, Yardstick
+from sonic_ep.testing.checks import Accuracy, Errors, Part, Yardstick
+
+NO_FACTS: Mapping[str, bool] = MappingProxyType({})
+HOLDS, BROKEN = Part(square=0.0, worst_row=0.0), Part(square=inf, worst_row=inf)
+EXACT = Errors(norm=0.0, worst_row=0.0)
 
 # A call's results by name: y, dx, dw1, dw2, db1, db2, then d(scores), or router_logits and d(router_w).
 Outcome = Mapping[str, Tensor]
@@ -122,12 +128,18 @@ def choices_agree(topk_idx: Tensor, logits: Tensor) -> bool:
     return distinct and torch.equal(chosen, logits.topk(top_k, dim=1).values)
 
 
-def compare(outcome: Outcome, oracle: Oracle, inputs: Inputs, ep: ExpertParallel) -> list[Accuracy]:
-    """Collective: the outcome of all ranks against the oracle's, one finding for each tensor the oracle knows."""
+def compare(
+    outcome: Outcome, oracle: Oracle, inputs: Inputs, ep: ExpertParallel, facts: Mapping[str, bool] = NO_FACTS
+) -> list[Accuracy]:
+    """Collective: the outcome of all ranks against the oracle's, one finding for each tensor the oracle knows.
+
+    facts: what else has to be true on every rank, by name; an infinite error where it is not.
+    """
     shares = {"tokens": inputs.tokens_of(ep.rank), "experts": inputs.experts_of(ep.rank), "all": slice(None)}
     sticks = {name: Yardstick(truth, oracle.plain[name]) for name, truth in oracle.truth.items()}
     kinds = {name: _SHARE.get(name, "experts") for name in sticks}
     parts = [stick.part(outcome[name], shares[kinds[name]]) for name, stick in sticks.items()]
+    parts += [HOLDS if holds else BROKEN for holds in facts.values()]
     by_rank = gather_parts(parts, ep, inputs.x.device)
     findings = []
     for place, (name, stick) in enumerate(sticks.items()):
@@ -137,6 +149,9 @@ def compare(outcome: Outcome, oracle: Oracle, inputs: Inputs, ep: ExpertParallel
             findings.append(max(found, key=lambda accuracy: accuracy.ratio))
         else:
             findings.append(stick.judge(name, [parts[place] for parts in by_rank]))
+    for place, name in enumerate(facts, start=len(sticks)):
+        worst = max(parts[place].worst_row for parts in by_rank)
+        findings.append(Accuracy(name=name, got=Errors(norm=worst, worst_row=worst), bound=EXACT))
     return findings
 
 
@@ -179,7 +194,7 @@ def verify_routed(case: Case, ep: ExpertParallel, device: torch.device) -> list[
 def verify_moe(case: Case, ep: ExpertParallel, device: torch.device) -> list[Accuracy]:
     """Collective: ``ep.moe`` against the oracle; the same findings on every rank.
 
-    Raises ``AssertionError`` if its choices are not the largest of its own logits, or its counts not those choices'.
+    Also found: whether its choices are the largest of its own logits, and its counts those choices'.
     """
     inputs = drawn(case, ep.world_size, device)
     outcome = run_moe(inputs, ep)
@@ -187,11 +202,13 @@ def verify_moe(case: Case, ep: ExpertParallel, device: torch.device) -> list[Acc
     plan = ep.plan(mine, case.num_experts)
     held = [plan.expert_ids[rank, : case.tokens_of_rank(rank)] for rank in range(ep.world_size)]
     topk_idx = torch.cat(held).long()
-    assert torch.equal(held[ep.rank].long(), mine), "the plan does not hold this rank's own choices"
-    assert choices_agree(mine, outcome["router_logits"]), "choices are not the largest logits"
-    assert torch.equal(plan.counts, outcome["tokens_per_expert"]), "tokens_per_expert does not count the choices"
+    facts = {
+        "plan": torch.equal(held[ep.rank].long(), mine),
+        "choices": choices_agree(mine, outcome["router_logits"]),
+        "counts": torch.equal(plan.counts, outcome["tokens_per_expert"]),
+    }
     oracle = drawn_moe_oracle(case, ep.world_size, device, tuple(topk_idx.flatten().tolist()))
-    return compare(outcome, oracle, inputs, ep)
+    return compare(outcome, oracle, inputs, ep, facts)
 
 
 _SHARE: Mapping[str, str] = {
@@ -229,12 +246,14 @@ def _dense_moe(inputs: Inputs, dtype: torch.dtype, topk_idx: Tensor) -> Outcome:
 
 
 def _gradients(**leaves: Tensor | None) -> Outcome:
-    found = {}
-    for name, tensor in leaves.items():
-        if tensor is not None:
-            assert tensor.grad is not None, f"d{name}: no gradient arrived"
-            found[f"d{name}"] = tensor.grad
-    return found
+    given = {name: tensor for name, tensor in leaves.items() if tensor is not None}
+    return {f"d{name}": _gradient(name, tensor) for name, tensor in given.items()}
+
+
+def _gradient(name: str, tensor: Tensor) -> Tensor:
+    if tensor.grad is None:
+        raise AssertionError(f"d{name}: no gradient arrived")
+    return tensor.grad
 
 
 def _expert_gradients(experts: Experts) -> Outcome:

@@ -67,6 +67,7 @@ class _Answer:
 
     value: Any = None
     failure: str | None = None
+    died: bool = False
 
 
 class RankPool:
@@ -83,14 +84,19 @@ class RankPool:
         self._folder = tempfile.TemporaryDirectory(prefix="sonic_ep_ranks_")
         self._groups_formed = 0
         self._formed: int | None = None
+        self._closed = False
 
-    def run(self, function: Callable[..., Any], *arguments: Any, world_size: int) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], *arguments: Any, world_size: int, timeout: float | None = None
+    ) -> list[Any]:
         """``function(rank, *arguments)`` on each of ``world_size`` ranks; what they returned, in rank order.
 
         function: of a module's top level (it travels by name), taking a ``Rank`` first. ``torch.distributed`` is
         initialised for it, unless ``world_size`` is 1, and memory fresh from ``torch.empty`` reads as NaN.
-        Raises ``RankError`` if a rank fails, dies or takes too long.
+        timeout: seconds, instead of the pool's. Raises ``RankError`` if a rank fails, dies or takes too long.
         """
+        if self._closed:
+            raise RuntimeError("RankPool: got a call after close(), expected an open pool")
         self._grow(world_size)
         job = _Job(
             function=function,
@@ -101,10 +107,10 @@ class RankPool:
         )
         workers = self._workers[:world_size]
         payload = pickle.dumps(job)
-        for worker in workers:
-            worker.connection.send_bytes(payload)
         try:
-            answers = _collect(workers, self._timeout)
+            for worker in workers:
+                worker.send(payload)
+            answers = _collect(workers, self._timeout if timeout is None else timeout)
         except BaseException:
             self.stop()
             raise
@@ -125,7 +131,8 @@ class RankPool:
         self._formed = None
 
     def close(self) -> None:
-        """End all ranks and remove the pool's files."""
+        """End all ranks and remove the pool's files. Later calls raise."""
+        self._closed = True
         self.stop()
         self._folder.cleanup()
 
@@ -166,6 +173,14 @@ class _Worker:
         theirs.close()
         return _Worker(rank=rank, process=process, connection=ours)
 
+    def send(self, payload: bytes) -> None:
+        """Hand over a job. Raises ``RankError`` if the process has died since the last one."""
+        try:
+            self.connection.send_bytes(payload)
+        except OSError:
+            self.process.join(GRACE_SECONDS)
+            raise RankError(self.rank, f"rank {self.rank} has died since, exit code {self.process.exitcode}") from None
+
 
 def _collect(workers: Sequence[_Worker], timeout: float) -> list[_Answer]:
     """The answers of all workers. Raises ``RankError`` soon after the first failure, or when time is up."""
@@ -183,6 +198,8 @@ def _collect(workers: Sequence[_Worker], timeout: float) -> list[_Answer]:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
     missing = [worker.rank for worker in workers if worker.rank not in answers]
     failed = [rank for rank, answer in answers.items() if answer.failure is not None]
+    # A process that died is the cause of what the others say of their connections.
+    failed.sort(key=lambda rank: not answers[rank].died)
     if failed:
         reports = "\n".join(f"--- rank {rank} of {len(workers)} ---\n{answers[rank].failure}" for rank in failed)
         stopped = f"\nstopped while they waited: ranks {missing}" if missing else ""
@@ -197,7 +214,7 @@ def _receive(worker: _Worker) -> _Answer:
         answer = pickle.loads(worker.connection.recv_bytes())
     except (EOFError, ConnectionResetError):
         worker.process.join(GRACE_SECONDS)
-        return _Answer(failure=f"the process died, exit code {worker.process.exitcode}")
+        return _Answer(failure=f"the process died, exit code {worker.process.exitcode}", died=True)
     assert isinstance(answer, _Answer)
     return answer
 
