@@ -178,15 +178,17 @@ def test_redispatch_keeps_x_alone_and_gathers_it_again(pool: RankPool, case: str
 
 
 def elements_saved(rank: Rank, case: Case, redispatch: bool, train_scores: bool) -> tuple[int, int, int]:
-    """Elements that autograd keeps of tensors as wide as x, and the sizes of x and of the rows."""
+    """Elements that autograd keeps of tensors as wide as x but for weights, and the sizes of x and of the rows."""
+    x, (_, w1, w2), _ = layer_inputs(rank, case)
+    weights = {weight.untyped_storage().data_ptr() for weight in (w1, w2)}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.ndim == 2 and tensor.shape[1] == case.hidden and tensor.dtype == case.dtype:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
+        storage = tensor.untyped_storage()
+        if tensor.shape[1:] == (case.hidden,) and storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
         return tensor
 
-    x, (_, w1, w2), _ = layer_inputs(rank, case)
     idx, scores = routing_of(rank, case)
     with ExpertParallel(backend="reference", config=EPConfig(redispatch_x_in_backward=redispatch)) as ep:
         rows = ep.plan(idx, case.num_experts).row_capacity
@@ -197,11 +199,11 @@ def elements_saved(rank: Rank, case: Case, redispatch: bool, train_scores: bool)
 
 @pytest.mark.parametrize("train_scores", [False, True])
 def test_what_backward_keeps(cpu_pool: RankPool, train_scores: bool) -> None:
-    """X with the flag, the rows without; and the experts' outputs only if the scores need a gradient.
+    """With the flag x, without it the rows; and the experts' outputs only if the scores need a gradient.
 
     Counted by a hook from outside, which also shows that such hooks (activation checkpointing, offloading) see it all.
     """
-    # No width of an expert is H here, so that only x, rows and outputs are counted.
+    # No other width is H here, so that only x, rows and outputs are counted.
     case = replace(CASES["uniform"], hidden=40)
     for kept, x, rows in cpu_pool.run(elements_saved, case, True, train_scores, world_size=2):
         assert kept == x + train_scores * rows

@@ -1,0 +1,179 @@
+"""The command line of ``train_lm.py``: what it accepts, as one frozen value."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lm_model import Sizes
+from lm_training import BATCH, Recipe
+
+from sonic_ep import BackendUnavailableError, CombineMode, DispatchMode, EPConfig
+from sonic_ep.backend import BACKEND_PACKAGES, choose_backend
+from sonic_ep.config import AUTO
+from sonic_ep.group import resolve_group
+
+RANKS = 4
+STEPS = 200
+# Every step's router logits are kept, 64 KiB a step at the default sizes.
+MOST_STEPS = 100_000
+MOST_EXPERTS = 1024
+MOST_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to run and what to write. started: when the command began, in seconds of ``time.time``."""
+
+    ranks: int
+    backend: str
+    config: EPConfig
+    sizes: Sizes
+    recipe: Recipe
+    output: Path
+    json: Path | None
+    started: float
+
+
+def parse_settings(arguments: Sequence[str], description: str | None) -> Settings:
+    """The settings that ``arguments`` ask for; exits with code 2 and a message if they ask for what cannot be."""
+    parser = _parser(description)
+    asked = parser.parse_args(arguments)
+    ranks = _ranks(parser, asked.nproc)
+    _check(parser, asked, ranks)
+    return Settings(
+        ranks=ranks,
+        backend=asked.backend,
+        config=EPConfig(
+            dispatch=asked.dispatch,
+            combine=asked.combine,
+            redispatch_x_in_backward=asked.redispatch_x_in_backward,
+            cpu_sync_on_runtime=asked.cpu_sync_on_runtime,
+        ),
+        sizes=Sizes(experts=asked.experts, top_k=asked.top_k),
+        recipe=Recipe(steps=asked.steps, seed=asked.seed),
+        output=asked.output,
+        json=asked.json,
+        started=asked.started,
+    )
+
+
+def under_torchrun() -> bool:
+    """Whether this process is a rank that torchrun has started."""
+    return "RANK" in os.environ
+
+
+def _parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    _add_training(parser)
+    _add_layer(parser)
+    _add_files(parser)
+    return parser
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--nproc",
+        type=_whole(1, BATCH),
+        help=f"W, the ranks to start, at most {BATCH}, the sequences of a batch (default {RANKS})",
+    )
+    parser.add_argument(
+        "--steps", type=_whole(1, MOST_STEPS), default=STEPS, help="training steps (default %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=_whole(0, MOST_SEED), default=0, help="of weights and batches (default %(default)s)"
+    )
+
+
+def _add_layer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--experts", type=_whole(1, MOST_EXPERTS), default=8, help="E, a multiple of W (default %(default)s)"
+    )
+    parser.add_argument(
+        "--top-k",
+        "--top_k",
+        type=_whole(1, MOST_EXPERTS),
+        default=2,
+        help="K, experts of each token (default %(default)s)",
+    )
+    _add_choice(parser, "backend", list(BACKEND_PACKAGES), "what runs the layer")
+    _add_choice(parser, "dispatch", [mode.value for mode in DispatchMode], "how tokens travel to their experts")
+    _add_choice(parser, "combine", [mode.value for mode in CombineMode], "how results travel back")
+    _add_flag(parser, "redispatch-x-in-backward", "gather x again in backward instead of keeping its rows")
+    _add_flag(parser, "cpu-sync-on-runtime", "size the buffers of rows exactly, for one read on the host")
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output",
+        type=_writable,
+        default=Path("train_lm.png"),
+        metavar="PNG",
+        help="where the picture goes (default %(default)s)",
+    )
+    parser.add_argument("--json", type=_writable, metavar="PATH", help="where losses and bounds go as numbers")
+    # The ranks are told when the launcher began.
+    parser.add_argument("--started", type=float, default=time.time(), help=argparse.SUPPRESS)
+
+
+def _add_choice(parser: argparse.ArgumentParser, name: str, words: list[str], what: str) -> None:
+    parser.add_argument(f"--{name}", choices=[AUTO, *words], default=AUTO, help=f"{what} (default %(default)s)")
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str, what: str) -> None:
+    parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", action="store_true", help=what)
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        expected = f"got {text!r}, expected a whole number from {least} to {most}"
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(expected) from None
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(expected)
+        return number
+
+    return parse
+
+
+def _writable(text: str) -> Path:
+    """A path that a file can be written to, found out before the training and not after it."""
+    path = Path(text)
+    if not text or path.is_dir():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected the path of a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"got {text!r}, but there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"got {text!r}, which may not be written")
+    return path
+
+
+def _ranks(parser: argparse.ArgumentParser, asked: int | None) -> int:
+    """W: as torchrun has it if it started this process, else as asked for."""
+    if not under_torchrun():
+        return asked or RANKS
+    ranks = int(os.environ["WORLD_SIZE"])
+    if asked not in (None, ranks):
+        parser.error(f"argument --nproc: got {asked}, but torchrun has started {ranks} ranks")
+    if ranks > BATCH:
+        parser.error(f"got {ranks} ranks of torchrun, expected at most {BATCH}")
+    return ranks
+
+
+def _check(parser: argparse.ArgumentParser, asked: argparse.Namespace, ranks: int) -> None:
+    if asked.experts % ranks:
+        parser.error(f"argument --experts: got {asked.experts}, expected a multiple of the {ranks} ranks")
+    if asked.top_k > asked.experts:
+        parser.error(f"argument --top-k: got {asked.top_k}, expected at most the {asked.experts} experts")
+    try:
+        choose_backend(asked.backend, resolve_group(None))
+    except BackendUnavailableError as error:
+        parser.error(f"argument --backend: {error}")
