@@ -73,14 +73,20 @@ def joined_group() -> Iterator[Place]:
     if not launched_by_torchrun():
         yield Place(rank=0, world_size=1, device=_claim(device_of_rank(0)))
         return
+    # Whoever sits in a collective would not notice an exception.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     local_rank, local_size = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     device = _claim(device_of_rank(local_rank))
     own_device = device.type == "cuda" and local_size <= torch.cuda.device_count()
     dist.init_process_group("nccl" if own_device else "gloo")
     try:
         yield Place(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # A farewell to NCCL waits for ranks that have not failed; gloo aborts a process that leaves without one.
+        if not own_device:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _claim(device: torch.device) -> torch.device:

@@ -98,6 +98,7 @@ class RankPool:
         if self._closed:
             raise RuntimeError("RankPool: got a call after close(), expected an open pool")
         self._grow(world_size)
+        self._leave_group(world_size)
         job = _Job(
             function=function,
             arguments=arguments,
@@ -105,16 +106,7 @@ class RankPool:
             device_type=self._device_type,
             store=self._store(world_size),
         )
-        workers = self._workers[:world_size]
-        payload = pickle.dumps(job)
-        try:
-            for worker in workers:
-                worker.send(payload)
-            answers = _collect(workers, self._timeout if timeout is None else timeout)
-        except BaseException:
-            self.stop()
-            raise
-        return [answer.value for answer in answers]
+        return self._call(job, self._timeout if timeout is None else timeout)
 
     def pids(self) -> list[int]:
         """Process ids of the live ranks."""
@@ -143,6 +135,33 @@ class RankPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _call(self, job: _Job, timeout: float) -> list[Any]:
+        """Hand the job to its ranks and wait for what they return; on any failure all ranks are stopped."""
+        workers = self._workers[: job.world_size]
+        payload = pickle.dumps(job)
+        try:
+            for worker in workers:
+                worker.send(payload)
+            answers = _collect(workers, timeout)
+        except BaseException:
+            self.stop()
+            raise
+        return [answer.value for answer in answers]
+
+    def _leave_group(self, next_world_size: int) -> None:
+        """Let all ranks of the last process group leave it together: NCCL's farewell waits for each of them."""
+        if self._formed in (None, 1, next_world_size):
+            return
+        assert self._formed is not None
+        job = _Job(
+            function=_stand_by,
+            arguments=(),
+            world_size=self._formed,
+            device_type=self._device_type,
+            store=None,
+        )
+        self._call(job, self._timeout)
 
     def _grow(self, world_size: int) -> None:
         while len(self._workers) < world_size:
@@ -250,6 +269,10 @@ def _poison_new_memory() -> None:
     # PyTorch fills only in its deterministic mode; what has no deterministic form may still run.
     torch.use_deterministic_algorithms(True, warn_only=True)
     warnings.filterwarnings("ignore", message=".*deterministic.*")
+
+
+def _stand_by(rank: Rank) -> None:
+    """Nothing to do: a job without a store is how a rank leaves its process group."""
 
 
 def _device(rank: int, job: _Job) -> torch.device:
