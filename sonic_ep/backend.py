@@ -108,6 +108,10 @@ class BackendModule(Protocol):
         """Every reason why the backend cannot run here; empty if it can."""
         ...
 
+    def auto_reasons(self) -> tuple[str, ...]:
+        """Why ``"auto"`` passes the backend over, although it can run when it is asked for by name."""
+        ...
+
     def create(self, group: EPGroup, config: EPConfig) -> Backend:
         """The backend for this group."""
         ...
@@ -141,11 +145,14 @@ def choose_backend(name: str, group: EPGroup) -> BackendChoice:
         raise ValueError(f"{group}: backend: got {name!r}, expected one of {expected}")
     refused: list[str] = []
     for candidate in BACKEND_PACKAGES if name == AUTO else (name,):
-        reasons = unavailable_reasons(candidate, group)
-        if not reasons:
+        module = _load(candidate)
+        reasons = module.unavailable_reasons(group)
+        passed_over = module.auto_reasons() if name == AUTO and not reasons else ()
+        if not (reasons or passed_over):
             why = "; ".join(refused) if refused else "asked for by name" if name != AUTO else "the preferred one"
-            return BackendChoice(name=candidate, why=why, module=_load(candidate))
-        refused.append(f"backend {candidate!r} cannot run here: " + "; ".join(reasons))
+            return BackendChoice(name=candidate, why=why, module=module)
+        verb = "cannot run here" if reasons else "is taken by name only"
+        refused.append(f"backend {candidate!r} {verb}: " + "; ".join(reasons or passed_over))
     raise BackendUnavailableError(f"{group}: " + "; ".join(refused))
 
 

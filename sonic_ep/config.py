@@ -44,6 +44,10 @@ class RowOverflowError(RuntimeError):
     """More rows were routed to a rank than ``EPConfig.max_rows`` admits; names the rows needed and the bound."""
 
 
+class PeerTimeoutError(RuntimeError):
+    """A rank waited for another in vain; the message names the rank waited for, the phase and the step."""
+
+
 class ClosedError(ValueError):
     """An ``ExpertParallel`` was used after ``close()``, or after its process group was destroyed."""
 

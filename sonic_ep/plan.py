@@ -37,11 +37,16 @@ expert is 0 3 10 11 | 2 7 | 1 5 6 | 4 9; the first six rows belong to rank 0 and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from sonic_ep.config import EPConfig, RowOverflowError
+
+# Slots and rows are int32.
+MOST_SLOTS = 2**31 - 1
 INDEX_DTYPE = torch.int32
 NO_ROW = -1
 
@@ -138,6 +143,35 @@ def row_ceiling(*, world_size: int, capacity: int, top_k: int, experts_per_rank:
     """Rows that a rank can receive at the most: W*C*min(K, e) if a token's experts are distinct, else W*C*K."""
     slots_here = min(top_k, experts_per_rank) if distinct else top_k
     return world_size * capacity * slots_here
+
+
+def check_slots(where: object, *, world_size: int, capacity: int, top_k: int) -> None:
+    """Raise ``ValueError`` if the group has more slots than int32 can count; ``where`` begins the message."""
+    slots = world_size * capacity * top_k
+    if slots > MOST_SLOTS:
+        raise ValueError(f"{where}: W*C*K: got {slots} slots, expected at most {MOST_SLOTS} (slots are int32)")
+
+
+def overflow_error(where: object, *, max_rows: int, rank: int, rows: int, more: str = "") -> RowOverflowError:
+    """What to raise where ``rank`` is routed ``rows`` rows and no more than ``max_rows`` are admitted."""
+    return RowOverflowError(
+        f"{where}: max_rows: got {max_rows}, expected at least {rows}: rank {rank} is routed {rows} rows{more}"
+    )
+
+
+def room_for_rows(where: object, config: EPConfig, *, rank: int, ceiling: int, rows_W: Sequence[int] | None) -> int:
+    """R: the exact rows with ``cpu_sync_on_runtime``, else the ceiling, or ``max_rows`` if that is less.
+
+    rows_W: the rows of every rank, where the host knows them. Then an overflow is raised here, by all ranks, so that
+    nobody is left waiting. Raises ``RowOverflowError``.
+    """
+    if rows_W is not None and config.max_rows is not None and max(rows_W) > config.max_rows:
+        fullest = rows_W.index(max(rows_W))
+        more = f" (all ranks: {list(rows_W)})"
+        raise overflow_error(where, max_rows=config.max_rows, rank=fullest, rows=max(rows_W), more=more)
+    if rows_W is not None and config.cpu_sync_on_runtime:
+        return rows_W[rank]
+    return ceiling if config.max_rows is None else min(ceiling, config.max_rows)
 
 
 def _expect(field: str, holds: bool) -> None:

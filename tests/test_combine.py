@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from backends import both_backends
 from combine_by_hand import BY_HAND, HIDDEN, canonical, expert_rows, owners_of_slots
 from near import assert_near
 
@@ -14,12 +15,12 @@ from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise, draw
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def combined(rank: Rank, case: Case, mode: CombineMode, poison: float) -> None:
+def combined(rank: Rank, backend: str, case: Case, mode: CombineMode, poison: float) -> None:
     inputs = draw(case, rank.world_size, rank.device)
     tokens = inputs.tokens_of(rank.rank)
     slots = expert_rows(inputs)
     scores = inputs.topk_scores.masked_fill(inputs.topk_idx < 0, float("nan"))
-    with ExpertParallel(backend="reference", config=EPConfig(combine=mode)) as ep:
+    with ExpertParallel(backend=backend, config=EPConfig(combine=mode)) as ep:
         plan = ep.plan(inputs.topk_idx[tokens], case.num_experts)
         rows = torch.full((plan.row_capacity, HIDDEN), poison, dtype=case.dtype, device=rank.device)
         rows[: plan.rows()] = canonical(inputs, slots, rank.rank)
@@ -37,8 +38,11 @@ def combined(rank: Rank, case: Case, mode: CombineMode, poison: float) -> None:
     "case", ["uniform", "dropped_slots", "repeated_experts", "zero_token_ranks", "uneven_tokens", "top_all"]
 )
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_order_and_roundings(pool: RankPool, world_size: int, case: str, mode: CombineMode, dtype: torch.dtype) -> None:
-    pool.run(combined, replace(CASES[case], dtype=dtype), mode, float("nan"), world_size=world_size)
+@both_backends
+def test_order_and_roundings(
+    pool: RankPool, backend: str, world_size: int, case: str, mode: CombineMode, dtype: torch.dtype
+) -> None:
+    pool.run(combined, backend, replace(CASES[case], dtype=dtype), mode, float("nan"), world_size=world_size)
 
 
 def test_the_two_roundings_differ_from_one() -> None:
@@ -58,13 +62,13 @@ def test_an_absent_term_is_no_term() -> None:
     assert_bitwise(out, torch.tensor([[-2.0], [0.0]]))
 
 
-def score_gradient(rank: Rank, case: Case, config: EPConfig) -> None:
+def score_gradient(rank: Rank, backend: str, case: Case, config: EPConfig) -> None:
     inputs = draw(case, rank.world_size, rank.device)
     tokens = inputs.tokens_of(rank.rank)
     slots = expert_rows(inputs)
     scores = inputs.topk_scores[tokens].clone().requires_grad_()
     dy = inputs.dy[tokens, :HIDDEN].contiguous()
-    with ExpertParallel(backend="reference", config=config) as ep:
+    with ExpertParallel(backend=backend, config=config) as ep:
         plan = ep.plan(inputs.topk_idx[tokens], case.num_experts)
         rows = torch.full((plan.row_capacity, HIDDEN), float("nan"), dtype=case.dtype, device=rank.device)
         rows[: plan.rows()] = canonical(inputs, slots, rank.rank)
@@ -84,18 +88,29 @@ def score_gradient(rank: Rank, case: Case, config: EPConfig) -> None:
 @pytest.mark.parametrize("dispatch", ["all_gather", "all_to_all", "rank_dedup"])
 @pytest.mark.parametrize("case", ["uniform", "dropped_slots", "repeated_experts"])
 @pytest.mark.parametrize("world_size", [1, 4])
+@both_backends
 def test_gradients_of_rows_and_scores(
-    pool: RankPool, world_size: int, case: str, dispatch: str, dtype: torch.dtype
+    pool: RankPool, backend: str, world_size: int, case: str, dispatch: str, dtype: torch.dtype
 ) -> None:
-    pool.run(score_gradient, replace(CASES[case], dtype=dtype), EPConfig(dispatch=dispatch), world_size=world_size)
+    pool.run(
+        score_gradient, backend, replace(CASES[case], dtype=dtype), EPConfig(dispatch=dispatch), world_size=world_size
+    )
+
+
+def scores_of_a_dtype(rank: Rank, backend: str, dtype: torch.dtype, mode: CombineMode) -> None:
+    generator = torch.Generator().manual_seed(rank.rank)
+    idx = torch.tensor([[0, 1], [1, 0]], device=rank.device)
+    scores = torch.rand(2, 2, dtype=torch.float64, generator=generator).to(rank.device, dtype)
+    with ExpertParallel(backend=backend, config=EPConfig(combine=mode)) as ep:
+        plan = ep.plan(idx, num_experts=2)
+        rows = torch.randn(plan.row_capacity, HIDDEN, generator=generator).to(rank.device, torch.bfloat16)
+        assert_bitwise(ep.combine(rows, scores, plan), ep.combine(rows, scores.float(), plan))
 
 
 @pytest.mark.parametrize("mode", CombineMode)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
-def test_scores_of_any_float_are_used_in_fp32(dtype: torch.dtype, mode: CombineMode) -> None:
-    idx = torch.tensor([[0, 1], [1, 0]])
-    scores = torch.rand(2, 2, dtype=torch.float64).to(dtype)
-    rows = torch.randn(4, HIDDEN).bfloat16()
-    with ExpertParallel(backend="reference", config=EPConfig(combine=mode)) as ep:
-        plan = ep.plan(idx, num_experts=2)
-        assert_bitwise(ep.combine(rows, scores, plan), ep.combine(rows, scores.float(), plan))
+@both_backends
+def test_scores_of_any_float_are_used_in_fp32(
+    pool: RankPool, backend: str, dtype: torch.dtype, mode: CombineMode
+) -> None:
+    pool.run(scores_of_a_dtype, backend, dtype, mode, world_size=2)

@@ -4,12 +4,14 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from backends import both_backends
 from torch import Tensor
 
 from sonic_ep import EPConfig, ExpertParallel, PlanError, RoutingPlan, RowOverflowError
 from sonic_ep.plan import row_ceiling
 from sonic_ep.reference.plan import build_plan, pair_exchange, slot_exchange
 from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise, draw
+from sonic_ep.testing.cases import repeating
 
 TENSOR_FIELDS = [field.name for field in fields(RoutingPlan) if field.type == "Tensor"]
 WORKED_IDS = [[[0, 2], [1, 0], [3, 2]], [[2, 1], [-1, 3], [0, 0]]]
@@ -106,18 +108,33 @@ def test_every_field_against_a_second_derivation(world_size: int, seed: int) -> 
             assert bool((found[len(values) :] == -1).all()), name
 
 
-def exchanged(rank: Rank, case: Case) -> list[Tensor]:
+def exchanged(rank: Rank, backend: str, case: Case) -> list[Tensor]:
     inputs = draw(case, rank.world_size, rank.device)
-    with ExpertParallel(backend="reference") as ep:
-        plan = ep.plan(inputs.topk_idx[inputs.tokens_of(rank.rank)], case.num_experts)
+    mine = inputs.topk_idx[inputs.tokens_of(rank.rank)]
+    with ExpertParallel(backend=backend) as ep:
+        plan = ep.plan(mine, case.num_experts)
+        ep.check()
     plan.check()
+    assert_same_plan(plan, reference_plan(mine, case.num_experts))
     return [getattr(plan, name).cpu() for name in ("expert_ids", "counts", "row_of_slot", "pair_tokens")]
 
 
+def reference_plan(mine: Tensor, num_experts: int, config: EPConfig | None = None) -> RoutingPlan:
+    with ExpertParallel(backend="reference", config=config) as ep:
+        return ep.plan(mine, num_experts)
+
+
+def assert_same_plan(plan: RoutingPlan, expected: RoutingPlan) -> None:
+    assert (plan.rank, plan.num_tokens) == (expected.rank, expected.num_tokens)
+    for name in TENSOR_FIELDS:
+        assert_bitwise(getattr(plan, name), getattr(expected, name), name)
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("world_size", [1, 3, 4])
-def test_ranks_hold_one_and_the_same_plan(pool: RankPool, world_size: int, case: Case) -> None:
-    by_rank = pool.run(exchanged, case, world_size=world_size)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@both_backends
+def test_ranks_hold_one_and_the_same_plan(pool: RankPool, backend: str, world_size: int, case: Case) -> None:
+    by_rank = pool.run(exchanged, backend, case, world_size=world_size)
     inputs = draw(case, world_size)
     for rank, tensors in enumerate(by_rank):
         for mine, first in zip(tensors, by_rank[0], strict=True):
@@ -154,28 +171,114 @@ def test_row_ceiling() -> None:
     assert row_ceiling(**sizes, distinct=False) == 4 * 10 * 8
 
 
-def overflowing(rank: Rank, case: Case) -> list[str]:
+LARGE = {
+    "several tiles": Case(name="several tiles", tokens=(700, 1, 401), top_k=5, num_experts=24, hidden=1),
+    "more choices than slots in a tile": Case(name="wide", tokens=(3,), top_k=1100, num_experts=1104, hidden=1),
+    "many experts": Case(name="many experts", tokens=(257,), top_k=8, num_experts=1200, hidden=1),
+    "repeated in a tile": Case(name="repeated", tokens=(300,), top_k=6, choose=repeating, hidden=1),
+    "int32 ids": Case(name="int32 ids", tokens=(40,), hidden=1),
+}
+
+
+def planned_large(rank: Rank, case: Case) -> None:
+    inputs = draw(case, rank.world_size, rank.device)
+    mine = inputs.topk_idx[inputs.tokens_of(rank.rank)]
+    mine = mine.int() if case.name == "int32 ids" else mine
+    for config in (EPConfig(), EPConfig(cpu_sync_on_runtime=True), EPConfig(max_rows=10**6)):
+        with ExpertParallel(backend="fast", config=config) as ep:
+            plan = ep.plan(mine, case.num_experts)
+        assert_same_plan(plan, reference_plan(mine, case.num_experts, config))
+
+
+@pytest.mark.parametrize("case", LARGE.values(), ids=LARGE.keys())
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_plans_of_many_tiles(pool: RankPool, world_size: int, case: Case) -> None:
+    pool.run(planned_large, case, world_size=world_size)
+
+
+def planned_out_of_range(rank: Rank, bad_rank: int, bad_id: int) -> str:
+    """Ids out of range count as dropped, and every rank hears of them, once: when asked, or at the next plan."""
+    good = torch.tensor([[0, 3], [2, 1]], device=rank.device)
+    bad = torch.tensor([[0, bad_id], [2, 1]], device=rank.device)
+    messages = []
+    with ExpertParallel(backend="fast") as ep:
+        for ask in (ep.check, lambda: ep.plan(good, num_experts=rank.world_size * 2)):
+            plan = ep.plan(bad if rank.rank == bad_rank else good, num_experts=rank.world_size * 2)
+            with pytest.raises(ValueError, match="topk_idx: got expert ids out of range") as raised:
+                ask()
+            messages.append(str(raised.value))
+            plan.check()
+            assert plan.expert_ids[bad_rank].tolist() == [[0, -1], [2, 1]]
+        ep.check()
+        ep.plan(good, num_experts=rank.world_size * 2).check()
+    assert messages[0] == messages[1]
+    return messages[0]
+
+
+@pytest.mark.parametrize("bad_id", [-2, 4, 2**31 - 1, 2**40, -(2**33) + 1])
+def test_ids_out_of_range_are_flagged_on_the_device(pool: RankPool, bad_id: int) -> None:
+    expected = "topk_idx: got expert ids out of range on rank 1, expected 0 to 3, or -1 for a dropped slot"
+    found = pool.run(planned_out_of_range, 1, bad_id, world_size=2)
+    assert found == [f"rank {rank} of 2: {expected}" for rank in range(2)]
+
+
+def overflowing_on_the_device(rank: Rank, case: Case) -> list[str]:
+    """Without a read on the host the bound is passed on the device: NaN rows now, and the error when asked."""
+    inputs = draw(case, rank.world_size, rank.device)
+    tokens = inputs.tokens_of(rank.rank)
+    messages = []
+    with ExpertParallel(backend="fast", config=EPConfig(max_rows=20)) as ep:
+        for ask in (ep.check, lambda: ep.plan(inputs.topk_idx[tokens], case.num_experts)):
+            plan = ep.plan(inputs.topk_idx[tokens], case.num_experts)
+            rows = ep.dispatch(inputs.x[tokens], plan)
+            assert rows.shape[0] == 20
+            assert bool(rows.isnan().all())
+            y = ep.combine(torch.ones_like(rows), inputs.topk_scores[tokens], plan)
+            assert bool(y.isnan().all())
+            with pytest.raises(RowOverflowError) as raised:
+                ask()
+            messages.append(str(raised.value))
+        fitting = torch.zeros_like(inputs.topk_idx[tokens]) - 1
+        rows = ep.dispatch(inputs.x[tokens], ep.plan(fitting, case.num_experts))
+        ep.check()
+        return messages
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_overflow_on_the_device(pool: RankPool, world_size: int) -> None:
+    case = CASES["one_rank"]
+    last, rows = world_size - 1, world_size * 13 * 3
+    for rank, messages in enumerate(pool.run(overflowing_on_the_device, case, world_size=world_size)):
+        expected = (
+            f"rank {rank} of {world_size}: max_rows: got 20, expected at least {rows}: "
+            f"rank {last} is routed {rows} rows"
+        )
+        assert messages == [expected, expected]
+
+
+def overflowing(rank: Rank, backend: str, case: Case) -> list[str]:
     """The errors of two calls that pass the bound; then the group still works."""
     inputs = draw(case, rank.world_size, rank.device)
     mine = inputs.topk_idx[inputs.tokens_of(rank.rank)]
     messages = []
-    with ExpertParallel(backend="reference", config=EPConfig(max_rows=20)) as ep:
+    with ExpertParallel(backend=backend, config=EPConfig(max_rows=20, cpu_sync_on_runtime=True)) as ep:
         for _ in range(2):
             with pytest.raises(RowOverflowError) as raised:
                 ep.plan(mine, case.num_experts)
             messages.append(str(raised.value))
     inputs = draw(CASES["uniform"], rank.world_size, rank.device)
     for bound, rows in ((60, 60), (100, 78)):
-        with ExpertParallel(backend="reference", config=EPConfig(max_rows=bound)) as ep:
+        with ExpertParallel(backend=backend, config=EPConfig(max_rows=bound)) as ep:
             plan = ep.plan(inputs.topk_idx[inputs.tokens_of(rank.rank)], case.num_experts)
         assert plan.row_capacity == rows
         plan.check()
     return messages
 
 
-def test_overflow_names_rows_and_bound_on_every_rank(pool: RankPool) -> None:
+@both_backends
+def test_overflow_names_rows_and_bound_on_every_rank(pool: RankPool, backend: str) -> None:
     # Two ranks of 13 tokens and 3 slots each, all on the last rank.
-    for rank, messages in enumerate(pool.run(overflowing, CASES["one_rank"], world_size=2)):
+    for rank, messages in enumerate(pool.run(overflowing, backend, CASES["one_rank"], world_size=2)):
         expected = (
             f"rank {rank} of 2: max_rows: got 20, expected at least 78: rank 1 is routed 78 rows (all ranks: [0, 78])"
         )
@@ -200,15 +303,16 @@ def test_more_slots_than_int32_counts_are_refused() -> None:
         ep.plan(torch.zeros(1, 1, dtype=torch.int64), num_experts=2)
 
 
-def varying_tokens(rank: Rank, tokens: list[list[int]]) -> list[int]:
+def varying_tokens(rank: Rank, backend: str, tokens: list[list[int]]) -> list[int]:
     """Capacities of plans made one after the other, T of rank r in call i being tokens[i][r]."""
-    with ExpertParallel(backend="reference") as ep:
-        plans = [ep.plan(torch.zeros(T[rank.rank], 1, dtype=torch.int64), 4) for T in tokens]
+    with ExpertParallel(backend=backend) as ep:
+        plans = [ep.plan(torch.zeros(T[rank.rank], 1, dtype=torch.int64, device=rank.device), 4) for T in tokens]
     for plan in plans:
         plan.check()
     return [plan.capacity for plan in plans]
 
 
-def test_capacity_is_agreed_on_the_first_call_that_brings_a_token(cpu_pool: RankPool) -> None:
-    found = cpu_pool.run(varying_tokens, [[0, 0], [3, 5], [5, 0], [0, 0]], world_size=2)
+@both_backends
+def test_capacity_is_agreed_on_the_first_call_that_brings_a_token(pool: RankPool, backend: str) -> None:
+    found = pool.run(varying_tokens, backend, [[0, 0], [3, 5], [5, 0], [0, 0]], world_size=2)
     assert found == [[0, 5, 5, 5]] * 2

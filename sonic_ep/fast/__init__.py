@@ -1,26 +1,25 @@
-"""The fast backend: Triton kernels over symmetric memory.
-
-This version ships what tells whether the backend can run on a machine; its kernels are not part of it yet, and
-``unavailable_reasons`` says so first.
-"""
+"""The fast backend: Triton kernels over symmetric memory."""
 
 from __future__ import annotations
 
 from sonic_ep.backend import Backend
-from sonic_ep.config import BackendUnavailableError, EPConfig
-from sonic_ep.fast.availability import device_reasons, software_reasons
+from sonic_ep.config import EPConfig
+from sonic_ep.fast.availability import auto_reasons, device_reasons, interpreted, software_reasons
 from sonic_ep.group import EPGroup
 
-__all__ = ["create", "unavailable_reasons"]
-
-NOT_BUILT = "this version of sonic_ep does not contain its kernels yet"
+__all__ = ["auto_reasons", "create", "unavailable_reasons"]
 
 
 def unavailable_reasons(group: EPGroup) -> tuple[str, ...]:
     """Every reason why the backend cannot run here, all at once."""
-    return (NOT_BUILT, *software_reasons(), *device_reasons())
+    missing = software_reasons()
+    # Only an installed triton can tell whether its interpreter does without a GPU.
+    needs_gpu = bool(missing) or not interpreted()
+    return (*missing, *(device_reasons() if needs_gpu else ()))
 
 
 def create(group: EPGroup, config: EPConfig) -> Backend:
-    """Raises ``BackendUnavailableError``: the registry never gets here while there are reasons."""
-    raise BackendUnavailableError(f"{group}: " + "; ".join(unavailable_reasons(group)))
+    """The fast backend for ``group``. Not collective: memory is shared on the first call."""
+    from sonic_ep.fast.layer import FastBackend
+
+    return FastBackend(group, config)

@@ -1,7 +1,8 @@
-"""What the fast backend needs of a machine, each need as a reason when it is not met. Imports no triton."""
+"""What the fast backend needs of a machine, each need as a reason when it is not met."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from importlib.metadata import PackageNotFoundError, version
 from itertools import permutations
@@ -10,6 +11,10 @@ import torch
 
 MINIMUM_TRITON = (3, 6)
 MINIMUM_CAPABILITY = (9, 0)
+
+LAYER_MISSING = (
+    "it has plan, dispatch and combine, but no router and no experts yet: moe and moe_routed need backend='reference'"
+)
 
 
 def software_reasons() -> tuple[str, ...]:
@@ -23,10 +28,22 @@ def software_reasons() -> tuple[str, ...]:
     return ()
 
 
+def interpreted() -> bool:
+    """Whether kernels run under Triton's interpreter, on tensors of the CPU. Triton has to be installed."""
+    return bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
+def auto_reasons() -> tuple[str, ...]:
+    """Why "auto" does not take this backend where it can run."""
+    slow = ("Triton's interpreter runs its kernels, which is for tests: thousands of times slower",)
+    return (LAYER_MISSING, *(slow if interpreted() else ()))
+
+
 def device_reasons() -> tuple[str, ...]:
     """What is missing of GPUs."""
     if not torch.cuda.is_available():
-        return ("no CUDA device: torch.cuda.is_available() is False",)
+        hint = "for tests on the CPU, set TRITON_INTERPRET=1 before Python starts"
+        return (f"no CUDA device: torch.cuda.is_available() is False ({hint})",)
     return (*_capability_reasons(), *symmetric_memory_reasons())
 
 

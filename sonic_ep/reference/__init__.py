@@ -9,13 +9,18 @@ from sonic_ep.config import EPConfig
 from sonic_ep.group import EPGroup
 from sonic_ep.reference.layer import ReferenceBackend
 
-__all__ = ["create", "unavailable_reasons"]
+__all__ = ["auto_reasons", "create", "unavailable_reasons"]
 
 
 def unavailable_reasons(group: EPGroup) -> tuple[str, ...]:
     """Why the backend cannot run here: only a PyTorch without torch.distributed stands in its way."""
     if group.world_size > 1 and not dist.is_available():
         return ("this PyTorch was built without torch.distributed",)
+    return ()
+
+
+def auto_reasons() -> tuple[str, ...]:
+    """None: it runs wherever it can."""
     return ()
 
 

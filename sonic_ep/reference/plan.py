@@ -17,12 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sonic_ep.config import EPConfig, RowOverflowError
+from sonic_ep.config import EPConfig
 from sonic_ep.group import EPGroup
-from sonic_ep.plan import INDEX_DTYPE, NO_ROW, RoutingPlan, row_ceiling
+from sonic_ep.plan import INDEX_DTYPE, NO_ROW, RoutingPlan, check_slots, room_for_rows, row_ceiling
 from sonic_ep.reference.collectives import Collectives
-
-MOST_SLOTS = 2**31 - 1
 
 
 def check_expert_ids(topk_idx_TK: Tensor, num_experts: int, group: EPGroup) -> None:
@@ -58,9 +56,7 @@ def exchange_plan(
     Raises ``RowOverflowError`` on all ranks if one has more rows than ``config.max_rows``.
     """
     group = collectives.group
-    slots = group.world_size * capacity * topk_idx_TK.shape[1]
-    if slots > MOST_SLOTS:
-        raise ValueError(f"{group}: W*C*K: got {slots} slots, expected at most {MOST_SLOTS} (slots are int32)")
+    check_slots(group, world_size=group.world_size, capacity=capacity, top_k=topk_idx_TK.shape[1])
     expert_ids_WCK = collectives.all_gather(pad_tokens(topk_idx_TK.to(INDEX_DTYPE), capacity, NO_ROW))
     return build_plan(
         expert_ids_WCK,
@@ -129,19 +125,9 @@ def _packed_places(present_WC: Tensor) -> Tensor:
 
 
 def _row_capacity(expert_ids_WCK: Tensor, num_experts: int, distinct: bool, config: EPConfig, group: EPGroup) -> int:
-    """R: the exact rows with ``cpu_sync_on_runtime``, else the ceiling, or ``max_rows`` if that is less.
-
-    Every rank sees the rows of all ranks, so that an overflow is raised by all of them and nobody is left waiting.
-    """
+    """R. Every rank sees the rows of all ranks."""
     world_size, capacity, top_k = expert_ids_WCK.shape
     rows_W = _slots_of_expert(expert_ids_WCK, num_experts).view(world_size, -1).sum(dim=1).tolist()
-    if config.max_rows is not None and max(rows_W) > config.max_rows:
-        raise RowOverflowError(
-            f"{group}: max_rows: got {config.max_rows}, expected at least {max(rows_W)}: "
-            f"rank {rows_W.index(max(rows_W))} is routed {max(rows_W)} rows (all ranks: {rows_W})"
-        )
-    if config.cpu_sync_on_runtime:
-        return int(rows_W[group.rank])
     ceiling = row_ceiling(
         world_size=world_size,
         capacity=capacity,
@@ -149,7 +135,7 @@ def _row_capacity(expert_ids_WCK: Tensor, num_experts: int, distinct: bool, conf
         experts_per_rank=num_experts // world_size,
         distinct=distinct,
     )
-    return ceiling if config.max_rows is None else min(ceiling, config.max_rows)
+    return room_for_rows(group, config, rank=group.rank, ceiling=ceiling, rows_W=rows_W)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -29,6 +29,9 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from sonic_ep.group import device_of_rank
 
+# What ranks of either kind need of others: kernels run on the CPU by Triton's interpreter, and ranks that share a GPU.
+_SETTINGS = {"cpu": {"TRITON_INTERPRET": "1"}, "cuda": {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}}
+
 # After the first error, how long others may take to report theirs before they are stopped.
 GRACE_SECONDS = 1.0
 
@@ -73,7 +76,8 @@ class _Answer:
 class RankPool:
     """Runs functions on W ranks at once.
 
-    device_type: "cpu" (gloo) or "cuda" (NCCL where each rank has a device of its own, else gloo).
+    device_type: "cpu" (gloo; Triton kernels are interpreted) or "cuda" (NCCL where each rank has a device of its own,
+        else gloo).
     timeout: seconds a call may take. A context manager.
     """
 
@@ -165,7 +169,7 @@ class RankPool:
 
     def _grow(self, world_size: int) -> None:
         while len(self._workers) < world_size:
-            self._workers.append(_Worker.start(len(self._workers)))
+            self._workers.append(_Worker.start(len(self._workers), self._device_type))
 
     def _store(self, world_size: int) -> str | None:
         """The store's file: a new one, and so a new process group, whenever the size of the world changes."""
@@ -184,10 +188,10 @@ class _Worker:
     connection: Connection
 
     @staticmethod
-    def start(rank: int) -> _Worker:
+    def start(rank: int, device_type: str) -> _Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(rank, theirs), daemon=True, name=f"rank {rank}")
+        process = context.Process(target=_serve, args=(rank, theirs, device_type), daemon=True, name=f"rank {rank}")
         process.start()
         theirs.close()
         return _Worker(rank=rank, process=process, connection=ours)
@@ -238,8 +242,10 @@ def _receive(worker: _Worker) -> _Answer:
     return answer
 
 
-def _serve(rank: int, connection: Connection) -> None:
+def _serve(rank: int, connection: Connection, device_type: str) -> None:
     """A worker's life: answer jobs until the pool is gone."""
+    # Triton reads its switch when it is imported, symmetric memory reads the other when memory is first shared.
+    os.environ.update(_SETTINGS[device_type])
     # Ctrl-C reaches the whole terminal; the pool decides what becomes of its ranks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()

@@ -1,0 +1,157 @@
+"""Collectives over shared memory: the scores of all tokens to all ranks, and one number of each slot home."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sonic_ep.fast.device import launch, peer_pointer, pieces
+from sonic_ep.fast.workspace import Workspace
+from sonic_ep.plan import RoutingPlan
+
+BLOCK = 1024
+SCORES = "scores"
+VALUES = "values_of_slots"
+
+
+@triton.jit
+def gather_kernel(staged_ptr, gathered_ptr, numbers, BLOCK: tl.constexpr):
+    """``numbers`` words of every rank, one behind the other. Grid (ceil(numbers / BLOCK), W).
+
+    staged_ptr (W,) int64: addresses of what each rank staged. gathered_ptr (W, numbers).
+    """
+    source = tl.program_id(1)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < numbers
+    word = tl.load(peer_pointer(staged_ptr, source, gathered_ptr) + place, mask=inside)
+    tl.store(gathered_ptr + source.to(tl.int64) * numbers + place, word, mask=inside)
+
+
+def gather_scores(scores_TK: Tensor, plan: RoutingPlan, workspace: Workspace) -> Tensor:
+    """Collective. The scores of the group, (W, C, K) fp32; those of tokens that do not exist are unspecified."""
+    numbers = plan.capacity * plan.top_k
+    scores_WCK = torch.empty(plan.expert_ids.shape, dtype=torch.float32, device=scores_TK.device)
+    staged = workspace.reserve(SCORES, scores_bytes(plan))
+    workspace.fence()
+    staged.rows(plan.rank, tuple(scores_TK.shape), torch.float32).copy_(scores_TK)
+    workspace.publish()
+    grid = (pieces(numbers, BLOCK), plan.world_size)
+    launch(gather_kernel, grid, staged.addresses, scores_WCK, numbers, device=scores_WCK.device, BLOCK=BLOCK)
+    return scores_WCK
+
+
+def reserve_scores(plan: RoutingPlan, workspace: Workspace) -> None:
+    """Collective. Shared memory for scores on their way to the experts, and for their gradients on the way home."""
+    for name in (SCORES, VALUES):
+        workspace.reserve(name, scores_bytes(plan))
+
+
+def scores_bytes(plan: RoutingPlan) -> int:
+    """Shared memory of one fp32 number for each slot of a rank."""
+    return plan.capacity * plan.top_k * torch.float32.itemsize
+
+
+@triton.jit
+def send_home_kernel(
+    values_ptr,
+    expert_ids_ptr,
+    row_of_slot_ptr,
+    homes_ptr,
+    rank,
+    slots_per_rank,
+    experts_per_rank,
+    rows,
+    BLOCK: tl.constexpr,
+):
+    """The value of each row to its slot's place in the memory of its home. Grid (ceil(C*K / BLOCK), W).
+
+    values_ptr (R,) fp32; homes_ptr (W,) int64: addresses of C*K fp32 on each rank. This rank's own slots are left out.
+    """
+    home = tl.program_id(1)
+    if home != rank:
+        slot_at_home = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = slot_at_home < slots_per_rank
+        slot = home.to(tl.int64) * slots_per_rank + slot_at_home
+        expert = tl.load(expert_ids_ptr + slot, mask=inside, other=-1)
+        row = tl.load(row_of_slot_ptr + slot, mask=inside, other=-1)
+        mine = (expert >= rank * experts_per_rank) & (expert < (rank + 1) * experts_per_rank) & (row < rows)
+        value = tl.load(values_ptr + row, mask=mine)
+        tl.store(peer_pointer(homes_ptr, home, values_ptr) + slot_at_home, value, mask=mine)
+
+
+@triton.jit
+def collect_kernel(
+    arrived_ptr,
+    values_ptr,
+    expert_ids_ptr,
+    row_of_slot_ptr,
+    out_ptr,
+    first_slot,
+    slots,
+    experts_per_rank,
+    rows,
+    rank,
+    BLOCK: tl.constexpr,
+):
+    """The value of each of this rank's slots: its own row's, or what arrived; zero if dropped. Grid (ceil(T*K/BLOCK),).
+
+    expert_ids_ptr, row_of_slot_ptr (W, C, K), this rank's slots beginning at ``first_slot``; out_ptr (T*K,) fp32.
+    """
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = slot < slots
+    expert = tl.load(expert_ids_ptr + first_slot + slot, mask=inside, other=-1)
+    row = tl.load(row_of_slot_ptr + first_slot + slot, mask=inside, other=-1)
+    first = rank * experts_per_rank
+    owner_is_me = (expert >= first) & (expert < first + experts_per_rank)
+    remote = ((expert >= 0) & (expert < first)) | (expert >= first + experts_per_rank)
+    own = tl.load(values_ptr + row, mask=owner_is_me & (row < rows), other=0.0)
+    # Peers wrote it while kernels of this rank ran: past the first-level cache, which knows nothing of them.
+    arrived = tl.load(arrived_ptr + slot, mask=inside & remote, other=0.0, cache_modifier=".cg")
+    tl.store(out_ptr + slot, tl.where(owner_is_me, own, arrived), mask=inside)
+
+
+def send_home(value_of_row_R: Tensor, plan: RoutingPlan, workspace: Workspace) -> Tensor:
+    """Collective. One fp32 value of each valid row to its slot's home, (T, K); zero for dropped slots.
+
+    What crosses the link is one float for each remote slot. Values past the valid rows are not read.
+    """
+    home = workspace.reserve(VALUES, scores_bytes(plan))
+    slots_per_rank = plan.capacity * plan.top_k
+    out_TK = value_of_row_R.new_empty((plan.num_tokens, plan.top_k))
+    device = out_TK.device
+    sizes = (slots_per_rank, plan.experts_per_rank, plan.row_capacity)
+    if plan.world_size > 1:
+        workspace.fence()
+        grid = (pieces(slots_per_rank, BLOCK), plan.world_size)
+        routing = (plan.expert_ids, plan.row_of_slot)
+        launch(
+            send_home_kernel,
+            grid,
+            value_of_row_R,
+            *routing,
+            home.addresses,
+            plan.rank,
+            *sizes,
+            device=device,
+            BLOCK=BLOCK,
+        )
+        workspace.publish()
+    launch(
+        collect_kernel,
+        (pieces(out_TK.numel(), BLOCK),),
+        home.rows(plan.rank, (slots_per_rank,), torch.float32),
+        value_of_row_R,
+        plan.expert_ids,
+        plan.row_of_slot,
+        out_TK,
+        plan.rank * slots_per_rank,
+        out_TK.numel(),
+        plan.experts_per_rank,
+        plan.row_capacity,
+        plan.rank,
+        device=device,
+        BLOCK=BLOCK,
+    )
+    return out_TK

@@ -1,0 +1,143 @@
+"""Combine by all-to-all: one row for each remote slot goes home and is summed there."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sonic_ep.fast.device import peer_pointer, rounded
+from sonic_ep.fast.receiving import (
+    MOST_RECEIVED_BYTES,
+    Receiver,
+    arrival_of,
+    await_arrivals,
+    has_slot,
+    raise_arrival,
+    receiver,
+    send_and_sum,
+)
+from sonic_ep.fast.workspace import Workspace
+from sonic_ep.plan import RoutingPlan
+
+
+@triton.jit(do_not_specialize=["rank", "step", "limit", "first_token", "tokens", "lag"])
+def exchange_rows_kernel(
+    rows_ptr,
+    scores_ptr,
+    out_ptr,
+    expert_ids_ptr,
+    row_of_slot_ptr,
+    received_ptr,
+    flags_ptr,
+    world_size,
+    capacity,
+    own_tokens,
+    experts_per_rank,
+    row_capacity,
+    first_token,
+    tokens,
+    lag,
+    chunk,
+    expiry_ptr,
+    rank,
+    step,
+    limit,
+    PHASE: tl.constexpr,
+    HAS_SCORES: tl.constexpr,
+    K: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    H: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Send the rows of every other rank's tokens, and sum the home tokens. Grid ((tokens + lag) * W,).
+
+    rows_ptr (R, H), canonical order; scores_ptr (W, C, K) fp32; out_ptr (T, H). received_ptr, flags_ptr (W,) int64:
+    addresses of (chunk, K, H) rows and (W - 1, chunk) flags of each rank; see ``sonic_ep.fast.receiving``.
+
+    Rounding point: out = round(sum over k, ascending, of score * row), products and sum in fp32.
+    The row of choice 1 of the chunk's token 5 arrives, with K=2, in row 11.
+    """
+    group = tl.program_id(0) // world_size
+    place = tl.program_id(0) % world_size
+    k = tl.arange(0, K_PADDED)
+    first_expert = rank * experts_per_rank
+    if place < world_size - 1:
+        if group < tokens:
+            home = (rank + 1 + place) % world_size
+            first_slot = (home.to(tl.int64) * capacity + first_token + group) * K
+            experts = tl.load(expert_ids_ptr + first_slot + k, mask=k < K, other=-1)
+            if has_slot(experts, first_expert, experts_per_rank):
+                target = peer_pointer(received_ptr, home, out_ptr) + group.to(tl.int64) * K * H
+                for choice in range(K):
+                    expert = tl.load(expert_ids_ptr + first_slot + choice)
+                    row = tl.load(row_of_slot_ptr + first_slot + choice).to(tl.int64)
+                    here = (expert >= first_expert) & (expert < first_expert + experts_per_rank) & (row < row_capacity)
+                    if here:
+                        for first in range(0, H, COLUMNS):
+                            column = first + tl.arange(0, COLUMNS)
+                            value = tl.load(rows_ptr + row * H + column, mask=column < H)
+                            tl.store(target + choice * H + column, value, mask=column < H)
+                raise_arrival(flags_ptr, home, arrival_of(rank, home, group, world_size, chunk))
+    else:
+        group -= lag
+        if (group >= 0) & (group < tokens):
+            token = first_token + group
+            first_slot = (rank.to(tl.int64) * capacity + token) * K
+            experts = tl.load(expert_ids_ptr + first_slot + k, mask=k < K, other=-1)
+            await_arrivals(
+                flags_ptr,
+                experts,
+                group,
+                chunk,
+                world_size,
+                experts_per_rank,
+                expiry_ptr,
+                rank,
+                step,
+                limit,
+                PHASE,
+                False,
+            )
+            if token < own_tokens:
+                received = peer_pointer(received_ptr, rank, out_ptr) + group.to(tl.int64) * K * H
+                for first in range(0, H, COLUMNS):
+                    column = first + tl.arange(0, COLUMNS)
+                    total = tl.zeros((COLUMNS,), dtype=tl.float32)
+                    for choice in range(K):
+                        expert = tl.load(expert_ids_ptr + first_slot + choice)
+                        row = tl.load(row_of_slot_ptr + first_slot + choice).to(tl.int64)
+                        behind = first_expert + experts_per_rank
+                        own = (expert >= first_expert) & (expert < behind) & (row < row_capacity)
+                        remote = ((expert >= 0) & (expert < first_expert)) | (expert >= behind)
+                        term = tl.load(rows_ptr + row * H + column, mask=column < tl.where(own, H, 0), other=0.0)
+                        # Past the first-level cache, which knows nothing of what peers write meanwhile.
+                        there = column < tl.where(remote, H, 0)
+                        arrived = tl.load(received + choice * H + column, mask=there, other=0.0, cache_modifier=".cg")
+                        term = tl.where(there, arrived, term).to(tl.float32)
+                        if HAS_SCORES:
+                            term = term * tl.load(scores_ptr + first_slot + choice, mask=expert >= 0, other=0.0)
+                        total += term
+                    tl.store(out_ptr + token.to(tl.int64) * H + column, rounded(total, out_ptr), mask=column < H)
+
+
+class AllToAllCombine:
+    """``out = round(sum over k of score_k * y_k)`` on the token's own rank: fp32, k ascending, one rounding."""
+
+    def __init__(self, workspace: Workspace, most_bytes: int = MOST_RECEIVED_BYTES) -> None:
+        self._workspace = workspace
+        self._most_bytes = most_bytes
+
+    def reserve(self, plan: RoutingPlan, row_bytes: int) -> None:
+        """Collective. Allocate what ``combine`` needs for rows of ``row_bytes``."""
+        self._receiver(plan, row_bytes)
+
+    def combine(self, rows_RH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
+        """(T, H) from rows in canonical order. Rows past the valid ones are not read."""
+        shared = self._receiver(plan, rows_RH.shape[1] * rows_RH.element_size())
+        return send_and_sum(exchange_rows_kernel, rows_RH, scores_WCK, plan, self._workspace, shared)
+
+    def _receiver(self, plan: RoutingPlan, row_bytes: int) -> Receiver:
+        return receiver(
+            self._workspace, plan, rows_per_token=plan.top_k, row_bytes=row_bytes, most_bytes=self._most_bytes
+        )

@@ -1,0 +1,141 @@
+"""What every kernel of this backend is made of: peer pointers, rows, rounding, signals. And the way to launch one.
+
+Kernels find a peer's memory through a table of addresses, one int64 a rank, so neither the number of ranks nor the
+transport is compiled in. Rows that are only moved are moved as integer words, so their dtype is not compiled in either.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Whether kernels run under Triton's interpreter, on the CPU; Triton itself decides when it is imported.
+INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+# A row is moved in pieces of this many bytes: one piece is 16 bytes for each of 4 warps, four times over.
+PIECE_BYTES = 8192
+ROW_WARPS = 4
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, **constants: Any) -> None:
+    """Run ``kernel`` over ``grid`` on the current stream of ``device``; an empty grid is no launch.
+
+    Products and sums are rounded one by one, as in plain PyTorch: no fused multiply-add.
+    """
+    if min(grid) == 0:
+        return
+    if device.type == "cuda" and torch.cuda.current_device() != device.index:
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, enable_fp_fusion=False, **constants)
+    else:
+        kernel[grid](*arguments, enable_fp_fusion=False, **constants)
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two that is at least ``count``: block sizes of Triton are such powers."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def pieces(count: int, size: int) -> int:
+    """How many pieces of ``size`` hold ``count``."""
+    return -(-count // size)
+
+
+def words(rows: Tensor) -> Tensor:
+    """The same memory as integers of 4 bytes, or of 2 where a row (N, H) has no whole number of 4."""
+    whole = rows.shape[-1] * rows.element_size() % 4 == 0
+    return rows.view(torch.int32 if whole else torch.int16)
+
+
+def piece(words_per_row: int, word_bytes: int) -> int:
+    """Words of a row that one program moves at a time: a power of two, at most ``PIECE_BYTES``."""
+    return min(power_of_two(words_per_row), PIECE_BYTES // word_bytes)
+
+
+@triton.jit
+def peer_pointer(addresses_ptr, rank, like_ptr):
+    """Address ``rank`` of the table, as a pointer of the type of ``like_ptr``. Shared buffers start at 16 bytes."""
+    return tl.multiple_of(tl.load(addresses_ptr + rank).to(like_ptr.dtype), 16)
+
+
+@triton.jit
+def copy_row(source_ptr, target_ptr, WORDS: tl.constexpr, PIECE: tl.constexpr):
+    """``WORDS`` words from ``source_ptr`` to ``target_ptr``."""
+    for first in tl.static_range(0, WORDS, PIECE):
+        column = first + tl.arange(0, PIECE)
+        inside = column < WORDS
+        tl.store(target_ptr + column, tl.load(source_ptr + column, mask=inside), mask=inside)
+
+
+@triton.jit
+def rounded(value, like_ptr):
+    """fp32 to the element type of ``like_ptr``, to the nearest, ties to even.
+
+    Triton's interpreter cuts bf16 off instead of rounding, so there the bits are rounded by hand: adding 0x7FFF, and
+    one more where the last kept bit is odd, carries into it
+    exactly when the cut-off part is over half, or half and odd.
+    """
+    element: tl.constexpr = like_ptr.dtype.element_ty
+    if INTERPRETED and element == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        # The carry would turn a NaN of low bits into infinity.
+        nearest = tl.where(value != value, 0x7FC0, nearest)
+        return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return value.to(element)
+
+
+@triton.jit
+def signal(flag_ptr):
+    """Raise a flag that is down. Everything this program wrote before is visible to whoever sees it up."""
+    tl.debug_barrier()
+    tl.atomic_xchg(flag_ptr, 1, sem="release", scope="sys")
+
+
+@triton.jit
+def take_signal(flag_ptr, expiry_ptr, peer, step, limit, PHASE: tl.constexpr):
+    """Wait until the flag is up, and lower it. Everything its raiser wrote before is visible after.
+
+    expiry_ptr (3,) int32: after ``limit`` polls in vain it says phase, peer + 1 and step, and the program traps.
+    """
+    seen = tl.atomic_cas(flag_ptr, 1, 0, sem="acquire", scope="sys")
+    polls = tl.full((), 0, tl.int64)
+    while (seen != 1) & (polls < limit):
+        seen = tl.atomic_cas(flag_ptr, 1, 0, sem="acquire", scope="sys")
+        polls += 1
+    _expect_in_time(seen, expiry_ptr, peer, step, PHASE)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _expect_in_time(seen, expiry_ptr, peer, step, PHASE: tl.constexpr):
+    if seen != 1:
+        tl.store(expiry_ptr, PHASE)
+        tl.store(expiry_ptr + 1, peer + 1)
+        tl.store(expiry_ptr + 2, step)
+    tl.device_assert(seen == 1, "sonic_ep: a rank waited for another until its time was up")
+
+
+@triton.jit(do_not_specialize=["step", "limit"])
+def barrier_kernel(flags_ptr, expiry_ptr, rank, step, limit, PHASE: tl.constexpr):
+    """All ranks meet: what each wrote before is visible to all after. One program for each peer, grid (W,).
+
+    flags_ptr (W,) int64: addresses of each rank's W flags, int32, all down before and after; flag p of a rank is
+    raised by rank p and lowered by its owner.
+    """
+    peer = tl.program_id(0)
+    if peer != rank:
+        theirs = tl.load(flags_ptr + peer).to(tl.pointer_type(tl.int32)) + rank
+        mine = tl.load(flags_ptr + rank).to(tl.pointer_type(tl.int32)) + peer
+        # The peer may still be about to lower the flag of the last meeting.
+        was_up = tl.atomic_cas(theirs, 0, 1, sem="release", scope="sys")
+        polls = tl.full((), 0, tl.int64)
+        while (was_up != 0) & (polls < limit):
+            was_up = tl.atomic_cas(theirs, 0, 1, sem="release", scope="sys")
+            polls += 1
+        _expect_in_time(1 - was_up, expiry_ptr, peer, step, PHASE)
+        take_signal(mine, expiry_ptr, peer, step, limit, PHASE)

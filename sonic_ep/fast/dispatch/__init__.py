@@ -1,0 +1,25 @@
+"""Dispatch: rows of tokens to the ranks of their experts. Every rank stages its tokens, and all pull what they need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from sonic_ep.config import DispatchMode
+from sonic_ep.fast.dispatch.all_gather import AllGatherDispatch
+from sonic_ep.fast.dispatch.all_to_all import AllToAllDispatch
+from sonic_ep.fast.dispatch.rank_dedup import RankDedupDispatch
+from sonic_ep.fast.workspace import Workspace
+
+FastDispatch = AllGatherDispatch | AllToAllDispatch | RankDedupDispatch
+
+
+def dispatch_primitives(workspace: Workspace) -> Mapping[DispatchMode, FastDispatch]:
+    """Every dispatch mode over ``workspace``."""
+    return MappingProxyType(
+        {
+            DispatchMode.ALL_GATHER: AllGatherDispatch(workspace),
+            DispatchMode.ALL_TO_ALL: AllToAllDispatch(workspace),
+            DispatchMode.RANK_DEDUP: RankDedupDispatch(workspace),
+        }
+    )

@@ -1,0 +1,107 @@
+"""Dispatch by all-to-all: rows straight into canonical order, each remote token read once for all its rows here."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sonic_ep.fast.device import ROW_WARPS, launch, peer_pointer, piece, power_of_two, words
+from sonic_ep.fast.staging import reserve_tokens, stage_tokens
+from sonic_ep.fast.workspace import SharedBuffer, Workspace
+from sonic_ep.plan import RoutingPlan
+
+
+@triton.jit
+def pull_to_rows_kernel(
+    own_ptr,
+    staged_ptr,
+    rows_ptr,
+    expert_ids_ptr,
+    row_of_slot_ptr,
+    rank,
+    world_size,
+    capacity,
+    experts_per_rank,
+    row_capacity,
+    K: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    WORDS: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Read one token of the group once and store it to each of its rows on this rank. Grid (W * C,).
+
+    own_ptr (T, WORDS): this rank's tokens; staged_ptr (W,) int64: addresses of all ranks' (C, WORDS).
+    rows_ptr (R, WORDS), canonical order. expert_ids_ptr, row_of_slot_ptr (W, C, K).
+
+    Programs take the ranks in turn, this one first, so that all links are busy at once: with W=3 on rank 1, programs
+    0 1 2 3 take token 0 of ranks 1 2 0, then token 1 of rank 1.
+    """
+    program = tl.program_id(0)
+    token = (program // world_size).to(tl.int64)
+    source = (rank + program) % world_size
+    first_slot = (source * capacity + token) * K
+    first_expert = rank * experts_per_rank
+    k = tl.arange(0, K_PADDED)
+    experts = tl.load(expert_ids_ptr + first_slot + k, mask=k < K, other=-1)
+    here = (experts >= first_expert) & (experts < first_expert + experts_per_rank)
+    if tl.max(here.to(tl.int32), axis=0) == 1:
+        token_ptr = own_ptr
+        if source != rank:
+            token_ptr = peer_pointer(staged_ptr, source, own_ptr)
+        for first in tl.static_range(0, WORDS, PIECE):
+            column = first + tl.arange(0, PIECE)
+            inside = column < WORDS
+            word = tl.load(token_ptr + token * WORDS + column, mask=inside)
+            for choice in range(K):
+                expert = tl.load(expert_ids_ptr + first_slot + choice)
+                row = tl.load(row_of_slot_ptr + first_slot + choice).to(tl.int64)
+                if (expert >= first_expert) & (expert < first_expert + experts_per_rank) & (row < row_capacity):
+                    tl.store(rows_ptr + row * WORDS + column, word, mask=inside)
+
+
+class AllToAllDispatch:
+    """Every rank receives one row for each slot that is routed to it."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+
+    def reserve(self, plan: RoutingPlan, row_bytes: int) -> None:
+        """Collective. Allocate what ``receive`` needs for rows of ``row_bytes``."""
+        reserve_tokens(self._workspace, plan, row_bytes)
+
+    def receive(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
+        """(R, H) in canonical row order; unspecified past the valid rows."""
+        return pull_to_rows(x_TH, stage_tokens(x_TH, plan, self._workspace), plan)
+
+    def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
+        """None: rows arrive in canonical order."""
+        return None
+
+
+def pull_to_rows(x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan) -> Tensor:
+    """(R, H) in canonical row order, from what every rank has staged."""
+    rows_RH = x_TH.new_empty((plan.row_capacity, x_TH.shape[1]))
+    own, rows = words(x_TH), words(rows_RH)
+    width = rows.shape[1]
+    launch(
+        pull_to_rows_kernel,
+        (plan.world_size * plan.capacity,),
+        own,
+        staged.addresses,
+        rows,
+        plan.expert_ids,
+        plan.row_of_slot,
+        plan.rank,
+        plan.world_size,
+        plan.capacity,
+        plan.experts_per_rank,
+        plan.row_capacity,
+        device=rows.device,
+        K=plan.top_k,
+        K_PADDED=power_of_two(plan.top_k),
+        WORDS=width,
+        PIECE=piece(width, rows.element_size()),
+        num_warps=ROW_WARPS,
+    )
+    return rows_RH

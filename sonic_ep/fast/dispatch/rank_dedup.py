@@ -1,0 +1,84 @@
+"""Dispatch without repetition: one row for each distinct (token, rank) pair, packed by source rank, then token."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sonic_ep.fast.device import ROW_WARPS, copy_row, launch, peer_pointer, piece, words
+from sonic_ep.fast.staging import reserve_tokens, stage_tokens
+from sonic_ep.fast.workspace import SharedBuffer, Workspace
+from sonic_ep.plan import NO_ROW, RoutingPlan
+
+
+@triton.jit
+def pull_packed_kernel(
+    own_ptr,
+    staged_ptr,
+    packed_ptr,
+    packed_of_token_ptr,
+    rank,
+    world_size,
+    capacity,
+    WORDS: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Read one token of the group if it has a slot on this rank. Grid (W * C,), ranks in turn, this one first.
+
+    own_ptr (T, WORDS); staged_ptr (W,) int64: addresses of all ranks' (C, WORDS); packed_of_token_ptr (W, C).
+    packed_ptr (W * C, WORDS): places 0 -1 1 of three tokens bring tokens 0 and 2 to its first two rows.
+    """
+    program = tl.program_id(0)
+    token = (program // world_size).to(tl.int64)
+    source = (rank + program) % world_size
+    place = tl.load(packed_of_token_ptr + source * capacity + token).to(tl.int64)
+    if place >= 0:
+        token_ptr = own_ptr
+        if source != rank:
+            token_ptr = peer_pointer(staged_ptr, source, own_ptr)
+        copy_row(token_ptr + token * WORDS, packed_ptr + place * WORDS, WORDS, PIECE)
+
+
+class RankDedupDispatch:
+    """Every rank receives each token that has a slot on it once, packed by source rank, then token."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+
+    def reserve(self, plan: RoutingPlan, row_bytes: int) -> None:
+        """Collective. Allocate what ``receive`` needs for rows of ``row_bytes``."""
+        reserve_tokens(self._workspace, plan, row_bytes)
+
+    def receive(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
+        """(W*C, H): first the P tokens with a slot here, in the order of ``packed_of_token``; the rest unspecified."""
+        return pull_packed(x_TH, stage_tokens(x_TH, plan, self._workspace), plan)
+
+    def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
+        """Packed place of the row's token: with K=2 and ``packed_of_token`` [0, -1, 1], slot 5 is of place 1."""
+        token_R = torch.div(plan.slot_of_row.clamp(min=0), plan.top_k, rounding_mode="floor")
+        return plan.packed_of_token.flatten()[token_R].where(plan.slot_of_row >= 0, NO_ROW)
+
+
+def pull_packed(x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan) -> Tensor:
+    """(W*C, H), packed, from what every rank has staged."""
+    packed_PH = x_TH.new_empty((plan.world_size * plan.capacity, x_TH.shape[1]))
+    own, packed = words(x_TH), words(packed_PH)
+    width = packed.shape[1]
+    launch(
+        pull_packed_kernel,
+        (packed.shape[0],),
+        own,
+        staged.addresses,
+        packed,
+        plan.packed_of_token,
+        plan.rank,
+        plan.world_size,
+        plan.capacity,
+        device=packed.device,
+        WORDS=width,
+        PIECE=piece(width, packed.element_size()),
+        num_warps=ROW_WARPS,
+    )
+    return packed_PH

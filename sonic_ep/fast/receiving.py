@@ -1,0 +1,168 @@
+"""Where what other ranks push arrives, with a flag for each token and sender: the shared half of every combine.
+
+A combine is one kernel that sends and receives at once. Programs come in groups of W, one group a token: W - 1 send
+what this rank holds of that token of each other rank, and one sums the home token ``LAG_TOKENS`` groups earlier, as
+soon as the flags of its senders are up. Senders wait for nobody, and a program waits only for senders that stand
+before its own group on every rank; so with programs started in order, all of them come to an end.
+
+All tokens of a rank take their turn in chunks that fit the receive buffer; a fence stands before each chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sonic_ep.fast.device import power_of_two, signal, take_signal
+from sonic_ep.fast.workspace import Phase, SharedBuffer, Workspace
+from sonic_ep.plan import RoutingPlan
+
+RECEIVED = "received"
+FLAGS = "received_flags"
+FLAG_BYTES = 4
+MOST_RECEIVED_BYTES = 2**29
+# Groups between sending a token and summing one: more than run at a time on a GPU, so that sums rarely have to wait.
+LAG_TOKENS = 1024
+# fp32 sums that a program keeps in registers: 16 for each thread.
+COLUMNS = 4096
+SUM_WARPS = 8
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Receiver:
+    """Shared memory for one chunk of tokens, and the flags that say what of it has arrived.
+
+    received: the rows of ``chunk`` tokens on every rank. flags: (W - 1, chunk) int32 on every rank, all down before and
+    after a call; flag (s, t) is for token t of the chunk and sender s, see ``arrival_of``.
+    """
+
+    received: SharedBuffer
+    flags: SharedBuffer
+    chunk: int
+    capacity: int
+    world_size: int
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """(first token, tokens) of each chunk."""
+        for first in range(0, self.capacity, self.chunk):
+            yield first, min(self.chunk, self.capacity - first)
+
+    def lag(self, tokens: int) -> int:
+        """Groups between sending and summing, for a chunk of ``tokens``."""
+        return min(tokens, LAG_TOKENS) if self.world_size > 1 else 0
+
+    def grid(self, tokens: int) -> tuple[int]:
+        """Programs of a chunk: its tokens and the lag, W each."""
+        return ((tokens + self.lag(tokens)) * self.world_size,)
+
+
+def receiver(
+    workspace: Workspace, plan: RoutingPlan, *, rows_per_token: int, row_bytes: int, most_bytes: int
+) -> Receiver:
+    """Collective. Shared memory for as many of the C tokens as ``most_bytes`` admit, at least one."""
+    token_bytes = max(1, rows_per_token * row_bytes)
+    chunk = max(1, min(plan.capacity, most_bytes // token_bytes))
+    flag_bytes = max(1, plan.world_size - 1) * chunk * FLAG_BYTES
+    return Receiver(
+        received=workspace.reserve(RECEIVED, chunk * token_bytes),
+        flags=workspace.reserve(FLAGS, flag_bytes, byte=0),
+        chunk=chunk,
+        capacity=plan.capacity,
+        world_size=plan.world_size,
+    )
+
+
+def send_and_sum(
+    kernel: Any,
+    rows_RH: Tensor,
+    scores_WCK: Tensor | None,
+    plan: RoutingPlan,
+    workspace: Workspace,
+    shared: Receiver,
+    **constants: Any,
+) -> Tensor:
+    """Collective. (T, H): run ``kernel``, one of the combine kernels, over every chunk of tokens."""
+    hidden = rows_RH.shape[1]
+    out_TH = rows_RH.new_empty((plan.num_tokens, hidden))
+    for first_token, tokens in shared.chunks():
+        workspace.fence()
+        workspace.run_waiting(
+            kernel,
+            shared.grid(tokens),
+            rows_RH,
+            # Without scores the pointer is not read.
+            rows_RH if scores_WCK is None else scores_WCK,
+            out_TH,
+            plan.expert_ids,
+            plan.row_of_slot,
+            shared.received.addresses,
+            shared.flags.addresses,
+            plan.world_size,
+            plan.capacity,
+            plan.num_tokens,
+            plan.experts_per_rank,
+            plan.row_capacity,
+            first_token,
+            tokens,
+            shared.lag(tokens),
+            shared.chunk,
+            phase=Phase.COMBINE,
+            HAS_SCORES=scores_WCK is not None,
+            K=plan.top_k,
+            K_PADDED=power_of_two(plan.top_k),
+            H=hidden,
+            COLUMNS=min(power_of_two(hidden), COLUMNS),
+            num_warps=SUM_WARPS,
+            **constants,
+        )
+    return out_TH
+
+
+@triton.jit
+def has_slot(experts, first_expert, experts_per_rank):
+    """Whether one of a token's ``experts`` (K,) is among those of one rank."""
+    return tl.max(((experts >= first_expert) & (experts < first_expert + experts_per_rank)).to(tl.int32), axis=0) == 1
+
+
+@triton.jit
+def arrival_of(sender, home, group, world_size, chunk):
+    """Place, among (W - 1, chunk), of what ``sender`` has for token ``group`` of ``home``'s chunk.
+
+    Senders are counted around from the home: with W=4 and chunk=10, ranks 3 0 1 are senders 0 1 2 of home 2, and token
+    5 has the places 5 15 25.
+    """
+    return (sender - home - 1 + world_size) % world_size * chunk + group
+
+
+@triton.jit
+def raise_arrival(flags_ptr, home, arrival):
+    """Tell ``home`` that what this program has written there is complete."""
+    signal(tl.load(flags_ptr + home).to(tl.pointer_type(tl.int32)) + arrival)
+
+
+@triton.jit
+def await_arrivals(
+    flags_ptr,
+    experts,
+    group,
+    chunk,
+    world_size,
+    experts_per_rank,
+    expiry_ptr,
+    rank,
+    step,
+    limit,
+    PHASE: tl.constexpr,
+    ALL: tl.constexpr,
+):
+    """Wait for what every other rank that has a slot of the token sends, or for that of all other ranks."""
+    flags = tl.load(flags_ptr + rank).to(tl.pointer_type(tl.int32))
+    for sender in range(world_size):
+        if (sender != rank) & (has_slot(experts, sender * experts_per_rank, experts_per_rank) | ALL):
+            arrival = arrival_of(sender, rank, group, world_size, chunk)
+            take_signal(flags + arrival, expiry_ptr, sender, step, limit, PHASE)

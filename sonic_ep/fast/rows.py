@@ -1,0 +1,136 @@
+"""Kernels over the rows of one rank: received rows into canonical order, and the gradient of the weighted sum."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sonic_ep.fast.device import ROW_WARPS, copy_row, launch, piece, power_of_two, rounded, words
+from sonic_ep.plan import RoutingPlan
+
+MOST_COLUMNS = 4096
+
+
+@triton.jit
+def take_rows_kernel(received_ptr, source_ptr, out_ptr, WORDS: tl.constexpr, PIECE: tl.constexpr):
+    """Row i of the result is row ``source[i]`` of what was received. Grid (R,).
+
+    source_ptr (R,) int32, -1 behind the valid rows, which are left as they are. Sources 2 0 -1 take rows 2 and 0.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    source = tl.load(source_ptr + row)
+    if source >= 0:
+        copy_row(received_ptr + source.to(tl.int64) * WORDS, out_ptr + row * WORDS, WORDS, PIECE)
+
+
+def take_rows(received_NH: Tensor, source_R: Tensor) -> Tensor:
+    """(R, H): the received row of each canonical row. Rows whose source is -1 are unspecified."""
+    rows_RH = received_NH.new_empty((source_R.shape[0], received_NH.shape[1]))
+    source, out = words(received_NH), words(rows_RH)
+    width = out.shape[1]
+    launch(
+        take_rows_kernel,
+        (out.shape[0],),
+        source,
+        source_R,
+        out,
+        device=out.device,
+        WORDS=width,
+        PIECE=piece(width, out.element_size()),
+        num_warps=ROW_WARPS,
+    )
+    return rows_RH
+
+
+@triton.jit
+def weigh_rows_kernel(
+    out_grad_ptr, rows_ptr, scores_ptr, slot_of_row_ptr, grad_ptr, dots_ptr, H: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Gradient of a weighted row, and of its weight. Grid (R,); rows behind the valid ones are left as they are.
+
+    out_grad_ptr (R, H): d(out) of each row's token; rows_ptr (R, H): the rows that were weighted; scores_ptr (W*C*K,)
+    fp32. grad_ptr (R, H) = round(score * d(out)); dots_ptr (R,) fp32 = sum over H of d(out) * row.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_of_row_ptr + row)
+    if slot >= 0:
+        score = tl.load(scores_ptr + slot)
+        dot = tl.zeros((COLUMNS,), dtype=tl.float32)
+        for first in range(0, H, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            inside = column < H
+            out_grad = tl.load(out_grad_ptr + row * H + column, mask=inside, other=0.0).to(tl.float32)
+            value = tl.load(rows_ptr + row * H + column, mask=inside, other=0.0).to(tl.float32)
+            tl.store(grad_ptr + row * H + column, rounded(out_grad * score, grad_ptr), mask=inside)
+            dot += out_grad * value
+        tl.store(dots_ptr + row, tl.sum(dot, axis=0))
+
+
+def weigh_rows(out_grad_RH: Tensor, rows_RH: Tensor, scores_WCK: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
+    """Gradients of the rows (R, H) and of each row's score (R,) fp32; past the valid rows unspecified."""
+    grad_RH = torch.empty_like(out_grad_RH)
+    dots_R = out_grad_RH.new_empty(out_grad_RH.shape[0], dtype=torch.float32)
+    width = out_grad_RH.shape[1]
+    launch(
+        weigh_rows_kernel,
+        (out_grad_RH.shape[0],),
+        out_grad_RH,
+        rows_RH,
+        scores_WCK,
+        plan.slot_of_row,
+        grad_RH,
+        dots_R,
+        device=grad_RH.device,
+        H=width,
+        COLUMNS=min(power_of_two(width), MOST_COLUMNS),
+        num_warps=ROW_WARPS,
+    )
+    return grad_RH, dots_R
+
+
+@triton.jit
+def spoil_kernel(
+    rows_ptr,
+    counts_ptr,
+    bound,
+    num_experts,
+    experts_per_rank,
+    H: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """NaN over a row, if any rank of the group is routed more rows than ``bound``. Grid (rows,)."""
+    row = tl.program_id(0).to(tl.int64)
+    most = tl.full((), 0, tl.int32)
+    expert = tl.arange(0, EXPERTS)
+    for first in range(0, num_experts, experts_per_rank):
+        inside = expert < experts_per_rank
+        held = tl.sum(tl.load(counts_ptr + first + expert, mask=inside, other=0), axis=0)
+        most = tl.maximum(most, held)
+    if most > bound:
+        for first in range(0, H, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            nan = tl.full((COLUMNS,), float("nan"), tl.float32)
+            tl.store(rows_ptr + row * H + column, rounded(nan, rows_ptr), mask=column < H)
+
+
+def spoil_if_overflowed(rows_NH: Tensor, plan: RoutingPlan) -> Tensor:
+    """``rows_NH`` (N, H), all NaN on the device if a rank of the plan has more rows than R. No read on the host."""
+    width = rows_NH.shape[1]
+    launch(
+        spoil_kernel,
+        (rows_NH.shape[0],),
+        rows_NH,
+        plan.counts,
+        plan.row_capacity,
+        plan.num_experts,
+        plan.experts_per_rank,
+        device=rows_NH.device,
+        H=width,
+        COLUMNS=min(power_of_two(width), MOST_COLUMNS),
+        EXPERTS=power_of_two(plan.experts_per_rank),
+        num_warps=ROW_WARPS,
+    )
+    return rows_NH
