@@ -29,3 +29,12 @@ def cpu_pool() -> Iterator[RankPool]:
     """Live ranks on the CPU, for what does not depend on the device."""
     with RankPool("cpu") as ranks:
         yield ranks
+
+
+@pytest.fixture(scope="session")
+def cuda_pool() -> Iterator[RankPool]:
+    """Live ranks on GPUs, for what there is on GPUs only: streams, graphs, copy engines."""
+    if "cuda" not in DEVICE_TYPES:
+        pytest.skip(f"needs {GPUS_NEEDED} CUDA devices, found {torch.cuda.device_count()}")
+    with RankPool("cuda") as ranks:
+        yield ranks

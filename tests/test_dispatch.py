@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from backends import both_backends, dispatch_primitives_of
+from backends import WORLD_SIZES, both_backends, dispatch_primitives_of
 from combine_by_hand import BY_HAND, HIDDEN, canonical, expert_rows, owners_of_slots
 from torch import Tensor
 
@@ -34,7 +34,7 @@ def dispatched(rank: Rank, backend: str, case: Case, mode: DispatchMode) -> None
 
 @pytest.mark.parametrize("mode", MODES)
 @by_case
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
 @both_backends
 def test_rows_arrive_in_canonical_order(
     pool: RankPool, backend: str, world_size: int, case: Case, mode: DispatchMode

@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from backends import both_backends
+from backends import WORLD_SIZES, both_backends
 from torch import Tensor
 
 from sonic_ep import EPConfig, ExpertParallel, PlanError, RoutingPlan, RowOverflowError
@@ -131,7 +131,7 @@ def assert_same_plan(plan: RoutingPlan, expected: RoutingPlan) -> None:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
 @both_backends
 def test_ranks_hold_one_and_the_same_plan(pool: RankPool, backend: str, world_size: int, case: Case) -> None:
     by_rank = pool.run(exchanged, backend, case, world_size=world_size)

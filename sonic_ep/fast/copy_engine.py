@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sonic_ep.fast.workspace import Workspace
+from sonic_ep.fast.staging import reserve_tokens, stage_tokens
+from sonic_ep.fast.workspace import SharedBuffer, Workspace
 
 
 class GatherInFlight:
@@ -41,31 +42,29 @@ class CopyEngineGather:
 
     def reserve(self, capacity: int, row_bytes: int) -> None:
         """Collective. Allocate what ``start`` needs for this shape."""
-        self._workspace.reserve(self._name, capacity * row_bytes)
+        reserve_tokens(self._workspace, capacity, row_bytes, self._name)
 
     def start(self, x_TH: Tensor, capacity: int) -> GatherInFlight:
         """Collective. Stage x (T, H), then bring (W, C, H) on side streams, behind what the current stream has queued.
 
         x may be changed as soon as the current stream has come past this call.
         """
-        workspace = self._workspace
-        world_size, rank = workspace.group.world_size, workspace.group.rank
-        shared = workspace.reserve(self._name, capacity * x_TH.shape[1] * x_TH.element_size())
-        shape = (capacity, x_TH.shape[1])
-        gathered_WCH = x_TH.new_empty((world_size, *shape))
         # A forgotten gather: its copies end before the fence lets peers write what they read.
         if self._last is not None:
             self._last.wait()
-        if world_size > 1:
-            workspace.fence()
-            shared.rows(rank, tuple(x_TH.shape), x_TH.dtype).copy_(x_TH)
-            workspace.publish()
-        sources = [shared.rows(peer, shape, x_TH.dtype) for peer in range(world_size)]
-        gathered_WCH[rank, : x_TH.shape[0]].copy_(x_TH)
+        return self.bring(x_TH, stage_tokens(x_TH, capacity, self._workspace, self._name), capacity)
+
+    def bring(self, x_TH: Tensor, staged: SharedBuffer, capacity: int) -> GatherInFlight:
+        """The second half of ``start``: copy what every rank has staged, and this rank's own tokens from x."""
+        group = self._workspace.group
+        shape = (capacity, x_TH.shape[1])
+        gathered_WCH = x_TH.new_empty((group.world_size, *shape))
         arrivals: list[torch.cuda.Event] = []
         # Each rank begins with its next neighbour, so that no peer is asked by all at once.
-        for peer in (*range(rank + 1, world_size), *range(rank)):
-            arrivals += self._copy(gathered_WCH[peer], sources[peer], peer)
+        for peer in (*range(group.rank + 1, group.world_size), *range(group.rank)):
+            arrivals += self._copy(gathered_WCH[peer], staged.rows(peer, shape, x_TH.dtype), peer)
+        # Behind the others: it is on the stream that they waited for.
+        gathered_WCH[group.rank, : x_TH.shape[0]].copy_(x_TH)
         self._last = GatherInFlight(gathered_WCH.flatten(0, 1), arrivals)
         return self._last
 

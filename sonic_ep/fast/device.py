@@ -6,6 +6,7 @@ transport is compiled in. Rows that are only moved are moved as integer words, s
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -16,9 +17,21 @@ from torch import Tensor
 # Whether kernels run under Triton's interpreter, on the CPU; Triton itself decides when it is imported.
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
+# What a waiting kernel sleeps between two looks at a flag, under the interpreter.
+REST_SECONDS = 1e-4
+
 # A row is moved in pieces of this many bytes: one piece is 16 bytes for each of 4 warps, four times over.
 PIECE_BYTES = 8192
 ROW_WARPS = 4
+
+
+def rest() -> None:
+    """Leave the processor to another rank: an interpreted kernel that waits shares it with those it waits for."""
+    time.sleep(REST_SECONDS)
+
+
+# To Triton's compiler, which never gets to call it, the name has to look like one of its own.
+rest.__triton_builtin__ = True  # type: ignore[attr-defined]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, **constants: Any) -> None:
@@ -63,6 +76,16 @@ def peer_pointer(addresses_ptr, rank, like_ptr):
 
 
 @triton.jit
+def turn_of(program, rank, world_size):
+    """Rank and token that a program of grid (W * C,) takes: the ranks in turn, its own first.
+
+    So all links are busy at once. With W=3 on rank 1, programs 0 1 2 3 take token 0 of ranks 1 2 0, then token 1 of
+    rank 1.
+    """
+    return (rank + program) % world_size, program // world_size
+
+
+@triton.jit
 def copy_row(source_ptr, target_ptr, WORDS: tl.constexpr, PIECE: tl.constexpr):
     """``WORDS`` words from ``source_ptr`` to ``target_ptr``."""
     for first in tl.static_range(0, WORDS, PIECE):
@@ -100,11 +123,17 @@ def signal(flag_ptr):
 def take_signal(flag_ptr, expiry_ptr, peer, step, limit, PHASE: tl.constexpr):
     """Wait until the flag is up, and lower it. Everything its raiser wrote before is visible after.
 
-    expiry_ptr (3,) int32: after ``limit`` polls in vain it says phase, peer + 1 and step, and the program traps.
+    expiry_ptr (3,) int32: after ``limit`` polls in vain it says phase, peer + 1 and step, and on a GPU the
+    program traps.
     """
+    if INTERPRETED:
+        # Nothing traps there: after one wait in vain the others are not to take their time as well.
+        limit = tl.where(tl.load(expiry_ptr) == 0, limit, 0)
     seen = tl.atomic_cas(flag_ptr, 1, 0, sem="acquire", scope="sys")
     polls = tl.full((), 0, tl.int64)
     while (seen != 1) & (polls < limit):
+        if INTERPRETED:
+            rest()
         seen = tl.atomic_cas(flag_ptr, 1, 0, sem="acquire", scope="sys")
         polls += 1
     _expect_in_time(seen, expiry_ptr, peer, step, PHASE)
@@ -135,6 +164,8 @@ def barrier_kernel(flags_ptr, expiry_ptr, rank, step, limit, PHASE: tl.constexpr
         was_up = tl.atomic_cas(theirs, 0, 1, sem="release", scope="sys")
         polls = tl.full((), 0, tl.int64)
         while (was_up != 0) & (polls < limit):
+            if INTERPRETED:
+                rest()
             was_up = tl.atomic_cas(theirs, 0, 1, sem="release", scope="sys")
             polls += 1
         _expect_in_time(1 - was_up, expiry_ptr, peer, step, PHASE)

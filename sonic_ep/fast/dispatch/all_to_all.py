@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.fast.device import ROW_WARPS, launch, peer_pointer, piece, power_of_two, words
+from sonic_ep.fast.device import ROW_WARPS, launch, peer_pointer, piece, power_of_two, turn_of, words
 from sonic_ep.fast.staging import reserve_tokens, stage_tokens
 from sonic_ep.fast.workspace import SharedBuffer, Workspace
 from sonic_ep.plan import RoutingPlan
@@ -29,17 +29,13 @@ def pull_to_rows_kernel(
     WORDS: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Read one token of the group once and store it to each of its rows on this rank. Grid (W * C,).
+    """Read one token of the group once and store it to each of its rows on this rank. Grid (W * C,): ``turn_of``.
 
     own_ptr (T, WORDS): this rank's tokens; staged_ptr (W,) int64: addresses of all ranks' (C, WORDS).
     rows_ptr (R, WORDS), canonical order. expert_ids_ptr, row_of_slot_ptr (W, C, K).
-
-    Programs take the ranks in turn, this one first, so that all links are busy at once: with W=3 on rank 1, programs
-    0 1 2 3 take token 0 of ranks 1 2 0, then token 1 of rank 1.
     """
-    program = tl.program_id(0)
-    token = (program // world_size).to(tl.int64)
-    source = (rank + program) % world_size
+    source, token = turn_of(tl.program_id(0), rank, world_size)
+    token = token.to(tl.int64)
     first_slot = (source * capacity + token) * K
     first_expert = rank * experts_per_rank
     k = tl.arange(0, K_PADDED)
@@ -68,11 +64,11 @@ class AllToAllDispatch:
 
     def reserve(self, plan: RoutingPlan, row_bytes: int) -> None:
         """Collective. Allocate what ``receive`` needs for rows of ``row_bytes``."""
-        reserve_tokens(self._workspace, plan, row_bytes)
+        reserve_tokens(self._workspace, plan.capacity, row_bytes)
 
     def receive(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
         """(R, H) in canonical row order; unspecified past the valid rows."""
-        return pull_to_rows(x_TH, stage_tokens(x_TH, plan, self._workspace), plan)
+        return pull_to_rows(x_TH, stage_tokens(x_TH, plan.capacity, self._workspace), plan)
 
     def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
         """None: rows arrive in canonical order."""

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.fast.device import ROW_WARPS, copy_row, launch, peer_pointer, piece, words
+from sonic_ep.fast.device import ROW_WARPS, copy_row, launch, peer_pointer, piece, turn_of, words
 from sonic_ep.fast.staging import reserve_tokens, stage_tokens
 from sonic_ep.fast.workspace import SharedBuffer, Workspace
 from sonic_ep.plan import NO_ROW, RoutingPlan
@@ -25,14 +25,13 @@ def pull_packed_kernel(
     WORDS: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Read one token of the group if it has a slot on this rank. Grid (W * C,), ranks in turn, this one first.
+    """Read one token of the group if it has a slot on this rank. Grid (W * C,): ``turn_of``.
 
     own_ptr (T, WORDS); staged_ptr (W,) int64: addresses of all ranks' (C, WORDS); packed_of_token_ptr (W, C).
     packed_ptr (W * C, WORDS): places 0 -1 1 of three tokens bring tokens 0 and 2 to its first two rows.
     """
-    program = tl.program_id(0)
-    token = (program // world_size).to(tl.int64)
-    source = (rank + program) % world_size
+    source, token = turn_of(tl.program_id(0), rank, world_size)
+    token = token.to(tl.int64)
     place = tl.load(packed_of_token_ptr + source * capacity + token).to(tl.int64)
     if place >= 0:
         token_ptr = own_ptr
@@ -49,11 +48,11 @@ class RankDedupDispatch:
 
     def reserve(self, plan: RoutingPlan, row_bytes: int) -> None:
         """Collective. Allocate what ``receive`` needs for rows of ``row_bytes``."""
-        reserve_tokens(self._workspace, plan, row_bytes)
+        reserve_tokens(self._workspace, plan.capacity, row_bytes)
 
     def receive(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
         """(W*C, H): first the P tokens with a slot here, in the order of ``packed_of_token``; the rest unspecified."""
-        return pull_packed(x_TH, stage_tokens(x_TH, plan, self._workspace), plan)
+        return pull_packed(x_TH, stage_tokens(x_TH, plan.capacity, self._workspace), plan)
 
     def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
         """Packed place of the row's token: with K=2 and ``packed_of_token`` [0, -1, 1], slot 5 is of place 1."""

@@ -1,0 +1,181 @@
+"""The benches at smoke size, on one rank and on two, and what they make of right, wrong and impossible results."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sonic_ep.group import resolve_group
+from sonic_ep.testing import Rank, RankPool
+from sonic_ep.testing.timing import AboveCeilingError, Ceiling, Timing
+
+ROOT = Path(__file__).parent.parent
+BENCH = ROOT / "bench"
+PYTEST = ["-m", "pytest", "bench", "-p", "no:cacheprovider"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+ENTRY_FIELDS = {"name", "how", "shape", "rounds", "median_us", "p10_us", "p90_us", "min_us", "max_us"}
+MODES = ("all_gather", "all_to_all", "rank_dedup")
+
+
+def run(*words: str, interpreted: bool = True) -> subprocess.CompletedProcess[str]:
+    """A Python of its own in the root of the repository, on the CPU."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", **({"TRITON_INTERPRET": "1"} if interpreted else {})}
+    command = [sys.executable, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment)
+
+
+def results_of(done: subprocess.CompletedProcess[str], path: Path) -> dict[str, Any]:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(path.read_text())
+
+
+def check_environment(found: dict[str, Any], world_size: int) -> None:
+    assert found["world_size"] == world_size
+    assert found["torch"] == torch.__version__
+    assert found["commit"] == "a name"
+    assert "pytest bench -p no:cacheprovider --results" in found["command"]
+    assert "the times mean nothing" in found["note"]
+
+
+def check_entries(entries: list[dict[str, Any]]) -> set[str]:
+    """Every entry is whole, and on a CPU no share of a ceiling and no bar is claimed. Their names."""
+    for entry in entries:
+        assert set(entry) >= ENTRY_FIELDS
+        assert 0 < entry["min_us"] <= entry["median_us"] <= entry["max_us"]
+        assert not {"ceiling", "percent", "bar", "met"} & set(entry)
+    return {entry["name"] for entry in entries}
+
+
+def test_smoke_on_one_rank(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "one.json"
+    done = run(*PYTEST, f"--results={path}", "--commit", "a name")
+    found = results_of(done, path)
+    check_environment(found["environment"], 1)
+    assert found["ceilings_gb_per_s"] is None
+    names = check_entries(found["entries"])
+    assert {"plan", *(f"dispatch {mode}: barrier and link" for mode in MODES)} <= names
+    assert not any(name.startswith("usual") for name in names)
+    assert "no CUDA device, a smoke size on the CPU: the times mean nothing" in done.stdout
+
+
+def test_smoke_on_two_ranks(tmp_path: Path) -> None:
+    path, theirs = tmp_path / "two.json", tmp_path / "pytest_benchmark.json"
+    done = run(*TORCHRUN, *PYTEST, f"--results={path}", "--commit=a name", f"--benchmark-json={theirs}")
+    found = results_of(done, path)
+    check_environment(found["environment"], 2)
+    names = check_entries(found["entries"])
+    assert {name.split(":")[0] for name in names if name.startswith("usual")} == {
+        "usual dispatch, all_to_all_single",
+        "usual dispatch, all_gather",
+        "usual combine, all_to_all_single",
+        "usual combine, reduce_scatter",
+    }
+    assert all(entry["remote_bytes"] > 0 for entry in found["entries"] if "dispatch " in entry["name"][:9])
+    # Rank 0 alone speaks.
+    assert done.stdout.count("test session starts") == 1
+    check_what_pytest_benchmark_was_told(json.loads(theirs.read_text()), found["entries"])
+
+
+def check_what_pytest_benchmark_was_told(theirs: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+    """Its rounds are ours: those of the slowest rank."""
+    medians = sorted(bench["stats"]["median"] * 1e6 for bench in theirs["benchmarks"])
+    assert medians == pytest.approx(sorted(entry["median_us"] for entry in entries), abs=0.1)
+
+
+def test_without_a_gpu_and_without_the_interpreter_it_says_what_is_missing() -> None:
+    done = run("-m", "pytest", "bench/bench_plan.py", "-p", "no:cacheprovider", interpreted=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no CUDA device" in done.stdout
+    assert "TRITON_INTERPRET=1" in done.stdout
+    assert "passed" not in done.stdout
+
+
+def test_wrong_words() -> None:
+    done = run("-m", "pytest", "bench/bench_plan.py", "-p", "no:cacheprovider", "--thek=1,2,3")
+    assert done.returncode != 0
+    assert "--thek: got '1,2,3', expected four whole numbers, T,H,E,K" in done.stdout + done.stderr
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The modules that benches share; they are no package."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    import report
+    import workload
+
+    yield SimpleNamespace(report=report, workload=workload)
+    for name in ("report", "workload", "arena"):
+        sys.modules.pop(name, None)
+
+
+def entry_of(bench: SimpleNamespace, *, seconds: float) -> Any:
+    """100 GB against a ceiling of 200 GB/s, in ``seconds``, with the bar of 80%."""
+    ceiling = Ceiling(name="the read ceiling", bytes_per_second=200e9)
+    traffic = bench.report.Traffic(nbytes=100e9, ceiling=ceiling)
+    shape = bench.workload.Shape(tokens=4, hidden=8, num_experts=2, top_k=1)
+    timing = Timing(rounds=(seconds,) * 3)
+    bar = traffic.at_least(0.8)
+    return bench.report.Entry(name="work", how="eager", shape=shape, timing=timing, traffic=traffic, bar=bar)
+
+
+def test_bars_are_times(bench: SimpleNamespace) -> None:
+    entry = entry_of(bench, seconds=0.6)
+    assert entry.bar.seconds == pytest.approx(0.625)
+    assert entry.traffic.at_most(1.25).seconds == pytest.approx(0.625)
+    assert entry.met
+    assert not entry_of(bench, seconds=0.7).met
+    assert bench.report.Traffic(nbytes=1, ceiling=None).at_least(0.5) is None
+
+
+def test_an_entry_as_json_and_in_the_table(bench: SimpleNamespace) -> None:
+    entry = entry_of(bench, seconds=0.7)
+    found = entry.as_json()
+    assert found["shape"] == {"T": 4, "H": 8, "E": 2, "K": 1, "dtype": "bfloat16"}
+    assert (found["gb_per_s"], found["percent"], found["met"]) == (142.86, 71.43, False)
+    results = bench.report.Results(environment={}, ceilings=None, entries=[entry])
+    assert "MISSED: at least 80% of the read ceiling" in results.table()[-1]
+
+
+def test_no_entry_is_above_its_ceiling(bench: SimpleNamespace) -> None:
+    with pytest.raises(AboveCeilingError, match="work, eager: got"):
+        entry_of(bench, seconds=0.4).as_json()
+
+
+def work_that_one_rank_gets_wrong(rank: Rank) -> tuple[str, int]:
+    """What every rank says of it, and how many entries came of it."""
+    sys.path.insert(0, str(BENCH))
+    try:
+        import arena
+        import report
+        import workload
+    finally:
+        sys.path.remove(str(BENCH))
+    from sonic_ep.fast.workspace import Workspace
+
+    group = resolve_group(None)
+    workspace = Workspace(group, rank.device)
+    results = report.Results(environment={}, ceilings=None)
+    here = arena.Arena(group=group, device=rank.device, workspace=workspace, sizes=workload.SMOKE, results=results)
+
+    def check(got: int) -> None:
+        if got == 1:
+            raise AssertionError("got 1")
+
+    work = arena.Work(name="work", shape=workload.SMOKE.small, function=lambda: rank.rank, check=check)
+    with pytest.raises(arena.WrongError) as wrong:
+        here.run(work, arena.How.EAGER)
+    workspace.close()
+    return str(wrong.value), len(results.entries)
+
+
+def test_a_result_that_is_wrong_on_one_rank_fails_on_all_and_is_not_timed(cpu_pool: RankPool) -> None:
+    answers = cpu_pool.run(work_that_one_rank_gets_wrong, world_size=2)
+    assert answers == [("rank 1: got 1", 0)] * 2

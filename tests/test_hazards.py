@@ -1,0 +1,390 @@
+"""What goes wrong in silence: reuse of shared memory, late ranks, other groups, replays, offsets past 32 bits.
+
+Every run is held against the reference backend bit for bit, in forward and backward.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
+from sonic_ep.group import resolve_group
+from sonic_ep.plan import RoutingPlan
+from sonic_ep.testing import CASES, Case, Inputs, Rank, RankPool, assert_bitwise, draw
+
+MODES = [
+    (DispatchMode.ALL_TO_ALL, CombineMode.ALL_TO_ALL),
+    (DispatchMode.ALL_GATHER, CombineMode.REDUCE_SCATTER),
+    (DispatchMode.RANK_DEDUP, CombineMode.RANK_DEDUP),
+]
+by_modes = pytest.mark.parametrize("modes", MODES, ids=lambda pair: "+".join(mode.value for mode in pair))
+Modes = tuple[DispatchMode, CombineMode]
+Outcome = dict[str, Tensor]
+CAPACITY = 5
+
+
+def there_and_back(ep: ExpertParallel, inputs: Inputs, rank: int) -> Iterator[Outcome]:
+    """Plan, dispatch, combine, backward, one step for each ``next``; yields everything there is to compare."""
+    tokens = inputs.tokens_of(rank)
+    x = inputs.x[tokens].clone().requires_grad_()
+    scores = inputs.topk_scores[tokens].clone().requires_grad_()
+    plan = ep.plan(inputs.topk_idx[tokens], inputs.case.num_experts)
+    valid = plan.rows()
+    yield {}
+    rows = ep.dispatch(x, plan)
+    yield {}
+    # Squared, so that a row counts with its own value also in backward.
+    y = ep.combine(rows * rows, scores, plan)
+    yield {}
+    y.backward(inputs.dy[tokens])
+    assert x.grad is not None
+    assert scores.grad is not None
+    yield {"rows": rows[:valid].detach(), "y": y.detach(), "dx": x.grad, "dscores": scores.grad}
+
+
+def outcome_of(ep: ExpertParallel, inputs: Inputs, rank: int) -> Outcome:
+    return list(there_and_back(ep, inputs, rank))[-1]
+
+
+def assert_same(found: Outcome, expected: Outcome, what: str) -> None:
+    for name, tensor in expected.items():
+        if name == "dscores":
+            # A sum over H that each backend takes in its own order.
+            assert torch.allclose(
+                found[name], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()) if tensor.numel() else 0
+            )
+        else:
+            assert_bitwise(found[name], tensor, f"{name} {what}")
+
+
+@contextmanager
+def both(modes: Modes, group: dist.ProcessGroup | None = None) -> Iterator[tuple[ExpertParallel, ExpertParallel]]:
+    config = EPConfig(dispatch=modes[0], combine=modes[1])
+    with (
+        ExpertParallel(group, "fast", config, max_tokens_per_rank=CAPACITY) as fast,
+        ExpertParallel(group, "reference", config, max_tokens_per_rank=CAPACITY) as reference,
+    ):
+        yield fast, reference
+
+
+def changing(iteration: int, dtype: torch.dtype = torch.bfloat16) -> Case:
+    """Another routing, other tokens and another number of them each time; the shapes of shared memory stay."""
+    names = ["uneven_tokens", "dropped_slots", "one_rank", "repeated_experts", "empty_experts", "zero_token_ranks"]
+    base = CASES[names[iteration % len(names)]]
+    tokens = [(5, 2, 3, 1), (0, 4), (4,)][iteration % 3]
+    return replace(base, seed=100 + iteration, dtype=dtype, hidden=12, top_k=3, tokens=tokens)
+
+
+def six_iterations(rank: Rank, modes: Modes, late: bool) -> None:
+    with both(modes) as (fast, reference):
+        for iteration in range(6):
+            inputs = draw(changing(iteration), rank.world_size, rank.device)
+            expected = outcome_of(reference, inputs, rank.rank)
+            if late and iteration % rank.world_size == rank.rank:
+                delay(rank)
+            assert_same(outcome_of(fast, inputs, rank.rank), expected, f"in iteration {iteration}")
+
+
+def delay(rank: Rank) -> None:
+    """Hold up the stream that sends, or on the CPU the process."""
+    if rank.device.type == "cuda":
+        torch.cuda._sleep(200_000_000)
+    else:
+        time.sleep(0.1)
+
+
+@by_modes
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_six_iterations_over_reused_memory(pool: RankPool, world_size: int, modes: Modes) -> None:
+    pool.run(six_iterations, modes, False, world_size=world_size)
+
+
+@by_modes
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_rank_that_comes_late(pool: RankPool, world_size: int, modes: Modes) -> None:
+    pool.run(six_iterations, modes, True, world_size=world_size)
+
+
+def interleaved(rank: Rank, modes: Modes) -> None:
+    """Two objects over one group, step by step in turn, of different shapes and dtypes."""
+    cases = [changing(0), replace(changing(1, torch.float32), hidden=40, top_k=2)]
+    drawn = [draw(case, rank.world_size, rank.device) for case in cases]
+    with both(modes) as (first, reference), both(modes) as (second, _):
+        expected = [outcome_of(reference, inputs, rank.rank) for inputs in drawn]
+        for _ in range(3):
+            steps = [there_and_back(ep, inputs, rank.rank) for ep, inputs in zip((first, second), drawn, strict=True)]
+            for outcomes in zip(*steps, strict=True):
+                last = outcomes
+            for found, wanted in zip(last, expected, strict=True):
+                assert_same(found, wanted, "of two interleaved")
+
+
+@by_modes
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_two_workspaces_interleaved(pool: RankPool, world_size: int, modes: Modes) -> None:
+    pool.run(interleaved, modes, world_size=world_size)
+
+
+def two_forwards(rank: Rank, modes: Modes) -> None:
+    """Two forwards of one object before either backward, and the backwards in the other order."""
+    drawn = [draw(changing(iteration), rank.world_size, rank.device) for iteration in (0, 3)]
+    with both(modes) as (fast, reference):
+        expected = [outcome_of(reference, inputs, rank.rank) for inputs in drawn]
+        steps = [there_and_back(fast, inputs, rank.rank) for inputs in drawn]
+        for step in steps:
+            for _ in range(3):
+                next(step)
+        for step, wanted in reversed(list(zip(steps, expected, strict=True))):
+            assert_same(next(step), wanted, "of two forwards before one backward")
+
+
+@by_modes
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_nothing_that_backward_needs_is_in_shared_memory(pool: RankPool, world_size: int, modes: Modes) -> None:
+    pool.run(two_forwards, modes, world_size=world_size)
+
+
+def in_subgroups(rank: Rank, members: int, modes: Modes) -> None:
+    for first in range(0, rank.world_size, members):
+        group = dist.new_group(list(range(first, first + members)))
+        if first <= rank.rank < first + members:
+            mine, case = group, changing(first)
+    inputs = draw(case, members, rank.device)
+    with both(modes, mine) as (fast, reference):
+        for iteration in range(2):
+            expected = outcome_of(reference, inputs, rank.rank % members)
+            found = outcome_of(fast, inputs, rank.rank % members)
+            assert_same(found, expected, f"in a subgroup, iteration {iteration}")
+
+
+@by_modes
+@pytest.mark.parametrize(("world_size", "members"), [(4, 2), (8, 4)])
+def test_subgroups_side_by_side(pool: RankPool, world_size: int, members: int, modes: Modes) -> None:
+    pool.run(in_subgroups, members, modes, world_size=world_size)
+
+
+def one_call(rank: Rank, case: Case, modes: Modes) -> None:
+    inputs = draw(case, rank.world_size, rank.device)
+    with both(modes) as (fast, reference):
+        assert_same(outcome_of(fast, inputs, rank.rank), outcome_of(reference, inputs, rank.rank), "")
+
+
+@by_modes
+@pytest.mark.parametrize("world_size", [3, 5, 6])
+def test_groups_of_no_power_of_two(pool: RankPool, world_size: int, modes: Modes) -> None:
+    case = replace(CASES["uneven_tokens"], num_experts=30, dtype=torch.bfloat16, hidden=12, tokens=(4, 1, 3, 0))
+    pool.run(one_call, case, modes, world_size=world_size)
+
+
+@by_modes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hidden", [1, 7, 8, 33, 100])
+def test_rows_of_any_width(pool: RankPool, hidden: int, dtype: torch.dtype, modes: Modes) -> None:
+    case = replace(CASES["dropped_slots"], hidden=hidden, dtype=dtype, tokens=(5, 3))
+    pool.run(one_call, case, modes, world_size=2)
+
+
+def strided(rank: Rank, modes: Modes) -> None:
+    """Arguments that are views: every second column, every second row, an odd offset."""
+    inputs = draw(changing(0), rank.world_size, rank.device)
+    wide = torch.empty(2 * len(inputs.x) + 1, 2 * inputs.x.shape[1] + 1, dtype=inputs.x.dtype, device=rank.device)
+    view = wide[1::2, 1::2]
+    view.copy_(inputs.x)
+    with both(modes) as (fast, reference):
+        expected = outcome_of(reference, inputs, rank.rank)
+        tokens = inputs.tokens_of(rank.rank)
+        plan = fast.plan(inputs.topk_idx.t().contiguous().t()[tokens], inputs.case.num_experts)
+        rows = fast.dispatch(view[tokens], plan)
+        assert_bitwise(rows[: plan.rows()], expected["rows"])
+        squares = (rows * rows).t().contiguous().t()
+        assert_bitwise(fast.combine(squares, inputs.topk_scores[tokens].double(), plan), expected["y"])
+
+
+@by_modes
+def test_views_as_arguments(pool: RankPool, modes: Modes) -> None:
+    pool.run(strided, modes, world_size=2)
+
+
+def in_small_chunks(rank: Rank, case: Case, most_bytes: int) -> None:
+    """A receive buffer for few tokens: they take their turn in chunks, also the last that is not full."""
+    from sonic_ep.fast.collectives import gather_scores
+    from sonic_ep.fast.combine import AllToAllCombine, RankDedupCombine, ReduceScatterCombine
+    from sonic_ep.fast.workspace import Workspace
+
+    inputs = draw(case, rank.world_size, rank.device)
+    tokens = inputs.tokens_of(rank.rank)
+    workspace = Workspace(resolve_group(None), rank.device)
+    kinds = {
+        CombineMode.ALL_TO_ALL: AllToAllCombine,
+        CombineMode.REDUCE_SCATTER: ReduceScatterCombine,
+        CombineMode.RANK_DEDUP: RankDedupCombine,
+    }
+    for mode, kind in kinds.items():
+        with ExpertParallel(backend="reference", config=EPConfig(combine=mode)) as reference:
+            plan = reference.plan(inputs.topk_idx[tokens], case.num_experts)
+            rows = reference.dispatch(inputs.x[tokens], plan)
+            expected = reference.combine(rows, inputs.topk_scores[tokens], plan)
+        workspace.enter()
+        scores = gather_scores(inputs.topk_scores[tokens], plan, workspace)
+        for _ in range(2):
+            assert_bitwise(kind(workspace, most_bytes).combine(rows, scores, plan), expected, mode.value)
+    workspace.close()
+
+
+# Bytes for one token, for some, and for all but one.
+@pytest.mark.parametrize("most_bytes", [1, 1000, 12 * 5 * 32 * 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_chunks_of_the_receive_buffer(pool: RankPool, world_size: int, most_bytes: int) -> None:
+    pool.run(in_small_chunks, CASES["repeated_experts"], most_bytes, world_size=world_size)
+
+
+# More elements than 32 bits can count, in rows so wide that few programs reach them all.
+WIDE = 2**16
+TALL = 2**31 // WIDE + 3
+
+
+def far_rows(rank: Rank) -> None:
+    """A plan whose rows lie at the end of a tensor of more than 2**31 elements, moved there and back."""
+    from sonic_ep.fast.combine.rank_dedup import RankDedupCombine
+    from sonic_ep.fast.dispatch.all_to_all import pull_to_rows
+    from sonic_ep.fast.rows import take_rows
+    from sonic_ep.fast.workspace import Workspace
+
+    def index(*numbers: int) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=rank.device)
+
+    # Outside the pool's habit of filling fresh memory: these four gigabytes are better left untouched.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        far = (TALL - 1, TALL - 2)
+        plan = RoutingPlan(
+            rank=0,
+            num_tokens=2,
+            expert_ids=index(0, 0).view(1, 2, 1),
+            counts=index(2),
+            row_of_slot=index(*far).view(1, 2, 1),
+            group_ends=index(2),
+            slot_of_row=torch.full((TALL,), -1, dtype=torch.int32, device=rank.device),
+            pair_tokens=index(2).view(1, 1),
+            packed_of_token=index(0, 1).view(1, 2),
+        )
+        workspace = Workspace(resolve_group(None), rank.device)
+        x_TH = torch.randn(2, WIDE, device=rank.device).bfloat16()
+        rows_RH = pull_to_rows(x_TH, workspace.reserve("tokens", 1), plan)
+        assert rows_RH.numel() > 2**31
+        assert_bitwise(rows_RH[list(far)], x_TH)
+        assert_bitwise(take_rows(rows_RH, index(*far, -1))[:2], x_TH)
+        workspace.enter()
+        assert_bitwise(RankDedupCombine(workspace).combine(rows_RH, None, plan), x_TH)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def memory_available(device_type: str) -> int:
+    if device_type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    with open("/proc/meminfo") as lines:
+        kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    return kilobytes["MemAvailable"] * 1024
+
+
+def test_offsets_past_32_bits(pool: RankPool, request: pytest.FixtureRequest) -> None:
+    device_type = request.node.callspec.params["pool"]
+    needed = 3 * WIDE * TALL * 2
+    if memory_available(device_type) < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of memory on {device_type}")
+    pool.run(far_rows, world_size=1)
+
+
+def replayed(rank: Rank, modes: Modes) -> None:
+    """Three graphs, each replayed three times with new inputs, and eager calls of other shapes in between."""
+    drawn = [draw(changing(0), rank.world_size, rank.device)]
+    drawn += [draw(replace(drawn[0].case, seed=seed), rank.world_size, rank.device) for seed in (7, 8, 9)]
+    tokens = drawn[0].tokens_of(rank.rank)
+    with both(modes) as (fast, reference), torch.no_grad():
+        idx, x, scores = (tensor[tokens].clone() for tensor in (drawn[0].topk_idx, drawn[0].x, drawn[0].topk_scores))
+
+        def step() -> Tensor:
+            plan = fast.plan(idx, drawn[0].case.num_experts)
+            return fast.combine(fast.dispatch(x, plan).square(), scores, plan)
+
+        step()
+        graphs = []
+        for _ in range(3):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = step()
+            graphs.append((graph, y))
+        for inputs in drawn[1:]:
+            for graph, y in graphs:
+                for buffer, tensor in ((idx, inputs.topk_idx), (x, inputs.x), (scores, inputs.topk_scores)):
+                    buffer.copy_(tensor[tokens])
+                plan = reference.plan(idx, inputs.case.num_experts)
+                expected = reference.combine(reference.dispatch(x, plan).square(), scores, plan)
+                graph.replay()
+                assert_bitwise(y, expected, "replayed")
+                assert_bitwise(step(), expected, "eager, between replays")
+        fast.check()
+
+
+@by_modes
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_graphs_replayed_among_eager_calls(cuda_pool: RankPool, world_size: int, modes: Modes) -> None:
+    cuda_pool.run(replayed, modes, world_size=world_size)
+
+
+def replayed_after_growth(rank: Rank) -> None:
+    """A graph keeps the shared memory that it was captured with, also when a larger call has replaced it since."""
+    modes = MODES[2]
+    inputs = draw(changing(0), rank.world_size, rank.device)
+    wide = draw(replace(changing(1), hidden=512), rank.world_size, rank.device)
+    tokens = inputs.tokens_of(rank.rank)
+    with both(modes) as (fast, reference), torch.no_grad():
+        expected = outcome_without_gradients(reference, inputs, rank.rank)
+        outcome_without_gradients(fast, inputs, rank.rank)
+        plan = fast.plan(inputs.topk_idx[tokens], inputs.case.num_experts)
+        x, scores = inputs.x[tokens], inputs.topk_scores[tokens]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = fast.combine(fast.dispatch(x, plan), scores, plan)
+        found = outcome_without_gradients(fast, wide, rank.rank)
+        assert_bitwise(found, outcome_without_gradients(reference, wide, rank.rank))
+        graph.replay()
+        assert_bitwise(y, expected)
+
+
+def outcome_without_gradients(ep: ExpertParallel, inputs: Inputs, rank: int) -> Tensor:
+    tokens = inputs.tokens_of(rank)
+    plan = ep.plan(inputs.topk_idx[tokens], inputs.case.num_experts)
+    return ep.combine(ep.dispatch(inputs.x[tokens], plan), inputs.topk_scores[tokens], plan)
+
+
+def test_a_graph_outlives_growth(cuda_pool: RankPool) -> None:
+    cuda_pool.run(replayed_after_growth, world_size=2)
+
+
+def on_changing_streams(rank: Rank, modes: Modes) -> None:
+    inputs = draw(changing(0), rank.world_size, rank.device)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    with both(modes) as (fast, reference):
+        expected = outcome_of(reference, inputs, rank.rank)
+        torch.cuda.synchronize()
+        for iteration in range(4):
+            with torch.cuda.stream(streams[iteration % 2]):
+                if iteration % rank.world_size == rank.rank:
+                    delay(rank)
+                found = outcome_of(fast, inputs, rank.rank)
+            # No wait for the host in between: the next call, on another stream, has to wait by itself.
+            streams[iteration % 2].synchronize() if iteration == 3 else None
+        assert_same(found, expected, "on changing streams")
+
+
+@by_modes
+def test_calls_on_changing_streams(cuda_pool: RankPool, modes: Modes) -> None:
+    cuda_pool.run(on_changing_streams, modes, world_size=2)

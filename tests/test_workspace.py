@@ -1,0 +1,224 @@
+"""Shared memory: every transport, its poison, its growth, and the meetings that keep reuse in order."""
+
+import os
+import stat
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sonic_ep import ExpertParallel
+from sonic_ep.config import PeerTimeoutError
+from sonic_ep.group import resolve_group
+from sonic_ep.testing import Rank, RankPool
+
+SHARED_FILES = "sonic_ep_" + "[0-9a-f]" * 32
+
+
+def make_workspace(rank: Rank):
+    from sonic_ep.fast.workspace import Workspace
+
+    return Workspace(resolve_group(None), rank.device)
+
+
+def shared_files() -> list[Path]:
+    return sorted(Path("/dev/shm").glob(SHARED_FILES))
+
+
+def exchanged_bytes(rank: Rank) -> None:
+    workspace = make_workspace(rank)
+    buffer = workspace.reserve("numbers", 1000)
+    assert buffer.nbytes >= 1000
+    assert bool((buffer.local == 0xFF).all()), "fresh memory is poisoned"
+    assert buffer.rows(rank.rank, (4,), torch.float32).isnan().all()
+    for iteration in range(6):
+        # Whoever comes late must neither lose a number nor find one of the next iteration.
+        if rank.rank == iteration % rank.world_size:
+            time.sleep(0.02)
+        workspace.enter()
+        workspace.fence()
+        buffer.rows(rank.rank, (4,), torch.int32).fill_(100 * iteration + rank.rank)
+        workspace.publish()
+        for other in range(rank.world_size):
+            assert buffer.rows(other, (4,), torch.int32).tolist() == [100 * iteration + other] * 4
+    workspace.close()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_rank_reads_what_every_rank_wrote(pool: RankPool, world_size: int) -> None:
+    pool.run(exchanged_bytes, world_size=world_size)
+
+
+def gathered_through_the_table(rank: Rank) -> None:
+    from sonic_ep.fast.collectives import gather_kernel
+    from sonic_ep.fast.device import launch
+
+    workspace = make_workspace(rank)
+    numbers = workspace.reserve("numbers", 12)
+    numbers.rows(rank.rank, (3,), torch.int32).copy_(torch.arange(3, dtype=torch.int32) + 10 * rank.rank)
+    workspace.publish()
+    found = torch.empty(rank.world_size, 3, dtype=torch.int32, device=rank.device)
+    launch(gather_kernel, (1, rank.world_size), numbers.addresses, found, 3, device=rank.device, BLOCK=4)
+    assert found.tolist() == [[10 * other + i for i in range(3)] for other in range(rank.world_size)]
+    workspace.fence()
+    workspace.close()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_kernels_find_peers_through_the_table(pool: RankPool, world_size: int) -> None:
+    pool.run(gathered_through_the_table, world_size=world_size)
+
+
+def grown(rank: Rank) -> None:
+    workspace = make_workspace(rank)
+    small = workspace.reserve("rows", 100)
+    assert workspace.reserve("rows", small.nbytes) is small
+    assert workspace.reserve("others", 100) is not small
+    large = workspace.reserve("rows", small.nbytes + 1)
+    assert large is not small
+    assert large.nbytes > small.nbytes
+    assert bool((large.local == 0xFF).all())
+    assert workspace.reserve("rows", 1) is large
+    workspace.enter()
+    large.local.fill_(rank.rank)
+    workspace.publish()
+    assert [int(bytes_[-1]) for bytes_ in large.by_rank] == list(range(rank.world_size))
+    workspace.fence()
+    workspace.close()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_buffer_grows_and_never_shrinks(pool: RankPool, world_size: int) -> None:
+    pool.run(grown, world_size=world_size)
+
+
+def left_alone(rank: Rank, absent: int) -> str:
+    workspace = make_workspace(rank)
+    workspace.poll_limit = 200
+    workspace.enter()
+    if rank.rank == absent:
+        time.sleep(1)
+        return ""
+    with pytest.raises(PeerTimeoutError) as raised:
+        workspace.publish()
+    with pytest.raises(PeerTimeoutError):
+        workspace.enter()
+    return str(raised.value)
+
+
+def test_a_wait_is_bounded_and_names_the_rank(cpu_pool: RankPool) -> None:
+    """On the CPU; on a GPU the kernel traps, which ends the process's use of the GPU, and so of the pool."""
+    message = cpu_pool.run(left_alone, 1, world_size=2)[0]
+    assert message.startswith("rank 0 of 2: waited about 60 s for rank 1 in phase publish of step 1")
+    cpu_pool.stop()
+
+
+def combining_alone(rank: Rank, absent: int) -> str:
+    """The wait inside a combine: the other rank has planned and dispatched, and then goes another way."""
+    with ExpertParallel(backend="fast", max_tokens_per_rank=4) as ep:
+        idx = torch.tensor([[0, 1]] * 4, device=rank.device)
+        plan = ep.plan(idx, num_experts=2)
+        rows = ep.dispatch(torch.ones(4, 8, device=rank.device), plan).detach()
+        workspace = ep._backend._kit(rank.device).workspace
+        with torch.no_grad():
+            ep.combine(rows, torch.ones(4, 2, device=rank.device), plan)
+            workspace.poll_limit = 200
+            if rank.rank == absent:
+                # It meets the others as often as a combine does, but sends nothing.
+                for _ in range(3):
+                    workspace.fence()
+                time.sleep(1)
+                return ""
+            with pytest.raises(PeerTimeoutError) as raised:
+                ep.combine(rows, torch.ones(4, 2, device=rank.device), plan)
+    return str(raised.value)
+
+
+def test_a_wait_inside_a_combine_is_bounded_too(cpu_pool: RankPool) -> None:
+    message = cpu_pool.run(combining_alone, 1, world_size=2)[0]
+    assert "for rank 1 in phase combine of step" in message
+    cpu_pool.stop()
+
+
+def test_files_are_private_and_unguessable() -> None:
+    from sonic_ep.fast import workspace
+
+    paths = [workspace._new_shared_file(100) for _ in range(2)]
+    try:
+        assert paths[0].name != paths[1].name
+        for path in paths:
+            assert len(path.name.removeprefix("sonic_ep_")) == 32
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+            assert path.stat().st_size == 100
+    finally:
+        for path in paths:
+            path.unlink()
+
+
+def files_while_open(rank: Rank) -> list[Path]:
+    workspace = make_workspace(rank)
+    workspace.reserve("rows", 100)
+    workspace.publish()
+    found = shared_files()
+    workspace.fence()
+    workspace.close()
+    return found
+
+
+def test_no_file_is_left_even_while_it_is_mapped(cpu_pool: RankPool) -> None:
+    assert cpu_pool.run(files_while_open, world_size=3) == [[]] * 3
+
+
+def descriptors_and_maps() -> tuple[int, int]:
+    # Descriptors that the process group opens for its own use come and go; shared mappings are ours alone.
+    maps = Path("/proc/self/maps").read_text().count("/dev/shm/sonic_ep_")
+    return len(os.listdir("/proc/self/fd")), maps
+
+
+def opened_and_closed(rank: Rank) -> None:
+    def once() -> None:
+        with ExpertParallel(backend="fast") as ep:
+            plan = ep.plan(torch.zeros(2, 1, dtype=torch.int64, device=rank.device), rank.world_size)
+            ep.dispatch(torch.ones(2, 8, device=rank.device), plan)
+
+    once()
+    before = descriptors_and_maps()
+    for _ in range(10):
+        once()
+    assert descriptors_and_maps() == before
+
+
+def test_closing_gives_everything_back(cpu_pool: RankPool) -> None:
+    cpu_pool.run(opened_and_closed, world_size=2)
+
+
+def reserved_in_capture(rank: Rank) -> str:
+    workspace = make_workspace(rank)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError) as raised, torch.cuda.graph(graph):
+        workspace.reserve("rows", 100)
+    return str(raised.value)
+
+
+def test_memory_cannot_be_shared_during_capture(cuda_pool: RankPool) -> None:
+    for message in cuda_pool.run(reserved_in_capture, world_size=2):
+        assert "expected 100 before graph capture" in message
+
+
+def wrong_device(rank: Rank) -> None:
+    from sonic_ep.fast import layer
+
+    def asked(seen: bool) -> str:
+        with pytest.MonkeyPatch.context() as patch, ExpertParallel(backend="fast") as ep:
+            patch.setattr(layer, "interpreted", lambda: seen)
+            with pytest.raises(ValueError, match="device: got") as raised:
+                ep.plan(torch.zeros(1, 1, dtype=torch.int64, device=rank.device), rank.world_size)
+            return str(raised.value)
+
+    expected = "the CPU under Triton's interpreter" if rank.device.type == "cuda" else "CUDA devices"
+    assert asked(rank.device.type == "cuda").endswith(f"expected one of {expected} for backend 'fast'")
+
+
+def test_a_device_without_kernels_is_refused(pool: RankPool) -> None:
+    pool.run(wrong_device, world_size=1)
