@@ -1,0 +1,183 @@
+"""Where benches run: the group, its shared memory, the link's ceilings, and the one way to check and to time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from report import Bar, Entry, Results, Traffic
+from workload import Shape, Sizes
+
+from sonic_ep.fast.link import LinkCeilings, link_ceilings
+from sonic_ep.fast.workspace import Workspace
+from sonic_ep.group import EPGroup
+from sonic_ep.testing.timing import Ceiling, Timing, captured, keep_busy, measure
+
+Check = Callable[[Any], None]
+
+
+class WrongError(AssertionError):
+    """A result is wrong on some rank; every rank raises it, so they stay in step."""
+
+
+class How(str, Enum):
+    """How the host launches what is timed.
+
+    EAGER: as called, so the host's own time counts wherever it is the slower of the two. QUEUED: behind work that lets
+    the host get ahead, as inside a layer. GRAPH: a CUDA graph, replayed, behind such work too.
+    """
+
+    EAGER = "eager"
+    QUEUED = "queued"
+    GRAPH = "graph"
+
+
+class Way(str, Enum):
+    """How bytes cross the link, by the names of ``LinkCeilings``."""
+
+    COPY_ENGINE_IN = "copy_engine_in"
+    COPY_ENGINE_OUT = "copy_engine_out"
+    READ = "read"
+    WRITE = "write"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """Rounds of an entry: those of large shapes, of small ones, and those that warm up."""
+
+    large: int
+    small: int
+    warmup: int
+
+
+GPU_PACE = Pace(large=50, small=200, warmup=5)
+SMOKE_PACE = Pace(large=2, small=2, warmup=0)
+# Below so many bytes of a rank's tokens a shape is small.
+SMALL_BYTES = 2**24
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Work:
+    """One thing to measure.
+
+    function: allocates its outputs, and returns what ``check`` looks at; check raises ``AssertionError``.
+    traffic: what comes over the link, where that is what takes the time.
+    """
+
+    name: str
+    shape: Shape
+    function: Callable[[], Any]
+    check: Check
+    traffic: Traffic | None = None
+    bar: Bar | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Arena:
+    """What all benches of a run share. Methods are collective."""
+
+    group: EPGroup
+    device: torch.device
+    workspace: Workspace
+    sizes: Sizes
+    results: Results
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether times mean anything."""
+        return self.device.type == "cuda"
+
+    def run(self, work: Work, how: How) -> Entry:
+        """Check that ``work`` is right, time it, check again.
+
+        Raises ``WrongError`` on every rank if it is wrong on any, and ``AboveCeilingError`` if it is too fast.
+        """
+        with torch.no_grad():
+            agree(self.group, lambda: work.check(work.function()))
+            function = work.function
+            if how is How.GRAPH:
+                function = captured(work.function, self.device)
+                agree(self.group, lambda: work.check(function()))
+            timing = self.time(function, work.shape, ahead=how is not How.EAGER)
+            agree(self.group, lambda: work.check(function()))
+        entry = Entry(
+            name=work.name, how=how.value, shape=work.shape, timing=timing, traffic=work.traffic, bar=work.bar
+        )
+        # A rate above the ceiling fails this bench, before it counts as a result.
+        _ = entry.share
+        self.results.entries.append(entry)
+        return entry
+
+    @property
+    def behind_work(self) -> How:
+        """QUEUED, or what there is of it on the CPU."""
+        return How.QUEUED if self.on_gpu else How.EAGER
+
+    def time(self, function: Callable[[], object], shape: Shape, *, ahead: bool) -> Timing:
+        """What a round takes; ``ahead``: behind work that lets the host get ahead."""
+        pace = GPU_PACE if self.on_gpu else SMOKE_PACE
+        small = shape.tokens * shape.row_bytes < SMALL_BYTES
+        return measure(
+            function,
+            rounds=pace.small if small else pace.large,
+            warmup=pace.warmup,
+            device=self.device,
+            group=self.group,
+            enter=meeting(self.workspace, ahead=ahead),
+        )
+
+    def traffic(self, nbytes: float, way: Way) -> Traffic | None:
+        """Bytes over the link held against the ceiling of their way; None on one rank."""
+        if self.group.world_size == 1:
+            return None
+        ceilings = self.results.ceilings
+        ceiling = None
+        if ceilings is not None:
+            ceiling = Ceiling(name=f"the {way.value} ceiling", bytes_per_second=getattr(ceilings, way.value))
+        return Traffic(nbytes=nbytes, ceiling=ceiling)
+
+
+def meeting(workspace: Workspace, *, ahead: bool) -> Callable[[], None]:
+    """All ranks meet on the stream. ``ahead``: the GPU is kept busy first, so that the host gets ahead of it."""
+
+    def enter() -> None:
+        if ahead:
+            keep_busy(workspace.device)
+        workspace.fence()
+
+    return enter
+
+
+def measured_ceilings(workspace: Workspace, shape: Shape) -> LinkCeilings | None:
+    """Collective: the ceilings of the link between GPUs, for as many bytes as a rank has in tokens; else None."""
+    if workspace.device.type != "cuda":
+        return None
+
+    def seconds(transfer: Callable[[], None]) -> float:
+        enter = meeting(workspace, ahead=True)
+        pace, group = GPU_PACE, workspace.group
+        return measure(
+            transfer, rounds=pace.large, warmup=pace.warmup, device=workspace.device, group=group, enter=enter
+        ).median
+
+    return link_ceilings(workspace, shape.tokens * shape.row_bytes, seconds)
+
+
+def agree(group: EPGroup, check: Callable[[], None]) -> None:
+    """Collective: run ``check``, and raise ``WrongError`` on every rank if it raised ``AssertionError`` on any."""
+    failure: str | None = None
+    try:
+        check()
+    except AssertionError as error:
+        failure = str(error)
+    failures = [failure]
+    if group.world_size > 1:
+        failures = [None] * group.world_size
+        dist.all_gather_object(failures, failure, group=group.process_group)
+    found = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text is not None]
+    if found:
+        raise WrongError("; ".join(found))

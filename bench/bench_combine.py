@@ -1,0 +1,81 @@
+"""Combine: rows in, weighted sums out, scores and barriers included; and the usual path beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import usual
+from arena import Arena, How, Way, Work
+from report import Traffic
+from torch import Tensor
+from workload import Problem
+
+from sonic_ep import CombineMode
+from sonic_ep.cost import combine_traffic
+from sonic_ep.fast.collectives import gather_scores
+from sonic_ep.fast.combine import combine_primitives
+from sonic_ep.testing import assert_bitwise
+
+Run = Callable[[Work, How], None]
+
+SCORE_BYTES = 4
+# Rows in, sums out, by the mode that moves least: at most so many times what the bytes take at the ceiling.
+MOST_TIMES = 1.25
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["scores", "no_scores"])
+@pytest.mark.parametrize("mode", list(CombineMode), ids=lambda mode: mode.value)
+def bench_combine(arena: Arena, large: Problem, run: Run, how: How, mode: CombineMode, *, weighted: bool) -> None:
+    """Rows in canonical order in, sums of this rank's tokens out; with scores, their exchange too."""
+    traffic = sums_in(arena, large, mode, weighted=weighted)
+    barred = large.shape.barred and mode is CombineMode.RANK_DEDUP and weighted
+    work = Work(
+        name=f"combine {mode.value}: {'scores, ' if weighted else ''}barriers, sums and link",
+        shape=large.shape,
+        function=combine(arena, large, mode, weighted=weighted),
+        check=lambda got: assert_bitwise(got, large.sums[mode, weighted], f"sums by {mode.value}"),
+        traffic=traffic,
+        bar=traffic.at_most(MOST_TIMES) if traffic and barred else None,
+    )
+    run(work, how)
+
+
+@pytest.mark.parametrize("collective", ["all_to_all_single", "reduce_scatter"])
+def bench_usual_combine(arena: Arena, large: Problem, run: Run, collective: str) -> None:
+    """Sums by ``torch.distributed``: NCCL on GPUs. Before ``reduce_scatter`` each rank has summed what it holds."""
+    if not usual.has_collectives(arena.group):
+        pytest.skip("one rank has nobody to communicate with")
+    mode = {"all_to_all_single": CombineMode.ALL_TO_ALL, "reduce_scatter": CombineMode.REDUCE_SCATTER}[collective]
+    if collective == "all_to_all_single":
+        function, done = usual.combine_by_all_to_all(large), "gathers, sums and link"
+    else:
+        function, done = usual.combine_by_reduce_scatter(large, usual.dense_partials(large)), "link, sums beforehand"
+    work = Work(
+        name=f"usual combine, {collective}: {done}",
+        shape=large.shape,
+        function=function,
+        check=usual.expect_accurate(large, usual.exact_sums(large), large.sums[mode, True]),
+        traffic=sums_in(arena, large, mode, weighted=False),
+    )
+    run(work, arena.behind_work)
+
+
+def combine(arena: Arena, problem: Problem, mode: CombineMode, *, weighted: bool) -> Callable[[], Tensor]:
+    """The combine of one mode; scores (T, K) of every rank are gathered in it, if there are any."""
+    primitive, workspace = combine_primitives(arena.workspace)[mode], arena.workspace
+
+    def function() -> Tensor:
+        workspace.enter()
+        scores_WCK = gather_scores(problem.scores_TK, problem.plan, workspace) if weighted else None
+        return primitive.combine(problem.rows_RH, scores_WCK, problem.plan)
+
+    return function
+
+
+def sums_in(arena: Arena, problem: Problem, mode: CombineMode, *, weighted: bool) -> Traffic | None:
+    """What a combine brings to a rank over the link: rows or sums, and the other ranks' scores."""
+    shape = problem.shape
+    rows = problem.mean_over_ranks(lambda counts: combine_traffic(counts, shape.row_bytes)[mode].link_in)
+    scores = (arena.group.world_size - 1) * shape.tokens * shape.top_k * SCORE_BYTES if weighted else 0
+    return arena.traffic(rows + scores, Way.WRITE)

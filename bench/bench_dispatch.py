@@ -1,0 +1,163 @@
+"""Dispatch: the way over the link alone, with staging, from ids to rows; and the usual path beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import pytest
+import usual
+from arena import Arena, How, Way, Work
+from report import Bar, Traffic
+from torch import Tensor
+from workload import Problem
+
+from sonic_ep import DispatchMode, EPConfig, ExpertParallel
+from sonic_ep.cost import RankCounts, dispatch_traffic, exchange_link_bytes
+from sonic_ep.fast.copy_engine import CopyEngineGather
+from sonic_ep.fast.dispatch import dispatch_primitives
+from sonic_ep.fast.dispatch.all_to_all import pull_to_rows
+from sonic_ep.fast.dispatch.rank_dedup import pull_packed
+from sonic_ep.fast.staging import TOKENS, stage_tokens
+from sonic_ep.testing import assert_bitwise
+
+Run = Callable[[Work, How], None]
+
+WAY: Mapping[DispatchMode, Way] = MappingProxyType(
+    {
+        DispatchMode.ALL_GATHER: Way.COPY_ENGINE_IN,
+        DispatchMode.ALL_TO_ALL: Way.READ,
+        DispatchMode.RANK_DEDUP: Way.READ,
+    }
+)
+# The share of its ceiling that each mode has to reach over the link.
+LEAST_SHARE: Mapping[DispatchMode, float] = MappingProxyType(
+    {DispatchMode.ALL_GATHER: 0.93, DispatchMode.ALL_TO_ALL: 0.92, DispatchMode.RANK_DEDUP: 0.93}
+)
+# Ids in, rows out: at most so many times what the bytes take at the ceiling.
+MOST_TIMES_FROM_IDS = 1.35
+
+each_mode = pytest.mark.parametrize("mode", list(DispatchMode), ids=lambda mode: mode.value)
+
+
+@each_mode
+def bench_link(arena: Arena, large: Problem, run: Run, how: How, mode: DispatchMode) -> None:
+    """The tokens stand in shared memory already: the barrier behind that, and the way over the link."""
+    traffic = rows_in(arena, large, mode)
+    work = Work(
+        name=f"dispatch {mode.value}: barrier and link",
+        shape=large.shape,
+        function=over_the_link(arena, large, mode),
+        check=expect_received(large, mode),
+        traffic=traffic,
+        bar=traffic.at_least(LEAST_SHARE[mode]) if traffic and large.shape.barred else None,
+    )
+    run(work, how)
+
+
+@each_mode
+def bench_receive(arena: Arena, large: Problem, run: Run, how: How, mode: DispatchMode) -> None:
+    """All of a dispatch up to what it receives: barriers, staging, the way over the link."""
+    primitive = dispatch_primitives(arena.workspace)[mode]
+
+    def receive() -> Tensor:
+        arena.workspace.enter()
+        return primitive.receive(large.x_TH, large.plan)
+
+    work = Work(
+        name=f"dispatch {mode.value}: staging, barriers and link",
+        shape=large.shape,
+        function=receive,
+        check=expect_received(large, mode),
+        traffic=rows_in(arena, large, mode),
+    )
+    run(work, how)
+
+
+@each_mode
+def bench_ids_to_rows(arena: Arena, large: Problem, run: Run, how: How, mode: DispatchMode) -> None:
+    """``ep.plan``, then ``ep.dispatch``: ids in, rows in canonical order out, through the public API."""
+    config = EPConfig(dispatch=mode)
+    ids = exchange_link_bytes(
+        world_size=arena.group.world_size, capacity=large.shape.tokens, top_k=large.shape.top_k, with_scores=False
+    )
+    traffic = rows_in(arena, large, mode, more_bytes=ids)
+    with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=large.shape.tokens) as ep:
+        work = Work(
+            name=f"ids to rows, {mode.value}: plan and dispatch",
+            shape=large.shape,
+            function=lambda: ep.dispatch(large.x_TH, ep.plan(large.topk_idx_TK, large.shape.num_experts)),
+            check=expect_rows(large),
+            traffic=traffic,
+            bar=bar_from_ids(traffic, large, mode),
+        )
+        run(work, how)
+
+
+@pytest.mark.parametrize("collective", ["all_to_all_single", "all_gather"])
+def bench_usual_dispatch(arena: Arena, large: Problem, run: Run, collective: str) -> None:
+    """X in, rows in canonical order out, by ``torch.distributed``: NCCL on GPUs. The routing is known beforehand."""
+    if not usual.has_collectives(arena.group):
+        pytest.skip("one rank has nobody to communicate with")
+    make = {"all_to_all_single": usual.dispatch_by_all_to_all, "all_gather": usual.dispatch_by_all_gather}[collective]
+    work = Work(
+        name=f"usual dispatch, {collective}: gathers and link",
+        shape=large.shape,
+        function=make(large),
+        check=expect_rows(large),
+        traffic=usual_bytes_in(arena, large, collective),
+    )
+    run(work, arena.behind_work)
+
+
+def over_the_link(arena: Arena, problem: Problem, mode: DispatchMode) -> Callable[[], Tensor]:
+    """Collective: stage the tokens. What is returned meets the other ranks, then receives."""
+    workspace, plan, x_TH = arena.workspace, problem.plan, problem.x_TH
+    staged = stage_tokens(x_TH, plan.capacity, workspace)
+    gather = CopyEngineGather(workspace, TOKENS)
+    pull = {
+        DispatchMode.ALL_GATHER: lambda: gather.bring(x_TH, staged, plan.capacity).wait(),
+        DispatchMode.ALL_TO_ALL: lambda: pull_to_rows(x_TH, staged, plan),
+        DispatchMode.RANK_DEDUP: lambda: pull_packed(x_TH, staged, plan),
+    }[mode]
+
+    def meet_and_pull() -> Tensor:
+        workspace.publish()
+        return pull()
+
+    return meet_and_pull
+
+
+def rows_in(arena: Arena, problem: Problem, mode: DispatchMode, more_bytes: int = 0) -> Traffic | None:
+    """What a dispatch brings to a rank over the link, and ``more_bytes``."""
+    row_bytes = problem.shape.row_bytes
+    nbytes = problem.mean_over_ranks(lambda counts: dispatch_traffic(counts, row_bytes)[mode].link_in)
+    return arena.traffic(nbytes + more_bytes, WAY[mode])
+
+
+def usual_bytes_in(arena: Arena, problem: Problem, collective: str) -> Traffic | None:
+    """What the usual path brings to a rank: a row a slot, or all tokens."""
+    one_row_a_slot = collective == "all_to_all_single"
+
+    def rows(counts: RankCounts) -> int:
+        return counts.slots_in if one_row_a_slot else counts.remote_ranks * counts.tokens
+
+    return arena.traffic(problem.mean_over_ranks(rows) * problem.shape.row_bytes, Way.WRITE)
+
+
+def bar_from_ids(traffic: Traffic | None, problem: Problem, mode: DispatchMode) -> Bar | None:
+    """The bar of the one mode whose rows arrive where the experts want them."""
+    if traffic is None or mode is not DispatchMode.ALL_TO_ALL or not problem.shape.barred:
+        return None
+    return traffic.at_most(MOST_TIMES_FROM_IDS)
+
+
+def expect_received(problem: Problem, mode: DispatchMode) -> Callable[[Tensor], None]:
+    """A check: the bits that the reference receives."""
+    expected = problem.received[mode]
+    return lambda got: assert_bitwise(got[: expected.shape[0]], expected, f"received by {mode.value}")
+
+
+def expect_rows(problem: Problem) -> Callable[[Tensor], None]:
+    """A check: the bits of x in canonical order."""
+    return lambda got: assert_bitwise(got[: problem.valid_rows], problem.rows_of_x, "rows in canonical order")

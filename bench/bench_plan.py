@@ -1,0 +1,60 @@
+"""The plan: ids in, every field out, the exchange of the ids included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+
+import pytest
+from arena import Arena, How, Work
+from report import Bar
+from torch import Tensor
+from workload import Problem, Shape
+
+from sonic_ep import ExpertParallel, RoutingPlan
+from sonic_ep.testing import assert_bitwise
+from sonic_ep.testing.checks import expect
+
+# Slots of the group, and the microseconds that a plan of them may take.
+BARS_OF_SLOTS = ((262_144, 80), (1_048_576, 150))
+
+
+def expect_plan(expected: RoutingPlan) -> Callable[[RoutingPlan], None]:
+    """A check: every field equal."""
+
+    def check(got: RoutingPlan) -> None:
+        for field in fields(RoutingPlan):
+            value, right = getattr(got, field.name), getattr(expected, field.name)
+            if isinstance(right, Tensor):
+                assert_bitwise(value, right, field.name)
+            else:
+                expect(value == right, f"{field.name}: got {value}, expected {right}")
+
+    return check
+
+
+def bar_of(slots: int, shape: Shape) -> Bar | None:
+    """The bar of a plan of ``slots`` slots, where there is one."""
+    micros = dict(BARS_OF_SLOTS).get(slots)
+    if micros is None or not shape.barred:
+        return None
+    return Bar(text=f"at most {micros} us at {slots} slots", seconds=micros / 1e6)
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def bench_plan(arena: Arena, run: Callable[[Work, How], None], how: How, size: int) -> None:
+    """``ep.plan`` through the public API."""
+    if size >= len(arena.sizes.plans):
+        pytest.skip("one plan only at a shape of the caller's")
+    large, world_size = arena.sizes.large, arena.group.world_size
+    shape = replace(large, tokens=arena.sizes.plans[size] // (world_size * large.top_k))
+    problem = Problem(shape=shape, group=arena.group, device=arena.device)
+    with ExpertParallel(backend="fast", max_tokens_per_rank=shape.tokens) as ep:
+        work = Work(
+            name="plan",
+            shape=shape,
+            function=lambda: ep.plan(problem.topk_idx_TK, shape.num_experts),
+            check=expect_plan(problem.plan),
+            bar=bar_of(shape.slots(world_size), shape),
+        )
+        run(work, how)

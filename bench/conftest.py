@@ -1,0 +1,205 @@
+"""Benches of plan, dispatch and combine, on one rank or under torchrun, through pytest-benchmark.
+
+Every rank runs every bench, the same number of rounds; rank 0 alone reports. pytest-benchmark would time what one rank
+sees and choose the rounds by it. So the rounds are measured first, over all ranks, and then told to it: its timer is a
+clock that stands still but for the seconds that each round took.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from arena import Arena, How, Work, WrongError, measured_ceilings
+from report import Results, environment
+from workload import BARS, RANKS_OF_BARS, SMOKE, Problem, Shape, Sizes
+
+from sonic_ep.backend import unavailable_reasons
+from sonic_ep.cli.launch import Place, joined_group, launched_by_torchrun
+from sonic_ep.fast.workspace import Workspace
+from sonic_ep.group import resolve_group
+from sonic_ep.testing.timing import AboveCeilingError
+
+
+class RecordedClock:
+    """A clock that only ``advance`` moves."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def read(self) -> float:
+        """Seconds."""
+        return self._now
+
+    def advance(self, seconds: float) -> None:
+        """Let ``seconds`` pass."""
+        self._now += seconds
+
+
+CLOCK = pytest.StashKey[RecordedClock]()
+RESULTS = pytest.StashKey[Results]()
+UNHEARD = pytest.StashKey[io.StringIO]()
+STATUS = pytest.StashKey[int]()
+
+
+def rank() -> int:
+    """This process among those of torchrun."""
+    return int(os.environ["RANK"]) if launched_by_torchrun() else 0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where results go, and what is run."""
+    group = parser.getgroup("sonic_ep benches")
+    group.addoption("--results", type=Path, metavar="PATH", help="write what was found as JSON, bench/results/*.json")
+    group.addoption("--commit", metavar="NAME", help="the commit to name in the results where git cannot tell")
+    group.addoption("--thek", metavar="T,H,E,K", help="a large shape other than that of the bars: T of each rank, ...")
+
+
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Ranks other than 0 keep pytest-benchmark from writing anything."""
+    if rank() > 0:
+        config.option.benchmark_disable = True
+        config.option.benchmark_only = config.option.benchmark_autosave = False
+        config.option.benchmark_json = config.option.benchmark_save = None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Ranks other than 0 keep what they have to say to themselves, unless they fail."""
+    config.stash[CLOCK] = RecordedClock()
+    loud = config.pluginmanager.get_plugin("terminalreporter")
+    if rank() > 0 and loud is not None:
+        config.stash[UNHEARD] = io.StringIO()
+        config.pluginmanager.unregister(loud)
+        config.pluginmanager.register(type(loud)(config, config.stash[UNHEARD]), "terminalreporter")
+
+
+def pytest_report_header() -> str:
+    """Whether the times are worth reading."""
+    if torch.cuda.is_available():
+        return f"sonic_ep benches: {torch.cuda.device_count()} CUDA devices"
+    return "sonic_ep benches: no CUDA device, a smoke size on the CPU: the times mean nothing"
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """pytest-benchmark reads the clock that the measured rounds move."""
+    item.add_marker(pytest.mark.benchmark(timer=item.config.stash[CLOCK].read))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """After a failure that not all ranks share they are out of step, so it is the end of the run."""
+    report = yield
+    shared = call.excinfo is not None and call.excinfo.errisinstance((WrongError, AboveCeilingError))
+    if report.failed and launched_by_torchrun() and not shared:
+        item.session.shouldfail = f"{item.name} failed, and ranks may be out of step"
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Whether a rank has to say what it kept to itself."""
+    session.config.stash[STATUS] = int(exitstatus)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The table of what was found."""
+    results = config.stash.get(RESULTS, None)
+    if results is not None:
+        terminalreporter.section("sonic_ep: median over rounds of the slowest rank")
+        for line in results.table():
+            terminalreporter.write_line(line)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """What a failed rank kept to itself."""
+    if UNHEARD in config.stash and config.stash.get(STATUS, 1) not in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
+        print(f"--- rank {rank()} ---\n{config.stash[UNHEARD].getvalue()}", file=sys.stderr)
+
+
+@pytest.fixture(scope="session")
+def place() -> Iterator[Place]:
+    """This rank, in the group for the whole run."""
+    with joined_group() as joined:
+        yield joined
+
+
+@pytest.fixture(scope="session")
+def arena(place: Place, request: pytest.FixtureRequest) -> Iterator[Arena]:
+    """The group and its shared memory, and the link's ceilings, measured first."""
+    group = resolve_group(None)
+    reasons = unavailable_reasons("fast", group)
+    if reasons:
+        pytest.skip(f"backend 'fast' cannot run here: {'; '.join(reasons)}")
+    sizes = chosen_sizes(place, request.config.getoption("--thek"))
+    workspace = Workspace(group, place.device)
+    with torch.no_grad():
+        ceilings = measured_ceilings(workspace, sizes.large)
+    commit, arguments = request.config.getoption("--commit"), request.config.invocation_params.args
+    found = environment(place.device, group.world_size, commit, [str(word) for word in arguments])
+    results = Results(environment=found, ceilings=ceilings)
+    request.config.stash[RESULTS] = results
+    yield Arena(group=group, device=place.device, workspace=workspace, sizes=sizes, results=results)
+    workspace.close()
+
+
+@pytest.fixture(scope="session")
+def large(arena: Arena) -> Problem:
+    """The large shape, drawn."""
+    return Problem(shape=arena.sizes.large, group=arena.group, device=arena.device)
+
+
+@pytest.fixture(scope="session")
+def small(arena: Arena) -> Problem:
+    """The small shape, drawn."""
+    return Problem(shape=arena.sizes.small, group=arena.group, device=arena.device)
+
+
+@pytest.fixture(params=list(How), ids=lambda how: how.value)
+def how(arena: Arena, request: pytest.FixtureRequest) -> How:
+    """Each way to launch that there is on this device."""
+    chosen: How = request.param
+    if chosen is not How.EAGER and not arena.on_gpu:
+        pytest.skip("the CPU has neither a queue nor graphs")
+    return chosen
+
+
+@pytest.fixture
+def run(arena: Arena, benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Work, How], None]:
+    """Check a piece of work, time it, and tell pytest-benchmark what each round took."""
+    clock, path = request.config.stash[CLOCK], request.config.getoption("--results")
+
+    def check_and_time(work: Work, how: How) -> None:
+        entry = arena.run(work, how)
+        rounds = iter(entry.timing.rounds)
+        benchmark.extra_info.update(entry.as_json())
+        benchmark.pedantic(clock.advance, setup=lambda: ((next(rounds),), {}), rounds=len(entry.timing.rounds))
+        # After every entry, so that a run that is cut short leaves what it found.
+        if path is not None and arena.group.rank == 0:
+            arena.results.write(path)
+
+    return check_and_time
+
+
+def chosen_sizes(place: Place, thek: str | None) -> Sizes:
+    """The sizes for this place, the large shape replaced by ``thek``, if given. Raises ``pytest.UsageError``."""
+    sizes = BARS if place.device.type == "cuda" else SMOKE
+    if thek is not None:
+        large = shape_of(thek)
+        return replace(sizes, large=large, plans=(place.world_size * large.tokens * large.top_k,)).without_bars()
+    return sizes if place.world_size == RANKS_OF_BARS else sizes.without_bars()
+
+
+def shape_of(thek: str) -> Shape:
+    """The shape that four numbers name. Raises ``pytest.UsageError``."""
+    try:
+        tokens, hidden, num_experts, top_k = (int(word) for word in thek.split(","))
+    except ValueError:
+        raise pytest.UsageError(f"--thek: got {thek!r}, expected four whole numbers, T,H,E,K") from None
+    return Shape(tokens=tokens, hidden=hidden, num_experts=num_experts, top_k=top_k)

@@ -1,0 +1,216 @@
+"""What a run found, as a table and as JSON, and what it ran on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from workload import Shape
+
+from sonic_ep.fast.link import LinkCeilings
+from sonic_ep.testing.timing import Ceiling, Timing
+
+HERE = Path(__file__).parent
+PATIENCE_SECONDS = 20
+SMALLEST_GROUP = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """The time that the median is held against, in seconds, and where it comes from."""
+
+    text: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Bytes that come to a rank over the link, the mean over the ranks, and the way they take."""
+
+    nbytes: float
+    ceiling: Ceiling | None
+
+    def at_least(self, share: float) -> Bar | None:
+        """The bar of ``share`` of the ceiling; None without a ceiling."""
+        if self.ceiling is None:
+            return None
+        bound = self.nbytes / (share * self.ceiling.bytes_per_second)
+        return Bar(text=f"at least {share:.0%} of {self.ceiling.name}", seconds=bound)
+
+    def at_most(self, times: float) -> Bar | None:
+        """The bar of ``times`` what the bytes take at the ceiling; None without a ceiling."""
+        if self.ceiling is None:
+            return None
+        bound = times * self.nbytes / self.ceiling.bytes_per_second
+        return Bar(text=f"at most {times:g} times the bytes at {self.ceiling.name}", seconds=bound)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One thing that was measured."""
+
+    name: str
+    how: str
+    shape: Shape
+    timing: Timing
+    traffic: Traffic | None
+    bar: Bar | None
+
+    @property
+    def rate(self) -> float | None:
+        """Remote bytes a second at the median."""
+        return self.traffic.nbytes / self.timing.median if self.traffic else None
+
+    @property
+    def share(self) -> float | None:
+        """Share of the ceiling at the median. Raises ``AboveCeilingError`` where it cannot be."""
+        if self.traffic is None or self.traffic.ceiling is None:
+            return None
+        return self.traffic.ceiling.share_of(self.traffic.nbytes, self.timing.median, f"{self.name}, {self.how}")
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the bar is met; None where there is none."""
+        return None if self.bar is None else self.timing.median <= self.bar.seconds
+
+    def as_json(self) -> dict[str, Any]:
+        """Times in microseconds, rates in GB/s."""
+        micros = {name: self.timing.quantile(share) * 1e6 for name, share in QUANTILES}
+        found: dict[str, Any] = {"name": self.name, "how": self.how, "shape": shape_as_json(self.shape)}
+        found |= {"rounds": len(self.timing.rounds)} | {name: round(value, 2) for name, value in micros.items()}
+        if self.traffic is not None and self.rate is not None:
+            found |= {"remote_bytes": round(self.traffic.nbytes), "gb_per_s": round(self.rate / 1e9, 2)}
+        if self.traffic is not None and self.traffic.ceiling is not None and self.share is not None:
+            found |= {"ceiling": self.traffic.ceiling.name, "percent": round(100 * self.share, 2)}
+        if self.bar is not None:
+            found |= {"bar": self.bar.text, "bar_us": round(self.bar.seconds * 1e6, 2), "met": self.met}
+        return found
+
+
+QUANTILES = (("median_us", 0.5), ("p10_us", 0.1), ("p90_us", 0.9), ("min_us", 0.0), ("max_us", 1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What one run found. entries grow as it goes on; rank 0 writes them."""
+
+    environment: dict[str, Any]
+    ceilings: LinkCeilings | None
+    entries: list[Entry] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it; ceilings in GB/s."""
+        rates = None if self.ceilings is None else asdict(self.ceilings)
+        return {
+            "environment": self.environment,
+            "ceilings_gb_per_s": rates and {name: round(rate / 1e9, 2) for name, rate in rates.items()},
+            "entries": [entry.as_json() for entry in self.entries],
+        }
+
+    def write(self, path: Path) -> None:
+        """As JSON; folders are made."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.as_json(), indent=2) + "\n")
+
+    def table(self) -> list[str]:
+        """One line for each entry, below the ceilings."""
+        names = [f"{entry.name}, T={entry.shape.tokens}" for entry in self.entries]
+        width = max((len(name) for name in names), default=0)
+        header = f"{'what':<{width}} {'how':<6} {'median us':>10} {'p10':>9} {'p90':>9} {'GB/s':>6} {'%':>5}  bar"
+        lines = [f"{name:<{width}} {_figures(entry)}" for name, entry in zip(names, self.entries, strict=True)]
+        return [*self._ceiling_lines(), header, *lines]
+
+    def _ceiling_lines(self) -> list[str]:
+        if self.ceilings is None:
+            return ["no ceilings: no link between GPUs was measured"]
+        rates = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in asdict(self.ceilings).items())
+        return [f"ceilings in GB/s: {rates}"]
+
+
+def _figures(entry: Entry) -> str:
+    """The columns of an entry behind its name."""
+    middle, low, high = (entry.timing.quantile(share) * 1e6 for share in (0.5, 0.1, 0.9))
+    rate = "" if entry.rate is None else f"{entry.rate / 1e9:.1f}"
+    share = "" if entry.share is None else f"{100 * entry.share:.1f}"
+    bar = ""
+    if entry.bar is not None:
+        bar = f"{'met' if entry.met else 'MISSED'}: {entry.bar.text} ({entry.bar.seconds * 1e6:.1f} us)"
+    return f"{entry.how:<6} {middle:>10.1f} {low:>9.1f} {high:>9.1f} {rate:>6} {share:>5}  {bar}"
+
+
+def shape_as_json(shape: Shape) -> dict[str, Any]:
+    """T of every rank, H, E, K and the dtype."""
+    dtype = str(shape.dtype).removeprefix("torch.")
+    return {"T": shape.tokens, "H": shape.hidden, "E": shape.num_experts, "K": shape.top_k, "dtype": dtype}
+
+
+def environment(device: torch.device, world_size: int, commit: str | None, arguments: Sequence[str]) -> dict[str, Any]:
+    """What the run depends on; ``arguments`` are those of pytest."""
+    on_gpu = device.type == "cuda"
+    return {
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
+        "gpus": torch.cuda.device_count(),
+        "world_size": world_size,
+        "process_group": dist.get_backend() if dist.is_initialized() else None,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
+        "driver": _driver() if on_gpu else None,
+        "commit": commit or _commit(),
+        "command": _command(world_size, arguments),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "note": _note(on_gpu, world_size),
+    }
+
+
+def _note(on_gpu: bool, world_size: int) -> str | None:
+    if not on_gpu:
+        return "on the CPU, under Triton's interpreter: the times mean nothing"
+    if world_size == SMALLEST_GROUP:
+        return "two GPUs flatter rank_dedup and all_gather: with more of them a token crosses the link more often"
+    return None
+
+
+def _command(world_size: int, arguments: Sequence[str]) -> str:
+    launcher = f"torchrun --nproc_per_node={world_size}" if dist.is_initialized() else "python"
+    interpreter = "TRITON_INTERPRET=1 " if os.environ.get("TRITON_INTERPRET") == "1" else ""
+    return f"{interpreter}{launcher} -m pytest {shlex.join(arguments)}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found.splitlines()[0].strip() if found else None
+
+
+def _commit() -> str | None:
+    """The commit checked out, and whether files differ from it; None without git."""
+    commit = _output("git", "-C", str(HERE), "rev-parse", "HEAD").strip()
+    changed = _output("git", "-C", str(HERE), "status", "--porcelain").strip()
+    return f"{commit}{' with changes' if changed else ''}" if commit else None
+
+
+def _output(*words: str) -> str:
+    """What a program prints; empty if it cannot be run or fails."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=True)
+    except (subprocess.SubprocessError, OSError):
+        return ""
+    return done.stdout

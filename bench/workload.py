@@ -1,0 +1,185 @@
+"""What the benches run on: shapes, random inputs of this rank, and the reference's answers to check against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from sonic_ep import CombineMode, DispatchMode, EPConfig, RoutingPlan
+from sonic_ep.cost import RankCounts, rank_counts
+from sonic_ep.group import EPGroup
+from sonic_ep.reference.collectives import Collectives, collectives_of
+from sonic_ep.reference.combine import combine_primitives
+from sonic_ep.reference.dispatch import dispatch_primitives
+from sonic_ep.reference.plan import exchange_plan, pad_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """T of every rank, H, E and K, and the dtype of the rows.
+
+    barred: whether times at this shape are held against the bars, which are stated for two H200.
+    """
+
+    tokens: int
+    hidden: int
+    num_experts: int
+    top_k: int
+    dtype: torch.dtype = torch.bfloat16
+    barred: bool = False
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.hidden * self.dtype.itemsize
+
+    def slots(self, world_size: int) -> int:
+        """Slots of the group, W*C*K."""
+        return world_size * self.tokens * self.top_k
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The shapes of a run: of the bars on GPUs, as small as they get under the interpreter.
+
+    plans: slots of the group, W*C*K, of the plans that are timed, at E and K of ``large``.
+    """
+
+    large: Shape
+    small: Shape
+    plans: tuple[int, ...]
+
+    def without_bars(self) -> Sizes:
+        """The same, held against nothing."""
+        return replace(self, large=replace(self.large, barred=False), small=replace(self.small, barred=False))
+
+
+RANKS_OF_BARS = 2
+BARS = Sizes(
+    large=Shape(tokens=16384, hidden=4096, num_experts=64, top_k=8, barred=True),
+    small=Shape(tokens=128, hidden=4096, num_experts=32, top_k=8, barred=True),
+    plans=(262_144, 1_048_576),
+)
+SMOKE = Sizes(
+    large=Shape(tokens=6, hidden=16, num_experts=8, top_k=2),
+    small=Shape(tokens=2, hidden=16, num_experts=8, top_k=2),
+    plans=(32, 96),
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Problem:
+    """One shape drawn for this rank, and the right answers; each of them is computed once, by all ranks together."""
+
+    shape: Shape
+    group: EPGroup
+    device: torch.device
+
+    @cached_property
+    def x_TH(self) -> Tensor:
+        """Tokens, normally distributed."""
+        size = (self.shape.tokens, self.shape.hidden)
+        return torch.randn(size, generator=self._generator(1), device=self.device).to(self.shape.dtype)
+
+    @cached_property
+    def topk_idx_TK(self) -> Tensor:
+        """K distinct experts a token, uniformly drawn, int64 as a router's top-k gives them."""
+        size = (self.shape.tokens, self.shape.num_experts)
+        noise_TE = torch.rand(size, generator=self._generator(2), device=self.device)
+        return noise_TE.topk(self.shape.top_k, dim=1).indices
+
+    @cached_property
+    def scores_TK(self) -> Tensor:
+        """Scores of the choices, fp32, each above zero."""
+        size = (self.shape.tokens, self.shape.top_k)
+        return torch.rand(size, generator=self._generator(3), device=self.device) + 0.05
+
+    @cached_property
+    def plan(self) -> RoutingPlan:
+        """The reference's plan."""
+        return exchange_plan(
+            self.topk_idx_TK,
+            num_experts=self.shape.num_experts,
+            capacity=self.shape.tokens,
+            distinct=False,
+            config=EPConfig(),
+            collectives=self._collectives,
+        )
+
+    @cached_property
+    def valid_rows(self) -> int:
+        """Rows that this rank receives."""
+        return self.plan.rows()
+
+    @cached_property
+    def received(self) -> Mapping[DispatchMode, Tensor]:
+        """What each dispatch mode of the reference receives, without what is unspecified behind it."""
+        primitives = dispatch_primitives(self._collectives)
+        received = {mode: primitives[mode].receive(self.x_TH, self.plan) for mode in DispatchMode}
+        return {**received, DispatchMode.ALL_TO_ALL: received[DispatchMode.ALL_TO_ALL][: self.valid_rows].clone()}
+
+    @property
+    def rows_of_x(self) -> Tensor:
+        """Rows of x in canonical order, the valid ones."""
+        return self.received[DispatchMode.ALL_TO_ALL]
+
+    @cached_property
+    def rows_RH(self) -> Tensor:
+        """Rows of experts, normally distributed, NaN behind the valid ones."""
+        size = (self.plan.row_capacity, self.shape.hidden)
+        rows_RH = torch.full(size, float("nan"), dtype=self.shape.dtype, device=self.device)
+        rows_RH[: self.valid_rows].normal_(generator=self._generator(4))
+        return rows_RH
+
+    @cached_property
+    def scores_WCK(self) -> Tensor:
+        """Scores of the group."""
+        return self._collectives.all_gather(pad_tokens(self.scores_TK, self.plan.capacity, 0))
+
+    @cached_property
+    def sums(self) -> Mapping[tuple[CombineMode, bool], Tensor]:
+        """What each combine mode of the reference gives for ``rows_RH``, with scores and without."""
+        primitives = combine_primitives(self._collectives)
+        return {
+            (mode, weighted): primitives[mode].combine(self.rows_RH, self.scores_WCK if weighted else None, self.plan)
+            for mode, weighted in product(CombineMode, (True, False))
+        }
+
+    @cached_property
+    def round_trips(self) -> Mapping[CombineMode, Tensor]:
+        """What each combine mode of the reference gives for the rows of x, with scores."""
+        primitives = combine_primitives(self._collectives)
+        return {mode: primitives[mode].combine(self.rows_of_x, self.scores_WCK, self.plan) for mode in CombineMode}
+
+    def mean_over_ranks(self, count: Callable[[RankCounts], int]) -> float:
+        """The mean over the ranks of what ``count`` makes of each one's counts."""
+        counts = [self._counts(rank) for rank in range(self.group.world_size)]
+        return sum(count(of_rank) for of_rank in counts) / len(counts)
+
+    @cached_property
+    def _collectives(self) -> Collectives:
+        return collectives_of(self.group)
+
+    @cached_property
+    def _pair_slots(self) -> list[list[int]]:
+        owner_WF = self.plan.owner_of_slot().flatten(1)
+        ranks = range(self.group.world_size)
+        return [[int((owner_WF[source] == owner).sum()) for owner in ranks] for source in ranks]
+
+    def _counts(self, rank: int) -> RankCounts:
+        return rank_counts(
+            rank,
+            capacity=self.shape.tokens,
+            tokens=self.shape.tokens,
+            pair_tokens=self.plan.pair_tokens.tolist(),
+            pair_slots=self._pair_slots,
+        )
+
+    def _generator(self, stream: int) -> torch.Generator:
+        """Random numbers of this rank for one of its tensors."""
+        return torch.Generator(self.device).manual_seed(1000 * stream + self.group.rank)
