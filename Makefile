@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types format clean
+.PHONY: demo test lint types format bench sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m sonic_ep doctor
@@ -30,5 +30,19 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,viz]'
 	touch $@
 
+# On GPUs: make bench RANKS=2 RESULTS=bench/results/mine.json. Without one, a smoke size under Triton's interpreter.
+RANKS ?= 1
+BENCH_SETTINGS := $(if $(shell command -v nvidia-smi),,TRITON_INTERPRET=1)
+RESULTS ?= bench/results/latest.json
+
+bench: $(INSTALLED)
+	$(BENCH_SETTINGS) $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$(RANKS) \
+		-m pytest bench --results=$(RESULTS)
+
+# Needs two GPUs and the CUDA toolkit.
+sanitize: $(INSTALLED)
+	compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 \
+		$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=2 tests/every_kernel.py
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info train_lm.png
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info train_lm.png bench/results/latest.json

@@ -12,10 +12,12 @@ import torch
 
 import sonic_ep.cli.verify as verify_module
 from sonic_ep import EPConfig, ExpertParallel
+from sonic_ep.backend import unavailable_reasons
 from sonic_ep.cli import GREEN, INTERRUPTED, RED, WRONG_ARGUMENTS, main
 from sonic_ep.cli.doctor import BackendHealth, Health, link_types
 from sonic_ep.cli.launch import joined_group, launched_by_torchrun
 from sonic_ep.cli.verify import Trial, chosen_cases, configurations, fitting_cases, run_trials
+from sonic_ep.group import EPGroup
 from sonic_ep.testing import CASES, Accuracy, Case
 from sonic_ep.testing.checks import Errors
 
@@ -31,10 +33,11 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert f"torch             {version('torch')}" in out
     assert "backend reference can run here" in out
-    assert "backend fast      cannot run here:" in out
-    assert "    - this version of sonic_ep does not contain its kernels yet" in out
     assert main(["doctor", "--backend", "reference"]) == GREEN
-    assert main(["doctor", "--backend", "fast"]) == RED
+    reasons = unavailable_reasons("fast", EPGroup(rank=0, world_size=1))
+    assert f"backend fast      {'cannot run here:' if reasons else 'can run here'}" in out
+    assert all(f"    - {reason}" in out for reason in reasons)
+    assert main(["doctor", "--backend", "fast"]) == (RED if reasons else GREEN)
 
 
 def test_health_is_the_health_of_what_was_asked() -> None:

@@ -211,6 +211,23 @@ def test_views_as_arguments(pool: RankPool, modes: Modes) -> None:
     pool.run(strided, modes, world_size=2)
 
 
+def sized_exactly(rank: Rank, case: Case) -> None:
+    """Exact sizes differ from rank to rank; neither they nor a bound that holds spoil anything."""
+    inputs = draw(case, rank.world_size, rank.device)
+    with ExpertParallel(backend="reference") as reference:
+        expected = outcome_of(reference, inputs, rank.rank)
+    for config in (EPConfig(cpu_sync_on_runtime=True), EPConfig(cpu_sync_on_runtime=True, max_rows=1000)):
+        with ExpertParallel(backend="fast", config=config) as fast:
+            assert_same(outcome_of(fast, inputs, rank.rank), expected, str(config))
+            fast.check()
+
+
+@pytest.mark.parametrize("case", ["one_rank", "dropped_slots"])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_exact_sizes_on_every_rank(pool: RankPool, world_size: int, case: str) -> None:
+    pool.run(sized_exactly, replace(CASES[case], hidden=12, tokens=(4, 2)), world_size=world_size)
+
+
 def in_small_chunks(rank: Rank, case: Case, most_bytes: int) -> None:
     """A receive buffer for few tokens: they take their turn in chunks, also the last that is not full."""
     from sonic_ep.fast.collectives import gather_scores

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from every_kernel import run_every_kernel
 from torch import Tensor
 
-from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.testing import Rank, RankPool, assert_bitwise
 
 PROGRAM = Path(__file__).parent / "compile_kernels.py"
@@ -165,16 +165,9 @@ def launches(rank: Rank, dtype: torch.dtype, hidden: int, top_k: int) -> list[di
         seen.setdefault(json.dumps(entry, sort_keys=True), entry)
         return run(kernel, *arguments, grid=grid, warmup=warmup, **constants)
 
-    x = torch.randn(2, hidden, device=rank.device).to(dtype).requires_grad_()
-    idx = torch.arange(2 * top_k, device=rank.device).view(2, top_k) % (2 * top_k)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpretedFunction, "run", recorded)
-        for dispatch, combine in zip(DispatchMode, CombineMode, strict=True):
-            config = EPConfig(dispatch=dispatch, combine=combine, max_rows=100)
-            with ExpertParallel(backend="fast", config=config) as ep:
-                plan = ep.plan(idx, num_experts=2 * top_k)
-                scores = torch.ones(2, top_k, device=rank.device, requires_grad=True)
-                ep.combine(ep.dispatch(x, plan), scores, plan).sum().backward()
+        run_every_kernel(rank.device, dtype, hidden, top_k)
     return list(seen.values())
 
 

@@ -184,9 +184,11 @@ def planned_large(rank: Rank, case: Case) -> None:
     inputs = draw(case, rank.world_size, rank.device)
     mine = inputs.topk_idx[inputs.tokens_of(rank.rank)]
     mine = mine.int() if case.name == "int32 ids" else mine
-    for config in (EPConfig(), EPConfig(cpu_sync_on_runtime=True), EPConfig(max_rows=10**6)):
+    exact = EPConfig(max_rows=10**6, cpu_sync_on_runtime=True)
+    for config in (EPConfig(), EPConfig(cpu_sync_on_runtime=True), EPConfig(max_rows=10**6), exact):
         with ExpertParallel(backend="fast", config=config) as ep:
             plan = ep.plan(mine, case.num_experts)
+            ep.check()
         assert_same_plan(plan, reference_plan(mine, case.num_experts, config))
 
 

@@ -30,21 +30,22 @@ from sonic_ep.fast.rows import spoil_if_overflowed, take_rows, weigh_rows
 from sonic_ep.fast.verdict import Verdict
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.group import EPGroup
-from sonic_ep.plan import RoutingPlan, check_slots, room_for_rows, row_ceiling
+from sonic_ep.plan import MOST_SLOTS, RoutingPlan, check_slots, room_for_rows, row_ceiling
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Exchange:
     """One plan with the primitives that move rows by it, as the autograd functions need them.
 
-    bounded: R is the caller's ``max_rows``, so that more rows may have been routed to a rank than it has room for.
+    max_rows: the caller's bound, past which only the device knows that a rank was routed more; None where there is no
+        bound, or the host has held it already.
     """
 
     plan: RoutingPlan
     dispatch: FastDispatch
     combine: FastCombine
     workspace: Workspace
-    bounded: bool
+    max_rows: int | None
 
     def reserve(self, row_bytes: int) -> None:
         """Collective. Allocate what forward and backward need, so that backward never has to."""
@@ -58,13 +59,17 @@ class Exchange:
         received = self.dispatch.receive(x_TH.contiguous(), self.plan)
         source_R = self.dispatch.source_of_row(self.plan)
         rows_RH = received if source_R is None else take_rows(received, source_R)
-        return spoil_if_overflowed(rows_RH, self.plan) if self.bounded else rows_RH
+        return self._spoiled(rows_RH)
 
     def sums(self, rows_RH: Tensor, scores_WCK: Tensor | None) -> Tensor:
         """Collective. The weighted sums of a token's rows, (T, H); every score is 1 if there are none."""
         self.workspace.enter()
         y_TH = self.combine.combine(rows_RH.contiguous(), scores_WCK, self.plan)
-        return spoil_if_overflowed(y_TH, self.plan) if self.bounded else y_TH
+        return self._spoiled(y_TH)
+
+    def _spoiled(self, rows_NH: Tensor) -> Tensor:
+        """The rows, all NaN if a rank was routed more than the bound."""
+        return rows_NH if self.max_rows is None else spoil_if_overflowed(rows_NH, self.plan, self.max_rows)
 
 
 class Dispatch(torch.autograd.Function):
@@ -150,11 +155,16 @@ class FastBackend:
         if capacity == 0:
             return empty_plan(shape, topk_idx_TK)
         counts = gathered_counts(topk_idx_TK, shape, kit.workspace, kit.verdict.record)
-        rows = self._room(counts, shape, distinct)
+        bound = MOST_SLOTS if self._config.max_rows is None else self._config.max_rows
         plan = placed_plan(
-            counts, shape, num_tokens=topk_idx_TK.shape[0], row_capacity=rows, verdict=kit.verdict.record
+            counts,
+            shape,
+            num_tokens=topk_idx_TK.shape[0],
+            row_capacity=self._room(counts, shape, distinct),
+            max_rows=bound,
+            verdict=kit.verdict.record,
         )
-        kit.verdict.expect(num_experts=num_experts, max_rows=rows)
+        kit.verdict.expect(num_experts=num_experts, max_rows=bound)
         return plan
 
     def dispatch(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
@@ -224,7 +234,7 @@ class FastBackend:
             dispatch=kit.dispatch[modes.dispatch],
             combine=kit.combine[modes.combine],
             workspace=kit.workspace,
-            bounded=self._config.max_rows is not None,
+            max_rows=None if self._config.cpu_sync_on_runtime else self._config.max_rows,
         )
         exchange.reserve(rows.shape[1] * rows.element_size())
         return exchange

@@ -111,9 +111,12 @@ def gathered_counts(topk_idx_TK: Tensor, shape: PlanShape, workspace: Workspace,
 
 
 def placed_plan(
-    counts: TileCounts, shape: PlanShape, *, num_tokens: int, row_capacity: int, verdict: Tensor
+    counts: TileCounts, shape: PlanShape, *, num_tokens: int, row_capacity: int, max_rows: int, verdict: Tensor
 ) -> RoutingPlan:
-    """This rank's plan with R = ``row_capacity``, from the counts. Not collective; no read on the host."""
+    """This rank's plan with R = ``row_capacity``, from the counts. Not collective; no read on the host.
+
+    max_rows: rows of one rank past which ``verdict`` says so.
+    """
     device = counts.totals.device
 
     def empty(*sizes: int) -> Tensor:
@@ -130,7 +133,7 @@ def placed_plan(
         pair_tokens=empty(shape.world_size, shape.world_size),
         packed_of_token=empty(shape.world_size, shape.capacity),
     )
-    sizes = (shape.tiles_per_rank, shape.num_experts, shape.experts_per_rank, shape.world_size, row_capacity)
+    sizes = (shape.tiles_per_rank, shape.num_experts, shape.experts_per_rank, shape.world_size)
     launch(
         place_kernel,
         (shape.tiles,),
@@ -143,6 +146,7 @@ def placed_plan(
         shape.rank,
         shape.capacity,
         *sizes,
+        row_capacity,
         device=device,
         COMPARED=COMPARED_SLOTS,
         **_tile_constants(shape),
@@ -157,6 +161,7 @@ def placed_plan(
         verdict,
         shape.rank,
         *sizes,
+        max_rows,
         device=device,
         EXPERTS_PADDED=shape.padded_experts,
         RANKS_PADDED=power_of_two(shape.world_size),

@@ -180,13 +180,13 @@ def totals_kernel(
     num_experts,
     experts_per_rank,
     world_size,
-    row_capacity,
+    max_rows,
     EXPERTS_PADDED: tl.constexpr,
     RANKS_PADDED: tl.constexpr,
 ):
     """The small fields of the plan. Grid (W,): program p writes row p of pair_tokens, program 0 also the others.
 
-    verdict_ptr: see ``Verdict``; the rank with most rows, plus one, and its rows, where they pass ``row_capacity``.
+    verdict_ptr: see ``Verdict``; the rank with most rows, plus one, and its rows, where they pass ``max_rows``.
     Tiles that begin with 0 3 tokens before them, and a total of 5, hold 3 2.
     """
     source = tl.program_id(0)
@@ -221,6 +221,6 @@ def totals_kernel(
             rows = tl.sum(tl.where(held, total, 0), axis=0)
             fullest = tl.where(rows > most_rows, other, fullest)
             most_rows = tl.maximum(rows, most_rows)
-        if most_rows > row_capacity:
+        if most_rows > max_rows:
             tl.store(verdict_ptr + 1, fullest + 1)
             tl.store(verdict_ptr + 2, most_rows)

@@ -116,15 +116,15 @@ def spoil_kernel(
             tl.store(rows_ptr + row * H + column, rounded(nan, rows_ptr), mask=column < H)
 
 
-def spoil_if_overflowed(rows_NH: Tensor, plan: RoutingPlan) -> Tensor:
-    """``rows_NH`` (N, H), all NaN on the device if a rank of the plan has more rows than R. No read on the host."""
+def spoil_if_overflowed(rows_NH: Tensor, plan: RoutingPlan, max_rows: int) -> Tensor:
+    """``rows_NH`` (N, H), all NaN if a rank of the plan is routed more than ``max_rows``. No read on the host."""
     width = rows_NH.shape[1]
     launch(
         spoil_kernel,
         (rows_NH.shape[0],),
         rows_NH,
         plan.counts,
-        plan.row_capacity,
+        max_rows,
         plan.num_experts,
         plan.experts_per_rank,
         device=rows_NH.device,
