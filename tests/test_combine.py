@@ -93,7 +93,9 @@ def score_gradient(rank: Rank, backend: str, case: Case, config: EPConfig) -> No
 
 @pytest.mark.parametrize("dispatch", ["all_gather", "all_to_all", "rank_dedup"])
 @pytest.mark.parametrize("case", ["uniform", "dropped_slots", "repeated_experts"])
-@pytest.mark.parametrize(("backend", "world_size", "dtype"), BACKEND_SIZE_DTYPE, ids=str)
+@pytest.mark.parametrize(
+    ("backend", "world_size", "dtype"), [entry for entry in BACKEND_SIZE_DTYPE if entry[1] in (2, 4)], ids=str
+)
 def test_gradients_of_rows_and_scores(
     pool: RankPool, backend: str, world_size: int, case: str, dispatch: str, dtype: torch.dtype
 ) -> None:

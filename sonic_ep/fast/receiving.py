@@ -28,9 +28,10 @@ FLAG_BYTES = 4
 MOST_RECEIVED_BYTES = 2**29
 # Groups between sending a token and summing one: more than run at a time on a GPU, so that sums rarely have to wait.
 LAG_TOKENS = 1024
-# fp32 sums that a program keeps in registers: 16 for each thread.
-COLUMNS = 4096
-SUM_WARPS = 8
+# Columns that a program sums at a time, 8 a thread. Few, so that many programs fit on a multiprocessor: each of them
+# waits for its stores to reach the peer before it raises its flag, and meanwhile others have to keep the memory busy.
+COLUMNS = 1024
+SUM_WARPS = 4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
