@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from sonic_ep.fast.device import rounded, turn_of
-from sonic_ep.fast.receiving import arrival_of
+from sonic_ep.fast.receiving import arrival_of, home_and_group
 
 
 @triton.jit
@@ -22,6 +22,15 @@ def turns_kernel(turns_ptr, rank, world_size):
     source, token = turn_of(program, rank, world_size)
     tl.store(turns_ptr + 2 * program, source)
     tl.store(turns_ptr + 2 * program + 1, token)
+
+
+@triton.jit
+def homes_kernel(turns_ptr, rank, world_size, lag):
+    """Whose token each program of a combine takes, and which."""
+    program = tl.program_id(0)
+    home, group = home_and_group(program, rank, world_size, lag)
+    tl.store(turns_ptr + 2 * program, home)
+    tl.store(turns_ptr + 2 * program + 1, group)
 
 
 @triton.jit

@@ -3,82 +3,27 @@
 Every run is held against the reference backend bit for bit, in forward and backward.
 """
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
+from there_and_back import (
+    Modes,
+    assert_same,
+    both,
+    by_modes,
+    changing,
+    delay,
+    outcome_of,
+    there_and_back,
+)
 from torch import Tensor
 
-from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
+from sonic_ep import CombineMode, EPConfig, ExpertParallel
 from sonic_ep.group import resolve_group
 from sonic_ep.plan import RoutingPlan
-from sonic_ep.testing import CASES, Case, Inputs, Rank, RankPool, assert_bitwise, draw
-
-MODES = [
-    (DispatchMode.ALL_TO_ALL, CombineMode.ALL_TO_ALL),
-    (DispatchMode.ALL_GATHER, CombineMode.REDUCE_SCATTER),
-    (DispatchMode.RANK_DEDUP, CombineMode.RANK_DEDUP),
-]
-by_modes = pytest.mark.parametrize("modes", MODES, ids=lambda pair: "+".join(mode.value for mode in pair))
-Modes = tuple[DispatchMode, CombineMode]
-Outcome = dict[str, Tensor]
-CAPACITY = 5
-
-
-def there_and_back(ep: ExpertParallel, inputs: Inputs, rank: int) -> Iterator[Outcome]:
-    """Plan, dispatch, combine, backward, one step for each ``next``; yields everything there is to compare."""
-    tokens = inputs.tokens_of(rank)
-    x = inputs.x[tokens].clone().requires_grad_()
-    scores = inputs.topk_scores[tokens].clone().requires_grad_()
-    plan = ep.plan(inputs.topk_idx[tokens], inputs.case.num_experts)
-    valid = plan.rows()
-    yield {}
-    rows = ep.dispatch(x, plan)
-    yield {}
-    # Squared, so that a row counts with its own value also in backward.
-    y = ep.combine(rows * rows, scores, plan)
-    yield {}
-    y.backward(inputs.dy[tokens])
-    assert x.grad is not None
-    assert scores.grad is not None
-    yield {"rows": rows[:valid].detach(), "y": y.detach(), "dx": x.grad, "dscores": scores.grad}
-
-
-def outcome_of(ep: ExpertParallel, inputs: Inputs, rank: int) -> Outcome:
-    return list(there_and_back(ep, inputs, rank))[-1]
-
-
-def assert_same(found: Outcome, expected: Outcome, what: str) -> None:
-    for name, tensor in expected.items():
-        if name == "dscores":
-            # A sum over H that each backend takes in its own order.
-            assert torch.allclose(
-                found[name], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()) if tensor.numel() else 0
-            )
-        else:
-            assert_bitwise(found[name], tensor, f"{name} {what}")
-
-
-@contextmanager
-def both(modes: Modes, group: dist.ProcessGroup | None = None) -> Iterator[tuple[ExpertParallel, ExpertParallel]]:
-    config = EPConfig(dispatch=modes[0], combine=modes[1])
-    with (
-        ExpertParallel(group, "fast", config, max_tokens_per_rank=CAPACITY) as fast,
-        ExpertParallel(group, "reference", config, max_tokens_per_rank=CAPACITY) as reference,
-    ):
-        yield fast, reference
-
-
-def changing(iteration: int, dtype: torch.dtype = torch.bfloat16) -> Case:
-    """Another routing, other tokens and another number of them each time; the shapes of shared memory stay."""
-    names = ["uneven_tokens", "dropped_slots", "one_rank", "repeated_experts", "empty_experts", "zero_token_ranks"]
-    base = CASES[names[iteration % len(names)]]
-    tokens = [(5, 2, 3, 1), (0, 4), (4,)][iteration % 3]
-    return replace(base, seed=100 + iteration, dtype=dtype, hidden=12, top_k=3, tokens=tokens)
+from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise, draw
 
 
 def six_iterations(rank: Rank, modes: Modes, late: bool) -> None:
@@ -89,14 +34,6 @@ def six_iterations(rank: Rank, modes: Modes, late: bool) -> None:
             if late and iteration % rank.world_size == rank.rank:
                 delay(rank)
             assert_same(outcome_of(fast, inputs, rank.rank), expected, f"in iteration {iteration}")
-
-
-def delay(rank: Rank) -> None:
-    """Hold up the stream that sends, or on the CPU the process."""
-    if rank.device.type == "cuda":
-        torch.cuda._sleep(200_000_000)
-    else:
-        time.sleep(0.1)
 
 
 @by_modes
@@ -318,91 +255,3 @@ def test_offsets_past_32_bits(pool: RankPool, request: pytest.FixtureRequest) ->
     if memory_available(device_type) < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of memory on {device_type}")
     pool.run(far_rows, world_size=1)
-
-
-def replayed(rank: Rank, modes: Modes) -> None:
-    """Three graphs, each replayed three times with new inputs, and eager calls of other shapes in between."""
-    drawn = [draw(changing(0), rank.world_size, rank.device)]
-    drawn += [draw(replace(drawn[0].case, seed=seed), rank.world_size, rank.device) for seed in (7, 8, 9)]
-    tokens = drawn[0].tokens_of(rank.rank)
-    with both(modes) as (fast, reference), torch.no_grad():
-        idx, x, scores = (tensor[tokens].clone() for tensor in (drawn[0].topk_idx, drawn[0].x, drawn[0].topk_scores))
-
-        def step() -> Tensor:
-            plan = fast.plan(idx, drawn[0].case.num_experts)
-            return fast.combine(fast.dispatch(x, plan).square(), scores, plan)
-
-        step()
-        graphs = []
-        for _ in range(3):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                y = step()
-            graphs.append((graph, y))
-        for inputs in drawn[1:]:
-            for graph, y in graphs:
-                for buffer, tensor in ((idx, inputs.topk_idx), (x, inputs.x), (scores, inputs.topk_scores)):
-                    buffer.copy_(tensor[tokens])
-                plan = reference.plan(idx, inputs.case.num_experts)
-                expected = reference.combine(reference.dispatch(x, plan).square(), scores, plan)
-                graph.replay()
-                assert_bitwise(y, expected, "replayed")
-                assert_bitwise(step(), expected, "eager, between replays")
-        fast.check()
-
-
-@by_modes
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_graphs_replayed_among_eager_calls(cuda_pool: RankPool, world_size: int, modes: Modes) -> None:
-    cuda_pool.run(replayed, modes, world_size=world_size)
-
-
-def replayed_after_growth(rank: Rank) -> None:
-    """A graph keeps the shared memory that it was captured with, also when a larger call has replaced it since."""
-    modes = MODES[2]
-    inputs = draw(changing(0), rank.world_size, rank.device)
-    wide = draw(replace(changing(1), hidden=512), rank.world_size, rank.device)
-    tokens = inputs.tokens_of(rank.rank)
-    with both(modes) as (fast, reference), torch.no_grad():
-        expected = outcome_without_gradients(reference, inputs, rank.rank)
-        outcome_without_gradients(fast, inputs, rank.rank)
-        plan = fast.plan(inputs.topk_idx[tokens], inputs.case.num_experts)
-        x, scores = inputs.x[tokens], inputs.topk_scores[tokens]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = fast.combine(fast.dispatch(x, plan), scores, plan)
-        found = outcome_without_gradients(fast, wide, rank.rank)
-        assert_bitwise(found, outcome_without_gradients(reference, wide, rank.rank))
-        graph.replay()
-        assert_bitwise(y, expected)
-
-
-def outcome_without_gradients(ep: ExpertParallel, inputs: Inputs, rank: int) -> Tensor:
-    tokens = inputs.tokens_of(rank)
-    plan = ep.plan(inputs.topk_idx[tokens], inputs.case.num_experts)
-    return ep.combine(ep.dispatch(inputs.x[tokens], plan), inputs.topk_scores[tokens], plan)
-
-
-def test_a_graph_outlives_growth(cuda_pool: RankPool) -> None:
-    cuda_pool.run(replayed_after_growth, world_size=2)
-
-
-def on_changing_streams(rank: Rank, modes: Modes) -> None:
-    inputs = draw(changing(0), rank.world_size, rank.device)
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    with both(modes) as (fast, reference):
-        expected = outcome_of(reference, inputs, rank.rank)
-        torch.cuda.synchronize()
-        for iteration in range(4):
-            with torch.cuda.stream(streams[iteration % 2]):
-                if iteration % rank.world_size == rank.rank:
-                    delay(rank)
-                found = outcome_of(fast, inputs, rank.rank)
-            # No wait for the host in between: the next call, on another stream, has to wait by itself.
-            streams[iteration % 2].synchronize() if iteration == 3 else None
-        assert_same(found, expected, "on changing streams")
-
-
-@by_modes
-def test_calls_on_changing_streams(cuda_pool: RankPool, modes: Modes) -> None:
-    cuda_pool.run(on_changing_streams, modes, world_size=2)

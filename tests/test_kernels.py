@@ -99,7 +99,7 @@ def test_examples_of_rows(pool: RankPool) -> None:
 
 def example_of_arrivals(rank: Rank) -> None:
     import triton
-    from _kernels_under_test import arrivals_kernel, turns_kernel
+    from _kernels_under_test import arrivals_kernel, homes_kernel, turns_kernel
 
     from sonic_ep.fast.device import launch
 
@@ -110,6 +110,9 @@ def example_of_arrivals(rank: Rank) -> None:
     turns = torch.zeros(4, 2, dtype=torch.int32, device=rank.device)
     launch(turns_kernel, (4,), turns, 1, 3, device=rank.device)
     assert turns.tolist() == [[1, 0], [2, 0], [0, 0], [1, 1]]
+    homes = torch.zeros(6, 2, dtype=torch.int32, device=rank.device)
+    launch(homes_kernel, (6,), homes, 1, 3, 1, device=rank.device)
+    assert homes.tolist() == [[2, 0], [0, 0], [1, -1], [2, 1], [0, 1], [1, 0]]
 
 
 def test_example_of_arrivals_and_turns(pool: RankPool) -> None:

@@ -121,32 +121,43 @@ def signal(flag_ptr):
 
 @triton.jit
 def take_signal(flag_ptr, expiry_ptr, peer, step, limit, PHASE: tl.constexpr):
-    """Wait until the flag is up, and lower it. Everything its raiser wrote before is visible after.
-
-    expiry_ptr (3,) int32: after ``limit`` polls in vain it says phase, peer + 1 and step, and on a GPU the
-    program traps.
-    """
-    if INTERPRETED:
-        # Nothing traps there: after one wait in vain the others are not to take their time as well.
-        limit = tl.where(tl.load(expiry_ptr) == 0, limit, 0)
-    seen = tl.atomic_cas(flag_ptr, 1, 0, sem="acquire", scope="sys")
-    polls = tl.full((), 0, tl.int64)
-    while (seen != 1) & (polls < limit):
-        if INTERPRETED:
-            rest()
-        seen = tl.atomic_cas(flag_ptr, 1, 0, sem="acquire", scope="sys")
-        polls += 1
-    _expect_in_time(seen, expiry_ptr, peer, step, PHASE)
+    """Wait until the flag is up, and lower it. Everything its raiser wrote before is visible after."""
+    _turn_in_time(flag_ptr, 1, 0, "acquire", expiry_ptr, peer, step, limit, PHASE)
     tl.debug_barrier()
 
 
 @triton.jit
-def _expect_in_time(seen, expiry_ptr, peer, step, PHASE: tl.constexpr):
-    if seen != 1:
+def _turn_in_time(
+    flag_ptr,
+    OLD: tl.constexpr,
+    NEW: tl.constexpr,
+    SEM: tl.constexpr,
+    expiry_ptr,
+    peer,
+    step,
+    limit,
+    PHASE: tl.constexpr,
+):
+    """Turn a flag from ``OLD`` to ``NEW``, once it is ``OLD``.
+
+    expiry_ptr (3,) int32: after ``limit`` polls in vain it says phase, peer + 1 and step, and on a GPU the program
+    traps.
+    """
+    if INTERPRETED:
+        # Nothing traps there: after one wait in vain the others are not to take their time as well.
+        limit = tl.where(tl.load(expiry_ptr) == 0, limit, 0)
+    seen = tl.atomic_cas(flag_ptr, OLD, NEW, sem=SEM, scope="sys")
+    polls = tl.full((), 0, tl.int64)
+    while (seen != OLD) & (polls < limit):
+        if INTERPRETED:
+            rest()
+        seen = tl.atomic_cas(flag_ptr, OLD, NEW, sem=SEM, scope="sys")
+        polls += 1
+    if seen != OLD:
         tl.store(expiry_ptr, PHASE)
         tl.store(expiry_ptr + 1, peer + 1)
         tl.store(expiry_ptr + 2, step)
-    tl.device_assert(seen == 1, "sonic_ep: a rank waited for another until its time was up")
+    tl.device_assert(seen == OLD, "sonic_ep: a rank waited for another until its time was up")
 
 
 @triton.jit(do_not_specialize=["step", "limit"])
@@ -161,12 +172,5 @@ def barrier_kernel(flags_ptr, expiry_ptr, rank, step, limit, PHASE: tl.constexpr
         theirs = tl.load(flags_ptr + peer).to(tl.pointer_type(tl.int32)) + rank
         mine = tl.load(flags_ptr + rank).to(tl.pointer_type(tl.int32)) + peer
         # The peer may still be about to lower the flag of the last meeting.
-        was_up = tl.atomic_cas(theirs, 0, 1, sem="release", scope="sys")
-        polls = tl.full((), 0, tl.int64)
-        while (was_up != 0) & (polls < limit):
-            if INTERPRETED:
-                rest()
-            was_up = tl.atomic_cas(theirs, 0, 1, sem="release", scope="sys")
-            polls += 1
-        _expect_in_time(1 - was_up, expiry_ptr, peer, step, PHASE)
+        _turn_in_time(theirs, 0, 1, "release", expiry_ptr, peer, step, limit, PHASE)
         take_signal(mine, expiry_ptr, peer, step, limit, PHASE)

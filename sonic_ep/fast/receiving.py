@@ -125,6 +125,19 @@ def send_and_sum(
 
 
 @triton.jit
+def home_and_group(program, rank, world_size, lag):
+    """Whose token a program of grid ((tokens + lag) * W,) takes, and which of the chunk; out of range if none.
+
+    In each group the other ranks come first, from the next one around, and this rank last, ``lag`` groups later. With
+    W=3, lag=1 on rank 1, programs 0 to 5 take token 0 of ranks 2 and 0, none, token 1 of ranks 2 and 0, token 0 of
+    rank 1.
+    """
+    home = (rank + 1 + program % world_size) % world_size
+    group = program // world_size
+    return home, tl.where(home == rank, group - lag, group)
+
+
+@triton.jit
 def has_slot(experts, first_expert, experts_per_rank):
     """Whether one of a token's ``experts`` (K,) is among those of one rank."""
     return tl.max(((experts >= first_expert) & (experts < first_expert + experts_per_rank)).to(tl.int32), axis=0) == 1

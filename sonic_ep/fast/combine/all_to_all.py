@@ -13,6 +13,7 @@ from sonic_ep.fast.receiving import (
     arrival_of,
     await_arrivals,
     has_slot,
+    home_and_group,
     raise_arrival,
     receiver,
     send_and_sum,
@@ -58,33 +59,16 @@ def exchange_rows_kernel(
     Rounding point: out = round(sum over k, ascending, of score * row), products and sum in fp32.
     The row of choice 1 of the chunk's token 5 arrives, with K=2, in row 11.
     """
-    group = tl.program_id(0) // world_size
-    place = tl.program_id(0) % world_size
-    k = tl.arange(0, K_PADDED)
-    first_expert = rank * experts_per_rank
-    if place < world_size - 1:
-        if group < tokens:
-            home = (rank + 1 + place) % world_size
-            first_slot = (home.to(tl.int64) * capacity + first_token + group) * K
-            experts = tl.load(expert_ids_ptr + first_slot + k, mask=k < K, other=-1)
-            if has_slot(experts, first_expert, experts_per_rank):
-                target = peer_pointer(received_ptr, home, out_ptr) + group.to(tl.int64) * K * H
-                for choice in range(K):
-                    expert = tl.load(expert_ids_ptr + first_slot + choice)
-                    row = tl.load(row_of_slot_ptr + first_slot + choice).to(tl.int64)
-                    here = (expert >= first_expert) & (expert < first_expert + experts_per_rank) & (row < row_capacity)
-                    if here:
-                        for first in range(0, H, COLUMNS):
-                            column = first + tl.arange(0, COLUMNS)
-                            value = tl.load(rows_ptr + row * H + column, mask=column < H)
-                            tl.store(target + choice * H + column, value, mask=column < H)
-                raise_arrival(flags_ptr, home, arrival_of(rank, home, group, world_size, chunk))
-    else:
-        group -= lag
-        if (group >= 0) & (group < tokens):
-            token = first_token + group
-            first_slot = (rank.to(tl.int64) * capacity + token) * K
-            experts = tl.load(expert_ids_ptr + first_slot + k, mask=k < K, other=-1)
+    home, group = home_and_group(tl.program_id(0), rank, world_size, lag)
+    if (group >= 0) & (group < tokens):
+        token = first_token + group
+        first_slot = (home.to(tl.int64) * capacity + token) * K
+        k = tl.arange(0, K_PADDED)
+        experts = tl.load(expert_ids_ptr + first_slot + k, mask=k < K, other=-1)
+        first_expert = rank * experts_per_rank
+        behind = first_expert + experts_per_rank
+        received = peer_pointer(received_ptr, home, out_ptr) + group.to(tl.int64) * K * H
+        if home == rank:
             await_arrivals(
                 flags_ptr,
                 experts,
@@ -100,25 +84,33 @@ def exchange_rows_kernel(
                 False,
             )
             if token < own_tokens:
-                received = peer_pointer(received_ptr, rank, out_ptr) + group.to(tl.int64) * K * H
                 for first in range(0, H, COLUMNS):
                     column = first + tl.arange(0, COLUMNS)
                     total = tl.zeros((COLUMNS,), dtype=tl.float32)
                     for choice in range(K):
                         expert = tl.load(expert_ids_ptr + first_slot + choice)
                         row = tl.load(row_of_slot_ptr + first_slot + choice).to(tl.int64)
-                        behind = first_expert + experts_per_rank
                         own = (expert >= first_expert) & (expert < behind) & (row < row_capacity)
                         remote = ((expert >= 0) & (expert < first_expert)) | (expert >= behind)
                         term = tl.load(rows_ptr + row * H + column, mask=column < tl.where(own, H, 0), other=0.0)
-                        # Past the first-level cache, which knows nothing of what peers write meanwhile.
                         there = column < tl.where(remote, H, 0)
+                        # Past the first-level cache, which knows nothing of what peers write meanwhile.
                         arrived = tl.load(received + choice * H + column, mask=there, other=0.0, cache_modifier=".cg")
                         term = tl.where(there, arrived, term).to(tl.float32)
                         if HAS_SCORES:
                             term = term * tl.load(scores_ptr + first_slot + choice, mask=expert >= 0, other=0.0)
                         total += term
                     tl.store(out_ptr + token.to(tl.int64) * H + column, rounded(total, out_ptr), mask=column < H)
+        elif has_slot(experts, first_expert, experts_per_rank):
+            for choice in range(K):
+                expert = tl.load(expert_ids_ptr + first_slot + choice)
+                row = tl.load(row_of_slot_ptr + first_slot + choice).to(tl.int64)
+                if (expert >= first_expert) & (expert < behind) & (row < row_capacity):
+                    for first in range(0, H, COLUMNS):
+                        column = first + tl.arange(0, COLUMNS)
+                        value = tl.load(rows_ptr + row * H + column, mask=column < H)
+                        tl.store(received + choice * H + column, value, mask=column < H)
+            raise_arrival(flags_ptr, home, arrival_of(rank, home, group, world_size, chunk))
 
 
 class AllToAllCombine:

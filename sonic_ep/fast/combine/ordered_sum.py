@@ -15,43 +15,13 @@ from sonic_ep.fast.receiving import (
     arrival_of,
     await_arrivals,
     has_slot,
+    home_and_group,
     raise_arrival,
     receiver,
     send_and_sum,
 )
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.plan import RoutingPlan
-
-
-@triton.jit
-def add_own_slots(
-    rows_ptr,
-    scores_ptr,
-    expert_ids_ptr,
-    row_of_slot_ptr,
-    first_slot,
-    first_expert,
-    experts_per_rank,
-    row_capacity,
-    column,
-    HAS_SCORES: tl.constexpr,
-    K: tl.constexpr,
-    H: tl.constexpr,
-):
-    """fp32 sum over k, ascending, of score * row, of a token's slots among one rank's experts.
-
-    rows_ptr (R, H), canonical order; scores_ptr (W*C*K,) fp32; first_slot: the token's first; column: which of H.
-    """
-    total = tl.zeros(column.shape, dtype=tl.float32)
-    for k in tl.static_range(0, K):
-        expert = tl.load(expert_ids_ptr + first_slot + k)
-        row = tl.load(row_of_slot_ptr + first_slot + k).to(tl.int64)
-        here = (expert >= first_expert) & (expert < first_expert + experts_per_rank) & (row < row_capacity)
-        term = tl.load(rows_ptr + row * H + column, mask=column < tl.where(here, H, 0), other=0.0).to(tl.float32)
-        if HAS_SCORES:
-            term = term * tl.load(scores_ptr + first_slot + k, mask=here, other=0.0)
-        total += term
-    return total
 
 
 @triton.jit(do_not_specialize=["rank", "step", "limit", "first_token", "tokens", "lag"])
@@ -93,43 +63,14 @@ def exchange_partial_sums_kernel(
     Rounding points: p_q = round(sum over k on q), out = round(sum over q of p_q), both sums in fp32 and ascending.
     With W=3, rank 0 finds what rank 1 pushed for token t at (0, t), and what rank 2 pushed at (1, t).
     """
-    group = tl.program_id(0) // world_size
-    place = tl.program_id(0) % world_size
-    k = tl.arange(0, K_PADDED)
-    first_expert = rank * experts_per_rank
-    if place < world_size - 1:
-        if group < tokens:
-            home = (rank + 1 + place) % world_size
-            token = first_token + group
-            first_slot = (home.to(tl.int64) * capacity + token) * K
-            experts = tl.load(expert_ids_ptr + first_slot + k, mask=k < K, other=-1)
-            if has_slot(experts, first_expert, experts_per_rank) | DENSE:
-                arrival = arrival_of(rank, home, group, world_size, chunk)
-                target = peer_pointer(received_ptr, home, out_ptr) + arrival.to(tl.int64) * H
-                for first in range(0, H, COLUMNS):
-                    column = first + tl.arange(0, COLUMNS)
-                    partial = add_own_slots(
-                        rows_ptr,
-                        scores_ptr,
-                        expert_ids_ptr,
-                        row_of_slot_ptr,
-                        first_slot,
-                        first_expert,
-                        experts_per_rank,
-                        row_capacity,
-                        column,
-                        HAS_SCORES,
-                        K,
-                        H,
-                    )
-                    tl.store(target + column, rounded(partial, out_ptr), mask=column < H)
-                raise_arrival(flags_ptr, home, arrival)
-    else:
-        group -= lag
-        if (group >= 0) & (group < tokens):
-            token = first_token + group
-            first_slot = (rank.to(tl.int64) * capacity + token) * K
-            experts = tl.load(expert_ids_ptr + first_slot + k, mask=k < K, other=-1)
+    home, group = home_and_group(tl.program_id(0), rank, world_size, lag)
+    if (group >= 0) & (group < tokens):
+        token = first_token + group
+        first_slot = (home.to(tl.int64) * capacity + token) * K
+        k = tl.arange(0, K_PADDED)
+        experts = tl.load(expert_ids_ptr + first_slot + k, mask=k < K, other=-1)
+        first_expert = rank * experts_per_rank
+        if home == rank:
             await_arrivals(
                 flags_ptr,
                 experts,
@@ -144,36 +85,42 @@ def exchange_partial_sums_kernel(
                 PHASE,
                 DENSE,
             )
-            if token < own_tokens:
-                for first in range(0, H, COLUMNS):
-                    column = first + tl.arange(0, COLUMNS)
-                    own = add_own_slots(
-                        rows_ptr,
-                        scores_ptr,
-                        expert_ids_ptr,
-                        row_of_slot_ptr,
-                        first_slot,
-                        first_expert,
-                        experts_per_rank,
-                        row_capacity,
-                        column,
-                        HAS_SCORES,
-                        K,
-                        H,
-                    )
-                    own = rounded(own, out_ptr).to(tl.float32)
+            takes_part = token < own_tokens
+        else:
+            takes_part = has_slot(experts, first_expert, experts_per_rank) | DENSE
+        if takes_part:
+            for first in range(0, H, COLUMNS):
+                column = first + tl.arange(0, COLUMNS)
+                partial = tl.zeros((COLUMNS,), dtype=tl.float32)
+                for choice in tl.static_range(0, K):
+                    expert = tl.load(expert_ids_ptr + first_slot + choice)
+                    row = tl.load(row_of_slot_ptr + first_slot + choice).to(tl.int64)
+                    here = (expert >= first_expert) & (expert < first_expert + experts_per_rank) & (row < row_capacity)
+                    inside = column < tl.where(here, H, 0)
+                    term = tl.load(rows_ptr + row * H + column, mask=inside, other=0.0).to(tl.float32)
+                    if HAS_SCORES:
+                        term = term * tl.load(scores_ptr + first_slot + choice, mask=here, other=0.0)
+                    partial += term
+                # Rounded where it was summed, also if that is the home itself.
+                own = rounded(partial, out_ptr)
+                if home == rank:
                     total = tl.zeros((COLUMNS,), dtype=tl.float32)
                     for sender in range(world_size):
                         if sender == rank:
-                            total += own
+                            total += own.to(tl.float32)
                         elif has_slot(experts, sender * experts_per_rank, experts_per_rank) | DENSE:
-                            arrival = arrival_of(sender, rank, group, world_size, chunk)
-                            source = peer_pointer(received_ptr, rank, out_ptr) + arrival.to(tl.int64) * H
+                            arrival = arrival_of(sender, rank, group, world_size, chunk).to(tl.int64)
+                            source_ptr = peer_pointer(received_ptr, rank, out_ptr) + arrival * H + column
                             # Past the first-level cache, which knows nothing of what peers write meanwhile.
-                            total += tl.load(source + column, mask=column < H, other=0.0, cache_modifier=".cg").to(
-                                tl.float32
-                            )
+                            arrived = tl.load(source_ptr, mask=column < H, other=0.0, cache_modifier=".cg")
+                            total += arrived.to(tl.float32)
                     tl.store(out_ptr + token.to(tl.int64) * H + column, rounded(total, out_ptr), mask=column < H)
+                else:
+                    arrival = arrival_of(rank, home, group, world_size, chunk).to(tl.int64)
+                    target_ptr = peer_pointer(received_ptr, home, out_ptr) + arrival * H + column
+                    tl.store(target_ptr, own, mask=column < H)
+            if home != rank:
+                raise_arrival(flags_ptr, home, arrival_of(rank, home, group, world_size, chunk))
 
 
 def exchange_partial_sums(
