@@ -133,11 +133,11 @@ def place() -> Iterator[Place]:
 @pytest.fixture(scope="session")
 def arena(place: Place, request: pytest.FixtureRequest) -> Iterator[Arena]:
     """The group and its shared memory, and the link's ceilings, measured first."""
+    sizes = chosen_sizes(place, request.config.getoption("--thek"))
     group = resolve_group(None)
     reasons = unavailable_reasons("fast", group)
     if reasons:
         pytest.skip(f"backend 'fast' cannot run here: {'; '.join(reasons)}")
-    sizes = chosen_sizes(place, request.config.getoption("--thek"))
     workspace = Workspace(group, place.device)
     with torch.no_grad():
         ceilings = measured_ceilings(workspace, sizes.large)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from sonic_ep.fast.availability import interpreter_reasons
 from sonic_ep.testing import RankPool
 
 GPUS_NEEDED = 2
@@ -15,6 +16,16 @@ def pytest_report_header() -> str:
     found = torch.cuda.device_count()
     gpus = "runs" if "cuda" in DEVICE_TYPES else f"not run: needs {GPUS_NEEDED} CUDA devices, found {found}"
     return f"sonic_ep levels: cpu runs, cuda {gpus}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """On the CPU the fast backend needs an interpreter that works, which not every machine has."""
+    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    fast = item.get_closest_marker("fast") is not None or params.get("backend") == "fast"
+    on_gpus = "cuda_pool" in getattr(item, "fixturenames", ()) or params.get("pool") == "cuda"
+    reasons = interpreter_reasons() if fast and not on_gpus else ()
+    if reasons:
+        pytest.skip("; ".join(reasons))
 
 
 @pytest.fixture(scope="session", params=DEVICE_TYPES)

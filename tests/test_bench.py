@@ -54,6 +54,7 @@ def check_entries(entries: list[dict[str, Any]]) -> set[str]:
     return {entry["name"] for entry in entries}
 
 
+@pytest.mark.fast
 def test_smoke_on_one_rank(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "one.json"
     done = run(*PYTEST, f"--results={path}", "--commit", "a name")
@@ -66,6 +67,7 @@ def test_smoke_on_one_rank(tmp_path: Path) -> None:
     assert "no CUDA device, a smoke size on the CPU: the times mean nothing" in done.stdout
 
 
+@pytest.mark.fast
 def test_smoke_on_two_ranks(tmp_path: Path) -> None:
     path, theirs = tmp_path / "two.json", tmp_path / "pytest_benchmark.json"
     done = run(*TORCHRUN, *PYTEST, f"--results={path}", "--commit=a name", f"--benchmark-json={theirs}")
@@ -176,6 +178,7 @@ def work_that_one_rank_gets_wrong(rank: Rank) -> tuple[str, int]:
     return str(wrong.value), len(results.entries)
 
 
+@pytest.mark.fast
 def test_a_result_that_is_wrong_on_one_rank_fails_on_all_and_is_not_timed(cpu_pool: RankPool) -> None:
     answers = cpu_pool.run(work_that_one_rank_gets_wrong, world_size=2)
     assert answers == [("rank 1: got 1", 0)] * 2

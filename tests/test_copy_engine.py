@@ -11,6 +11,7 @@ from sonic_ep.group import resolve_group
 from sonic_ep.testing import Rank, RankPool, assert_bitwise
 
 HIDDEN = 24
+pytestmark = pytest.mark.fast
 
 
 def tokens_of(rank: int, iteration: int, device: torch.device) -> Tensor:

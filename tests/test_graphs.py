@@ -10,6 +10,8 @@ from torch import Tensor
 from sonic_ep import ExpertParallel
 from sonic_ep.testing import Inputs, Rank, RankPool, assert_bitwise, draw
 
+pytestmark = pytest.mark.fast
+
 
 def replayed(rank: Rank, modes: Modes) -> None:
     """Three graphs, each replayed three times with new inputs, and eager calls of other shapes in between."""

@@ -25,6 +25,8 @@ from sonic_ep.group import resolve_group
 from sonic_ep.plan import RoutingPlan
 from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise, draw
 
+pytestmark = pytest.mark.fast
+
 
 def six_iterations(rank: Rank, modes: Modes, late: bool) -> None:
     with both(modes) as (fast, reference):

@@ -14,6 +14,7 @@ from torch import Tensor
 from sonic_ep.testing import Rank, RankPool, assert_bitwise
 
 PROGRAM = Path(__file__).parent / "compile_kernels.py"
+pytestmark = pytest.mark.fast
 
 
 def index(rank: Rank, *numbers: int) -> Tensor:

@@ -105,6 +105,7 @@ def timed_on_the_stream(rank: Rank) -> tuple[Timing, bool]:
     return timing, float(numbers[0]) == before + 5
 
 
+@pytest.mark.fast
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 CUDA devices")
 def test_graphs_are_timed_by_events(pool: RankPool, request: pytest.FixtureRequest) -> None:
     if request.node.callspec.params["pool"] == "cpu":
@@ -140,6 +141,7 @@ def ceilings_of_counted_transfers(rank: Rank) -> tuple[object, int]:
     return ceilings, len(asked)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_every_transfer_over_the_link_brings_what_was_sent(pool: RankPool, world_size: int) -> None:
     from sonic_ep.fast.link import LAUNCHES, STREAMS, LinkCeilings
@@ -151,6 +153,7 @@ def test_every_transfer_over_the_link_brings_what_was_sent(pool: RankPool, world
         assert asked == 2 * len(STREAMS) + 2 * len(LAUNCHES)
 
 
+@pytest.mark.fast
 def test_one_rank_has_no_link(cpu_pool: RankPool) -> None:
     assert cpu_pool.run(ceilings_of_counted_transfers, world_size=1) == [(None, 0)]
 
@@ -172,6 +175,7 @@ def transfers_that_fail(rank: Rank) -> list[str]:
     return [*said, str(wrong.value)]
 
 
+@pytest.mark.fast
 def test_a_transfer_that_brings_something_else_is_an_error(cpu_pool: RankPool) -> None:
     said = cpu_pool.run(transfers_that_fail, world_size=2)[1]
     assert said[0] == "rank 1 of 2: link: got 0 bytes, expected a multiple of 32768"

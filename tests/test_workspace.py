@@ -7,19 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from sonic_ep import ExpertParallel
 from sonic_ep.config import PeerTimeoutError
 from sonic_ep.group import resolve_group
-from sonic_ep.testing import Rank, RankPool
+from sonic_ep.testing import Rank, RankError, RankPool
 
 SHARED_FILES = "sonic_ep_" + "[0-9a-f]" * 32
+pytestmark = pytest.mark.fast
 
 
-def make_workspace(rank: Rank):
+def make_workspace(rank: Rank, process_group: dist.ProcessGroup | None = None):
     from sonic_ep.fast.workspace import Workspace
 
-    return Workspace(resolve_group(None), rank.device)
+    return Workspace(resolve_group(process_group), rank.device)
 
 
 def shared_files() -> list[Path]:
@@ -48,6 +50,56 @@ def exchanged_bytes(rank: Rank) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_every_rank_reads_what_every_rank_wrote(pool: RankPool, world_size: int) -> None:
     pool.run(exchanged_bytes, world_size=world_size)
+
+
+class Counter:
+    """Takes numbers ``step`` apart, and counts how many."""
+
+    def __init__(self, first: int, step: int) -> None:
+        self.last, self._step, self.taken = first - step, step, 0
+
+    def __call__(self) -> int:
+        self.taken += 1
+        self.last += self._step
+        return self.last
+
+
+def brought_in_step(rank: Rank, first: list[int]) -> tuple[int, int]:
+    from sonic_ep.fast.workspace import keep_in_step
+
+    counter = Counter(first[rank.rank], 2)
+    keep_in_step(resolve_group(None), counter)
+    return counter.last, counter.taken
+
+
+@pytest.mark.parametrize(
+    ("first", "expected"), [([4, 8, 6], [(8, 3), (8, 1), (8, 2)]), ([5, 5, 5], [(5, 1), (5, 1), (5, 1)])]
+)
+def test_ranks_take_numbers_until_they_are_in_step(
+    cpu_pool: RankPool, first: list[int], expected: list[tuple[int, int]]
+) -> None:
+    assert cpu_pool.run(brought_in_step, first, world_size=3) == expected
+
+
+def test_ranks_that_cannot_come_in_step_say_so(cpu_pool: RankPool) -> None:
+    with pytest.raises(RankError, match=r"ranks that had made \[4, 7\] rendezvous came to \[8, 7\], expected the same"):
+        cpu_pool.run(brought_in_step, [4, 7], world_size=2)
+
+
+def shared_by_some_then_by_all(rank: Rank) -> None:
+    """Groups with other members, and with other numbers of buffers, before one group of all."""
+    first, second = dist.new_group([0, 1]), dist.new_group([1, 2])
+    for members, buffers in ((first, 3), (second, 1)):
+        if dist.get_rank(members) >= 0:
+            workspace = make_workspace(rank, members)
+            for number in range(buffers):
+                workspace.reserve(f"buffer {number}", 8)
+            workspace.close()
+    exchanged_bytes(rank)
+
+
+def test_ranks_that_shared_in_other_groups_before(pool: RankPool) -> None:
+    pool.run(shared_by_some_then_by_all, world_size=3)
 
 
 def gathered_through_the_table(rank: Rank) -> None:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from sonic_ep.backend import Backend
 from sonic_ep.config import EPConfig
-from sonic_ep.fast.availability import auto_reasons, device_reasons, interpreted, software_reasons
+from sonic_ep.fast.availability import (
+    auto_reasons,
+    device_reasons,
+    interpreted,
+    interpreter_reasons,
+    software_reasons,
+)
 from sonic_ep.group import EPGroup
 
 __all__ = ["auto_reasons", "create", "unavailable_reasons"]
@@ -14,8 +20,9 @@ def unavailable_reasons(group: EPGroup) -> tuple[str, ...]:
     """Every reason why the backend cannot run here, all at once."""
     missing = software_reasons()
     # Only an installed triton can tell whether its interpreter does without a GPU.
-    needs_gpu = bool(missing) or not interpreted()
-    return (*missing, *(device_reasons() if needs_gpu else ()))
+    if not missing and interpreted():
+        return interpreter_reasons()
+    return (*missing, *device_reasons())
 
 
 def create(group: EPGroup, config: EPConfig) -> Backend:

@@ -28,6 +28,19 @@ def software_reasons() -> tuple[str, ...]:
     return ()
 
 
+def interpreter_reasons() -> tuple[str, ...]:
+    """What keeps Triton's interpreter from running kernels on tensors of the CPU."""
+    missing = software_reasons()
+    if missing:
+        return missing
+    found = {name: version(name) for name in ("triton", "numpy")}
+    # Before 3.7 it calls int() on arrays of one element, which numpy refuses since 2.5.
+    if _leading_numbers(found["triton"]) < (3, 7) and _leading_numbers(found["numpy"]) >= (2, 5):
+        wanted = "expected triton 3.7 or newer, or numpy older than 2.5"
+        return (f"the interpreter of triton {found['triton']} fails with numpy {found['numpy']}: {wanted}",)
+    return ()
+
+
 def interpreted() -> bool:
     """Whether kernels run under Triton's interpreter, on tensors of the CPU. Triton has to be installed."""
     return bool(importlib.import_module("triton").knobs.runtime.interpret)

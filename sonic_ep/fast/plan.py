@@ -19,9 +19,9 @@ from sonic_ep.plan import INDEX_DTYPE, NO_ROW, RoutingPlan
 
 # Slots of a tile, those compared with each other at a time, and tiles and bins that the scan takes at a time.
 TILE_SLOTS = 1024
-COMPARED_SLOTS = 128
-SCAN_TILES = 128
-SCAN_BINS = 16
+COMPARED_SLOTS = 64
+SCAN_TILES = 512
+SCAN_BINS = 4
 STAGE_BLOCK = 1024
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import secrets
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
+from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 
 from sonic_ep.config import PeerTimeoutError
 from sonic_ep.fast.device import barrier_kernel, launch
@@ -36,6 +38,9 @@ TIMEOUT_SECONDS = 60
 # How often a program looks at a flag in a second: a compare-and-swap at the scope of the system takes about a
 # microsecond on an H200, and the interpreter rests after each look.
 POLLS_PER_SECOND = {"cuda": 1_000_000, "cpu": 3_000}
+LONE_GROUP: Any = "sonic_ep_lone_rank"
+RENDEZVOUS_KEY = "CUDASymmetricMemory/{}/0"
+MOST_RENDEZVOUS = 100_000
 
 
 class Phase(IntEnum):
@@ -96,6 +101,25 @@ class OneRank:
         return SharedBuffer(rank=self._group.rank, by_rank=(local,), addresses=addresses)
 
 
+def keep_in_step(group: EPGroup, next_number: Callable[[], int]) -> None:
+    """Collective. Take numbers until the last one that each rank has taken is the same on all.
+
+    next_number: a counter of this process, which steps as far on every rank. Where ranks take 4 8 6 first, and go two
+    at a time, the first takes 6 and 8 too and the third 8. Raises ``RuntimeError`` where they cannot meet.
+    """
+    taken = next_number()
+    numbers = gathered_objects(group, taken)
+    if len(set(numbers)) == 1:
+        return
+    while taken < max(numbers):
+        taken = next_number()
+    reached = gathered_objects(group, taken)
+    if len(set(reached)) > 1:
+        raise RuntimeError(
+            f"{group}: symmetric memory: ranks that had made {numbers} rendezvous came to {reached}, expected the same"
+        )
+
+
 class CudaSymmetricMemory:
     """Memory of the GPUs of one NVLink domain, mapped into each process by PyTorch's symmetric memory."""
 
@@ -109,6 +133,10 @@ class CudaSymmetricMemory:
         torch.cuda.synchronize(self._device)
         process_group = self._group.process_group
         assert process_group is not None
+        # PyTorch up to 2.13 numbers the rendezvous of a process, not those of a group, and looks for peers under the
+        # number: ranks that shared memory in different groups before would wait for each other without end
+        # (github.com/pytorch/pytorch/issues/196082).
+        keep_in_step(self._group, self._lone_rendezvous)
         handle = symmetric_memory.rendezvous(local, group=process_group)
         ranks = range(self._group.world_size)
         return SharedBuffer(
@@ -117,6 +145,19 @@ class CudaSymmetricMemory:
             addresses=torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=self._device),
             keep=(handle, local),
         )
+
+    def _lone_rendezvous(self) -> int:
+        """The number of a rendezvous with nobody; -1 where PyTorch keeps it under a name that is not known here."""
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        alone = dist.ProcessGroup(store, 0, 1)
+        _register_process_group(LONE_GROUP, alone)
+        try:
+            memory = symmetric_memory.empty(ALIGNMENT_BYTES, dtype=torch.uint8, device=self._device)
+            symmetric_memory.rendezvous(memory, LONE_GROUP)
+        finally:
+            _unregister_process_group(LONE_GROUP)
+        numbers = (number for number in range(MOST_RENDEZVOUS) if store.check([RENDEZVOUS_KEY.format(number)]))
+        return next(numbers, -1)
 
 
 class HostSharedMemory:
@@ -129,19 +170,21 @@ class HostSharedMemory:
         """Each rank makes a file that only its user may open, and maps those of all."""
         path = _new_shared_file(nbytes)
         try:
-            paths = self._gather(str(path))
+            paths = gathered_objects(self._group, str(path))
             by_rank = tuple(torch.from_file(p, shared=True, size=nbytes, dtype=torch.uint8) for p in paths)
             by_rank[self._group.rank].fill_(byte)
-            self._gather("mapped and filled")
+            gathered_objects(self._group, "mapped and filled")
         finally:
             path.unlink()
         addresses = torch.tensor([tensor.data_ptr() for tensor in by_rank], dtype=torch.int64)
         return SharedBuffer(rank=self._group.rank, by_rank=by_rank, addresses=addresses)
 
-    def _gather(self, word: str) -> list[str]:
-        words: list[Any] = [None] * self._group.world_size
-        dist.all_gather_object(words, word, group=self._group.process_group)
-        return words
+
+def gathered_objects(group: EPGroup, own: Any) -> list[Any]:
+    """Collective. ``own`` of every rank, in rank order."""
+    objects = [None] * group.world_size
+    dist.all_gather_object(objects, own, group=group.process_group)
+    return objects
 
 
 def _new_shared_file(nbytes: int) -> Path:

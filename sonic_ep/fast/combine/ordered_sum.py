@@ -92,12 +92,15 @@ def exchange_partial_sums_kernel(
             for first in range(0, H, COLUMNS):
                 column = first + tl.arange(0, COLUMNS)
                 partial = tl.zeros((COLUMNS,), dtype=tl.float32)
+                # Each row is read once: the cache is for what peers have pushed and nobody has summed yet.
                 for choice in tl.static_range(0, K):
                     expert = tl.load(expert_ids_ptr + first_slot + choice)
                     row = tl.load(row_of_slot_ptr + first_slot + choice).to(tl.int64)
                     here = (expert >= first_expert) & (expert < first_expert + experts_per_rank) & (row < row_capacity)
                     inside = column < tl.where(here, H, 0)
-                    term = tl.load(rows_ptr + row * H + column, mask=inside, other=0.0).to(tl.float32)
+                    term = tl.load(
+                        rows_ptr + row * H + column, mask=inside, other=0.0, eviction_policy="evict_first"
+                    ).to(tl.float32)
                     if HAS_SCORES:
                         term = term * tl.load(scores_ptr + first_slot + choice, mask=here, other=0.0)
                     partial += term
