@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from backends import ON_GPUS
 from there_and_back import (
     Modes,
     assert_same,
@@ -39,13 +40,13 @@ def six_iterations(rank: Rank, modes: Modes, late: bool) -> None:
 
 
 @by_modes
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4, *ON_GPUS])
 def test_six_iterations_over_reused_memory(pool: RankPool, world_size: int, modes: Modes) -> None:
     pool.run(six_iterations, modes, False, world_size=world_size)
 
 
 @by_modes
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3, *ON_GPUS])
 def test_a_rank_that_comes_late(pool: RankPool, world_size: int, modes: Modes) -> None:
     pool.run(six_iterations, modes, True, world_size=world_size)
 
