@@ -17,9 +17,11 @@ from sonic_ep.fast.plan_kernels import count_kernel, place_kernel, scan_kernel, 
 from sonic_ep.fast.workspace import SharedBuffer, Workspace
 from sonic_ep.plan import INDEX_DTYPE, NO_ROW, RoutingPlan
 
-# Slots of a tile, those compared with each other at a time, and tiles and bins that the scan takes at a time.
-TILE_SLOTS = 1024
-COMPARED_SLOTS = 64
+# Slots of a tile, those compared with each other at a time, and tiles and bins that the scan takes at a time. Placing
+# is a chain of short steps, one warp wide: more lanes would compare more pairs, more warps would wait for each other.
+TILE_SLOTS = 512
+COMPARED_SLOTS = 32
+PLACE_WARPS = 1
 SCAN_TILES = 512
 SCAN_BINS = 4
 STAGE_BLOCK = 1024
@@ -149,6 +151,7 @@ def placed_plan(
         row_capacity,
         device=device,
         COMPARED=COMPARED_SLOTS,
+        num_warps=PLACE_WARPS,
         **_tile_constants(shape),
     )
     launch(
