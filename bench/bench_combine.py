@@ -35,6 +35,7 @@ def bench_combine(arena: Arena, large: Problem, run: Run, how: How, mode: Combin
         shape=large.shape,
         function=combine(arena, large, mode, weighted=weighted),
         check=lambda got: assert_bitwise(got, large.sums[mode, weighted], f"sums by {mode.value}"),
+        inputs=(large.rows_RH, large.scores_TK),
         traffic=traffic,
         bar=traffic.at_most(MOST_TIMES) if traffic and barred else None,
     )
@@ -56,6 +57,7 @@ def bench_usual_combine(arena: Arena, large: Problem, run: Run, collective: str)
         shape=large.shape,
         function=function,
         check=usual.expect_accurate(large, usual.exact_sums(large), large.sums[mode, True]),
+        inputs=(large.rows_RH,),
         traffic=sums_in(arena, large, mode, weighted=False),
     )
     run(work, arena.behind_work)

@@ -49,6 +49,7 @@ def bench_link(arena: Arena, large: Problem, run: Run, how: How, mode: DispatchM
         shape=large.shape,
         function=over_the_link(arena, large, mode),
         check=expect_received(large, mode),
+        inputs=(large.x_TH,),
         traffic=traffic,
         bar=traffic.at_least(LEAST_SHARE[mode]) if traffic and large.shape.barred else None,
     )
@@ -69,6 +70,7 @@ def bench_receive(arena: Arena, large: Problem, run: Run, how: How, mode: Dispat
         shape=large.shape,
         function=receive,
         check=expect_received(large, mode),
+        inputs=(large.x_TH,),
         traffic=rows_in(arena, large, mode),
     )
     run(work, how)
@@ -88,6 +90,7 @@ def bench_ids_to_rows(arena: Arena, large: Problem, run: Run, how: How, mode: Di
             shape=large.shape,
             function=lambda: ep.dispatch(large.x_TH, ep.plan(large.topk_idx_TK, large.shape.num_experts)),
             check=expect_rows(large),
+            inputs=(large.x_TH, large.topk_idx_TK),
             traffic=traffic,
             bar=bar_from_ids(traffic, large, mode),
         )
@@ -105,6 +108,7 @@ def bench_usual_dispatch(arena: Arena, large: Problem, run: Run, collective: str
         shape=large.shape,
         function=make(large),
         check=expect_rows(large),
+        inputs=(large.x_TH,),
         traffic=usual_bytes_in(arena, large, collective),
     )
     run(work, arena.behind_work)

@@ -55,6 +55,7 @@ def bench_plan(arena: Arena, run: Callable[[Work, How], None], how: How, size: i
             shape=shape,
             function=lambda: ep.plan(problem.topk_idx_TK, shape.num_experts),
             check=expect_plan(problem.plan),
+            inputs=(problem.topk_idx_TK,),
             bar=bar_of(shape.slots(world_size), shape),
         )
         run(work, how)

@@ -40,6 +40,7 @@ def bench_small(
             shape=small.shape,
             function=round_trip(ep, small, planned=planned),
             check=lambda got: assert_bitwise(got, small.round_trips[pair[1]], "sums"),
+            inputs=(small.x_TH, small.scores_TK),
             bar=bar_of(small, how, pair) if planned else None,
         )
         run(work, how)

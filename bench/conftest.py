@@ -193,7 +193,8 @@ def chosen_sizes(place: Place, thek: str | None) -> Sizes:
     if thek is not None:
         large = shape_of(thek)
         return replace(sizes, large=large, plans=(place.world_size * large.tokens * large.top_k,)).without_bars()
-    return sizes if place.world_size == RANKS_OF_BARS else sizes.without_bars()
+    alone_on_its_gpu = torch.cuda.device_count() >= place.world_size
+    return sizes if place.world_size == RANKS_OF_BARS and alone_on_its_gpu else sizes.without_bars()
 
 
 def shape_of(thek: str) -> Shape:

@@ -203,15 +203,22 @@ class ExpertParallel:
         return self._backend.gather_number(number, self.group.device_for(device))[0]
 
     def check(self) -> None:
-        """Raise what the device has flagged since the last host sync, ``RowOverflowError`` first of all."""
+        """Collective. Raise what the device has flagged since the last host sync, on every rank alike.
+
+        Raises ``ValueError`` for expert ids out of range, ``RowOverflowError`` for more rows than ``max_rows``,
+        ``PeerTimeoutError`` if a rank has waited in vain.
+        """
         self._open()
         self._backend.check()
 
     def close(self) -> None:
-        """Give back what is held. Later calls raise; closing again does nothing."""
-        if not self._closed:
-            self._closed = True
-            self._backend.close()
+        """Give back what is held, then raise what ``check`` would. Later calls raise; closing again does nothing."""
+        if self._closed:
+            return
+        try:
+            self._backend.check()
+        finally:
+            self._release()
 
     def __enter__(self) -> ExpertParallel:
         return self
@@ -219,7 +226,11 @@ class ExpertParallel:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        # What went wrong before is what the caller has to see.
+        if error is None:
+            self.close()
+        else:
+            self._release()
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertParallel:
         """Itself: copies of a module (an EMA, say) share the group and what is allocated for it."""
@@ -227,6 +238,11 @@ class ExpertParallel:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an ExpertParallel belongs to its process and cannot be pickled; save a module's state_dict()")
+
+    def _release(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._backend.close()
 
     def _open(self) -> None:
         if self._closed:

@@ -133,8 +133,8 @@ def primitives(backend: str, kind: str) -> list[type]:
 
 
 def signatures(kind: type) -> dict[str, str]:
-    methods = {name: method for name, method in vars(kind).items() if not name.startswith("_")}
-    return {name: str(inspect.signature(method)) for name, method in methods.items() if callable(method)}
+    methods = inspect.getmembers(kind, callable)
+    return {name: str(inspect.signature(method)) for name, method in methods if not name.startswith("_")}
 
 
 @pytest.mark.parametrize("backend", ["reference", "fast"])

@@ -86,6 +86,31 @@ def test_smoke_on_two_ranks(tmp_path: Path) -> None:
     check_what_pytest_benchmark_was_told(json.loads(theirs.read_text()), found["entries"])
 
 
+STALE = """
+import sonic_ep.fast.dispatch.all_to_all as module
+
+staging, calls = module.stage_tokens, []
+
+def stage_once(x_TH, capacity, workspace, name="tokens"):
+    calls.append(1)
+    if len(calls) == 1:
+        return staging(x_TH, capacity, workspace, name)
+    return module.reserve_tokens(workspace, capacity, x_TH.shape[1] * x_TH.element_size(), name)
+
+module.stage_tokens = stage_once
+"""
+
+
+@pytest.mark.fast
+def test_what_is_right_in_its_first_call_only_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that were staged once, for inputs that never change, would look right for ever."""
+    (tmp_path / "staging_once.py").write_text(STALE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = run(*TORCHRUN, *PYTEST, "-p", "staging_once", "-k", "bench_receive and all_to_all")
+    assert done.returncode != 0
+    assert "received by all_to_all" in done.stdout
+
+
 def check_what_pytest_benchmark_was_told(theirs: dict[str, Any], entries: list[dict[str, Any]]) -> None:
     """Its rounds are ours: those of the slowest rank."""
     medians = sorted(bench["stats"]["median"] * 1e6 for bench in theirs["benchmarks"])

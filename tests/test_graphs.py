@@ -99,3 +99,31 @@ def on_changing_streams(rank: Rank, modes: Modes) -> None:
 @by_modes
 def test_calls_on_changing_streams(cuda_pool: RankPool, modes: Modes) -> None:
     cuda_pool.run(on_changing_streams, modes, world_size=2)
+
+
+def growing_on_changing_streams(rank: Rank, modes: Modes) -> None:
+    """Wider rows on every call, so that memory is replaced while calls on another stream still use it."""
+    inputs = draw(changing(0), rank.world_size, rank.device)
+    tokens = inputs.tokens_of(rank.rank)
+    idx, experts = inputs.topk_idx[tokens], inputs.case.num_experts
+    wide = [inputs.x[tokens].repeat(1, 2**iteration) for iteration in range(6)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    with both(modes) as (fast, reference), torch.no_grad():
+        plan = reference.plan(idx, experts)
+        expected = [reference.dispatch(x, plan)[: plan.rows()] for x in wide]
+        plan = fast.plan(idx, experts)
+        torch.cuda.synchronize()
+        found = []
+        for iteration, x in enumerate(wide):
+            with torch.cuda.stream(streams[iteration % 2]):
+                if iteration % rank.world_size == rank.rank:
+                    delay(rank)
+                found.append(fast.dispatch(x, plan))
+        torch.cuda.synchronize()
+        for iteration, rows in enumerate(found):
+            assert_bitwise(rows[: len(expected[iteration])], expected[iteration], f"in call {iteration}")
+
+
+@by_modes
+def test_growth_on_changing_streams(cuda_pool: RankPool, modes: Modes) -> None:
+    cuda_pool.run(growing_on_changing_streams, modes, world_size=2)

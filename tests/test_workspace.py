@@ -168,22 +168,24 @@ def test_a_wait_is_bounded_and_names_the_rank(cpu_pool: RankPool) -> None:
 
 def combining_alone(rank: Rank, absent: int) -> str:
     """The wait inside a combine: the other rank has planned and dispatched, and then goes another way."""
-    with ExpertParallel(backend="fast", max_tokens_per_rank=4) as ep:
-        idx = torch.tensor([[0, 1]] * 4, device=rank.device)
-        plan = ep.plan(idx, num_experts=2)
-        rows = ep.dispatch(torch.ones(4, 8, device=rank.device), plan).detach()
-        workspace = ep._backend._kit(rank.device).workspace
-        with torch.no_grad():
+    ep = ExpertParallel(backend="fast", max_tokens_per_rank=4)
+    idx = torch.tensor([[0, 1]] * 4, device=rank.device)
+    plan = ep.plan(idx, num_experts=2)
+    rows = ep.dispatch(torch.ones(4, 8, device=rank.device), plan).detach()
+    workspace = ep._backend._kit(rank.device).workspace
+    with torch.no_grad():
+        ep.combine(rows, torch.ones(4, 2, device=rank.device), plan)
+        workspace.poll_limit = 200
+        if rank.rank == absent:
+            # It meets the others as often as a combine does, but sends nothing.
+            for _ in range(3):
+                workspace.fence()
+            time.sleep(1)
+            return ""
+        with pytest.raises(PeerTimeoutError) as raised:
             ep.combine(rows, torch.ones(4, 2, device=rank.device), plan)
-            workspace.poll_limit = 200
-            if rank.rank == absent:
-                # It meets the others as often as a combine does, but sends nothing.
-                for _ in range(3):
-                    workspace.fence()
-                time.sleep(1)
-                return ""
-            with pytest.raises(PeerTimeoutError) as raised:
-                ep.combine(rows, torch.ones(4, 2, device=rank.device), plan)
+    with pytest.raises(PeerTimeoutError):
+        ep.close()
     return str(raised.value)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,30 @@ from sonic_ep.fast.staging import reserve_tokens, stage_tokens
 from sonic_ep.fast.workspace import SharedBuffer, Workspace
 
 
-class GatherInFlight:
-    """An all-gather that has been started. ``wait()`` before the result, or the next gather, is used."""
+@dataclass(eq=False)
+class Arrivals:
+    """Events that end the copies of one gather. captured: they are of a graph, and mean nothing outside of it."""
 
-    def __init__(self, gathered: Tensor, arrivals: list[torch.cuda.Event]) -> None:
+    events: tuple[torch.cuda.Event, ...]
+    captured: bool
+    awaited: bool = False
+
+    def hold_back(self, device: torch.device) -> None:
+        """Let the current stream of ``device`` wait for all copies."""
+        for event in self.events:
+            torch.cuda.current_stream(device).wait_event(event)
+        self.awaited = True
+
+    def hold_back_next(self, device: torch.device) -> None:
+        """Let the next gather wait, unless it cannot, or in a graph need not: its copies follow on the same streams."""
+        if self.events and self.captured == _capturing(device) and not (self.captured and self.awaited):
+            self.hold_back(device)
+
+
+class GatherInFlight:
+    """An all-gather that has been started. ``wait()`` before the result is used, on each stream that uses it."""
+
+    def __init__(self, gathered: Tensor, arrivals: Arrivals) -> None:
         self._gathered = gathered
         self._arrivals = arrivals
 
@@ -21,8 +43,7 @@ class GatherInFlight:
 
         The current stream waits, the host does not.
         """
-        while self._arrivals:
-            torch.cuda.current_stream(self._gathered.device).wait_event(self._arrivals.pop())
+        self._arrivals.hold_back(self._gathered.device)
         return self._gathered
 
 
@@ -35,7 +56,7 @@ class CopyEngineGather:
     def __init__(self, workspace: Workspace, name: str) -> None:
         self._workspace = workspace
         self._name = name
-        self._last: GatherInFlight | None = None
+        self._last = Arrivals(events=(), captured=False)
         on_gpu = workspace.device.type == "cuda"
         peers = range(workspace.group.world_size) if on_gpu else ()
         self._streams = tuple(torch.cuda.Stream(workspace.device) for _ in peers)
@@ -49,9 +70,8 @@ class CopyEngineGather:
 
         x may be changed as soon as the current stream has come past this call.
         """
-        # A forgotten gather: its copies end before the fence lets peers write what they read.
-        if self._last is not None:
-            self._last.wait()
+        # The last gather's copies end before the fence lets peers write what they read, whoever has waited for them.
+        self._last.hold_back_next(self._workspace.device)
         return self.bring(x_TH, stage_tokens(x_TH, capacity, self._workspace, self._name), capacity)
 
     def bring(self, x_TH: Tensor, staged: SharedBuffer, capacity: int) -> GatherInFlight:
@@ -65,8 +85,9 @@ class CopyEngineGather:
             arrivals += self._copy(gathered_WCH[peer], staged.rows(peer, shape, x_TH.dtype), peer)
         # Behind the others: it is on the stream that they waited for.
         gathered_WCH[group.rank, : x_TH.shape[0]].copy_(x_TH)
-        self._last = GatherInFlight(gathered_WCH.flatten(0, 1), arrivals)
-        return self._last
+        # Not the result itself, which is the caller's to keep or to drop.
+        self._last = Arrivals(events=tuple(arrivals), captured=_capturing(self._workspace.device))
+        return GatherInFlight(gathered_WCH.flatten(0, 1), self._last)
 
     def _copy(self, target_CH: Tensor, source_CH: Tensor, peer: int) -> list[torch.cuda.Event]:
         if not self._streams:
@@ -80,3 +101,7 @@ class CopyEngineGather:
             arrival = torch.cuda.Event()
             arrival.record(stream)
         return [arrival]
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -64,6 +64,12 @@ def words(rows: Tensor) -> Tensor:
     return rows.view(torch.int32 if whole else torch.int16)
 
 
+def movable(rows_NH: Tensor) -> Tensor:
+    """The same rows, contiguous, and beginning where ``words`` can begin: a view may begin at any element."""
+    rows_NH = rows_NH.contiguous()
+    return rows_NH.clone() if rows_NH.storage_offset() * rows_NH.element_size() % 4 else rows_NH
+
+
 def piece(words_per_row: int, word_bytes: int) -> int:
     """Words of a row that one program moves at a time: a power of two, at most ``PIECE_BYTES``."""
     return min(power_of_two(words_per_row), PIECE_BYTES // word_bytes)

@@ -24,6 +24,7 @@ from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.fast.availability import LAYER_MISSING, interpreted
 from sonic_ep.fast.collectives import gather_scores, reserve_scores, send_home
 from sonic_ep.fast.combine import FastCombine, combine_primitives
+from sonic_ep.fast.device import movable
 from sonic_ep.fast.dispatch import FastDispatch, dispatch_primitives
 from sonic_ep.fast.plan import PlanShape, TileCounts, empty_plan, gathered_counts, placed_plan
 from sonic_ep.fast.rows import spoil_if_overflowed, take_rows, weigh_rows
@@ -56,7 +57,7 @@ class Exchange:
     def rows(self, x_TH: Tensor) -> Tensor:
         """Collective. x of the group's tokens in canonical row order, (R, H); unspecified past the valid rows."""
         self.workspace.enter()
-        received = self.dispatch.receive(x_TH.contiguous(), self.plan)
+        received = self.dispatch.receive(movable(x_TH), self.plan)
         source_R = self.dispatch.source_of_row(self.plan)
         rows_RH = received if source_R is None else take_rows(received, source_R)
         return self._spoiled(rows_RH)
@@ -66,6 +67,10 @@ class Exchange:
         self.workspace.enter()
         y_TH = self.combine.combine(rows_RH.contiguous(), scores_WCK, self.plan)
         return self._spoiled(y_TH)
+
+    def home(self, value_of_row_R: Tensor) -> Tensor:
+        """Collective. One fp32 value of each valid row to its slot's home, (T, K); zero for dropped slots."""
+        return self._spoiled(send_home(value_of_row_R, self.plan, self.workspace))
 
     def _spoiled(self, rows_NH: Tensor) -> Tensor:
         """The rows, all NaN if a rank was routed more than the bound."""
@@ -112,7 +117,7 @@ class Combine(torch.autograd.Function):
         scores_WCK, rows_RH = ctx.saved_tensors
         out_grad_RH = exchange.rows(grad_TH)
         grad_RH, dots_R = weigh_rows(out_grad_RH, rows_RH.contiguous(), scores_WCK, exchange.plan)
-        return grad_RH, send_home(dots_R, exchange.plan, exchange.workspace), None
+        return grad_RH, exchange.home(dots_R), None
 
 
 class FastBackend:
@@ -154,17 +159,18 @@ class FastBackend:
         check_slots(self._group, world_size=shape.world_size, capacity=capacity, top_k=shape.top_k)
         if capacity == 0:
             return empty_plan(shape, topk_idx_TK)
-        counts = gathered_counts(topk_idx_TK, shape, kit.workspace, kit.verdict.record)
         bound = MOST_SLOTS if self._config.max_rows is None else self._config.max_rows
+        kit.verdict.expect(num_experts=num_experts, max_rows=bound)
+        counts = gathered_counts(topk_idx_TK, shape, kit.workspace, kit.verdict.record)
         plan = placed_plan(
             counts,
             shape,
             num_tokens=topk_idx_TK.shape[0],
-            row_capacity=self._room(counts, shape, distinct),
+            row_capacity=self._room(counts, shape, kit.verdict, distinct=distinct),
             max_rows=bound,
             verdict=kit.verdict.record,
         )
-        kit.verdict.expect(num_experts=num_experts, max_rows=bound)
+        kit.verdict.queued()
         return plan
 
     def dispatch(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
@@ -196,11 +202,12 @@ class FastBackend:
             kit.workspace.close()
         self._kits.clear()
 
-    def _room(self, counts: TileCounts, shape: PlanShape, distinct: bool) -> int:
-        """R. Reads the rows of all ranks on the host if the config asks for it."""
+    def _room(self, counts: TileCounts, shape: PlanShape, verdict: Verdict, *, distinct: bool) -> int:
+        """R. Reads the rows of all ranks on the host if the config asks for it, and raises what is known by then."""
         rows_W = None
         if self._config.cpu_sync_on_runtime:
             rows_W = counts.totals[: shape.num_experts].view(shape.world_size, -1).sum(dim=1).tolist()
+            verdict.raise_if_bad()
         ceiling = row_ceiling(
             world_size=shape.world_size,
             capacity=shape.capacity,
@@ -223,7 +230,8 @@ class FastBackend:
         """The tensor, requiring a gradient if there may be a backward that other ranks take part in."""
         if self._group.world_size == 1 or not torch.is_grad_enabled() or tensor.requires_grad:
             return tensor
-        return tensor.detach().requires_grad_()
+        own = tensor.clone() if tensor.is_inference() else tensor.detach()
+        return own.requires_grad_()
 
     def _exchange(self, plan: RoutingPlan, rows: Tensor) -> Exchange:
         kit = self._kit(rows.device)

@@ -136,9 +136,10 @@ def place_kernel(
     first_slot = (source * capacity + first_token) * K
     last_slot = (source * capacity + tl.minimum(first_token + TOKENS, capacity)) * K
     lane = tl.arange(0, COMPARED)
-    for start in range(first_slot, last_slot, COMPARED):
-        slot = start + lane
-        inside = slot < last_slot
+    for done in range(0, last_slot - first_slot, COMPARED):
+        # Counted from the tile's first: numbers of slots behind the last may be none of int32.
+        inside = done + lane < last_slot - first_slot
+        slot = first_slot + done + lane
         expert = tl.load(expert_ids_ptr + slot, mask=inside, other=-1)
         earlier_alike = (expert[:, None] == expert[None, :]) & (lane[None, :] < lane[:, None])
         row = tl.gather(next_row, tl.maximum(expert, 0), 0) + tl.sum(earlier_alike.to(tl.int32), axis=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from sonic_ep.fast.workspace import host_words
 from sonic_ep.group import EPGroup
 from sonic_ep.plan import overflow_error
 
@@ -20,30 +21,40 @@ class Verdict:
         self._group = group
         self._device = device
         self._on_gpu = device.type == "cuda"
-        self.record = torch.zeros(3, dtype=torch.int32, pin_memory=self._on_gpu)
+        self.record = host_words(3, device)
         self._written: torch.cuda.Event | None = None
+        self._captured = False
         self._num_experts = 0
         self._max_rows = 0
 
     def expect(self, *, num_experts: int, max_rows: int) -> None:
-        """A plan with these limits has just been queued on the current stream."""
+        """A plan with these limits is about to be queued."""
         self._num_experts = num_experts
         self._max_rows = max_rows
-        if self._on_gpu and not torch.cuda.is_current_stream_capturing():
+
+    def queued(self) -> None:
+        """All kernels of the plan have been queued on the current stream."""
+        if self._on_gpu and torch.cuda.is_current_stream_capturing():
+            self._captured = True
+        elif self._on_gpu:
             self._written = torch.cuda.Event()
             self._written.record(torch.cuda.current_stream(self._device))
 
     def raise_if_bad(self) -> None:
         """Raise what the last plan found, once its kernels have run: ``ValueError`` or ``RowOverflowError``.
 
-        In graph capture, where nothing can be waited for, it does nothing; what is found later is raised later.
+        In graph capture, where nothing can be waited for, it does nothing; what is found later is raised later. Where a
+        plan is in a graph, it waits for all that is queued: only so do all ranks see what the same replays have found.
         """
         if self._on_gpu and torch.cuda.is_current_stream_capturing():
             return
-        if self._written is not None:
+        if self._captured:
+            torch.cuda.synchronize(self._device)
+        elif self._written is not None:
             self._written.synchronize()
         bad_rank, full_rank, rows = self.record.tolist()
-        self.record.zero_()
+        if bad_rank or full_rank:
+            self.record.zero_()
         if bad_rank:
             raise ValueError(
                 f"{self._group}: topk_idx: got expert ids out of range on rank {bad_rank - 1}, "

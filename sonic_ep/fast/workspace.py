@@ -27,7 +27,7 @@ import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 
-from sonic_ep.config import PeerTimeoutError
+from sonic_ep.config import ClosedError, PeerTimeoutError
 from sonic_ep.fast.device import barrier_kernel, launch
 from sonic_ep.group import EPGroup
 
@@ -170,13 +170,17 @@ class HostSharedMemory:
         """Each rank makes a file that only its user may open, and maps those of all."""
         path = _new_shared_file(nbytes)
         try:
-            paths = gathered_objects(self._group, str(path))
+            offers = gathered_objects(self._group, (str(path), nbytes))
+            if any(size != nbytes for _, size in offers):
+                sizes = [size for _, size in offers]
+                raise RuntimeError(f"{self._group}: shared memory: got {sizes} bytes by rank, expected the same on all")
+            paths = [path_of_rank for path_of_rank, _ in offers]
             by_rank = tuple(torch.from_file(p, shared=True, size=nbytes, dtype=torch.uint8) for p in paths)
             by_rank[self._group.rank].fill_(byte)
             gathered_objects(self._group, "mapped and filled")
         finally:
             path.unlink()
-        addresses = torch.tensor([tensor.data_ptr() for tensor in by_rank], dtype=torch.int64)
+        addresses = torch.tensor([tensor.data_ptr() for tensor in by_rank], dtype=torch.int64, device="cpu")
         return SharedBuffer(rank=self._group.rank, by_rank=by_rank, addresses=addresses)
 
 
@@ -214,20 +218,22 @@ class Workspace:
         self.device = device
         self.poll_limit = TIMEOUT_SECONDS * POLLS_PER_SECOND[device.type]
         # The host reads it while kernels run, so on a GPU it is pinned memory that kernels write through the bus.
-        self.expiry = torch.zeros(3, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.expiry = host_words(3, device)
         self.step = 0
+        self._closed = False
         self._transport = transport or transport_of(group, device)
         self._buffers: dict[str, SharedBuffer] = {}
         self._replaced: list[SharedBuffer] = []
         self._captured = False
         self._last_stream: torch.cuda.Stream | None = None
-        self._meeting = self._transport.allocate(ALIGNMENT_BYTES * _blocks(group.world_size * FLAG_BYTES), 0)
+        self._meeting = self._allocate(group.world_size * FLAG_BYTES, 0)
 
     def enter(self) -> None:
         """Begin a collective step: after what the last one queued, also where that was on another stream.
 
-        Raises ``PeerTimeoutError`` if a rank has waited in vain since.
+        Raises ``PeerTimeoutError`` if a rank has waited in vain since, ``ClosedError`` after ``close``.
         """
+        self._open()
         self.raise_expired()
         self.step += 1
         if self.device.type != "cuda":
@@ -243,8 +249,10 @@ class Workspace:
     def reserve(self, name: str, nbytes: int, byte: int = POISON_BYTE) -> SharedBuffer:
         """The buffer ``name`` of at least ``nbytes``. Collective if it has to grow; fresh bytes are all ``byte``.
 
-        All ranks ask for the same sizes in the same order. Raises ``RuntimeError`` if it had to grow in graph capture.
+        All ranks ask for the same sizes in the same order. Raises ``RuntimeError`` if it had to grow in graph capture,
+        ``ClosedError`` after ``close``.
         """
+        self._open()
         held = self._buffers.get(name)
         if held is not None and held.nbytes >= nbytes:
             return held
@@ -255,7 +263,7 @@ class Workspace:
             )
         if held is not None:
             self._retire(held)
-        self._buffers[name] = self._transport.allocate(ALIGNMENT_BYTES * _blocks(nbytes), byte)
+        self._buffers[name] = self._allocate(nbytes, byte)
         return self._buffers[name]
 
     def fence(self) -> None:
@@ -290,8 +298,9 @@ class Workspace:
             torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
-        """Let go of all buffers, once this rank's kernels are done with them."""
+        """Let go of all buffers, once this rank's kernels are done with them. Nothing can be shared any more."""
         self.synchronize()
+        self._closed = True
         self._buffers.clear()
         self._replaced.clear()
 
@@ -302,12 +311,31 @@ class Workspace:
             )
 
     def _retire(self, buffer: SharedBuffer) -> None:
-        """Keep a buffer that a captured graph may still use; else let it go once no rank uses it any more."""
+        """Keep a buffer that a captured graph may still use; else let it go once no rank uses it any more.
+
+        Kernels and copies that use it may be on any stream of this rank, and so may meetings that are under way.
+        """
         if self._captured:
             self._replaced.append(buffer)
-        elif self.group.world_size > 1:
-            self.fence()
-            self.synchronize()
+            return
+        self.synchronize()
+        self.fence()
+        self.synchronize()
+
+    def _allocate(self, nbytes: int, byte: int) -> SharedBuffer:
+        # What is made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            return self._transport.allocate(ALIGNMENT_BYTES * _blocks(nbytes), byte)
+
+    def _open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"{self.group}: shared memory: got a call after close(), expected none")
+
+
+def host_words(count: int, device: torch.device) -> Tensor:
+    """Zeros, int32, on the host, for kernels on ``device`` to write and the host to read: pinned for a GPU."""
+    with torch.inference_mode(False):
+        return torch.zeros(count, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
 
 
 def _blocks(nbytes: int) -> int:
