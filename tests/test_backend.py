@@ -71,6 +71,12 @@ def test_interpreter_and_numpy(triton: str, numpy: str, works: bool, monkeypatch
     assert reasons == (() if works else failing)
 
 
+def test_a_torch_without_symmetric_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(availability.importlib.util, "find_spec", lambda name: None)
+    assert availability.symmetric_memory_reasons() == (f"torch {torch.__version__} has no symmetric memory",)
+
+
 def test_what_is_missing_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)

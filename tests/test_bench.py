@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,7 +81,9 @@ def test_smoke_on_two_ranks(tmp_path: Path) -> None:
         "usual combine, all_to_all_single",
         "usual combine, reduce_scatter",
     }
-    assert all(entry["remote_bytes"] > 0 for entry in found["entries"] if "dispatch " in entry["name"][:9])
+    by_name = {entry["name"]: entry.get("remote_bytes") for entry in found["entries"]}
+    by_hand = bytes_by_hand()
+    assert {name: by_name[name] for name in by_hand} == by_hand
     # Rank 0 alone speaks.
     assert done.stdout.count("test session starts") == 1
     check_what_pytest_benchmark_was_told(json.loads(theirs.read_text()), found["entries"])
@@ -176,8 +179,9 @@ def test_no_entry_is_above_its_ceiling(bench: SimpleNamespace) -> None:
         entry_of(bench, seconds=0.4).as_json()
 
 
-def work_that_one_rank_gets_wrong(rank: Rank) -> tuple[str, int]:
-    """What every rank says of it, and how many entries came of it."""
+@contextmanager
+def arena_of(rank: Rank) -> Iterator[SimpleNamespace]:
+    """An arena on this rank, and the modules of the benches."""
     sys.path.insert(0, str(BENCH))
     try:
         import arena
@@ -191,19 +195,90 @@ def work_that_one_rank_gets_wrong(rank: Rank) -> tuple[str, int]:
     workspace = Workspace(group, rank.device)
     results = report.Results(environment={}, ceilings=None)
     here = arena.Arena(group=group, device=rank.device, workspace=workspace, sizes=workload.SMOKE, results=results)
+    yield SimpleNamespace(here=here, arena=arena, report=report, shape=workload.SMOKE.small)
+    workspace.close()
+
+
+def wrong_from_a_call_on(rank: Rank, first_wrong: int) -> tuple[str, int, int]:
+    """Work that rank 1 gets wrong: what every rank says of it, its calls, and how many entries came of it."""
+    calls = []
+
+    def count() -> int:
+        calls.append(rank.rank)
+        return len(calls)
 
     def check(got: int) -> None:
-        if got == 1:
-            raise AssertionError("got 1")
+        if rank.rank == 1 and got >= first_wrong:
+            raise AssertionError(f"wrong in call {got}")
 
-    work = arena.Work(name="work", shape=workload.SMOKE.small, function=lambda: rank.rank, check=check)
-    with pytest.raises(arena.WrongError) as wrong:
-        here.run(work, arena.How.EAGER)
-    workspace.close()
-    return str(wrong.value), len(results.entries)
+    with arena_of(rank) as bench:
+        work = bench.arena.Work(name="work", shape=bench.shape, function=count, check=check)
+        with pytest.raises(bench.arena.WrongError) as wrong:
+            bench.here.run(work, bench.arena.How.EAGER)
+        return str(wrong.value), len(calls), len(bench.here.results.entries)
+
+
+# Two calls prove the work before it is timed, two rounds are timed, two calls prove it again.
+@pytest.mark.fast
+@pytest.mark.parametrize(("first_wrong", "calls"), [(1, 2), (3, 4), (5, 6)], ids=["before", "timed", "after"])
+def test_what_is_wrong_on_one_rank_fails_on_all(cpu_pool: RankPool, first_wrong: int, calls: int) -> None:
+    said = f"rank 1: wrong in call {calls}"
+    assert cpu_pool.run(wrong_from_a_call_on, first_wrong, world_size=2) == [(said, calls, 0)] * 2
+
+
+def too_fast(rank: Rank) -> tuple[str, int]:
+    """Work that brings more than its ceiling admits."""
+    with arena_of(rank) as bench:
+        ceiling = Ceiling(name="a slow link", bytes_per_second=1.0)
+        traffic = bench.report.Traffic(nbytes=1e9, ceiling=ceiling)
+        work = bench.arena.Work(
+            name="work", shape=bench.shape, function=lambda: None, check=lambda got: None, traffic=traffic
+        )
+        with pytest.raises(AboveCeilingError) as refused:
+            bench.here.run(work, bench.arena.How.EAGER)
+        return str(refused.value), len(bench.here.results.entries)
 
 
 @pytest.mark.fast
-def test_a_result_that_is_wrong_on_one_rank_fails_on_all_and_is_not_timed(cpu_pool: RankPool) -> None:
-    answers = cpu_pool.run(work_that_one_rank_gets_wrong, world_size=2)
-    assert answers == [("rank 1: got 1", 0)] * 2
+def test_what_is_faster_than_the_link_is_no_result(cpu_pool: RankPool) -> None:
+    for said, entries in cpu_pool.run(too_fast, world_size=2):
+        assert "a slow link" in said
+        assert entries == 0
+
+
+def meetings_of_a_run(rank: Rank) -> tuple[int, int]:
+    """How often ranks met before a round, and the rounds."""
+    with arena_of(rank) as bench, pytest.MonkeyPatch.context() as patch:
+        met = []
+        fence = bench.here.workspace.fence
+        patch.setattr(bench.here.workspace, "fence", lambda: (met.append(1), fence()))
+        work = bench.arena.Work(name="work", shape=bench.shape, function=lambda: None, check=lambda got: None)
+        entry = bench.here.run(work, bench.arena.How.EAGER)
+        return len(met), len(entry.timing.rounds)
+
+
+@pytest.mark.fast
+def test_ranks_meet_before_every_round(cpu_pool: RankPool) -> None:
+    assert cpu_pool.run(meetings_of_a_run, world_size=2) == [(2, 2)] * 2
+
+
+def bytes_by_hand() -> dict[str, float]:
+    """Bytes over the link of the smoke size on two ranks, the mean of both, from ids drawn as the benches draw them."""
+    tokens, hidden, experts, top_k = 6, 16, 8, 2
+    row, scores = hidden * torch.bfloat16.itemsize, tokens * top_k * 4
+    pairs = slots = 0
+    for rank in range(2):
+        noise = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(2000 + rank))
+        away = noise.topk(top_k, dim=1).indices // (experts // 2) != rank
+        pairs += int(away.any(dim=1).sum())
+        slots += int(away.sum())
+    return {
+        "dispatch all_gather: barrier and link": tokens * row,
+        "dispatch all_to_all: barrier and link": pairs / 2 * row,
+        "dispatch rank_dedup: barrier and link": pairs / 2 * row,
+        "ids to rows, all_to_all: plan and dispatch": pairs / 2 * row + tokens * top_k * 4,
+        "combine all_to_all: barriers, sums and link": slots / 2 * row,
+        "combine reduce_scatter: barriers, sums and link": tokens * row,
+        "combine rank_dedup: barriers, sums and link": pairs / 2 * row,
+        "combine rank_dedup: scores, barriers, sums and link": pairs / 2 * row + scores,
+    }

@@ -209,6 +209,7 @@ TALL = 2**31 // WIDE + 3
 
 def far_rows(rank: Rank) -> None:
     """A plan whose rows lie at the end of a tensor of more than 2**31 elements, moved there and back."""
+    from sonic_ep.fast.combine.all_to_all import AllToAllCombine
     from sonic_ep.fast.combine.rank_dedup import RankDedupCombine
     from sonic_ep.fast.dispatch.all_to_all import pull_to_rows
     from sonic_ep.fast.rows import take_rows
@@ -239,7 +240,8 @@ def far_rows(rank: Rank) -> None:
         assert_bitwise(rows_RH[list(far)], x_TH)
         assert_bitwise(take_rows(rows_RH, index(*far, -1))[:2], x_TH)
         workspace.enter()
-        assert_bitwise(RankDedupCombine(workspace).combine(rows_RH, None, plan), x_TH)
+        for combine in (RankDedupCombine, AllToAllCombine):
+            assert_bitwise(combine(workspace).combine(rows_RH, None, plan), x_TH)
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = True
 

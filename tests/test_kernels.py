@@ -130,7 +130,9 @@ def roundings(rank: Rank) -> None:
     # Exact halves between neighbours of bf16, to even and to odd, and the ends of the range.
     halves = (torch.randint(0, 0x7F80, (1024,), generator=generator) << 16 | 0x8000).to(torch.int32)
     special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 3.4e38, 1e-40, 65504.0, 65520.0])
-    values = torch.cat([bits.view(torch.float32), halves.view(torch.float32), special, special.new_zeros(3)])
+    # Rounding by adding would carry these into zero or infinity.
+    nans = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, -0x7FFFFF], dtype=torch.int32)
+    values = torch.cat([bits.view(torch.float32), halves.view(torch.float32), special, nans.view(torch.float32)])
     values = values.to(rank.device)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         found = torch.empty_like(values, dtype=dtype)
