@@ -323,9 +323,7 @@ class Workspace:
         self.synchronize()
 
     def _allocate(self, nbytes: int, byte: int) -> SharedBuffer:
-        # What is made in inference mode could not be written outside of it.
-        with torch.inference_mode(False):
-            return self._transport.allocate(ALIGNMENT_BYTES * _blocks(nbytes), byte)
+        return self._transport.allocate(ALIGNMENT_BYTES * _blocks(nbytes), byte)
 
     def _open(self) -> None:
         if self._closed:
@@ -334,6 +332,7 @@ class Workspace:
 
 def host_words(count: int, device: torch.device) -> Tensor:
     """Zeros, int32, on the host, for kernels on ``device`` to write and the host to read: pinned for a GPU."""
+    # What is made in inference mode could not be written outside of it.
     with torch.inference_mode(False):
         return torch.zeros(count, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
 
