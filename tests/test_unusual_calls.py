@@ -56,6 +56,14 @@ def inference_before_training(rank: Rank) -> None:
         return torch.cat([y, there_and_back(ep, wide, idx, scores)], dim=1)
 
     on_both(call)
+    wrong = torch.full_like(idx, 77)
+    with ExpertParallel(backend="fast", max_tokens_per_rank=TOKENS) as ep:
+        with torch.inference_mode():
+            there_and_back(ep, x, idx, scores)
+        ep.plan(wrong, EXPERTS_PER_RANK * rank.world_size)
+        with pytest.raises(ValueError, match="out of range"):
+            ep.check()
+        ep.check()
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
