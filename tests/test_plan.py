@@ -172,10 +172,10 @@ def test_row_ceiling() -> None:
 
 
 LARGE = {
-    "several tiles": Case(name="several tiles", tokens=(700, 1, 401), top_k=5, num_experts=24, hidden=1),
-    "more choices than slots in a tile": Case(name="wide", tokens=(3,), top_k=1100, num_experts=1104, hidden=1),
-    "many experts": Case(name="many experts", tokens=(257,), top_k=8, num_experts=1200, hidden=1),
-    "repeated in a tile": Case(name="repeated", tokens=(300,), top_k=6, choose=repeating, hidden=1),
+    "several tiles": Case(name="several tiles", tokens=(350, 1, 201), top_k=5, num_experts=24, hidden=1),
+    "more choices than slots in a tile": Case(name="wide", tokens=(3,), top_k=600, num_experts=606, hidden=1),
+    "many experts": Case(name="many experts", tokens=(129,), top_k=8, num_experts=1200, hidden=1),
+    "repeated in a tile": Case(name="repeated", tokens=(150,), top_k=6, choose=repeating, hidden=1),
     "int32 ids": Case(name="int32 ids", tokens=(40,), hidden=1),
 }
 
