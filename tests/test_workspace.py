@@ -86,6 +86,20 @@ def test_ranks_that_cannot_come_in_step_say_so(cpu_pool: RankPool) -> None:
         cpu_pool.run(brought_in_step, [4, 7], world_size=2)
 
 
+def of_unequal_sizes(rank: Rank) -> str:
+    workspace = make_workspace(rank)
+    with pytest.raises(RuntimeError) as raised:
+        workspace.reserve("rows", 512 * (1 + rank.rank))
+    workspace.close()
+    return str(raised.value)
+
+
+def test_ranks_that_ask_for_unequal_sizes_hear_of_it(cpu_pool: RankPool) -> None:
+    for rank, said in enumerate(cpu_pool.run(of_unequal_sizes, world_size=2)):
+        assert said == f"rank {rank} of 2: shared memory: got [512, 1024] bytes by rank, expected the same on all"
+    assert shared_files() == []
+
+
 def shared_by_some_then_by_all(rank: Rank) -> None:
     """Groups with other members, and with other numbers of buffers, before one group of all."""
     first, second = dist.new_group([0, 1]), dist.new_group([1, 2])
