@@ -102,11 +102,14 @@ def test_calls_on_changing_streams(cuda_pool: RankPool, modes: Modes) -> None:
 
 
 def growing_on_changing_streams(rank: Rank, modes: Modes) -> None:
-    """Wider rows on every call, so that memory is replaced while calls on another stream still use it."""
+    """Wider rows on every call, so that memory is replaced while calls on another stream still use it.
+
+    Every other call is late on one rank, so that the next one, which grows, finds its meetings under way.
+    """
     inputs = draw(changing(0), rank.world_size, rank.device)
     tokens = inputs.tokens_of(rank.rank)
     idx, experts = inputs.topk_idx[tokens], inputs.case.num_experts
-    wide = [inputs.x[tokens].repeat(1, 2**iteration) for iteration in range(6)]
+    wide = [inputs.x[tokens].repeat(1, 64 * 2**iteration) for iteration in range(6)]
     streams = [torch.cuda.Stream() for _ in range(2)]
     with both(modes) as (fast, reference), torch.no_grad():
         plan = reference.plan(idx, experts)
@@ -114,16 +117,26 @@ def growing_on_changing_streams(rank: Rank, modes: Modes) -> None:
         plan = fast.plan(idx, experts)
         torch.cuda.synchronize()
         found = []
-        for iteration, x in enumerate(wide):
-            with torch.cuda.stream(streams[iteration % 2]):
-                if iteration % rank.world_size == rank.rank:
-                    delay(rank)
-                found.append(fast.dispatch(x, plan))
-        torch.cuda.synchronize()
+        with pytest.MonkeyPatch.context() as patch:
+            workspace = fast._backend._kit(rank.device).workspace
+            fence = workspace.fence
+
+            def late_fence() -> None:
+                delay(rank)
+                fence()
+                delay(rank)
+
+            for iteration, x in enumerate(wide):
+                late = iteration % 2 == 0 and rank.rank == rank.world_size - 1
+                patch.setattr(workspace, "fence", late_fence if late else fence)
+                with torch.cuda.stream(streams[iteration % 2]):
+                    found.append(fast.dispatch(x, plan))
+            torch.cuda.synchronize()
         for iteration, rows in enumerate(found):
             assert_bitwise(rows[: len(expected[iteration])], expected[iteration], f"in call {iteration}")
 
 
 @by_modes
-def test_growth_on_changing_streams(cuda_pool: RankPool, modes: Modes) -> None:
-    cuda_pool.run(growing_on_changing_streams, modes, world_size=2)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_growth_on_changing_streams(cuda_pool: RankPool, world_size: int, modes: Modes) -> None:
+    cuda_pool.run(growing_on_changing_streams, modes, world_size=world_size)

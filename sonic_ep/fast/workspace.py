@@ -313,14 +313,13 @@ class Workspace:
     def _retire(self, buffer: SharedBuffer) -> None:
         """Keep a buffer that a captured graph may still use; else let it go once no rank uses it any more.
 
-        Kernels and copies that use it may be on any stream of this rank, and so may meetings that are under way.
+        What uses it may be on any stream of this rank. The other ranks are met by the host, in the allocation that
+        follows: a fence could come between meetings of another stream.
         """
         if self._captured:
             self._replaced.append(buffer)
-            return
-        self.synchronize()
-        self.fence()
-        self.synchronize()
+        else:
+            self.synchronize()
 
     def _allocate(self, nbytes: int, byte: int) -> SharedBuffer:
         return self._transport.allocate(ALIGNMENT_BYTES * _blocks(nbytes), byte)
