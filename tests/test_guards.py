@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -38,32 +39,36 @@ def plans_in_a_row(rank: Rank) -> None:
             assert plan.expert_ids.flatten().tolist() == [number] * 4
 
 
-def scores_in_a_row(rank: Rank) -> None:
+def in_a_row(rank: Rank, late_kernel: str, call: Callable[[float, RoutingPlan, Any], Tensor]) -> None:
+    """``call`` of a number, four times with a late reader, gives that number everywhere."""
     from sonic_ep.fast import collectives as module
     from sonic_ep.fast.workspace import Workspace
 
     plan, workspace = one_slot_each(rank), Workspace(resolve_group(None), rank.device)
     with pytest.MonkeyPatch.context() as patch:
-        late_reader(patch, rank, module, module.gather_kernel)
+        late_reader(patch, rank, module, getattr(module, late_kernel))
         for number in range(4):
             workspace.enter()
-            scores = torch.full((2, 1), float(number), device=rank.device)
-            assert module.gather_scores(scores, plan, workspace).flatten().tolist() == [number] * 4
+            assert bool((call(float(number), plan, workspace) == number).all())
     workspace.close()
+
+
+def scores_in_a_row(rank: Rank) -> None:
+    from sonic_ep.fast.collectives import gather_scores
+
+    def gathered(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
+        return gather_scores(torch.full((2, 1), number, device=rank.device), plan, workspace)
+
+    in_a_row(rank, "gather_kernel", gathered)
 
 
 def values_in_a_row(rank: Rank) -> None:
-    from sonic_ep.fast import collectives as module
-    from sonic_ep.fast.workspace import Workspace
+    from sonic_ep.fast.collectives import send_home
 
-    plan, workspace = one_slot_each(rank), Workspace(resolve_group(None), rank.device)
-    with pytest.MonkeyPatch.context() as patch:
-        late_reader(patch, rank, module, module.collect_kernel)
-        for number in range(4):
-            workspace.enter()
-            values = torch.full((plan.row_capacity,), float(number), device=rank.device)
-            assert module.send_home(values, plan, workspace).flatten().tolist() == [number] * 2
-    workspace.close()
+    def sent(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
+        return send_home(torch.full((plan.row_capacity,), number, device=rank.device), plan, workspace)
+
+    in_a_row(rank, "collect_kernel", sent)
 
 
 def one_slot_each(rank: Rank) -> RoutingPlan:

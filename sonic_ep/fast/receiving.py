@@ -10,9 +10,11 @@ All tokens of a rank take their turn in chunks that fit the receive buffer; a fe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import triton
 import triton.language as tl
@@ -122,6 +124,38 @@ def send_and_sum(
             **constants,
         )
     return out_TH
+
+
+class PushedCombine(ABC):
+    """A combine mode over one kernel that sends and sums.
+
+    most_bytes: shared memory for what peers push; tokens take turns where all of them need more.
+    """
+
+    _kernel: ClassVar[Any]
+    _constants: ClassVar[Mapping[str, bool]] = MappingProxyType({})
+
+    def __init__(self, workspace: Workspace, most_bytes: int = MOST_RECEIVED_BYTES) -> None:
+        self._workspace = workspace
+        self._most_bytes = most_bytes
+
+    @staticmethod
+    @abstractmethod
+    def _rows_per_token(plan: RoutingPlan) -> int:
+        """Rows that may arrive for one token."""
+
+    def reserve(self, plan: RoutingPlan, row_bytes: int) -> None:
+        """Collective. Allocate what ``combine`` needs for rows of ``row_bytes``."""
+        self._receiver(plan, row_bytes)
+
+    def combine(self, rows_RH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
+        """Collective. (T, H) from rows in canonical order. Rows past the valid ones are not read."""
+        shared = self._receiver(plan, rows_RH.shape[1] * rows_RH.element_size())
+        return send_and_sum(self._kernel, rows_RH, scores_WCK, plan, self._workspace, shared, **self._constants)
+
+    def _receiver(self, plan: RoutingPlan, row_bytes: int) -> Receiver:
+        rows = self._rows_per_token(plan)
+        return receiver(self._workspace, plan, rows_per_token=rows, row_bytes=row_bytes, most_bytes=self._most_bytes)
 
 
 @triton.jit

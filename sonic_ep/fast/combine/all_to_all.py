@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from sonic_ep.fast.device import peer_pointer, rounded
 from sonic_ep.fast.receiving import (
-    MOST_RECEIVED_BYTES,
-    Receiver,
+    PushedCombine,
     arrival_of,
     await_arrivals,
     has_slot,
     home_and_group,
     raise_arrival,
-    receiver,
-    send_and_sum,
 )
-from sonic_ep.fast.workspace import Workspace
 from sonic_ep.plan import RoutingPlan
 
 
@@ -113,23 +108,11 @@ def exchange_rows_kernel(
             raise_arrival(flags_ptr, home, arrival_of(rank, home, group, world_size, chunk))
 
 
-class AllToAllCombine:
+class AllToAllCombine(PushedCombine):
     """``out = round(sum over k of score_k * y_k)`` on the token's own rank: fp32, k ascending, one rounding."""
 
-    def __init__(self, workspace: Workspace, most_bytes: int = MOST_RECEIVED_BYTES) -> None:
-        self._workspace = workspace
-        self._most_bytes = most_bytes
+    _kernel = exchange_rows_kernel
 
-    def reserve(self, plan: RoutingPlan, row_bytes: int) -> None:
-        """Collective. Allocate what ``combine`` needs for rows of ``row_bytes``."""
-        self._receiver(plan, row_bytes)
-
-    def combine(self, rows_RH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
-        """(T, H) from rows in canonical order. Rows past the valid ones are not read."""
-        shared = self._receiver(plan, rows_RH.shape[1] * rows_RH.element_size())
-        return send_and_sum(exchange_rows_kernel, rows_RH, scores_WCK, plan, self._workspace, shared)
-
-    def _receiver(self, plan: RoutingPlan, row_bytes: int) -> Receiver:
-        return receiver(
-            self._workspace, plan, rows_per_token=plan.top_k, row_bytes=row_bytes, most_bytes=self._most_bytes
-        )
+    @staticmethod
+    def _rows_per_token(plan: RoutingPlan) -> int:
+        return plan.top_k

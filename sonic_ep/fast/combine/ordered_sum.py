@@ -5,25 +5,18 @@ All sums start at +0 and so never are -0: a term of +0, which stands for an abse
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from sonic_ep.fast.device import peer_pointer, rounded
 from sonic_ep.fast.receiving import (
-    MOST_RECEIVED_BYTES,
-    Receiver,
+    PushedCombine,
     arrival_of,
     await_arrivals,
     has_slot,
     home_and_group,
     raise_arrival,
-    receiver,
-    send_and_sum,
 )
-from sonic_ep.fast.workspace import Workspace
 from sonic_ep.plan import RoutingPlan
 
 
@@ -129,28 +122,11 @@ def exchange_partial_sums_kernel(
                 raise_arrival(flags_ptr, home, arrival_of(rank, home, group, world_size, chunk))
 
 
-class PartialSums:
-    """A combine mode made of one partial sum of each token from each rank, of those with a slot of it or of all.
+class PartialSums(PushedCombine):
+    """A combine mode made of one partial sum of each token from each rank, of those with a slot of it or of all."""
 
-    dense: of all; a rank without a slot of the token sends +0.
-    """
+    _kernel = exchange_partial_sums_kernel
 
-    dense: ClassVar[bool]
-
-    def __init__(self, workspace: Workspace, most_bytes: int = MOST_RECEIVED_BYTES) -> None:
-        self._workspace = workspace
-        self._most_bytes = most_bytes
-
-    def reserve(self, plan: RoutingPlan, row_bytes: int) -> None:
-        """Collective. Allocate what ``combine`` needs for rows of ``row_bytes``."""
-        self._receiver(plan, row_bytes)
-
-    def combine(self, rows_RH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
-        """Collective. (T, H) from rows in canonical order. Rows past the valid ones are not read."""
-        shared = self._receiver(plan, rows_RH.shape[1] * rows_RH.element_size())
-        kernel = exchange_partial_sums_kernel
-        return send_and_sum(kernel, rows_RH, scores_WCK, plan, self._workspace, shared, DENSE=self.dense)
-
-    def _receiver(self, plan: RoutingPlan, row_bytes: int) -> Receiver:
-        senders = plan.world_size - 1
-        return receiver(self._workspace, plan, rows_per_token=senders, row_bytes=row_bytes, most_bytes=self._most_bytes)
+    @staticmethod
+    def _rows_per_token(plan: RoutingPlan) -> int:
+        return plan.world_size - 1

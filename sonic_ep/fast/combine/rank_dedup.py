@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from types import MappingProxyType
 
 from sonic_ep.fast.combine.ordered_sum import PartialSums
 
@@ -10,4 +10,4 @@ from sonic_ep.fast.combine.ordered_sum import PartialSums
 class RankDedupCombine(PartialSums):
     """The sums of ``ReduceScatterCombine`` with absent ranks skipped: equal to it bit for bit."""
 
-    dense: ClassVar[bool] = False
+    _constants = MappingProxyType({"DENSE": False})

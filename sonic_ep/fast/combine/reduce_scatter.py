@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from types import MappingProxyType
 
 from sonic_ep.fast.combine.ordered_sum import PartialSums
 
@@ -13,4 +13,4 @@ class ReduceScatterCombine(PartialSums):
     Both sums are fp32; k ascends in the first, q in the second. A rank without a slot of the token sends +0.
     """
 
-    dense: ClassVar[bool] = True
+    _constants = MappingProxyType({"DENSE": True})
