@@ -62,6 +62,19 @@ def scores_in_a_row(rank: Rank) -> None:
     in_a_row(rank, "gather_kernel", gathered)
 
 
+def scores_with_ids_in_a_row(rank: Rank) -> None:
+    from sonic_ep.fast.plan import PlanShape, gathered_counts
+
+    shape = PlanShape(rank=rank.rank, world_size=rank.world_size, capacity=2, top_k=1, num_experts=2)
+
+    def gathered(number: float, plan: RoutingPlan, workspace: Any) -> Tensor | None:
+        verdict = torch.zeros(3, dtype=torch.int32, device=rank.device)
+        scores = torch.full((2, 1), number, device=rank.device)
+        return gathered_counts(plan.expert_ids[rank.rank], shape, workspace, verdict, scores).scores
+
+    in_a_row(rank, "gather_kernel", gathered)
+
+
 def values_in_a_row(rank: Rank) -> None:
     from sonic_ep.fast.collectives import send_home
 
@@ -77,7 +90,7 @@ def one_slot_each(rank: Rank) -> RoutingPlan:
         return ep.plan(torch.tensor([[0], [1]], device=rank.device), num_experts=2)
 
 
-@pytest.mark.parametrize("calls", [plans_in_a_row, scores_in_a_row, values_in_a_row])
+@pytest.mark.parametrize("calls", [plans_in_a_row, scores_in_a_row, scores_with_ids_in_a_row, values_in_a_row])
 def test_a_late_reader_finds_what_was_written_for_it(pool: RankPool, calls: Callable[[Rank], None]) -> None:
     pool.run(calls, world_size=2)
 

@@ -8,6 +8,7 @@ from backends import WORLD_SIZES, both_backends
 from torch import Tensor
 
 from sonic_ep import EPConfig, ExpertParallel, PlanError, RoutingPlan, RowOverflowError
+from sonic_ep.group import resolve_group
 from sonic_ep.plan import row_ceiling
 from sonic_ep.reference.plan import build_plan, pair_exchange, slot_exchange
 from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise, draw
@@ -321,3 +322,38 @@ def varying_tokens(rank: Rank, backend: str, tokens: list[list[int]]) -> list[in
 def test_capacity_is_agreed_on_the_first_call_that_brings_a_token(pool: RankPool, backend: str) -> None:
     found = pool.run(varying_tokens, backend, [[0, 0], [3, 5], [5, 0], [0, 0]], world_size=2)
     assert found == [[0, 5, 5, 5]] * 2
+
+
+def ids_and_scores(rank: Rank, case: Case) -> None:
+    from sonic_ep.fast.plan import PlanShape, gathered_counts
+    from sonic_ep.fast.workspace import Workspace
+
+    inputs = draw(case, rank.world_size, rank.device)
+    tokens = inputs.tokens_of(rank.rank)
+    capacity = max(case.tokens_of_rank(source) for source in range(rank.world_size))
+    sizes = {"capacity": capacity, "top_k": case.top_k, "num_experts": case.num_experts}
+    shape = PlanShape(rank=rank.rank, world_size=rank.world_size, **sizes)
+    workspace, meetings = Workspace(resolve_group(None), rank.device), []
+    fence, publish = workspace.fence, workspace.publish
+    verdict = torch.zeros(3, dtype=torch.int32, device=rank.device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workspace, "fence", lambda: (meetings.append("fence"), fence()))
+        patch.setattr(workspace, "publish", lambda: (meetings.append("publish"), publish()))
+        scores = inputs.topk_scores[tokens].double()
+        counts = gathered_counts(inputs.topk_idx[tokens], shape, workspace, verdict, scores)
+    assert meetings == ["fence", "publish"]
+    assert counts.scores is not None
+    for source in range(rank.world_size):
+        theirs = inputs.tokens_of(source)
+        here = slice(case.tokens_of_rank(source))
+        assert_bitwise(counts.expert_ids[source, here], inputs.topk_idx[theirs].int(), "ids")
+        assert_bitwise(counts.scores[source, here], inputs.topk_scores[theirs], "scores")
+    workspace.publish()
+    workspace.close()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("case", ["uneven_tokens", "zero_token_ranks"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_scores_travel_with_the_ids_in_one_exchange(pool: RankPool, world_size: int, case: str) -> None:
+    pool.run(ids_and_scores, CASES[case], world_size=world_size)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sonic_ep.fast.device import launch, peer_pointer, pieces
-from sonic_ep.fast.workspace import Workspace
+from sonic_ep.fast.workspace import SharedBuffer, Workspace
 from sonic_ep.plan import RoutingPlan
 
 BLOCK = 1024
@@ -31,26 +31,40 @@ def gather_kernel(staged_ptr, gathered_ptr, numbers, BLOCK: tl.constexpr):
 
 def gather_scores(scores_TK: Tensor, plan: RoutingPlan, workspace: Workspace) -> Tensor:
     """Collective. The scores of the group, (W, C, K) fp32; those of tokens that do not exist are unspecified."""
-    numbers = plan.capacity * plan.top_k
-    scores_WCK = torch.empty(plan.expert_ids.shape, dtype=torch.float32, device=scores_TK.device)
-    staged = workspace.reserve(SCORES, scores_bytes(plan))
+    staged = reserve_scores(plan.capacity, plan.top_k, workspace)
     workspace.fence()
-    staged.rows(plan.rank, tuple(scores_TK.shape), torch.float32).copy_(scores_TK)
+    stage_scores(scores_TK, staged)
     workspace.publish()
-    grid = (pieces(numbers, BLOCK), plan.world_size)
+    return gather_staged_scores(staged, plan.expert_ids)
+
+
+def stage_scores(scores_TK: Tensor, staged: SharedBuffer) -> None:
+    """This rank's scores (T, K), any float, to where all can read them, between a fence and a publish."""
+    staged.rows(staged.rank, tuple(scores_TK.shape), torch.float32).copy_(scores_TK)
+
+
+def gather_staged_scores(staged: SharedBuffer, expert_ids_WCK: Tensor) -> Tensor:
+    """What every rank has staged, (W, C, K) fp32 as the ids are; unspecified for tokens that do not exist."""
+    scores_WCK = torch.empty_like(expert_ids_WCK, dtype=torch.float32)
+    world_size, numbers = scores_WCK.shape[0], scores_WCK[0].numel()
+    grid = (pieces(numbers, BLOCK), world_size)
     launch(gather_kernel, grid, staged.addresses, scores_WCK, numbers, device=scores_WCK.device, BLOCK=BLOCK)
     return scores_WCK
 
 
-def reserve_scores(plan: RoutingPlan, workspace: Workspace) -> None:
-    """Collective. Shared memory for scores on their way to the experts, and for their gradients on the way home."""
-    for name in (SCORES, VALUES):
-        workspace.reserve(name, scores_bytes(plan))
+def reserve_scores(capacity: int, top_k: int, workspace: Workspace) -> SharedBuffer:
+    """Collective. Shared memory for one fp32 number of each slot of a rank, on their way to the experts."""
+    return workspace.reserve(SCORES, slots_bytes(capacity, top_k))
 
 
-def scores_bytes(plan: RoutingPlan) -> int:
-    """Shared memory of one fp32 number for each slot of a rank."""
-    return plan.capacity * plan.top_k * torch.float32.itemsize
+def reserve_values(plan: RoutingPlan, workspace: Workspace) -> SharedBuffer:
+    """Collective. Shared memory for one fp32 number of each slot of a rank, on their way home."""
+    return workspace.reserve(VALUES, slots_bytes(plan.capacity, plan.top_k))
+
+
+def slots_bytes(capacity: int, top_k: int) -> int:
+    """Bytes of one fp32 number for each slot of a rank."""
+    return capacity * top_k * torch.float32.itemsize
 
 
 @triton.jit
@@ -117,7 +131,7 @@ def send_home(value_of_row_R: Tensor, plan: RoutingPlan, workspace: Workspace) -
 
     What crosses the link is one float for each remote slot. Values past the valid rows are not read.
     """
-    home = workspace.reserve(VALUES, scores_bytes(plan))
+    home = reserve_values(plan, workspace)
     slots_per_rank = plan.capacity * plan.top_k
     out_TK = value_of_row_R.new_empty((plan.num_tokens, plan.top_k))
     device = out_TK.device

@@ -22,7 +22,7 @@ from sonic_ep.backend import Experts, Routing
 from sonic_ep.config import BackendUnavailableError, EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.fast.availability import LAYER_MISSING, interpreted
-from sonic_ep.fast.collectives import gather_scores, reserve_scores, send_home
+from sonic_ep.fast.collectives import gather_scores, reserve_scores, reserve_values, send_home
 from sonic_ep.fast.combine import FastCombine, combine_primitives
 from sonic_ep.fast.device import movable
 from sonic_ep.fast.dispatch import FastDispatch, dispatch_primitives
@@ -52,7 +52,8 @@ class Exchange:
         """Collective. Allocate what forward and backward need, so that backward never has to."""
         self.dispatch.reserve(self.plan, row_bytes)
         self.combine.reserve(self.plan, row_bytes)
-        reserve_scores(self.plan, self.workspace)
+        reserve_scores(self.plan.capacity, self.plan.top_k, self.workspace)
+        reserve_values(self.plan, self.workspace)
 
     def rows(self, x_TH: Tensor) -> Tensor:
         """Collective. x of the group's tokens in canonical row order, (R, H); unspecified past the valid rows."""

@@ -1,6 +1,7 @@
 """The routing plan in Triton: a stable counting sort over all slots of the group, with no read on the host.
 
-Ids travel in one exchange: every rank stages its own in shared memory, all meet, and every rank reads those of all.
+Ids, and scores where the caller has them by then, travel in one exchange: every rank stages its own in shared memory,
+all meet, and every rank reads those of all.
 Then three kernels: one counts each tile of slots by expert (and its tokens by rank), one sums the counts of the tiles
 before each tile, one gives every slot its row. A tile holds whole tokens of one rank, in the order of their slots.
 """
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sonic_ep.fast.collectives import gather_staged_scores, reserve_scores, stage_scores
 from sonic_ep.fast.device import launch, pieces, power_of_two
 from sonic_ep.fast.plan_kernels import count_kernel, place_kernel, scan_kernel, stage_ids_kernel, totals_kernel
 from sonic_ep.fast.workspace import SharedBuffer, Workspace
@@ -75,18 +77,29 @@ class PlanShape:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TileCounts:
-    """Ids of the group (W, C, K), counts of the tiles before each tile (tiles, E + W), and of all tiles (E + W,)."""
+    """Ids of the group (W, C, K), counts of the tiles before each tile (tiles, E + W), and of all tiles (E + W,).
+
+    scores: (W, C, K) fp32, if they came with the ids; unspecified for tokens that do not exist.
+    """
 
     expert_ids: Tensor
     before: Tensor
     totals: Tensor
+    scores: Tensor | None
 
 
-def gathered_counts(topk_idx_TK: Tensor, shape: PlanShape, workspace: Workspace, verdict: Tensor) -> TileCounts:
-    """Collective. Exchange the ids and count them, up to the totals of all experts and pairs of ranks."""
+def gathered_counts(
+    topk_idx_TK: Tensor, shape: PlanShape, workspace: Workspace, verdict: Tensor, scores_TK: Tensor | None = None
+) -> TileCounts:
+    """Collective. Exchange the ids, and scores if there are any, and count, up to the totals of experts and pairs."""
     device = topk_idx_TK.device
     staged = workspace.reserve("ids", shape.capacity * shape.top_k * INDEX_DTYPE.itemsize)
-    _stage(topk_idx_TK.contiguous(), shape, workspace, staged)
+    staged_scores = None if scores_TK is None else reserve_scores(shape.capacity, shape.top_k, workspace)
+    workspace.fence()
+    _stage(topk_idx_TK.contiguous(), shape, staged)
+    if scores_TK is not None and staged_scores is not None:
+        stage_scores(scores_TK, staged_scores)
+    workspace.publish()
     expert_ids_WCK = torch.empty((shape.world_size, shape.capacity, shape.top_k), dtype=INDEX_DTYPE, device=device)
     before = torch.empty((shape.tiles, shape.bins), dtype=INDEX_DTYPE, device=device)
     totals = torch.empty(shape.bins, dtype=INDEX_DTYPE, device=device)
@@ -109,7 +122,8 @@ def gathered_counts(topk_idx_TK: Tensor, shape: PlanShape, workspace: Workspace,
     launch(
         scan_kernel, scan_grid, before, totals, shape.tiles, shape.bins, device=device, TILES=SCAN_TILES, BINS=SCAN_BINS
     )
-    return TileCounts(expert_ids=expert_ids_WCK, before=before, totals=totals)
+    scores_WCK = None if staged_scores is None else gather_staged_scores(staged_scores, expert_ids_WCK)
+    return TileCounts(expert_ids=expert_ids_WCK, before=before, totals=totals, scores=scores_WCK)
 
 
 def placed_plan(
@@ -200,9 +214,8 @@ def _tile_constants(shape: PlanShape) -> dict[str, int]:
     }
 
 
-def _stage(topk_idx_TK: Tensor, shape: PlanShape, workspace: Workspace, staged: SharedBuffer) -> None:
+def _stage(topk_idx_TK: Tensor, shape: PlanShape, staged: SharedBuffer) -> None:
     room = shape.capacity * shape.top_k
-    workspace.fence()
     launch(
         stage_ids_kernel,
         (pieces(room, STAGE_BLOCK),),
@@ -214,4 +227,3 @@ def _stage(topk_idx_TK: Tensor, shape: PlanShape, workspace: Workspace, staged: 
         device=topk_idx_TK.device,
         BLOCK=STAGE_BLOCK,
     )
-    workspace.publish()
