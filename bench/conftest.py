@@ -19,7 +19,7 @@ import pytest
 import torch
 from arena import Arena, How, Work, WrongError, measured_ceilings
 from report import Results, environment
-from workload import BARS, RANKS_OF_BARS, SMOKE, Problem, Shape, Sizes
+from workload import BARS, GPU_OF_BARS, RANKS_OF_BARS, SMOKE, Problem, Shape, Sizes
 
 from sonic_ep.backend import unavailable_reasons
 from sonic_ep.cli.launch import Place, joined_group, launched_by_torchrun
@@ -193,8 +193,13 @@ def chosen_sizes(place: Place, thek: str | None) -> Sizes:
     if thek is not None:
         large = shape_of(thek)
         return replace(sizes, large=large, plans=(place.world_size * large.tokens * large.top_k,)).without_bars()
-    alone_on_its_gpu = torch.cuda.device_count() >= place.world_size
-    return sizes if place.world_size == RANKS_OF_BARS and alone_on_its_gpu else sizes.without_bars()
+    return sizes if bars_hold(place) else sizes.without_bars()
+
+
+def bars_hold(place: Place) -> bool:
+    """Whether this is what the bars are stated for: so many GPUs of that kind, one for each rank."""
+    alone_on_its_gpu = torch.cuda.device_count() >= place.world_size == RANKS_OF_BARS
+    return alone_on_its_gpu and GPU_OF_BARS in torch.cuda.get_device_name(place.device)
 
 
 def shape_of(thek: str) -> Shape:

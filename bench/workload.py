@@ -59,7 +59,9 @@ class Sizes:
         return replace(self, large=replace(self.large, barred=False), small=replace(self.small, barred=False))
 
 
+# What the bars are stated for. An H100, for one, has the same link and slower memory.
 RANKS_OF_BARS = 2
+GPU_OF_BARS = "H200"
 BARS = Sizes(
     large=Shape(tokens=16384, hidden=4096, num_experts=64, top_k=8, barred=True),
     small=Shape(tokens=128, hidden=4096, num_experts=32, top_k=8, barred=True),
