@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from report import Bar, Entry, Results, Traffic
+from report import Bar, Entry, MemoryTraffic, Results, Traffic
 from torch import Tensor
 from workload import Shape, Sizes
 
 from sonic_ep.fast.link import LinkCeilings, link_ceilings
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.group import EPGroup
+from sonic_ep.testing.checks import expect
 from sonic_ep.testing.timing import Ceiling, Timing, captured, keep_busy, measure
 
 Check = Callable[[Any], None]
@@ -60,6 +61,8 @@ GPU_PACE = Pace(large=50, small=200, warmup=5)
 SMOKE_PACE = Pace(large=2, small=2, warmup=0)
 # Below so many bytes of a rank's tokens a shape is small.
 SMALL_BYTES = 2**24
+# More than a cache holds.
+COPIED_TOKENS = 4
 # No id, no row and no count.
 SPOILED = -7
 
@@ -148,15 +151,20 @@ class Arena:
             enter=meeting(self.workspace, ahead=ahead),
         )
 
-    def traffic(self, nbytes: float, way: Way) -> Traffic | None:
-        """Bytes over the link held against the ceiling of their way; None on one rank."""
+    def traffic(self, nbytes: float, way: Way, memory_bytes: float | None = None) -> Traffic | None:
+        """Bytes over the link held against the ceiling of their way; None on one rank.
+
+        memory_bytes: what a rank's memory reads and writes meanwhile.
+        """
         if self.group.world_size == 1:
             return None
-        ceilings = self.results.ceilings
-        ceiling = None
+        ceilings, memory_rate = self.results.ceilings, self.results.memory_rate
+        ceiling = memory = None
         if ceilings is not None:
             ceiling = Ceiling(name=f"the {way.value} ceiling", bytes_per_second=getattr(ceilings, way.value))
-        return Traffic(nbytes=nbytes, ceiling=ceiling)
+        if memory_rate is not None and memory_bytes is not None:
+            memory = MemoryTraffic(nbytes=memory_bytes, bytes_per_second=memory_rate)
+        return Traffic(nbytes=nbytes, ceiling=ceiling, memory=memory)
 
 
 @contextmanager
@@ -193,15 +201,27 @@ def measured_ceilings(workspace: Workspace, shape: Shape) -> LinkCeilings | None
     """Collective: the ceilings of the link between GPUs, for as many bytes as a rank has in tokens; else None."""
     if workspace.device.type != "cuda":
         return None
+    return link_ceilings(workspace, shape.tokens * shape.row_bytes, lambda transfer: seconds_of(transfer, workspace))
 
-    def seconds(transfer: Callable[[], None]) -> float:
-        enter = meeting(workspace, ahead=True)
-        pace, group = GPU_PACE, workspace.group
-        return measure(
-            transfer, rounds=pace.large, warmup=pace.warmup, device=workspace.device, group=group, enter=enter
-        ).median
 
-    return link_ceilings(workspace, shape.tokens * shape.row_bytes, seconds)
+def measured_memory_rate(workspace: Workspace, shape: Shape) -> float | None:
+    """Collective: what a GPU's memory moves as all ranks copy ``COPIED_TOKENS`` times their tokens, in bytes/s."""
+    if workspace.device.type != "cuda":
+        return None
+    source = torch.randn(COPIED_TOKENS * shape.tokens, shape.hidden, device=workspace.device).to(shape.dtype)
+    target = torch.empty_like(source)
+    seconds = seconds_of(lambda: target.copy_(source), workspace)
+    expect(torch.equal(source, target), "memory: a copy is not what was copied")
+    return (source.nbytes + target.nbytes) / seconds
+
+
+def seconds_of(transfer: Callable[[], object], workspace: Workspace) -> float:
+    """Collective: the median over rounds of what ``transfer`` takes the slowest rank."""
+    enter = meeting(workspace, ahead=True)
+    pace, group = GPU_PACE, workspace.group
+    return measure(
+        transfer, rounds=pace.large, warmup=pace.warmup, device=workspace.device, group=group, enter=enter
+    ).median
 
 
 def agree(group: EPGroup, check: Callable[[], None]) -> None:

@@ -78,6 +78,6 @@ def combine(arena: Arena, problem: Problem, mode: CombineMode, *, weighted: bool
 def sums_in(arena: Arena, problem: Problem, mode: CombineMode, *, weighted: bool) -> Traffic | None:
     """What a combine brings to a rank over the link: rows or sums, and the other ranks' scores."""
     shape = problem.shape
-    rows = problem.mean_over_ranks(lambda counts: combine_traffic(counts, shape.row_bytes)[mode].link_in)
+    moved = problem.mean_traffic(lambda counts: combine_traffic(counts, shape.row_bytes)[mode])
     scores = (arena.group.world_size - 1) * shape.tokens * shape.top_k * SCORE_BYTES if weighted else 0
-    return arena.traffic(rows + scores, Way.WRITE)
+    return arena.traffic(moved.link_in + scores, Way.WRITE, moved.memory)

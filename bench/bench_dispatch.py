@@ -13,7 +13,13 @@ from torch import Tensor
 from workload import Problem
 
 from sonic_ep import DispatchMode, EPConfig, ExpertParallel
-from sonic_ep.cost import RankCounts, dispatch_traffic, exchange_link_bytes
+from sonic_ep.cost import (
+    RankCounts,
+    canonical_gather_bytes,
+    dispatch_traffic,
+    exchange_link_bytes,
+    staging_bytes,
+)
 from sonic_ep.fast.copy_engine import CopyEngineGather
 from sonic_ep.fast.dispatch import dispatch_primitives
 from sonic_ep.fast.dispatch.all_to_all import pull_to_rows
@@ -43,7 +49,8 @@ each_mode = pytest.mark.parametrize("mode", list(DispatchMode), ids=lambda mode:
 @each_mode
 def bench_link(arena: Arena, large: Problem, run: Run, how: How, mode: DispatchMode) -> None:
     """The tokens stand in shared memory already: the barrier behind that, and the way over the link."""
-    traffic = rows_in(arena, large, mode)
+    staged = large.mean_over_ranks(lambda counts: staging_bytes(counts, large.shape.row_bytes))
+    traffic = rows_in(arena, large, mode, more_memory=-staged)
     work = Work(
         name=f"dispatch {mode.value}: barrier and link",
         shape=large.shape,
@@ -83,7 +90,8 @@ def bench_ids_to_rows(arena: Arena, large: Problem, run: Run, how: How, mode: Di
     ids = exchange_link_bytes(
         world_size=arena.group.world_size, capacity=large.shape.tokens, top_k=large.shape.top_k, with_scores=False
     )
-    traffic = rows_in(arena, large, mode, more_bytes=ids)
+    gathered = large.mean_over_ranks(lambda counts: canonical_gather_bytes(counts, large.shape.row_bytes)[mode])
+    traffic = rows_in(arena, large, mode, more_bytes=ids, more_memory=gathered)
     with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=large.shape.tokens) as ep:
         work = Work(
             name=f"ids to rows, {mode.value}: plan and dispatch",
@@ -132,11 +140,13 @@ def over_the_link(arena: Arena, problem: Problem, mode: DispatchMode) -> Callabl
     return meet_and_pull
 
 
-def rows_in(arena: Arena, problem: Problem, mode: DispatchMode, more_bytes: int = 0) -> Traffic | None:
-    """What a dispatch brings to a rank over the link, and ``more_bytes``."""
+def rows_in(
+    arena: Arena, problem: Problem, mode: DispatchMode, *, more_bytes: int = 0, more_memory: float = 0
+) -> Traffic | None:
+    """What a dispatch with its staging brings to a rank over the link and moves in its memory, and more of either."""
     row_bytes = problem.shape.row_bytes
-    nbytes = problem.mean_over_ranks(lambda counts: dispatch_traffic(counts, row_bytes)[mode].link_in)
-    return arena.traffic(nbytes + more_bytes, WAY[mode])
+    moved = problem.mean_traffic(lambda counts: dispatch_traffic(counts, row_bytes)[mode])
+    return arena.traffic(moved.link_in + more_bytes, WAY[mode], moved.memory + more_memory)
 
 
 def usual_bytes_in(arena: Arena, problem: Problem, collective: str) -> Traffic | None:

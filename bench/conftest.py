@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from arena import Arena, How, Work, WrongError, measured_ceilings
+from arena import Arena, How, Work, WrongError, measured_ceilings, measured_memory_rate
 from report import Results, environment
 from workload import BARS, GPU_OF_BARS, RANKS_OF_BARS, SMOKE, Problem, Shape, Sizes
 
@@ -141,9 +141,10 @@ def arena(place: Place, request: pytest.FixtureRequest) -> Iterator[Arena]:
     workspace = Workspace(group, place.device)
     with torch.no_grad():
         ceilings = measured_ceilings(workspace, sizes.large)
+        memory_rate = measured_memory_rate(workspace, sizes.large)
     commit, arguments = request.config.getoption("--commit"), request.config.invocation_params.args
     found = environment(place.device, group.world_size, commit, [str(word) for word in arguments])
-    results = Results(environment=found, ceilings=ceilings)
+    results = Results(environment=found, ceilings=ceilings, memory_rate=memory_rate)
     request.config.stash[RESULTS] = results
     yield Arena(group=group, device=place.device, workspace=workspace, sizes=sizes, results=results)
     workspace.close()

@@ -34,11 +34,49 @@ class Bar:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Floor:
+    """Seconds that nothing goes below, and whether the link or the memory needs them."""
+
+    seconds: float
+    by: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryTraffic:
+    """Bytes that a rank's memory reads and writes, the mean over the ranks, and the rate of a large copy, bytes/s.
+
+    Accesses that a cache answers count as well, so a time can be a little below what the memory would need.
+    """
+
+    nbytes: float
+    bytes_per_second: float
+
+    @property
+    def seconds(self) -> float:
+        """What the bytes take."""
+        return self.nbytes / self.bytes_per_second
+
+
+@dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Bytes that come to a rank over the link, the mean over the ranks, and the way they take."""
+    """Bytes that come to a rank over the link, the mean over the ranks, and the way they take.
+
+    memory: what a rank's memory moves for it, where that is counted.
+    """
 
     nbytes: float
     ceiling: Ceiling | None
+    memory: MemoryTraffic | None = None
+
+    @property
+    def floor(self) -> Floor | None:
+        """What the link or the memory needs, whichever is more; None without a ceiling."""
+        if self.ceiling is None:
+            return None
+        link = Floor(seconds=self.nbytes / self.ceiling.bytes_per_second, by="link")
+        if self.memory is None or self.memory.seconds <= link.seconds:
+            return link
+        return Floor(seconds=self.memory.seconds, by="memory")
 
     def at_least(self, share: float) -> Bar | None:
         """The bar of ``share`` of the ceiling; None without a ceiling."""
@@ -79,6 +117,11 @@ class Entry:
         return self.traffic.ceiling.share_of(self.traffic.nbytes, self.timing.median, f"{self.name}, {self.how}")
 
     @property
+    def floor(self) -> Floor | None:
+        """What the link or the memory needs for it; None where nothing of that is known."""
+        return None if self.traffic is None else self.traffic.floor
+
+    @property
     def met(self) -> bool | None:
         """Whether the bar is met; None where there is none."""
         return None if self.bar is None else self.timing.median <= self.bar.seconds
@@ -92,6 +135,8 @@ class Entry:
             found |= {"remote_bytes": round(self.traffic.nbytes), "gb_per_s": round(self.rate / 1e9, 2)}
         if self.traffic is not None and self.traffic.ceiling is not None and self.share is not None:
             found |= {"ceiling": self.traffic.ceiling.name, "percent": round(100 * self.share, 2)}
+        if self.floor is not None:
+            found |= {"floor_us": round(self.floor.seconds * 1e6, 2), "floor_by": self.floor.by}
         if self.bar is not None:
             found |= {"bar": self.bar.text, "bar_us": round(self.bar.seconds * 1e6, 2), "met": self.met}
         return found
@@ -102,18 +147,22 @@ QUANTILES = (("median_us", 0.5), ("p10_us", 0.1), ("p90_us", 0.9), ("min_us", 0.
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """What one run found. entries grow as it goes on; rank 0 writes them."""
+    """What one run found. entries grow as it goes on; rank 0 writes them.
+
+    memory_rate: reads and writes of a rank's memory in a large copy, in bytes/s.
+    """
 
     environment: dict[str, Any]
     ceilings: LinkCeilings | None
+    memory_rate: float | None = None
     entries: list[Entry] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """All of it; ceilings in GB/s."""
-        rates = None if self.ceilings is None else asdict(self.ceilings)
+        rates = self._rates()
         return {
             "environment": self.environment,
-            "ceilings_gb_per_s": rates and {name: round(rate / 1e9, 2) for name, rate in rates.items()},
+            "ceilings_gb_per_s": {name: round(rate / 1e9, 2) for name, rate in rates.items()} or None,
             "entries": [entry.as_json() for entry in self.entries],
         }
 
@@ -126,15 +175,20 @@ class Results:
         """One line for each entry, below the ceilings."""
         names = [f"{entry.name}, T={entry.shape.tokens}" for entry in self.entries]
         width = max((len(name) for name in names), default=0)
-        header = f"{'what':<{width}} {'how':<6} {'median us':>10} {'p10':>9} {'p90':>9} {'GB/s':>6} {'%':>5}  bar"
+        columns = f"{'median us':>10} {'p10':>9} {'p90':>9} {'GB/s':>6} {'%':>5} {'floor us':>9} {'by':<6}"
+        header = f"{'what':<{width}} {'how':<6} {columns}  bar"
         lines = [f"{name:<{width}} {_figures(entry)}" for name, entry in zip(names, self.entries, strict=True)]
         return [*self._ceiling_lines(), header, *lines]
 
     def _ceiling_lines(self) -> list[str]:
         if self.ceilings is None:
             return ["no ceilings: no link between GPUs was measured"]
-        rates = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in asdict(self.ceilings).items())
-        return [f"ceilings in GB/s: {rates}"]
+        return ["ceilings in GB/s: " + ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in self._rates().items())]
+
+    def _rates(self) -> dict[str, float]:
+        """Every rate that was measured, in bytes/s."""
+        link = {} if self.ceilings is None else asdict(self.ceilings)
+        return link if self.memory_rate is None else {**link, "memory": self.memory_rate}
 
 
 def _figures(entry: Entry) -> str:
@@ -142,10 +196,11 @@ def _figures(entry: Entry) -> str:
     middle, low, high = (entry.timing.quantile(share) * 1e6 for share in (0.5, 0.1, 0.9))
     rate = "" if entry.rate is None else f"{entry.rate / 1e9:.1f}"
     share = "" if entry.share is None else f"{100 * entry.share:.1f}"
+    floor = f"{'':>9} {'':<6}" if entry.floor is None else f"{entry.floor.seconds * 1e6:>9.1f} {entry.floor.by:<6}"
     bar = ""
     if entry.bar is not None:
         bar = f"{'met' if entry.met else 'MISSED'}: {entry.bar.text} ({entry.bar.seconds * 1e6:.1f} us)"
-    return f"{entry.how:<6} {middle:>10.1f} {low:>9.1f} {high:>9.1f} {rate:>6} {share:>5}  {bar}"
+    return f"{entry.how:<6} {middle:>10.1f} {low:>9.1f} {high:>9.1f} {rate:>6} {share:>5} {floor}  {bar}"
 
 
 def shape_as_json(shape: Shape) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, RoutingPlan
-from sonic_ep.cost import RankCounts, rank_counts
+from sonic_ep.cost import RankCounts, Traffic, rank_counts
 from sonic_ep.group import EPGroup
 from sonic_ep.reference.collectives import Collectives, collectives_of
 from sonic_ep.reference.combine import combine_primitives
@@ -72,6 +72,14 @@ SMOKE = Sizes(
     small=Shape(tokens=2, hidden=16, num_experts=8, top_k=2),
     plans=(32, 96),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanTraffic:
+    """Bytes into a rank over the link, and reads and writes of its memory, the mean over the ranks."""
+
+    link_in: float
+    memory: float
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -157,6 +165,13 @@ class Problem:
         """What each combine mode of the reference gives for the rows of x, with scores."""
         primitives = combine_primitives(self._collectives)
         return {mode: primitives[mode].combine(self.rows_of_x, self.scores_WCK, self.plan) for mode in CombineMode}
+
+    def mean_traffic(self, moved: Callable[[RankCounts], Traffic]) -> MeanTraffic:
+        """The mean over the ranks of what each of them moves."""
+        return MeanTraffic(
+            link_in=self.mean_over_ranks(lambda counts: moved(counts).link_in),
+            memory=self.mean_over_ranks(lambda counts: moved(counts).memory),
+        )
 
     def mean_over_ranks(self, count: Callable[[RankCounts], int]) -> float:
         """The mean over the ranks of what ``count`` makes of each one's counts."""

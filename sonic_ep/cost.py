@@ -206,6 +206,11 @@ def dispatch_traffic(counts: RankCounts, row_bytes: int) -> Mapping[DispatchMode
     )
 
 
+def staging_bytes(counts: RankCounts, row_bytes: int) -> int:
+    """Memory bytes of the first half of every dispatch: x is read, and written where peers can read it."""
+    return 2 * counts.tokens * row_bytes if counts.remote_ranks else 0
+
+
 def canonical_gather_bytes(counts: RankCounts, row_bytes: int) -> Mapping[DispatchMode, int]:
     """Memory bytes of a local gather from what each dispatch receives to canonical rows: each is read and written.
 
@@ -255,11 +260,10 @@ class _Rows:
 
 def _pulled(counts: RankCounts, row_bytes: int, read: _Rows, *, written: int) -> Traffic:
     """A dispatch: x is staged where peers can read it, peers and this rank read, this rank writes."""
-    staged = 2 * counts.tokens if counts.remote_ranks else 0
     return Traffic(
         link_in=read.link_in * row_bytes,
         link_out=read.link_out * row_bytes,
-        memory=(staged + read.kept + read.link_out + written) * row_bytes,
+        memory=staging_bytes(counts, row_bytes) + (read.kept + read.link_out + written) * row_bytes,
     )
 
 

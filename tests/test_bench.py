@@ -172,6 +172,29 @@ def test_an_entry_as_json_and_in_the_table(bench: SimpleNamespace) -> None:
     assert (found["gb_per_s"], found["percent"], found["met"]) == (142.86, 71.43, False)
     results = bench.report.Results(environment={}, ceilings=None, entries=[entry])
     assert "MISSED: at least 80% of the read ceiling" in results.table()[-1]
+    assert "500000.0 link" in results.table()[-1]
+
+
+def test_every_measured_rate_is_reported(bench: SimpleNamespace) -> None:
+    ceilings = bench.report.LinkCeilings(copy_engine_in=1e9, copy_engine_out=2e9, read=3e9, write=4e9)
+    results = bench.report.Results(environment={}, ceilings=ceilings, memory_rate=5e9)
+    expected = {"copy_engine_in": 1.0, "copy_engine_out": 2.0, "read": 3.0, "write": 4.0, "memory": 5.0}
+    assert results.as_json()["ceilings_gb_per_s"] == expected
+    assert "memory 5.0" in results.table()[0]
+
+
+def floor_of(bench: SimpleNamespace, memory_bytes: float) -> Any:
+    """Of 100 GB against a link of 200 GB/s, and what a memory of 1000 GB/s moves."""
+    memory = bench.report.MemoryTraffic(nbytes=memory_bytes, bytes_per_second=1000e9)
+    ceiling = Ceiling(name="the read ceiling", bytes_per_second=200e9)
+    return bench.report.Traffic(nbytes=100e9, ceiling=ceiling, memory=memory).floor
+
+
+def test_the_floor_is_that_of_the_slower(bench: SimpleNamespace) -> None:
+    assert floor_of(bench, 400e9) == bench.report.Floor(seconds=0.5, by="link")
+    assert floor_of(bench, 600e9) == bench.report.Floor(seconds=0.6, by="memory")
+    assert entry_of(bench, seconds=0.7).as_json()["floor_us"] == 500_000
+    assert bench.report.Traffic(nbytes=1, ceiling=None).floor is None
 
 
 def test_no_entry_is_above_its_ceiling(bench: SimpleNamespace) -> None:

@@ -22,6 +22,7 @@ from sonic_ep.cost import (
     dispatch_traffic,
     exchange_link_bytes,
     rank_counts,
+    staging_bytes,
 )
 from sonic_ep.reference.plan import build_plan
 from sonic_ep.testing import CASES, Case, draw
@@ -303,6 +304,7 @@ def test_worked_example() -> None:
         CombineMode.REDUCE_SCATTER: Traffic(link_in=3, link_out=3, memory=15),
         CombineMode.RANK_DEDUP: Traffic(link_in=2, link_out=2, memory=13),
     }
+    assert (staging_bytes(first, 1), staging_bytes(second, 4)) == (6, 24)
     assert dispatch_traffic(second, 4)[DispatchMode.ALL_TO_ALL] == Traffic(link_in=8, link_out=8, memory=60)
     assert combine_traffic(second, 4)[CombineMode.ALL_TO_ALL] == Traffic(link_in=12, link_out=12, memory=56)
 
