@@ -18,7 +18,7 @@ from torch import Tensor
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 # What a waiting kernel sleeps between two looks at a flag, under the interpreter.
-REST_SECONDS = 1e-4
+REST_SECONDS = 1e-3
 
 # A row is moved in pieces of this many bytes: one piece is 16 bytes for each of 4 warps, four times over.
 PIECE_BYTES = 8192

@@ -37,7 +37,7 @@ FLAG_BYTES = 4
 TIMEOUT_SECONDS = 60
 # How often a program looks at a flag in a second: a compare-and-swap at the scope of the system takes about a
 # microsecond on an H200, and the interpreter rests after each look.
-POLLS_PER_SECOND = {"cuda": 1_000_000, "cpu": 3_000}
+POLLS_PER_SECOND = {"cuda": 1_000_000, "cpu": 800}
 LONE_GROUP: Any = "sonic_ep_lone_rank"
 RENDEZVOUS_KEY = "CUDASymmetricMemory/{}/0"
 MOST_RENDEZVOUS = 100_000
