@@ -238,7 +238,7 @@ def far_rows(rank: Rank) -> None:
         rows_RH = pull_to_rows(x_TH, workspace.reserve("tokens", 1), plan)
         assert rows_RH.numel() > 2**31
         assert_bitwise(rows_RH[list(far)], x_TH)
-        assert_bitwise(take_rows(rows_RH, index(*far, -1))[:2], x_TH)
+        assert_bitwise(take_rows(rows_RH, index(*far, -1), plan.group_ends)[:2], x_TH)
         workspace.enter()
         for combine in (RankDedupCombine, AllToAllCombine):
             assert_bitwise(combine(workspace).combine(rows_RH, None, plan), x_TH)

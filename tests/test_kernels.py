@@ -83,9 +83,12 @@ def examples_of_rows(rank: Rank) -> None:
     from sonic_ep.fast.rows import take_rows
 
     received = torch.arange(12, dtype=torch.float32, device=rank.device).view(3, 4)
-    taken = take_rows(received, index(rank, 2, 0, -1))
+    # Two valid rows, of an expert that has one and one that has none and one that has one.
+    taken = take_rows(received, index(rank, 2, 0, -1), index(rank, 1, 1, 2))
     assert_bitwise(taken[:2], received[[2, 0]])
-    assert bool(taken[2].isnan().all()), "rows without a source are left as they are"
+    assert bool(taken[2].isnan().all()), "rows behind the valid ones are left as they are"
+    # More rows are routed here than there is room for.
+    assert_bitwise(take_rows(received, index(rank, 1), index(rank, 3)), received[[1]])
     packed = torch.full((3, 4), -1, dtype=torch.int32, device=rank.device)
     tokens = torch.arange(12, dtype=torch.int32, device=rank.device).view(3, 4)
     addresses = torch.zeros(1, dtype=torch.int64, device=rank.device)

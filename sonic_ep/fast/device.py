@@ -23,6 +23,8 @@ REST_SECONDS = 1e-3
 # A row is moved in pieces of this many bytes: one piece is 16 bytes for each of 4 warps, four times over.
 PIECE_BYTES = 8192
 ROW_WARPS = 4
+# Programs of ROW_WARPS warps that fill a multiprocessor.
+PROGRAMS_PER_MULTIPROCESSOR = 16
 
 
 def rest() -> None:
@@ -58,6 +60,20 @@ def pieces(count: int, size: int) -> int:
     return -(-count // size)
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 on the CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def programs_over(rows: int, device: torch.device) -> int:
+    """Programs that share ``rows`` rows, of which not all may be valid: as many as run at once, but one a row.
+
+    A program for each row would cost more where most of them find nothing to do: with W ranks, a rank has room for up
+    to W times the rows that it receives on average.
+    """
+    return min(rows, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device))
+
+
 def words(rows: Tensor) -> Tensor:
     """The same memory as integers of 4 bytes, or of 2 where a row (N, H) has no whole number of 4."""
     whole = rows.shape[-1] * rows.element_size() % 4 == 0
@@ -89,6 +105,15 @@ def turn_of(program, rank, world_size):
     rank 1.
     """
     return (rank + program) % world_size, program // world_size
+
+
+@triton.jit
+def valid_rows(group_ends_ptr, experts_per_rank, row_capacity):
+    """How many of a rank's rows are valid, and there: ends 2 5 mean five, or four where there is room for four.
+
+    group_ends_ptr (e,) int32: see ``RoutingPlan``.
+    """
+    return tl.minimum(tl.load(group_ends_ptr + experts_per_rank - 1), row_capacity)
 
 
 @triton.jit

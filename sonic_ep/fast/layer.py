@@ -60,7 +60,7 @@ class Exchange:
         self.workspace.enter()
         received = self.dispatch.receive(movable(x_TH), self.plan)
         source_R = self.dispatch.source_of_row(self.plan)
-        rows_RH = received if source_R is None else take_rows(received, source_R)
+        rows_RH = received if source_R is None else take_rows(received, source_R, self.plan.group_ends)
         return self._spoiled(rows_RH)
 
     def sums(self, rows_RH: Tensor, scores_WCK: Tensor | None) -> Tensor:

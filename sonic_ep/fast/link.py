@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.fast.device import copy_row, launch, peer_pointer
+from sonic_ep.fast.device import copy_row, launch, multiprocessors, peer_pointer
 from sonic_ep.fast.workspace import SharedBuffer, Workspace
 
 SOURCE = "link_source"
@@ -202,8 +202,3 @@ def link_ceilings(workspace: Workspace, nbytes: int, seconds: Stopwatch) -> Link
         read=best([partial(link.read, how) for how in link.launches], link.expect_next, "kernel reads"),
         write=best([partial(link.write, how) for how in link.launches], link.expect_last, "kernel writes"),
     )
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 on the CPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -7,35 +7,59 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.fast.device import ROW_WARPS, copy_row, launch, piece, power_of_two, rounded, words
+from sonic_ep.fast.device import (
+    ROW_WARPS,
+    copy_row,
+    launch,
+    piece,
+    power_of_two,
+    programs_over,
+    rounded,
+    valid_rows,
+    words,
+)
 from sonic_ep.plan import RoutingPlan
 
 MOST_COLUMNS = 4096
 
 
 @triton.jit
-def take_rows_kernel(received_ptr, source_ptr, out_ptr, WORDS: tl.constexpr, PIECE: tl.constexpr):
-    """Row i of the result is row ``source[i]`` of what was received. Grid (R,).
+def take_rows_kernel(
+    received_ptr,
+    source_ptr,
+    out_ptr,
+    group_ends_ptr,
+    experts_per_rank,
+    row_capacity,
+    WORDS: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Row i of the result is row ``source[i]`` of what was received. Any grid: of P programs, p takes p, p + P, ...
 
-    source_ptr (R,) int32, -1 behind the valid rows, which are left as they are. Sources 2 0 -1 take rows 2 and 0.
+    source_ptr (R,) int32; rows behind the valid ones are left as they are. Sources 2 0 of two valid rows take rows 2
+    and 0.
     """
-    row = tl.program_id(0).to(tl.int64)
-    source = tl.load(source_ptr + row)
-    if source >= 0:
-        copy_row(received_ptr + source.to(tl.int64) * WORDS, out_ptr + row * WORDS, WORDS, PIECE)
+    rows = valid_rows(group_ends_ptr, experts_per_rank, row_capacity)
+    for index in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64)
+        source = tl.load(source_ptr + row).to(tl.int64)
+        copy_row(received_ptr + source * WORDS, out_ptr + row * WORDS, WORDS, PIECE)
 
 
-def take_rows(received_NH: Tensor, source_R: Tensor) -> Tensor:
-    """(R, H): the received row of each canonical row. Rows whose source is -1 are unspecified."""
+def take_rows(received_NH: Tensor, source_R: Tensor, group_ends_e: Tensor) -> Tensor:
+    """(R, H): the received row of each canonical row; unspecified behind ``group_ends_e[-1]``."""
     rows_RH = received_NH.new_empty((source_R.shape[0], received_NH.shape[1]))
     source, out = words(received_NH), words(rows_RH)
     width = out.shape[1]
     launch(
         take_rows_kernel,
-        (out.shape[0],),
+        (programs_over(out.shape[0], out.device),),
         source,
         source_R,
         out,
+        group_ends_e,
+        group_ends_e.shape[0],
+        out.shape[0],
         device=out.device,
         WORDS=width,
         PIECE=piece(width, out.element_size()),
@@ -46,17 +70,28 @@ def take_rows(received_NH: Tensor, source_R: Tensor) -> Tensor:
 
 @triton.jit
 def weigh_rows_kernel(
-    out_grad_ptr, rows_ptr, scores_ptr, slot_of_row_ptr, grad_ptr, dots_ptr, H: tl.constexpr, COLUMNS: tl.constexpr
+    out_grad_ptr,
+    rows_ptr,
+    scores_ptr,
+    slot_of_row_ptr,
+    grad_ptr,
+    dots_ptr,
+    group_ends_ptr,
+    experts_per_rank,
+    row_capacity,
+    H: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Gradient of a weighted row, and of its weight. Grid (R,); rows behind the valid ones are left as they are.
+    """Gradient of a weighted row, and of its weight. Any grid: of P programs, p takes rows p, p + P, ...
 
     out_grad_ptr (R, H): d(out) of each row's token; rows_ptr (R, H): the rows that were weighted; scores_ptr (W*C*K,)
-    fp32. grad_ptr (R, H) = round(score * d(out)); dots_ptr (R,) fp32 = sum over H of d(out) * row.
+    fp32. grad_ptr (R, H) = round(score * d(out)); dots_ptr (R,) fp32 = sum over H of d(out) * row. Rows behind the
+    valid ones are left as they are.
     """
-    row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slot_of_row_ptr + row)
-    if slot >= 0:
-        score = tl.load(scores_ptr + slot)
+    rows = valid_rows(group_ends_ptr, experts_per_rank, row_capacity)
+    for index in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64)
+        score = tl.load(scores_ptr + tl.load(slot_of_row_ptr + row))
         dot = tl.zeros((COLUMNS,), dtype=tl.float32)
         for first in range(0, H, COLUMNS):
             column = first + tl.arange(0, COLUMNS)
@@ -75,13 +110,16 @@ def weigh_rows(out_grad_RH: Tensor, rows_RH: Tensor, scores_WCK: Tensor, plan: R
     width = out_grad_RH.shape[1]
     launch(
         weigh_rows_kernel,
-        (out_grad_RH.shape[0],),
+        (programs_over(plan.row_capacity, grad_RH.device),),
         out_grad_RH,
         rows_RH,
         scores_WCK,
         plan.slot_of_row,
         grad_RH,
         dots_R,
+        plan.group_ends,
+        plan.experts_per_rank,
+        plan.row_capacity,
         device=grad_RH.device,
         H=width,
         COLUMNS=min(power_of_two(width), MOST_COLUMNS),
@@ -94,6 +132,7 @@ def weigh_rows(out_grad_RH: Tensor, rows_RH: Tensor, scores_WCK: Tensor, plan: R
 def spoil_kernel(
     rows_ptr,
     counts_ptr,
+    rows,
     bound,
     num_experts,
     experts_per_rank,
@@ -101,8 +140,7 @@ def spoil_kernel(
     COLUMNS: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    """NaN over a row, if any rank of the group is routed more rows than ``bound``. Grid (rows,)."""
-    row = tl.program_id(0).to(tl.int64)
+    """NaN over all ``rows`` rows, if any rank of the group is routed more rows than ``bound``. Any grid, as above."""
     most = tl.full((), 0, tl.int32)
     expert = tl.arange(0, EXPERTS)
     for first in range(0, num_experts, experts_per_rank):
@@ -110,10 +148,12 @@ def spoil_kernel(
         held = tl.sum(tl.load(counts_ptr + first + expert, mask=inside, other=0), axis=0)
         most = tl.maximum(most, held)
     if most > bound:
-        for first in range(0, H, COLUMNS):
-            column = first + tl.arange(0, COLUMNS)
-            nan = tl.full((COLUMNS,), float("nan"), tl.float32)
-            tl.store(rows_ptr + row * H + column, rounded(nan, rows_ptr), mask=column < H)
+        for index in range(tl.program_id(0), rows, tl.num_programs(0)):
+            row = tl.cast(index, tl.int64)
+            for first in range(0, H, COLUMNS):
+                column = first + tl.arange(0, COLUMNS)
+                nan = tl.full((COLUMNS,), float("nan"), tl.float32)
+                tl.store(rows_ptr + row * H + column, rounded(nan, rows_ptr), mask=column < H)
 
 
 def spoil_if_overflowed(rows_NH: Tensor, plan: RoutingPlan, max_rows: int) -> Tensor:
@@ -121,9 +161,10 @@ def spoil_if_overflowed(rows_NH: Tensor, plan: RoutingPlan, max_rows: int) -> Te
     width = rows_NH.shape[1]
     launch(
         spoil_kernel,
-        (rows_NH.shape[0],),
+        (programs_over(rows_NH.shape[0], rows_NH.device),),
         rows_NH,
         plan.counts,
+        rows_NH.shape[0],
         max_rows,
         plan.num_experts,
         plan.experts_per_rank,
