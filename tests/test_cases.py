@@ -54,6 +54,13 @@ def test_pairwise_lets_every_two_values_meet() -> None:
     assert len(settings) < 40
 
 
+def test_pairwise_is_the_same_in_every_process() -> None:
+    """Words have other hashes in every process; the settings, and so what a run of the tests covers, do not change."""
+    settings = pairwise({"letter": ("a", "b"), "digit": (1, 2, 3), "sign": ("+", "-")})
+    found = [(setting["letter"], setting["digit"], setting["sign"]) for setting in settings]
+    assert found == [("a", 1, "+"), ("a", 2, "-"), ("a", 3, "+"), ("b", 1, "-"), ("b", 2, "+"), ("b", 3, "-")]
+
+
 def test_option_trials_carry_their_settings() -> None:
     trials = option_trials()
     assert len({trial.case.name for trial in trials}) == len(trials) == len(pairwise({**OPTIONS, **CONFIG_OPTIONS}))

@@ -206,13 +206,12 @@ def pairwise(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """A short list of settings in which every two values of every two options meet.
 
     Greedy: each setting starts from a pair that has not met, and takes for every other option the value that brings
-    most further pairs.
+    most further pairs. The same list in every process, whatever its hashes.
     """
-    names = list(options)
-    missing = {
-        frozenset({(a, x), (b, y)}) for a, b in combinations(names, 2) for x, y in product(options[a], options[b])
-    }
-    order = sorted(missing, key=repr)
+    order = [
+        frozenset({(a, x), (b, y)}) for a, b in combinations(options, 2) for x, y in product(options[a], options[b])
+    ]
+    missing = set(order)
     chosen: list[dict[str, Any]] = []
     for pair in order:
         if pair in missing:
