@@ -11,8 +11,11 @@ demo: $(INSTALLED)
 	$(BIN)/python -m sonic_ep demo
 	$(BIN)/python examples/train_lm.py
 
+# Two at a time: a test's ranks seldom keep more than one core busy. JOBS=0 is one after the other, in this process.
+JOBS ?= 2
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=worksteal $(PYTEST_FLAGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
 """Fixtures: one pool of ranks for the whole run, on the CPU and, where there are GPUs, on them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 
 import pytest
 import torch
@@ -28,24 +30,28 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("; ".join(reasons))
 
 
+@pytest.fixture(scope="session")
+def pools() -> Iterator[Callable[[str], RankPool]]:
+    """The pool of ranks on one type of device; it starts when it is first asked for, and stays for the whole run."""
+    with ExitStack() as open_pools:
+        yield cache(lambda device_type: open_pools.enter_context(RankPool(device_type)))
+
+
 @pytest.fixture(scope="session", params=DEVICE_TYPES)
-def pool(request: pytest.FixtureRequest) -> Iterator[RankPool]:
+def pool(pools: Callable[[str], RankPool], request: pytest.FixtureRequest) -> RankPool:
     """Live ranks; every test that uses them runs on each kind of device that is here."""
-    with RankPool(request.param) as ranks:
-        yield ranks
+    return pools(request.param)
 
 
 @pytest.fixture(scope="session")
-def cpu_pool() -> Iterator[RankPool]:
+def cpu_pool(pools: Callable[[str], RankPool]) -> RankPool:
     """Live ranks on the CPU, for what does not depend on the device."""
-    with RankPool("cpu") as ranks:
-        yield ranks
+    return pools("cpu")
 
 
 @pytest.fixture(scope="session")
-def cuda_pool() -> Iterator[RankPool]:
+def cuda_pool(pools: Callable[[str], RankPool]) -> RankPool:
     """Live ranks on GPUs, for what there is on GPUs only: streams, graphs, copy engines."""
     if "cuda" not in DEVICE_TYPES:
         pytest.skip(f"needs {GPUS_NEEDED} CUDA devices, found {torch.cuda.device_count()}")
-    with RankPool("cuda") as ranks:
-        yield ranks
+    return pools("cuda")

@@ -27,7 +27,9 @@ MODES = ("all_gather", "all_to_all", "rank_dedup")
 
 def run(*words: str, interpreted: bool = True) -> subprocess.CompletedProcess[str]:
     """A Python of its own in the root of the repository, on the CPU."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # With the variables of pytest-xdist about, pytest-benchmark takes itself for a part of its run and reports nothing.
+    dropped = ("PYTEST_XDIST_", "TRITON_INTERPRET")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     environment |= {"CUDA_VISIBLE_DEVICES": "", **({"TRITON_INTERPRET": "1"} if interpreted else {})}
     command = [sys.executable, *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment)
