@@ -14,7 +14,7 @@ from report import Bar, Entry, MemoryTraffic, Results, Traffic
 from torch import Tensor
 from workload import Shape, Sizes
 
-from sonic_ep.fast.link import LinkCeilings, link_ceilings
+from sonic_ep.fast.link import LinkCeilings, Stopwatch, link_ceilings
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.group import EPGroup
 from sonic_ep.testing.checks import expect
@@ -61,8 +61,8 @@ GPU_PACE = Pace(large=50, small=200, warmup=5)
 SMOKE_PACE = Pace(large=2, small=2, warmup=0)
 # Below so many bytes of a rank's tokens a shape is small.
 SMALL_BYTES = 2**24
-# More than a cache holds.
-COPIED_TOKENS = 4
+# Ten times what a cache holds.
+COPIED_BYTES = 2**29
 # No id, no row and no count.
 SPOILED = -7
 
@@ -158,12 +158,12 @@ class Arena:
         """
         if self.group.world_size == 1:
             return None
-        ceilings, memory_rate = self.results.ceilings, self.results.memory_rate
+        ceilings = self.results.ceilings
         ceiling = memory = None
         if ceilings is not None:
             ceiling = Ceiling(name=f"the {way.value} ceiling", bytes_per_second=getattr(ceilings, way.value))
-        if memory_rate is not None and memory_bytes is not None:
-            memory = MemoryTraffic(nbytes=memory_bytes, bytes_per_second=memory_rate)
+        if memory_bytes is not None:
+            memory = MemoryTraffic(nbytes=memory_bytes, bytes_per_second=self.results.memory_rate)
         return Traffic(nbytes=nbytes, ceiling=ceiling, memory=memory)
 
 
@@ -204,15 +204,20 @@ def measured_ceilings(workspace: Workspace, shape: Shape) -> LinkCeilings | None
     return link_ceilings(workspace, shape.tokens * shape.row_bytes, lambda transfer: seconds_of(transfer, workspace))
 
 
-def measured_memory_rate(workspace: Workspace, shape: Shape) -> float | None:
-    """Collective: what a GPU's memory moves as all ranks copy ``COPIED_TOKENS`` times their tokens, in bytes/s."""
-    if workspace.device.type != "cuda":
-        return None
-    source = torch.randn(COPIED_TOKENS * shape.tokens, shape.hidden, device=workspace.device).to(shape.dtype)
-    target = torch.empty_like(source)
-    seconds = seconds_of(lambda: target.copy_(source), workspace)
+def memory_rate(device: torch.device, seconds: Stopwatch, nbytes: int = COPIED_BYTES) -> float:
+    """What the memory of ``device`` moves in a copy of ``nbytes``, reads and writes, in bytes/s.
+
+    seconds: what a copy takes. Raises ``AssertionError`` if it did not arrive.
+    """
+    source = torch.randint(-(2**31), 2**31 - 1, (nbytes // 4,), dtype=torch.int32, device=device)
+    target = torch.zeros_like(source)
+
+    def copy() -> None:
+        target.copy_(source)
+
+    taken = seconds(copy)
     expect(torch.equal(source, target), "memory: a copy is not what was copied")
-    return (source.nbytes + target.nbytes) / seconds
+    return (source.nbytes + target.nbytes) / taken
 
 
 def seconds_of(transfer: Callable[[], object], workspace: Workspace) -> float:

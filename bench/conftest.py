@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from arena import Arena, How, Work, WrongError, measured_ceilings, measured_memory_rate
+from arena import Arena, How, Work, WrongError, measured_ceilings, memory_rate, seconds_of
 from report import Results, environment
-from workload import BARS, GPU_OF_BARS, RANKS_OF_BARS, SMOKE, Problem, Shape, Sizes
+from workload import BARS, SMOKE, Problem, Shape, Sizes, bars_hold
 
 from sonic_ep.backend import unavailable_reasons
 from sonic_ep.cli.launch import Place, joined_group, launched_by_torchrun
@@ -132,7 +132,7 @@ def place() -> Iterator[Place]:
 
 @pytest.fixture(scope="session")
 def arena(place: Place, request: pytest.FixtureRequest) -> Iterator[Arena]:
-    """The group and its shared memory, and the link's ceilings, measured first."""
+    """The group and its shared memory, and the rates of the link and of memory, measured first."""
     sizes = chosen_sizes(place, request.config.getoption("--thek"))
     group = resolve_group(None)
     reasons = unavailable_reasons("fast", group)
@@ -141,10 +141,11 @@ def arena(place: Place, request: pytest.FixtureRequest) -> Iterator[Arena]:
     workspace = Workspace(group, place.device)
     with torch.no_grad():
         ceilings = measured_ceilings(workspace, sizes.large)
-        memory_rate = measured_memory_rate(workspace, sizes.large)
+        on_gpu = place.device.type == "cuda"
+        memory = memory_rate(place.device, lambda copy: seconds_of(copy, workspace)) if on_gpu else None
     commit, arguments = request.config.getoption("--commit"), request.config.invocation_params.args
     found = environment(place.device, group.world_size, commit, [str(word) for word in arguments])
-    results = Results(environment=found, ceilings=ceilings, memory_rate=memory_rate)
+    results = Results(environment=found, ceilings=ceilings, memory_rate=memory)
     request.config.stash[RESULTS] = results
     yield Arena(group=group, device=place.device, workspace=workspace, sizes=sizes, results=results)
     workspace.close()
@@ -194,13 +195,7 @@ def chosen_sizes(place: Place, thek: str | None) -> Sizes:
     if thek is not None:
         large = shape_of(thek)
         return replace(sizes, large=large, plans=(place.world_size * large.tokens * large.top_k,)).without_bars()
-    return sizes if bars_hold(place) else sizes.without_bars()
-
-
-def bars_hold(place: Place) -> bool:
-    """Whether this is what the bars are stated for: so many GPUs of that kind, one for each rank."""
-    alone_on_its_gpu = torch.cuda.device_count() >= place.world_size == RANKS_OF_BARS
-    return alone_on_its_gpu and GPU_OF_BARS in torch.cuda.get_device_name(place.device)
+    return sizes if bars_hold(place.device, place.world_size) else sizes.without_bars()
 
 
 def shape_of(thek: str) -> Shape:

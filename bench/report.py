@@ -35,7 +35,7 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True)
 class Floor:
-    """Seconds that nothing goes below, and whether the link or the memory needs them."""
+    """Seconds that the link or the memory needs at the rate that was measured, whichever is more, and which it is."""
 
     seconds: float
     by: str
@@ -49,12 +49,12 @@ class MemoryTraffic:
     """
 
     nbytes: float
-    bytes_per_second: float
+    bytes_per_second: float | None
 
     @property
     def seconds(self) -> float:
-        """What the bytes take."""
-        return self.nbytes / self.bytes_per_second
+        """What the bytes take; nothing where no rate was measured."""
+        return self.nbytes / self.bytes_per_second if self.bytes_per_second else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +133,8 @@ class Entry:
         found |= {"rounds": len(self.timing.rounds)} | {name: round(value, 2) for name, value in micros.items()}
         if self.traffic is not None and self.rate is not None:
             found |= {"remote_bytes": round(self.traffic.nbytes), "gb_per_s": round(self.rate / 1e9, 2)}
+        if self.traffic is not None and self.traffic.memory is not None:
+            found |= {"memory_bytes": round(self.traffic.memory.nbytes)}
         if self.traffic is not None and self.traffic.ceiling is not None and self.share is not None:
             found |= {"ceiling": self.traffic.ceiling.name, "percent": round(100 * self.share, 2)}
         if self.floor is not None:
@@ -159,10 +161,9 @@ class Results:
 
     def as_json(self) -> dict[str, Any]:
         """All of it; ceilings in GB/s."""
-        rates = self._rates()
         return {
             "environment": self.environment,
-            "ceilings_gb_per_s": {name: round(rate / 1e9, 2) for name, rate in rates.items()} or None,
+            "rates_gb_per_s": {name: round(rate / 1e9, 2) for name, rate in self._rates().items()},
             "entries": [entry.as_json() for entry in self.entries],
         }
 
@@ -181,9 +182,9 @@ class Results:
         return [*self._ceiling_lines(), header, *lines]
 
     def _ceiling_lines(self) -> list[str]:
-        if self.ceilings is None:
-            return ["no ceilings: no link between GPUs was measured"]
-        return ["ceilings in GB/s: " + ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in self._rates().items())]
+        rates = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in self._rates().items())
+        none = ["no ceilings: no link between GPUs was measured"] if self.ceilings is None else []
+        return [*none, *([f"rates in GB/s: {rates}"] if rates else [])]
 
     def _rates(self) -> dict[str, float]:
         """Every rate that was measured, in bytes/s."""

@@ -61,7 +61,7 @@ class Sizes:
 
 # What the bars are stated for. An H100, for one, has the same link and slower memory.
 RANKS_OF_BARS = 2
-GPU_OF_BARS = "H200"
+GPU_OF_BARS = "NVIDIA H200"
 BARS = Sizes(
     large=Shape(tokens=16384, hidden=4096, num_experts=64, top_k=8, barred=True),
     small=Shape(tokens=128, hidden=4096, num_experts=32, top_k=8, barred=True),
@@ -72,6 +72,12 @@ SMOKE = Sizes(
     small=Shape(tokens=2, hidden=16, num_experts=8, top_k=2),
     plans=(32, 96),
 )
+
+
+def bars_hold(device: torch.device, world_size: int) -> bool:
+    """Whether this is what the bars are stated for: so many GPUs of that kind, one for each rank."""
+    alone_on_its_gpu = torch.cuda.device_count() >= world_size == RANKS_OF_BARS
+    return alone_on_its_gpu and torch.cuda.get_device_name(device) == GPU_OF_BARS
 
 
 @dataclass(frozen=True, kw_only=True)

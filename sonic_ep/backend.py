@@ -49,7 +49,10 @@ class DispatchPrimitive(Protocol):
         ...
 
     def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
-        """Which received row each valid canonical row is a copy of, (rows,) int64; None if received row by row."""
+        """Which received row each valid canonical row is a copy of; None if rows arrive in canonical order.
+
+        (rows,), or (R,) with anything behind the valid rows; int32 or int64.
+        """
         ...
 
 

@@ -43,8 +43,16 @@ def compiled(launch: dict[str, Any]) -> dict[str, Any]:
             "acquire": bool(re.search(r"atom\.global[.\w]*acquire", ptx)),
             "release": bool(re.search(r"atom\.global[.\w]*release", ptx)),
             "trap": "__assertfail" in ptx,
+            "signals_after_stores": signals_after_stores(ptx),
         },
+        "passes_first_cache": "ld.global.cg" in ptx,
     }
+
+
+def signals_after_stores(ptx: str) -> bool:
+    """Whether all threads of a program have met between what they store and each flag that says so."""
+    raised = [found.start() for found in re.finditer(r"atom\.global[.\w]*release", ptx)]
+    return all(ptx.rfind("bar.sync", 0, at) > ptx.rfind("st.global", 0, at) for at in raised)
 
 
 def spilled(cubin: bytes) -> int:

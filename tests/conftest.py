@@ -1,4 +1,4 @@
-"""Fixtures: one pool of ranks for the whole run, on the CPU and, where there are GPUs, on them."""
+"""Fixtures: one pool of ranks for the run of this process, on the CPU and, where there are GPUs, on them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack

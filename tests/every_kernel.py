@@ -9,8 +9,10 @@ import torch
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.cli.launch import joined_group
+from sonic_ep.group import resolve_group
 
 TOKENS = 5
+LINK_BYTES = 2**15
 
 
 def run_every_kernel(device: torch.device, dtype: torch.dtype, hidden: int, top_k: int) -> None:
@@ -27,6 +29,24 @@ def run_every_kernel(device: torch.device, dtype: torch.dtype, hidden: int, top_
                 y = ep.combine(ep.dispatch(x, plan), scores, plan)
                 y.sum().backward()
                 ep.check()
+    over_the_link(device)
+
+
+def over_the_link(device: torch.device) -> None:
+    """Collective. The kernels that measure the link, where there is one."""
+    # Not at the top: triton asks whether it is to interpret when it is imported, and only ranks know.
+    from sonic_ep.fast.link import Link
+    from sonic_ep.fast.workspace import Workspace
+
+    group = resolve_group(None)
+    if group.world_size > 1:
+        workspace = Workspace(group, device)
+        link = Link(workspace, LINK_BYTES)
+        link.read(link.launches[0])
+        link.expect_next("kernel reads")
+        link.write(link.launches[0])
+        link.expect_last("kernel writes")
+        workspace.close()
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,7 +53,7 @@ def check_entries(entries: list[dict[str, Any]]) -> set[str]:
     for entry in entries:
         assert set(entry) >= ENTRY_FIELDS
         assert 0 < entry["min_us"] <= entry["median_us"] <= entry["max_us"]
-        assert not {"ceiling", "percent", "bar", "met"} & set(entry)
+        assert not {"ceiling", "percent", "bar", "met", "floor_us", "floor_by"} & set(entry)
     return {entry["name"] for entry in entries}
 
 
@@ -63,7 +63,7 @@ def test_smoke_on_one_rank(tmp_path: Path) -> None:
     done = run(*PYTEST, f"--results={path}", "--commit", "a name")
     found = results_of(done, path)
     check_environment(found["environment"], 1)
-    assert found["ceilings_gb_per_s"] is None
+    assert found["rates_gb_per_s"] == {}
     names = check_entries(found["entries"])
     assert {"plan", *(f"dispatch {mode}: barrier and link" for mode in MODES)} <= names
     assert not any(name.startswith("usual") for name in names)
@@ -83,9 +83,9 @@ def test_smoke_on_two_ranks(tmp_path: Path) -> None:
         "usual combine, all_to_all_single",
         "usual combine, reduce_scatter",
     }
-    by_name = {entry["name"]: entry.get("remote_bytes") for entry in found["entries"]}
-    by_hand = bytes_by_hand()
-    assert {name: by_name[name] for name in by_hand} == by_hand
+    for by_hand, field in ((bytes_by_hand(), "remote_bytes"), (memory_bytes_by_hand(), "memory_bytes")):
+        by_name = {entry["name"]: entry.get(field) for entry in found["entries"]}
+        assert {name: by_name[name] for name in by_hand} == by_hand
     # Rank 0 alone speaks.
     assert done.stdout.count("test session starts") == 1
     check_what_pytest_benchmark_was_told(json.loads(theirs.read_text()), found["entries"])
@@ -140,10 +140,11 @@ def test_wrong_words() -> None:
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The modules that benches share; they are no package."""
     monkeypatch.syspath_prepend(str(BENCH))
+    import arena
     import report
     import workload
 
-    yield SimpleNamespace(report=report, workload=workload)
+    yield SimpleNamespace(arena=arena, report=report, workload=workload)
     for name in ("report", "workload", "arena"):
         sys.modules.pop(name, None)
 
@@ -181,8 +182,40 @@ def test_every_measured_rate_is_reported(bench: SimpleNamespace) -> None:
     ceilings = bench.report.LinkCeilings(copy_engine_in=1e9, copy_engine_out=2e9, read=3e9, write=4e9)
     results = bench.report.Results(environment={}, ceilings=ceilings, memory_rate=5e9)
     expected = {"copy_engine_in": 1.0, "copy_engine_out": 2.0, "read": 3.0, "write": 4.0, "memory": 5.0}
-    assert results.as_json()["ceilings_gb_per_s"] == expected
+    assert results.as_json()["rates_gb_per_s"] == expected
     assert "memory 5.0" in results.table()[0]
+    alone = bench.report.Results(environment={}, ceilings=None, memory_rate=5e9)
+    assert alone.table()[:2] == ["no ceilings: no link between GPUs was measured", "rates in GB/s: memory 5.0"]
+
+
+def test_a_copy_is_read_and_written(bench: SimpleNamespace) -> None:
+    def two_seconds(copy: Callable[[], None]) -> float:
+        copy()
+        return 2.0
+
+    assert bench.arena.memory_rate(torch.device("cpu"), two_seconds, 400) == 400.0
+    with pytest.raises(AssertionError, match="not what was copied"):
+        bench.arena.memory_rate(torch.device("cpu"), lambda copy: 2.0, 400)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "ranks", "expected"),
+    [
+        ("NVIDIA H200", 2, 2, True),
+        ("NVIDIA H200", 4, 2, True),
+        ("NVIDIA H200", 1, 2, False),
+        ("NVIDIA H200", 8, 8, False),
+        ("NVIDIA GH200 480GB", 2, 2, False),
+        ("NVIDIA H100 80GB HBM3", 2, 2, False),
+    ],
+)
+def test_bars_are_for_two_h200(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, name: str, gpus: int, ranks: int, expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    place = SimpleNamespace(world_size=ranks, device=torch.device("cuda", 0))
+    assert bench.workload.bars_hold(place.device, place.world_size) == expected
 
 
 def floor_of(bench: SimpleNamespace, memory_bytes: float) -> Any:
@@ -287,23 +320,46 @@ def test_ranks_meet_before_every_round(cpu_pool: RankPool) -> None:
     assert cpu_pool.run(meetings_of_a_run, world_size=2) == [(2, 2)] * 2
 
 
+TOKENS, EXPERTS, TOP_K, ROW_BYTES = 6, 8, 2, 16 * torch.bfloat16.itemsize
+
+
+def owners_by_hand(rank: int) -> torch.Tensor:
+    """The rank of each choice (T, K) of the smoke size on two ranks, from ids drawn as the benches draw them."""
+    noise = torch.rand(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(2000 + rank))
+    return noise.topk(TOP_K, dim=1).indices // (EXPERTS // 2)
+
+
 def bytes_by_hand() -> dict[str, float]:
-    """Bytes over the link of the smoke size on two ranks, the mean of both, from ids drawn as the benches draw them."""
-    tokens, hidden, experts, top_k = 6, 16, 8, 2
-    row, scores = hidden * torch.bfloat16.itemsize, tokens * top_k * 4
-    pairs = slots = 0
-    for rank in range(2):
-        noise = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(2000 + rank))
-        away = noise.topk(top_k, dim=1).indices // (experts // 2) != rank
-        pairs += int(away.any(dim=1).sum())
-        slots += int(away.sum())
+    """Bytes over the link of the smoke size on two ranks, the mean of both."""
+    scores = TOKENS * TOP_K * 4
+    away = [owners_by_hand(rank) != rank for rank in range(2)]
+    pairs, slots = sum(int(of_rank.any(dim=1).sum()) for of_rank in away), sum(int(of_rank.sum()) for of_rank in away)
     return {
-        "dispatch all_gather: barrier and link": tokens * row,
-        "dispatch all_to_all: barrier and link": pairs / 2 * row,
-        "dispatch rank_dedup: barrier and link": pairs / 2 * row,
-        "ids to rows, all_to_all: plan and dispatch": pairs / 2 * row + tokens * top_k * 4,
-        "combine all_to_all: barriers, sums and link": slots / 2 * row,
-        "combine reduce_scatter: barriers, sums and link": tokens * row,
-        "combine rank_dedup: barriers, sums and link": pairs / 2 * row,
-        "combine rank_dedup: scores, barriers, sums and link": pairs / 2 * row + scores,
+        "dispatch all_gather: barrier and link": TOKENS * ROW_BYTES,
+        "dispatch all_to_all: barrier and link": pairs / 2 * ROW_BYTES,
+        "dispatch rank_dedup: barrier and link": pairs / 2 * ROW_BYTES,
+        "ids to rows, all_to_all: plan and dispatch": pairs / 2 * ROW_BYTES + TOKENS * TOP_K * 4,
+        "combine all_to_all: barriers, sums and link": slots / 2 * ROW_BYTES,
+        "combine reduce_scatter: barriers, sums and link": TOKENS * ROW_BYTES,
+        "combine rank_dedup: barriers, sums and link": pairs / 2 * ROW_BYTES,
+        "combine rank_dedup: scores, barriers, sums and link": pairs / 2 * ROW_BYTES + scores,
     }
+
+
+def memory_bytes_by_hand() -> dict[str, float]:
+    """Bytes that memory moves for the smoke size on two ranks, the mean of both."""
+    owners = [owners_by_hand(rank) for rank in range(2)]
+    kept, away = (
+        sum(int(((owners[rank] == rank) == home).any(dim=1).sum()) for rank in range(2)) / 2 for home in (True, False)
+    )
+    rows, staged = TOKENS * TOP_K, 2 * TOKENS
+    pulled = kept + away + rows
+    found = {
+        "dispatch all_to_all: barrier and link": pulled,
+        "dispatch all_to_all: staging, barriers and link": staged + pulled,
+        "dispatch rank_dedup: barrier and link": 2 * (kept + away),
+        "ids to rows, rank_dedup: plan and dispatch": staged + 2 * (kept + away) + 2 * rows,
+        "combine rank_dedup: barriers, sums and link": rows + 2 * away + TOKENS,
+        "combine rank_dedup: scores, barriers, sums and link": rows + 2 * away + TOKENS,
+    }
+    return {name: moved * ROW_BYTES for name, moved in found.items()}

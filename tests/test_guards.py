@@ -62,17 +62,54 @@ def scores_in_a_row(rank: Rank) -> None:
     in_a_row(rank, "gather_kernel", gathered)
 
 
-def scores_with_ids_in_a_row(rank: Rank) -> None:
+def scores_with_ids(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
+    """The group's scores, each of them ``number``, as they come with the ids of ``plan``."""
     from sonic_ep.fast.plan import PlanShape, gathered_counts
 
-    shape = PlanShape(rank=rank.rank, world_size=rank.world_size, capacity=2, top_k=1, num_experts=2)
+    sizes = {"capacity": plan.capacity, "top_k": plan.top_k, "num_experts": plan.num_experts}
+    shape = PlanShape(rank=plan.rank, world_size=plan.world_size, **sizes)
+    verdict = plan.counts.new_zeros(3)
+    scores = torch.full((plan.num_tokens, plan.top_k), number, device=plan.counts.device)
+    found = gathered_counts(plan.expert_ids[plan.rank, : plan.num_tokens], shape, workspace, verdict, scores).scores
+    assert found is not None
+    return found
 
-    def gathered(number: float, plan: RoutingPlan, workspace: Any) -> Tensor | None:
-        verdict = torch.zeros(3, dtype=torch.int32, device=rank.device)
-        scores = torch.full((2, 1), number, device=rank.device)
-        return gathered_counts(plan.expert_ids[rank.rank], shape, workspace, verdict, scores).scores
 
-    in_a_row(rank, "gather_kernel", gathered)
+def scores_with_ids_in_a_row(rank: Rank) -> None:
+    in_a_row(rank, "gather_kernel", scores_with_ids)
+
+
+def scores_staged_late(rank: Rank) -> None:
+    """One rank comes late to staging; nobody reads before it has."""
+    from sonic_ep.fast import plan as module
+    from sonic_ep.fast.workspace import Workspace
+
+    plan, workspace, stage = one_slot_each(rank), Workspace(resolve_group(None), rank.device), module.stage_scores
+
+    def slow(scores: Tensor, staged: Any) -> None:
+        time.sleep(0.2 * rank.rank)
+        stage(scores, staged)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "stage_scores", slow)
+        for number in range(2):
+            workspace.enter()
+            assert bool((scores_with_ids(float(number), plan, workspace) == number).all())
+    workspace.close()
+
+
+def tokens_in_a_row(rank: Rank) -> None:
+    from sonic_ep.fast.dispatch import all_to_all, rank_dedup
+
+    idx = torch.tensor([[0], [1]], device=rank.device)
+    for module, kernel in ((all_to_all, "pull_to_rows_kernel"), (rank_dedup, "pull_packed_kernel")):
+        config = EPConfig(dispatch=module.__name__.split(".")[-1])
+        with pytest.MonkeyPatch.context() as patch, ExpertParallel(backend="fast", config=config) as ep:
+            late_reader(patch, rank, module, getattr(module, kernel))
+            plan = ep.plan(idx, num_experts=2)
+            for number in range(4):
+                rows = ep.dispatch(torch.full((2, 4), float(number), device=rank.device), plan)
+                assert bool((rows[: plan.rows()] == number).all())
 
 
 def values_in_a_row(rank: Rank) -> None:
@@ -90,9 +127,16 @@ def one_slot_each(rank: Rank) -> RoutingPlan:
         return ep.plan(torch.tensor([[0], [1]], device=rank.device), num_experts=2)
 
 
-@pytest.mark.parametrize("calls", [plans_in_a_row, scores_in_a_row, scores_with_ids_in_a_row, values_in_a_row])
+IN_A_ROW = [plans_in_a_row, scores_in_a_row, scores_with_ids_in_a_row, values_in_a_row, tokens_in_a_row]
+
+
+@pytest.mark.parametrize("calls", [*IN_A_ROW, scores_staged_late])
 def test_a_late_reader_finds_what_was_written_for_it(pool: RankPool, calls: Callable[[Rank], None]) -> None:
     pool.run(calls, world_size=2)
+
+
+# Wider than what a kernel spoils or weighs at a time.
+WIDE = 4100
 
 
 def at_the_bound(rank: Rank, experts: list[list[int]], bound: int, said: str | None) -> None:
@@ -100,7 +144,7 @@ def at_the_bound(rank: Rank, experts: list[list[int]], bound: int, said: str | N
     idx = torch.tensor(experts[rank.rank], device=rank.device)[:, None]
     ep = ExpertParallel(backend="fast", config=EPConfig(max_rows=bound))
     plan = ep.plan(idx, num_experts=rank.world_size)
-    rows = ep.dispatch(torch.ones(len(idx), 8, device=rank.device), plan)
+    rows = ep.dispatch(torch.ones(len(idx), WIDE, device=rank.device), plan)
     if said is None:
         assert bool((rows[: plan.rows()] == 1).all())
         ep.close()
@@ -159,6 +203,28 @@ def behind_the_rows(rank: Rank) -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_nothing_behind_the_rows_is_read(pool: RankPool, world_size: int) -> None:
     pool.run(behind_the_rows, world_size=world_size)
+
+
+def sized_for_all(rank: Rank) -> None:
+    """Room for every token of every rank, also of those that this rank does not have; blocks hide what is short."""
+    from sonic_ep.fast.collectives import SCORES
+    from sonic_ep.fast.receiving import FLAG_BYTES, receiver
+    from sonic_ep.fast.workspace import Workspace
+
+    capacity = 600
+    with ExpertParallel(backend="reference", max_tokens_per_rank=capacity) as ep:
+        plan = ep.plan(torch.zeros(2, 1, dtype=torch.int64, device=rank.device), num_experts=rank.world_size)
+    workspace = Workspace(resolve_group(None), rank.device)
+    shared = receiver(workspace, plan, rows_per_token=2, row_bytes=8, most_bytes=2**20)
+    assert shared.flags.nbytes >= (rank.world_size - 1) * capacity * FLAG_BYTES
+    assert shared.received.nbytes >= capacity * 2 * 8
+    scores_with_ids(1.0, plan, workspace)
+    assert workspace.reserve(SCORES, 1).nbytes >= capacity * torch.float32.itemsize
+    workspace.close()
+
+
+def test_shared_memory_is_sized_for_all_tokens(cpu_pool: RankPool) -> None:
+    cpu_pool.run(sized_for_all, world_size=3)
 
 
 def only_where_there_is_a_slot(rank: Rank) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from backends import ON_GPUS
+from near import assert_near
 from there_and_back import (
     Modes,
     assert_same,
@@ -130,6 +131,13 @@ def test_rows_of_any_width(pool: RankPool, hidden: int, dtype: torch.dtype, mode
     pool.run(one_call, case, modes, world_size=2)
 
 
+@by_modes
+def test_rows_wider_than_a_block(pool: RankPool, modes: Modes) -> None:
+    """Wider than what any kernel takes at a time, in forward and backward."""
+    case = replace(CASES["dropped_slots"], hidden=4100, dtype=torch.bfloat16, top_k=2, tokens=(3, 2))
+    pool.run(one_call, case, modes, world_size=2)
+
+
 def strided(rank: Rank, modes: Modes) -> None:
     """Arguments that are views: every second column, every second row, an odd offset."""
     inputs = draw(changing(0), rank.world_size, rank.device)
@@ -143,7 +151,12 @@ def strided(rank: Rank, modes: Modes) -> None:
         rows = fast.dispatch(view[tokens], plan)
         assert_bitwise(rows[: plan.rows()], expected["rows"])
         squares = (rows * rows).t().contiguous().t()
-        assert_bitwise(fast.combine(squares, inputs.topk_scores[tokens].double(), plan), expected["y"])
+        scores = inputs.topk_scores[tokens].double().requires_grad_()
+        y = fast.combine(squares, scores, plan)
+        assert_bitwise(y.detach(), expected["y"])
+        y.backward(inputs.dy[tokens].t().contiguous().t())
+        assert scores.grad is not None
+        assert_near(scores.grad.float(), expected["dscores"], 100)
 
 
 @by_modes
@@ -207,6 +220,15 @@ WIDE = 2**16
 TALL = 2**31 // WIDE + 3
 
 
+def far_rows_one_by_one(rows_RH: Tensor, x_TH: Tensor) -> None:
+    """Kernels that go over every valid row, up to the last: more than an interpreter would be done with in minutes."""
+    from sonic_ep.fast.rows import take_rows
+
+    every_row = torch.arange(TALL, dtype=torch.int32, device=rows_RH.device)
+    taken = take_rows(rows_RH, every_row, every_row[-1:] + 1)
+    assert_bitwise(taken[[TALL - 1, TALL - 2]], x_TH)
+
+
 def far_rows(rank: Rank) -> None:
     """A plan whose rows lie at the end of a tensor of more than 2**31 elements, moved there and back."""
     from sonic_ep.fast.combine.all_to_all import AllToAllCombine
@@ -239,6 +261,8 @@ def far_rows(rank: Rank) -> None:
         assert rows_RH.numel() > 2**31
         assert_bitwise(rows_RH[list(far)], x_TH)
         assert_bitwise(take_rows(rows_RH, index(*far, -1), plan.group_ends)[:2], x_TH)
+        if rank.device.type == "cuda":
+            far_rows_one_by_one(rows_RH, x_TH)
         workspace.enter()
         for combine in (RankDedupCombine, AllToAllCombine):
             assert_bitwise(combine(workspace).combine(rows_RH, None, plan), x_TH)

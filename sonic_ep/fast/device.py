@@ -66,7 +66,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def programs_over(rows: int, device: torch.device) -> int:
-    """Programs that share ``rows`` rows, of which not all may be valid: as many as run at once, but one a row.
+    """Programs that share ``rows`` rows, of which few may be valid: as many as a GPU has room for, at most one a row.
 
     A program for each row would cost more where most of them find nothing to do: with W ranks, a rank has room for up
     to W times the rows that it receives on average.
@@ -130,8 +130,8 @@ def rounded(value, like_ptr):
     """fp32 to the element type of ``like_ptr``, to the nearest, ties to even.
 
     Triton's interpreter cuts bf16 off instead of rounding, so there the bits are rounded by hand: adding 0x7FFF, and
-    one more where the last kept bit is odd, carries into it
-    exactly when the cut-off part is over half, or half and odd.
+    one more where the last kept bit is odd, carries into it exactly when the cut-off part is over half, or is half and
+    the bit is odd.
     """
     element: tl.constexpr = like_ptr.dtype.element_ty
     if INTERPRETED and element == tl.bfloat16:

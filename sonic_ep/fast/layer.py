@@ -22,7 +22,7 @@ from sonic_ep.backend import Experts, Routing
 from sonic_ep.config import BackendUnavailableError, EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.fast.availability import LAYER_MISSING, interpreted
-from sonic_ep.fast.collectives import gather_scores, reserve_scores, reserve_values, send_home
+from sonic_ep.fast.collectives import gather_scores, reserve_values, send_home
 from sonic_ep.fast.combine import FastCombine, combine_primitives
 from sonic_ep.fast.device import movable
 from sonic_ep.fast.dispatch import FastDispatch, dispatch_primitives
@@ -49,10 +49,9 @@ class Exchange:
     max_rows: int | None
 
     def reserve(self, row_bytes: int) -> None:
-        """Collective. Allocate what forward and backward need, so that backward never has to."""
+        """Collective. Allocate what rows and backward need, so that backward never has to."""
         self.dispatch.reserve(self.plan, row_bytes)
         self.combine.reserve(self.plan, row_bytes)
-        reserve_scores(self.plan.capacity, self.plan.top_k, self.workspace)
         reserve_values(self.plan, self.workspace)
 
     def rows(self, x_TH: Tensor) -> Tensor:
@@ -160,7 +159,7 @@ class FastBackend:
         check_slots(self._group, world_size=shape.world_size, capacity=capacity, top_k=shape.top_k)
         if capacity == 0:
             return empty_plan(shape, topk_idx_TK)
-        bound = MOST_SLOTS if self._config.max_rows is None else self._config.max_rows
+        bound = MOST_SLOTS if self._bound is None else self._bound
         kit.verdict.expect(num_experts=num_experts, max_rows=bound)
         counts = gathered_counts(topk_idx_TK, shape, kit.workspace, kit.verdict.record)
         plan = placed_plan(
@@ -218,6 +217,11 @@ class FastBackend:
         )
         return room_for_rows(self._group, self._config, rank=shape.rank, ceiling=ceiling, rows_W=rows_W)
 
+    @property
+    def _bound(self) -> int | None:
+        """``max_rows`` as kernels can take it: no rank has more rows than there are slots."""
+        return None if self._config.max_rows is None else min(self._config.max_rows, MOST_SLOTS)
+
     def _kit(self, device: torch.device) -> Kit:
         """What this group holds on ``device``. Collective on the first call with it."""
         if device not in self._kits:
@@ -243,7 +247,7 @@ class FastBackend:
             dispatch=kit.dispatch[modes.dispatch],
             combine=kit.combine[modes.combine],
             workspace=kit.workspace,
-            max_rows=None if self._config.cpu_sync_on_runtime else self._config.max_rows,
+            max_rows=None if self._config.cpu_sync_on_runtime else self._bound,
         )
         exchange.reserve(rows.shape[1] * rows.element_size())
         return exchange

@@ -21,12 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from sonic_ep.fast.device import power_of_two, signal, take_signal
-from sonic_ep.fast.workspace import Phase, SharedBuffer, Workspace
+from sonic_ep.fast.workspace import FLAG_BYTES, Phase, SharedBuffer, Workspace
 from sonic_ep.plan import RoutingPlan
 
 RECEIVED = "received"
 FLAGS = "received_flags"
-FLAG_BYTES = 4
 MOST_RECEIVED_BYTES = 2**29
 # Groups between sending a token and summing one: more than run at a time on a GPU, so that sums rarely have to wait.
 LAG_TOKENS = 1024

@@ -23,6 +23,11 @@ from sonic_ep.plan import RoutingPlan
 MOST_COLUMNS = 4096
 
 
+def columns(width: int) -> int:
+    """Columns that a program takes at a time, of rows of ``width``: a power of two."""
+    return min(power_of_two(width), MOST_COLUMNS)
+
+
 @triton.jit
 def take_rows_kernel(
     received_ptr,
@@ -49,12 +54,12 @@ def take_rows_kernel(
 def take_rows(received_NH: Tensor, source_R: Tensor, group_ends_e: Tensor) -> Tensor:
     """(R, H): the received row of each canonical row; unspecified behind ``group_ends_e[-1]``."""
     rows_RH = received_NH.new_empty((source_R.shape[0], received_NH.shape[1]))
-    source, out = words(received_NH), words(rows_RH)
+    received, out = words(received_NH), words(rows_RH)
     width = out.shape[1]
     launch(
         take_rows_kernel,
         (programs_over(out.shape[0], out.device),),
-        source,
+        received,
         source_R,
         out,
         group_ends_e,
@@ -122,7 +127,7 @@ def weigh_rows(out_grad_RH: Tensor, rows_RH: Tensor, scores_WCK: Tensor, plan: R
         plan.row_capacity,
         device=grad_RH.device,
         H=width,
-        COLUMNS=min(power_of_two(width), MOST_COLUMNS),
+        COLUMNS=columns(width),
         num_warps=ROW_WARPS,
     )
     return grad_RH, dots_R
@@ -140,7 +145,10 @@ def spoil_kernel(
     COLUMNS: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    """NaN over all ``rows`` rows, if any rank of the group is routed more rows than ``bound``. Any grid, as above."""
+    """NaN over all rows (rows, H), if any rank of the group is routed more than ``bound``.
+
+    Any grid: of P programs, p takes rows p, p + P, ... counts_ptr (E,) int32: see ``RoutingPlan``.
+    """
     most = tl.full((), 0, tl.int32)
     expert = tl.arange(0, EXPERTS)
     for first in range(0, num_experts, experts_per_rank):
@@ -170,7 +178,7 @@ def spoil_if_overflowed(rows_NH: Tensor, plan: RoutingPlan, max_rows: int) -> Te
         plan.experts_per_rank,
         device=rows_NH.device,
         H=width,
-        COLUMNS=min(power_of_two(width), MOST_COLUMNS),
+        COLUMNS=columns(width),
         EXPERTS=power_of_two(plan.experts_per_rank),
         num_warps=ROW_WARPS,
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 from sonic_ep.fast.copy_engine import CopyEngineGather
 from sonic_ep.fast.staging import TOKENS
 from sonic_ep.fast.workspace import Workspace
-from sonic_ep.plan import NO_ROW, RoutingPlan
+from sonic_ep.plan import RoutingPlan
 
 
 class AllGatherDispatch:
@@ -27,5 +27,4 @@ class AllGatherDispatch:
 
     def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
         """Slot f belongs to token f // K of the gathered ones: with K=2, slots 5 and 9 are of tokens 2 and 4."""
-        token_R = torch.div(plan.slot_of_row, plan.top_k, rounding_mode="floor")
-        return token_R.where(plan.slot_of_row >= 0, NO_ROW)
+        return torch.div(plan.slot_of_row, plan.top_k, rounding_mode="floor")

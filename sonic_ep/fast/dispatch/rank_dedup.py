@@ -10,7 +10,7 @@ from torch import Tensor
 from sonic_ep.fast.device import ROW_WARPS, copy_row, launch, peer_pointer, piece, turn_of, words
 from sonic_ep.fast.staging import reserve_tokens, stage_tokens
 from sonic_ep.fast.workspace import SharedBuffer, Workspace
-from sonic_ep.plan import NO_ROW, RoutingPlan
+from sonic_ep.plan import RoutingPlan
 
 
 @triton.jit
@@ -56,8 +56,9 @@ class RankDedupDispatch:
 
     def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
         """Packed place of the row's token: with K=2 and ``packed_of_token`` [0, -1, 1], slot 5 is of place 1."""
-        token_R = torch.div(plan.slot_of_row.clamp(min=0), plan.top_k, rounding_mode="floor")
-        return plan.packed_of_token.flatten()[token_R].where(plan.slot_of_row >= 0, NO_ROW)
+        token_R = torch.div(plan.slot_of_row, plan.top_k, rounding_mode="floor")
+        # Behind the valid rows it is -1, the last token, of which nothing is read.
+        return plan.packed_of_token.flatten()[token_R]
 
 
 def pull_packed(x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan) -> Tensor:
