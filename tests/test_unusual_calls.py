@@ -223,6 +223,16 @@ def test_a_default_device_changes_nothing(pool: RankPool, world_size: int) -> No
     pool.run(with_a_default_device, world_size=world_size)
 
 
+def bounded_hugely(rank: Rank) -> None:
+    x, idx, scores = drawn(rank)
+    for exact in (False, True):
+        on_both(lambda ep: there_and_back(ep, x, idx, scores), EPConfig(max_rows=2**70, cpu_sync_on_runtime=exact))
+
+
+def test_a_huge_bound_is_none(pool: RankPool) -> None:
+    pool.run(bounded_hugely, world_size=2)
+
+
 def gathered_and_dropped(rank: Rank) -> int:
     """How many tensors of the size of a gathered x are alive after their user has dropped them."""
     x, idx, _ = drawn(rank)
