@@ -116,7 +116,7 @@ class Combine(torch.autograd.Function):
         exchange: Exchange = ctx.exchange
         scores_WCK, rows_RH = ctx.saved_tensors
         out_grad_RH = exchange.rows(grad_TH)
-        grad_RH, dots_R = weigh_rows(out_grad_RH, rows_RH.contiguous(), scores_WCK, exchange.plan)
+        grad_RH, dots_R = weigh_rows(out_grad_RH, rows_RH, scores_WCK, exchange.plan)
         return grad_RH, exchange.home(dots_R), None
 
 
