@@ -208,8 +208,8 @@ def test_nothing_behind_the_rows_is_read(pool: RankPool, world_size: int) -> Non
 def sized_for_all(rank: Rank) -> None:
     """Room for every token of every rank, also of those that this rank does not have; blocks hide what is short."""
     from sonic_ep.fast.collectives import SCORES
-    from sonic_ep.fast.receiving import FLAG_BYTES, receiver
-    from sonic_ep.fast.workspace import Workspace
+    from sonic_ep.fast.receiving import receiver
+    from sonic_ep.fast.workspace import FLAG_BYTES, Workspace
 
     capacity = 600
     with ExpertParallel(backend="reference", max_tokens_per_rank=capacity) as ep:
