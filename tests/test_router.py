@@ -1,68 +1,436 @@
-"""The router: choices, ties, scores, and their gradients against a formula of their own."""
+"""The router: choices, ties, scores, and their gradients against formulas of their own, on both backends."""
+
+from dataclasses import replace
+from math import log
 
 import pytest
 import torch
+from backends import both_backends
 from near import assert_near
+from torch import Tensor
 
+from sonic_ep.backend import Routing
 from sonic_ep.config import RouterOptions, ScoreOrder
 from sonic_ep.group import resolve_group
 from sonic_ep.reference.collectives import collectives_of
 from sonic_ep.reference.router import choose_experts, route
-from sonic_ep.testing import assert_bitwise
+from sonic_ep.testing import Rank, RankPool, assert_as_accurate, assert_bitwise
+
+NAN, INF = float("nan"), float("inf")
+ALL_SCORES = [(order, norm) for order in ScoreOrder for norm in (False, True)]
 
 
-def routed(x: torch.Tensor, weight: torch.Tensor, **options: object):
-    return route(x, weight, RouterOptions(**options), collectives_of(resolve_group(None)))
+def routed(rank: Rank, backend: str, x_TH: Tensor, weight_EH: Tensor, options: RouterOptions) -> Routing:
+    """What the router of ``backend`` makes of x, over the world. Collective."""
+    group = resolve_group(None)
+    if backend == "reference":
+        return route(x_TH, weight_EH, options, collectives_of(group))
+    # Not at the top: triton asks whether it is to interpret when it is imported, and only ranks know.
+    from sonic_ep.fast.router import route as fast_route
+    from sonic_ep.fast.workspace import Workspace
+
+    return fast_route(x_TH, weight_EH, options, Workspace(group, rank.device))
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 5])
-def test_choices_are_the_largest_logits_in_descending_order(top_k: int) -> None:
-    logits = torch.randn(50, 5, generator=torch.Generator().manual_seed(0))
-    chosen = choose_experts(logits, top_k)
-    assert_bitwise(logits.gather(1, chosen), logits.topk(top_k).values)
+def chosen(backend: str, logits_TE: Tensor, top_k: int) -> Tensor:
+    """The choices that ``backend`` makes of logits, which may be anything."""
+    if backend == "reference":
+        return choose_experts(logits_TE, top_k)
+    from sonic_ep.fast.router import choose_experts as fast_choices
+
+    return fast_choices(logits_TE, RouterOptions(top_k=top_k)).topk_idx
 
 
-def test_ties_go_to_the_lower_expert() -> None:
-    assert choose_experts(torch.zeros(1, 4), 4).tolist() == [[0, 1, 2, 3]]
-    assert choose_experts(torch.tensor([[1.0, 3.0, 1.0, 3.0, 1.0]]), 3).tolist() == [[1, 3, 0]]
+def randn(rank: Rank, *shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(rank.device)
 
 
-def test_ties_are_stable_among_many() -> None:
-    assert choose_experts(torch.zeros(3, 300), 300).eq(torch.arange(300)).all()
+def choices(rank: Rank, backend: str) -> None:
+    for num_experts, top_k in ((5, 1), (5, 2), (5, 5), (64, 8), (7, 7), (24, 3), (300, 6)):
+        logits = randn(rank, 50, num_experts)
+        idx = chosen(backend, logits, top_k)
+        assert idx.dtype == torch.int64
+        assert_bitwise(logits.gather(1, idx), logits.topk(top_k).values)
 
 
-def test_a_nan_logit_still_yields_experts_that_exist() -> None:
-    chosen = choose_experts(torch.full((1, 4), float("nan")), 2)
-    assert chosen.tolist() == [[0, 1]]
+@both_backends
+def test_choices_are_the_largest_logits_in_descending_order(pool: RankPool, backend: str) -> None:
+    pool.run(choices, backend, world_size=1)
 
 
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("order", ScoreOrder)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_are_fp32_softmax(dtype: torch.dtype, order: ScoreOrder, norm: bool) -> None:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(6, 16, generator=generator).to(dtype)
-    weight = torch.randn(8, 16, generator=generator).to(dtype)
-    routing = routed(x, weight, top_k=3, score_order=order, norm_topk_probs=norm)
-    assert routing.logits.dtype == routing.topk_scores.dtype == torch.float32
-    exp = (x.double() @ weight.double().T).exp()
-    kept = exp.gather(1, routing.topk_idx)
+def unusual_choices(rank: Rank, backend: str) -> None:
+    cases = [
+        ([0.0, 0.0, 0.0, 0.0], [0, 1, 2, 3]),
+        ([1.0, 3.0, 1.0, 3.0, 1.0], [1, 3, 0]),
+        ([0.5, -0.0, 0.0, -0.0], [0, 1, 2, 3]),
+        ([-1e-40, 0.0, 1e-40, -0.0], [2, 1, 3, 0]),
+        ([NAN, NAN, NAN, NAN], [0, 1]),
+        ([INF, 1.0, NAN, -INF, NAN], [2, 4, 0, 1, 3]),
+        ([-INF, -INF, -INF], [0, 1, 2]),
+        ([-INF, -3e38, -INF, 3e38], [3, 1, 0, 2]),
+        # A NaN is one, whatever its sign.
+        ([1.0, -NAN, INF, NAN], [1, 3, 2]),
+    ]
+    for logits, expected in cases:
+        idx = chosen(backend, torch.tensor([logits], device=rank.device), len(expected))
+        assert idx.tolist() == [expected], logits
+
+
+@both_backends
+def test_ties_nan_and_infinities_still_yield_distinct_experts(pool: RankPool, backend: str) -> None:
+    pool.run(unusual_choices, backend, world_size=1)
+
+
+def ties_among_many(rank: Rank, backend: str) -> None:
+    many = torch.zeros(3, 300, device=rank.device)
+    assert_bitwise(chosen(backend, many, 300), torch.arange(300, device=rank.device).expand(3, -1).contiguous())
+
+
+@both_backends
+def test_ties_are_stable_among_many(pool: RankPool, backend: str) -> None:
+    pool.run(ties_among_many, backend, world_size=1)
+
+
+def expected_scores(logits_TE: Tensor, idx_TK: Tensor, order: ScoreOrder, norm: bool) -> Tensor:
+    """Scores from fp64 logits, differentiable: shares of all experts, or of the chosen."""
+    exp = logits_TE.exp()
+    kept = exp.gather(1, idx_TK)
     whole = exp if order is ScoreOrder.SOFTMAX_THEN_TOPK and not norm else kept
-    expected = kept / whole.sum(dim=1, keepdim=True)
-    assert_near(routing.topk_scores, expected, 100)
+    return kept / whole.sum(dim=1, keepdim=True)
 
 
-def test_norm_changes_nothing_after_a_softmax_over_the_chosen() -> None:
-    x, weight = torch.randn(6, 16), torch.randn(8, 16)
-    scores = [routed(x, weight, top_k=3, norm_topk_probs=norm).topk_scores for norm in (False, True)]
-    assert_near(*scores, 4)
+def scores(rank: Rank, backend: str, dtype: torch.dtype) -> None:
+    x, weight = randn(rank, 6, 16, seed=1).to(dtype), randn(rank, 8, 16, seed=2).to(dtype)
+    for order, norm in ALL_SCORES:
+        options = RouterOptions(top_k=3, score_order=order, norm_topk_probs=norm)
+        routing = routed(rank, backend, x, weight, options)
+        assert routing.logits.dtype == routing.topk_scores.dtype == torch.float32
+        logits = x.double() @ weight.double().T
+        assert_near(routing.logits, logits, 4)
+        assert_near(routing.topk_scores, expected_scores(logits, routing.topk_idx, order, norm), 100)
 
 
-def test_logits_carry_gradients_to_x_and_weight() -> None:
-    x = torch.randn(6, 16, requires_grad=True)
-    weight = torch.randn(8, 16, requires_grad=True)
-    routing = routed(x, weight, top_k=2)
+@both_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scores_are_fp32_softmax(pool: RankPool, backend: str, dtype: torch.dtype) -> None:
+    pool.run(scores, backend, dtype, world_size=1)
+
+
+def scores_at_the_ends_of_the_range(rank: Rank) -> None:
+    from sonic_ep.fast.router import choose_experts as fast_choices
+
+    rows = [[1e30, -1e30, 0.0], [200.0, 100.0, 99.0], [-INF, 1.0, -INF], [NAN, 0.0, 1.0], [INF, 0.0, 1.0], [-INF] * 3]
+    logits = torch.tensor(rows, device=rank.device)
+    for order, norm in ALL_SCORES:
+        options = RouterOptions(top_k=2, score_order=order, norm_topk_probs=norm)
+        found = fast_choices(logits, options)
+        over_all = order is ScoreOrder.SOFTMAX_THEN_TOPK and not norm
+        whole = logits.softmax(dim=1).gather(1, found.topk_idx)
+        expected = whole if over_all else logits.gather(1, found.topk_idx).softmax(dim=1)
+        assert torch.equal(found.scores.isnan(), expected.isnan())
+        assert_near(found.scores.nan_to_num(7.0), expected.nan_to_num(7.0), 16)
+
+
+@pytest.mark.fast
+def test_scores_at_the_ends_of_the_range(pool: RankPool) -> None:
+    pool.run(scores_at_the_ends_of_the_range, world_size=1)
+
+
+def norm_after_softmax_of_the_chosen(rank: Rank, backend: str) -> None:
+    x, weight, options = randn(rank, 6, 16, seed=1), randn(rank, 8, 16, seed=2), RouterOptions(top_k=3)
+    plain, normed = (
+        routed(rank, backend, x, weight, replace(options, norm_topk_probs=norm)).topk_scores for norm in (False, True)
+    )
+    assert_near(plain, normed, 4)
+
+
+@both_backends
+def test_norm_changes_nothing_after_a_softmax_over_the_chosen(pool: RankPool, backend: str) -> None:
+    pool.run(norm_after_softmax_of_the_chosen, backend, world_size=1)
+
+
+def logits_carry_gradients(rank: Rank, backend: str) -> None:
+    x, weight = randn(rank, 6, 16, seed=1).requires_grad_(), randn(rank, 8, 16, seed=2).requires_grad_()
+    routing = routed(rank, backend, x, weight, RouterOptions(top_k=2))
     assert not routing.topk_idx.requires_grad
     routing.logits.sum().backward()
     assert_near(x.grad, weight.detach().sum(dim=0).expand(6, 16), 16)
     assert_near(weight.grad, x.detach().sum(dim=0).expand(8, 16), 16)
+
+
+@both_backends
+def test_logits_carry_gradients_to_x_and_weight(pool: RankPool, backend: str) -> None:
+    pool.run(logits_carry_gradients, backend, world_size=1)
+
+
+def gradients(rank: Rank, backend: str, x_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    """Through logits, through scores, and through both, against fp64."""
+    num_tokens, hidden, num_experts, top_k = 37, 48, 24, 4
+    x = randn(rank, num_tokens, hidden, seed=1).div(hidden**0.5).to(x_dtype).requires_grad_()
+    weight = randn(rank, num_experts, hidden, seed=2).to(weight_dtype).requires_grad_()
+    through_logits = randn(rank, num_tokens, num_experts, seed=3)
+    through_scores = randn(rank, num_tokens, top_k, seed=4)
+
+    def of_loss(logits_TE: Tensor, scores_TK: Tensor, by: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        parts = {"logits": (through_logits.to(logits_TE) * logits_TE).sum()}
+        parts["scores"] = (through_scores.to(scores_TK) * scores_TK).sum()
+        return torch.autograd.grad(sum(parts[name] for name in by.split("+")), inputs)
+
+    for order, norm in ALL_SCORES:
+        options = RouterOptions(top_k=top_k, score_order=order, norm_topk_probs=norm)
+        for by in ("logits", "scores", "logits+scores"):
+            exact = tuple(tensor.detach().double().requires_grad_() for tensor in (x, weight))
+            idx = routed(rank, backend, x.detach(), weight.detach(), options).topk_idx
+            logits = exact[0] @ exact[1].T
+            truths = of_loss(logits, expected_scores(logits, idx, order, norm), by, exact)
+            found, plain = (
+                of_loss(routing.logits, routing.topk_scores, by, (x, weight))
+                for routing in (routed(rank, name, x, weight, options) for name in (backend, "reference"))
+            )
+            for got, truth, comparison, like in zip(found, truths, plain, (x, weight), strict=True):
+                assert got.dtype == like.dtype
+                if got.dtype == torch.float32:
+                    assert_near(got, truth, 16)
+                else:
+                    assert_as_accurate(got, truth, comparison, f"{order} {norm} {by}")
+
+
+DTYPES_OF_X_AND_WEIGHT = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+]
+
+
+@both_backends
+@pytest.mark.parametrize(("x_dtype", "weight_dtype"), DTYPES_OF_X_AND_WEIGHT, ids=str)
+def test_gradients_of_logits_and_scores(
+    pool: RankPool, backend: str, x_dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    pool.run(gradients, backend, x_dtype, weight_dtype, world_size=1)
+
+
+def parts_of_a_gradient(rank: Rank) -> None:
+    from sonic_ep.fast.router import choose_experts as fast_choices
+    from sonic_ep.fast.router import logits_gradient
+
+    logits = randn(rank, 70, 300)
+    given = randn(rank, 70, 300, seed=1) * torch.logspace(-20, 20, 300, device=rank.device)
+    given[0, :4] = torch.tensor([INF, -INF, NAN, -0.0])
+    options = RouterOptions(top_k=3)
+    found = fast_choices(logits, options)
+    routing = Routing(logits=logits, topk_idx=found.topk_idx, topk_scores=found.scores)
+    whole, parts = (logits_gradient(routing, given, None, options, in_bf16_parts=cut) for cut in (False, True))
+    assert (whole.shape, parts.shape) == ((70, 1, 300), (70, 3, 300))
+    high, middle, low = parts.float().unbind(dim=1)
+    for sums in (whole.squeeze(1), high + (middle + low)):
+        assert bool(sums[0, 2].isnan())
+        assert torch.equal(sums.nan_to_num(7.0, INF, -INF), given.nan_to_num(7.0, INF, -INF))
+    nothing = logits_gradient(routing, None, None, options, in_bf16_parts=False)
+    assert not bool(nothing.any())
+
+
+@pytest.mark.fast
+def test_bf16_parts_of_a_gradient_hold_all_its_bits(pool: RankPool) -> None:
+    pool.run(parts_of_a_gradient, world_size=1)
+
+
+def examples_of_the_docstrings(rank: Rank) -> None:
+    from sonic_ep.fast.router import choose_experts as fast_choices
+    from sonic_ep.fast.router import logits_gradient
+
+    logits = torch.tensor([[0.0, log(2.0), 0.0]], device=rank.device)
+    over_all = RouterOptions(top_k=2, score_order=ScoreOrder.SOFTMAX_THEN_TOPK)
+    for options, expected in ((over_all, [2 / 4, 1 / 4]), (RouterOptions(top_k=2), [2 / 3, 1 / 3])):
+        found = fast_choices(logits, options)
+        assert found.topk_idx.tolist() == [[1, 0]]
+        assert_near(found.scores, torch.tensor([expected], device=rank.device), 8)
+    found = fast_choices(logits, over_all)
+    routing = Routing(logits=logits, topk_idx=found.topk_idx, topk_scores=found.scores)
+    given = torch.tensor([[1.0, 0.0]], device=rank.device)
+    grad = logits_gradient(routing, None, given, over_all, in_bf16_parts=False)
+    assert_near(grad, torch.tensor([[[-1 / 8, 1 / 4, -1 / 8]]], device=rank.device), 8)
+
+
+@pytest.mark.fast
+def test_examples_of_the_docstrings(pool: RankPool) -> None:
+    pool.run(examples_of_the_docstrings, world_size=1)
+
+
+def frozen_inputs(rank: Rank, backend: str) -> None:
+    x, weight = randn(rank, 6, 16, seed=1).bfloat16(), randn(rank, 8, 16, seed=2).bfloat16()
+    options = RouterOptions(top_k=2)
+    free = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+    routed(rank, backend, *free, options).topk_scores.square().sum().backward()
+    for trained in (0, 1):
+        inputs = [x.clone(), weight.clone()]
+        inputs[trained].requires_grad_()
+        routed(rank, backend, *inputs, options).topk_scores.square().sum().backward()
+        assert inputs[1 - trained].grad is None
+        assert_bitwise(inputs[trained].grad, free[trained].grad)
+    for quiet in (torch.no_grad(), torch.inference_mode()):
+        with quiet:
+            assert not routed(rank, backend, *free, options).logits.requires_grad
+    with torch.inference_mode():
+        made_in_inference = x.clone()
+    weight.requires_grad_()
+    routed(rank, backend, made_in_inference, weight, options).topk_scores.square().sum().backward()
+    assert_bitwise(weight.grad, free[1].grad)
+
+
+@both_backends
+def test_only_gradients_that_are_required_are_made(pool: RankPool, backend: str) -> None:
+    pool.run(frozen_inputs, backend, world_size=1)
+
+
+def what_is_saved(rank: Rank) -> None:
+    x, weight = randn(rank, 6, 16).requires_grad_(), randn(rank, 8, 16)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor), lambda _: None):
+        routed(rank, "fast", x, weight, RouterOptions(top_k=2))
+    places = [tensor.data_ptr() for tensor in saved]
+    assert weight.data_ptr() in places
+    assert x.data_ptr() not in places, "tokens are not kept for a weight that is frozen"
+
+
+@pytest.mark.fast
+def test_a_frozen_router_keeps_no_tokens(pool: RankPool) -> None:
+    pool.run(what_is_saved, world_size=1)
+
+
+def no_tokens(rank: Rank, backend: str) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.zeros(0, 16, device=rank.device, dtype=dtype, requires_grad=True)
+        weight = randn(rank, 8, 16).to(dtype).requires_grad_()
+        routing = routed(rank, backend, x, weight, RouterOptions(top_k=2))
+        assert routing.logits.shape == (0, 8)
+        assert routing.topk_idx.shape == routing.topk_scores.shape == (0, 2)
+        (routing.logits.sum() + routing.topk_scores.sum()).backward()
+        assert x.grad.shape == (0, 16)
+        assert_bitwise(weight.grad, torch.zeros_like(weight))
+
+
+@both_backends
+def test_no_tokens(pool: RankPool, backend: str) -> None:
+    pool.run(no_tokens, backend, world_size=1)
+
+
+def autocast(rank: Rank, backend: str) -> None:
+    """Autocast changes no bit, forward or backward, of a router that is called by itself."""
+    bits = []
+    for enabled in (False, True):
+        x, weight = randn(rank, 6, 16, seed=1).requires_grad_(), randn(rank, 8, 16, seed=2).requires_grad_()
+        with torch.autocast(rank.device.type, torch.bfloat16, enabled=enabled):
+            routing = routed(rank, backend, x, weight, RouterOptions(top_k=2))
+            routing.topk_scores.square().sum().backward()
+        bits.append((routing.logits, routing.topk_scores, x.grad, weight.grad))
+    for plain, under_autocast in zip(*bits, strict=True):
+        assert_bitwise(under_autocast, plain)
+
+
+@pytest.mark.fast
+def test_autocast_leaves_the_bits_alone(pool: RankPool) -> None:
+    pool.run(autocast, "fast", world_size=1)
+
+
+def weight_gradients(rank: Rank, backend: str) -> None:
+    """With and without the sum over the ranks, of which one has no tokens."""
+    weight = randn(rank, 8, 16)
+    for x_dtype, tokens in ((torch.bfloat16, 5), (torch.float32, 5 * (rank.rank != 1))):
+        x = randn(rank, tokens, 16, seed=rank.rank).to(x_dtype)
+
+        def gradient(reduce: bool, x: Tensor = x) -> Tensor:
+            own = weight.clone().requires_grad_()
+            routing = routed(rank, backend, x, own, RouterOptions(top_k=2, reduce_router_grad=reduce))
+            (routing.topk_scores.square().sum() + routing.logits.square().sum()).backward()
+            return own.grad
+
+        own = gradient(reduce=False)
+        by_rank = collectives_of(resolve_group(None)).all_gather(own)
+        expected = by_rank[0].clone()
+        for other in by_rank[1:]:
+            expected += other
+        assert_bitwise(gradient(reduce=True), expected)
+        assert not torch.equal(own, expected)
+
+
+@both_backends
+def test_the_weight_gradient_is_summed_in_rank_order_or_not_at_all(pool: RankPool, backend: str) -> None:
+    pool.run(weight_gradients, backend, world_size=3)
+
+
+def allocations(rank: Rank) -> list[int]:
+    """Shared buffers that there are after each of: nothing, no gradients, a frozen router, forward, backward."""
+    from sonic_ep.fast.router import route as fast_route
+    from sonic_ep.fast.workspace import Workspace, transport_of
+
+    group, made = resolve_group(None), []
+
+    class Counted:
+        def allocate(self, nbytes: int, byte: int) -> object:
+            made.append(nbytes)
+            return transport_of(group, rank.device).allocate(nbytes, byte)
+
+    workspace = Workspace(group, rank.device, Counted())
+    counts = [len(made)]
+    x, weight = randn(rank, 5, 16).requires_grad_(), randn(rank, 8, 16)
+    options = RouterOptions(top_k=2)
+    with torch.no_grad():
+        fast_route(x, weight.clone().requires_grad_(), options, workspace)
+    counts.append(len(made))
+    fast_route(x, weight, options, workspace).logits.sum().backward()
+    counts.append(len(made))
+    routing = fast_route(x, weight.requires_grad_(), options, workspace)
+    counts.append(len(made))
+    routing.logits.sum().backward()
+    counts.append(len(made))
+    workspace.close()
+    return counts
+
+
+@pytest.mark.fast
+def test_backward_allocates_nothing_that_ranks_share(pool: RankPool) -> None:
+    for counts in pool.run(allocations, world_size=2):
+        assert counts == [1, 1, 1, 2, 2]
+
+
+def sums_over_ranks(rank: Rank) -> None:
+    from sonic_ep.fast.rank_sum import reserve_sum, sum_over_ranks
+    from sonic_ep.fast.workspace import Workspace
+
+    workspace = Workspace(resolve_group(None), rank.device)
+    reserve_sum(workspace, 5000)
+    summands = [1e8, 1.0, -1e8]
+    mine = torch.tensor([summands[rank.rank], summands[::-1][rank.rank]], device=rank.device)
+    assert sum_over_ranks(mine, workspace).tolist() == [0.0, 0.0]
+    # In ranks' order 1e8 - 1e8 + 1 would be 1.
+    mine = torch.tensor([[1e8, -1e8, 1.0][rank.rank]], device=rank.device)
+    assert sum_over_ranks(mine, workspace).tolist() == [1.0]
+    mine = torch.arange(5000, device=rank.device).view(2, 2500) + 10_000.0 * rank.rank
+    total = sum_over_ranks(mine, workspace)
+    # Integers below 2^24 are exact.
+    expected = 3.0 * torch.arange(5000, device=rank.device).view(2, 2500) + 30_000.0
+    assert_bitwise(total, expected)
+    assert_bitwise(sum_over_ranks(mine, workspace), expected)
+    workspace.close()
+
+
+@pytest.mark.fast
+def test_sums_over_ranks_are_in_their_order(pool: RankPool) -> None:
+    pool.run(sums_over_ranks, world_size=3)
+
+
+def sum_over_one(rank: Rank) -> None:
+    from sonic_ep.fast.rank_sum import reserve_sum, sum_over_ranks
+    from sonic_ep.fast.workspace import Workspace
+
+    workspace = Workspace(resolve_group(None), rank.device)
+    values = randn(rank, 3, 4)
+    assert reserve_sum(workspace, 12) is None
+    assert sum_over_ranks(values, workspace) is values
+
+
+@pytest.mark.fast
+def test_a_sum_over_one_rank_shares_nothing(pool: RankPool) -> None:
+    pool.run(sum_over_one, world_size=1)

@@ -1,0 +1,45 @@
+"""Backward functions that are not differentiable themselves, and say so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class Refusal(torch.autograd.Function):
+    """Passes tensors on, and raises where a derivative through them is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The tensors; ``anchor`` requires a gradient, so that they do."""
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        """Raises ``RuntimeError``."""
+        raise RuntimeError("sonic_ep: trying to differentiate twice a function that is once_differentiable")
+
+
+def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """A ``backward`` whose results cannot be differentiated again.
+
+    PyTorch's decorator of this name lets them pass for constants where the incoming gradient requires none itself.
+    """
+
+    @wraps(backward)
+    def guarded(ctx: Any, *gradients: Tensor) -> Gradients:
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        present = [result for result in results if result is not None]
+        if not torch.is_grad_enabled() or not present:
+            return results
+        refusing = iter(Refusal.apply(torch.zeros((), requires_grad=True), *present))
+        return tuple(None if result is None else next(refusing) for result in results)
+
+    return guarded

@@ -1,0 +1,221 @@
+"""The router: one GEMM and one kernel forward, one kernel and at most two GEMMs backward, nothing read on the host.
+
+Logits and scores are those of the reference to fp32 rounding, choices follow from the logits exactly. A GEMM with fp32
+in it and bf16 weights or tokens would be slow, or copy them to fp32; instead the gradient of the logits is cut into
+three bf16 parts, whose 3 x 8 bits hold all 24 of an fp32 number, and tensor cores sum their exact products in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sonic_ep.backend import Routing
+from sonic_ep.config import RouterOptions, ScoreOrder
+from sonic_ep.fast.device import launch, pieces, power_of_two
+from sonic_ep.fast.once import once_differentiable
+from sonic_ep.fast.rank_sum import reserve_sum, sum_over_ranks
+from sonic_ep.fast.router_kernels import choose_kernel, logits_gradient_kernel
+from sonic_ep.fast.workspace import Workspace
+
+# Logits that one program holds, unless one token has more; the more there are for each warp, the more registers.
+TILE_LOGITS = 1024
+MOST_WARPS = 16
+BF16_PARTS = 3
+HALF_PRECISIONS = (torch.bfloat16, torch.float16)
+
+
+def route(x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions, workspace: Workspace) -> Routing:
+    """Logits (T, E) of this rank's tokens, the K largest of each, and their scores.
+
+    ``logits = x . router_w`` in fp32. Choices descend by logit; equal logits go to the lower expert first. Collective
+    where shared memory for the sum of the weight's gradient has to grow, and in backward, where it is summed.
+    """
+    if torch.is_grad_enabled():
+        if options.reduce_router_grad and router_w_EH.requires_grad:
+            reserve_sum(workspace, router_w_EH.numel())
+        # What was made in inference mode cannot be saved for backward.
+        x_TH = x_TH.clone() if x_TH.is_inference() else x_TH
+    logits_TE, topk_idx_TK, scores_TK = Route.apply(x_TH, router_w_EH, options, workspace)
+    return Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK)
+
+
+class Route(torch.autograd.Function):
+    """x (T, H) and router_w (E, H) to logits (T, E) fp32, choices (T, K) int64 and scores (T, K) fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions, workspace: Workspace
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, choices, scores."""
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
+        with torch.autocast(x_TH.device.type, enabled=False):
+            logits_TE = product(x_TH, router_w_EH.t(), torch.float32)
+        choices = choose_experts(logits_TE, options)
+        ctx.mark_non_differentiable(choices.topk_idx)
+        ctx.set_materialize_grads(False)
+        ctx.options, ctx.workspace = options, workspace
+        ctx.x_dtype, ctx.weight_dtype = x_TH.dtype, router_w_EH.dtype
+        weight, x = router_w_EH if needs_x else None, x_TH if needs_weight else None
+        ctx.save_for_backward(x, weight, logits_TE, choices.topk_idx, choices.scores)
+        return logits_TE, choices.topk_idx, choices.scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, logits_grad_TE: Tensor | None, _: None, scores_grad_TK: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Gradients of x and of the weight, each if it is required."""
+        x_TH, router_w_EH, logits_TE, topk_idx_TK, scores_TK = ctx.saved_tensors
+        grad_TPE = logits_gradient(
+            Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK),
+            logits_grad_TE,
+            scores_grad_TK,
+            ctx.options,
+            in_bf16_parts=ctx.x_dtype == ctx.weight_dtype == torch.bfloat16,
+        )
+        x_grad = weight_grad = None
+        with torch.autocast(grad_TPE.device.type, enabled=False):
+            if router_w_EH is not None:
+                x_grad = gradient_of_x(grad_TPE, router_w_EH, ctx.x_dtype)
+            if x_TH is not None:
+                weight_grad = gradient_of_weight(grad_TPE, x_TH)
+        if weight_grad is not None:
+            if ctx.options.reduce_router_grad:
+                weight_grad = sum_over_ranks(weight_grad, ctx.workspace)
+            weight_grad = weight_grad.to(ctx.weight_dtype)
+        return x_grad, weight_grad, None, None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Choices:
+    """topk_idx (T, K) int64 and scores (T, K) fp32."""
+
+    topk_idx: Tensor
+    scores: Tensor
+
+
+def choose_experts(logits_TE: Tensor, options: RouterOptions) -> Choices:
+    """The K largest logits of each row, descending, equal ones in ascending order of expert, and their scores.
+
+    logits: fp32, contiguous; NaN is larger than any number. Logits 0.5 2.0 0.5 2.0 with K=3 choose 1 3 0.
+    """
+    num_tokens, top_k = logits_TE.shape[0], options.top_k
+    topk_idx_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits_TE.device)
+    scores_TK = logits_TE.new_empty(num_tokens, top_k)
+    tile = Tile.of(logits_TE, options)
+    launch(
+        choose_kernel,
+        (pieces(num_tokens, tile.tokens),),
+        logits_TE,
+        topk_idx_TK,
+        scores_TK,
+        num_tokens,
+        device=logits_TE.device,
+        **tile.constants(),
+    )
+    return Choices(topk_idx=topk_idx_TK, scores=scores_TK)
+
+
+def logits_gradient(
+    routing: Routing,
+    logits_grad_TE: Tensor | None,
+    scores_grad_TK: Tensor | None,
+    options: RouterOptions,
+    *,
+    in_bf16_parts: bool,
+) -> Tensor:
+    """d(logits) from the gradients of logits and scores, (T, 1, E) fp32 or three bf16 parts that sum to it, (T, 3, E).
+
+    A gradient that is None counts as zeros.
+    """
+    logits_TE = routing.logits
+    num_tokens, num_experts = logits_TE.shape
+    parts = BF16_PARTS if in_bf16_parts else 1
+    dtype = torch.bfloat16 if in_bf16_parts else torch.float32
+    out_TPE = logits_TE.new_empty((num_tokens, parts, num_experts), dtype=dtype)
+    tile = Tile.of(logits_TE, options)
+    launch(
+        logits_gradient_kernel,
+        (pieces(num_tokens, tile.tokens),),
+        logits_TE,
+        routing.topk_idx,
+        routing.topk_scores,
+        # A pointer is passed in any case; without the gradient nothing is read there.
+        logits_TE if logits_grad_TE is None else logits_grad_TE.contiguous(),
+        logits_TE if scores_grad_TK is None else scores_grad_TK.contiguous(),
+        out_TPE,
+        num_tokens,
+        device=logits_TE.device,
+        OF_LOGITS=logits_grad_TE is not None,
+        OF_SCORES=scores_grad_TK is not None,
+        PARTS=parts,
+        **tile.constants(),
+    )
+    return out_TPE
+
+
+def gradient_of_x(grad_TPE: Tensor, router_w_EH: Tensor, dtype: torch.dtype) -> Tensor:
+    """d(x) = d(logits) . router_w, (T, H), from d(logits) in P parts: one product over all P * E of them."""
+    parts = grad_TPE.shape[1]
+    return product(grad_TPE.flatten(1), router_w_EH.repeat(parts, 1), dtype)
+
+
+def gradient_of_weight(grad_TPE: Tensor, x_TH: Tensor) -> Tensor:
+    """d(router_w) = d(logits)^T . x, (E, H) fp32, from d(logits) in P parts."""
+    _, parts, num_experts = grad_TPE.shape
+    by_part = product(grad_TPE.flatten(1).t(), x_TH, torch.float32)
+    return by_part.view(parts, num_experts, -1).sum(dim=0)
+
+
+def product(left_MK: Tensor, right_KN: Tensor, dtype: torch.dtype) -> Tensor:
+    """(M, N) in ``dtype``, which is fp32 or that of a factor: products exact, or of fp32 factors, and fp32 sums."""
+    if left_MK.numel() == 0:
+        return left_MK.new_zeros((left_MK.shape[0], right_KN.shape[1]), dtype=dtype)
+    alike = left_MK.dtype == right_KN.dtype and left_MK.dtype in HALF_PRECISIONS
+    # On the CPU there is no product of halves whose sums can be had in fp32.
+    if left_MK.device.type != "cuda" or not alike:
+        return torch.mm(left_MK.float(), right_KN.float()).to(dtype)
+    if dtype == left_MK.dtype:
+        return torch.mm(left_MK, right_KN)
+    return torch.mm(left_MK, right_KN, out_dtype=dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """How the kernels cut logits (T, E) into programs, and what they are compiled for.
+
+    over_all: whether scores are shares of all E experts, not of the K chosen. Shares of all, divided by the sum of
+    those of the chosen, are shares of the chosen.
+    """
+
+    num_experts: int
+    top_k: int
+    over_all: bool
+
+    @staticmethod
+    def of(logits_TE: Tensor, options: RouterOptions) -> Tile:
+        """For these logits and options."""
+        over_all = options.score_order is ScoreOrder.SOFTMAX_THEN_TOPK and not options.norm_topk_probs
+        return Tile(num_experts=logits_TE.shape[1], top_k=options.top_k, over_all=over_all)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one program."""
+        return max(1, TILE_LOGITS // power_of_two(self.num_experts))
+
+    def constants(self) -> dict[str, Any]:
+        """Compile-time constants of both kernels."""
+        experts_padded = power_of_two(self.num_experts)
+        return {
+            "E": self.num_experts,
+            "K": self.top_k,
+            "OVER_ALL": self.over_all,
+            "TOKENS": self.tokens,
+            "EXPERTS_PADDED": experts_padded,
+            "K_PADDED": power_of_two(self.top_k),
+            "num_warps": min(max(4, self.tokens * experts_padded // TILE_LOGITS), MOST_WARPS),
+        }
