@@ -13,9 +13,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
+
+from sonic_ep.fast.interpreter import hasten
 
 # Whether kernels run under Triton's interpreter, on the CPU; Triton itself decides when it is imported.
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
+if INTERPRETED.value:
+    hasten()
 
 # What a waiting kernel sleeps between two looks at a flag, under the interpreter.
 REST_SECONDS = 1e-3
@@ -141,6 +146,12 @@ def rounded(value, like_ptr):
         nearest = tl.where(value != value, 0x7FC0, nearest)
         return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return value.to(element)
+
+
+@triton.jit
+def exact_exp(x):
+    """The exponential of fp32 to a few units in the last place; the GPU's own exponential is some 2^-22 off."""
+    return tl.exp(x) if INTERPRETED else libdevice.exp(x)
 
 
 @triton.jit
