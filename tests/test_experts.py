@@ -1,12 +1,19 @@
-"""The experts' loop: each row by its own expert, exact zeros for empty ones, nothing read past the valid rows."""
+"""Experts: each row by its own, exact zeros for empty ones, nothing read past the valid rows; and their kernels."""
 
+from dataclasses import dataclass
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
 from near import assert_near
+from torch import Tensor
 
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
 from sonic_ep.backend import Experts
 from sonic_ep.reference.experts import apply_experts
-from sonic_ep.testing import assert_bitwise
+from sonic_ep.testing import Rank, RankPool, assert_as_accurate, assert_bitwise
 
 HIDDEN, INTERMEDIATE = 6, 4
 ENDS = torch.tensor([2, 2, 5], dtype=torch.int32)
@@ -81,3 +88,136 @@ def test_no_rows_at_all_still_carry_gradients() -> None:
     y.sum().backward()
     assert experts.w1.grad is not None
     assert experts.w1.grad.eq(0).all()
+
+
+ROWS, WIDTH, BEHIND = 66, 37, 4
+GROUP_ENDS = [3, 3, 40, 50, ROWS]
+NAN = float("nan")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Between:
+    """Rows between the two products, NaN behind the valid ones: h, dA, and scores by slot."""
+
+    hidden: Tensor
+    grad: Tensor
+    scores: Tensor
+    plan: Any
+    experts: Experts
+
+    @property
+    def score_of_row(self) -> Tensor:
+        """(ROWS, 1) fp64."""
+        return self.scores[self.plan.slot_of_row[:ROWS].long()].double()[:, None]
+
+    @property
+    def expert_of_row(self) -> Tensor:
+        """(ROWS,)."""
+        return torch.searchsorted(self.plan.group_ends, torch.arange(ROWS, device=self.scores.device), right=True)
+
+
+def between(rank: Rank, name: str, layout: str, dtype: torch.dtype) -> Between:
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(width: int) -> Tensor:
+        valid = torch.randn(ROWS, width, generator=generator, dtype=torch.float64)
+        return torch.cat([valid, torch.full((BEHIND, width), NAN)]).to(rank.device, dtype)
+
+    slots = torch.cat([torch.randperm(100, generator=generator)[:ROWS], torch.full((BEHIND,), -1)])
+    index = {"dtype": torch.int32, "device": rank.device}
+    plan = SimpleNamespace(
+        group_ends=torch.tensor(GROUP_ENDS, **index),
+        experts_per_rank=len(GROUP_ENDS),
+        row_capacity=ROWS + BEHIND,
+        slot_of_row=slots.to(**index),
+    )
+    activation = ACTIVATIONS[name]
+    unused = torch.empty(len(GROUP_ENDS), 5, WIDTH, device=rank.device, dtype=dtype)
+    return Between(
+        hidden=rows(activation.up_width(WIDTH)),
+        grad=rows(WIDTH),
+        scores=torch.rand(100, generator=generator).to(rank.device),
+        plan=plan,
+        experts=Experts(w1=unused, w2=unused, b1=None, b2=None, activation=activation, layout=GATE_LAYOUTS[layout]),
+    )
+
+
+def by_autograd(given: Between, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Activation and gradients in ``dtype``, by PyTorch."""
+    hidden = given.hidden[:ROWS].to(dtype).requires_grad_()
+    activated = given.experts.activation(hidden, given.experts.layout)
+    weighted = (given.grad[:ROWS].double() * given.score_of_row).to(dtype)
+    (hidden_grad,) = torch.autograd.grad(activated, hidden, weighted)
+    return {
+        "activated": activated.detach(),
+        "hidden": hidden_grad,
+        "weighted": (activated.detach().double() * given.score_of_row).to(dtype),
+    }
+
+
+def activations_by_kernels(rank: Rank, name: str, layout: str) -> None:
+    from sonic_ep.fast.experts import activate, activate_backward
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        given = between(rank, name, layout, dtype)
+        truth, plain = by_autograd(given, torch.float64), by_autograd(given, dtype)
+        activated = activate(given.hidden, given.experts, given.plan)
+        found = activate_backward(given.hidden, given.grad.clone(), given.scores, given.experts, given.plan)
+        got = {"activated": activated, "hidden": found.hidden, "weighted": found.weighted}
+        for what, rows in got.items():
+            assert_as_accurate(rows[:ROWS], truth[what], plain[what], f"{what} of {name}, {dtype}")
+        dots = (given.grad[:ROWS].double() * truth["activated"]).sum(dim=1)
+        assert_near(found.dots[:ROWS], dots, 100)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("layout", GATE_LAYOUTS)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_and_their_gradients_by_kernels(pool: RankPool, name: str, layout: str) -> None:
+    pool.run(activations_by_kernels, name, layout, world_size=1)
+
+
+def odd_numbers_by_kernels(rank: Rank) -> None:
+    """NaN stays NaN and reaches no other number; the ends of the range have the limits of the activation."""
+    from sonic_ep.fast.experts import activate, activate_backward
+
+    for name, dtype in product(("silu", "gelu", "relu", "relu_sq"), (torch.float32, torch.bfloat16)):
+        given = between(rank, name, "concat", dtype)
+        given.hidden[:ROWS, :5] = torch.tensor([NAN, -1e30, 1e4, -0.0, -1e4], device=rank.device).to(dtype)
+        activated = activate(given.hidden, given.experts, given.plan)[:ROWS]
+        assert activated[:, 0].isnan().all()
+        assert activated[:, [1, 3, 4]].eq(0).all()
+        assert_bitwise(activated[:, 2], given.hidden[:ROWS, 2] ** (2 if name == "relu_sq" else 1))
+        assert activated[:, 1:].isfinite().all()
+        found = activate_backward(given.hidden, given.grad.clone(), given.scores, given.experts, given.plan)
+        assert found.hidden[:ROWS, 1:].isfinite().all()
+
+
+@pytest.mark.fast
+def test_odd_numbers_stay_where_they_are(pool: RankPool) -> None:
+    pool.run(odd_numbers_by_kernels, world_size=1)
+
+
+def sums_by_kernels(rank: Rank) -> None:
+    from sonic_ep.fast.experts import add_bias_dots, sum_groups
+
+    for dtype in (torch.float32, torch.bfloat16):
+        given = between(rank, "relu", "concat", dtype)
+        rows, expert = given.grad, given.expert_of_row
+        for scores, weight in ((None, 1.0), (given.scores, given.score_of_row)):
+            sums = sum_groups(rows, scores, given.plan)
+            member = (expert == torch.arange(len(GROUP_ENDS), device=rank.device)[:, None]).double()
+            truth = member @ (rows[:ROWS].double() * weight)
+            assert_as_accurate(sums, truth, truth.to(dtype))
+            assert sums[1].eq(0).all()
+        bias = rows[: len(GROUP_ENDS)].clone()
+        dots = torch.ones(ROWS + BEHIND, device=rank.device)
+        add_bias_dots(rows, bias, dots, given.plan)
+        terms = rows[:ROWS].double() * bias.double()[expert]
+        assert_near(dots[:ROWS], terms.sum(dim=1) + 1, 100)
+        assert dots[ROWS:].eq(1).all()
+
+
+@pytest.mark.fast
+def test_sums_over_the_rows_of_experts(pool: RankPool) -> None:
+    pool.run(sums_by_kernels, world_size=1)
