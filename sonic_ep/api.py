@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from sonic_ep.backend import choose_backend
+from sonic_ep.backend import Slots, choose_backend
 from sonic_ep.config import AUTO, ClosedError, EPConfig, RouterOptions, ScoreOrder, parse_choice
 from sonic_ep.group import Group, resolve_group
 from sonic_ep.plan import RoutingPlan
@@ -125,14 +125,13 @@ class ExpertParallel:
             reduce_router_grad=self._edge.flag("reduce_router_grad", reduce_router_grad),
         )
         router_w_EH = check_router(self._edge, x_TH, router_w, options)
-        num_experts = router_w_EH.shape[0]
         written = ExpertArguments(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, gate_layout=gate_layout)
-        experts = check_experts(self._edge, x_TH, written, num_experts)
+        experts = check_experts(self._edge, x_TH, written, router_w_EH.shape[0])
         capacity = self._agreed_capacity(x_TH)
         routing = self._backend.route(x_TH, router_w_EH, options)
-        plan = self._backend.plan(routing.topk_idx, num_experts=num_experts, capacity=capacity, distinct=True)
-        y_TH = self._backend.layer(x_TH, routing.topk_scores, plan, experts)
-        return MoEOutput(y=y_TH.view(x.shape), router_logits=routing.logits, tokens_per_expert=plan.counts)
+        slots = Slots(topk_idx=routing.topk_idx, topk_scores=routing.topk_scores, capacity=capacity, distinct=True)
+        out = self._backend.layer(x_TH, slots, experts)
+        return MoEOutput(y=out.y.view(x.shape), router_logits=routing.logits, tokens_per_expert=out.counts)
 
     def moe_routed(
         self,
@@ -158,8 +157,10 @@ class ExpertParallel:
         num_experts = experts.w1.shape[0] * self.group.world_size
         idx_TK = check_routing(self._edge, topk_idx, num_experts, x_TH)
         scores_TK = check_scores(self._edge, topk_scores, (idx_TK.shape[0], idx_TK.shape[1]), x_TH)
-        plan = self._plan(idx_TK, num_experts)
-        return self._backend.layer(x_TH, scores_TK, plan, experts).view(x.shape)
+        self._backend.check_expert_ids(idx_TK, num_experts)
+        capacity = self._agreed_capacity(idx_TK)
+        slots = Slots(topk_idx=idx_TK, topk_scores=scores_TK, capacity=capacity, distinct=False)
+        return self._backend.layer(x_TH, slots, experts).y.view(x.shape)
 
     def plan(self, topk_idx: Tensor, num_experts: int) -> RoutingPlan:
         """Where every slot of the group goes. Collective.
@@ -167,7 +168,10 @@ class ExpertParallel:
         topk_idx (T, K) as in ``moe_routed``. The plan may be used for any number of dispatches and combines.
         """
         self._open()
-        return self._plan(check_routing(self._edge, topk_idx, num_experts), num_experts)
+        idx_TK = check_routing(self._edge, topk_idx, num_experts)
+        self._backend.check_expert_ids(idx_TK, num_experts)
+        capacity = self._agreed_capacity(idx_TK)
+        return self._backend.plan(idx_TK, num_experts=num_experts, capacity=capacity, distinct=False)
 
     def dispatch(self, x: Tensor, plan: RoutingPlan) -> Tensor:
         """Rows (R, H) in canonical order: expert, source rank, token, k. Collective, differentiable in x.
@@ -247,11 +251,6 @@ class ExpertParallel:
     def _open(self) -> None:
         if self._closed:
             raise ClosedError(f"{self.group}: ExpertParallel: got one that is closed, expected an open one")
-
-    def _plan(self, idx_TK: Tensor, num_experts: int) -> RoutingPlan:
-        self._backend.check_expert_ids(idx_TK, num_experts)
-        capacity = self._agreed_capacity(idx_TK)
-        return self._backend.plan(idx_TK, num_experts=num_experts, capacity=capacity, distinct=False)
 
     def _agreed_capacity(self, tokens: Tensor) -> int:
         """C. Agreed by all ranks on the first call that brings a token, if the caller has not set it."""

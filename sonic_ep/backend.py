@@ -41,6 +41,27 @@ class Routing:
     topk_scores: Tensor
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Slots:
+    """Where this rank's tokens go: topk_idx (T, K), int32 or int64, and topk_scores (T, K), any float.
+
+    capacity: C. distinct: no token has an expert twice, and every id is in range, by the router's construction.
+    """
+
+    topk_idx: Tensor
+    topk_scores: Tensor
+    capacity: int
+    distinct: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerOutput:
+    """What the experts of the group made of this rank's tokens: y (T, H), and counts (E,) int32 of the plan."""
+
+    y: Tensor
+    counts: Tensor
+
+
 class DispatchPrimitive(Protocol):
     """Moves rows of tokens to the ranks of their experts. Outputs are the same bits in both backends."""
 
@@ -91,8 +112,8 @@ class Backend(Protocol):
         """(T, H). Differentiable in rows and scores; never reads rows past the valid ones."""
         ...
 
-    def layer(self, x_TH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
-        """Dispatch, experts, combine: (T, H). Honours every flag of the config."""
+    def layer(self, x_TH: Tensor, slots: Slots, experts: Experts) -> LayerOutput:
+        """Plan, dispatch, experts, combine. Honours every flag of the config."""
         ...
 
     def check(self) -> None:

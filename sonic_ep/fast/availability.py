@@ -12,10 +12,6 @@ import torch
 MINIMUM_TRITON = (3, 6)
 MINIMUM_CAPABILITY = (9, 0)
 
-LAYER_MISSING = (
-    "it has plan, dispatch and combine, but no router and no experts yet: moe and moe_routed need backend='reference'"
-)
-
 
 def software_reasons() -> tuple[str, ...]:
     """What is missing of Python packages."""
@@ -49,7 +45,7 @@ def interpreted() -> bool:
 def auto_reasons() -> tuple[str, ...]:
     """Why "auto" does not take this backend where it can run."""
     slow = ("Triton's interpreter runs its kernels, which is for tests: thousands of times slower",)
-    return (LAYER_MISSING, *(slow if interpreted() else ()))
+    return slow if interpreted() else ()
 
 
 def device_reasons() -> tuple[str, ...]:

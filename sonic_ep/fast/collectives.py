@@ -1,4 +1,4 @@
-"""Collectives over shared memory: the scores of all tokens to all ranks, and one number of each slot home."""
+"""Collectives over shared memory: scores to all ranks, one number of each slot home, one word of each rank to all."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import Tensor
 
 from sonic_ep.fast.device import launch, peer_pointer, pieces
 from sonic_ep.fast.workspace import SharedBuffer, Workspace
-from sonic_ep.plan import RoutingPlan
+from sonic_ep.plan import INDEX_DTYPE, RoutingPlan
 
 BLOCK = 1024
 SCORES = "scores"
 VALUES = "values_of_slots"
+WANTS = "wants"
 
 
 @triton.jit
@@ -169,3 +170,21 @@ def send_home(value_of_row_R: Tensor, plan: RoutingPlan, workspace: Workspace) -
         BLOCK=BLOCK,
     )
     return out_TK
+
+
+def reserve_wants(workspace: Workspace) -> SharedBuffer:
+    """Collective. Shared memory for one word of each rank: whether it wants something."""
+    return workspace.reserve(WANTS, INDEX_DTYPE.itemsize)
+
+
+def any_rank_wants(here: bool, workspace: Workspace) -> Tensor:
+    """Collective. Whether any rank does, a bool () on the device; ``here``: whether this one does."""
+    group = workspace.group
+    staged = reserve_wants(workspace)
+    workspace.enter()
+    workspace.fence()
+    staged.rows(group.rank, (1,), INDEX_DTYPE).fill_(int(here))
+    workspace.publish()
+    wants_W = torch.empty(group.world_size, dtype=INDEX_DTYPE, device=workspace.device)
+    launch(gather_kernel, (1, group.world_size), staged.addresses, wants_W, 1, device=workspace.device, BLOCK=1)
+    return wants_W.any()

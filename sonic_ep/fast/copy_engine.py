@@ -34,8 +34,8 @@ class Arrivals:
 class GatherInFlight:
     """An all-gather that has been started. ``wait()`` before the result is used, on each stream that uses it."""
 
-    def __init__(self, gathered: Tensor, arrivals: Arrivals) -> None:
-        self._gathered = gathered
+    def __init__(self, gathered_WCH: Tensor, arrivals: Arrivals) -> None:
+        self._gathered = gathered_WCH
         self._arrivals = arrivals
 
     def wait(self) -> Tensor:
@@ -44,7 +44,13 @@ class GatherInFlight:
         The current stream waits, the host does not.
         """
         self._arrivals.hold_back(self._gathered.device)
-        return self._gathered
+        return self._gathered.flatten(0, 1)
+
+    def addresses(self) -> Tensor:
+        """(W,) int64, on the device: where the tokens of each rank begin."""
+        block_bytes = self._gathered[0].numel() * self._gathered.element_size()
+        ranks_W = torch.arange(self._gathered.shape[0], dtype=torch.int64, device=self._gathered.device)
+        return ranks_W * block_bytes + self._gathered.data_ptr()
 
 
 class CopyEngineGather:
@@ -65,16 +71,21 @@ class CopyEngineGather:
         """Collective. Allocate what ``start`` needs for this shape."""
         reserve_tokens(self._workspace, capacity, row_bytes, self._name)
 
-    def start(self, x_TH: Tensor, capacity: int) -> GatherInFlight:
+    def start(self, x_TH: Tensor, capacity: int, *, with_own: bool = True) -> GatherInFlight:
         """Collective. Stage x (T, H), then bring (W, C, H) on side streams, behind what the current stream has queued.
 
-        x may be changed as soon as the current stream has come past this call.
+        x may be changed as soon as the current stream has come past this call. with_own: whether this rank's own tokens
+        are wanted among those of the others; else their place is unspecified.
         """
+        return self.bring(x_TH, self.stage(x_TH, capacity), capacity, with_own=with_own)
+
+    def stage(self, x_TH: Tensor, capacity: int) -> SharedBuffer:
+        """Collective. The first half of ``start``."""
         # The last gather's copies end before the fence lets peers write what they read, whoever has waited for them.
         self._last.hold_back_next(self._workspace.device)
-        return self.bring(x_TH, stage_tokens(x_TH, capacity, self._workspace, self._name), capacity)
+        return stage_tokens(x_TH, capacity, self._workspace, self._name)
 
-    def bring(self, x_TH: Tensor, staged: SharedBuffer, capacity: int) -> GatherInFlight:
+    def bring(self, x_TH: Tensor, staged: SharedBuffer, capacity: int, *, with_own: bool = True) -> GatherInFlight:
         """The second half of ``start``: copy what every rank has staged, and this rank's own tokens from x."""
         group = self._workspace.group
         shape = (capacity, x_TH.shape[1])
@@ -83,11 +94,12 @@ class CopyEngineGather:
         # Each rank begins with its next neighbour, so that no peer is asked by all at once.
         for peer in (*range(group.rank + 1, group.world_size), *range(group.rank)):
             arrivals += self._copy(gathered_WCH[peer], staged.rows(peer, shape, x_TH.dtype), peer)
-        # Behind the others: it is on the stream that they waited for.
-        gathered_WCH[group.rank, : x_TH.shape[0]].copy_(x_TH)
+        if with_own:
+            # Behind the others: it is on the stream that they waited for.
+            gathered_WCH[group.rank, : x_TH.shape[0]].copy_(x_TH)
         # Not the result itself, which is the caller's to keep or to drop.
         self._last = Arrivals(events=tuple(arrivals), captured=_capturing(self._workspace.device))
-        return GatherInFlight(gathered_WCH.flatten(0, 1), self._last)
+        return GatherInFlight(gathered_WCH, self._last)
 
     def _copy(self, target_CH: Tensor, source_CH: Tensor, peer: int) -> list[torch.cuda.Event]:
         if not self._streams:

@@ -73,6 +73,11 @@ def take_rows(received_NH: Tensor, source_R: Tensor, group_ends_e: Tensor) -> Te
     return rows_RH
 
 
+def token_of_row(plan: RoutingPlan) -> Tensor:
+    """(R,) int32: which of the group's W*C tokens each row is of, -1 behind the valid rows: slot 5 of K=2 is of 2."""
+    return torch.div(plan.slot_of_row, plan.top_k, rounding_mode="floor")
+
+
 @triton.jit
 def weigh_rows_kernel(
     out_grad_ptr,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
 from torch import Tensor
 
 from sonic_ep.fast.workspace import SharedBuffer, Workspace
+from sonic_ep.plan import RoutingPlan
 
 TOKENS = "tokens"
 
 
 def reserve_tokens(workspace: Workspace, capacity: int, row_bytes: int, name: str = TOKENS) -> SharedBuffer:
-    """Collective. Shared memory for the C tokens of each rank."""
-    return workspace.reserve(name, capacity * row_bytes)
+    """Collective. Shared memory for the C tokens of each rank; none to speak of where there is nobody to read it."""
+    return workspace.reserve(name, capacity * row_bytes if workspace.group.world_size > 1 else 0)
 
 
 def stage_tokens(x_TH: Tensor, capacity: int, workspace: Workspace, name: str = TOKENS) -> SharedBuffer:
@@ -23,3 +27,32 @@ def stage_tokens(x_TH: Tensor, capacity: int, workspace: Workspace, name: str = 
         staged.rows(group.rank, tuple(x_TH.shape), x_TH.dtype).copy_(x_TH)
         workspace.publish()
     return staged
+
+
+class PulledDispatch(ABC):
+    """A dispatch mode: every rank stages its tokens, then pulls what it needs of all.
+
+    The two halves may be apart, so that what does not need the plan, or its size, is queued before that is known.
+    sized_by_rows: whether what is received has R rows, so that R has to be known first.
+    """
+
+    sized_by_rows: ClassVar[bool] = False
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+
+    def reserve(self, capacity: int, row_bytes: int) -> None:
+        """Collective. Allocate what ``receive`` needs for C tokens of ``row_bytes`` on each rank."""
+        reserve_tokens(self._workspace, capacity, row_bytes)
+
+    def stage(self, x_TH: Tensor, capacity: int) -> SharedBuffer:
+        """Collective. The first half of ``receive``: x (T, H) of every rank where all can read it."""
+        return stage_tokens(x_TH, capacity, self._workspace)
+
+    @abstractmethod
+    def pull(self, x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan) -> Tensor:
+        """The second half of ``receive``: what this rank needs of ``staged``, its own tokens from x."""
+
+    def receive(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
+        """Collective. What this rank receives, in the mode's own layout; see ``pull``."""
+        return self.pull(x_TH, self.stage(x_TH, plan.capacity), plan)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from sonic_ep.backend import CombinePrimitive, DispatchPrimitive, Experts, Routing
+from sonic_ep.backend import CombinePrimitive, DispatchPrimitive, Experts, LayerOutput, Routing, Slots
 from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.group import EPGroup
@@ -192,12 +192,19 @@ class ReferenceBackend:
         y_TH: Tensor = Combine.apply(rows_RH, scores_TK, self._exchange(plan))
         return y_TH
 
-    def layer(self, x_TH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
-        """Dispatch, experts, combine."""
+    def layer(self, x_TH: Tensor, slots: Slots, experts: Experts) -> LayerOutput:
+        """Plan, dispatch, experts, combine."""
+        plan = self.plan(
+            slots.topk_idx,
+            num_experts=experts.w1.shape[0] * self._collectives.group.world_size,
+            capacity=slots.capacity,
+            distinct=slots.distinct,
+        )
         with _full_precision(x_TH):
             rows_RH = self.dispatch(x_TH, plan)
             y_RH = self._apply_experts(rows_RH, x_TH, plan, experts)
-            return self.combine(y_RH, topk_scores_TK, plan)
+            y_TH = self.combine(y_RH, slots.topk_scores, plan)
+        return LayerOutput(y=y_TH, counts=plan.counts)
 
     def check(self) -> None:
         """Nothing is ever pending: this backend raises where it finds."""

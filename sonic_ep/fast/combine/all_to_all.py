@@ -115,4 +115,4 @@ class AllToAllCombine(PushedCombine):
 
     @staticmethod
     def _rows_per_token(plan: RoutingPlan) -> int:
-        return plan.top_k
+        return plan.top_k if plan.world_size > 1 else 0

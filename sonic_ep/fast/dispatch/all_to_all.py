@@ -7,8 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sonic_ep.fast.device import ROW_WARPS, launch, peer_pointer, piece, power_of_two, turn_of, words
-from sonic_ep.fast.staging import reserve_tokens, stage_tokens
-from sonic_ep.fast.workspace import SharedBuffer, Workspace
+from sonic_ep.fast.staging import PulledDispatch
+from sonic_ep.fast.workspace import SharedBuffer
 from sonic_ep.plan import RoutingPlan
 
 
@@ -56,27 +56,25 @@ def pull_to_rows_kernel(
                     tl.store(rows_ptr + row * WORDS + column, word, mask=inside)
 
 
-class AllToAllDispatch:
+class AllToAllDispatch(PulledDispatch):
     """Every rank receives one row for each slot that is routed to it."""
 
-    def __init__(self, workspace: Workspace) -> None:
-        self._workspace = workspace
+    sized_by_rows = True
 
-    def reserve(self, plan: RoutingPlan, row_bytes: int) -> None:
-        """Collective. Allocate what ``receive`` needs for rows of ``row_bytes``."""
-        reserve_tokens(self._workspace, plan.capacity, row_bytes)
-
-    def receive(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
+    def pull(self, x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan) -> Tensor:
         """(R, H) in canonical row order; unspecified past the valid rows."""
-        return pull_to_rows(x_TH, stage_tokens(x_TH, plan.capacity, self._workspace), plan)
+        return pull_to_rows(x_TH, staged.addresses, plan)
 
     def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
         """None: rows arrive in canonical order."""
         return None
 
 
-def pull_to_rows(x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan) -> Tensor:
-    """(R, H) in canonical row order, from what every rank has staged."""
+def pull_to_rows(x_TH: Tensor, addresses_W: Tensor, plan: RoutingPlan) -> Tensor:
+    """(R, H) in canonical row order: this rank's tokens from x, those of others from where theirs begin.
+
+    addresses_W (W,) int64: of (C, H) tokens of each rank, in memory of any rank; this rank's own is not read.
+    """
     rows_RH = x_TH.new_empty((plan.row_capacity, x_TH.shape[1]))
     own, rows = words(x_TH), words(rows_RH)
     width = rows.shape[1]
@@ -84,7 +82,7 @@ def pull_to_rows(x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan) -> Tenso
         pull_to_rows_kernel,
         (plan.world_size * plan.capacity,),
         own,
-        staged.addresses,
+        addresses_W,
         rows,
         plan.expert_ids,
         plan.row_of_slot,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sonic_ep.fast.device import ROW_WARPS, copy_row, launch, peer_pointer, piece, turn_of, words
-from sonic_ep.fast.staging import reserve_tokens, stage_tokens
-from sonic_ep.fast.workspace import SharedBuffer, Workspace
+from sonic_ep.fast.rows import token_of_row
+from sonic_ep.fast.staging import PulledDispatch
+from sonic_ep.fast.workspace import SharedBuffer
 from sonic_ep.plan import RoutingPlan
 
 
@@ -40,25 +40,17 @@ def pull_packed_kernel(
         copy_row(token_ptr + token * WORDS, packed_ptr + place * WORDS, WORDS, PIECE)
 
 
-class RankDedupDispatch:
+class RankDedupDispatch(PulledDispatch):
     """Every rank receives each token that has a slot on it once, packed by source rank, then token."""
 
-    def __init__(self, workspace: Workspace) -> None:
-        self._workspace = workspace
-
-    def reserve(self, plan: RoutingPlan, row_bytes: int) -> None:
-        """Collective. Allocate what ``receive`` needs for rows of ``row_bytes``."""
-        reserve_tokens(self._workspace, plan.capacity, row_bytes)
-
-    def receive(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
+    def pull(self, x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan) -> Tensor:
         """(W*C, H): first the P tokens with a slot here, in the order of ``packed_of_token``; the rest unspecified."""
-        return pull_packed(x_TH, stage_tokens(x_TH, plan.capacity, self._workspace), plan)
+        return pull_packed(x_TH, staged, plan)
 
     def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
         """Packed place of the row's token: with K=2 and ``packed_of_token`` [0, -1, 1], slot 5 is of place 1."""
-        token_R = torch.div(plan.slot_of_row, plan.top_k, rounding_mode="floor")
         # Behind the valid rows it is -1, the last token, of which nothing is read.
-        return plan.packed_of_token.flatten()[token_R]
+        return plan.packed_of_token.flatten()[token_of_row(plan)]
 
 
 def pull_packed(x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan) -> Tensor:

@@ -1,0 +1,145 @@
+"""Rows of one plan on their way: what dispatch and combine do, and their adjoints.
+
+Dispatch and combine are each other's adjoints, as in the reference: the gradient of dispatch is a combine without
+scores in the configured combine mode, the gradient of combine dispatches d(out) in the configured dispatch mode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from sonic_ep.fast.collectives import any_rank_wants, gather_scores, reserve_values, reserve_wants, send_home
+from sonic_ep.fast.combine import FastCombine
+from sonic_ep.fast.device import movable
+from sonic_ep.fast.dispatch import FastDispatch
+from sonic_ep.fast.once import once_differentiable
+from sonic_ep.fast.rows import spoil_if_overflowed, take_rows, weigh_rows
+from sonic_ep.fast.workspace import SharedBuffer, Workspace
+from sonic_ep.plan import NO_ROW, RoutingPlan
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Exchange:
+    """One plan with the primitives that move rows by it, as the autograd functions need them.
+
+    max_rows: the caller's bound, past which only the device knows that a rank was routed more; None where there is no
+        bound, or the host has held it already.
+    """
+
+    plan: RoutingPlan
+    dispatch: FastDispatch
+    combine: FastCombine
+    workspace: Workspace
+    max_rows: int | None
+
+    def reserve(self, row_bytes: int) -> None:
+        """Collective. Allocate what rows and backward need, so that backward never has to."""
+        self.dispatch.reserve(self.plan.capacity, row_bytes)
+        self.combine.reserve(self.plan, row_bytes)
+        reserve_values(self.plan, self.workspace)
+        reserve_wants(self.workspace)
+
+    @property
+    def group_ends(self) -> Tensor:
+        """``plan.group_ends``, none of them past R, also where the plan has overflowed."""
+        ends_e = self.plan.group_ends
+        return ends_e if self.max_rows is None else ends_e.clamp(max=self.plan.row_capacity)
+
+    def rows(self, x_TH: Tensor) -> Tensor:
+        """Collective. x of the group's tokens in canonical row order, (R, H); unspecified past the valid rows."""
+        x_TH = movable(x_TH)
+        return self._spoiled(self.in_order(self.pull(x_TH, self.stage(x_TH))))
+
+    def stage(self, x_TH: Tensor) -> SharedBuffer:
+        """Collective. The first half of a dispatch, which needs no plan but for its capacity; x is ``movable``."""
+        self.workspace.enter()
+        return self.dispatch.stage(x_TH, self.plan.capacity)
+
+    def pull(self, x_TH: Tensor, staged: SharedBuffer) -> Tensor:
+        """What dispatch receives of ``staged``, in the mode's own layout."""
+        return self.dispatch.pull(x_TH, staged, self.plan)
+
+    def in_order(self, received: Tensor) -> Tensor:
+        """What dispatch has received as rows in canonical order, (R, H); unspecified past the valid rows."""
+        source_R = self.dispatch.source_of_row(self.plan)
+        return received if source_R is None else take_rows(received, source_R, self.plan.group_ends)
+
+    def sums(self, rows_RH: Tensor, scores_WCK: Tensor | None) -> Tensor:
+        """Collective. The weighted sums of a token's rows, (T, H); every score is 1 if there are none."""
+        self.workspace.enter()
+        y_TH = self.combine.combine(rows_RH.contiguous(), scores_WCK, self.plan)
+        return self._spoiled(y_TH)
+
+    def home(self, value_of_row_R: Tensor) -> Tensor:
+        """Collective. One fp32 value of each valid row to its slot's home, (T, K); zero for dropped slots."""
+        return self._spoiled(send_home(value_of_row_R, self.plan, self.workspace))
+
+    def where_wanted(self, *, here: bool) -> Exchange:
+        """Collective. Itself where any rank wants what is to be sent, else with a plan that sends nothing.
+
+        here: whether this rank wants it, which the host knows; of the others only the device does. So whatever is
+        launched by the result is launched on every rank alike, and has no row to work on where nobody wants it.
+        """
+        if self.workspace.group.world_size == 1:
+            return self
+        wanted = any_rank_wants(here, self.workspace)
+        if here:
+            return self
+        plan = replace(
+            self.plan,
+            expert_ids=self.plan.expert_ids.where(wanted, NO_ROW),
+            group_ends=self.plan.group_ends * wanted,
+        )
+        return replace(self, plan=plan)
+
+    def _spoiled(self, rows_NH: Tensor) -> Tensor:
+        """The rows, all NaN if a rank was routed more than the bound."""
+        return rows_NH if self.max_rows is None else spoil_if_overflowed(rows_NH, self.plan, self.max_rows)
+
+
+class Dispatch(torch.autograd.Function):
+    """x (T, H) to rows (R, H). Backward: a combine without scores."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_TH: Tensor, exchange: Exchange) -> Tensor:
+        """Rows in canonical order."""
+        ctx.exchange = exchange  # type: ignore[attr-defined]
+        return exchange.rows(x_TH)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
+        """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
+        return ctx.exchange.sums(grad_RH, None), None
+
+
+class Combine(torch.autograd.Function):
+    """rows (R, H) and scores (T, K) fp32 to (T, H). Backward: d(out) is dispatched to the rows.
+
+    d(row) = round(score * d(out)), d(score) = the sum over H of d(out) * row in fp32, both on the rank of the expert;
+    the score's gradient then goes home, one float a slot.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows_RH: Tensor, scores_TK: Tensor, exchange: Exchange) -> Tensor:
+        """The weighted sums, (T, H)."""
+        exchange.workspace.enter()
+        scores_WCK = gather_scores(scores_TK, exchange.plan, exchange.workspace)
+        ctx.exchange = exchange
+        ctx.save_for_backward(scores_WCK, rows_RH)
+        return exchange.sums(rows_RH, scores_WCK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Gradients of the rows (R, H) and of the scores (T, K)."""
+        exchange: Exchange = ctx.exchange
+        scores_WCK, rows_RH = ctx.saved_tensors
+        out_grad_RH = exchange.rows(grad_TH)
+        grad_RH, dots_R = weigh_rows(out_grad_RH, rows_RH, scores_WCK, exchange.plan)
+        return grad_RH, exchange.home(dots_R), None

@@ -1,0 +1,172 @@
+"""Plans as the backend makes them: queued at once, and cut to their exact size where the config asks for that.
+
+The exact size is a read on the host. It is started as soon as the rows are counted, and awaited when the caller has
+queued all that can do without: so the GPU has work while the host learns the size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sonic_ep.config import EPConfig
+from sonic_ep.fast.plan import PlanShape, TileCounts, empty_plan, gathered_counts, placed_plan
+from sonic_ep.fast.verdict import Verdict
+from sonic_ep.fast.workspace import Workspace, host_words
+from sonic_ep.group import EPGroup
+from sonic_ep.plan import MOST_SLOTS, RoutingPlan, check_slots, room_for_rows, row_ceiling
+
+
+class HostCopy:
+    """Integers of the device on their way to the host. ``start``, queue other work, ``wait``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._host = host_words(0, device)
+        self._arrived: torch.cuda.Event | None = None
+
+    def start(self, numbers: Tensor) -> None:
+        """Queue the copy of int32 ``numbers`` on the current stream. Raises ``RuntimeError`` in graph capture."""
+        on_gpu = self._device.type == "cuda"
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "cpu_sync_on_runtime: got a call in graph capture, where the host cannot read; expected it off there"
+            )
+        if self._host.shape != numbers.shape:
+            self._host = host_words(numbers.numel(), self._device)
+        self._host.copy_(numbers, non_blocking=True)
+        if on_gpu:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(self._device))
+
+    def wait(self) -> list[int]:
+        """The numbers, once they have arrived; what has been queued since goes on."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [int(number) for number in self._host.tolist()]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PendingPlan:
+    """A plan that has room for every row that may come. ``Planner.sized`` gives it its final R.
+
+    scores_WCK: the scores of the group, fp32, if they came with the ids; unspecified for tokens that do not exist.
+    counted: whether the rows of all ranks are on their way to the host.
+    """
+
+    plan: RoutingPlan
+    scores_WCK: Tensor | None
+    counted: bool
+
+
+class Planner:
+    """Makes the plans of one group on one device."""
+
+    def __init__(self, group: EPGroup, config: EPConfig, workspace: Workspace) -> None:
+        self._group = group
+        self._config = config
+        self._workspace = workspace
+        self._verdict = Verdict(group, workspace.device)
+        self._counts = HostCopy(workspace.device)
+
+    @property
+    def max_rows(self) -> int | None:
+        """The bound that only the device can hold; None where there is none, or the host holds it."""
+        return None if self._config.cpu_sync_on_runtime else self._bound
+
+    def begin(
+        self,
+        topk_idx_TK: Tensor,
+        *,
+        num_experts: int,
+        capacity: int,
+        distinct: bool,
+        scores_TK: Tensor | None = None,
+    ) -> PendingPlan:
+        """Collective. Exchange ids, and scores (T, K) fp32 if there are any, and queue the plan; no read on the host.
+
+        Raises what the last plan has flagged, on every rank alike.
+        """
+        self.raise_if_bad()
+        self._workspace.enter()
+        shape = PlanShape(
+            rank=self._group.rank,
+            world_size=self._group.world_size,
+            capacity=capacity,
+            top_k=topk_idx_TK.shape[1],
+            num_experts=num_experts,
+        )
+        check_slots(self._group, world_size=shape.world_size, capacity=capacity, top_k=shape.top_k)
+        if capacity == 0:
+            plan = empty_plan(shape, topk_idx_TK)
+            scores_WCK = None if scores_TK is None else scores_TK.new_empty(plan.expert_ids.shape)
+            return PendingPlan(plan=plan, scores_WCK=scores_WCK, counted=False)
+        self._verdict.expect(num_experts=num_experts, max_rows=self._held_by_device)
+        counts = gathered_counts(topk_idx_TK, shape, self._workspace, self._verdict.record, scores_TK)
+        if self._config.cpu_sync_on_runtime:
+            self._counts.start(counts.totals)
+        plan = self._placed(counts, shape, num_tokens=topk_idx_TK.shape[0], distinct=distinct)
+        # A router's own ids are in range, and where no bound is set there is room for all rows.
+        if not distinct or self.max_rows is not None:
+            self._verdict.queued()
+        return PendingPlan(plan=plan, scores_WCK=counts.scores, counted=self._config.cpu_sync_on_runtime)
+
+    def sized(self, pending: PendingPlan) -> RoutingPlan:
+        """The plan with its final R; with ``cpu_sync_on_runtime`` the one read on the host.
+
+        There it raises what is known by then: ids out of range, and ``RowOverflowError``, on every rank alike. What is
+        behind R of the ceiling is still held; see ``compact``.
+        """
+        plan = pending.plan
+        if not pending.counted:
+            return plan
+        rows_W = _rows_by_rank(self._counts.wait(), plan)
+        self._verdict.raise_if_bad()
+        rows = room_for_rows(self._group, self._config, rank=plan.rank, ceiling=plan.row_capacity, rows_W=rows_W)
+        return replace(plan, slot_of_row=plan.slot_of_row[:rows])
+
+    def raise_if_bad(self) -> None:
+        """Raise what the last plan has flagged, on every rank alike."""
+        self._verdict.raise_if_bad()
+
+    def _placed(self, counts: TileCounts, shape: PlanShape, *, num_tokens: int, distinct: bool) -> RoutingPlan:
+        ceiling = row_ceiling(
+            world_size=shape.world_size,
+            capacity=shape.capacity,
+            top_k=shape.top_k,
+            experts_per_rank=shape.experts_per_rank,
+            distinct=distinct,
+        )
+        return placed_plan(
+            counts,
+            shape,
+            num_tokens=num_tokens,
+            row_capacity=ceiling if self._bound is None else min(ceiling, self._bound),
+            max_rows=self._held_by_device,
+            verdict=self._verdict.record,
+        )
+
+    @property
+    def _bound(self) -> int | None:
+        """``max_rows`` as kernels can take it: no rank has more rows than there are slots."""
+        return None if self._config.max_rows is None else min(self._config.max_rows, MOST_SLOTS)
+
+    @property
+    def _held_by_device(self) -> int:
+        return MOST_SLOTS if self.max_rows is None else self.max_rows
+
+
+def compact(plan: RoutingPlan) -> RoutingPlan:
+    """The same plan, holding no more memory than its R rows need."""
+    slots_R = plan.slot_of_row
+    if slots_R.untyped_storage().nbytes() == slots_R.nbytes:
+        return plan
+    return replace(plan, slot_of_row=slots_R.clone())
+
+
+def _rows_by_rank(totals: list[int], plan: RoutingPlan) -> list[int]:
+    """Rows of each rank, from the slots of each expert, which ``totals`` begins with: 1 2 3 4 of two ranks are 3 7."""
+    held = plan.experts_per_rank
+    return [sum(totals[rank * held : (rank + 1) * held]) for rank in range(plan.world_size)]
