@@ -17,6 +17,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 HOPPER = GPUTarget("cuda", 90, 32)
+# Kernels that take a row apart or sum it up, so that not all their accesses can be wide.
+NARROW = {
+    "spoil_kernel",
+    "activate_kernel",
+    "activate_backward_kernel",
+    "add_bias_dots_kernel",
+    "sum_groups_kernel",
+}
 OPTIONS = ("num_warps", "enable_fp_fusion", "debug", "sanitize_overflow")
 
 
@@ -34,7 +42,7 @@ def compiled(launch: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": launch["name"],
         "constants": launch["constants"],
-        "moves_rows": bool({"WORDS", "COLUMNS"} & constants.keys()) and launch["name"] != "spoil_kernel",
+        "moves_rows": bool({"WORDS", "COLUMNS"} & constants.keys()) and launch["name"] not in NARROW,
         "wide_loads": len(re.findall(r"ld\.global[.\w]*\.v4\.b32", ptx)),
         "wide_stores": len(re.findall(r"st\.global[.\w]*\.v4\.b32", ptx)),
         "spilled_bytes": spilled(code.asm["cubin"]),

@@ -14,6 +14,31 @@ GPUS_NEEDED = 2
 DEVICE_TYPES = ["cpu", "cuda"] if torch.cuda.device_count() >= GPUS_NEEDED else ["cpu"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How much is run where there is no GPU."""
+    parser.addoption("--thorough", action="store_true", help="interpreted, too, what takes minutes without a GPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Marks of this suite."""
+    config.addinivalue_line("markers", "thorough: for GPUs; interpreted on the CPU only with --thorough")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what would take minutes, unless it is asked for."""
+    if config.getoption("--thorough"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("thorough") and device_of(item) == "cpu"]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
+def device_of(item: pytest.Item) -> str | None:
+    """The type of device that a test's ranks run on, if it has any."""
+    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    return params.get("pool")
+
+
 def pytest_report_header() -> str:
     found = torch.cuda.device_count()
     gpus = "runs" if "cuda" in DEVICE_TYPES else f"not run: needs {GPUS_NEEDED} CUDA devices, found {found}"

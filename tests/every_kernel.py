@@ -8,10 +8,13 @@ from dataclasses import replace
 import torch
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
+from sonic_ep.activation import ACTIVATIONS
 from sonic_ep.cli.launch import joined_group
 from sonic_ep.group import resolve_group
 
 TOKENS = 5
+INTERMEDIATE = 64
+SCORE_ORDERS = {"interleaved": "topk_then_softmax", "concat": "softmax_then_topk"}
 LINK_BYTES = 2**15
 
 
@@ -29,7 +32,39 @@ def run_every_kernel(device: torch.device, dtype: torch.dtype, hidden: int, top_
                 y = ep.combine(ep.dispatch(x, plan), scores, plan)
                 y.sum().backward()
                 ep.check()
+    through_the_experts(device, dtype, hidden)
+    by_own_products(device, dtype, hidden)
     over_the_link(device)
+
+
+def through_the_experts(device: torch.device, dtype: torch.dtype, hidden: int) -> None:
+    """Collective. The layer with every kind of activation and both layouts, with biases, x gathered again."""
+    group = resolve_group(None)
+    held, config = 2, EPConfig(redispatch_x_in_backward=True)
+    router_w = torch.randn(held * group.world_size, hidden, device=device).to(dtype)
+    for name, layout in zip(("swiglu", "relu_sq", "geglu", "relu"), ("interleaved", "concat") * 2, strict=True):
+        width = ACTIVATIONS[name].up_width(INTERMEDIATE)
+        shapes = ((TOKENS, hidden), (held, width, hidden), (held, hidden, INTERMEDIATE), (held, width), (held, hidden))
+        x, w1, w2, b1, b2 = (torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes)
+        with ExpertParallel(backend="fast", config=config) as ep:
+            options = {"b1": b1, "b2": b2, "activation": name, "gate_layout": layout}
+            out = ep.moe(x, router_w.requires_grad_(), w1, w2, 2, score_order=SCORE_ORDERS[layout], **options)
+            out.y.sum().backward()
+            ep.check()
+
+
+def by_own_products(device: torch.device, dtype: torch.dtype, hidden: int) -> None:
+    """The grouped products in the tiles that a GPU gets, also where PyTorch's would do."""
+    # Not at the top, as below.
+    from sonic_ep.fast.grouped_gemm import LARGEST, TritonGemm
+
+    gemm = TritonGemm(tiles=LARGEST[dtype.itemsize])
+    rows = torch.randn(TOKENS, hidden, device=device).to(dtype)
+    weight = torch.randn(2, INTERMEDIATE, hidden, device=device).to(dtype)
+    ends = torch.tensor([2, TOKENS], dtype=torch.int32, device=device)
+    product = gemm.rows(rows, weight.transpose(1, 2), ends, weight[:, :, 0].contiguous())
+    gemm.rows(product, weight, ends)
+    gemm.weights(product, rows, ends)
 
 
 def over_the_link(device: torch.device) -> None:

@@ -23,20 +23,28 @@ def test_fast_lists_every_reason_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(reason in str(raised.value) for reason in reasons)
 
 
-def test_auto_falls_to_the_next_and_says_why() -> None:
+def test_auto_falls_to_the_next_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     choice = choose_backend("auto", ALONE)
     assert choice.name == "reference"
-    reasons = unavailable_reasons("fast", ALONE) or availability.auto_reasons()
+    reasons = unavailable_reasons("fast", ALONE)
     assert reasons
     assert all(reason in choice.why for reason in reasons)
 
 
-def test_what_only_a_name_can_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the fast backend can run, "auto" still leaves it to those who ask, and says why."""
+def test_auto_takes_the_fast_backend_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sonic_ep.fast.unavailable_reasons", lambda group: ())
     choice = choose_backend("auto", ALONE)
+    assert (choice.name, choice.why) == ("fast", "the preferred one")
+
+
+def test_what_only_a_name_can_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an interpreter would run its kernels, "auto" leaves the fast backend to those who ask, and says why."""
+    monkeypatch.setattr("sonic_ep.fast.unavailable_reasons", lambda group: ())
+    monkeypatch.setattr(availability, "interpreted", lambda: True)
+    choice = choose_backend("auto", ALONE)
     assert choice.name == "reference"
-    assert choice.why.startswith("backend 'fast' is taken by name only: it has plan, dispatch and combine")
+    assert choice.why.startswith("backend 'fast' is taken by name only: Triton's interpreter runs its kernels")
     assert choose_backend("fast", ALONE).name == "fast"
 
 

@@ -184,6 +184,8 @@ def launches(rank: Rank, dtype: torch.dtype, hidden: int, top_k: int) -> list[di
 def test_every_kernel_compiles_for_hopper(cpu_pool: RankPool, tmp_path: Path, dtype: torch.dtype, hidden: int) -> None:
     """Without a GPU: Triton and its own assembler, for compute capability 9.0, with the arguments of real calls."""
     recorded = cpu_pool.run(launches, dtype, hidden, 8, world_size=2)[0]
+    # Products in the interpreter's own tiles, which have one stage, are not for GPUs.
+    recorded = [launch for launch in recorded if launch["constants"].get("STAGES") != 1]
     (tmp_path / "launches.json").write_text(json.dumps(recorded))
     command = [sys.executable, str(PROGRAM), str(tmp_path / "launches.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -193,8 +195,12 @@ def test_every_kernel_compiles_for_hopper(cpu_pool: RankPool, tmp_path: Path, dt
     assert names >= {"barrier_kernel", "count_kernel", "place_kernel", "pull_to_rows_kernel", "pull_packed_kernel"}
     assert names >= {"exchange_rows_kernel", "exchange_partial_sums_kernel", "weigh_rows_kernel", "send_home_kernel"}
     assert names >= {"read_peer_kernel", "write_peer_kernel", "spoil_kernel", "take_rows_kernel", "collect_kernel"}
+    assert names >= {"choose_kernel", "logits_gradient_kernel", "activate_kernel", "activate_backward_kernel"}
+    assert names >= {"add_bias_dots_kernel", "sum_groups_kernel", "rows_kernel", "weights_kernel", "sum_ranks_kernel"}
     for entry in compiled:
         assert entry["spilled_bytes"] == 0, entry
+        if hidden == 4096 and entry["name"] in ("activate_kernel", "activate_backward_kernel"):
+            assert entry["wide_loads"] > 0 or entry["constants"]["I"] < 128, entry
         if hidden == 4096 and entry["moves_rows"]:
             assert entry["wide_loads"] > 0, entry
             assert entry["wide_stores"] > 0, entry

@@ -2,12 +2,15 @@
 
 import gc
 import weakref
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 import torch.distributed as dist
+from _pytest.mark.structures import ParameterSet
+from backends import BACKENDS, both_backends
 from layer_inputs import layer_inputs, routing_of
 from torch import Tensor
 
@@ -29,7 +32,6 @@ from sonic_ep.testing import (
 )
 from sonic_ep.testing.differential import Outcome, run_moe, run_routed
 
-BACKENDS = ["reference"]
 WORLD_SIZES = [1, 2, 3, 4, 8]
 OPTION_TRIALS = {trial.case.name: trial for trial in option_trials()}
 PAIRS = [(dispatch, combine) for dispatch in DispatchMode for combine in CombineMode]
@@ -38,7 +40,30 @@ FLAGS = [
     for on in product((False, True), repeat=2)
 ]
 
-backends = pytest.mark.parametrize("backend", BACKENDS)
+# Every mode of either kind, each once.
+DIAGONAL = list(zip(DispatchMode, CombineMode, strict=True))
+FEW_RANKS = 2
+
+
+def thorough(backend: str, *, everyday: bool) -> tuple[pytest.MarkDecorator, ...]:
+    """The marks of a setting: on the fast backend, what is not for every day runs on GPUs, or if asked for."""
+    return () if everyday or backend == "reference" else (pytest.mark.thorough,)
+
+
+def settings(world_sizes: list[int], cases: Iterable[str]) -> list[ParameterSet]:
+    """(backend, world_size, case, pair), all of them.
+
+    For every day on the fast backend: on two ranks each mode once, on others up to four one pair, another for each
+    case and number of ranks.
+    """
+    found = []
+    for backend, world_size, (place, case), pair in product(BACKENDS, world_sizes, enumerate(cases), PAIRS):
+        turn = PAIRS[(place + world_size) % len(PAIRS)]
+        everyday = pair in DIAGONAL if world_size == FEW_RANKS else world_size < max(WORLD_SIZES) and pair == turn
+        marks = thorough(backend, everyday=everyday)
+        name = f"{backend}-{world_size}-{case}-{pair_name(pair)}"
+        found.append(pytest.param(backend, world_size, CASES[case], pair, marks=marks, id=name))
+    return found
 
 
 def pair_name(pair: tuple[DispatchMode, CombineMode]) -> str:
@@ -55,10 +80,7 @@ def moe_reds(rank: Rank, case: Case, backend: str, config: EPConfig) -> list[str
         return [str(finding) for finding in verify_moe(case, ep, rank.device) if not finding.ok]
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=pair_name)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-@backends
+@pytest.mark.parametrize(("backend", "world_size", "case", "pair"), settings(WORLD_SIZES, CASES))
 def test_routed_layer_matches_the_oracle(
     pool: RankPool, backend: str, world_size: int, case: Case, pair: tuple[DispatchMode, CombineMode]
 ) -> None:
@@ -66,19 +88,18 @@ def test_routed_layer_matches_the_oracle(
     assert pool.run(routed_reds, case, backend, config, world_size=world_size) == [[]] * world_size
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=pair_name)
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-@backends
+@pytest.mark.parametrize(
+    ("backend", "world_size", "case", "pair"), settings(WORLD_SIZES, ["uneven_tokens", "uniform_bf16"])
+)
 def test_layer_with_its_router_matches_the_oracle(
-    pool: RankPool, backend: str, world_size: int, pair: tuple[DispatchMode, CombineMode]
+    pool: RankPool, backend: str, world_size: int, case: Case, pair: tuple[DispatchMode, CombineMode]
 ) -> None:
     config = EPConfig(dispatch=pair[0], combine=pair[1])
-    case = CASES["uneven_tokens"]
     assert pool.run(moe_reds, case, backend, config, world_size=world_size) == [[]] * world_size
 
 
 @pytest.mark.parametrize("trial", OPTION_TRIALS.values(), ids=OPTION_TRIALS.keys())
-@backends
+@both_backends
 def test_options_modes_and_flags_together_match_the_oracle(pool: RankPool, backend: str, trial: OptionTrial) -> None:
     for reds in (moe_reds, routed_reds):
         assert pool.run(reds, trial.case, backend, trial.config, world_size=3) == [[]] * 3
@@ -100,15 +121,27 @@ def assert_same_bits(outcome: Outcome, expected: Outcome, what: str) -> None:
         assert_bitwise(tensor, expected[name], f"{name} with {what}")
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=pair_name)
-@pytest.mark.parametrize("case", ["uneven_tokens", "zero_token_ranks", "uniform_bf16"])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@backends
+@pytest.mark.parametrize(
+    ("backend", "world_size", "case", "pair"),
+    [
+        pytest.param(
+            backend,
+            world_size,
+            CASES[case],
+            pair,
+            marks=thorough(backend, everyday=world_size == FEW_RANKS and case == "zero_token_ranks"),
+            id=f"{backend}-{world_size}-{case}-{pair_name(pair)}",
+        )
+        for backend, world_size, case, pair in product(
+            BACKENDS, [1, 2, 4], ["uneven_tokens", "zero_token_ranks", "uniform_bf16"], PAIRS
+        )
+    ],
+)
 def test_flags_change_no_bit(
-    pool: RankPool, backend: str, world_size: int, case: str, pair: tuple[DispatchMode, CombineMode]
+    pool: RankPool, backend: str, world_size: int, case: Case, pair: tuple[DispatchMode, CombineMode]
 ) -> None:
     config = EPConfig(dispatch=pair[0], combine=pair[1])
-    pool.run(outcomes_by_flags, CASES[case], backend, config, world_size=world_size)
+    pool.run(outcomes_by_flags, case, backend, config, world_size=world_size)
 
 
 def outcomes_by_modes(rank: Rank, case: Case, backend: str) -> None:
@@ -125,9 +158,19 @@ def outcomes_by_modes(rank: Rank, case: Case, backend: str) -> None:
         assert_same_bits(outcomes[dispatch, CombineMode.RANK_DEDUP], expected, f"{dispatch.value}+rank_dedup")
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("world_size", [1, 3, 4])
-@backends
+@pytest.mark.parametrize(
+    ("backend", "world_size", "case"),
+    [
+        pytest.param(
+            backend,
+            world_size,
+            case,
+            marks=thorough(backend, everyday=world_size == 3 and name == "dropped_slots"),
+            id=f"{backend}-{world_size}-{name}",
+        )
+        for backend, world_size, (name, case) in product(BACKENDS, [1, 3, 4], CASES.items())
+    ],
+)
 def test_modes_agree_bit_for_bit(pool: RankPool, backend: str, world_size: int, case: Case) -> None:
     pool.run(outcomes_by_modes, case, backend, world_size=world_size)
 
@@ -211,9 +254,9 @@ def test_what_backward_keeps(cpu_pool: RankPool, train_scores: bool) -> None:
         assert kept == rows + train_scores * rows
 
 
-def rows_sized(rank: Rank, case: Case, exact: bool) -> tuple[int, int, int]:
+def rows_sized(rank: Rank, case: Case, backend: str, exact: bool) -> tuple[int, int, int]:
     inputs = draw(case, rank.world_size, rank.device)
-    with ExpertParallel(backend="reference", config=EPConfig(cpu_sync_on_runtime=exact)) as ep:
+    with ExpertParallel(backend=backend, config=EPConfig(cpu_sync_on_runtime=exact)) as ep:
         tokens = inputs.tokens_of(rank.rank)
         plan = ep.plan(inputs.topk_idx[tokens], case.num_experts)
         rows = ep.dispatch(inputs.x[tokens], plan)
@@ -222,12 +265,13 @@ def rows_sized(rank: Rank, case: Case, exact: bool) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("case", ["uniform", "zero_token_ranks", "one_rank"])
-def test_cpu_sync_sizes_rows_exactly(pool: RankPool, case: str) -> None:
-    assert all(size == rows for size, rows, _ in pool.run(rows_sized, CASES[case], True, world_size=4))
-    assert all(size == ceiling for size, _, ceiling in pool.run(rows_sized, CASES[case], False, world_size=4))
+@both_backends
+def test_cpu_sync_sizes_rows_exactly(pool: RankPool, backend: str, case: str) -> None:
+    assert all(size == rows for size, rows, _ in pool.run(rows_sized, CASES[case], backend, True, world_size=4))
+    assert all(size == most for size, _, most in pool.run(rows_sized, CASES[case], backend, False, world_size=4))
 
 
-def in_subgroups(rank: Rank, case: Case, members: int) -> list[str]:
+def in_subgroups(rank: Rank, case: Case, members: int, backend: str) -> list[str]:
     """Two or more groups of ``members`` ranks side by side, each with a routing of its own."""
     reds: list[str] = []
     for first in range(0, rank.world_size, members):
@@ -235,7 +279,7 @@ def in_subgroups(rank: Rank, case: Case, members: int) -> list[str]:
         if first <= rank.rank < first + members:
             mine, config = group, EPConfig(dispatch="rank_dedup", redispatch_x_in_backward=True)
             own = replace(case, seed=case.seed + first)
-    with ExpertParallel(mine, backend="reference", config=config) as ep:
+    with ExpertParallel(mine, backend=backend, config=config) as ep:
         assert ep.rank == rank.rank % members
         assert ep.world_size == members
         reds += [str(finding) for finding in verify_routed(own, ep, rank.device) if not finding.ok]
@@ -244,5 +288,6 @@ def in_subgroups(rank: Rank, case: Case, members: int) -> list[str]:
 
 
 @pytest.mark.parametrize("members", [1, 2, 4])
-def test_subgroups_of_the_world(cpu_pool: RankPool, members: int) -> None:
-    assert cpu_pool.run(in_subgroups, CASES["uneven_tokens"], members, world_size=4) == [[]] * 4
+@both_backends
+def test_subgroups_of_the_world(pool: RankPool, backend: str, members: int) -> None:
+    assert pool.run(in_subgroups, CASES["uneven_tokens"], members, backend, world_size=4) == [[]] * 4

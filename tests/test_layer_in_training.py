@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from backends import BACKENDS, both_backends
 from layer_inputs import layer_inputs, routing_of
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -17,14 +18,28 @@ FLAGS = [
     for again, exact in product((False, True), repeat=2)
 ]
 
+# Interpreted, the two settings in which both flags have either value.
+by_backend_and_flags = pytest.mark.parametrize(
+    ("backend", "flags"),
+    [
+        pytest.param(
+            backend,
+            flags,
+            marks=pytest.mark.thorough if backend == "fast" and len(set(flags.values())) > 1 else (),
+            id=f"{backend}-{flags}",
+        )
+        for backend, flags in product(BACKENDS, FLAGS)
+    ],
+)
+
 
 def gradients(y: Tensor, dy: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(y, leaves, dy))
 
 
-def recomputed(rank: Rank, case: Case, config: EPConfig) -> None:
+def recomputed(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
     x, weights, dy = layer_inputs(rank, case)
-    with ExpertParallel(backend="reference", config=config) as ep:
+    with ExpertParallel(backend=backend, config=config) as ep:
 
         def layer(x: Tensor) -> Tensor:
             return ep.moe(x, *weights, case.top_k).y
@@ -38,16 +53,16 @@ def recomputed(rank: Rank, case: Case, config: EPConfig) -> None:
                 tensor.grad = None
 
 
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
-def test_activation_checkpointing_both_variants(cpu_pool: RankPool, flags: dict[str, bool]) -> None:
-    cpu_pool.run(recomputed, CASES["uneven_tokens"], EPConfig(**flags), world_size=2)
+@by_backend_and_flags
+def test_activation_checkpointing_both_variants(pool: RankPool, backend: str, flags: dict[str, bool]) -> None:
+    pool.run(recomputed, CASES["uneven_tokens"], backend, EPConfig(**flags), world_size=2)
 
 
-def interleaved(rank: Rank, case: Case, config: EPConfig) -> None:
+def interleaved(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
     """Two forwards before the backwards, in both orders, then both at once: always the same gradients."""
     x, weights, dy = layer_inputs(rank, case)
     other = leaf(x.detach().flip(0) * 2)
-    with ExpertParallel(backend="reference", config=config) as ep:
+    with ExpertParallel(backend=backend, config=config) as ep:
 
         def layer(x: Tensor) -> Tensor:
             return ep.moe(x, *weights, case.top_k).y
@@ -64,22 +79,23 @@ def interleaved(rank: Rank, case: Case, config: EPConfig) -> None:
             assert_bitwise(got, want)
 
 
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
-def test_two_forwards_before_the_backwards(cpu_pool: RankPool, flags: dict[str, bool]) -> None:
-    cpu_pool.run(interleaved, CASES["zero_token_ranks"], EPConfig(**flags), world_size=4)
+@by_backend_and_flags
+def test_two_forwards_before_the_backwards(pool: RankPool, backend: str, flags: dict[str, bool]) -> None:
+    pool.run(interleaved, CASES["zero_token_ranks"], backend, EPConfig(**flags), world_size=4)
 
 
-def partly_frozen(rank: Rank, case: Case, config: EPConfig) -> None:
+def partly_frozen(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
     """Whatever is frozen has no gradient, and what is not has the same as ever."""
     x, weights, dy = layer_inputs(rank, case)
     leaves = [x, *weights]
-    with ExpertParallel(backend="reference", config=config) as ep:
+    with ExpertParallel(backend=backend, config=config) as ep:
         expected = gradients(ep.moe(x, *weights, case.top_k).y, dy, leaves)
         for wanted in product((False, True), repeat=len(leaves)):
             held = [leaf(tensor).requires_grad_(wants) for tensor, wants in zip(leaves, wanted, strict=True)]
             y = ep.moe(held[0], *held[1:], case.top_k).y
-            assert y.requires_grad == any(wanted)
-            if any(wanted):
+            # The fast backend takes part in every backward of its group, also where it wants nothing of it.
+            assert y.requires_grad == (any(wanted) or backend == "fast")
+            if y.requires_grad:
                 y.backward(dy)
             for tensor, wants, grad in zip(held, wanted, expected, strict=True):
                 assert (tensor.grad is not None) == wants
@@ -87,15 +103,15 @@ def partly_frozen(rank: Rank, case: Case, config: EPConfig) -> None:
                     assert_bitwise(tensor.grad, grad)
 
 
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
-def test_only_gradients_that_are_required(cpu_pool: RankPool, flags: dict[str, bool]) -> None:
-    cpu_pool.run(partly_frozen, CASES["zero_token_ranks"], EPConfig(**flags), world_size=2)
+@by_backend_and_flags
+def test_only_gradients_that_are_required(pool: RankPool, backend: str, flags: dict[str, bool]) -> None:
+    pool.run(partly_frozen, CASES["zero_token_ranks"], backend, EPConfig(**flags), world_size=2)
 
 
-def under_autocast_and_no_grad(rank: Rank, case: Case) -> None:
+def under_autocast_and_no_grad(rank: Rank, case: Case, backend: str) -> None:
     x, weights, _ = layer_inputs(rank, case)
     config = EPConfig(redispatch_x_in_backward=True)
-    with ExpertParallel(backend="reference", config=config) as ep:
+    with ExpertParallel(backend=backend, config=config) as ep:
         expected = ep.moe(x, *weights, case.top_k)
         with torch.autocast(rank.device.type, dtype=torch.bfloat16):
             out = ep.moe(x, *weights, case.top_k)
@@ -108,36 +124,38 @@ def under_autocast_and_no_grad(rank: Rank, case: Case) -> None:
             assert_bitwise(out.y, expected.y)
 
 
-def test_autocast_and_inference_leave_the_bits_alone(cpu_pool: RankPool) -> None:
-    cpu_pool.run(under_autocast_and_no_grad, CASES["uneven_tokens"], world_size=2)
+@both_backends
+def test_autocast_and_inference_leave_the_bits_alone(pool: RankPool, backend: str) -> None:
+    pool.run(under_autocast_and_no_grad, CASES["uneven_tokens"], backend, world_size=2)
 
 
-def router_gradients(rank: Rank, case: Case) -> tuple[Tensor, Tensor]:
+def router_gradients(rank: Rank, case: Case, backend: str) -> tuple[Tensor, Tensor]:
     x, weights, dy = layer_inputs(rank, case)
-    with ExpertParallel(backend="reference") as ep:
+    with ExpertParallel(backend=backend) as ep:
         summed = ep.moe(x, *weights, case.top_k).y
         (total,) = torch.autograd.grad(summed, weights[:1], dy)
         own = ep.moe(x, *weights, case.top_k, reduce_router_grad=False).y
         (part,) = torch.autograd.grad(own, weights[:1], dy)
-    return total, part
+    return total.cpu(), part.cpu()
 
 
-def test_router_gradient_is_summed_unless_told_not_to(cpu_pool: RankPool) -> None:
-    found = cpu_pool.run(router_gradients, CASES["uneven_tokens"], world_size=3)
+@both_backends
+def test_router_gradient_is_summed_unless_told_not_to(pool: RankPool, backend: str) -> None:
+    found = pool.run(router_gradients, CASES["uneven_tokens"], backend, world_size=3)
     by_hand = (found[0][1] + found[1][1]) + found[2][1]
     for total, _ in found:
         assert_bitwise(total, by_hand)
     assert not torch.equal(found[0][1], by_hand)
 
 
-def non_finite_tokens(rank: Rank, case: Case) -> None:
+def non_finite_tokens(rank: Rank, case: Case, backend: str) -> None:
     """A NaN stays in its token and in the gradients of what it touched; others keep their bits."""
     inputs = draw(case, rank.world_size, rank.device)
     tokens = inputs.tokens_of(rank.rank)
     experts = leaf_experts(inputs.experts, inputs.experts_of(rank.rank))
     arguments = [inputs.topk_idx[tokens], inputs.topk_scores[tokens], experts.w1, experts.w2]
     for combine in CombineMode:
-        with ExpertParallel(backend="reference", config=EPConfig(combine=combine)) as ep:
+        with ExpertParallel(backend=backend, config=EPConfig(combine=combine)) as ep:
             x = inputs.x[tokens].clone()
             clean = ep.moe_routed(x, *arguments)
             x[1] = float("nan")
@@ -147,31 +165,33 @@ def non_finite_tokens(rank: Rank, case: Case) -> None:
         assert_bitwise(y, clean)
 
 
-def test_a_nan_stays_in_its_token(cpu_pool: RankPool) -> None:
-    cpu_pool.run(non_finite_tokens, CASES["uniform"], world_size=2)
+@both_backends
+def test_a_nan_stays_in_its_token(pool: RankPool, backend: str) -> None:
+    pool.run(non_finite_tokens, CASES["uniform"], backend, world_size=2)
 
 
-def dropped_tokens(rank: Rank, case: Case) -> None:
+def dropped_tokens(rank: Rank, case: Case, backend: str) -> None:
     inputs = draw(case, rank.world_size, rank.device)
     tokens = inputs.tokens_of(rank.rank)
     nowhere = (inputs.topk_idx[tokens] < 0).all(dim=1)
     assert nowhere.any()
     for combine in CombineMode:
-        with ExpertParallel(backend="reference", config=EPConfig(combine=combine)) as ep:
+        with ExpertParallel(backend=backend, config=EPConfig(combine=combine)) as ep:
             outcome = run_routed(inputs, ep)
         for name in ("y", "dx", "dscores"):
             assert (outcome[name][nowhere] == 0).all()
 
 
-def test_a_token_routed_nowhere_yields_exact_zeros(cpu_pool: RankPool) -> None:
-    cpu_pool.run(dropped_tokens, CASES["dropped_slots"], world_size=2)
+@both_backends
+def test_a_token_routed_nowhere_yields_exact_zeros(pool: RankPool, backend: str) -> None:
+    pool.run(dropped_tokens, CASES["dropped_slots"], backend, world_size=2)
 
 
-def unequal_needs(rank: Rank, case: Case, config: EPConfig) -> None:
+def unequal_needs(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
     """x, scores or both need a gradient on rank 0 alone: backward still finds all ranks, and rank 0's is right."""
     x, (_, w1, w2), dy = layer_inputs(rank, case)
     idx, scores = routing_of(rank, case)
-    with ExpertParallel(backend="reference", config=config) as ep:
+    with ExpertParallel(backend=backend, config=config) as ep:
         scores = scores.clone().requires_grad_()
         expected = torch.autograd.grad(ep.moe_routed(x, idx, scores, w1, w2), [x, scores], dy)
         for wanted in product((False, True), repeat=2):
@@ -184,29 +204,32 @@ def unequal_needs(rank: Rank, case: Case, config: EPConfig) -> None:
                     assert_bitwise(tensor.grad, grad)
 
 
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
-def test_ranks_may_need_different_gradients(cpu_pool: RankPool, flags: dict[str, bool]) -> None:
-    cpu_pool.run(unequal_needs, CASES["uneven_tokens"], EPConfig(**flags), world_size=3)
+@by_backend_and_flags
+def test_ranks_may_need_different_gradients(pool: RankPool, backend: str, flags: dict[str, bool]) -> None:
+    pool.run(unequal_needs, CASES["uneven_tokens"], backend, EPConfig(**flags), world_size=3)
 
 
-def empty_share(rank: Rank) -> None:
+def empty_share(rank: Rank, backend: str) -> None:
     """A rank without tokens brings an x that came from nowhere; the others train a layer in front."""
     torch.manual_seed(0)
-    with ExpertParallel(backend="reference") as ep:
-        front, layer = torch.nn.Linear(8, 8), MoE(8, 4, num_experts=6, top_k=2, ep=ep)
-        x = torch.zeros(0, 8) if rank.rank == 1 else front(torch.randn(5, 8))
+    with ExpertParallel(backend=backend) as ep:
+        front = torch.nn.Linear(8, 8, device=rank.device)
+        layer = MoE(8, 4, num_experts=6, top_k=2, ep=ep, device=rank.device)
+        tokens = torch.randn(5, 8, device=rank.device)
+        x = tokens[:0] if rank.rank == 1 else front(tokens)
         layer(layer(x).y).y.sum().backward()
         assert all(parameter.grad is not None for parameter in layer.parameters())
         assert (front.weight.grad is not None) == (rank.rank != 1)
 
 
-def test_a_rank_without_tokens_needs_no_gradient_of_x(cpu_pool: RankPool) -> None:
-    cpu_pool.run(empty_share, world_size=3)
+@both_backends
+def test_a_rank_without_tokens_needs_no_gradient_of_x(pool: RankPool, backend: str) -> None:
+    pool.run(empty_share, backend, world_size=3)
 
 
-def differentiated_twice(rank: Rank, case: Case) -> None:
+def differentiated_twice(rank: Rank, case: Case, backend: str) -> None:
     x, weights, dy = layer_inputs(rank, case)
-    with ExpertParallel(backend="reference") as ep:
+    with ExpertParallel(backend=backend) as ep:
         (grad,) = torch.autograd.grad(ep.moe(x, *weights, case.top_k).y, [x], dy, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             grad.sum().backward()
@@ -218,5 +241,6 @@ def differentiated_twice(rank: Rank, case: Case) -> None:
             grad.sum().backward()
 
 
-def test_second_derivatives_are_refused_not_wrong(cpu_pool: RankPool) -> None:
-    cpu_pool.run(differentiated_twice, CASES["uniform"], world_size=2)
+@both_backends
+def test_second_derivatives_are_refused_not_wrong(pool: RankPool, backend: str) -> None:
+    pool.run(differentiated_twice, CASES["uniform"], backend, world_size=2)
