@@ -294,7 +294,9 @@ def wrong_device(rank: Rank) -> None:
             return str(raised.value)
 
     expected = "the CPU under Triton's interpreter" if rank.device.type == "cuda" else "CUDA devices"
-    assert asked(rank.device.type == "cuda").endswith(f"expected one of {expected} for backend 'fast'")
+    assert asked(rank.device.type == "cuda").endswith(
+        f"expected one of {expected} for backend 'fast' (backend='reference' takes others)"
+    )
 
 
 def test_a_device_without_kernels_is_refused(pool: RankPool) -> None:
