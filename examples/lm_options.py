@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from lm_model import Sizes
 from lm_training import BATCH, Recipe
 
@@ -19,10 +20,20 @@ from sonic_ep.group import resolve_group
 
 RANKS = 4
 STEPS = 200
-# Every step's router logits are kept, 64 KiB a step at the default sizes.
+# Every step's router logits are kept, 64 KiB a step and run at the default sizes.
 MOST_STEPS = 100_000
 MOST_EXPERTS = 1024
+MOST_CONTEXT = 4096
 MOST_SEED = 2**63 - 1
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tested:
+    """The runs on ranks: their backends in order. left_out: why "auto" does without the fast one, if it does."""
+
+    backends: tuple[str, ...]
+    left_out: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +41,7 @@ class Settings:
     """What to run and what to write. started: when the command began, in seconds of ``time.time``."""
 
     ranks: int
-    backend: str
+    tested: Tested
     config: EPConfig
     sizes: Sizes
     recipe: Recipe
@@ -44,17 +55,17 @@ def parse_settings(arguments: Sequence[str], description: str | None) -> Setting
     parser = _parser(description)
     asked = parser.parse_args(arguments)
     ranks = _ranks(parser, asked.nproc)
-    _check(parser, asked, ranks)
+    _check_experts(parser, asked, ranks)
     return Settings(
         ranks=ranks,
-        backend=asked.backend,
+        tested=_tested(parser, asked.backend, ranks),
         config=EPConfig(
             dispatch=asked.dispatch,
             combine=asked.combine,
             redispatch_x_in_backward=asked.redispatch_x_in_backward,
             cpu_sync_on_runtime=asked.cpu_sync_on_runtime,
         ),
-        sizes=Sizes(experts=asked.experts, top_k=asked.top_k),
+        sizes=Sizes(experts=asked.experts, top_k=asked.top_k, context=asked.context),
         recipe=Recipe(steps=asked.steps, seed=asked.seed),
         output=asked.output,
         json=asked.json,
@@ -87,6 +98,12 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         "--steps", type=_whole(1, MOST_STEPS), default=STEPS, help="training steps (default %(default)s)"
     )
     parser.add_argument(
+        "--context",
+        type=_whole(1, MOST_CONTEXT),
+        default=64,
+        help="S, the bytes of a sequence (default %(default)s)",
+    )
+    parser.add_argument(
         "--seed", type=_whole(0, MOST_SEED), default=0, help="of weights and batches (default %(default)s)"
     )
 
@@ -102,7 +119,12 @@ def _add_layer(parser: argparse.ArgumentParser) -> None:
         default=2,
         help="K, experts of each token (default %(default)s)",
     )
-    _add_choice(parser, "backend", list(BACKEND_PACKAGES), "what runs the layer")
+    _add_choice(
+        parser,
+        "backend",
+        list(BACKEND_PACKAGES),
+        "of the runs on ranks: reference is that one alone, fast is both, auto is both where the fast one is at home",
+    )
     _add_choice(parser, "dispatch", [mode.value for mode in DispatchMode], "how tokens travel to their experts")
     _add_choice(parser, "combine", [mode.value for mode in CombineMode], "how results travel back")
     _add_flag(parser, "redispatch-x-in-backward", "gather x again in backward instead of keeping its rows")
@@ -168,12 +190,33 @@ def _ranks(parser: argparse.ArgumentParser, asked: int | None) -> int:
     return ranks
 
 
-def _check(parser: argparse.ArgumentParser, asked: argparse.Namespace, ranks: int) -> None:
+def _check_experts(parser: argparse.ArgumentParser, asked: argparse.Namespace, ranks: int) -> None:
     if asked.experts % ranks:
         parser.error(f"argument --experts: got {asked.experts}, expected a multiple of the {ranks} ranks")
     if asked.top_k > asked.experts:
         parser.error(f"argument --top-k: got {asked.top_k}, expected at most the {asked.experts} experts")
+
+
+def _tested(parser: argparse.ArgumentParser, asked: str, ranks: int) -> Tested:
+    """The reference alone, or both backends; every rank of a machine comes to the same."""
     try:
-        choose_backend(asked.backend, resolve_group(None))
+        choice = choose_backend(asked, resolve_group(None))
     except BackendUnavailableError as error:
         parser.error(f"argument --backend: {error}")
+    if choice.name == REFERENCE:
+        return Tested(backends=(REFERENCE,), left_out=choice.why if asked == AUTO else None)
+    crowded = _crowded(choice.name, ranks)
+    if crowded is None:
+        return Tested(backends=(REFERENCE, choice.name))
+    if asked != AUTO:
+        parser.error(f"argument --backend: {crowded}")
+    return Tested(backends=(REFERENCE,), left_out=crowded)
+
+
+def _crowded(backend: str, ranks: int) -> str | None:
+    """Why ``backend`` cannot run where ranks share GPUs; None where each has its own, or there are none to share."""
+    local_ranks = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else ranks
+    gpus = torch.cuda.device_count()
+    if not 0 < gpus < local_ranks:
+        return None
+    return f"backend {backend!r} cannot run here: got {gpus} GPUs for {local_ranks} ranks, expected one for each"

@@ -1,4 +1,4 @@
-"""The runs that ``train_lm.py`` compares: one on all ranks, then two densely in one process."""
+"""The runs that ``train_lm.py`` compares: on all ranks, once a backend; then densely in one process, in two dtypes."""
 
 from __future__ import annotations
 
@@ -27,23 +27,31 @@ LINES_OF_PROGRESS = 8
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recorded:
-    """The run on ranks: losses (steps,) fp64, and the router logits (steps, layers, T, E) of the whole batches."""
+    """A run on ranks: losses (steps,) fp64, and the router logits (steps, layers, T, E) of the whole batches."""
 
+    backend: str
     losses: Tensor
     logits: Tensor
 
 
-def train_on_ranks(settings: Settings, device: torch.device) -> Recorded | None:
-    """Collective: the run under test. None but on rank 0. The process group begins and ends in here."""
+def train_on_ranks(settings: Settings, device: torch.device) -> list[Recorded]:
+    """Collective: the runs under test, in order. None but on rank 0. The process group begins and ends in here."""
     join_ranks(device)
-    with ExpertParallel(backend=settings.backend, config=settings.config) as ep:
+    if dist.get_rank() == 0 and settings.tested.left_out is not None:
+        print(f"no fast run: {settings.tested.left_out}", flush=True)
+    runs = [train_with(backend, settings, device) for backend in settings.tested.backends]
+    dist.destroy_process_group()
+    return [run for run in runs if run is not None]
+
+
+def train_with(backend: str, settings: Settings, device: torch.device) -> Recorded | None:
+    """Collective: one run under test, from the weights and on the batches that every run has. None but on rank 0."""
+    with ExpertParallel(backend=backend, config=settings.config) as ep:
         steps = steps_of(build(settings, ep, ExpertParallelFeedForward, device), settings, WorldOfRanks(), device)
         if ep.rank == 0:
-            print(f"backend {ep.backend}, {ep.world_size} ranks on {device.type} ({ep.why})", flush=True)
-            steps = shown("expert-parallel", steps, settings)
-        recorded = gathered(list(steps))
-    dist.destroy_process_group()
-    return recorded
+            print(f"backend {ep.backend}, {ep.world_size} ranks on {device.type}", flush=True)
+            steps = shown(backend, steps, settings)
+        return gathered(backend, list(steps))
 
 
 def join_ranks(device: torch.device) -> None:
@@ -57,14 +65,15 @@ def join_ranks(device: torch.device) -> None:
     dist.init_process_group("nccl" if own_gpu else "gloo")
 
 
-def gathered(steps: list[Step]) -> Recorded | None:
+def gathered(backend: str, steps: list[Step]) -> Recorded | None:
     """Collective: the steps of all ranks, put together on rank 0."""
     mine = torch.stack([step.logits for step in steps]).cpu()
     every = [mine] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(mine, every)
     if every is None:
         return None
-    return Recorded(losses=torch.stack([step.loss for step in steps]).cpu(), logits=torch.cat(every, dim=2))
+    losses = torch.stack([step.loss for step in steps]).cpu()
+    return Recorded(backend=backend, losses=losses, logits=torch.cat(every, dim=2))
 
 
 def train_densely(settings: Settings, recorded: Recorded, device: torch.device) -> Outcome:
@@ -72,9 +81,10 @@ def train_densely(settings: Settings, recorded: Recorded, device: torch.device) 
 
     Choosing the K largest logits is a step function: where two are equal but for the last bit, rounding decides, and
     that moves the loss by far more than rounding does. So the dense runs take over the choices of the run under test,
-    and the logits that those were made by are held to the same bound as the losses.
+    and the logits that those were made by are held to the same bound as the losses. Two runs under test may choose
+    differently, so each has dense runs of its own.
     """
-    plain_run = shown("dense", dense_steps(settings, recorded, torch.float32, device), settings)
+    plain_run = shown(f"dense ({recorded.backend})", dense_steps(settings, recorded, torch.float32, device), settings)
     truth_run = dense_steps(settings, recorded, torch.float64, device)
     plain_losses, truth_losses, losses, logits = [], [], [], []
     for number, (plain, truth) in enumerate(zip(plain_run, truth_run, strict=True)):
@@ -83,11 +93,12 @@ def train_densely(settings: Settings, recorded: Recorded, device: torch.device) 
         losses.append(gap(recorded.losses[number].to(device), plain.loss, truth.loss))
         logits.append(gap(recorded.logits[number].to(device), plain.logits, truth.logits))
     return Outcome(
+        backend=recorded.backend,
         ranks=recorded.losses.tolist(),
         plain=plain_losses,
         truth=truth_losses,
-        losses=agreement("losses", losses),
-        logits=agreement("router logits", logits),
+        losses=agreement(f"{recorded.backend}: losses", losses),
+        logits=agreement(f"{recorded.backend}: router logits", logits),
     )
 
 
@@ -130,5 +141,5 @@ def shown(run: str, steps: Iterator[Step], settings: Settings) -> Iterator[Step]
     every = max(1, total // LINES_OF_PROGRESS)
     for done, step in enumerate(steps, start=1):
         if done == 1 or done % every == 0 or done == total:
-            print(f"{run:>15}  step {done:>4}/{total}  loss {step.loss.item():.4f}", flush=True)
+            print(f"{run:>17}  step {done:>4}/{total}  loss {step.loss.item():.4f}", flush=True)
         yield step

@@ -128,8 +128,8 @@ class FastBackend:
         if device not in self._kits:
             if interpreted() == (device.type == "cuda"):
                 where = "the CPU under Triton's interpreter" if interpreted() else "CUDA devices"
-                more = "(backend='reference' takes others)"
-            raise ValueError(f"{self._group}: device: got {device}, expected one of {where} for backend 'fast' {more}")
+                where += " for backend 'fast' (backend='reference' takes others)"
+                raise ValueError(f"{self._group}: device: got {device}, expected one of {where}")
             self._kits[device] = Kit.make(self._group, self._config, device)
         return self._kits[device]
 
