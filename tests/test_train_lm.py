@@ -1,4 +1,4 @@
-"""The language model example: ranks and the dense runs agree, wrong arguments are refused, Ctrl-C leaves nothing."""
+"""The language model example: each backend agrees with dense runs, wrong arguments are refused, Ctrl-C leaves nothing."""
 
 import importlib
 import json
@@ -7,27 +7,34 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 STEPS = 10
+NO_GPU = "no CUDA device: torch.cuda.is_available() is False"
+SLOW = "Triton's interpreter runs its kernels"
 PNG_SIGNATURE = b"\x89PNG\r\n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """A run of the example that ended well."""
+    """A call of the example that ended well. runs: what it says of each backend's run."""
 
     stdout: str
     numbers: dict[str, Any]
     picture: Path
+
+    @property
+    def runs(self) -> dict[str, dict[str, Any]]:
+        return self.numbers["runs"]
 
 
 def command(*options: str) -> list[str]:
@@ -38,15 +45,17 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    folder = tmp_path_factory.mktemp("train_lm")
-    options = ["--nproc=2", f"--steps={STEPS}", "--output=picture.png", "--json=numbers.json"]
-    flags = ["--redispatch_x_in_backward", "--cpu-sync-on-runtime", "--dispatch=rank_dedup"]
+def without_gpus() -> dict[str, str]:
+    """Nor an interpreter, though the fast backend may be asked for."""
+    others = {name: value for name, value in environment().items() if name != "TRITON_INTERPRET"}
+    return {**others, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def finish(folder: Path, *options: str, env: dict[str, str]) -> Finished:
     done = subprocess.run(
-        command(*options, *flags),
+        command("--nproc=2", "--output=picture.png", "--json=numbers.json", *options),
         cwd=folder,
-        env=environment(),
+        env=env,
         capture_output=True,
         text=True,
         timeout=120,
@@ -57,36 +66,65 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 @pytest.fixture(scope="module")
-def comparison() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        yield importlib.import_module("lm_comparison")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    flags = ["--redispatch_x_in_backward", "--cpu-sync-on-runtime", "--dispatch=rank_dedup"]
+    return finish(tmp_path_factory.mktemp("train_lm"), f"--steps={STEPS}", *flags, env=environment())
 
 
 @pytest.fixture(scope="module")
-def options() -> Iterator[ModuleType]:
+def example() -> Iterator[Callable[[str], ModuleType]]:
+    """Modules of the example by name, in a process that no launcher has started."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLES)
         patch.delenv("RANK", raising=False)
-        yield importlib.import_module("lm_options")
+        yield importlib.import_module
 
 
-def test_losses_of_all_runs_fall_and_agree(finished: Finished) -> None:
-    assert finished.numbers["agree"] is True
-    for losses in finished.numbers["losses"].values():
-        assert len(losses) == STEPS
-        assert losses[-1] < losses[0] - 1
+@pytest.fixture(scope="module")
+def comparison(example: Callable[[str], ModuleType]) -> ModuleType:
+    return example("lm_comparison")
+
+
+@pytest.fixture(scope="module")
+def options(example: Callable[[str], ModuleType]) -> ModuleType:
+    return example("lm_options")
+
+
+def assert_agrees(run: dict[str, Any]) -> None:
+    assert run["agree"] is True
     for compared in ("loss_distance", "router_logits_distance"):
-        distances = finished.numbers[compared]
+        distances = run[compared]
         for tested, bound in zip(distances["expert_parallel"], distances["bound"], strict=True):
             assert tested <= bound < 1e-4
 
 
+def test_losses_of_all_runs_fall_and_agree(finished: Finished) -> None:
+    assert finished.numbers["agree"] is True
+    for run in finished.runs.values():
+        assert_agrees(run)
+        for losses in run["losses"].values():
+            assert len(losses) == STEPS
+            assert losses[-1] < losses[0] - 1
+
+
 def test_summary_names_losses_bound_and_seconds(finished: Finished) -> None:
-    first, last = (finished.numbers["losses"]["expert_parallel"][place] for place in (0, -1))
-    assert f"loss {first:.3f} -> {last:.3f} in {STEPS} steps" in finished.stdout
-    assert "losses agree: largest distance" in finished.stdout
+    for backend, run in finished.runs.items():
+        first, last = (run["losses"]["expert_parallel"][place] for place in (0, -1))
+        assert f"{backend}: loss {first:.3f} -> {last:.3f} in {STEPS} steps" in finished.stdout
+        assert f"{backend}: losses agree: largest distance" in finished.stdout
     assert " s in all" in finished.stdout
+
+
+def test_every_backend_runs_or_one_line_says_why_not(finished: Finished) -> None:
+    started = [line for line in finished.stdout.splitlines() if line.startswith("backend ")]
+    assert [line.split(",")[0] for line in started] == [f"backend {backend}" for backend in finished.runs]
+    explained = [line for line in finished.stdout.splitlines() if line.startswith("no fast run: ")]
+    if "fast" in finished.runs:
+        assert list(finished.runs) == ["reference", "fast"]
+        assert not explained
+    else:
+        assert list(finished.runs) == ["reference"]
+        assert explained == [f"no fast run: {finished.numbers['left_out']}"]
 
 
 def test_picture_is_written(finished: Finished) -> None:
@@ -94,14 +132,158 @@ def test_picture_is_written(finished: Finished) -> None:
     assert finished.picture.read_bytes().startswith(PNG_SIGNATURE)
 
 
-def agreement_of(comparison: ModuleType, numbers: dict[str, Any], shift: float) -> Any:
-    distances = numbers["loss_distance"]
+@pytest.mark.fast
+def test_the_fast_backend_trains_as_the_reference_does(tmp_path: Path) -> None:
+    """On the CPU, where its kernels are interpreted: at sizes that leave them next to nothing to do."""
+    env = {**without_gpus(), "TRITON_INTERPRET": "1"}
+    done = finish(tmp_path, "--backend=fast", "--steps=2", "--context=2", env=env)
+    assert list(done.runs) == ["reference", "fast"]
+    for backend, run in done.runs.items():
+        assert f"backend {backend}, 2 ranks on cpu" in done.stdout
+        assert_agrees(run)
+    assert done.numbers["agree"] is True
+    first = [run["losses"]["dense_fp64"][0] for run in done.runs.values()]
+    assert first[0] == first[1], "the runs did not start from the same weights, or not on the same batch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What the example says of recorded runs."""
+
+    code: int
+    numbers: dict[str, Any]
+    stdout: str
+
+
+@pytest.fixture
+def judge(
+    example: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[[dict[str, float]], Judged]:
+    """Train on one rank, and have a second run judged beside it: the same but for what is added to its numbers."""
+    runs, model, training = (example(f"lm_{name}") for name in ("runs", "model", "training"))
+    device = torch.device("cpu")
+    numbers, picture = tmp_path / "numbers.json", tmp_path / "picture.png"
+    written = ["--steps=3", "--context=4", f"--json={numbers}", f"--output={picture}"]
+    settings = example("lm_options").parse_settings(["--nproc=1", "--backend=reference", *written], None)
+
+    def judged(added: dict[str, float]) -> Judged:
+        ep = runs.ExpertParallel(backend="reference")
+        lone = runs.build(settings, ep, model.ExpertParallelFeedForward, device)
+        steps = list(runs.steps_of(lone, settings, training.OneProcess(), device))
+        losses, logits = torch.stack([step.loss for step in steps]), torch.stack([step.logits for step in steps])
+        first = runs.Recorded(backend="reference", losses=losses, logits=logits)
+        second = runs.Recorded(
+            backend="fast", losses=losses + added.get("losses", 0.0), logits=logits + added.get("logits", 0.0)
+        )
+        code = example("train_lm").judge([first, second], settings, device)
+        return Judged(code=code, numbers=json.loads(numbers.read_text()), stdout=capsys.readouterr().out)
+
+    return judged
+
+
+def test_two_runs_that_agree_are_green(judge: Callable[[dict[str, float]], Judged]) -> None:
+    found = judge({})
+    assert found.code == 0
+    assert found.numbers["agree"] is True
+    assert found.numbers["runs"]["fast"] == found.numbers["runs"]["reference"]
+
+
+@pytest.mark.parametrize(
+    ("compared", "words"), [("losses", "fast: losses DIFFER"), ("logits", "fast: router logits DIFFER")]
+)
+@pytest.mark.parametrize("shift", [1e-4, math.inf, math.nan])
+def test_a_second_run_that_deviates_is_red(
+    judge: Callable[[dict[str, float]], Judged], compared: str, words: str, shift: float
+) -> None:
+    found = judge({compared: shift})
+    assert found.code == 1
+    assert found.numbers["agree"] is False
+    assert {backend: run["agree"] for backend, run in found.numbers["runs"].items()} == {
+        "reference": True,
+        "fast": False,
+    }
+    assert found.stdout.count("DIFFER") == 1
+    assert words in found.stdout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the fast backend may find. gpus: without one there is no CUDA either."""
+
+    gpus: int
+    interpreted: bool = False
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine], None]:
+    """Have the example take this machine for another."""
+
+    def become(machine: Machine) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: machine.gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: machine.gpus)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _index: (9, 0))
+        monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda _a, _b: True)
+        for name in ("sonic_ep.fast", "sonic_ep.fast.availability"):
+            monkeypatch.setattr(f"{name}.interpreted", lambda: machine.interpreted)
+
+    return become
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("machine", "asked", "backends", "left_out"),
+    [
+        (Machine(gpus=0), "auto", ["reference"], NO_GPU),
+        (Machine(gpus=0), "reference", ["reference"], None),
+        (Machine(gpus=0, interpreted=True), "auto", ["reference"], SLOW),
+        (Machine(gpus=0, interpreted=True), "fast", ["reference", "fast"], None),
+        (Machine(gpus=2), "auto", ["reference", "fast"], None),
+        (Machine(gpus=2), "fast", ["reference", "fast"], None),
+        (Machine(gpus=2), "reference", ["reference"], None),
+        (Machine(gpus=1), "auto", ["reference"], "got 1 GPUs for 2 ranks, expected one for each"),
+    ],
+    ids=str,
+)
+def test_runs_that_are_asked_for(
+    options: ModuleType,
+    pretend: Callable[[Machine], None],
+    machine: Machine,
+    asked: str,
+    backends: list[str],
+    left_out: str | None,
+) -> None:
+    pretend(machine)
+    tested = options.parse_settings(["--nproc=2", f"--backend={asked}"], None).tested
+    assert list(tested.backends) == backends
+    assert (tested.left_out is None) == (left_out is None)
+    assert left_out is None or left_out in tested.left_out
+
+
+@pytest.mark.parametrize(
+    ("machine", "reason"), [(Machine(gpus=0), NO_GPU), (Machine(gpus=1), "got 1 GPUs for 2 ranks")], ids=str
+)
+def test_fast_by_name_where_it_cannot_run_is_an_error(
+    options: ModuleType,
+    pretend: Callable[[Machine], None],
+    capsys: pytest.CaptureFixture[str],
+    machine: Machine,
+    reason: str,
+) -> None:
+    pretend(machine)
+    with pytest.raises(SystemExit) as stop:
+        options.parse_settings(["--nproc=2", "--backend=fast"], None)
+    assert stop.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
+def agreement_of(comparison: ModuleType, run: dict[str, Any], shift: float) -> Any:
+    distances = run["loss_distance"]
     gaps = [
         comparison.Gap(tested=tested + shift, plain=plain, size=loss)
         for tested, plain, loss in zip(
             distances["expert_parallel"],
             distances["dense_fp32"],
-            numbers["losses"]["dense_fp64"],
+            run["losses"]["dense_fp64"],
             strict=True,
         )
     ]
@@ -109,14 +291,16 @@ def agreement_of(comparison: ModuleType, numbers: dict[str, Any], shift: float) 
 
 
 def test_bounds_follow_from_the_dense_runs(finished: Finished, comparison: ModuleType) -> None:
-    found = agreement_of(comparison, finished.numbers, 0.0)
-    assert found.ok
-    assert list(found.bounds) == finished.numbers["loss_distance"]["bound"]
+    for run in finished.runs.values():
+        found = agreement_of(comparison, run, 0.0)
+        assert found.ok
+        assert list(found.bounds) == run["loss_distance"]["bound"]
 
 
 @pytest.mark.parametrize("shift", [1e-3, 1e-5, math.inf, math.nan])
 def test_losses_that_are_off_are_red(finished: Finished, comparison: ModuleType, shift: float) -> None:
-    assert not agreement_of(comparison, finished.numbers, shift).ok
+    for run in finished.runs.values():
+        assert not agreement_of(comparison, run, shift).ok
 
 
 @pytest.mark.parametrize(
@@ -127,6 +311,7 @@ def test_losses_that_are_off_are_red(finished: Finished, comparison: ModuleType,
         (["--nproc", "-1"], "--nproc: got '-1', expected a whole number from 1 to 16"),
         (["--nproc", "3"], "--experts: got 8, expected a multiple of the 3 ranks"),
         (["--experts", "8", "--top_k", "9"], "--top-k: got 9, expected at most the 8 experts"),
+        (["--context", "0"], "--context: got '0'"),
         (["--seed", "-1"], "--seed: got '-1'"),
         (["--backend", "magic"], "invalid choice: 'magic'"),
         (["--dispatch", "pigeon"], "invalid choice: 'pigeon'"),
@@ -146,12 +331,11 @@ def test_wrong_arguments_are_named(
     assert message in capsys.readouterr().err
 
 
-def test_wrong_arguments_start_no_ranks(tmp_path: Path) -> None:
-    done = subprocess.run(
-        command("--nproc=0"), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
-    )
+@pytest.mark.parametrize(("wrong", "message"), [("--nproc=0", "--nproc: got '0'"), ("--backend=fast", NO_GPU)])
+def test_wrong_arguments_start_no_ranks(tmp_path: Path, wrong: str, message: str) -> None:
+    done = subprocess.run(command(wrong), cwd=tmp_path, env=without_gpus(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "--nproc: got '0'" in done.stderr
+    assert message in done.stderr
     assert not done.stdout
     assert not list(tmp_path.iterdir())
 
