@@ -129,7 +129,7 @@ def over_the_link(arena: Arena, problem: Problem, mode: DispatchMode) -> Callabl
     gather = CopyEngineGather(workspace, TOKENS)
     pull = {
         DispatchMode.ALL_GATHER: lambda: gather.bring(x_TH, staged, plan.capacity).wait(),
-        DispatchMode.ALL_TO_ALL: lambda: pull_to_rows(x_TH, staged.addresses, plan),
+        DispatchMode.ALL_TO_ALL: lambda: pull_to_rows(x_TH, staged.addresses, plan, plan.row_capacity),
         DispatchMode.RANK_DEDUP: lambda: pull_packed(x_TH, staged, plan),
     }[mode]
 

@@ -14,6 +14,7 @@ from sonic_ep.group import resolve_group
 
 TOKENS = 5
 INTERMEDIATE = 64
+WIDEST_PRODUCT = 256
 SCORE_ORDERS = {"interleaved": "topk_then_softmax", "concat": "softmax_then_topk"}
 LINK_BYTES = 2**15
 
@@ -58,7 +59,7 @@ def by_own_products(device: torch.device, dtype: torch.dtype, hidden: int) -> No
     # Not at the top, as below.
     from sonic_ep.fast.grouped_gemm import LARGEST, TritonGemm
 
-    gemm = TritonGemm(tiles=LARGEST[dtype.itemsize])
+    gemm, hidden = TritonGemm(tiles=LARGEST[dtype.itemsize]), min(hidden, WIDEST_PRODUCT)
     rows = torch.randn(TOKENS, hidden, device=device).to(dtype)
     weight = torch.randn(2, INTERMEDIATE, hidden, device=device).to(dtype)
     ends = torch.tensor([2, TOKENS], dtype=torch.int32, device=device)

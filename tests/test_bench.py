@@ -92,7 +92,7 @@ def test_smoke_on_two_ranks(tmp_path: Path) -> None:
 
 
 STALE = """
-import sonic_ep.fast.dispatch.all_to_all as module
+import sonic_ep.fast.staging as module
 
 staging, calls = module.stage_tokens, []
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sonic_ep.testing import Rank, RankPool, assert_as_accurate, assert_bitwise
@@ -107,13 +109,15 @@ def check_products(
 
 
 def products_of_groups(rank: Rank, sizes: Sequence[int], dtype: torch.dtype) -> None:
-    from sonic_ep.fast.grouped_gemm import LibraryGemm, TritonGemm, library_serves
+    from sonic_ep.fast.grouped_gemm import LibraryGemm, LoopGemm, TritonGemm, library_serves
 
     check_products(rank, TritonGemm(), sizes, ODD, dtype)
     serves = library_serves([numbers(rank, dtype, 8, 8)])
     assert serves or rank.device.type == "cuda"
     if serves:
         check_products(rank, LibraryGemm(), sizes, WHOLE, dtype)
+    if rank.device.type == "cpu":
+        check_products(rank, LoopGemm(), sizes, ODD, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -291,12 +295,12 @@ def odd_views(operand: Tensor) -> list[Tensor]:
 
 
 def choices(rank: Rank) -> None:
-    from sonic_ep.fast.grouped_gemm import LibraryGemm, TritonGemm, grouped_gemm
+    from sonic_ep.fast.grouped_gemm import LibraryGemm, LoopGemm, TritonGemm, grouped_gemm
 
     on_cpu = rank.device.type == "cpu"
     hopper = not on_cpu and torch.cuda.get_device_capability(rank.device)[0] == 9
     for dtype in DTYPES:
-        best = LibraryGemm() if on_cpu or (hopper and dtype == torch.bfloat16) else TritonGemm()
+        best = LoopGemm() if on_cpu else LibraryGemm() if hopper and dtype == torch.bfloat16 else TritonGemm()
         x, w1, w2 = layer_operands(rank, dtype, 32, 16, 8)
         assert grouped_gemm((x, w1, w2)) == best
         assert grouped_gemm((x[:0], w1, w2)) == best
@@ -318,6 +322,31 @@ def choices(rank: Rank) -> None:
 
 def test_choices(pool: RankPool) -> None:
     pool.run(choices, world_size=1)
+
+
+def with_bias_by_loop(a: Tensor, b: Tensor, bias: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    groups = zip(a.to(dtype).split(list(sizes)), b.to(dtype), bias.to(dtype), strict=True)
+    return torch.cat([F.linear(rows, matrix.t(), own) for rows, matrix, own in groups])
+
+
+def biases(rank: Rank) -> None:
+    """A bias counts before the one rounding, each group's own, by every way that takes one."""
+    from sonic_ep.fast.grouped_gemm import LibraryGemm, LoopGemm, TritonGemm
+
+    sizes = (3, 0, 18)
+    on_gpu = rank.device.type == "cuda"
+    for dtype in DTYPES:
+        ways = [TritonGemm(tiles=small_tiles()), TritonGemm(), LibraryGemm() if on_gpu else LoopGemm()]
+        for (depth, width), way in product(((33, 21), (32, 24)), ways):
+            a, b = numbers(rank, dtype, sum(sizes), depth), numbers(rank, dtype, len(sizes), depth, width)
+            bias = numbers(rank, dtype, len(sizes), width)
+            found = way.rows(with_nan_behind(a), b, ends(rank, sizes), bias)[: sum(sizes)]
+            truth, plain = (with_bias_by_loop(a, b, bias, sizes, kind) for kind in (torch.float64, dtype))
+            assert_as_accurate(found, truth, plain)
+
+
+def test_biases_are_added_before_the_rounding(pool: RankPool) -> None:
+    pool.run(biases, world_size=1)
 
 
 def layers(rank: Rank) -> None:

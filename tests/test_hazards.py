@@ -257,7 +257,7 @@ def far_rows(rank: Rank) -> None:
         )
         workspace = Workspace(resolve_group(None), rank.device)
         x_TH = torch.randn(2, WIDE, device=rank.device).bfloat16()
-        rows_RH = pull_to_rows(x_TH, workspace.reserve("tokens", 1).addresses, plan)
+        rows_RH = pull_to_rows(x_TH, workspace.reserve("tokens", 1).addresses, plan, plan.row_capacity)
         assert rows_RH.numel() > 2**31
         assert_bitwise(rows_RH[list(far)], x_TH)
         assert_bitwise(take_rows(rows_RH, index(*far, -1), plan.group_ends)[:2], x_TH)

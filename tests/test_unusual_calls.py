@@ -238,11 +238,15 @@ def gathered_and_dropped(rank: Rank) -> int:
     x, idx, _ = drawn(rank)
     size = (TOKENS * rank.world_size, HIDDEN)
     config = EPConfig(dispatch="all_gather")
+
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(thing, Tensor) and thing.shape == size for thing in gc.get_objects())
+
+    before = alive()
     with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=TOKENS) as ep, torch.no_grad():
         ep.dispatch(x, ep.plan(idx, EXPERTS_PER_RANK * rank.world_size))
-        gc.collect()
-        alive = [thing for thing in gc.get_objects() if isinstance(thing, Tensor) and thing.shape == size]
-    return len(alive)
+        return alive() - before
 
 
 def test_what_was_gathered_is_the_callers_to_drop(pool: RankPool) -> None:

@@ -106,7 +106,7 @@ def store_split(
             tl.store(place_ptr + width, rounded(up.to(tl.float32), row_ptr), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_capacity"])
 def activate_kernel(
     hidden_ptr,
     out_ptr,
@@ -143,7 +143,7 @@ def activate_kernel(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_capacity"])
 def activate_backward_kernel(
     hidden_ptr,
     grad_ptr,

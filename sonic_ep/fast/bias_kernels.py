@@ -16,7 +16,7 @@ def experts_of_rows(row, group_ends_ptr, experts_per_rank, EXPERTS_PADDED: tl.co
     return tl.sum((ends[None, :] <= row[:, None]).to(tl.int32), axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_capacity"])
 def add_bias_dots_kernel(
     rows_ptr,
     bias_ptr,
@@ -50,7 +50,7 @@ def add_bias_dots_kernel(
         tl.store(dots_ptr + row, before + tl.sum(dot, axis=1), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_capacity"])
 def sum_groups_kernel(
     rows_ptr,
     scores_ptr,

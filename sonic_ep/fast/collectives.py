@@ -68,7 +68,7 @@ def slots_bytes(capacity: int, top_k: int) -> int:
     return capacity * top_k * torch.float32.itemsize
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def send_home_kernel(
     values_ptr,
     expert_ids_ptr,
@@ -96,7 +96,7 @@ def send_home_kernel(
         tl.store(peer_pointer(homes_ptr, home, values_ptr) + slot_at_home, value, mask=mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def collect_kernel(
     arrived_ptr,
     values_ptr,

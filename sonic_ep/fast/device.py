@@ -1,5 +1,8 @@
 """What every kernel of this backend is made of: peer pointers, rows, rounding, signals. And the way to launch one.
 
+Numbers that change from call to call (R with exact sizes, steps, chunks) are not specialized: a kernel would be
+compiled again when one of them happens to be a multiple of 16, on one rank, while the others wait.
+
 Kernels find a peer's memory through a table of addresses, one int64 a rank, so neither the number of ranks nor the
 transport is compiled in. Rows that are only moved are moved as integer words, so their dtype is not compiled in either.
 """

@@ -53,16 +53,17 @@ class Exchange:
     def rows(self, x_TH: Tensor) -> Tensor:
         """Collective. x of the group's tokens in canonical row order, (R, H); unspecified past the valid rows."""
         x_TH = movable(x_TH)
-        return self._spoiled(self.in_order(self.pull(x_TH, self.stage(x_TH))))
+        received = self.pull(x_TH, self.stage(x_TH), self.plan.row_capacity)
+        return self._spoiled(self.in_order(received))
 
     def stage(self, x_TH: Tensor) -> SharedBuffer:
         """Collective. The first half of a dispatch, which needs no plan but for its capacity; x is ``movable``."""
         self.workspace.enter()
         return self.dispatch.stage(x_TH, self.plan.capacity)
 
-    def pull(self, x_TH: Tensor, staged: SharedBuffer) -> Tensor:
-        """What dispatch receives of ``staged``, in the mode's own layout."""
-        return self.dispatch.pull(x_TH, staged, self.plan)
+    def pull(self, x_TH: Tensor, staged: SharedBuffer, rows: int) -> Tensor:
+        """What dispatch receives of ``staged``, in the mode's own layout; rows: R, at most that of the plan."""
+        return self.dispatch.pull(x_TH, staged, self.plan, rows)
 
     def in_order(self, received: Tensor) -> Tensor:
         """What dispatch has received as rows in canonical order, (R, H); unspecified past the valid rows."""

@@ -24,7 +24,7 @@ from sonic_ep.fast.exchange import Exchange
 from sonic_ep.fast.experts import HiddenGradient, activate, activate_backward, add_bias_dots, sum_groups
 from sonic_ep.fast.grouped_gemm import GroupedGemm
 from sonic_ep.fast.once import once_differentiable
-from sonic_ep.fast.planner import PendingPlan, Planner, compact
+from sonic_ep.fast.planner import PendingPlan, Planner
 from sonic_ep.fast.workspace import SharedBuffer
 
 
@@ -110,13 +110,14 @@ def _pulled(x_TH: Tensor, exchange: Exchange, begun: Begun) -> tuple[Exchange, T
 
     Where the host has to wait for R, what does not need it is queued first, and what does right behind the wait.
     """
+    planner, pending = begun.planner, begun.pending
     if exchange.dispatch.sized_by_rows:
-        exchange = replace(exchange, plan=begun.planner.sized(begun.pending))
-        received = exchange.pull(x_TH, begun.staged)
+        rows = planner.rows(pending)
+        received = exchange.pull(x_TH, begun.staged, rows)
     else:
-        received = exchange.pull(x_TH, begun.staged)
-        exchange = replace(exchange, plan=begun.planner.sized(begun.pending))
-    return replace(exchange, plan=compact(exchange.plan)), received
+        received = exchange.pull(x_TH, begun.staged, exchange.plan.row_capacity)
+        rows = planner.rows(pending)
+    return replace(exchange, plan=planner.sized(pending, rows)), received
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,5 +194,5 @@ def _w1_gradient(hidden_grad_RF: Tensor, saved: Saved, in_flight: GatherInFlight
         rows_RH = exchange.in_order(saved.kept)
     else:
         in_flight.wait()
-        rows_RH = pull_to_rows(saved.kept, in_flight.addresses(), exchange.plan)
+        rows_RH = pull_to_rows(saved.kept, in_flight.addresses(), exchange.plan, exchange.plan.row_capacity)
     return call.gemm.weights(hidden_grad_RF, rows_RH, exchange.group_ends)

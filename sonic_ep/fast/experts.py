@@ -21,7 +21,7 @@ from sonic_ep.plan import RoutingPlan
 MOST_ACTIVATED = 512
 # Elements of the rows that an interpreted program takes at a time: its steps are what takes the time, not their size.
 # On a GPU it takes one row, whose columns are enough.
-INTERPRETED_TILE = 2048
+INTERPRETED_TILE = 4096
 # A tile of the sums over experts: long enough in columns for whole sectors, in rows for loads in flight.
 SUMMED_ROWS, SUMMED_COLUMNS = 64, 64
 # The pointwise part of each activation, by the name that kernels know.

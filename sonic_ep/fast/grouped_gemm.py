@@ -50,16 +50,13 @@ class GroupedGemm(Protocol):
 class LibraryGemm:
     """PyTorch's own products. For operands as ``library_serves`` wants them, and ``group_ends_e[-1] <= R``.
 
-    They take no bias. With one, the own kernel is faster on a GPU than PyTorch's and a pass over the rows after it.
+    They take no bias. With one, the own kernel is faster than PyTorch's and a pass over the rows after it.
     """
 
     def rows(self, a_RK: Tensor, b_eKN: Tensor, group_ends_e: Tensor, bias_eN: Tensor | None = None) -> Tensor:
         """See ``GroupedGemm``."""
-        if bias_eN is not None and a_RK.device.type == "cuda":
-            return TritonGemm().rows(a_RK, b_eKN, group_ends_e, bias_eN)
         if bias_eN is not None:
-            product_RN = self.rows(a_RK.float(), b_eKN.float(), group_ends_e)
-            return (product_RN + bias_of_rows(bias_eN, group_ends_e, a_RK.shape[0])).to(a_RK.dtype)
+            return TritonGemm().rows(a_RK, b_eKN, group_ends_e, bias_eN)
         if a_RK.shape[0] == 0:
             return a_RK.new_empty((0, b_eKN.shape[2]))
         return F.grouped_mm(a_RK, b_eKN, offs=group_ends_e)
@@ -71,12 +68,36 @@ class LibraryGemm:
         return F.grouped_mm(a_RM.t(), b_RN, offs=group_ends_e)
 
 
-def bias_of_rows(bias_eN: Tensor, group_ends_e: Tensor, rows: int) -> Tensor:
-    """(R, N): the bias of each row's group; ends 2 2 5 give rows 1 and 2 those of groups 0 and 2."""
-    row_R = torch.arange(rows, device=bias_eN.device, dtype=group_ends_e.dtype)
-    group_R = torch.searchsorted(group_ends_e, row_R, right=True)
-    # Rows past the last group are unspecified.
-    return bias_eN[group_R.clamp(max=group_ends_e.shape[0] - 1)]
+@dataclass(frozen=True, kw_only=True)
+class LoopGemm:
+    """PyTorch's plain products, group by group, for the CPU: there the host has nothing to wait for.
+
+    Summed as ``TritonGemm`` does, fp32 in fp64 and all else in fp32, and rounded once.
+    """
+
+    def rows(self, a_RK: Tensor, b_eKN: Tensor, group_ends_e: Tensor, bias_eN: Tensor | None = None) -> Tensor:
+        """See ``GroupedGemm``."""
+        out_RN = a_RK.new_empty((a_RK.shape[0], b_eKN.shape[2]))
+        for group, rows in enumerate(rows_of_groups(group_ends_e)):
+            product = widened(a_RK[rows]) @ widened(b_eKN[group])
+            out_RN[rows] = (product if bias_eN is None else product + widened(bias_eN[group])).to(a_RK.dtype)
+        return out_RN
+
+    def weights(self, a_RM: Tensor, b_RN: Tensor, group_ends_e: Tensor) -> Tensor:
+        """See ``GroupedGemm``."""
+        products = [widened(a_RM[rows]).t() @ widened(b_RN[rows]) for rows in rows_of_groups(group_ends_e)]
+        return torch.stack(products).to(a_RM.dtype)
+
+
+def rows_of_groups(group_ends_e: Tensor) -> list[slice]:
+    """Where the rows of each group stand. A read on the host. Ends 2 2 5 are rows 0 and 1, none, and rows 2 to 4."""
+    ends = group_ends_e.tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In the type that its products are summed in."""
+    return tensor.double() if tensor.dtype == torch.float32 else tensor.float()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +217,9 @@ def grouped_gemm(operands: Sequence[Tensor]) -> GroupedGemm:
 
     What lies between the products is fresh and contiguous, of the widths of these.
     """
-    return LibraryGemm() if library_serves(operands) else TritonGemm()
+    if not library_serves(operands):
+        return TritonGemm()
+    return LibraryGemm() if operands[0].device.type == "cuda" else LoopGemm()
 
 
 def library_serves(operands: Sequence[Tensor]) -> bool:

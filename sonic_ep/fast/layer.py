@@ -25,7 +25,7 @@ from sonic_ep.fast.dispatch import dispatch_primitives
 from sonic_ep.fast.exchange import Combine, Dispatch, Exchange
 from sonic_ep.fast.expert_layer import Begun, Call, ExpertLayer
 from sonic_ep.fast.grouped_gemm import grouped_gemm
-from sonic_ep.fast.planner import Planner, compact
+from sonic_ep.fast.planner import Planner
 from sonic_ep.fast.router import route
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.group import EPGroup
@@ -62,7 +62,7 @@ class FastBackend:
         """See ``sonic_ep.fast.plan``. Raises what the last plan has flagged, on every rank alike."""
         planner = self._kit(topk_idx_TK.device).planner
         pending = planner.begin(topk_idx_TK, num_experts=num_experts, capacity=capacity, distinct=distinct)
-        return compact(planner.sized(pending))
+        return planner.sized(pending, planner.rows(pending))
 
     def dispatch(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
         """Rows in canonical order, (R, H)."""

@@ -50,7 +50,7 @@ class HostCopy:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PendingPlan:
-    """A plan that has room for every row that may come. ``Planner.sized`` gives it its final R.
+    """A plan that has room for every row that may come; ``Planner.rows`` and ``Planner.sized`` give it its final R.
 
     scores_WCK: the scores of the group, fp32, if they came with the ids; unspecified for tokens that do not exist.
     counted: whether the rows of all ranks are on their way to the host.
@@ -106,26 +106,29 @@ class Planner:
         self._verdict.expect(num_experts=num_experts, max_rows=self._held_by_device)
         counts = gathered_counts(topk_idx_TK, shape, self._workspace, self._verdict.record, scores_TK)
         if self._config.cpu_sync_on_runtime:
-            self._counts.start(counts.totals)
+            # Summed here, so that little is left for the host to do while the GPU waits for it.
+            self._counts.start(counts.totals[:num_experts].view(shape.world_size, -1).sum(dim=1, dtype=torch.int32))
         plan = self._placed(counts, shape, num_tokens=topk_idx_TK.shape[0], distinct=distinct)
         # A router's own ids are in range, and where no bound is set there is room for all rows.
         if not distinct or self.max_rows is not None:
             self._verdict.queued()
         return PendingPlan(plan=plan, scores_WCK=counts.scores, counted=self._config.cpu_sync_on_runtime)
 
-    def sized(self, pending: PendingPlan) -> RoutingPlan:
-        """The plan with its final R; with ``cpu_sync_on_runtime`` the one read on the host.
-
-        There it raises what is known by then: ids out of range, and ``RowOverflowError``, on every rank alike. What is
-        behind R of the ceiling is still held; see ``compact``.
-        """
+    def rows(self, pending: PendingPlan) -> int:
+        """The final R; with ``cpu_sync_on_runtime`` the one read on the host. Raises ``RowOverflowError`` there."""
         plan = pending.plan
         if not pending.counted:
-            return plan
-        rows_W = _rows_by_rank(self._counts.wait(), plan)
+            return plan.row_capacity
+        rows_W = self._counts.wait()
+        return room_for_rows(self._group, self._config, rank=plan.rank, ceiling=plan.row_capacity, rows_W=rows_W)
+
+    def sized(self, pending: PendingPlan, rows: int) -> RoutingPlan:
+        """The plan with its final R = ``rows``. Raises what the host has learned with it: ids out of range."""
+        if not pending.counted:
+            return pending.plan
         self._verdict.raise_if_bad()
-        rows = room_for_rows(self._group, self._config, rank=plan.rank, ceiling=plan.row_capacity, rows_W=rows_W)
-        return replace(plan, slot_of_row=plan.slot_of_row[:rows])
+        # A copy, so that the rest of the ceiling is not kept.
+        return replace(pending.plan, slot_of_row=pending.plan.slot_of_row[:rows].clone())
 
     def raise_if_bad(self) -> None:
         """Raise what the last plan has flagged, on every rank alike."""
@@ -156,17 +159,3 @@ class Planner:
     @property
     def _held_by_device(self) -> int:
         return MOST_SLOTS if self.max_rows is None else self.max_rows
-
-
-def compact(plan: RoutingPlan) -> RoutingPlan:
-    """The same plan, holding no more memory than its R rows need."""
-    slots_R = plan.slot_of_row
-    if slots_R.untyped_storage().nbytes() == slots_R.nbytes:
-        return plan
-    return replace(plan, slot_of_row=slots_R.clone())
-
-
-def _rows_by_rank(totals: list[int], plan: RoutingPlan) -> list[int]:
-    """Rows of each rank, from the slots of each expert, which ``totals`` begins with: 1 2 3 4 of two ranks are 3 7."""
-    held = plan.experts_per_rank
-    return [sum(totals[rank * held : (rank + 1) * held]) for rank in range(plan.world_size)]

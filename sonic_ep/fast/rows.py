@@ -28,7 +28,7 @@ def columns(width: int) -> int:
     return min(power_of_two(width), MOST_COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_capacity"])
 def take_rows_kernel(
     received_ptr,
     source_ptr,
@@ -78,7 +78,7 @@ def token_of_row(plan: RoutingPlan) -> Tensor:
     return torch.div(plan.slot_of_row, plan.top_k, rounding_mode="floor")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_capacity"])
 def weigh_rows_kernel(
     out_grad_ptr,
     rows_ptr,

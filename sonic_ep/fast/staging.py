@@ -50,9 +50,12 @@ class PulledDispatch(ABC):
         return stage_tokens(x_TH, capacity, self._workspace)
 
     @abstractmethod
-    def pull(self, x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan) -> Tensor:
-        """The second half of ``receive``: what this rank needs of ``staged``, its own tokens from x."""
+    def pull(self, x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan, rows: int) -> Tensor:
+        """The second half of ``receive``: what this rank needs of ``staged``, its own tokens from x.
+
+        rows: R, which may be less than the plan has room for, but not less than there are.
+        """
 
     def receive(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
         """Collective. What this rank receives, in the mode's own layout; see ``pull``."""
-        return self.pull(x_TH, self.stage(x_TH, plan.capacity), plan)
+        return self.pull(x_TH, self.stage(x_TH, plan.capacity), plan, plan.row_capacity)

@@ -17,7 +17,7 @@ from sonic_ep.fast.receiving import (
 from sonic_ep.plan import RoutingPlan
 
 
-@triton.jit(do_not_specialize=["rank", "step", "limit", "first_token", "tokens", "lag"])
+@triton.jit(do_not_specialize=["rank", "step", "limit", "first_token", "tokens", "lag", "row_capacity"])
 def exchange_rows_kernel(
     rows_ptr,
     scores_ptr,

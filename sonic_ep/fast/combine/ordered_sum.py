@@ -20,7 +20,7 @@ from sonic_ep.fast.receiving import (
 from sonic_ep.plan import RoutingPlan
 
 
-@triton.jit(do_not_specialize=["rank", "step", "limit", "first_token", "tokens", "lag"])
+@triton.jit(do_not_specialize=["rank", "step", "limit", "first_token", "tokens", "lag", "row_capacity"])
 def exchange_partial_sums_kernel(
     rows_ptr,
     scores_ptr,

@@ -22,7 +22,7 @@ class AllGatherDispatch(PulledDispatch):
         """As every dispatch, after the copies of the last gather."""
         return self._gather.stage(x_TH, capacity)
 
-    def pull(self, x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan) -> Tensor:
+    def pull(self, x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan, rows: int) -> Tensor:
         """(W*C, H): tokens by source rank; unspecified behind the T tokens that a rank has."""
         return self._gather.bring(x_TH, staged, plan.capacity).wait()
 

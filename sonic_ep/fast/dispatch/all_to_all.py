@@ -12,7 +12,7 @@ from sonic_ep.fast.workspace import SharedBuffer
 from sonic_ep.plan import RoutingPlan
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_capacity"])
 def pull_to_rows_kernel(
     own_ptr,
     staged_ptr,
@@ -61,41 +61,41 @@ class AllToAllDispatch(PulledDispatch):
 
     sized_by_rows = True
 
-    def pull(self, x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan) -> Tensor:
+    def pull(self, x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan, rows: int) -> Tensor:
         """(R, H) in canonical row order; unspecified past the valid rows."""
-        return pull_to_rows(x_TH, staged.addresses, plan)
+        return pull_to_rows(x_TH, staged.addresses, plan, rows)
 
     def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
         """None: rows arrive in canonical order."""
         return None
 
 
-def pull_to_rows(x_TH: Tensor, addresses_W: Tensor, plan: RoutingPlan) -> Tensor:
-    """(R, H) in canonical row order: this rank's tokens from x, those of others from where theirs begin.
+def pull_to_rows(x_TH: Tensor, addresses_W: Tensor, plan: RoutingPlan, rows: int) -> Tensor:
+    """(R, H) in canonical row order, R = ``rows``: this rank's tokens from x, those of others from where theirs begin.
 
     addresses_W (W,) int64: of (C, H) tokens of each rank, in memory of any rank; this rank's own is not read.
     """
-    rows_RH = x_TH.new_empty((plan.row_capacity, x_TH.shape[1]))
-    own, rows = words(x_TH), words(rows_RH)
-    width = rows.shape[1]
+    rows_RH = x_TH.new_empty((rows, x_TH.shape[1]))
+    own, out = words(x_TH), words(rows_RH)
+    width = out.shape[1]
     launch(
         pull_to_rows_kernel,
         (plan.world_size * plan.capacity,),
         own,
         addresses_W,
-        rows,
+        out,
         plan.expert_ids,
         plan.row_of_slot,
         plan.rank,
         plan.world_size,
         plan.capacity,
         plan.experts_per_rank,
-        plan.row_capacity,
-        device=rows.device,
+        rows,
+        device=out.device,
         K=plan.top_k,
         K_PADDED=power_of_two(plan.top_k),
         WORDS=width,
-        PIECE=piece(width, rows.element_size()),
+        PIECE=piece(width, out.element_size()),
         num_warps=ROW_WARPS,
     )
     return rows_RH

@@ -43,7 +43,7 @@ def pull_packed_kernel(
 class RankDedupDispatch(PulledDispatch):
     """Every rank receives each token that has a slot on it once, packed by source rank, then token."""
 
-    def pull(self, x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan) -> Tensor:
+    def pull(self, x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan, rows: int) -> Tensor:
         """(W*C, H): first the P tokens with a slot here, in the order of ``packed_of_token``; the rest unspecified."""
         return pull_packed(x_TH, staged, plan)
 
