@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from itertools import cycle
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from report import Bar, Entry, MemoryTraffic, Results, Traffic
+from report import Against, Bar, Entry, MemoryTraffic, Results, Traffic
 from torch import Tensor
 from workload import Shape, Sizes
 
@@ -49,22 +50,33 @@ class Way(str, Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pace:
-    """Rounds of an entry: those of large shapes, of small ones, and those that warm up."""
+class Rounds:
+    """How many rounds are timed, and how many warm up before."""
 
-    large: int
-    small: int
+    timed: int
     warmup: int
 
 
-GPU_PACE = Pace(large=50, small=200, warmup=5)
-SMOKE_PACE = Pace(large=2, small=2, warmup=0)
+ROUNDS_OF_LARGE = Rounds(timed=50, warmup=5)
+ROUNDS_OF_SMALL = Rounds(timed=200, warmup=5)
+# Of whatever there is, on the CPU.
+ROUNDS_OF_SMOKE = Rounds(timed=2, warmup=0)
 # Below so many bytes of a rank's tokens a shape is small.
 SMALL_BYTES = 2**24
 # Ten times what a cache holds.
 COPIED_BYTES = 2**29
 # No id, no row and no count.
 SPOILED = -7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """Other work, by its name, that is timed in turn with a work which is held against it; see ``report.Against``."""
+
+    name: str
+    text: str
+    link: float = 0.0
+    most: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,6 +86,7 @@ class Work:
     function: allocates its outputs, and returns what ``check`` looks at; check raises ``AssertionError``.
     inputs: what it reads anew in every call, one row or more each.
     traffic: what comes over the link, where that is what takes the time.
+    flops: of a rank's matrix products. beside: what it is held against.
     """
 
     name: str
@@ -83,6 +96,21 @@ class Work:
     inputs: tuple[Tensor, ...] = ()
     traffic: Traffic | None = None
     bar: Bar | None = None
+    flops: float | None = None
+    beside: tuple[Beside, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trial:
+    """A work as it is launched. last: what its last round returned."""
+
+    work: Work
+    function: Callable[[], Any]
+    last: list[Any] = field(default_factory=list)
+
+    def keep_last(self) -> None:
+        """One round."""
+        self.last[:] = [self.function()]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,51 +133,74 @@ class Arena:
 
         Raises ``WrongError`` on every rank if it is wrong on any, and ``AboveCeilingError`` if it is too fast.
         """
-        last: list[Any] = []
-        with torch.no_grad():
-            function = captured(work.function, self.device) if how is How.GRAPH else work.function
+        small = work.shape.tokens * work.shape.row_bytes < SMALL_BYTES
+        rounds = ROUNDS_OF_SMALL if small else ROUNDS_OF_LARGE
+        found = self.alternate([work], how, rounds if self.on_gpu else ROUNDS_OF_SMOKE)
+        return self.record(found[work.name])
 
-            def keep_last() -> None:
-                last[:] = [function()]
-
-            self.prove(work, function)
-            timing = self.time(keep_last, work.shape, ahead=how is not How.EAGER)
-            agree(self.group, lambda: work.check(last.pop()))
-            self.prove(work, function)
-        entry = Entry(
-            name=work.name, how=how.value, shape=work.shape, timing=timing, traffic=work.traffic, bar=work.bar
-        )
+    def record(self, found: Entry | WrongError) -> Entry:
+        """Count ``found`` as a result. Raises it if it is an error, ``AboveCeilingError`` if it is too fast."""
+        if isinstance(found, WrongError):
+            raise found
         # A rate above the ceiling fails this bench, before it counts as a result.
-        _ = entry.share
-        self.results.entries.append(entry)
-        return entry
+        _ = found.share
+        self.results.entries.append(found)
+        return found
 
-    def prove(self, work: Work, function: Callable[[], Any]) -> None:
+    def alternate(self, works: Sequence[Work], how: How, rounds: Rounds) -> Mapping[str, Entry | WrongError]:
+        """Time ``works`` in turn, round by round, each of them checked by itself as in ``run``: what came of each.
+
+        GPUs get slower as they get warm: what is to be compared takes turns. What is wrong beforehand is not timed, and
+        the others are. ``record`` makes results of what is returned.
+        """
+        wrong: dict[str, WrongError] = {}
+        with torch.no_grad():
+            trials = [self.trial(work, how) for work in works]
+            trials = still_right(trials, self.prove, wrong)
+            timings = self.time([trial.keep_last for trial in trials], rounds, ahead=how is not How.EAGER)
+            timed = {trial.work.name: timing for trial, timing in zip(trials, timings, strict=True)}
+            trials = still_right(trials, self.check_last, wrong)
+            trials = still_right(trials, self.prove, wrong)
+        timed = {trial.work.name: timed[trial.work.name] for trial in trials}
+        return {**{trial.work.name: entry_of(trial.work, how, timed) for trial in trials}, **wrong}
+
+    def trial(self, work: Work, how: How) -> Trial:
+        """``work`` as it is launched, captured for a graph."""
+        function = captured(work.function, self.device) if how is How.GRAPH else work.function
+        return Trial(work=work, function=function)
+
+    def prove(self, trial: Trial) -> None:
         """Run on other inputs, spoil what comes of it, run on the inputs and check.
 
         So the right answer is beforehand neither in shared memory nor in memory that an output gets again.
         """
-        with other_inputs(work.inputs):
-            spoil(function())
-        agree(self.group, lambda: work.check(function()))
+        with other_inputs(trial.work.inputs):
+            spoil(trial.function())
+        agree(self.group, lambda: trial.work.check(trial.function()))
+
+    def check_last(self, trial: Trial) -> None:
+        """Check what the last round left."""
+        agree(self.group, lambda: trial.work.check(trial.last.pop()))
 
     @property
     def behind_work(self) -> How:
         """QUEUED, or what there is of it on the CPU."""
         return How.QUEUED if self.on_gpu else How.EAGER
 
-    def time(self, function: Callable[[], object], shape: Shape, *, ahead: bool) -> Timing:
-        """What a round takes; ``ahead``: behind work that lets the host get ahead."""
-        pace = GPU_PACE if self.on_gpu else SMOKE_PACE
-        small = shape.tokens * shape.row_bytes < SMALL_BYTES
-        return measure(
-            function,
-            rounds=pace.small if small else pace.large,
-            warmup=pace.warmup,
+    def time(self, functions: Sequence[Callable[[], object]], rounds: Rounds, *, ahead: bool) -> list[Timing]:
+        """What rounds of each function take, in turn; ``ahead``: behind work that lets the host get ahead."""
+        if not functions:
+            return []
+        turns, several = cycle(functions), len(functions)
+        timing = measure(
+            lambda: next(turns)(),
+            rounds=rounds.timed * several,
+            warmup=rounds.warmup * several,
             device=self.device,
             group=self.group,
             enter=meeting(self.workspace, ahead=ahead),
         )
+        return [Timing(rounds=timing.rounds[turn::several]) for turn in range(several)]
 
     def traffic(self, nbytes: float, way: Way, memory_bytes: float | None = None) -> Traffic | None:
         """Bytes over the link held against the ceiling of their way; None on one rank.
@@ -167,6 +218,36 @@ class Arena:
         return Traffic(nbytes=nbytes, ceiling=ceiling, memory=memory)
 
 
+def still_right(trials: Sequence[Trial], check: Callable[[Trial], None], wrong: dict[str, WrongError]) -> list[Trial]:
+    """Those of ``trials`` that ``check`` finds right; what it says of the others goes to ``wrong``."""
+    for trial in trials:
+        try:
+            check(trial)
+        except WrongError as error:
+            # Its frames would keep what they hold alive, graphs among it.
+            wrong[trial.work.name] = error.with_traceback(None)
+    return [trial for trial in trials if trial.work.name not in wrong]
+
+
+def entry_of(work: Work, how: How, timed: Mapping[str, Timing]) -> Entry:
+    """The entry of ``work``, held against what is right of what was timed beside it; its bar is the first there."""
+    against = tuple(
+        Against(text=other.text, measured=timed[other.name].median, link=other.link, most=other.most)
+        for other in work.beside
+        if other.name in timed
+    )
+    return Entry(
+        name=work.name,
+        how=how.value,
+        shape=work.shape,
+        timing=timed[work.name],
+        traffic=work.traffic,
+        bar=next((other.bar for other in against if other.bar is not None), work.bar),
+        flops=work.flops,
+        against=against,
+    )
+
+
 @contextmanager
 def other_inputs(inputs: Sequence[Tensor]) -> Iterator[None]:
     """The rows of each tensor in another order while this lasts."""
@@ -179,9 +260,10 @@ def other_inputs(inputs: Sequence[Tensor]) -> Iterator[None]:
 
 
 def spoil(result: Any) -> None:
-    """Nothing right is left in ``result``, a tensor or a dataclass of tensors."""
-    values = [getattr(result, field.name) for field in fields(result)] if is_dataclass(result) else [result]
-    for tensor in values:
+    """Nothing right is left in ``result``: a tensor, several, or a dataclass of tensors."""
+    if is_dataclass(result):
+        result = [getattr(result, of_result.name) for of_result in fields(result)]
+    for tensor in result if isinstance(result, list | tuple) else [result]:
         if isinstance(tensor, Tensor):
             tensor.fill_(float("nan") if tensor.is_floating_point() else SPOILED)
 
@@ -223,9 +305,9 @@ def memory_rate(device: torch.device, seconds: Stopwatch, nbytes: int = COPIED_B
 def seconds_of(transfer: Callable[[], object], workspace: Workspace) -> float:
     """Collective: the median over rounds of what ``transfer`` takes the slowest rank."""
     enter = meeting(workspace, ahead=True)
-    pace, group = GPU_PACE, workspace.group
+    rounds, group = ROUNDS_OF_LARGE, workspace.group
     return measure(
-        transfer, rounds=pace.large, warmup=pace.warmup, device=workspace.device, group=group, enter=enter
+        transfer, rounds=rounds.timed, warmup=rounds.warmup, device=workspace.device, group=group, enter=enter
     ).median
 
 

@@ -1,4 +1,4 @@
-"""Benches of plan, dispatch and combine, on one rank or under torchrun, through pytest-benchmark.
+"""Benches of plan, dispatch, combine and the layer, on one rank or under torchrun, through pytest-benchmark.
 
 Every rank runs every bench, the same number of rounds; rank 0 alone reports. pytest-benchmark would time what one rank
 sees and choose the rounds by it. So the rounds are measured first, over all ranks, and then told to it: its timer is a
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from arena import Arena, How, Work, WrongError, measured_ceilings, memory_rate, seconds_of
-from report import Results, environment
+from report import Entry, Results, environment
 from workload import BARS, SMOKE, Problem, Shape, Sizes, bars_hold
 
 from sonic_ep.backend import unavailable_reasons
@@ -173,12 +173,17 @@ def how(arena: Arena, request: pytest.FixtureRequest) -> How:
 
 
 @pytest.fixture
-def run(arena: Arena, benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Work, How], None]:
-    """Check a piece of work, time it, and tell pytest-benchmark what each round took."""
+def run(arena: Arena, tell: Callable[[Entry], None]) -> Callable[[Work, How], None]:
+    """Check a piece of work, time it, and tell what came of it."""
+    return lambda work, how: tell(arena.run(work, how))
+
+
+@pytest.fixture
+def tell(arena: Arena, benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Entry], None]:
+    """Write the results so far, and tell pytest-benchmark what each round of the last one took."""
     clock, path = request.config.stash[CLOCK], request.config.getoption("--results")
 
-    def check_and_time(work: Work, how: How) -> None:
-        entry = arena.run(work, how)
+    def write_and_tell(entry: Entry) -> None:
         rounds = iter(entry.timing.rounds)
         benchmark.extra_info.update(entry.as_json())
         benchmark.pedantic(clock.advance, setup=lambda: ((next(rounds),), {}), rounds=len(entry.timing.rounds))
@@ -186,7 +191,7 @@ def run(arena: Arena, benchmark: Any, request: pytest.FixtureRequest) -> Callabl
         if path is not None and arena.group.rank == 0:
             arena.results.write(path)
 
-    return check_and_time
+    return write_and_tell
 
 
 def chosen_sizes(place: Place, thek: str | None) -> Sizes:
@@ -194,7 +199,9 @@ def chosen_sizes(place: Place, thek: str | None) -> Sizes:
     sizes = BARS if place.device.type == "cuda" else SMOKE
     if thek is not None:
         large = shape_of(thek)
-        return replace(sizes, large=large, plans=(place.world_size * large.tokens * large.top_k,)).without_bars()
+        layer = replace(large, intermediate=sizes.layer.intermediate)
+        plans = (place.world_size * large.tokens * large.top_k,)
+        return replace(sizes, large=large, layer=layer, plans=plans).without_bars()
     return sizes if bars_hold(place.device, place.world_size) else sizes.without_bars()
 
 

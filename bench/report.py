@@ -94,8 +94,42 @@ class Traffic:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Against:
+    """What a median is held against: that of other work, timed in turn with it, and what bytes take beside that.
+
+    measured, link: seconds, the latter at the ceilings of the link. most: the bar, so many times both together.
+    """
+
+    text: str
+    measured: float
+    link: float = 0.0
+    most: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Both together."""
+        return self.measured + self.link
+
+    @property
+    def bar(self) -> Bar | None:
+        """The bar, if there is one."""
+        if self.most is None:
+            return None
+        return Bar(text=f"at most {self.most:g} times {self.text}", seconds=self.most * self.seconds)
+
+    def as_json(self, median: float) -> dict[str, Any]:
+        """Times in microseconds, and how many times that ``median`` is."""
+        times = {"measured_us": self.measured, "link_us": self.link, "sum_us": self.seconds}
+        micros = {name: round(seconds * 1e6, 2) for name, seconds in times.items()}
+        return {"what": self.text, **micros, "ratio": round(median / self.seconds, 4)}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One thing that was measured."""
+    """One thing that was measured.
+
+    flops: floating-point operations of a rank's matrix products, the mean over the ranks.
+    """
 
     name: str
     how: str
@@ -103,11 +137,18 @@ class Entry:
     timing: Timing
     traffic: Traffic | None
     bar: Bar | None
+    flops: float | None = None
+    against: tuple[Against, ...] = ()
 
     @property
     def rate(self) -> float | None:
         """Remote bytes a second at the median."""
         return self.traffic.nbytes / self.timing.median if self.traffic else None
+
+    @property
+    def tflops(self) -> float | None:
+        """10^12 floating-point operations a second at the median."""
+        return None if self.flops is None else self.flops / self.timing.median / 1e12
 
     @property
     def share(self) -> float | None:
@@ -139,6 +180,10 @@ class Entry:
             found |= {"ceiling": self.traffic.ceiling.name, "percent": round(100 * self.share, 2)}
         if self.floor is not None:
             found |= {"floor_us": round(self.floor.seconds * 1e6, 2), "floor_by": self.floor.by}
+        if self.tflops is not None:
+            found |= {"tflop_per_s": round(self.tflops, 2)}
+        if self.against:
+            found |= {"against": [against.as_json(self.timing.median) for against in self.against]}
         if self.bar is not None:
             found |= {"bar": self.bar.text, "bar_us": round(self.bar.seconds * 1e6, 2), "met": self.met}
         return found
@@ -176,7 +221,7 @@ class Results:
         """One line for each entry, below the ceilings."""
         names = [f"{entry.name}, T={entry.shape.tokens}" for entry in self.entries]
         width = max((len(name) for name in names), default=0)
-        columns = f"{'median us':>10} {'p10':>9} {'p90':>9} {'GB/s':>6} {'%':>5} {'floor us':>9} {'by':<6}"
+        columns = f"{'median us':>10} {'p10':>9} {'p90':>9} {'GB/s':>6} {'%':>5} {'TF/s':>6} {'floor us':>9} {'by':<6}"
         header = f"{'what':<{width}} {'how':<6} {columns}  bar"
         lines = [f"{name:<{width}} {_figures(entry)}" for name, entry in zip(names, self.entries, strict=True)]
         return [*self._ceiling_lines(), header, *lines]
@@ -198,16 +243,26 @@ def _figures(entry: Entry) -> str:
     rate = "" if entry.rate is None else f"{entry.rate / 1e9:.1f}"
     share = "" if entry.share is None else f"{100 * entry.share:.1f}"
     floor = f"{'':>9} {'':<6}" if entry.floor is None else f"{entry.floor.seconds * 1e6:>9.1f} {entry.floor.by:<6}"
-    bar = ""
+    tflops = "" if entry.tflops is None else f"{entry.tflops:.1f}"
+    figures = f"{middle:>10.1f} {low:>9.1f} {high:>9.1f} {rate:>6} {share:>5} {tflops:>6} {floor}"
+    return f"{entry.how:<6} {figures}  {_judgement(entry)}"
+
+
+def _judgement(entry: Entry) -> str:
+    """The bar, and how many times what it is held against the entry took."""
+    words = [f"{entry.timing.median / against.seconds:.3f} times {against.text}" for against in entry.against]
     if entry.bar is not None:
         bar = f"{'met' if entry.met else 'MISSED'}: {entry.bar.text} ({entry.bar.seconds * 1e6:.1f} us)"
-    return f"{entry.how:<6} {middle:>10.1f} {low:>9.1f} {high:>9.1f} {rate:>6} {share:>5} {floor}  {bar}"
+        words = [bar, *words]
+    return "; ".join(words)
 
 
 def shape_as_json(shape: Shape) -> dict[str, Any]:
-    """T of every rank, H, E, K and the dtype."""
+    """T of every rank, H, I where there are experts, E, K and the dtype."""
     dtype = str(shape.dtype).removeprefix("torch.")
-    return {"T": shape.tokens, "H": shape.hidden, "E": shape.num_experts, "K": shape.top_k, "dtype": dtype}
+    intermediate = {} if shape.intermediate is None else {"I": shape.intermediate}
+    experts = {"E": shape.num_experts, "K": shape.top_k}
+    return {"T": shape.tokens, "H": shape.hidden, **intermediate, **experts, "dtype": dtype}
 
 
 def environment(device: torch.device, world_size: int, commit: str | None, arguments: Sequence[str]) -> dict[str, Any]:
