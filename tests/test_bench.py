@@ -23,6 +23,13 @@ PYTEST = ["-m", "pytest", "bench", "-p", "no:cacheprovider"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ENTRY_FIELDS = {"name", "how", "shape", "rounds", "median_us", "p10_us", "p90_us", "min_us", "max_us"}
 MODES = ("all_gather", "all_to_all", "rank_dedup")
+LAYERS = {
+    *(f"grouped_mm of a layer: {which}" for which in ("forward", "forward and backward")),
+    *(f"layer all_to_all, rank_dedup: {which}" for which in ("forward", "forward and backward")),
+    "layer all_to_all, rank_dedup, redispatch, cpu_sync: forward and backward",
+    "layer all_to_all, rank_dedup, beside the reference: forward",
+    "reference layer: forward",
+}
 
 
 def run(*words: str, interpreted: bool = True) -> subprocess.CompletedProcess[str]:
@@ -53,7 +60,7 @@ def check_entries(entries: list[dict[str, Any]]) -> set[str]:
     for entry in entries:
         assert set(entry) >= ENTRY_FIELDS
         assert 0 < entry["min_us"] <= entry["median_us"] <= entry["max_us"]
-        assert not {"ceiling", "percent", "bar", "met", "floor_us", "floor_by"} & set(entry)
+        assert not {"ceiling", "percent", "bar", "met", "floor_us", "floor_by", "against"} & set(entry)
     return {entry["name"] for entry in entries}
 
 
@@ -65,7 +72,7 @@ def test_smoke_on_one_rank(tmp_path: Path) -> None:
     check_environment(found["environment"], 1)
     assert found["rates_gb_per_s"] == {}
     names = check_entries(found["entries"])
-    assert {"plan", *(f"dispatch {mode}: barrier and link" for mode in MODES)} <= names
+    assert {"plan", *(f"dispatch {mode}: barrier and link" for mode in MODES), *LAYERS} <= names
     assert not any(name.startswith("usual") for name in names)
     assert "no CUDA device, a smoke size on the CPU: the times mean nothing" in done.stdout
 
@@ -77,6 +84,7 @@ def test_smoke_on_two_ranks(tmp_path: Path) -> None:
     found = results_of(done, path)
     check_environment(found["environment"], 2)
     names = check_entries(found["entries"])
+    assert names >= LAYERS
     assert {name.split(":")[0] for name in names if name.startswith("usual")} == {
         "usual dispatch, all_to_all_single",
         "usual dispatch, all_gather",
