@@ -93,7 +93,7 @@ class Backend(Protocol):
         ...
 
     def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
-        """Logits, choices and scores of this rank's tokens. Collective in backward only."""
+        """Logits, choices and scores of this rank's tokens. Collective in backward, and where memory is shared."""
         ...
 
     def check_expert_ids(self, topk_idx_TK: Tensor, num_experts: int) -> None:

@@ -265,7 +265,7 @@ class SymmetricMemory:
 def symmetric_bytes(shape: LayerShape, modes: ModePair, *, redispatch_x_in_backward: bool = False) -> SymmetricMemory:
     """What the group shares for calls of this shape. None of it depends on R.
 
-    redispatch_x_in_backward: of a call in training. A router that sums its gradient has (E, H) fp32 more.
+    redispatch_x_in_backward: where w1 requires a gradient. A router that sums its gradient has (E, H) fp32 more.
     """
     slots = shape.capacity * shape.top_k * INDEX_BYTES
     # With nobody to read them, tokens stay where they are, and nothing arrives.

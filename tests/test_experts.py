@@ -166,6 +166,10 @@ def activations_by_kernels(rank: Rank, name: str, layout: str) -> None:
         got = {"activated": activated, "hidden": found.hidden, "weighted": found.weighted}
         for what, rows in got.items():
             assert_as_accurate(rows[:ROWS], truth[what], plain[what], f"{what} of {name}, {dtype}")
+        # Behind the valid rows nothing is written, also where what would be read is a number.
+        numbers = torch.full_like(given.hidden, 7.0)
+        weighted = activate_backward(numbers, torch.full_like(given.grad, 7.0), given.scores, given.experts, given.plan)
+        assert weighted.weighted[ROWS:].eq(7).all()
         dots = (given.grad[:ROWS].double() * truth["activated"]).sum(dim=1)
         assert_near(found.dots[:ROWS], dots, 100)
 

@@ -220,7 +220,7 @@ def live_peaks(rank: Rank, case: Case, config: EPConfig) -> list[Measured]:
     from sonic_ep.fast.grouped_gemm import LibraryGemm
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sonic_ep.fast.layer.grouped_gemm", lambda operands: LibraryGemm())
+        patch.setattr("sonic_ep.fast.layer.grouped_gemm", lambda operands, rows_per_group: LibraryGemm())
         return live_peaks_as_on_gpus(rank, case, config)
 
 

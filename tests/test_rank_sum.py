@@ -80,7 +80,7 @@ def test_the_weight_gradient_is_summed_in_rank_order_or_not_at_all(pool: RankPoo
 
 
 def allocations(rank: Rank) -> list[int]:
-    """Shared buffers that there are after each of: nothing, no gradients, a frozen router, forward, backward."""
+    """Shared buffers that there are after each of: nothing, a frozen router, no gradients, forward, backward."""
     from sonic_ep.fast.router import route as fast_route
     from sonic_ep.fast.workspace import Workspace, transport_of
 
@@ -95,10 +95,11 @@ def allocations(rank: Rank) -> list[int]:
     counts = [len(made)]
     x, weight = randn(rank, 5, 16).requires_grad_(), randn(rank, 8, 16)
     options = RouterOptions(top_k=2)
+    fast_route(x, weight, options, workspace).logits.sum().backward()
+    counts.append(len(made))
+    # Under reentrant checkpointing forward runs like this, and a backward comes of it.
     with torch.no_grad():
         fast_route(x, weight.clone().requires_grad_(), options, workspace)
-    counts.append(len(made))
-    fast_route(x, weight, options, workspace).logits.sum().backward()
     counts.append(len(made))
     routing = fast_route(x, weight.requires_grad_(), options, workspace)
     counts.append(len(made))
@@ -111,4 +112,4 @@ def allocations(rank: Rank) -> list[int]:
 @pytest.mark.fast
 def test_backward_allocates_nothing_that_ranks_share(pool: RankPool) -> None:
     for counts in pool.run(allocations, world_size=2):
-        assert counts == [1, 1, 1, 2, 2]
+        assert counts == [1, 1, 2, 2, 2]

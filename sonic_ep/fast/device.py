@@ -89,9 +89,12 @@ def words(rows: Tensor) -> Tensor:
 
 
 def movable(rows_NH: Tensor) -> Tensor:
-    """The same rows, contiguous, and beginning where ``words`` can begin: a view may begin at any element."""
-    rows_NH = rows_NH.contiguous()
-    return rows_NH.clone() if rows_NH.storage_offset() * rows_NH.element_size() % 4 else rows_NH
+    """The same rows, one behind the other, and beginning where ``words`` can begin: a view may begin at any element.
+
+    Of one row or none any strides count as contiguous; ``words`` minds them all the same.
+    """
+    rows_NH = rows_NH.contiguous().flatten().view(rows_NH.shape)
+    return rows_NH.clone() if rows_NH.data_ptr() % 4 else rows_NH
 
 
 def piece(words_per_row: int, word_bytes: int) -> int:
@@ -101,7 +104,11 @@ def piece(words_per_row: int, word_bytes: int) -> int:
 
 @triton.jit
 def peer_pointer(addresses_ptr, rank, like_ptr):
-    """Address ``rank`` of the table, as a pointer of the type of ``like_ptr``. Shared buffers start at 16 bytes."""
+    """Address ``rank`` of the table, as a pointer of the type of ``like_ptr``.
+
+    Shared buffers start at 16 bytes; blocks of gathered tokens at what a row is a multiple of, up to 16 bytes, and no
+    access relies on more.
+    """
     return tl.multiple_of(tl.load(addresses_ptr + rank).to(like_ptr.dtype), 16)
 
 

@@ -51,12 +51,15 @@ class LibraryGemm:
     """PyTorch's own products. For operands as ``library_serves`` wants them, and ``group_ends_e[-1] <= R``.
 
     They take no bias. With one, the own kernel is faster than PyTorch's and a pass over the rows after it.
+    rows_per_group: as of ``TritonGemm``.
     """
+
+    rows_per_group: int | None = None
 
     def rows(self, a_RK: Tensor, b_eKN: Tensor, group_ends_e: Tensor, bias_eN: Tensor | None = None) -> Tensor:
         """See ``GroupedGemm``."""
         if bias_eN is not None:
-            return TritonGemm().rows(a_RK, b_eKN, group_ends_e, bias_eN)
+            return TritonGemm(rows_per_group=self.rows_per_group).rows(a_RK, b_eKN, group_ends_e, bias_eN)
         if a_RK.shape[0] == 0:
             return a_RK.new_empty((0, b_eKN.shape[2]))
         return F.grouped_mm(a_RK, b_eKN, offs=group_ends_e)
@@ -152,9 +155,12 @@ class TritonGemm:
     """The products by own kernels: any sizes, strides of ``b`` and addresses. Group ends past R count as R.
 
     tiles: of both products; None: chosen by ``tile_shape`` for each.
+    rows_per_group: rows of a group to choose tiles for; None: the mean of those there is room for. How a sum is cut up
+        decides its last bits, so what may not change them may not change this either.
     """
 
     tiles: TileShape | None = None
+    rows_per_group: int | None = None
 
     def rows(self, a_RK: Tensor, b_eKN: Tensor, group_ends_e: Tensor, bias_eN: Tensor | None = None) -> Tensor:
         """See ``GroupedGemm``."""
@@ -162,7 +168,7 @@ class TritonGemm:
         out_RN = a_RK.new_empty((rows, width))
         if rows == 0:
             return out_RN
-        tiles = self.tiles or tile_shape(a_RK.dtype, pieces(rows, experts), width, depth)
+        tiles = self.tiles or tile_shape(a_RK.dtype, self._expected(rows, experts), width, depth)
         # Each of the groups that have rows, of which there are at most R, leaves one tile not full.
         row_tiles = pieces(rows, tiles.height) + min(experts, rows) - 1
         launch(
@@ -195,7 +201,7 @@ class TritonGemm:
         if rows == 0:
             return a_RM.new_zeros((experts, height, width))
         out_eMN = a_RM.new_empty((experts, height, width))
-        tiles = self.tiles or tile_shape(a_RM.dtype, height, width, pieces(rows, experts))
+        tiles = self.tiles or tile_shape(a_RM.dtype, height, width, self._expected(rows, experts))
         launch(
             weights_kernel,
             (experts * pieces(height, tiles.height) * pieces(width, tiles.width),),
@@ -211,15 +217,18 @@ class TritonGemm:
         )
         return out_eMN
 
+    def _expected(self, rows: int, experts: int) -> int:
+        return self.rows_per_group or pieces(rows, experts)
 
-def grouped_gemm(operands: Sequence[Tensor]) -> GroupedGemm:
+
+def grouped_gemm(operands: Sequence[Tensor], rows_per_group: int | None = None) -> GroupedGemm:
     """The way for a layer of these operands: rows (R, H) and weights (e, F, H), (e, H, I).
 
-    What lies between the products is fresh and contiguous, of the widths of these.
+    What lies between the products is fresh and contiguous, of the widths of these. rows_per_group: see ``TritonGemm``.
     """
     if not library_serves(operands):
-        return TritonGemm()
-    return LibraryGemm() if operands[0].device.type == "cuda" else LoopGemm()
+        return TritonGemm(rows_per_group=rows_per_group)
+    return LibraryGemm(rows_per_group=rows_per_group) if operands[0].device.type == "cuda" else LoopGemm()
 
 
 def library_serves(operands: Sequence[Tensor]) -> bool:

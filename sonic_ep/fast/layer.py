@@ -20,7 +20,7 @@ from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.fast.availability import interpreted
 from sonic_ep.fast.combine import combine_primitives
 from sonic_ep.fast.copy_engine import CopyEngineGather
-from sonic_ep.fast.device import movable
+from sonic_ep.fast.device import movable, pieces
 from sonic_ep.fast.dispatch import dispatch_primitives
 from sonic_ep.fast.exchange import Combine, Dispatch, Exchange
 from sonic_ep.fast.expert_layer import Begun, Call, ExpertLayer
@@ -96,10 +96,10 @@ class FastBackend:
                 scores_TK=scores_TK.detach(),
             )
             exchange = self._exchange(pending.plan, x_TH)
-            gather = self._gather_again(x_TH, slots.capacity) if training else None
+            gather = self._reserved_gather(x_TH, experts.w1, slots.capacity)
             call = Call(
                 exchange=exchange,
-                gemm=grouped_gemm((x_TH, experts.w1, experts.w2)),
+                gemm=grouped_gemm((x_TH, experts.w1, experts.w2), rows_per_group(pending.plan)),
                 activation=experts.activation,
                 layout=experts.layout,
                 gather=gather,
@@ -108,7 +108,8 @@ class FastBackend:
                 begun=Begun(staged=exchange.stage(x_TH.detach()), pending=pending, planner=kit.planner),
             )
             y_TH = ExpertLayer.apply(x_TH, scores_TK, experts.w1, experts.w2, experts.b1, experts.b2, call)
-            return LayerOutput(y=y_TH, counts=pending.plan.counts)
+            # The caller's own: backward looks at the plan's again.
+            return LayerOutput(y=y_TH, counts=pending.plan.counts.clone())
 
     def check(self) -> None:
         """Wait for the devices, then raise what they have flagged."""
@@ -135,14 +136,20 @@ class FastBackend:
 
     def _joined(self, tensor: Tensor) -> Tensor:
         """The tensor, requiring a gradient if there may be a backward that other ranks take part in."""
-        if self._group.world_size == 1 or not torch.is_grad_enabled() or tensor.requires_grad:
+        if not torch.is_grad_enabled():
             return tensor
-        own = tensor.clone() if tensor.is_inference() else tensor.detach()
-        return own.requires_grad_()
+        # What was made in inference mode cannot be saved for backward.
+        tensor = tensor.clone() if tensor.is_inference() else tensor
+        if self._group.world_size == 1 or tensor.requires_grad:
+            return tensor
+        return tensor.detach().requires_grad_()
 
-    def _gather_again(self, x_TH: Tensor, capacity: int) -> CopyEngineGather | None:
-        """Collective. What brings x again in backward, if the config asks for it, with its memory allocated."""
-        if not self._config.redispatch_x_in_backward:
+    def _reserved_gather(self, x_TH: Tensor, w1: Tensor, capacity: int) -> CopyEngineGather | None:
+        """Collective. What brings x again in backward, if the config asks for it, with its memory allocated.
+
+        Also where gradients are off: under reentrant checkpointing this is the forward of which a backward will come.
+        """
+        if not (self._config.redispatch_x_in_backward and w1.requires_grad):
             return None
         gather: CopyEngineGather = self._kit(x_TH.device).gather
         gather.reserve(capacity, x_TH.shape[1] * x_TH.element_size())
@@ -161,6 +168,11 @@ class FastBackend:
         )
         exchange.reserve(rows.shape[1] * rows.element_size())
         return exchange
+
+
+def rows_per_group(plan: RoutingPlan) -> int:
+    """Rows of an expert where all have as many. No flag changes it, and so none changes how products are cut up."""
+    return pieces(plan.world_size * plan.capacity * plan.top_k, plan.num_experts)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

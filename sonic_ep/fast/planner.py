@@ -50,6 +50,9 @@ class HostCopy:
             raise RuntimeError(
                 "cpu_sync_on_runtime: got a call in graph capture, where the host cannot read; expected it off there"
             )
+        if self._queued is not None:
+            # A call that failed may have left a copy under way. Nothing to wait for otherwise.
+            self._queued.synchronize()
         if self._host.shape != counts.shape:
             self._host = host_words(counts.numel(), self._device)
             self._words = (ctypes.c_int32 * counts.numel()).from_address(self._host.data_ptr())
@@ -108,9 +111,9 @@ class Planner:
         distinct: bool,
         scores_TK: Tensor | None = None,
     ) -> PendingPlan:
-        """Collective. Exchange ids, and scores (T, K) fp32 if there are any, and queue the plan; no read on the host.
+        """Collective. Exchange ids, and scores (T, K) fp32 if there are any, and queue the plan.
 
-        Raises what the last plan has flagged, on every rank alike.
+        Raises what the last plan has flagged, on every rank alike; where that could be flagged, it waits for it.
         """
         self.raise_if_bad()
         self._workspace.enter()

@@ -34,9 +34,10 @@ def route(x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions, workspace: 
     ``logits = x . router_w`` in fp32. Choices descend by logit; equal logits go to the lower expert first. Collective
     where shared memory for the sum of the weight's gradient has to grow, and in backward, where it is summed.
     """
+    if options.reduce_router_grad and router_w_EH.requires_grad:
+        # Also where gradients are off: under reentrant checkpointing a backward will come of it.
+        reserve_sum(workspace, router_w_EH.numel())
     if torch.is_grad_enabled():
-        if options.reduce_router_grad and router_w_EH.requires_grad:
-            reserve_sum(workspace, router_w_EH.numel())
         # What was made in inference mode cannot be saved for backward.
         x_TH = x_TH.clone() if x_TH.is_inference() else x_TH
     logits_TE, topk_idx_TK, scores_TK = Route.apply(x_TH, router_w_EH, options, workspace)
