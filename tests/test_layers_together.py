@@ -19,7 +19,8 @@ from sonic_ep.testing.differential import gather_parts, leaf, leaf_experts
 pytestmark = pytest.mark.fast
 LAYERS = 4
 BOTH_FLAGS = {"redispatch_x_in_backward": True, "cpu_sync_on_runtime": True}
-FLAGS = [{}, BOTH_FLAGS]
+# Interpreted with both flags; that no flag changes a bit is shown in test_layer.
+FLAGS = [pytest.param({}, marks=pytest.mark.thorough), BOTH_FLAGS]
 # bf16 in sizes of whole 16 bytes: what captures in a graph by PyTorch's own products, and here by ours.
 GRAPHED = replace(CASES["uniform_bf16"], hidden=64, intermediate=32, bias=False)
 
