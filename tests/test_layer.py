@@ -54,13 +54,14 @@ def settings(world_sizes: list[int], cases: Iterable[str]) -> list[ParameterSet]
     """(backend, world_size, case, pair), all of them.
 
     For every day on the fast backend: one pair of modes, another for each case and number of ranks, and on two ranks
-    for every third case each mode; on three ranks two thirds of the cases, on four half of them.
+    for every third case each mode; on three ranks a third of the cases, on four a quarter.
     """
     found = []
     for backend, world_size, (place, case), pair in product(BACKENDS, world_sizes, enumerate(cases), PAIRS):
         turn = PAIRS[(place + world_size) % len(PAIRS)]
         # The more ranks, the fewer cases.
-        sampled = world_size < max(WORLD_SIZES) and pair == turn and place % world_size < FEW_RANKS
+        some = world_size <= FEW_RANKS or place % world_size == 1
+        sampled = world_size < max(WORLD_SIZES) and pair == turn and some
         everyday = sampled or (world_size == FEW_RANKS and place % 3 == 0 and pair in DIAGONAL)
         marks = thorough(backend, everyday=everyday)
         name = f"{backend}-{world_size}-{case}-{pair_name(pair)}"
