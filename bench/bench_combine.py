@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import usual
-from arena import Arena, How, Way, Work
-from report import Traffic
 from torch import Tensor
-from workload import Problem
 
 from sonic_ep import CombineMode
+from sonic_ep.benchmark import usual
+from sonic_ep.benchmark.arena import How, SuiteArena, Way, Work
+from sonic_ep.benchmark.results import Traffic
+from sonic_ep.benchmark.workload import Problem
 from sonic_ep.cost import combine_traffic
 from sonic_ep.fast.collectives import gather_scores
 from sonic_ep.fast.combine import combine_primitives
@@ -26,7 +26,7 @@ MOST_TIMES = 1.25
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["scores", "no_scores"])
 @pytest.mark.parametrize("mode", list(CombineMode), ids=lambda mode: mode.value)
-def bench_combine(arena: Arena, large: Problem, run: Run, how: How, mode: CombineMode, *, weighted: bool) -> None:
+def bench_combine(arena: SuiteArena, large: Problem, run: Run, how: How, mode: CombineMode, *, weighted: bool) -> None:
     """Rows in canonical order in, sums of this rank's tokens out; with scores, their exchange too."""
     traffic = sums_in(arena, large, mode, weighted=weighted)
     barred = large.shape.barred and mode is CombineMode.RANK_DEDUP and weighted
@@ -43,7 +43,7 @@ def bench_combine(arena: Arena, large: Problem, run: Run, how: How, mode: Combin
 
 
 @pytest.mark.parametrize("collective", ["all_to_all_single", "reduce_scatter"])
-def bench_usual_combine(arena: Arena, large: Problem, run: Run, collective: str) -> None:
+def bench_usual_combine(arena: SuiteArena, large: Problem, run: Run, collective: str) -> None:
     """Sums by ``torch.distributed``: NCCL on GPUs. Before ``reduce_scatter`` each rank has summed what it holds."""
     if not usual.has_collectives(arena.group):
         pytest.skip("one rank has nobody to communicate with")
@@ -63,7 +63,7 @@ def bench_usual_combine(arena: Arena, large: Problem, run: Run, collective: str)
     run(work, arena.behind_work)
 
 
-def combine(arena: Arena, problem: Problem, mode: CombineMode, *, weighted: bool) -> Callable[[], Tensor]:
+def combine(arena: SuiteArena, problem: Problem, mode: CombineMode, *, weighted: bool) -> Callable[[], Tensor]:
     """The combine of one mode; scores (T, K) of every rank are gathered in it, if there are any."""
     primitive, workspace = combine_primitives(arena.workspace)[mode], arena.workspace
 
@@ -75,7 +75,7 @@ def combine(arena: Arena, problem: Problem, mode: CombineMode, *, weighted: bool
     return function
 
 
-def sums_in(arena: Arena, problem: Problem, mode: CombineMode, *, weighted: bool) -> Traffic | None:
+def sums_in(arena: SuiteArena, problem: Problem, mode: CombineMode, *, weighted: bool) -> Traffic | None:
     """What a combine brings to a rank over the link: rows or sums, and the other ranks' scores."""
     shape = problem.shape
     moved = problem.mean_traffic(lambda counts: combine_traffic(counts, shape.row_bytes)[mode])

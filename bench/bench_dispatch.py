@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import pytest
-import usual
-from arena import Arena, How, Way, Work
-from report import Bar, Traffic
 from torch import Tensor
-from workload import Problem
 
 from sonic_ep import DispatchMode, EPConfig, ExpertParallel
+from sonic_ep.benchmark import usual
+from sonic_ep.benchmark.arena import How, SuiteArena, Way, Work
+from sonic_ep.benchmark.layer import WAY
+from sonic_ep.benchmark.results import Bar, Traffic
+from sonic_ep.benchmark.workload import Problem
 from sonic_ep.cost import (
     RankCounts,
     canonical_gather_bytes,
@@ -29,13 +30,6 @@ from sonic_ep.testing import assert_bitwise
 
 Run = Callable[[Work, How], None]
 
-WAY: Mapping[DispatchMode, Way] = MappingProxyType(
-    {
-        DispatchMode.ALL_GATHER: Way.COPY_ENGINE_IN,
-        DispatchMode.ALL_TO_ALL: Way.READ,
-        DispatchMode.RANK_DEDUP: Way.READ,
-    }
-)
 # The share of its ceiling that each mode has to reach over the link.
 LEAST_SHARE: Mapping[DispatchMode, float] = MappingProxyType(
     {DispatchMode.ALL_GATHER: 0.93, DispatchMode.ALL_TO_ALL: 0.92, DispatchMode.RANK_DEDUP: 0.93}
@@ -47,7 +41,7 @@ each_mode = pytest.mark.parametrize("mode", list(DispatchMode), ids=lambda mode:
 
 
 @each_mode
-def bench_link(arena: Arena, large: Problem, run: Run, how: How, mode: DispatchMode) -> None:
+def bench_link(arena: SuiteArena, large: Problem, run: Run, how: How, mode: DispatchMode) -> None:
     """The tokens stand in shared memory already: the barrier behind that, and the way over the link."""
     staged = large.mean_over_ranks(lambda counts: staging_bytes(counts, large.shape.row_bytes))
     traffic = rows_in(arena, large, mode, more_memory=-staged)
@@ -64,7 +58,7 @@ def bench_link(arena: Arena, large: Problem, run: Run, how: How, mode: DispatchM
 
 
 @each_mode
-def bench_receive(arena: Arena, large: Problem, run: Run, how: How, mode: DispatchMode) -> None:
+def bench_receive(arena: SuiteArena, large: Problem, run: Run, how: How, mode: DispatchMode) -> None:
     """All of a dispatch up to what it receives: barriers, staging, the way over the link."""
     primitive = dispatch_primitives(arena.workspace)[mode]
 
@@ -84,7 +78,7 @@ def bench_receive(arena: Arena, large: Problem, run: Run, how: How, mode: Dispat
 
 
 @each_mode
-def bench_ids_to_rows(arena: Arena, large: Problem, run: Run, how: How, mode: DispatchMode) -> None:
+def bench_ids_to_rows(arena: SuiteArena, large: Problem, run: Run, how: How, mode: DispatchMode) -> None:
     """``ep.plan``, then ``ep.dispatch``: ids in, rows in canonical order out, through the public API."""
     config = EPConfig(dispatch=mode)
     ids = exchange_link_bytes(
@@ -106,7 +100,7 @@ def bench_ids_to_rows(arena: Arena, large: Problem, run: Run, how: How, mode: Di
 
 
 @pytest.mark.parametrize("collective", ["all_to_all_single", "all_gather"])
-def bench_usual_dispatch(arena: Arena, large: Problem, run: Run, collective: str) -> None:
+def bench_usual_dispatch(arena: SuiteArena, large: Problem, run: Run, collective: str) -> None:
     """X in, rows in canonical order out, by ``torch.distributed``: NCCL on GPUs. The routing is known beforehand."""
     if not usual.has_collectives(arena.group):
         pytest.skip("one rank has nobody to communicate with")
@@ -122,7 +116,7 @@ def bench_usual_dispatch(arena: Arena, large: Problem, run: Run, collective: str
     run(work, arena.behind_work)
 
 
-def over_the_link(arena: Arena, problem: Problem, mode: DispatchMode) -> Callable[[], Tensor]:
+def over_the_link(arena: SuiteArena, problem: Problem, mode: DispatchMode) -> Callable[[], Tensor]:
     """Collective: stage the tokens. What is returned meets the other ranks, then receives."""
     workspace, plan, x_TH = arena.workspace, problem.plan, problem.x_TH
     staged = stage_tokens(x_TH, plan.capacity, workspace)
@@ -141,7 +135,7 @@ def over_the_link(arena: Arena, problem: Problem, mode: DispatchMode) -> Callabl
 
 
 def rows_in(
-    arena: Arena, problem: Problem, mode: DispatchMode, *, more_bytes: int = 0, more_memory: float = 0
+    arena: SuiteArena, problem: Problem, mode: DispatchMode, *, more_bytes: int = 0, more_memory: float = 0
 ) -> Traffic | None:
     """What a dispatch with its staging brings to a rank over the link and moves in its memory, and more of either."""
     row_bytes = problem.shape.row_bytes
@@ -149,7 +143,7 @@ def rows_in(
     return arena.traffic(moved.link_in + more_bytes, WAY[mode], moved.memory + more_memory)
 
 
-def usual_bytes_in(arena: Arena, problem: Problem, collective: str) -> Traffic | None:
+def usual_bytes_in(arena: SuiteArena, problem: Problem, collective: str) -> Traffic | None:
     """What the usual path brings to a rank: a row a slot, or all tokens."""
     one_row_a_slot = collective == "all_to_all_single"
 

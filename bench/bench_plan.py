@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 
 import pytest
-from arena import Arena, How, Work
-from report import Bar
 from torch import Tensor
-from workload import Problem, Shape
 
 from sonic_ep import ExpertParallel, RoutingPlan
+from sonic_ep.benchmark.arena import How, SuiteArena, Work
+from sonic_ep.benchmark.results import Bar
+from sonic_ep.benchmark.workload import Problem, Shape
 from sonic_ep.testing import assert_bitwise
 from sonic_ep.testing.checks import expect
 
@@ -42,7 +42,7 @@ def bar_of(slots: int, shape: Shape) -> Bar | None:
 
 
 @pytest.mark.parametrize("size", [0, 1])
-def bench_plan(arena: Arena, run: Callable[[Work, How], None], how: How, size: int) -> None:
+def bench_plan(arena: SuiteArena, run: Callable[[Work, How], None], how: How, size: int) -> None:
     """``ep.plan`` through the public API."""
     if size >= len(arena.sizes.plans):
         pytest.skip("one plan only at a shape of the caller's")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from arena import Arena, How, Work
-from report import Bar
 from torch import Tensor
-from workload import Problem
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
+from sonic_ep.benchmark.arena import How, SuiteArena, Work
+from sonic_ep.benchmark.results import Bar
+from sonic_ep.benchmark.workload import Problem
 from sonic_ep.testing import assert_bitwise
 
 Run = Callable[[Work, How], None]
@@ -29,7 +29,7 @@ PAIRS = (
 @pytest.mark.parametrize("planned", [True, False], ids=["planned", "with_plan"])
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0].value}-{pair[1].value}")
 def bench_small(
-    arena: Arena, small: Problem, run: Run, how: How, pair: tuple[DispatchMode, CombineMode], *, planned: bool
+    arena: SuiteArena, small: Problem, run: Run, how: How, pair: tuple[DispatchMode, CombineMode], *, planned: bool
 ) -> None:
     """``ep.dispatch``, then ``ep.combine`` of the rows as they are; ``planned``: by a plan that was made before."""
     config = EPConfig(dispatch=pair[0], combine=pair[1])

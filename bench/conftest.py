@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from arena import Arena, How, Work, WrongError, measured_ceilings, memory_rate, seconds_of
-from report import Entry, Results, environment
-from workload import BARS, SMOKE, Problem, Shape, Sizes, bars_hold
 
 from sonic_ep.backend import unavailable_reasons
+from sonic_ep.benchmark.arena import How, SuiteArena, Work, WrongError
+from sonic_ep.benchmark.results import Entry, Results, command_of, environment
+from sonic_ep.benchmark.workload import BARS, SMOKE, Problem, Shape, Sizes, bars_hold
+from sonic_ep.ceilings import measured_ceilings, memory_rate, stopwatch
 from sonic_ep.cli.launch import Place, joined_group, launched_by_torchrun
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.group import resolve_group
@@ -131,7 +132,7 @@ def place() -> Iterator[Place]:
 
 
 @pytest.fixture(scope="session")
-def arena(place: Place, request: pytest.FixtureRequest) -> Iterator[Arena]:
+def arena(place: Place, request: pytest.FixtureRequest) -> Iterator[SuiteArena]:
     """The group and its shared memory, and the rates of the link and of memory, measured first."""
     sizes = chosen_sizes(place, request.config.getoption("--thek"))
     group = resolve_group(None)
@@ -140,31 +141,39 @@ def arena(place: Place, request: pytest.FixtureRequest) -> Iterator[Arena]:
         pytest.skip(f"backend 'fast' cannot run here: {'; '.join(reasons)}")
     workspace = Workspace(group, place.device)
     with torch.no_grad():
-        ceilings = measured_ceilings(workspace, sizes.large)
+        ceilings = measured_ceilings(group, place.device, sizes.large.tokens * sizes.large.row_bytes)
         on_gpu = place.device.type == "cuda"
-        memory = memory_rate(place.device, lambda copy: seconds_of(copy, workspace)) if on_gpu else None
-    commit, arguments = request.config.getoption("--commit"), request.config.invocation_params.args
-    found = environment(place.device, group.world_size, commit, [str(word) for word in arguments])
+        memory = memory_rate(place.device, stopwatch(workspace.fence, place.device, group)) if on_gpu else None
+    arguments = [str(word) for word in request.config.invocation_params.args]
+    command = command_of(group.world_size, "-m pytest", arguments)
+    found = environment(place.device, group.world_size, request.config.getoption("--commit"), command)
     results = Results(environment=found, ceilings=ceilings, memory_rate=memory)
     request.config.stash[RESULTS] = results
-    yield Arena(group=group, device=place.device, workspace=workspace, sizes=sizes, results=results)
+    yield SuiteArena(
+        group=group,
+        device=place.device,
+        fence=workspace.fence,
+        results=results,
+        workspace=workspace,
+        sizes=sizes,
+    )
     workspace.close()
 
 
 @pytest.fixture(scope="session")
-def large(arena: Arena) -> Problem:
+def large(arena: SuiteArena) -> Problem:
     """The large shape, drawn."""
     return Problem(shape=arena.sizes.large, group=arena.group, device=arena.device)
 
 
 @pytest.fixture(scope="session")
-def small(arena: Arena) -> Problem:
+def small(arena: SuiteArena) -> Problem:
     """The small shape, drawn."""
     return Problem(shape=arena.sizes.small, group=arena.group, device=arena.device)
 
 
 @pytest.fixture(params=list(How), ids=lambda how: how.value)
-def how(arena: Arena, request: pytest.FixtureRequest) -> How:
+def how(arena: SuiteArena, request: pytest.FixtureRequest) -> How:
     """Each way to launch that there is on this device."""
     chosen: How = request.param
     if chosen is not How.EAGER and not arena.on_gpu:
@@ -173,13 +182,13 @@ def how(arena: Arena, request: pytest.FixtureRequest) -> How:
 
 
 @pytest.fixture
-def run(arena: Arena, tell: Callable[[Entry], None]) -> Callable[[Work, How], None]:
+def run(arena: SuiteArena, tell: Callable[[Entry], None]) -> Callable[[Work, How], None]:
     """Check a piece of work, time it, and tell what came of it."""
     return lambda work, how: tell(arena.run(work, how))
 
 
 @pytest.fixture
-def tell(arena: Arena, benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Entry], None]:
+def tell(arena: SuiteArena, benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Entry], None]:
     """Write the results so far, and tell pytest-benchmark what each round of the last one took."""
     clock, path = request.config.stash[CLOCK], request.config.getoption("--results")
 

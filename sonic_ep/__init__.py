@@ -14,6 +14,8 @@ Backward::
 ``backend="fast"`` gives the same results near the speed of the link.
 """
 
+from typing import TYPE_CHECKING
+
 from sonic_ep.api import ExpertParallel, MoEOutput, moe
 from sonic_ep.config import (
     BackendUnavailableError,
@@ -27,6 +29,9 @@ from sonic_ep.config import (
 from sonic_ep.module import MoE
 from sonic_ep.plan import PlanError, RoutingPlan
 
+if TYPE_CHECKING:
+    from sonic_ep.profiler import NetworkProfiler, ProfileReport
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -38,9 +43,26 @@ __all__ = [
     "ExpertParallel",
     "MoE",
     "MoEOutput",
+    "NetworkProfiler",
     "PlanError",
+    "ProfileReport",
     "RoutingPlan",
     "RowOverflowError",
     "ScoreOrder",
     "moe",
 ]
+
+# Loaded when they are asked for: whoever only runs a layer needs neither the profiler nor the tools it measures with.
+_OF_PROFILER = ("NetworkProfiler", "ProfileReport")
+
+
+def __getattr__(name: str) -> object:
+    if name not in _OF_PROFILER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sonic_ep import profiler
+
+    return getattr(profiler, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_OF_PROFILER})

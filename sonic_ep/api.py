@@ -206,6 +206,14 @@ class ExpertParallel:
         self._open()
         return self._backend.gather_number(number, self.group.device_for(device))[0]
 
+    def meet(self, device: torch.device) -> None:
+        """Collective. All ranks meet, on the current stream of ``device``, or on the host if that is the CPU.
+
+        What is timed begins with it: a rank alone would measure how long it waits for the others.
+        """
+        self._open()
+        self._backend.meet(device)
+
     def check(self) -> None:
         """Collective. Raise what the device has flagged since the last host sync, on every rank alike.
 

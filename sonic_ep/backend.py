@@ -92,6 +92,10 @@ class Backend(Protocol):
         """``number`` of every rank, in rank order."""
         ...
 
+    def meet(self, device: torch.device) -> None:
+        """Collective. All ranks meet: on the current stream of ``device``, or on the host if that is the CPU."""
+        ...
+
     def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
         """Logits, choices and scores of this rank's tokens. Collective in backward, and where memory is shared."""
         ...

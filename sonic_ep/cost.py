@@ -33,6 +33,20 @@ class Rates:
     memory: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class LinkCeilings:
+    """The best rates seen over the link, into one rank and as much out of it at the same time, in bytes/s.
+
+    copy_engine_in, copy_engine_out: copies that the receiver or the sender queues. read: kernels that read a peer's
+    memory. write: kernels that write to it.
+    """
+
+    copy_engine_in: float
+    copy_engine_out: float
+    read: float
+    write: float
+
+
 # 2×H200: NVLink measured with both directions busy, by copy engine, kernel reads and kernel writes; device memory as a
 # copy of a large tensor moves it, reads and writes counted.
 H200_NVLINK = Rates(copy_engine=368e9, link_read=333e9, link_write=360e9, memory=4.3e12)
@@ -204,6 +218,12 @@ def dispatch_traffic(counts: RankCounts, row_bytes: int) -> Mapping[DispatchMode
             DispatchMode.RANK_DEDUP: _pulled(counts, row_bytes, pairs, written=counts.packed_rows),
         }
     )
+
+
+def reference_dispatch_link_bytes(counts: RankCounts, row_bytes: int) -> Mapping[DispatchMode, int]:
+    """Link bytes into a rank by each dispatch of the reference, whose ``all_to_all`` plainly sends one row a slot."""
+    link_in = {mode: traffic.link_in for mode, traffic in dispatch_traffic(counts, row_bytes).items()}
+    return MappingProxyType({**link_in, DispatchMode.ALL_TO_ALL: counts.slots_in * row_bytes})
 
 
 def staging_bytes(counts: RankCounts, row_bytes: int) -> int:

@@ -12,7 +12,7 @@ from sonic_ep.backend import CombinePrimitive, DispatchPrimitive
 
 PACKAGE = Path(sonic_ep.__file__).parent
 TESTS = Path(__file__).parent
-LEAVES = {"config", "plan", "activation", "cost", "memory", "group"}
+LEAVES = {"config", "plan", "activation", "cost", "memory", "group", "machine"}
 
 # What each part may import of the package. A part is a module or a folder right below sonic_ep.
 MAY_IMPORT = {
@@ -25,8 +25,12 @@ MAY_IMPORT = {
     "api": {*LEAVES, "backend", "validation"},
     "module": {*LEAVES, "api", "validation"},
     "testing": {*LEAVES, "backend", "api", "module", "reference"},
-    "cli": {*LEAVES, "backend", "api", "testing", "fast"},
-    "__init__": {*LEAVES, "api", "module"},
+    "ceilings": {*LEAVES, "backend", "testing", "fast"},
+    "profiler": {*LEAVES, "backend", "api", "validation", "testing", "ceilings"},
+    "benchmark": {*LEAVES, "backend", "api", "testing", "reference", "fast", "ceilings", "profiler"},
+    "report": LEAVES,
+    "cli": {*LEAVES, "backend", "api", "testing", "fast", "ceilings", "profiler", "benchmark", "report"},
+    "__init__": {*LEAVES, "api", "module", "profiler"},
     "__main__": {"cli"},
 }
 # Stems of one backend that the other need not have.

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from sonic_ep.ceilings import memory_rate
+from sonic_ep.cost import LinkCeilings
 from sonic_ep.group import resolve_group
 from sonic_ep.testing import Rank, RankPool
 from sonic_ep.testing.timing import AboveCeilingError, Ceiling, Timing
@@ -24,11 +27,11 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ENTRY_FIELDS = {"name", "how", "shape", "rounds", "median_us", "p10_us", "p90_us", "min_us", "max_us"}
 MODES = ("all_gather", "all_to_all", "rank_dedup")
 LAYERS = {
-    *(f"grouped_mm of a layer: {which}" for which in ("forward", "forward and backward")),
-    *(f"layer all_to_all, rank_dedup: {which}" for which in ("forward", "forward and backward")),
+    *(f"grouped_mm of a layer: {which}" for which in ("forward, inference", "forward and backward")),
+    *(f"layer all_to_all, rank_dedup: {which}" for which in ("forward, inference", "forward and backward")),
     "layer all_to_all, rank_dedup, redispatch, cpu_sync: forward and backward",
-    "layer all_to_all, rank_dedup, beside the reference: forward",
-    "reference layer: forward",
+    "layer all_to_all, rank_dedup, beside the reference: forward, inference",
+    "reference layer: forward, inference",
 }
 
 
@@ -148,9 +151,8 @@ def test_wrong_words() -> None:
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The modules that benches share; they are no package."""
     monkeypatch.syspath_prepend(str(BENCH))
-    import arena
-    import report
-    import workload
+    from sonic_ep.benchmark import arena, workload
+    from sonic_ep.benchmark import results as report
 
     yield SimpleNamespace(arena=arena, report=report, workload=workload)
     for name in ("report", "workload", "arena"):
@@ -187,7 +189,7 @@ def test_an_entry_as_json_and_in_the_table(bench: SimpleNamespace) -> None:
 
 
 def test_every_measured_rate_is_reported(bench: SimpleNamespace) -> None:
-    ceilings = bench.report.LinkCeilings(copy_engine_in=1e9, copy_engine_out=2e9, read=3e9, write=4e9)
+    ceilings = LinkCeilings(copy_engine_in=1e9, copy_engine_out=2e9, read=3e9, write=4e9)
     results = bench.report.Results(environment={}, ceilings=ceilings, memory_rate=5e9)
     expected = {"copy_engine_in": 1.0, "copy_engine_out": 2.0, "read": 3.0, "write": 4.0, "memory": 5.0}
     assert results.as_json()["rates_gb_per_s"] == expected
@@ -201,9 +203,9 @@ def test_a_copy_is_read_and_written(bench: SimpleNamespace) -> None:
         copy()
         return 2.0
 
-    assert bench.arena.memory_rate(torch.device("cpu"), two_seconds, 400) == 400.0
+    assert memory_rate(torch.device("cpu"), two_seconds, 400) == 400.0
     with pytest.raises(AssertionError, match="not what was copied"):
-        bench.arena.memory_rate(torch.device("cpu"), lambda copy: 2.0, 400)
+        memory_rate(torch.device("cpu"), lambda copy: 2.0, 400)
 
 
 @pytest.mark.parametrize(
@@ -250,9 +252,8 @@ def arena_of(rank: Rank) -> Iterator[SimpleNamespace]:
     """An arena on this rank, and the modules of the benches."""
     sys.path.insert(0, str(BENCH))
     try:
-        import arena
-        import report
-        import workload
+        from sonic_ep.benchmark import arena, workload
+        from sonic_ep.benchmark import results as report
     finally:
         sys.path.remove(str(BENCH))
     from sonic_ep.fast.workspace import Workspace
@@ -260,7 +261,14 @@ def arena_of(rank: Rank) -> Iterator[SimpleNamespace]:
     group = resolve_group(None)
     workspace = Workspace(group, rank.device)
     results = report.Results(environment={}, ceilings=None)
-    here = arena.Arena(group=group, device=rank.device, workspace=workspace, sizes=workload.SMOKE, results=results)
+    here = arena.SuiteArena(
+        group=group,
+        device=rank.device,
+        fence=workspace.fence,
+        workspace=workspace,
+        sizes=workload.SMOKE,
+        results=results,
+    )
     yield SimpleNamespace(here=here, arena=arena, report=report, shape=workload.SMOKE.small)
     workspace.close()
 
@@ -314,12 +322,12 @@ def test_what_is_faster_than_the_link_is_no_result(cpu_pool: RankPool) -> None:
 
 def meetings_of_a_run(rank: Rank) -> tuple[int, int]:
     """How often ranks met before a round, and the rounds."""
-    with arena_of(rank) as bench, pytest.MonkeyPatch.context() as patch:
+    with arena_of(rank) as bench:
         met = []
-        fence = bench.here.workspace.fence
-        patch.setattr(bench.here.workspace, "fence", lambda: (met.append(1), fence()))
+        fence = bench.here.fence
+        here = replace(bench.here, fence=lambda: (met.append(1), fence()))
         work = bench.arena.Work(name="work", shape=bench.shape, function=lambda: None, check=lambda got: None)
-        entry = bench.here.run(work, bench.arena.How.EAGER)
+        entry = here.run(work, bench.arena.How.EAGER)
         return len(met), len(entry.timing.rounds)
 
 

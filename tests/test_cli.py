@@ -14,10 +14,11 @@ import sonic_ep.cli.verify as verify_module
 from sonic_ep import EPConfig, ExpertParallel
 from sonic_ep.backend import unavailable_reasons
 from sonic_ep.cli import GREEN, INTERRUPTED, RED, WRONG_ARGUMENTS, main
-from sonic_ep.cli.doctor import BackendHealth, Health, link_types
+from sonic_ep.cli.doctor import BackendHealth, Health
 from sonic_ep.cli.launch import joined_group, launched_by_torchrun
 from sonic_ep.cli.verify import Trial, chosen_cases, configurations, fitting_cases, run_trials
 from sonic_ep.group import EPGroup
+from sonic_ep.machine import link_types
 from sonic_ep.testing import CASES, Accuracy, Case
 from sonic_ep.testing.checks import Errors
 

@@ -22,6 +22,7 @@ from sonic_ep.cost import (
     dispatch_traffic,
     exchange_link_bytes,
     rank_counts,
+    reference_dispatch_link_bytes,
     staging_bytes,
 )
 from sonic_ep.reference.plan import build_plan
@@ -286,6 +287,18 @@ def test_counts_agree_with_the_plan(case: Case) -> None:
         read_and_written = 2 * plan.rows() * 10
         assert gather[DispatchMode.ALL_GATHER] == gather[DispatchMode.RANK_DEDUP] == read_and_written
         assert gather[DispatchMode.ALL_TO_ALL] == 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_reference_sends_a_row_for_each_slot(case: Case, world_size: int) -> None:
+    plans = plans_of(case, world_size)
+    slots = drawn_of(plans).slots()
+    for rank, counts in enumerate(counts_of(plans)):
+        link_in = reference_dispatch_link_bytes(counts, 6)
+        assert link_in[DispatchMode.ALL_TO_ALL] == 6 * sum(q == rank != p for p, q in slots)
+        for mode in (DispatchMode.ALL_GATHER, DispatchMode.RANK_DEDUP):
+            assert link_in[mode] == dispatch_traffic(counts, 6)[mode].link_in
 
 
 def test_worked_example() -> None:

@@ -14,15 +14,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from sonic_ep.backend import BACKEND_PACKAGES, choose_backend
+from sonic_ep.cli.bench import add_bench
 from sonic_ep.cli.demo import show_demo
 from sonic_ep.cli.doctor import Health, examine
+from sonic_ep.cli.exit_codes import GREEN, INTERRUPTED, RED, WRONG_ARGUMENTS
 from sonic_ep.cli.launch import joined_group, launch, launched_by_torchrun
-from sonic_ep.cli.verify import DTYPES, Shape, chosen_cases, verify_cases
+from sonic_ep.cli.profile import add_profile
+from sonic_ep.cli.sweep import add_sweep
+from sonic_ep.cli.verify import chosen_cases, verify_cases
+from sonic_ep.cli.words import DTYPES, add_nproc, thiek_word
 from sonic_ep.config import AUTO, BackendUnavailableError
 from sonic_ep.group import EPGroup
 from sonic_ep.testing.cases import CASES
 
-GREEN, RED, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
 DEMO_RANKS = 4
 
 
@@ -54,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_doctor(commands.add_parser("doctor", help="versions, GPUs, links, and which backends can run here"))
     _add_verify(commands.add_parser("verify", help="run the differential cases on this machine"))
+    add_bench(commands.add_parser("bench", help="the layer end to end: verified, profiled, then timed"))
+    add_profile(commands.add_parser("profile", help="time every mode at a shape and name the fastest pair"))
+    add_sweep(commands.add_parser("sweep", help="profile and layer with every pair of modes, over sizes and routings"))
     _add_demo(commands.add_parser("demo", help="route a handful of tokens over four ranks and show every step"))
     return parser
 
@@ -78,12 +85,12 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
-    _add_nproc(parser, default=None)
+    add_nproc(parser)
     parser.add_argument("--backend", choices=(AUTO, *BACKEND_PACKAGES), default=AUTO, help="which one to verify")
     parser.add_argument("--case", action="append", choices=tuple(CASES), help="only this case; may be repeated")
     parser.add_argument(
         "--thiek",
-        type=_shape,
+        type=thiek_word,
         metavar="T,H,I,E,K",
         help="a shape instead of the named cases: tokens of the whole group, hidden, intermediate, experts, top-k",
     )
@@ -92,30 +99,8 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    _add_nproc(parser, default=DEMO_RANKS)
+    add_nproc(parser, default=DEMO_RANKS)
     parser.set_defaults(command=_demo, check=_nothing_to_check)
-
-
-def _add_nproc(parser: argparse.ArgumentParser, default: int | None) -> None:
-    parser.add_argument(
-        "--nproc", type=_count, default=default, metavar="N", help=f"ranks to start (default: {default or 1})"
-    )
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
-    return int(text)
-
-
-def _shape(text: str) -> Shape:
-    parts = text.split(",")
-    if len(parts) != 5:
-        raise argparse.ArgumentTypeError(f"got {len(parts)} numbers in {text!r}, expected five: T,H,I,E,K")
-    tokens, hidden, intermediate, num_experts, top_k = (_count(part.strip()) for part in parts)
-    if top_k > num_experts:
-        raise argparse.ArgumentTypeError(f"got K={top_k}, expected at most E={num_experts}")
-    return Shape(tokens=tokens, hidden=hidden, intermediate=intermediate, num_experts=num_experts, top_k=top_k)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import platform
-import shutil
-import subprocess
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
 
 import torch
@@ -15,9 +12,9 @@ import torch.distributed as dist
 from sonic_ep.backend import BACKEND_PACKAGES, unavailable_reasons
 from sonic_ep.fast.availability import symmetric_memory_reasons
 from sonic_ep.group import EPGroup
+from sonic_ep.machine import link_types, package_version, topology
 
 PACKAGES = ("sonic-ep", "torch", "triton", "einops", "numpy", "matplotlib")
-TOPOLOGY_SECONDS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +47,9 @@ def examine() -> Health:
 
 
 def _versions() -> list[tuple[str, str]]:
-    found = [("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
-    for package in PACKAGES:
-        try:
-            found.append((package, version(package)))
-        except PackageNotFoundError:
-            found.append((package, "not installed"))
-    return [*found, ("torch's CUDA", torch.version.cuda or "none: a CPU build")]
+    python = ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    packages = [(package, package_version(package) or "not installed") for package in PACKAGES]
+    return [python, *packages, ("torch's CUDA", torch.version.cuda or "none: a CPU build")]
 
 
 def _gpus() -> list[tuple[str, str]]:
@@ -72,42 +65,13 @@ def _gpus() -> list[tuple[str, str]]:
 
 def _links() -> list[tuple[str, str]]:
     """Peer access and link of every pair of GPUs."""
-    types = link_types(_topology())
+    types = link_types(topology())
     lines = []
     for a, b in combinations(range(torch.cuda.device_count()), 2):
         peers = torch.cuda.can_device_access_peer(a, b) and torch.cuda.can_device_access_peer(b, a)
         link = types.get((a, b), "link unknown: nvidia-smi does not tell")
         lines.append((f"GPU {a} - GPU {b}", f"{'peer access' if peers else 'no peer access'}, {link}"))
     return lines
-
-
-def _topology() -> str:
-    """The matrix that ``nvidia-smi topo -m`` prints; empty if it cannot be had."""
-    program = shutil.which("nvidia-smi")
-    if program is None or not torch.cuda.is_available():
-        return ""
-    try:
-        done = subprocess.run(
-            [program, "topo", "-m"], capture_output=True, text=True, timeout=TOPOLOGY_SECONDS, check=True
-        )
-    except (subprocess.SubprocessError, OSError):
-        return ""
-    return done.stdout
-
-
-def link_types(topology: str) -> dict[tuple[int, int], str]:
-    r"""Link of each pair of GPUs, from the matrix of ``nvidia-smi topo -m``.
-
-    >>> link_types("\tGPU0\tGPU1\tCPU Affinity\nGPU0\t X \tNV18\t0-31\nGPU1\tNV18\t X \t0-31")
-    {(0, 1): 'NVLink, 18 links (NV18)', (1, 0): 'NVLink, 18 links (NV18)'}
-    """
-    rows = [line.split() for line in topology.splitlines() if line.startswith("GPU")]
-    found = {}
-    for a, row in enumerate(rows):
-        for b, word in enumerate(row[1 : len(rows) + 1]):
-            if a != b:
-                found[a, b] = f"NVLink, {word[2:]} links ({word})" if word.startswith("NV") else f"{word} (no NVLink)"
-    return found
 
 
 def _symmetric_memory() -> tuple[str, str]:

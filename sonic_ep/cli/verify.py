@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from types import MappingProxyType
 from typing import TextIO
 
 import torch
 
 from sonic_ep.api import ExpertParallel
+from sonic_ep.cli.words import Thiek
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig
 from sonic_ep.testing.cases import CASES, Case
 from sonic_ep.testing.checks import Accuracy
 from sonic_ep.testing.differential import verify_moe, verify_routed
-
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-)
 
 Verifier = Callable[[Case, ExpertParallel, torch.device], list[Accuracy]]
 
@@ -46,31 +42,21 @@ class Verdict:
     reds: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A shape to verify instead of the named cases: T over the whole group, H, I, E, K."""
-
-    tokens: int
-    hidden: int
-    intermediate: int
-    num_experts: int
-    top_k: int
-
-    def case(self, world_size: int, dtype: torch.dtype) -> Case:
-        """Uniform routing at this shape; the tokens are spread as evenly as they go."""
-        share, rest = divmod(self.tokens, world_size)
-        return Case(
-            name=f"T{self.tokens}-H{self.hidden}-I{self.intermediate}-E{self.num_experts}-K{self.top_k}",
-            tokens=tuple(share + (rank < rest) for rank in range(world_size)),
-            hidden=self.hidden,
-            intermediate=self.intermediate,
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            dtype=dtype,
-        )
+def case_of(shape: Thiek, world_size: int, dtype: torch.dtype) -> Case:
+    """Uniform routing at this shape; the tokens are spread as evenly as they go."""
+    share, rest = divmod(shape.tokens, world_size)
+    return Case(
+        name=f"T{shape.tokens}-H{shape.hidden}-I{shape.intermediate}-E{shape.num_experts}-K{shape.top_k}",
+        tokens=tuple(share + (rank < rest) for rank in range(world_size)),
+        hidden=shape.hidden,
+        intermediate=shape.intermediate,
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        dtype=dtype,
+    )
 
 
-def chosen_cases(world_size: int, names: Sequence[str] | None, shape: Shape | None, dtype: torch.dtype) -> list[Case]:
+def chosen_cases(world_size: int, names: Sequence[str] | None, shape: Thiek | None, dtype: torch.dtype) -> list[Case]:
     """The case of ``shape`` if one is given, else the named cases, or those of them in ``names``.
 
     Raises ``ValueError`` if the ranks do not divide the experts of ``shape``, or if both kinds are asked for.
@@ -79,9 +65,8 @@ def chosen_cases(world_size: int, names: Sequence[str] | None, shape: Shape | No
         return [case for case in fitting_cases(world_size) if names is None or case.name in names]
     if names is not None:
         raise ValueError("got --case and --thiek, expected one or the other")
-    if shape.num_experts % world_size:
-        raise ValueError(f"--thiek: got E={shape.num_experts}, expected a multiple of the {world_size} ranks")
-    return [shape.case(world_size, dtype)]
+    shape.require_experts_divide(world_size)
+    return [case_of(shape, world_size, dtype)]
 
 
 def configurations() -> list[EPConfig]:

@@ -51,6 +51,12 @@ class FastBackend:
         dist.all_gather(everybody, mine, group=self._group.process_group)
         return [int(other) for other in everybody]
 
+    def meet(self, device: torch.device) -> None:
+        """On the current stream: the host waits for nothing."""
+        workspace = self._kit(device).workspace
+        workspace.enter()
+        workspace.fence()
+
     def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
         """See ``sonic_ep.fast.router``."""
         return route(x_TH, router_w_EH, options, self._kit(x_TH.device).workspace)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sonic_ep.cost import LinkCeilings
 from sonic_ep.fast.device import copy_row, launch, multiprocessors, peer_pointer
 from sonic_ep.fast.workspace import SharedBuffer, Workspace
 
@@ -27,20 +28,6 @@ STREAMS = (1, 2, 4)
 
 # Seconds that a collective transfer takes, all ranks having met before each round.
 Stopwatch = Callable[[Callable[[], None]], float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinkCeilings:
-    """The best rates seen over the link, into one rank and as much out of it at the same time, in bytes/s.
-
-    copy_engine_in, copy_engine_out: copies that the receiver or the sender queues. read: kernels that read a peer's
-    memory. write: kernels that write to it.
-    """
-
-    copy_engine_in: float
-    copy_engine_out: float
-    read: float
-    write: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +54,8 @@ LAUNCHES = (
     Launch(piece_bytes=32768, warps=8, programs=4),
     Launch(piece_bytes=32768, warps=16, programs=4),
 )
+# What is moved is a multiple of this.
+LARGEST_PIECE = max(how.piece_bytes for how in LAUNCHES)
 
 
 @triton.jit

@@ -160,6 +160,10 @@ class ReferenceBackend:
         mine = torch.tensor([number], dtype=torch.int64, device=device)
         return self._collectives.all_gather(mine).flatten().tolist()
 
+    def meet(self, device: torch.device) -> None:
+        """One byte of every rank to every rank."""
+        self._collectives.all_gather(torch.zeros(1, dtype=torch.uint8, device=device))
+
     def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
         """See ``sonic_ep.reference.router``."""
         with _full_precision(x_TH):

@@ -70,7 +70,10 @@ def repeating(generator: torch.Generator, tokens: int, case: Case, world_size: i
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One point of the test space. ``tokens``: T of rank r is ``tokens[r % len(tokens)]``."""
+    """One point of the test space. ``tokens``: T of rank r is ``tokens[r % len(tokens)]``.
+
+    bench: whether its routing and K are benched as well, at the sizes of the benches.
+    """
 
     name: str
     tokens: tuple[int, ...] = (13,)
@@ -86,6 +89,7 @@ class Case:
     score_order: ScoreOrder = ScoreOrder.TOPK_THEN_SOFTMAX
     norm_topk_probs: bool = False
     seed: int = 0
+    bench: bool = False
 
     def tokens_of_rank(self, rank: int) -> int:
         """T of ``rank``."""
@@ -105,17 +109,17 @@ CASES: Mapping[str, Case] = _table(
     Case(name="uniform"),
     Case(name="uniform_bf16", dtype=torch.bfloat16, hidden=64),
     Case(name="uniform_fp16", dtype=torch.float16, hidden=64),
-    Case(name="skewed", choose=skewed, tokens=(29,), seed=1),
+    Case(name="skewed", choose=skewed, tokens=(29,), seed=1, bench=True),
     Case(name="one_expert", choose=first_experts, top_k=1, seed=2),
-    Case(name="one_rank", choose=one_rank, seed=3),
-    Case(name="empty_experts", choose=even_experts, top_k=4, seed=4),
+    Case(name="one_rank", choose=one_rank, seed=3, bench=True),
+    Case(name="empty_experts", choose=even_experts, top_k=4, seed=4, bench=True),
     Case(name="zero_token_ranks", tokens=(0, 11), seed=5),
     Case(name="no_tokens_at_all", tokens=(0,), seed=5),
     Case(name="uneven_tokens", tokens=(13, 2, 7, 1), top_k=6, seed=6),
     Case(name="dropped_slots", choose=dropping, top_k=4, tokens=(16, 9), seed=7),
-    Case(name="dropped_slots_bf16", choose=dropping, top_k=4, tokens=(16, 9), dtype=torch.bfloat16, seed=7),
+    Case(name="dropped_slots_bf16", choose=dropping, top_k=4, tokens=(16, 9), dtype=torch.bfloat16, seed=7, bench=True),
     Case(name="repeated_experts", choose=repeating, top_k=5, seed=8),
-    Case(name="top_1", top_k=1, tokens=(17,), seed=9),
+    Case(name="top_1", top_k=1, tokens=(17,), seed=9, bench=True),
     Case(name="top_all", top_k=24, tokens=(5, 6), choose=uniform, seed=10),
     Case(name="odd_hidden", hidden=33, intermediate=7, seed=11),
     Case(name="prime_tokens", tokens=(37,), top_k=7, dtype=torch.bfloat16, seed=12),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # An implementation may be this much less accurate than plain PyTorch in the same dtype.
 ACCURACY_FACTOR = 2.0
+# No id, no row and no count.
+SPOILED = -7
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -36,6 +39,15 @@ def assert_bitwise(got: Tensor, expected: Tensor, name: str = "tensor") -> None:
             f"{name}: {int(differs.sum())} of {differs.numel()} elements differ, the first at {first}: "
             f"got {got[first].item()!r}, expected {expected[first].item()!r}"
         )
+
+
+def spoil(result: Any) -> None:
+    """Nothing right is left in ``result``: a tensor, several, or a dataclass of tensors."""
+    if is_dataclass(result):
+        result = [getattr(result, of_result.name) for of_result in fields(result)]
+    for tensor in result if isinstance(result, list | tuple) else [result]:
+        if isinstance(tensor, Tensor):
+            tensor.fill_(float("nan") if tensor.is_floating_point() else SPOILED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +120,13 @@ class Yardstick:
         self._row_scale = row_norms.clamp(min=typical)
         # Rows that even rounding does not touch have to be exact.
         self._zero_rows = (self._truth == 0).all(dim=-1) & (plain == 0).all(dim=-1)
-        self.bound = self._bound(plain)
+        self.plain_part = self.part(plain)
+        self.bound = bound_of(self._errors([self.plain_part]), plain.dtype)
+
+    @property
+    def norm(self) -> float:
+        """The Frobenius norm of the truth."""
+        return self._norm
 
     def part(self, got: Tensor, share: slice = slice(None)) -> Part:
         """The part of ``got``, which is ``share`` of the whole along the first dimension.
@@ -137,14 +155,44 @@ class Yardstick:
         distance = sum(part.square for part in parts) ** 0.5
         return Errors(norm=_ratio(distance, self._norm), worst_row=max(part.worst_row for part in parts))
 
-    def _bound(self, plain: Tensor) -> Errors:
-        plain_errors = self._errors([self.part(plain)])
-        # No result can be expected to be better than the truth, rounded.
-        half_ulp = torch.finfo(plain.dtype).eps / 2
-        return Errors(
-            norm=ACCURACY_FACTOR * max(plain_errors.norm, half_ulp),
-            worst_row=ACCURACY_FACTOR * max(plain_errors.worst_row, half_ulp),
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A rank's own part of a tensor: the norm of its truth, and what is wrong with what was got and with the plain."""
+
+    norm: float
+    got: Part
+    plain: Part
+
+
+def pooled(name: str, shares: Sequence[Share], dtype: torch.dtype) -> Accuracy:
+    """The errors of a tensor of which every rank knows the truth of its own share alone.
+
+    Errors and sizes of all shares are summed, and the worst row of all counts, measured in its own share.
+
+    >>> def part(square): return Part(square=square, worst_row=0.0)
+    >>> shares = [Share(norm=norm, got=part(9.0), plain=part(8.0)) for norm in (3.0, 4.0)]
+    >>> found = pooled("y", shares, torch.float32)
+    >>> round(found.got.norm ** 2, 6), round(found.bound.norm ** 2, 6)
+    (0.72, 2.56)
+    """
+    size = sum(share.norm**2 for share in shares) ** 0.5
+
+    def errors(parts: Sequence[Part]) -> Errors:
+        distance = sum(part.square for part in parts) ** 0.5
+        return Errors(norm=_ratio(distance, size), worst_row=max(part.worst_row for part in parts))
+
+    bound = bound_of(errors([share.plain for share in shares]), dtype)
+    return Accuracy(name=name, got=errors([share.got for share in shares]), bound=bound)
+
+
+def bound_of(plain: Errors, dtype: torch.dtype) -> Errors:
+    """The errors that are admitted where plain PyTorch in ``dtype`` makes those of ``plain``."""
+    # No result can be expected to be better than the truth, rounded.
+    half_ulp = torch.finfo(dtype).eps / 2
+    return Errors(
+        norm=ACCURACY_FACTOR * max(plain.norm, half_ulp), worst_row=ACCURACY_FACTOR * max(plain.worst_row, half_ulp)
+    )
 
 
 def assert_as_accurate(got: Tensor, truth: Tensor, plain: Tensor, name: str = "tensor") -> None:

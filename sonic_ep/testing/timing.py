@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from time import perf_counter
 from typing import Any
 
@@ -110,6 +111,33 @@ def measure(
         function()
     clock = _seconds_on_stream if device.type == "cuda" else _seconds_on_host
     return slowest_rank(_gathered(clock(function, rounds, enter, device), group, device))
+
+
+def measure_in_turn(
+    functions: Sequence[Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int,
+    device: torch.device,
+    group: EPGroup,
+    enter: Callable[[], object],
+) -> list[Timing]:
+    """Collective: ``measure`` of each function, taking turns round by round, ``rounds`` of each.
+
+    GPUs get slower as they get warm: what is to be compared takes turns.
+    """
+    if not functions:
+        return []
+    turns, several = cycle(functions), len(functions)
+    timing = measure(
+        lambda: next(turns)(),
+        rounds=rounds * several,
+        warmup=warmup * several,
+        device=device,
+        group=group,
+        enter=enter,
+    )
+    return [Timing(rounds=timing.rounds[turn::several]) for turn in range(several)]
 
 
 def keep_busy(device: torch.device, seconds: float = BUSY_SECONDS) -> None:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from itertools import cycle
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from report import Against, Bar, Entry, MemoryTraffic, Results, Traffic
 from torch import Tensor
-from workload import Shape, Sizes
 
-from sonic_ep.fast.link import LinkCeilings, Stopwatch, link_ceilings
+from sonic_ep.benchmark.results import Against, Bar, Entry, MemoryTraffic, Results, Traffic
+from sonic_ep.benchmark.workload import Shape, Sizes
+from sonic_ep.ceilings import meeting
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.group import EPGroup
-from sonic_ep.testing.checks import expect
-from sonic_ep.testing.timing import Ceiling, Timing, captured, keep_busy, measure
+from sonic_ep.testing.checks import spoil
+from sonic_ep.testing.timing import BUSY_SECONDS, Ceiling, Timing, captured, measure_in_turn
 
 Check = Callable[[Any], None]
 
@@ -63,10 +62,6 @@ ROUNDS_OF_SMALL = Rounds(timed=200, warmup=5)
 ROUNDS_OF_SMOKE = Rounds(timed=2, warmup=0)
 # Below so many bytes of a rank's tokens a shape is small.
 SMALL_BYTES = 2**24
-# Ten times what a cache holds.
-COPIED_BYTES = 2**29
-# No id, no row and no count.
-SPOILED = -7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +110,17 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Arena:
-    """What all benches of a run share. Methods are collective."""
+    """What all that a run measures shares. Methods are collective.
+
+    fence: a meeting of all ranks, on the current stream. busy_seconds: what a GPU is kept busy for before a round, so
+    that the host gets ahead.
+    """
 
     group: EPGroup
     device: torch.device
-    workspace: Workspace
-    sizes: Sizes
+    fence: Callable[[], None]
     results: Results
+    busy_seconds: float = BUSY_SECONDS
 
     @property
     def on_gpu(self) -> bool:
@@ -189,18 +188,9 @@ class Arena:
 
     def time(self, functions: Sequence[Callable[[], object]], rounds: Rounds, *, ahead: bool) -> list[Timing]:
         """What rounds of each function take, in turn; ``ahead``: behind work that lets the host get ahead."""
-        if not functions:
-            return []
-        turns, several = cycle(functions), len(functions)
-        timing = measure(
-            lambda: next(turns)(),
-            rounds=rounds.timed * several,
-            warmup=rounds.warmup * several,
-            device=self.device,
-            group=self.group,
-            enter=meeting(self.workspace, ahead=ahead),
-        )
-        return [Timing(rounds=timing.rounds[turn::several]) for turn in range(several)]
+        enter = meeting(self.fence, self.device, ahead=ahead, busy_seconds=self.busy_seconds)
+        timed, warmup, device, group = rounds.timed, rounds.warmup, self.device, self.group
+        return measure_in_turn(functions, rounds=timed, warmup=warmup, device=device, group=group, enter=enter)
 
     def traffic(self, nbytes: float, way: Way, memory_bytes: float | None = None) -> Traffic | None:
         """Bytes over the link held against the ceiling of their way; None on one rank.
@@ -216,6 +206,14 @@ class Arena:
         if memory_bytes is not None:
             memory = MemoryTraffic(nbytes=memory_bytes, bytes_per_second=self.results.memory_rate)
         return Traffic(nbytes=nbytes, ceiling=ceiling, memory=memory)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SuiteArena(Arena):
+    """What the suites of the fast backend share besides: its shared memory, and the shapes."""
+
+    workspace: Workspace
+    sizes: Sizes
 
 
 def still_right(trials: Sequence[Trial], check: Callable[[Trial], None], wrong: dict[str, WrongError]) -> list[Trial]:
@@ -257,58 +255,6 @@ def other_inputs(inputs: Sequence[Tensor]) -> Iterator[None]:
     yield
     for tensor, right in zip(inputs, kept, strict=True):
         tensor.copy_(right)
-
-
-def spoil(result: Any) -> None:
-    """Nothing right is left in ``result``: a tensor, several, or a dataclass of tensors."""
-    if is_dataclass(result):
-        result = [getattr(result, of_result.name) for of_result in fields(result)]
-    for tensor in result if isinstance(result, list | tuple) else [result]:
-        if isinstance(tensor, Tensor):
-            tensor.fill_(float("nan") if tensor.is_floating_point() else SPOILED)
-
-
-def meeting(workspace: Workspace, *, ahead: bool) -> Callable[[], None]:
-    """All ranks meet on the stream. ``ahead``: the GPU is kept busy first, so that the host gets ahead of it."""
-
-    def enter() -> None:
-        if ahead:
-            keep_busy(workspace.device)
-        workspace.fence()
-
-    return enter
-
-
-def measured_ceilings(workspace: Workspace, shape: Shape) -> LinkCeilings | None:
-    """Collective: the ceilings of the link between GPUs, for as many bytes as a rank has in tokens; else None."""
-    if workspace.device.type != "cuda":
-        return None
-    return link_ceilings(workspace, shape.tokens * shape.row_bytes, lambda transfer: seconds_of(transfer, workspace))
-
-
-def memory_rate(device: torch.device, seconds: Stopwatch, nbytes: int = COPIED_BYTES) -> float:
-    """What the memory of ``device`` moves in a copy of ``nbytes``, reads and writes, in bytes/s.
-
-    seconds: what a copy takes. Raises ``AssertionError`` if it did not arrive.
-    """
-    source = torch.randint(-(2**31), 2**31 - 1, (nbytes // 4,), dtype=torch.int32, device=device)
-    target = torch.zeros_like(source)
-
-    def copy() -> None:
-        target.copy_(source)
-
-    taken = seconds(copy)
-    expect(torch.equal(source, target), "memory: a copy is not what was copied")
-    return (source.nbytes + target.nbytes) / taken
-
-
-def seconds_of(transfer: Callable[[], object], workspace: Workspace) -> float:
-    """Collective: the median over rounds of what ``transfer`` takes the slowest rank."""
-    enter = meeting(workspace, ahead=True)
-    rounds, group = ROUNDS_OF_LARGE, workspace.group
-    return measure(
-        transfer, rounds=rounds.timed, warmup=rounds.warmup, device=workspace.device, group=group, enter=enter
-    ).median
 
 
 def agree(group: EPGroup, check: Callable[[], None]) -> None:

@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from workload import Shape
 
-from sonic_ep.fast.link import LinkCeilings
+from sonic_ep.benchmark.workload import Shape
+from sonic_ep.cost import LinkCeilings
+from sonic_ep.machine import commit, this_machine
 from sonic_ep.testing.timing import Ceiling, Timing
 
-HERE = Path(__file__).parent
-PATIENCE_SECONDS = 20
 SMALLEST_GROUP = 2
 
 
@@ -207,10 +204,15 @@ class Results:
     def as_json(self) -> dict[str, Any]:
         """All of it; ceilings in GB/s."""
         return {
+            "kind": "suite",
             "environment": self.environment,
-            "rates_gb_per_s": {name: round(rate / 1e9, 2) for name, rate in self._rates().items()},
+            "rates_gb_per_s": self.rates_as_json(),
             "entries": [entry.as_json() for entry in self.entries],
         }
+
+    def rates_as_json(self) -> dict[str, float]:
+        """Every rate that was measured, in GB/s."""
+        return {name: round(rate / 1e9, 2) for name, rate in self._rates().items()}
 
     def write(self, path: Path) -> None:
         """As JSON; folders are made."""
@@ -265,23 +267,16 @@ def shape_as_json(shape: Shape) -> dict[str, Any]:
     return {"T": shape.tokens, "H": shape.hidden, **intermediate, **experts, "dtype": dtype}
 
 
-def environment(device: torch.device, world_size: int, commit: str | None, arguments: Sequence[str]) -> dict[str, Any]:
-    """What the run depends on; ``arguments`` are those of pytest."""
-    on_gpu = device.type == "cuda"
+def environment(device: torch.device, world_size: int, named_commit: str | None, command: str) -> dict[str, Any]:
+    """What the run depends on; ``command``: how to run it again."""
     return {
-        "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
-        "gpus": torch.cuda.device_count(),
+        **asdict(this_machine(device)),
         "world_size": world_size,
         "process_group": dist.get_backend() if dist.is_initialized() else None,
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
-        "driver": _driver() if on_gpu else None,
-        "commit": commit or _commit(),
-        "command": _command(world_size, arguments),
+        "commit": named_commit or commit(),
+        "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "note": _note(on_gpu, world_size),
+        "note": _note(device.type == "cuda", world_size),
     }
 
 
@@ -293,35 +288,8 @@ def _note(on_gpu: bool, world_size: int) -> str | None:
     return None
 
 
-def _command(world_size: int, arguments: Sequence[str]) -> str:
+def command_of(world_size: int, words: str, arguments: Sequence[str]) -> str:
+    """A command line: ``words`` with ``arguments``, by torchrun if this process was."""
     launcher = f"torchrun --nproc_per_node={world_size}" if dist.is_initialized() else "python"
     interpreter = "TRITON_INTERPRET=1 " if os.environ.get("TRITON_INTERPRET") == "1" else ""
-    return f"{interpreter}{launcher} -m pytest {shlex.join(arguments)}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _driver() -> str | None:
-    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return found.splitlines()[0].strip() if found else None
-
-
-def _commit() -> str | None:
-    """The commit checked out, and whether files differ from it; None without git."""
-    commit = _output("git", "-C", str(HERE), "rev-parse", "HEAD").strip()
-    changed = _output("git", "-C", str(HERE), "status", "--porcelain").strip()
-    return f"{commit}{' with changes' if changed else ''}" if commit else None
-
-
-def _output(*words: str) -> str:
-    """What a program prints; empty if it cannot be run or fails."""
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=True)
-    except (subprocess.SubprocessError, OSError):
-        return ""
-    return done.stdout
+    return f"{interpreter}{launcher} {words} {shlex.join(arguments)}".rstrip()

@@ -1,20 +1,18 @@
 """The usual path: the same work by the collectives of ``torch.distributed``, with local gathers around them.
 
-All that the host has to know, splits and indices, is worked out beforehand and not timed, in its favour. And of a
-layer, the matrix products by themselves, and what makes an answer right.
+All that the host has to know, splits and indices, is worked out beforehand and not timed, in its favour.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
-from workload import LayerProblem, Outcome, Problem, tensors_of
 
+from sonic_ep.benchmark.workload import Problem
 from sonic_ep.group import EPGroup
 from sonic_ep.reference.plan import slot_exchange
 from sonic_ep.testing import assert_as_accurate
@@ -140,92 +138,3 @@ def collective(name: str, older_name: str) -> Callable[..., object]:
 def has_collectives(group: EPGroup) -> bool:
     """Whether there is anybody to communicate with."""
     return group.process_group is not None and group.world_size > 1
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Answer:
-    """What every call has to give, by one call of the fast backend, and what the reference says of that.
-
-    plain: the reference's, in the dtype of the layer; truth: in fp32. faults: what is wrong with the answer.
-    """
-
-    outcome: Outcome
-    plain: Outcome
-    truth: Outcome
-    faults: tuple[str, ...]
-
-
-def faults_of(got: Outcome, truth: Outcome, plain: Outcome) -> tuple[str, ...]:
-    """Which of y and the gradients are not as accurate as those of plain PyTorch."""
-    found = []
-    found_by_name, yardsticks = tensors_of(got), tensors_of(plain)
-    for name, right in tensors_of(truth).items():
-        if name == "logits":
-            continue
-        try:
-            assert_as_accurate(found_by_name[name], right, yardsticks[name], name)
-        except AssertionError as error:
-            found.append(str(error))
-    return tuple(found)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Products:
-    """The matrix products of a layer by ``grouped_mm``, at the rows that its routing sends here; random numbers.
-
-    ends (e,) int32. rows, out_grad (R, H); hidden_grad (R, 2I); activated (R, I), with R = ends[-1].
-    """
-
-    ends: Tensor
-    rows: Tensor
-    out_grad: Tensor
-    hidden_grad: Tensor
-    activated: Tensor
-    w1: Tensor
-    w2: Tensor
-
-    @staticmethod
-    def of(problem: LayerProblem, ends_e: Tensor, rows: int) -> Products:
-        """Drawn for ``rows`` rows."""
-        w1, w2 = problem.inputs.w1.detach(), problem.inputs.w2.detach()
-        generator = torch.Generator(w1.device).manual_seed(problem.group.rank)
-
-        def normal(width: int) -> Tensor:
-            return w1.new_empty((rows, width)).normal_(generator=generator)
-
-        hidden, intermediate = w2.shape[1:]
-        return Products(
-            ends=ends_e,
-            rows=normal(hidden),
-            out_grad=normal(hidden),
-            hidden_grad=normal(w1.shape[1]),
-            activated=normal(intermediate),
-            w1=w1,
-            w2=w2,
-        )
-
-    def operands(self, *, backward: bool) -> list[tuple[Tensor, Tensor]]:
-        """Left (R, .) and right of the two of a forward, or of all six.
-
-        Rows are multiplied by a right of (e, ., .); of one of (R, .) the products with rows are summed, by expert.
-        """
-        forward = [(self.rows, self.w1.transpose(1, 2)), (self.activated, self.w2.transpose(1, 2))]
-        if not backward:
-            return forward
-        of_rows = [(self.out_grad, self.w2), (self.hidden_grad, self.w1)]
-        return [*forward, *of_rows, (self.out_grad, self.activated), (self.hidden_grad, self.rows)]
-
-    def all_of(self, operands: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Each of the products, one behind the other."""
-        lefts = [(left if right.ndim == 3 else left.t(), right) for left, right in operands]
-        return [F.grouped_mm(left, right, offs=self.ends) for left, right in lefts]
-
-    def expect_of_one_group(self, found: Tensor, left: Tensor, right: Tensor, name: str) -> None:
-        """The group with most rows, as accurate as a product of its own."""
-        sizes = self.ends.diff(prepend=self.ends.new_zeros(1))
-        group = int(sizes.argmax())
-        end = int(self.ends[group])
-        rows = slice(end - int(sizes[group]), end)
-        by_rows = right.ndim == 3
-        a, b = (left[rows], right[group]) if by_rows else (left[rows].t(), right[rows])
-        assert_as_accurate(found[rows] if by_rows else found[group], a.float() @ b.float(), a @ b, name)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
 import torch
 from torch import Tensor
 
-from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel, MoEOutput, RoutingPlan
+from sonic_ep.config import CombineMode, DispatchMode, EPConfig
 from sonic_ep.cost import RankCounts, Traffic, rank_counts
 from sonic_ep.group import EPGroup
+from sonic_ep.plan import RoutingPlan
 from sonic_ep.reference.collectives import Collectives, collectives_of
 from sonic_ep.reference.combine import combine_primitives
 from sonic_ep.reference.dispatch import dispatch_primitives
 from sonic_ep.reference.plan import exchange_plan, pad_tokens
-from sonic_ep.reference.router import choose_experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,131 +220,3 @@ class Problem:
     def _generator(self, stream: int) -> torch.Generator:
         """Random numbers of this rank for one of its tensors."""
         return torch.Generator(self.device).manual_seed(1000 * stream + self.group.rank)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LayerInputs:
-    """What a layer is called with: leaves that require gradients, and the gradient of its output.
-
-    x, out_grad (T, H); router_w (E, H); w1 (e, 2I, H), w2 (e, H, I); b1 (e, 2I) and b2 (e, H), or None.
-    """
-
-    x: Tensor
-    out_grad: Tensor
-    router_w: Tensor
-    w1: Tensor
-    w2: Tensor
-    b1: Tensor | None
-    b2: Tensor | None
-
-    @property
-    def leaves(self) -> dict[str, Tensor]:
-        """All of them but for ``out_grad``, by name."""
-        return {name: tensor for name, tensor in tensors_of(self).items() if name != "out_grad"}
-
-    def in_fp32(self) -> LayerInputs:
-        """The same numbers in fp32."""
-        return replace(self, **{name: t.detach().float().requires_grad_() for name, t in tensors_of(self).items()})
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Outcome:
-    """What a layer gives: y (T, H) and logits (T, E) fp32, and behind a backward the gradient of every leaf."""
-
-    y: Tensor
-    logits: Tensor
-    x_grad: Tensor | None = None
-    router_w_grad: Tensor | None = None
-    w1_grad: Tensor | None = None
-    w2_grad: Tensor | None = None
-    b1_grad: Tensor | None = None
-    b2_grad: Tensor | None = None
-
-
-def tensors_of(given: LayerInputs | Outcome) -> dict[str, Tensor]:
-    """Those that there are, by name."""
-    found = {of_given.name: getattr(given, of_given.name) for of_given in fields(given)}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-
-# Routers that round differently choose alike where the least logit chosen is so far above the next one.
-APART = 1e-3
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LayerProblem:
-    """A layer drawn for this rank: the router alike on every rank, tokens and experts its own; swiglu."""
-
-    shape: Shape
-    group: EPGroup
-    device: torch.device
-    biased: bool = False
-
-    @cached_property
-    def inputs(self) -> LayerInputs:
-        """Normally distributed, weights scaled to keep the size of what they multiply, no near ties in the router."""
-        shape, held = self.shape, self.shape.num_experts // self.group.world_size
-        assert shape.intermediate is not None, "a shape without experts"
-        width = 2 * shape.intermediate
-        router_w = self._normal((shape.num_experts, shape.hidden), 1, shape.hidden**-0.5, alike=True)
-        return LayerInputs(
-            x=self._tokens_apart(router_w).requires_grad_(),
-            out_grad=self._normal((shape.tokens, shape.hidden), 2),
-            router_w=router_w.requires_grad_(),
-            w1=self._normal((held, width, shape.hidden), 3, shape.hidden**-0.5).requires_grad_(),
-            w2=self._normal((held, shape.hidden, shape.intermediate), 4, shape.intermediate**-0.5).requires_grad_(),
-            b1=self._normal((held, width), 5, 0.1).requires_grad_() if self.biased else None,
-            b2=self._normal((held, shape.hidden), 6, 0.1).requires_grad_() if self.biased else None,
-        )
-
-    def forward(self, ep: ExpertParallel, inputs: LayerInputs) -> Outcome:
-        """``ep.moe`` without gradients."""
-        with torch.no_grad():
-            out = self._moe(ep, inputs)
-        return Outcome(y=out.y, logits=out.router_logits)
-
-    def forward_backward(self, ep: ExpertParallel, inputs: LayerInputs) -> Outcome:
-        """``ep.moe`` and the gradients of all leaves."""
-        with torch.enable_grad():
-            out = self._moe(ep, inputs)
-            found = torch.autograd.grad(out.y, list(inputs.leaves.values()), inputs.out_grad)
-        gradients = {f"{name}_grad": gradient for name, gradient in zip(inputs.leaves, found, strict=True)}
-        return Outcome(y=out.y.detach(), logits=out.router_logits.detach(), **gradients)
-
-    def choices(self, outcome: Outcome) -> Tensor:
-        """The experts that a router has chosen, (T, K) int64."""
-        return choose_experts(outcome.logits, self.shape.top_k)
-
-    def _moe(self, ep: ExpertParallel, inputs: LayerInputs) -> MoEOutput:
-        b1, b2 = inputs.b1, inputs.b2
-        return ep.moe(inputs.x, inputs.router_w, inputs.w1, inputs.w2, self.shape.top_k, b1=b1, b2=b2)
-
-    def _tokens_apart(self, router_w: Tensor) -> Tensor:
-        """Tokens (T, H), those with a near tie where the choice ends drawn anew."""
-        shape, generator = self.shape, self._generator(0)
-        x_TH = torch.empty((shape.tokens, shape.hidden), dtype=shape.dtype, device=self.device)
-        near_T = torch.ones(shape.tokens, dtype=torch.bool, device=self.device)
-        while bool(near_T.any()):
-            x_TH[near_T] = x_TH[near_T].normal_(generator=generator)
-            near_T = near_ties(x_TH.float() @ router_w.float().t(), shape.top_k)
-        return x_TH
-
-    def _normal(self, size: tuple[int, ...], stream: int, scale: float = 1.0, *, alike: bool = False) -> Tensor:
-        generator = self._generator(stream, alike=alike)
-        return torch.empty(size, dtype=self.shape.dtype, device=self.device).normal_(0, scale, generator=generator)
-
-    def _generator(self, stream: int, *, alike: bool = False) -> torch.Generator:
-        """Random numbers of this rank, or ``alike`` on all of them, for one of its tensors."""
-        return torch.Generator(self.device).manual_seed(100_000 + 1000 * stream + (0 if alike else self.group.rank))
-
-
-def near_ties(logits_TE: Tensor, top_k: int) -> Tensor:
-    """Which tokens, (T,) bool, have a logit not chosen that is less than ``APART`` below one that is.
-
-    >>> near_ties(torch.tensor([[3.0, 1.0, 2.0], [3.0, 2.0, 2.0]]), 2)
-    tensor([False,  True])
-    """
-    if top_k == logits_TE.shape[1]:
-        return torch.zeros(logits_TE.shape[0], dtype=torch.bool, device=logits_TE.device)
-    largest = logits_TE.topk(top_k + 1, dim=1).values
-    return largest[:, top_k - 1] - largest[:, top_k] < APART

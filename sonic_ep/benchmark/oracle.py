@@ -1,0 +1,194 @@
+"""What makes a layer's answer right: the dense oracle on this rank's tokens, its experts' gradients summed over ranks.
+
+Plain PyTorch in the dtype of the layer says how accurate an answer has to be, PyTorch in a wider one what is true.
+Truth is computed a few tokens at a time, so that a large shape fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
+from sonic_ep.backend import Experts
+from sonic_ep.benchmark.layer_problem import LayerInputs, LayerProblem, Outcome, gradients_by_name, tensors_of
+from sonic_ep.group import EPGroup
+from sonic_ep.reference.dense import dense_moe, dense_scores
+from sonic_ep.reference.router import choose_experts
+from sonic_ep.testing.checks import Accuracy, Share, Yardstick, assert_as_accurate, pooled
+
+# Slots that the oracle takes at a time in the wider dtype.
+MOST_SLOTS = 2**16
+# What people call the parts of an answer.
+NAMES = {"y": "o", "x_grad": "dx"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answer:
+    """What every call has to give, by one call of the layer, and what the oracle says of that.
+
+    plain: by plain PyTorch in the dtype of the layer; truth: in a wider one. accuracies: of all ranks together, the
+    same on each. alike: whether this rank's router has chosen what the oracle's did.
+    """
+
+    outcome: Outcome
+    plain: Outcome
+    truth: Outcome
+    accuracies: tuple[Accuracy, ...]
+    alike: bool
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What is wrong with the answer."""
+        red = [str(accuracy) for accuracy in self.accuracies if not accuracy.ok]
+        return (*(() if self.alike else ("other experts are chosen",)), *red)
+
+
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """What truth is computed in: fp32, or fp64 for fp32."""
+    return torch.float64 if dtype is torch.float32 else torch.float32
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Oracle:
+    """The oracle of one layer: what is true of it is computed once, whatever is held against it."""
+
+    problem: LayerProblem
+
+    @cached_property
+    def truth(self) -> Outcome:
+        """Collective: in a wider dtype, a few tokens at a time."""
+        shape = self.problem.shape
+        return dense_outcome(self.problem, wider(shape.dtype), at_a_time=max(1, MOST_SLOTS // shape.top_k))
+
+    @cached_property
+    def plain(self) -> Outcome:
+        """Collective: in the dtype of the layer."""
+        return dense_outcome(self.problem, self.problem.shape.dtype, at_a_time=max(1, self.problem.shape.tokens))
+
+
+def judged(oracle: Oracle, outcome: Outcome, plain: Outcome | None = None) -> Answer:
+    """Collective: hold the outcome of a forward and backward against the oracle.
+
+    plain: the same by plain PyTorch in the dtype of the layer; None: by the oracle.
+    """
+    problem, truth = oracle.problem, oracle.truth
+    plain = plain or oracle.plain
+    right, yardsticks, found = tensors_of(truth), tensors_of(plain), tensors_of(outcome)
+    names = [name for name in right if name != "logits"]
+    accuracies = [
+        accuracy_of_all(name, found[name], Yardstick(as_rows(right[name]), as_rows(yardsticks[name])), problem.group)
+        for name in names
+    ]
+    chosen = [problem.choices(each).sort(dim=1).values for each in (outcome, truth)]
+    return Answer(outcome=outcome, plain=plain, truth=truth, accuracies=tuple(accuracies), alike=torch.equal(*chosen))
+
+
+def faults_of(got: Outcome, truth: Outcome, plain: Outcome) -> tuple[str, ...]:
+    """Which of y and the gradients of this rank are not as accurate as those of plain PyTorch."""
+    found = []
+    found_by_name, yardsticks = tensors_of(got), tensors_of(plain)
+    for name, right in tensors_of(truth).items():
+        if name == "logits":
+            continue
+        try:
+            assert_as_accurate(found_by_name[name], right, yardsticks[name], name)
+        except AssertionError as error:
+            found.append(str(error))
+    return tuple(found)
+
+
+def accuracy_of_all(field: str, got: Tensor, stick: Yardstick, group: EPGroup) -> Accuracy:
+    """Collective: the errors of the shares of all ranks together, the same on every rank."""
+    mine = Share(norm=stick.norm, got=stick.part(as_rows(got)), plain=stick.plain_part)
+    shares = [mine] * group.world_size
+    if group.world_size > 1:
+        dist.all_gather_object(shares, mine, group=group.process_group)
+    return pooled(NAMES.get(field, f"d{field.removesuffix('_grad')}"), shares, got.dtype)
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """A vector is one row."""
+    return tensor if tensor.ndim > 1 else tensor.reshape(1, -1)
+
+
+def dense_outcome(problem: LayerProblem, dtype: torch.dtype, *, at_a_time: int) -> Outcome:
+    """Collective: what ``dense_moe`` gives for this rank's tokens, ``at_a_time`` of them, and for its experts.
+
+    Gradients of weights are summed in fp32 or wider over pieces and ranks, and rounded once where there are several.
+    """
+    inputs, group = problem.inputs, problem.group
+    weights = {"router_w": inputs.router_w, **{name: gathered(w, group) for name, w in inputs.experts.items()}}
+    leaves = {name: weight.detach().to(dtype).requires_grad_() for name, weight in weights.items()}
+    sums: dict[str, Tensor] = {}
+    kept: list[Outcome] = []
+    for x, out_grad in pieces_of(inputs, dtype, at_a_time):
+        piece = dense_piece(problem, leaves, x, out_grad)
+        kept.append(Outcome(y=piece.y, logits=piece.logits, x_grad=piece.x_grad))
+        for name in leaves:
+            add_to(sums, name, tensors_of(piece)[f"{name}_grad"])
+    own = slice(group.rank * inputs.w1.shape[0], (group.rank + 1) * inputs.w1.shape[0])
+    totals = {name: over_ranks(sums[name], group) for name in leaves}
+    shares = {name: total if name == "router_w" else total[own] for name, total in totals.items()}
+    return Outcome(
+        y=torch.cat([piece.y for piece in kept]),
+        logits=torch.cat([piece.logits for piece in kept]),
+        x_grad=torch.cat([tensors_of(piece)["x_grad"] for piece in kept]),
+        **{f"{name}_grad": share.to(dtype, copy=True) for name, share in shares.items()},
+    )
+
+
+def add_to(sums: dict[str, Tensor], name: str, gradient: Tensor) -> None:
+    """Add a piece's gradient to its sum, in fp32 or wider."""
+    if name in sums:
+        sums[name] += gradient
+    else:
+        sums[name] = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+
+
+def pieces_of(inputs: LayerInputs, dtype: torch.dtype, at_a_time: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens and the gradients of their outputs, at least one piece."""
+    for x, out_grad in zip(inputs.x.detach().split(at_a_time), inputs.out_grad.split(at_a_time), strict=True):
+        yield x.to(dtype).requires_grad_(), out_grad.to(dtype)
+
+
+def dense_piece(problem: LayerProblem, leaves: dict[str, Tensor], x: Tensor, out_grad: Tensor) -> Outcome:
+    """What the oracle gives for some tokens; ``leaves`` are the router and all experts."""
+    options, top_k = problem.options, problem.shape.top_k
+    experts = Experts(
+        w1=leaves["w1"],
+        w2=leaves["w2"],
+        b1=leaves.get("b1"),
+        b2=leaves.get("b2"),
+        activation=ACTIVATIONS[options.activation],
+        layout=GATE_LAYOUTS[options.gate_layout],
+    )
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.enable_grad():
+        logits = F.linear(x.to(wide), leaves["router_w"].to(wide))
+        chosen = choose_experts(logits, top_k)
+        y = dense_moe(x, chosen, dense_scores(logits, chosen, options.router(top_k)), experts)
+        found = torch.autograd.grad(y, [x, *leaves.values()], out_grad)
+    return Outcome(y=y.detach(), logits=logits.detach(), **gradients_by_name({"x": x, **leaves}, found))
+
+
+def gathered(share: Tensor, group: EPGroup) -> Tensor:
+    """Collective: the experts of all ranks, (E, ...), from those of each."""
+    if group.world_size == 1:
+        return share.detach()
+    shares = [torch.empty_like(share.detach()) for _ in range(group.world_size)]
+    dist.all_gather(shares, share.detach().contiguous(), group=group.process_group)
+    return torch.cat(shares)
+
+
+def over_ranks(total: Tensor, group: EPGroup) -> Tensor:
+    """Collective: the sum over ranks, in place."""
+    if group.world_size > 1:
+        dist.all_reduce(total, group=group.process_group)
+    return total

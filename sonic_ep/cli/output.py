@@ -1,0 +1,42 @@
+"""What commands that measure leave behind: lines of rank 0, and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sonic_ep.cli.launch import Place
+
+# Their names are no options.
+COMMANDS = ("bench", "sweep")
+
+
+def teller(place: Place) -> Callable[[str], None]:
+    """Prints on rank 0, and nothing elsewhere."""
+
+    def say(line: str) -> None:
+        if place.rank == 0:
+            print(line, flush=True)
+
+    return say
+
+
+def words_without_paths(arguments: list[str]) -> list[str]:
+    """What the command was given, but for its own name: paths are somebody's own, and so is the name of a commit."""
+    words, dropped = [], False
+    for word in arguments[1:]:
+        if dropped:
+            dropped = False
+        elif word in ("--json", "--commit"):
+            dropped = True
+        elif not word.startswith(("--json=", "--commit=")) and word not in COMMANDS:
+            words.append(word)
+    return words
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=2) + "\n")

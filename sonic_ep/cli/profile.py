@@ -1,0 +1,112 @@
+"""``sonic-ep profile``: every mode timed at a shape on this machine, and the fastest pair."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sonic_ep.api import ExpertParallel
+from sonic_ep.backend import choose_backend
+from sonic_ep.benchmark.results import command_of
+from sonic_ep.cli.exit_codes import GREEN, RED
+from sonic_ep.cli.launch import Place, joined_group, launched_by_torchrun
+from sonic_ep.cli.output import teller, words_without_paths, write_json
+from sonic_ep.cli.words import DTYPES, Thiek, add_call, add_config, add_nproc, config_of, spellings
+from sonic_ep.group import EPGroup
+from sonic_ep.profiler import NetworkProfiler, ProfileReport, WrongResultError, default_device
+from sonic_ep.profiler.cache import DEFAULT_FOLDER
+from sonic_ep.profiler.request import ROUTINGS
+from sonic_ep.testing.timing import AboveCeilingError
+
+SHAPE_ON_GPUS = Thiek(tokens=32768, hidden=4096, intermediate=1536, num_experts=64, top_k=8)
+SHAPE_ON_CPU = Thiek(tokens=64, hidden=32, intermediate=16, num_experts=8, top_k=2)
+
+
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    """The options of ``sonic-ep profile``."""
+    add_nproc(parser)
+    add_call(parser, tuple(ROUTINGS))
+    add_config(parser)
+    parser.add_argument(*spellings("no_cache"), action="store_true", help="measure, whatever was measured before")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write what was found there as well")
+    parser.set_defaults(command=_profile, check=_check_profile)
+
+
+def tokens_of_rank(tokens: int, place: Place) -> int:
+    """T of this rank, where ``tokens`` of the group are spread as evenly as they go."""
+    share, rest = divmod(tokens, place.world_size)
+    return share + (place.rank < rest)
+
+
+def default_shape(device: torch.device, world_size: int) -> Thiek:
+    """What is profiled if nothing is said; E becomes the multiple of W next above, if it is none."""
+    chosen = SHAPE_ON_GPUS if device.type == "cuda" else SHAPE_ON_CPU
+    experts = max(-(-chosen.num_experts // world_size), chosen.top_k) * world_size
+    return Thiek(
+        tokens=chosen.tokens,
+        hidden=chosen.hidden,
+        intermediate=chosen.intermediate,
+        num_experts=experts,
+        top_k=chosen.top_k,
+    )
+
+
+def _check_profile(options: argparse.Namespace) -> None:
+    """What would fail alike on every rank fails here, once, before any is started."""
+    ranks = options.nproc or (int(os.environ["WORLD_SIZE"]) if launched_by_torchrun() else 1)
+    choose_backend(options.backend, EPGroup(rank=0, world_size=ranks))
+    found = options.thiek
+    if found is None:
+        return
+    found.require_experts_divide(ranks)
+    found.require_fits_one_rank(ranks, options.routing)
+
+
+def _profile(options: argparse.Namespace) -> int:
+    with joined_group() as place:
+        say = teller(place)
+        try:
+            report = _report(options, place, say)
+        except (WrongResultError, AboveCeilingError) as error:
+            # All ranks raise it alike.
+            if place.rank == 0:
+                print(f"sonic-ep: {error}", file=sys.stderr)
+            return RED
+        say(str(report))
+        if place.rank or options.json is None:
+            return GREEN
+        document = report.as_json()
+        document["environment"]["command"] = command_of(place.world_size, "-m sonic_ep", words_without_paths(sys.argv))
+        return _written(options.json, document)
+
+
+def _report(options: argparse.Namespace, place: Place, say: Callable[[str], None]) -> ProfileReport:
+    with ExpertParallel(backend=options.backend, config=config_of(options)) as ep:
+        chosen = options.thiek
+        if chosen is None:
+            chosen = default_shape(default_device(ep), place.world_size)
+            say(f"no --thiek was given: --thiek {chosen}")
+        return NetworkProfiler(ep, cache=None if options.no_cache else DEFAULT_FOLDER).profile(
+            tokens=tokens_of_rank(chosen.tokens, place),
+            hidden=chosen.hidden,
+            top_k=chosen.top_k,
+            num_experts=chosen.num_experts,
+            dtype=DTYPES[options.dtype],
+            routing=options.routing,
+        )
+
+
+def _written(path: Path, document: dict[str, Any]) -> int:
+    """``document`` in ``path``, folders made."""
+    try:
+        write_json(path, document)
+    except OSError as error:
+        print(f"sonic-ep: --json: {error}", file=sys.stderr)
+        return RED
+    return GREEN

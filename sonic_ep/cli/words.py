@@ -1,0 +1,116 @@
+"""The words of the command line that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+
+from sonic_ep.backend import BACKEND_PACKAGES
+from sonic_ep.config import AUTO, CombineMode, DispatchMode, EPConfig
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thiek:
+    """A shape of a layer: T over the whole group, H, I, E, K."""
+
+    tokens: int
+    hidden: int
+    intermediate: int
+    num_experts: int
+    top_k: int
+
+    def __str__(self) -> str:
+        return ",".join(map(str, (self.tokens, self.hidden, self.intermediate, self.num_experts, self.top_k)))
+
+    def require_experts_divide(self, world_size: int) -> None:
+        """Raise ``ValueError`` unless every rank gets as many experts."""
+        if self.num_experts % world_size:
+            raise ValueError(f"--thiek: got E={self.num_experts}, expected a multiple of the {world_size} ranks")
+
+    def require_tokens_divide(self, world_size: int) -> None:
+        """Raise ``ValueError`` unless every rank gets as many tokens."""
+        if self.tokens % world_size:
+            raise ValueError(f"--thiek: got T={self.tokens}, expected a multiple of the {world_size} ranks")
+
+    def require_fits_one_rank(self, world_size: int, routing: str) -> None:
+        """Raise ``ValueError`` if ``routing`` is "one_rank" and a rank has too few experts for that."""
+        held = self.num_experts // world_size
+        if routing == "one_rank" and self.top_k > held:
+            raise ValueError(f"--thiek: got K={self.top_k}, expected at most the {held} experts of a rank for one_rank")
+
+
+def count_word(text: str) -> int:
+    """A whole number of at least 1."""
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
+    return int(text)
+
+
+def thiek_word(text: str) -> Thiek:
+    """T,H,I,E,K: five whole numbers of at least 1, T of the whole group."""
+    parts = text.split(",")
+    if len(parts) != 5:
+        raise argparse.ArgumentTypeError(f"got {len(parts)} numbers in {text!r}, expected five: T,H,I,E,K")
+    tokens, hidden, intermediate, num_experts, top_k = (count_word(part.strip()) for part in parts)
+    if top_k > num_experts:
+        raise argparse.ArgumentTypeError(f"got K={top_k}, expected at most E={num_experts}")
+    return Thiek(tokens=tokens, hidden=hidden, intermediate=intermediate, num_experts=num_experts, top_k=top_k)
+
+
+def spellings(name: str, *more: str) -> tuple[str, ...]:
+    """An option with underscores and with dashes, and so each of ``more``.
+
+    >>> spellings("cpu_sync", "CPU_sync")
+    ('--cpu_sync', '--cpu-sync', '--CPU_sync', '--CPU-sync')
+    """
+    spelt = [f"--{word}" for option in (name, *more) for word in (option, option.replace("_", "-"))]
+    return tuple(dict.fromkeys(spelt))
+
+
+def add_nproc(parser: argparse.ArgumentParser, default: int | None = None) -> None:
+    """``--nproc N``; None leaves the ranks to torchrun, or is one rank."""
+    parser.add_argument(
+        "--nproc", type=count_word, default=default, metavar="N", help=f"ranks to start (default: {default or 1})"
+    )
+
+
+def add_call(parser: argparse.ArgumentParser, routings: tuple[str, ...]) -> None:
+    """What is run: shape, dtype, routing and backend."""
+    parser.add_argument(
+        "--thiek",
+        type=thiek_word,
+        metavar="T,H,I,E,K",
+        help="tokens of the whole group, hidden, intermediate, experts, top-k",
+    )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of tokens and weights")
+    parser.add_argument("--routing", choices=routings, default="uniform", help="how experts are chosen")
+    parser.add_argument("--backend", choices=(AUTO, *BACKEND_PACKAGES), default=AUTO, help="which one is run")
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Modes, of which those that are not "auto" stay, and flags."""
+    dispatch, combine = ((AUTO, *(mode.value for mode in modes)) for modes in (DispatchMode, CombineMode))
+    parser.add_argument(*spellings("dispatch_mode"), choices=dispatch, default=AUTO, help="auto: the fastest here")
+    parser.add_argument(*spellings("combine_mode"), choices=combine, default=AUTO, help="auto: the fastest here")
+    again = spellings("redispatch_x_in_backward")
+    exact = spellings("cpu_sync_on_runtime", "CPU_sync_on_runtime")
+    parser.add_argument(*again, action="store_true", help="keep only x for backward, and gather it again there")
+    parser.add_argument(*exact, action="store_true", help="exact sizes, for one read on the host a forward")
+
+
+def config_of(options: argparse.Namespace) -> EPConfig:
+    """What ``add_config`` read."""
+    return EPConfig(
+        dispatch=options.dispatch_mode,
+        combine=options.combine_mode,
+        redispatch_x_in_backward=options.redispatch_x_in_backward,
+        cpu_sync_on_runtime=options.cpu_sync_on_runtime,
+    )

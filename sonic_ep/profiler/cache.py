@@ -1,0 +1,86 @@
+"""Profiles kept on disk, so that the next start at the same shape on the same machine measures nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sonic_ep.profiler.document import Fields
+from sonic_ep.profiler.report import ProfileReport
+
+logger = logging.getLogger("sonic_ep")
+
+HOME = "~"
+DEFAULT_FOLDER = Path(HOME, ".cache", "sonic_ep", "profiles")
+# Raised whenever what stands in a file changes its meaning.
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """A folder of profiles, one file for each key; "~" in front means the home of the user.
+
+    Nothing that is wrong with the folder or a file is an error: a line is logged, and the profile is measured anew.
+    """
+
+    folder: Path
+
+    def read(self, key: Mapping[str, Any]) -> ProfileReport | None:
+        """The profile of ``key``; None if there is none that can be used."""
+        try:
+            path = self._path(key)
+            report = _report_in(path.read_text(encoding="utf-8"), key)
+        except FileNotFoundError:
+            return None
+        # A home that cannot be told is a RuntimeError, and so is nesting without end.
+        except (OSError, ValueError, RuntimeError) as error:
+            logger.warning("profile cache: measuring anew, for %s: %s", self.folder, error)
+            return None
+        return report
+
+    def write(self, key: Mapping[str, Any], report: ProfileReport) -> None:
+        """Keep ``report``, whole or not at all, whoever else writes the same file meanwhile."""
+        try:
+            path = self._path(key)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"key": _full(key), "profile": report.as_json()}, indent=1) + "\n"
+            _replace(path, text)
+        except (OSError, RuntimeError) as error:
+            logger.warning("profile cache: not kept, for %s: %s", self.folder, error)
+
+    def _path(self, key: Mapping[str, Any]) -> Path:
+        parts = self.folder.parts
+        folder = Path.home().joinpath(*parts[1:]) if parts[:1] == (HOME,) else self.folder
+        text = json.dumps(_full(key), sort_keys=True)
+        return folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+
+
+def _full(key: Mapping[str, Any]) -> dict[str, Any]:
+    return {**key, "format": FORMAT}
+
+
+def _report_in(text: str, key: Mapping[str, Any]) -> ProfileReport:
+    """The report of a file's ``text``. Raises ``ValueError`` if it is none, or one of another key."""
+    found = Fields.of("file", json.loads(text))
+    if found.value("key") != _full(key):
+        raise ValueError("file.key: got that of another profile, expected the one asked for")
+    return ProfileReport.from_json(found.value("profile"))
+
+
+def _replace(path: Path, text: str) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:8]}-", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

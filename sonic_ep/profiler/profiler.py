@@ -1,0 +1,250 @@
+"""NetworkProfiler: the fastest pair of modes for a shape and a routing, measured on this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sonic_ep.api import ExpertParallel
+from sonic_ep.backend import choose_backend
+from sonic_ep.ceilings import ROUNDS, measured_ceilings
+from sonic_ep.config import AUTO
+from sonic_ep.cost import LinkCeilings
+from sonic_ep.machine import Machine, this_machine
+from sonic_ep.profiler.agreement import gathered, in_step, require_alike
+from sonic_ep.profiler.cache import DEFAULT_FOLDER, Cache
+from sonic_ep.profiler.choice import config_of, link_bytes_of, mode_times, origin_now
+from sonic_ep.profiler.measuring import FEWEST_ROUNDS, MOST_BYTES_OF_GRAPHS, Stage
+from sonic_ep.profiler.problem import REFERENCE, Answers, Drawn, Inputs, Work, draw_rows, open_lanes, works_of
+from sonic_ep.profiler.report import EVERY_PAIR, PairTime, ProfileReport, ProfileShape, Spread, whole_bytes
+from sonic_ep.profiler.request import Offer, Request, agreed_shape, key_of, most_ranks_of_a_gpu, read_request
+from sonic_ep.testing.timing import AboveCeilingError, Timing
+from sonic_ep.validation import Edge
+
+ValueT = TypeVar("ValueT")
+
+# Bytes each way that the ceilings are measured with.
+CEILING_BYTES = 2**27
+# Where ranks share a GPU, each meeting costs them milliseconds.
+CEILING_ROUNDS_OF_SHARED_GPUS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What rank 0 has decided: a report as JSON, or why there is none."""
+
+    report: str | None = None
+    above: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all ranks have agreed to profile: the same on each of them."""
+
+    shape: ProfileShape
+    offers: tuple[Offer, ...]
+
+    @property
+    def ranks_per_gpu(self) -> int | None:
+        """How many ranks share a GPU; None on the CPU."""
+        return most_ranks_of_a_gpu(self.offers)
+
+
+class NetworkProfiler:
+    """Times all dispatch and combine modes of a group at a caller's shape, and picks the fastest pair.
+
+    ep: gives the group, the backend, the flags, and the modes that are not to be chosen: those of its config that are
+        not "auto". It may be used before and afterwards.
+    rounds: how often each mode is timed; None for as many as take about 1.5 s, between 3 and 50.
+    cache: the folder that keeps profiles, None for none. Rank 0 reads and writes it.
+    rates: ceilings of the link that all ranks have measured in this run already; None: each profile measures them.
+
+    Raises ``TypeError`` or ``ValueError`` for wrong arguments.
+    """
+
+    def __init__(
+        self,
+        ep: ExpertParallel,
+        *,
+        rounds: int | None = None,
+        cache: Path | str | None = DEFAULT_FOLDER,
+        rates: LinkCeilings | None = None,
+    ) -> None:
+        if not isinstance(ep, ExpertParallel):
+            raise TypeError(f"NetworkProfiler: ep: got {type(ep).__name__}, expected an ExpertParallel")
+        self._ep = ep
+        self._edge = Edge(group=ep.group)
+        if rounds is not None:
+            self._edge.count("rounds", rounds)
+        fits = cache is None or isinstance(cache, Path | str)
+        self._edge.require(fits, "cache", repr(cache), "a Path, or None for no cache")
+        if rates is not None and not isinstance(rates, LinkCeilings):
+            raise TypeError(f"{ep.group}: rates: got {type(rates).__name__}, expected LinkCeilings or None")
+        self._rounds, self._rates = rounds, rates
+        self._cache = None if cache is None else Cache(folder=Path(cache))
+        self._machines: dict[torch.device, Machine] = {}
+
+    def profile(
+        self,
+        *,
+        tokens: int,
+        hidden: int,
+        top_k: int,
+        num_experts: int,
+        dtype: torch.dtype = torch.bfloat16,
+        routing: str | Tensor = "uniform",
+        device: torch.device | None = None,
+    ) -> ProfileReport:
+        """Collective: the times of every mode and every pair at this shape, and the config that follows.
+
+        tokens: T of this rank; differs from rank to rank and may be 0. All else is the same on every rank.
+        routing: "uniform", "skewed" (expert j about as likely as 1/(j+1)), "one_rank" (all to the last rank), each
+            drawn for this rank; or this rank's own ids (T, K), int32 or int64, -1 for a dropped slot.
+        device: where rows live; None for the current CUDA device, or for the CPU where there is none.
+
+        Results are held bit for bit against the reference before and after they are timed. Every error is raised on
+        every rank: ``ValueError`` for wrong arguments and for ranks that disagree, ``WrongResultError`` for a wrong
+        result, ``AboveCeilingError`` for a rate that the link cannot have carried.
+        """
+        group = self._ep.group
+
+        def read() -> tuple[Request, Offer]:
+            request = read_request(
+                self._edge,
+                tokens=tokens,
+                hidden=hidden,
+                top_k=top_k,
+                num_experts=num_experts,
+                dtype=dtype,
+                routing=routing,
+                device=default_device(self._ep) if device is None else device,
+            )
+            return request, Offer.of(request, self._ep, self._rounds, self._machine_of(request.device))
+
+        request, offer = in_step(group, read, expected=ValueError, raised=ValueError)
+        setting = self._agreed(gathered(group, offer))
+        kept = self._kept(setting)
+        return self._measured(request, setting) if kept is None else kept
+
+    def _agreed(self, offers: Sequence[Offer]) -> Setting:
+        """What all ranks ask for. Raises ``ValueError`` on every rank if they ask for different things."""
+        require_alike(self._ep.group, [offer.alike for offer in offers])
+        return Setting(shape=agreed_shape(self._edge, offers), offers=tuple(offers))
+
+    def _machine_of(self, device: torch.device) -> Machine:
+        """Asked for once: the driver takes its time to answer."""
+        if device not in self._machines:
+            self._machines[device] = this_machine(device)
+        return self._machines[device]
+
+    def _kept(self, setting: Setting) -> ProfileReport | None:
+        """The profile that rank 0 finds in the cache, on every rank."""
+        found = None if self._cache is None or self._ep.rank else self._cache.read(self._key(setting))
+        text = gathered(self._ep.group, None if found is None else json.dumps(found.as_json()))[0]
+        return None if text is None else replace(ProfileReport.from_json(json.loads(text)), from_cache=True)
+
+    def _key(self, setting: Setting) -> dict[str, Any]:
+        return key_of(setting.offers, self._ep.config, self._process_group())
+
+    def _measured(self, request: Request, setting: Setting) -> ProfileReport:
+        group, on_gpu = self._ep.group, request.device.type == "cuda"
+        with torch.no_grad(), torch.cuda.device(request.device) if on_gpu else nullcontext():
+            verdict = self._verdict(request, setting)
+        verdict = gathered(group, verdict)[0]
+        if verdict.above is not None:
+            raise AboveCeilingError(verdict.above)
+        assert verdict.report is not None
+        report = ProfileReport.from_json(json.loads(verdict.report))
+        if self._cache is not None and self._ep.rank == 0:
+            self._cache.write(self._key(setting), report)
+        return report
+
+    def _verdict(self, request: Request, setting: Setting) -> Verdict:
+        """What this rank makes of its numbers; rank 0's counts."""
+        group, shape, device = self._ep.group, setting.shape, request.device
+        rates = self._rates or self._measured_rates(setting, device)
+        drawn = self._drawn(lambda: Drawn.of(request.draw_ids(group.rank, group.world_size), shape, group.rank))
+        with open_lanes(self._ep, self._ep.backend, self._ep.config, shape.capacity) as lanes:
+            plan = lanes.first.plan(drawn.ids_TK, shape.num_experts)
+            rows_RH = self._drawn(lambda: draw_rows(plan, shape))
+            inputs = Inputs(drawn=drawn, num_experts=shape.num_experts, plan=plan, rows_RH=rows_RH)
+            exact = replace(self._ep.config, cpu_sync_on_runtime=True)
+            with open_lanes(self._ep, REFERENCE, exact, shape.capacity) as right:
+                answers = Answers.of(inputs, right)
+            works = works_of(lanes, answers).all
+            # Interpreted kernels take seconds a round.
+            interpreted = self._ep.backend != REFERENCE and device.type == "cpu"
+            fewest = 1 if interpreted else FEWEST_ROUNDS
+            # A read on the host cannot be captured, and the reference reads everywhere.
+            fits = rows_RH.nbytes <= MOST_BYTES_OF_GRAPHS and not self._ep.config.cpu_sync_on_runtime
+            as_graphs = device.type == "cuda" and self._ep.backend != REFERENCE and fits
+            stage = Stage(lane=lanes.first, device=device, fewest_rounds=fewest, as_graphs=as_graphs)
+            timings = self._timed(stage, works, inputs)
+        link_bytes = link_bytes_of(shape, self._ep.backend, answers.counts(shape.tokens))
+        return self._judged(setting, timings, link_bytes, rates)
+
+    def _drawn(self, draw: Callable[[], ValueT]) -> ValueT:
+        """Collective. What ``draw`` gives; a rank without memory for it is an error on every rank."""
+        return in_step(self._ep.group, draw, expected=RuntimeError, raised=RuntimeError)
+
+    def _measured_rates(self, setting: Setting, device: torch.device) -> LinkCeilings | None:
+        shared = (setting.ranks_per_gpu or 1) > 1
+        rounds = CEILING_ROUNDS_OF_SHARED_GPUS if shared else ROUNDS
+        return measured_ceilings(self._ep.group, device, CEILING_BYTES, rounds)
+
+    def _timed(self, stage: Stage, works: Sequence[Work], inputs: Inputs) -> list[Timing]:
+        """Right first, then timed, then right still."""
+        stage.prove(works, inputs)
+        timings = stage.time(works, inputs, rounds=self._rounds)
+        stage.prove_last(works)
+        return timings
+
+    def _judged(
+        self, setting: Setting, timings: Sequence[Timing], link_bytes: Sequence[float], rates: LinkCeilings | None
+    ) -> Verdict:
+        """The report, unless a rate is above its ceiling."""
+        of_modes, of_pairs = timings[: len(link_bytes)], timings[len(link_bytes) :]
+        pairs = tuple(
+            PairTime(dispatch=dispatch, combine=combine, spread=Spread.of(timing))
+            for (dispatch, combine), timing in zip(EVERY_PAIR, of_pairs, strict=True)
+        )
+        try:
+            modes = mode_times(of_modes, link_bytes, rates)
+        except AboveCeilingError as error:
+            return Verdict(above=str(error))
+        report = ProfileReport(
+            config=config_of(pairs, self._ep.config, setting.shape),
+            modes=modes,
+            pairs=pairs,
+            shape=setting.shape,
+            machine=setting.offers[0].machine,
+            rates=None if rates is None else whole_bytes(rates),
+            backend=self._ep.backend,
+            ranks_per_gpu=setting.ranks_per_gpu,
+            origin=origin_now(self._process_group()),
+        )
+        return Verdict(report=json.dumps(report.as_json()))
+
+    def _process_group(self) -> str | None:
+        group = self._ep.group.process_group
+        return None if group is None else str(dist.get_backend(group))
+
+
+def default_device(ep: ExpertParallel) -> torch.device:
+    """Where the backend of ``ep`` runs here: the current CUDA device, or the CPU."""
+    # "auto" passes the fast backend over where its kernels are interpreted, and nowhere else.
+    interpreted = ep.backend != REFERENCE and choose_backend(AUTO, ep.group).name == REFERENCE
+    if interpreted or not torch.cuda.is_available():
+        return torch.device("cpu")
+    movable = ep.group.device_types()
+    if movable is not None and "cuda" not in movable:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

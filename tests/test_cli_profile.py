@@ -1,0 +1,111 @@
+"""``sonic-ep profile``: its words, its exit codes, the table and the file."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sonic_ep.cli.profile as command
+from sonic_ep import EPConfig, ProfileReport
+from sonic_ep.cli.exit_codes import GREEN, RED
+from sonic_ep.cli.launch import Place
+from sonic_ep.cli.words import config_of
+from sonic_ep.profiler import WrongResultError
+from sonic_ep.testing.timing import AboveCeilingError
+
+CPU = torch.device("cpu")
+SMALL = ["--thiek", "6,16,1,4,2", "--backend", "reference", "--no-cache"]
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_profile(parser)
+    return parser.parse_args(words)
+
+
+def run(*words: str) -> int:
+    options = parsed(*words)
+    options.check(options)
+    code: int = options.command(options)
+    return code
+
+
+def test_a_table_and_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "results" / "profile.json"
+    words = [*SMALL, "--json", str(path), "--combine-mode", "rank_dedup"]
+    monkeypatch.setattr(sys, "argv", ["sonic-ep", "profile", *words])
+    assert run(*words) == GREEN
+    document = json.loads(path.read_text())
+    report = ProfileReport.from_json(document)
+    assert capsys.readouterr().out == f"{report}\n"
+    assert report.config == EPConfig(dispatch=report.config.dispatch, combine="rank_dedup")
+    assert report.shape.tokens == (6,)
+    kept = [*SMALL, "--combine-mode", "rank_dedup"]
+    assert report.origin.command.endswith("python -m sonic_ep profile " + " ".join(kept))
+    # A path is somebody's own.
+    assert str(tmp_path) not in path.read_text()
+
+
+def test_both_spellings() -> None:
+    dashed = ["--dispatch-mode=rank_dedup", "--combine-mode=all_to_all", "--redispatch-x-in-backward"]
+    dashed += ["--cpu-sync-on-runtime", "--no-cache"]
+    underscored = [word.replace("-", "_").replace("__", "--", 1) for word in dashed]
+    config = EPConfig("rank_dedup", "all_to_all", redispatch_x_in_backward=True, cpu_sync_on_runtime=True)
+    for words in (dashed, underscored, ["--CPU_sync_on_runtime", *dashed[:3], dashed[-1]]):
+        options = parsed(*words)
+        assert config_of(options) == config
+        assert options.no_cache
+    assert config_of(parsed()) == EPConfig()
+
+
+def test_what_is_profiled_if_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert str(command.default_shape(torch.device("cuda"), 2)) == "32768,4096,1536,64,8"
+    assert str(command.default_shape(CPU, 2)) == "64,32,16,8,2"
+    assert command.default_shape(CPU, 3).num_experts == 9
+    if not torch.cuda.is_available():
+        assert run("--backend", "reference", "--no-cache") == GREEN
+        assert capsys.readouterr().out.startswith("no --thiek was given: --thiek 64,32,16,8,2\n")
+
+
+def test_tokens_are_spread() -> None:
+    places = [Place(rank=rank, world_size=3, device=CPU) for rank in range(3)]
+    assert [command.tokens_of_rank(5, place) for place in places] == [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--thiek", "6,16,1,4,2", "--nproc", "3"], "--thiek: got E=4, expected a multiple of the 3 ranks"),
+        (
+            ["--thiek", "6,16,1,4,3", "--nproc", "2", "--routing", "one_rank"],
+            "--thiek: got K=3, expected at most the 2",
+        ),
+    ],
+)
+def test_wrong_shapes_are_told_before_a_rank_is_started(words: list[str], message: str) -> None:
+    options = parsed(*words, "--backend", "reference")
+    with pytest.raises(ValueError, match=message):
+        options.check(options)
+
+
+@pytest.mark.parametrize("error", [WrongResultError("rows differ"), AboveCeilingError("too fast")])
+def test_a_profile_that_is_refused_is_red(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: object) -> ProfileReport:
+        raise error
+
+    monkeypatch.setattr(command, "_report", refuse)
+    assert run(*SMALL) == RED
+    assert capsys.readouterr().err == f"sonic-ep: {error}\n"
+
+
+def test_a_file_that_cannot_be_written_is_red(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert run(*SMALL, "--json", str(tmp_path / "file" / "profile.json")) == RED
+    assert "sonic-ep: --json: " in capsys.readouterr().err

@@ -1,0 +1,89 @@
+"""What a profile is asked for: wrong arguments and ranks that disagree, told on every rank."""
+
+from typing import Any
+
+import pytest
+import torch
+from profiles import SIZES, Asked, said_by
+
+import sonic_ep.profiler.problem as problem
+from sonic_ep import EPConfig, ExpertParallel, NetworkProfiler
+from sonic_ep.testing import RankPool
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({1: {"hidden": 17}}, "hidden: got 17 on rank 1, expected 16 as on the other ranks"),
+        ({0: {"top_k": 1}}, "top_k: got 1 on rank 0, expected 2 as on the other ranks"),
+        ({2: {"num_experts": 3}, 1: {"num_experts": 12}}, "num_experts: got 12 on rank 1, 3 on rank 2, expected 6"),
+        ({2: {"dtype": torch.float16}}, "dtype: got 'float16' on rank 2, expected 'bfloat16'"),
+        ({2: {"routing": "skewed"}}, "routing: got 'skewed' on rank 2, expected 'uniform'"),
+        ({1: {"rounds": 7}}, "rounds: got 7 on rank 1, expected 1"),
+        ({1: {"config": EPConfig(combine="rank_dedup")}}, "combine of the config: got 'rank_dedup' on rank 1"),
+        # Wrong on one rank alone: the others do not wait for it.
+        ({1: {"routing": torch.full((3, 2), 6)}}, "rank 1 of 3: expert ids of routing: got 6 to 6, expected 0 to 5"),
+        ({0: {"tokens": -1}}, "rank 0 of 3: tokens: got -1, expected a whole number of at least 0"),
+    ],
+)
+def test_ranks_that_ask_for_different_things(cpu_pool: RankPool, changed: Any, message: str) -> None:
+    said = cpu_pool.run(said_by, Asked(changed=changed), ValueError, world_size=3)
+    assert all(message in of_rank for of_rank in said), said
+
+
+def fail_to_draw(patched: Any, rank: int) -> None:
+    """As if the last of two ranks had no memory left."""
+
+    def draw(*arguments: Any) -> Any:
+        raise MemoryError("no memory left")
+
+    if rank:
+        patched.setattr(problem.Drawn, "of", draw)
+
+
+def test_an_error_in_drawing_on_one_rank_is_one_on_every_rank(cpu_pool: RankPool) -> None:
+    said = cpu_pool.run(said_by, Asked(), RuntimeError, fail_to_draw, world_size=2)
+    assert said == ["rank 1 of 2: no memory left"] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokens": 2.0}, "tokens: got 2.0, expected a whole number of at least 0"),
+        ({"tokens": 0}, "tokens: got none on any rank, expected at least one in the group"),
+        ({"hidden": 0}, "hidden: got 0, expected a whole number of at least 1"),
+        ({"top_k": True}, "top_k: got True"),
+        ({"top_k": 7}, "top_k: got 7, expected at most E=6"),
+        ({"num_experts": None}, "num_experts: got None"),
+        ({"dtype": torch.float64}, "dtype: got torch.float64, expected torch.bfloat16 or torch.float16 or"),
+        ({"dtype": "bfloat16"}, "dtype: got bfloat16"),
+        ({"routing": "even"}, "routing: got 'even', expected 'uniform', 'skewed', 'one_rank' or a tensor"),
+        ({"routing": None}, "routing: got None"),
+        ({"routing": torch.zeros(5, 3).int()}, r"shape of routing: got \(5, 3\), expected \(5, 2\) = \(T, K\)"),
+        ({"routing": torch.zeros(5, 2)}, "dtype of routing: got torch.float32"),
+        ({"routing": torch.full((5, 2), -2)}, "expert ids of routing: got -2 to -2, expected 0 to 5, or -1"),
+        ({"device": "cpu"}, "device: got 'cpu', expected a torch.device, or None"),
+        ({"device": torch.device("meta")}, "device: got meta, expected one that the group moves: cpu, cuda"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
+    with ExpertParallel(backend="reference") as ep, pytest.raises(ValueError, match=message):
+        NetworkProfiler(ep, cache=None).profile(**{"tokens": 5, **SIZES, "device": CPU, **arguments})
+
+
+def test_wrong_profilers() -> None:
+    with pytest.raises(TypeError, match="ep: got str, expected an ExpertParallel"):
+        NetworkProfiler("ep")  # type: ignore[arg-type]
+    with ExpertParallel(backend="reference") as ep:
+        with pytest.raises(ValueError, match="rank 0 of 1: rounds: got 0, expected a whole number of at least 1"):
+            NetworkProfiler(ep, rounds=0)
+        with pytest.raises(ValueError, match="rank 0 of 1: cache: got 3, expected a Path, or None for no cache"):
+            NetworkProfiler(ep, cache=3)  # type: ignore[arg-type]
+
+
+def test_too_many_choices_for_one_rank(cpu_pool: RankPool) -> None:
+    asked = Asked(arguments={"routing": "one_rank", "top_k": 3})
+    said = cpu_pool.run(said_by, asked, ValueError, world_size=3)
+    assert all("top_k for routing 'one_rank': got 3, expected at most E/W=2" in of_rank for of_rank in said)

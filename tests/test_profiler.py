@@ -1,0 +1,282 @@
+"""The profiler: right before it is timed, agreed by all ranks, never faster than the link, and picked jointly."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from typing import Any
+
+import pytest
+import torch
+from backends import both_backends
+from profiles import SIZES, Asked, profile, profile_on_rank, said_by
+
+import sonic_ep
+import sonic_ep.profiler.measuring as measuring
+import sonic_ep.profiler.profiler as profiler_module
+from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel, NetworkProfiler, ProfileReport
+from sonic_ep.cost import LinkCeilings
+from sonic_ep.profiler import WrongResultError, default_device
+from sonic_ep.profiler.measuring import FEWEST_ROUNDS, MOST_ROUNDS, Stage
+from sonic_ep.profiler.report import EVERY_MODE, EVERY_PAIR
+from sonic_ep.testing import Rank, RankPool
+from sonic_ep.testing.timing import MOST_ABOVE_CEILING, AboveCeilingError, Timing
+
+CPU = torch.device("cpu")
+# Of three ranks: dropped slots, a token without any, an expert twice, and a rank without tokens.
+GIVEN = {
+    0: {"tokens": 3, "routing": torch.tensor([[0, 5], [-1, 2], [3, 3]])},
+    1: {"tokens": 0, "routing": torch.empty((0, 2), dtype=torch.int32)},
+    2: {"tokens": 2, "routing": torch.tensor([[-1, -1], [1, 0]], dtype=torch.int32)},
+}
+
+
+def same_everywhere(reports: list[ProfileReport]) -> ProfileReport:
+    assert all(report == reports[0] for report in reports)
+    return reports[0]
+
+
+def check_report(report: ProfileReport, asked: Asked, world_size: int) -> None:
+    """What holds of every profile."""
+    assert [(mode.kind, mode.mode) for mode in report.modes] == EVERY_MODE
+    assert [(pair.dispatch, pair.combine) for pair in report.pairs] == EVERY_PAIR
+    assert report.shape.world_size == world_size
+    assert report.backend == asked.backend
+    assert not report.from_cache
+    spreads = [timed.spread for timed in (*report.modes, *report.pairs)]
+    assert all(0 < s.min_us <= s.p10_us <= s.median_us <= s.p90_us <= s.max_us for s in spreads)
+    assert all(s.rounds == asked.rounds for s in spreads)
+    medians = {(pair.dispatch, pair.combine): pair.spread.median_us for pair in report.pairs}
+    assert medians[report.picked.dispatch, report.picked.combine] <= 1.01 * min(medians.values())
+    for mode in report.modes:
+        assert mode.gb_per_s == pytest.approx(mode.link_bytes / mode.spread.median_us / 1e3, rel=1e-3, abs=1e-6)
+        assert (mode.percent is None) == (mode.ceiling is None)
+        assert (mode.ceiling is None) == (report.rates is None or mode.kind == "plan")
+        assert mode.percent is None or 0 < mode.percent <= 100 * MOST_ABOVE_CEILING
+    assert ProfileReport.from_json(json.loads(json.dumps(report.as_json()))) == report
+    assert ExpertParallel(backend="reference", config=report.config).config == report.config
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_mode_and_pair_is_timed(pool: RankPool, world_size: int) -> None:
+    asked = Asked(tokens=(5, 0, 3), rounds=2)
+    report = same_everywhere(pool.run(profile_on_rank, asked, world_size=world_size))
+    check_report(report, asked, world_size)
+    assert report.shape.tokens == (5, 0, 3)[:world_size]
+    assert report.shape.routing == "uniform"
+
+
+def profile_then_use(rank: Rank, asked: Asked) -> tuple[ProfileReport, bool]:
+    """A profile, and whether an exchange is right through the config that was found."""
+    report = profile(asked, rank.rank, rank.device)
+    x_TH = torch.randn((2, SIZES["hidden"]), device=rank.device)
+    ids_TK = torch.tensor([[0, 3], [1, 2]], device=rank.device)
+    with ExpertParallel(backend=asked.backend, config=replace(report.config, max_rows=None)) as ep:
+        plan = ep.plan(ids_TK, SIZES["num_experts"])
+        y_TH = ep.combine(ep.dispatch(x_TH, plan), torch.full((2, 2), 0.5, device=rank.device), plan)
+        assert default_device(ep).type == (rank.device.type if asked.backend == "fast" else here())
+    return report, torch.equal(y_TH, x_TH)
+
+
+def here() -> str:
+    """Where the reference runs if nothing is said."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@both_backends
+def test_a_profile_of_either_backend_and_its_config(pool: RankPool, backend: str) -> None:
+    changed = {0: GIVEN[0], 1: GIVEN[1]}
+    asked = Asked(backend=backend, rounds=1, changed=changed, config=EPConfig(cpu_sync_on_runtime=True, max_rows=1))
+    answers = pool.run(profile_then_use, asked, world_size=2)
+    report = same_everywhere([report for report, _ in answers])
+    assert all(right for _, right in answers)
+    check_report(report, asked, 2)
+    assert report.config == replace(asked.config, dispatch=report.config.dispatch, combine=report.config.combine)
+    found = {(mode.kind, mode.mode): mode.link_bytes for mode in report.modes}
+    # Away from home are expert 5 of token 0 and twice expert 3 of token 2; the fast backend reads a token once.
+    row = 2 * SIZES["hidden"]
+    assert found["dispatch", "all_gather"] == 3 * row
+    assert found["dispatch", "rank_dedup"] == 2 * row / 2
+    assert found["dispatch", "all_to_all"] == (2 if backend == "fast" else 3) * row / 2
+
+
+def test_link_bytes_by_hand(cpu_pool: RankPool) -> None:
+    report = same_everywhere(cpu_pool.run(profile_on_rank, Asked(changed=GIVEN), world_size=3))
+    assert report.shape.routing == "given"
+    # Two experts a rank. Away from home: 5 and 2 of rank 0's first two tokens, 3 twice of its third; 1 and 0 of rank 2.
+    slots, pairs, row, ids = 6, 4, 2 * SIZES["hidden"], 4 * 2 * 3 * 2
+    blocks = 2 * 3 * row
+    # Scores are as many bytes as ids.
+    dispatched, combined = [blocks, slots * row / 3, pairs * row / 3], [slots * row / 3, blocks, pairs * row / 3]
+    assert [mode.link_bytes for mode in report.modes] == pytest.approx([ids, *dispatched, *(b + ids for b in combined)])
+
+
+@pytest.mark.parametrize("routing", ["skewed", "one_rank"])
+def test_named_routings(cpu_pool: RankPool, routing: str) -> None:
+    asked = Asked(arguments={"routing": routing, "dtype": torch.float32}, tokens=(9,))
+    report = same_everywhere(cpu_pool.run(profile_on_rank, asked, world_size=3))
+    assert (report.shape.routing, report.shape.dtype) == (routing, "float32")
+    if routing == "one_rank":
+        # Two ranks send two slots of each token to the third, and it sends none.
+        by_slots = next(mode for mode in report.modes if (mode.kind, mode.mode) == ("dispatch", "all_to_all"))
+        assert by_slots.link_bytes == 2 * 9 * 2 * 4 * SIZES["hidden"] / 3
+
+
+def test_modes_that_the_config_fixes_stay(cpu_pool: RankPool) -> None:
+    fixed = EPConfig(dispatch="rank_dedup", redispatch_x_in_backward=True, max_rows=1)
+    report = same_everywhere(cpu_pool.run(profile_on_rank, Asked(config=fixed), world_size=2))
+    assert len(report.pairs) == 9
+    assert report.config == replace(fixed, combine=report.config.combine)
+    assert isinstance(report.config.combine, CombineMode)
+
+
+def spoil_call(name: str, spoil: Callable[[ExpertParallel, Any, int], Any], patched: Any, rank: int) -> None:
+    """Let ``spoil`` have what the method ``name`` returns, on the last of two ranks, and how many calls came before."""
+    honest, calls = getattr(ExpertParallel, name), count()
+
+    def call(self: ExpertParallel, *arguments: Any) -> Any:
+        result = honest(self, *arguments)
+        # The right answers come from lanes with exact sizes.
+        return spoil(self, result, next(calls)) if rank and not self.config.cpu_sync_on_runtime else result
+
+    patched.setattr(ExpertParallel, name, call)
+
+
+def flip_a_bit(ep: ExpertParallel, result: Any, calls: int) -> Any:
+    """One bit of the first element of what one dispatch and one combine mode give."""
+    if ep.config.dispatch is DispatchMode.RANK_DEDUP:
+        result.view(torch.int16)[0, 0] ^= 1
+    return result
+
+
+def miscount(ep: ExpertParallel, result: Any, calls: int) -> Any:
+    """A plan with a count that is wrong."""
+    result.counts[0] += 1
+    return result
+
+
+def spoil_late(ep: ExpertParallel, result: Any, calls: int) -> Any:
+    """Right until the rounds are timed: three modes and nine pairs are run twice each before that."""
+    return -result if calls >= 2 * (3 + 9) else result
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("dispatch", flip_a_bit, "rank 1 of 2: dispatch by rank_dedup: rows: 1 of "),
+        ("combine", flip_a_bit, "rank 1 of 2: combine by rank_dedup: sums: 1 of "),
+        ("plan", miscount, "rank 1 of 2: plan: counts: 1 of "),
+        ("dispatch", spoil_late, "rank 1 of 2: dispatch by all_gather: rows: "),
+    ],
+)
+def test_a_wrong_result_is_refused_on_every_rank(
+    pool: RankPool, name: str, spoil: Callable[..., Any], message: str
+) -> None:
+    # Distinct experts on few tokens: every rank receives rows.
+    asked = Asked(changed={0: GIVEN[0], 1: {**GIVEN[0], "routing": torch.tensor([[5, 4], [0, 3], [2, 1]])}})
+    patch = partial(spoil_call, name, spoil)
+    said = pool.run(said_by, asked, WrongResultError, patch, world_size=2)
+    assert said[0] == said[1]
+    assert said[0].startswith(message)
+
+
+def test_a_stale_result_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest, results = ExpertParallel.dispatch, {}
+
+    def stale(self: ExpertParallel, *arguments: Any) -> Any:
+        if self.config.cpu_sync_on_runtime:
+            return honest(self, *arguments)
+        return results.setdefault(self, honest(self, *arguments))
+
+    monkeypatch.setattr(ExpertParallel, "dispatch", stale)
+    with pytest.raises(WrongResultError, match=r"rank 0 of 1: dispatch by all_gather: rows: "):
+        profile(Asked(tokens=(1,)))
+
+
+def with_ceilings(rate: float, patched: Any, rank: int) -> None:
+    """Ceilings as if there were a link of ``rate`` bytes/s."""
+    ceilings = LinkCeilings(copy_engine_in=rate, copy_engine_out=rate, read=2 * rate, write=4 * rate)
+    patched.setattr(profiler_module, "measured_ceilings", lambda *arguments: ceilings)
+
+
+def test_a_rate_above_the_ceiling_is_refused_on_every_rank(cpu_pool: RankPool, tmp_path: Any) -> None:
+    asked = Asked(cache=tmp_path)
+    said = cpu_pool.run(said_by, asked, AboveCeilingError, partial(with_ceilings, 1.0), world_size=2)
+    assert said[0] == said[1]
+    assert said[0].startswith("dispatch all_gather: got ")
+    assert "(the copy_engine_in ceiling)" in said[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shares_of_the_ceilings(cpu_pool: RankPool) -> None:
+    report = same_everywhere(cpu_pool.run(profile_under_ceilings, world_size=2))
+    ceilings = [mode.ceiling for mode in report.modes]
+    assert ceilings == [None, "copy_engine_in", "read", "read", "write", "write", "write"]
+    assert report.rates == LinkCeilings(copy_engine_in=1e9, copy_engine_out=1e9, read=2e9, write=4e9)
+    for mode in report.modes[1:]:
+        assert mode.ceiling is not None
+        share = mode.link_bytes / (mode.spread.median_us / 1e6) / getattr(report.rates, mode.ceiling)
+        assert mode.percent == pytest.approx(100 * share, abs=0.006)
+    assert ProfileReport.from_json(report.as_json()) == report
+    assert "ceilings of the link in GB/s: copy engine 1.0, reads 2.0, writes 4.0" in str(report)
+
+
+def profile_under_ceilings(rank: Rank) -> ProfileReport:
+    with pytest.MonkeyPatch.context() as patched:
+        with_ceilings(1e9, patched, rank.rank)
+        return profile(Asked(), rank.rank, rank.device)
+
+
+def profile_with_own_numbers(rank: Rank) -> ProfileReport:
+    """As if each rank had measured something else: on rank r, pair r is the fastest, and mode r."""
+    honest = measuring.measure_in_turn
+
+    def own(functions: Any, **options: Any) -> list[Timing]:
+        timings = honest(functions, **options)
+        modes = len(EVERY_MODE)
+        fastest = (rank.rank, modes + 2 * rank.rank)
+        return [
+            Timing(rounds=(1e-3 if place in fastest else 2e-3,) * len(timing.rounds))
+            for place, timing in enumerate(timings)
+        ]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(measuring, "measure_in_turn", own)
+        return profile(Asked(), rank.rank, rank.device)
+
+
+def test_rank_0_decides(cpu_pool: RankPool) -> None:
+    report = same_everywhere(cpu_pool.run(profile_with_own_numbers, world_size=3))
+    assert (report.config.dispatch, report.config.combine) == EVERY_PAIR[0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fewest", "rounds"),
+    [(0.0, FEWEST_ROUNDS, MOST_ROUNDS), (0.125, FEWEST_ROUNDS, 12), (2.0, FEWEST_ROUNDS, FEWEST_ROUNDS), (2.0, 1, 1)],
+)
+def test_as_many_rounds_as_there_is_time_for(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, fewest: int, rounds: int
+) -> None:
+    asked: list[int] = []
+    clock = iter([0.0, seconds])
+    monkeypatch.setattr(measuring, "measure_in_turn", lambda functions, **options: asked.append(options["rounds"]))
+    monkeypatch.setattr(measuring, "perf_counter", lambda: next(clock))
+    with ExpertParallel(backend="reference") as lane:
+        stage = Stage(lane=lane, device=CPU, fewest_rounds=fewest)
+        assert stage.rounds_for([]) == rounds
+    assert asked == [1]
+
+
+def test_rounds_adapt(cpu_pool: RankPool) -> None:
+    report = same_everywhere(cpu_pool.run(profile_on_rank, Asked(rounds=None), world_size=2))
+    rounds = {timed.spread.rounds for timed in (*report.modes, *report.pairs)}
+    assert len(rounds) == 1
+    assert FEWEST_ROUNDS <= rounds.pop() <= MOST_ROUNDS
+
+
+def test_exported_when_asked_for() -> None:
+    assert {"NetworkProfiler", "ProfileReport"} <= set(dir(sonic_ep)) & set(sonic_ep.__all__)
+    assert sonic_ep.NetworkProfiler is NetworkProfiler
+    with pytest.raises(AttributeError, match="no attribute 'NetworkProfilers'"):
+        sonic_ep.NetworkProfilers  # noqa: B018
