@@ -282,7 +282,10 @@ def environment(device: torch.device, world_size: int, named_commit: str | None,
 
 def _note(on_gpu: bool, world_size: int) -> str | None:
     if not on_gpu:
-        return "on the CPU, under Triton's interpreter: the times mean nothing"
+        return "on the CPU: the times mean nothing for GPUs"
+    gpus = torch.cuda.device_count()
+    if world_size > gpus:
+        return f"{world_size} ranks took turns on {gpus} GPUs: the times mean nothing for a GPU each"
     if world_size == SMALLEST_GROUP:
         return "two GPUs flatter rank_dedup and all_gather: with more of them a token crosses the link more often"
     return None
