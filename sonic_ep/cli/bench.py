@@ -81,7 +81,7 @@ def run_bench(options: argparse.Namespace) -> int:
             say(f"RED: {error}")
             return RED
         if options.json is not None and place.rank == 0:
-            write_json(options.json, report.as_json())
+            return write_json(options.json, report.as_json())
         return GREEN
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sonic_ep.cli.exit_codes import GREEN, RED
 from sonic_ep.cli.launch import Place
 
 # Their names are no options.
@@ -36,7 +38,12 @@ def words_without_paths(arguments: list[str]) -> list[str]:
     return words
 
 
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2) + "\n")
+def write_json(path: Path, document: Mapping[str, Any]) -> int:
+    """Write ``document``, its folders made; an exit code, and a line that says why if it could not be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=2) + "\n")
+    except OSError as error:
+        print(f"sonic-ep: --json: {error}", file=sys.stderr)
+        return RED
+    return GREEN

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -83,7 +82,7 @@ def _profile(options: argparse.Namespace) -> int:
             return GREEN
         document = report.as_json()
         document["environment"]["command"] = command_of(place.world_size, "-m sonic_ep", words_without_paths(sys.argv))
-        return _written(options.json, document)
+        return write_json(options.json, document)
 
 
 def _report(options: argparse.Namespace, place: Place, say: Callable[[str], None]) -> ProfileReport:
@@ -100,13 +99,3 @@ def _report(options: argparse.Namespace, place: Place, say: Callable[[str], None
             dtype=DTYPES[options.dtype],
             routing=options.routing,
         )
-
-
-def _written(path: Path, document: dict[str, Any]) -> int:
-    """``document`` in ``path``, folders made."""
-    try:
-        write_json(path, document)
-    except OSError as error:
-        print(f"sonic-ep: --json: {error}", file=sys.stderr)
-        return RED
-    return GREEN

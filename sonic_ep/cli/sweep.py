@@ -91,8 +91,9 @@ def run(options: argparse.Namespace) -> int:
         try:
             with arena_at(place.device, backend, options.commit, command) as arena:
                 for report in run_sweep(setups, arena, say):
-                    if options.json is not None and place.rank == 0:
-                        write_json(options.json, report.as_json())
+                    if options.json is not None and place.rank == 0 and write_json(options.json, report.as_json()):
+                        # torchrun ends the others.
+                        return RED
         except (WrongError, WrongResultError, AboveCeilingError) as error:
             say(f"RED: {error}")
             return RED
