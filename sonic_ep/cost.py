@@ -47,6 +47,16 @@ class LinkCeilings:
     write: float
 
 
+# By which field of ``LinkCeilings`` rows travel: dispatch pulls, combine pushes.
+WAY_OF_DISPATCH: Mapping[DispatchMode, str] = MappingProxyType(
+    {
+        DispatchMode.ALL_GATHER: "copy_engine_in",
+        DispatchMode.ALL_TO_ALL: "read",
+        DispatchMode.RANK_DEDUP: "read",
+    }
+)
+WAY_OF_COMBINE = "write"
+
 # 2×H200: NVLink measured with both directions busy, by copy engine, kernel reads and kernel writes; device memory as a
 # copy of a large tensor moves it, reads and writes counted.
 H200_NVLINK = Rates(copy_engine=368e9, link_read=333e9, link_write=360e9, memory=4.3e12)

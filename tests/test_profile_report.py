@@ -12,7 +12,7 @@ from sonic_ep import CombineMode, DispatchMode, EPConfig, ProfileReport
 from sonic_ep.config import ModePair
 from sonic_ep.cost import Workload
 from sonic_ep.profiler.choice import pick
-from sonic_ep.profiler.report import EVERY_MODE, PairTime, Spread
+from sonic_ep.profiler.times import EVERY_MODE, PairTime, Spread
 
 
 def pairs_of(medians: dict[tuple[str, str], float], other: float) -> list[PairTime]:

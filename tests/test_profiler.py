@@ -19,7 +19,7 @@ from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel, Networ
 from sonic_ep.cost import LinkCeilings
 from sonic_ep.profiler import WrongResultError, default_device
 from sonic_ep.profiler.measuring import FEWEST_ROUNDS, MOST_ROUNDS, Stage
-from sonic_ep.profiler.report import EVERY_MODE, EVERY_PAIR
+from sonic_ep.profiler.times import EVERY_MODE, EVERY_PAIR
 from sonic_ep.testing import Rank, RankPool
 from sonic_ep.testing.timing import MOST_ABOVE_CEILING, AboveCeilingError, Timing
 

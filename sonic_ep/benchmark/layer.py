@@ -18,16 +18,10 @@ from sonic_ep.benchmark.oracle import Answer, Oracle, faults_of, judged
 from sonic_ep.benchmark.products import Products
 from sonic_ep.benchmark.workload import Problem
 from sonic_ep.config import DispatchMode, EPConfig, ModePair
-from sonic_ep.cost import combine_traffic, dispatch_traffic
+from sonic_ep.cost import WAY_OF_DISPATCH, combine_traffic, dispatch_traffic
 from sonic_ep.testing.checks import assert_bitwise, expect
 
-WAY: Mapping[DispatchMode, Way] = MappingProxyType(
-    {
-        DispatchMode.ALL_GATHER: Way.COPY_ENGINE_IN,
-        DispatchMode.ALL_TO_ALL: Way.READ,
-        DispatchMode.RANK_DEDUP: Way.READ,
-    }
-)
+WAY: Mapping[DispatchMode, Way] = MappingProxyType({mode: Way(name) for mode, name in WAY_OF_DISPATCH.items()})
 
 
 class Pass(str, Enum):

@@ -8,7 +8,7 @@ from typing import Any
 
 from sonic_ep.benchmark.layer import Pass
 from sonic_ep.benchmark.memory_use import MemoryUse
-from sonic_ep.benchmark.results import QUANTILES, Results
+from sonic_ep.benchmark.results import Results
 from sonic_ep.benchmark.setup import Setup
 from sonic_ep.config import EPConfig
 from sonic_ep.profiler import ProfileReport
@@ -29,11 +29,10 @@ class Timed:
 
     def as_json(self) -> dict[str, Any]:
         """Times in microseconds."""
-        micros = {name: round(self.timing.quantile(share) * 1e6, 2) for name, share in QUANTILES}
         rate = None if self.flops is None else self.flops / self.timing.median / 1e12
         rates = {"tflop_per_s": rate, "tflop_per_s_of_group": None if rate is None else rate * self.world_size}
         rounded = {name: None if value is None else round(value, 3) for name, value in rates.items()}
-        return {"pass": self.which.value, "what": self.what, "rounds": len(self.timing.rounds), **micros, **rounded}
+        return {"pass": self.which.value, "what": self.what, **self.timing.as_json(), **rounded}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -166,9 +166,8 @@ class Entry:
 
     def as_json(self) -> dict[str, Any]:
         """Times in microseconds, rates in GB/s."""
-        micros = {name: self.timing.quantile(share) * 1e6 for name, share in QUANTILES}
         found: dict[str, Any] = {"name": self.name, "how": self.how, "shape": shape_as_json(self.shape)}
-        found |= {"rounds": len(self.timing.rounds)} | {name: round(value, 2) for name, value in micros.items()}
+        found |= self.timing.as_json()
         if self.traffic is not None and self.rate is not None:
             found |= {"remote_bytes": round(self.traffic.nbytes), "gb_per_s": round(self.rate / 1e9, 2)}
         if self.traffic is not None and self.traffic.memory is not None:
@@ -184,9 +183,6 @@ class Entry:
         if self.bar is not None:
             found |= {"bar": self.bar.text, "bar_us": round(self.bar.seconds * 1e6, 2), "met": self.met}
         return found
-
-
-QUANTILES = (("median_us", 0.5), ("p10_us", 0.1), ("p90_us", 0.9), ("min_us", 0.0), ("max_us", 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ from types import MappingProxyType
 
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig, ModePair
 from sonic_ep.cost import (
+    WAY_OF_COMBINE,
+    WAY_OF_DISPATCH,
     LinkCeilings,
     RankCounts,
     Workload,
@@ -23,7 +25,7 @@ from sonic_ep.cost import (
 )
 from sonic_ep.machine import commit
 from sonic_ep.profiler.problem import REFERENCE, dtype_of
-from sonic_ep.profiler.report import (
+from sonic_ep.profiler.times import (
     COMBINE,
     DISPATCH,
     EVERY_MODE,
@@ -38,14 +40,11 @@ from sonic_ep.testing.timing import Ceiling, Timing
 
 # Two pairs closer than this are taken for equally fast.
 TIE = 0.01
-# How rows cross the link, by the names of ``LinkCeilings``.
-COPIED, READ, WRITTEN = "copy_engine_in", "read", "write"
 WAYS: Mapping[str, str | None] = MappingProxyType(
     {
         PLAN: None,
-        **{f"{DISPATCH} {mode.value}": READ for mode in DispatchMode},
-        f"{DISPATCH} {DispatchMode.ALL_GATHER.value}": COPIED,
-        **{f"{COMBINE} {mode.value}": WRITTEN for mode in CombineMode},
+        **{f"{DISPATCH} {mode.value}": way for mode, way in WAY_OF_DISPATCH.items()},
+        **{f"{COMBINE} {mode.value}": WAY_OF_COMBINE for mode in CombineMode},
     }
 )
 

@@ -16,7 +16,7 @@ from sonic_ep.api import ExpertParallel
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig
 from sonic_ep.cost import RankCounts, rank_counts
 from sonic_ep.plan import NO_ROW, RoutingPlan
-from sonic_ep.profiler.report import COMBINE, DISPATCH, EVERY_PAIR, PLAN, ProfileShape
+from sonic_ep.profiler.times import COMBINE, DISPATCH, EVERY_PAIR, PLAN, ProfileShape
 from sonic_ep.testing.checks import assert_bitwise, expect
 
 REFERENCE = "reference"

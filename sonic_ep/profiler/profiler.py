@@ -24,8 +24,9 @@ from sonic_ep.profiler.cache import DEFAULT_FOLDER, Cache
 from sonic_ep.profiler.choice import config_of, link_bytes_of, mode_times, origin_now
 from sonic_ep.profiler.measuring import FEWEST_ROUNDS, MOST_BYTES_OF_GRAPHS, Stage
 from sonic_ep.profiler.problem import REFERENCE, Answers, Drawn, Inputs, Work, draw_rows, open_lanes, works_of
-from sonic_ep.profiler.report import EVERY_PAIR, PairTime, ProfileReport, ProfileShape, Spread, whole_bytes
+from sonic_ep.profiler.report import ProfileReport, whole_bytes
 from sonic_ep.profiler.request import Offer, Request, agreed_shape, key_of, most_ranks_of_a_gpu, read_request
+from sonic_ep.profiler.times import EVERY_PAIR, PairTime, ProfileShape, Spread
 from sonic_ep.testing.timing import AboveCeilingError, Timing
 from sonic_ep.validation import Edge
 

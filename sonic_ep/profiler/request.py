@@ -17,7 +17,8 @@ from sonic_ep.api import ExpertParallel
 from sonic_ep.config import EPConfig
 from sonic_ep.machine import Machine
 from sonic_ep.plan import NO_ROW
-from sonic_ep.profiler.report import ProfileShape, config_as_json
+from sonic_ep.profiler.report import config_as_json
+from sonic_ep.profiler.times import ProfileShape
 from sonic_ep.testing.cases import Case, Chooser, one_rank, skewed, uniform
 from sonic_ep.validation import INDEX_DTYPES, ROW_DTYPES, Edge, check_experts_divide
 

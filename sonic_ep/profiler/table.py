@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from sonic_ep.config import CombineMode, DispatchMode
-
-if TYPE_CHECKING:
-    from sonic_ep.profiler.report import ModeTime, PairTime, ProfileReport, ProfileShape, Spread
+from sonic_ep.profiler.times import Findings, ModeTime, PairTime, ProfileShape, Spread
 
 MOST_TOKENS_SHOWN = 8
 PICKED = "<"
 
 
-def table_of(report: ProfileReport) -> list[str]:
+def table_of(report: Findings) -> list[str]:
     """The lines: what was profiled, every mode, every pair with the pick marked, and the pick."""
     return [
         *_heading(report),
@@ -28,7 +24,7 @@ def table_of(report: ProfileReport) -> list[str]:
     ]
 
 
-def _heading(report: ProfileReport) -> list[str]:
+def _heading(report: Findings) -> list[str]:
     machine, shape = report.machine, report.shape
     where = "the CPU" if machine.gpu is None else machine.gpu
     linked = "" if machine.link is None else f", {machine.link}"
@@ -54,7 +50,7 @@ def _tokens(shape: ProfileShape) -> str:
     return f"T={min(shape.tokens)} to {max(shape.tokens)}"
 
 
-def _ceilings(report: ProfileReport) -> str:
+def _ceilings(report: Findings) -> str:
     if report.rates is not None:
         rates = report.rates
         figures = {"copy engine": rates.copy_engine_in, "reads": rates.read, "writes": rates.write}
@@ -85,7 +81,7 @@ def _milliseconds(spread: Spread) -> str:
     return f"{spread.median_us / 1e3:.4f}"
 
 
-def _pair_lines(report: ProfileReport) -> list[str]:
+def _pair_lines(report: Findings) -> list[str]:
     corner = "dispatch \\ combine"
     times = {(pair.dispatch, pair.combine): _pair_cell(report, pair) for pair in report.pairs}
     header = f"{corner:<20}" + "".join(f"{combine.value:>16}" for combine in CombineMode)
@@ -96,7 +92,7 @@ def _pair_lines(report: ProfileReport) -> list[str]:
     return [header.rstrip(), *(row.rstrip() for row in rows)]
 
 
-def _pair_cell(report: ProfileReport, pair: PairTime) -> str:
+def _pair_cell(report: Findings, pair: PairTime) -> str:
     """A time, and behind it a mark or the place of one, so that the digits stand in line."""
     picked = (pair.dispatch, pair.combine) == (report.picked.dispatch, report.picked.combine)
     return f"{_milliseconds(pair.spread)} {PICKED if picked else ' '}"

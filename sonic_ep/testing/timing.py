@@ -25,6 +25,7 @@ BUSY_SECONDS = 1e-3
 # Cycles that a GPU spins for a second of it. An upper end of its clocks: too long does no harm.
 CYCLES_PER_SECOND = 2e9
 WARMUP_OF_CAPTURE = 3
+QUANTILES = (("median_us", 0.5), ("p10_us", 0.1), ("p90_us", 0.9), ("min_us", 0.0), ("max_us", 1.0))
 
 
 class AboveCeilingError(AssertionError):
@@ -53,6 +54,15 @@ class Timing:
         below = min(int(place), len(ordered) - 1)
         above = min(below + 1, len(ordered) - 1)
         return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+    def as_json(self, digits: int = 2) -> dict[str, float]:
+        """The number of rounds, and quantiles over them in microseconds.
+
+        >>> Timing(rounds=(1e-6, 3e-6)).as_json()
+        {'rounds': 2, 'median_us': 2.0, 'p10_us': 1.2, 'p90_us': 2.8, 'min_us': 1.0, 'max_us': 3.0}
+        """
+        micros = {name: round(self.quantile(share) * 1e6, digits) for name, share in QUANTILES}
+        return {"rounds": len(self.rounds), **micros}
 
 
 def slowest_rank(seconds_WN: Sequence[Sequence[float]]) -> Timing:
