@@ -69,7 +69,12 @@ def code_digest(folder: Path = PACKAGE) -> str:
 
 
 def commit(folder: Path = PACKAGE) -> str | None:
-    """The commit checked out in ``folder``, and whether files differ from it; None without git."""
+    """The commit checked out in ``folder``, and whether files differ from it; None without git.
+
+    None as well for an installed copy that happens to lie inside somebody's repository.
+    """
+    if not output_of("git", "-C", str(folder), "ls-files").strip():
+        return None
     found = output_of("git", "-C", str(folder), "rev-parse", "HEAD").strip()
     changed = output_of("git", "-C", str(folder), "status", "--porcelain").strip()
     return f"{found}{' with changes' if changed else ''}" if found else None

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from sonic_ep.ceilings import memory_rate
 from sonic_ep.cost import LinkCeilings
 from sonic_ep.group import resolve_group
 from sonic_ep.testing import Rank, RankPool
@@ -196,16 +195,6 @@ def test_every_measured_rate_is_reported(bench: SimpleNamespace) -> None:
     assert "memory 5.0" in results.table()[0]
     alone = bench.report.Results(environment={}, ceilings=None, memory_rate=5e9)
     assert alone.table()[:2] == ["no ceilings: no link between GPUs was measured", "rates in GB/s: memory 5.0"]
-
-
-def test_a_copy_is_read_and_written(bench: SimpleNamespace) -> None:
-    def two_seconds(copy: Callable[[], None]) -> float:
-        copy()
-        return 2.0
-
-    assert memory_rate(torch.device("cpu"), two_seconds, 400) == 400.0
-    with pytest.raises(AssertionError, match="not what was copied"):
-        memory_rate(torch.device("cpu"), lambda copy: 2.0, 400)
 
 
 @pytest.mark.parametrize(

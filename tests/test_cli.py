@@ -18,7 +18,6 @@ from sonic_ep.cli.doctor import BackendHealth, Health
 from sonic_ep.cli.launch import joined_group, launched_by_torchrun
 from sonic_ep.cli.verify import Trial, chosen_cases, configurations, fitting_cases, run_trials
 from sonic_ep.group import EPGroup
-from sonic_ep.machine import link_types
 from sonic_ep.testing import CASES, Accuracy, Case
 from sonic_ep.testing.checks import Errors
 
@@ -48,12 +47,6 @@ def test_health_is_the_health_of_what_was_asked() -> None:
     both = Health(lines=(), backends=(sick, well))
     assert (both.can_run(None), both.can_run("fast"), both.can_run("reference")) == (True, False, True)
     assert not Health(lines=(), backends=(sick,)).can_run(None)
-
-
-def test_links_of_a_machine_without_nvlink() -> None:
-    matrix = "\tGPU0\tGPU1\tNIC0\nGPU0\t X \tSYS\tPIX\nGPU1\tSYS\t X \tPIX\nNIC0\tPIX\tPIX\t X \n"
-    assert link_types(matrix) == {(0, 1): "SYS (no NVLink)", (1, 0): "SYS (no NVLink)"}
-    assert link_types("") == {}
 
 
 def test_verify_on_one_rank(capsys: pytest.CaptureFixture[str]) -> None:

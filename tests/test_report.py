@@ -26,7 +26,7 @@ from sonic_ep.report.sections import between_words, sections
 from sonic_ep.report.selection import bandwidths, labels, longest_row
 from sonic_ep.report.spread import repeated, within_runs
 
-REAL = Path(__file__).parents[1] / "bench" / "results" / "2xH100.json"
+REAL = Path(__file__).parents[1] / "bench" / "results" / "2xH100_suite.json"
 DISPATCH = tuple(mode.value for mode in DispatchMode)
 COMBINE = tuple(mode.value for mode in CombineMode)
 HOSTILE = "<script>alert('x')</script>\"'&amp;$\\frac{"

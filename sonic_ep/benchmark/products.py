@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sonic_ep.benchmark.layer_problem import LayerProblem
+from sonic_ep.benchmark.oracle import wider
 from sonic_ep.testing import assert_as_accurate
 
 # Bytes that a row has to be a multiple of for ``grouped_mm``.
@@ -88,4 +89,5 @@ class Products:
         rows = slice(end - int(sizes[group]), end)
         by_rows = right.ndim == 3
         a, b = (left[rows], right[group]) if by_rows else (left[rows].t(), right[rows])
-        assert_as_accurate(found[rows] if by_rows else found[group], a.float() @ b.float(), a @ b, name)
+        truth = a.to(wider(a.dtype)) @ b.to(wider(b.dtype))
+        assert_as_accurate(found[rows] if by_rows else found[group], truth, a @ b, name)
