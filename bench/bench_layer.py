@@ -24,8 +24,8 @@ from sonic_ep.config import ModePair
 Found = Mapping[str, Entry | WrongError]
 Tell = Callable[[Entry], None]
 
-ROUNDS = Rounds(timed=12, warmup=2)
-ROUNDS_BESIDE_REFERENCE = Rounds(timed=4, warmup=1)
+ROUNDS = Rounds(timed=20, warmup=3)
+ROUNDS_BESIDE_REFERENCE = Rounds(timed=10, warmup=2)
 # Under the interpreter a step takes half a second and more.
 ROUNDS_INTERPRETED = Rounds(timed=1, warmup=0)
 COMBINE = CombineMode.RANK_DEDUP

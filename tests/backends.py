@@ -10,7 +10,7 @@ from sonic_ep.group import resolve_group
 
 BACKENDS = ["reference", "fast"]
 # Eight ranks take turns on the GPUs of a machine that has them; interpreted, on the cores of a laptop, they would take
-# minutes. Eight processes there are in test_hazards, in groups of four.
+# minutes. With --thorough, test_hazards has eight of them there, in groups of four.
 ON_GPUS = [8] if torch.cuda.device_count() > 1 else []
 WORLD_SIZES = [1, 2, 3, 4, *ON_GPUS]
 both_backends = pytest.mark.parametrize("backend", BACKENDS)

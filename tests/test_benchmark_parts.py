@@ -66,6 +66,14 @@ def test_routers_choose_as_the_routing_says(cpu_pool: RankPool, world_size: int)
     assert min(one_rank[-held:]) > 0
 
 
+def test_a_router_that_cannot_tell_experts_apart_is_refused() -> None:
+    """With H=1 all tokens are alike where they all go to one rank."""
+    options = LayerOptions(routing=RoutingKind.ONE_RANK)
+    problem = LayerProblem(shape=replace(SHAPE, hidden=1), group=ALONE, device=CPU, options=options)
+    with pytest.raises(ValueError, match="H: got 1, expected so many that the logits of 12 experts can be told apart"):
+        problem.inputs  # noqa: B018
+
+
 def plan_of(ends: list[int], top_k: int) -> Any:
     return SimpleNamespace(group_ends=torch.tensor(ends, dtype=torch.int32), top_k=top_k)
 

@@ -4,6 +4,7 @@ Every run is held against the reference backend bit for bit, in forward and back
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,11 @@ from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise, draw
 pytestmark = pytest.mark.fast
 
 
+def for_gpus(*values: int) -> Any:
+    """A setting that says little new under the interpreter, where it takes long; on GPUs it is run."""
+    return pytest.param(*values, marks=pytest.mark.thorough)
+
+
 def six_iterations(rank: Rank, modes: Modes, late: bool) -> None:
     with both(modes) as (fast, reference):
         for iteration in range(6):
@@ -41,13 +47,13 @@ def six_iterations(rank: Rank, modes: Modes, late: bool) -> None:
 
 
 @by_modes
-@pytest.mark.parametrize("world_size", [1, 2, 4, *ON_GPUS])
+@pytest.mark.parametrize("world_size", [1, 2, for_gpus(4), *ON_GPUS])
 def test_six_iterations_over_reused_memory(pool: RankPool, world_size: int, modes: Modes) -> None:
     pool.run(six_iterations, modes, False, world_size=world_size)
 
 
 @by_modes
-@pytest.mark.parametrize("world_size", [2, 3, *ON_GPUS])
+@pytest.mark.parametrize("world_size", [2, for_gpus(3), *ON_GPUS])
 def test_a_rank_that_comes_late(pool: RankPool, world_size: int, modes: Modes) -> None:
     pool.run(six_iterations, modes, True, world_size=world_size)
 
@@ -67,7 +73,7 @@ def interleaved(rank: Rank, modes: Modes) -> None:
 
 
 @by_modes
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, for_gpus(3)])
 def test_two_workspaces_interleaved(pool: RankPool, world_size: int, modes: Modes) -> None:
     pool.run(interleaved, modes, world_size=world_size)
 
@@ -105,7 +111,7 @@ def in_subgroups(rank: Rank, members: int, modes: Modes) -> None:
 
 
 @by_modes
-@pytest.mark.parametrize(("world_size", "members"), [(4, 2), (8, 4)])
+@pytest.mark.parametrize(("world_size", "members"), [(4, 2), for_gpus(8, 4)])
 def test_subgroups_side_by_side(pool: RankPool, world_size: int, members: int, modes: Modes) -> None:
     pool.run(in_subgroups, members, modes, world_size=world_size)
 
@@ -117,7 +123,7 @@ def one_call(rank: Rank, case: Case, modes: Modes) -> None:
 
 
 @by_modes
-@pytest.mark.parametrize("world_size", [3, 5, 6])
+@pytest.mark.parametrize("world_size", [3, 5, for_gpus(6)])
 def test_groups_of_no_power_of_two(pool: RankPool, world_size: int, modes: Modes) -> None:
     case = replace(CASES["uneven_tokens"], num_experts=30, dtype=torch.bfloat16, hidden=12, tokens=(4, 1, 3, 0))
     pool.run(one_call, case, modes, world_size=world_size)

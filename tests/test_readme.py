@@ -6,13 +6,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import sonic_ep
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
+def examples() -> list[str]:
+    """The program, and a few lines that go on from there."""
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
 def example() -> str:
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    return block
+    return examples()[0]
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
@@ -22,6 +29,17 @@ def test_the_example_runs_on_one_rank_and_on_several(nproc: int, tmp_path: Path)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
     done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_lines_about_profiles_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, lines = examples()
+    # It keeps what it finds in the home of its caller.
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    with sonic_ep.ExpertParallel(backend="reference") as ep:
+        names = {"sonic_ep": sonic_ep, "torch": torch, "ep": ep, "group": None, "T": 8, "H": 16, "K": 2, "E": 4}
+        exec(lines, names)
+    assert names["ep"].config == names["profile"].config
+    assert list((tmp_path / ".cache" / "sonic_ep" / "profiles").iterdir())
 
 
 def test_the_example_is_short() -> None:

@@ -19,6 +19,8 @@ from sonic_ep.reference.router import choose_experts
 
 # Routers that round differently choose alike where the least logit chosen is so far above the next one.
 APART = 1e-3
+# How often tokens are drawn anew. Of a router of one column they all have near ties or none has.
+MOST_DRAWS = 1000
 # Logits are about normal with deviation 1; what stands so far above the others is always chosen.
 FAR = 16.0
 
@@ -207,16 +209,21 @@ class LayerProblem:
         return router_w
 
     def _tokens_apart(self, router_w: Tensor) -> Tensor:
-        """Tokens (T, H), those with a near tie where the choice ends drawn anew."""
+        """Tokens (T, H), those with a near tie where the choice ends drawn anew. Raises ``ValueError`` if some stay."""
         shape, generator = self.shape, self._generator(0)
         x_TH = torch.empty((shape.tokens, shape.hidden), dtype=shape.dtype, device=self.device)
         near_T = torch.ones(shape.tokens, dtype=torch.bool, device=self.device)
-        while bool(near_T.any()):
+        for _ in range(MOST_DRAWS):
             x_TH[near_T] = x_TH[near_T].normal_(generator=generator)
             if self._offsets is not None:
                 x_TH[:, 0] = 1
             near_T = near_ties(x_TH.float() @ router_w.float().t(), shape.top_k)
-        return x_TH
+            if not bool(near_T.any()):
+                return x_TH
+        raise ValueError(
+            f"{self.group}: H: got {shape.hidden}, expected so many that the logits of {shape.num_experts} experts "
+            f"can be told apart: {int(near_T.sum())} of {shape.tokens} tokens were drawn {MOST_DRAWS} times in vain"
+        )
 
     def _normal(self, size: tuple[int, ...], stream: int, scale: float = 1.0, *, alike: bool = False) -> Tensor:
         generator = self._generator(stream, alike=alike)

@@ -18,8 +18,6 @@ from sonic_ep.testing.timing import Timing, captured, measure_in_turn
 
 # What the timed rounds of a profile take together, so that a start of a training run does not wait for them.
 SECONDS_OF_ROUNDS = 1.5
-# What a GPU is kept busy for before a round: a plan, a dispatch and a combine are launched in less.
-BUSY_SECONDS = 2e-3
 # Rows up to so many bytes make small works.
 MOST_BYTES_OF_GRAPHS = 2**28
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 50
@@ -70,7 +68,7 @@ class Stage:
     def time_launched(self, functions: Sequence[Callable[[], object]], rounds: int) -> list[Timing]:
         """What each of ``functions`` takes, in turn, round by round, the host ahead of a GPU."""
         fence = partial(self.lane.meet, self.device)
-        enter = meeting(fence, self.device, ahead=True, busy_seconds=BUSY_SECONDS)
+        enter = meeting(fence, self.device, ahead=True)
         group, device = self.lane.group, self.device
         return measure_in_turn(functions, rounds=rounds, warmup=0, device=device, group=group, enter=enter)
 
