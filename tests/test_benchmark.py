@@ -91,11 +91,14 @@ def check_numbers(found: Any) -> None:
 
 def check_accuracy(document: dict[str, Any], biased: bool) -> None:
     biases = ["db1", "db2"] if biased else []
-    assert [each["name"] for each in document["accuracy"]] == ["o", "dx", "drouter_w", "dw1", "dw2", *biases]
+    names = ["o", "dx", "drouter_w", "dw1", "dw2", *biases]
+    # Who may say how accurate another has to be is judged before.
+    of_reference = [f"reference's {name}" for name in names] if document["setup"]["backend"] == "fast" else []
+    assert [each["name"] for each in document["accuracy"]] == [*of_reference, *names]
     for each in document["accuracy"]:
         assert each["ok"] is True
         # The one score of a token does not depend on the router.
-        constant = each["name"] == "drouter_w" and document["setup"]["thiek"][-1] == 1
+        constant = each["name"].endswith("drouter_w") and document["setup"]["thiek"][-1] == 1
         assert (each["error"] == 0) == constant
         assert each["error"] <= each["bound"]
         assert each["worst_row"] <= each["worst_row_bound"]

@@ -225,6 +225,20 @@ def test_every_faulted_gradient_is_red(
         assert found == {name: [said] for name, said in names.items()}
 
 
+def an_error_that_both_make(rank: Rank) -> list[str]:
+    """What is found where the layer and the reference it is held against have the same wrong gradient on rank 1."""
+    with arena_on(rank) as arena:
+        oracle = Oracle(problem=LayerProblem(shape=SHAPE, group=arena.group, device=rank.device))
+        assert judged(oracle, oracle.plain, oracle.plain).faults == ()
+        bad = faulted(oracle.plain, "w1_grad", 1.1) if rank.rank == 1 else oracle.plain
+        return [each.name for each in judged(oracle, bad, bad).accuracies if not each.ok]
+
+
+def test_the_reference_is_held_against_the_oracle_too(cpu_pool: RankPool) -> None:
+    for found in cpu_pool.run(an_error_that_both_make, world_size=2):
+        assert found == ["reference's dw1"]
+
+
 def other_choice(rank: Rank) -> Answer:
     """Rank 1's router sends its first token elsewhere, and the answer is right otherwise."""
     with arena_on(rank) as arena:

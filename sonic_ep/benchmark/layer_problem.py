@@ -130,13 +130,14 @@ class LayerProblem:
     """A layer drawn for this rank: the router alike on every rank, tokens and experts its own.
 
     Where routing is not uniform, the first element of every token is 1, and the router's weight of it is what it adds
-    to the logits of each expert.
+    to the logits of each expert. ranks_of_routing: those that it is about, if they are not the group's.
     """
 
     shape: Shape
     group: EPGroup
     device: torch.device
     options: LayerOptions = field(default_factory=LayerOptions)
+    ranks_of_routing: int | None = None
 
     @cached_property
     def inputs(self) -> LayerInputs:
@@ -198,7 +199,8 @@ class LayerProblem:
 
     @cached_property
     def _offsets(self) -> Tensor | None:
-        return logit_offsets(self.options.routing, self.shape.num_experts, self.group.world_size)
+        ranks = self.ranks_of_routing or self.group.world_size
+        return logit_offsets(self.options.routing, self.shape.num_experts, ranks)
 
     def _router(self) -> Tensor:
         """(E, H)."""
@@ -236,7 +238,7 @@ class LayerProblem:
 
 def single_rank(problem: LayerProblem) -> LayerProblem:
     """The layer with the same router and as many tokens, all of its experts on one rank."""
-    return replace(problem, group=EPGroup(rank=0, world_size=1))
+    return replace(problem, group=EPGroup(rank=0, world_size=1), ranks_of_routing=problem.group.world_size)
 
 
 def near_ties(logits_TE: Tensor, top_k: int) -> Tensor:

@@ -25,7 +25,6 @@ from sonic_ep.testing.checks import Accuracy, Share, Yardstick, assert_as_accura
 
 # Slots that the oracle takes at a time in the wider dtype.
 MOST_SLOTS = 2**16
-# What people call the parts of an answer.
 NAMES = {"y": "o", "x_grad": "dx"}
 
 
@@ -72,22 +71,47 @@ class Oracle:
         """Collective: in the dtype of the layer."""
         return dense_outcome(self.problem, self.problem.shape.dtype, at_a_time=max(1, self.problem.shape.tokens))
 
+    @cached_property
+    def plain_in_pieces(self) -> Outcome:
+        """Collective: in the dtype of the layer, a few tokens at a time: what the reference is held against."""
+        at_a_time = max(1, MOST_SLOTS // self.problem.shape.top_k)
+        return dense_outcome(self.problem, self.problem.shape.dtype, at_a_time=at_a_time)
+
 
 def judged(oracle: Oracle, outcome: Outcome, plain: Outcome | None = None) -> Answer:
     """Collective: hold the outcome of a forward and backward against the oracle.
 
-    plain: the same by plain PyTorch in the dtype of the layer; None: by the oracle.
+    plain: the same by the reference, which is held against the oracle itself before it may say how accurate others have
+    to be; None: the oracle in the dtype of the layer says so.
     """
     problem, truth = oracle.problem, oracle.truth
+    of_reference = [] if plain is None else accuracies_of(problem, plain, truth, oracle.plain_in_pieces, "reference's ")
     plain = plain or oracle.plain
-    right, yardsticks, found = tensors_of(truth), tensors_of(plain), tensors_of(outcome)
-    names = [name for name in right if name != "logits"]
-    accuracies = [
-        accuracy_of_all(name, found[name], Yardstick(as_rows(right[name]), as_rows(yardsticks[name])), problem.group)
-        for name in names
-    ]
+    accuracies = [*of_reference, *accuracies_of(problem, outcome, truth, plain)]
     chosen = [problem.choices(each).sort(dim=1).values for each in (outcome, truth)]
     return Answer(outcome=outcome, plain=plain, truth=truth, accuracies=tuple(accuracies), alike=torch.equal(*chosen))
+
+
+def accuracies_of(
+    problem: LayerProblem, outcome: Outcome, truth: Outcome, plain: Outcome, whose: str = ""
+) -> list[Accuracy]:
+    """Collective: how accurate the output and every gradient are."""
+    right, yardsticks, found = tensors_of(truth), tensors_of(plain), tensors_of(outcome)
+    return [
+        accuracy_of_all(
+            f"{whose}{named(name)}",
+            found[name],
+            Yardstick(as_rows(right[name]), as_rows(yardsticks[name])),
+            problem.group,
+        )
+        for name in right
+        if name != "logits"
+    ]
+
+
+def named(field: str) -> str:
+    """What people call a part of an answer."""
+    return NAMES.get(field, f"d{field.removesuffix('_grad')}")
 
 
 def faults_of(got: Outcome, truth: Outcome, plain: Outcome) -> tuple[str, ...]:
@@ -104,13 +128,13 @@ def faults_of(got: Outcome, truth: Outcome, plain: Outcome) -> tuple[str, ...]:
     return tuple(found)
 
 
-def accuracy_of_all(field: str, got: Tensor, stick: Yardstick, group: EPGroup) -> Accuracy:
+def accuracy_of_all(name: str, got: Tensor, stick: Yardstick, group: EPGroup) -> Accuracy:
     """Collective: the errors of the shares of all ranks together, the same on every rank."""
     mine = Share(norm=stick.norm, got=stick.part(as_rows(got)), plain=stick.plain_part)
     shares = [mine] * group.world_size
     if group.world_size > 1:
         dist.all_gather_object(shares, mine, group=group.process_group)
-    return pooled(NAMES.get(field, f"d{field.removesuffix('_grad')}"), shares, got.dtype)
+    return pooled(name, shares, got.dtype)
 
 
 def as_rows(tensor: Tensor) -> Tensor:
