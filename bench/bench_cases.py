@@ -14,11 +14,11 @@ from torch import Tensor
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig
 from sonic_ep.benchmark.arena import How, Rounds, SuiteArena, Work
-from sonic_ep.benchmark.beside import RoutedCall
 from sonic_ep.benchmark.layer import Pass
 from sonic_ep.benchmark.layer_problem import LayerOptions, LayerProblem
 from sonic_ep.benchmark.results import Entry
 from sonic_ep.benchmark.routed import RoutedUnderTest
+from sonic_ep.benchmark.routed_call import RoutedCall
 from sonic_ep.benchmark.workload import Problem, Shape
 from sonic_ep.fast.dispatch import dispatch_primitives
 from sonic_ep.testing import CASES, Case, assert_bitwise
@@ -110,8 +110,9 @@ def bench_combine_of_case(
 @each_case
 def bench_layer_of_case(arena: SuiteArena, tell: Callable[[Entry], None], case: Case) -> None:
     """``ep.moe_routed``, forward and backward."""
-    layer = RoutedUnderTest(arena=arena, call=call_of(case, arena), backend="fast", config=CONFIG)
-    with layer.over("fast", CONFIG) as ep:
+    call = call_of(case, arena)
+    layer = RoutedUnderTest(arena=arena, group=arena.group, call=call, backend="fast", config=CONFIG)
+    with layer.over() as ep:
         work = layer.work(f"{case.name}: layer, {Pass.STEP.value}", ep, Pass.STEP)
         found = arena.alternate([work], arena.behind_work, ROUNDS if arena.on_gpu else ROUNDS_INTERPRETED)
     tell(arena.record(found[work.name]))

@@ -212,6 +212,11 @@ class ExpertParallel:
         What is timed begins with it: a rank alone would measure how long it waits for the others.
         """
         self._open()
+        if not isinstance(device, torch.device):
+            raise TypeError(f"{self.group}: device: got {type(device).__name__}, expected a torch.device")
+        movable = self.group.device_types()
+        fits = device.type in (movable or ("cpu", "cuda"))
+        self._edge.require(fits, "device", device, f"one of {', '.join(sorted(movable or ('cpu', 'cuda')))}")
         self._backend.meet(device)
 
     def check(self) -> None:

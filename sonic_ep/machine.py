@@ -13,6 +13,8 @@ import torch
 
 PACKAGE = Path(__file__).parent
 PATIENCE_SECONDS = 20
+# To be said beside every figure of two GPUs.
+TWO_GPUS_NOTE = "two GPUs flatter rank_dedup and all_gather: with more of them a token crosses the link more often"
 DIGEST_LETTERS = 12
 
 
@@ -73,7 +75,7 @@ def commit(folder: Path = PACKAGE) -> str | None:
 
     None as well for an installed copy that happens to lie inside somebody's repository.
     """
-    if not output_of("git", "-C", str(folder), "ls-files").strip():
+    if not output_of("git", "-C", str(folder), "ls-files", ".").strip():
         return None
     found = output_of("git", "-C", str(folder), "rev-parse", "HEAD").strip()
     changed = output_of("git", "-C", str(folder), "status", "--porcelain").strip()
@@ -108,7 +110,7 @@ def output_of(*words: str) -> str:
         return ""
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=True)
-    except (subprocess.SubprocessError, OSError):
+    except (subprocess.SubprocessError, OSError, UnicodeDecodeError):
         return ""
     return done.stdout
 

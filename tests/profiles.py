@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sonic_ep import EPConfig, ExpertParallel, NetworkProfiler, ProfileReport
+from sonic_ep.cost import LinkCeilings
 from sonic_ep.testing import Rank
 
 SIZES = {"hidden": 16, "top_k": 2, "num_experts": 6, "dtype": torch.bfloat16}
@@ -23,6 +24,7 @@ class Asked:
     tokens: tuple[int, ...] = (5, 3)
     rounds: int | None = 1
     cache: Path | None = None
+    rates: LinkCeilings | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     changed: dict[int, dict[str, Any]] = field(default_factory=dict)
 
@@ -32,7 +34,8 @@ def profile(asked: Asked, rank: int = 0, device: torch.device | None = None) -> 
     arguments = {"tokens": asked.tokens[rank % len(asked.tokens)], **SIZES, **asked.arguments}
     arguments |= asked.changed.get(rank, {})
     with ExpertParallel(backend=asked.backend, config=arguments.pop("config", asked.config)) as ep:
-        profiler = NetworkProfiler(ep, rounds=arguments.pop("rounds", asked.rounds), cache=asked.cache)
+        options = {name: arguments.pop(name, getattr(asked, name)) for name in ("rounds", "rates")}
+        profiler = NetworkProfiler(ep, cache=asked.cache, **options)
         return profiler.profile(device=device or torch.device("cpu"), **arguments)
 
 

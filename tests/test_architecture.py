@@ -12,7 +12,7 @@ from sonic_ep.backend import CombinePrimitive, DispatchPrimitive
 
 PACKAGE = Path(sonic_ep.__file__).parent
 TESTS = Path(__file__).parent
-LEAVES = {"config", "plan", "activation", "cost", "memory", "group", "machine"}
+LEAVES = {"config", "plan", "activation", "cost", "memory", "group", "machine", "fields"}
 
 # What each part may import of the package. A part is a module or a folder right below sonic_ep.
 MAY_IMPORT = {

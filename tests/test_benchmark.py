@@ -231,6 +231,11 @@ def test_the_fast_backend_beside_the_reference(cpu_pool: RankPool, backend: str)
     assert any(each["what"] == "reference over gloo" for each in document["times"])
 
 
+def test_a_rank_may_have_fewer_experts_than_a_token_chooses(cpu_pool: RankPool) -> None:
+    for report, _ in cpu_pool.run(run_on_rank, {}, "reference", replace(SHAPE, num_experts=4, top_k=4), world_size=2):
+        assert {"same rows locally", "one GPU"} <= {timed.what for timed in report.times}
+
+
 def test_with_ceilings_the_link_is_counted(cpu_pool: RankPool) -> None:
     found = cpu_pool.run(run_on_rank, {"backward": False}, "reference", SHAPE, FAST_LINK, world_size=2)
     document = check(found, {"backward": False}, "reference", "cpu")
@@ -302,6 +307,6 @@ def test_a_pass_that_is_wrong_once_is_found(cpu_pool: RankPool, calls: int) -> N
     found = cpu_pool.run(said_before, WrongError, partial(times_of, "y", -1, calls, "inference"), world_size=2)
     assert found[0] == found[1]
     message, said, _ = found[0]
-    assert message.startswith("rank 1: y: ")
+    assert message.startswith("rank 1: layer: y: ")
     assert "rank 0" not in message
     assert only_the_accuracies(said)

@@ -12,13 +12,14 @@ from end_to_end import MODES, SHAPE, SMALLEST, arena_on, few_rounds, layer_on, s
 
 from sonic_ep import EPConfig, ExpertParallel
 from sonic_ep.benchmark.arena import How, WrongError
-from sonic_ep.benchmark.beside import RoutedCall, given_routing
+from sonic_ep.benchmark.beside import given_routing
 from sonic_ep.benchmark.end_to_end import EndToEnd
 from sonic_ep.benchmark.layer import Pass
 from sonic_ep.benchmark.layer_problem import LayerProblem
 from sonic_ep.benchmark.layer_report import Timed, derived_lines, time_lines
 from sonic_ep.benchmark.memory_use import MemoryUse, memory_use
 from sonic_ep.benchmark.results import Entry
+from sonic_ep.benchmark.routed_call import RoutedCall
 from sonic_ep.benchmark.sweep import MOST_SLOTS_OF_GRAPHS, PAIRS, PairTime, PointReport, how_of, run_sweep
 from sonic_ep.benchmark.workload import Shape
 from sonic_ep.config import CombineMode, DispatchMode, ModePair
@@ -286,7 +287,9 @@ def same(found: list[Any]) -> Any:
 
 
 def test_a_sweep_with_a_wrong_pair_says_nothing_of_the_point(cpu_pool: RankPool) -> None:
-    assert same(cpu_pool.run(sweep, DispatchMode.RANK_DEDUP, world_size=2)).startswith("rank 1: y: ")
+    assert same(cpu_pool.run(sweep, DispatchMode.RANK_DEDUP, world_size=2)).startswith(
+        "rank 1: rank_dedup, all_to_all: y: "
+    )
 
 
 def test_how_a_pair_is_launched() -> None:

@@ -11,10 +11,9 @@ from near import assert_near
 from torch import Tensor
 
 from sonic_ep import ExpertParallel
-from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
-from sonic_ep.backend import Experts
-from sonic_ep.benchmark.beside import compacted, experts_of_rows, given_routing, group_of_this_rank, same_rows
-from sonic_ep.benchmark.layer import Pass
+from sonic_ep.benchmark.arena import WrongError
+from sonic_ep.benchmark.beside import OneGpu, experts_of_rows, given_routing, group_of_this_rank, same_rows
+from sonic_ep.benchmark.layer import LayerUnderTest
 from sonic_ep.benchmark.layer_problem import (
     LayerInputs,
     LayerOptions,
@@ -26,6 +25,8 @@ from sonic_ep.benchmark.layer_problem import (
 )
 from sonic_ep.benchmark.oracle import Answer, Oracle, dense_outcome, gathered, judged
 from sonic_ep.benchmark.products import Products
+from sonic_ep.benchmark.routed import RoutedUnderTest
+from sonic_ep.benchmark.routed_call import RoutedCall
 from sonic_ep.config import ScoreOrder
 from sonic_ep.group import EPGroup
 from sonic_ep.testing import Rank, RankPool, assert_bitwise
@@ -85,39 +86,19 @@ def test_experts_of_rows_by_hand() -> None:
     assert found.flatten().sort().values.tolist() == [-1, 0, 0, 1]
     assert found[1, 1] == -1
     assert experts_of_rows(plan_of([0, 0], 2), torch.Generator()).shape == (0, 2)
+    # With one expert a token has one slot, whatever K.
+    assert experts_of_rows(plan_of([3], 2), torch.Generator()).tolist() == [[0], [0], [0]]
     large = experts_of_rows(plan_of([5, 5, 12], 3), torch.Generator().manual_seed(1))
     assert large.flatten().bincount().tolist() == [5, 0, 7]
     # In random order, or it would be local in a way that the rows of the group are not.
     assert large.flatten().tolist() != sorted(large.flatten().tolist())
 
 
-def experts_for(count: int) -> Experts:
-    return Experts(
-        w1=torch.arange(count * 2.0).view(count, 2, 1),
-        w2=torch.arange(count * 1.0).view(count, 1, 1),
-        b1=None,
-        b2=torch.arange(count * 1.0).view(count, 1),
-        activation=ACTIVATIONS["swiglu"],
-        layout=GATE_LAYOUTS["concat"],
-    )
-
-
-def test_compacted_by_hand() -> None:
-    all_experts = experts_for(10)
-    place, few = compacted(torch.tensor([[4, 9], [9, -1]]), all_experts)
-    assert place.tolist() == [[0, 1], [1, -1]]
-    assert few.w2.flatten().tolist() == [4.0, 9.0]
-    assert few.w1.flatten().tolist() == [8.0, 9.0, 18.0, 19.0]
-    assert few.b1 is None
-    assert few.b2 is not None
-    assert few.b2.flatten().tolist() == [4.0, 9.0]
-
-
 def ends_beside(rank: Rank, kind: RoutingKind) -> tuple[list[int], list[int], int]:
     """Ends of the groups of this rank's rows in the group, and of those that a layer of its own gets."""
     with layer_on(rank, options=LayerOptions(routing=kind)) as layer:
         call, held = same_rows(layer), SHAPE.num_experts // rank.world_size
-        with ExpertParallel(group_of_this_rank(layer.arena.group), "reference", MODES) as alone:
+        with ExpertParallel(group_of_this_rank(layer.arena.group).process_group, "reference", MODES) as alone:
             assert alone.world_size == 1
             found = alone.plan(call.topk_idx, held)
         assert call.shape.num_experts == held
@@ -136,7 +117,13 @@ def test_same_rows_are_as_many(cpu_pool: RankPool, world_size: int, kind: Routin
 def outcomes_of_both(rank: Rank, options: LayerOptions) -> None:
     with layer_on(rank, options=options) as layer, layer.over() as ep:
         call, right = given_routing(layer), layer.answer.outcome
-        found = dict(zip(["y", "x", "scores", *layer.problem.inputs.experts], call.run(ep, Pass.STEP), strict=True))
+        found = dict(
+            zip(
+                ["y", "x", "scores", *layer.problem.inputs.experts],
+                call.run(ep, training=True, backward=True),
+                strict=True,
+            )
+        )
         assert_bitwise(found["y"], right.y, "y")
         for name in layer.problem.inputs.experts:
             assert_bitwise(found[name], tensors_of(right)[f"{name}_grad"], name)
@@ -152,9 +139,66 @@ def test_given_routing_is_the_layer(cpu_pool: RankPool, order: ScoreOrder, norm:
     cpu_pool.run(outcomes_of_both, options, world_size=2)
 
 
+def routed_layer(layer: LayerUnderTest, call: RoutedCall, group: EPGroup) -> RoutedUnderTest:
+    return RoutedUnderTest(arena=layer.arena, group=group, call=call, backend="reference", config=MODES)
+
+
+def wrong_results(rank: Rank, place: int, alone: bool) -> str:
+    """What is said where one result of ``moe_routed`` is a tenth too large on rank 1."""
+    with layer_on(rank, options=BIASED) as layer:
+        group = group_of_this_rank(layer.arena.group) if alone else layer.arena.group
+        call, run = same_rows(layer) if alone else given_routing(layer), RoutedCall.run
+        assert len(routed_layer(layer, call, group).answer) == 7
+
+        def faulted_run(self: RoutedCall, ep: Any, **which: bool) -> list[Tensor]:
+            found = run(self, ep, **which)
+            return [r * 1.1 if rank.rank == 1 and at == place else r for at, r in enumerate(found)]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RoutedCall, "run", faulted_run)
+            with pytest.raises(WrongError) as wrong:
+                _ = routed_layer(layer, call, group).answer
+        return str(wrong.value)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["over the group", "alone"])
+@pytest.mark.parametrize("place", range(7))
+def test_every_result_of_a_given_routing_is_held_against_the_oracle(
+    cpu_pool: RankPool, place: int, alone: bool
+) -> None:
+    name = ["o", "dx", "dscores", "dw1", "dw2", "db1", "db2"][place]
+    for said in cpu_pool.run(wrong_results, place, alone, world_size=2):
+        # Of a group both ranks know what all of them got; alone, each its own.
+        assert f"rank 1: {name}: relative error" in said
+        assert ("rank 0" in said) != alone
+
+
+def wrong_on_one_gpu(rank: Rank) -> str:
+    """All experts on one rank: the gradient of w2 is wrong on rank 1."""
+    with layer_on(rank) as layer:
+        alone, step = group_of_this_rank(layer.arena.group), LayerProblem.forward_backward
+
+        def doubled(self: LayerProblem, ep: Any, inputs: LayerInputs) -> Outcome:
+            found = step(self, ep, inputs)
+            assert found.w2_grad is not None
+            return replace(found, w2_grad=found.w2_grad * 2) if rank.rank == 1 else found
+
+        assert OneGpu.of(layer, alone).outcome.y.shape == layer.answer.outcome.y.shape
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LayerProblem, "forward_backward", doubled)
+            with pytest.raises(WrongError) as wrong:
+                OneGpu.of(layer, alone)
+        return str(wrong.value)
+
+
+def test_a_wrong_layer_on_one_gpu_is_an_error_on_every_rank(cpu_pool: RankPool) -> None:
+    for said in cpu_pool.run(wrong_on_one_gpu, world_size=2):
+        assert said.startswith("rank 1: all experts on one rank: dw2: relative error")
+
+
 def put_together(problem: LayerProblem) -> LayerProblem:
     """The layer with the tokens and experts of all ranks, on one rank."""
-    whole, group = single_rank(problem), problem.group
+    whole, group = single_rank(problem, ALONE), problem.group
     together = {name: gathered(tensor, group) for name, tensor in tensors_of(problem.inputs).items()}
     together["router_w"] = problem.inputs.router_w.detach()
     leaves = {name: tensor.requires_grad_(name != "out_grad") for name, tensor in together.items()}

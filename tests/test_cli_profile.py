@@ -102,10 +102,21 @@ def test_a_profile_that_is_refused_is_red(
 
     monkeypatch.setattr(command, "_report", refuse)
     assert run(*SMALL) == RED
-    assert capsys.readouterr().err == f"sonic-ep: {error}\n"
+    assert capsys.readouterr().out == f"RED: {error}\n"
 
 
-def test_a_file_that_cannot_be_written_is_red(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "profile.json"
+    words = [*SMALL, "--json", str(path), "--commit", "abc of mine"]
+    monkeypatch.setattr(sys, "argv", ["sonic-ep", "profile", *words])
+    assert run(*words) == GREEN
+    environment = json.loads(path.read_text())["environment"]
+    assert environment["commit"] == "abc of mine"
+    assert "abc" not in environment["command"]
+
+
+def test_a_file_that_cannot_be_written_is_told_before_a_rank_is_started(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert run(*SMALL, "--json", str(tmp_path / "file" / "profile.json")) == RED
-    assert "sonic-ep: --json: " in capsys.readouterr().err
+    options = parsed(*SMALL, "--json", str(tmp_path / "file" / "profile.json"))
+    with pytest.raises(ValueError, match=r"--json: got .*, expected the path of a file that can be written"):
+        options.check(options)

@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,11 @@ import pytest
 import torch
 from profiles import Asked, profile
 
+import sonic_ep.profiler.cache as cache_module
 import sonic_ep.profiler.measuring as measuring
 import sonic_ep.profiler.profiler as profiler_module
-from sonic_ep import EPConfig, ExpertParallel, NetworkProfiler, ProfileReport
+from sonic_ep import DispatchMode, EPConfig, ExpertParallel, NetworkProfiler, ProfileReport
+from sonic_ep.cost import LinkCeilings
 from sonic_ep.machine import Machine
 from sonic_ep.profiler.cache import Cache
 from sonic_ep.profiler.request import Offer, key_of
@@ -27,6 +31,10 @@ IDS = torch.tensor([[0, 1]] * 5)
 @pytest.fixture(scope="module")
 def report() -> ProfileReport:
     return profile(Asked())
+
+
+def accept(report: ProfileReport) -> None:
+    """Whatever it is."""
 
 
 def poisoned(patched: pytest.MonkeyPatch) -> None:
@@ -132,12 +140,19 @@ def spoilt_files(report: ProfileReport) -> dict[str, bytes]:
         "no profile": json.dumps({"key": key}).encode(),
         "foreign": json.dumps({**whole, "key": {**key, "tokens": [6]}}).encode(),
         "older": json.dumps({**whole, "key": {**key, "format": 0}}).encode(),
+        # Too large for a float, and longer than Python makes numbers of.
+        "huge": text.replace(b'"median_us": ', b'"median_us": 1' + b"0" * 400, 1),
+        "endless": text.replace(b'"median_us": ', b'"median_us": 1' + b"0" * 5000, 1),
         "wrong field": json.dumps({**whole, "profile": {**whole["profile"], "pairs": []}}).encode(),
     }
 
 
 @pytest.mark.parametrize(
-    "kind", ["empty", "binary", "torn", "no object", "deep", "no profile", "foreign", "older", "wrong field"]
+    "kind",
+    [
+        *("empty", "binary", "torn", "no object", "deep", "no profile", "foreign", "older", "huge", "endless"),
+        "wrong field",
+    ],
 )
 def test_a_file_that_cannot_be_used_is_overwritten(
     kind: str, report: ProfileReport, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -145,15 +160,15 @@ def test_a_file_that_cannot_be_used_is_overwritten(
     cache = Cache(folder=tmp_path)
     cache.write(KEY, report)
     (path,) = tmp_path.iterdir()
-    assert cache.read(KEY) == report
+    assert cache.read(KEY, accept) == report
     assert not caplog.records
     path.write_bytes(spoilt_files(report)[kind])
-    assert cache.read(KEY) is None
+    assert cache.read(KEY, accept) is None
     (line,) = caplog.messages
     assert line.startswith(f"profile cache: measuring anew, for {tmp_path}: ")
     assert "\n" not in line
     cache.write(KEY, report)
-    assert cache.read(KEY) == report
+    assert cache.read(KEY, accept) == report
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -163,6 +178,118 @@ def test_a_profile_that_cannot_be_used_is_measured_anew(tmp_path: Path) -> None:
     (path,) = tmp_path.iterdir()
     path.write_text("{")
     assert [profile(asked).from_cache for _ in range(2)] == [False, True]
+
+
+def profile_of_kept(rank: Rank, folder: Path) -> tuple[bool, list[str]]:
+    """Whether the cache served, and what was logged."""
+    with lines_of_log() as lines:
+        found = profile(Asked(cache=folder), rank.rank, rank.device)
+    return found.from_cache, lines
+
+
+@contextmanager
+def lines_of_log() -> Iterator[list[str]]:
+    """What the package warns of meanwhile."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("sonic_ep")
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+
+
+def spoil_profile(folder: Path, path: tuple[str | int, ...], value: object) -> None:
+    """Put ``value`` where ``path`` leads in the one profile of ``folder``, whose key stays."""
+    (file,) = folder.iterdir()
+    document = json.loads(file.read_text())
+    target = document["profile"]
+    for step in path[:-1]:
+        target = target[step]
+    target[path[-1]] = value
+    file.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("pairs", 0, "median_us"), 10**400),
+        (("shape", "tokens"), [5, 4]),
+        (("shape", "hidden"), 17),
+        (("backend",), "fast"),
+        (("config", "cpu_sync_on_runtime"), True),
+        (("config", "max_rows"), 9),
+    ],
+    ids=["huge", "tokens", "hidden", "backend", "flag", "max_rows"],
+)
+def test_a_profile_of_something_else_is_measured_anew_by_all(
+    cpu_pool: RankPool, tmp_path: Path, path: tuple[str | int, ...], value: object
+) -> None:
+    assert cpu_pool.run(profile_of_kept, tmp_path, world_size=2) == [(False, [])] * 2
+    spoil_profile(tmp_path, path, value)
+    (first, lines), (second, silence) = cpu_pool.run(profile_of_kept, tmp_path, world_size=2)
+    assert not first
+    assert not second
+    assert silence == []
+    assert [line.startswith("profile cache: measuring anew, for ") for line in lines] == [True]
+    assert cpu_pool.run(profile_of_kept, tmp_path, world_size=2) == [(True, [])] * 2
+
+
+def test_a_kept_profile_has_the_modes_that_are_fixed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    asked = Asked(cache=tmp_path, config=EPConfig(dispatch="rank_dedup"))
+    profile(asked)
+    spoil_profile(tmp_path, ("config", "dispatch"), "all_gather")
+    found = profile(asked)
+    assert not found.from_cache
+    assert found.config.dispatch is DispatchMode.RANK_DEDUP
+    (line,) = caplog.messages
+    assert "config: got a profile of EPConfig(dispatch=<DispatchMode.ALL_GATHER" in line
+
+
+def break_reading(patched: Any) -> None:
+    """Reading fails in a way that nobody has thought of."""
+
+    def fail(*arguments: Any) -> Any:
+        raise OverflowError("int too large\nto convert")
+
+    patched.setattr(cache_module, "_report_in", fail)
+
+
+def profile_without_reading(rank: Rank, folder: Path) -> tuple[bool, list[str]]:
+    with pytest.MonkeyPatch.context() as patched:
+        break_reading(patched)
+        return profile_of_kept(rank, folder)
+
+
+def test_whatever_goes_wrong_in_reading_leaves_nobody_waiting(cpu_pool: RankPool, tmp_path: Path) -> None:
+    cpu_pool.run(profile_of_kept, tmp_path, world_size=2)
+    answers = cpu_pool.run(profile_without_reading, tmp_path, world_size=2)
+    line = f"profile cache: measuring anew, for {tmp_path}: int too large to convert"
+    assert answers == [(False, [line]), (False, [])]
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
+def test_a_path_that_no_file_has_is_a_line_in_the_log(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not profile(Asked(cache=tmp_path / name)).from_cache
+    what = [line.split(", for ")[0] for line in caplog.messages]
+    assert what == ["profile cache: measuring anew", "profile cache: not kept"]
+    assert all(line.encode() for line in caplog.messages)
+
+
+def test_with_rates_the_cache_is_left_alone(tmp_path: Path) -> None:
+    profile(Asked(cache=tmp_path))
+    (path,) = tmp_path.iterdir()
+    before = path.read_bytes()
+    rates = LinkCeilings(copy_engine_in=1e15, copy_engine_out=1e15, read=1e15, write=1e15)
+    found = profile(Asked(cache=tmp_path, rates=rates))
+    assert not found.from_cache
+    assert found.rates == rates
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before
 
 
 def test_a_folder_that_cannot_be_made_is_a_line_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

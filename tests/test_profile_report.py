@@ -10,9 +10,11 @@ from profiles import Asked, profile
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ProfileReport
 from sonic_ep.config import ModePair
-from sonic_ep.cost import Workload
-from sonic_ep.profiler.choice import pick
-from sonic_ep.profiler.times import EVERY_MODE, PairTime, Spread
+from sonic_ep.cost import LinkCeilings, Workload
+from sonic_ep.machine import TWO_GPUS_NOTE
+from sonic_ep.profiler.choice import LinkLoad, mode_times, pick
+from sonic_ep.profiler.times import EVERY_MODE, ModeTime, PairTime, Spread
+from sonic_ep.testing.timing import MOST_ABOVE_CEILING, AboveCeilingError, Timing
 
 
 def pairs_of(medians: dict[tuple[str, str], float], other: float) -> list[PairTime]:
@@ -66,6 +68,85 @@ LOAD = Workload(world_size=2, top_k=8, num_experts=64)
 def test_the_pick(medians: dict[tuple[str, str], float], config: EPConfig, expected: tuple[str, str]) -> None:
     picked = pick(pairs_of(medians, 100.0), config, LOAD)
     assert picked == ModePair(dispatch=DispatchMode(expected[0]), combine=CombineMode(expected[1]))
+
+
+CEILINGS = LinkCeilings(copy_engine_in=100e9, copy_engine_out=100e9, read=100e9, write=100e9)
+PLAIN = LinkLoad(into=(1, 1), out_of=(1, 1))
+
+
+def dispatch_of(load: LinkLoad, seconds: float) -> ModeTime:
+    """The first dispatch mode, if it moves ``load`` in ``seconds``."""
+    timings = [Timing(rounds=(seconds if place == 1 else 1.0,)) for place in range(len(EVERY_MODE))]
+    loads = [load if place == 1 else PLAIN for place in range(len(EVERY_MODE))]
+    return mode_times(timings, loads, CEILINGS)[1]
+
+
+def test_rates_are_those_of_the_busiest_rank() -> None:
+    # All to one of two ranks: 0.06 GB in a millisecond.
+    found = dispatch_of(LinkLoad(into=(0, 60_000_000), out_of=(60_000_000, 0)), 1e-3)
+    assert (found.link_bytes, found.gb_per_s, found.percent) == (60e6, 60.0, 60.0)
+
+
+@pytest.mark.parametrize(
+    ("into", "out_of", "allowed"),
+    [
+        # Both directions of all ranks are busy: the busiest may not be faster than the ceiling.
+        ((100, 110), (110, 100), 110),
+        ((100, 100), (100, 110), 100),
+        # One direction alone, or one rank: the mean over the ranks may not.
+        ((0, 100), (100, 0), 50),
+        ((100, 111), (105, 106), 105.5),
+        ((100, 100), (80, 120), 100),
+    ],
+)
+def test_what_is_held_against_a_ceiling(into: tuple[int, ...], out_of: tuple[int, ...], allowed: float) -> None:
+    load = LinkLoad(into=tuple(10**6 * n for n in into), out_of=tuple(10**6 * n for n in out_of))
+    # So many seconds bring the allowed bytes just below what is too much.
+    seconds = allowed * 1e6 / (CEILINGS.copy_engine_in * MOST_ABOVE_CEILING)
+    found = dispatch_of(load, seconds * 1.001)
+    assert found.percent == pytest.approx(100 * MOST_ABOVE_CEILING * max(into) / allowed / 1.001, abs=0.01)
+    with pytest.raises(AboveCeilingError, match="dispatch all_gather: got "):
+        dispatch_of(load, seconds * 0.999)
+
+
+def test_no_rate_of_no_time() -> None:
+    found = dispatch_of(PLAIN, 0.0)
+    assert (found.gb_per_s, found.percent) == (None, None)
+
+
+def test_an_unknown_ceiling_is_refused() -> None:
+    document = profile(Asked()).as_json()
+    document["modes"][1]["ceiling"] = "light"
+    with pytest.raises(ValueError, match=r"modes\[1\].ceiling: got 'light', expected null or one of copy_engine_in"):
+        ProfileReport.from_json(document)
+
+
+def test_notes() -> None:
+    report = profile(Asked())
+    assert report.note == "on the CPU, in plain PyTorch: the times mean nothing for GPUs"
+    on_gpus = replace(report, machine=replace(report.machine, gpu="GPU"))
+    of_two = replace(on_gpus, shape=replace(report.shape, tokens=(5, 5)), ranks_per_gpu=1)
+    notes = {
+        replace(of_two, ranks_per_gpu=2): "2 ranks take turns on one GPU: the times mean nothing for a GPU each",
+        of_two: TWO_GPUS_NOTE,
+    }
+    for noted, note in notes.items():
+        assert noted.note == noted.as_json()["environment"]["note"] == note
+        assert f"note: {note}" in noted.table()
+    for tokens in ((5,), (5, 5, 5)):
+        assert replace(of_two, shape=replace(report.shape, tokens=tokens)).note is None
+
+
+def test_spreads_are_a_width() -> None:
+    report = profile(Asked())
+    spread = Spread(rounds=3, median_us=200.0, p10_us=190.0, p90_us=215.0, min_us=1.0, max_us=900.0)
+    lines = replace(report, modes=tuple(replace(mode, spread=spread) for mode in report.modes)).table()
+    header = next(line for line in lines if line.startswith("what "))
+    assert "p10..p90" in header.split()
+    rows = [line for line in lines if line.split()[:1] in (["plan"], ["dispatch"], ["combine"]) and "0.2000" in line]
+    assert len(rows) == len(EVERY_MODE)
+    place = header.index("p10..p90") + len("p10..p90")
+    assert all(row[:place].endswith(" 12.5%") for row in rows)
 
 
 def test_the_table() -> None:

@@ -1,5 +1,6 @@
 """What a profile is asked for: wrong arguments and ranks that disagree, told on every rank."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,10 +8,13 @@ import torch
 from profiles import SIZES, Asked, said_by
 
 import sonic_ep.profiler.problem as problem
-from sonic_ep import EPConfig, ExpertParallel, NetworkProfiler
-from sonic_ep.testing import RankPool
+import sonic_ep.profiler.request as request
+from sonic_ep import ClosedError, EPConfig, ExpertParallel, NetworkProfiler
+from sonic_ep.cost import LinkCeilings
+from sonic_ep.testing import Rank, RankPool
 
 CPU = torch.device("cpu")
+RATES = LinkCeilings(copy_engine_in=1e12, copy_engine_out=1e12, read=1e12, write=1e12)
 
 
 @pytest.mark.parametrize(
@@ -26,11 +30,61 @@ CPU = torch.device("cpu")
         # Wrong on one rank alone: the others do not wait for it.
         ({1: {"routing": torch.full((3, 2), 6)}}, "rank 1 of 3: expert ids of routing: got 6 to 6, expected 0 to 5"),
         ({0: {"tokens": -1}}, "rank 0 of 3: tokens: got -1, expected a whole number of at least 0"),
+        ({1: {"routing": torch.empty((3, 2), dtype=torch.int64, device="meta")}}, "device of routing: got meta"),
+        ({0: {"rates": RATES}}, "rates: got {'copy_engine_in': 1000000000000.0"),
+        ({rank: {"num_experts": 7} for rank in range(3)}, "number of experts E: got 7, expected a multiple of the"),
     ],
 )
 def test_ranks_that_ask_for_different_things(cpu_pool: RankPool, changed: Any, message: str) -> None:
     said = cpu_pool.run(said_by, Asked(changed=changed), ValueError, world_size=3)
     assert all(message in of_rank for of_rank in said), said
+
+
+def another_backend(patched: Any, rank: int) -> None:
+    """The last of two ranks has another backend."""
+    honest = ExpertParallel.__init__
+
+    def create(self: ExpertParallel, *arguments: Any, **options: Any) -> None:
+        honest(self, *arguments, **options)
+        self.backend = "another"
+
+    if rank:
+        patched.setattr(ExpertParallel, "__init__", create)
+
+
+def another_device(patched: Any, rank: int) -> None:
+    """The rows of the last of two ranks live on another kind of device."""
+    if rank:
+        patched.setattr(request, "_read_device", lambda *arguments: torch.device("meta"))
+
+
+@pytest.mark.parametrize(
+    ("patch", "message"),
+    [
+        (another_backend, "backend: got 'another' on rank 1, expected 'reference'"),
+        (another_device, "kind of device: got 'meta' on rank 1, expected 'cpu'"),
+    ],
+)
+def test_ranks_that_are_different(cpu_pool: RankPool, patch: Any, message: str) -> None:
+    said = cpu_pool.run(said_by, Asked(), ValueError, patch, world_size=2)
+    assert all(message in of_rank for of_rank in said), said
+
+
+def profile_after_close(rank: Rank, closing: int) -> str:
+    """What this rank is told after rank ``closing`` has closed its ep, or all have, if that is -1."""
+    ep = ExpertParallel(backend="reference")
+    if closing in (-1, rank.rank):
+        ep.close()
+    with pytest.raises(ClosedError) as raised:
+        NetworkProfiler(ep, cache=None).profile(tokens=3, device=CPU, **SIZES)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("closing", [-1, 1])
+def test_a_closed_one_is_told_on_every_rank(cpu_pool: RankPool, closing: int) -> None:
+    said = cpu_pool.run(profile_after_close, closing, world_size=2)
+    assert said[0] == said[1]
+    assert "rank 1 of 2: ExpertParallel: got one that is closed" in said[0]
 
 
 def fail_to_draw(patched: Any, rank: int) -> None:
@@ -63,6 +117,8 @@ def test_an_error_in_drawing_on_one_rank_is_one_on_every_rank(cpu_pool: RankPool
         ({"routing": None}, "routing: got None"),
         ({"routing": torch.zeros(5, 3).int()}, r"shape of routing: got \(5, 3\), expected \(5, 2\) = \(T, K\)"),
         ({"routing": torch.zeros(5, 2)}, "dtype of routing: got torch.float32"),
+        ({"routing": torch.zeros(5, 2).int().to_sparse()}, "layout of routing: got torch.sparse_coo"),
+        ({"routing": torch.zeros(5, 2, device="meta").int()}, "device of routing: got meta, expected a device that"),
         ({"routing": torch.full((5, 2), -2)}, "expert ids of routing: got -2 to -2, expected 0 to 5, or -1"),
         ({"device": "cpu"}, "device: got 'cpu', expected a torch.device, or None"),
         ({"device": torch.device("meta")}, "device: got meta, expected one that the group moves: cpu, cuda"),
@@ -81,6 +137,18 @@ def test_wrong_profilers() -> None:
             NetworkProfiler(ep, rounds=0)
         with pytest.raises(ValueError, match="rank 0 of 1: cache: got 3, expected a Path, or None for no cache"):
             NetworkProfiler(ep, cache=3)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="rank 0 of 1: rates: got dict, expected LinkCeilings or None"):
+            NetworkProfiler(ep, rates={})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "rate", [0.0, -1.0, float("inf"), float("nan"), 10**400, "1", None, True], ids=lambda rate: str(rate)[:6]
+)
+def test_rates_are_finite_and_above_0(rate: Any) -> None:
+    with ExpertParallel(backend="reference") as ep:
+        with pytest.raises(ValueError, match=r"rank 0 of 1: read of rates: got .*, expected a finite rate above 0"):
+            NetworkProfiler(ep, rates=replace(RATES, read=rate))
+        NetworkProfiler(ep, rates=RATES)
 
 
 def test_too_many_choices_for_one_rank(cpu_pool: RankPool) -> None:

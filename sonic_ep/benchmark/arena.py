@@ -66,7 +66,7 @@ SMALL_BYTES = 2**24
 
 @dataclass(frozen=True, kw_only=True)
 class Beside:
-    """Other work, by its name, that is timed in turn with a work which is held against it; see ``report.Against``."""
+    """Other work, by its name, that is timed in turn with a work which is held against it; see ``results.Against``."""
 
     name: str
     text: str
@@ -248,13 +248,17 @@ def entry_of(work: Work, how: How, timed: Mapping[str, Timing]) -> Entry:
 
 @contextmanager
 def other_inputs(inputs: Sequence[Tensor]) -> Iterator[None]:
-    """The rows of each tensor in another order while this lasts."""
-    kept = [tensor.clone() for tensor in inputs]
-    for tensor, right in zip(inputs, kept, strict=True):
-        tensor.copy_(right.roll(1, dims=0))
-    yield
-    for tensor, right in zip(inputs, kept, strict=True):
-        tensor.copy_(right)
+    """The rows of each tensor in another order while this lasts, and what is no index with the other sign."""
+    with torch.no_grad():
+        kept = [tensor.clone() for tensor in inputs]
+        try:
+            for tensor, right in zip(inputs, kept, strict=True):
+                moved = right.roll(1, dims=0)
+                tensor.copy_(-moved if moved.is_floating_point() else moved)
+            yield
+        finally:
+            for tensor, right in zip(inputs, kept, strict=True):
+                tensor.copy_(right)
 
 
 def agree(group: EPGroup, check: Callable[[], None]) -> None:

@@ -14,16 +14,19 @@ import torch
 
 from sonic_ep.api import ExpertParallel
 from sonic_ep.benchmark.arena import Arena, Rounds, Work
-from sonic_ep.benchmark.beside import OneGpu, RoutedCall, given_routing, group_of_this_rank, same_rows
+from sonic_ep.benchmark.beside import OneGpu, given_routing, group_of_this_rank, same_rows
 from sonic_ep.benchmark.layer import LayerUnderTest, Pass
 from sonic_ep.benchmark.layer_problem import LayerProblem
 from sonic_ep.benchmark.layer_report import Breakdown, Derived, LayerReport, Timed, accuracy_lines
 from sonic_ep.benchmark.memory_use import memory_use
 from sonic_ep.benchmark.oracle import Oracle
 from sonic_ep.benchmark.results import Entry
+from sonic_ep.benchmark.routed import RoutedUnderTest
+from sonic_ep.benchmark.routed_call import RoutedCall
 from sonic_ep.benchmark.setup import Setup
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig, ModePair
 from sonic_ep.cost import Workload, choose_modes
+from sonic_ep.group import EPGroup
 from sonic_ep.profiler import NetworkProfiler, ProfileReport
 
 Say = Callable[[str], None]
@@ -102,7 +105,7 @@ def profiled(layer: LayerUnderTest, setup: Setup) -> ProfileReport:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EndToEnd:
-    """A verified layer, and all that is measured of it, by all ranks together. A context for what it opens."""
+    """A verified layer, and all that is measured of it, by all ranks together; ``opened`` closes what it opens."""
 
     layer: LayerUnderTest
     setup: Setup
@@ -125,12 +128,9 @@ class EndToEnd:
         return self.opened.enter_context(self.layer.over())
 
     @cached_property
-    def alone(self) -> ExpertParallel | None:
-        """A layer of this rank alone; None where there is no other rank."""
-        if self.arena.group.world_size == 1:
-            return None
-        group = group_of_this_rank(self.arena.group)
-        return self.opened.enter_context(ExpertParallel(group, self.layer.backend, self.layer.config))
+    def alone(self) -> EPGroup | None:
+        """This rank's own group; None where there is no other rank."""
+        return None if self.arena.group.world_size == 1 else group_of_this_rank(self.arena.group)
 
     @cached_property
     def reference(self) -> ExpertParallel | None:
@@ -141,27 +141,37 @@ class EndToEnd:
         return self.opened.enter_context(self.layer.over(exact, "reference"))
 
     @cached_property
-    def given(self) -> RoutedCall:
+    def given(self) -> RoutedUnderTest:
         """The layer without its router."""
-        return given_routing(self.layer)
+        return self.routed(given_routing(self.layer), self.arena.group)
+
+    def routed(self, call: RoutedCall, group: EPGroup) -> RoutedUnderTest:
+        """A call with its routing given, over ``group``."""
+        layer = self.layer
+        return RoutedUnderTest(arena=layer.arena, group=group, call=call, backend=layer.backend, config=layer.config)
 
     @cached_property
-    def same_rows(self) -> RoutedCall:
-        """The rows of this rank without a link."""
-        return same_rows(self.layer)
+    def local(self) -> tuple[RoutedUnderTest, ExpertParallel]:
+        """The rows of this rank without a link, and the layer that they go through."""
+        assert self.alone is not None, "there is no other rank"
+        call = self.routed(same_rows(self.layer), self.alone)
+        return call, self.opened.enter_context(call.over())
 
     @cached_property
-    def one_gpu(self) -> OneGpu:
-        """All experts here."""
-        return OneGpu.of(self.layer)
+    def one_gpu(self) -> tuple[OneGpu, ExpertParallel]:
+        """All experts here, and the layer that tokens go through."""
+        assert self.alone is not None, "there is no other rank"
+        whole = OneGpu.of(self.layer, self.alone)
+        process_group = self.alone.process_group
+        return whole, self.opened.enter_context(ExpertParallel(process_group, self.layer.backend, self.layer.config))
 
     def report(self) -> LayerReport:
         """Collective: measure everything."""
-        memory = memory_use(self.given, self.ep, backward=self.setup.backward)
+        memory = memory_use(self.given.call, self.ep, backward=self.setup.backward)
         found = {which: {**self.in_turn(which), **self.in_turn_with_slow(which)} for which in self.passes}
         return LayerReport(
             results=self.arena.results,
-            setup=replace(self.setup, backend=self.layer.backend),
+            setup=self.setup,
             config=self.layer.config,
             accuracy=self.layer.answer.accuracies,
             profile=self.profile,
@@ -180,14 +190,16 @@ class EndToEnd:
             self.given.work(GIVEN, self.ep, which, flops),
         ]
         if self.alone is not None:
-            works.append(self.same_rows.work(LOCAL, self.alone, which, flops))
+            call, ep = self.local
+            works.append(call.work(LOCAL, ep, which, flops))
         return self.right(works, Pace.of(self.arena).usual)
 
     def in_turn_with_slow(self, which: Pass) -> Found:
         """Collective: all experts on one GPU, the reference, and the layer once more beside them."""
         slow: list[Work] = []
         if self.alone is not None:
-            slow.append(self.one_gpu.work(ONE_GPU, self.alone, which))
+            whole, ep = self.one_gpu
+            slow.append(whole.work(ONE_GPU, ep, which))
         if self.reference is not None:
             slow.append(self.layer.work(self.reference_name, self.reference, which))
         if not slow:

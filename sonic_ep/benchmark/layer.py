@@ -111,13 +111,14 @@ class LayerUnderTest:
     def link_seconds(self, modes: ModePair, which: Pass) -> float | None:
         """What the rows take at the ceilings of the link, there and back, in backward once more; None without ceilings.
 
-        That is their least: ids, scores and their gradients, and x where it is gathered again, are not counted.
+        Those of the busiest rank, and the least of them: ids, scores and their gradients, and x where it is gathered
+        again, are not counted.
         """
         if self.arena.group.world_size == 1:
             return 0.0
-        row_bytes = self.problem.shape.row_bytes
-        there = self.routed.mean_traffic(lambda counts: dispatch_traffic(counts, row_bytes)[modes.dispatch]).link_in
-        back = self.routed.mean_traffic(lambda counts: combine_traffic(counts, row_bytes)[modes.combine]).link_in
+        row_bytes, routed = self.problem.shape.row_bytes, self.routed
+        there = routed.most_over_link(lambda counts: dispatch_traffic(counts, row_bytes)[modes.dispatch])
+        back = routed.most_over_link(lambda counts: combine_traffic(counts, row_bytes)[modes.combine])
         seconds = 0.0
         for nbytes, way in ((there, WAY[modes.dispatch]), (back, Way.WRITE)):
             traffic = self.arena.traffic(nbytes, way)
@@ -128,25 +129,17 @@ class LayerUnderTest:
 
     def work(self, name: str, ep: ExpertParallel, which: Pass, beside: tuple[Beside, ...] = ()) -> Work:
         """The layer over ``ep``: the answer's very bits, or if it is another backend's, an answer as accurate."""
-        answer, inputs = self.answer, self.problem.inputs
+        answer = self.answer
+        work = replace(bitwise_work(name, self.problem, answer.outcome, ep, which), flops=self.flops(which))
+        work = replace(work, beside=beside if self.arena.on_gpu else ())
+        if ep.backend == self.backend:
+            return work
 
         def check(got: Outcome) -> None:
-            if ep.backend != self.backend:
-                faults = faults_of(got, which.part_of(answer.truth), answer.plain)
-                expect(not faults, "; ".join(faults))
-                return
-            for part, right in tensors_of(which.part_of(answer.outcome)).items():
-                assert_bitwise(tensors_of(got)[part], right, part)
+            faults = faults_of(got, which.part_of(answer.truth), answer.plain)
+            expect(not faults, "; ".join(faults))
 
-        return Work(
-            name=name,
-            shape=self.problem.shape,
-            function=lambda: runner(self.problem, which)(ep, inputs),
-            check=check,
-            inputs=(*inputs.leaves.values(), inputs.out_grad),
-            flops=self.flops(which),
-            beside=beside if self.arena.on_gpu else (),
-        )
+        return replace(work, check=check)
 
     def products_alone(self, name: str, which: Pass) -> Work:
         """The matrix products, of random numbers."""
@@ -165,6 +158,23 @@ class LayerUnderTest:
             inputs=(products.rows, products.out_grad, products.hidden_grad, products.activated),
             flops=self.flops(which),
         )
+
+
+def bitwise_work(name: str, problem: LayerProblem, right: Outcome, ep: ExpertParallel, which: Pass) -> Work:
+    """A pass of ``problem`` over ``ep``, whose every call has to give the bits of ``right``."""
+    inputs, run = problem.inputs, runner(problem, which)
+
+    def check(got: Outcome) -> None:
+        for part, expected in tensors_of(which.part_of(right)).items():
+            assert_bitwise(tensors_of(got)[part], expected, f"{name}: {part}")
+
+    return Work(
+        name=name,
+        shape=problem.shape,
+        function=lambda: run(ep, inputs),
+        check=check,
+        inputs=(*inputs.leaves.values(), inputs.out_grad),
+    )
 
 
 def runner(problem: LayerProblem, which: Pass) -> Callable[[ExpertParallel, LayerInputs], Outcome]:

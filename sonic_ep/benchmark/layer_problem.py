@@ -236,9 +236,9 @@ class LayerProblem:
         return torch.Generator(self.device).manual_seed(100_000 + 1000 * stream + (0 if alike else self.group.rank))
 
 
-def single_rank(problem: LayerProblem) -> LayerProblem:
-    """The layer with the same router and as many tokens, all of its experts on one rank."""
-    return replace(problem, group=EPGroup(rank=0, world_size=1), ranks_of_routing=problem.group.world_size)
+def single_rank(problem: LayerProblem, alone: EPGroup) -> LayerProblem:
+    """The layer with the same router and as many tokens, all of its experts on the one rank of ``alone``."""
+    return replace(problem, group=alone, ranks_of_routing=problem.group.world_size)
 
 
 def near_ties(logits_TE: Tensor, top_k: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from sonic_ep.activation import ACTIVATIONS
 from sonic_ep.api import ExpertParallel
-from sonic_ep.benchmark.beside import RoutedCall
+from sonic_ep.benchmark.routed_call import RoutedCall
 from sonic_ep.config import CombineMode, DispatchMode, ModePair
 from sonic_ep.memory import (
     LayerShape,

@@ -6,7 +6,7 @@ Truth is computed a few tokens at a time, so that a large shape fits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
 from sonic_ep.backend import Experts
-from sonic_ep.benchmark.layer_problem import LayerInputs, LayerProblem, Outcome, gradients_by_name, tensors_of
+from sonic_ep.benchmark.layer_problem import LayerOptions, LayerProblem, Outcome, gradients_by_name, tensors_of
+from sonic_ep.benchmark.routed_call import RoutedCall
 from sonic_ep.group import EPGroup
 from sonic_ep.reference.dense import dense_moe, dense_scores
 from sonic_ep.reference.router import choose_experts
@@ -71,7 +72,6 @@ class Oracle:
         """Collective: in the dtype of the layer."""
         return dense_outcome(self.problem, self.problem.shape.dtype, at_a_time=max(1, self.problem.shape.tokens))
 
-    @cached_property
     def plain_in_pieces(self) -> Outcome:
         """Collective: in the dtype of the layer, a few tokens at a time: what the reference is held against."""
         at_a_time = max(1, MOST_SLOTS // self.problem.shape.top_k)
@@ -85,7 +85,9 @@ def judged(oracle: Oracle, outcome: Outcome, plain: Outcome | None = None) -> An
     to be; None: the oracle in the dtype of the layer says so.
     """
     problem, truth = oracle.problem, oracle.truth
-    of_reference = [] if plain is None else accuracies_of(problem, plain, truth, oracle.plain_in_pieces, "reference's ")
+    of_reference = (
+        [] if plain is None else accuracies_of(problem, plain, truth, oracle.plain_in_pieces(), "reference's ")
+    )
     plain = plain or oracle.plain
     accuracies = [*of_reference, *accuracies_of(problem, outcome, truth, plain)]
     chosen = [problem.choices(each).sort(dim=1).values for each in (outcome, truth)]
@@ -152,7 +154,8 @@ def dense_outcome(problem: LayerProblem, dtype: torch.dtype, *, at_a_time: int) 
     leaves = {name: weight.detach().to(dtype).requires_grad_() for name, weight in weights.items()}
     sums: dict[str, Tensor] = {}
     kept: list[Outcome] = []
-    for x, out_grad in pieces_of(inputs, dtype, at_a_time):
+    for place in slices_of(inputs.x.shape[0], at_a_time):
+        x, out_grad = inputs.x.detach()[place].to(dtype).requires_grad_(), inputs.out_grad[place].to(dtype)
         piece = dense_piece(problem, leaves, x, out_grad)
         kept.append(Outcome(y=piece.y, logits=piece.logits, x_grad=piece.x_grad))
         for name in leaves:
@@ -168,6 +171,41 @@ def dense_outcome(problem: LayerProblem, dtype: torch.dtype, *, at_a_time: int) 
     )
 
 
+def dense_routed(call: RoutedCall, group: EPGroup, dtype: torch.dtype, *, at_a_time: int) -> list[Tensor]:
+    """Collective: what ``dense_moe`` gives for a call of this rank with its routing given, in the order of its results.
+
+    The output (T, H), then the gradients of x, the scores and this rank's experts, summed as in ``dense_outcome``.
+    """
+    options = call.options
+    leaves = {name: gathered(w, group).to(dtype).requires_grad_() for name, w in call.experts.items()}
+    sums: dict[str, Tensor] = {}
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    wide = torch.promote_types(dtype, torch.float32)
+    for place in slices_of(call.x.shape[0], at_a_time):
+        x = call.x.detach()[place].to(dtype).requires_grad_()
+        scores = call.topk_scores.detach()[place].to(wide).requires_grad_()
+        with torch.enable_grad():
+            y = dense_moe(x, call.topk_idx[place], scores, experts_of(leaves, options))
+            inputs = [x, scores, *leaves.values()]
+            x_grad, scores_grad, *of_experts = torch.autograd.grad(y, inputs, call.out_grad[place].to(dtype))
+        kept.append((y.detach(), x_grad, scores_grad))
+        for name, gradient in zip(leaves, of_experts, strict=True):
+            add_to(sums, name, gradient)
+    held = call.experts["w1"].shape[0]
+    own = slice(group.rank * held, (group.rank + 1) * held)
+    of_tokens = [torch.cat(parts) for parts in zip(*kept, strict=True)]
+    return [*of_tokens, *(over_ranks(sums[name], group)[own].to(dtype, copy=True) for name in leaves)]
+
+
+def slices_of(count: int, at_a_time: int) -> list[slice]:
+    """``count`` tokens, ``at_a_time`` of them; one piece of none where there are none.
+
+    >>> slices_of(5, 2)
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)]
+    """
+    return [slice(first, first + at_a_time) for first in range(0, max(1, count), at_a_time)]
+
+
 def add_to(sums: dict[str, Tensor], name: str, gradient: Tensor) -> None:
     """Add a piece's gradient to its sum, in fp32 or wider."""
     if name in sums:
@@ -176,23 +214,10 @@ def add_to(sums: dict[str, Tensor], name: str, gradient: Tensor) -> None:
         sums[name] = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
-def pieces_of(inputs: LayerInputs, dtype: torch.dtype, at_a_time: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens and the gradients of their outputs, at least one piece."""
-    for x, out_grad in zip(inputs.x.detach().split(at_a_time), inputs.out_grad.split(at_a_time), strict=True):
-        yield x.to(dtype).requires_grad_(), out_grad.to(dtype)
-
-
 def dense_piece(problem: LayerProblem, leaves: dict[str, Tensor], x: Tensor, out_grad: Tensor) -> Outcome:
     """What the oracle gives for some tokens; ``leaves`` are the router and all experts."""
     options, top_k = problem.options, problem.shape.top_k
-    experts = Experts(
-        w1=leaves["w1"],
-        w2=leaves["w2"],
-        b1=leaves.get("b1"),
-        b2=leaves.get("b2"),
-        activation=ACTIVATIONS[options.activation],
-        layout=GATE_LAYOUTS[options.gate_layout],
-    )
+    experts = experts_of(leaves, options)
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.enable_grad():
         logits = F.linear(x.to(wide), leaves["router_w"].to(wide))
@@ -200,6 +225,18 @@ def dense_piece(problem: LayerProblem, leaves: dict[str, Tensor], x: Tensor, out
         y = dense_moe(x, chosen, dense_scores(logits, chosen, options.router(top_k)), experts)
         found = torch.autograd.grad(y, [x, *leaves.values()], out_grad)
     return Outcome(y=y.detach(), logits=logits.detach(), **gradients_by_name({"x": x, **leaves}, found))
+
+
+def experts_of(weights: Mapping[str, Tensor], options: LayerOptions) -> Experts:
+    """Experts as the oracle wants them."""
+    return Experts(
+        w1=weights["w1"],
+        w2=weights["w2"],
+        b1=weights.get("b1"),
+        b2=weights.get("b2"),
+        activation=ACTIVATIONS[options.activation],
+        layout=GATE_LAYOUTS[options.gate_layout],
+    )
 
 
 def gathered(share: Tensor, group: EPGroup) -> Tensor:

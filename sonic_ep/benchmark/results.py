@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from sonic_ep.benchmark.workload import Shape
 from sonic_ep.cost import LinkCeilings
-from sonic_ep.machine import commit, this_machine
+from sonic_ep.machine import TWO_GPUS_NOTE, commit, this_machine
 from sonic_ep.testing.timing import Ceiling, Timing
 
 SMALLEST_GROUP = 2
@@ -282,9 +282,7 @@ def _note(on_gpu: bool, world_size: int) -> str | None:
     gpus = torch.cuda.device_count()
     if world_size > gpus:
         return f"{world_size} ranks took turns on {gpus} GPUs: the times mean nothing for a GPU each"
-    if world_size == SMALLEST_GROUP:
-        return "two GPUs flatter rank_dedup and all_gather: with more of them a token crosses the link more often"
-    return None
+    return TWO_GPUS_NOTE if world_size == SMALLEST_GROUP else None
 
 
 def command_of(world_size: int, words: str, arguments: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from sonic_ep.config import EPConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """One layer and how it is run. shape: T of each rank. backend: a name or "auto". backward: whether it is timed."""
+    """One layer and how it is run. shape: T of each rank. backend: its name. backward: whether it is timed."""
 
     shape: Shape
     world_size: int

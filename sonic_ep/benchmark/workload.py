@@ -193,6 +193,11 @@ class Problem:
             memory=self.mean_over_ranks(lambda counts: moved(counts).memory),
         )
 
+    def most_over_link(self, moved: Callable[[RankCounts], Traffic]) -> int:
+        """Bytes that the busiest rank has to take in or give out over the link."""
+        traffic = [moved(self._counts(rank)) for rank in range(self.group.world_size)]
+        return max(max(of_rank.link_in, of_rank.link_out) for of_rank in traffic)
+
     def mean_over_ranks(self, count: Callable[[RankCounts], int]) -> float:
         """The mean over the ranks of what ``count`` makes of each one's counts."""
         counts = [self._counts(rank) for rank in range(self.group.world_size)]

@@ -18,7 +18,7 @@ from sonic_ep.cli.bench import add_bench
 from sonic_ep.cli.demo import show_demo
 from sonic_ep.cli.doctor import Health, examine
 from sonic_ep.cli.exit_codes import GREEN, INTERRUPTED, RED, WRONG_ARGUMENTS
-from sonic_ep.cli.launch import joined_group, launch, launched_by_torchrun
+from sonic_ep.cli.launch import joined_group, launch, launched_by_torchrun, ranks_of
 from sonic_ep.cli.profile import add_profile
 from sonic_ep.cli.report import add_report
 from sonic_ep.cli.sweep import add_sweep
@@ -48,6 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # Whoever read the table has seen enough; nothing may be flushed into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return RED
+    except OSError as error:
+        # A full disk behind stdout, for one.
+        print(f"sonic-ep: {error}", file=sys.stderr)
         return RED
     except KeyboardInterrupt:
         print("sonic-ep: interrupted", file=sys.stderr)
@@ -126,7 +130,7 @@ def _nothing_to_check(options: argparse.Namespace) -> None:
 
 def _check_verify(options: argparse.Namespace) -> None:
     """What would fail alike on every rank fails here, once, before any is started."""
-    ranks = options.nproc or (int(os.environ["WORLD_SIZE"]) if launched_by_torchrun() else 1)
+    ranks = ranks_of(options.nproc)
     choose_backend(options.backend, EPGroup(rank=0, world_size=ranks))
     chosen_cases(ranks, options.case, options.thiek, DTYPES[options.dtype])
 

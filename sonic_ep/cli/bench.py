@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -19,8 +18,8 @@ from sonic_ep.benchmark.results import command_of
 from sonic_ep.benchmark.setup import Setup
 from sonic_ep.benchmark.workload import Shape
 from sonic_ep.cli.exit_codes import GREEN, RED
-from sonic_ep.cli.launch import joined_group, launched_by_torchrun
-from sonic_ep.cli.output import teller, words_without_paths, write_json
+from sonic_ep.cli.launch import joined_group, ranks_of
+from sonic_ep.cli.output import require_writable, say_note, teller, words_without_paths, write_json
 from sonic_ep.cli.words import DTYPES, Thiek, add_call, add_config, add_nproc, config_of, spellings
 from sonic_ep.config import ScoreOrder
 from sonic_ep.group import EPGroup
@@ -29,6 +28,8 @@ from sonic_ep.testing.timing import AboveCeilingError
 
 # Operations of a forward and backward that a CPU does in some seconds.
 MOST_FLOPS_OF_CPU = 2e10
+# What a CPU does while Python goes once around a loop over experts, in all that loops here.
+FLOPS_OF_A_LOOP = 1e7
 FLAGS = (
     ("add_bias", "experts have biases"),
     ("norm_topk_probs", "divide the scores of a token by their sum"),
@@ -53,7 +54,8 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
 
 def check_bench(options: argparse.Namespace) -> None:
     """What would fail alike on every rank fails here, once, before any is started."""
-    ranks = options.nproc or (int(os.environ["WORLD_SIZE"]) if launched_by_torchrun() else 1)
+    ranks = ranks_of(options.nproc)
+    require_writable(options.json)
     choose_backend(options.backend, EPGroup(rank=0, world_size=ranks))
     shape = chosen_shape(options.thiek, ranks)[0]
     shape.require_experts_divide(ranks)
@@ -75,6 +77,7 @@ def run_bench(options: argparse.Namespace) -> int:
         command = command_of(place.world_size, "bench/moe_ep.py", words_without_paths(sys.argv))
         try:
             with arena_at(place.device, backend, options.commit, command) as arena:
+                say_note(arena.results, say)
                 report = run_end_to_end(setup, arena, say)
         except (WrongError, WrongResultError, AboveCeilingError) as error:
             # All ranks have raised it, so nobody is left waiting.
@@ -102,8 +105,10 @@ def chosen_shape(asked: Thiek | None, world_size: int) -> tuple[Thiek, str | Non
 
 
 def operations(shape: Thiek) -> float:
-    """Of a gated layer's forward and backward, over the whole group."""
-    return 18.0 * shape.tokens * shape.top_k * shape.hidden * shape.intermediate
+    """Of a gated layer's forward and backward over the group, as many for each weight, of its router and loops."""
+    rows = shape.tokens * shape.top_k + shape.num_experts
+    router = 6.0 * shape.tokens * shape.num_experts * shape.hidden
+    return 18.0 * rows * shape.hidden * shape.intermediate + router + shape.num_experts * FLOPS_OF_A_LOOP
 
 
 def setup_of(options: argparse.Namespace, shape: Thiek, world_size: int, backend: str) -> Setup:

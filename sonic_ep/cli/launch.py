@@ -35,6 +35,19 @@ def launched_by_torchrun() -> bool:
     return all(name in os.environ for name in TORCHRUN_VARIABLES)
 
 
+def ranks_of(nproc: int | None) -> int:
+    """How many ranks a command runs on: those of torchrun, or ``nproc``, or one.
+
+    Raises ``ValueError`` if torchrun has started others than are asked for.
+    """
+    if not launched_by_torchrun():
+        return nproc or 1
+    started = int(os.environ["WORLD_SIZE"])
+    if nproc not in (None, started):
+        raise ValueError(f"--nproc: got {nproc}, expected none: torchrun has started {started} ranks")
+    return started
+
+
 def launch(nproc: int, words: Sequence[str]) -> int:
     """Run ``python -m sonic_ep words`` on ``nproc`` ranks of this machine.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sonic_ep.benchmark.results import Results
 from sonic_ep.cli.exit_codes import GREEN, RED
 from sonic_ep.cli.launch import Place
 
@@ -36,6 +37,29 @@ def words_without_paths(arguments: list[str]) -> list[str]:
         elif not word.startswith(("--json=", "--commit=")) and word not in COMMANDS:
             words.append(word)
     return words
+
+
+def require_writable(path: Path | None) -> None:
+    """Raise ``ValueError`` if nothing can be written to ``path``: before a run, not behind it. Folders are made."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
+        path.open("a").close()
+        if not existed:
+            path.unlink()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--json: got {str(path)!r}, expected the path of a file that can be written: {error}"
+        ) from None
+
+
+def say_note(results: Results, say: Callable[[str], None]) -> None:
+    """What has to be known of the machine beside every figure."""
+    note = results.environment["note"]
+    if note is not None:
+        say(f"note: {note}")
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,8 @@ from sonic_ep.api import ExpertParallel
 from sonic_ep.backend import choose_backend
 from sonic_ep.benchmark.results import command_of
 from sonic_ep.cli.exit_codes import GREEN, RED
-from sonic_ep.cli.launch import Place, joined_group, launched_by_torchrun
-from sonic_ep.cli.output import teller, words_without_paths, write_json
+from sonic_ep.cli.launch import Place, joined_group, ranks_of
+from sonic_ep.cli.output import require_writable, teller, words_without_paths, write_json
 from sonic_ep.cli.words import DTYPES, Thiek, add_call, add_config, add_nproc, config_of, spellings
 from sonic_ep.group import EPGroup
 from sonic_ep.profiler import NetworkProfiler, ProfileReport, WrongResultError, default_device
@@ -34,6 +33,7 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument(*spellings("no_cache"), action="store_true", help="measure, whatever was measured before")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write what was found there as well")
+    parser.add_argument("--commit", metavar="NAME", help="the commit to name in it where git cannot tell")
     parser.set_defaults(command=_profile, check=_check_profile)
 
 
@@ -58,7 +58,8 @@ def default_shape(device: torch.device, world_size: int) -> Thiek:
 
 def _check_profile(options: argparse.Namespace) -> None:
     """What would fail alike on every rank fails here, once, before any is started."""
-    ranks = options.nproc or (int(os.environ["WORLD_SIZE"]) if launched_by_torchrun() else 1)
+    ranks = ranks_of(options.nproc)
+    require_writable(options.json)
     choose_backend(options.backend, EPGroup(rank=0, world_size=ranks))
     found = options.thiek
     if found is None:
@@ -73,15 +74,16 @@ def _profile(options: argparse.Namespace) -> int:
         try:
             report = _report(options, place, say)
         except (WrongResultError, AboveCeilingError) as error:
-            # All ranks raise it alike.
-            if place.rank == 0:
-                print(f"sonic-ep: {error}", file=sys.stderr)
+            # All ranks have raised it, so nobody is left waiting.
+            say(f"RED: {error}")
             return RED
         say(str(report))
         if place.rank or options.json is None:
             return GREEN
         document = report.as_json()
-        document["environment"]["command"] = command_of(place.world_size, "-m sonic_ep", words_without_paths(sys.argv))
+        environment = document["environment"]
+        environment["command"] = command_of(place.world_size, "-m sonic_ep", words_without_paths(sys.argv))
+        environment["commit"] = options.commit or environment["commit"]
         return write_json(options.json, document)
 
 

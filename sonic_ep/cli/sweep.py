@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,8 @@ from sonic_ep.benchmark.setup import Setup
 from sonic_ep.benchmark.sweep import run_sweep
 from sonic_ep.benchmark.workload import Shape
 from sonic_ep.cli.exit_codes import GREEN, RED
-from sonic_ep.cli.launch import joined_group, launched_by_torchrun
-from sonic_ep.cli.output import teller, words_without_paths, write_json
+from sonic_ep.cli.launch import joined_group, ranks_of
+from sonic_ep.cli.output import require_writable, say_note, teller, words_without_paths, write_json
 from sonic_ep.cli.words import DTYPES, add_nproc, count_word
 from sonic_ep.config import AUTO, EPConfig
 from sonic_ep.group import EPGroup
@@ -76,7 +75,8 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """What would fail alike on every rank fails here, once, before any is started."""
-    ranks = options.nproc or (int(os.environ["WORLD_SIZE"]) if launched_by_torchrun() else 1)
+    ranks = ranks_of(options.nproc)
+    require_writable(options.json)
     choose_backend(options.backend, EPGroup(rank=0, world_size=ranks))
     setups_of(options, ranks, options.backend)
 
@@ -90,6 +90,7 @@ def run(options: argparse.Namespace) -> int:
         command = command_of(place.world_size, "-m sonic_ep sweep", words_without_paths(sys.argv))
         try:
             with arena_at(place.device, backend, options.commit, command) as arena:
+                say_note(arena.results, say)
                 for report in run_sweep(setups, arena, say):
                     if options.json is not None and place.rank == 0 and write_json(options.json, report.as_json()):
                         # torchrun ends the others.

@@ -29,7 +29,9 @@ def gathered(group: EPGroup, value: ValueT) -> list[ValueT]:
 def in_step(
     group: EPGroup, function: Callable[[], ValueT], *, expected: type[Exception], raised: type[Exception]
 ) -> ValueT:
-    """Collective: what ``function``, which must not communicate, returns; an error on one rank is one on every rank.
+    """Collective: what ``function`` returns; an error on one rank is one on every rank.
+
+    The host must not wait for other ranks inside ``function``: what is queued on a GPU may.
 
     Raises ``raised`` with what each rank said if ``expected`` was raised, ``RuntimeError`` for any other error.
     """

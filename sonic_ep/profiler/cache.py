@@ -7,12 +7,12 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sonic_ep.profiler.document import Fields
+from sonic_ep.fields import Fields
 from sonic_ep.profiler.report import ProfileReport
 
 logger = logging.getLogger("sonic_ep")
@@ -27,21 +27,24 @@ FORMAT = 1
 class Cache:
     """A folder of profiles, one file for each key; "~" in front means the home of the user.
 
-    Nothing that is wrong with the folder or a file is an error: a line is logged, and the profile is measured anew.
+    Nothing that is wrong with the folder or a file is an error, for other ranks would wait for the one that raises it:
+    a line is logged, and the profile is measured anew.
     """
 
     folder: Path
 
-    def read(self, key: Mapping[str, Any]) -> ProfileReport | None:
-        """The profile of ``key``; None if there is none that can be used."""
+    def read(self, key: Mapping[str, Any], require: Callable[[ProfileReport], None]) -> ProfileReport | None:
+        """The profile of ``key``; None if there is none that can be used.
+
+        require: raises what is wrong with the one that is there.
+        """
         try:
-            path = self._path(key)
-            report = _report_in(path.read_text(encoding="utf-8"), key)
+            report = _report_in(self._path(key).read_text(encoding="utf-8"), key)
+            require(report)
         except FileNotFoundError:
             return None
-        # A home that cannot be told is a RuntimeError, and so is nesting without end.
-        except (OSError, ValueError, RuntimeError) as error:
-            logger.warning("profile cache: measuring anew, for %s: %s", self.folder, error)
+        except Exception as error:
+            self._log("measuring anew", error)
             return None
         return report
 
@@ -52,8 +55,13 @@ class Cache:
             path.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"key": _full(key), "profile": report.as_json()}, indent=1) + "\n"
             _replace(path, text)
-        except (OSError, RuntimeError) as error:
-            logger.warning("profile cache: not kept, for %s: %s", self.folder, error)
+        except Exception as error:
+            self._log("not kept", error)
+
+    def _log(self, what: str, error: Exception) -> None:
+        """One line, of letters that every log can take."""
+        line = " ".join(f"profile cache: {what}, for {self.folder}: {error}".split())
+        logger.warning("%s", line.encode("utf-8", "backslashreplace").decode())
 
     def _path(self, key: Mapping[str, Any]) -> Path:
         parts = self.folder.parts
@@ -81,6 +89,6 @@ def _replace(path: Path, text: str) -> None:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
         temporary.replace(path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from sonic_ep.cost import (
     WAY_OF_DISPATCH,
     LinkCeilings,
     RankCounts,
+    Traffic,
     Workload,
     choose_modes,
     combine_traffic,
@@ -25,6 +26,7 @@ from sonic_ep.cost import (
 )
 from sonic_ep.machine import commit
 from sonic_ep.profiler.problem import REFERENCE, dtype_of
+from sonic_ep.profiler.report import ProfileReport
 from sonic_ep.profiler.times import (
     COMBINE,
     DISPATCH,
@@ -38,6 +40,8 @@ from sonic_ep.profiler.times import (
 )
 from sonic_ep.testing.timing import Ceiling, Timing
 
+# Ranks whose traffic differs by no more are taken for equally busy.
+BALANCED = 1.1
 # Two pairs closer than this are taken for equally fast.
 TIE = 0.01
 WAYS: Mapping[str, str | None] = MappingProxyType(
@@ -74,48 +78,105 @@ def config_of(pairs: Sequence[PairTime], config: EPConfig, shape: ProfileShape) 
     return replace(config, dispatch=picked.dispatch, combine=picked.combine)
 
 
-def link_bytes_of(shape: ProfileShape, backend: str, counts: Sequence[RankCounts]) -> list[float]:
-    """Bytes into a rank over the link, the mean over the ranks, of the plan and each mode in the order of a report."""
-    per_rank = [_link_bytes(shape, backend, of_rank) for of_rank in counts]
-    return [sum(of_mode) / len(counts) for of_mode in zip(*per_rank, strict=True)]
+def require_answer(report: ProfileReport, *, shape: ProfileShape, backend: str, config: EPConfig) -> None:
+    """Raise ``ValueError`` unless ``report`` is what a profile of ``shape`` by ``backend`` and ``config`` may find."""
+    found = report.config
+    open_modes = {
+        name: getattr(found, name)
+        for name, modes in (("dispatch", DispatchMode), ("combine", CombineMode))
+        if not isinstance(getattr(config, name), modes)
+    }
+    asked = {"shape": shape, "backend": backend, "config": replace(config, **open_modes)}
+    for name, expected in asked.items():
+        got = getattr(report, name)
+        if got != expected:
+            raise ValueError(f"{name}: got a profile of {got}, expected {expected}")
 
 
-def _link_bytes(shape: ProfileShape, backend: str, counts: RankCounts) -> list[int]:
-    row_bytes = shape.hidden * dtype_of(shape).itemsize
-    exchange = {"world_size": shape.world_size, "capacity": shape.capacity, "top_k": shape.top_k}
-    ids, both = (exchange_link_bytes(**exchange, with_scores=scores) for scores in (False, True))
-    fast = {mode: traffic.link_in for mode, traffic in dispatch_traffic(counts, row_bytes).items()}
-    dispatched = reference_dispatch_link_bytes(counts, row_bytes) if backend == REFERENCE else fast
-    combined = combine_traffic(counts, row_bytes)
-    scores = both - ids
+@dataclass(frozen=True, kw_only=True)
+class LinkLoad:
+    """Bytes that one work brings over the link into each rank, and out of it."""
+
+    into: tuple[int, ...]
+    out_of: tuple[int, ...]
+
+    @property
+    def busiest(self) -> int:
+        """Into the rank that most comes to."""
+        return max(self.into)
+
+    @property
+    def balanced(self) -> bool:
+        """All ranks are about equally busy, in both directions."""
+        both = (*self.into, *self.out_of)
+        return max(both) <= BALANCED * min(both)
+
+    @property
+    def under_ceiling(self) -> float:
+        """What has to stay under a ceiling that was measured with both directions of every rank busy.
+
+        Traffic in one direction may be faster than that; the mean over the ranks may not.
+        """
+        return self.busiest if self.balanced else sum(self.into) / len(self.into)
+
+
+def link_loads(shape: ProfileShape, backend: str, counts: Sequence[RankCounts]) -> list[LinkLoad]:
+    """What the plan and each mode bring over the link, in the order of a report."""
+    per_rank = [_traffic(shape, backend, of_rank) for of_rank in counts]
     return [
-        ids,
-        *(dispatched[mode] for mode in DispatchMode),
-        *(combined[mode].link_in + scores for mode in CombineMode),
+        LinkLoad(into=tuple(t.link_in for t in of_mode), out_of=tuple(t.link_out for t in of_mode))
+        for of_mode in zip(*per_rank, strict=True)
     ]
 
 
+def _traffic(shape: ProfileShape, backend: str, counts: RankCounts) -> list[Traffic]:
+    """Of one rank; memory is not counted."""
+    row_bytes = shape.hidden * dtype_of(shape).itemsize
+    exchange = {"world_size": shape.world_size, "capacity": shape.capacity, "top_k": shape.top_k}
+    ids, both = (exchange_link_bytes(**exchange, with_scores=scores) for scores in (False, True))
+    dispatched = dict(dispatch_traffic(counts, row_bytes))
+    if backend == REFERENCE:
+        # It plainly sends one row a slot.
+        sent = counts.slots_out * row_bytes
+        received = reference_dispatch_link_bytes(counts, row_bytes)[DispatchMode.ALL_TO_ALL]
+        dispatched[DispatchMode.ALL_TO_ALL] = Traffic(link_in=received, link_out=sent, memory=0)
+    combined = combine_traffic(counts, row_bytes)
+    return [
+        Traffic(link_in=ids, link_out=ids, memory=0),
+        *(dispatched[mode] for mode in DispatchMode),
+        *(_with(combined[mode], both - ids) for mode in CombineMode),
+    ]
+
+
+def _with(traffic: Traffic, nbytes: int) -> Traffic:
+    """``nbytes`` more in each direction."""
+    return replace(traffic, link_in=traffic.link_in + nbytes, link_out=traffic.link_out + nbytes)
+
+
 def mode_times(
-    timings: Sequence[Timing], link_bytes: Sequence[float], ceilings: LinkCeilings | None
+    timings: Sequence[Timing], loads: Sequence[LinkLoad], ceilings: LinkCeilings | None
 ) -> tuple[ModeTime, ...]:
     """The plan and each mode, in the order of a report. Raises ``AboveCeilingError`` if the link cannot be so fast."""
-    named = zip(EVERY_MODE, timings, link_bytes, strict=True)
-    return tuple(_mode_time(kind, mode, timing, nbytes, ceilings) for (kind, mode), timing, nbytes in named)
+    named = zip(EVERY_MODE, timings, loads, strict=True)
+    return tuple(_mode_time(kind, mode, timing, load, ceilings) for (kind, mode), timing, load in named)
 
 
-def _mode_time(kind: str, mode: str, timing: Timing, nbytes: float, ceilings: LinkCeilings | None) -> ModeTime:
+def _mode_time(kind: str, mode: str, timing: Timing, load: LinkLoad, ceilings: LinkCeilings | None) -> ModeTime:
     name = f"{kind} {mode}".strip()
     way = None if ceilings is None else WAYS[name]
+    # A clock too coarse for the work tells no rate.
+    rate = load.busiest / timing.median if timing.median > 0 else None
     percent = None
-    if way is not None:
+    if way is not None and rate is not None:
         ceiling = Ceiling(name=f"the {way} ceiling", bytes_per_second=getattr(ceilings, way))
-        percent = round(100 * ceiling.share_of(nbytes, timing.median, name), 2)
+        ceiling.share_of(load.under_ceiling, timing.median, name)
+        percent = round(100 * rate / ceiling.bytes_per_second, 2)
     return ModeTime(
         kind=kind,
         mode=mode,
         spread=Spread.of(timing),
-        link_bytes=nbytes,
-        gb_per_s=round(nbytes / timing.median / 1e9, 6) if timing.median > 0 else None,
+        link_bytes=float(load.busiest),
+        gb_per_s=None if rate is None else round(rate / 1e9, 6),
         ceiling=way,
         percent=percent,
     )

@@ -14,7 +14,7 @@ from sonic_ep.ceilings import meeting
 from sonic_ep.profiler.agreement import WrongResultError, in_step
 from sonic_ep.profiler.problem import Inputs, Work
 from sonic_ep.testing.checks import spoil
-from sonic_ep.testing.timing import Timing, captured, measure_in_turn
+from sonic_ep.testing.timing import Captured, Timing, captured, measure_in_turn
 
 # What the timed rounds of a profile take together, so that a start of a training run does not wait for them.
 SECONDS_OF_ROUNDS = 1.5
@@ -26,6 +26,10 @@ FEWEST_ROUNDS, MOST_ROUNDS = 3, 50
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stage:
     """Where works run: a lane to meet by, and the device. Methods are collective.
+
+    What can fail on one rank while the others wait for nothing fails on all: making other inputs, capturing, checking.
+    A rank that fails inside a primitive (out of memory, say) leaves the others waiting inside theirs, where nothing can
+    be agreed on: they wait as long as the process group, or the fast backend's kernels, have patience.
 
     as_graphs: small works in CUDA graphs. Called one by one they would take what the host needs to launch them.
     """
@@ -74,9 +78,14 @@ class Stage:
 
     def launched(self, work: Work, inputs: Inputs) -> Callable[[], object]:
         """One round of ``work``, as a graph where that tells the GPU's own time; its result is ``work.last``."""
-        one_round = partial(work.keep_last, inputs)
         if not self.as_graphs:
-            return one_round
+            return partial(work.keep_last, inputs)
+        # Host and GPU go apart here: the host waits for no other rank before all have captured.
+        return in_step(
+            self.lane.group, partial(self._captured, work, inputs), expected=RuntimeError, raised=RuntimeError
+        )
+
+    def _captured(self, work: Work, inputs: Inputs) -> Captured:
         graph = captured(partial(work.run, inputs), self.device)
         # What the capture's warm-up found is not to be taken for what a replay gives.
         spoil(graph.result)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,16 +16,24 @@ from torch import Tensor
 from sonic_ep.api import ExpertParallel
 from sonic_ep.backend import choose_backend
 from sonic_ep.ceilings import ROUNDS, measured_ceilings
-from sonic_ep.config import AUTO
+from sonic_ep.config import AUTO, ClosedError
 from sonic_ep.cost import LinkCeilings
 from sonic_ep.machine import Machine, this_machine
 from sonic_ep.profiler.agreement import gathered, in_step, require_alike
 from sonic_ep.profiler.cache import DEFAULT_FOLDER, Cache
-from sonic_ep.profiler.choice import config_of, link_bytes_of, mode_times, origin_now
+from sonic_ep.profiler.choice import config_of, link_loads, mode_times, origin_now, require_answer
 from sonic_ep.profiler.measuring import FEWEST_ROUNDS, MOST_BYTES_OF_GRAPHS, Stage
 from sonic_ep.profiler.problem import REFERENCE, Answers, Drawn, Inputs, Work, draw_rows, open_lanes, works_of
 from sonic_ep.profiler.report import ProfileReport, whole_bytes
-from sonic_ep.profiler.request import Offer, Request, agreed_shape, key_of, most_ranks_of_a_gpu, read_request
+from sonic_ep.profiler.request import (
+    Offer,
+    Request,
+    agreed_shape,
+    key_of,
+    most_ranks_of_a_gpu,
+    read_request,
+    require_rates,
+)
 from sonic_ep.profiler.times import EVERY_PAIR, PairTime, ProfileShape, Spread
 from sonic_ep.testing.timing import AboveCeilingError, Timing
 from sonic_ep.validation import Edge
@@ -38,12 +46,13 @@ CEILING_BYTES = 2**27
 CEILING_ROUNDS_OF_SHARED_GPUS = 3
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What rank 0 has decided: a report as JSON, or why there is none."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measured:
+    """What the ranks have measured. rates: of the link; None where there is none to measure."""
 
-    report: str | None = None
-    above: str | None = None
+    timings: Sequence[Timing]
+    answers: Answers
+    rates: LinkCeilings | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +75,11 @@ class NetworkProfiler:
         not "auto". It may be used before and afterwards.
     rounds: how often each mode is timed; None for as many as take about 1.5 s, between 3 and 50.
     cache: the folder that keeps profiles, None for none. Rank 0 reads and writes it.
-    rates: ceilings of the link that all ranks have measured in this run already; None: each profile measures them.
+    rates: ceilings of the link that all ranks have measured in this run already, the same on every rank; None: each
+        profile measures them. With ``rates`` the cache is neither read nor written: what another run measured may be
+        above them, and what this run measures was not held against ceilings of the profile's own.
 
-    Raises ``TypeError`` or ``ValueError`` for wrong arguments.
+    Raises ``TypeError`` or ``ValueError`` for wrong arguments: here, a rank raises what is wrong with its own.
     """
 
     def __init__(
@@ -87,10 +98,9 @@ class NetworkProfiler:
             self._edge.count("rounds", rounds)
         fits = cache is None or isinstance(cache, Path | str)
         self._edge.require(fits, "cache", repr(cache), "a Path, or None for no cache")
-        if rates is not None and not isinstance(rates, LinkCeilings):
-            raise TypeError(f"{ep.group}: rates: got {type(rates).__name__}, expected LinkCeilings or None")
+        require_rates(self._edge, rates)
         self._rounds, self._rates = rounds, rates
-        self._cache = None if cache is None else Cache(folder=Path(cache))
+        self._cache = None if cache is None or rates is not None else Cache(folder=Path(cache))
         self._machines: dict[torch.device, Machine] = {}
 
     def profile(
@@ -111,11 +121,25 @@ class NetworkProfiler:
             drawn for this rank; or this rank's own ids (T, K), int32 or int64, -1 for a dropped slot.
         device: where rows live; None for the current CUDA device, or for the CPU where there is none.
 
-        Results are held bit for bit against the reference before and after they are timed. Every error is raised on
-        every rank: ``ValueError`` for wrong arguments and for ranks that disagree, ``WrongResultError`` for a wrong
-        result, ``AboveCeilingError`` for a rate that the link cannot have carried.
+        A dispatch is timed up to rows in expert order. A layer runs the same grouped GEMMs whatever the mode: what a
+        mode implies for them is how their rows come into that order, which is part of the dispatch that is timed
+        (``all_to_all`` writes it as rows arrive, the others gather into it afterwards).
+
+        Rates are those of the busiest rank, the one that most comes to. A rate above the ceiling is refused: that of
+        the busiest rank where all ranks receive and send about as much (within 10%), that of the mean over the ranks
+        where they do not, because traffic in one direction may be faster than a ceiling that was measured with both
+        directions busy.
+
+        Results are held bit for bit against the reference before and after they are timed. These errors are raised on
+        every rank: ``ClosedError`` if ``ep`` is closed on any, ``ValueError`` for wrong arguments and for ranks that
+        disagree, ``WrongResultError`` for a wrong result, ``AboveCeilingError`` for a rate that the link cannot have
+        carried, ``RuntimeError`` for what goes wrong between the primitives: drawing, capturing, checking, judging, and
+        what ``ep`` has flagged before. A rank that fails inside a primitive or in measuring the link (out of memory,
+        say) raises alone, and the timeout of the process group, or the fast backend's own, ends the wait of the others.
         """
         group = self._ep.group
+        # Nothing is exchanged by it.
+        in_step(group, self._ep.check, expected=ClosedError, raised=ClosedError)
 
         def read() -> tuple[Request, Offer]:
             request = read_request(
@@ -128,7 +152,7 @@ class NetworkProfiler:
                 routing=routing,
                 device=default_device(self._ep) if device is None else device,
             )
-            return request, Offer.of(request, self._ep, self._rounds, self._machine_of(request.device))
+            return request, Offer.of(request, self._ep, self._rounds, self._rates, self._machine_of(request.device))
 
         request, offer = in_step(group, read, expected=ValueError, raised=ValueError)
         setting = self._agreed(gathered(group, offer))
@@ -148,9 +172,13 @@ class NetworkProfiler:
 
     def _kept(self, setting: Setting) -> ProfileReport | None:
         """The profile that rank 0 finds in the cache, on every rank."""
-        found = None if self._cache is None or self._ep.rank else self._cache.read(self._key(setting))
-        text = gathered(self._ep.group, None if found is None else json.dumps(found.as_json()))[0]
-        return None if text is None else replace(ProfileReport.from_json(json.loads(text)), from_cache=True)
+        found = None
+        if self._cache is not None and self._ep.rank == 0:
+            config, backend = self._ep.config, self._ep.backend
+            require = partial(require_answer, shape=setting.shape, backend=backend, config=config)
+            found = self._cache.read(self._key(setting), require)
+        kept = gathered(self._ep.group, found)[0]
+        return None if kept is None else replace(kept, from_cache=True)
 
     def _key(self, setting: Setting) -> dict[str, Any]:
         return key_of(setting.offers, self._ep.config, self._process_group())
@@ -158,18 +186,20 @@ class NetworkProfiler:
     def _measured(self, request: Request, setting: Setting) -> ProfileReport:
         group, on_gpu = self._ep.group, request.device.type == "cuda"
         with torch.no_grad(), torch.cuda.device(request.device) if on_gpu else nullcontext():
-            verdict = self._verdict(request, setting)
-        verdict = gathered(group, verdict)[0]
-        if verdict.above is not None:
-            raise AboveCeilingError(verdict.above)
-        assert verdict.report is not None
-        report = ProfileReport.from_json(json.loads(verdict.report))
+            measured = self._run(request, setting)
+
+        def judge() -> ProfileReport | None:
+            return None if group.rank else self._judged(setting, measured)
+
+        judged = in_step(group, judge, expected=AboveCeilingError, raised=AboveCeilingError)
+        report = gathered(group, judged)[0]
+        assert report is not None
         if self._cache is not None and self._ep.rank == 0:
             self._cache.write(self._key(setting), report)
         return report
 
-    def _verdict(self, request: Request, setting: Setting) -> Verdict:
-        """What this rank makes of its numbers; rank 0's counts."""
+    def _run(self, request: Request, setting: Setting) -> Measured:
+        """Collective: draw, prove, time, prove again."""
         group, shape, device = self._ep.group, setting.shape, request.device
         rates = self._rates or self._measured_rates(setting, device)
         drawn = self._drawn(lambda: Drawn.of(request.draw_ids(group.rank, group.world_size), shape, group.rank))
@@ -189,8 +219,7 @@ class NetworkProfiler:
             as_graphs = device.type == "cuda" and self._ep.backend != REFERENCE and fits
             stage = Stage(lane=lanes.first, device=device, fewest_rounds=fewest, as_graphs=as_graphs)
             timings = self._timed(stage, works, inputs)
-        link_bytes = link_bytes_of(shape, self._ep.backend, answers.counts(shape.tokens))
-        return self._judged(setting, timings, link_bytes, rates)
+        return Measured(timings=timings, answers=answers, rates=rates)
 
     def _drawn(self, draw: Callable[[], ValueT]) -> ValueT:
         """Collective. What ``draw`` gives; a rank without memory for it is an error on every rank."""
@@ -208,31 +237,26 @@ class NetworkProfiler:
         stage.prove_last(works)
         return timings
 
-    def _judged(
-        self, setting: Setting, timings: Sequence[Timing], link_bytes: Sequence[float], rates: LinkCeilings | None
-    ) -> Verdict:
-        """The report, unless a rate is above its ceiling."""
-        of_modes, of_pairs = timings[: len(link_bytes)], timings[len(link_bytes) :]
+    def _judged(self, setting: Setting, measured: Measured) -> ProfileReport:
+        """What is made of the numbers. Raises ``AboveCeilingError`` if a rate is above its ceiling."""
+        rates, shape = measured.rates, setting.shape
+        loads = link_loads(shape, self._ep.backend, measured.answers.counts(shape.tokens))
+        of_modes, of_pairs = measured.timings[: len(loads)], measured.timings[len(loads) :]
         pairs = tuple(
             PairTime(dispatch=dispatch, combine=combine, spread=Spread.of(timing))
             for (dispatch, combine), timing in zip(EVERY_PAIR, of_pairs, strict=True)
         )
-        try:
-            modes = mode_times(of_modes, link_bytes, rates)
-        except AboveCeilingError as error:
-            return Verdict(above=str(error))
-        report = ProfileReport(
-            config=config_of(pairs, self._ep.config, setting.shape),
-            modes=modes,
+        return ProfileReport(
+            config=config_of(pairs, self._ep.config, shape),
+            modes=mode_times(of_modes, loads, rates),
             pairs=pairs,
-            shape=setting.shape,
+            shape=shape,
             machine=setting.offers[0].machine,
             rates=None if rates is None else whole_bytes(rates),
             backend=self._ep.backend,
             ranks_per_gpu=setting.ranks_per_gpu,
             origin=origin_now(self._process_group()),
         )
-        return Verdict(report=json.dumps(report.as_json()))
 
     def _process_group(self) -> str | None:
         group = self._ep.group.process_group

@@ -7,8 +7,8 @@ from typing import Any
 
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig
 from sonic_ep.cost import LinkCeilings
+from sonic_ep.fields import Fields
 from sonic_ep.machine import Machine
-from sonic_ep.profiler.document import Fields
 from sonic_ep.profiler.table import table_of
 from sonic_ep.profiler.times import EVERY_MODE, EVERY_PAIR, Findings, ModeTime, Origin, PairTime, ProfileShape
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from sonic_ep.api import ExpertParallel
 from sonic_ep.config import EPConfig
+from sonic_ep.cost import LinkCeilings
 from sonic_ep.machine import Machine
 from sonic_ep.plan import NO_ROW
 from sonic_ep.profiler.report import config_as_json
@@ -64,7 +66,9 @@ class Offer:
     ids: str | None
 
     @staticmethod
-    def of(request: Request, ep: ExpertParallel, rounds: int | None, machine: Machine) -> Offer:
+    def of(
+        request: Request, ep: ExpertParallel, rounds: int | None, rates: LinkCeilings | None, machine: Machine
+    ) -> Offer:
         """What this rank tells."""
         alike = {
             "hidden": request.hidden,
@@ -75,6 +79,7 @@ class Offer:
             "backend": ep.backend,
             "kind of device": request.device.type,
             "rounds": rounds,
+            "rates": None if rates is None else asdict(rates),
             **{f"{name} of the config": value for name, value in config_as_json(ep.config).items()},
         }
         return Offer(
@@ -137,9 +142,9 @@ def _read_device(edge: Edge, device: object) -> torch.device:
 def _read_routing(edge: Edge, routing: object, shape: tuple[int, int], num_experts: int) -> Tensor | None:
     """The ids, if ``routing`` is a tensor; None if it is one of the names."""
     if isinstance(routing, Tensor):
-        edge.require(
-            routing.dtype in INDEX_DTYPES, "dtype of routing", routing.dtype, " or ".join(_names(INDEX_DTYPES))
-        )
+        edge.require(routing.device.type != "meta", "device of routing", routing.device, "a device that holds data")
+        # On any device: the ids are brought to where rows live.
+        routing = edge.tensor("routing", routing, INDEX_DTYPES, like=routing)
         edge.shape("routing", routing, shape, "(T, K)")
         least, most = (int(id_) for id_ in routing.aminmax()) if routing.numel() else (0, 0)
         fits = least >= NO_ROW and most < num_experts
@@ -151,6 +156,18 @@ def _read_routing(edge: Edge, routing: object, shape: tuple[int, int], num_exper
     if routing == "one_rank":
         edge.require(shape[1] <= held, "top_k for routing 'one_rank'", shape[1], f"at most E/W={held}")
     return None
+
+
+def require_rates(edge: Edge, rates: object) -> None:
+    """Ceilings, each a finite rate above 0, or None."""
+    if rates is None:
+        return
+    if not isinstance(rates, LinkCeilings):
+        raise TypeError(f"{edge.group}: rates: got {type(rates).__name__}, expected LinkCeilings or None")
+    for name, rate in asdict(rates).items():
+        number = isinstance(rate, float | int) and not isinstance(rate, bool)
+        fits = number and 0 < rate <= sys.float_info.max
+        edge.require(fits, f"{name} of rates", repr(rate), "a finite rate above 0, in bytes/s")
 
 
 def agreed_shape(edge: Edge, offers: Sequence[Offer]) -> ProfileShape:
@@ -199,7 +216,3 @@ def _gpu(device: torch.device) -> str | None:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _names(dtypes: Sequence[torch.dtype]) -> list[str]:
-    return list(map(str, dtypes))

@@ -14,7 +14,7 @@ def table_of(report: Findings) -> list[str]:
     return [
         *_heading(report),
         "",
-        f"{'what':<9} {'mode':<15} {'ms':>10} {'p10..p90 %':>13} {'GB/s':>8} {'% of ceiling':>13}",
+        f"{'what':<9} {'mode':<15} {'ms':>10} {'p10..p90':>9} {'GB/s':>8} {'% of ceiling':>13}",
         *map(_mode_line, report.modes),
         "",
         "ids, plan, dispatch and combine together, in ms:",
@@ -33,7 +33,7 @@ def _heading(report: Findings) -> list[str]:
     lines = [
         f"backend {report.backend}, {shape.world_size} rank{'s' * (shape.world_size > 1)} on {where}{linked}",
         f"{_tokens(shape)}, {sizes}",
-        f"rounds in turn: {rounds}; the median over them of the slowest rank; GB/s count what crosses the link",
+        f"rounds in turn: {rounds}; the median over them of the slowest rank; GB/s over the link into the busiest rank",
         _ceilings(report),
     ]
     notes = [] if report.note is None else [f"note: {report.note}"]
@@ -65,16 +65,13 @@ def _ceilings(report: Findings) -> str:
 def _mode_line(mode: ModeTime) -> str:
     rate = "-" if mode.gb_per_s is None else f"{mode.gb_per_s:.3g}" if mode.gb_per_s < 1 else f"{mode.gb_per_s:.1f}"
     percent = "-" if mode.percent is None else f"{mode.percent:.1f}"
-    times = f"{_milliseconds(mode.spread):>10} {_spread(mode.spread):>13}"
+    times = f"{_milliseconds(mode.spread):>10} {_spread(mode.spread):>9}"
     return f"{mode.kind:<9} {mode.mode:<15} {times} {rate:>8} {percent:>13}"
 
 
 def _spread(spread: Spread) -> str:
-    """How far p10 and p90 lie from the median, in percent of it."""
-    if not spread.median_us:
-        return "-"
-    low, high = (100 * (edge / spread.median_us - 1) for edge in (spread.p10_us, spread.p90_us))
-    return f"{low:+.1f}..{high:+.1f}"
+    """From p10 to p90, in percent of the median."""
+    return f"{(spread.p90_us - spread.p10_us) / spread.median_us:.1%}" if spread.median_us else "-"
 
 
 def _milliseconds(spread: Spread) -> str:

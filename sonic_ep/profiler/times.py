@@ -8,13 +8,14 @@ from typing import Any
 
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig, ModePair
 from sonic_ep.cost import LinkCeilings
-from sonic_ep.machine import Machine
-from sonic_ep.profiler.document import Fields
+from sonic_ep.fields import Fields
+from sonic_ep.machine import TWO_GPUS_NOTE, Machine
 from sonic_ep.testing.timing import QUANTILES, Timing
 
 PLAN, DISPATCH, COMBINE = "plan", "dispatch", "combine"
 MODES_OF_KIND: Mapping[str, type[DispatchMode] | type[CombineMode]] = {DISPATCH: DispatchMode, COMBINE: CombineMode}
 EVERY_MODE = [(PLAN, ""), *((kind, mode.value) for kind, modes in MODES_OF_KIND.items() for mode in modes)]
+SMALLEST_GROUP = 2
 EVERY_PAIR = [(dispatch, combine) for dispatch in DispatchMode for combine in CombineMode]
 
 
@@ -79,9 +80,10 @@ class Spread:
 class ModeTime:
     """One mode alone, its barriers and exchanges included.
 
-    kind: "plan", "dispatch" or "combine". mode: its name, empty for the plan. link_bytes: into a rank over the link,
-    the mean over the ranks; gb_per_s: at the median. ceiling: of ``LinkCeilings``, the one that it is held against,
-    and percent of it; None where none was measured.
+    kind: "plan", "dispatch" or "combine". mode: its name, empty for the plan. link_bytes: into the busiest rank over
+    the link; gb_per_s: of that rank, at the median, None if the median is 0. ceiling: of ``LinkCeilings``, the one that
+    it is held against, None where none was measured. percent: ``gb_per_s`` of it. Where traffic is not balanced that
+    may honestly be above 100: ceilings are measured with both directions busy.
     """
 
     kind: str
@@ -192,4 +194,4 @@ class Findings:
             return f"on the CPU, {how}: the times mean nothing for GPUs"
         if self.ranks_per_gpu is not None and self.ranks_per_gpu > 1:
             return f"{self.ranks_per_gpu} ranks take turns on one GPU: the times mean nothing for a GPU each"
-        return None
+        return TWO_GPUS_NOTE if self.shape.world_size == SMALLEST_GROUP else None

@@ -69,7 +69,7 @@ def _draw_bandwidth(bandwidth: Bandwidth, figure: Figure, layout: Layout) -> Non
         axes.plot(sizes, rates, label=line.mode, **style)
     _draw_ceilings(axes, bandwidth)
     _size_axis(axes, sorted({p.size_bytes for line in bandwidth.lines for p in line.points}), layout)
-    axes.set_ylabel("GB/s into a rank, remote bytes only")
+    axes.set_ylabel("GB/s into the busiest rank, remote bytes only")
     axes.grid(axis="y")
     legend_below(figure, axes, layout, columns=3)
 
@@ -137,14 +137,12 @@ def _draw_breakdown(bars: Sequence[PassBar], figure: Figure, layout: Layout) -> 
 
 
 def _draw_parts(axes: Axes, bar: PassBar, position: int) -> None:
-    right, left = 0.0, 0.0
+    end = 0.0
     for part in bar.breakdown.parts:
-        width = part.us / 1e3
-        start = right if width >= 0 else left
-        colour = _part_colour(part.name)
-        axes.barh(position, width, left=start, height=0.36, color=colour, edgecolor="white", linewidth=0.6)
-        right, left = (right + width, left) if width >= 0 else (right, left + width)
-    end = max(right, (bar.layer_us or 0) / 1e3)
+        width, colour = part.us / 1e3, _part_colour(part.name)
+        axes.barh(position, width, left=end, height=0.36, color=colour, edgecolor="white", linewidth=0.6)
+        end += width
+    end = max(end, (bar.layer_us or 0) / 1e3)
     words = f"{_time_of(bar) / 1e3:.2f}"
     axes.annotate(words, (end, position), xytext=(7, 0), textcoords="offset points", va="center", color=QUIET)
     axes.margins(x=0.1)

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig, ModePair
 from sonic_ep.cost import Rates, Workload, choose_modes, combine_seconds_per_byte, dispatch_seconds_per_byte
 from sonic_ep.report.documents import Documents, Sweep, SweepPoint
-from sonic_ep.report.measured import FORWARD, FORWARD_AND_BACKWARD, UNIFORM, PairTimes, Shape
+from sonic_ep.report.measured import FAST, FORWARD, FORWARD_AND_BACKWARD, UNIFORM, PairTimes, Shape
 from sonic_ep.report.origin import Source
 
 COMPUTED = "computed, not measured"
@@ -221,10 +221,11 @@ def _winner(points: list[tuple[Sweep, SweepPoint]], num_experts: int, top_k: int
 
 
 def _uniform_points(documents: Documents, machine: tuple[str | None, int]) -> list[tuple[Sweep, SweepPoint]]:
+    """What may stand beside computed cells: the cost rule is that of the fast backend and of uniform routing."""
     return [
         (sweep, point)
         for sweep in documents.sweeps
         if identity(sweep.source) == machine
         for point in sweep.points
-        if point.routing == UNIFORM
+        if point.routing == UNIFORM and point.profile.backend == FAST
     ]

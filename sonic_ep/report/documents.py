@@ -95,6 +95,11 @@ class Accuracy:
     worst_row_bound: float
     ok: bool
 
+    @property
+    def within(self) -> bool:
+        """Whether both errors are at most their bounds: what ``ok`` has to say."""
+        return self.error <= self.bound and self.worst_row <= self.worst_row_bound
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryUse:
@@ -131,7 +136,7 @@ class Derived:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One part of a pass; ``us`` of the rest is below zero where parts overlap."""
+    """One part of a pass, none below zero: of the rest nothing is left where parts overlap."""
 
     name: str
     us: float

@@ -57,7 +57,7 @@ NARROW = Layout(width=3.7, font_size=8.5, letters=48)
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A figure of the page. name: the stem of its PNG. caption and notes: in words, below it. draw: sets its height."""
+    """A figure of the page. name: the stem of its PNG. title and notes: in words, around it. draw: sets its height."""
 
     name: str
     title: str

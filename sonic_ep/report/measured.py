@@ -10,6 +10,7 @@ from sonic_ep.config import ModePair
 
 BYTES_OF: Mapping[str, int] = MappingProxyType({"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2})
 UNIFORM = "uniform"
+FAST = "fast"
 FORWARD, FORWARD_AND_BACKWARD = "forward, training", "forward and backward"
 LAYER, GEMMS = "layer", "grouped GEMMs"
 
@@ -73,7 +74,10 @@ class ProfileShape:
 
 @dataclass(frozen=True, kw_only=True)
 class ModeTimes:
-    """One mode alone. kind: plan, dispatch or combine; mode: empty for the plan."""
+    """One mode alone. kind: plan, dispatch or combine; mode: empty for the plan.
+
+    link_bytes: over the link into the busiest rank; gb_per_s: of them at the median.
+    """
 
     kind: str
     mode: str

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sonic_ep.cost import Rates
+from sonic_ep.machine import TWO_GPUS_NOTE
 
 GIGA = 1e9
 DAY_LETTERS = len("2026-01-31")
 HASH_LETTERS, FULL_HASH_LETTERS = 10, 40
 FLATTERED_WORLD_SIZE = 2
-TWO_GPUS = "two GPUs flatter rank_dedup and all_gather: with more of them a token crosses the link more often"
 SHARED = "Beware: ranks took turns on a GPU, these times say nothing about a GPU for each."
 NO_GPU = "Beware: measured on the CPU, these times say nothing about a GPU."
 
@@ -103,7 +103,7 @@ def caveats(sources: Sequence[Source]) -> tuple[str, ...]:
     environments = [source.environment for source in sources]
     on_gpus = [environment for environment in environments if environment.gpu is not None]
     applies = {
-        f"Beware: {TWO_GPUS}.": any(environment.world_size == FLATTERED_WORLD_SIZE for environment in on_gpus),
+        f"Beware: {TWO_GPUS_NOTE}.": any(environment.world_size == FLATTERED_WORLD_SIZE for environment in on_gpus),
         SHARED: any(environment.shares_gpus for environment in on_gpus),
         NO_GPU: len(on_gpus) < len(environments),
     }

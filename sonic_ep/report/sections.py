@@ -72,8 +72,8 @@ def bandwidth_section(documents: Documents) -> Section | None:
     """Two figures for each sweep."""
     found = [bandwidth for sweep in documents.sweeps for bandwidth in bandwidths(sweep)]
     intro = _paragraph(
-        "Bytes that reach a rank from others, over the median time of the slowest rank, each mode with its own "
-        "barriers, and dispatch with the gather into expert order that all_gather and rank_dedup leave; the lines "
+        "Bytes from others that reach the busiest rank, over the median time of the slowest rank, each mode with its "
+        "own barriers, and dispatch with the gather into expert order that all_gather and rank_dedup leave; the lines "
         "across are the best rates of the same run by the same way over the link."
     )
     pictures = [bandwidth_picture(bandwidth, number) for number, bandwidth in enumerate(found, start=1)]

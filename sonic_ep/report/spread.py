@@ -140,7 +140,7 @@ def _of_layer(layer: Layer) -> Iterator[Measurement]:
 
 def _of_sweep(sweep: Sweep) -> Iterator[Measurement]:
     for point in sweep.points:
-        where = f"{point.shape}, {point.routing} routing"
+        where = f"{point.shape}, {point.routing} routing, {point.profile.backend}"
         for pair in point.pairs:
-            key = (point.shape, point.routing, pair.pair, pair.what)
+            key = (point.shape, point.routing, point.profile.backend, pair.pair, pair.what)
             yield _measurement(sweep.source, f"layer, {pair.what}, {pair_name(pair.pair)}", where, key, pair.times)

@@ -213,7 +213,7 @@ def profile(found: Profile) -> tuple[Table, ...]:
         )
         for mode in found.modes
     )
-    columns = ("mode", "median, µs", "p10", "p90", "over the link, MiB", "GB/s", "of the ceiling, %", "ceiling")
+    columns = ("mode", "median, µs", "p10", "p90", "into the busiest rank, MiB", "GB/s", "of the ceiling, %", "ceiling")
     alone = Table(caption="Each mode alone", columns=columns, rows=modes, words=("ceiling",))
     pairs = tuple(
         (pair_name(p.pair), number(p.times.median_us), number(p.times.p10_us), number(p.times.p90_us))
