@@ -32,7 +32,7 @@ RATES = LinkCeilings(copy_engine_in=1e12, copy_engine_out=1e12, read=1e12, write
         ({0: {"tokens": -1}}, "rank 0 of 3: tokens: got -1, expected a whole number of at least 0"),
         ({1: {"routing": torch.empty((3, 2), dtype=torch.int64, device="meta")}}, "device of routing: got meta"),
         ({0: {"rates": RATES}}, "rates: got {'copy_engine_in': 1000000000000.0"),
-        ({rank: {"num_experts": 7} for rank in range(3)}, "number of experts E: got 7, expected a multiple of the"),
+        ({1: {"num_experts": 7}}, "rank 1 of 3: number of experts E: got 7, expected a multiple of the"),
     ],
 )
 def test_ranks_that_ask_for_different_things(cpu_pool: RankPool, changed: Any, message: str) -> None:

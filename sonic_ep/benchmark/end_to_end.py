@@ -165,8 +165,17 @@ class EndToEnd:
         process_group = self.alone.process_group
         return whole, self.opened.enter_context(ExpertParallel(process_group, self.layer.backend, self.layer.config))
 
+    def prove(self) -> None:
+        """Collective: find what the layer is held against right, before anything else takes memory."""
+        _ = self.given.answer
+        if self.alone is not None:
+            call, _ = self.local
+            _ = call.answer
+            _ = self.one_gpu
+
     def report(self) -> LayerReport:
         """Collective: measure everything."""
+        self.prove()
         memory = memory_use(self.given.call, self.ep, backward=self.setup.backward)
         found = {which: {**self.in_turn(which), **self.in_turn_with_slow(which)} for which in self.passes}
         return LayerReport(

@@ -29,12 +29,15 @@ def dense_moe(x_TH: Tensor, topk_idx_TK: Tensor, topk_scores_TK: Tensor, experts
     ``experts`` holds all E experts. The sum is in fp32, or fp64 for fp64 scores; a slot of -1 is dropped.
     """
     total_TH = x_TH.new_zeros(x_TH.shape, dtype=torch.promote_types(topk_scores_TK.dtype, torch.float32))
-    for expert in range(experts.w1.shape[0]):
+    # Taken apart at once: the gradient of one of E is as large as that of all.
+    w1, w2 = experts.w1.unbind(), experts.w2.unbind()
+    none = (None,) * len(w1)
+    b1 = none if experts.b1 is None else experts.b1.unbind()
+    b2 = none if experts.b2 is None else experts.b2.unbind()
+    for expert in range(len(w1)):
         token_N, choice_N = (topk_idx_TK == expert).nonzero(as_tuple=True)
-        b1 = None if experts.b1 is None else experts.b1[expert]
-        b2 = None if experts.b2 is None else experts.b2[expert]
-        hidden = F.linear(x_TH[token_N], experts.w1[expert], b1)
-        y_NH = F.linear(experts.activation(hidden, experts.layout), experts.w2[expert], b2)
+        hidden = F.linear(x_TH[token_N], w1[expert], b1[expert])
+        y_NH = F.linear(experts.activation(hidden, experts.layout), w2[expert], b2[expert])
         weighted_NH = y_NH.to(total_TH.dtype) * topk_scores_TK[token_N, choice_N, None]
         total_TH = total_TH.index_add(0, token_N, weighted_NH)
     return total_TH.to(x_TH.dtype)
