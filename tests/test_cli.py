@@ -1,5 +1,6 @@
 """The command line as its user meets it: output, exit codes, several ranks, wrong words, Ctrl-C."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -202,3 +203,21 @@ def children(pid: int) -> list[int]:
         if int(fields[1]) == pid:
             found.append(int(status.parent.name))
     return found
+
+
+def test_without_triton_the_commands_of_the_reference_run() -> None:
+    """Triton has no wheels for some systems; "doctor" is what says so."""
+    program = (
+        "import importlib.metadata as metadata, sys\n"
+        "def version(name, found=metadata.version):\n"
+        "    if name == 'triton': raise metadata.PackageNotFoundError(name)\n"
+        "    return found(name)\n"
+        "metadata.version, sys.modules['triton'] = version, None\n"
+        "from sonic_ep.cli import main\n"
+        "sys.exit(main(['doctor', '--backend=reference']) or main(['bench', '--skip-bench-bwd']))"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "triton is not installed" in done.stdout
+    assert "backend reference" in done.stdout

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,10 +15,13 @@ from torch import Tensor
 from sonic_ep.benchmark.results import Against, Bar, Entry, MemoryTraffic, Results, Traffic
 from sonic_ep.benchmark.workload import Shape, Sizes
 from sonic_ep.ceilings import meeting
-from sonic_ep.fast.workspace import Workspace
 from sonic_ep.group import EPGroup
 from sonic_ep.testing.checks import spoil
 from sonic_ep.testing.timing import BUSY_SECONDS, Ceiling, Timing, captured, measure_in_turn
+
+if TYPE_CHECKING:
+    # It needs triton, which the reference and most commands do without.
+    from sonic_ep.fast.workspace import Workspace
 
 Check = Callable[[Any], None]
 
