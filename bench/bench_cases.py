@@ -8,8 +8,8 @@ from functools import cache
 
 import pytest
 import torch
-from bench_combine import combine, sums_in
-from bench_dispatch import expect_received, rows_in
+from bench_combine import summing
+from bench_dispatch import receiving
 from torch import Tensor
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig
@@ -20,8 +20,7 @@ from sonic_ep.benchmark.results import Entry
 from sonic_ep.benchmark.routed import RoutedUnderTest
 from sonic_ep.benchmark.routed_call import RoutedCall
 from sonic_ep.benchmark.workload import Problem, Shape
-from sonic_ep.fast.dispatch import dispatch_primitives
-from sonic_ep.testing import CASES, Case, assert_bitwise
+from sonic_ep.testing import CASES, Case
 
 Run = Callable[[Work, How], None]
 
@@ -72,21 +71,7 @@ def bench_dispatch_of_case(
     arena: SuiteArena, routed: Callable[[Case], Problem], run: Run, case: Case, mode: DispatchMode
 ) -> None:
     """Up to what a dispatch receives: barriers, staging, the way over the link."""
-    problem, primitive = routed(case), dispatch_primitives(arena.workspace)[mode]
-
-    def receive() -> Tensor:
-        arena.workspace.enter()
-        return primitive.receive(problem.x_TH, problem.plan)
-
-    work = Work(
-        name=f"{case.name}: dispatch {mode.value}",
-        shape=problem.shape,
-        function=receive,
-        check=expect_received(problem, mode),
-        inputs=(problem.x_TH,),
-        traffic=rows_in(arena, problem, mode),
-    )
-    run(work, arena.behind_work)
+    run(receiving(arena, routed(case), mode, f"{case.name}: dispatch {mode.value}"), arena.behind_work)
 
 
 @each_case
@@ -95,15 +80,7 @@ def bench_combine_of_case(
     arena: SuiteArena, routed: Callable[[Case], Problem], run: Run, case: Case, mode: CombineMode
 ) -> None:
     """Rows in canonical order in, weighted sums out."""
-    problem = routed(case)
-    work = Work(
-        name=f"{case.name}: combine {mode.value}",
-        shape=problem.shape,
-        function=combine(arena, problem, mode, weighted=True),
-        check=lambda got: assert_bitwise(got, problem.sums[mode, True], f"sums by {mode.value}"),
-        inputs=(problem.rows_RH, problem.scores_TK),
-        traffic=sums_in(arena, problem, mode, weighted=True),
-    )
+    work = summing(arena, routed(case), mode, f"{case.name}: combine {mode.value}", weighted=True)
     run(work, arena.behind_work)
 
 

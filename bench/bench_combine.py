@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from torch import Tensor
@@ -28,18 +29,11 @@ MOST_TIMES = 1.25
 @pytest.mark.parametrize("mode", list(CombineMode), ids=lambda mode: mode.value)
 def bench_combine(arena: SuiteArena, large: Problem, run: Run, how: How, mode: CombineMode, *, weighted: bool) -> None:
     """Rows in canonical order in, sums of this rank's tokens out; with scores, their exchange too."""
-    traffic = sums_in(arena, large, mode, weighted=weighted)
     barred = large.shape.barred and mode is CombineMode.RANK_DEDUP and weighted
-    work = Work(
-        name=f"combine {mode.value}: {'scores, ' if weighted else ''}barriers, sums and link",
-        shape=large.shape,
-        function=combine(arena, large, mode, weighted=weighted),
-        check=lambda got: assert_bitwise(got, large.sums[mode, weighted], f"sums by {mode.value}"),
-        inputs=(large.rows_RH, large.scores_TK),
-        traffic=traffic,
-        bar=traffic.at_most(MOST_TIMES) if traffic and barred else None,
-    )
-    run(work, how)
+    name = f"combine {mode.value}: {'scores, ' if weighted else ''}barriers, sums and link"
+    work = summing(arena, large, mode, name, weighted=weighted)
+    bar = work.traffic.at_most(MOST_TIMES) if work.traffic and barred else None
+    run(replace(work, bar=bar), how)
 
 
 @pytest.mark.parametrize("collective", ["all_to_all_single", "reduce_scatter"])
@@ -61,6 +55,18 @@ def bench_usual_combine(arena: SuiteArena, large: Problem, run: Run, collective:
         traffic=sums_in(arena, large, mode, weighted=False),
     )
     run(work, arena.behind_work)
+
+
+def summing(arena: SuiteArena, problem: Problem, mode: CombineMode, name: str, *, weighted: bool) -> Work:
+    """The combine of one mode; with scores, their exchange too."""
+    return Work(
+        name=name,
+        shape=problem.shape,
+        function=combine(arena, problem, mode, weighted=weighted),
+        check=lambda got: assert_bitwise(got, problem.sums[mode, weighted], f"sums by {mode.value}"),
+        inputs=(problem.rows_RH, problem.scores_TK),
+        traffic=sums_in(arena, problem, mode, weighted=weighted),
+    )
 
 
 def combine(arena: SuiteArena, problem: Problem, mode: CombineMode, *, weighted: bool) -> Callable[[], Tensor]:

@@ -60,21 +60,7 @@ def bench_link(arena: SuiteArena, large: Problem, run: Run, how: How, mode: Disp
 @each_mode
 def bench_receive(arena: SuiteArena, large: Problem, run: Run, how: How, mode: DispatchMode) -> None:
     """All of a dispatch up to what it receives: barriers, staging, the way over the link."""
-    primitive = dispatch_primitives(arena.workspace)[mode]
-
-    def receive() -> Tensor:
-        arena.workspace.enter()
-        return primitive.receive(large.x_TH, large.plan)
-
-    work = Work(
-        name=f"dispatch {mode.value}: staging, barriers and link",
-        shape=large.shape,
-        function=receive,
-        check=expect_received(large, mode),
-        inputs=(large.x_TH,),
-        traffic=rows_in(arena, large, mode),
-    )
-    run(work, how)
+    run(receiving(arena, large, mode, f"dispatch {mode.value}: staging, barriers and link"), how)
 
 
 @each_mode
@@ -114,6 +100,24 @@ def bench_usual_dispatch(arena: SuiteArena, large: Problem, run: Run, collective
         traffic=usual_bytes_in(arena, large, collective),
     )
     run(work, arena.behind_work)
+
+
+def receiving(arena: SuiteArena, problem: Problem, mode: DispatchMode, name: str) -> Work:
+    """All of a dispatch of ``problem``, up to what it receives."""
+    primitive = dispatch_primitives(arena.workspace)[mode]
+
+    def receive() -> Tensor:
+        arena.workspace.enter()
+        return primitive.receive(problem.x_TH, problem.plan)
+
+    return Work(
+        name=name,
+        shape=problem.shape,
+        function=receive,
+        check=expect_received(problem, mode),
+        inputs=(problem.x_TH,),
+        traffic=rows_in(arena, problem, mode),
+    )
 
 
 def over_the_link(arena: SuiteArena, problem: Problem, mode: DispatchMode) -> Callable[[], Tensor]:

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
 import torch
 
 from sonic_ep.activation import ACTIVATIONS
-from sonic_ep.backend import choose_backend
-from sonic_ep.benchmark.arena import WrongError
 from sonic_ep.benchmark.end_to_end import run_end_to_end
 from sonic_ep.benchmark.layer_problem import LayerOptions, RoutingKind
 from sonic_ep.benchmark.place import arena_at
-from sonic_ep.benchmark.results import command_of
 from sonic_ep.benchmark.setup import Setup
 from sonic_ep.benchmark.workload import Shape
-from sonic_ep.cli.exit_codes import GREEN, RED
-from sonic_ep.cli.launch import joined_group, ranks_of
-from sonic_ep.cli.output import require_writable, say_note, teller, words_without_paths, write_json
+from sonic_ep.cli.exit_codes import GREEN
+from sonic_ep.cli.measured import Run, add_output, checked_ranks, run_measured
+from sonic_ep.cli.output import say_note, write_json
 from sonic_ep.cli.words import DTYPES, Thiek, add_call, add_config, add_nproc, config_of, spellings
 from sonic_ep.config import ScoreOrder
-from sonic_ep.group import EPGroup
-from sonic_ep.profiler import WrongResultError
-from sonic_ep.testing.timing import AboveCeilingError
 
 # Operations of a forward and backward that a CPU does in some seconds.
 MOST_FLOPS_OF_CPU = 2e10
@@ -47,16 +39,13 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--activation", choices=tuple(ACTIVATIONS), default="swiglu")
     for name, text in FLAGS:
         parser.add_argument(*spellings(name), action="store_true", help=text)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write what was found, for sonic-ep report")
-    parser.add_argument("--commit", metavar="NAME", help="the commit to name in it where git cannot tell")
+    add_output(parser)
     parser.set_defaults(command=run_bench, check=check_bench)
 
 
 def check_bench(options: argparse.Namespace) -> None:
     """What would fail alike on every rank fails here, once, before any is started."""
-    ranks = ranks_of(options.nproc)
-    require_writable(options.json)
-    choose_backend(options.backend, EPGroup(rank=0, world_size=ranks))
+    ranks = checked_ranks(options)
     shape = chosen_shape(options.thiek, ranks)[0]
     shape.require_experts_divide(ranks)
     shape.require_tokens_divide(ranks)
@@ -65,27 +54,21 @@ def check_bench(options: argparse.Namespace) -> None:
 
 def run_bench(options: argparse.Namespace) -> int:
     """Collective: verify, profile, time, tell, write."""
-    with joined_group() as place:
-        shape, note = chosen_shape(options.thiek, place.world_size)
-        say = teller(place)
-        if note is not None:
-            say(note)
-        backend = choose_backend(options.backend, EPGroup(rank=place.rank, world_size=place.world_size)).name
-        setup = setup_of(options, shape, place.world_size, backend)
-        for line in setup.lines():
-            say(line)
-        command = command_of(place.world_size, "bench/moe_ep.py", words_without_paths(sys.argv))
-        try:
-            with arena_at(place.device, backend, options.commit, command) as arena:
-                say_note(arena.results, say)
-                report = run_end_to_end(setup, arena, say)
-        except (WrongError, WrongResultError, AboveCeilingError) as error:
-            # All ranks have raised it, so nobody is left waiting.
-            say(f"RED: {error}")
-            return RED
-        if options.json is not None and place.rank == 0:
+
+    def measure(run: Run) -> int:
+        world_size = run.place.world_size
+        shape, note = chosen_shape(options.thiek, world_size)
+        setup = setup_of(options, shape, world_size, run.backend)
+        for line in [*([] if note is None else [note]), *setup.lines()]:
+            run.say(line)
+        with arena_at(run.place.device, run.backend, options.commit, run.command) as arena:
+            say_note(arena.results, run.say)
+            report = run_end_to_end(setup, arena, run.say)
+        if options.json is not None and run.place.rank == 0:
             return write_json(options.json, report.as_json())
         return GREEN
+
+    return run_measured(options, "bench/moe_ep.py", measure)
 
 
 def chosen_shape(asked: Thiek | None, world_size: int) -> tuple[Thiek, str | None]:

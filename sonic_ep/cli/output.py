@@ -13,7 +13,7 @@ from sonic_ep.cli.exit_codes import GREEN, RED
 from sonic_ep.cli.launch import Place
 
 # Their names are no options.
-COMMANDS = ("bench", "sweep")
+COMMANDS = ("bench", "profile", "sweep")
 
 
 def teller(place: Place) -> Callable[[str], None]:

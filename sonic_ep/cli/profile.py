@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from sonic_ep.api import ExpertParallel
-from sonic_ep.backend import choose_backend
-from sonic_ep.benchmark.results import command_of
-from sonic_ep.cli.exit_codes import GREEN, RED
-from sonic_ep.cli.launch import Place, joined_group, ranks_of
-from sonic_ep.cli.output import require_writable, teller, words_without_paths, write_json
+from sonic_ep.cli.exit_codes import GREEN
+from sonic_ep.cli.launch import Place
+from sonic_ep.cli.measured import Run, add_output, checked_ranks, run_measured
+from sonic_ep.cli.output import write_json
 from sonic_ep.cli.words import DTYPES, Thiek, add_call, add_config, add_nproc, config_of, spellings
-from sonic_ep.group import EPGroup
-from sonic_ep.profiler import NetworkProfiler, ProfileReport, WrongResultError, default_device
+from sonic_ep.profiler import NetworkProfiler, ProfileReport, default_device
 from sonic_ep.profiler.cache import DEFAULT_FOLDER
 from sonic_ep.profiler.request import ROUTINGS
-from sonic_ep.testing.timing import AboveCeilingError
 
 SHAPE_ON_GPUS = Thiek(tokens=32768, hidden=4096, intermediate=1536, num_experts=64, top_k=8)
 SHAPE_ON_CPU = Thiek(tokens=64, hidden=32, intermediate=16, num_experts=8, top_k=2)
@@ -32,8 +27,7 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
     add_call(parser, tuple(ROUTINGS))
     add_config(parser)
     parser.add_argument(*spellings("no_cache"), action="store_true", help="measure, whatever was measured before")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write what was found there as well")
-    parser.add_argument("--commit", metavar="NAME", help="the commit to name in it where git cannot tell")
+    add_output(parser)
     parser.set_defaults(command=_profile, check=_check_profile)
 
 
@@ -58,9 +52,7 @@ def default_shape(device: torch.device, world_size: int) -> Thiek:
 
 def _check_profile(options: argparse.Namespace) -> None:
     """What would fail alike on every rank fails here, once, before any is started."""
-    ranks = ranks_of(options.nproc)
-    require_writable(options.json)
-    choose_backend(options.backend, EPGroup(rank=0, world_size=ranks))
+    ranks = checked_ranks(options)
     found = options.thiek
     if found is None:
         return
@@ -69,22 +61,18 @@ def _check_profile(options: argparse.Namespace) -> None:
 
 
 def _profile(options: argparse.Namespace) -> int:
-    with joined_group() as place:
-        say = teller(place)
-        try:
-            report = _report(options, place, say)
-        except (WrongResultError, AboveCeilingError) as error:
-            # All ranks have raised it, so nobody is left waiting.
-            say(f"RED: {error}")
-            return RED
-        say(str(report))
-        if place.rank or options.json is None:
+    def measure(run: Run) -> int:
+        report = _report(options, run.place, run.say)
+        run.say(str(report))
+        if run.place.rank or options.json is None:
             return GREEN
         document = report.as_json()
         environment = document["environment"]
-        environment["command"] = command_of(place.world_size, "-m sonic_ep", words_without_paths(sys.argv))
+        environment["command"] = run.command
         environment["commit"] = options.commit or environment["commit"]
         return write_json(options.json, document)
+
+    return run_measured(options, "-m sonic_ep profile", measure)
 
 
 def _report(options: argparse.Namespace, place: Place, say: Callable[[str], None]) -> ProfileReport:

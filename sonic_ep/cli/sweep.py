@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from sonic_ep.backend import BACKEND_PACKAGES, choose_backend
-from sonic_ep.benchmark.arena import WrongError
+from sonic_ep.backend import BACKEND_PACKAGES
 from sonic_ep.benchmark.layer_problem import LayerOptions, RoutingKind
 from sonic_ep.benchmark.place import arena_at
-from sonic_ep.benchmark.results import command_of
 from sonic_ep.benchmark.setup import Setup
 from sonic_ep.benchmark.sweep import run_sweep
 from sonic_ep.benchmark.workload import Shape
 from sonic_ep.cli.exit_codes import GREEN, RED
-from sonic_ep.cli.launch import joined_group, ranks_of
-from sonic_ep.cli.output import require_writable, say_note, teller, words_without_paths, write_json
+from sonic_ep.cli.measured import Run, add_output, checked_ranks, run_measured
+from sonic_ep.cli.output import say_note, write_json
 from sonic_ep.cli.words import DTYPES, add_nproc, count_word
 from sonic_ep.config import AUTO, EPConfig
-from sonic_ep.group import EPGroup
-from sonic_ep.profiler import WrongResultError
-from sonic_ep.testing.timing import AboveCeilingError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,37 +61,29 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hie", type=_hie, metavar="H,I,E", help="hidden, intermediate, experts")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of tokens and weights")
     parser.add_argument("--backend", choices=(AUTO, *BACKEND_PACKAGES), default=AUTO, help="which one is run")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write what was found, for sonic-ep report")
-    parser.add_argument("--commit", metavar="NAME", help="the commit to name in it where git cannot tell")
+    add_output(parser)
     parser.set_defaults(command=run, check=check)
 
 
 def check(options: argparse.Namespace) -> None:
     """What would fail alike on every rank fails here, once, before any is started."""
-    ranks = ranks_of(options.nproc)
-    require_writable(options.json)
-    choose_backend(options.backend, EPGroup(rank=0, world_size=ranks))
-    setups_of(options, ranks, options.backend)
+    setups_of(options, checked_ranks(options), options.backend)
 
 
 def run(options: argparse.Namespace) -> int:
     """Collective: sweep, tell, and write after every point, so that a run that is cut short leaves what it found."""
-    with joined_group() as place:
-        say = teller(place)
-        backend = choose_backend(options.backend, EPGroup(rank=place.rank, world_size=place.world_size)).name
-        setups = setups_of(options, place.world_size, backend)
-        command = command_of(place.world_size, "-m sonic_ep sweep", words_without_paths(sys.argv))
-        try:
-            with arena_at(place.device, backend, options.commit, command) as arena:
-                say_note(arena.results, say)
-                for report in run_sweep(setups, arena, say):
-                    if options.json is not None and place.rank == 0 and write_json(options.json, report.as_json()):
-                        # torchrun ends the others.
-                        return RED
-        except (WrongError, WrongResultError, AboveCeilingError) as error:
-            say(f"RED: {error}")
-            return RED
+
+    def measure(run: Run) -> int:
+        setups = setups_of(options, run.place.world_size, run.backend)
+        with arena_at(run.place.device, run.backend, options.commit, run.command) as arena:
+            say_note(arena.results, run.say)
+            for report in run_sweep(setups, arena, run.say):
+                if options.json is not None and run.place.rank == 0 and write_json(options.json, report.as_json()):
+                    # torchrun ends the others.
+                    return RED
         return GREEN
+
+    return run_measured(options, "-m sonic_ep sweep", measure)
 
 
 def setups_of(options: argparse.Namespace, world_size: int, backend: str) -> list[Setup]:

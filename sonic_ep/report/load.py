@@ -95,7 +95,7 @@ def _environment(fields: Fields) -> origin.Environment:
         cuda=fields.text_or_none("cuda"),
         nccl=fields.text_or_none("nccl"),
         driver=fields.text_or_none("driver"),
-        code=fields.text_or_none("code"),
+        code=fields.text_or_none("code") or "",
         world_size=fields.count("world_size"),
         process_group=fields.text_or_none("process_group"),
         commit=fields.text_or_none("commit"),

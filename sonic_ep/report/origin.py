@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sonic_ep.cost import Rates
-from sonic_ep.machine import TWO_GPUS_NOTE
+from sonic_ep.machine import TWO_GPUS_NOTE, Machine
 
 GIGA = 1e9
 DAY_LETTERS = len("2026-01-31")
@@ -17,18 +17,9 @@ NO_GPU = "Beware: measured on the CPU, these times say nothing about a GPU."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Environment:
-    """What a run depended on; ``sonic_ep.machine`` says what the fields are."""
+class Environment(Machine):
+    """What a run depended on. code: empty where a document of an older form does not tell."""
 
-    gpu: str | None
-    gpus: int
-    link: str | None
-    torch: str
-    triton: str | None
-    cuda: str | None
-    nccl: str | None
-    driver: str | None
-    code: str | None
     world_size: int
     process_group: str | None
     commit: str | None

@@ -24,7 +24,7 @@ def environments(documents: Sequence[Document]) -> Table:
         gpu = f"{e.gpus} × {e.gpu}" if e.gpu else "none"
         versions = (e.torch, e.triton or "", e.cuda or "", e.nccl or "", e.driver or "")
         place = (gpu, e.link or "", str(e.world_size), e.process_group or "")
-        when = (e.short_commit, e.date[:DATE_LETTERS].replace("T", " "), e.code or "")
+        when = (e.short_commit, e.date[:DATE_LETTERS].replace("T", " "), e.code)
         rows.append((document.source.file, document.source.kind, *place, *versions, *when))
     columns = ("file", "kind", "GPU", "link", "W", "process group", "torch", "triton", "CUDA", "NCCL", "driver")
     more = ("commit", "date", "code")
