@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 
 import pytest
@@ -18,6 +19,7 @@ from sonic_ep.benchmark.arena import Beside, How, Rounds, SuiteArena, WrongError
 from sonic_ep.benchmark.layer import LayerUnderTest, Pass
 from sonic_ep.benchmark.layer_problem import LayerOptions, LayerProblem
 from sonic_ep.benchmark.oracle import Oracle
+from sonic_ep.benchmark.products import Products
 from sonic_ep.benchmark.results import Entry
 from sonic_ep.config import ModePair
 
@@ -80,6 +82,11 @@ class Bout:
     layer: LayerUnderTest
     found: dict[tuple[tuple[Setting, ...], Pass, How], Found] = field(default_factory=dict)
 
+    @cached_property
+    def products(self) -> Products:
+        """The layer's."""
+        return self.layer.products()
+
     @staticmethod
     def of_layer(arena: SuiteArena, options: LayerOptions) -> Bout:
         """A layer of the fast backend, drawn for this rank."""
@@ -97,7 +104,7 @@ class Bout:
 
     def _alternation(self, settings: Sequence[Setting], which: Pass, how: How) -> Found:
         held = self.layer.problem.shape.barred and how is How.QUEUED
-        works = [self.layer.products_alone(products_name(which), which)]
+        works = [self.layer.products_alone(products_name(which), which, self.products)]
         with ExitStack() as stack:
             for setting in settings:
                 ep = stack.enter_context(self.layer.over(setting.config))

@@ -11,6 +11,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from sonic_ep.backend import unavailable_reasons
 from sonic_ep.benchmark.arena import How, SuiteArena, Work, WrongError
 from sonic_ep.benchmark.results import Entry, Results, command_of, environment
+from sonic_ep.benchmark.steady import little_to_collect, on_own_core
 from sonic_ep.benchmark.workload import BARS, SMOKE, Problem, Shape, Sizes, bars_hold
 from sonic_ep.ceilings import measured_ceilings, memory_rate, stopwatch
 from sonic_ep.cli.launch import Place, joined_group, launched_by_torchrun
@@ -128,7 +130,16 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def place() -> Iterator[Place]:
     """This rank, in the group for the whole run."""
     with joined_group() as joined:
-        yield joined
+        on_gpu = joined.device.type == "cuda"
+        with on_own_core(joined.rank, joined.world_size) if on_gpu else nullcontext():
+            yield joined
+
+
+@pytest.fixture(autouse=True)
+def _little_to_collect() -> Iterator[None]:
+    """No round is the one in which Python looks through everything there is."""
+    with little_to_collect():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Figures of the end-to-end benchmark and of the sweep, by hand from made-up times; memory beside its formulas."""
 
 import json
-from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -47,7 +46,7 @@ def end_to_end(link: float | None, world_size: int = 4, **micros: float) -> EndT
     results = SimpleNamespace(environment={"process_group": "nccl"})
     arena = SimpleNamespace(results=results, group=SimpleNamespace(world_size=world_size))
     layer = SimpleNamespace(arena=arena, config=MODES, link_seconds=lambda modes, which: link)
-    return EndToEnd(layer=layer, setup=None, profile=SimpleNamespace(modes=modes), opened=ExitStack())  # type: ignore[arg-type]
+    return EndToEnd(layer=layer, setup=None, profile=SimpleNamespace(modes=modes), ep=None)  # type: ignore[arg-type]
 
 
 def entries_of(seconds: dict[str, float]) -> dict[str, Entry]:

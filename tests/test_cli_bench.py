@@ -263,3 +263,17 @@ def test_a_sweep_of_two_points(
 def test_words_without_paths() -> None:
     words = ["/root/bin/sonic-ep", "bench", "--json", "/tmp/a.json", "--commit=b", "--dtype", "float16", "--json=c"]
     assert words_without_paths(words) == ["--dtype", "float16"]
+
+
+@pytest.mark.parametrize("words", [["bench", *SMALL], TINY_SWEEP])
+def test_what_does_not_fit_is_said_in_one_line(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill_the_gpu(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.85 GiB.")
+
+    monkeypatch.setattr(bench_module, "run_end_to_end", fill_the_gpu)
+    monkeypatch.setattr(sweep_module, "run_sweep", fill_the_gpu)
+    assert run(monkeypatch, *words) == RED
+    said = "CUDA out of memory. Tried to allocate 7.85 GiB."
+    assert capsys.readouterr().err == f"sonic-ep: rank 0: {said}; expected a shape that fits: fewer tokens\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +58,14 @@ class Rounds:
     timed: int
     warmup: int
 
+    @property
+    def count(self) -> int:
+        """Of both."""
+        return self.timed + self.warmup
+
 
 ROUNDS_OF_LARGE = Rounds(timed=50, warmup=5)
+# Of small shapes, and of what the host may take longer for than the GPU.
 ROUNDS_OF_SMALL = Rounds(timed=200, warmup=5)
 # Of whatever there is, on the CPU.
 ROUNDS_OF_SMOKE = Rounds(timed=2, warmup=0)
@@ -100,15 +106,33 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trial:
-    """A work as it is launched. last: what its last round returned."""
+    """A work as it is launched."""
 
     work: Work
     function: Callable[[], Any]
-    last: list[Any] = field(default_factory=list)
 
-    def keep_last(self) -> None:
+
+class KeepLast:
+    """``function``, to be called ``rounds`` times, and what the last of them returned.
+
+    What the others return is let go at once: of works that take turns, results are kept when all else is done.
+    """
+
+    def __init__(self, function: Callable[[], Any], rounds: int) -> None:
+        self._function = function
+        self._left = rounds
+        self._kept: list[Any] = []
+
+    def __call__(self) -> None:
         """One round."""
-        self.last[:] = [self.function()]
+        result = self._function()
+        self._left -= 1
+        if self._left == 0:
+            self._kept.append(result)
+
+    def take(self) -> Any:
+        """What the last round returned, once."""
+        return self._kept.pop()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,8 +159,8 @@ class Arena:
 
         Raises ``WrongError`` on every rank if it is wrong on any, and ``AboveCeilingError`` if it is too fast.
         """
-        small = work.shape.tokens * work.shape.row_bytes < SMALL_BYTES
-        rounds = ROUNDS_OF_SMALL if small else ROUNDS_OF_LARGE
+        short = how is How.EAGER or work.shape.tokens * work.shape.row_bytes < SMALL_BYTES
+        rounds = ROUNDS_OF_SMALL if short else ROUNDS_OF_LARGE
         found = self.alternate([work], how, rounds if self.on_gpu else ROUNDS_OF_SMOKE)
         return self.record(found[work.name])
 
@@ -159,9 +183,10 @@ class Arena:
         with torch.no_grad():
             trials = [self.trial(work, how) for work in works]
             trials = still_right(trials, self.prove, wrong)
-            timings = self.time([trial.keep_last for trial in trials], rounds, ahead=how is not How.EAGER)
-            timed = {trial.work.name: timing for trial, timing in zip(trials, timings, strict=True)}
-            trials = still_right(trials, self.check_last, wrong)
+            lasts = {trial.work.name: KeepLast(trial.function, rounds.count) for trial in trials}
+            timings = self.time(list(lasts.values()), rounds, ahead=how is not How.EAGER)
+            timed = dict(zip(lasts, timings, strict=True))
+            trials = still_right(trials, lambda trial: self.check_last(trial, lasts[trial.work.name]), wrong)
             trials = still_right(trials, self.prove, wrong)
         timed = {trial.work.name: timed[trial.work.name] for trial in trials}
         return {**{trial.work.name: entry_of(trial.work, how, timed) for trial in trials}, **wrong}
@@ -180,9 +205,9 @@ class Arena:
             spoil(trial.function())
         agree(self.group, lambda: trial.work.check(trial.function()))
 
-    def check_last(self, trial: Trial) -> None:
+    def check_last(self, trial: Trial, last: KeepLast) -> None:
         """Check what the last round left."""
-        agree(self.group, lambda: trial.work.check(trial.last.pop()))
+        agree(self.group, lambda: trial.work.check(last.take()))
 
     @property
     def behind_work(self) -> How:
@@ -251,17 +276,29 @@ def entry_of(work: Work, how: How, timed: Mapping[str, Timing]) -> Entry:
 
 @contextmanager
 def other_inputs(inputs: Sequence[Tensor]) -> Iterator[None]:
-    """The rows of each tensor in another order while this lasts, and what is no index with the other sign."""
+    """The rows of each tensor in another order while this lasts, and what is no index with the other sign.
+
+    It is undone, not copied back: what is large would take as much memory again.
+    """
     with torch.no_grad():
-        kept = [tensor.clone() for tensor in inputs]
+        turn_rows(inputs, 1)
         try:
-            for tensor, right in zip(inputs, kept, strict=True):
-                moved = right.roll(1, dims=0)
-                tensor.copy_(-moved if moved.is_floating_point() else moved)
             yield
         finally:
-            for tensor, right in zip(inputs, kept, strict=True):
-                tensor.copy_(right)
+            turn_rows(inputs, -1)
+
+
+def turn_rows(inputs: Sequence[Tensor], by: int) -> None:
+    """Move the rows of each tensor ``by`` rows down in place, the last to the top; what is no index changes its sign.
+
+    >>> given = torch.tensor([1.0, 2.0, 4.0])
+    >>> turn_rows([given], 1)
+    >>> given
+    tensor([-4., -1., -2.])
+    """
+    for tensor in inputs:
+        moved = tensor.roll(by, dims=0)
+        tensor.copy_(moved.neg_() if moved.is_floating_point() else moved)
 
 
 def agree(group: EPGroup, check: Callable[[], None]) -> None:

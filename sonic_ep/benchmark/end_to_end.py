@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -18,7 +18,7 @@ from sonic_ep.benchmark.beside import OneGpu, given_routing, group_of_this_rank,
 from sonic_ep.benchmark.layer import LayerUnderTest, Pass
 from sonic_ep.benchmark.layer_problem import LayerProblem
 from sonic_ep.benchmark.layer_report import Breakdown, Derived, LayerReport, Timed, accuracy_lines
-from sonic_ep.benchmark.memory_use import memory_use
+from sonic_ep.benchmark.memory_use import MemoryUse, memory_use
 from sonic_ep.benchmark.oracle import Oracle
 from sonic_ep.benchmark.results import Entry
 from sonic_ep.benchmark.routed import RoutedUnderTest
@@ -72,8 +72,8 @@ def run_end_to_end(setup: Setup, arena: Arena, say: Say) -> LayerReport:
     profile = profiled(layer, setup)
     if profile.config != first:
         layer = verified(replace(layer, config=profile.config), say)
-    with ExitStack() as opened:
-        report = EndToEnd(layer=layer, setup=setup, profile=profile, opened=opened).report()
+    with layer.over() as ep:
+        report = EndToEnd(layer=layer, setup=setup, profile=profile, ep=ep).report()
     for line in ["", *report.lines()]:
         say(line)
     return report
@@ -105,12 +105,16 @@ def profiled(layer: LayerUnderTest, setup: Setup) -> ProfileReport:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EndToEnd:
-    """A verified layer, and all that is measured of it, by all ranks together; ``opened`` closes what it opens."""
+    """A verified layer, and all that is measured of it, by all ranks together.
+
+    What it is held against is made, found right, timed in every pass and let go, one company of works after the other:
+    together they would not fit beside a layer that fills a GPU.
+    """
 
     layer: LayerUnderTest
     setup: Setup
     profile: ProfileReport
-    opened: ExitStack
+    ep: ExpertParallel
 
     @property
     def arena(self) -> Arena:
@@ -123,97 +127,79 @@ class EndToEnd:
         return tuple(Pass) if self.setup.backward else (Pass.INFERENCE, Pass.TRAINING)
 
     @cached_property
-    def ep(self) -> ExpertParallel:
-        """The layer that is measured."""
-        return self.opened.enter_context(self.layer.over())
-
-    @cached_property
     def alone(self) -> EPGroup | None:
         """This rank's own group; None where there is no other rank."""
         return None if self.arena.group.world_size == 1 else group_of_this_rank(self.arena.group)
 
-    @cached_property
-    def reference(self) -> ExpertParallel | None:
-        """The reference with exact sizes, in its favour; None where it is what is measured."""
-        if self.layer.backend == "reference":
-            return None
-        exact = replace(self.layer.config, cpu_sync_on_runtime=True)
-        return self.opened.enter_context(self.layer.over(exact, "reference"))
-
-    @cached_property
-    def given(self) -> RoutedUnderTest:
-        """The layer without its router."""
-        return self.routed(given_routing(self.layer), self.arena.group)
-
-    def routed(self, call: RoutedCall, group: EPGroup) -> RoutedUnderTest:
-        """A call with its routing given, over ``group``."""
-        layer = self.layer
-        return RoutedUnderTest(arena=layer.arena, group=group, call=call, backend=layer.backend, config=layer.config)
-
-    @cached_property
-    def local(self) -> tuple[RoutedUnderTest, ExpertParallel]:
-        """The rows of this rank without a link, and the layer that they go through."""
-        assert self.alone is not None, "there is no other rank"
-        call = self.routed(same_rows(self.layer), self.alone)
-        return call, self.opened.enter_context(call.over())
-
-    @cached_property
-    def one_gpu(self) -> tuple[OneGpu, ExpertParallel]:
-        """All experts here, and the layer that tokens go through."""
-        assert self.alone is not None, "there is no other rank"
-        whole = OneGpu.of(self.layer, self.alone)
-        process_group = self.alone.process_group
-        return whole, self.opened.enter_context(ExpertParallel(process_group, self.layer.backend, self.layer.config))
-
-    def prove(self) -> None:
-        """Collective: find what the layer is held against right, before anything else takes memory."""
-        _ = self.given.answer
-        if self.alone is not None:
-            call, _ = self.local
-            _ = call.answer
-            _ = self.one_gpu
-
     def report(self) -> LayerReport:
         """Collective: measure everything."""
-        self.prove()
-        memory = memory_use(self.given.call, self.ep, backward=self.setup.backward)
-        found = {which: {**self.in_turn(which), **self.in_turn_with_slow(which)} for which in self.passes}
+        memory, usual = self.with_its_own_rows()
+        slow = self.with_slow()
+        found = {which: {**usual[which], **slow[which]} for which in self.passes}
         return LayerReport(
             results=self.arena.results,
             setup=self.setup,
             config=self.layer.config,
             accuracy=self.layer.answer.accuracies,
             profile=self.profile,
-            memory=tuple(memory),
+            memory=memory,
             times=tuple(self.timed(which, entry) for which in found for entry in found[which].values()),
             derived=tuple(self.derived(which, found[which]) for which in found),
             breakdown=tuple(self.breakdown(which, found[which]) for which in found),
         )
 
-    def in_turn(self, which: Pass) -> Found:
-        """Collective: the products, the layer, the layer with its routing given, and its rows without a link."""
-        layer, flops = self.layer, self.layer.flops(which)
-        works = [
-            layer.products_alone(GEMMS, which),
-            layer.work(LAYER, self.ep, which),
-            self.given.work(GIVEN, self.ep, which, flops),
-        ]
-        if self.alone is not None:
-            call, ep = self.local
-            works.append(call.work(LOCAL, ep, which, flops))
-        return self.right(works, Pace.of(self.arena).usual)
+    def with_its_own_rows(self) -> tuple[tuple[MemoryUse, ...], Mapping[Pass, Found]]:
+        """Collective: the layer beside its products, its routing given, and its rows without a link; what it takes."""
+        layer, alone = self.layer, self.alone
+        given = self.routed(given_routing(layer), self.arena.group)
+        local = None if alone is None else self.routed(same_rows(layer), alone)
+        # Before anything else takes memory.
+        for routed in (given, local):
+            if routed is not None:
+                _ = routed.answer
+        with ExitStack() as opened:
+            on_its_own = None if local is None else opened.enter_context(local.over())
+            memory = tuple(memory_use(given.call, self.ep, backward=self.setup.backward))
+            products = layer.products()
+            found = {}
+            for which in self.passes:
+                flops = layer.flops(which)
+                works = [
+                    layer.products_alone(GEMMS, which, products),
+                    layer.work(LAYER, self.ep, which),
+                    given.work(GIVEN, self.ep, which, flops),
+                ]
+                if local is not None and on_its_own is not None:
+                    works.append(local.work(LOCAL, on_its_own, which, flops))
+                found[which] = self.right(works, Pace.of(self.arena).usual)
+        return memory, found
 
-    def in_turn_with_slow(self, which: Pass) -> Found:
-        """Collective: all experts on one GPU, the reference, and the layer once more beside them."""
-        slow: list[Work] = []
-        if self.alone is not None:
-            whole, ep = self.one_gpu
-            slow.append(whole.work(ONE_GPU, ep, which))
-        if self.reference is not None:
-            slow.append(self.layer.work(self.reference_name, self.reference, which))
-        if not slow:
-            return {}
-        return self.right([self.layer.work(BESIDE, self.ep, which), *slow], Pace.of(self.arena).slow)
+    def with_slow(self) -> Mapping[Pass, Found]:
+        """Collective: the layer beside all experts on one GPU, and beside the reference."""
+        if self.arena.on_gpu:
+            torch.cuda.empty_cache()
+        layer, alone = self.layer, self.alone
+        with ExitStack() as opened:
+            slow: list[Callable[[Pass], Work]] = []
+            if alone is not None:
+                whole = OneGpu.of(layer, alone)
+                on_one = opened.enter_context(ExpertParallel(alone.process_group, layer.backend, layer.config))
+                slow.append(partial(whole.work, ONE_GPU, on_one))
+            if layer.backend != "reference":
+                # It has exact sizes, in its favour.
+                exact = replace(layer.config, cpu_sync_on_runtime=True)
+                reference = opened.enter_context(layer.over(exact, "reference"))
+                slow.append(partial(layer.work, self.reference_name, reference))
+            if not slow:
+                return {which: {} for which in self.passes}
+            slow.insert(0, partial(layer.work, BESIDE, self.ep))
+            pace = Pace.of(self.arena).slow
+            return {which: self.right([work(which) for work in slow], pace) for which in self.passes}
+
+    def routed(self, call: RoutedCall, group: EPGroup) -> RoutedUnderTest:
+        """A call with its routing given, over ``group``."""
+        layer = self.layer
+        return RoutedUnderTest(arena=layer.arena, group=group, call=call, backend=layer.backend, config=layer.config)
 
     def right(self, works: list[Work], rounds: Rounds) -> Found:
         """Collective: what each of them took. Raises ``WrongError`` on every rank if any is wrong on any."""

@@ -98,9 +98,8 @@ class LayerUnderTest:
         problem, chosen_TK = self.problem, self.problem.choices(self.judged.outcome)
         return Problem(shape=problem.shape, group=problem.group, device=problem.device, chosen_TK=chosen_TK)
 
-    @cached_property
     def products(self) -> Products:
-        """Of the rows that come here."""
+        """Of the rows that come here: as large as what passes through the layer, so the caller's to keep."""
         return Products.of(self.problem, self.routed.plan.group_ends, self.routed.valid_rows)
 
     def flops(self, which: Pass) -> float:
@@ -141,9 +140,8 @@ class LayerUnderTest:
 
         return replace(work, check=check)
 
-    def products_alone(self, name: str, which: Pass) -> Work:
+    def products_alone(self, name: str, which: Pass, products: Products) -> Work:
         """The matrix products, of random numbers."""
-        products = self.products
         operands = products.operands(backward=which is Pass.STEP)
 
         def check(got: list[Tensor]) -> None:

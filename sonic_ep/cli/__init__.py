@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from sonic_ep.backend import BACKEND_PACKAGES, choose_backend
 from sonic_ep.cli.bench import add_bench
 from sonic_ep.cli.demo import show_demo
@@ -45,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, BackendUnavailableError) as error:
         print(f"sonic-ep: {error}", file=sys.stderr)
         return WRONG_ARGUMENTS if isinstance(error, ValueError) else RED
+    except torch.OutOfMemoryError as error:
+        rank = os.environ["RANK"] if launched_by_torchrun() else "0"
+        print(f"sonic-ep: rank {rank}: {error}; expected a shape that fits: fewer tokens", file=sys.stderr)
+        return RED
     except BrokenPipeError:
         # Whoever read the table has seen enough; nothing may be flushed into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
