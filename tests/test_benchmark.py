@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from end_to_end import SHAPE, SMALLEST, run_on_rank, said_before
+from end_to_end import MANY, SHAPE, SMALLEST, run_on_rank, said_before
 
 from sonic_ep import CombineMode, DispatchMode, ExpertParallel
 from sonic_ep.benchmark.arena import WrongError
@@ -219,7 +219,8 @@ def test_a_report_is_complete(pool: RankPool, setting: dict[str, Any], world_siz
 @pytest.mark.parametrize("backend", ["fast"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_report_of_the_fast_backend_is_complete(pool: RankPool, setting: dict[str, Any], backend: str) -> None:
-    found = pool.run(run_on_rank, setting, backend, world_size=2)
+    shape = MANY if pool._device_type == "cuda" else SHAPE
+    found = pool.run(run_on_rank, setting, backend, shape, world_size=2)
     check(found, setting, backend, pool._device_type)
 
 

@@ -302,3 +302,12 @@ def test_how_a_pair_is_launched() -> None:
     assert how_of(gpu, "fast", large) is How.QUEUED
     assert how_of(gpu, "reference", small) is How.QUEUED
     assert how_of(cpu, "fast", small) is How.EAGER
+
+
+@pytest.mark.parametrize(
+    ("backend", "tokens", "few"), [("fast", 127, True), ("fast", 128, False), ("reference", 1, False)]
+)
+def test_few_tokens_are_said_to_be_few(backend: str, tokens: int, few: bool) -> None:
+    lines = setup_of({}, 2, backend, replace(SHAPE, tokens=tokens)).lines()
+    assert lines[0].startswith(f"T,H,I,E,K = {2 * tokens},")
+    assert [line.split(" are few")[0] for line in lines[2:]] == ([f"note: {tokens} tokens a rank"] if few else [])

@@ -9,6 +9,9 @@ from sonic_ep.benchmark.layer_problem import LayerOptions
 from sonic_ep.benchmark.workload import Shape
 from sonic_ep.config import EPConfig
 
+# With fewer tokens than that, one right result in a hundred and more has twice the error of another, by chance.
+FEW_TOKENS = 128
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
@@ -49,4 +52,10 @@ class Setup:
         """For people."""
         words = self.as_json()
         thiek = ",".join(map(str, words.pop("thiek")))
-        return [f"T,H,I,E,K = {thiek} (T of the whole group)", ", ".join(f"{name} {words[name]}" for name in words)]
+        lines = [f"T,H,I,E,K = {thiek} (T of the whole group)", ", ".join(f"{name} {words[name]}" for name in words)]
+        if self.backend != "reference" and self.shape.tokens < FEW_TOKENS:
+            lines.append(
+                f"note: {self.shape.tokens} tokens a rank are few: below {FEW_TOKENS} the error of plain PyTorch, of "
+                "which twice is admitted, is luck, and a right layer may be RED"
+            )
+        return lines

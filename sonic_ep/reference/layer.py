@@ -104,13 +104,16 @@ class Combine(torch.autograd.Function):
         exchange: Exchange = ctx.exchange
         score_of_row_N, rows_RH = ctx.saved_tensors
         out_grad_RH = exchange.rows(grad_TH)
-        wide_NH = out_grad_RH[: exchange.plan.rows()].float()
+        valid = slice(exchange.plan.rows())
         grad_RH = grad_scores_TK = None
-        if score_of_row_N is not None:
-            grad_RH = torch.zeros_like(out_grad_RH)
-            grad_RH[: len(wide_NH)] = wide_NH * score_of_row_N[:, None]
+        # In place: rows in fp32 are the largest that there is where most of them come to one rank.
         if rows_RH is not None:
-            grad_scores_TK = exchange.send_home((wide_NH * rows_RH[: len(wide_NH)].float()).sum(dim=1))
+            product_NH = out_grad_RH[valid].to(torch.float32, copy=True).mul_(rows_RH[valid])
+            grad_scores_TK = exchange.send_home(product_NH.sum(dim=1))
+            del product_NH
+        if score_of_row_N is not None:
+            out_grad_RH[valid] = out_grad_RH[valid].to(torch.float32, copy=True).mul_(score_of_row_N[:, None])
+            grad_RH = out_grad_RH
         return grad_RH, grad_scores_TK, None
 
 

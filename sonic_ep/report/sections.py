@@ -15,7 +15,7 @@ from sonic_ep.report.markup import Markup, Table, element
 from sonic_ep.report.measured import Profile
 from sonic_ep.report.origin import Source, caveats, origin_sentence
 from sonic_ep.report.selection import bandwidths, known_memory, layer_groups, memory_kinds, pass_names
-from sonic_ep.report.spread import LARGE_PERCENT, LARGE_US, Repeated, repeated, within_runs
+from sonic_ep.report.spread import LARGE_PERCENT, LARGE_US, LEAST_OF_HOST, Repeated, repeated, within_runs
 
 Part = Markup | Picture | Table
 
@@ -162,12 +162,18 @@ def _between(again: Sequence[Repeated]) -> list[Part]:
 
 
 def between_words(again: Sequence[Repeated]) -> str:
-    """How many medians differ, and whether the files are of one commit."""
+    """How many medians differ, how many of these are the host's time, and whether the files are of one commit."""
     long, differing = sum(found.is_long for found in again), sum(found.differs for found in again)
     counted = (
         f"{len(again)} medians are in more than one file. {LARGE_PERCENT:.0f}% or more apart: "
         f"{differing} of the {long} above {LARGE_US:.0f} µs."
     )
+    of_host = sum(found.differs and found.of_host for found in again)
+    if of_host:
+        host = (
+            f"{of_host} are the host's time, eager and more than {LEAST_OF_HOST:g} times as long as behind other work"
+        )
+        counted += f" Of these, {host}; {differing - of_host} are the GPUs'."
     commits = {measurement.source.environment.commit for found in again for measurement in found.measured}
     apart = " The files are of different commits, so that their code differs as well." if len(commits) > 1 else ""
     return counted + apart

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 from statistics import median
 
 from sonic_ep.report.documents import Document, Documents, Layer, ProfileDocument, Suite, Sweep
@@ -12,6 +13,8 @@ from sonic_ep.report.origin import Source
 
 LARGE_US = 100.0
 LARGE_PERCENT = 5.0
+# Called as they are, works that take so many times what they take behind other work wait for the host.
+LEAST_OF_HOST = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +22,7 @@ class Measurement:
     """One time of one file. where: shape or setup in words.
 
     identity: equal for what may be compared over files: the same thing on the same GPU with the same W.
+    of_host: whether it is the host's time, and not the GPU's.
     """
 
     source: Source
@@ -26,6 +30,7 @@ class Measurement:
     where: str
     identity: Hashable
     times: Times
+    of_host: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,11 @@ class Repeated:
     def differs(self) -> bool:
         """Above 100 us, and by 5 percent or more."""
         return self.is_long and self.difference_percent >= LARGE_PERCENT
+
+    @property
+    def of_host(self) -> bool:
+        """Whether it is the host's time in any of the files."""
+        return any(measurement.of_host for measurement in self.measured)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +126,13 @@ def _measurement(source: Source, what: str, where: str, key: Hashable, times: Ti
 
 
 def _of_suite(suite: Suite) -> Iterator[Measurement]:
+    queued = {(entry.name, entry.shape): entry.times.median_us for entry in suite.entries if entry.how == "queued"}
     for entry in suite.entries:
         key = (entry.name, entry.how, entry.shape)
-        yield _measurement(suite.source, f"{entry.name}, {entry.how}", str(entry.shape), key, entry.times)
+        found = _measurement(suite.source, f"{entry.name}, {entry.how}", str(entry.shape), key, entry.times)
+        behind_work = queued.get((entry.name, entry.shape), inf)
+        of_host = entry.how == "eager" and entry.times.median_us > LEAST_OF_HOST * behind_work
+        yield replace(found, of_host=of_host)
 
 
 def _of_profile(source: Source, profile: Profile) -> Iterator[Measurement]:
