@@ -170,10 +170,11 @@ def between_words(again: Sequence[Repeated]) -> str:
     )
     of_host = sum(found.differs and found.of_host for found in again)
     if of_host:
-        host = (
-            f"{of_host} are the host's time, eager and more than {LEAST_OF_HOST:g} times as long as behind other work"
+        most = max((found.difference_percent for found in again if found.is_long and not found.of_host), default=0.0)
+        counted += (
+            f" {of_host} of these are the host's time, eager and more than {LEAST_OF_HOST:g} times as long as behind "
+            f"other work; all others above {LARGE_US:.0f} µs differ by {most:.1f}% at most."
         )
-        counted += f" Of these, {host}; {differing - of_host} are the GPUs'."
     commits = {measurement.source.environment.commit for found in again for measurement in found.measured}
     apart = " The files are of different commits, so that their code differs as well." if len(commits) > 1 else ""
     return counted + apart
