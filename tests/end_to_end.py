@@ -1,7 +1,9 @@
 """End-to-end benchmarks of tiny layers, for the tests of the benchmark."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,10 +14,12 @@ import sonic_ep.benchmark.end_to_end as module
 import sonic_ep.profiler.measuring as measuring
 from sonic_ep import EPConfig, ExpertParallel
 from sonic_ep.benchmark.arena import Arena, Rounds
+from sonic_ep.benchmark.beside import OneGpu
 from sonic_ep.benchmark.layer import LayerUnderTest
 from sonic_ep.benchmark.layer_problem import LayerOptions, LayerProblem, RoutingKind
 from sonic_ep.benchmark.layer_report import LayerReport
 from sonic_ep.benchmark.oracle import Oracle
+from sonic_ep.benchmark.products import Products
 from sonic_ep.benchmark.results import Results
 from sonic_ep.benchmark.setup import Setup
 from sonic_ep.benchmark.workload import Shape
@@ -84,6 +88,60 @@ def run_on_rank(
     with pytest.MonkeyPatch.context() as patched, arena_on(rank, ceilings) as arena:
         few_rounds(patched)
         return module.run_end_to_end(setup, arena, said.append), said
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What a benchmark let go of. stay: what is alive when the second company of works begins, and in the end.
+
+    open: backends of layers that are not closed; exact: whether every layer of the reference beside a fast one had
+    exact sizes.
+    """
+
+    stay: list[str]
+    open: list[str]
+    exact: bool
+
+
+def watched_on_rank(
+    rank: Rank, setting: dict[str, Any], backend: str, shape: Shape
+) -> tuple[LayerReport, list[str], Kept]:
+    """``run_on_rank``, and what was kept meanwhile."""
+    made: list[ExpertParallel] = []
+    stay: list[str] = []
+    watched: list[weakref.ref[Any]] = []
+
+    def look() -> None:
+        stay.extend(type(found).__name__ for found in (each() for each in watched) if found is not None)
+
+    def watching(function: Callable[..., Any], *, at_once: bool) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if at_once:
+                look()
+            found = function(*arguments, **options)
+            watched.append(weakref.ref(found))
+            return found
+
+        return call
+
+    def start(self: ExpertParallel, *arguments: Any, **options: Any) -> None:
+        made.append(self)
+        honest(self, *arguments, **options)
+
+    honest = ExpertParallel.__init__
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ExpertParallel, "__init__", start)
+        patched.setattr(module.EndToEnd, "routed", watching(module.EndToEnd.routed, at_once=False))
+        patched.setattr(Products, "of", watching(Products.of, at_once=False))
+        patched.setattr(OneGpu, "of", watching(OneGpu.of, at_once=True))
+        report, said = run_on_rank(rank, setting, backend, shape)
+    seen = len(watched)
+    look()
+    assert seen == (4 if rank.world_size > 1 else 2), "the benchmark makes other things than those that are watched"
+    references = [ep.config.cpu_sync_on_runtime for ep in made if ep.backend == "reference" and backend == "fast"]
+    # The arena's own is closed when the benchmark has ended.
+    still_open = [ep.backend for ep in made[1:] if not ep._closed]
+    return report, said, Kept(stay=stay, open=still_open, exact=all(references[1:]))
 
 
 def said_before(rank: Rank, error: type[Exception], spoil: Callable[[Any, Rank], None]) -> tuple[str, list[str], int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from end_to_end import MANY, SHAPE, SMALLEST, run_on_rank, said_before
+from end_to_end import MANY, SHAPE, SMALLEST, Kept, run_on_rank, said_before, watched_on_rank
 
 from sonic_ep import CombineMode, DispatchMode, ExpertParallel
 from sonic_ep.benchmark.arena import WrongError
@@ -227,9 +227,16 @@ def test_a_report_of_the_fast_backend_is_complete(pool: RankPool, setting: dict[
 @pytest.mark.parametrize("backend", ["fast"])
 def test_the_fast_backend_beside_the_reference(cpu_pool: RankPool, backend: str) -> None:
     setting = {"dispatch": DispatchMode.RANK_DEDUP, "combine": CombineMode.RANK_DEDUP, "backward": False}
-    found = cpu_pool.run(run_on_rank, setting, backend, SMALLEST, world_size=2)
-    document = check(found, setting, backend, "cpu")
+    found = cpu_pool.run(watched_on_rank, setting, backend, SMALLEST, world_size=2)
+    document = check([(report, said) for report, said, _ in found], setting, backend, "cpu")
     assert any(each["what"] == "reference over gloo" for each in document["times"])
+    assert [kept for _, _, kept in found] == [Kept(stay=[], open=[], exact=True)] * 2
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_the_layer_was_held_against_is_let_go(cpu_pool: RankPool, world_size: int) -> None:
+    found = cpu_pool.run(watched_on_rank, {}, "reference", SHAPE, world_size=world_size)
+    assert [kept for _, _, kept in found] == [Kept(stay=[], open=[], exact=True)] * world_size
 
 
 def test_a_rank_may_have_fewer_experts_than_a_token_chooses(cpu_pool: RankPool) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from end_to_end import few_rounds
 
+import sonic_ep.cli as cli_module
 import sonic_ep.cli.bench as bench_module
 import sonic_ep.cli.sweep as sweep_module
 from sonic_ep import EPConfig
@@ -265,15 +266,18 @@ def test_words_without_paths() -> None:
     assert words_without_paths(words) == ["--dtype", "float16"]
 
 
+@pytest.mark.parametrize("rank", ["0", "3"])
 @pytest.mark.parametrize("words", [["bench", *SMALL], TINY_SWEEP])
 def test_what_does_not_fit_is_said_in_one_line(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fill_the_gpu(*arguments: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.85 GiB.")
 
     monkeypatch.setattr(bench_module, "run_end_to_end", fill_the_gpu)
     monkeypatch.setattr(sweep_module, "run_sweep", fill_the_gpu)
+    monkeypatch.setattr(cli_module, "launched_by_torchrun", lambda: rank != "0")
+    monkeypatch.setenv("RANK", rank)
     assert run(monkeypatch, *words) == RED
     said = "CUDA out of memory. Tried to allocate 7.85 GiB."
-    assert capsys.readouterr().err == f"sonic-ep: rank 0: {said}; expected a shape that fits: fewer tokens\n"
+    assert capsys.readouterr().err == f"sonic-ep: rank {rank}: {said}; expected a shape that fits: fewer tokens\n"

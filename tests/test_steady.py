@@ -2,6 +2,7 @@
 
 import gc
 import os
+import weakref
 from itertools import pairwise
 from threading import Thread
 
@@ -58,3 +59,33 @@ def test_the_collector_looks_only_at_what_is_new() -> None:
         assert gc.get_freeze_count() > 1000
         assert gc.isenabled()
     assert gc.get_freeze_count() == 0
+
+
+class Cycle:
+    """What only the collector finds."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_garbage_is_gone_before_and_nothing_is_kept_from_the_collector_after() -> None:
+    gone = weakref.ref(Cycle())
+
+    def look_and_fail() -> None:
+        assert gone() is None
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), little_to_collect():
+        look_and_fail()
+    assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs os.sched_setaffinity, which Linux has")
+def test_who_may_not_choose_a_core_runs_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise PermissionError("not here")
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    with on_own_core(0, 2):
+        pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -278,27 +278,27 @@ def entry_of(work: Work, how: How, timed: Mapping[str, Timing]) -> Entry:
 def other_inputs(inputs: Sequence[Tensor]) -> Iterator[None]:
     """The rows of each tensor in another order while this lasts, and what is no index with the other sign.
 
-    It is undone, not copied back: what is large would take as much memory again.
+    It is undone, the last first, and not copied back: what is large would take as much memory again. A tensor that is
+    given twice is turned once.
     """
-    with torch.no_grad():
-        turn_rows(inputs, 1)
-        try:
-            yield
-        finally:
-            turn_rows(inputs, -1)
+    different = {id(tensor): tensor for tensor in inputs}
+    with torch.no_grad(), ExitStack() as turned:
+        for tensor in different.values():
+            turn_rows(tensor, 1)
+            turned.callback(turn_rows, tensor, -1)
+        yield
 
 
-def turn_rows(inputs: Sequence[Tensor], by: int) -> None:
-    """Move the rows of each tensor ``by`` rows down in place, the last to the top; what is no index changes its sign.
+def turn_rows(tensor: Tensor, by: int) -> None:
+    """Move the rows ``by`` rows down in place, the last to the top; what is no index changes its sign.
 
     >>> given = torch.tensor([1.0, 2.0, 4.0])
-    >>> turn_rows([given], 1)
+    >>> turn_rows(given, 1)
     >>> given
     tensor([-4., -1., -2.])
     """
-    for tensor in inputs:
-        moved = tensor.roll(by, dims=0)
-        tensor.copy_(moved.neg_() if moved.is_floating_point() else moved)
+    moved = tensor.roll(by, dims=0)
+    tensor.copy_(moved.neg_() if moved.is_floating_point() else moved)
 
 
 def agree(group: EPGroup, check: Callable[[], None]) -> None:

@@ -10,22 +10,33 @@ from contextlib import contextmanager
 
 @contextmanager
 def on_own_core(rank: int, ranks: int) -> Iterator[None]:
-    """Keep this thread, and threads it starts meanwhile, on one core that no other of ``ranks`` ranks here is given.
+    """Keep this thread on one core that no other of ``ranks`` ranks here is given.
 
-    A thread that moves finds cold caches. Nothing where the system does not say which cores there are, or has less than
-    two for a rank: one is for the helpers of PyTorch and NCCL.
+    A thread that moves finds cold caches. Threads that it starts meanwhile inherit the core; those of PyTorch and NCCL
+    that run already keep all cores, of which a rank has at least one more. Nothing where the system has no such call,
+    does not let us, or has too few cores.
     """
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    core = own_core(rank, ranks, sorted(before))
-    if core is not None:
-        os.sched_setaffinity(0, {core})
+    before = _pinned(rank, ranks)
     try:
         yield
     finally:
-        os.sched_setaffinity(0, before)
+        if before is not None:
+            os.sched_setaffinity(0, before)
+
+
+def _pinned(rank: int, ranks: int) -> set[int] | None:
+    """The cores that this thread had before it was given one, None if it was not."""
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    before = os.sched_getaffinity(0)
+    core = own_core(rank, ranks, sorted(before))
+    if core is None:
+        return None
+    try:
+        os.sched_setaffinity(0, {core})
+    except OSError:
+        return None
+    return before
 
 
 def own_core(rank: int, ranks: int, cores: Sequence[int]) -> int | None:

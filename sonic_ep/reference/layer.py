@@ -112,7 +112,8 @@ class Combine(torch.autograd.Function):
             grad_scores_TK = exchange.send_home(product_NH.sum(dim=1))
             del product_NH
         if score_of_row_N is not None:
-            out_grad_RH[valid] = out_grad_RH[valid].to(torch.float32, copy=True).mul_(score_of_row_N[:, None])
+            # The product is fp32's, as the score is, and rounded once.
+            out_grad_RH[valid].mul_(score_of_row_N[:, None])
             grad_RH = out_grad_RH
         return grad_RH, grad_scores_TK, None
 
