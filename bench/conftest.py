@@ -11,7 +11,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,17 +129,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def place() -> Iterator[Place]:
     """This rank, in the group for the whole run."""
-    with joined_group() as joined:
-        on_gpu = joined.device.type == "cuda"
-        with on_own_core(joined.rank, joined.world_size) if on_gpu else nullcontext():
-            yield joined
-
-
-@pytest.fixture(autouse=True)
-def _little_to_collect() -> Iterator[None]:
-    """No round is the one in which Python looks through everything there is."""
-    with little_to_collect():
-        yield
+    with joined_group() as joined, ExitStack() as steady:
+        if joined.device.type == "cuda":
+            steady.enter_context(on_own_core(joined.rank, joined.world_size))
+            steady.enter_context(little_to_collect())
+        yield joined
 
 
 @pytest.fixture(scope="session")
