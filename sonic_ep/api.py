@@ -214,9 +214,8 @@ class ExpertParallel:
         self._open()
         if not isinstance(device, torch.device):
             raise TypeError(f"{self.group}: device: got {type(device).__name__}, expected a torch.device")
-        movable = self.group.device_types()
-        fits = device.type in (movable or ("cpu", "cuda"))
-        self._edge.require(fits, "device", device, f"one of {', '.join(sorted(movable or ('cpu', 'cuda')))}")
+        movable = self.group.device_types() or ("cpu", "cuda")
+        self._edge.require(device.type in movable, "device", device, f"one of {', '.join(sorted(movable))}")
         self._backend.meet(device)
 
     def check(self) -> None:

@@ -209,6 +209,11 @@ class Arena:
         """Check what the last round left."""
         agree(self.group, lambda: trial.work.check(last.take()))
 
+    def give_back_memory(self) -> None:
+        """What PyTorch's allocator holds and nobody uses goes back to the GPU."""
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
     @property
     def behind_work(self) -> How:
         """QUEUED, or what there is of it on the CPU."""

@@ -5,7 +5,7 @@ Nothing is timed before it is right, and what is compared takes turns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -31,6 +31,7 @@ from sonic_ep.profiler import NetworkProfiler, ProfileReport
 
 Say = Callable[[str], None]
 Found = Mapping[str, Entry]
+WorkOfPass = Callable[[Pass], Work]
 
 LAYER, GEMMS, GIVEN = "layer", "grouped GEMMs", "given routing"
 LOCAL, ONE_GPU = "same rows locally", "one GPU"
@@ -135,7 +136,8 @@ class EndToEnd:
         """Collective: measure everything."""
         memory, usual = self.with_its_own_rows()
         slow = self.with_slow()
-        found = {which: {**usual[which], **slow[which]} for which in self.passes}
+        # The floor stands first.
+        found = {which: {GEMMS: usual[which][GEMMS], **usual[which], **slow[which]} for which in self.passes}
         return LayerReport(
             results=self.arena.results,
             setup=self.setup,
@@ -150,50 +152,45 @@ class EndToEnd:
 
     def with_its_own_rows(self) -> tuple[tuple[MemoryUse, ...], Mapping[Pass, Found]]:
         """Collective: the layer beside its products, its routing given, and its rows without a link; what it takes."""
-        layer, alone = self.layer, self.alone
+        layer = self.layer
         given = self.routed(given_routing(layer), self.arena.group)
-        local = None if alone is None else self.routed(same_rows(layer), alone)
-        # Before anything else takes memory.
-        for routed in (given, local):
-            if routed is not None:
-                _ = routed.answer
+        works: list[WorkOfPass] = [partial(layer.work, LAYER, self.ep), self.pass_of(given, GIVEN, self.ep)]
         with ExitStack() as opened:
-            on_its_own = None if local is None else opened.enter_context(local.over())
+            if self.alone is not None:
+                local = self.routed(same_rows(layer), self.alone)
+                works.append(self.pass_of(local, LOCAL, opened.enter_context(local.over())))
             memory = tuple(memory_use(given.call, self.ep, backward=self.setup.backward))
-            products = layer.products()
-            found = {}
-            for which in self.passes:
-                flops = layer.flops(which)
-                works = [layer.work(LAYER, self.ep, which), given.work(GIVEN, self.ep, which, flops)]
-                if local is not None and on_its_own is not None:
-                    works.append(local.work(LOCAL, on_its_own, which, flops))
-                # At the end: what they leave is the largest, and so lies beside nobody's round.
-                works.append(layer.products_alone(GEMMS, which, products))
-                entries = self.right(works, Pace.of(self.arena).usual)
-                found[which] = {GEMMS: entries[GEMMS], **entries}
-        return memory, found
+            # At the end: what they leave is the largest, and so lies beside nobody's round.
+            works.append(partial(layer.products_alone, GEMMS, products=layer.products()))
+            return memory, self.in_every_pass(works, Pace.of(self.arena).usual)
 
     def with_slow(self) -> Mapping[Pass, Found]:
         """Collective: the layer beside all experts on one GPU, and beside the reference."""
-        if self.arena.on_gpu:
-            torch.cuda.empty_cache()
+        self.arena.give_back_memory()
         layer, alone = self.layer, self.alone
+        works: list[WorkOfPass] = []
         with ExitStack() as opened:
-            slow: list[Callable[[Pass], Work]] = []
             if alone is not None:
                 whole = OneGpu.of(layer, alone)
                 on_one = opened.enter_context(ExpertParallel(alone.process_group, layer.backend, layer.config))
-                slow.append(partial(whole.work, ONE_GPU, on_one))
+                works.append(partial(whole.work, ONE_GPU, on_one))
             if layer.backend != "reference":
                 # It has exact sizes, in its favour.
                 exact = replace(layer.config, cpu_sync_on_runtime=True)
                 reference = opened.enter_context(layer.over(exact, "reference"))
-                slow.append(partial(layer.work, self.reference_name, reference))
-            if not slow:
-                return {which: {} for which in self.passes}
-            slow.insert(0, partial(layer.work, BESIDE, self.ep))
-            pace = Pace.of(self.arena).slow
-            return {which: self.right([work(which) for work in slow], pace) for which in self.passes}
+                works.append(partial(layer.work, self.reference_name, reference))
+            if works:
+                works.insert(0, partial(layer.work, BESIDE, self.ep))
+            return self.in_every_pass(works, Pace.of(self.arena).slow)
+
+    def pass_of(self, routed: RoutedUnderTest, name: str, ep: ExpertParallel) -> WorkOfPass:
+        """Collective: a call with its routing given, found right now, before anything else takes memory."""
+        _ = routed.answer
+        return lambda which: routed.work(name, ep, which, self.layer.flops(which))
+
+    def in_every_pass(self, works: Sequence[WorkOfPass], rounds: Rounds) -> Mapping[Pass, Found]:
+        """Collective: what each of them took in turn, pass by pass."""
+        return {which: self.right([work(which) for work in works], rounds) for which in self.passes}
 
     def routed(self, call: RoutedCall, group: EPGroup) -> RoutedUnderTest:
         """A call with its routing given, over ``group``."""

@@ -8,7 +8,6 @@ from enum import Enum
 from functools import cached_property
 from types import MappingProxyType
 
-import torch
 from torch import Tensor
 
 from sonic_ep.api import ExpertParallel
@@ -81,8 +80,7 @@ class LayerUnderTest:
             with self.over(exact, "reference") as reference:
                 plain = self.problem.forward_backward(reference, self.problem.inputs)
         answer = judged(self.oracle, outcome, plain)
-        if self.arena.on_gpu:
-            torch.cuda.empty_cache()
+        self.arena.give_back_memory()
         return answer
 
     @property

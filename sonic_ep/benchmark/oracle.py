@@ -6,7 +6,7 @@ Truth is computed a few tokens at a time, so that a large shape fits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
 from sonic_ep.backend import Experts
-from sonic_ep.benchmark.layer_problem import LayerOptions, LayerProblem, Outcome, gradients_by_name, tensors_of
+from sonic_ep.benchmark.layer_problem import LayerOptions, LayerProblem, Outcome, tensors_of
 from sonic_ep.benchmark.routed_call import RoutedCall
 from sonic_ep.group import EPGroup
 from sonic_ep.reference.dense import dense_moe, dense_scores
@@ -27,6 +27,9 @@ from sonic_ep.testing.checks import Accuracy, Share, Yardstick, assert_as_accura
 # Slots that the oracle takes at a time in the wider dtype.
 MOST_SLOTS = 2**16
 NAMES = {"y": "o", "x_grad": "dx"}
+ROUTER = "router_w"
+Leaves = Mapping[str, Tensor]
+RunPiece = Callable[[Leaves, slice], tuple[list[Tensor], Sequence[Tensor]]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -145,56 +148,71 @@ def as_rows(tensor: Tensor) -> Tensor:
 
 
 def dense_outcome(problem: LayerProblem, dtype: torch.dtype, *, at_a_time: int) -> Outcome:
-    """Collective: what ``dense_moe`` gives for this rank's tokens, ``at_a_time`` of them, and for its experts.
+    """Collective: what ``dense_moe`` gives for this rank's tokens, ``at_a_time`` of them, and for its experts."""
+    inputs, options, top_k = problem.inputs, problem.options, problem.shape.top_k
 
-    Gradients of weights are summed in fp32 or wider over pieces and ranks, and rounded once where there are several.
-    """
-    inputs, group = problem.inputs, problem.group
-    weights = {"router_w": inputs.router_w, **{name: gathered(w, group) for name, w in inputs.experts.items()}}
-    leaves = {name: weight.detach().to(dtype).requires_grad_() for name, weight in weights.items()}
-    sums: dict[str, Tensor] = {}
-    kept: list[Outcome] = []
-    for place in slices_of(inputs.x.shape[0], at_a_time):
-        x, out_grad = inputs.x.detach()[place].to(dtype).requires_grad_(), inputs.out_grad[place].to(dtype)
-        piece = dense_piece(problem, leaves, x, out_grad)
-        kept.append(Outcome(y=piece.y, logits=piece.logits, x_grad=piece.x_grad))
-        for name in leaves:
-            add_to(sums, name, tensors_of(piece)[f"{name}_grad"])
-    own = slice(group.rank * inputs.w1.shape[0], (group.rank + 1) * inputs.w1.shape[0])
-    totals = {name: over_ranks(sums[name], group) for name in leaves}
-    shares = {name: total if name == "router_w" else total[own] for name, total in totals.items()}
-    return Outcome(
-        y=torch.cat([piece.y for piece in kept]),
-        logits=torch.cat([piece.logits for piece in kept]),
-        x_grad=torch.cat([tensors_of(piece)["x_grad"] for piece in kept]),
-        **{f"{name}_grad": share.to(dtype, copy=True) for name, share in shares.items()},
-    )
+    def run(leaves: Leaves, place: slice) -> tuple[list[Tensor], Sequence[Tensor]]:
+        x = inputs.x.detach()[place].to(dtype).requires_grad_()
+        wide = torch.promote_types(dtype, torch.float32)
+        with torch.enable_grad():
+            logits = F.linear(x.to(wide), leaves[ROUTER].to(wide))
+            chosen = choose_experts(logits, top_k)
+            scores = dense_scores(logits, chosen, options.router(top_k))
+            y = dense_moe(x, chosen, scores, experts_of(leaves, options))
+            x_grad, *gradients = torch.autograd.grad(y, [x, *leaves.values()], inputs.out_grad[place].to(dtype))
+        return [y.detach(), logits.detach(), x_grad], gradients
+
+    pieces = slices_of(inputs.x.shape[0], at_a_time)
+    weights = {ROUTER: inputs.router_w, **inputs.experts}
+    (y, logits, x_grad), gradients = in_pieces(pieces, weights, problem.group, dtype, run)
+    return Outcome(y=y, logits=logits, x_grad=x_grad, **{f"{name}_grad": found for name, found in gradients.items()})
 
 
 def dense_routed(call: RoutedCall, group: EPGroup, dtype: torch.dtype, *, at_a_time: int) -> list[Tensor]:
     """Collective: what ``dense_moe`` gives for a call of this rank with its routing given, in the order of its results.
 
-    The output (T, H), then the gradients of x, the scores and this rank's experts, summed as in ``dense_outcome``.
+    The output (T, H), then the gradients of x, the scores and this rank's experts.
     """
-    options = call.options
-    leaves = {name: gathered(w, group).to(dtype).requires_grad_() for name, w in call.experts.items()}
-    sums: dict[str, Tensor] = {}
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
-    wide = torch.promote_types(dtype, torch.float32)
-    for place in slices_of(call.x.shape[0], at_a_time):
+
+    def run(leaves: Leaves, place: slice) -> tuple[list[Tensor], Sequence[Tensor]]:
         x = call.x.detach()[place].to(dtype).requires_grad_()
-        scores = call.topk_scores.detach()[place].to(wide).requires_grad_()
+        scores = call.topk_scores.detach()[place].to(torch.promote_types(dtype, torch.float32)).requires_grad_()
         with torch.enable_grad():
-            y = dense_moe(x, call.topk_idx[place], scores, experts_of(leaves, options))
+            y = dense_moe(x, call.topk_idx[place], scores, experts_of(leaves, call.options))
             inputs = [x, scores, *leaves.values()]
-            x_grad, scores_grad, *of_experts = torch.autograd.grad(y, inputs, call.out_grad[place].to(dtype))
-        kept.append((y.detach(), x_grad, scores_grad))
-        for name, gradient in zip(leaves, of_experts, strict=True):
+            x_grad, scores_grad, *gradients = torch.autograd.grad(y, inputs, call.out_grad[place].to(dtype))
+        return [y.detach(), x_grad, scores_grad], gradients
+
+    of_tokens, gradients = in_pieces(slices_of(call.x.shape[0], at_a_time), call.experts, group, dtype, run)
+    return [*of_tokens, *gradients.values()]
+
+
+def in_pieces(
+    pieces: Sequence[slice], weights: Mapping[str, Tensor], group: EPGroup, dtype: torch.dtype, run: RunPiece
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Collective: what ``run`` gives for all tokens, and the gradients of this rank's weights.
+
+    weights: of this rank's experts, by name, and of the router, which all ranks have alike. run: given all of them in
+    ``dtype`` and a piece, what is of its tokens, and the gradients of the weights. Gradients are summed in fp32 or
+    wider over pieces and ranks, and rounded once where there are several.
+    """
+    leaves: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        whole = weight.detach() if name == ROUTER else gathered(weight, group)
+        leaves[name] = whole.to(dtype).requires_grad_()
+    sums: dict[str, Tensor] = {}
+    kept: list[list[Tensor]] = []
+    for place in pieces:
+        of_tokens, gradients = run(leaves, place)
+        kept.append(of_tokens)
+        for name, gradient in zip(leaves, gradients, strict=True):
             add_to(sums, name, gradient)
-    held = call.experts["w1"].shape[0]
-    own = slice(group.rank * held, (group.rank + 1) * held)
-    of_tokens = [torch.cat(parts) for parts in zip(*kept, strict=True)]
-    return [*of_tokens, *(over_ranks(sums[name], group)[own].to(dtype, copy=True) for name in leaves)]
+    shares: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        total, held = over_ranks(sums[name], group), weight.shape[0]
+        share = total if name == ROUTER else total[group.rank * held : (group.rank + 1) * held]
+        shares[name] = share.to(dtype, copy=True)
+    return [torch.cat(parts) for parts in zip(*kept, strict=True)], shares
 
 
 def slices_of(count: int, at_a_time: int) -> list[slice]:
@@ -212,19 +230,6 @@ def add_to(sums: dict[str, Tensor], name: str, gradient: Tensor) -> None:
         sums[name] += gradient
     else:
         sums[name] = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-
-
-def dense_piece(problem: LayerProblem, leaves: dict[str, Tensor], x: Tensor, out_grad: Tensor) -> Outcome:
-    """What the oracle gives for some tokens; ``leaves`` are the router and all experts."""
-    options, top_k = problem.options, problem.shape.top_k
-    experts = experts_of(leaves, options)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    with torch.enable_grad():
-        logits = F.linear(x.to(wide), leaves["router_w"].to(wide))
-        chosen = choose_experts(logits, top_k)
-        y = dense_moe(x, chosen, dense_scores(logits, chosen, options.router(top_k)), experts)
-        found = torch.autograd.grad(y, [x, *leaves.values()], out_grad)
-    return Outcome(y=y.detach(), logits=logits.detach(), **gradients_by_name({"x": x, **leaves}, found))
 
 
 def experts_of(weights: Mapping[str, Tensor], options: LayerOptions) -> Experts:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from sonic_ep.api import ExpertParallel
@@ -44,8 +43,7 @@ class RoutedUnderTest:
         with self.over() as ep:
             found = self._run(ep, Pass.STEP)
         faults = [str(accuracy) for accuracy in self._accuracies(found) if not accuracy.ok]
-        if self.arena.on_gpu:
-            torch.cuda.empty_cache()
+        self.arena.give_back_memory()
         agree(self.arena.group, lambda: expect(not faults, "; ".join(faults)))
         return found
 

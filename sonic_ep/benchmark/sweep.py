@@ -10,8 +10,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from sonic_ep.api import ExpertParallel
 from sonic_ep.benchmark.arena import Arena, How
 from sonic_ep.benchmark.end_to_end import Pace, modes_of, profiled, with_modes
@@ -143,8 +141,7 @@ def run_point(setup: Setup, arena: Arena) -> PointReport:
     with ExitStack() as stack:
         opened = [stack.enter_context(layer_of_pair(layers, pair)) for pair in PAIRS]
         times = [found for which in PASSES for found in pairs_in_turn(layers, opened, which)]
-    if arena.on_gpu:
-        torch.cuda.empty_cache()
+    arena.give_back_memory()
     return PointReport(setup=setup, profile=profile, times=tuple(times), predicted=predicted)
 
 
