@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from sonic_ep.fast.link import Stopwatch
 
 ROUNDS, WARMUP = 50, 5
+# Where ranks share a GPU, every meeting of all takes milliseconds.
+ROUNDS_OF_SHARED_GPUS = 3
+# Over the link, each way.
+LINK_BYTES = 2**27
 # Ten times what a cache holds.
 COPIED_BYTES = 2**29
 
@@ -41,7 +45,9 @@ def stopwatch(fence: Callable[[], object], device: torch.device, group: EPGroup,
     return lambda work: measure(work, rounds=rounds, warmup=warmup, device=device, group=group, enter=enter).median
 
 
-def measured_ceilings(group: EPGroup, device: torch.device, nbytes: int, rounds: int = ROUNDS) -> LinkCeilings | None:
+def measured_ceilings(
+    group: EPGroup, device: torch.device, nbytes: int = LINK_BYTES, rounds: int = ROUNDS
+) -> LinkCeilings | None:
     """Collective: the ceilings of the link between GPUs, for about ``nbytes`` each way.
 
     None where there is no link to measure: on one rank, on the CPU, or where GPUs cannot map each other's memory.

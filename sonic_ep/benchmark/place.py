@@ -10,12 +10,8 @@ import torch
 from sonic_ep.api import ExpertParallel
 from sonic_ep.benchmark.arena import Arena
 from sonic_ep.benchmark.results import Results, environment
-from sonic_ep.ceilings import ROUNDS, measured_ceilings, memory_rate, stopwatch
+from sonic_ep.ceilings import ROUNDS, ROUNDS_OF_SHARED_GPUS, measured_ceilings, memory_rate, stopwatch
 
-# Bytes each way that the ceilings of the link are measured with.
-LINK_BYTES = 2**27
-# Where ranks share a GPU, every meeting of all takes milliseconds.
-ROUNDS_OF_SHARED_GPUS = 3
 # A forward and backward are launched in less.
 BUSY_SECONDS = 5e-3
 
@@ -33,7 +29,7 @@ def arena_at(device: torch.device, backend: str, commit: str | None, command: st
         rounds = ROUNDS_OF_SHARED_GPUS if shared else ROUNDS
         results = Results(
             environment=environment(device, group.world_size, commit, command),
-            ceilings=measured_ceilings(group, device, LINK_BYTES, rounds),
+            ceilings=measured_ceilings(group, device, rounds=rounds),
             memory_rate=memory_rate(device, stopwatch(fence, device, group, rounds)) if device.type == "cuda" else None,
         )
         with torch.enable_grad():

@@ -16,10 +16,8 @@ import torch.distributed as dist
 
 from sonic_ep.benchmark.workload import Shape
 from sonic_ep.cost import LinkCeilings
-from sonic_ep.machine import TWO_GPUS_NOTE, commit, this_machine
+from sonic_ep.machine import FLATTERED_WORLD_SIZE, TWO_GPUS_NOTE, commit, this_machine
 from sonic_ep.testing.timing import Ceiling, Timing
-
-SMALLEST_GROUP = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +280,7 @@ def _note(on_gpu: bool, world_size: int) -> str | None:
     gpus = torch.cuda.device_count()
     if world_size > gpus:
         return f"{world_size} ranks took turns on {gpus} GPUs: the times mean nothing for a GPU each"
-    return TWO_GPUS_NOTE if world_size == SMALLEST_GROUP else None
+    return TWO_GPUS_NOTE if world_size == FLATTERED_WORLD_SIZE else None
 
 
 def command_of(world_size: int, words: str, arguments: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sonic_ep.api import ExpertParallel
 from sonic_ep.backend import choose_backend
-from sonic_ep.ceilings import ROUNDS, measured_ceilings
+from sonic_ep.ceilings import ROUNDS, ROUNDS_OF_SHARED_GPUS, measured_ceilings
 from sonic_ep.config import AUTO, ClosedError
 from sonic_ep.cost import LinkCeilings
 from sonic_ep.machine import Machine, this_machine
@@ -39,11 +39,6 @@ from sonic_ep.testing.timing import AboveCeilingError, Timing
 from sonic_ep.validation import Edge
 
 ValueT = TypeVar("ValueT")
-
-# Bytes each way that the ceilings are measured with.
-CEILING_BYTES = 2**27
-# Where ranks share a GPU, each meeting costs them milliseconds.
-CEILING_ROUNDS_OF_SHARED_GPUS = 3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -227,8 +222,8 @@ class NetworkProfiler:
 
     def _measured_rates(self, setting: Setting, device: torch.device) -> LinkCeilings | None:
         shared = (setting.ranks_per_gpu or 1) > 1
-        rounds = CEILING_ROUNDS_OF_SHARED_GPUS if shared else ROUNDS
-        return measured_ceilings(self._ep.group, device, CEILING_BYTES, rounds)
+        rounds = ROUNDS_OF_SHARED_GPUS if shared else ROUNDS
+        return measured_ceilings(self._ep.group, device, rounds=rounds)
 
     def _timed(self, stage: Stage, works: Sequence[Work], inputs: Inputs) -> list[Timing]:
         """Right first, then timed, then right still."""

@@ -9,13 +9,12 @@ from typing import Any
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig, ModePair
 from sonic_ep.cost import LinkCeilings
 from sonic_ep.fields import Fields
-from sonic_ep.machine import TWO_GPUS_NOTE, Machine
+from sonic_ep.machine import FLATTERED_WORLD_SIZE, TWO_GPUS_NOTE, Machine
 from sonic_ep.testing.timing import QUANTILES, Timing
 
 PLAN, DISPATCH, COMBINE = "plan", "dispatch", "combine"
 MODES_OF_KIND: Mapping[str, type[DispatchMode] | type[CombineMode]] = {DISPATCH: DispatchMode, COMBINE: CombineMode}
 EVERY_MODE = [(PLAN, ""), *((kind, mode.value) for kind, modes in MODES_OF_KIND.items() for mode in modes)]
-SMALLEST_GROUP = 2
 EVERY_PAIR = [(dispatch, combine) for dispatch in DispatchMode for combine in CombineMode]
 
 
@@ -194,4 +193,4 @@ class Findings:
             return f"on the CPU, {how}: the times mean nothing for GPUs"
         if self.ranks_per_gpu is not None and self.ranks_per_gpu > 1:
             return f"{self.ranks_per_gpu} ranks take turns on one GPU: the times mean nothing for a GPU each"
-        return TWO_GPUS_NOTE if self.shape.world_size == SMALLEST_GROUP else None
+        return TWO_GPUS_NOTE if self.shape.world_size == FLATTERED_WORLD_SIZE else None

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sonic_ep.cost import Rates
-from sonic_ep.machine import TWO_GPUS_NOTE, Machine
+from sonic_ep.machine import FLATTERED_WORLD_SIZE, TWO_GPUS_NOTE, Machine
 
 GIGA = 1e9
 DAY_LETTERS = len("2026-01-31")
 HASH_LETTERS, FULL_HASH_LETTERS = 10, 40
-FLATTERED_WORLD_SIZE = 2
 SHARED = "Beware: ranks took turns on a GPU, these times say nothing about a GPU for each."
 NO_GPU = "Beware: measured on the CPU, these times say nothing about a GPU."
 
