@@ -20,11 +20,17 @@ from sonic_ep.api import ExpertParallel, MoEOutput, moe
 from sonic_ep.config import (
     BackendUnavailableError,
     ClosedError,
+    CollectiveMismatchError,
     CombineMode,
     DispatchMode,
     EPConfig,
+    PeerError,
+    PeerLostError,
+    PeerTimeoutError,
+    RecomputeError,
     RowOverflowError,
     ScoreOrder,
+    SharedMemoryError,
 )
 from sonic_ep.module import MoE
 from sonic_ep.plan import PlanError, RoutingPlan
@@ -37,6 +43,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailableError",
     "ClosedError",
+    "CollectiveMismatchError",
     "CombineMode",
     "DispatchMode",
     "EPConfig",
@@ -44,11 +51,16 @@ __all__ = [
     "MoE",
     "MoEOutput",
     "NetworkProfiler",
+    "PeerError",
+    "PeerLostError",
+    "PeerTimeoutError",
     "PlanError",
     "ProfileReport",
+    "RecomputeError",
     "RoutingPlan",
     "RowOverflowError",
     "ScoreOrder",
+    "SharedMemoryError",
     "moe",
 ]
 

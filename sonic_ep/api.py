@@ -10,8 +10,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from sonic_ep.backend import Slots, choose_backend
-from sonic_ep.config import AUTO, ClosedError, EPConfig, RouterOptions, ScoreOrder, parse_choice
+from sonic_ep.backend import Experts, Slots, choose_backend
+from sonic_ep.calls import Calls
+from sonic_ep.config import AUTO, EPConfig, RouterOptions, ScoreOrder, parse_choice
 from sonic_ep.group import Group, resolve_group
 from sonic_ep.plan import RoutingPlan
 from sonic_ep.validation import (
@@ -26,6 +27,7 @@ from sonic_ep.validation import (
     check_rows_of_tokens,
     check_scores,
 )
+from sonic_ep.waits import TIMEOUT_SECONDS, Waits
 
 logger = logging.getLogger("sonic_ep")
 
@@ -52,6 +54,12 @@ class ExpertParallel:
     config: modes and flags, the same on every rank.
     max_tokens_per_rank: C, the most tokens that any rank brings to any call, the same on every rank. None: the most
         that a rank brings to the first call, agreed there; on one rank, whatever a call brings.
+    timeout: seconds that a rank waits for another before it raises ``PeerTimeoutError``, which names that rank.
+    check_collective: compare the arguments of every call over the ranks first, in words; costs two exchanges on the
+        host. Without it, ranks that differ are found as well, but not what they differ in.
+
+    Every method may raise ``PeerError`` when another rank has not done its part. Calls are made one after the other,
+    in the process that made the object. An object that holds memory and is let go without ``close()`` warns.
 
     Raises ``ValueError`` for wrong arguments and ``BackendUnavailableError`` with every reason if ``backend`` cannot
     run here. A context manager; ``close()`` gives back what it holds.
@@ -63,6 +71,8 @@ class ExpertParallel:
         backend: str = AUTO,
         config: EPConfig | None = None,
         max_tokens_per_rank: int | None = None,
+        timeout: float = TIMEOUT_SECONDS,
+        check_collective: bool = False,
     ) -> None:
         self.group = resolve_group(group)
         self._edge = Edge(group=self.group)
@@ -70,13 +80,17 @@ class ExpertParallel:
             raise TypeError(f"{self.group}: config: got {type(config).__name__}, expected an EPConfig")
         if max_tokens_per_rank is not None:
             self._edge.count("max_tokens_per_rank", max_tokens_per_rank)
+        self._edge.seconds("timeout", timeout)
+        self._edge.flag("check_collective", check_collective)
         self.config = config or EPConfig()
         choice = choose_backend(backend, self.group)
         self.backend = choice.name
         self.why = choice.why
         self._capacity = max_tokens_per_rank
-        self._closed = False
-        self._backend = choice.module.create(self.group, self.config)
+        self._waits = Waits(self.group, float(timeout))
+        self._backend = choice.module.create(self._waits, self.config)
+        common = {"backend": self.backend, "config": self.config, "max_tokens_per_rank": max_tokens_per_rank}
+        self._calls = Calls(self._waits, self._backend, common, check=check_collective)
         if self.group.rank == 0:
             logger.info("backend=%s, %d ranks (%s)", self.backend, self.group.world_size, self.why)
 
@@ -116,22 +130,25 @@ class ExpertParallel:
         Gradients: expert weights and biases get the sum over all tokens of the group, undivided; so does router_w,
         unless ``reduce_router_grad`` is False. Raises ``ValueError`` before any communication.
         """
-        self._open()
-        x_TH = check_rows_of_tokens(self._edge, x)
-        options = RouterOptions(
-            top_k=top_k,
-            score_order=parse_choice(f"{self.group}: score_order", score_order, ScoreOrder),
-            norm_topk_probs=self._edge.flag("norm_topk_probs", norm_topk_probs),
-            reduce_router_grad=self._edge.flag("reduce_router_grad", reduce_router_grad),
-        )
-        router_w_EH = check_router(self._edge, x_TH, router_w, options)
-        written = ExpertArguments(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, gate_layout=gate_layout)
-        experts = check_experts(self._edge, x_TH, written, router_w_EH.shape[0])
-        capacity = self._agreed_capacity(x_TH)
-        routing = self._backend.route(x_TH, router_w_EH, options)
-        slots = Slots(topk_idx=routing.topk_idx, topk_scores=routing.topk_scores, capacity=capacity, distinct=True)
-        out = self._backend.layer(x_TH, slots, experts)
-        return MoEOutput(y=out.y.view(x.shape), router_logits=routing.logits, tokens_per_expert=out.counts)
+        with self._calls.one():
+            x_TH = check_rows_of_tokens(self._edge, x)
+            options = RouterOptions(
+                top_k=top_k,
+                score_order=parse_choice(f"{self.group}: score_order", score_order, ScoreOrder),
+                norm_topk_probs=self._edge.flag("norm_topk_probs", norm_topk_probs),
+                reduce_router_grad=self._edge.flag("reduce_router_grad", reduce_router_grad),
+            )
+            router_w_EH = check_router(self._edge, x_TH, router_w, options)
+            written = ExpertArguments(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, gate_layout=gate_layout)
+            experts = check_experts(self._edge, x_TH, written, router_w_EH.shape[0])
+            self._check_capacity(x_TH)
+            trained = router_w_EH.requires_grad and options.reduce_router_grad
+            self._calls.begin("moe", **facts_of(x_TH, experts), router=options, **{"router_w trained": trained})
+            capacity = self._agreed_capacity(x_TH)
+            routing = self._backend.route(x_TH, router_w_EH, options)
+            slots = Slots(topk_idx=routing.topk_idx, topk_scores=routing.topk_scores, capacity=capacity, distinct=True)
+            out = self._backend.layer(x_TH, slots, experts)
+            return MoEOutput(y=out.y.view(x.shape), router_logits=routing.logits, tokens_per_expert=out.counts)
 
     def moe_routed(
         self,
@@ -150,73 +167,77 @@ class ExpertParallel:
         topk_idx (T, K), int32 or int64: experts 0..E-1 with E = W*e; -1 drops a slot; an expert may appear twice.
         topk_scores (T, K), any float, used in fp32; differentiable. Scores of dropped slots are not read.
         """
-        self._open()
-        x_TH = check_rows_of_tokens(self._edge, x)
-        written = ExpertArguments(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, gate_layout=gate_layout)
-        experts = check_experts(self._edge, x_TH, written, None)
-        num_experts = experts.w1.shape[0] * self.group.world_size
-        idx_TK = check_routing(self._edge, topk_idx, num_experts, x_TH)
-        scores_TK = check_scores(self._edge, topk_scores, (idx_TK.shape[0], idx_TK.shape[1]), x_TH)
-        self._backend.check_expert_ids(idx_TK, num_experts)
-        capacity = self._agreed_capacity(idx_TK)
-        slots = Slots(topk_idx=idx_TK, topk_scores=scores_TK, capacity=capacity, distinct=False)
-        return self._backend.layer(x_TH, slots, experts).y.view(x.shape)
+        with self._calls.one():
+            x_TH = check_rows_of_tokens(self._edge, x)
+            written = ExpertArguments(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, gate_layout=gate_layout)
+            experts = check_experts(self._edge, x_TH, written, None)
+            num_experts = experts.w1.shape[0] * self.group.world_size
+            idx_TK = check_routing(self._edge, topk_idx, num_experts, x_TH)
+            scores_TK = check_scores(self._edge, topk_scores, (idx_TK.shape[0], idx_TK.shape[1]), x_TH)
+            self._backend.check_expert_ids(idx_TK, num_experts)
+            self._check_capacity(idx_TK)
+            self._calls.begin("moe_routed", **facts_of(x_TH, experts), K=idx_TK.shape[1])
+            capacity = self._agreed_capacity(idx_TK)
+            slots = Slots(topk_idx=idx_TK, topk_scores=scores_TK, capacity=capacity, distinct=False)
+            return self._backend.layer(x_TH, slots, experts).y.view(x.shape)
 
     def plan(self, topk_idx: Tensor, num_experts: int) -> RoutingPlan:
         """Where every slot of the group goes. Collective.
 
         topk_idx (T, K) as in ``moe_routed``. The plan may be used for any number of dispatches and combines.
         """
-        self._open()
-        idx_TK = check_routing(self._edge, topk_idx, num_experts)
-        self._backend.check_expert_ids(idx_TK, num_experts)
-        capacity = self._agreed_capacity(idx_TK)
-        return self._backend.plan(idx_TK, num_experts=num_experts, capacity=capacity, distinct=False)
+        with self._calls.one():
+            idx_TK = check_routing(self._edge, topk_idx, num_experts)
+            self._backend.check_expert_ids(idx_TK, num_experts)
+            self._check_capacity(idx_TK)
+            self._calls.begin("plan", E=num_experts, K=idx_TK.shape[1], device=idx_TK.device.type)
+            capacity = self._agreed_capacity(idx_TK)
+            return self._backend.plan(idx_TK, num_experts=num_experts, capacity=capacity, distinct=False)
 
     def dispatch(self, x: Tensor, plan: RoutingPlan) -> Tensor:
         """Rows (R, H) in canonical order: expert, source rank, token, k. Collective, differentiable in x.
 
         ``plan.group_ends`` delimits the experts. Rows past the last of its entries are unspecified: don't read them.
         """
-        self._open()
-        checked = check_plan(self._edge, plan)
-        x_TH = check_rows_of_tokens(self._edge, x)
-        self._edge.tensor("x", x_TH, ROW_DTYPES, like=checked.slot_of_row)
-        self._edge.require(
-            x_TH.shape[0] == checked.num_tokens,
-            "tokens of x",
-            x_TH.shape[0],
-            f"T={checked.num_tokens} of the plan",
-        )
-        return self._backend.dispatch(x_TH, checked)
+        with self._calls.one():
+            checked = check_plan(self._edge, plan)
+            x_TH = check_rows_of_tokens(self._edge, x)
+            self._edge.tensor("x", x_TH, ROW_DTYPES, like=checked.slot_of_row)
+            expected = f"T={checked.num_tokens} of the plan"
+            self._edge.require(x_TH.shape[0] == checked.num_tokens, "tokens of x", x_TH.shape[0], expected)
+            self._calls.begin("dispatch", **facts_of(x_TH), plan=tuple(checked.expert_ids.shape))
+            return self._backend.dispatch(x_TH, checked)
 
     def combine(self, rows: Tensor, topk_scores: Tensor, plan: RoutingPlan) -> Tensor:
         """(T, H): the sum over k of score * row for each token. Collective, differentiable in rows and scores.
 
         rows (R, H) in canonical order; those past the valid ones are not read. topk_scores (T, K), any float.
         """
-        self._open()
-        checked = check_plan(self._edge, plan)
-        rows_RH = check_rows_of_plan(self._edge, rows, checked)
-        scores_TK = check_scores(self._edge, topk_scores, (checked.num_tokens, checked.top_k), rows_RH)
-        return self._backend.combine(rows_RH, scores_TK, checked)
+        with self._calls.one():
+            checked = check_plan(self._edge, plan)
+            rows_RH = check_rows_of_plan(self._edge, rows, checked)
+            scores_TK = check_scores(self._edge, topk_scores, (checked.num_tokens, checked.top_k), rows_RH)
+            self._calls.begin("combine", **facts_of(rows_RH), plan=tuple(checked.expert_ids.shape))
+            return self._backend.combine(rows_RH, scores_TK, checked)
 
     def agree(self, number: int, device: torch.device) -> int:
         """Rank 0's ``number``, on every rank. Collective; goes over ``device`` if the group moves its tensors."""
-        self._open()
-        return self._backend.gather_number(number, self.group.device_for(device))[0]
+        with self._calls.one():
+            self._calls.begin("agree")
+            return self._waits.numbers(number, device)[0]
 
     def meet(self, device: torch.device) -> None:
         """Collective. All ranks meet, on the current stream of ``device``, or on the host if that is the CPU.
 
         What is timed begins with it: a rank alone would measure how long it waits for the others.
         """
-        self._open()
-        if not isinstance(device, torch.device):
-            raise TypeError(f"{self.group}: device: got {type(device).__name__}, expected a torch.device")
-        movable = self.group.device_types() or ("cpu", "cuda")
-        self._edge.require(device.type in movable, "device", device, f"one of {', '.join(sorted(movable))}")
-        self._backend.meet(device)
+        with self._calls.one():
+            if not isinstance(device, torch.device):
+                raise TypeError(f"{self.group}: device: got {type(device).__name__}, expected a torch.device")
+            movable = self.group.device_types() or ("cpu", "cuda")
+            self._edge.require(device.type in movable, "device", device, f"one of {', '.join(sorted(movable))}")
+            self._calls.begin("meet")
+            self._backend.meet(device)
 
     def check(self) -> None:
         """Collective. Raise what the device has flagged since the last host sync, on every rank alike.
@@ -224,17 +245,17 @@ class ExpertParallel:
         Raises ``ValueError`` for expert ids out of range, ``RowOverflowError`` for more rows than ``max_rows``,
         ``PeerTimeoutError`` if a rank has waited in vain.
         """
-        self._open()
-        self._backend.check()
+        with self._calls.one():
+            self._backend.check()
 
     def close(self) -> None:
         """Give back what is held, then raise what ``check`` would. Later calls raise; closing again does nothing."""
-        if self._closed:
+        if self._calls.closed:
             return
         try:
-            self._backend.check()
+            self.check()
         finally:
-            self._release()
+            self._calls.close()
 
     def __enter__(self) -> ExpertParallel:
         return self
@@ -246,7 +267,7 @@ class ExpertParallel:
         if error is None:
             self.close()
         else:
-            self._release()
+            self._calls.leave(error)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertParallel:
         """Itself: copies of a module (an EMA, say) share the group and what is allocated for it."""
@@ -255,27 +276,35 @@ class ExpertParallel:
     def __reduce__(self) -> NoReturn:
         raise TypeError("an ExpertParallel belongs to its process and cannot be pickled; save a module's state_dict()")
 
-    def _release(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._backend.close()
-
-    def _open(self) -> None:
-        if self._closed:
-            raise ClosedError(f"{self.group}: ExpertParallel: got one that is closed, expected an open one")
+    def _check_capacity(self, tokens: Tensor) -> None:
+        if self._capacity is not None:
+            expected = f"at most C={self._capacity} (max_tokens_per_rank, or the most that the first call brought)"
+            self._edge.require(tokens.shape[0] <= self._capacity, "tokens T", tokens.shape[0], expected)
 
     def _agreed_capacity(self, tokens: Tensor) -> int:
         """C. Agreed by all ranks on the first call that brings a token, if the caller has not set it."""
-        num_tokens = tokens.shape[0]
-        if self._capacity is None and self.world_size == 1:
-            return num_tokens
-        if self._capacity is None:
-            most = max(self._backend.gather_number(num_tokens, tokens.device))
-            self._capacity = most or None
-            return most
-        expected = f"at most C={self._capacity} (max_tokens_per_rank, or the most that the first call brought)"
-        self._edge.require(num_tokens <= self._capacity, "tokens T", num_tokens, expected)
-        return self._capacity
+        if self._capacity is not None:
+            return self._capacity
+        if self.world_size == 1:
+            return tokens.shape[0]
+        most = max(self._waits.numbers(tokens.shape[0], tokens.device))
+        self._capacity = most or None
+        return most
+
+
+def facts_of(x_NH: Tensor, experts: Experts | None = None) -> dict[str, object]:
+    """What has to be the same on every rank of a call with these rows, and with these experts if there are any."""
+    of_rows = {"H": x_NH.shape[1], "dtype": x_NH.dtype, "device": x_NH.device.type}
+    if experts is None:
+        return of_rows
+    return {
+        **of_rows,
+        "w1": tuple(experts.w1.shape),
+        "w1 trained": experts.w1.requires_grad,
+        "biases": experts.b1 is not None,
+        "activation": experts.activation.name,
+        "gate_layout": experts.layout.name,
+    }
 
 
 def moe(

@@ -15,6 +15,7 @@ from sonic_ep.activation import Activation, GateLayout
 from sonic_ep.config import AUTO, BackendUnavailableError, EPConfig, RouterOptions
 from sonic_ep.group import EPGroup
 from sonic_ep.plan import RoutingPlan
+from sonic_ep.waits import Waits
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,10 +89,6 @@ class CombinePrimitive(Protocol):
 class Backend(Protocol):
     """One way to run the layer. Shapes and dtypes are validated already; methods that move data are collective."""
 
-    def gather_number(self, number: int, device: torch.device) -> list[int]:
-        """``number`` of every rank, in rank order."""
-        ...
-
     def meet(self, device: torch.device) -> None:
         """Collective. All ranks meet: on the current stream of ``device``, or on the host if that is the CPU."""
         ...
@@ -124,6 +121,14 @@ class Backend(Protocol):
         """Raise what the device has flagged since the last host sync."""
         ...
 
+    def explain(self, error: RuntimeError) -> None:
+        """Raise, from ``error``, what a kernel has waited for in vain; nothing if that is not why."""
+        ...
+
+    def holds_memory(self) -> bool:
+        """Whether there is something that ``close`` gives back."""
+        ...
+
     def close(self) -> None:
         """Give back what the backend holds."""
         ...
@@ -140,8 +145,8 @@ class BackendModule(Protocol):
         """Why ``"auto"`` passes the backend over, although it can run when it is asked for by name."""
         ...
 
-    def create(self, group: EPGroup, config: EPConfig) -> Backend:
-        """The backend for this group."""
+    def create(self, waits: Waits, config: EPConfig) -> Backend:
+        """The backend for the group of ``waits``. What it runs is of the step that ``waits`` is told of."""
         ...
 
 

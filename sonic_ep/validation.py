@@ -6,12 +6,13 @@ was got and what was expected. Tensors come back contiguous; values on a device 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
 from sonic_ep.backend import Experts
@@ -53,6 +54,11 @@ class Edge:
         """A whole number of at least ``least``."""
         self.require(is_count(value, least=least), name, repr(value), f"a whole number of at least {least}")
 
+    def seconds(self, name: str, value: object) -> None:
+        """A finite number of seconds above zero."""
+        holds = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+        self.require(holds, name, repr(value), "a number of seconds above 0")
+
     def flag(self, name: str, value: object) -> bool:
         """True or False, and nothing that merely counts as one."""
         self.require(isinstance(value, bool), name, repr(value), "True or False")
@@ -66,16 +72,32 @@ class Edge:
         return found
 
     def tensor(self, name: str, value: object, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> Tensor:
-        """A dense tensor of one of ``dtypes``, on the device of ``like`` or else on one that the group can move."""
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{self.group}: {name}: got {type(value).__name__}, expected a torch.Tensor")
+        """A dense tensor of one of ``dtypes``, on the device of ``like`` or else on one that the group can move.
+
+        Comes back as kernels read it: contiguous, negated in memory and not in name, and fit to be saved for backward.
+        """
+        value = self._own_tensor(name, value)
+        self.require(not value.is_nested, f"layout of {name}", "a nested tensor", torch.strided)
         self.require(value.layout == torch.strided, f"layout of {name}", value.layout, torch.strided)
         self.require(value.dtype in dtypes, f"dtype of {name}", value.dtype, " or ".join(map(str, dtypes)))
         if like is None:
             self._movable(name, value)
         else:
             self.require(value.device == like.device, f"device of {name}", value.device, like.device)
-        return value.contiguous()
+        held = value.contiguous().resolve_neg()
+        return held.clone() if held.is_inference() and torch.is_grad_enabled() else held
+
+    def _own_tensor(self, name: str, value: object) -> Tensor:
+        """``value`` as PyTorch's own class: what a class of the caller's makes of a function is no part of the layer."""
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{self.group}: {name}: got {type(value).__name__}, expected a torch.Tensor")
+        kind = type(value)
+        if kind in (Tensor, nn.Parameter):
+            return value
+        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            # Its values are elsewhere, or none: a FakeTensor, a MaskedTensor, a DTensor.
+            raise TypeError(f"{self.group}: {name}: got {kind.__name__}, expected a torch.Tensor that holds its values")
+        return value.as_subclass(Tensor)
 
     def shape(self, name: str, tensor: Tensor, expected: tuple[int, ...], letters: str) -> None:
         """Exactly the shape ``expected``, which ``letters`` explains."""

@@ -46,7 +46,7 @@ def compiled(launch: dict[str, Any]) -> dict[str, Any]:
         "wide_loads": len(re.findall(r"ld\.global[.\w]*\.v4\.b32", ptx)),
         "wide_stores": len(re.findall(r"st\.global[.\w]*\.v4\.b32", ptx)),
         "spilled_bytes": spilled(code.asm["cubin"]),
-        "waits": "PHASE" in constants,
+        "waits": "limit" in kernel.arg_names,
         "orders": {
             "acquire": bool(re.search(r"atom\.global[.\w]*acquire", ptx)),
             "release": bool(re.search(r"atom\.global[.\w]*release", ptx)),

@@ -140,7 +140,7 @@ def watched_on_rank(
     assert seen == (4 if rank.world_size > 1 else 2), "the benchmark makes other things than those that are watched"
     references = [ep.config.cpu_sync_on_runtime for ep in made if ep.backend == "reference" and backend == "fast"]
     # The arena's own is closed when the benchmark has ended.
-    still_open = [ep.backend for ep in made[1:] if not ep._closed]
+    still_open = [ep.backend for ep in made[1:] if not ep._calls.closed]
     return report, said, Kept(stay=stay, open=still_open, exact=all(references[1:]))
 
 

@@ -12,17 +12,23 @@ from sonic_ep.backend import CombinePrimitive, DispatchPrimitive
 
 PACKAGE = Path(sonic_ep.__file__).parent
 TESTS = Path(__file__).parent
-LEAVES = {"config", "plan", "activation", "cost", "memory", "group", "machine", "fields"}
+LEAVES = {
+    *{"config", "plan", "activation", "cost", "memory", "group", "machine", "fields"},
+    *{"meeting", "board", "waits"},
+}
 
 # What each part may import of the package. A part is a module or a folder right below sonic_ep.
 MAY_IMPORT = {
     **{leaf: {"config"} for leaf in LEAVES},
     "config": set(),
+    "board": {"group"},
+    "waits": {"config", "group", "meeting", "board"},
     "backend": LEAVES,
     "validation": {*LEAVES, "backend"},
     "reference": {*LEAVES, "backend"},
     "fast": {*LEAVES, "backend"},
-    "api": {*LEAVES, "backend", "validation"},
+    "calls": {*LEAVES, "backend"},
+    "api": {*LEAVES, "backend", "validation", "calls"},
     "module": {*LEAVES, "api", "validation"},
     "testing": {*LEAVES, "backend", "api", "module", "reference"},
     "ceilings": {*LEAVES, "backend", "testing", "fast"},
@@ -36,7 +42,7 @@ MAY_IMPORT = {
 # Stems of one backend that the other need not have.
 FAST_ALONE = {
     # Shared memory and what stands on it.
-    *{"workspace", "device", "staging", "receiving", "copy_engine", "link"},
+    *{"workspace", "shared_files", "expiry", "device", "staging", "receiving", "copy_engine", "link"},
     # What only a backend that never reads the host has: kernels of the plan and of rows, and what the device found.
     *{"availability", "plan_kernels", "planner", "rows", "verdict"},
     # Kernels of the router and the experts, their products, and the autograd functions around both.

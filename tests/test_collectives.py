@@ -6,6 +6,7 @@ import torch
 from sonic_ep.group import resolve_group
 from sonic_ep.reference.collectives import OneRank, ProcessGroupCollectives, SumGradient, collectives_of
 from sonic_ep.testing import Rank, RankPool, assert_bitwise
+from sonic_ep.waits import Waits
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int32, torch.int64]
 
@@ -17,7 +18,7 @@ def piece(source: int, target: int, dtype: torch.dtype, device: torch.device) ->
 
 
 def moved(rank: Rank, dtype: torch.dtype) -> None:
-    collectives = collectives_of(resolve_group(None))
+    collectives = collectives_of(Waits(resolve_group(None)))
     world = range(rank.world_size)
     for shape in ((4, 2), (0, 2), ()):
         mine = torch.full(shape, rank.rank + 1, dtype=dtype, device=rank.device)
@@ -36,7 +37,7 @@ def test_rows_arrive_whole_and_in_rank_order(pool: RankPool, world_size: int, dt
 
 
 def kind_of_collectives(rank: Rank) -> str:
-    return type(collectives_of(resolve_group(None))).__name__
+    return type(collectives_of(Waits(resolve_group(None)))).__name__
 
 
 def test_a_group_of_one_needs_no_process_group(cpu_pool: RankPool) -> None:
@@ -48,7 +49,7 @@ def summed(rank: Rank) -> torch.Tensor:
     weight = torch.ones(2, device=rank.device, requires_grad=True)
     # 1e8 swallows a 1 in fp32, so the order of the sum shows in its bits.
     factors = torch.tensor([[1e8, 1.0], [1.0, 1e8], [-1e8, -1e8]], device=rank.device)
-    (SumGradient.apply(weight, collectives_of(resolve_group(None))) * factors[rank.rank]).sum().backward()
+    (SumGradient.apply(weight, collectives_of(Waits(resolve_group(None)))) * factors[rank.rank]).sum().backward()
     assert weight.grad is not None
     return weight.grad.cpu()
 

@@ -10,6 +10,7 @@ from sonic_ep.config import RouterOptions
 from sonic_ep.group import resolve_group
 from sonic_ep.reference.collectives import collectives_of
 from sonic_ep.testing import Rank, RankPool, assert_bitwise
+from sonic_ep.waits import Waits
 
 
 def sums_over_ranks(rank: Rank) -> None:
@@ -66,7 +67,7 @@ def weight_gradients(rank: Rank, backend: str) -> None:
             return own.grad
 
         own = gradient(reduce=False)
-        by_rank = collectives_of(resolve_group(None)).all_gather(own)
+        by_rank = collectives_of(Waits(resolve_group(None))).all_gather(own)
         expected = by_rank[0].clone()
         for other in by_rank[1:]:
             expected += other

@@ -10,18 +10,20 @@ import torch
 import torch.distributed as dist
 
 from sonic_ep import ExpertParallel
-from sonic_ep.config import PeerTimeoutError
+from sonic_ep.config import PeerTimeoutError, SharedMemoryError
 from sonic_ep.group import resolve_group
 from sonic_ep.testing import Rank, RankError, RankPool
+from sonic_ep.waits import Waits
 
 SHARED_FILES = "sonic_ep_" + "[0-9a-f]" * 32
 pytestmark = pytest.mark.fast
 
 
-def make_workspace(rank: Rank, process_group: dist.ProcessGroup | None = None):
+def make_workspace(rank: Rank, process_group: dist.ProcessGroup | None = None, timeout: float = 60.0):
     from sonic_ep.fast.workspace import Workspace
 
-    return Workspace(resolve_group(process_group), rank.device)
+    group = resolve_group(process_group)
+    return Workspace(group, rank.device, waits=Waits(group, timeout))
 
 
 def shared_files() -> list[Path]:
@@ -77,7 +79,7 @@ def brought_in_step(rank: Rank, first: list[int]) -> tuple[int, int]:
     from sonic_ep.fast.workspace import keep_in_step
 
     counter = Counter(first[rank.rank], 2)
-    keep_in_step(resolve_group(None), counter)
+    keep_in_step(Waits(resolve_group(None)), counter)
     return counter.last, counter.taken
 
 
@@ -97,7 +99,7 @@ def test_ranks_that_cannot_come_in_step_say_so(cpu_pool: RankPool) -> None:
 
 def of_unequal_sizes(rank: Rank) -> str:
     workspace = make_workspace(rank)
-    with pytest.raises(RuntimeError) as raised:
+    with pytest.raises(SharedMemoryError) as raised:
         workspace.reserve("rows", 512 * (1 + rank.rank))
     workspace.close()
     return str(raised.value)
@@ -169,8 +171,7 @@ def test_a_buffer_grows_and_never_shrinks(pool: RankPool, world_size: int) -> No
 
 
 def left_alone(rank: Rank, absent: int) -> str:
-    workspace = make_workspace(rank)
-    workspace.poll_limit = 200
+    workspace = make_workspace(rank, timeout=0.25)
     workspace.enter()
     if rank.rank == absent:
         time.sleep(1)
@@ -185,7 +186,7 @@ def left_alone(rank: Rank, absent: int) -> str:
 def test_a_wait_is_bounded_and_names_the_rank(cpu_pool: RankPool) -> None:
     """On the CPU; on a GPU the kernel traps, which ends the process's use of the GPU, and so of the pool."""
     message = cpu_pool.run(left_alone, 1, world_size=2)[0]
-    assert message.startswith("rank 0 of 2: waited about 60 s for rank 1 in phase publish of step 1")
+    assert message.startswith("rank 0 of 2: waited 0.25 s for rank 1 in phase meeting of step 0; did it fail")
     cpu_pool.stop()
 
 
@@ -198,13 +199,13 @@ def combining_alone(rank: Rank, absent: int) -> str:
     workspace = ep._backend._kit(rank.device).workspace
     with torch.no_grad():
         ep.combine(rows, torch.ones(4, 2, device=rank.device), plan)
-        workspace.poll_limit = 200
         if rank.rank == absent:
-            # It meets the others as often as a combine does, but sends nothing.
-            for _ in range(3):
-                workspace.fence()
-            time.sleep(1)
+            with pytest.MonkeyPatch.context() as patch:
+                # It meets the others as a combine does, but sends nothing.
+                patch.setattr(workspace, "run_waiting", lambda *_, **__: time.sleep(1))
+                ep.combine(rows, torch.ones(4, 2, device=rank.device), plan)
             return ""
+        ep._waits.timeout = 0.25
         with pytest.raises(PeerTimeoutError) as raised:
             ep.combine(rows, torch.ones(4, 2, device=rank.device), plan)
     with pytest.raises(PeerTimeoutError):
@@ -219,18 +220,16 @@ def test_a_wait_inside_a_combine_is_bounded_too(cpu_pool: RankPool) -> None:
 
 
 def test_files_are_private_and_unguessable() -> None:
-    from sonic_ep.fast import workspace
+    from sonic_ep.fast.shared_files import shared_file
 
-    paths = [workspace._new_shared_file(100) for _ in range(2)]
-    try:
-        assert paths[0].name != paths[1].name
-        for path in paths:
+    with shared_file(100) as first, shared_file(100) as second:
+        assert first.name != second.name
+        for path in (first, second):
             assert len(path.name.removeprefix("sonic_ep_")) == 32
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
             assert path.stat().st_size == 100
-    finally:
-        for path in paths:
-            path.unlink()
+    assert not first.exists()
+    assert not second.exists()
 
 
 def files_while_open(rank: Rank) -> list[Path]:

@@ -18,6 +18,7 @@ from sonic_ep.reference.collectives import Collectives, collectives_of
 from sonic_ep.reference.combine import combine_primitives
 from sonic_ep.reference.dispatch import dispatch_primitives
 from sonic_ep.reference.plan import exchange_plan, pad_tokens
+from sonic_ep.waits import Waits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +206,7 @@ class Problem:
 
     @cached_property
     def _collectives(self) -> Collectives:
-        return collectives_of(self.group)
+        return collectives_of(Waits(self.group))
 
     @cached_property
     def _pair_slots(self) -> list[list[int]]:

@@ -12,6 +12,7 @@ from sonic_ep.fast.availability import (
     software_reasons,
 )
 from sonic_ep.group import EPGroup
+from sonic_ep.waits import Waits
 
 __all__ = ["auto_reasons", "create", "unavailable_reasons"]
 
@@ -25,8 +26,8 @@ def unavailable_reasons(group: EPGroup) -> tuple[str, ...]:
     return (*missing, *device_reasons())
 
 
-def create(group: EPGroup, config: EPConfig) -> Backend:
-    """The fast backend for ``group``. Not collective: memory is shared on the first call."""
+def create(waits: Waits, config: EPConfig) -> Backend:
+    """The fast backend for the group of ``waits``. Not collective: memory is shared on the first call."""
     from sonic_ep.fast.layer import FastBackend
 
-    return FastBackend(group, config)
+    return FastBackend(waits, config)

@@ -181,7 +181,6 @@ def any_rank_wants(here: bool, workspace: Workspace) -> Tensor:
     """Collective. Whether any rank does, a bool () on the device; ``here``: whether this one does."""
     group = workspace.group
     staged = reserve_wants(workspace)
-    workspace.enter()
     workspace.fence()
     staged.rows(group.rank, (1,), INDEX_DTYPE).fill_(int(here))
     workspace.publish()

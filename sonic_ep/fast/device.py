@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
+from triton.language.extra.cuda import globaltimer
 
 from sonic_ep.fast.interpreter import hasten
 
@@ -27,6 +28,10 @@ if INTERPRETED.value:
 
 # What a waiting kernel sleeps between two looks at a flag, under the interpreter.
 REST_SECONDS = 1e-3
+
+# Why a wait was given up: its time was up, or the peer came to another meeting.
+TIME_UP: tl.constexpr = tl.constexpr(1)
+ELSEWHERE: tl.constexpr = tl.constexpr(2)
 
 # A row is moved in pieces of this many bytes: one piece is 16 bytes for each of 4 warps, four times over.
 PIECE_BYTES = 8192
@@ -40,8 +45,13 @@ def rest() -> None:
     time.sleep(REST_SECONDS)
 
 
-# To Triton's compiler, which never gets to call it, the name has to look like one of its own.
-rest.__triton_builtin__ = True  # type: ignore[attr-defined]
+def now() -> int:
+    """Nanoseconds since some time, of the host's clock: what ``globaltimer`` is on a GPU."""
+    return time.monotonic_ns()
+
+
+# To Triton's compiler, which never gets to call them, the names have to look like some of its own.
+rest.__triton_builtin__ = now.__triton_builtin__ = True  # type: ignore[attr-defined]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, **constants: Any) -> None:
@@ -61,6 +71,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.de
 def power_of_two(count: int) -> int:
     """The least power of two that is at least ``count``: block sizes of Triton are such powers."""
     return 1 << max(count - 1, 0).bit_length()
+
+
+def host_words(count: int, device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:
+    """Zeros on the host, for kernels on ``device`` to write and the host to read: pinned for a GPU."""
+    # What is made in inference mode could not be written outside of it.
+    with torch.inference_mode(False):
+        return torch.zeros(count, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
 
 
 def pieces(count: int, size: int) -> int:
@@ -172,57 +189,55 @@ def signal(flag_ptr):
 
 
 @triton.jit
-def take_signal(flag_ptr, expiry_ptr, peer, step, limit, PHASE: tl.constexpr):
+def take_signal(flag_ptr, expiry_ptr, peer, tag, limit):
     """Wait until the flag is up, and lower it. Everything its raiser wrote before is visible after."""
-    _turn_in_time(flag_ptr, 1, 0, "acquire", expiry_ptr, peer, step, limit, PHASE)
+    up = tl.full((), 1, tl.int32)
+    _turn_in_time(flag_ptr, up, up - 1, "acquire", expiry_ptr, peer, tag, limit, False)
     tl.debug_barrier()
 
 
 @triton.jit
-def _turn_in_time(
-    flag_ptr,
-    OLD: tl.constexpr,
-    NEW: tl.constexpr,
-    SEM: tl.constexpr,
-    expiry_ptr,
-    peer,
-    step,
-    limit,
-    PHASE: tl.constexpr,
-):
-    """Turn a flag from ``OLD`` to ``NEW``, once it is ``OLD``.
+def _turn_in_time(flag_ptr, old, new, SEM: tl.constexpr, expiry_ptr, peer, tag, limit, SHOWS_TAG: tl.constexpr):
+    """Turn a flag from ``old`` to ``new``, once it is ``old``.
 
-    expiry_ptr (3,) int32: after ``limit`` polls in vain it says phase, peer + 1 and step, and on a GPU the program
-    traps.
+    expiry_ptr (4,) int64: after ``limit`` nanoseconds in vain it says why, peer + 1, tag and what the flag was,
+    and on a GPU the program traps. SHOWS_TAG: a flag that is neither down nor ``old`` is the tag
+    of a peer at another meeting, and is not waited for.
     """
     if INTERPRETED:
         # Nothing traps there: after one wait in vain the others are not to take their time as well.
         limit = tl.where(tl.load(expiry_ptr) == 0, limit, 0)
-    seen = tl.atomic_cas(flag_ptr, OLD, NEW, sem=SEM, scope="sys")
-    polls = tl.full((), 0, tl.int64)
-    while (seen != OLD) & (polls < limit):
-        if INTERPRETED:
-            rest()
-        seen = tl.atomic_cas(flag_ptr, OLD, NEW, sem=SEM, scope="sys")
-        polls += 1
-    if seen != OLD:
-        tl.store(expiry_ptr, PHASE)
+    seen = tl.atomic_cas(flag_ptr, old, new, sem=SEM, scope="sys")
+    if seen != old:
+        spent = tl.full((), 0, tl.int64)
+        began = now() if INTERPRETED else globaltimer()
+        while (seen != old) & (spent < limit) & ((seen == 0) | (not SHOWS_TAG)):
+            if INTERPRETED:
+                rest()
+            seen = tl.atomic_cas(flag_ptr, old, new, sem=SEM, scope="sys")
+            spent = (now() if INTERPRETED else globaltimer()) - began
+    if seen != old:
         tl.store(expiry_ptr + 1, peer + 1)
-        tl.store(expiry_ptr + 2, step)
-    tl.device_assert(seen == OLD, "sonic_ep: a rank waited for another until its time was up")
+        tl.store(expiry_ptr + 2, tag)
+        tl.store(expiry_ptr + 3, seen.to(tl.int64))
+        tl.store(expiry_ptr, tl.where((seen != 0) & SHOWS_TAG, ELSEWHERE, TIME_UP))
+    tl.device_assert(seen == old, "sonic_ep: a rank waited for another in vain; who it was is told on the host")
 
 
-@triton.jit(do_not_specialize=["step", "limit"])
-def barrier_kernel(flags_ptr, expiry_ptr, rank, step, limit, PHASE: tl.constexpr):
-    """All ranks meet: what each wrote before is visible to all after. One program for each peer, grid (W,).
+@triton.jit(do_not_specialize=["tag", "limit"])
+def barrier_kernel(flags_ptr, expiry_ptr, rank, tag, limit):
+    """All ranks meet, at the meeting ``tag``: what each wrote before is visible to all after. Grid (W,): one a peer.
 
-    flags_ptr (W,) int64: addresses of each rank's W flags, int32, all down before and after; flag p of a rank is
-    raised by rank p and lowered by its owner.
+    flags_ptr (W,) int64: addresses of each rank's W flags, int64, all down (0) before and after; flag p of a rank is
+    raised by rank p, to its tag, and lowered by its owner, who traps if it is another tag than its own.
     """
     peer = tl.program_id(0)
     if peer != rank:
-        theirs = tl.load(flags_ptr + peer).to(tl.pointer_type(tl.int32)) + rank
-        mine = tl.load(flags_ptr + rank).to(tl.pointer_type(tl.int32)) + peer
+        theirs = tl.load(flags_ptr + peer).to(tl.pointer_type(tl.int64)) + rank
+        mine = tl.load(flags_ptr + rank).to(tl.pointer_type(tl.int64)) + peer
+        here = tl.full((), 0, tl.int64) + tag
+        down = here - here
         # The peer may still be about to lower the flag of the last meeting.
-        _turn_in_time(theirs, 0, 1, "release", expiry_ptr, peer, step, limit, PHASE)
-        take_signal(mine, expiry_ptr, peer, step, limit, PHASE)
+        _turn_in_time(theirs, down, here, "release", expiry_ptr, peer, here, limit, False)
+        _turn_in_time(mine, here, down, "acquire", expiry_ptr, peer, here, limit, True)
+        tl.debug_barrier()

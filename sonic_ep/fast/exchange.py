@@ -20,6 +20,7 @@ from sonic_ep.fast.dispatch import FastDispatch
 from sonic_ep.fast.once import once_differentiable
 from sonic_ep.fast.rows import spoil_if_overflowed, take_rows, weigh_rows
 from sonic_ep.fast.workspace import SharedBuffer, Workspace
+from sonic_ep.meeting import Phase, Step
 from sonic_ep.plan import NO_ROW, RoutingPlan
 
 
@@ -29,6 +30,7 @@ class Exchange:
 
     max_rows: the caller's bound, past which only the device knows that a rank was routed more; None where there is no
         bound, or the host has held it already.
+    step: the call that this is of. backward: whether it is its gradient's turn.
     """
 
     plan: RoutingPlan
@@ -36,6 +38,16 @@ class Exchange:
     combine: FastCombine
     workspace: Workspace
     max_rows: int | None
+    step: Step
+    backward: bool = False
+
+    def in_backward(self) -> Exchange:
+        """The same, for the gradient."""
+        return replace(self, backward=True)
+
+    def enter(self, phase: Phase) -> None:
+        """Begin a phase of the step, see ``Workspace.enter``."""
+        self.workspace.enter(phase, self.step, backward=self.backward)
 
     def reserve(self, row_bytes: int) -> None:
         """Collective. Allocate what rows and backward need, so that backward never has to."""
@@ -58,7 +70,7 @@ class Exchange:
 
     def stage(self, x_TH: Tensor) -> SharedBuffer:
         """Collective. The first half of a dispatch, which needs no plan but for its capacity; x is ``movable``."""
-        self.workspace.enter()
+        self.enter(Phase.DISPATCH)
         return self.dispatch.stage(x_TH, self.plan.capacity)
 
     def pull(self, x_TH: Tensor, staged: SharedBuffer, rows: int) -> Tensor:
@@ -72,12 +84,13 @@ class Exchange:
 
     def sums(self, rows_RH: Tensor, scores_WCK: Tensor | None) -> Tensor:
         """Collective. The weighted sums of a token's rows, (T, H); every score is 1 if there are none."""
-        self.workspace.enter()
+        self.enter(Phase.COMBINE)
         y_TH = self.combine.combine(rows_RH.contiguous(), scores_WCK, self.plan)
         return self._spoiled(y_TH)
 
     def home(self, value_of_row_R: Tensor) -> Tensor:
         """Collective. One fp32 value of each valid row to its slot's home, (T, K); zero for dropped slots."""
+        self.enter(Phase.EXCHANGE)
         return self._spoiled(send_home(value_of_row_R, self.plan, self.workspace))
 
     def where_wanted(self, *, here: bool) -> Exchange:
@@ -88,6 +101,7 @@ class Exchange:
         """
         if self.workspace.group.world_size == 1:
             return self
+        self.enter(Phase.AGREEMENT)
         wanted = any_rank_wants(here, self.workspace)
         if here:
             return self
@@ -116,7 +130,8 @@ class Dispatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
         """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
-        return ctx.exchange.sums(grad_RH, None), None
+        exchange: Exchange = ctx.exchange.in_backward()
+        return exchange.sums(grad_RH, None), None
 
 
 class Combine(torch.autograd.Function):
@@ -129,7 +144,7 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RH: Tensor, scores_TK: Tensor, exchange: Exchange) -> Tensor:
         """The weighted sums, (T, H)."""
-        exchange.workspace.enter()
+        exchange.enter(Phase.EXCHANGE)
         scores_WCK = gather_scores(scores_TK, exchange.plan, exchange.workspace)
         ctx.exchange = exchange
         ctx.save_for_backward(scores_WCK, rows_RH)
@@ -139,7 +154,7 @@ class Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, None]:
         """Gradients of the rows (R, H) and of the scores (T, K)."""
-        exchange: Exchange = ctx.exchange
+        exchange: Exchange = ctx.exchange.in_backward()
         scores_WCK, rows_RH = ctx.saved_tensors
         out_grad_RH = exchange.rows(grad_TH)
         grad_RH, dots_R = weigh_rows(out_grad_RH, rows_RH, scores_WCK, exchange.plan)

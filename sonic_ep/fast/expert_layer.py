@@ -26,6 +26,7 @@ from sonic_ep.fast.grouped_gemm import GroupedGemm
 from sonic_ep.fast.once import once_differentiable
 from sonic_ep.fast.planner import PendingPlan, Planner
 from sonic_ep.fast.workspace import SharedBuffer
+from sonic_ep.meeting import Phase
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,7 +103,8 @@ class ExpertLayer(torch.autograd.Function):
         saved = Saved(kept=kept, hidden=hidden_RF, scores=scores_WCK, experts=ctx.call.experts(*weights))
         needs = Needs(*ctx.needs_input_grad[:6])
         with torch.autocast(out_grad_TH.device.type, enabled=False):
-            return (*_gradients(out_grad_TH, saved, needs, ctx.call), None)
+            call = replace(ctx.call, exchange=ctx.call.exchange.in_backward())
+            return (*_gradients(out_grad_TH, saved, needs, call), None)
 
 
 def _pulled(x_TH: Tensor, exchange: Exchange, begun: Begun) -> tuple[Exchange, Tensor]:
@@ -164,7 +166,7 @@ def _gather_again(saved: Saved, call: Call) -> GatherInFlight | None:
     """Collective where x was kept. Start to bring it again, behind what is queued."""
     if call.gather is None or saved.kept is None:
         return None
-    call.exchange.workspace.enter()
+    call.exchange.enter(Phase.DISPATCH)
     return call.gather.start(saved.kept, call.exchange.plan.capacity, with_own=False)
 
 

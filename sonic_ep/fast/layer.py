@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sonic_ep.backend import Experts, LayerOutput, Routing, Slots
@@ -28,8 +27,9 @@ from sonic_ep.fast.grouped_gemm import grouped_gemm
 from sonic_ep.fast.planner import Planner
 from sonic_ep.fast.router import route
 from sonic_ep.fast.workspace import Workspace
-from sonic_ep.group import EPGroup
+from sonic_ep.meeting import Phase
 from sonic_ep.plan import RoutingPlan
+from sonic_ep.waits import Waits
 
 TOKENS_AGAIN = "tokens_again"
 
@@ -37,24 +37,16 @@ TOKENS_AGAIN = "tokens_again"
 class FastBackend:
     """The backend protocol over shared memory. Holds a workspace for each device that a call has come with."""
 
-    def __init__(self, group: EPGroup, config: EPConfig) -> None:
-        self._group = group
+    def __init__(self, waits: Waits, config: EPConfig) -> None:
+        self._waits = waits
+        self._group = waits.group
         self._config = config
         self._kits: dict[torch.device, Kit] = {}
-
-    def gather_number(self, number: int, device: torch.device) -> list[int]:
-        """``number`` of every rank, in rank order. On the host: for what is agreed once, never in a steady state."""
-        if self._group.world_size == 1:
-            return [number]
-        mine = torch.tensor([number], dtype=torch.int64, device=self._group.device_for(device))
-        everybody = [torch.empty_like(mine) for _ in range(self._group.world_size)]
-        dist.all_gather(everybody, mine, group=self._group.process_group)
-        return [int(other) for other in everybody]
 
     def meet(self, device: torch.device) -> None:
         """On the current stream: the host waits for nothing."""
         workspace = self._kit(device).workspace
-        workspace.enter()
+        workspace.enter(Phase.MEETING)
         workspace.fence()
 
     def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
@@ -121,8 +113,17 @@ class FastBackend:
         """Wait for the devices, then raise what they have flagged."""
         for kit in self._kits.values():
             kit.workspace.synchronize()
-            kit.workspace.raise_expired()
+            kit.workspace.expiry.raise_if_any()
             kit.planner.raise_if_bad()
+
+    def explain(self, error: RuntimeError) -> None:
+        """Raise what a kernel of any device has waited for in vain, from the error that PyTorch made of its trap."""
+        for kit in self._kits.values():
+            kit.workspace.expiry.raise_if_any(error)
+
+    def holds_memory(self) -> bool:
+        """Whether memory is shared on any device."""
+        return bool(self._kits)
 
     def close(self) -> None:
         """Give the shared memory back."""
@@ -137,7 +138,7 @@ class FastBackend:
                 where = "the CPU under Triton's interpreter" if interpreted() else "CUDA devices"
                 where += " for backend 'fast' (backend='reference' takes others)"
                 raise ValueError(f"{self._group}: device: got {device}, expected one of {where}")
-            self._kits[device] = Kit.make(self._group, self._config, device)
+            self._kits[device] = Kit.make(self._waits, self._config, device)
         return self._kits[device]
 
     def _joined(self, tensor: Tensor) -> Tensor:
@@ -171,6 +172,7 @@ class FastBackend:
             combine=kit.combine[modes.combine],
             workspace=kit.workspace,
             max_rows=kit.planner.max_rows,
+            step=kit.workspace.step,
         )
         exchange.reserve(rows.shape[1] * rows.element_size())
         return exchange
@@ -192,12 +194,12 @@ class Kit:
     gather: CopyEngineGather
 
     @staticmethod
-    def make(group: EPGroup, config: EPConfig, device: torch.device) -> Kit:
+    def make(waits: Waits, config: EPConfig, device: torch.device) -> Kit:
         """Collective: allocates shared memory."""
-        workspace = Workspace(group, device)
+        workspace = Workspace(waits.group, device, waits=waits)
         return Kit(
             workspace=workspace,
-            planner=Planner(group, config, workspace),
+            planner=Planner(waits.group, config, workspace),
             dispatch=dispatch_primitives(workspace),
             combine=combine_primitives(workspace),
             gather=CopyEngineGather(workspace, TOKENS_AGAIN),

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from sonic_ep.config import EPConfig
+from sonic_ep.fast.device import host_words
 from sonic_ep.fast.plan import PlanShape, TileCounts, empty_plan, gathered_counts, placed_plan
 from sonic_ep.fast.verdict import Verdict
-from sonic_ep.fast.workspace import Workspace, host_words
+from sonic_ep.fast.workspace import Workspace
 from sonic_ep.group import EPGroup
+from sonic_ep.meeting import Phase
 from sonic_ep.plan import MOST_SLOTS, RoutingPlan, check_slots, room_for_rows, row_ceiling
 
 # No count.
@@ -116,7 +118,7 @@ class Planner:
         Raises what the last plan has flagged, on every rank alike; where that could be flagged, it waits for it.
         """
         self.raise_if_bad()
-        self._workspace.enter()
+        self._workspace.enter(Phase.EXCHANGE)
         shape = PlanShape(
             rank=self._group.rank,
             world_size=self._group.world_size,

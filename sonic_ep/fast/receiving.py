@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sonic_ep.fast.device import power_of_two, signal, take_signal
-from sonic_ep.fast.workspace import FLAG_BYTES, Phase, SharedBuffer, Workspace
+from sonic_ep.fast.workspace import FLAG_BYTES, SharedBuffer, Workspace
 from sonic_ep.plan import RoutingPlan
 
 RECEIVED = "received"
@@ -113,7 +113,6 @@ def send_and_sum(
             tokens,
             shared.lag(tokens),
             shared.chunk,
-            phase=Phase.COMBINE,
             HAS_SCORES=scores_WCK is not None,
             K=plan.top_k,
             K_PADDED=power_of_two(plan.top_k),
@@ -202,9 +201,8 @@ def await_arrivals(
     experts_per_rank,
     expiry_ptr,
     rank,
-    step,
+    tag,
     limit,
-    PHASE: tl.constexpr,
     ALL: tl.constexpr,
 ):
     """Wait for what every other rank that has a slot of the token sends, or for that of all other ranks."""
@@ -212,4 +210,4 @@ def await_arrivals(
     for sender in range(world_size):
         if (sender != rank) & (has_slot(experts, sender * experts_per_rank, experts_per_rank) | ALL):
             arrival = arrival_of(sender, rank, group, world_size, chunk)
-            take_signal(flags + arrival, expiry_ptr, sender, step, limit, PHASE)
+            take_signal(flags + arrival, expiry_ptr, sender, tag, limit)

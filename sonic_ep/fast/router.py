@@ -20,6 +20,7 @@ from sonic_ep.fast.once import once_differentiable
 from sonic_ep.fast.rank_sum import reserve_sum, sum_over_ranks
 from sonic_ep.fast.router_kernels import choose_kernel, logits_gradient_kernel
 from sonic_ep.fast.workspace import Workspace
+from sonic_ep.meeting import Phase
 
 # Logits that one program holds, unless one token has more; the more there are for each warp, the more registers.
 TILE_LOGITS = 1024
@@ -58,7 +59,7 @@ class Route(torch.autograd.Function):
         choices = choose_experts(logits_TE, options)
         ctx.mark_non_differentiable(choices.topk_idx)
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.workspace = options, workspace
+        ctx.options, ctx.workspace, ctx.step = options, workspace, workspace.step
         ctx.x_dtype, ctx.weight_dtype = x_TH.dtype, router_w_EH.dtype
         weight, x = router_w_EH if needs_x else None, x_TH if needs_weight else None
         ctx.save_for_backward(x, weight, logits_TE, choices.topk_idx, choices.scores)
@@ -86,6 +87,7 @@ class Route(torch.autograd.Function):
                 weight_grad = gradient_of_weight(grad_TPE, x_TH)
         if weight_grad is not None:
             if ctx.options.reduce_router_grad:
+                ctx.workspace.enter(Phase.ROUTER, ctx.step, backward=True)
                 weight_grad = sum_over_ranks(weight_grad, ctx.workspace)
             weight_grad = weight_grad.to(ctx.weight_dtype)
         return x_grad, weight_grad, None, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sonic_ep.fast.workspace import host_words
+from sonic_ep.fast.device import host_words
 from sonic_ep.group import EPGroup
 from sonic_ep.plan import overflow_error
 

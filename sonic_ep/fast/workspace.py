@@ -12,13 +12,9 @@ Orders that hold:
 
 from __future__ import annotations
 
-import os
-import secrets
-import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from enum import IntEnum
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -27,28 +23,23 @@ import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 
-from sonic_ep.config import ClosedError, PeerTimeoutError
+from sonic_ep.config import ClosedError, SharedMemoryError
 from sonic_ep.fast.device import barrier_kernel, launch
+from sonic_ep.fast.expiry import Expiry
+from sonic_ep.fast.shared_files import remove_abandoned, shared_file
 from sonic_ep.group import EPGroup
+from sonic_ep.meeting import Meeting, Phase, Step, published
+from sonic_ep.waits import Waits
 
 POISON_BYTE = 0xFF
 ALIGNMENT_BYTES = 512
+# A flag of something that arrives, and one at which ranks meet.
 FLAG_BYTES = 4
-TIMEOUT_SECONDS = 60
-# How often a program looks at a flag in a second: a compare-and-swap at the scope of the system takes about a
-# microsecond on an H200, and the interpreter rests after each look.
-POLLS_PER_SECOND = {"cuda": 1_000_000, "cpu": 800}
+TAG_BYTES = 8
+NANOSECONDS_PER_SECOND = 1_000_000_000
 LONE_GROUP: Any = "sonic_ep_lone_rank"
 RENDEZVOUS_KEY = "CUDASymmetricMemory/{}/0"
 MOST_RENDEZVOUS = 100_000
-
-
-class Phase(IntEnum):
-    """What a rank was waiting for when its time was up."""
-
-    FENCE = 1
-    PUBLISH = 2
-    COMBINE = 3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,63 +79,95 @@ class Transport(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """What a rank brings to an allocation. path: of its file, if it has one. error: why it has nothing."""
+
+    nbytes: int
+    path: str | None = None
+    error: str | None = None
+
+
+def agreed(waits: Waits, own: Offer) -> list[Offer]:
+    """Collective. What every rank offers. Raises ``SharedMemoryError`` on all if one has nothing, or sizes differ."""
+    offers = waits.objects(own, Phase.MEMORY)
+    short = [f"rank {rank}: {offer.error}" for rank, offer in enumerate(offers) if offer.error is not None]
+    if short:
+        raise SharedMemoryError(f"{waits.group}: shared memory: got no {own.nbytes} bytes on {'; '.join(short)}")
+    sizes = [offer.nbytes for offer in offers]
+    if len(set(sizes)) > 1:
+        raise SharedMemoryError(f"{waits.group}: shared memory: got {sizes} bytes by rank, expected the same on all")
+    return offers
+
+
 class OneRank:
     """A group of one shares with nobody."""
 
-    def __init__(self, group: EPGroup, device: torch.device) -> None:
-        self._group, self._device = group, device
+    def __init__(self, waits: Waits, device: torch.device) -> None:
+        self._waits, self._device = waits, device
 
     def allocate(self, nbytes: int, byte: int) -> SharedBuffer:
         """A plain buffer."""
         local = torch.full((nbytes,), byte, dtype=torch.uint8, device=self._device)
         addresses = torch.tensor([local.data_ptr()], dtype=torch.int64, device=self._device)
-        return SharedBuffer(rank=self._group.rank, by_rank=(local,), addresses=addresses)
+        return SharedBuffer(rank=self._waits.group.rank, by_rank=(local,), addresses=addresses)
 
 
-def keep_in_step(group: EPGroup, next_number: Callable[[], int]) -> None:
+def keep_in_step(waits: Waits, next_number: Callable[[], int]) -> None:
     """Collective. Take numbers until the last one that each rank has taken is the same on all.
 
     next_number: a counter of this process, which steps as far on every rank. Where ranks take 4 8 6 first, and go two
     at a time, the first takes 6 and 8 too and the third 8. Raises ``RuntimeError`` where they cannot meet.
     """
     taken = next_number()
-    numbers = gathered_objects(group, taken)
+    numbers = waits.objects(taken, Phase.MEMORY)
     if len(set(numbers)) == 1:
         return
     while taken < max(numbers):
         taken = next_number()
-    reached = gathered_objects(group, taken)
+    reached = waits.objects(taken, Phase.MEMORY)
     if len(set(reached)) > 1:
         raise RuntimeError(
-            f"{group}: symmetric memory: ranks that had made {numbers} rendezvous came to {reached}, expected the same"
+            f"{waits.group}: symmetric memory: ranks that had made {numbers} rendezvous came to {reached}, "
+            "expected the same"
         )
 
 
 class CudaSymmetricMemory:
     """Memory of the GPUs of one NVLink domain, mapped into each process by PyTorch's symmetric memory."""
 
-    def __init__(self, group: EPGroup, device: torch.device) -> None:
-        self._group, self._device = group, device
+    def __init__(self, waits: Waits, device: torch.device) -> None:
+        self._waits, self._device = waits, device
 
     def allocate(self, nbytes: int, byte: int) -> SharedBuffer:
         """Every rank fills its own bytes before it meets the others, so all are filled when they have met."""
-        local = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=self._device)
-        local.fill_(byte)
-        torch.cuda.synchronize(self._device)
-        process_group = self._group.process_group
+        local, error = self._filled(nbytes, byte)
+        agreed(self._waits, Offer(nbytes=nbytes, error=error))
+        assert local is not None
+        group = self._waits.group
+        process_group = group.process_group
         assert process_group is not None
         # PyTorch up to 2.13 numbers the rendezvous of a process, not those of a group, and looks for peers under the
         # number: ranks that shared memory in different groups before would wait for each other without end
         # (github.com/pytorch/pytorch/issues/196082).
-        keep_in_step(self._group, self._lone_rendezvous)
+        keep_in_step(self._waits, self._lone_rendezvous)
         handle = symmetric_memory.rendezvous(local, group=process_group)
-        ranks = range(self._group.world_size)
         return SharedBuffer(
-            rank=self._group.rank,
-            by_rank=tuple(handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in ranks),
+            rank=group.rank,
+            by_rank=tuple(handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(group.world_size)),
             addresses=torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=self._device),
             keep=(handle, local),
         )
+
+    def _filled(self, nbytes: int, byte: int) -> tuple[Tensor | None, str | None]:
+        """This rank's bytes, or why there are none."""
+        try:
+            local = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=self._device)
+            local.fill_(byte)
+            torch.cuda.synchronize(self._device)
+        except RuntimeError as error:
+            return None, str(error).splitlines()[0]
+        return local, None
 
     def _lone_rendezvous(self) -> int:
         """The number of a rendezvous with nobody; -1 where PyTorch keeps it under a name that is not known here."""
@@ -163,79 +186,77 @@ class CudaSymmetricMemory:
 class HostSharedMemory:
     """Memory of one host, one file a rank, gone from the file system as soon as everybody has mapped it."""
 
-    def __init__(self, group: EPGroup) -> None:
-        self._group = group
+    def __init__(self, waits: Waits) -> None:
+        self._waits = waits
+        remove_abandoned()
 
     def allocate(self, nbytes: int, byte: int) -> SharedBuffer:
         """Each rank makes a file that only its user may open, and maps those of all."""
-        path = _new_shared_file(nbytes)
-        try:
-            offers = gathered_objects(self._group, (str(path), nbytes))
-            if any(size != nbytes for _, size in offers):
-                sizes = [size for _, size in offers]
-                raise RuntimeError(f"{self._group}: shared memory: got {sizes} bytes by rank, expected the same on all")
-            paths = [path_of_rank for path_of_rank, _ in offers]
+        rank = self._waits.group.rank
+        with ExitStack() as stack:
+            offers = agreed(self._waits, self._offer(nbytes, stack))
+            paths = [str(offer.path) for offer in offers]
             by_rank = tuple(torch.from_file(p, shared=True, size=nbytes, dtype=torch.uint8) for p in paths)
-            by_rank[self._group.rank].fill_(byte)
-            gathered_objects(self._group, "mapped and filled")
-        finally:
-            path.unlink()
+            by_rank[rank].fill_(byte)
+            self._waits.objects("mapped and filled", Phase.MEMORY)
         addresses = torch.tensor([tensor.data_ptr() for tensor in by_rank], dtype=torch.int64, device="cpu")
-        return SharedBuffer(rank=self._group.rank, by_rank=by_rank, addresses=addresses)
+        return SharedBuffer(rank=rank, by_rank=by_rank, addresses=addresses)
+
+    @staticmethod
+    def _offer(nbytes: int, stack: ExitStack) -> Offer:
+        """A file that lasts as long as ``stack``, or why there is none."""
+        try:
+            path = stack.enter_context(shared_file(nbytes))
+        except OSError as error:
+            return Offer(nbytes=nbytes, error=str(error))
+        return Offer(nbytes=nbytes, path=str(path))
 
 
-def gathered_objects(group: EPGroup, own: Any) -> list[Any]:
-    """Collective. ``own`` of every rank, in rank order."""
-    objects = [None] * group.world_size
-    dist.all_gather_object(objects, own, group=group.process_group)
-    return objects
-
-
-def _new_shared_file(nbytes: int) -> Path:
-    memory = Path("/dev/shm")
-    folder = memory if memory.is_dir() else Path(tempfile.gettempdir())
-    path = folder / f"sonic_ep_{secrets.token_hex(16)}"
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-    try:
-        os.ftruncate(descriptor, nbytes)
-    finally:
-        os.close(descriptor)
-    return path
-
-
-def transport_of(group: EPGroup, device: torch.device) -> Transport:
-    """How the ranks of ``group`` share memory of ``device``."""
-    if group.world_size == 1:
-        return OneRank(group, device)
-    return CudaSymmetricMemory(group, device) if device.type == "cuda" else HostSharedMemory(group)
+def transport_of(waits: Waits, device: torch.device) -> Transport:
+    """How the ranks of a group share memory of ``device``."""
+    if waits.group.world_size == 1:
+        return OneRank(waits, device)
+    return CudaSymmetricMemory(waits, device) if device.type == "cuda" else HostSharedMemory(waits)
 
 
 class Workspace:
-    """The shared buffers of one group on one device, by name. Construction is collective, and so is growth."""
+    """The shared buffers of one group on one device, by name. Construction is collective, and so is growth.
 
-    def __init__(self, group: EPGroup, device: torch.device, transport: Transport | None = None) -> None:
+    waits: bounds the waits of kernels as well as those of the host, and knows where this rank is.
+    """
+
+    def __init__(
+        self,
+        group: EPGroup,
+        device: torch.device,
+        transport: Transport | None = None,
+        waits: Waits | None = None,
+    ) -> None:
         self.group = group
         self.device = device
-        self.poll_limit = TIMEOUT_SECONDS * POLLS_PER_SECOND[device.type]
-        # The host reads it while kernels run, so on a GPU it is pinned memory that kernels write through the bus.
-        self.expiry = host_words(3, device)
-        self.step = 0
+        self._waits = waits or Waits(group)
+        self.expiry = Expiry(self._waits, device)
         self._closed = False
-        self._transport = transport or transport_of(group, device)
+        self._transport = transport or transport_of(self._waits, device)
         self._buffers: dict[str, SharedBuffer] = {}
         self._replaced: list[SharedBuffer] = []
         self._captured = False
         self._last_stream: torch.cuda.Stream | None = None
-        self._meeting = self._allocate(group.world_size * FLAG_BYTES, 0)
+        self._meeting = self._allocate(group.world_size * TAG_BYTES, 0)
 
-    def enter(self) -> None:
-        """Begin a collective step: after what the last one queued, also where that was on another stream.
+    @property
+    def step(self) -> Step:
+        """The call that is being made."""
+        return self._waits.meeting.step
 
-        Raises ``PeerTimeoutError`` if a rank has waited in vain since, ``ClosedError`` after ``close``.
+    def enter(self, phase: Phase = Phase.MEETING, step: Step | None = None, *, backward: bool = False) -> None:
+        """Begin a phase of ``step``, or of the call being made: after what the last one queued, on any stream.
+
+        Raises ``PeerError`` if a kernel of this rank has waited in vain since, ``ClosedError`` after ``close``.
         """
         self._open()
-        self.raise_expired()
-        self.step += 1
+        self.expiry.raise_if_any()
+        self._waits.meeting = Meeting(step=step or self.step, phase=phase, backward=backward)
         if self.device.type != "cuda":
             return
         stream = torch.cuda.current_stream(self.device)
@@ -268,29 +289,15 @@ class Workspace:
 
     def fence(self) -> None:
         """Meet: every rank has finished reading the shared buffers."""
-        self._meet(Phase.FENCE)
+        self._meet(self._waits.meeting.tag)
 
     def publish(self) -> None:
         """Meet: every rank has finished writing the shared buffers."""
-        self._meet(Phase.PUBLISH)
+        self._meet(published(self._waits.meeting.tag))
 
-    def run_waiting(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, phase: Phase, **constants: Any) -> None:
-        """Launch a kernel that waits for peers; its last parameters are expiry, rank, step, limit and PHASE."""
-        waits = (self.expiry, self.group.rank, self.step, self.poll_limit)
-        traps = {"debug": True, "sanitize_overflow": False}
-        launch(kernel, grid, *arguments, *waits, device=self.device, PHASE=int(phase), **traps, **constants)
-        # Interpreted, a kernel has no trap, and it is done by now.
-        if self.device.type == "cpu":
-            self.raise_expired()
-
-    def raise_expired(self) -> None:
-        """Raise ``PeerTimeoutError`` if a kernel of this rank has waited in vain. No wait for the GPU."""
-        phase, peer, step = self.expiry.tolist()
-        if phase:
-            raise PeerTimeoutError(
-                f"{self.group}: waited about {TIMEOUT_SECONDS} s for rank {peer - 1} in phase "
-                f"{Phase(phase).name.lower()} of step {step}; did it fail, or make another call?"
-            )
+    def run_waiting(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        """Launch a kernel that waits for peers; its last parameters are expiry, rank, tag and limit."""
+        self._run(kernel, grid, *arguments, tag=self._waits.meeting.tag, **constants)
 
     def synchronize(self) -> None:
         """Wait for this rank's kernels."""
@@ -304,11 +311,18 @@ class Workspace:
         self._buffers.clear()
         self._replaced.clear()
 
-    def _meet(self, phase: Phase) -> None:
+    def _meet(self, tag: int) -> None:
         if self.group.world_size > 1:
-            self.run_waiting(
-                barrier_kernel, (self.group.world_size,), self._meeting.addresses, phase=phase, num_warps=1
-            )
+            grid = (self.group.world_size,)
+            self._run(barrier_kernel, grid, self._meeting.addresses, tag=tag, num_warps=1)
+
+    def _run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, tag: int, **constants: Any) -> None:
+        limit = int(self._waits.timeout * NANOSECONDS_PER_SECOND)
+        waits = (self.expiry.words, self.group.rank, tag, limit)
+        launch(kernel, grid, *arguments, *waits, device=self.device, debug=True, sanitize_overflow=False, **constants)
+        # Interpreted, a kernel has no trap, and it is done by now.
+        if self.device.type == "cpu":
+            self.expiry.raise_if_any()
 
     def _retire(self, buffer: SharedBuffer) -> None:
         """Keep a buffer that a captured graph may still use; else let it go once no rank uses it any more.
@@ -327,13 +341,6 @@ class Workspace:
     def _open(self) -> None:
         if self._closed:
             raise ClosedError(f"{self.group}: shared memory: got a call after close(), expected none")
-
-
-def host_words(count: int, device: torch.device) -> Tensor:
-    """Zeros, int32, on the host, for kernels on ``device`` to write and the host to read: pinned for a GPU."""
-    # What is made in inference mode could not be written outside of it.
-    with torch.inference_mode(False):
-        return torch.zeros(count, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
 
 
 def _blocks(nbytes: int) -> int:

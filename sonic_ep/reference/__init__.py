@@ -8,6 +8,7 @@ from sonic_ep.backend import Backend
 from sonic_ep.config import EPConfig
 from sonic_ep.group import EPGroup
 from sonic_ep.reference.layer import ReferenceBackend
+from sonic_ep.waits import Waits
 
 __all__ = ["auto_reasons", "create", "unavailable_reasons"]
 
@@ -24,6 +25,6 @@ def auto_reasons() -> tuple[str, ...]:
     return ()
 
 
-def create(group: EPGroup, config: EPConfig) -> Backend:
-    """The reference backend for ``group``."""
-    return ReferenceBackend(group, config)
+def create(waits: Waits, config: EPConfig) -> Backend:
+    """The reference backend for the group of ``waits``."""
+    return ReferenceBackend(waits, config)

@@ -5,21 +5,14 @@ They move bytes and know nothing of autograd; their adjoints are written where t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sonic_ep.group import EPGroup
-
-
-def _all_gather_tensor() -> Callable[..., object]:
-    # PyTorch 2.13 gave all_gather_into_tensor a new name and deprecated the old one.
-    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    gather: Callable[..., object] = getattr(dist, name)
-    return gather
+from sonic_ep.meeting import Meeting, Phase, Step
+from sonic_ep.waits import Waits
 
 
 class Collectives(Protocol):
@@ -28,6 +21,15 @@ class Collectives(Protocol):
     @property
     def group(self) -> EPGroup:
         """The group that communicates."""
+        ...
+
+    @property
+    def step(self) -> Step:
+        """The call that is being made."""
+        ...
+
+    def meet(self, meeting: Meeting, device: torch.device, own: int = 0) -> list[int]:
+        """``own`` of every rank, once all are seen to be at ``meeting``; what follows belongs to it."""
         ...
 
     def all_gather(self, local: Tensor) -> Tensor:
@@ -42,8 +44,18 @@ class Collectives(Protocol):
 class OneRank:
     """The collectives of a group of one: nothing moves."""
 
-    def __init__(self, group: EPGroup) -> None:
-        self.group = group
+    def __init__(self, waits: Waits) -> None:
+        self._waits = waits
+        self.group = waits.group
+
+    @property
+    def step(self) -> Step:
+        """The call that is being made."""
+        return self._waits.meeting.step
+
+    def meet(self, meeting: Meeting, device: torch.device, own: int = 0) -> list[int]:
+        """``own`` alone."""
+        return [own]
 
     def all_gather(self, local: Tensor) -> Tensor:
         """``local`` alone, (1, *local.shape)."""
@@ -58,45 +70,50 @@ class OneRank:
 class ProcessGroupCollectives:
     """The collectives of ``torch.distributed``: gloo on the CPU, NCCL on GPUs (gloo takes CUDA tensors as well)."""
 
-    def __init__(self, group: EPGroup) -> None:
-        self.group = group
-        self._all_gather_tensor = _all_gather_tensor()
+    def __init__(self, waits: Waits) -> None:
+        self._waits = waits
+        self.group = waits.group
+
+    @property
+    def step(self) -> Step:
+        """The call that is being made."""
+        return self._waits.meeting.step
+
+    def meet(self, meeting: Meeting, device: torch.device, own: int = 0) -> list[int]:
+        """``own`` of every rank, in rank order. Raises ``CollectiveMismatchError`` if one is elsewhere."""
+        self._waits.meeting = meeting
+        return self._waits.numbers(own, device)
 
     def all_gather(self, local: Tensor) -> Tensor:
         """``local`` of every rank, (W, *local.shape)."""
-        gathered = local.new_empty((self.group.world_size, *local.shape))
-        # The shape is the same on all ranks, so all of them skip an empty exchange together.
-        if gathered.numel() > 0:
-            flat = gathered.view(-1)
-            self._all_gather_tensor(flat, local.contiguous().view(-1), group=self.group.process_group)
-        return gathered
+        return self._waits.all_gather(local)
 
     def all_to_all_rows(self, rows: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
         """Uneven splits, zeros among them; every rank takes part, whatever it has to send."""
-        received = rows.new_empty((sum(receive_splits), *rows.shape[1:]))
-        dist.all_to_all_single(received, rows.contiguous(), receive_splits, send_splits, group=self.group.process_group)
-        return received
+        return self._waits.all_to_all_rows(rows, send_splits, receive_splits)
 
 
-def collectives_of(group: EPGroup) -> Collectives:
-    """The collectives of ``group``."""
-    return OneRank(group) if group.world_size == 1 else ProcessGroupCollectives(group)
+def collectives_of(waits: Waits) -> Collectives:
+    """The collectives of a group."""
+    return OneRank(waits) if waits.group.world_size == 1 else ProcessGroupCollectives(waits)
 
 
 class SumGradient(torch.autograd.Function):
     """Identity in forward; in backward the sum over the group, added in rank order, so the same bits on every rank."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, weight: Tensor, collectives: Collectives) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, collectives: Collectives) -> Tensor:
         """``weight``, unchanged."""
-        ctx.collectives = collectives  # type: ignore[attr-defined]
+        ctx.collectives = collectives
+        ctx.meeting = Meeting(step=collectives.step, phase=Phase.ROUTER, backward=True)
         return weight.view_as(weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """The gradients of all ranks, summed in rank order."""
-        by_rank = ctx.collectives.all_gather(grad)  # type: ignore[attr-defined]
+        ctx.collectives.meet(ctx.meeting, grad.device)
+        by_rank = ctx.collectives.all_gather(grad)
         total = by_rank[0].clone()
         for other in by_rank[1:]:
             total += other

@@ -7,7 +7,7 @@ are written here by hand; everything else is autograd's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from sonic_ep.backend import CombinePrimitive, DispatchPrimitive, Experts, LayerOutput, Routing, Slots
 from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
-from sonic_ep.group import EPGroup
+from sonic_ep.meeting import Meeting, Phase, Step
 from sonic_ep.plan import RoutingPlan
 from sonic_ep.reference.collectives import Collectives, collectives_of
 from sonic_ep.reference.combine import combine_primitives
@@ -25,6 +25,7 @@ from sonic_ep.reference.dispatch import dispatch_primitives
 from sonic_ep.reference.experts import apply_experts, apply_second_half, grouped_linear
 from sonic_ep.reference.plan import check_expert_ids, exchange_plan, pad_tokens, slot_exchange
 from sonic_ep.reference.router import route
+from sonic_ep.waits import Waits
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,6 +36,17 @@ class Exchange:
     dispatch: DispatchPrimitive
     combine: CombinePrimitive
     collectives: Collectives
+    step: Step
+    backward: bool = False
+
+    def in_backward(self) -> Exchange:
+        """The same, for the gradient."""
+        return replace(self, backward=True)
+
+    def meet(self, phase: Phase, device: torch.device, own: int = 0) -> list[int]:
+        """Collective. ``own`` of every rank, once all have come to this phase of the step."""
+        meeting = Meeting(step=self.step, phase=phase, backward=self.backward)
+        return self.collectives.meet(meeting, device, own)
 
     def rows(self, x_TH: Tensor) -> Tensor:
         """Collective. x of the group's tokens in canonical row order, (R, H); zeros past the valid rows."""
@@ -74,7 +86,8 @@ class Dispatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
         """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
-        exchange: Exchange = ctx.exchange
+        exchange: Exchange = ctx.exchange.in_backward()
+        exchange.meet(Phase.COMBINE, grad_RH.device)
         return exchange.combine.combine(grad_RH, None, exchange.plan), None
 
 
@@ -101,8 +114,9 @@ class Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Gradients of the rows (R, H) and of the scores (T, K)."""
-        exchange: Exchange = ctx.exchange
+        exchange: Exchange = ctx.exchange.in_backward()
         score_of_row_N, rows_RH = ctx.saved_tensors
+        exchange.meet(Phase.DISPATCH, grad_TH.device)
         out_grad_RH = exchange.rows(grad_TH)
         valid = slice(exchange.plan.rows())
         grad_RH = grad_scores_TK = None
@@ -137,7 +151,8 @@ class UpProjectionOfRowsGatheredAgain(torch.autograd.Function):
     def backward(ctx: Any, grad_RF: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, None]:
         """Gradients of the rows, w1 and b1, those that are required."""
         x_TH, w1, b1 = ctx.saved_tensors
-        exchange: Exchange = ctx.exchange
+        exchange: Exchange = ctx.exchange.in_backward()
+        exchange.meet(Phase.DISPATCH, x_TH.device)
         needed = ctx.needs_input_grad[1:4]
         rows_RH = exchange.rows(x_TH).requires_grad_(needed[0])
         w1 = w1.detach().requires_grad_(needed[1])
@@ -153,20 +168,15 @@ class UpProjectionOfRowsGatheredAgain(torch.autograd.Function):
 class ReferenceBackend:
     """The backend protocol over ``torch.distributed``. Stateless but for its group and config."""
 
-    def __init__(self, group: EPGroup, config: EPConfig) -> None:
+    def __init__(self, waits: Waits, config: EPConfig) -> None:
         self._config = config
-        self._collectives = collectives_of(group)
+        self._collectives = collectives_of(waits)
         self._dispatch = dispatch_primitives(self._collectives)
         self._combine = combine_primitives(self._collectives)
 
-    def gather_number(self, number: int, device: torch.device) -> list[int]:
-        """``number`` of every rank, in rank order."""
-        mine = torch.tensor([number], dtype=torch.int64, device=device)
-        return self._collectives.all_gather(mine).flatten().tolist()
-
     def meet(self, device: torch.device) -> None:
-        """One byte of every rank to every rank."""
-        self._collectives.all_gather(torch.zeros(1, dtype=torch.uint8, device=device))
+        """A number of every rank to every rank."""
+        self._collectives.meet(self._meeting(Phase.MEETING), device)
 
     def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
         """See ``sonic_ep.reference.router``."""
@@ -179,6 +189,7 @@ class ReferenceBackend:
 
     def plan(self, topk_idx_TK: Tensor, *, num_experts: int, capacity: int, distinct: bool) -> RoutingPlan:
         """See ``sonic_ep.reference.plan``."""
+        self._collectives.meet(self._meeting(Phase.EXCHANGE), topk_idx_TK.device)
         return exchange_plan(
             topk_idx_TK,
             num_experts=num_experts,
@@ -190,14 +201,16 @@ class ReferenceBackend:
 
     def dispatch(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
         """Rows of x in canonical order, (R, H)."""
-        (x_TH,) = self._joined_in_backward(x_TH)
-        rows_RH: Tensor = Dispatch.apply(x_TH, self._exchange(plan))
+        exchange = self._exchange(plan)
+        (x_TH,) = _joined_in_backward(exchange, Phase.DISPATCH, x_TH)
+        rows_RH: Tensor = Dispatch.apply(x_TH, exchange)
         return rows_RH
 
     def combine(self, rows_RH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan) -> Tensor:
         """The weighted sums of a token's rows, (T, H)."""
-        rows_RH, scores_TK = self._joined_in_backward(rows_RH, topk_scores_TK.float())
-        y_TH: Tensor = Combine.apply(rows_RH, scores_TK, self._exchange(plan))
+        exchange = self._exchange(plan)
+        rows_RH, scores_TK = _joined_in_backward(exchange, Phase.COMBINE, rows_RH, topk_scores_TK.float())
+        y_TH: Tensor = Combine.apply(rows_RH, scores_TK, exchange)
         return y_TH
 
     def layer(self, x_TH: Tensor, slots: Slots, experts: Experts) -> LayerOutput:
@@ -217,6 +230,13 @@ class ReferenceBackend:
     def check(self) -> None:
         """Nothing is ever pending: this backend raises where it finds."""
 
+    def explain(self, error: RuntimeError) -> None:
+        """Nothing waits but the host, which names what it has waited for."""
+
+    def holds_memory(self) -> bool:
+        """Never."""
+        return False
+
     def close(self) -> None:
         """Nothing is held."""
 
@@ -229,21 +249,8 @@ class ReferenceBackend:
         hidden_RF = up(x_TH.detach(), rows_RH, experts.w1, experts.b1, self._exchange(plan))
         return apply_second_half(hidden_RF, plan.group_ends, experts)
 
-    def _joined_in_backward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Collective. The tensors, each requiring a gradient here if it does on any rank of the group.
-
-        A backward that communicates has to run on all ranks or on none; a rank without tokens easily brings an x
-        that needs no gradient.
-        """
-        mine = sum(1 << place for place, tensor in enumerate(tensors) if tensor.requires_grad)
-        masks = self.gather_number(mine if torch.is_grad_enabled() else 0, tensors[0].device)
-        needed = [any(mask >> place & 1 for mask in masks) for place in range(len(tensors))]
-        if not torch.is_grad_enabled():
-            return tensors
-        return tuple(
-            tensor.detach().requires_grad_() if need and not tensor.requires_grad else tensor
-            for tensor, need in zip(tensors, needed, strict=True)
-        )
+    def _meeting(self, phase: Phase) -> Meeting:
+        return Meeting(step=self._collectives.step, phase=phase)
 
     def _exchange(self, plan: RoutingPlan) -> Exchange:
         load = Workload(world_size=plan.world_size, top_k=plan.top_k, num_experts=plan.num_experts)
@@ -253,7 +260,25 @@ class ReferenceBackend:
             dispatch=self._dispatch[modes.dispatch],
             combine=self._combine[modes.combine],
             collectives=self._collectives,
+            step=self._collectives.step,
         )
+
+
+def _joined_in_backward(exchange: Exchange, phase: Phase, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Collective. The tensors, each requiring a gradient here if it does on any rank of the group.
+
+    A backward that communicates has to run on all ranks or on none; a rank without tokens easily brings an x
+    that needs no gradient.
+    """
+    mine = sum(1 << place for place, tensor in enumerate(tensors) if tensor.requires_grad)
+    masks = exchange.meet(phase, tensors[0].device, mine if torch.is_grad_enabled() else 0)
+    needed = [any(mask >> place & 1 for mask in masks) for place in range(len(tensors))]
+    if not torch.is_grad_enabled():
+        return tensors
+    return tuple(
+        tensor.detach().requires_grad_() if need and not tensor.requires_grad else tensor
+        for tensor, need in zip(tensors, needed, strict=True)
+    )
 
 
 def _full_precision(x_TH: Tensor) -> torch.autocast:

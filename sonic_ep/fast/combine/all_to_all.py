@@ -17,7 +17,7 @@ from sonic_ep.fast.receiving import (
 from sonic_ep.plan import RoutingPlan
 
 
-@triton.jit(do_not_specialize=["rank", "step", "limit", "first_token", "tokens", "lag", "row_capacity"])
+@triton.jit(do_not_specialize=["rank", "tag", "limit", "first_token", "tokens", "lag", "row_capacity"])
 def exchange_rows_kernel(
     rows_ptr,
     scores_ptr,
@@ -37,9 +37,8 @@ def exchange_rows_kernel(
     chunk,
     expiry_ptr,
     rank,
-    step,
+    tag,
     limit,
-    PHASE: tl.constexpr,
     HAS_SCORES: tl.constexpr,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,
@@ -73,9 +72,8 @@ def exchange_rows_kernel(
                 experts_per_rank,
                 expiry_ptr,
                 rank,
-                step,
+                tag,
                 limit,
-                PHASE,
                 False,
             )
             if token < own_tokens:

@@ -20,7 +20,7 @@ from sonic_ep.fast.receiving import (
 from sonic_ep.plan import RoutingPlan
 
 
-@triton.jit(do_not_specialize=["rank", "step", "limit", "first_token", "tokens", "lag", "row_capacity"])
+@triton.jit(do_not_specialize=["rank", "tag", "limit", "first_token", "tokens", "lag", "row_capacity"])
 def exchange_partial_sums_kernel(
     rows_ptr,
     scores_ptr,
@@ -40,9 +40,8 @@ def exchange_partial_sums_kernel(
     chunk,
     expiry_ptr,
     rank,
-    step,
+    tag,
     limit,
-    PHASE: tl.constexpr,
     DENSE: tl.constexpr,
     HAS_SCORES: tl.constexpr,
     K: tl.constexpr,
@@ -76,9 +75,8 @@ def exchange_partial_sums_kernel(
                 experts_per_rank,
                 expiry_ptr,
                 rank,
-                step,
+                tag,
                 limit,
-                PHASE,
                 DENSE,
             )
             takes_part = token < own_tokens

@@ -1,0 +1,99 @@
+"""What ranks in trouble tell each other, through the store of their process group."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from sonic_ep.group import EPGroup
+
+# The store may be held by a rank that is the trouble; then it is not waited for.
+ANSWER_SECONDS = 2.0
+
+AnswerT = TypeVar("AnswerT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notice:
+    """What a rank has told last.
+
+    collectives: how many it has begun. left: whether it will begin no more. text: where it is, or why it left.
+    """
+
+    collectives: int
+    left: bool
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.collectives} {int(self.left)} {self.text}"
+
+    @staticmethod
+    def parsed(written: str) -> Notice:
+        """The notice of which ``written`` is the ``str``.
+
+        >>> Notice.parsed(str(Notice(collectives=3, left=True, text="ValueError: no")))
+        Notice(collectives=3, left=True, text='ValueError: no')
+        """
+        collectives, left, text = written.split(" ", 2)
+        return Notice(collectives=int(collectives), left=left == "1", text=text)
+
+
+class Board:
+    """Notices of the ranks of one group about one object of theirs; ``number``: how many objects there were before.
+
+    broken: whether the store has not answered, or has gone with the rank that held it. Nothing here raises or waits
+    longer than ``ANSWER_SECONDS``. Without a store, as in a group of one, nobody tells anything.
+    """
+
+    def __init__(self, group: EPGroup, store: Any) -> None:
+        self._group = group
+        self._store = store
+        self.broken = False
+        before = self._answer(lambda: store.add(f"sonic_ep/objects/{group.rank}", 1)) if store is not None else None
+        self.number = (before or 1) - 1
+
+    @staticmethod
+    def of(group: EPGroup) -> Board:
+        """The board of a group's next object; ranks of a group make them in the same order."""
+        process_group = group.process_group
+        return Board(group, process_group.get_group_store() if process_group and group.world_size > 1 else None)
+
+    def tell(self, notice: Notice) -> None:
+        """Replace this rank's notice."""
+        key = self._key(self._group.rank)
+        self._answer(lambda: self._store.set(key, str(notice)))
+
+    def notices(self) -> dict[int, Notice]:
+        """The notices of the other ranks that have told something, by rank."""
+        others = [rank for rank in range(self._group.world_size) if rank != self._group.rank]
+        return self._answer(lambda: {rank: self._read(rank) for rank in others if self._told(rank)}) or {}
+
+    def _told(self, rank: int) -> bool:
+        return bool(self._store.check([self._key(rank)]))
+
+    def _read(self, rank: int) -> Notice:
+        return Notice.parsed(self._store.get(self._key(rank)).decode())
+
+    def _key(self, rank: int) -> str:
+        return f"sonic_ep/notices/{self.number}/{rank}"
+
+    def _answer(self, ask: Callable[[], AnswerT]) -> AnswerT | None:
+        """What the store answers, in time; None if it does not."""
+        if self._store is None or self.broken:
+            return None
+        answers: list[AnswerT] = []
+
+        def asking() -> None:
+            try:
+                answers.append(ask())
+            except (RuntimeError, EOFError, OSError):
+                # The store is gone. No answer says so.
+                return
+
+        thread = threading.Thread(target=asking, daemon=True)
+        thread.start()
+        thread.join(ANSWER_SECONDS)
+        self.broken = not answers
+        return answers[0] if answers else None

@@ -1,0 +1,145 @@
+"""The calls of one ``ExpertParallel``, one at a time, in one process, each with its number; and whether it is open."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from sonic_ep.backend import Backend
+from sonic_ep.config import ClosedError, CollectiveMismatchError, PeerError
+from sonic_ep.meeting import Phase, Step, call_digest
+from sonic_ep.waits import Waits
+
+Facts = Mapping[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What an ``ExpertParallel`` has to give back. process: the id of the process that made it."""
+
+    name: str
+    backend: Backend
+    process: int
+
+
+class Calls:
+    """Who may call now, and what others are told of a call.
+
+    common: what has to be the same on every rank in all calls. check: whether ranks compare each call in words first.
+    """
+
+    def __init__(self, waits: Waits, backend: Backend, common: Facts, *, check: bool) -> None:
+        self._waits = waits
+        self._name = f"{waits.group}: ExpertParallel"
+        self._common = {**common, "objects before": waits.object_number}
+        self._check = check
+        self._number = 0
+        self._process = os.getpid()
+        # Recompute in backward calls from within: the same thread may.
+        self._turn = threading.RLock()
+        held = Held(name=self._name, backend=backend, process=self._process)
+        self._release = weakref.finalize(self, _forgotten, held)
+        self._held = held
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` or ``leave`` has been called."""
+        return not self._release.alive
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """A call, from its checks to its end.
+
+        Raises ``ClosedError`` after ``close``, ``RuntimeError`` in a forked process and while another thread is in a
+        call. What kernels have waited for in vain is told instead of PyTorch's error, and memory that ran out with the
+        rank.
+        """
+        self._open()
+        if not self._turn.acquire(blocking=False):
+            raise RuntimeError(f"{self._name}: got a call while another thread is in one, expected one after the other")
+        try:
+            yield
+        except PeerError:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(f"{self._name}: out of memory in {self._waits.meeting}: {error}") from error
+        except RuntimeError as error:
+            self._held.backend.explain(error)
+            raise
+        finally:
+            self._turn.release()
+
+    def begin(self, name: str, **facts: object) -> None:
+        """The arguments are right: from here on the call is collective. ``facts``: what all ranks have to have alike.
+
+        Raises ``CollectiveMismatchError`` that names the odd rank and what differs, if calls are compared in words.
+        """
+        self._number += 1
+        told = {"call": name, **facts, **self._common}
+        self._waits.begin(Step(number=self._number, call=call_digest(repr(told))))
+        if self._check:
+            self._compare({name: str(value) for name, value in told.items()})
+
+    def close(self) -> None:
+        """Give back what is held. Later calls raise."""
+        if self._release.detach() is not None and self._process == os.getpid():
+            self._held.backend.close()
+
+    def leave(self, error: BaseException) -> None:
+        """The same, because of ``error``; ranks that wait for this one are told."""
+        if not self.closed and self._process == os.getpid():
+            self._waits.leave(f"{type(error).__name__}: {error}")
+        self.close()
+
+    def _open(self) -> None:
+        if self.closed:
+            raise ClosedError(f"{self._name}: got one that is closed, expected an open one")
+        if self._process != os.getpid():
+            raise RuntimeError(
+                f"{self._name}: got a call in process {os.getpid()}, forked from process {self._process} that made it, "
+                "expected one made in this process: what ranks share cannot be inherited"
+            )
+
+    def _compare(self, mine: dict[str, str]) -> None:
+        # The digests may differ, and that is told here in words.
+        call, step = mine, self._waits.meeting.step
+        self._waits.begin(Step(number=step.number))
+        by_rank = self._waits.objects(call, Phase.CHECK)
+        self._waits.begin(step)
+        differing = [name for name in mine if len({told.get(name) for told in by_rank}) > 1]
+        if differing:
+            found = "; ".join(f"{name}: {_by_value([told.get(name) for told in by_rank])}" for name in differing)
+            raise CollectiveMismatchError(
+                f"{self._waits.group}: step {step.number}: got calls that differ in {found}, expected the same call"
+            )
+
+
+def _by_value(values: list[str | None]) -> str:
+    """Who has what, the rarest first.
+
+    >>> _by_value(["64", "128", "64"])
+    '128 on rank 1, 64 on ranks 0 2'
+    """
+    counts = Counter(values)
+    rarest = sorted(counts, key=lambda value: counts[value])
+    words = []
+    for value in rarest:
+        ranks = [str(rank) for rank, own in enumerate(values) if own == value]
+        words.append(f"{value} on rank{'s' if len(ranks) > 1 else ''} {' '.join(ranks)}")
+    return ", ".join(words)
+
+
+def _forgotten(held: Held) -> None:
+    """Close what its user has let go, or what is left when the process ends."""
+    if held.process != os.getpid() or not held.backend.holds_memory():
+        return
+    warnings.warn(f"{held.name}: got no close() before it was let go, expected one", ResourceWarning, stacklevel=2)
+    held.backend.close()

@@ -1,0 +1,60 @@
+"""How a kernel that waits for peers ends when they do not come, and how that is told."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+
+import torch
+from torch import Tensor
+
+from sonic_ep.config import CollectiveMismatchError, PeerError, PeerTimeoutError
+from sonic_ep.fast.device import ELSEWHERE, host_words
+from sonic_ep.group import EPGroup
+from sonic_ep.meeting import Meeting, apart
+from sonic_ep.waits import Waits
+
+WORDS = 4
+
+
+class Expiry:
+    """What waiting kernels of one workspace write when they give up, and the host reads.
+
+    words (4,) int64, on the host: why (0: nothing happened; see ``sonic_ep.fast.device``), the peer plus one, the tag
+    of this rank's meeting, and what the peer showed instead. On a GPU the kernel traps as well, and PyTorch's own
+    error, which names nobody, may be all that the program sees: so what is here is printed at the latest when the
+    process ends.
+    """
+
+    def __init__(self, waits: Waits, device: torch.device) -> None:
+        self._group = waits.group
+        self._timeout = waits.timeout
+        # The host reads it while kernels run, so on a GPU it is pinned memory that kernels write through the bus.
+        self.words = host_words(WORDS, device, torch.int64)
+        self._tell = weakref.finalize(self, _tell, self.words, waits.group, waits.timeout)
+
+    def raise_if_any(self, cause: RuntimeError | None = None) -> None:
+        """Raise ``PeerTimeoutError`` or ``CollectiveMismatchError``, from ``cause``. No wait for the GPU."""
+        found = found_in(self.words, self._group, self._timeout)
+        if found is not None:
+            self._tell.detach()
+            raise found from cause
+
+
+def found_in(words: Tensor, group: EPGroup, timeout: float) -> PeerError | None:
+    """The error that ``words`` tell of, if any."""
+    why, peer, here, there = words.tolist()
+    if not why:
+        return None
+    meeting = Meeting.of_tag(here)
+    if why == ELSEWHERE:
+        return CollectiveMismatchError(f"{group}: {apart(meeting, peer - 1, Meeting.of_tag(there))}")
+    return PeerTimeoutError(
+        f"{group}: waited {timeout:g} s for rank {peer - 1} in {meeting}; did it fail, or make another call?"
+    )
+
+
+def _tell(words: Tensor, group: EPGroup, timeout: float) -> None:
+    found = found_in(words, group, timeout)
+    if found is not None:
+        print(f"sonic_ep: {type(found).__name__}: {found}", file=sys.stderr, flush=True)

@@ -1,0 +1,201 @@
+"""The host's waits for other ranks: collectives that end in time, whatever becomes of others, and say who was missing.
+
+``torch.distributed`` tells neither who is waited for nor, with NCCL, that it waits at all. Here every collective is
+bounded, and a rank in trouble tells the others where it is through the store of their process group; who has told
+nothing is who is missing. Nothing goes to the store as long as all is well.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions
+
+from sonic_ep.board import Board, Notice
+from sonic_ep.config import CollectiveMismatchError, PeerError, PeerLostError, PeerTimeoutError
+from sonic_ep.group import EPGroup
+from sonic_ep.meeting import Meeting, Phase, Step, apart
+
+TIMEOUT_SECONDS = 60.0
+# A wait that lasts longer is told to the others, and looked after this often.
+ANNOUNCE_SECONDS = 1.0
+# After a failure, how long others may take to tell that they are alive: longer than it takes them to announce a wait.
+GRACE_SECONDS = 2.5
+# How long the host looks at a collective of GPUs without a pause, and how long it then rests between two looks.
+SPIN_SECONDS = 0.005
+REST_SECONDS = 0.0002
+HOST = torch.device("cpu")
+
+
+class Waits:
+    """Host collectives of one group, each of at most ``timeout`` seconds.
+
+    meeting: where this rank is, for messages and for the ranks that it meets; the ranks' meetings have to be the same.
+
+    Every collective raises ``PeerTimeoutError`` when its time is up, ``PeerLostError`` when a rank has gone and
+    ``CollectiveMismatchError`` when one came from elsewhere. The process group is of no more use then.
+    """
+
+    def __init__(self, group: EPGroup, timeout: float = TIMEOUT_SECONDS) -> None:
+        self.group = group
+        self.timeout = timeout
+        self.meeting = Meeting(step=Step(), phase=Phase.MEETING)
+        self._collectives = 0
+        self._board = Board.of(group)
+
+    @property
+    def object_number(self) -> int:
+        """How many objects like this one the group had before."""
+        return self._board.number
+
+    def begin(self, step: Step) -> None:
+        """What follows is of ``step``."""
+        self.meeting = Meeting(step=step, phase=Phase.MEETING)
+
+    def numbers(self, own: int, device: torch.device) -> list[int]:
+        """Collective. ``own`` (63 bits) of every rank, in rank order, once all are seen to be at the same meeting."""
+        if self.group.world_size == 1:
+            return [own]
+        mine = torch.tensor([self.meeting.tag, own], dtype=torch.int64, device=self.group.device_for(device))
+        tags, numbers = self.all_gather(mine).t().tolist()
+        for rank, tag in enumerate(tags):
+            if tag != self.meeting.tag:
+                raise CollectiveMismatchError(f"{self.group}: {apart(self.meeting, rank, Meeting.of_tag(tag))}")
+        return [int(number) for number in numbers]
+
+    def objects(self, own: Any, phase: Phase) -> list[Any]:
+        """Collective. ``own`` of every rank, pickled, in rank order. ``phase``: what for."""
+        if self.group.world_size == 1:
+            return [own]
+        before, self.meeting = self.meeting, replace(self.meeting, phase=phase)
+        pickled = torch.frombuffer(bytearray(pickle.dumps(own)), dtype=torch.uint8)
+        sizes = self.numbers(pickled.numel(), HOST)
+        padded = torch.zeros(max(sizes), dtype=torch.uint8, device="cpu")
+        padded[: pickled.numel()] = pickled
+        gathered = self.all_gather(padded.to(self.group.device_for(HOST))).cpu()
+        self.meeting = before
+        return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(gathered, sizes, strict=True)]
+
+    def all_gather(self, local: Tensor) -> Tensor:
+        """Collective. ``local`` of every rank, equal shapes, (W, *local.shape)."""
+        gathered = local.new_empty((self.group.world_size, *local.shape))
+        # The shape is the same on all ranks, so all of them skip an empty exchange together.
+        if gathered.numel() > 0:
+            options = AllgatherOptions()
+            options.timeout = self._time_of_operation(local)
+            group = self._process_group()
+            self._finish(group._allgather_base(gathered.view(-1), local.contiguous().view(-1), options), local)
+        return gathered
+
+    def all_to_all_rows(self, rows: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
+        """Collective. Rows (N, ...) cut by ``send_splits``, piece q to rank q; the pieces received, in rank order."""
+        received = rows.new_empty((sum(receive_splits), *rows.shape[1:]))
+        options = AllToAllOptions()
+        options.timeout = self._time_of_operation(rows)
+        group = self._process_group()
+        self._finish(group.alltoall_base(received, rows.contiguous(), receive_splits, send_splits, options), rows)
+        return received
+
+    def leave(self, why: str) -> None:
+        """Tell the others that this rank will come no more, and why."""
+        self._board.tell(Notice(collectives=self._collectives, left=True, text=why))
+
+    def _process_group(self) -> dist.ProcessGroup:
+        group = self.group.process_group
+        assert group is not None
+        return group
+
+    def _time_of_operation(self, tensor: Tensor) -> timedelta:
+        """What the process group is told. NCCL's own guard would end the process without a word of the rank."""
+        return timedelta(seconds=self.timeout if tensor.device.type == "cpu" else 2 * self.timeout + 60)
+
+    def _finish(self, work: dist.Work, tensor: Tensor) -> None:
+        """Wait for a collective of this rank's ``tensor``."""
+        self._collectives += 1
+        began = time.monotonic()
+        done = _done_on_host if tensor.device.type == "cpu" else _done_on_device
+        try:
+            while not done(work, ANNOUNCE_SECONDS):
+                self._tell_where()
+                self._raise_if_somebody_left()
+                if time.monotonic() - began > self.timeout:
+                    raise self._timed_out()
+        except PeerError:
+            raise
+        except RuntimeError as error:
+            late = time.monotonic() - began >= self.timeout
+            raise (self._timed_out() if late else self._lost(error)) from error
+
+    def _tell_where(self) -> None:
+        self._board.tell(Notice(collectives=self._collectives, left=False, text=str(self.meeting)))
+
+    def _raise_if_somebody_left(self) -> None:
+        for rank, notice in self._board.notices().items():
+            if notice.left and notice.collectives < self._collectives:
+                raise PeerLostError(
+                    f"{self.group}: rank {rank} left ({notice.text}) while it was waited for in {self.meeting}"
+                )
+
+    def _timed_out(self) -> PeerTimeoutError:
+        self._tell_where()
+        return PeerTimeoutError(
+            f"{self.group}: waited {self.timeout:g} s for {self._missing(patience=0.0)} in {self.meeting}; "
+            "did it fail, or make another call?"
+        )
+
+    def _lost(self, error: RuntimeError) -> PeerLostError:
+        self._tell_where()
+        self._raise_if_somebody_left()
+        reason = str(error).strip().splitlines()[0]
+        return PeerLostError(
+            f"{self.group}: lost {self._missing(patience=GRACE_SECONDS)}, waited for in {self.meeting}: {reason}"
+        )
+
+    def _missing(self, patience: float) -> str:
+        """The ranks that have not told, after ``patience`` seconds at most, that they wait in the same collective."""
+        deadline = time.monotonic() + patience
+        while True:
+            missing = self._silent()
+            if len(missing) <= 1 or time.monotonic() >= deadline:
+                break
+            time.sleep(ANNOUNCE_SECONDS / 10)
+        if self._board.broken:
+            return "rank 0 of the world, which holds the store of the process group and does not answer,"
+        names = ", ".join(map(str, missing)) or "a rank that is not known"
+        return f"rank{'s' if len(missing) > 1 else ''} {names}"
+
+    def _silent(self) -> list[int]:
+        notices = self._board.notices()
+        here = {rank for rank, notice in notices.items() if notice.collectives >= self._collectives}
+        return sorted(set(range(self.group.world_size)) - here - {self.group.rank})
+
+
+def _done_on_host(work: dist.Work, seconds: float) -> bool:
+    """Whether ``work`` ends within ``seconds``. Raises ``RuntimeError`` if it fails."""
+    try:
+        work.wait(timedelta(seconds=seconds))
+    except RuntimeError:
+        if not work.is_completed():
+            return False
+        # It ended meanwhile: in failure, which this raises again, or well.
+        work.wait()
+    return True
+
+
+def _done_on_device(work: dist.Work, seconds: float) -> bool:
+    """The same for a collective of GPUs, that the current stream waits for; the host only looks."""
+    began = time.monotonic()
+    while not work.is_completed():
+        waited = time.monotonic() - began
+        if waited > seconds:
+            return False
+        time.sleep(0 if waited < SPIN_SECONDS else REST_SECONDS)
+    work.wait()
+    return True
