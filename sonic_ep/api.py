@@ -328,5 +328,9 @@ def moe(
         raise ValueError("moe: got ep together with group, backend or config, expected one or the other")
     if ep is not None and not isinstance(ep, ExpertParallel):
         raise TypeError(f"moe: ep: got {type(ep).__name__}, expected an ExpertParallel")
-    chosen = ep or ExpertParallel(group, backend, config)
-    return chosen.moe(x, router_w, w1, w2, top_k, **options)  # type: ignore[arg-type]
+    if ep is not None:
+        return ep.moe(x, router_w, w1, w2, top_k, **options)  # type: ignore[arg-type]
+    for_once = ExpertParallel(group, backend, config)
+    out = for_once.moe(x, router_w, w1, w2, top_k, **options)  # type: ignore[arg-type]
+    for_once._calls.let_go()
+    return out

@@ -129,8 +129,12 @@ class Backend(Protocol):
         """Whether there is something that ``close`` gives back."""
         ...
 
+    def let_go(self) -> None:
+        """Hold nothing any more; a backward that is still to come keeps what it needs."""
+        ...
+
     def close(self) -> None:
-        """Give back what the backend holds."""
+        """Give back what the backend holds. A backward that is still to come is refused."""
         ...
 
 

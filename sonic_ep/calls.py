@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 
@@ -19,6 +20,8 @@ from sonic_ep.meeting import Phase, Step, call_digest
 from sonic_ep.waits import Waits
 
 Facts = Mapping[str, object]
+Told = tuple[tuple[str, object], ...]
+DIGESTS_KEPT = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,8 @@ class Calls:
         self._common = {**common, "objects before": waits.object_number}
         self._check = check
         self._number = 0
+        # The same few calls come again and again, and their words would take longer than the rest.
+        self._digest = lru_cache(maxsize=DIGESTS_KEPT)(partial(_digest_of, tuple(self._common.items())))
         self._process = os.getpid()
         # Recompute in backward calls from within: the same thread may.
         self._turn = threading.RLock()
@@ -83,15 +88,19 @@ class Calls:
         Raises ``CollectiveMismatchError`` that names the odd rank and what differs, if calls are compared in words.
         """
         self._number += 1
-        told = {"call": name, **facts, **self._common}
-        self._waits.begin(Step(number=self._number, call=call_digest(repr(told))))
+        told = (("call", name), *facts.items())
+        self._waits.begin(Step(number=self._number, call=self._digest(told)))
         if self._check:
-            self._compare({name: str(value) for name, value in told.items()})
+            self._compare({name: str(value) for name, value in (*told, *self._common.items())})
 
     def close(self) -> None:
         """Give back what is held. Later calls raise."""
         if self._release.detach() is not None and self._process == os.getpid():
             self._held.backend.close()
+
+    def let_go(self) -> None:
+        """No call will follow, and what backward still needs stays for as long as that does."""
+        self._release.detach()
 
     def leave(self, error: BaseException) -> None:
         """The same, because of ``error``; ranks that wait for this one are told."""
@@ -137,9 +146,13 @@ def _by_value(values: list[str | None]) -> str:
     return ", ".join(words)
 
 
+def _digest_of(common: Told, told: Told) -> int:
+    return call_digest(repr((*told, *common)))
+
+
 def _forgotten(held: Held) -> None:
-    """Close what its user has let go, or what is left when the process ends."""
+    """Warn of what its user has let go, or has left open when the process ends. Graphs may still need the memory."""
     if held.process != os.getpid() or not held.backend.holds_memory():
         return
     warnings.warn(f"{held.name}: got no close() before it was let go, expected one", ResourceWarning, stacklevel=2)
-    held.backend.close()
+    held.backend.let_go()

@@ -49,7 +49,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """On the CPU the fast backend needs an interpreter that works, which not every machine has."""
     params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     fast = item.get_closest_marker("fast") is not None or params.get("backend") == "fast"
-    on_gpus = "cuda_pool" in getattr(item, "fixturenames", ()) or params.get("pool") == "cuda"
+    on_gpus = "cuda_pool" in getattr(item, "fixturenames", ()) or "cuda" in (
+        params.get("pool"),
+        params.get("device_type"),
+    )
     reasons = interpreter_reasons() if fast and not on_gpus else ()
     if reasons:
         pytest.skip("; ".join(reasons))

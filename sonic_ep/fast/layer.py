@@ -125,6 +125,10 @@ class FastBackend:
         """Whether memory is shared on any device."""
         return bool(self._kits)
 
+    def let_go(self) -> None:
+        """Shared memory goes with the last who needs it."""
+        self._kits.clear()
+
     def close(self) -> None:
         """Give the shared memory back."""
         for kit in self._kits.values():

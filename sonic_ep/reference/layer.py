@@ -237,6 +237,9 @@ class ReferenceBackend:
         """Never."""
         return False
 
+    def let_go(self) -> None:
+        """Nothing is held."""
+
     def close(self) -> None:
         """Nothing is held."""
 
