@@ -43,7 +43,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from sonic_ep.config import EPConfig, RowOverflowError
+from sonic_ep.config import EPConfig, RecomputeError, RowOverflowError
 
 # Slots and rows are int32.
 MOST_SLOTS = 2**31 - 1
@@ -156,6 +156,14 @@ def overflow_error(where: object, *, max_rows: int, rank: int, rows: int, more: 
     """What to raise where ``rank`` is routed ``rows`` rows and no more than ``max_rows`` are admitted."""
     return RowOverflowError(
         f"{where}: max_rows: got {max_rows}, expected at least {rows}: rank {rank} is routed {rows} rows{more}"
+    )
+
+
+def recompute_error(where: object, step: int) -> RecomputeError:
+    """What to raise where a backward of ``step`` finds another routing than its forward had."""
+    return RecomputeError(
+        f"{where}: step {step}: got another routing when activation checkpointing ran forward again, expected "
+        "the same: x of the layer was not what it was (dropout in front of it needs preserve_rng_state=True)"
     )
 
 

@@ -150,12 +150,14 @@ def saved_tensors(rank: Rank, case: Case, config: EPConfig) -> tuple[dict[str, i
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             y = call.forward()
-        ours = [tensor for tensor in saved if tensor.untyped_storage().data_ptr() not in inputs]
         # y is a view of what the layer returned.
         plan = y.grad_fn.next_functions[0][0].call.exchange.plan
+        of_plan = [v for f in fields(plan) if isinstance(v := getattr(plan, f.name), Tensor)]
+        known = inputs | {tensor.untyped_storage().data_ptr() for tensor in of_plan}
+        ours = [tensor for tensor in saved if tensor.untyped_storage().data_ptr() not in known]
         found = {
             "all but the plan": storages_bytes(ours),
-            "plan": storages_bytes([v for f in fields(plan) if isinstance(v := getattr(plan, f.name), Tensor)]),
+            "plan": storages_bytes(of_plan),
             "x": storages_bytes([tensor for tensor in saved if tensor.data_ptr() == call.leaves[0].data_ptr()]),
         }
         again = config.redispatch_x_in_backward

@@ -6,6 +6,7 @@ scores in the configured combine mode, the gradient of combine dispatches d(out)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from sonic_ep.fast.device import movable
 from sonic_ep.fast.dispatch import FastDispatch
 from sonic_ep.fast.once import once_differentiable
 from sonic_ep.fast.rows import spoil_if_overflowed, take_rows, weigh_rows
+from sonic_ep.fast.verdict import Verdict
 from sonic_ep.fast.workspace import SharedBuffer, Workspace
 from sonic_ep.meeting import Phase, Step
 from sonic_ep.plan import NO_ROW, RoutingPlan
@@ -38,6 +40,7 @@ class Exchange:
     combine: FastCombine
     workspace: Workspace
     max_rows: int | None
+    verdict: Verdict
     step: Step
     backward: bool = False
 
@@ -112,6 +115,16 @@ class Exchange:
         )
         return replace(self, plan=plan)
 
+    def checked(self, grad_TH: Tensor, expert_ids_WCK: Tensor) -> Tensor:
+        """The gradient, all NaN if forward was run again, by activation checkpointing, and found other ids than then.
+
+        expert_ids_WCK: what autograd has kept of the plan's; not themselves if forward was run again.
+        """
+        if expert_ids_WCK.data_ptr() == self.plan.expert_ids.data_ptr():
+            return grad_TH
+        differs = self.verdict.compare(self.plan.expert_ids, expert_ids_WCK, self.step.number)
+        return grad_TH.masked_fill(differs, math.nan)
+
     def _spoiled(self, rows_NH: Tensor) -> Tensor:
         """The rows, all NaN if a rank was routed more than the bound."""
         return rows_NH if self.max_rows is None else spoil_if_overflowed(rows_NH, self.plan, self.max_rows)
@@ -147,7 +160,7 @@ class Combine(torch.autograd.Function):
         exchange.enter(Phase.EXCHANGE)
         scores_WCK = gather_scores(scores_TK, exchange.plan, exchange.workspace)
         ctx.exchange = exchange
-        ctx.save_for_backward(scores_WCK, rows_RH)
+        ctx.save_for_backward(scores_WCK, rows_RH, exchange.plan.expert_ids)
         return exchange.sums(rows_RH, scores_WCK)
 
     @staticmethod
@@ -155,7 +168,7 @@ class Combine(torch.autograd.Function):
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, None]:
         """Gradients of the rows (R, H) and of the scores (T, K)."""
         exchange: Exchange = ctx.exchange.in_backward()
-        scores_WCK, rows_RH = ctx.saved_tensors
-        out_grad_RH = exchange.rows(grad_TH)
+        scores_WCK, rows_RH, expert_ids_WCK = ctx.saved_tensors
+        out_grad_RH = exchange.rows(exchange.checked(grad_TH, expert_ids_WCK))
         grad_RH, dots_R = weigh_rows(out_grad_RH, rows_RH, scores_WCK, exchange.plan)
         return grad_RH, exchange.home(dots_R), None

@@ -84,7 +84,8 @@ class ExpertLayer(torch.autograd.Function):
             source = received if call.gather is None else x_TH
             ctx.call = replace(call, exchange=exchange, begun=None)
             kept = source if ctx.needs_input_grad[2] else None
-            ctx.save_for_backward(kept, hidden_RF, scores_WCK, w1, w2, b1, b2)
+            ids_WCK = exchange.plan.expert_ids
+            ctx.save_for_backward(kept, hidden_RF, scores_WCK, ids_WCK, w1, w2, b1, b2)
             del source, kept
         # Each is let go as soon as the next is there: they are the largest tensors of the layer.
         del received
@@ -99,12 +100,12 @@ class ExpertLayer(torch.autograd.Function):
     def backward(ctx: Any, out_grad_TH: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x (T, H), scores (T, K), w1, w2, b1 and b2; None for those that are not required."""
         # First of all: under activation checkpointing this is what runs forward again, on every rank.
-        kept, hidden_RF, scores_WCK, *weights = ctx.saved_tensors
+        kept, hidden_RF, scores_WCK, ids_WCK, *weights = ctx.saved_tensors
         saved = Saved(kept=kept, hidden=hidden_RF, scores=scores_WCK, experts=ctx.call.experts(*weights))
         needs = Needs(*ctx.needs_input_grad[:6])
         with torch.autocast(out_grad_TH.device.type, enabled=False):
             call = replace(ctx.call, exchange=ctx.call.exchange.in_backward())
-            return (*_gradients(out_grad_TH, saved, needs, call), None)
+            return (*_gradients(call.exchange.checked(out_grad_TH, ids_WCK), saved, needs, call), None)
 
 
 def _pulled(x_TH: Tensor, exchange: Exchange, begun: Begun) -> tuple[Exchange, Tensor]:

@@ -176,6 +176,7 @@ class FastBackend:
             combine=kit.combine[modes.combine],
             workspace=kit.workspace,
             max_rows=kit.planner.max_rows,
+            verdict=kit.planner.verdict,
             step=kit.workspace.step,
         )
         exchange.reserve(rows.shape[1] * rows.element_size())

@@ -96,7 +96,7 @@ class Planner:
         self._group = group
         self._config = config
         self._workspace = workspace
-        self._verdict = Verdict(group, workspace.device)
+        self.verdict = Verdict(group, workspace.device, host_reads=config.cpu_sync_on_runtime)
         self._counts = HostCopy(workspace.device)
 
     @property
@@ -131,15 +131,15 @@ class Planner:
             plan = empty_plan(shape, topk_idx_TK)
             scores_WCK = None if scores_TK is None else scores_TK.new_empty(plan.expert_ids.shape)
             return PendingPlan(plan=plan, scores_WCK=scores_WCK, counted=False)
-        self._verdict.expect(num_experts=num_experts, max_rows=self._held_by_device)
-        counts = gathered_counts(topk_idx_TK, shape, self._workspace, self._verdict.record, scores_TK)
+        self.verdict.expect(num_experts=num_experts, max_rows=self._held_by_device)
+        counts = gathered_counts(topk_idx_TK, shape, self._workspace, self.verdict.record, scores_TK)
         if self._config.cpu_sync_on_runtime:
             # Summed here, so that little is left for the host to do while the GPU waits for it.
             self._counts.start(counts.totals[:num_experts].view(shape.world_size, -1).sum(dim=1, dtype=torch.int32))
         plan = self._placed(counts, shape, num_tokens=topk_idx_TK.shape[0], distinct=distinct)
         # A router's own ids are in range, and where no bound is set there is room for all rows.
         if not distinct or self.max_rows is not None:
-            self._verdict.queued()
+            self.verdict.queued()
         return PendingPlan(plan=plan, scores_WCK=counts.scores, counted=self._config.cpu_sync_on_runtime)
 
     def rows(self, pending: PendingPlan) -> int:
@@ -154,13 +154,13 @@ class Planner:
         """The plan with its final R = ``rows``. Raises what the host has learned with it: ids out of range."""
         if not pending.counted:
             return pending.plan
-        self._verdict.raise_if_bad()
+        self.verdict.raise_if_bad()
         # A copy, so that the rest of the ceiling is not kept.
         return replace(pending.plan, slot_of_row=pending.plan.slot_of_row[:rows].clone())
 
     def raise_if_bad(self) -> None:
         """Raise what the last plan has flagged, on every rank alike."""
-        self._verdict.raise_if_bad()
+        self.verdict.raise_if_bad()
 
     def _placed(self, counts: TileCounts, shape: PlanShape, *, num_tokens: int, distinct: bool) -> RoutingPlan:
         ceiling = row_ceiling(
@@ -176,7 +176,7 @@ class Planner:
             num_tokens=num_tokens,
             row_capacity=ceiling if self._bound is None else min(ceiling, self._bound),
             max_rows=self._held_by_device,
-            verdict=self._verdict.record,
+            verdict=self.verdict.record,
         )
 
     @property

@@ -1,27 +1,35 @@
-"""What plans find wrong on the device: ids out of range, and more rows than there is room for."""
+"""What is found wrong on the device: ids out of range, too many rows for the room there is, a recompute gone astray."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from sonic_ep.fast.device import host_words
 from sonic_ep.group import EPGroup
-from sonic_ep.plan import overflow_error
+from sonic_ep.plan import overflow_error, recompute_error
+
+WORDS = 4
 
 
 class Verdict:
     """Kernels write it, the host reads it later: at the next plan, or when it is asked to check.
 
-    record (3,) int32: the rank with an id out of range, plus one; the rank with more rows than R, plus one, and its
-    rows. Zeros where all is well. Every rank sees the ids of all, so all ranks hold the same record and raise together.
+    record (4,) int32: the rank with an id out of range, plus one; the rank with more rows than R, plus one, and its
+    rows; the last step whose forward was run again with another routing. Zeros where all is well. Every rank sees the
+    ids of all, so all ranks hold the same record and raise together.
     On a GPU it is pinned memory of the host that kernels write through the bus.
     """
 
-    def __init__(self, group: EPGroup, device: torch.device) -> None:
+    def __init__(self, group: EPGroup, device: torch.device, *, host_reads: bool = False) -> None:
         self._group = group
+        self._host_reads = host_reads
         self._device = device
         self._on_gpu = device.type == "cuda"
-        self.record = host_words(3, device)
+        self.record = host_words(WORDS, device)
+        # Gathers what backwards find, until the host has seen it.
+        with torch.inference_mode(False):
+            self._rerouted = torch.zeros(1, dtype=torch.int32, device=device)
         self._written: torch.cuda.Event | None = None
         self._captured = False
         self._num_experts = 0
@@ -40,8 +48,23 @@ class Verdict:
             self._written = torch.cuda.Event()
             self._written.record(torch.cuda.current_stream(self._device))
 
+    def compare(self, expert_ids_WCK: Tensor, again_WCK: Tensor, step: int) -> Tensor:
+        """Whether the ids of a forward and of its recompute differ, bool () on the device. If so it is told later.
+
+        Raises ``RecomputeError`` at once where the host reads what it needs: other ids are other sizes there.
+        """
+        differs = (expert_ids_WCK != again_WCK).any()
+        if self._host_reads and bool(differs):
+            raise recompute_error(self._group, step)
+        torch.maximum(self._rerouted, differs.int() * step, out=self._rerouted)
+        self.record[3:].copy_(self._rerouted, non_blocking=True)
+        self.queued()
+        return differs
+
     def raise_if_bad(self) -> None:
-        """Raise what the last plan found, once its kernels have run: ``ValueError`` or ``RowOverflowError``.
+        """Raise what was found last, once its kernels have run.
+
+        Raises ``ValueError``, ``RowOverflowError`` or ``RecomputeError``.
 
         In graph capture, where nothing can be waited for, it does nothing; what is found later is raised later. Where a
         plan is in a graph, it waits for all that is queued: only so do all ranks see what the same replays have found.
@@ -52,9 +75,10 @@ class Verdict:
             torch.cuda.synchronize(self._device)
         elif self._written is not None:
             self._written.synchronize()
-        bad_rank, full_rank, rows = self.record.tolist()
-        if bad_rank or full_rank:
+        bad_rank, full_rank, rows, rerouted = self.record.tolist()
+        if bad_rank or full_rank or rerouted:
             self.record.zero_()
+            self._rerouted.zero_()
         if bad_rank:
             raise ValueError(
                 f"{self._group}: topk_idx: got expert ids out of range on rank {bad_rank - 1}, "
@@ -62,3 +86,5 @@ class Verdict:
             )
         if full_rank:
             raise overflow_error(self._group, max_rows=self._max_rows, rank=full_rank - 1, rows=rows)
+        if rerouted:
+            raise recompute_error(self._group, rerouted)

@@ -18,7 +18,7 @@ from sonic_ep.backend import CombinePrimitive, DispatchPrimitive, Experts, Layer
 from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.meeting import Meeting, Phase, Step
-from sonic_ep.plan import RoutingPlan
+from sonic_ep.plan import RoutingPlan, recompute_error
 from sonic_ep.reference.collectives import Collectives, collectives_of
 from sonic_ep.reference.combine import combine_primitives
 from sonic_ep.reference.dispatch import dispatch_primitives
@@ -47,6 +47,14 @@ class Exchange:
         """Collective. ``own`` of every rank, once all have come to this phase of the step."""
         meeting = Meeting(step=self.step, phase=phase, backward=self.backward)
         return self.collectives.meet(meeting, device, own)
+
+    def raise_if_rerouted(self, expert_ids_WCK: Tensor) -> None:
+        """Raise ``RecomputeError`` if activation checkpointing has run forward again, and it found other ids.
+
+        expert_ids_WCK: what autograd has kept of the plan's; not themselves if forward was run again.
+        """
+        if not torch.equal(expert_ids_WCK, self.plan.expert_ids):
+            raise recompute_error(self.collectives.group, self.step.number)
 
     def rows(self, x_TH: Tensor) -> Tensor:
         """Collective. x of the group's tokens in canonical row order, (R, H); zeros past the valid rows."""
@@ -107,6 +115,7 @@ class Combine(torch.autograd.Function):
         ctx.save_for_backward(
             scores_WCK.flatten()[valid_slots_N] if ctx.needs_input_grad[0] else None,
             rows_RH if ctx.needs_input_grad[1] else None,
+            exchange.plan.expert_ids,
         )
         return exchange.combine.combine(rows_RH, scores_WCK, exchange.plan)
 
@@ -115,7 +124,8 @@ class Combine(torch.autograd.Function):
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Gradients of the rows (R, H) and of the scores (T, K)."""
         exchange: Exchange = ctx.exchange.in_backward()
-        score_of_row_N, rows_RH = ctx.saved_tensors
+        score_of_row_N, rows_RH, expert_ids_WCK = ctx.saved_tensors
+        exchange.raise_if_rerouted(expert_ids_WCK)
         exchange.meet(Phase.DISPATCH, grad_TH.device)
         out_grad_RH = exchange.rows(grad_TH)
         valid = slice(exchange.plan.rows())

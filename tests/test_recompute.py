@@ -1,0 +1,106 @@
+"""Activation checkpointing runs forward again: with the same routing, near ties too, or it is found and named."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from backends import both_backends
+from layer_inputs import layer_inputs
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sonic_ep import EPConfig, ExpertParallel, RecomputeError
+from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise
+
+CASE = replace(CASES["uneven_tokens"], bias=False)
+SAID = "got another routing when activation checkpointing ran forward again, expected the same"
+
+
+def tied(weight_EH: Tensor) -> Tensor:
+    """A router of which every two experts give all tokens one and the same logit, or differ in its last bit."""
+    pairs = weight_EH.detach().clone()
+    pairs[1::2] = pairs[::2]
+    pairs[1::4, 0] = torch.nextafter(pairs[1::4, 0], pairs.new_tensor(torch.inf))
+    return pairs.requires_grad_()
+
+
+def near_ties(rank: Rank, case: Case, backend: str) -> None:
+    """Both kinds of checkpointing, with dropout in front of the layer: gradients are those without checkpointing."""
+    x, (router_w, *experts), dy = layer_inputs(rank, case)
+    weights = [tied(router_w), *experts]
+    config = EPConfig(redispatch_x_in_backward=True)
+    with ExpertParallel(backend=backend, config=config) as ep:
+
+        def layer(x: Tensor) -> Tensor:
+            return ep.moe(torch.dropout(x, 0.25, True), *weights, case.top_k).y
+
+        torch.manual_seed(5)
+        expected = torch.autograd.grad(layer(x), [x, *weights], dy)
+        for reentrant in (False, True):
+            torch.manual_seed(5)
+            y = checkpoint(layer, x, use_reentrant=reentrant, preserve_rng_state=True)
+            # What comes between draws too.
+            torch.rand(7, device=rank.device)
+            y.backward(dy)
+            for tensor, grad in zip([x, *weights], expected, strict=True):
+                assert_bitwise(tensor.grad, grad)
+                tensor.grad = None
+        # Where nothing is drawn, nothing has to be preserved.
+        expected = torch.autograd.grad(ep.moe(x, *weights, case.top_k).y, [x, *weights], dy)
+        for reentrant in (False, True):
+            y = checkpoint(
+                lambda x: ep.moe(x, *weights, case.top_k).y, x, use_reentrant=reentrant, preserve_rng_state=False
+            )
+            y.backward(dy)
+            for tensor, grad in zip([x, *weights], expected, strict=True):
+                assert_bitwise(tensor.grad, grad)
+                tensor.grad = None
+
+
+@both_backends
+def test_ties_fall_the_same_way_in_recompute(pool: RankPool, backend: str) -> None:
+    pool.run(near_ties, CASE, backend, world_size=2)
+
+
+def rerouted(rank: Rank, case: Case, backend: str, exact: bool) -> list[str]:
+    """Dropout drawn anew in recompute, on one rank alone: all of them hear of it, and no gradient is a number."""
+    x, weights, dy = layer_inputs(rank, case)
+    ep = ExpertParallel(backend=backend, config=EPConfig(cpu_sync_on_runtime=exact), timeout=20)
+    said = []
+
+    def layer(x: Tensor) -> Tensor:
+        dropped = torch.dropout(x, 0.5, rank.rank == 0)
+        return ep.moe(dropped, *weights, case.top_k).y
+
+    def backward() -> None:
+        y = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+        y.backward(dy)
+
+    if backend == "reference" or exact:
+        with pytest.raises(RecomputeError, match=SAID) as raised:
+            backward()
+        said.append(str(raised.value))
+    else:
+        backward()
+        found = [tensor.grad for tensor in (x, *weights)]
+        assert all(grad is not None and (grad.isnan() | (grad == 0)).all() and grad.isnan().any() for grad in found)
+        with pytest.raises(RecomputeError, match=SAID) as raised:
+            ep.check()
+        said.append(str(raised.value))
+    # It is told once, and nothing of it is left.
+    ep.check()
+    y = ep.moe(x, *weights, case.top_k).y
+    expected = torch.autograd.grad(y, weights, dy)
+    for grad, again in zip(torch.autograd.grad(ep.moe(x, *weights, case.top_k).y, weights, dy), expected, strict=True):
+        assert_bitwise(grad, again)
+        assert grad.isfinite().all()
+    ep.close()
+    return said
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2])
+@both_backends
+def test_another_routing_in_recompute_is_named(pool: RankPool, backend: str, world_size: int, exact: bool) -> None:
+    for rank, said in enumerate(pool.run(rerouted, CASE, backend, exact, world_size=world_size)):
+        assert all(f"rank {rank} of {world_size}: step 1: {SAID}" in words for words in said)
