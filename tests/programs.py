@@ -1,5 +1,6 @@
 """Programs on several ranks that may end badly: each rank a process, with an exit code and its last words."""
 
+import faulthandler
 import multiprocessing
 import os
 import time
@@ -38,8 +39,9 @@ class Program:
     device_type: str
     folder: Path
     odd: int
+    patience: float = 90.0
 
-    def run(self, patience: float) -> list[Ended]:
+    def run(self) -> list[Ended]:
         """Run it to its end; a rank that is there after ``patience`` seconds is killed, and its code is that of it.
 
         The rank ``odd`` is killed as soon as all others have ended, if it has said that something goes wrong.
@@ -49,7 +51,7 @@ class Program:
         ranks = [context.Process(target=run_rank, args=(self, rank)) for rank in range(self.world_size)]
         for process in ranks:
             process.start()
-        deadline, ends = time.monotonic() + patience, [0.0] * len(ranks)
+        deadline, ends = time.monotonic() + self.patience, [0.0] * len(ranks)
         while any(end == 0 for end in ends):
             others_ended = all(end > 0 for rank, end in enumerate(ends) if rank != self.odd)
             for rank, process in enumerate(ranks):
@@ -87,6 +89,8 @@ def run_rank(program: Program, rank: int) -> None:
     os.dup2(words, 1)
     os.dup2(words, 2)
     torch.set_num_threads(1)
+    # Who does not end tells where it is.
+    faulthandler.dump_traceback_later(program.patience / 2, exit=False)
     own_device = program.device_type == "cuda" and program.world_size <= torch.cuda.device_count()
     device = device_of_rank(rank) if program.device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":

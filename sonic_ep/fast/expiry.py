@@ -33,9 +33,13 @@ class Expiry:
         self.words = host_words(WORDS, device, torch.int64)
         self._tell = weakref.finalize(self, _tell, self.words, waits.group, waits.timeout)
 
+    def found(self) -> PeerError | None:
+        """What a kernel has written, if any. No wait for the GPU."""
+        return found_in(self.words, self._group, self._timeout)
+
     def raise_if_any(self, cause: RuntimeError | None = None) -> None:
         """Raise ``PeerTimeoutError`` or ``CollectiveMismatchError``, from ``cause``. No wait for the GPU."""
-        found = found_in(self.words, self._group, self._timeout)
+        found = self.found()
         if found is not None:
             self._tell.detach()
             raise found from cause

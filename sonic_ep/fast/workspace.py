@@ -12,6 +12,8 @@ Orders that hold:
 
 from __future__ import annotations
 
+import ctypes
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ ALIGNMENT_BYTES = 512
 FLAG_BYTES = 4
 TAG_BYTES = 8
 NANOSECONDS_PER_SECOND = 1_000_000_000
+MEETING = "meeting"
 LONE_GROUP: Any = "sonic_ep_lone_rank"
 RENDEZVOUS_KEY = "CUDASymmetricMemory/{}/0"
 MOST_RENDEZVOUS = 100_000
@@ -242,7 +245,8 @@ class Workspace:
         self._replaced: list[SharedBuffer] = []
         self._captured = False
         self._last_stream: torch.cuda.Stream | None = None
-        self._meeting = self._allocate(group.world_size * TAG_BYTES, 0)
+        weakref.finalize(self, keep_if_lost, self.expiry, self._buffers, self._replaced)
+        self._meeting = self.reserve(MEETING, group.world_size * TAG_BYTES, 0)
 
     @property
     def step(self) -> Step:
@@ -306,8 +310,8 @@ class Workspace:
 
     def close(self) -> None:
         """Let go of all buffers, once this rank's kernels are done with them. Nothing can be shared any more."""
-        self.synchronize()
         self._closed = True
+        self.synchronize()
         self._buffers.clear()
         self._replaced.clear()
 
@@ -341,6 +345,16 @@ class Workspace:
     def _open(self) -> None:
         if self._closed:
             raise ClosedError(f"{self.group}: shared memory: got a call after close(), expected none")
+
+
+def keep_if_lost(expiry: Expiry, *buffers: object) -> None:
+    """Never let ``buffers`` go if a kernel has trapped: PyTorch ends the process where it frees shared memory then.
+
+    That would be before the process could say what has happened.
+    """
+    if expiry.found():
+        for kept in buffers:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
 
 
 def _blocks(nbytes: int) -> int:
