@@ -23,7 +23,7 @@ NORM_EPSILON = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """The model's sizes: S bytes of context, H, I and E of its layers, K experts a token."""
+    """The model's sizes: at most S bytes of context, H, I and E of its layers, K experts a token."""
 
     experts: int
     top_k: int
@@ -37,10 +37,16 @@ class Sizes:
 class FeedForward(nn.Module):
     """A Mixture-of-Experts feed-forward, (B, S, H) to (B, S, H), that remembers what its router said last.
 
-    logits_TE: the router's logits of the last call, for the T = B*S tokens, without a gradient.
+    logits_TE: the router's logits of the last call, for the T = B*S tokens, without a gradient, until they are taken.
     """
 
     logits_TE: Tensor
+
+    def take_logits(self) -> Tensor:
+        """What the router said last, (T, E), which is then no longer kept here."""
+        logits_TE = self.logits_TE
+        del self.logits_TE
+        return logits_TE
 
 
 class ExpertParallelFeedForward(FeedForward):
@@ -126,7 +132,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Bytes (B, S) int64 to the logits (B, S, 256) of the byte that follows each.
+    """Bytes (B, S) int64 to the logits (B, S, 256) of the byte that follows each; S is at most the context.
 
     make_feed_forward: called once a layer, in order, between the draws of the other weights: whatever it makes, the
     same seed gives the same weights.
@@ -142,15 +148,15 @@ class LanguageModel(nn.Module):
 
     def forward(self, bytes_BS: Tensor) -> Tensor:
         """(B, S) to (B, S, 256)."""
-        x_BSH = self.embed(bytes_BS) + self.position_SH
+        x_BSH = self.embed(bytes_BS) + self.position_SH[: bytes_BS.shape[1]]
         for block in self.blocks:
             x_BSH = block(x_BSH)
         logits_BSV: Tensor = self.head(self.norm(x_BSH))
         return logits_BSV
 
-    def router_logits(self) -> Tensor:
-        """What the routers said in the last call, (layers, T, E)."""
-        return torch.stack([part.logits_TE for part in self.modules() if isinstance(part, FeedForward)])
+    def take_router_logits(self) -> Tensor:
+        """What the routers said in the last call, (layers, T, E). To be asked once a call."""
+        return torch.stack([part.take_logits() for part in self.modules() if isinstance(part, FeedForward)])
 
     def replicated_parameters(self) -> list[nn.Parameter]:
         """The parameters outside of the MoE layers: the ones whose gradients nobody has summed over the ranks yet."""

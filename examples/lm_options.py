@@ -10,16 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from lm_batches import BATCH
+from lm_course import LEAST_SAMPLES, Course, even_course, soak_course, soak_recipe
+from lm_memory import PROCESS
 from lm_model import Sizes
-from lm_training import BATCH, Recipe
+from lm_training import Recipe
 
 from sonic_ep import BackendUnavailableError, CombineMode, DispatchMode, EPConfig
 from sonic_ep.backend import BACKEND_PACKAGES, choose_backend
+from sonic_ep.benchmark.results import command_of
 from sonic_ep.config import AUTO
 from sonic_ep.group import resolve_group
 
 RANKS = 4
 STEPS = 200
+SOAK_STEPS = 2000
 # Every step's router logits are kept, 64 KiB a step and run at the default sizes.
 MOST_STEPS = 100_000
 MOST_EXPERTS = 1024
@@ -38,15 +43,20 @@ class Tested:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to run and what to write. started: when the command began, in seconds of ``time.time``."""
+    """What to run and what to write.
+
+    command: how to run it again. started: when it began, in seconds of ``time.time``.
+    """
 
     ranks: int
     tested: Tested
     config: EPConfig
     sizes: Sizes
     recipe: Recipe
+    course: Course
     output: Path
     json: Path | None
+    command: str
     started: float
 
 
@@ -56,6 +66,8 @@ def parse_settings(arguments: Sequence[str], description: str | None) -> Setting
     asked = parser.parse_args(arguments)
     ranks = _ranks(parser, asked.nproc)
     _check_experts(parser, asked, ranks)
+    recipe = _recipe(parser, asked, ranks)
+    make_course = soak_course if asked.soak else even_course
     return Settings(
         ranks=ranks,
         tested=_tested(parser, asked.backend, ranks),
@@ -66,9 +78,11 @@ def parse_settings(arguments: Sequence[str], description: str | None) -> Setting
             cpu_sync_on_runtime=asked.cpu_sync_on_runtime,
         ),
         sizes=Sizes(experts=asked.experts, top_k=asked.top_k, context=asked.context),
-        recipe=Recipe(steps=asked.steps, seed=asked.seed),
+        recipe=recipe,
+        course=make_course(recipe, asked.context, ranks),
         output=asked.output,
         json=asked.json,
+        command=_command(arguments, asked, ranks),
         started=asked.started,
     )
 
@@ -95,8 +109,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         help=f"W, the ranks to start, at most {BATCH}, the sequences of a batch (default {RANKS})",
     )
     parser.add_argument(
-        "--steps", type=_whole(1, MOST_STEPS), default=STEPS, help="training steps (default %(default)s)"
+        "--steps", type=_whole(1, MOST_STEPS), help=f"training steps (default {STEPS}, of a soak {SOAK_STEPS})"
     )
+    _add_flag(parser, "soak", "T and routing change from step to step, and what the ranks hold between steps may not")
     parser.add_argument(
         "--context",
         type=_whole(1, MOST_CONTEXT),
@@ -188,6 +203,28 @@ def _ranks(parser: argparse.ArgumentParser, asked: int | None) -> int:
     if ranks > BATCH:
         parser.error(f"got {ranks} ranks of torchrun, expected at most {BATCH}")
     return ranks
+
+
+def _recipe(parser: argparse.ArgumentParser, asked: argparse.Namespace, ranks: int) -> Recipe:
+    """Steps and seed. A soak needs steps enough, and a system that tells what a process holds."""
+    make = soak_recipe if asked.soak else Recipe
+    recipe = make(steps=asked.steps or (SOAK_STEPS if asked.soak else STEPS), seed=asked.seed)
+    least = ranks + LEAST_SAMPLES
+    if asked.soak and recipe.steps < least:
+        expected = (
+            f"at least {least} with --soak, a step to warm up each of {ranks} ranks and {LEAST_SAMPLES} to compare"
+        )
+        parser.error(f"argument --steps: got {recipe.steps}, expected {expected}")
+    if asked.soak and not PROCESS.is_dir():
+        parser.error(f"argument --soak: got no {PROCESS}, expected Linux, where a process can see what it holds")
+    return recipe
+
+
+def _command(arguments: Sequence[str], asked: argparse.Namespace, ranks: int) -> str:
+    """The command line that comes to the same, without what the launcher adds."""
+    own = [word for word in arguments if not word.startswith("--started")]
+    counted = [] if asked.nproc else [f"--nproc={ranks}"]
+    return command_of(ranks, "examples/train_lm.py", [*own, *counted])
 
 
 def _check_experts(parser: argparse.ArgumentParser, asked: argparse.Namespace, ranks: int) -> None:

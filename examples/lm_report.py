@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_comparison import FACTOR, Agreement
+from lm_memory import Held
 from lm_options import Settings
 
 if TYPE_CHECKING:
@@ -35,7 +35,10 @@ LOOKS = {"reference": Look(color=BLUE, width=8, alpha=0.35), "fast": Look(color=
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The losses of each step by a run on ranks and its two dense runs, and how losses and router logits agree."""
+    """The losses of each step by a run on ranks and its two dense runs, and how losses and router logits agree.
+
+    held, seconds: see ``Recorded``.
+    """
 
     backend: str
     ranks: list[float]
@@ -43,31 +46,42 @@ class Outcome:
     truth: list[float]
     losses: Agreement
     logits: Agreement
+    held: tuple[Held, ...] = ()
+    seconds: float = 0.0
 
     @property
-    def ok(self) -> bool:
+    def agree(self) -> bool:
         """Whether both agree."""
         return self.losses.ok and self.logits.ok
 
+    @property
+    def flat(self) -> bool:
+        """Whether no rank came to hold more, as far as that was watched."""
+        return all(rank.flat for rank in self.held)
 
-def write_json(outcomes: Sequence[Outcome], settings: Settings, path: Path) -> None:
+    @property
+    def ok(self) -> bool:
+        """Whether all is well."""
+        return self.agree and self.flat
+
+
+def as_json(outcomes: Sequence[Outcome], settings: Settings) -> dict[str, Any]:
     """The settings, and for each backend's run losses, distances from fp64 and bounds, lists of one number a step."""
-    numbers = {
+    return {
         "ranks": settings.ranks,
         "experts": settings.sizes.experts,
         "top_k": settings.sizes.top_k,
         "context": settings.sizes.context,
         "seed": settings.recipe.seed,
-        "agree": all(outcome.ok for outcome in outcomes),
+        "agree": all(outcome.agree for outcome in outcomes),
         "left_out": settings.tested.left_out,
         "runs": {outcome.backend: _numbers(outcome) for outcome in outcomes},
     }
-    path.write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 def _numbers(outcome: Outcome) -> dict[str, Any]:
     return {
-        "agree": outcome.ok,
+        "agree": outcome.agree,
         "losses": {
             "expert_parallel": outcome.ranks,
             "dense_fp32": outcome.plain,
@@ -132,7 +146,7 @@ def _draw_distances(axes: Axes, outcome: Outcome, settings: Settings) -> None:
     axes.semilogy(steps, found.bounds, color=GREY, ls="--", label=f"bound: {FACTOR:g} x dense so far")
     axes.semilogy(steps, tested, "o", color=LOOKS[outcome.backend].color, ms=4, label=outcome.backend)
     axes.semilogy(steps, plain, "x", color=ORANGE, ms=4, label="dense fp32")
-    axes.set_title(f"{outcome.backend}: {'agrees' if outcome.ok else 'DIFFERS'}", fontsize="medium")
+    axes.set_title(f"{outcome.backend}: {'agrees' if outcome.agree else 'DIFFERS'}", fontsize="medium")
     axes.set_xlabel("step")
     axes.set_ylabel("distance from dense fp64 [nats]")
     axes.label_outer()

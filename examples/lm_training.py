@@ -1,21 +1,17 @@
-"""The training of ``train_lm.py``: its text, its batches, and the loop that every run goes through."""
+"""The training of ``train_lm.py``: the loop that every run goes through."""
 
 from __future__ import annotations
 
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lm_batches import Batch
 from lm_model import LanguageModel
 from torch import Tensor, nn
-
-TEXT_BYTES = 4_000_000
-BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +48,8 @@ class Step:
 class Ranks(Protocol):
     """Who trains together."""
 
-    def share(self, windows: Tensor) -> Tensor:
-        """This rank's part of the global batch."""
+    def share(self, batch: Batch) -> Tensor:
+        """This rank's windows of the global batch, (b, S + 1)."""
         ...
 
     def sum(self, tensor: Tensor) -> None:
@@ -64,9 +60,9 @@ class Ranks(Protocol):
 class OneProcess:
     """A process that trains alone, on the whole batch."""
 
-    def share(self, windows: Tensor) -> Tensor:
-        """All of it."""
-        return windows
+    def share(self, batch: Batch) -> Tensor:
+        """All of them."""
+        return batch.windows
 
     def sum(self, tensor: Tensor) -> None:
         """Nothing to add."""
@@ -75,60 +71,40 @@ class OneProcess:
 class WorldOfRanks:
     """The ranks of the world's process group."""
 
-    def share(self, windows: Tensor) -> Tensor:
-        """The sequences of this rank, as even a part as it goes."""
-        return windows.tensor_split(dist.get_world_size())[dist.get_rank()]
+    def share(self, batch: Batch) -> Tensor:
+        """Those that the batch has for this rank."""
+        return batch.of_rank(dist.get_rank())
 
     def sum(self, tensor: Tensor) -> None:
         """An all-reduce."""
         dist.all_reduce(tensor)
 
 
-def standard_library_text() -> Tensor:
-    """The source of this Python's standard library, file after file by name, as (bytes,) uint8.
-
-    Raises ``FileNotFoundError`` if it is not there as files.
-    """
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    text = bytearray()
-    for path in sorted(folder.glob("*.py")):
-        text += path.read_bytes()
-        if len(text) >= TEXT_BYTES:
-            break
-    if not text:
-        raise FileNotFoundError(f"{folder}: got no *.py files, expected the source of the standard library")
-    return torch.frombuffer(text[:TEXT_BYTES], dtype=torch.uint8)
-
-
-def batches(text: Tensor, recipe: Recipe, context: int) -> Iterator[Tensor]:
-    """The global batch of each step, (B, S + 1) int64: S bytes to read, and each one's follower to predict."""
-    generator = torch.Generator().manual_seed(recipe.seed)
-    for _ in range(recipe.steps):
-        starts = torch.randint(len(text) - context, (BATCH, 1), generator=generator)
-        yield text[starts + torch.arange(context + 1)].long()
-
-
 def training(
-    model: LanguageModel, windows_of_steps: Iterator[Tensor], recipe: Recipe, ranks: Ranks, device: torch.device
+    model: LanguageModel, batches: Iterator[Batch], recipe: Recipe, ranks: Ranks, device: torch.device
 ) -> Iterator[Step]:
     """Train ``model``, a step for each item asked for. Collective over ``ranks``.
 
-    windows_of_steps: global batches (B, S + 1), the same on every rank; each rank trains on its share of them.
+    batches: the same on every rank; each rank trains on its share of them. Between two steps nothing of a batch is
+    left, and no gradient: weights and momentum alone.
     """
     replicated = model.replicated_parameters()
     optimizer = torch.optim.SGD(model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate)
-    for windows in windows_of_steps:
-        optimizer.zero_grad()
-        tokens = windows[:, 1:].numel()
-        loss = summed_loss(model, ranks.share(windows).to(device)) / tokens
+
+    def trained(batch: Batch) -> Step:
+        tokens = batch.windows[:, 1:].numel()
+        loss = summed_loss(model, ranks.share(batch).to(device)) / tokens
         loss.backward()
         sum_gradients(replicated, ranks)
         optimizer.step()
         schedule.step()
+        optimizer.zero_grad()
         total = loss.detach().double()
         ranks.sum(total)
-        yield Step(loss=total, logits=model.router_logits())
+        return Step(loss=total, logits=model.take_router_logits())
+
+    return map(trained, batches)
 
 
 def summed_loss(model: LanguageModel, windows: Tensor) -> Tensor:

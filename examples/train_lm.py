@@ -8,6 +8,16 @@ the same weights, on the same batches. For each of these runs one process then t
 fp64. How far those two are apart is what float arithmetic alone does to the losses; a run on ranks may be a small
 multiple of that away from fp64. The exit code is 0 if none is further away, 1 if one is, 2 for wrong arguments.
 
+    python examples/train_lm.py --soak --nproc 2 --json soak.json
+
+--soak trains for 2000 steps, slowly, each with a context length of its own and with its sequences cut anew between the
+ranks, so that T goes from nothing to the whole batch; every eighth batch is one byte again and again, which sends all
+tokens to the same few experts. The losses are held against dense runs as ever. And each rank looks, 40 times, at what
+it holds between two steps: after a quarter of the steps, open files, threads, tensors and what PyTorch's allocator has
+may not change any more, by not one byte, and process and device may not take more than if one number of each token had
+stayed, or than is taken at a time. The exit code is 1 if something grows. A process that has done a few steps has not
+settled: a short soak may be red for the bytes of the process alone.
+
 The fast backend needs a GPU for each rank. Without one, TRITON_INTERPRET=1 and --backend fast run its kernels on the
 CPU, thousands of times slower: add --steps 2 --context 2.
 
@@ -16,6 +26,7 @@ Also under torchrun: torchrun --nproc-per-node 2 examples/train_lm.py. CUDA is u
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -24,8 +35,9 @@ from collections.abc import Sequence
 
 import torch
 from lm_options import Settings, parse_settings, under_torchrun
-from lm_report import Outcome, write_json, write_picture
-from lm_runs import Recorded, train_densely, train_on_ranks
+from lm_report import Outcome, as_json, write_picture
+from lm_runs import Recorded, train_all_densely, train_on_ranks
+from lm_soak import Soak, soaked
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
@@ -58,29 +70,33 @@ def launch(settings: Settings) -> int:
 
 
 def run_rank(settings: Settings) -> int:
-    """One rank's part. Rank 0 goes on when the others are done: trains densely, compares, writes."""
+    """One rank's part: it trains with the others, then densely for its share of runs; rank 0 tells."""
     # The launcher ends the ranks with this signal, and one that waits in a collective would not see an exception.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     device = device_of_rank(int(os.environ["LOCAL_RANK"]))
     runs = train_on_ranks(settings, device)
-    return judge(runs, settings, device) if runs else 0
+    outcomes = train_all_densely(runs, settings, device)
+    return judge(outcomes, list(runs.recorded.values()), settings, device) if outcomes else 0
 
 
-def judge(runs: Sequence[Recorded], settings: Settings, device: torch.device) -> int:
-    """Hold each of the runs on ranks against dense ones, and tell; the exit code, 0 if all agree."""
-    outcomes = [train_densely(settings, run, device) for run in runs]
-    report(outcomes, settings)
+def judge(outcomes: Sequence[Outcome], runs: Sequence[Recorded], settings: Settings, device: torch.device) -> int:
+    """Tell how the runs on ranks agree with the dense ones; the exit code, 0 if all is well."""
+    soak = soaked(outcomes, runs, settings, device) if settings.course.is_soak else None
+    report(outcomes, settings, soak)
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 
 
-def report(outcomes: Sequence[Outcome], settings: Settings) -> None:
-    """Write the files asked for, and print the summary."""
+def report(outcomes: Sequence[Outcome], settings: Settings, soak: Soak | None) -> None:
+    """Write the files asked for, and print the summary. soak: what there is to say of one, if it was one."""
     for run in outcomes:
         print(run.losses)
         print(run.logits)
         print(f"{run.backend}: loss {run.ranks[0]:.3f} -> {run.ranks[-1]:.3f} in {len(run.ranks)} steps")
+    for line in soak.lines() if soak else []:
+        print(line)
     if settings.json is not None:
-        write_json(outcomes, settings, settings.json)
+        document = soak.as_json() if soak else as_json(outcomes, settings)
+        settings.json.write_text(json.dumps(document, indent=1) + "\n")
         print(f"numbers: {settings.json}")
     try:
         write_picture(outcomes, settings, settings.output)

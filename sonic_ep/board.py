@@ -63,7 +63,9 @@ class Board:
     def tell(self, notice: Notice) -> None:
         """Replace this rank's notice."""
         key = self._key(self._group.rank)
-        self._answer(lambda: self._store.set(key, str(notice)))
+        # An error's text may hold what is no UTF-8: a file's name, say.
+        written = str(notice).encode(errors="surrogatepass")
+        self._answer(lambda: self._store.set(key, written))
 
     def notices(self) -> dict[int, Notice]:
         """The notices of the other ranks that have told something, by rank."""
@@ -74,7 +76,7 @@ class Board:
         return bool(self._store.check([self._key(rank)]))
 
     def _read(self, rank: int) -> Notice:
-        return Notice.parsed(self._store.get(self._key(rank)).decode())
+        return Notice.parsed(self._store.get(self._key(rank)).decode(errors="surrogatepass"))
 
     def _key(self, rank: int) -> str:
         return f"sonic_ep/notices/{self.number}/{rank}"

@@ -68,19 +68,18 @@ class Calls:
         rank.
         """
         self._open()
-        if not self._turn.acquire(blocking=False):
-            raise RuntimeError(f"{self._name}: got a call while another thread is in one, expected one after the other")
-        try:
-            yield
-        except PeerError:
-            raise
-        except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(f"{self._name}: out of memory in {self._waits.meeting}: {error}") from error
-        except RuntimeError as error:
-            self._held.backend.explain(error)
-            raise
-        finally:
-            self._turn.release()
+        with self._in_turn():
+            try:
+                yield
+            except PeerError:
+                raise
+            except torch.OutOfMemoryError as error:
+                raise torch.OutOfMemoryError(
+                    f"{self._name}: out of memory in {self._waits.meeting}: {error}"
+                ) from error
+            except RuntimeError as error:
+                self._held.backend.explain(error)
+                raise
 
     def begin(self, name: str, **facts: object) -> None:
         """The arguments are right: from here on the call is collective. ``facts``: what all ranks have to have alike.
@@ -94,9 +93,13 @@ class Calls:
             self._compare({name: str(value) for name, value in (*told, *self._common.items())})
 
     def close(self) -> None:
-        """Give back what is held. Later calls raise."""
-        if self._release.detach() is not None and self._process == os.getpid():
-            self._held.backend.close()
+        """Give back what is held. Later calls raise. Raises ``RuntimeError`` while another thread is in a call."""
+        if self._process != os.getpid():
+            self._release.detach()
+            return
+        with self._in_turn():
+            if self._release.detach() is not None:
+                self._held.backend.close()
 
     def let_go(self) -> None:
         """No call will follow, and what backward still needs stays for as long as that does."""
@@ -107,6 +110,15 @@ class Calls:
         if not self.closed and self._process == os.getpid():
             self._waits.leave(f"{type(error).__name__}: {error}")
         self.close()
+
+    @contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        if not self._turn.acquire(blocking=False):
+            raise RuntimeError(f"{self._name}: got a call while another thread is in one, expected one after the other")
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     def _open(self) -> None:
         if self.closed:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from pathlib import Path
 import torch
 
 PACKAGE = Path(__file__).parent
+CPU_INFORMATION = Path("/proc/cpuinfo")
 PATIENCE_SECONDS = 20
 # To be said beside every figure of two GPUs.
 FLATTERED_WORLD_SIZE = 2
@@ -52,6 +55,16 @@ def this_machine(device: torch.device) -> Machine:
         driver=_driver() if on_gpu else None,
         code=code_digest(),
     )
+
+
+def processor() -> str:
+    """What the processor calls itself; its architecture where it does not tell."""
+    try:
+        lines = CPU_INFORMATION.read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def package_version(package: str) -> str | None:

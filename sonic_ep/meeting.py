@@ -20,8 +20,9 @@ _CALL_SHIFT = STEP_BITS + PHASE_BITS + 2
 
 
 class Phase(IntEnum):
-    """What ranks meet for."""
+    """What ranks meet for. UNKNOWN: something that is none of ours."""
 
+    UNKNOWN = 0
     AGREEMENT = 1
     CHECK = 2
     MEMORY = 3
@@ -30,6 +31,10 @@ class Phase(IntEnum):
     DISPATCH = 6
     COMBINE = 7
     MEETING = 8
+
+    @classmethod
+    def _missing_(cls, value: object) -> Phase:
+        return cls.UNKNOWN
 
     def __str__(self) -> str:
         return self.name.lower()
@@ -69,7 +74,7 @@ class Meeting:
 
     @staticmethod
     def of_tag(tag: int) -> Meeting:
-        """The meeting of a ``tag``, or of its ``published``.
+        """The meeting of a ``tag``, or of its ``published``; any other number is one of phase ``UNKNOWN``.
 
         >>> here = Meeting(step=Step(number=3, call=1), phase=Phase.DISPATCH)
         >>> here.tag == 3 + 6 * 2**32 + 1 * 2**39, Meeting.of_tag(published(here.tag)) == here

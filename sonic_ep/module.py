@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
 from sonic_ep.api import ExpertParallel, MoEOutput
 from sonic_ep.config import ScoreOrder, parse_choice
-from sonic_ep.validation import ROW_DTYPES, Edge, check_experts_divide
+from sonic_ep.validation import Edge, check_experts_divide
 
 SEEDS = 2**62
 
@@ -63,8 +63,8 @@ class MoE(nn.Module):
         self.score_order = parse_choice(f"{ep.group}: score_order", score_order, ScoreOrder)
         self.norm_topk_probs = edge.flag("norm_topk_probs", norm_topk_probs)
         self.reduce_router_grad = edge.flag("reduce_router_grad", reduce_router_grad)
-        dtype = dtype or torch.get_default_dtype()
-        edge.require(dtype in ROW_DTYPES, "dtype", dtype, " or ".join(map(str, ROW_DTYPES)))
+        dtype = edge.dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
+        device = edge.device("device", device)
         edge.named("gate_layout", gate_layout, GATE_LAYOUTS)
         width = edge.named("activation", activation, ACTIVATIONS).up_width(intermediate_size)
         held = num_experts // ep.world_size
@@ -75,7 +75,7 @@ class MoE(nn.Module):
         self.router_w = parameter(num_experts, hidden_size)
         self.w1 = parameter(held, width, hidden_size)
         self.w2 = parameter(held, hidden_size, intermediate_size)
-        self.b1 = parameter(held, width) if bias else None
+        self.b1 = parameter(held, width) if edge.flag("bias", bias) else None
         self.b2 = parameter(held, hidden_size) if bias else None
         self.reset_parameters()
 

@@ -23,6 +23,8 @@ from sonic_ep.plan import RoutingPlan
 ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INDEX_DTYPES = (torch.int32, torch.int64)
 SCORE_DTYPES = (*ROW_DTYPES, torch.float64)
+# Every rank counts the slots of all of them.
+MOST_EXPERTS = 2**16
 
 ObjectT = TypeVar("ObjectT")
 
@@ -64,6 +66,24 @@ class Edge:
         self.require(isinstance(value, bool), name, repr(value), "True or False")
         return bool(value)
 
+    def dtype(self, name: str, value: object) -> torch.dtype:
+        """One of ``ROW_DTYPES``."""
+        found = value if isinstance(value, torch.dtype) and value in ROW_DTYPES else None
+        self.require(found is not None, name, repr(value), " or ".join(map(str, ROW_DTYPES)))
+        assert found is not None
+        return found
+
+    def device(self, name: str, value: object) -> torch.device | None:
+        """A device, or its name, or None."""
+        if value is None or isinstance(value, torch.device):
+            return value
+        if not isinstance(value, str):
+            raise TypeError(f"{self.group}: {name}: got {type(value).__name__}, expected a torch.device or its name")
+        try:
+            return torch.device(value)
+        except RuntimeError:
+            raise ValueError(f"{self.group}: {name}: got {value!r}, expected the name of a device") from None
+
     def named(self, name: str, value: object, choices: Mapping[str, ObjectT]) -> ObjectT:
         """The object that ``value`` names."""
         found = choices.get(value) if isinstance(value, str) else None
@@ -88,7 +108,7 @@ class Edge:
         return held.clone() if held.is_inference() and torch.is_grad_enabled() else held
 
     def _own_tensor(self, name: str, value: object) -> Tensor:
-        """``value`` as PyTorch's own class: what a class of the caller's makes of a function is no part of the layer."""
+        """``value`` as PyTorch's own class: what a class of the caller's makes of a function does not count here."""
         if not isinstance(value, Tensor):
             raise TypeError(f"{self.group}: {name}: got {type(value).__name__}, expected a torch.Tensor")
         kind = type(value)
@@ -122,8 +142,9 @@ def check_rows_of_tokens(edge: Edge, x: object) -> Tensor:
 
 
 def check_experts_divide(edge: Edge, num_experts: int) -> None:
-    """W divides E."""
+    """W divides E, which is no larger than can be counted."""
     world_size = edge.group.world_size
+    edge.require(num_experts <= MOST_EXPERTS, "number of experts E", num_experts, f"at most {MOST_EXPERTS}")
     divides = num_experts % world_size == 0
     edge.require(divides, "number of experts E", num_experts, f"a multiple of the group's W={world_size} ranks")
 

@@ -146,7 +146,7 @@ class Waits:
     def _timed_out(self) -> PeerTimeoutError:
         self._tell_where()
         return PeerTimeoutError(
-            f"{self.group}: waited {self.timeout:g} s for {self._missing(patience=0.0)} in {self.meeting}; "
+            f"{self.group}: waited {self.timeout:g} s for {self._missing()} in {self.meeting}; "
             "did it fail, or make another call?"
         )
 
@@ -154,22 +154,21 @@ class Waits:
         self._tell_where()
         self._raise_if_somebody_left()
         reason = str(error).strip().splitlines()[0]
-        return PeerLostError(
-            f"{self.group}: lost {self._missing(patience=GRACE_SECONDS)}, waited for in {self.meeting}: {reason}"
-        )
+        return PeerLostError(f"{self.group}: lost {self._missing()}, waited for in {self.meeting}: {reason}")
 
-    def _missing(self, patience: float) -> str:
-        """The ranks that have not told, after ``patience`` seconds at most, that they wait in the same collective."""
-        deadline = time.monotonic() + patience
+    def _missing(self) -> str:
+        """The ranks that have not told, after ``GRACE_SECONDS`` at most, that they wait in the same collective."""
+        deadline = time.monotonic() + GRACE_SECONDS
         while True:
             missing = self._silent()
-            if len(missing) <= 1 or time.monotonic() >= deadline:
+            if len(missing) <= 1 or self._board.broken or time.monotonic() >= deadline:
                 break
             time.sleep(ANNOUNCE_SECONDS / 10)
         if self._board.broken:
             return "rank 0 of the world, which holds the store of the process group and does not answer,"
-        names = ", ".join(map(str, missing)) or "a rank that is not known"
-        return f"rank{'s' if len(missing) > 1 else ''} {names}"
+        if not missing:
+            return "a rank that is not known"
+        return f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
 
     def _silent(self) -> list[int]:
         notices = self._board.notices()

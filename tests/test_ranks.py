@@ -46,6 +46,14 @@ def fresh_memory(rank: Rank) -> bool:
     return bool(floats.isnan().all() and torch.empty_like(floats).isnan().all())
 
 
+def said_in_environment(rank: Rank, name: str) -> str | None:
+    return os.environ.get(name)
+
+
+def threads_of_parent(rank: Rank) -> int:
+    return len(os.listdir(f"/proc/{os.getppid()}/task"))
+
+
 def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -112,6 +120,21 @@ def test_a_rank_that_died_between_calls_is_named_and_replaced() -> None:
             pool.run(who, world_size=2)
         assert raised.value.rank == 1
         assert len(pool.run(who, world_size=2)) == 2
+
+
+def test_fresh_ranks_have_the_environment_of_their_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    with RankPool() as pool:
+        assert pool.run(said_in_environment, "SAID_LATER", world_size=1) == [None]
+        pool.stop()
+        monkeypatch.setenv("SAID_LATER", "yes")
+        assert pool.run(said_in_environment, "SAID_LATER", world_size=1) == ["yes"]
+        assert pool.run(said_in_environment, "TRITON_INTERPRET", world_size=1) == ["1"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, where ranks are forked")
+def test_what_ranks_are_forked_from_has_no_threads_to_lose() -> None:
+    with RankPool() as pool:
+        assert pool.run(threads_of_parent, world_size=2) == [1, 1]
 
 
 def test_a_closed_pool_says_so() -> None:

@@ -12,6 +12,7 @@ from sonic_ep import EPConfig
 from sonic_ep.benchmark.layer import Pass
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.profiler.report import EVERY_PAIR
+from sonic_ep.report.load import KINDS_WITHOUT_TIMES
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
 # What make bench writes is somebody's own.
@@ -35,8 +36,11 @@ def document_of(path: Path) -> Document:
 
 def faults_of_origin(path: Path) -> Iterator[str]:
     """What a document does not say of where it is from, or should not say."""
-    environment = document_of(path).get("environment", {})
-    for name in ("gpu", "commit", "command"):
+    document = document_of(path)
+    environment = document.get("environment", {})
+    # What was checked on a CPU, and timed nothing, says so instead: with the processor that it ran on.
+    where = "processor" if document.get("kind") in KINDS_WITHOUT_TIMES and not environment.get("gpu") else "gpu"
+    for name in (where, "commit", "command"):
         if not environment.get(name):
             yield f"no {name}"
     for found in SOMEBODYS_PATH.finditer(path.read_text()):
@@ -163,3 +167,16 @@ def test_a_document_of_unknown_origin_is_found(tmp_path: Path, changed: Document
     document = made_up()
     document["environment"] |= changed
     assert list(faults_of_origin(written(document, tmp_path))) == [fault]
+
+
+@pytest.mark.parametrize("kind", KINDS_WITHOUT_TIMES)
+def test_what_was_checked_on_a_cpu_names_the_processor(tmp_path: Path, kind: str) -> None:
+    document = made_up()
+    document["kind"] = kind
+    assert list(faults_of_origin(written(document, tmp_path))) == []
+    document["environment"]["gpu"] = None
+    assert list(faults_of_origin(written(document, tmp_path))) == ["no processor"]
+    document["environment"]["processor"] = "a processor"
+    assert list(faults_of_origin(written(document, tmp_path))) == []
+    document["kind"] = "sweep"
+    assert list(faults_of_origin(written(document, tmp_path))) == ["no gpu"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from report_documents import Json, changed, document, entry, layer, loaded, point, profile, suite, sweep
 
-from sonic_ep.report.load import load
+from sonic_ep.report.load import KINDS_WITHOUT_TIMES, load
 
 
 @pytest.mark.parametrize(
@@ -183,3 +183,12 @@ def test_numbers_of_more_digits_than_python_reads(tmp_path: Path) -> None:
     path.write_text(json.dumps(SUITE).replace('"gpus": 2', '"gpus": ' + "9" * 5000))
     with pytest.raises(ValueError, match=r"a\.json: "):
         load([path])
+
+
+def test_records_without_times_are_passed_over_by_name(tmp_path: Path) -> None:
+    others = {kind: document(kind, {"failures": []}) for kind in KINDS_WITHOUT_TIMES}
+    found = loaded(tmp_path, a=SUITE, **others)
+    assert [one.source.file for one in found.everything] == ["a.json"]
+    assert found.passed_over == tuple(f"{kind}.json" for kind in KINDS_WITHOUT_TIMES)
+    with pytest.raises(ValueError, match="got no document with times, expected one of suite, profile, layer, sweep"):
+        loaded(tmp_path, **others)

@@ -332,6 +332,7 @@ def test_losses_that_are_off_are_red(finished: Finished, comparison: ModuleType,
         (["--combine", "glue"], "invalid choice: 'glue'"),
         (["--output", "missing/picture.png"], "there is no folder missing"),
         (["--json", "."], "expected the path of a file"),
+        (["--soak", "--nproc", "2", "--steps", "3"], "--steps: got 3, expected at least 4 with --soak"),
         (["--colour"], "unrecognized arguments: --colour"),
     ],
     ids=lambda wrong: " ".join(wrong) if isinstance(wrong, list) else "",
@@ -357,7 +358,7 @@ def test_wrong_arguments_start_no_ranks(tmp_path: Path, wrong: str, message: str
 @pytest.mark.skipif(sys.platform != "linux", reason="the ranks are found in /proc")
 def test_ctrl_c_ends_every_rank(tmp_path: Path) -> None:
     launcher = subprocess.Popen(
-        command("--nproc=2", "--steps=100000"),
+        command("--nproc=2", "--steps=10000", "--context=2"),
         cwd=tmp_path,
         env=environment(),
         stdout=subprocess.PIPE,

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from sonic_ep.benchmark.workload import Shape
 from sonic_ep.cost import LinkCeilings
-from sonic_ep.machine import FLATTERED_WORLD_SIZE, TWO_GPUS_NOTE, commit, this_machine
+from sonic_ep.machine import FLATTERED_WORLD_SIZE, TWO_GPUS_NOTE, commit, processor, this_machine
 from sonic_ep.testing.timing import Ceiling, Timing
 
 
@@ -265,6 +265,7 @@ def environment(device: torch.device, world_size: int, named_commit: str | None,
     """What the run depends on; ``command``: how to run it again."""
     return {
         **asdict(this_machine(device)),
+        "processor": processor(),
         "world_size": world_size,
         "process_group": dist.get_backend() if dist.is_initialized() else None,
         "commit": named_commit or commit(),

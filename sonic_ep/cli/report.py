@@ -50,5 +50,7 @@ def report(options: argparse.Namespace) -> int:
     except OSError as error:
         print(f"sonic-ep: {error}", file=sys.stderr)
         return RED
+    for name in documents.passed_over:
+        print(f"{name}: passed over, it records no times")
     print(f"{output}: {len(documents.everything)} files, {len(pngs)} figures, also as PNG in {folder}")
     return GREEN

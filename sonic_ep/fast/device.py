@@ -226,19 +226,25 @@ def _turn_in_time(flag_ptr, old, new, SEM: tl.constexpr, expiry_ptr, peer, tag, 
 
 
 @triton.jit(do_not_specialize=["tag", "limit"])
-def barrier_kernel(flags_ptr, expiry_ptr, rank, tag, limit):
-    """All ranks meet, at the meeting ``tag``: what each wrote before is visible to all after. Grid (W,): one a peer.
+def barrier_kernel(flags_ptr, world_size, expiry_ptr, rank, tag, limit):
+    """All ranks meet, at the meeting ``tag``: what each wrote before is visible to all after. Grid (W,), one a peer.
 
     flags_ptr (W,) int64: addresses of each rank's W flags, int64, all down (0) before and after; flag p of a rank is
     raised by rank p, to its tag, and lowered by its owner, who traps if it is another tag than its own.
+
+    Under the interpreter, where programs run one after the other, the grid is (2 * W,): the first W raise a flag each,
+    the others wait. So nobody is kept waiting by a rank that itself waits for a third.
     """
-    peer = tl.program_id(0)
+    program = tl.program_id(0)
+    peer = program % world_size
     if peer != rank:
-        theirs = tl.load(flags_ptr + peer).to(tl.pointer_type(tl.int64)) + rank
-        mine = tl.load(flags_ptr + rank).to(tl.pointer_type(tl.int64)) + peer
         here = tl.full((), 0, tl.int64) + tag
         down = here - here
-        # The peer may still be about to lower the flag of the last meeting.
-        _turn_in_time(theirs, down, here, "release", expiry_ptr, peer, here, limit, False)
-        _turn_in_time(mine, here, down, "acquire", expiry_ptr, peer, here, limit, True)
-        tl.debug_barrier()
+        if program < world_size:
+            theirs = tl.load(flags_ptr + peer).to(tl.pointer_type(tl.int64)) + rank
+            # The peer may still be about to lower the flag of the last meeting.
+            _turn_in_time(theirs, down, here, "release", expiry_ptr, peer, here, limit, False)
+        if (program >= world_size) | (not INTERPRETED):
+            mine = tl.load(flags_ptr + rank).to(tl.pointer_type(tl.int64)) + peer
+            _turn_in_time(mine, here, down, "acquire", expiry_ptr, peer, here, limit, True)
+            tl.debug_barrier()

@@ -1,13 +1,17 @@
-"""Triton's interpreter, a third faster: kernels on the CPU, for tests.
+"""Triton's interpreter, several times faster: kernels on the CPU, for tests.
 
-It replaces the functions of Triton's language by its own whenever a kernel calls another function, which takes longer
-than most of them. Once for each launch is enough, as long as that goes on.
+What takes most of its time changes no result. It replaces the functions of Triton's language by its own whenever a
+kernel calls another function, where once for each launch is enough. It works out whether sums and products of integers
+overflow, only to assert it in a mode of Triton that it never runs in. And it works out anew for each value what the
+type of the value alone decides.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 import triton.language as tl
@@ -57,8 +61,60 @@ def language_of(function: Any) -> frozenset[int]:
     return frozenset(id(module) for module in modules if module in (tl, tl.core))
 
 
+def once_per_type(construct: Callable[..., None]) -> Callable[..., None]:
+    """The constructor of a tensor, which finds out once for each type what is the same for all tensors of it."""
+    known: dict[str, dict[str, Any]] = {}
+
+    @wraps(construct)
+    def constructed(tensor: Any, handle: Any, type: Any) -> None:
+        if type.name not in known:
+            construct(tensor, handle, type)
+            known[type.name] = {name: value for name, value in vars(tensor).items() if value is not handle}
+        else:
+            vars(tensor).update(known[type.name], handle=handle)
+
+    return constructed
+
+
+def once_per_shape(construct: Callable[..., None]) -> Callable[..., None]:
+    """The constructor of a block's type, which finds out once for each element and shape what follows from them."""
+    known: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    @wraps(construct)
+    def constructed(block: Any, element_ty: Any, shape: Any) -> None:
+        given = (element_ty.name, *(getattr(size, "value", size) for size in shape))
+        if given not in known:
+            construct(block, element_ty, shape)
+            known[given] = dict(vars(block))
+        else:
+            vars(block).update(known[given])
+
+    return constructed
+
+
+def once_per_name(numpy_type: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The type of NumPy for one of Triton's, looked up by its name: Triton makes a table of all for each look."""
+    known: dict[str, Any] = {}
+
+    @wraps(numpy_type)
+    def looked_up(type: Any) -> Any:
+        if type.name not in known:
+            known[type.name] = numpy_type(type)
+        return known[type.name]
+
+    return looked_up
+
+
 def hasten() -> None:
-    """Let the interpreter of this process replace the language once per launch; nothing where it works differently."""
-    replace = getattr(interpreter, "_patch_lang", None)
-    if replace is not None and not isinstance(replace, OncePerLaunch):
-        interpreter._patch_lang = OncePerLaunch(replace)
+    """Spare the interpreter of this process what changes no result; nothing where it works differently."""
+    patch = getattr(interpreter, "_patch_lang", None)
+    if patch is None or isinstance(patch, OncePerLaunch):
+        return
+    interpreter._patch_lang = OncePerLaunch(patch)
+    interpreter._get_np_dtype = once_per_name(interpreter._get_np_dtype)
+    tl.core.tensor.__init__ = once_per_type(tl.core.tensor.__init__)
+    tl.core.block_type.__init__ = once_per_shape(tl.core.block_type.__init__)
+    options = interpreter.interpreter_builder.options
+    # Its assertions are those of debug mode: without it the check of overflow ends in nothing.
+    if not options.debug:
+        interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)

@@ -33,9 +33,10 @@ def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gra
     """
 
     @wraps(backward)
-    def guarded(ctx: Any, *gradients: Tensor) -> Gradients:
+    def guarded(ctx: Any, *gradients: Tensor | None) -> Gradients:
         with torch.no_grad():
-            results = backward(ctx, *gradients)
+            # Kernels read what stands in memory: what is negated in name alone would have the wrong sign.
+            results = backward(ctx, *(None if found is None else found.resolve_neg() for found in gradients))
         present = [result for result in results if result is not None]
         if not torch.is_grad_enabled() or not present:
             return results

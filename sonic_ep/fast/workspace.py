@@ -317,8 +317,10 @@ class Workspace:
 
     def _meet(self, tag: int) -> None:
         if self.group.world_size > 1:
-            grid = (self.group.world_size,)
-            self._run(barrier_kernel, grid, self._meeting.addresses, tag=tag, num_warps=1)
+            world_size = self.group.world_size
+            # On the CPU kernels are interpreted, one program after the other.
+            grid = (world_size,) if self.device.type == "cuda" else (2 * world_size,)
+            self._run(barrier_kernel, grid, self._meeting.addresses, world_size, tag=tag, num_warps=1)
 
     def _run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, tag: int, **constants: Any) -> None:
         limit = int(self._waits.timeout * NANOSECONDS_PER_SECOND)

@@ -205,9 +205,13 @@ Document = Suite | ProfileDocument | Layer | Sweep
 
 @dataclass(frozen=True, kw_only=True)
 class Documents:
-    """All documents of a report, by kind, in the order in which they were given."""
+    """All documents of a report, by kind, in the order in which they were given.
+
+    passed_over: names of files that record no times.
+    """
 
     everything: tuple[Document, ...]
+    passed_over: tuple[str, ...] = ()
 
     @property
     def suites(self) -> tuple[Suite, ...]:

@@ -23,15 +23,24 @@ from sonic_ep.report.read_measured import (
 )
 
 KINDS = ("suite", "profile", "layer", "sweep")
+# Records of what was checked, not of how long it took: a report of times has nothing to show of them.
+KINDS_WITHOUT_TIMES = ("properties", "soak")
 
 
 def load(paths: Sequence[Path]) -> d.Documents:
-    """The documents in these files.
+    """The documents in these files; those of kinds without times are passed over, by name.
 
-    Raises ``ValueError`` with the file, the field, what was got and what was expected, for the first thing wrong.
+    Raises ``ValueError`` with the file, the field, what was got and what was expected, for the first thing wrong, and
+    if there is no document with times.
     """
     names = file_names(paths)
-    return d.Documents(everything=tuple(_read(path, name) for path, name in zip(paths, names, strict=True)))
+    found = {name: _read(path, name) for path, name in zip(paths, names, strict=True)}
+    timed = {name: fields for name, fields in found.items() if fields.values.get("kind") not in KINDS_WITHOUT_TIMES}
+    if not timed:
+        raise ValueError(f"{', '.join(names)}: got no document with times, expected one of {', '.join(KINDS)}")
+    return d.Documents(
+        everything=tuple(map(_document, timed.values())), passed_over=tuple(name for name in names if name not in timed)
+    )
 
 
 def file_names(paths: Sequence[Path]) -> tuple[str, ...]:
@@ -54,7 +63,7 @@ def _shortest(path: Path, paths: Sequence[Path]) -> str:
     return str(path)
 
 
-def _read(path: Path, name: str) -> d.Document:
+def _read(path: Path, name: str) -> Fields:
     try:
         found = cleaned(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
@@ -63,7 +72,7 @@ def _read(path: Path, name: str) -> d.Document:
         raise ValueError(f"{path}: got what is no JSON ({error}), expected a JSON document") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: got a {type(found).__name__}, expected a JSON object with kind and environment")
-    return _document(Fields(file=name, path="", values=found, sparse=True))
+    return Fields(file=name, path="", values=found, sparse=True)
 
 
 def _document(fields: Fields) -> d.Document:

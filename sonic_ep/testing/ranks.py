@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -18,7 +19,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +32,12 @@ from sonic_ep.group import device_of_rank
 
 # What ranks of either kind need of others: kernels run on the CPU by Triton's interpreter, and ranks that share a GPU.
 _SETTINGS = {"cpu": {"TRITON_INTERPRET": "1"}, "cuda": {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}}
+
+# A server forks the ranks that has imported PyTorch, and what its backward imports the first time: two seconds. It has
+# not touched CUDA and has no threads that a fork would lose (OpenBLAS ends its own before). What else a rank needs, it
+# imports from where the caller would, and after its settings.
+_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+_IMPORTED_ONCE = ["torch", "torch.fx.experimental.symbolic_shapes"]
 
 # After the first error, how long others may take to report theirs before they are stopped.
 GRACE_SECONDS = 1.0
@@ -184,14 +191,19 @@ class _Worker:
     """A live rank, seen from the pool."""
 
     rank: int
-    process: SpawnProcess
+    process: BaseProcess
     connection: Connection
 
     @staticmethod
     def start(rank: int, device_type: str) -> _Worker:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(_METHOD)
+        context.set_forkserver_preload(_IMPORTED_ONCE)
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(rank, theirs, device_type), daemon=True, name=f"rank {rank}")
+        # The server's own environment is that of the time when it started.
+        settings = dict(os.environ) | _SETTINGS[device_type]
+        process = context.Process(  # type: ignore[attr-defined]
+            target=_serve, args=(rank, theirs, settings), daemon=True, name=f"rank {rank}"
+        )
         process.start()
         theirs.close()
         return _Worker(rank=rank, process=process, connection=ours)
@@ -242,10 +254,11 @@ def _receive(worker: _Worker) -> _Answer:
     return answer
 
 
-def _serve(rank: int, connection: Connection, device_type: str) -> None:
+def _serve(rank: int, connection: Connection, environment: dict[str, str]) -> None:
     """A worker's life: answer jobs until the pool is gone."""
     # Triton reads its switch when it is imported, symmetric memory reads the other when memory is first shared.
-    os.environ.update(_SETTINGS[device_type])
+    os.environ.clear()
+    os.environ.update(environment)
     # Ctrl-C reaches the whole terminal; the pool decides what becomes of its ranks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -272,8 +285,9 @@ def _serve(rank: int, connection: Connection, device_type: str) -> None:
 def _poison_new_memory() -> None:
     """Let memory that nobody has written read as NaN (integers: their largest value): no test passes by luck."""
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-    # PyTorch fills only in its deterministic mode; what has no deterministic form may still run.
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # PyTorch fills only in its deterministic mode; what has no deterministic form may still run. By its other name,
+    # use_deterministic_algorithms, this would import the compiler, which takes longer than PyTorch itself.
+    torch.set_deterministic_debug_mode("warn")
     warnings.filterwarnings("ignore", message=".*deterministic.*")
 
 

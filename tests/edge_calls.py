@@ -1,0 +1,207 @@
+"""The public calls as fuzzing sees them: right arguments, what a call gives, and whether it took what it should not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sonic_ep import ExpertParallel, RoutingPlan
+from sonic_ep.testing import assert_bitwise
+
+# Of this process alone, so that what else runs on its cores does not count.
+MOST_SECONDS = 1.0
+Arguments = dict[str, Any]
+Outcome = list[Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of a call: T, H, I, E and K."""
+
+    tokens: int = 3
+    hidden: int = 8
+    intermediate: int = 4
+    num_experts: int = 2
+    top_k: int = 2
+
+
+SIZES = Sizes()
+# One element wherever there may be one.
+ONES = Sizes(tokens=1, num_experts=1, top_k=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A public call. arguments: right ones. run: gives a tensor, several, or a plan."""
+
+    name: str
+    arguments: Callable[[ExpertParallel, torch.device, Sizes], Arguments]
+    run: Callable[[ExpertParallel, Arguments], Any]
+
+    def outcome(
+        self, ep: ExpertParallel, arguments: Arguments, hold: Callable[[Tensor], Tensor] = torch.clone
+    ) -> Outcome:
+        """What the call returns, and the gradients of all arguments that require one.
+
+        hold: makes of the gradients that come in what backward gets.
+        """
+        trained = [value for value in arguments.values() if isinstance(value, Tensor) and value.requires_grad]
+        found = self.run(ep, arguments)
+        if isinstance(found, RoutingPlan):
+            return [value for f in fields(found) if isinstance(value := getattr(found, f.name), Tensor)]
+        results = list(found) if isinstance(found, tuple) else [found]
+        outputs = [result for result in results if result.requires_grad]
+        probes = [hold(probe(output)) for output in outputs]
+        grads = torch.autograd.grad(outputs, trained, probes, allow_unused=True) if outputs else ()
+        return results + [torch.zeros(0) if grad is None else grad for grad in grads]
+
+
+def leaves(arguments: Arguments) -> Arguments:
+    """The arguments, requiring gradients where they can."""
+    for value in arguments.values():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.is_leaf and not value.is_inference():
+            value.requires_grad_()
+    return arguments
+
+
+def probe(tensor: Tensor) -> Tensor:
+    """A gradient of small whole numbers, the same each time."""
+    return whole(tensor.shape).to(tensor.device, tensor.dtype)
+
+
+def whole(shape: Sequence[int], seed: int = 5) -> Tensor:
+    """Whole numbers so small that nothing is rounded: whatever way a product is taken, its bits are the same."""
+    return torch.randint(-3, 4, tuple(shape), generator=torch.Generator().manual_seed(seed)).float()
+
+
+def plain(value: Any) -> Any:
+    """The values of a tensor, held as PyTorch holds them by itself; everything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    with torch._C.DisableTorchFunctionSubclass():
+        held = value.detach().as_subclass(Tensor).resolve_neg()
+        return torch.empty(held.shape, dtype=held.dtype, device=held.device).copy_(held)
+
+
+def complaint(ep: ExpertParallel, call: Call, arguments: Arguments, changes: Arguments, base: Outcome) -> str | None:
+    """What is wrong with the call with ``changes``: it has to be right, or a ``ValueError`` or ``TypeError`` at once.
+
+    base: the outcome of ``leaves(arguments)``, which changes that keep all values have to have.
+    """
+    started = time.process_time()
+    try:
+        found = call.outcome(ep, {**leaves(arguments), **leaves(changes)})
+        ep.check()
+    except (ValueError, TypeError):
+        took = time.process_time() - started
+        return None if took < MOST_SECONDS else f"refused after {took:.1f} s"
+    except Exception as error:
+        return f"raised {type(error).__name__}: {str(error)[:200]}"
+    if not all(isinstance(value, Tensor) for value in changes.values()):
+        return "was taken"
+    same = {name: plain(value).requires_grad_(value.requires_grad) for name, value in changes.items()}
+    alike = all(
+        torch.equal(value, arguments[name]) and _as_trained(value, arguments[name]) for name, value in same.items()
+    )
+    try:
+        assert_same(found, base if alike else call.outcome(ep, {**arguments, **same}))
+    except AssertionError as error:
+        return f"wrong: {error}"
+    return None
+
+
+def _as_trained(value: Tensor, other: Tensor) -> bool:
+    return value.dtype == other.dtype and value.requires_grad == other.requires_grad
+
+
+def assert_same(found: Outcome, expected: Outcome) -> None:
+    """The same bits, but for the sign of a zero: with the way a product is taken, it may change."""
+    assert len(found) == len(expected), (len(found), len(expected))
+    for place, (got, want) in enumerate(zip(found, expected, strict=True)):
+        assert_bitwise(plain(got) + 0, want.detach() + 0, f"result {place}")
+
+
+def _drawn(device: torch.device, sizes: Sizes) -> Arguments:
+    ids = torch.arange(sizes.tokens * sizes.top_k).view(sizes.tokens, sizes.top_k) % sizes.num_experts
+    shapes = {
+        "x": (sizes.tokens, sizes.hidden),
+        "router_w": (sizes.num_experts, sizes.hidden),
+        "w1": (sizes.num_experts, sizes.intermediate, sizes.hidden),
+        "w2": (sizes.num_experts, sizes.hidden, sizes.intermediate),
+        "b1": (sizes.num_experts, sizes.intermediate),
+        "b2": (sizes.num_experts, sizes.hidden),
+    }
+    return {
+        **{name: whole(shape, seed).to(device) for seed, (name, shape) in enumerate(shapes.items())},
+        "topk_idx": ids.to(device),
+        "topk_scores": 2.0 ** whole((sizes.tokens, sizes.top_k)).to(device),
+        # Of one expert the score is 1.
+        "top_k": 1,
+        "num_experts": sizes.num_experts,
+        "activation": "relu",
+    }
+
+
+def _these(*names: str) -> Callable[[ExpertParallel, torch.device, Sizes], Arguments]:
+    def take(ep: ExpertParallel, device: torch.device, sizes: Sizes) -> Arguments:
+        found = _drawn(device, sizes)
+        return {name: found[name] for name in names}
+
+    return take
+
+
+def _of_dispatch(ep: ExpertParallel, device: torch.device, sizes: Sizes) -> Arguments:
+    found = _drawn(device, sizes)
+    return {"x": found["x"], "plan": ep.plan(found["topk_idx"], sizes.num_experts)}
+
+
+def _of_combine(ep: ExpertParallel, device: torch.device, sizes: Sizes) -> Arguments:
+    found = _drawn(device, sizes)
+    plan = ep.plan(found["topk_idx"], sizes.num_experts)
+    rows = whole((plan.row_capacity, sizes.hidden)).to(device)
+    return {"rows": rows, "topk_scores": found["topk_scores"], "plan": plan}
+
+
+def _run_moe(ep: ExpertParallel, arguments: Arguments) -> tuple[Tensor, ...]:
+    out = ep.moe(**arguments)
+    return out.y, out.router_logits, out.tokens_per_expert
+
+
+def _run_dispatch(ep: ExpertParallel, arguments: Arguments) -> Tensor:
+    rows = ep.dispatch(**arguments)
+    # Those behind may hold anything.
+    return rows[: arguments["plan"].rows()]
+
+
+EXPERTS = ("w1", "w2", "b1", "b2")
+CALLS: Mapping[str, Call] = MappingProxyType(
+    {
+        call.name: call
+        for call in (
+            Call(name="moe", arguments=_these("x", "router_w", *EXPERTS, "top_k", "activation"), run=_run_moe),
+            Call(
+                name="moe_routed",
+                arguments=_these("x", "topk_idx", "topk_scores", *EXPERTS, "activation"),
+                run=lambda ep, arguments: ep.moe_routed(**arguments),
+            ),
+            Call(
+                name="plan",
+                arguments=_these("topk_idx", "num_experts"),
+                run=lambda ep, arguments: ep.plan(**arguments),
+            ),
+            Call(name="dispatch", arguments=_of_dispatch, run=_run_dispatch),
+            Call(name="combine", arguments=_of_combine, run=lambda ep, arguments: ep.combine(**arguments)),
+        )
+    }
+)
+
+
+def tensors_of(arguments: Arguments) -> list[str]:
+    """Names of the arguments that are tensors."""
+    return [name for name, value in arguments.items() if isinstance(value, Tensor)]

@@ -1,0 +1,147 @@
+"""NaN and infinity stay in their own tokens: every other token, and every expert they did not touch, keeps its bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from backends import both_backends
+from torch import Tensor
+
+from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
+from sonic_ep.testing import Case, Inputs, Rank, RankPool, assert_bitwise, draw
+from sonic_ep.testing.cases import dropping
+from sonic_ep.testing.differential import Outcome, run_moe, run_routed
+
+VALUES = (float("nan"), float("inf"), -float("inf"))
+SMALL = Case(name="non-finite", tokens=(2, 5), hidden=8, intermediate=8, num_experts=12, top_k=2, seed=30)
+DROPPED = replace(SMALL, tokens=(7, 7), num_experts=6, choose=dropping, seed=31)
+# Of one expert the score is 1, so that whole numbers stay whole.
+ONE_CHOICE = replace(SMALL, top_k=1, activation="relu")
+OF_TOKENS = ("y", "dx", "dscores", "router_logits")
+OF_EXPERTS = ("dw1", "dw2", "db1", "db2")
+
+
+def parallels(backend: str) -> Iterator[ExpertParallel]:
+    """One for each combine mode, and with each another dispatch mode."""
+    for dispatch, combine in zip(DispatchMode, CombineMode, strict=True):
+        with ExpertParallel(backend=backend, config=EPConfig(dispatch=dispatch, combine=combine)) as ep:
+            yield ep
+
+
+def poisoned(inputs: Inputs, name: str) -> Inputs:
+    """The inputs with one value in each of the last tokens: in one feature of x, or as one score."""
+    tensor = getattr(inputs, name).clone()
+    tensor[poisoned_tokens(inputs), 1] = torch.tensor(VALUES, device=tensor.device)
+    return replace(inputs, **{name: tensor})
+
+
+def poisoned_tokens(inputs: Inputs) -> slice:
+    """Where they stand among all: they are the last rank's."""
+    return slice(inputs.x.shape[0] - len(VALUES), None)
+
+
+def others_of(inputs: Inputs, rank: int) -> Tensor:
+    """Which of this rank's tokens are not poisoned."""
+    others = torch.ones(inputs.x.shape[0], dtype=torch.bool, device=inputs.x.device)
+    others[poisoned_tokens(inputs)] = False
+    return others[inputs.tokens_of(rank)]
+
+
+def assert_others_keep_their_bits(found: Outcome, clean: Outcome, inputs: Inputs, rank: int) -> None:
+    others = others_of(inputs, rank)
+    for name in set(OF_TOKENS) & set(found):
+        assert_bitwise(found[name][others], clean[name][others], name)
+    assert not found["y"][~others].isfinite().any()
+
+
+def poisoned_and_routed(rank: Rank, backend: str) -> None:
+    inputs = draw(SMALL, rank.world_size, rank.device)
+    touched = set(inputs.topk_idx[poisoned_tokens(inputs)].flatten().tolist())
+    hits = [expert in touched for expert in range(SMALL.num_experts)[inputs.experts_of(rank.rank)]]
+    assert not all(hits)
+    for ep in parallels(backend):
+        clean = run_routed(inputs, ep)
+        for name in ("x", "topk_scores"):
+            found = run_routed(poisoned(inputs, name), ep)
+            assert_others_keep_their_bits(found, clean, inputs, rank.rank)
+            for weight in OF_EXPERTS:
+                for expert in (expert for expert, hit in enumerate(hits) if not hit):
+                    assert_bitwise(found[weight][expert], clean[weight][expert], weight)
+            # x is what every expert of its token learns from.
+            finite = [bool(grad.isfinite().all()) for grad in found["dw1"]]
+            assert name != "x" or finite == [not hit for hit in hits]
+
+
+@both_backends
+def test_a_poisoned_token_or_score_touches_its_own_experts_alone(pool: RankPool, backend: str) -> None:
+    pool.run(poisoned_and_routed, backend, world_size=2)
+
+
+def whole_numbers(inputs: Inputs) -> Inputs:
+    """Inputs of which nothing is rounded: how many rows a product has then changes none of its bits."""
+    names = ("x", "dy", "router_w", "dlogits")
+    weights = {name: getattr(inputs.experts, name).mul(3).round() for name in ("w1", "w2", "b1", "b2")}
+    rounded = {name: getattr(inputs, name).mul(2).round() for name in names}
+    return replace(inputs, **rounded, experts=replace(inputs.experts, **weights))
+
+
+def poisoned_before_the_router(rank: Rank, backend: str, case: Case) -> None:
+    """The tokens may go to any experts, but to K of them, each once, and all of them are there."""
+    inputs = whole_numbers(draw(case, rank.world_size, rank.device))
+    for ep in parallels(backend):
+        clean, found = run_moe(inputs, ep), run_moe(poisoned(inputs, "x"), ep)
+        ep.check()
+        others = others_of(inputs, rank.rank)
+        assert_bitwise(found["router_logits"][others], clean["router_logits"][others], "router_logits")
+        assert found["y"][others].isfinite().all()
+        assert found["dx"][others].isfinite().all()
+        if case.top_k == 1:
+            assert_others_keep_their_bits(found, clean, inputs, rank.rank)
+        counts = found["tokens_per_expert"]
+        assert int(counts.sum()) == inputs.topk_idx.numel()
+        assert int((counts - clean["tokens_per_expert"]).abs().max()) <= len(VALUES)
+
+
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    [
+        pytest.param("reference", ONE_CHOICE, id="reference-K=1"),
+        pytest.param("reference", SMALL, id="reference-K=2"),
+        pytest.param("fast", ONE_CHOICE, id="fast-K=1"),
+        pytest.param("fast", SMALL, marks=pytest.mark.thorough, id="fast-K=2"),
+    ],
+)
+def test_poisoned_tokens_before_the_router_change_no_other(pool: RankPool, backend: str, case: Case) -> None:
+    pool.run(poisoned_before_the_router, backend, case, world_size=2)
+
+
+def nowhere(rank: Rank, backend: str) -> None:
+    """Whatever stands in what is dropped, and in the gradients that come in for it."""
+    inputs = draw(DROPPED, rank.world_size, rank.device)
+    dropped = inputs.topk_idx < 0
+    gone = dropped.all(dim=1)
+    mine = inputs.tokens_of(rank.rank)
+    assert gone[mine].any()
+    assert (dropped & ~gone[:, None]).any()
+    values = torch.tensor(VALUES, device=rank.device).repeat(len(gone))[: len(gone), None]
+    filled = replace(
+        inputs,
+        x=torch.where(gone[:, None], values, inputs.x),
+        dy=torch.where(gone[:, None], values, inputs.dy),
+        topk_scores=torch.where(dropped, values, inputs.topk_scores),
+    )
+    for ep in parallels(backend):
+        clean, found = run_routed(inputs, ep), run_routed(filled, ep)
+        for name, tensor in found.items():
+            assert_bitwise(tensor, clean[name], name)
+        for name in ("y", "dx", "dscores"):
+            assert_bitwise(clean[name][gone[mine]], torch.zeros_like(clean[name][gone[mine]]), name)
+        assert_bitwise(clean["dscores"][dropped[mine]], torch.zeros_like(clean["dscores"][dropped[mine]]), "dscores")
+
+
+@both_backends
+def test_what_is_routed_nowhere_yields_exact_zeros_whatever_it_is(pool: RankPool, backend: str) -> None:
+    pool.run(nowhere, backend, world_size=2)

@@ -1,0 +1,164 @@
+"""The layer with any shape, routing, option and pair of modes: forward and every gradient, against the oracle.
+
+An example is one whole number (see ``random_cases``), and a failure names it with the command that runs it alone.
+``property_run.py`` runs as many more as it is told to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import property_run
+import pytest
+import torch
+from exact_inputs import exact_inputs
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from property_run import main
+from random_cases import Kind, example_of
+from run_examples import AGAIN, Failure, differences, failures
+
+from sonic_ep.cli.exit_codes import GREEN, RED
+from sonic_ep.config import ScoreOrder
+from sonic_ep.testing import Rank, RankPool
+from sonic_ep.testing.differential import moe_oracle, routed_oracle
+
+# Examples in a call of live ranks, and calls. Interpreted, an example takes some ten times as long.
+BATCH = 40
+BATCHES = {"reference": 10, "fast": 3}
+MOST_SEEDS = 2**31
+
+
+def any_seed(seed: int) -> bool:
+    return True
+
+
+def soon_interpreted(seed: int) -> bool:
+    """Exact examples of few ranks; the others take longer there, and are for the long run."""
+    example = example_of(seed)
+    # Of two and three ranks every so many.
+    every = {1: 1, 2: 3, 3: 6}.get(example.world_size)
+    return example.kind.exact and every is not None and seed % every == 0
+
+
+def drawn_batches(batches: int, which: Callable[[int], bool]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Runs a test with ``batches`` lists of seeds, always the same ones, of those that ``which`` takes.
+
+    Hypothesis need not shrink: of a batch the smallest example that fails is named first, and runs alone.
+    """
+    seeds = st.lists(st.integers(0, MOST_SEEDS - 1).filter(which), min_size=BATCH, max_size=BATCH, unique=True)
+    limits = settings(
+        max_examples=batches,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=[
+            HealthCheck.too_slow,
+            HealthCheck.data_too_large,
+            HealthCheck.large_base_example,
+            HealthCheck.filter_too_much,
+        ],
+    )
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        return limits(given(seeds=seeds)(test))
+
+    return decorate
+
+
+def assert_right(pool: RankPool, backend: str, seeds: list[int]) -> None:
+    found = failures(pool, backend, seeds)
+    assert not found, "\n".join(map(str, found))
+
+
+@drawn_batches(BATCHES["reference"], any_seed)
+def test_any_example_on_the_reference(pool: RankPool, seeds: list[int]) -> None:
+    assert_right(pool, "reference", seeds)
+
+
+@pytest.mark.fast
+@drawn_batches(BATCHES["fast"], soon_interpreted)
+def test_any_example_on_the_fast_backend(pool: RankPool, seeds: list[int]) -> None:
+    assert_right(pool, "fast", seeds)
+
+
+def test_examples_are_of_every_kind() -> None:
+    """As many as a run has: each pair of modes with each flag, each number of ranks and dtype, and what is odd."""
+    examples = [example_of(seed) for seed in range(BATCH * BATCHES["reference"])]
+    assert {example.kind for example in examples} == set(Kind)
+    assert {example.world_size for example in examples} == {1, 2, 3, 4}
+    assert len({example.modes for example in examples}) == 16
+    assert len({(e.config.redispatch_x_in_backward, e.config.cpu_sync_on_runtime, e.tight) for e in examples}) == 8
+    assert {example.case.dtype for example in examples} == {torch.float32, torch.bfloat16, torch.float16}
+    assert {example.case.score_order for example in examples} == set(ScoreOrder)
+    assert any(sum(example.case.tokens) == 0 for example in examples)
+    assert any(0 in example.case.tokens and sum(example.case.tokens) for example in examples)
+    assert example_of(7) == example_of(7)
+
+
+def test_exact_examples_are_not_of_zeros() -> None:
+    """A result of zeros alone would be right too often; and plain PyTorch gives what is true to the last bit."""
+    zeros: Counter[str] = Counter()
+    examples = [e for e in map(example_of, range(60)) if e.kind.exact and sum(e.case.tokens)]
+    for example in examples:
+        inputs = exact_inputs(example)
+        oracle = routed_oracle(inputs) if example.kind.routed else moe_oracle(inputs, inputs.topk_idx)
+        assert differences(oracle.plain, oracle.truth, lambda name: slice(None), "") == []
+        zeros.update(name for name, truth in oracle.truth.items() if not truth.any())
+    # Where all is dropped, or all h are below zero.
+    assert {name: count for name, count in zeros.items() if count > len(examples) / 4} == {}
+
+
+def test_one_element_that_differs_is_named() -> None:
+    inputs = exact_inputs(next(e for e in map(example_of, range(99)) if e.kind.routed and sum(e.case.tokens) > 2))
+    truth = routed_oracle(inputs).truth
+    wrong = truth["y"].clone()
+    wrong[1, 0] += 1
+    (said,) = differences({**truth, "y": wrong}, truth, lambda name: slice(None), "")
+    assert said.startswith(f"y: 1 of {wrong.numel()} differ, the first at (1, 0): got ")
+    (said,) = differences({**truth, "dx": truth["dx"][1:]}, truth, lambda name: slice(None), "")
+    assert said.startswith("dx: got shape ")
+
+
+def test_the_long_run_counts_what_it_ran(cpu_pool: RankPool, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--examples", "2", "--seed", "4", "--backend", "reference", "--json", str(tmp_path / "found.json")]
+    assert main([*arguments, "--commit", "a commit"], cpu_pool) == GREEN
+    assert "reference: 2 of 2 examples, 0 wrong" in capfd.readouterr().out
+    document = json.loads((tmp_path / "found.json").read_text())
+    assert document["kind"] == "properties"
+    assert document["examples"] == {"reference": 2}
+    assert sum(document["by_modes"].values()) == sum(document["by_world_size"].values()) == 2
+    assert document["failures"] == []
+    origin = document["environment"]
+    assert (origin["gpu"], origin["commit"]) == (None, "a commit")
+    assert origin["command"] == "python tests/property_run.py --examples 2 --seed 4 --backend reference"
+
+
+def test_the_long_run_ends_red_and_says_how_to_see_it_again(
+    cpu_pool: RankPool, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What raises on a rank stops the whole batch; the example is still found by itself."""
+    monkeypatch.setattr(property_run, "BATCH", 2)
+    monkeypatch.setattr(property_run, "failures", one_wrong)
+    assert main(["--examples", "2", "--backend", "reference", "--json", str(tmp_path / "found.json")], cpu_pool) == RED
+    said = capfd.readouterr().out
+    assert AGAIN.format("reference", 1) in said
+    assert "reference: 2 of 2 examples, 1 wrong" in said
+    (failure,) = json.loads((tmp_path / "found.json").read_text())["failures"]
+    assert failure["seed"] == 1
+    assert "the cause" in failure["said"][0]
+
+
+def one_wrong(pool: RankPool, backend: str, seeds: range) -> list[Failure]:
+    """As ``failures``, of an example that raises on its rank."""
+    return pool.run(raise_at_one, list(seeds), world_size=1)[0]
+
+
+def raise_at_one(rank: Rank, seeds: list[int]) -> list[Failure]:
+    if 1 in seeds:
+        raise ValueError("the cause")
+    return []
