@@ -1,13 +1,11 @@
 """Shared memory: every transport, its poison, its growth, and the meetings that keep reuse in order."""
 
-import os
-import stat
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from host_files import lasting_files
 
 from sonic_ep import ExpertParallel
 from sonic_ep.config import PeerTimeoutError, SharedMemoryError
@@ -15,7 +13,6 @@ from sonic_ep.group import resolve_group
 from sonic_ep.testing import Rank, RankError, RankPool
 from sonic_ep.waits import Waits
 
-SHARED_FILES = "sonic_ep_" + "[0-9a-f]" * 32
 pytestmark = pytest.mark.fast
 
 
@@ -24,19 +21,6 @@ def make_workspace(rank: Rank, process_group: dist.ProcessGroup | None = None, t
 
     group = resolve_group(process_group)
     return Workspace(group, rank.device, waits=Waits(group, timeout))
-
-
-def shared_files() -> list[Path]:
-    return sorted(Path("/dev/shm").glob(SHARED_FILES))
-
-
-def lasting_files() -> list[Path]:
-    """Those that stay: files of other ranks on this machine come and go, each until all of its group have mapped it."""
-    lasting, deadline = set(shared_files()), time.monotonic() + 5
-    while lasting and time.monotonic() < deadline:
-        time.sleep(0.05)
-        lasting &= set(shared_files())
-    return sorted(lasting)
 
 
 def exchanged_bytes(rank: Rank) -> None:
@@ -217,56 +201,6 @@ def test_a_wait_inside_a_combine_is_bounded_too(cpu_pool: RankPool) -> None:
     message = cpu_pool.run(combining_alone, 1, world_size=2)[0]
     assert "for rank 1 in phase combine of step" in message
     cpu_pool.stop()
-
-
-def test_files_are_private_and_unguessable() -> None:
-    from sonic_ep.fast.shared_files import shared_file
-
-    with shared_file(100) as first, shared_file(100) as second:
-        assert first.name != second.name
-        for path in (first, second):
-            assert len(path.name.removeprefix("sonic_ep_")) == 32
-            assert stat.S_IMODE(path.stat().st_mode) == 0o600
-            assert path.stat().st_size == 100
-    assert not first.exists()
-    assert not second.exists()
-
-
-def files_while_open(rank: Rank) -> list[Path]:
-    workspace = make_workspace(rank)
-    workspace.reserve("rows", 100)
-    workspace.publish()
-    found = lasting_files()
-    workspace.fence()
-    workspace.close()
-    return found
-
-
-def test_no_file_is_left_even_while_it_is_mapped(cpu_pool: RankPool) -> None:
-    assert cpu_pool.run(files_while_open, world_size=3) == [[]] * 3
-
-
-def descriptors_and_maps() -> tuple[int, int]:
-    # Descriptors that the process group opens for its own use come and go; shared mappings are ours alone.
-    maps = Path("/proc/self/maps").read_text().count("/dev/shm/sonic_ep_")
-    return len(os.listdir("/proc/self/fd")), maps
-
-
-def opened_and_closed(rank: Rank) -> None:
-    def once() -> None:
-        with ExpertParallel(backend="fast") as ep:
-            plan = ep.plan(torch.zeros(2, 1, dtype=torch.int64, device=rank.device), rank.world_size)
-            ep.dispatch(torch.ones(2, 8, device=rank.device), plan)
-
-    once()
-    before = descriptors_and_maps()
-    for _ in range(10):
-        once()
-    assert descriptors_and_maps() == before
-
-
-def test_closing_gives_everything_back(cpu_pool: RankPool) -> None:
-    cpu_pool.run(opened_and_closed, world_size=2)
 
 
 def reserved_in_capture(rank: Rank) -> str:

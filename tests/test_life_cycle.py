@@ -1,0 +1,350 @@
+"""The life of an ExpertParallel: nothing is left of it, forgotten ones warn, forks keep off, and two do not mix."""
+
+import gc
+import os
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from backends import BACKENDS
+from torch import Tensor
+
+import sonic_ep
+from sonic_ep import ClosedError, EPConfig, ExpertParallel
+from sonic_ep.config import CollectiveMismatchError, PeerError, PeerLostError
+from sonic_ep.testing import Rank, RankPool, assert_bitwise
+
+ODD = 1
+LIVES = 200
+# All meet; of so many one makes a plan, and of so many one is a layer's, there and back.
+PLANNING, WORKING = 10, 100
+# Of lives before the count: what is made once is made by then.
+FIRST_LIVES = 3
+HIDDEN, HELD, TOP_K = 8, 2, 2
+TOKENS = 3
+both_backends = pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=pytest.mark.fast if name == "fast" else ()) for name in BACKENDS]
+)
+
+
+def layer_of(rank: Rank, seed: int = 0) -> list[Tensor]:
+    """Leaves of one rank: x (T, H), router_w, w1, w2."""
+    generator = torch.Generator().manual_seed(10 * seed + rank.rank)
+    experts = HELD * rank.world_size
+    shapes = ((TOKENS, HIDDEN), (experts, HIDDEN), (HELD, 8, HIDDEN), (HELD, HIDDEN, 4))
+    return [torch.randn(shape, generator=generator).to(rank.device).requires_grad_() for shape in shapes]
+
+
+def planned(ep: ExpertParallel, rank: Rank) -> list[int]:
+    return ep.plan(torch.full((2, 1), rank.rank, device=rank.device), rank.world_size).counts.tolist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holdings:
+    """What a process holds: file descriptors, threads, maps of shared files, bytes on the GPU, objects by type."""
+
+    descriptors: int
+    threads: int
+    maps: int
+    allocated: int
+    used: int
+    objects: Counter
+
+    @staticmethod
+    def now(device: torch.device) -> "Holdings":
+        gc.collect()
+        gpu = device.type == "cuda"
+        free, total = torch.cuda.mem_get_info(device) if gpu else (0, 0)
+        return Holdings(
+            descriptors=len(os.listdir("/proc/self/fd")),
+            threads=len(os.listdir("/proc/self/task")),
+            maps=Path("/proc/self/maps").read_text().count("/dev/shm/sonic_ep_"),
+            allocated=torch.cuda.memory_allocated(device) if gpu else 0,
+            used=total - free,
+            objects=Counter(type(thing).__name__ for thing in gc.get_objects()),
+        )
+
+
+def lived(rank: Rank, backend: str) -> tuple[Holdings, Holdings]:
+    """What there is after the first lives, and after many."""
+
+    def live(number: int) -> None:
+        with ExpertParallel(backend=backend, max_tokens_per_rank=TOKENS) as ep:
+            ep.meet(rank.device)
+            if number % PLANNING == 0:
+                planned(ep, rank)
+            if number % WORKING == 0:
+                ep.moe(*layer_of(rank), TOP_K).y.sum().backward()
+
+    for _ in range(FIRST_LIVES):
+        live(0)
+        first = Holdings.now(rank.device)
+    for number in range(LIVES):
+        live(number)
+    return first, Holdings.now(rank.device)
+
+
+@both_backends
+def test_two_hundred_lives_leave_nothing(pool: RankPool, backend: str) -> None:
+    for first, last in pool.run(lived, backend, world_size=2):
+        assert last.descriptors == first.descriptors
+        assert last.threads == first.threads
+        assert last.maps == first.maps == 0
+        assert last.allocated == first.allocated
+        assert last.used == first.used
+        # A few objects of Python's and Triton's own caches come and go, but none for every life or plan.
+        assert {name: n for name, n in (last.objects - first.objects).items() if n >= LIVES // PLANNING} == {}
+
+
+@contextmanager
+def warned() -> Iterator[list[str]]:
+    """What is said of objects that were let go, while this lasts."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield said
+        gc.collect()
+    said += [str(one.message) for one in caught if issubclass(one.category, ResourceWarning)]
+
+
+def forgotten(rank: Rank, backend: str) -> tuple[list[str], list[str]]:
+    """What is said of one that was let go without close(), and of the functional form; and their backwards."""
+    leaves = layer_of(rank)
+    with ExpertParallel(backend=backend) as ep:
+        out = ep.moe(*leaves, TOP_K)
+        expected = torch.autograd.grad(out.y.square().sum(), leaves)
+    with warned() as functional:
+        y = sonic_ep.moe(*leaves, TOP_K, backend=backend).y
+    assert_bitwise(y.detach(), out.y.detach())
+    with warned() as let_go:
+        ep = ExpertParallel(backend=backend)
+        later = ep.moe(*leaves, TOP_K).y
+        del ep
+    with ExpertParallel(backend=backend) as other:
+        # What is given back here may not be what the graphs need.
+        planned(other, rank)
+    for graph in (y, later):
+        for found, grad in zip(torch.autograd.grad(graph.square().sum(), leaves), expected, strict=True):
+            assert_bitwise(found, grad)
+    return functional, let_go
+
+
+@both_backends
+def test_what_is_forgotten_warns_and_its_graph_lives_on(pool: RankPool, backend: str) -> None:
+    for rank, (functional, let_go) in enumerate(pool.run(forgotten, backend, world_size=2)):
+        assert functional == []
+        said = f"rank {rank} of 2: ExpertParallel: got no close() before it was let go, expected one"
+        assert let_go == ([said] if backend == "fast" else [])
+
+
+AT_EXIT = """
+import os, sys, torch, sonic_ep
+
+def planned(ep):
+    return ep.plan(torch.tensor([[0], [1]]), 2).counts.tolist()
+
+layer = (torch.ones(2, 8), torch.ones(2, 8), torch.ones(2, 8, 8), torch.ones(2, 8, 4), 1)
+reference = sonic_ep.ExpertParallel(backend="reference")
+fast = sonic_ep.ExpertParallel(backend="fast")
+y = sonic_ep.moe(*layer, backend="fast").y
+assert planned(reference) == planned(fast) == [1, 1]
+child = os.fork()
+if child == 0:
+    for ep in (reference, fast):
+        try:
+            planned(ep)
+        except RuntimeError as error:
+            print(error)
+    sys.exit(0)
+print("child ended with", os.waitpid(child, 0)[1], flush=True)
+assert planned(reference) == planned(fast) == [1, 1]
+"""
+
+
+@pytest.mark.fast
+def test_what_is_left_open_at_exit_warns_in_the_process_that_made_it(tmp_path: Path) -> None:
+    """Once: not for what holds nothing, and not in a child that was forked."""
+    script = tmp_path / "left_open.py"
+    script.write_text(AT_EXIT)
+    settings = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "always", str(script)], capture_output=True, text=True, timeout=120, env=settings
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("ResourceWarning: rank 0 of 1: ExpertParallel: got no close() before it was let go") == 1
+    refused = [
+        line for line in done.stdout.splitlines() if "rank 0 of 1: ExpertParallel: got a call in process" in line
+    ]
+    assert len(refused) == 2
+    assert "that made it, expected one made in this process: what ranks share cannot be inherited" in refused[0]
+    assert "child ended with 0" in done.stdout
+
+
+def in_child(ep: ExpertParallel, rank: Rank) -> str:
+    """What a forked process hears when it calls, and when it leaves a ``with``."""
+    said = ""
+    try:
+        with ep:
+            planned(ep, rank)
+    except RuntimeError as error:
+        said = str(error)
+    with warned() as warnings_said:
+        del ep
+    return said + "".join(warnings_said)
+
+
+def forked(rank: Rank, backend: str) -> list[str]:
+    """In one child the object is used, and in another one closed; the parent goes on."""
+    read, write = os.pipe()
+    with ExpertParallel(backend=backend, max_tokens_per_rank=2) as ep:
+        assert planned(ep, rank) == [2] * rank.world_size
+        children = []
+        for leave in (in_child, closed_in_child):
+            children.append(os.fork())
+            if children[-1] == 0:
+                os.write(write, leave(ep, rank).encode() + b"\n")
+                os._exit(0)
+            assert os.waitpid(children[-1], 0)[1] == 0
+            assert planned(ep, rank) == [2] * rank.world_size
+    os.close(write)
+    with open(read) as said:
+        return [line.replace(str(children[number]), "CHILD") for number, line in enumerate(said)]
+
+
+def closed_in_child(ep: ExpertParallel, rank: Rank) -> str:
+    try:
+        ep.close()
+    except RuntimeError as error:
+        return str(error)
+    return "closed"
+
+
+@both_backends
+def test_a_forked_process_keeps_off(cpu_pool: RankPool, backend: str) -> None:
+    for rank, said in enumerate(cpu_pool.run(forked, backend, world_size=2)):
+        assert len(said) == 2
+        for words in said:
+            assert words.startswith(f"rank {rank} of 2: ExpertParallel: got a call in process CHILD, forked from ")
+            assert words.endswith("what ranks share cannot be inherited\n")
+
+
+def left_by_an_error(rank: Rank) -> str:
+    """One rank's ``with`` ends in an error; the other hears of it while it waits, and says so."""
+    group = dist.new_group(list(range(rank.world_size)))
+    ep = ExpertParallel(group, backend="reference")
+
+    def use() -> None:
+        with ep:
+            planned(ep, rank)
+            if rank.rank == ODD:
+                raise KeyError("labels")
+            planned(ep, rank)
+
+    with pytest.raises((KeyError, PeerLostError)) as raised:
+        use()
+    with pytest.raises(ClosedError):
+        planned(ep, rank)
+    dist.barrier()
+    dist.destroy_process_group(group)
+    return f"{raised.type.__name__}: {raised.value}"
+
+
+def test_a_rank_that_left_by_an_error_is_named_with_it(cpu_pool: RankPool) -> None:
+    who, why = cpu_pool.run(left_by_an_error, world_size=2)
+    assert who.startswith(
+        "PeerLostError: rank 0 of 2: rank 1 left (KeyError: 'labels') while it was waited for in phase"
+    )
+    assert why == "KeyError: 'labels'"
+
+
+def interleaved(rank: Rank, backend: str) -> None:
+    """Two objects of one group, calls and backwards in any order, against each alone."""
+    configs = (EPConfig(dispatch="all_to_all", combine="rank_dedup"), EPConfig(redispatch_x_in_backward=True))
+    alone = []
+    for seed, config in enumerate(configs):
+        with ExpertParallel(backend=backend, config=config) as ep:
+            leaves = layer_of(rank, seed)
+            y = ep.moe(*leaves, TOP_K).y
+            alone.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
+    with (
+        ExpertParallel(backend=backend, config=configs[0]) as first,
+        ExpertParallel(backend=backend, config=configs[1]) as second,
+    ):
+        for order in ((0, 1), (1, 0)):
+            layers = [layer_of(rank, seed) for seed in range(2)]
+            outs = [ep.moe(*leaves, TOP_K).y for ep, leaves in zip((first, second), layers, strict=True)]
+            planned(first, rank)
+            for number in order:
+                found = [outs[number].detach(), *torch.autograd.grad(outs[number].square().sum(), layers[number])]
+                for got, expected in zip(found, alone[number], strict=True):
+                    assert_bitwise(got, expected)
+                planned(second, rank)
+
+
+@both_backends
+def test_two_objects_of_one_group_take_turns(pool: RankPool, backend: str) -> None:
+    pool.run(interleaved, backend, world_size=2)
+
+
+def made_in_another_order(rank: Rank, backend: str) -> str:
+    bounds = (4, 5) if rank.rank == ODD else (5, 4)
+    made = {bound: ExpertParallel(backend=backend, max_tokens_per_rank=bound) for bound in bounds}
+    return said_of(made[4], made[5], rank)
+
+
+def called_in_another_order(rank: Rank, backend: str) -> str:
+    first, second = (ExpertParallel(backend=backend, max_tokens_per_rank=4) for _ in range(2))
+    return said_of(*((second, first) if rank.rank == ODD else (first, second)), rank)
+
+
+def called_in_another_order_later(rank: Rank, backend: str) -> str:
+    """When both hold their memory: each rank then waits in that of another."""
+    first, second = (ExpertParallel(backend=backend, max_tokens_per_rank=4, timeout=1.0) for _ in range(2))
+    for ep in (first, second):
+        planned(ep, rank)
+    return said_of(*((second, first) if rank.rank == ODD else (first, second)), rank)
+
+
+def said_of(first: ExpertParallel, second: ExpertParallel, rank: Rank) -> str:
+    def call_both() -> None:
+        for ep in (first, second):
+            planned(ep, rank)
+
+    with pytest.raises(PeerError) as raised:
+        call_both()
+    for ep in (first, second):
+        try:
+            ep.close()
+        except PeerError:
+            # A kernel of it has waited in vain.
+            continue
+    dist.barrier()
+    with ExpertParallel(backend=first.backend) as later:
+        assert planned(later, rank) == [2] * rank.world_size
+    return f"{raised.type.__name__}: {raised.value}"
+
+
+@pytest.mark.parametrize(
+    ("order", "error"),
+    [
+        (made_in_another_order, CollectiveMismatchError),
+        (called_in_another_order, CollectiveMismatchError),
+        (called_in_another_order_later, PeerError),
+    ],
+)
+@both_backends
+def test_another_order_of_objects_is_found(
+    cpu_pool: RankPool, backend: str, order: Callable[[Rank, str], str], error: type[Exception]
+) -> None:
+    for rank, said in enumerate(cpu_pool.run(order, backend, world_size=2)):
+        assert f"rank {rank} of 2: " in said
+        assert f"rank {1 - rank} " in said
+        assert error is PeerError or said.startswith(error.__name__)

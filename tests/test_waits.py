@@ -1,0 +1,301 @@
+"""Host collectives end in time, whatever becomes of the other ranks, and name the rank that was missing."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sonic_ep.board import ANSWER_SECONDS, Board
+from sonic_ep.config import PeerError, PeerLostError
+from sonic_ep.group import EPGroup, resolve_group
+from sonic_ep.meeting import Meeting, Phase, Step
+from sonic_ep.testing import Rank, RankPool
+from sonic_ep.waits import ANNOUNCE_SECONDS, GRACE_SECONDS, HOST, Waits
+
+ODD = 1
+TIMEOUT_SECONDS = 0.5
+# Long enough for the others to look for who is missing.
+LATE_SECONDS = 1.2 * ANNOUNCE_SECONDS
+# A busy machine's.
+SLACK_SECONDS = 3.0
+PLENTY_SECONDS = 60.0
+Trouble = Callable[[Rank, Waits], Any]
+
+
+def waits_of_a_new_group(rank: Rank, timeout: float) -> Waits:
+    """Of a group of all ranks: what becomes of it leaves the world's in order."""
+    return Waits(resolve_group(dist.new_group(list(range(rank.world_size)))), timeout)
+
+
+def in_trouble(rank: Rank, trouble: Trouble, timeout: float) -> tuple[str, float]:
+    """What a rank has to say of ``trouble``, and after how many seconds."""
+    waits = waits_of_a_new_group(rank, timeout)
+    waits.meeting = Meeting(step=Step(number=7), phase=Phase.EXCHANGE)
+    dist.barrier()
+    began = time.monotonic()
+    try:
+        said = str(trouble(rank, waits))
+    except PeerError as error:
+        said = f"{type(error).__name__}: {error}"
+    took = time.monotonic() - began
+    # Whoever destroys its group closes the connections that others still wait at.
+    dist.barrier()
+    dist.destroy_process_group(waits.group.process_group)
+    return said, took
+
+
+def comes_late(rank: Rank, waits: Waits) -> list[int]:
+    """When the others have long told that they wait."""
+    deadline = time.monotonic() + PLENTY_SECONDS
+    while rank.rank == ODD and len(waits._board.notices()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    if rank.rank == ODD:
+        assert {notice.text for notice in waits._board.notices().values()} == {"phase exchange of step 7"}
+    return waits.numbers(10 * rank.rank, HOST) + waits.numbers(rank.rank, HOST)
+
+
+def test_a_rank_that_comes_in_time_is_waited_for(cpu_pool: RankPool) -> None:
+    for said, _ in cpu_pool.run(in_trouble, comes_late, PLENTY_SECONDS, world_size=3):
+        assert said == "[0, 10, 20, 0, 1, 2]"
+
+
+def stays_away_after_a_wait(rank: Rank, waits: Waits) -> str:
+    """It has told that it waits in an earlier collective."""
+    comes_late(rank, waits)
+    waits.timeout = TIMEOUT_SECONDS
+    if rank.rank != 0:
+        waits.numbers(1, HOST)
+    return "met"
+
+
+def test_that_a_rank_waited_before_does_not_count_as_coming(cpu_pool: RankPool) -> None:
+    said = [said for said, _ in cpu_pool.run(in_trouble, stays_away_after_a_wait, PLENTY_SECONDS, world_size=3)]
+    assert said[0] == "met"
+    for rank in (1, 2):
+        assert said[rank].startswith(f"PeerTimeoutError: rank {rank} of 3: waited 0.5 s for rank 0 in phase exchange")
+
+
+def stays_away(rank: Rank, waits: Waits) -> str:
+    if rank.rank == ODD:
+        return ""
+    waits.numbers(1, HOST)
+    return "met"
+
+
+def stays_away_from_rows(rank: Rank, waits: Waits) -> str:
+    if rank.rank == ODD:
+        return ""
+    waits.all_to_all_rows(torch.ones(3, 2), [1, 1, 1], [1, 1, 1])
+    return "met"
+
+
+@pytest.mark.parametrize("trouble", [stays_away, stays_away_from_rows])
+def test_a_rank_that_does_not_come_is_named(cpu_pool: RankPool, trouble: Trouble) -> None:
+    for rank, (said, took) in enumerate(cpu_pool.run(in_trouble, trouble, TIMEOUT_SECONDS, world_size=3)):
+        if rank != ODD:
+            assert said == (
+                f"PeerTimeoutError: rank {rank} of 3: waited 0.5 s for rank {ODD} in phase exchange of step 7; "
+                "did it fail, or make another call?"
+            )
+            # Those that wait tell each other so, and take no longer than that.
+            assert took < TIMEOUT_SECONDS + SLACK_SECONDS
+
+
+def only_one_comes(rank: Rank, waits: Waits) -> str:
+    return stays_away(rank, waits) if rank.rank == 2 else ""
+
+
+def test_all_that_do_not_come_are_named(cpu_pool: RankPool) -> None:
+    said, took = cpu_pool.run(in_trouble, only_one_comes, TIMEOUT_SECONDS, world_size=3)[2]
+    assert "waited 0.5 s for ranks 0, 1 in phase exchange of step 7" in said
+    assert took < TIMEOUT_SECONDS + GRACE_SECONDS + SLACK_SECONDS
+
+
+def comes_when_all_have_given_up(rank: Rank, waits: Waits) -> str:
+    if rank.rank == ODD:
+        time.sleep(TIMEOUT_SECONDS + ANNOUNCE_SECONDS / 2)
+    return str(waits.numbers(1, HOST))
+
+
+def test_a_rank_that_comes_too_late_hears_that_the_others_are_gone(cpu_pool: RankPool) -> None:
+    said, _ = cpu_pool.run(in_trouble, comes_when_all_have_given_up, TIMEOUT_SECONDS, world_size=2)[ODD]
+    assert said.startswith("PeerLostError: rank 1 of 2: lost a rank that is not known, waited for in phase exchange")
+
+
+def leaves(rank: Rank, waits: Waits) -> str:
+    if rank.rank == ODD:
+        waits.leave("KeyError: 'labels'")
+        return ""
+    waits.numbers(1, HOST)
+    return "met"
+
+
+def test_a_rank_that_left_is_named_with_its_error_before_the_time_is_up(cpu_pool: RankPool) -> None:
+    for rank, (said, took) in enumerate(cpu_pool.run(in_trouble, leaves, PLENTY_SECONDS, world_size=3)):
+        if rank != ODD:
+            assert said == (
+                f"PeerLostError: rank {rank} of 3: rank {ODD} left (KeyError: 'labels') while it was waited for in "
+                "phase exchange of step 7"
+            )
+            assert took < ANNOUNCE_SECONDS + SLACK_SECONDS
+
+
+def leaves_after_its_part(rank: Rank, waits: Waits) -> list[int]:
+    """It has done all that the others wait for, and left before they look."""
+    if rank.rank == ODD:
+        gathered = waits.group.process_group.allgather(  # type: ignore[union-attr]
+            [[torch.zeros(2, dtype=torch.int64) for _ in range(rank.world_size)]],
+            [torch.tensor([waits.meeting.tag, 5])],
+        )
+        waits._collectives += 1
+        waits.leave("no error of the others'")
+        gathered.wait()
+        return [5, 5, 5]
+    if rank.rank == 2:
+        time.sleep(LATE_SECONDS)
+    return waits.numbers(5, HOST)
+
+
+def test_a_rank_that_left_after_its_part_harms_nobody(cpu_pool: RankPool) -> None:
+    for said, _ in cpu_pool.run(in_trouble, leaves_after_its_part, PLENTY_SECONDS, world_size=3):
+        assert said == "[5, 5, 5]"
+
+
+def closes_its_connections(rank: Rank, waits: Waits) -> str:
+    """As the end of its process does."""
+    if rank.rank == ODD:
+        dist.destroy_process_group(waits.group.process_group)
+        return ""
+    waits.numbers(1, HOST)
+    return "met"
+
+
+def lost(rank: Rank) -> tuple[str, float]:
+    waits = waits_of_a_new_group(rank, PLENTY_SECONDS)
+    dist.barrier()
+    began = time.monotonic()
+    try:
+        said = closes_its_connections(rank, waits)
+    except PeerLostError as error:
+        said = str(error)
+    return said, time.monotonic() - began
+
+
+def test_a_rank_that_is_gone_is_named_by_all(cpu_pool: RankPool) -> None:
+    for rank, (said, took) in enumerate(cpu_pool.run(lost, world_size=3)):
+        if rank != ODD:
+            assert said.startswith(f"rank {rank} of 3: lost rank {ODD}, waited for in phase meeting of step 0: ")
+            assert took < GRACE_SECONDS + SLACK_SECONDS
+
+
+def strays(rank: Rank, waits: Waits) -> list[int]:
+    if rank.rank == ODD:
+        waits.meeting = Meeting(step=Step(number=6), phase=Phase.ROUTER, backward=True)
+    return waits.numbers(1, HOST)
+
+
+def talks_of_something_else(rank: Rank, waits: Waits) -> str:
+    """The caller's own exchange of two numbers, over the same group."""
+    if rank.rank == ODD:
+        two = torch.tensor([3, 4])
+        dist.all_gather([torch.empty_like(two) for _ in range(3)], two, group=waits.group.process_group)
+        return ""
+    return str(waits.numbers(1, HOST))
+
+
+@pytest.mark.parametrize(
+    ("trouble", "place"),
+    [(strays, "phase backward (router) of step 6"), (talks_of_something_else, "phase unknown of step 3")],
+)
+def test_a_rank_that_came_from_elsewhere_is_named_with_both_places(
+    cpu_pool: RankPool, trouble: Trouble, place: str
+) -> None:
+    said = [said for said, _ in cpu_pool.run(in_trouble, trouble, PLENTY_SECONDS, world_size=3)]
+    for rank in (0, 2):
+        assert said[rank].startswith(
+            f"CollectiveMismatchError: rank {rank} of 3: rank {ODD} came to {place}, expected phase exchange of step 7"
+        )
+    if trouble is strays:
+        assert said[ODD].startswith(
+            f"CollectiveMismatchError: rank {ODD} of 3: rank 0 came to phase exchange of step 7"
+        )
+
+
+def objects_of_unlike_sizes(rank: Rank) -> None:
+    """Also after another call has been refused, and of objects that pickle to less or more than before."""
+    waits = waits_of_a_new_group(rank, PLENTY_SECONDS)
+    waits.meeting = here = Meeting(step=Step(number=2), phase=Phase.DISPATCH)
+    for size in (0, 1, 1000):
+        mine = {"rank": rank.rank, "text": "x" * size * rank.rank}
+        found = waits.objects(mine, Phase.CHECK)
+        assert found == [{"rank": other, "text": "x" * size * other} for other in range(rank.world_size)]
+        assert waits.meeting == here
+    rows = torch.arange(3 * rank.rank).view(-1, 1)
+    splits = [rank.rank] * rank.world_size
+    received = waits.all_to_all_rows(rows, splits, list(range(rank.world_size)))
+    assert received.flatten().tolist() == [o * rank.rank + i for o in range(rank.world_size) for i in range(o)]
+    assert waits.all_gather(torch.zeros(0, 3)).shape == (rank.world_size, 0, 3)
+
+
+def test_objects_and_rows_of_unlike_sizes(cpu_pool: RankPool) -> None:
+    cpu_pool.run(objects_of_unlike_sizes, world_size=3)
+
+
+def two_of_one_group(rank: Rank) -> list[int]:
+    """One has told that it leaves; the other goes on, and waits long enough to look."""
+    group = resolve_group(dist.new_group(list(range(rank.world_size))))
+    left, going = Waits(group), Waits(group)
+    assert (left.object_number, going.object_number) == (0, 1)
+    left.leave("closed early")
+    if rank.rank == ODD:
+        time.sleep(LATE_SECONDS)
+    return going.numbers(rank.rank, HOST)
+
+
+def test_two_of_one_group_do_not_read_each_others_notices(cpu_pool: RankPool) -> None:
+    assert cpu_pool.run(two_of_one_group, world_size=2) == [[0, 1]] * 2
+
+
+class StoreThatFalls(dist.Store):
+    """Answers at first, and then no more: as long as the ranks had nothing to say, nobody knew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fallen = False
+
+    def add(self, key: str, amount: int) -> int:
+        return amount
+
+    def _answer(self, *_: object) -> Any:
+        assert self.fallen
+        time.sleep(PLENTY_SECONDS)
+
+    check = get = set = _answer
+
+
+def without_a_store(rank: Rank, waits: Waits) -> str:
+    store = StoreThatFalls()
+    waits._board = Board(waits.group, store)
+    store.fallen = True
+    return stays_away(rank, waits)
+
+
+def test_a_store_that_does_not_answer_is_not_waited_for(cpu_pool: RankPool) -> None:
+    for rank, (said, took) in enumerate(cpu_pool.run(in_trouble, without_a_store, TIMEOUT_SECONDS, world_size=3)):
+        if rank != ODD:
+            assert said.startswith(
+                f"PeerTimeoutError: rank {rank} of 3: waited 0.5 s for rank 0 of the world, which holds the store of "
+                "the process group and does not answer, in phase exchange of step 7"
+            )
+            assert took < TIMEOUT_SECONDS + ANSWER_SECONDS + SLACK_SECONDS
+
+
+def test_alone_nobody_is_waited_for() -> None:
+    waits = Waits(EPGroup(rank=0, world_size=1), timeout=TIMEOUT_SECONDS)
+    assert waits.numbers(5, HOST) == [5]
+    assert waits.objects("mine", Phase.MEMORY) == ["mine"]
+    waits.leave("nobody hears")
