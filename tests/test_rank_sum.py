@@ -90,7 +90,7 @@ def allocations(rank: Rank) -> list[int]:
     class Counted:
         def allocate(self, nbytes: int, byte: int) -> object:
             made.append(nbytes)
-            return transport_of(group, rank.device).allocate(nbytes, byte)
+            return transport_of(Waits(group), rank.device).allocate(nbytes, byte)
 
     workspace = Workspace(group, rank.device, Counted())
     counts = [len(made)]

@@ -99,7 +99,8 @@ def judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[Any],
     settings = settings_of("--nproc=2", *SOAK, f"--json={path}", f"--output={tmp_path / 'soak.png'}")
 
     def judged(run: Any) -> tuple[int, dict[str, Any], str]:
-        code = module_of_example("train_lm").judge([run], settings, CPU)
+        outcome = module_of_example("lm_runs").train_densely(settings, run, CPU)
+        code = module_of_example("train_lm").judge([outcome], [run], settings, CPU)
         return code, json.loads(path.read_text()), capsys.readouterr().out
 
     return judged

@@ -183,7 +183,8 @@ def judge(
             runs.Recorded(backend=backend, losses=run["loss"], logits=run["logits"])
             for backend, run in (("reference", given), ("fast", changed))
         ]
-        code = example("train_lm").judge(recorded, settings, device)
+        outcomes = [runs.train_densely(settings, run, device) for run in recorded]
+        code = example("train_lm").judge(outcomes, recorded, settings, device)
         return Judged(code=code, numbers=json.loads(numbers.read_text()), stdout=capsys.readouterr().out)
 
     return judged

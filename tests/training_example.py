@@ -37,4 +37,4 @@ def train(rank: Rank, backend: str, arguments: list[str]) -> object:
     """On a rank: the run that the command line asks for, by ``backend``; what it recorded, None but on rank 0."""
     options, runs = module_of_example("lm_options"), module_of_example("lm_runs")
     settings = options.parse_settings([f"--nproc={rank.world_size}", "--backend=reference", *arguments], None)
-    return runs.train_with(backend, settings, rank.device)
+    return runs.train_with(backend, settings, rank.device, readers={0})
