@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import NoReturn
 
@@ -192,7 +192,8 @@ class ExpertParallel:
             self._check_capacity(idx_TK)
             self._calls.begin("plan", E=num_experts, K=idx_TK.shape[1], device=idx_TK.device.type)
             capacity = self._agreed_capacity(idx_TK)
-            return self._backend.plan(idx_TK, num_experts=num_experts, capacity=capacity, distinct=False)
+            plan = self._backend.plan(idx_TK, num_experts=num_experts, capacity=capacity, distinct=False)
+            return replace(plan, step=self._waits.meeting.step.number)
 
     def dispatch(self, x: Tensor, plan: RoutingPlan) -> Tensor:
         """Rows (R, H) in canonical order: expert, source rank, token, k. Collective, differentiable in x.
@@ -205,7 +206,7 @@ class ExpertParallel:
             self._edge.tensor("x", x_TH, ROW_DTYPES, like=checked.slot_of_row)
             expected = f"T={checked.num_tokens} of the plan"
             self._edge.require(x_TH.shape[0] == checked.num_tokens, "tokens of x", x_TH.shape[0], expected)
-            self._calls.begin("dispatch", **facts_of(x_TH), plan=tuple(checked.expert_ids.shape))
+            self._calls.begin("dispatch", **facts_of(x_TH), plan=(checked.step, *checked.expert_ids.shape))
             return self._backend.dispatch(x_TH, checked)
 
     def combine(self, rows: Tensor, topk_scores: Tensor, plan: RoutingPlan) -> Tensor:
@@ -217,12 +218,14 @@ class ExpertParallel:
             checked = check_plan(self._edge, plan)
             rows_RH = check_rows_of_plan(self._edge, rows, checked)
             scores_TK = check_scores(self._edge, topk_scores, (checked.num_tokens, checked.top_k), rows_RH)
-            self._calls.begin("combine", **facts_of(rows_RH), plan=tuple(checked.expert_ids.shape))
+            self._calls.begin("combine", **facts_of(rows_RH), plan=(checked.step, *checked.expert_ids.shape))
             return self._backend.combine(rows_RH, scores_TK, checked)
 
     def agree(self, number: int, device: torch.device) -> int:
         """Rank 0's ``number``, on every rank. Collective; goes over ``device`` if the group moves its tensors."""
         with self._calls.one():
+            self._edge.whole("number", number)
+            self._edge.torch_device(device)
             self._calls.begin("agree")
             return self._waits.numbers(number, device)[0]
 
@@ -232,8 +235,7 @@ class ExpertParallel:
         What is timed begins with it: a rank alone would measure how long it waits for the others.
         """
         with self._calls.one():
-            if not isinstance(device, torch.device):
-                raise TypeError(f"{self.group}: device: got {type(device).__name__}, expected a torch.device")
+            self._edge.torch_device(device)
             movable = self.group.device_types() or ("cpu", "cuda")
             self._edge.require(device.type in movable, "device", device, f"one of {', '.join(sorted(movable))}")
             self._calls.begin("meet")
@@ -331,6 +333,7 @@ def moe(
     if ep is not None:
         return ep.moe(x, router_w, w1, w2, top_k, **options)  # type: ignore[arg-type]
     for_once = ExpertParallel(group, backend, config)
-    out = for_once.moe(x, router_w, w1, w2, top_k, **options)  # type: ignore[arg-type]
-    for_once._calls.let_go()
-    return out
+    try:
+        return for_once.moe(x, router_w, w1, w2, top_k, **options)  # type: ignore[arg-type]
+    finally:
+        for_once._calls.let_go()

@@ -19,25 +19,28 @@ AnswerT = TypeVar("AnswerT")
 class Notice:
     """What a rank has told last.
 
-    collectives: how many it has begun. left: whether it will begin no more. text: where it is, or why it left.
+    collectives: how many it has begun. left: whether it will begin no more. lost: the ranks that it has waited for in
+    vain, if that is why. text: where it is, or why it left.
     """
 
     collectives: int
     left: bool
     text: str
+    lost: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.collectives} {int(self.left)} {self.text}"
+        return f"{self.collectives} {int(self.left)} {','.join(map(str, self.lost)) or '-'} {self.text}"
 
     @staticmethod
     def parsed(written: str) -> Notice:
         """The notice of which ``written`` is the ``str``.
 
-        >>> Notice.parsed(str(Notice(collectives=3, left=True, text="ValueError: no")))
-        Notice(collectives=3, left=True, text='ValueError: no')
+        >>> Notice.parsed(str(Notice(collectives=3, left=True, text="ValueError: no", lost=(1, 4))))
+        Notice(collectives=3, left=True, text='ValueError: no', lost=(1, 4))
         """
-        collectives, left, text = written.split(" ", 2)
-        return Notice(collectives=int(collectives), left=left == "1", text=text)
+        collectives, left, lost, text = written.split(" ", 3)
+        ranks = () if lost == "-" else tuple(int(rank) for rank in lost.split(","))
+        return Notice(collectives=int(collectives), left=left == "1", text=text, lost=ranks)
 
 
 class Board:
@@ -59,6 +62,19 @@ class Board:
         """The board of a group's next object; ranks of a group make them in the same order."""
         process_group = group.process_group
         return Board(group, process_group.get_group_store() if process_group and group.world_size > 1 else None)
+
+    def withdraw(self) -> None:
+        """The object was never used: the next one has its number."""
+        self._answer(lambda: self._store.add(f"sonic_ep/objects/{self._group.rank}", -1))
+
+    def come(self) -> None:
+        """Tell that this rank is about to begin the first collective."""
+        self._answer(lambda: self._store.set(f"{self._key(self._group.rank)}/came", "1"))
+
+    def absent(self) -> list[int]:
+        """The ranks that have not come; none where nobody can tell."""
+        others = [rank for rank in range(self._group.world_size) if rank != self._group.rank]
+        return self._answer(lambda: [r for r in others if not self._store.check([f"{self._key(r)}/came"])]) or []
 
     def tell(self, notice: Notice) -> None:
         """Replace this rank's notice."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import threading
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -22,6 +21,8 @@ from sonic_ep.waits import Waits
 Facts = Mapping[str, object]
 Told = tuple[tuple[str, object], ...]
 DIGESTS_KEPT = 64
+# PyTorch has no error of its own for the memory of a CPU.
+CPU_ALLOCATOR = "DefaultCPUAllocator"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +49,6 @@ class Calls:
         # The same few calls come again and again, and their words would take longer than the rest.
         self._digest = lru_cache(maxsize=DIGESTS_KEPT)(partial(_digest_of, tuple(self._common.items())))
         self._process = os.getpid()
-        # Recompute in backward calls from within: the same thread may.
-        self._turn = threading.RLock()
         held = Held(name=self._name, backend=backend, process=self._process)
         self._release = weakref.finalize(self, _forgotten, held)
         self._held = held
@@ -68,7 +67,7 @@ class Calls:
         rank.
         """
         self._open()
-        with self._in_turn():
+        with self._waits.turn.taken():
             try:
                 yield
             except PeerError:
@@ -79,6 +78,10 @@ class Calls:
                 ) from error
             except RuntimeError as error:
                 self._held.backend.explain(error)
+                if CPU_ALLOCATOR in str(error):
+                    raise torch.OutOfMemoryError(
+                        f"{self._name}: out of memory in {self._waits.meeting}: {error}"
+                    ) from error
                 raise
 
     def begin(self, name: str, **facts: object) -> None:
@@ -97,28 +100,22 @@ class Calls:
         if self._process != os.getpid():
             self._release.detach()
             return
-        with self._in_turn():
+        with self._waits.turn.taken():
             if self._release.detach() is not None:
                 self._held.backend.close()
 
     def let_go(self) -> None:
         """No call will follow, and what backward still needs stays for as long as that does."""
-        self._release.detach()
+        if self._release.detach() is not None and self._number == 0:
+            self._waits.withdraw()
 
     def leave(self, error: BaseException) -> None:
         """The same, because of ``error``; ranks that wait for this one are told."""
         if not self.closed and self._process == os.getpid():
             self._waits.leave(f"{type(error).__name__}: {error}")
-        self.close()
-
-    @contextmanager
-    def _in_turn(self) -> Iterator[None]:
-        if not self._turn.acquire(blocking=False):
-            raise RuntimeError(f"{self._name}: got a call while another thread is in one, expected one after the other")
-        try:
-            yield
-        finally:
-            self._turn.release()
+        # Where another thread is in a call, the error that is on its way is what has to be seen.
+        with suppress(RuntimeError):
+            self.close()
 
     def _open(self) -> None:
         if self.closed:

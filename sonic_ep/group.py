@@ -37,7 +37,7 @@ class EPGroup:
         if self.handle is None:
             return None
         group = self.handle()
-        if group is None:
+        if group is None or not dist.is_initialized():
             raise ClosedError(f"{self}: process group: got one that was destroyed, expected a live one")
         return group
 

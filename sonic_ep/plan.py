@@ -59,7 +59,8 @@ class PlanError(AssertionError):
 class RoutingPlan:
     """Where every slot of the group goes. All tensors are int32 and contiguous, on the device of the routing.
 
-    rank: r, this rank's place in the group. num_tokens: T, this rank's tokens.
+    rank: r, this rank's place in the group. num_tokens: T, this rank's tokens. step: the number of the call that made
+        it, the same on every rank, by which ranks that use different plans are found; 0 if it came of no such call.
 
     expert_ids (W, C, K): the expert of each slot; -1 where it is dropped or the token does not exist.
     counts (E,): ``counts[j] = #{f : expert_ids[f] == j}``, over the group.
@@ -82,6 +83,7 @@ class RoutingPlan:
     slot_of_row: Tensor
     pair_tokens: Tensor
     packed_of_token: Tensor
+    step: int = 0
 
     @property
     def world_size(self) -> int:

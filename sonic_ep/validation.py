@@ -6,7 +6,6 @@ was got and what was expected. Tensors come back contiguous; values on a device 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -22,6 +21,8 @@ from sonic_ep.plan import RoutingPlan
 
 ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INDEX_DTYPES = (torch.int32, torch.int64)
+# A month.
+MOST_SECONDS = 30 * 24 * 3600
 SCORE_DTYPES = (*ROW_DTYPES, torch.float64)
 # Every rank counts the slots of all of them.
 MOST_EXPERTS = 2**16
@@ -56,10 +57,20 @@ class Edge:
         """A whole number of at least ``least``."""
         self.require(is_count(value, least=least), name, repr(value), f"a whole number of at least {least}")
 
+    def whole(self, name: str, value: object) -> None:
+        """A whole number that an int64 holds."""
+        holds = isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+        self.require(holds, name, repr(value), "a whole number of 64 bits")
+
     def seconds(self, name: str, value: object) -> None:
-        """A finite number of seconds above zero."""
-        holds = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-        self.require(holds, name, repr(value), "a number of seconds above 0")
+        """A number of seconds above zero that every clock can count."""
+        holds = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MOST_SECONDS
+        self.require(holds, name, repr(value), f"a number of seconds above 0, at most {MOST_SECONDS}")
+
+    def torch_device(self, value: object) -> None:
+        """A ``torch.device``."""
+        if not isinstance(value, torch.device):
+            raise TypeError(f"{self.group}: device: got {type(value).__name__}, expected a torch.device")
 
     def flag(self, name: str, value: object) -> bool:
         """True or False, and nothing that merely counts as one."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -22,6 +23,7 @@ from sonic_ep.board import Board, Notice
 from sonic_ep.config import CollectiveMismatchError, PeerError, PeerLostError, PeerTimeoutError
 from sonic_ep.group import EPGroup
 from sonic_ep.meeting import Meeting, Phase, Step, apart
+from sonic_ep.turn import Turn
 
 TIMEOUT_SECONDS = 60.0
 # A wait that lasts longer is told to the others, and looked after this often.
@@ -49,6 +51,9 @@ class Waits:
         self.meeting = Meeting(step=Step(), phase=Phase.MEETING)
         self._collectives = 0
         self._board = Board.of(group)
+        self._together = False
+        # One call at a time, and one backward: recompute in backward calls from within, so the same thread may.
+        self.turn = Turn(f"{group}: ExpertParallel")
 
     @property
     def object_number(self) -> int:
@@ -91,6 +96,7 @@ class Waits:
             options = AllgatherOptions()
             options.timeout = self._time_of_operation(local)
             group = self._process_group()
+            self._come_together(local)
             self._finish(group._allgather_base(gathered.view(-1), local.contiguous().view(-1), options), local)
         return gathered
 
@@ -100,12 +106,29 @@ class Waits:
         options = AllToAllOptions()
         options.timeout = self._time_of_operation(rows)
         group = self._process_group()
+        self._come_together(rows)
         self._finish(group.alltoall_base(received, rows.contiguous(), receive_splits, send_splits, options), rows)
         return received
 
     def leave(self, why: str) -> None:
         """Tell the others that this rank will come no more, and why."""
         self._board.tell(Notice(collectives=self._collectives, left=True, text=why))
+
+    def withdraw(self) -> None:
+        """The object that this is for was never used; see ``object_number``."""
+        self._board.withdraw()
+
+    def _come_together(self, tensor: Tensor) -> None:
+        """PyTorch connects GPUs in their first collective, and waits there as long as it likes: all have to be here."""
+        if self._together or tensor.device.type == "cpu":
+            return
+        self._together = True
+        self._board.come()
+        deadline = time.monotonic() + self.timeout
+        while absent := self._board.absent():
+            if time.monotonic() > deadline:
+                raise PeerTimeoutError(self._waited_for(_named(absent)))
+            time.sleep(REST_SECONDS)
 
     def _process_group(self) -> dist.ProcessGroup:
         group = self.group.process_group
@@ -142,38 +165,67 @@ class Waits:
                 raise PeerLostError(
                     f"{self.group}: rank {rank} left ({notice.text}) while it was waited for in {self.meeting}"
                 )
+            if notice.lost and self.group.rank not in notice.lost:
+                raise PeerLostError(
+                    f"{self.group}: lost {_named(notice.lost)}, waited for in {self.meeting}: rank {rank} {notice.text}"
+                )
 
     def _timed_out(self) -> PeerTimeoutError:
         self._tell_where()
-        return PeerTimeoutError(
-            f"{self.group}: waited {self.timeout:g} s for {self._missing()} in {self.meeting}; "
-            "did it fail, or make another call?"
-        )
+        return PeerTimeoutError(self._waited_for(self._missing("waited in vain")))
+
+    def _waited_for(self, ranks: str) -> str:
+        waited = f"{self.group}: waited {self.timeout:g} s for {ranks} in {self.meeting}"
+        return f"{waited}; did it fail, or make another call?"
 
     def _lost(self, error: RuntimeError) -> PeerLostError:
         self._tell_where()
         self._raise_if_somebody_left()
         reason = str(error).strip().splitlines()[0]
-        return PeerLostError(f"{self.group}: lost {self._missing()}, waited for in {self.meeting}: {reason}")
+        missing = self._missing("lost it, too")
+        return PeerLostError(f"{self.group}: lost {missing}, waited for in {self.meeting}: {reason}")
 
-    def _missing(self) -> str:
-        """The ranks that have not told, after ``GRACE_SECONDS`` at most, that they wait in the same collective."""
+    def _missing(self, told: str) -> str:
+        """The ranks that have not told, after ``GRACE_SECONDS`` at most, that they wait in the same collective.
+
+        That they are missing is told to those who have: whoever finds it out first may take the store along.
+        """
         deadline = time.monotonic() + GRACE_SECONDS
-        while True:
-            missing = self._silent()
-            if len(missing) <= 1 or self._board.broken or time.monotonic() >= deadline:
-                break
+        while len(self._silent()) > 1 and not self._board.broken and time.monotonic() < deadline:
             time.sleep(ANNOUNCE_SECONDS / 10)
+        missing = self._silent()
         if self._board.broken:
-            return "rank 0 of the world, which holds the store of the process group and does not answer,"
+            return "rank 0 of the world (which holds the store of the process group, and does not answer)"
         if not missing:
-            return "a rank that is not known"
-        return f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
+            return self._who_left()
+        self._board.tell(Notice(collectives=self._collectives, left=False, text=told, lost=tuple(missing)))
+        self._stay_for(set(range(self.group.world_size)) - {self.group.rank, *missing})
+        return _named(missing)
+
+    def _who_left(self) -> str:
+        """Where nobody is silent: who has begun this collective, and then gone."""
+        left = {rank: notice for rank, notice in self._board.notices().items() if notice.left}
+        words = ", ".join(f"rank {rank} (which left: {notice.text})" for rank, notice in left.items())
+        return words or "a rank that is not known"
+
+    def _stay_for(self, ranks: set[int]) -> None:
+        """Until each of ``ranks`` has found out who is missing, ``GRACE_SECONDS`` at most."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < deadline and not self._board.broken:
+            notices = self._board.notices()
+            if all(notices[rank].lost or notices[rank].left for rank in ranks if rank in notices):
+                return
+            time.sleep(ANNOUNCE_SECONDS / 10)
 
     def _silent(self) -> list[int]:
         notices = self._board.notices()
         here = {rank for rank, notice in notices.items() if notice.collectives >= self._collectives}
         return sorted(set(range(self.group.world_size)) - here - {self.group.rank})
+
+
+def _named(ranks: Sequence[int]) -> str:
+    """Those ranks, in words."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def _done_on_host(work: dist.Work, seconds: float) -> bool:

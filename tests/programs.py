@@ -40,6 +40,7 @@ class Program:
     folder: Path
     odd: int
     patience: float = 90.0
+    store_at_rank_0: bool = False
 
     def run(self) -> list[Ended]:
         """Run it to its end; a rank that is there after ``patience`` seconds is killed, and its code is that of it.
@@ -69,6 +70,20 @@ class Program:
     def words_of(self, rank: int) -> Path:
         return self.folder / f"said_by_{rank}"
 
+    def store(self, rank: int) -> dist.Store:
+        """A file, or as most programs have it, a server in the process of rank 0."""
+        if not self.store_at_rank_0:
+            return dist.FileStore(str(self.folder / "store"), self.world_size)
+        at = self.folder / "port"
+        if rank == 0:
+            server = dist.TCPStore("127.0.0.1", 0, self.world_size, is_master=True, wait_for_workers=False)
+            at.with_suffix(".new").write_text(str(server.port))
+            at.with_suffix(".new").rename(at)
+            return server
+        while not at.exists():
+            time.sleep(0.02)
+        return dist.TCPStore("127.0.0.1", int(at.read_text()), self.world_size, wait_for_workers=False)
+
     @property
     def faulted(self) -> Path:
         return self.folder / "fault"
@@ -95,7 +110,7 @@ def run_rank(program: Program, rank: int) -> None:
     device = device_of_rank(rank) if program.device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = dist.FileStore(str(program.folder / "store"), program.world_size)
+    store = program.store(rank)
     dist.init_process_group("nccl" if own_device else "gloo", store=store, rank=rank, world_size=program.world_size)
     del store
     program.body(program, Rank(rank=rank, world_size=program.world_size, device=device), *program.arguments)

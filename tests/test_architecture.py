@@ -14,7 +14,7 @@ PACKAGE = Path(sonic_ep.__file__).parent
 TESTS = Path(__file__).parent
 LEAVES = {
     *{"config", "plan", "activation", "cost", "memory", "group", "machine", "fields"},
-    *{"meeting", "board", "waits"},
+    *{"meeting", "board", "turn", "waits", "once"},
 }
 
 # What each part may import of the package. A part is a module or a folder right below sonic_ep.
@@ -22,7 +22,7 @@ MAY_IMPORT = {
     **{leaf: {"config"} for leaf in LEAVES},
     "config": set(),
     "board": {"group"},
-    "waits": {"config", "group", "meeting", "board"},
+    "waits": {"config", "group", "meeting", "board", "turn"},
     "backend": LEAVES,
     "validation": {*LEAVES, "backend"},
     "reference": {*LEAVES, "backend"},
@@ -47,7 +47,7 @@ FAST_ALONE = {
     *{"availability", "plan_kernels", "planner", "rows", "verdict"},
     # Kernels of the router and the experts, their products, and the autograd functions around both.
     *{"router_kernels", "activation_kernels", "bias_kernels", "grouped_gemm", "grouped_gemm_kernels"},
-    *{"exchange", "expert_layer", "once", "rank_sum", "interpreter"},
+    *{"exchange", "expert_layer", "rank_sum", "interpreter"},
 }
 # What a primitive of the fast backend has besides the protocol: it allocates beforehand, and dispatch has two halves.
 FAST_METHODS = {"dispatch": {"reserve", "stage", "pull"}, "combine": {"reserve"}}

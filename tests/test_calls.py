@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from calls import EXPERTS, HIDDEN, INTERMEDIATE, good_call
 
+import sonic_ep
 from sonic_ep import CollectiveMismatchError, EPConfig, ExpertParallel
 from sonic_ep.group import resolve_group
 from sonic_ep.testing import Rank, RankPool
@@ -172,7 +173,19 @@ def too_many_on_one(rank: Rank, backend: str) -> tuple[str, list[int]]:
             counts = ep.plan(idx[:3], rank.world_size).counts
         again = ep.plan(idx[:2], rank.world_size).counts
         assert again.tolist() == [2] * rank.world_size
+        routed_again(ep, rank)
         return said, counts.tolist()
+
+
+def routed_again(ep: ExpertParallel, rank: Rank) -> None:
+    """The same with the router."""
+    arguments = call_of(rank.world_size)
+    on_device = {k: v.to(rank.device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    tokens = on_device.pop("x")[:1]
+    if rank.rank == ODD:
+        with pytest.raises(ValueError, match="tokens T: got 5, expected at most C=4"):
+            ep.moe(tokens.expand(5, -1), **on_device)
+    assert ep.moe(tokens, **on_device).tokens_per_expert.sum() == on_device["top_k"] * rank.world_size
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("fast", marks=pytest.mark.fast)])
@@ -292,3 +305,79 @@ def threads_take_turns(rank: Rank) -> None:
 
 def test_threads_with_objects_of_their_own(cpu_pool: RankPool) -> None:
     cpu_pool.run(threads_take_turns, world_size=2)
+
+
+def plans_of_one_shape(rank: Rank, backend: str) -> str:
+    """Two plans of one shape, of which the odd rank takes the other."""
+    with ExpertParallel(backend=backend) as ep:
+        plans = [ep.plan(torch.full((3, 1), to, device=rank.device), rank.world_size) for to in (0, 1)]
+        x = torch.ones(3, 8, device=rank.device)
+        assert ep.dispatch(x, plans[0]).shape == ep.dispatch(x, plans[1]).shape
+        with pytest.raises(CollectiveMismatchError) as raised:
+            ep.dispatch(x, plans[rank.rank == ODD])
+        ep._calls.let_go()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("fast", marks=pytest.mark.fast)])
+def test_ranks_that_use_different_plans_are_found(cpu_pool: RankPool, backend: str) -> None:
+    for rank, said in enumerate(cpu_pool.run(plans_of_one_shape, backend, world_size=2)):
+        assert said.startswith(f"rank {rank} of 2: rank {1 - rank} came to phase dispatch of step 5 with another call")
+
+
+def functional_retried(rank: Rank, backend: str) -> list[int]:
+    """A functional call that is refused on one rank counts for nothing."""
+    arguments = call_of(rank.world_size)
+    if rank.rank == ODD:
+        with pytest.raises(ValueError, match="top_k"):
+            sonic_ep.moe(**{**arguments, "top_k": 0}, backend=backend)
+    return sonic_ep.moe(**arguments, backend=backend).tokens_per_expert.tolist()
+
+
+def test_a_functional_call_that_is_refused_counts_for_nothing(cpu_pool: RankPool) -> None:
+    first, second = cpu_pool.run(functional_retried, "reference", world_size=2)
+    assert first == second
+
+
+def test_memory_of_the_cpu_that_runs_out_is_told_with_the_place() -> None:
+    with ExpertParallel(backend="reference") as ep:
+        x = torch.zeros(1, HIDDEN).expand(2**44, HIDDEN)
+        with pytest.raises(torch.OutOfMemoryError, match="rank 0 of 1: ExpertParallel: out of memory in phase"):
+            ep.moe(**{**good_call(), "x": x})
+        ep.moe(**good_call())
+
+
+def test_every_fact_of_a_call_is_in_its_digest() -> None:
+    """Calls that differ in one fact alone, also where no shape of what is moved tells them apart."""
+    ids = torch.tensor([[0, 1]])
+    with ExpertParallel(backend="reference") as ep:
+        x, rows = torch.zeros(1, HIDDEN), torch.zeros(2, HIDDEN)
+        plans = [ep.plan(ids, 4), ep.plan(ids, 4), ep.plan(ids, 8), ep.plan(ids[:, :1], 4)]
+        trained = good_call()["router_w"].requires_grad_()
+        routed = {k: v for k, v in good_call().items() if k not in ("router_w", "top_k")}
+        routed["x"] = x
+        one, two = ({"topk_idx": ids[:, :k], "topk_scores": torch.ones(1, k)} for k in (1, 2))
+        calls = [
+            lambda: ep.plan(ids, 4),
+            lambda: ep.plan(ids, 8),
+            lambda: ep.plan(ids[:, :1], 4),
+            lambda: ep.dispatch(x, plans[0]),
+            lambda: ep.dispatch(x, plans[1]),
+            lambda: ep.dispatch(x, plans[2]),
+            lambda: ep.dispatch(x[:, :4], plans[0]),
+            lambda: ep.dispatch(x.bfloat16(), plans[0]),
+            lambda: ep.combine(rows, torch.ones(1, 2), plans[0]),
+            lambda: ep.combine(rows, torch.ones(1, 2), plans[1]),
+            lambda: ep.moe(**good_call()),
+            lambda: ep.moe(**good_call(router_w=trained)),
+            lambda: ep.moe(**good_call(top_k=1)),
+            lambda: ep.moe_routed(**routed, **one),
+            lambda: ep.moe_routed(**routed, **two),
+        ]
+        digests = []
+        for call in calls:
+            call()
+            digests.append(ep._waits.meeting.step.call)
+        assert len(set(digests)) == len(calls)
+        calls[0]()
+        assert ep._waits.meeting.step.call == digests[0]

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from backends import both_backends
 from conftest import DEVICE_TYPES
 from programs import Ended, Program
 from torch import Tensor
 
-from sonic_ep import EPConfig, ExpertParallel
+from sonic_ep import ClosedError, EPConfig, ExpertParallel
 from sonic_ep.testing import Rank
 
 ODD = 1
@@ -102,8 +103,45 @@ def assert_ended(ended: Ended, rank: int, fault: str, seconds: float) -> None:
     assert ended.code == 1, (rank, ended)
     named = [line for line in ended.said.splitlines() if re.search(r"Peer\w*Error|CollectiveMismatchError", line)]
     assert named, (rank, ended.said)
+    assert fault not in AT_ONCE or any("CollectiveMismatchError" in line for line in named), (rank, named)
     assert any(re.search(rf"rank {ODD}\b.*phase ({SEEN[fault]}) of step \d", line) for line in named), (rank, named)
     assert ended.seconds < seconds, (rank, ended)
+
+
+def destroyed(program: Program, rank: Rank) -> None:
+    """A process group that has ended, and that its user still refers to."""
+    group = dist.group.WORLD
+    with ExpertParallel(backend="reference") as ep:
+        dist.destroy_process_group()
+        try:
+            Layer.of(rank, 8).forward(ep)
+        except ClosedError as error:
+            print(error, flush=True)
+        os._exit(0 if group is not None else 1)
+
+
+def test_a_process_group_that_has_ended_is_told_as_such(tmp_path: Path) -> None:
+    program = Program(body=destroyed, arguments=(), world_size=2, device_type="cpu", folder=tmp_path, odd=ODD)
+    for rank, ended in enumerate(program.run()):
+        assert ended.code == 0, ended
+        assert f"rank {rank} of 2: process group: got one that was destroyed, expected a live one" in ended.said
+
+
+@pytest.mark.parametrize("fault", ["killed", "hangs"])
+def test_who_holds_the_store_is_not_blamed_for_another(fault: str, tmp_path: Path) -> None:
+    """Rank 0 ends of its error, and takes the store along with which others find out who was missing."""
+    program = Program(
+        body=train,
+        arguments=(fault, "reference", False),
+        world_size=4,
+        device_type="cpu",
+        folder=tmp_path,
+        odd=ODD,
+        store_at_rank_0=True,
+    )
+    for rank, ended in enumerate(program.run()):
+        if rank != ODD:
+            assert_ended(ended, rank, fault, FAREWELL_SECONDS + TIMEOUT_SECONDS)
 
 
 @pytest.mark.parametrize("device_type", DEVICE_TYPES)

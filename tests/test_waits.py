@@ -288,8 +288,8 @@ def test_a_store_that_does_not_answer_is_not_waited_for(cpu_pool: RankPool) -> N
     for rank, (said, took) in enumerate(cpu_pool.run(in_trouble, without_a_store, TIMEOUT_SECONDS, world_size=3)):
         if rank != ODD:
             assert said.startswith(
-                f"PeerTimeoutError: rank {rank} of 3: waited 0.5 s for rank 0 of the world, which holds the store of "
-                "the process group and does not answer, in phase exchange of step 7"
+                f"PeerTimeoutError: rank {rank} of 3: waited 0.5 s for rank 0 of the world (which holds the store of "
+                "the process group, and does not answer) in phase exchange of step 7"
             )
             assert took < TIMEOUT_SECONDS + ANSWER_SECONDS + SLACK_SECONDS
 

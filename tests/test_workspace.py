@@ -8,7 +8,7 @@ import torch.distributed as dist
 from host_files import lasting_files
 
 from sonic_ep import ExpertParallel
-from sonic_ep.config import PeerTimeoutError, SharedMemoryError
+from sonic_ep.config import CollectiveMismatchError, PeerTimeoutError, SharedMemoryError
 from sonic_ep.group import resolve_group
 from sonic_ep.testing import Rank, RankError, RankPool
 from sonic_ep.waits import Waits
@@ -234,3 +234,56 @@ def wrong_device(rank: Rank) -> None:
 
 def test_a_device_without_kernels_is_refused(pool: RankPool) -> None:
     pool.run(wrong_device, world_size=1)
+
+
+def barrier_alone(rank: Rank, shown: list[int], seconds: float) -> tuple[list[int], float]:
+    """What the kernel of rank 0 of three writes where its peers have shown these tags, and how long it takes."""
+    from sonic_ep.fast.device import barrier_kernel, launch
+
+    flags = [torch.zeros(3, dtype=torch.int64) for _ in range(3)]
+    flags[0][1:] = torch.tensor(shown)
+    addresses = torch.tensor([tensor.data_ptr() for tensor in flags])
+    words = torch.zeros(4, dtype=torch.int64)
+    began = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_DEBUG", "0")
+        arguments = (addresses, 3, words, 0, HERE, int(seconds * 1e9))
+        launch(barrier_kernel, (6,), *arguments, device=rank.device, debug=False, num_warps=1)
+    return words.tolist(), time.monotonic() - began
+
+
+HERE, ELSEWHERE_TAG = 2**32 + 7, 2**33 + 9
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        ([HERE, HERE], [0, 0, 0, 0]),
+        ([HERE, 0], [1, 3, HERE, 0]),
+        ([0, 0], [1, 2, HERE, 0]),
+        ([ELSEWHERE_TAG, 0], [2, 2, HERE, ELSEWHERE_TAG]),
+        ([0, ELSEWHERE_TAG], [1, 2, HERE, 0]),
+    ],
+)
+def test_who_is_told_by_a_meeting_that_fails(cpu_pool: RankPool, shown: list[int], expected: list[int]) -> None:
+    """The first to give up tells, and after it nobody else takes its time; another tag is not waited for at all."""
+    ((words, took),) = cpu_pool.run(barrier_alone, shown, WAIT_SECONDS, world_size=1)
+    assert words == expected
+    waits = 1 if expected[0] == 1 else 0
+    assert took < (waits + 0.9) * WAIT_SECONDS
+
+
+WAIT_SECONDS = 1.0
+
+
+def fence_meets_publish(rank: Rank) -> str:
+    workspace = make_workspace(rank)
+    workspace.enter()
+    with pytest.raises(CollectiveMismatchError) as raised:
+        (workspace.fence if rank.rank == 0 else workspace.publish)()
+    return str(raised.value)
+
+
+def test_who_has_written_is_not_taken_for_who_has_read(cpu_pool: RankPool) -> None:
+    for rank, said in enumerate(cpu_pool.run(fence_meets_publish, world_size=2)):
+        assert said.startswith(f"rank {rank} of 2: rank {1 - rank} came to phase meeting of step 0, expected phase")

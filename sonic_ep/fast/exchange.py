@@ -12,17 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from sonic_ep.fast.collectives import any_rank_wants, gather_scores, reserve_values, reserve_wants, send_home
 from sonic_ep.fast.combine import FastCombine
 from sonic_ep.fast.device import movable
 from sonic_ep.fast.dispatch import FastDispatch
-from sonic_ep.fast.once import once_differentiable
 from sonic_ep.fast.rows import spoil_if_overflowed, take_rows, weigh_rows
 from sonic_ep.fast.verdict import Verdict
 from sonic_ep.fast.workspace import SharedBuffer, Workspace
 from sonic_ep.meeting import Phase, Step
+from sonic_ep.once import once_differentiable
 from sonic_ep.plan import NO_ROW, RoutingPlan
 
 
@@ -134,9 +133,9 @@ class Dispatch(torch.autograd.Function):
     """x (T, H) to rows (R, H). Backward: a combine without scores."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x_TH: Tensor, exchange: Exchange) -> Tensor:
+    def forward(ctx: Any, x_TH: Tensor, exchange: Exchange) -> Tensor:
         """Rows in canonical order."""
-        ctx.exchange = exchange  # type: ignore[attr-defined]
+        ctx.exchange, ctx.turn = exchange, exchange.workspace.turn
         return exchange.rows(x_TH)
 
     @staticmethod
@@ -159,7 +158,7 @@ class Combine(torch.autograd.Function):
         """The weighted sums, (T, H)."""
         exchange.enter(Phase.EXCHANGE)
         scores_WCK = gather_scores(scores_TK, exchange.plan, exchange.workspace)
-        ctx.exchange = exchange
+        ctx.exchange, ctx.turn = exchange, exchange.workspace.turn
         ctx.save_for_backward(scores_WCK, rows_RH, exchange.plan.expert_ids)
         return exchange.sums(rows_RH, scores_WCK)
 

@@ -23,10 +23,10 @@ from sonic_ep.fast.dispatch.all_to_all import pull_to_rows
 from sonic_ep.fast.exchange import Exchange
 from sonic_ep.fast.experts import HiddenGradient, activate, activate_backward, add_bias_dots, sum_groups
 from sonic_ep.fast.grouped_gemm import GroupedGemm
-from sonic_ep.fast.once import once_differentiable
 from sonic_ep.fast.planner import PendingPlan, Planner
 from sonic_ep.fast.workspace import SharedBuffer
 from sonic_ep.meeting import Phase
+from sonic_ep.once import once_differentiable
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,7 +82,7 @@ class ExpertLayer(torch.autograd.Function):
         hidden_RF = call.gemm.rows(exchange.in_order(received), w1.transpose(1, 2), exchange.group_ends, b1)
         if call.training:
             source = received if call.gather is None else x_TH
-            ctx.call = replace(call, exchange=exchange, begun=None)
+            ctx.call, ctx.turn = replace(call, exchange=exchange, begun=None), exchange.workspace.turn
             kept = source if ctx.needs_input_grad[2] else None
             ids_WCK = exchange.plan.expert_ids
             ctx.save_for_backward(kept, hidden_RF, scores_WCK, ids_WCK, w1, w2, b1, b2)

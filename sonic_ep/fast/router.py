@@ -16,11 +16,11 @@ from torch import Tensor
 from sonic_ep.backend import Routing
 from sonic_ep.config import RouterOptions, ScoreOrder
 from sonic_ep.fast.device import launch, pieces, power_of_two
-from sonic_ep.fast.once import once_differentiable
 from sonic_ep.fast.rank_sum import reserve_sum, sum_over_ranks
 from sonic_ep.fast.router_kernels import choose_kernel, logits_gradient_kernel
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.meeting import Phase
+from sonic_ep.once import once_differentiable
 
 # Logits that one program holds, unless one token has more; the more there are for each warp, the more registers.
 TILE_LOGITS = 1024
@@ -59,7 +59,7 @@ class Route(torch.autograd.Function):
         choices = choose_experts(logits_TE, options)
         ctx.mark_non_differentiable(choices.topk_idx)
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.workspace, ctx.step = options, workspace, workspace.step
+        ctx.options, ctx.workspace, ctx.step, ctx.turn = options, workspace, workspace.step, workspace.turn
         ctx.x_dtype, ctx.weight_dtype = x_TH.dtype, router_w_EH.dtype
         weight, x = router_w_EH if needs_x else None, x_TH if needs_weight else None
         ctx.save_for_backward(x, weight, logits_TE, choices.topk_idx, choices.scores)

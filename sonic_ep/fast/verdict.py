@@ -10,6 +10,7 @@ from sonic_ep.group import EPGroup
 from sonic_ep.plan import overflow_error, recompute_error
 
 WORDS = 4
+MOST_STEP = 2**31 - 1
 
 
 class Verdict:
@@ -56,7 +57,7 @@ class Verdict:
         differs = (expert_ids_WCK != again_WCK).any()
         if self._host_reads and bool(differs):
             raise recompute_error(self._group, step)
-        torch.maximum(self._rerouted, differs.int() * step, out=self._rerouted)
+        torch.maximum(self._rerouted, differs.int() * min(step, MOST_STEP), out=self._rerouted)
         self.record[3:].copy_(self._rerouted, non_blocking=True)
         self.queued()
         return differs

@@ -31,6 +31,7 @@ from sonic_ep.fast.expiry import Expiry
 from sonic_ep.fast.shared_files import remove_abandoned, shared_file
 from sonic_ep.group import EPGroup
 from sonic_ep.meeting import Meeting, Phase, Step, published
+from sonic_ep.turn import Turn
 from sonic_ep.waits import Waits
 
 POISON_BYTE = 0xFF
@@ -247,6 +248,11 @@ class Workspace:
         self._last_stream: torch.cuda.Stream | None = None
         weakref.finalize(self, keep_if_lost, self.expiry, self._buffers, self._replaced)
         self._meeting = self.reserve(MEETING, group.world_size * TAG_BYTES, 0)
+
+    @property
+    def turn(self) -> Turn:
+        """Whose call or backward it is."""
+        return self._waits.turn
 
     @property
     def step(self) -> Step:

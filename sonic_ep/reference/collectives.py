@@ -12,6 +12,8 @@ from torch import Tensor
 
 from sonic_ep.group import EPGroup
 from sonic_ep.meeting import Meeting, Phase, Step
+from sonic_ep.once import once_differentiable
+from sonic_ep.turn import Turn
 from sonic_ep.waits import Waits
 
 
@@ -26,6 +28,11 @@ class Collectives(Protocol):
     @property
     def step(self) -> Step:
         """The call that is being made."""
+        ...
+
+    @property
+    def turn(self) -> Turn:
+        """Whose call or backward it is."""
         ...
 
     def meet(self, meeting: Meeting, device: torch.device, own: int = 0) -> list[int]:
@@ -53,6 +60,11 @@ class OneRank:
         """The call that is being made."""
         return self._waits.meeting.step
 
+    @property
+    def turn(self) -> Turn:
+        """Whose call or backward it is."""
+        return self._waits.turn
+
     def meet(self, meeting: Meeting, device: torch.device, own: int = 0) -> list[int]:
         """``own`` alone."""
         return [own]
@@ -79,6 +91,11 @@ class ProcessGroupCollectives:
         """The call that is being made."""
         return self._waits.meeting.step
 
+    @property
+    def turn(self) -> Turn:
+        """Whose call or backward it is."""
+        return self._waits.turn
+
     def meet(self, meeting: Meeting, device: torch.device, own: int = 0) -> list[int]:
         """``own`` of every rank, in rank order. Raises ``CollectiveMismatchError`` if one is elsewhere."""
         self._waits.meeting = meeting
@@ -104,12 +121,12 @@ class SumGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, collectives: Collectives) -> Tensor:
         """``weight``, unchanged."""
-        ctx.collectives = collectives
+        ctx.collectives, ctx.turn = collectives, collectives.turn
         ctx.meeting = Meeting(step=collectives.step, phase=Phase.ROUTER, backward=True)
         return weight.view_as(weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """The gradients of all ranks, summed in rank order."""
         ctx.collectives.meet(ctx.meeting, grad.device)

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from sonic_ep.backend import CombinePrimitive, DispatchPrimitive, Experts, LayerOutput, Routing, Slots
 from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.meeting import Meeting, Phase, Step
+from sonic_ep.once import once_differentiable
 from sonic_ep.plan import RoutingPlan, recompute_error
 from sonic_ep.reference.collectives import Collectives, collectives_of
 from sonic_ep.reference.combine import combine_primitives
@@ -85,9 +85,9 @@ class Dispatch(torch.autograd.Function):
     """x (T, H) to rows (R, H). Backward: a combine without scores."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x_TH: Tensor, exchange: Exchange) -> Tensor:
+    def forward(ctx: Any, x_TH: Tensor, exchange: Exchange) -> Tensor:
         """Rows in canonical order."""
-        ctx.exchange = exchange  # type: ignore[attr-defined]
+        ctx.exchange, ctx.turn = exchange, exchange.collectives.turn
         return exchange.rows(x_TH)
 
     @staticmethod
@@ -111,7 +111,7 @@ class Combine(torch.autograd.Function):
         """The weighted sums, (T, H)."""
         scores_WCK = exchange.scores_of_group(scores_TK)
         valid_slots_N = exchange.plan.slot_of_row[: exchange.plan.rows()].long()
-        ctx.exchange = exchange
+        ctx.exchange, ctx.turn = exchange, exchange.collectives.turn
         ctx.save_for_backward(
             scores_WCK.flatten()[valid_slots_N] if ctx.needs_input_grad[0] else None,
             rows_RH if ctx.needs_input_grad[1] else None,
@@ -152,7 +152,7 @@ class UpProjectionOfRowsGatheredAgain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, rows_RH: Tensor, w1: Tensor, b1: Tensor | None, exchange: Exchange) -> Tensor:
         """``grouped_linear`` of the rows; x is what is kept."""
-        ctx.exchange = exchange
+        ctx.exchange, ctx.turn = exchange, exchange.collectives.turn
         ctx.save_for_backward(x_TH, w1, b1)
         return grouped_linear(rows_RH, exchange.plan.group_ends, w1, b1)
 

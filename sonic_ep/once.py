@@ -27,14 +27,14 @@ class Refusal(torch.autograd.Function):
 
 
 def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    """A ``backward`` whose results cannot be differentiated again.
+    """A ``backward`` whose results cannot be differentiated again, in its turn: ``ctx.turn``, set in forward.
 
     PyTorch's decorator of this name lets them pass for constants where the incoming gradient requires none itself.
     """
 
     @wraps(backward)
     def guarded(ctx: Any, *gradients: Tensor | None) -> Gradients:
-        with torch.no_grad():
+        with ctx.turn.taken(), torch.no_grad():
             # Kernels read what stands in memory: what is negated in name alone would have the wrong sign.
             results = backward(ctx, *(None if found is None else found.resolve_neg() for found in gradients))
         present = [result for result in results if result is not None]

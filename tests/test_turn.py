@@ -1,0 +1,90 @@
+"""One thread at a time: in a call, or in a backward; and recompute calls from within."""
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from backends import both_backends
+from layer_inputs import layer_inputs
+
+from sonic_ep import ExpertParallel
+from sonic_ep.testing import CASES, Case, Rank, RankPool
+from sonic_ep.turn import Turn
+
+
+def in_another_thread(work: Callable[[], object]) -> list[str]:
+    """What ``work`` raises there, in words."""
+    said: list[str] = []
+
+    def run() -> None:
+        try:
+            work()
+        except RuntimeError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return said
+
+
+def test_a_second_thread_is_refused_and_the_first_may_do_more() -> None:
+    turn = Turn("an object")
+
+    def once() -> None:
+        with turn.taken():
+            return
+
+    with turn.taken():
+        once()
+        assert in_another_thread(once) == [
+            "an object: got a call while another thread is in one, expected one after the other"
+        ]
+    assert in_another_thread(once) == []
+    with pytest.raises(KeyError), turn.taken():
+        raise KeyError
+    assert in_another_thread(once) == []
+
+
+def backward_meanwhile(rank: Rank, case: Case, backend: str) -> tuple[list[str], list[str]]:
+    """A backward in another thread, while this one is in a call, and when it is not any more."""
+    x, weights, dy = layer_inputs(rank, case)
+    with ExpertParallel(backend=backend) as ep:
+        y = ep.moe(x, *weights, case.top_k).y
+        with ep._calls.one():
+            refused = in_another_thread(lambda: y.backward(dy, retain_graph=True))
+        return refused, in_another_thread(lambda: y.backward(dy))
+
+
+@both_backends
+def test_a_backward_takes_its_turn(pool: RankPool, backend: str) -> None:
+    for refused, later in pool.run(backward_meanwhile, CASES["uneven_tokens"], backend, world_size=1):
+        assert len(refused) == 1
+        assert "got a call while another thread is in one" in refused[0]
+        assert later == []
+
+
+def test_an_error_is_not_hidden_by_another_threads_call() -> None:
+    """Whoever leaves by an error sees it, also where another thread is in a call."""
+    ep = ExpertParallel(backend="reference")
+    entered, left = threading.Event(), threading.Event()
+
+    def busy() -> None:
+        with ep._calls.one():
+            entered.set()
+            left.wait(10)
+
+    thread = threading.Thread(target=busy)
+
+    def fail() -> None:
+        with ep:
+            thread.start()
+            entered.wait(10)
+            raise KeyError("the caller's own")
+
+    with pytest.raises(KeyError, match="the caller's own"):
+        fail()
+    left.set()
+    thread.join()
+    assert torch.is_grad_enabled()
