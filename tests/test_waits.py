@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sonic_ep.board import ANSWER_SECONDS, Board
+from sonic_ep.board import ANSWER_SECONDS, Board, Notice
 from sonic_ep.config import PeerError, PeerLostError
 from sonic_ep.group import EPGroup, resolve_group
 from sonic_ep.meeting import Meeting, Phase, Step
@@ -292,6 +292,26 @@ def test_a_store_that_does_not_answer_is_not_waited_for(cpu_pool: RankPool) -> N
                 "the process group, and does not answer) in phase exchange of step 7"
             )
             assert took < TIMEOUT_SECONDS + ANSWER_SECONDS + SLACK_SECONDS
+
+
+def told_by_another(rank: Rank) -> tuple[str, float]:
+    """The first rank has found out that the odd one is missing, and the last one hears of it while it waits."""
+    waits, began = Waits(resolve_group(dist.new_group(list(range(rank.world_size)))), PLENTY_SECONDS), time.monotonic()
+    said = ""
+    if rank.rank == 0:
+        waits._board.tell(Notice(collectives=1, left=False, text="waited in vain", lost=(ODD,)))
+    if rank.rank == rank.world_size - 1:
+        with pytest.raises(PeerLostError) as raised:
+            waits.numbers(0, HOST)
+        said = str(raised.value)
+    return said, time.monotonic() - began
+
+
+def test_what_another_rank_has_found_out_is_believed(cpu_pool: RankPool) -> None:
+    said, took = cpu_pool.run(told_by_another, world_size=3)[-1]
+    assert said == f"rank 2 of 3: lost rank {ODD}, waited for in phase meeting of step 0: rank 0 waited in vain"
+    assert took < PLENTY_SECONDS
+    cpu_pool.stop()
 
 
 def test_alone_nobody_is_waited_for() -> None:
