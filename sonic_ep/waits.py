@@ -33,6 +33,8 @@ GRACE_SECONDS = 2.5
 # How long the host looks at a collective of GPUs without a pause, and how long it then rests between two looks.
 SPIN_SECONDS = 0.005
 REST_SECONDS = 0.0002
+# Between two questions to the store.
+STORE_REST_SECONDS = 0.005
 HOST = torch.device("cpu")
 
 
@@ -128,7 +130,7 @@ class Waits:
         while absent := self._board.absent():
             if time.monotonic() > deadline:
                 raise PeerTimeoutError(self._waited_for(_named(absent)))
-            time.sleep(REST_SECONDS)
+            time.sleep(STORE_REST_SECONDS)
 
     def _process_group(self) -> dist.ProcessGroup:
         group = self.group.process_group

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from sonic_ep.board import ANSWER_SECONDS, Board, Notice
-from sonic_ep.config import PeerError, PeerLostError
+from sonic_ep.config import PeerError, PeerLostError, PeerTimeoutError
 from sonic_ep.group import EPGroup, resolve_group
 from sonic_ep.meeting import Meeting, Phase, Step
 from sonic_ep.testing import Rank, RankPool
@@ -312,6 +312,32 @@ def test_what_another_rank_has_found_out_is_believed(cpu_pool: RankPool) -> None
     assert said == f"rank 2 of 3: lost rank {ODD}, waited for in phase meeting of step 0: rank 0 waited in vain"
     assert took < PLENTY_SECONDS
     cpu_pool.stop()
+
+
+def before_gpus_are_connected(rank: Rank) -> list[tuple[str, float]]:
+    """As before a first collective of GPUs: the odd rank comes late, is there the next time, and then does not come."""
+    found, of_a_gpu = [], torch.empty(0, device="meta")
+    for late, patience in ((LATE_SECONDS, PLENTY_SECONDS), (0, PLENTY_SECONDS), (PLENTY_SECONDS, TIMEOUT_SECONDS)):
+        waits = Waits(resolve_group(None), patience)
+        if rank.rank == ODD and late == PLENTY_SECONDS:
+            break
+        time.sleep(late if rank.rank == ODD else 0)
+        began, said = time.monotonic(), ""
+        try:
+            waits._come_together(of_a_gpu)
+            # Once is enough.
+            waits._come_together(of_a_gpu)
+        except PeerTimeoutError as error:
+            said = str(error)
+        found.append((said, time.monotonic() - began))
+    return found
+
+
+def test_ranks_come_together_before_their_gpus_are_connected(cpu_pool: RankPool) -> None:
+    late, here, never = cpu_pool.run(before_gpus_are_connected, world_size=3)[0]
+    assert (late[0], here[0]) == ("", "")
+    assert late[1] > LATE_SECONDS / 2 > here[1]
+    assert never[0].startswith(f"rank 0 of 3: waited {TIMEOUT_SECONDS:g} s for rank {ODD} in phase meeting of step 0")
 
 
 def test_alone_nobody_is_waited_for() -> None:
