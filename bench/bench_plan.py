@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 from torch import Tensor
@@ -12,6 +12,7 @@ from sonic_ep import ExpertParallel, RoutingPlan
 from sonic_ep.benchmark.arena import How, SuiteArena, Work
 from sonic_ep.benchmark.results import Bar
 from sonic_ep.benchmark.workload import Problem, Shape
+from sonic_ep.plan import ROUTING_FIELDS
 from sonic_ep.testing import assert_bitwise
 from sonic_ep.testing.checks import expect
 
@@ -23,12 +24,12 @@ def expect_plan(expected: RoutingPlan) -> Callable[[RoutingPlan], None]:
     """A check: every field equal."""
 
     def check(got: RoutingPlan) -> None:
-        for field in fields(RoutingPlan):
-            value, right = getattr(got, field.name), getattr(expected, field.name)
+        for name in ROUTING_FIELDS:
+            value, right = getattr(got, name), getattr(expected, name)
             if isinstance(right, Tensor):
-                assert_bitwise(value, right, field.name)
+                assert_bitwise(value, right, name)
             else:
-                expect(value == right, f"{field.name}: got {value}, expected {right}")
+                expect(value == right, f"{name}: got {value}, expected {right}")
 
     return check
 

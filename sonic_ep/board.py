@@ -54,6 +54,7 @@ class Board:
         self._group = group
         self._store = store
         self.broken = False
+        self._found: dict[int, Notice] = {}
         before = self._answer(lambda: store.add(f"sonic_ep/objects/{group.rank}", 1)) if store is not None else None
         self.number = (before or 1) - 1
 
@@ -84,9 +85,12 @@ class Board:
         self._answer(lambda: self._store.set(key, written))
 
     def notices(self) -> dict[int, Notice]:
-        """The notices of the other ranks that have told something, by rank."""
+        """The notices of the other ranks that have told something, by rank; those of before if the store has gone."""
         others = [rank for rank in range(self._group.world_size) if rank != self._group.rank]
-        return self._answer(lambda: {rank: self._read(rank) for rank in others if self._told(rank)}) or {}
+        found = self._answer(lambda: {rank: self._read(rank) for rank in others if self._told(rank)})
+        if found is not None:
+            self._found = found
+        return self._found
 
     def _told(self, rank: int) -> bool:
         return bool(self._store.check([self._key(rank)]))

@@ -141,6 +141,10 @@ class RoutingPlan:
         _check_tokens(self)
 
 
+# What says where slots go: all but which call made the plan.
+ROUTING_FIELDS = tuple(field.name for field in fields(RoutingPlan) if field.name != "step")
+
+
 def row_ceiling(*, world_size: int, capacity: int, top_k: int, experts_per_rank: int, distinct: bool) -> int:
     """Rows that a rank can receive at the most: W*C*min(K, e) if a token's experts are distinct, else W*C*K."""
     slots_here = min(top_k, experts_per_rank) if distinct else top_k

@@ -196,7 +196,7 @@ class Waits:
         while len(self._silent()) > 1 and not self._board.broken and time.monotonic() < deadline:
             time.sleep(ANNOUNCE_SECONDS / 10)
         missing = self._silent()
-        if self._board.broken:
+        if self._board.broken and not self._board.notices():
             return "rank 0 of the world (which holds the store of the process group, and does not answer)"
         if not missing:
             return self._who_left()
@@ -215,7 +215,7 @@ class Waits:
         deadline = time.monotonic() + GRACE_SECONDS
         while time.monotonic() < deadline and not self._board.broken:
             notices = self._board.notices()
-            if all(notices[rank].lost or notices[rank].left for rank in ranks if rank in notices):
+            if all(rank in notices and (notices[rank].lost or notices[rank].left) for rank in ranks):
                 return
             time.sleep(ANNOUNCE_SECONDS / 10)
 

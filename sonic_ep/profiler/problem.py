@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from sonic_ep.api import ExpertParallel
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig
 from sonic_ep.cost import RankCounts, rank_counts
-from sonic_ep.plan import NO_ROW, RoutingPlan
+from sonic_ep.plan import NO_ROW, ROUTING_FIELDS, RoutingPlan
 from sonic_ep.profiler.times import COMBINE, DISPATCH, EVERY_PAIR, PLAN, ProfileShape
 from sonic_ep.testing.checks import assert_bitwise, expect
 
@@ -126,13 +126,13 @@ class Answers:
 
     def check_plan(self, got: RoutingPlan) -> None:
         """Every field, and no more of ``slot_of_row`` than is valid."""
-        for of_plan in fields(RoutingPlan):
-            right, found = getattr(self.plan, of_plan.name), getattr(got, of_plan.name)
+        for name in ROUTING_FIELDS:
+            right, found = getattr(self.plan, name), getattr(got, name)
             if isinstance(right, Tensor):
-                valid = right.shape[0] if of_plan.name == "slot_of_row" else None
-                assert_bitwise(found[:valid], right, of_plan.name)
+                valid = right.shape[0] if name == "slot_of_row" else None
+                assert_bitwise(found[:valid], right, name)
             else:
-                expect(found == right, f"{of_plan.name}: got {found}, expected {right}")
+                expect(found == right, f"{name}: got {found}, expected {right}")
 
     def check_rows(self, got: Tensor) -> None:
         """The valid rows."""
