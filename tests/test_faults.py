@@ -46,7 +46,7 @@ class Layer:
         return ep.moe(self.x, *self.weights, 2).y
 
 
-def train(program: Program, rank: Rank, fault: str, backend: str, check: bool) -> None:
+def train(program: Program, rank: Rank, fault: str, backend: str) -> None:
     """Three steps of two layers of unlike shape; the odd rank does what ``fault`` says in the second step."""
     torch.manual_seed(rank.rank)
     wide, narrow = Layer.of(rank, 64), Layer.of(rank, 32)
@@ -55,7 +55,7 @@ def train(program: Program, rank: Rank, fault: str, backend: str, check: bool) -
         # Kernels are compiled, and ranks that started apart are together, before time counts.
         (wide.forward(ep).sum() + narrow.forward(ep).sum()).backward()
     config = EPConfig(dispatch="rank_dedup" if faulty and fault == "another config" else "all_to_all")
-    with ExpertParallel(backend=backend, config=config, timeout=TIMEOUT_SECONDS, check_collective=check) as ep:
+    with ExpertParallel(backend=backend, config=config, timeout=TIMEOUT_SECONDS) as ep:
         for number in (1, 2, 3):
             now = faulty and number == FAULTY_STEP
             layers = [wide, narrow]
@@ -132,7 +132,7 @@ def test_who_holds_the_store_is_not_blamed_for_another(fault: str, tmp_path: Pat
     """Rank 0 ends of its error, and takes the store along with which others find out who was missing."""
     program = Program(
         body=train,
-        arguments=(fault, "reference", False),
+        arguments=(fault, "reference"),
         world_size=4,
         device_type="cpu",
         folder=tmp_path,
@@ -151,7 +151,7 @@ def test_the_others_end_in_time_and_name_the_rank(backend: str, fault: str, devi
     world_size = 2 if device_type == "cuda" else 3
     program = Program(
         body=train,
-        arguments=(fault, backend, False),
+        arguments=(fault, backend),
         world_size=world_size,
         device_type=device_type,
         folder=tmp_path,
