@@ -42,16 +42,13 @@ class Calls:
 
     def __init__(self, waits: Waits, backend: Backend, common: Facts, *, check: bool) -> None:
         self._waits = waits
-        self._name = f"{waits.group}: ExpertParallel"
         self._common = {**common, "objects before": waits.object_number}
         self._check = check
         self._number = 0
         # The same few calls come again and again, and their words would take longer than the rest.
         self._digest = lru_cache(maxsize=DIGESTS_KEPT)(partial(_digest_of, tuple(self._common.items())))
-        self._process = os.getpid()
-        held = Held(name=self._name, backend=backend, process=self._process)
-        self._release = weakref.finalize(self, _forgotten, held)
-        self._held = held
+        self._held = Held(name=f"{waits.group}: ExpertParallel", backend=backend, process=os.getpid())
+        self._release = weakref.finalize(self, _forgotten, self._held)
 
     @property
     def closed(self) -> bool:
@@ -72,16 +69,11 @@ class Calls:
                 yield
             except PeerError:
                 raise
-            except torch.OutOfMemoryError as error:
-                raise torch.OutOfMemoryError(
-                    f"{self._name}: out of memory in {self._waits.meeting}: {error}"
-                ) from error
             except RuntimeError as error:
                 self._held.backend.explain(error)
-                if CPU_ALLOCATOR in str(error):
-                    raise torch.OutOfMemoryError(
-                        f"{self._name}: out of memory in {self._waits.meeting}: {error}"
-                    ) from error
+                if isinstance(error, torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error):
+                    place = f"{self._held.name}: out of memory in {self._waits.meeting}"
+                    raise torch.OutOfMemoryError(f"{place}: {error}") from error
                 raise
 
     def begin(self, name: str, **facts: object) -> None:
@@ -97,7 +89,7 @@ class Calls:
 
     def close(self) -> None:
         """Give back what is held. Later calls raise. Raises ``RuntimeError`` while another thread is in a call."""
-        if self._process != os.getpid():
+        if self._held.process != os.getpid():
             self._release.detach()
             return
         with self._waits.turn.taken():
@@ -111,7 +103,7 @@ class Calls:
 
     def leave(self, error: BaseException) -> None:
         """The same, because of ``error``; ranks that wait for this one are told."""
-        if not self.closed and self._process == os.getpid():
+        if not self.closed and self._held.process == os.getpid():
             self._waits.leave(f"{type(error).__name__}: {error}")
         # Where another thread is in a call, the error that is on its way is what has to be seen.
         with suppress(RuntimeError):
@@ -119,11 +111,11 @@ class Calls:
 
     def _open(self) -> None:
         if self.closed:
-            raise ClosedError(f"{self._name}: got one that is closed, expected an open one")
-        if self._process != os.getpid():
+            raise ClosedError(f"{self._held.name}: got one that is closed, expected an open one")
+        if self._held.process != os.getpid():
             raise RuntimeError(
-                f"{self._name}: got a call in process {os.getpid()}, forked from process {self._process} that made it, "
-                "expected one made in this process: what ranks share cannot be inherited"
+                f"{self._held.name}: got a call in process {os.getpid()}, forked from process {self._held.process} "
+                "that made it, expected one made in this process: what ranks share cannot be inherited"
             )
 
     def _compare(self, mine: dict[str, str]) -> None:

@@ -1,7 +1,6 @@
 """Programs on several ranks that may end badly: each rank a process, with an exit code and its last words."""
 
 import faulthandler
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -14,10 +13,7 @@ import torch.distributed as dist
 
 from sonic_ep.group import device_of_rank
 from sonic_ep.testing import Rank
-
-SETTINGS = {"cpu": {"TRITON_INTERPRET": "1"}, "cuda": {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}}
-# As where torch is imported once for all: a rank starts in a tenth of the time.
-PRELOADED = ["torch", "torch.distributed", "sonic_ep"]
+from sonic_ep.testing.ranks import SETTINGS, starting_context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +43,7 @@ class Program:
 
         The rank ``odd`` is killed as soon as all others have ended, if it has said that something goes wrong.
         """
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context = starting_context()
         ranks = [context.Process(target=run_rank, args=(self, rank)) for rank in range(self.world_size)]
         for process in ranks:
             process.start()

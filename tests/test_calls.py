@@ -202,7 +202,7 @@ def test_who_brings_too_many_tokens_may_call_again(pool: RankPool, backend: str)
 def test_memory_that_runs_out_is_told_with_the_place() -> None:
     with ExpertParallel(backend="reference") as ep:
         ep.plan(torch.zeros(1, 1, dtype=torch.int64), EXPERTS)
-        expected = "rank 0 of 1: ExpertParallel: out of memory in phase meeting of step 1: tried to allocate 2.00 GiB"
+        expected = "rank 0 of 1: ExpertParallel: out of memory in phase exchange of step 1: tried to allocate 2.00 GiB"
         with pytest.raises(torch.OutOfMemoryError, match=expected), ep._calls.one():
             raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
         ep.moe(**good_call())

@@ -48,39 +48,8 @@ class Collectives(Protocol):
         ...
 
 
-class OneRank:
-    """The collectives of a group of one: nothing moves."""
-
-    def __init__(self, waits: Waits) -> None:
-        self._waits = waits
-        self.group = waits.group
-
-    @property
-    def step(self) -> Step:
-        """The call that is being made."""
-        return self._waits.meeting.step
-
-    @property
-    def turn(self) -> Turn:
-        """Whose call or backward it is."""
-        return self._waits.turn
-
-    def meet(self, meeting: Meeting, device: torch.device, own: int = 0) -> list[int]:
-        """``own`` alone."""
-        return [own]
-
-    def all_gather(self, local: Tensor) -> Tensor:
-        """``local`` alone, (1, *local.shape)."""
-        return local.unsqueeze(0).clone()
-
-    def all_to_all_rows(self, rows: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
-        """A copy of ``rows``."""
-        assert send_splits == receive_splits == [rows.shape[0]]
-        return rows.clone()
-
-
-class ProcessGroupCollectives:
-    """The collectives of ``torch.distributed``: gloo on the CPU, NCCL on GPUs (gloo takes CUDA tensors as well)."""
+class Meetings:
+    """Where the ranks of a group are, whatever moves between them."""
 
     def __init__(self, waits: Waits) -> None:
         self._waits = waits
@@ -100,6 +69,23 @@ class ProcessGroupCollectives:
         """``own`` of every rank, in rank order. Raises ``CollectiveMismatchError`` if one is elsewhere."""
         self._waits.meeting = meeting
         return self._waits.numbers(own, device)
+
+
+class OneRank(Meetings):
+    """The collectives of a group of one: nothing moves."""
+
+    def all_gather(self, local: Tensor) -> Tensor:
+        """``local`` alone, (1, *local.shape)."""
+        return local.unsqueeze(0).clone()
+
+    def all_to_all_rows(self, rows: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
+        """A copy of ``rows``."""
+        assert send_splits == receive_splits == [rows.shape[0]]
+        return rows.clone()
+
+
+class ProcessGroupCollectives(Meetings):
+    """The collectives of ``torch.distributed``: gloo on the CPU, NCCL on GPUs (gloo takes CUDA tensors as well)."""
 
     def all_gather(self, local: Tensor) -> Tensor:
         """``local`` of every rank, (W, *local.shape)."""

@@ -31,16 +31,23 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 from sonic_ep.group import device_of_rank
 
 # What ranks of either kind need of others: kernels run on the CPU by Triton's interpreter, and ranks that share a GPU.
-_SETTINGS = {"cpu": {"TRITON_INTERPRET": "1"}, "cuda": {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}}
+SETTINGS = {"cpu": {"TRITON_INTERPRET": "1"}, "cuda": {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}}
 
 # A server forks the ranks that has imported PyTorch, and what its backward imports the first time: two seconds. It has
 # not touched CUDA and has no threads that a fork would lose (OpenBLAS ends its own before). What else a rank needs, it
 # imports from where the caller would, and after its settings.
-_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
-_IMPORTED_ONCE = ["torch", "torch.fx.experimental.symbolic_shapes"]
+START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+IMPORTED_ONCE = ["torch", "torch.fx.experimental.symbolic_shapes"]
 
 # After the first error, how long others may take to report theirs before they are stopped.
 GRACE_SECONDS = 1.0
+
+
+def starting_context() -> Any:
+    """How processes of ranks are started: of ``multiprocessing``, quickly where that can be."""
+    context = multiprocessing.get_context(START_METHOD)
+    context.set_forkserver_preload(IMPORTED_ONCE)
+    return context
 
 
 class RankError(RuntimeError):
@@ -196,14 +203,11 @@ class _Worker:
 
     @staticmethod
     def start(rank: int, device_type: str) -> _Worker:
-        context = multiprocessing.get_context(_METHOD)
-        context.set_forkserver_preload(_IMPORTED_ONCE)
+        context = starting_context()
         ours, theirs = context.Pipe()
         # The server's own environment is that of the time when it started.
-        settings = dict(os.environ) | _SETTINGS[device_type]
-        process = context.Process(  # type: ignore[attr-defined]
-            target=_serve, args=(rank, theirs, settings), daemon=True, name=f"rank {rank}"
-        )
+        settings = dict(os.environ) | SETTINGS[device_type]
+        process = context.Process(target=_serve, args=(rank, theirs, settings), daemon=True, name=f"rank {rank}")
         process.start()
         theirs.close()
         return _Worker(rank=rank, process=process, connection=ours)
