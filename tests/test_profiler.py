@@ -50,10 +50,12 @@ def check_report(report: ProfileReport, asked: Asked, world_size: int) -> None:
     medians = {(pair.dispatch, pair.combine): pair.spread.median_us for pair in report.pairs}
     assert medians[report.picked.dispatch, report.picked.combine] <= 1.01 * min(medians.values())
     for mode in report.modes:
-        assert mode.gb_per_s == pytest.approx(mode.link_bytes / mode.spread.median_us / 1e3, rel=1e-3, abs=1e-6)
+        assert mode.gb_per_s == pytest.approx(mode.link_bytes / mode.spread.median_us / 1e3, rel=1e-3)
         assert (mode.percent is None) == (mode.ceiling is None)
         assert (mode.ceiling is None) == (report.rates is None or mode.kind == "plan")
-        assert mode.percent is None or mode.percent > 0
+        if mode.ceiling is not None:
+            ceiling = getattr(report.rates, mode.ceiling) / 1e9
+            assert mode.percent == pytest.approx(100 * mode.gb_per_s / ceiling, rel=1e-3)
     assert ProfileReport.from_json(json.loads(json.dumps(report.as_json()))) == report
     assert ExpertParallel(backend="reference", config=report.config).config == report.config
 
@@ -237,7 +239,8 @@ def test_a_rate_above_the_ceiling_is_refused_on_every_rank(cpu_pool: RankPool, t
 def test_rates_that_were_measured_before_are_used(cpu_pool: RankPool) -> None:
     report = same_everywhere(cpu_pool.run(profile_with_rates, 1e15, world_size=2))
     assert report.rates == LinkCeilings(copy_engine_in=1e15, copy_engine_out=1e15, read=1e15, write=1e15)
-    assert all(mode.percent is not None for mode in report.modes[1:])
+    # However small a share is, it is told.
+    assert all(mode.percent > 0 for mode in report.modes[1:])
     said = cpu_pool.run(said_by, Asked(rates=replace(report.rates, read=1.0)), AboveCeilingError, world_size=2)
     assert said[0] == said[1]
     assert said[0].startswith("rank 0 of 2: dispatch all_to_all: got ")
@@ -259,7 +262,7 @@ def test_shares_of_the_ceilings(cpu_pool: RankPool) -> None:
     for mode in report.modes[1:]:
         assert mode.ceiling is not None
         share = mode.link_bytes / (mode.spread.median_us / 1e6) / getattr(report.rates, mode.ceiling)
-        assert mode.percent == pytest.approx(100 * share, abs=0.006)
+        assert mode.percent == pytest.approx(100 * share, rel=1e-3)
     assert ProfileReport.from_json(report.as_json()) == report
     assert "ceilings of the link in GB/s: copy engine 1.0, reads 2.0, writes 4.0" in str(report)
 

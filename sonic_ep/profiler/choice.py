@@ -170,16 +170,21 @@ def _mode_time(kind: str, mode: str, timing: Timing, load: LinkLoad, ceilings: L
     if way is not None and rate is not None:
         ceiling = Ceiling(name=f"the {way} ceiling", bytes_per_second=getattr(ceilings, way))
         ceiling.share_of(load.under_ceiling, timing.median, name)
-        percent = round(100 * rate / ceiling.bytes_per_second, 2)
+        percent = _to_six_digits(100 * rate / ceiling.bytes_per_second)
     return ModeTime(
         kind=kind,
         mode=mode,
         spread=Spread.of(timing),
         link_bytes=float(load.busiest),
-        gb_per_s=None if rate is None else round(rate / 1e9, 6),
+        gb_per_s=None if rate is None else _to_six_digits(rate / 1e9),
         ceiling=way,
         percent=percent,
     )
+
+
+def _to_six_digits(value: float) -> float:
+    """A rate of a few bytes is not zero: 0.0000254321 stays 2.54321e-05."""
+    return float(f"{value:.6g}")
 
 
 def origin_now(process_group: str | None) -> Origin:
