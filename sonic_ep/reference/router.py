@@ -32,11 +32,15 @@ def route(x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions, collectives
 def choose_experts(logits_TE: Tensor, top_k: int) -> Tensor:
     """The K largest of each row, (T, K) int64: descending, equal logits in ascending order of expert.
 
+    All NaN are equal, and above infinity.
+
     >>> import torch
     >>> choose_experts(torch.tensor([[0.5, 2.0, 0.5, 2.0]]), 3)
     tensor([[1, 3, 0]])
     """
-    return logits_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    # On GPUs a sort goes by bits, and tells NaN of one sign from those of the other.
+    ordered_TE = logits_TE.detach().masked_fill(logits_TE.isnan(), float("nan"))
+    return ordered_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
 
 
 def _topk_then_softmax(logits_TE: Tensor, topk_idx_TK: Tensor) -> Tensor:
