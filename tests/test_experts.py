@@ -220,6 +220,8 @@ def sums_by_kernels(rank: Rank) -> None:
         terms = rows[:ROWS].double() * bias.double()[expert]
         assert_near(dots[:ROWS], terms.sum(dim=1) + 1, 100)
         assert dots[ROWS:].eq(1).all()
+        if dtype == torch.float32:
+            assert_bitwise(dots[:ROWS], (terms.sum(dim=1) + 1).float())
 
 
 @pytest.mark.fast

@@ -172,6 +172,20 @@ def test_products_of_one_term(pool: RankPool, dtype: torch.dtype) -> None:
     pool.run(products_of_one_term, dtype, world_size=1)
 
 
+def products_of_fp32(rank: Rank) -> None:
+    """Nothing but the last rounding: a score's gradient, of one number, has no others that would even its error out."""
+    from sonic_ep.fast.grouped_gemm import TritonGemm
+
+    way, dtype, sizes = TritonGemm(), torch.float32, (40, 30)
+    a, b, groups = numbers(rank, dtype, 70, 90), numbers(rank, dtype, 2, 90, 50), ends(rank, sizes)
+    assert_bitwise(way.rows(a, b, groups), rows_by_loop(a.double(), b.double(), sizes).float())
+    assert_bitwise(way.weights(a, a, groups), weights_by_loop(a.double(), a.double(), sizes).float())
+
+
+def test_products_of_fp32_are_the_truth_rounded(pool: RankPool) -> None:
+    pool.run(products_of_fp32, world_size=1)
+
+
 def products_without_rows(rank: Rank) -> None:
     from sonic_ep.fast.grouped_gemm import LibraryGemm, TritonGemm
 

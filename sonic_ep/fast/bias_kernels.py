@@ -33,21 +33,23 @@ def add_bias_dots_kernel(
 
     rows_ptr (R, H): d(out) of each row's token. bias_ptr (e, H). dots_ptr (R,) fp32.
     """
+    # As the rest of the score's gradient is summed.
+    WIDE: tl.constexpr = tl.float64 if rows_ptr.dtype.element_ty == tl.float32 else tl.float32
     rows = valid_rows(group_ends_ptr, experts_per_rank, row_capacity)
     for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         row = start + tl.arange(0, ROWS)
         there = row < rows
         expert = experts_of_rows(row, group_ends_ptr, experts_per_rank, EXPERTS_PADDED)
-        dot = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        dot = tl.zeros((ROWS, COLUMNS), dtype=WIDE)
         for first in range(0, H, COLUMNS):
             column = first + tl.arange(0, COLUMNS)
             inside = there[:, None] & (column < H)[None, :]
             place = row.to(tl.int64)[:, None] * H + column[None, :]
-            value = tl.load(rows_ptr + place, mask=inside, other=0.0).to(tl.float32)
+            value = tl.load(rows_ptr + place, mask=inside, other=0.0).to(WIDE)
             bias_place = expert[:, None] * H + column[None, :]
-            dot += value * tl.load(bias_ptr + bias_place, mask=inside, other=0.0).to(tl.float32)
-        before = tl.load(dots_ptr + row, mask=there, other=0.0)
-        tl.store(dots_ptr + row, before + tl.sum(dot, axis=1), mask=there)
+            dot += value * tl.load(bias_ptr + bias_place, mask=inside, other=0.0).to(WIDE)
+        before = tl.load(dots_ptr + row, mask=there, other=0.0).to(WIDE)
+        tl.store(dots_ptr + row, (before + tl.sum(dot, axis=1)).to(tl.float32), mask=there)
 
 
 @triton.jit(do_not_specialize=["row_capacity"])

@@ -45,7 +45,7 @@ def group_of_tile(tile, group_ends_ptr, experts, rows, EXPERTS: tl.constexpr, HE
 
 @triton.jit
 def add_product(a, b, total):
-    """``total + a . b``, products and their sum in fp32. Where total is fp64, so is the sum over steps.
+    """``total + a . b``, products and sums in the type of total: fp32, or fp64, where products of fp32 are exact.
 
     The interpreter would take bf16 for integers, and sum fp16 as fp16.
     """
@@ -53,7 +53,7 @@ def add_product(a, b, total):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     if total.dtype == tl.float64:
-        return total + tl.dot(a, b, input_precision="ieee").to(tl.float64)
+        return tl.dot(a.to(tl.float64), b.to(tl.float64), total, out_dtype=tl.float64)
     else:
         return tl.dot(a, b, total, input_precision="ieee")
 
