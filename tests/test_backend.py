@@ -67,14 +67,14 @@ def test_what_is_missing_of_software(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("triton", "numpy", "works"), [("3.6.0", "2.5.2", False), ("3.6.0", "2.4.6", True), ("3.7.0", "2.5.2", True)]
+    ("triton", "numpy", "works"), [("3.6.0", "2.4.0", False), ("3.6.0", "2.3.5", True), ("3.7.0", "2.4.6", True)]
 )
 def test_interpreter_and_numpy(triton: str, numpy: str, works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(availability, "version", {"triton": triton, "numpy": numpy}.__getitem__)
     monkeypatch.setattr("sonic_ep.fast.interpreted", lambda: True)
     reasons = unavailable_reasons("fast", ALONE)
     assert reasons == availability.interpreter_reasons()
-    wanted = "expected triton 3.7 or newer, or numpy older than 2.5"
+    wanted = "expected triton 3.7 or newer, or numpy older than 2.4"
     failing = (f"the interpreter of triton {triton} fails with numpy {numpy}: {wanted}",)
     assert reasons == (() if works else failing)
 

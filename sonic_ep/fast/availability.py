@@ -30,9 +30,9 @@ def interpreter_reasons() -> tuple[str, ...]:
     if missing:
         return missing
     found = {name: version(name) for name in ("triton", "numpy")}
-    # Before 3.7 it calls int() on arrays of one element, which numpy refuses since 2.5.
-    if _leading_numbers(found["triton"]) < (3, 7) and _leading_numbers(found["numpy"]) >= (2, 5):
-        wanted = "expected triton 3.7 or newer, or numpy older than 2.5"
+    # Before 3.7 it calls int() on arrays of one element, which numpy refuses since 2.4.
+    if _leading_numbers(found["triton"]) < (3, 7) and _leading_numbers(found["numpy"]) >= (2, 4):
+        wanted = "expected triton 3.7 or newer, or numpy older than 2.4"
         return (f"the interpreter of triton {found['triton']} fails with numpy {found['numpy']}: {wanted}",)
     return ()
 
