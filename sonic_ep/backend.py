@@ -125,6 +125,10 @@ class Backend(Protocol):
         """Raise, from ``error``, what a kernel has waited for in vain; nothing if that is not why."""
         ...
 
+    def stray(self) -> None:
+        """A call or a backward has ended in an error on this rank: the others may be anywhere in it, or past it."""
+        ...
+
     def holds_memory(self) -> bool:
         """Whether there is something that ``close`` gives back."""
         ...

@@ -49,6 +49,8 @@ class Calls:
         self._digest = lru_cache(maxsize=DIGESTS_KEPT)(partial(_digest_of, tuple(self._common.items())))
         self._held = Held(name=f"{waits.group}: ExpertParallel", backend=backend, process=os.getpid())
         self._release = weakref.finalize(self, _forgotten, self._held)
+        # Weakly: backwards hold the turn, and may outlive what it would hold.
+        waits.turn.after_errors(partial(_failed, self._held.name, weakref.ref(backend), weakref.ref(waits)))
 
     @property
     def closed(self) -> bool:
@@ -61,20 +63,12 @@ class Calls:
 
         Raises ``ClosedError`` after ``close``, ``RuntimeError`` in a forked process and while another thread is in a
         call. What kernels have waited for in vain is told instead of PyTorch's error, and memory that ran out with the
-        rank.
+        rank; in a backward too, which takes the same turn.
         """
-        self._open()
+        if self.closed:
+            raise ClosedError(f"{self._held.name}: got one that is closed, expected an open one")
         with self._waits.turn.taken():
-            try:
-                yield
-            except PeerError:
-                raise
-            except RuntimeError as error:
-                self._held.backend.explain(error)
-                if isinstance(error, torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error):
-                    place = f"{self._held.name}: out of memory in {self._waits.meeting}"
-                    raise torch.OutOfMemoryError(f"{place}: {error}") from error
-                raise
+            yield
 
     def begin(self, name: str, **facts: object) -> None:
         """The arguments are right: from here on the call is collective. ``facts``: what all ranks have to have alike.
@@ -95,6 +89,7 @@ class Calls:
         with self._waits.turn.taken():
             if self._release.detach() is not None:
                 self._held.backend.close()
+                self._waits.turn.end()
 
     def let_go(self) -> None:
         """No call will follow, and what backward still needs stays for as long as that does."""
@@ -108,15 +103,6 @@ class Calls:
         # Where another thread is in a call, the error that is on its way is what has to be seen.
         with suppress(RuntimeError):
             self.close()
-
-    def _open(self) -> None:
-        if self.closed:
-            raise ClosedError(f"{self._held.name}: got one that is closed, expected an open one")
-        if self._held.process != os.getpid():
-            raise RuntimeError(
-                f"{self._held.name}: got a call in process {os.getpid()}, forked from process {self._held.process} "
-                "that made it, expected one made in this process: what ranks share cannot be inherited"
-            )
 
     def _compare(self, mine: dict[str, str]) -> None:
         # The digests may differ, and that is told here in words.
@@ -145,6 +131,19 @@ def _by_value(values: list[str | None]) -> str:
         ranks = [str(rank) for rank, own in enumerate(values) if own == value]
         words.append(f"{value} on rank{'s' if len(ranks) > 1 else ''} {' '.join(ranks)}")
     return ", ".join(words)
+
+
+def _failed(name: str, backend: weakref.ref[Backend], waits: weakref.ref[Waits], error: BaseException) -> None:
+    """After an ``error`` of a call or a backward. Raise what it means, if more is known than it says."""
+    of_backend, of_waits = backend(), waits()
+    if of_backend is not None and of_waits is not None and of_waits.turn.begun:
+        of_backend.stray()
+    if not isinstance(error, RuntimeError) or isinstance(error, PeerError):
+        return
+    if of_backend is not None:
+        of_backend.explain(error)
+    if of_waits is not None and (isinstance(error, torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error)):
+        raise torch.OutOfMemoryError(f"{name}: out of memory in {of_waits.meeting}: {error}") from error
 
 
 def _digest_of(common: Told, told: Told) -> int:

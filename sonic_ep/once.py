@@ -1,4 +1,4 @@
-"""Backward functions that are not differentiable themselves, and say so."""
+"""Backward functions that are not differentiable themselves, and say so; and what may be saved for them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sonic_ep.precision import full_precision
+
 Gradients = tuple[Tensor | None, ...]
+HOST = torch.device("cpu")
+
+
+def savable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if it was made in inference mode: such a one cannot be saved for backward."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 class Refusal(torch.autograd.Function):
@@ -34,7 +42,8 @@ def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gra
 
     @wraps(backward)
     def guarded(ctx: Any, *gradients: Tensor | None) -> Gradients:
-        with ctx.turn.taken(), torch.no_grad():
+        device = next((found.device for found in gradients if found is not None), HOST)
+        with ctx.turn.taken(begun=True), torch.no_grad(), full_precision(device):
             # Kernels read what stands in memory: what is negated in name alone would have the wrong sign.
             results = backward(ctx, *(None if found is None else found.resolve_neg() for found in gradients))
         present = [result for result in results if result is not None]

@@ -1,25 +1,69 @@
-"""One thread at a time."""
+"""One thread at a time, in one process, until it ends."""
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from sonic_ep.config import ClosedError
+
+
+def _nothing_to_do(error: BaseException) -> None:
+    """The error says it all."""
 
 
 class Turn:
-    """What one thread at a time may do; from within, the same thread may do more of it. name: of the object."""
+    """What one thread at a time may do; from within, the same thread may do more of it. name: of the object.
+
+    It belongs to the process that makes it, and ends with ``end``. begun: whether what the turn is for has passed its
+    checks, so that other ranks are in it too.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._process = os.getpid()
         self._lock = threading.RLock()
+        self._ended = False
+        self._depth = 0
+        self.begun = False
+        self._failed: Callable[[BaseException], None] = _nothing_to_do
+
+    def after_errors(self, failed: Callable[[BaseException], None]) -> None:
+        """``failed`` is given the error that ends a turn, and may raise one that says more."""
+        self._failed = failed
+
+    def end(self) -> None:
+        """Nobody has a turn any more."""
+        self._ended = True
+
+    def require_own_process(self) -> None:
+        """Raises ``RuntimeError`` in a process that was forked from the one that made it."""
+        if self._process != os.getpid():
+            raise RuntimeError(
+                f"{self._name}: got a call in process {os.getpid()}, forked from process {self._process} "
+                "that made it, expected one made in this process: what ranks share cannot be inherited"
+            )
 
     @contextmanager
-    def taken(self) -> Iterator[None]:
-        """Raises ``RuntimeError`` where another thread is at it: nobody waits, as ranks would come to differ."""
+    def taken(self, *, begun: bool = False) -> Iterator[None]:
+        """Raises ``RuntimeError`` in a forked process, and where another thread is at it: nobody waits, as ranks would
+        come to differ. Raises ``ClosedError`` after ``end``.
+        """
+        self.require_own_process()
+        if self._ended:
+            raise ClosedError(f"{self._name}: got a call or a backward after close(), expected none")
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(f"{self._name}: got a call while another thread is in one, expected one after the other")
+        self._depth += 1
+        self.begun = begun or (self.begun and self._depth > 1)
         try:
             yield
+        except BaseException as error:
+            if self._depth == 1:
+                self._failed(error)
+            raise
         finally:
+            self._depth -= 1
             self._lock.release()

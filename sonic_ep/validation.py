@@ -17,6 +17,7 @@ from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
 from sonic_ep.backend import Experts
 from sonic_ep.config import RouterOptions, is_count
 from sonic_ep.group import EPGroup
+from sonic_ep.once import savable
 from sonic_ep.plan import RoutingPlan
 
 ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -115,8 +116,11 @@ class Edge:
             self._movable(name, value)
         else:
             self.require(value.device == like.device, f"device of {name}", value.device, like.device)
+        # Zeros that are nowhere in memory.
+        value = value.clone() if value._is_zerotensor() else value
+        self._in_memory(name, value)
         held = value.contiguous().resolve_neg()
-        return held.clone() if held.is_inference() and torch.is_grad_enabled() else held
+        return savable(held) if torch.is_grad_enabled() else held
 
     def _own_tensor(self, name: str, value: object) -> Tensor:
         """``value`` as PyTorch's own class: what a class of the caller's makes of a function does not count here."""
@@ -129,6 +133,13 @@ class Edge:
             # Its values are elsewhere, or none: a FakeTensor, a MaskedTensor, a DTensor.
             raise TypeError(f"{self.group}: {name}: got {kind.__name__}, expected a torch.Tensor that holds its values")
         return value.as_subclass(Tensor)
+
+    def _in_memory(self, name: str, tensor: Tensor) -> None:
+        """Sharding frees storage under the tensors that look at it."""
+        last = sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        needed = (tensor.storage_offset() + last + 1) * tensor.element_size() if tensor.numel() else 0
+        held = tensor.untyped_storage().nbytes()
+        self.require(held >= needed, f"memory of {name}", f"{held} bytes", f"at least {needed}: was it freed?")
 
     def shape(self, name: str, tensor: Tensor, expected: tuple[int, ...], letters: str) -> None:
         """Exactly the shape ``expected``, which ``letters`` explains."""

@@ -54,6 +54,7 @@ class Waits:
         self._collectives = 0
         self._board = Board.of(group)
         self._together = False
+        self._astray = False
         # One call at a time, and one backward: recompute in backward calls from within, so the same thread may.
         self.turn = Turn(f"{group}: ExpertParallel")
 
@@ -63,8 +64,16 @@ class Waits:
         return self._board.number
 
     def begin(self, step: Step) -> None:
-        """What follows is of ``step``."""
+        """What follows is of ``step``. After ``stray``, raises ``PeerError`` unless the others come to it as well."""
         self.meeting = Meeting(step=step, phase=Phase.MEETING)
+        self.turn.begun = True
+        if self._astray:
+            self._find_the_others()
+            self._astray = False
+
+    def stray(self) -> None:
+        """A call or a backward has ended in an error here: the others may be anywhere in it, or past it."""
+        self._astray = self.group.world_size > 1
 
     def numbers(self, own: int, device: torch.device) -> list[int]:
         """Collective. ``own`` (63 bits) of every rank, in rank order, once all are seen to be at the same meeting."""
@@ -120,6 +129,30 @@ class Waits:
         """The object that this is for was never used; see ``object_number``."""
         self._board.withdraw()
 
+    def _find_the_others(self) -> None:
+        """Wait until every other rank is where this one is: back from an error, too, or in this step's first meeting.
+
+        A collective begun while others are in one of another step would be paired with it.
+        """
+        self._tell_where(back=True)
+        here, deadline = self.meeting.step.number, time.monotonic() + self.timeout
+        missing = set(range(self.group.world_size)) - {self.group.rank}
+        while missing and not self._board.broken:
+            notices = self._board.notices()
+            for rank in sorted(missing & set(notices)):
+                notice = notices[rank]
+                begun = notice.collectives - self._collectives
+                if notice.step == here and begun == (0 if notice.back else 1):
+                    missing.discard(rank)
+                elif begun > 0 or notice.step > here:
+                    raise CollectiveMismatchError(
+                        f"{self.group}: rank {rank} is in {notice.text}, while this rank left a step by an error and "
+                        f"came to {self.meeting}"
+                    )
+            if time.monotonic() > deadline:
+                raise PeerTimeoutError(self._waited_for(_named(sorted(missing))))
+            time.sleep(STORE_REST_SECONDS)
+
     def _come_together(self, tensor: Tensor) -> None:
         """PyTorch connects GPUs in their first collective, and waits there as long as it likes: all have to be here."""
         if self._together or tensor.device.type == "cpu":
@@ -158,8 +191,9 @@ class Waits:
             late = time.monotonic() - began >= self.timeout
             raise (self._timed_out() if late else self._lost(error)) from error
 
-    def _tell_where(self) -> None:
-        self._board.tell(Notice(collectives=self._collectives, left=False, text=str(self.meeting)))
+    def _tell_where(self, *, back: bool = False) -> None:
+        text, step = str(self.meeting), self.meeting.step.number
+        self._board.tell(Notice(collectives=self._collectives, left=False, text=text, step=step, back=back))
 
     def _raise_if_somebody_left(self) -> None:
         for rank, notice in self._board.notices().items():
@@ -170,6 +204,11 @@ class Waits:
             if notice.lost and self.group.rank not in notice.lost:
                 raise PeerLostError(
                     f"{self.group}: lost {_named(notice.lost)}, waited for in {self.meeting}: rank {rank} {notice.text}"
+                )
+            if notice.back and notice.step > self.meeting.step.number and notice.collectives < self._collectives:
+                raise CollectiveMismatchError(
+                    f"{self.group}: rank {rank} left a step by an error and came to {notice.text}, expected it in "
+                    f"{self.meeting}"
                 )
 
     def _timed_out(self) -> PeerTimeoutError:
@@ -183,7 +222,7 @@ class Waits:
     def _lost(self, error: RuntimeError) -> PeerLostError:
         self._tell_where()
         self._raise_if_somebody_left()
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         missing = self._missing("lost it, too")
         return PeerLostError(f"{self.group}: lost {missing}, waited for in {self.meeting}: {reason}")
 
@@ -205,10 +244,14 @@ class Waits:
         return _named(missing)
 
     def _who_left(self) -> str:
-        """Where nobody is silent: who has begun this collective, and then gone."""
-        left = {rank: notice for rank, notice in self._board.notices().items() if notice.left}
-        words = ", ".join(f"rank {rank} (which left: {notice.text})" for rank, notice in left.items())
-        return words or "a rank that is not known"
+        """Where nobody is silent: who has begun as many collectives and then gone, or is in another one of them."""
+        words = []
+        for rank, notice in self._board.notices().items():
+            if notice.left:
+                words.append(f"rank {rank} (which left: {notice.text})")
+            elif not notice.lost and notice.text != str(self.meeting):
+                words.append(f"rank {rank} (which is in {notice.text})")
+        return ", ".join(words) or "a rank that is not known"
 
     def _stay_for(self, ranks: set[int]) -> None:
         """Until each of ``ranks`` has found out who is missing, ``GRACE_SECONDS`` at most."""

@@ -122,6 +122,13 @@ def quantized(tensor: Tensor) -> Tensor:
         return torch.quantize_per_tensor(tensor.float().cpu(), 0.1, 0, torch.qint8)
 
 
+def freed(tensor: Tensor) -> Tensor:
+    """What sharding leaves of a parameter: a shape over no memory."""
+    bare = tensor.clone()
+    bare.untyped_storage().resize_(0)
+    return bare
+
+
 def recast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -157,6 +164,10 @@ THINGS: Mapping[str, Callable[[Tensor], object]] = MappingProxyType(
         "nested": lambda tensor: nested(tensor, torch.strided),
         "jagged": lambda tensor: nested(tensor, torch.jagged),
         "quantized": quantized,
+        "freed": freed,
+        "zeros of no memory": lambda tensor: torch._efficientzerotensor(
+            tensor.shape, dtype=tensor.dtype, device=tensor.device
+        ),
         "of bits": lambda tensor: torch.zeros(tensor.shape, dtype=torch.uint8).view(torch.bits8),
         **{
             f"of {str(dtype).removeprefix('torch.')}": (lambda tensor, dtype=dtype: recast(tensor, dtype))

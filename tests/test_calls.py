@@ -1,8 +1,10 @@
 """Calls: the same on every rank or told which is not and in what, one at a time, in one process, with its place."""
 
+import itertools
+import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,7 @@ from calls import EXPERTS, HIDDEN, INTERMEDIATE, good_call
 
 import sonic_ep
 from sonic_ep import CollectiveMismatchError, EPConfig, ExpertParallel
+from sonic_ep.config import PeerError
 from sonic_ep.group import resolve_group
 from sonic_ep.testing import Rank, RankPool
 
@@ -206,6 +209,126 @@ def test_memory_that_runs_out_is_told_with_the_place() -> None:
         with pytest.raises(torch.OutOfMemoryError, match=expected), ep._calls.one():
             raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
         ep.moe(**good_call())
+
+
+def memory_short(*arguments: object, **options: object) -> None:
+    raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize(
+    ("backend", "exchange"),
+    [("reference", "sonic_ep.reference.layer"), pytest.param("fast", "sonic_ep.fast.exchange", marks=pytest.mark.fast)],
+)
+def test_memory_that_runs_out_in_backward_is_told_with_the_place(
+    cpu_pool: RankPool, backend: str, exchange: str
+) -> None:
+    cpu_pool.run(out_of_memory_in_backward, backend, exchange, world_size=1)
+
+
+def out_of_memory_in_backward(rank: Rank, backend: str, exchange: str) -> None:
+    arguments = with_trained_experts(call_of(1))
+    with ExpertParallel(backend=backend) as ep:
+        ep.moe(**arguments)
+        y = ep.moe(**arguments).y
+        expected = "rank 0 of 1: ExpertParallel: out of memory in phase .* of step 2: tried to allocate 2.00 GiB"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(f"{exchange}.Exchange.rows", memory_short)
+            with pytest.raises(torch.OutOfMemoryError, match=expected):
+                y.sum().backward()
+        ep.moe(**arguments).y.sum().backward()
+
+
+def other_gradients(rank: Rank, backend: str, wanted: list[str]) -> str:
+    """The odd rank asks for fewer gradients, so its backward meets the others less often; then it goes on."""
+    group = dist.new_group(list(range(rank.world_size)))
+    ep = ExpertParallel(group, backend=backend, timeout=5.0)
+    arguments = call_of(rank.world_size)
+    leaves = {name: value.requires_grad_() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+
+    def use() -> None:
+        y = ep.moe(**arguments).y
+        torch.autograd.grad(y.sum(), [leaves[name] for name in (wanted if rank.rank == ODD else leaves)])
+        ep.plan(torch.zeros(1, 1, dtype=torch.int64), rank.world_size)
+
+    with pytest.raises(PeerError) as raised:
+        use()
+    ep._calls.let_go()
+    dist.barrier()
+    return f"{raised.type.__name__}: {raised.value}"
+
+
+@pytest.mark.parametrize(
+    ("backend", "wanted", "phase"),
+    [
+        ("reference", ["w2"], "combine"),
+        ("reference", ["x", "w1", "w2"], "router"),
+        pytest.param("fast", ["w2"], "router", marks=pytest.mark.fast),
+    ],
+)
+def test_a_rank_that_asks_for_fewer_gradients_is_found(
+    cpu_pool: RankPool, backend: str, wanted: list[str], phase: str
+) -> None:
+    said = cpu_pool.run(other_gradients, backend, wanted, world_size=2)
+    for rank, words in enumerate(said):
+        assert words.startswith(f"CollectiveMismatchError: rank {rank} of 2: rank {1 - rank} came to phase ")
+    assert f"expected phase backward ({phase}) of step 1" in said[0]
+
+
+def fails_and_goes_on(rank: Rank, failing: list[int], nth: int) -> str:
+    """Ranks run out of memory in front of their ``nth`` collective, leave that batch out, and go on with the next."""
+    group = dist.new_group(list(range(rank.world_size)))
+    ep = ExpertParallel(group, backend="reference", timeout=4.0)
+    arguments = call_of(rank.world_size)
+
+    def batches() -> str:
+        for number in range(4):
+            try:
+                with pytest.MonkeyPatch.context() as patch:
+                    if number == 1 and rank.rank in failing:
+                        counted = itertools.count(1)
+                        for name in ("all_gather", "all_to_all_rows"):
+                            patch.setattr(ep._waits, name, failing_at(nth, counted, getattr(ep._waits, name)))
+                    y = ep.moe(**arguments).y
+            except torch.OutOfMemoryError:
+                continue
+        assert y.isfinite().all()
+        return "went on"
+
+    try:
+        said = batches()
+    except PeerError as error:
+        said = f"{type(error).__name__}: {error}"
+    dist.barrier()
+    dist.destroy_process_group(group)
+    return said
+
+
+def failing_at(nth: int, counted: Iterator[int], collective: Callable[..., Any]) -> Callable[..., Any]:
+    def counting(*arguments: Any) -> Any:
+        if next(counted) == nth:
+            memory_short()
+        return collective(*arguments)
+
+    return counting
+
+
+# Of a call that is not the first: the meeting of the plan, ids, meetings of dispatch and combine, scores, rows.
+COLLECTIVES = range(1, 8)
+
+
+@pytest.mark.parametrize("nth", COLLECTIVES)
+def test_a_rank_that_goes_on_after_an_error_meets_nobody_by_mistake(cpu_pool: RankPool, nth: int) -> None:
+    """Each names the other with the step that it is in, whatever the others wait for meanwhile."""
+    for rank, said in enumerate(cpu_pool.run(fails_and_goes_on, [ODD], nth, world_size=3)):
+        if rank == ODD:
+            assert re.match(r"CollectiveMismatchError: rank 1 of 3: rank [02] is in phase \w+ of step 2, while", said)
+            assert "left a step by an error and came to phase meeting of step 3" in said
+        else:
+            assert f"rank {rank} of 3: rank 1 left a step by an error and came to phase meeting of step 3" in said
+
+
+def test_ranks_that_fail_alike_go_on_together(cpu_pool: RankPool) -> None:
+    assert cpu_pool.run(fails_and_goes_on, [0, 1, 2], 4, world_size=3) == ["went on"] * 3
 
 
 def out_of_gpu_memory(rank: Rank, backend: str) -> str:

@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from layer_inputs import layer_inputs
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -193,23 +192,3 @@ def late_after(fence: object, delay: object, rank: Rank) -> None:
 
 def test_all_wait_to_hear_what_one_wants(pool: RankPool) -> None:
     pool.run(wanted_late, world_size=2)
-
-
-def under_autocast(rank: Rank, case: Case) -> None:
-    """Forward and backward under an autocast that would change every product."""
-    x, weights, dy = layer_inputs(rank, case)
-    with ExpertParallel(backend="fast", config=AGAIN) as ep:
-
-        def step() -> list[Tensor]:
-            y = ep.moe(x, *weights, case.top_k).y
-            return [y.detach(), *torch.autograd.grad(y, [x, *weights], dy)]
-
-        expected = step()
-        with torch.autocast(rank.device.type, dtype=torch.float16):
-            found = step()
-    for got, want in zip(found, expected, strict=True):
-        assert_bitwise(got, want)
-
-
-def test_autocast_changes_no_bit_forward_and_backward(pool: RankPool) -> None:
-    pool.run(under_autocast, replace(CASES["uniform_bf16"], bias=False), world_size=1)

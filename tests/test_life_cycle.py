@@ -214,7 +214,7 @@ def test_what_is_left_open_at_exit_warns_in_the_process_that_made_it(tmp_path: P
     assert "child ended with 0" in done.stdout
 
 
-def in_child(ep: ExpertParallel, rank: Rank) -> str:
+def in_child(ep: ExpertParallel, rank: Rank, y: Tensor) -> str:
     """What a forked process hears when it calls, and when it leaves a ``with``."""
     said = ""
     try:
@@ -228,24 +228,41 @@ def in_child(ep: ExpertParallel, rank: Rank) -> str:
 
 
 def forked(rank: Rank, backend: str) -> list[str]:
-    """In one child the object is used, and in another one closed; the parent goes on."""
+    """In children the object is used, closed, and called backward through; the parent goes on."""
     read, write = os.pipe()
-    with ExpertParallel(backend=backend, max_tokens_per_rank=2) as ep:
+    with ExpertParallel(backend=backend, max_tokens_per_rank=TOKENS) as ep:
         assert planned(ep, rank) == [2] * rank.world_size
+        leaves = layer_of(rank)
+        y = ep.moe(*leaves, TOP_K).y
+        expected = torch.autograd.grad(y.square().sum(), leaves, retain_graph=True)
+        # A child would end what is left over here of other groups, and cannot.
+        gc.collect()
         children = []
-        for leave in (in_child, closed_in_child):
+        for leave in (in_child, closed_in_child, backward_in_child):
             children.append(os.fork())
             if children[-1] == 0:
-                os.write(write, leave(ep, rank).encode() + b"\n")
+                os.write(write, leave(ep, rank, y).encode() + b"\n")
                 os._exit(0)
             assert os.waitpid(children[-1], 0)[1] == 0
             assert planned(ep, rank) == [2] * rank.world_size
+        # None of them has told anybody that this rank is gone.
+        assert ep._waits._board.notices() == {}
+        for found, grad in zip(torch.autograd.grad(y.square().sum(), leaves), expected, strict=True):
+            assert_bitwise(found, grad)
     os.close(write)
     with open(read) as said:
         return [line.replace(str(children[number]), "CHILD") for number, line in enumerate(said)]
 
 
-def closed_in_child(ep: ExpertParallel, rank: Rank) -> str:
+def backward_in_child(ep: ExpertParallel, rank: Rank, y: Tensor) -> str:
+    try:
+        y.sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return "went backward"
+
+
+def closed_in_child(ep: ExpertParallel, rank: Rank, y: Tensor) -> str:
     try:
         ep.close()
     except RuntimeError as error:
@@ -256,7 +273,7 @@ def closed_in_child(ep: ExpertParallel, rank: Rank) -> str:
 @both_backends
 def test_a_forked_process_keeps_off(cpu_pool: RankPool, backend: str) -> None:
     for rank, said in enumerate(cpu_pool.run(forked, backend, world_size=2)):
-        assert len(said) == 2
+        assert len(said) == 3
         for words in said:
             assert words.startswith(f"rank {rank} of 2: ExpertParallel: got a call in process CHILD, forked from ")
             assert words.endswith("what ranks share cannot be inherited\n")
@@ -289,6 +306,21 @@ def test_a_rank_that_left_by_an_error_is_named_with_it(cpu_pool: RankPool) -> No
         "PeerLostError: rank 0 of 2: rank 1 left (KeyError: 'labels') while it was waited for in phase"
     )
     assert why == "KeyError: 'labels'"
+
+
+def backward_of_a_closed_one(rank: Rank, backend: str) -> str:
+    leaves = layer_of(rank)
+    with ExpertParallel(backend=backend) as ep:
+        y = ep.moe(*leaves, TOP_K).y
+    with pytest.raises(ClosedError) as raised:
+        y.sum().backward()
+    return str(raised.value)
+
+
+@both_backends
+def test_a_backward_after_close_is_refused(pool: RankPool, backend: str) -> None:
+    for rank, said in enumerate(pool.run(backward_of_a_closed_one, backend, world_size=2)):
+        assert said == f"rank {rank} of 2: ExpertParallel: got a call or a backward after close(), expected none"
 
 
 def interleaved(rank: Rank, backend: str) -> None:

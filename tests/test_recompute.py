@@ -1,11 +1,13 @@
 """Activation checkpointing runs forward again: with the same routing, near ties too, or it is found and named."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from backends import both_backends
 from layer_inputs import layer_inputs
+from routers import randn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -91,11 +93,51 @@ def rerouted(rank: Rank, case: Case, backend: str, exact: bool) -> list[str]:
     ep.check()
     y = ep.moe(x, *weights, case.top_k).y
     expected = torch.autograd.grad(y, weights, dy)
-    for grad, again in zip(torch.autograd.grad(ep.moe(x, *weights, case.top_k).y, weights, dy), expected, strict=True):
-        assert_bitwise(grad, again)
-        assert grad.isfinite().all()
+    for run in (ep.moe, partial(checkpoint, ep.moe, use_reentrant=False)):
+        y = run(x, *weights, case.top_k).y
+        for grad, again in zip(torch.autograd.grad(y, weights, dy), expected, strict=True):
+            assert_bitwise(grad, again)
+            assert grad.isfinite().all()
+    ep.check()
     ep.close()
     return said
+
+
+def dispatch_rerouted(rank: Rank, backend: str) -> str:
+    """What is run again ends with a dispatch: the combine, behind it, keeps to the first plan."""
+    x = randn(rank, 6, 8).requires_grad_()
+    router_w = randn(rank, 2 * rank.world_size, 8, seed=1)
+    weight = randn(rank, 8, 8, seed=2).requires_grad_()
+    plans = []
+    ep = ExpertParallel(backend=backend, timeout=20)
+
+    def dispatched(x: Tensor) -> Tensor:
+        idx = (torch.dropout(x, 0.5, rank.rank == 0) @ router_w.t()).topk(2).indices
+        plans.append(ep.plan(idx, 2 * rank.world_size))
+        rows = ep.dispatch(x, plans[-1])
+        there = torch.arange(len(rows), device=rank.device) < plans[-1].rows()
+        return (rows.where(there[:, None], 0) @ weight).tanh()
+
+    def backward() -> None:
+        rows = checkpoint(dispatched, x, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+        y = ep.combine(rows, torch.ones(6, 2, device=rank.device), plans[0])
+        y.square().sum().backward()
+        assert x.grad is not None
+        assert (x.grad.isnan() | (x.grad == 0)).all()
+        assert x.grad.isnan().any()
+        ep.check()
+
+    with pytest.raises(RecomputeError, match=SAID) as raised:
+        backward()
+    ep.close()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@both_backends
+def test_another_routing_of_a_dispatch_in_recompute_is_named(pool: RankPool, backend: str, world_size: int) -> None:
+    for rank, said in enumerate(pool.run(dispatch_rerouted, backend, world_size=world_size)):
+        assert f"rank {rank} of {world_size}: step 2: {SAID}" in said
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -21,7 +21,7 @@ from sonic_ep.fast.rows import spoil_if_overflowed, take_rows, weigh_rows
 from sonic_ep.fast.verdict import Verdict
 from sonic_ep.fast.workspace import SharedBuffer, Workspace
 from sonic_ep.meeting import Phase, Step
-from sonic_ep.once import once_differentiable
+from sonic_ep.once import once_differentiable, savable
 from sonic_ep.plan import NO_ROW, RoutingPlan
 
 
@@ -114,15 +114,15 @@ class Exchange:
         )
         return replace(self, plan=plan)
 
-    def checked(self, grad_TH: Tensor, expert_ids_WCK: Tensor) -> Tensor:
+    def checked(self, grad_NH: Tensor, expert_ids_WCK: Tensor) -> Tensor:
         """The gradient, all NaN if forward was run again, by activation checkpointing, and found other ids than then.
 
         expert_ids_WCK: what autograd has kept of the plan's; not themselves if forward was run again.
         """
         if expert_ids_WCK.data_ptr() == self.plan.expert_ids.data_ptr():
-            return grad_TH
+            return grad_NH
         differs = self.verdict.compare(self.plan.expert_ids, expert_ids_WCK, self.step.number)
-        return grad_TH.masked_fill(differs, math.nan)
+        return grad_NH.masked_fill(differs, math.nan)
 
     def _spoiled(self, rows_NH: Tensor) -> Tensor:
         """The rows, all NaN if a rank was routed more than the bound."""
@@ -136,6 +136,7 @@ class Dispatch(torch.autograd.Function):
     def forward(ctx: Any, x_TH: Tensor, exchange: Exchange) -> Tensor:
         """Rows in canonical order."""
         ctx.exchange, ctx.turn = exchange, exchange.workspace.turn
+        ctx.save_for_backward(savable(exchange.plan.expert_ids))
         return exchange.rows(x_TH)
 
     @staticmethod
@@ -143,7 +144,7 @@ class Dispatch(torch.autograd.Function):
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
         """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
         exchange: Exchange = ctx.exchange.in_backward()
-        return exchange.sums(grad_RH, None), None
+        return exchange.sums(exchange.checked(grad_RH, *ctx.saved_tensors), None), None
 
 
 class Combine(torch.autograd.Function):
@@ -159,7 +160,7 @@ class Combine(torch.autograd.Function):
         exchange.enter(Phase.EXCHANGE)
         scores_WCK = gather_scores(scores_TK, exchange.plan, exchange.workspace)
         ctx.exchange, ctx.turn = exchange, exchange.workspace.turn
-        ctx.save_for_backward(scores_WCK, rows_RH, exchange.plan.expert_ids)
+        ctx.save_for_backward(scores_WCK, rows_RH, savable(exchange.plan.expert_ids))
         return exchange.sums(rows_RH, scores_WCK)
 
     @staticmethod

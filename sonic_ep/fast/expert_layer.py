@@ -103,9 +103,8 @@ class ExpertLayer(torch.autograd.Function):
         kept, hidden_RF, scores_WCK, ids_WCK, *weights = ctx.saved_tensors
         saved = Saved(kept=kept, hidden=hidden_RF, scores=scores_WCK, experts=ctx.call.experts(*weights))
         needs = Needs(*ctx.needs_input_grad[:6])
-        with torch.autocast(out_grad_TH.device.type, enabled=False):
-            call = replace(ctx.call, exchange=ctx.call.exchange.in_backward())
-            return (*_gradients(call.exchange.checked(out_grad_TH, ids_WCK), saved, needs, call), None)
+        call = replace(ctx.call, exchange=ctx.call.exchange.in_backward())
+        return (*_gradients(call.exchange.checked(out_grad_TH, ids_WCK), saved, needs, call), None)
 
 
 def _pulled(x_TH: Tensor, exchange: Exchange, begun: Begun) -> tuple[Exchange, Tensor]:

@@ -28,7 +28,9 @@ from sonic_ep.fast.planner import Planner
 from sonic_ep.fast.router import route
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.meeting import Phase
+from sonic_ep.once import savable
 from sonic_ep.plan import RoutingPlan
+from sonic_ep.precision import full_precision
 from sonic_ep.waits import Waits
 
 TOKENS_AGAIN = "tokens_again"
@@ -79,7 +81,7 @@ class FastBackend:
 
         Where x is to be gathered again in backward, w1 has to require a gradient on every rank or on none.
         """
-        with torch.autocast(x_TH.device.type, enabled=False):
+        with full_precision(x_TH.device):
             kit = self._kit(x_TH.device)
             given = (x_TH, slots.topk_scores, experts.w1, experts.w2, experts.b1, experts.b2)
             wants_x = x_TH.requires_grad
@@ -121,6 +123,9 @@ class FastBackend:
         for kit in self._kits.values():
             kit.workspace.expiry.raise_if_any(error)
 
+    def stray(self) -> None:
+        """Kernels see where the others are whenever they meet."""
+
     def holds_memory(self) -> bool:
         """Whether memory is shared on any device."""
         return bool(self._kits)
@@ -149,8 +154,7 @@ class FastBackend:
         """The tensor, requiring a gradient if there may be a backward that other ranks take part in."""
         if not torch.is_grad_enabled():
             return tensor
-        # What was made in inference mode cannot be saved for backward.
-        tensor = tensor.clone() if tensor.is_inference() else tensor
+        tensor = savable(tensor)
         if self._group.world_size == 1 or tensor.requires_grad:
             return tensor
         return tensor.detach().requires_grad_()

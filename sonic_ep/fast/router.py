@@ -20,7 +20,8 @@ from sonic_ep.fast.rank_sum import reserve_sum, sum_over_ranks
 from sonic_ep.fast.router_kernels import choose_kernel, logits_gradient_kernel
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.meeting import Phase
-from sonic_ep.once import once_differentiable
+from sonic_ep.once import once_differentiable, savable
+from sonic_ep.precision import full_precision
 
 # Logits that one program holds, unless one token has more; the more there are for each warp, the more registers.
 TILE_LOGITS = 1024
@@ -39,8 +40,7 @@ def route(x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions, workspace: 
         # Also where gradients are off: under reentrant checkpointing a backward will come of it.
         reserve_sum(workspace, router_w_EH.numel())
     if torch.is_grad_enabled():
-        # What was made in inference mode cannot be saved for backward.
-        x_TH = x_TH.clone() if x_TH.is_inference() else x_TH
+        x_TH = savable(x_TH)
     logits_TE, topk_idx_TK, scores_TK = Route.apply(x_TH, router_w_EH, options, workspace)
     return Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK)
 
@@ -54,7 +54,7 @@ class Route(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, choices, scores."""
         needs_x, needs_weight, *_ = ctx.needs_input_grad
-        with torch.autocast(x_TH.device.type, enabled=False):
+        with full_precision(x_TH.device):
             logits_TE = product(x_TH, router_w_EH.t(), torch.float32)
         choices = choose_experts(logits_TE, options)
         ctx.mark_non_differentiable(choices.topk_idx)
@@ -80,11 +80,10 @@ class Route(torch.autograd.Function):
             in_bf16_parts=ctx.x_dtype == ctx.weight_dtype == torch.bfloat16,
         )
         x_grad = weight_grad = None
-        with torch.autocast(grad_TPE.device.type, enabled=False):
-            if router_w_EH is not None:
-                x_grad = gradient_of_x(grad_TPE, router_w_EH, ctx.x_dtype)
-            if x_TH is not None:
-                weight_grad = gradient_of_weight(grad_TPE, x_TH)
+        if router_w_EH is not None:
+            x_grad = gradient_of_x(grad_TPE, router_w_EH, ctx.x_dtype)
+        if x_TH is not None:
+            weight_grad = gradient_of_weight(grad_TPE, x_TH)
         if weight_grad is not None:
             if ctx.options.reduce_router_grad:
                 ctx.workspace.enter(Phase.ROUTER, ctx.step, backward=True)

@@ -17,8 +17,9 @@ from sonic_ep.backend import CombinePrimitive, DispatchPrimitive, Experts, Layer
 from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.meeting import Meeting, Phase, Step
-from sonic_ep.once import once_differentiable
+from sonic_ep.once import once_differentiable, savable
 from sonic_ep.plan import RoutingPlan, recompute_error
+from sonic_ep.precision import full_precision, keep_from_autocast
 from sonic_ep.reference.collectives import Collectives, collectives_of
 from sonic_ep.reference.combine import combine_primitives
 from sonic_ep.reference.dispatch import dispatch_primitives
@@ -89,6 +90,7 @@ class Dispatch(torch.autograd.Function):
     def forward(ctx: Any, x_TH: Tensor, exchange: Exchange) -> Tensor:
         """Rows in canonical order."""
         ctx.exchange, ctx.turn = exchange, exchange.collectives.turn
+        ctx.save_for_backward(savable(exchange.plan.expert_ids))
         return exchange.rows(x_TH)
 
     @staticmethod
@@ -96,6 +98,7 @@ class Dispatch(torch.autograd.Function):
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
         """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
         exchange: Exchange = ctx.exchange.in_backward()
+        exchange.raise_if_rerouted(*ctx.saved_tensors)
         exchange.meet(Phase.COMBINE, grad_RH.device)
         return exchange.combine.combine(grad_RH, None, exchange.plan), None
 
@@ -116,7 +119,7 @@ class Combine(torch.autograd.Function):
         ctx.save_for_backward(
             scores_WCK.flatten()[valid_slots_N] if ctx.needs_input_grad[0] else None,
             rows_RH if ctx.needs_input_grad[1] else None,
-            exchange.plan.expert_ids,
+            savable(exchange.plan.expert_ids),
         )
         return exchange.combine.combine(rows_RH, scores_WCK, exchange.plan)
 
@@ -181,6 +184,7 @@ class ReferenceBackend:
 
     def __init__(self, waits: Waits, config: EPConfig) -> None:
         self._config = config
+        self._waits = waits
         self._collectives = collectives_of(waits)
         self._dispatch = dispatch_primitives(self._collectives)
         self._combine = combine_primitives(self._collectives)
@@ -191,8 +195,10 @@ class ReferenceBackend:
 
     def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
         """See ``sonic_ep.reference.router``."""
-        with _full_precision(x_TH):
-            return route(x_TH, router_w_EH, options, self._collectives)
+        with full_precision(x_TH.device):
+            routing = route(x_TH, router_w_EH, options, self._collectives)
+        keep_from_autocast((routing.topk_scores, routing.logits), (x_TH, router_w_EH))
+        return routing
 
     def check_expert_ids(self, topk_idx_TK: Tensor, num_experts: int) -> None:
         """See ``sonic_ep.reference.plan``."""
@@ -232,10 +238,11 @@ class ReferenceBackend:
             capacity=slots.capacity,
             distinct=slots.distinct,
         )
-        with _full_precision(x_TH):
+        with full_precision(x_TH.device):
             rows_RH = self.dispatch(x_TH, plan)
             y_RH = self._apply_experts(rows_RH, x_TH, plan, experts)
             y_TH = self.combine(y_RH, slots.topk_scores, plan)
+        keep_from_autocast((y_TH,), (x_TH, slots.topk_scores, experts.w1, experts.w2, experts.b1, experts.b2))
         return LayerOutput(y=y_TH, counts=plan.counts)
 
     def check(self) -> None:
@@ -243,6 +250,10 @@ class ReferenceBackend:
 
     def explain(self, error: RuntimeError) -> None:
         """Nothing waits but the host, which names what it has waited for."""
+
+    def stray(self) -> None:
+        """What moves between ranks carries no tag: the next call finds out first where they are."""
+        self._waits.stray()
 
     def holds_memory(self) -> bool:
         """Never."""
@@ -293,8 +304,3 @@ def _joined_in_backward(exchange: Exchange, phase: Phase, *tensors: Tensor) -> t
         tensor.detach().requires_grad_() if need and not tensor.requires_grad else tensor
         for tensor, need in zip(tensors, needed, strict=True)
     )
-
-
-def _full_precision(x_TH: Tensor) -> torch.autocast:
-    """The dtypes of the arguments decide, not an autocast around the call."""
-    return torch.autocast(x_TH.device.type, enabled=False)
