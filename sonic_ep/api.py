@@ -13,6 +13,7 @@ from torch import Tensor
 from sonic_ep.backend import Experts, Slots, choose_backend
 from sonic_ep.calls import Calls
 from sonic_ep.config import AUTO, EPConfig, RouterOptions, ScoreOrder, parse_choice
+from sonic_ep.eager import runs_eagerly
 from sonic_ep.group import Group, resolve_group
 from sonic_ep.plan import RoutingPlan
 from sonic_ep.validation import (
@@ -104,6 +105,7 @@ class ExpertParallel:
         """W, the ranks of the group."""
         return self.group.world_size
 
+    @runs_eagerly
     def moe(
         self,
         x: Tensor,
@@ -150,6 +152,7 @@ class ExpertParallel:
             out = self._backend.layer(x_TH, slots, experts)
             return MoEOutput(y=out.y.view(x.shape), router_logits=routing.logits, tokens_per_expert=out.counts)
 
+    @runs_eagerly
     def moe_routed(
         self,
         x: Tensor,
@@ -181,6 +184,7 @@ class ExpertParallel:
             slots = Slots(topk_idx=idx_TK, topk_scores=scores_TK, capacity=capacity, distinct=False)
             return self._backend.layer(x_TH, slots, experts).y.view(x.shape)
 
+    @runs_eagerly
     def plan(self, topk_idx: Tensor, num_experts: int) -> RoutingPlan:
         """Where every slot of the group goes. Collective.
 
@@ -195,6 +199,7 @@ class ExpertParallel:
             plan = self._backend.plan(idx_TK, num_experts=num_experts, capacity=capacity, distinct=False)
             return replace(plan, step=self._waits.meeting.step.number)
 
+    @runs_eagerly
     def dispatch(self, x: Tensor, plan: RoutingPlan) -> Tensor:
         """Rows (R, H) in canonical order: expert, source rank, token, k. Collective, differentiable in x.
 
@@ -209,6 +214,7 @@ class ExpertParallel:
             self._calls.begin("dispatch", **facts_of(x_TH), plan=(checked.step, *checked.expert_ids.shape))
             return self._backend.dispatch(x_TH, checked)
 
+    @runs_eagerly
     def combine(self, rows: Tensor, topk_scores: Tensor, plan: RoutingPlan) -> Tensor:
         """(T, H): the sum over k of score * row for each token. Collective, differentiable in rows and scores.
 
@@ -221,6 +227,7 @@ class ExpertParallel:
             self._calls.begin("combine", **facts_of(rows_RH), plan=(checked.step, *checked.expert_ids.shape))
             return self._backend.combine(rows_RH, scores_TK, checked)
 
+    @runs_eagerly
     def agree(self, number: int, device: torch.device) -> int:
         """Rank 0's ``number``, on every rank. Collective; goes over ``device`` if the group moves its tensors."""
         with self._calls.one():
@@ -229,6 +236,7 @@ class ExpertParallel:
             self._calls.begin("agree")
             return self._waits.numbers(number, device)[0]
 
+    @runs_eagerly
     def meet(self, device: torch.device) -> None:
         """Collective. All ranks meet, on the current stream of ``device``, or on the host if that is the CPU.
 
@@ -241,6 +249,7 @@ class ExpertParallel:
             self._calls.begin("meet")
             self._backend.meet(device)
 
+    @runs_eagerly
     def check(self) -> None:
         """Collective. Raise what the device has flagged since the last host sync, on every rank alike.
 
@@ -250,6 +259,7 @@ class ExpertParallel:
         with self._calls.one():
             self._backend.check()
 
+    @runs_eagerly
     def close(self) -> None:
         """Give back what is held, then raise what ``check`` would. Later calls raise; closing again does nothing."""
         if self._calls.closed:
@@ -309,6 +319,7 @@ def facts_of(x_NH: Tensor, experts: Experts | None = None) -> dict[str, object]:
     }
 
 
+@runs_eagerly
 def moe(
     x: Tensor,
     router_w: Tensor,
@@ -334,6 +345,10 @@ def moe(
         return ep.moe(x, router_w, w1, w2, top_k, **options)  # type: ignore[arg-type]
     for_once = ExpertParallel(group, backend, config)
     try:
-        return for_once.moe(x, router_w, w1, w2, top_k, **options)  # type: ignore[arg-type]
+        out = for_once.moe(x, router_w, w1, w2, top_k, **options)  # type: ignore[arg-type]
+        if for_once.config.max_rows is not None:
+            # Nobody else will ask whether there was room.
+            for_once.check()
+        return out
     finally:
         for_once._calls.let_go()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from backends import both_backends
 from calls import EXPERTS, HIDDEN, good_call, good_routed_call
 from near import assert_near
 from torch import Tensor
@@ -120,6 +121,19 @@ def moved_by_hand(rank: Rank) -> None:
 
 def test_plan_dispatch_and_combine_make_the_layer(cpu_pool: RankPool) -> None:
     cpu_pool.run(moved_by_hand, world_size=3)
+
+
+def nothing_at_first(rank: Rank, backend: str) -> None:
+    """C is agreed when the first token comes, not before."""
+    with ExpertParallel(backend=backend) as ep:
+        idx = torch.zeros((4 * rank.rank, 1), dtype=torch.int64)
+        assert ep.plan(idx[:0], rank.world_size).counts.tolist() == [0, 0]
+        assert ep.plan(idx, rank.world_size).counts.tolist() == [4, 0]
+
+
+@both_backends
+def test_a_first_call_without_tokens_bounds_nothing(cpu_pool: RankPool, backend: str) -> None:
+    cpu_pool.run(nothing_at_first, backend, world_size=2)
 
 
 def test_one_rank_alone_takes_any_number_of_tokens() -> None:

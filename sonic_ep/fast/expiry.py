@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-import weakref
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sonic_ep.config import CollectiveMismatchError, PeerError, PeerTimeoutError
 from sonic_ep.fast.device import ELSEWHERE, host_words
+from sonic_ep.fast.unheard import told_at_the_end
 from sonic_ep.group import EPGroup
 from sonic_ep.meeting import Meeting, apart
 from sonic_ep.waits import Waits
@@ -31,7 +31,7 @@ class Expiry:
         self._timeout = waits.timeout
         # The host reads it while kernels run, so on a GPU it is pinned memory that kernels write through the bus.
         self.words = host_words(WORDS, device, torch.int64)
-        self._tell = weakref.finalize(self, _tell, self.words, waits.group, waits.timeout)
+        self._untold = told_at_the_end(self, partial(found_in, self.words, waits.group, waits.timeout))
 
     def found(self) -> PeerError | None:
         """What a kernel has written, if any. No wait for the GPU."""
@@ -41,7 +41,7 @@ class Expiry:
         """Raise ``PeerTimeoutError`` or ``CollectiveMismatchError``, from ``cause``. No wait for the GPU."""
         found = self.found()
         if found is not None:
-            self._tell.detach()
+            self._untold.detach()
             raise found from cause
 
 
@@ -56,9 +56,3 @@ def found_in(words: Tensor, group: EPGroup, timeout: float) -> PeerError | None:
     return PeerTimeoutError(
         f"{group}: waited {timeout:g} s for rank {peer - 1} in {meeting}; did it fail, or make another call?"
     )
-
-
-def _tell(words: Tensor, group: EPGroup, timeout: float) -> None:
-    found = found_in(words, group, timeout)
-    if found is not None:
-        print(f"sonic_ep: {type(found).__name__}: {found}", file=sys.stderr, flush=True)

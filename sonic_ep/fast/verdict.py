@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sonic_ep.fast.device import host_words
+from sonic_ep.fast.unheard import told_at_the_end
 from sonic_ep.group import EPGroup
 from sonic_ep.plan import overflow_error, recompute_error
 
@@ -13,13 +14,38 @@ WORDS = 4
 MOST_STEP = 2**31 - 1
 
 
-class Verdict:
-    """Kernels write it, the host reads it later: at the next plan, or when it is asked to check.
+class Record:
+    """What kernels have written, and what it means.
 
-    record (4,) int32: the rank with an id out of range, plus one; the rank with more rows than R, plus one, and its
+    words (4,) int32: the rank with an id out of range, plus one; the rank with more rows than R, plus one, and its
     rows; the last step whose forward was run again with another routing. Zeros where all is well. Every rank sees the
-    ids of all, so all ranks hold the same record and raise together.
-    On a GPU it is pinned memory of the host that kernels write through the bus.
+    ids of all, so all ranks hold the same words.
+    On a GPU they are pinned memory of the host that kernels write through the bus.
+    """
+
+    def __init__(self, group: EPGroup, device: torch.device) -> None:
+        self.group = group
+        self.words = host_words(WORDS, device)
+        self.num_experts = 0
+        self.max_rows = 0
+
+    def error(self) -> Exception | None:
+        """``ValueError``, ``RowOverflowError`` or ``RecomputeError``, if there is one to tell."""
+        bad_rank, full_rank, rows, rerouted = self.words.tolist()
+        if bad_rank:
+            return ValueError(
+                f"{self.group}: topk_idx: got expert ids out of range on rank {bad_rank - 1}, "
+                f"expected 0 to {self.num_experts - 1}, or -1 for a dropped slot"
+            )
+        if full_rank:
+            return overflow_error(self.group, max_rows=self.max_rows, rank=full_rank - 1, rows=rows)
+        return recompute_error(self.group, rerouted) if rerouted else None
+
+
+class Verdict:
+    """Kernels write its record, the host reads it later: at the next plan, or when it is asked to check.
+
+    All ranks raise together. What nobody has asked for until the verdict is let go is printed then.
     """
 
     def __init__(self, group: EPGroup, device: torch.device, *, host_reads: bool = False) -> None:
@@ -27,19 +53,23 @@ class Verdict:
         self._host_reads = host_reads
         self._device = device
         self._on_gpu = device.type == "cuda"
-        self.record = host_words(WORDS, device)
+        self._record = Record(group, device)
+        told_at_the_end(self, self._record.error)
         # Gathers what backwards find, until the host has seen it.
         with torch.inference_mode(False):
             self._rerouted = torch.zeros(1, dtype=torch.int32, device=device)
         self._written: torch.cuda.Event | None = None
         self._captured = False
-        self._num_experts = 0
-        self._max_rows = 0
+
+    @property
+    def record(self) -> Tensor:
+        """The words that kernels write, (4,) int32 on the host; see ``Record``."""
+        return self._record.words
 
     def expect(self, *, num_experts: int, max_rows: int) -> None:
         """A plan with these limits is about to be queued."""
-        self._num_experts = num_experts
-        self._max_rows = max_rows
+        self._record.num_experts = num_experts
+        self._record.max_rows = max_rows
 
     def queued(self) -> None:
         """All kernels of the plan have been queued on the current stream."""
@@ -76,16 +106,8 @@ class Verdict:
             torch.cuda.synchronize(self._device)
         elif self._written is not None:
             self._written.synchronize()
-        bad_rank, full_rank, rows, rerouted = self.record.tolist()
-        if bad_rank or full_rank or rerouted:
+        found = self._record.error()
+        if found is not None:
             self.record.zero_()
             self._rerouted.zero_()
-        if bad_rank:
-            raise ValueError(
-                f"{self._group}: topk_idx: got expert ids out of range on rank {bad_rank - 1}, "
-                f"expected 0 to {self._num_experts - 1}, or -1 for a dropped slot"
-            )
-        if full_rank:
-            raise overflow_error(self._group, max_rows=self._max_rows, rank=full_rank - 1, rows=rows)
-        if rerouted:
-            raise recompute_error(self._group, rerouted)
+            raise found

@@ -1,0 +1,76 @@
+"""What the device has found and no call has come to raise is told all the same."""
+
+import gc
+import io
+from collections.abc import Callable
+from contextlib import redirect_stderr
+
+import pytest
+import torch
+from backends import both_backends
+from layer_inputs import layer_inputs
+
+import sonic_ep
+from sonic_ep import EPConfig, ExpertParallel, RowOverflowError
+from sonic_ep.testing import CASES, Rank, RankPool
+
+CASE = CASES["uniform"]
+TIGHT = EPConfig(max_rows=1)
+SAID = "max_rows: got 1, expected at least"
+
+
+def overflowed(rank: Rank, ep: ExpertParallel) -> None:
+    x, weights, _ = layer_inputs(rank, CASE)
+    assert ep.moe(x, *weights, CASE.top_k).y.isnan().all()
+    if rank.device.type == "cuda":
+        torch.cuda.synchronize(rank.device)
+
+
+def forgotten(rank: Rank) -> None:
+    overflowed(rank, ExpertParallel(backend="fast", config=TIGHT))
+
+
+def left_by_another_error(rank: Rank) -> None:
+    def use() -> None:
+        with ExpertParallel(backend="fast", config=TIGHT) as ep:
+            overflowed(rank, ep)
+            raise KeyError("labels")
+
+    with pytest.raises(KeyError, match="labels"):
+        use()
+
+
+def heard(rank: Rank) -> None:
+    ep = ExpertParallel(backend="fast", config=TIGHT)
+    overflowed(rank, ep)
+    with pytest.raises(RowOverflowError, match=SAID):
+        ep.close()
+
+
+def printed(rank: Rank, use: Callable[[Rank], None]) -> str:
+    """What ``use`` leaves on the error stream."""
+    words = io.StringIO()
+    with redirect_stderr(words):
+        use(rank)
+        gc.collect()
+    return words.getvalue()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("use", "times"), [(forgotten, 1), (left_by_another_error, 1), (heard, 0)])
+def test_what_nobody_asked_for_is_printed(pool: RankPool, use: Callable[[Rank], None], times: int) -> None:
+    for rank, words in enumerate(pool.run(printed, use, world_size=2)):
+        assert words.count(f"sonic_ep: RowOverflowError: rank {rank} of 2: {SAID}") == times
+
+
+def functional(rank: Rank, backend: str) -> None:
+    x, weights, _ = layer_inputs(rank, CASE)
+    with pytest.raises(RowOverflowError, match=SAID):
+        sonic_ep.moe(x, *weights, CASE.top_k, backend=backend, config=TIGHT)
+    # And the group goes on.
+    assert sonic_ep.moe(x, *weights, CASE.top_k, backend=backend).y.isfinite().all()
+
+
+@both_backends
+def test_the_functional_form_raises_what_its_call_has_found(pool: RankPool, backend: str) -> None:
+    pool.run(functional, backend, world_size=2)
