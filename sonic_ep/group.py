@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,14 +23,17 @@ class EPGroup:
     rank: r, in 0..W-1 and counted within the group. world_size: W.
     handle: the process group, referenced weakly: torch.distributed owns it, and a process that still holds a gloo group
         when it exits is aborted by PyTorch. None if this process is the whole group and has no process group.
+    world_ranks: what the world calls the group's ranks, in their order; empty where it calls them the same.
     """
 
     rank: int
     world_size: int
     handle: weakref.ref[dist.ProcessGroup] | None = None
+    world_ranks: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return f"rank {self.rank} of {self.world_size}"
+        place = f"rank {self.rank} of {self.world_size}"
+        return f"{place} (ranks {_in_ranges(self.world_ranks)} of the world)" if self.world_ranks else place
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -77,7 +81,24 @@ def resolve_group(group: Group) -> EPGroup:
     rank = dist.get_rank(group)
     if rank < 0:
         raise _no_member()
-    return EPGroup(rank=rank, world_size=dist.get_world_size(group), handle=weakref.ref(group))
+    ranks = dist.get_process_group_ranks(group)
+    return EPGroup(
+        rank=rank,
+        world_size=len(ranks),
+        handle=weakref.ref(group),
+        world_ranks=() if ranks == list(range(len(ranks))) else tuple(ranks),
+    )
+
+
+def _in_ranges(ranks: Sequence[int]) -> str:
+    """Runs of ranks that follow each other in one word each.
+
+    >>> _in_ranges([8, 9, 10, 11, 2, 5])
+    '8-11 2 5'
+    """
+    starts = [place for place, rank in enumerate(ranks) if place == 0 or rank != ranks[place - 1] + 1]
+    runs = [ranks[start:end] for start, end in zip(starts, [*starts[1:], len(ranks)], strict=True)]
+    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _no_member() -> ValueError:

@@ -14,7 +14,7 @@ PACKAGE = Path(sonic_ep.__file__).parent
 TESTS = Path(__file__).parent
 LEAVES = {
     *{"config", "plan", "activation", "cost", "memory", "group", "machine", "fields"},
-    *{"meeting", "board", "turn", "waits", "once"},
+    *{"meeting", "board", "turn", "waits", "once", "precision", "eager"},
 }
 
 # What each part may import of the package. A part is a module or a folder right below sonic_ep.
@@ -22,6 +22,7 @@ MAY_IMPORT = {
     **{leaf: {"config"} for leaf in LEAVES},
     "config": set(),
     "board": {"group"},
+    "once": {"precision"},
     "waits": {"config", "group", "meeting", "board", "turn"},
     "backend": LEAVES,
     "validation": {*LEAVES, "backend"},
@@ -44,7 +45,7 @@ FAST_ALONE = {
     # Shared memory and what stands on it.
     *{"workspace", "shared_files", "expiry", "device", "staging", "receiving", "copy_engine", "link"},
     # What only a backend that never reads the host has: kernels of the plan and of rows, and what the device found.
-    *{"availability", "plan_kernels", "planner", "rows", "verdict"},
+    *{"availability", "plan_kernels", "planner", "rows", "verdict", "unheard"},
     # Kernels of the router and the experts, their products, and the autograd functions around both.
     *{"router_kernels", "activation_kernels", "bias_kernels", "grouped_gemm", "grouped_gemm_kernels"},
     *{"exchange", "expert_layer", "rank_sum", "interpreter"},

@@ -18,6 +18,7 @@ from sonic_ep.validation import Edge
 def groups(rank: Rank) -> None:
     world = resolve_group(None)
     assert (world.rank, world.world_size) == (rank.rank, 4)
+    assert str(world) == f"rank {rank.rank} of 4"
     assert world.device_types() is not None
     assert rank.device.type in world.device_types()
     mesh = init_device_mesh(rank.device.type, (2, 2), mesh_dim_names=("data", "expert"))
@@ -29,6 +30,8 @@ def groups(rank: Rank) -> None:
     if rank.rank in (0, 3):
         found = resolve_group(pair)
         assert (found.rank, found.world_size) == (int(rank.rank == 3), 2)
+        # Which of the world a message means by rank 1.
+        assert str(found) == f"rank {found.rank} of 2 (ranks 0 3 of the world)"
     else:
         expected = f"rank {rank.rank} of 4: group: got a group without this rank, expected one that it is a member of"
         with pytest.raises(ValueError, match=expected):

@@ -174,12 +174,13 @@ def test_products_of_one_term(pool: RankPool, dtype: torch.dtype) -> None:
 
 def products_of_fp32(rank: Rank) -> None:
     """Nothing but the last rounding: a score's gradient, of one number, has no others that would even its error out."""
-    from sonic_ep.fast.grouped_gemm import TritonGemm
+    from sonic_ep.fast.grouped_gemm import LoopGemm, TritonGemm
 
-    way, dtype, sizes = TritonGemm(), torch.float32, (40, 30)
+    dtype, sizes = torch.float32, (40, 30)
     a, b, groups = numbers(rank, dtype, 70, 90), numbers(rank, dtype, 2, 90, 50), ends(rank, sizes)
-    assert_bitwise(way.rows(a, b, groups), rows_by_loop(a.double(), b.double(), sizes).float())
-    assert_bitwise(way.weights(a, a, groups), weights_by_loop(a.double(), a.double(), sizes).float())
+    for way in (TritonGemm(), LoopGemm()):
+        assert_bitwise(way.rows(a, b, groups), rows_by_loop(a.double(), b.double(), sizes).float())
+        assert_bitwise(way.weights(a, a, groups), weights_by_loop(a.double(), a.double(), sizes).float())
 
 
 def test_products_of_fp32_are_the_truth_rounded(pool: RankPool) -> None:

@@ -65,6 +65,24 @@ def test_a_backward_takes_its_turn(pool: RankPool, backend: str) -> None:
         assert later == []
 
 
+def kernel_meanwhile(rank: Rank) -> list[str]:
+    """Of another object, while a kernel is interpreted."""
+    from sonic_ep.fast.interpreter import alone_in_this_process
+
+    idx = torch.zeros((1, 1), dtype=torch.int64)
+    with ExpertParallel(backend="fast") as ep:
+        with alone_in_this_process():
+            refused = in_another_thread(lambda: ep.plan(idx, 1))
+        assert in_another_thread(lambda: ep.plan(idx, 1)) == []
+    return refused
+
+
+@pytest.mark.fast
+def test_the_interpreter_runs_the_kernel_of_one_thread(cpu_pool: RankPool) -> None:
+    (refused,) = cpu_pool.run(kernel_meanwhile, world_size=1)
+    assert refused == ["Triton's interpreter: got a kernel while another thread runs one, expected one thread"]
+
+
 def test_an_error_is_not_hidden_by_another_threads_call() -> None:
     """Whoever leaves by an error sees it, also where another thread is in a call."""
     ep = ExpertParallel(backend="reference")

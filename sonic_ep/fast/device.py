@@ -10,6 +10,7 @@ transport is compiled in. Rows that are only moved are moved as integer words, s
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 from triton.language.extra.cuda import globaltimer
 
-from sonic_ep.fast.interpreter import hasten
+from sonic_ep.fast.interpreter import alone_in_this_process, hasten
 
 # Whether kernels run under Triton's interpreter, on the CPU; Triton itself decides when it is imported.
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -61,10 +62,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.de
     """
     if min(grid) == 0:
         return
-    if device.type == "cuda" and torch.cuda.current_device() != device.index:
-        with torch.cuda.device(device):
-            kernel[grid](*arguments, enable_fp_fusion=False, **constants)
+    if INTERPRETED.value:
+        scope: Any = alone_in_this_process()
+    elif torch.cuda.current_device() != device.index:
+        scope = torch.cuda.device(device)
     else:
+        scope = nullcontext()
+    with scope:
         kernel[grid](*arguments, enable_fp_fusion=False, **constants)
 
 

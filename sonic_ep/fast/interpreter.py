@@ -10,12 +10,29 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Any
 
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
+
+ONE_LAUNCH = threading.Lock()
+
+
+@contextmanager
+def alone_in_this_process() -> Iterator[None]:
+    """Raises ``RuntimeError`` while another thread's kernel is interpreted: the grid, and what stands in for Triton's
+    language, are the process's. Nobody waits: the other kernel may be waiting for this rank.
+    """
+    if not ONE_LAUNCH.acquire(blocking=False):
+        raise RuntimeError("Triton's interpreter: got a kernel while another thread runs one, expected one thread")
+    try:
+        yield
+    finally:
+        ONE_LAUNCH.release()
 
 
 class Nothing:
