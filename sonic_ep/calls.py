@@ -86,7 +86,8 @@ class Calls:
         if self._held.process != os.getpid():
             self._release.detach()
             return
-        with self._waits.turn.taken():
+        # What a kernel has waited for in vain is kept for the end: here another error may be on its way.
+        with self._waits.turn.taken(last=True):
             if self._release.detach() is not None:
                 self._held.backend.close()
                 self._waits.turn.end()

@@ -20,36 +20,22 @@ def savable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-class Refusal(torch.autograd.Function):
-    """Passes tensors on, and raises where a derivative through them is asked for."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The tensors; ``anchor`` requires a gradient, so that they do."""
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
-        """Raises ``RuntimeError``."""
-        raise RuntimeError("sonic_ep: trying to differentiate twice a function that is once_differentiable")
-
-
 def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     """A ``backward`` whose results cannot be differentiated again, in its turn: ``ctx.turn``, set in forward.
 
-    PyTorch's decorator of this name lets them pass for constants where the incoming gradient requires none itself.
+    Raises ``RuntimeError`` with ``create_graph=True``. PyTorch's decorator of this name refuses later, where a second
+    derivative reaches the results: where autograd sees no way from them to what is asked for, it passes for zero.
     """
 
     @wraps(backward)
     def guarded(ctx: Any, *gradients: Tensor | None) -> Gradients:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "sonic_ep: got a backward with create_graph=True, expected one without: it is once_differentiable"
+            )
         device = next((found.device for found in gradients if found is not None), HOST)
-        with ctx.turn.taken(begun=True), torch.no_grad(), full_precision(device):
+        with ctx.turn.taken(begun=True), full_precision(device):
             # Kernels read what stands in memory: what is negated in name alone would have the wrong sign.
-            results = backward(ctx, *(None if found is None else found.resolve_neg() for found in gradients))
-        present = [result for result in results if result is not None]
-        if not torch.is_grad_enabled() or not present:
-            return results
-        refusing = iter(Refusal.apply(torch.zeros((), requires_grad=True), *present))
-        return tuple(None if result is None else next(refusing) for result in results)
+            return backward(ctx, *(None if found is None else found.resolve_neg() for found in gradients))
 
     return guarded

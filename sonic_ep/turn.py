@@ -47,9 +47,9 @@ class Turn:
             )
 
     @contextmanager
-    def taken(self, *, begun: bool = False) -> Iterator[None]:
+    def taken(self, *, begun: bool = False, last: bool = False) -> Iterator[None]:
         """Raises ``RuntimeError`` in a forked process, and where another thread is at it: nobody waits, as ranks would
-        come to differ. Raises ``ClosedError`` after ``end``.
+        come to differ. Raises ``ClosedError`` after ``end``. last: nobody has to hear of an error in it.
         """
         self.require_own_process()
         if self._ended:
@@ -61,7 +61,7 @@ class Turn:
         try:
             yield
         except BaseException as error:
-            if self._depth == 1:
+            if self._depth == 1 and not last:
                 self._failed(error)
             raise
         finally:

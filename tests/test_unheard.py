@@ -47,6 +47,25 @@ def heard(rank: Rank) -> None:
         ep.close()
 
 
+def waited_in_vain(rank: Rank) -> None:
+    """A kernel of this rank has; what the program sees is PyTorch's error, there and when the memory is given back."""
+    from sonic_ep.fast.device import TIME_UP
+
+    def broken() -> None:
+        raise RuntimeError("device-side assert triggered")
+
+    def use() -> None:
+        with ExpertParallel(backend="fast") as ep:
+            ep.meet(rank.device)
+            (kit,) = ep._backend._kits.values()
+            kit.workspace.expiry.words.copy_(torch.tensor([TIME_UP.value, 2, ep._waits.meeting.tag, 0]))
+            patch.setattr(kit.workspace, "synchronize", broken)
+            broken()
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="device-side assert"):
+        use()
+
+
 def printed(rank: Rank, use: Callable[[Rank], None]) -> str:
     """What ``use`` leaves on the error stream."""
     words = io.StringIO()
@@ -61,6 +80,13 @@ def printed(rank: Rank, use: Callable[[Rank], None]) -> str:
 def test_what_nobody_asked_for_is_printed(pool: RankPool, use: Callable[[Rank], None], times: int) -> None:
     for rank, words in enumerate(pool.run(printed, use, world_size=2)):
         assert words.count(f"sonic_ep: RowOverflowError: rank {rank} of 2: {SAID}") == times
+
+
+@pytest.mark.fast
+def test_who_was_waited_for_is_printed_where_an_error_of_pytorchs_ends_the_program(cpu_pool: RankPool) -> None:
+    for rank, words in enumerate(cpu_pool.run(printed, waited_in_vain, world_size=2)):
+        said = f"sonic_ep: PeerTimeoutError: rank {rank} of 2: waited 60 s for rank 1 in phase meeting of step 1"
+        assert words.count(said) == 1
 
 
 def functional(rank: Rank, backend: str) -> None:
