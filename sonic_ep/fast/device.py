@@ -220,12 +220,14 @@ def _turn_in_time(flag_ptr, old, new, SEM: tl.constexpr, expiry_ptr, peer, tag, 
                 rest()
             seen = tl.atomic_cas(flag_ptr, old, new, sem=SEM, scope="sys")
             spent = (now() if INTERPRETED else globaltimer()) - began
-    # The first to give up is who tells: others may only have waited for what it would have done.
-    if (seen != old) & (tl.load(expiry_ptr) == 0):
-        tl.store(expiry_ptr + 1, peer + 1)
-        tl.store(expiry_ptr + 2, tag)
-        tl.store(expiry_ptr + 3, seen.to(tl.int64))
-        tl.store(expiry_ptr, tl.where((seen != 0) & SHOWS_TAG, ELSEWHERE, TIME_UP))
+    # The host's memory is far: nothing of it is read where the wait was not in vain.
+    if seen != old:
+        # The first to give up is who tells: others may only have waited for what it would have done.
+        if tl.load(expiry_ptr) == 0:
+            tl.store(expiry_ptr + 1, peer + 1)
+            tl.store(expiry_ptr + 2, tag)
+            tl.store(expiry_ptr + 3, seen.to(tl.int64))
+            tl.store(expiry_ptr, tl.where((seen != 0) & SHOWS_TAG, ELSEWHERE, TIME_UP))
     tl.device_assert(seen == old, "sonic_ep: a rank waited for another in vain; who it was is told on the host")
 
 
