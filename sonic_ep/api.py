@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import NoReturn
@@ -266,8 +267,12 @@ class ExpertParallel:
             return
         try:
             self.check()
-        finally:
-            self._calls.close()
+        except BaseException:
+            # What giving back the memory of a lost GPU would raise says less.
+            with suppress(RuntimeError):
+                self._calls.close()
+            raise
+        self._calls.close()
 
     def __enter__(self) -> ExpertParallel:
         return self

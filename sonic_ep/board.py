@@ -20,35 +20,35 @@ class Notice:
     """What a rank has told last.
 
     collectives: how many it has begun. left: whether it will begin no more. lost: the ranks that it has waited for in
-    vain, if that is why. text: where it is, or why it left. step: the number of the step that it is in. back: whether
-    it has begun none of that step's collectives, and left an earlier one by an error.
+    vain, if that is why. text: where it is, or why it left. tag: of its meeting, 0 if it tells none. back: whether it
+    left an earlier one by an error, and looks for the others before it begins this one.
     """
 
     collectives: int
     left: bool
     text: str
     lost: tuple[int, ...] = ()
-    step: int = 0
+    tag: int = 0
     back: bool = False
 
     def __str__(self) -> str:
         lost = ",".join(map(str, self.lost)) or "-"
-        return f"{self.collectives} {int(self.left)} {lost} {self.step} {int(self.back)} {self.text}"
+        return f"{self.collectives} {int(self.left)} {lost} {self.tag} {int(self.back)} {self.text}"
 
     @staticmethod
     def parsed(written: str) -> Notice:
         """The notice of which ``written`` is the ``str``.
 
-        >>> Notice.parsed(str(Notice(collectives=3, left=True, text="ValueError: no", lost=(1, 4), step=2)))
-        Notice(collectives=3, left=True, text='ValueError: no', lost=(1, 4), step=2, back=False)
+        >>> Notice.parsed(str(Notice(collectives=3, left=True, text="ValueError: no", lost=(1, 4), tag=2)))
+        Notice(collectives=3, left=True, text='ValueError: no', lost=(1, 4), tag=2, back=False)
         """
-        collectives, left, lost, step, back, text = written.split(" ", 5)
+        collectives, left, lost, tag, back, text = written.split(" ", 5)
         return Notice(
             collectives=int(collectives),
             left=left == "1",
             text=text,
             lost=() if lost == "-" else tuple(int(rank) for rank in lost.split(",")),
-            step=int(step),
+            tag=int(tag),
             back=back == "1",
         )
 

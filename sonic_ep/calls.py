@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
+import torch.utils.checkpoint
 
 from sonic_ep.backend import Backend
 from sonic_ep.config import ClosedError, CollectiveMismatchError, PeerError
@@ -23,6 +24,10 @@ Told = tuple[tuple[str, object], ...]
 DIGESTS_KEPT = 64
 # PyTorch has no error of its own for the memory of a CPU.
 CPU_ALLOCATOR = "DefaultCPUAllocator"
+# How activation checkpointing leaves a forward that it runs again, on all ranks alike: no error.
+ENOUGH_RECOMPUTED: tuple[type[BaseException], ...] = tuple(
+    kind for kind in (getattr(torch.utils.checkpoint, "_StopRecomputationError", None),) if kind is not None
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +94,8 @@ class Calls:
         # What a kernel has waited for in vain is kept for the end: here another error may be on its way.
         with self._waits.turn.taken(last=True):
             if self._release.detach() is not None:
-                self._held.backend.close()
                 self._waits.turn.end()
+                self._held.backend.close()
 
     def let_go(self) -> None:
         """No call will follow, and what backward still needs stays for as long as that does."""
@@ -136,6 +141,8 @@ def _by_value(values: list[str | None]) -> str:
 
 def _failed(name: str, backend: weakref.ref[Backend], waits: weakref.ref[Waits], error: BaseException) -> None:
     """After an ``error`` of a call or a backward. Raise what it means, if more is known than it says."""
+    if isinstance(error, ENOUGH_RECOMPUTED):
+        return
     of_backend, of_waits = backend(), waits()
     if of_backend is not None and of_waits is not None and of_waits.turn.begun:
         of_backend.stray()

@@ -20,6 +20,11 @@ def savable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
+def in_memory(tensor: Tensor) -> Tensor:
+    """Its values as kernels read them: not negated in name alone, and not zeros that are nowhere."""
+    return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
+
+
 def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     """A ``backward`` whose results cannot be differentiated again, in its turn: ``ctx.turn``, set in forward.
 
@@ -35,7 +40,6 @@ def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gra
             )
         device = next((found.device for found in gradients if found is not None), HOST)
         with ctx.turn.taken(begun=True), full_precision(device):
-            # Kernels read what stands in memory: what is negated in name alone would have the wrong sign.
-            return backward(ctx, *(None if found is None else found.resolve_neg() for found in gradients))
+            return backward(ctx, *(None if found is None else in_memory(found) for found in gradients))
 
     return guarded

@@ -17,7 +17,7 @@ from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
 from sonic_ep.backend import Experts
 from sonic_ep.config import RouterOptions, is_count
 from sonic_ep.group import EPGroup
-from sonic_ep.once import savable
+from sonic_ep.once import in_memory, savable
 from sonic_ep.plan import RoutingPlan
 
 ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -116,10 +116,9 @@ class Edge:
             self._movable(name, value)
         else:
             self.require(value.device == like.device, f"device of {name}", value.device, like.device)
-        # Zeros that are nowhere in memory.
-        value = value.clone() if value._is_zerotensor() else value
+        value = in_memory(value)
         self._in_memory(name, value)
-        held = value.contiguous().resolve_neg()
+        held = value.contiguous()
         return savable(held) if torch.is_grad_enabled() else held
 
     def _own_tensor(self, name: str, value: object) -> Tensor:

@@ -64,12 +64,9 @@ class Waits:
         return self._board.number
 
     def begin(self, step: Step) -> None:
-        """What follows is of ``step``. After ``stray``, raises ``PeerError`` unless the others come to it as well."""
+        """What follows is of ``step``."""
         self.meeting = Meeting(step=step, phase=Phase.MEETING)
         self.turn.begun = True
-        if self._astray:
-            self._find_the_others()
-            self._astray = False
 
     def stray(self) -> None:
         """A call or a backward has ended in an error here: the others may be anywhere in it, or past it."""
@@ -79,6 +76,8 @@ class Waits:
         """Collective. ``own`` (63 bits) of every rank, in rank order, once all are seen to be at the same meeting."""
         if self.group.world_size == 1:
             return [own]
+        if self._astray:
+            self._find_the_others()
         mine = torch.tensor([self.meeting.tag, own], dtype=torch.int64, device=self.group.device_for(device))
         tags, numbers = self.all_gather(mine).t().tolist()
         for rank, tag in enumerate(tags):
@@ -130,28 +129,42 @@ class Waits:
         self._board.withdraw()
 
     def _find_the_others(self) -> None:
-        """Wait until every other rank is where this one is: back from an error, too, or in this step's first meeting.
+        """Wait until every other rank is at this meeting: back from an error, too, or waiting in its collective.
 
-        A collective begun while others are in one of another step would be paired with it.
+        A collective begun while others are in one of another meeting would be paired with it.
         """
         self._tell_where(back=True)
-        here, deadline = self.meeting.step.number, time.monotonic() + self.timeout
+        deadline = time.monotonic() + self.timeout
         missing = set(range(self.group.world_size)) - {self.group.rank}
         while missing and not self._board.broken:
-            notices = self._board.notices()
-            for rank in sorted(missing & set(notices)):
-                notice = notices[rank]
-                begun = notice.collectives - self._collectives
-                if notice.step == here and begun == (0 if notice.back else 1):
-                    missing.discard(rank)
-                elif begun > 0 or notice.step > here:
-                    raise CollectiveMismatchError(
-                        f"{self.group}: rank {rank} is in {notice.text}, while this rank left a step by an error and "
-                        f"came to {self.meeting}"
-                    )
-            if time.monotonic() > deadline:
+            missing -= {rank for rank, notice in self._board.notices().items() if self._is_here(rank, notice)}
+            if missing and time.monotonic() > deadline:
                 raise PeerTimeoutError(self._waited_for(_named(sorted(missing))))
             time.sleep(STORE_REST_SECONDS)
+        self._astray = False
+        self._tell_where()
+
+    def _is_here(self, rank: int, notice: Notice) -> bool:
+        """Whether a rank that has told ``notice`` is at this meeting, of which this rank has begun no collective.
+
+        False where it may still come. Raises ``PeerError`` if it will not.
+        """
+        begun = notice.collectives - self._collectives
+        if notice.left and begun <= 0:
+            raise self._left(rank, notice)
+        if notice.tag == self.meeting.tag and begun in (0, 1):
+            return True
+        if begun > 0 or notice.back:
+            raise CollectiveMismatchError(
+                f"{self.group}: rank {rank} is in {notice.text}, while this rank left a step by an error and "
+                f"came to {self.meeting}"
+            )
+        return False
+
+    def _left(self, rank: int, notice: Notice) -> PeerLostError:
+        return PeerLostError(
+            f"{self.group}: rank {rank} left ({notice.text}) while it was waited for in {self.meeting}"
+        )
 
     def _come_together(self, tensor: Tensor) -> None:
         """PyTorch connects GPUs in their first collective, and waits there as long as it likes: all have to be here."""
@@ -192,20 +205,18 @@ class Waits:
             raise (self._timed_out() if late else self._lost(error)) from error
 
     def _tell_where(self, *, back: bool = False) -> None:
-        text, step = str(self.meeting), self.meeting.step.number
-        self._board.tell(Notice(collectives=self._collectives, left=False, text=text, step=step, back=back))
+        here = self.meeting
+        self._board.tell(Notice(collectives=self._collectives, left=False, text=str(here), tag=here.tag, back=back))
 
     def _raise_if_somebody_left(self) -> None:
         for rank, notice in self._board.notices().items():
             if notice.left and notice.collectives < self._collectives:
-                raise PeerLostError(
-                    f"{self.group}: rank {rank} left ({notice.text}) while it was waited for in {self.meeting}"
-                )
+                raise self._left(rank, notice)
             if notice.lost and self.group.rank not in notice.lost:
                 raise PeerLostError(
                     f"{self.group}: lost {_named(notice.lost)}, waited for in {self.meeting}: rank {rank} {notice.text}"
                 )
-            if notice.back and notice.step > self.meeting.step.number and notice.collectives < self._collectives:
+            if notice.back and notice.tag != self.meeting.tag and notice.collectives < self._collectives:
                 raise CollectiveMismatchError(
                     f"{self.group}: rank {rank} left a step by an error and came to {notice.text}, expected it in "
                     f"{self.meeting}"

@@ -18,6 +18,7 @@ from sonic_ep import CollectiveMismatchError, EPConfig, ExpertParallel
 from sonic_ep.config import PeerError
 from sonic_ep.group import resolve_group
 from sonic_ep.testing import Rank, RankPool
+from sonic_ep.waits import ANNOUNCE_SECONDS
 
 ODD = 1
 # An exchange of words on a busy machine.
@@ -274,24 +275,36 @@ def test_a_rank_that_asks_for_fewer_gradients_is_found(
     assert f"expected phase backward ({phase}) of step 1" in said[0]
 
 
-def fails_and_goes_on(rank: Rank, failing: list[int], nth: int) -> str:
-    """Ranks run out of memory in front of their ``nth`` collective, leave that batch out, and go on with the next."""
+BATCHES, FAILING = 4, 1
+
+
+def fails_and_goes_on(rank: Rank, failing: list[int], nth: int, goes_on: str) -> str:
+    """Ranks run out of memory in front of their ``nth`` collective, leave that batch out, and go on: with a backward of
+    the batch before, with the next batch and a backward for which one rank is late, or not at all.
+    """
     group = dist.new_group(list(range(rank.world_size)))
-    ep = ExpertParallel(group, backend="reference", timeout=4.0)
-    arguments = call_of(rank.world_size)
+    ep = ExpertParallel(group, backend="reference", timeout=6.0)
+    arguments = with_trained_experts(call_of(rank.world_size))
 
     def batches() -> str:
-        for number in range(4):
+        losses = []
+        for number in range(BATCHES):
             try:
                 with pytest.MonkeyPatch.context() as patch:
-                    if number == 1 and rank.rank in failing:
+                    if number == FAILING and rank.rank in failing:
                         counted = itertools.count(1)
                         for name in ("all_gather", "all_to_all_rows"):
                             patch.setattr(ep._waits, name, failing_at(nth, counted, getattr(ep._waits, name)))
-                    y = ep.moe(**arguments).y
+                    losses.append(ep.moe(**arguments).y.sum())
             except torch.OutOfMemoryError:
-                continue
-        assert y.isfinite().all()
+                if goes_on == "backward":
+                    losses[0].backward()
+                if goes_on == "leaves" and rank.rank == ODD:
+                    ep._waits.leave("KeyError: 'labels'")
+                    return "left"
+        # Longer than it takes the others to tell that they wait, and to look who is missing.
+        time.sleep(1.5 * ANNOUNCE_SECONDS if rank.rank == ODD else 0)
+        sum(losses).backward()
         return "went on"
 
     try:
@@ -317,18 +330,25 @@ COLLECTIVES = range(1, 8)
 
 
 @pytest.mark.parametrize("nth", COLLECTIVES)
-def test_a_rank_that_goes_on_after_an_error_meets_nobody_by_mistake(cpu_pool: RankPool, nth: int) -> None:
+@pytest.mark.parametrize("goes_on", ["call", "backward"])
+def test_a_rank_that_goes_on_after_an_error_meets_nobody_by_mistake(cpu_pool: RankPool, goes_on: str, nth: int) -> None:
     """Each names the other with the step that it is in, whatever the others wait for meanwhile."""
-    for rank, said in enumerate(cpu_pool.run(fails_and_goes_on, [ODD], nth, world_size=3)):
+    place = "phase exchange of step 3" if goes_on == "call" else r"phase backward \(dispatch\) of step 1"
+    for rank, said in enumerate(cpu_pool.run(fails_and_goes_on, [ODD], nth, goes_on, world_size=2)):
         if rank == ODD:
-            assert re.match(r"CollectiveMismatchError: rank 1 of 3: rank [02] is in phase \w+ of step 2, while", said)
-            assert "left a step by an error and came to phase meeting of step 3" in said
+            assert re.match(r"CollectiveMismatchError: rank 1 of 2: rank 0 is in phase \w+ of step 2, while", said)
+            assert re.search(rf"left a step by an error and came to {place}", said)
         else:
-            assert f"rank {rank} of 3: rank 1 left a step by an error and came to phase meeting of step 3" in said
+            assert re.search(rf"rank 0 of 2: rank 1 left a step by an error and came to {place}", said)
 
 
 def test_ranks_that_fail_alike_go_on_together(cpu_pool: RankPool) -> None:
-    assert cpu_pool.run(fails_and_goes_on, [0, 1, 2], 4, world_size=3) == ["went on"] * 3
+    assert cpu_pool.run(fails_and_goes_on, [0, 1, 2], 4, "call", world_size=3) == ["went on"] * 3
+
+
+def test_a_rank_that_left_after_an_error_is_named_at_once(cpu_pool: RankPool) -> None:
+    found = cpu_pool.run(fails_and_goes_on, [0, 1], 4, "leaves", world_size=2)
+    assert found[0].startswith("PeerLostError: rank 0 of 2: rank 1 left (KeyError: 'labels') while it was waited for")
 
 
 def out_of_gpu_memory(rank: Rank, backend: str) -> str:

@@ -34,6 +34,20 @@ def differentiated_twice(rank: Rank, case: Case, backend: str) -> None:
             assert_bitwise(got, want)
 
 
+def zeros_of_no_memory(rank: Rank, case: Case, backend: str) -> None:
+    x, weights, dy = layer_inputs(rank, case)
+    with ExpertParallel(backend=backend) as ep:
+        y = ep.moe(x, *weights, case.top_k).y
+        y.backward(torch._efficientzerotensor(dy.shape, dtype=dy.dtype, device=dy.device))
+    for leaf in (x, *weights):
+        assert_bitwise(leaf.grad.abs(), torch.zeros_like(leaf))
+
+
+@both_backends
+def test_a_gradient_that_is_nowhere_in_memory_is_zero(pool: RankPool, backend: str) -> None:
+    pool.run(zeros_of_no_memory, CASES["uniform"], backend, world_size=1)
+
+
 @both_backends
 def test_second_derivatives_are_refused_not_wrong(pool: RankPool, backend: str) -> None:
     pool.run(differentiated_twice, CASES["uniform"], backend, world_size=2)

@@ -103,6 +103,21 @@ def rerouted(rank: Rank, case: Case, backend: str, exact: bool) -> list[str]:
     return said
 
 
+def stopped_early(rank: Rank, case: Case) -> None:
+    """What is asked for needs no more than the router: the rest is not run again, and that is no error."""
+    x, weights, _ = layer_inputs(rank, case)
+    with ExpertParallel(backend="reference") as ep:
+        logits = checkpoint(lambda x: ep.moe(x, *weights, case.top_k).router_logits, x, use_reentrant=False)
+        logits.sum().backward()
+        assert not ep._waits._astray
+        assert ep.moe(x, *weights, case.top_k).y.isfinite().all()
+        assert ep._waits._board.notices() == {}
+
+
+def test_a_recompute_that_ends_early_is_no_error(cpu_pool: RankPool) -> None:
+    cpu_pool.run(stopped_early, CASE, world_size=2)
+
+
 def dispatch_rerouted(rank: Rank, backend: str) -> str:
     """What is run again ends with a dispatch: the combine, behind it, keeps to the first plan."""
     x = randn(rank, 6, 8).requires_grad_()

@@ -2,8 +2,10 @@
 
 import gc
 import io
+import os
+import weakref
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from layer_inputs import layer_inputs
 
 import sonic_ep
 from sonic_ep import EPConfig, ExpertParallel, RowOverflowError
+from sonic_ep.config import PeerTimeoutError
 from sonic_ep.testing import CASES, Rank, RankPool
 
 CASE = CASES["uniform"]
@@ -64,6 +67,71 @@ def waited_in_vain(rank: Rank) -> None:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="device-side assert"):
         use()
+
+
+def in_a_child(rank: Rank) -> None:
+    """What the device has found is its parent's to tell."""
+    ep = ExpertParallel(backend="fast", config=TIGHT)
+    overflowed(rank, ep)
+    gc.collect()
+    child = os.fork()
+    if child == 0:
+        words = io.StringIO()
+        with redirect_stderr(words):
+            for finalizer in list(weakref.finalize._registry):
+                finalizer()
+        os._exit(int("RowOverflowError" in words.getvalue()))
+    assert os.waitpid(child, 0)[1] == 0
+    with pytest.raises(RowOverflowError, match=SAID):
+        ep.close()
+
+
+@pytest.mark.fast
+def test_a_forked_child_does_not_tell_what_its_parent_will(cpu_pool: RankPool) -> None:
+    cpu_pool.run(in_a_child, world_size=1)
+
+
+def closed_behind_a_lost_gpu(rank: Rank) -> None:
+    """Who was waited for is what close() raises, not what comes of giving back the memory."""
+    from sonic_ep.fast.device import TIME_UP
+
+    def broken() -> None:
+        raise RuntimeError("device-side assert triggered")
+
+    ep = ExpertParallel(backend="fast")
+    ep.meet(rank.device)
+    (kit,) = ep._backend._kits.values()
+    kit.workspace.expiry.words.copy_(torch.tensor([TIME_UP.value, 2, ep._waits.meeting.tag, 0]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kit.workspace, "synchronize", broken)
+        with pytest.raises(PeerTimeoutError, match="waited 60 s for rank 1 in phase meeting of step 1"):
+            ep.close()
+
+
+@pytest.mark.fast
+def test_close_tells_who_was_waited_for(cpu_pool: RankPool) -> None:
+    cpu_pool.run(closed_behind_a_lost_gpu, world_size=2)
+
+
+def caught(rank: Rank) -> None:
+    """An error that was caught holds nothing of what was in the call."""
+    x, weights, _ = layer_inputs(rank, CASE)
+    gc.disable()
+    ep = ExpertParallel(backend="fast", config=TIGHT)
+    overflowed(rank, ep)
+    with suppress(RowOverflowError):
+        ep.moe(x, *weights, CASE.top_k)
+    held = weakref.ref(x)
+    del x, weights
+    gc.enable()
+    assert held() is None
+    with suppress(RowOverflowError):
+        ep.close()
+
+
+@pytest.mark.fast
+def test_an_error_that_was_caught_keeps_no_memory(pool: RankPool) -> None:
+    pool.run(caught, world_size=1)
 
 
 def printed(rank: Rank, use: Callable[[Rank], None]) -> str:

@@ -220,8 +220,8 @@ def _turn_in_time(flag_ptr, old, new, SEM: tl.constexpr, expiry_ptr, peer, tag, 
                 rest()
             seen = tl.atomic_cas(flag_ptr, old, new, sem=SEM, scope="sys")
             spent = (now() if INTERPRETED else globaltimer()) - began
-    # The host's memory is far: nothing of it is read where the wait was not in vain.
-    if seen != old:
+    # The host's memory is far: nothing of it is read where the wait was not in vain. ("and" looks at both its sides.)
+    if seen != old:  # noqa: SIM102
         # The first to give up is who tells: others may only have waited for what it would have done.
         if tl.load(expiry_ptr) == 0:
             tl.store(expiry_ptr + 1, peer + 1)

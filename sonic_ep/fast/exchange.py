@@ -144,7 +144,7 @@ class Dispatch(torch.autograd.Function):
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
         """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
         exchange: Exchange = ctx.exchange.in_backward()
-        return exchange.sums(exchange.checked(grad_RH, *ctx.saved_tensors), None), None
+        return exchange.checked(exchange.sums(grad_RH, None), *ctx.saved_tensors), None
 
 
 class Combine(torch.autograd.Function):

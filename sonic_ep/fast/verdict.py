@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,14 @@ class Record:
         self.words = host_words(WORDS, device)
         self.num_experts = 0
         self.max_rows = 0
+        self.written: torch.cuda.Event | None = None
+
+    def last_error(self) -> Exception | None:
+        """The same once its kernels have run, if they do."""
+        with suppress(RuntimeError):
+            if self.written is not None and not torch.cuda.is_current_stream_capturing():
+                self.written.synchronize()
+        return self.error()
 
     def error(self) -> Exception | None:
         """``ValueError``, ``RowOverflowError`` or ``RecomputeError``, if there is one to tell."""
@@ -54,11 +64,10 @@ class Verdict:
         self._device = device
         self._on_gpu = device.type == "cuda"
         self._record = Record(group, device)
-        told_at_the_end(self, self._record.error)
+        told_at_the_end(self, self._record.last_error)
         # Gathers what backwards find, until the host has seen it.
         with torch.inference_mode(False):
             self._rerouted = torch.zeros(1, dtype=torch.int32, device=device)
-        self._written: torch.cuda.Event | None = None
         self._captured = False
 
     @property
@@ -76,8 +85,8 @@ class Verdict:
         if self._on_gpu and torch.cuda.is_current_stream_capturing():
             self._captured = True
         elif self._on_gpu:
-            self._written = torch.cuda.Event()
-            self._written.record(torch.cuda.current_stream(self._device))
+            self._record.written = torch.cuda.Event()
+            self._record.written.record(torch.cuda.current_stream(self._device))
 
     def compare(self, expert_ids_WCK: Tensor, again_WCK: Tensor, step: int) -> Tensor:
         """Whether the ids of a forward and of its recompute differ, bool () on the device. If so it is told later.
@@ -104,10 +113,14 @@ class Verdict:
             return
         if self._captured:
             torch.cuda.synchronize(self._device)
-        elif self._written is not None:
-            self._written.synchronize()
+        elif self._record.written is not None:
+            self._record.written.synchronize()
         found = self._record.error()
         if found is not None:
             self.record.zero_()
             self._rerouted.zero_()
-            raise found
+            try:
+                raise found
+            finally:
+                # Its traceback holds this frame, and would hold it for good through its own name.
+                del found
