@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 import weakref
 from collections import Counter
@@ -10,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -17,6 +17,7 @@ import torch.utils.checkpoint
 from sonic_ep.backend import Backend
 from sonic_ep.config import ClosedError, CollectiveMismatchError, PeerError
 from sonic_ep.meeting import Phase, Step, call_digest
+from sonic_ep.turn import Turn
 from sonic_ep.waits import Waits
 
 Facts = Mapping[str, object]
@@ -25,18 +26,16 @@ DIGESTS_KEPT = 64
 # PyTorch has no error of its own for the memory of a CPU.
 CPU_ALLOCATOR = "DefaultCPUAllocator"
 # How activation checkpointing leaves a forward that it runs again, on all ranks alike: no error.
-ENOUGH_RECOMPUTED: tuple[type[BaseException], ...] = tuple(
-    kind for kind in (getattr(torch.utils.checkpoint, "_StopRecomputationError", None),) if kind is not None
-)
+ENOUGH_RECOMPUTED: Any = getattr(torch.utils.checkpoint, "_StopRecomputationError", ())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """What an ``ExpertParallel`` has to give back. process: the id of the process that made it."""
+    """What an ``ExpertParallel`` has to give back, and whose turn that is."""
 
     name: str
     backend: Backend
-    process: int
+    turn: Turn
 
 
 class Calls:
@@ -52,7 +51,7 @@ class Calls:
         self._number = 0
         # The same few calls come again and again, and their words would take longer than the rest.
         self._digest = lru_cache(maxsize=DIGESTS_KEPT)(partial(_digest_of, tuple(self._common.items())))
-        self._held = Held(name=f"{waits.group}: ExpertParallel", backend=backend, process=os.getpid())
+        self._held = Held(name=f"{waits.group}: ExpertParallel", backend=backend, turn=waits.turn)
         self._release = weakref.finalize(self, _forgotten, self._held)
         # Weakly: backwards hold the turn, and may outlive what it would hold.
         waits.turn.after_errors(partial(_failed, self._held.name, weakref.ref(backend), weakref.ref(waits)))
@@ -88,7 +87,7 @@ class Calls:
 
     def close(self) -> None:
         """Give back what is held. Later calls raise. Raises ``RuntimeError`` while another thread is in a call."""
-        if self._held.process != os.getpid():
+        if not self._held.turn.is_of_this_process:
             self._release.detach()
             return
         # What a kernel has waited for in vain is kept for the end: here another error may be on its way.
@@ -104,7 +103,7 @@ class Calls:
 
     def leave(self, error: BaseException) -> None:
         """The same, because of ``error``; ranks that wait for this one are told."""
-        if not self.closed and self._held.process == os.getpid():
+        if not self.closed and self._held.turn.is_of_this_process:
             self._waits.leave(f"{type(error).__name__}: {error}")
         # Where another thread is in a call, the error that is on its way is what has to be seen.
         with suppress(RuntimeError):
@@ -160,7 +159,7 @@ def _digest_of(common: Told, told: Told) -> int:
 
 def _forgotten(held: Held) -> None:
     """Warn of what its user has let go, or has left open when the process ends. Graphs may still need the memory."""
-    if held.process != os.getpid() or not held.backend.holds_memory():
+    if not held.turn.is_of_this_process or not held.backend.holds_memory():
         return
     warnings.warn(f"{held.name}: got no close() before it was let go, expected one", ResourceWarning, stacklevel=2)
     held.backend.let_go()

@@ -19,9 +19,8 @@ def keep_from_autocast(results: Iterable[Tensor], inputs: Iterable[Tensor | None
 
     Autograd's own steps, those between the two, would follow one around the backward.
     """
-    ends = {found.grad_fn for found in inputs if found is not None and found.grad_fn is not None}
+    seen: set[Any] = {found.grad_fn for found in inputs if found is not None}
     ahead: list[Any] = [result.grad_fn for result in results if result.grad_fn is not None]
-    seen = set(ends)
     while ahead:
         node = ahead.pop()
         # A leaf adds up what it is given.

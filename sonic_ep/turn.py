@@ -38,20 +38,21 @@ class Turn:
         """Nobody has a turn any more."""
         self._ended = True
 
-    def require_own_process(self) -> None:
-        """Raises ``RuntimeError`` in a process that was forked from the one that made it."""
-        if self._process != os.getpid():
-            raise RuntimeError(
-                f"{self._name}: got a call in process {os.getpid()}, forked from process {self._process} "
-                "that made it, expected one made in this process: what ranks share cannot be inherited"
-            )
+    @property
+    def is_of_this_process(self) -> bool:
+        """False in a process that was forked from the one that made it."""
+        return self._process == os.getpid()
 
     @contextmanager
     def taken(self, *, begun: bool = False, last: bool = False) -> Iterator[None]:
         """Raises ``RuntimeError`` in a forked process, and where another thread is at it: nobody waits, as ranks would
         come to differ. Raises ``ClosedError`` after ``end``. last: nobody has to hear of an error in it.
         """
-        self.require_own_process()
+        if not self.is_of_this_process:
+            raise RuntimeError(
+                f"{self._name}: got a call in process {os.getpid()}, forked from process {self._process} "
+                "that made it, expected one made in this process: what ranks share cannot be inherited"
+            )
         if self._ended:
             raise ClosedError(f"{self._name}: got a call or a backward after close(), expected none")
         if not self._lock.acquire(blocking=False):

@@ -26,3 +26,25 @@ def good_routed_call(**changes: Any) -> dict[str, Any]:
     arguments["topk_idx"] = torch.tensor([[0, 1]] * TOKENS)
     arguments["topk_scores"] = torch.rand(TOKENS, TOP_K)
     return {**arguments, **changes}
+
+
+# Shares of experts that any of the worlds here divides into.
+HELD = 2
+
+
+def call_of(world_size: int, **changes: Any) -> dict[str, Any]:
+    """Arguments of ``moe`` on one of the ranks."""
+    own = {
+        "router_w": torch.randn(HELD * world_size, HIDDEN),
+        "w1": torch.randn(HELD, 2 * INTERMEDIATE, HIDDEN),
+        "w2": torch.randn(HELD, HIDDEN, INTERMEDIATE),
+    }
+    return good_call(**own, **changes)
+
+
+def with_trained_experts(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {**arguments, "w1": arguments["w1"].requires_grad_()}
+
+
+def memory_short(*arguments: object, **options: object) -> None:
+    raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")

@@ -1,30 +1,25 @@
 """Calls: the same on every rank or told which is not and in what, one at a time, in one process, with its place."""
 
-import itertools
-import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from calls import EXPERTS, HIDDEN, INTERMEDIATE, good_call
+from calls import HELD, HIDDEN, INTERMEDIATE, call_of, good_call, with_trained_experts
 
 import sonic_ep
 from sonic_ep import CollectiveMismatchError, EPConfig, ExpertParallel
 from sonic_ep.config import PeerError
 from sonic_ep.group import resolve_group
 from sonic_ep.testing import Rank, RankPool
-from sonic_ep.waits import ANNOUNCE_SECONDS
 
 ODD = 1
 # An exchange of words on a busy machine.
 AT_ONCE_SECONDS = 5.0
-# Shares of experts that any of the worlds here divides into.
-HELD = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +32,6 @@ class Oddity:
     fact: str
     odd: str
     usual: str
-
-
-def call_of(world_size: int, **changes: Any) -> dict[str, Any]:
-    """Arguments of ``moe`` on one of the ranks."""
-    own = {
-        "router_w": torch.randn(HELD * world_size, HIDDEN),
-        "w1": torch.randn(HELD, 2 * INTERMEDIATE, HIDDEN),
-        "w2": torch.randn(HELD, HIDDEN, INTERMEDIATE),
-    }
-    return good_call(**own, **changes)
 
 
 def wider(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -66,10 +51,6 @@ def in_half(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def with_biases(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, "b1": torch.zeros(HELD, 2 * INTERMEDIATE), "b2": torch.zeros(HELD, HIDDEN)}
-
-
-def with_trained_experts(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {**arguments, "w1": arguments["w1"].requires_grad_()}
 
 
 def changed(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[ExpertParallel, dict[str, Any]], object]:
@@ -203,42 +184,6 @@ def test_who_brings_too_many_tokens_may_call_again(pool: RankPool, backend: str)
     assert [counts for _, counts in found] == [[4, 3]] * 2
 
 
-def test_memory_that_runs_out_is_told_with_the_place() -> None:
-    with ExpertParallel(backend="reference") as ep:
-        ep.plan(torch.zeros(1, 1, dtype=torch.int64), EXPERTS)
-        expected = "rank 0 of 1: ExpertParallel: out of memory in phase exchange of step 1: tried to allocate 2.00 GiB"
-        with pytest.raises(torch.OutOfMemoryError, match=expected), ep._calls.one():
-            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
-        ep.moe(**good_call())
-
-
-def memory_short(*arguments: object, **options: object) -> None:
-    raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
-
-
-@pytest.mark.parametrize(
-    ("backend", "exchange"),
-    [("reference", "sonic_ep.reference.layer"), pytest.param("fast", "sonic_ep.fast.exchange", marks=pytest.mark.fast)],
-)
-def test_memory_that_runs_out_in_backward_is_told_with_the_place(
-    cpu_pool: RankPool, backend: str, exchange: str
-) -> None:
-    cpu_pool.run(out_of_memory_in_backward, backend, exchange, world_size=1)
-
-
-def out_of_memory_in_backward(rank: Rank, backend: str, exchange: str) -> None:
-    arguments = with_trained_experts(call_of(1))
-    with ExpertParallel(backend=backend) as ep:
-        ep.moe(**arguments)
-        y = ep.moe(**arguments).y
-        expected = "rank 0 of 1: ExpertParallel: out of memory in phase .* of step 2: tried to allocate 2.00 GiB"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(f"{exchange}.Exchange.rows", memory_short)
-            with pytest.raises(torch.OutOfMemoryError, match=expected):
-                y.sum().backward()
-        ep.moe(**arguments).y.sum().backward()
-
-
 def other_gradients(rank: Rank, backend: str, wanted: list[str]) -> str:
     """The odd rank asks for fewer gradients, so its backward meets the others less often; then it goes on."""
     group = dist.new_group(list(range(rank.world_size)))
@@ -273,107 +218,6 @@ def test_a_rank_that_asks_for_fewer_gradients_is_found(
     for rank, words in enumerate(said):
         assert words.startswith(f"CollectiveMismatchError: rank {rank} of 2: rank {1 - rank} came to phase ")
     assert f"expected phase backward ({phase}) of step 1" in said[0]
-
-
-BATCHES, FAILING = 4, 1
-
-
-def fails_and_goes_on(rank: Rank, failing: list[int], nth: int, goes_on: str) -> str:
-    """Ranks run out of memory in front of their ``nth`` collective, leave that batch out, and go on: with a backward of
-    the batch before, with the next batch and a backward for which one rank is late, or not at all.
-    """
-    group = dist.new_group(list(range(rank.world_size)))
-    ep = ExpertParallel(group, backend="reference", timeout=6.0)
-    arguments = with_trained_experts(call_of(rank.world_size))
-
-    def batches() -> str:
-        losses = []
-        for number in range(BATCHES):
-            try:
-                with pytest.MonkeyPatch.context() as patch:
-                    if number == FAILING and rank.rank in failing:
-                        counted = itertools.count(1)
-                        for name in ("all_gather", "all_to_all_rows"):
-                            patch.setattr(ep._waits, name, failing_at(nth, counted, getattr(ep._waits, name)))
-                    losses.append(ep.moe(**arguments).y.sum())
-            except torch.OutOfMemoryError:
-                if goes_on == "backward":
-                    losses[0].backward()
-                if goes_on == "leaves" and rank.rank == ODD:
-                    ep._waits.leave("KeyError: 'labels'")
-                    return "left"
-        # Longer than it takes the others to tell that they wait, and to look who is missing.
-        time.sleep(1.5 * ANNOUNCE_SECONDS if rank.rank == ODD else 0)
-        sum(losses).backward()
-        return "went on"
-
-    try:
-        said = batches()
-    except PeerError as error:
-        said = f"{type(error).__name__}: {error}"
-    dist.barrier()
-    dist.destroy_process_group(group)
-    return said
-
-
-def failing_at(nth: int, counted: Iterator[int], collective: Callable[..., Any]) -> Callable[..., Any]:
-    def counting(*arguments: Any) -> Any:
-        if next(counted) == nth:
-            memory_short()
-        return collective(*arguments)
-
-    return counting
-
-
-# Of a call that is not the first: the meeting of the plan, ids, meetings of dispatch and combine, scores, rows.
-COLLECTIVES = range(1, 8)
-
-
-@pytest.mark.parametrize("nth", COLLECTIVES)
-@pytest.mark.parametrize("goes_on", ["call", "backward"])
-def test_a_rank_that_goes_on_after_an_error_meets_nobody_by_mistake(cpu_pool: RankPool, goes_on: str, nth: int) -> None:
-    """Each names the other with the step that it is in, whatever the others wait for meanwhile."""
-    place = "phase exchange of step 3" if goes_on == "call" else r"phase backward \(dispatch\) of step 1"
-    for rank, said in enumerate(cpu_pool.run(fails_and_goes_on, [ODD], nth, goes_on, world_size=2)):
-        if rank == ODD:
-            assert re.match(r"CollectiveMismatchError: rank 1 of 2: rank 0 is in phase \w+ of step 2, while", said)
-            assert re.search(rf"left a step by an error and came to {place}", said)
-        else:
-            assert re.search(rf"rank 0 of 2: rank 1 left a step by an error and came to {place}", said)
-
-
-def test_ranks_that_fail_alike_go_on_together(cpu_pool: RankPool) -> None:
-    assert cpu_pool.run(fails_and_goes_on, [0, 1, 2], 4, "call", world_size=3) == ["went on"] * 3
-
-
-def test_a_rank_that_left_after_an_error_is_named_at_once(cpu_pool: RankPool) -> None:
-    found = cpu_pool.run(fails_and_goes_on, [0, 1], 4, "leaves", world_size=2)
-    assert found[0].startswith("PeerLostError: rank 0 of 2: rank 1 left (KeyError: 'labels') while it was waited for")
-
-
-def out_of_gpu_memory(rank: Rank, backend: str) -> str:
-    """The third call wants more than this process may have any more."""
-    weights = {name: value.to(rank.device) for name, value in call_of(rank.world_size).items() if name != "top_k"}
-    x = torch.randn(2**20, HIDDEN, device=rank.device)
-    with ExpertParallel(backend=backend, max_tokens_per_rank=len(x)) as ep:
-        for tokens in (x[:8], x[:8]):
-            ep.moe(**{**weights, "x": tokens}, top_k=2)
-        torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(rank.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total, rank.device)
-        try:
-            with pytest.raises(torch.OutOfMemoryError) as raised:
-                ep.moe(**{**weights, "x": x}, top_k=2)
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, rank.device)
-        return str(raised.value)
-
-
-@pytest.mark.parametrize("backend", ["reference", "fast"])
-def test_gpu_memory_that_runs_out_is_told_with_rank_and_place(cuda_pool: RankPool, backend: str) -> None:
-    (said,) = cuda_pool.run(out_of_gpu_memory, backend, world_size=1)
-    assert said.startswith("rank 0 of 1: ExpertParallel: out of memory in phase ")
-    assert " of step 3: CUDA out of memory" in said
 
 
 class Meanwhile:
@@ -480,14 +324,6 @@ def functional_retried(rank: Rank, backend: str) -> list[int]:
 def test_a_functional_call_that_is_refused_counts_for_nothing(cpu_pool: RankPool) -> None:
     first, second = cpu_pool.run(functional_retried, "reference", world_size=2)
     assert first == second
-
-
-def test_memory_of_the_cpu_that_runs_out_is_told_with_the_place() -> None:
-    with ExpertParallel(backend="reference") as ep:
-        x = torch.zeros(1, HIDDEN).expand(2**44, HIDDEN)
-        with pytest.raises(torch.OutOfMemoryError, match="rank 0 of 1: ExpertParallel: out of memory in phase"):
-            ep.moe(**{**good_call(), "x": x})
-        ep.moe(**good_call())
 
 
 def test_every_fact_of_a_call_is_in_its_digest() -> None:

@@ -1,10 +1,7 @@
-"""The life of an ExpertParallel: nothing is left of it, forgotten ones warn, forks keep off, and two do not mix."""
+"""The life of an ExpertParallel: nothing is left of it, forgotten ones warn, and two do not mix."""
 
 import gc
 import os
-import subprocess
-import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from backends import BACKENDS
-from torch import Tensor
+from lives import TOKENS, TOP_K, layer_of, planned, warned
 
 import sonic_ep
 from sonic_ep import ClosedError, EPConfig, ExpertParallel
@@ -31,23 +28,9 @@ LIVES = 200
 PLANNING, WORKING = 10, 100
 # Of lives before the count: what is made once is made by then.
 FIRST_LIVES = 3
-HIDDEN, HELD, TOP_K = 8, 2, 2
-TOKENS = 3
 both_backends = pytest.mark.parametrize(
     "backend", [pytest.param(name, marks=pytest.mark.fast if name == "fast" else ()) for name in BACKENDS]
 )
-
-
-def layer_of(rank: Rank, seed: int = 0) -> list[Tensor]:
-    """Leaves of one rank: x (T, H), router_w, w1, w2."""
-    generator = torch.Generator().manual_seed(10 * seed + rank.rank)
-    experts = HELD * rank.world_size
-    shapes = ((TOKENS, HIDDEN), (experts, HIDDEN), (HELD, 8, HIDDEN), (HELD, HIDDEN, 4))
-    return [torch.randn(shape, generator=generator).to(rank.device).requires_grad_() for shape in shapes]
-
-
-def planned(ep: ExpertParallel, rank: Rank) -> list[int]:
-    return ep.plan(torch.full((2, 1), rank.rank, device=rank.device), rank.world_size).counts.tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,17 +113,6 @@ def test_two_hundred_lives_leave_nothing(pool: RankPool, backend: str) -> None:
         assert {name: n for name, n in (last.objects - first.objects).items() if n >= LIVES // PLANNING} == {}
 
 
-@contextmanager
-def warned() -> Iterator[list[str]]:
-    """What is said of objects that were let go, while this lasts."""
-    said: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield said
-        gc.collect()
-    said += [str(one.message) for one in caught if issubclass(one.category, ResourceWarning)]
-
-
 def forgotten(rank: Rank, backend: str) -> tuple[list[str], list[str]]:
     """What is said of one that was let go without close(), and of the functional form; and their backwards."""
     leaves = layer_of(rank)
@@ -169,114 +141,6 @@ def test_what_is_forgotten_warns_and_its_graph_lives_on(pool: RankPool, backend:
         assert functional == []
         said = f"rank {rank} of 2: ExpertParallel: got no close() before it was let go, expected one"
         assert let_go == ([said] if backend == "fast" else [])
-
-
-AT_EXIT = """
-import os, sys, torch, sonic_ep
-
-def planned(ep):
-    return ep.plan(torch.tensor([[0], [1]]), 2).counts.tolist()
-
-layer = (torch.ones(2, 8), torch.ones(2, 8), torch.ones(2, 8, 8), torch.ones(2, 8, 4), 1)
-reference = sonic_ep.ExpertParallel(backend="reference")
-fast = sonic_ep.ExpertParallel(backend="fast")
-y = sonic_ep.moe(*layer, backend="fast").y
-assert planned(reference) == planned(fast) == [1, 1]
-child = os.fork()
-if child == 0:
-    for ep in (reference, fast):
-        try:
-            planned(ep)
-        except RuntimeError as error:
-            print(error)
-    sys.exit(0)
-print("child ended with", os.waitpid(child, 0)[1], flush=True)
-assert planned(reference) == planned(fast) == [1, 1]
-"""
-
-
-@pytest.mark.fast
-def test_what_is_left_open_at_exit_warns_in_the_process_that_made_it(tmp_path: Path) -> None:
-    """Once: not for what holds nothing, and not in a child that was forked."""
-    script = tmp_path / "left_open.py"
-    script.write_text(AT_EXIT)
-    settings = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "always", str(script)], capture_output=True, text=True, timeout=120, env=settings
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("ResourceWarning: rank 0 of 1: ExpertParallel: got no close() before it was let go") == 1
-    refused = [
-        line for line in done.stdout.splitlines() if "rank 0 of 1: ExpertParallel: got a call in process" in line
-    ]
-    assert len(refused) == 2
-    assert "that made it, expected one made in this process: what ranks share cannot be inherited" in refused[0]
-    assert "child ended with 0" in done.stdout
-
-
-def in_child(ep: ExpertParallel, rank: Rank, y: Tensor) -> str:
-    """What a forked process hears when it calls, and when it leaves a ``with``."""
-    said = ""
-    try:
-        with ep:
-            planned(ep, rank)
-    except RuntimeError as error:
-        said = str(error)
-    with warned() as warnings_said:
-        del ep
-    return said + "".join(warnings_said)
-
-
-def forked(rank: Rank, backend: str) -> list[str]:
-    """In children the object is used, closed, and called backward through; the parent goes on."""
-    read, write = os.pipe()
-    with ExpertParallel(backend=backend, max_tokens_per_rank=TOKENS) as ep:
-        assert planned(ep, rank) == [2] * rank.world_size
-        leaves = layer_of(rank)
-        y = ep.moe(*leaves, TOP_K).y
-        expected = torch.autograd.grad(y.square().sum(), leaves, retain_graph=True)
-        # A child would end what is left over here of other groups, and cannot.
-        gc.collect()
-        children = []
-        for leave in (in_child, closed_in_child, backward_in_child):
-            children.append(os.fork())
-            if children[-1] == 0:
-                os.write(write, leave(ep, rank, y).encode() + b"\n")
-                os._exit(0)
-            assert os.waitpid(children[-1], 0)[1] == 0
-            assert planned(ep, rank) == [2] * rank.world_size
-        # None of them has told anybody that this rank is gone.
-        assert ep._waits._board.notices() == {}
-        for found, grad in zip(torch.autograd.grad(y.square().sum(), leaves), expected, strict=True):
-            assert_bitwise(found, grad)
-    os.close(write)
-    with open(read) as said:
-        return [line.replace(str(children[number]), "CHILD") for number, line in enumerate(said)]
-
-
-def backward_in_child(ep: ExpertParallel, rank: Rank, y: Tensor) -> str:
-    try:
-        y.sum().backward()
-    except RuntimeError as error:
-        return str(error)
-    return "went backward"
-
-
-def closed_in_child(ep: ExpertParallel, rank: Rank, y: Tensor) -> str:
-    try:
-        ep.close()
-    except RuntimeError as error:
-        return str(error)
-    return "closed"
-
-
-@both_backends
-def test_a_forked_process_keeps_off(cpu_pool: RankPool, backend: str) -> None:
-    for rank, said in enumerate(cpu_pool.run(forked, backend, world_size=2)):
-        assert len(said) == 3
-        for words in said:
-            assert words.startswith(f"rank {rank} of 2: ExpertParallel: got a call in process CHILD, forked from ")
-            assert words.endswith("what ranks share cannot be inherited\n")
 
 
 def left_by_an_error(rank: Rank) -> str:

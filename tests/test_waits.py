@@ -47,6 +47,14 @@ def in_trouble(rank: Rank, trouble: Trouble, timeout: float) -> tuple[str, float
     return said, took
 
 
+def assert_said_by_others(pool: RankPool, trouble: Trouble, timeout: float, expected: str, *, within: float) -> None:
+    """All but the odd one of three ranks say what is expected, of their own number, soon after ``within`` seconds."""
+    for rank, (said, took) in enumerate(pool.run(in_trouble, trouble, timeout, world_size=3)):
+        if rank != ODD:
+            assert said == expected.format(rank)
+            assert took < within + SLACK_SECONDS
+
+
 def comes_late(rank: Rank, waits: Waits) -> list[int]:
     """When the others have long told that they wait."""
     deadline = time.monotonic() + PLENTY_SECONDS
@@ -95,14 +103,12 @@ def stays_away_from_rows(rank: Rank, waits: Waits) -> str:
 
 @pytest.mark.parametrize("trouble", [stays_away, stays_away_from_rows])
 def test_a_rank_that_does_not_come_is_named(cpu_pool: RankPool, trouble: Trouble) -> None:
-    for rank, (said, took) in enumerate(cpu_pool.run(in_trouble, trouble, TIMEOUT_SECONDS, world_size=3)):
-        if rank != ODD:
-            assert said == (
-                f"PeerTimeoutError: rank {rank} of 3: waited 0.5 s for rank {ODD} in phase exchange of step 7; "
-                "did it fail, or make another call?"
-            )
-            # Those that wait tell each other so, and take no longer than that.
-            assert took < TIMEOUT_SECONDS + SLACK_SECONDS
+    expected = (
+        "PeerTimeoutError: rank {} of 3: waited 0.5 s for rank 1 in phase exchange of step 7; "
+        "did it fail, or make another call?"
+    )
+    # Those that wait tell each other so, and take no longer than that.
+    assert_said_by_others(cpu_pool, trouble, TIMEOUT_SECONDS, expected, within=TIMEOUT_SECONDS)
 
 
 def only_one_comes(rank: Rank, waits: Waits) -> str:
@@ -135,13 +141,11 @@ def leaves(rank: Rank, waits: Waits) -> str:
 
 
 def test_a_rank_that_left_is_named_with_its_error_before_the_time_is_up(cpu_pool: RankPool) -> None:
-    for rank, (said, took) in enumerate(cpu_pool.run(in_trouble, leaves, PLENTY_SECONDS, world_size=3)):
-        if rank != ODD:
-            assert said == (
-                f"PeerLostError: rank {rank} of 3: rank {ODD} left (KeyError: 'labels') while it was waited for in "
-                "phase exchange of step 7"
-            )
-            assert took < ANNOUNCE_SECONDS + SLACK_SECONDS
+    expected = (
+        "PeerLostError: rank {} of 3: rank 1 left (KeyError: 'labels') while it was waited for in "
+        "phase exchange of step 7"
+    )
+    assert_said_by_others(cpu_pool, leaves, PLENTY_SECONDS, expected, within=ANNOUNCE_SECONDS)
 
 
 def leaves_after_its_part(rank: Rank, waits: Waits) -> list[int]:

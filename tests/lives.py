@@ -1,0 +1,38 @@
+"""What fills the lives of objects in tests of how they end: a small layer, a plan, what is said of the forgotten."""
+
+import gc
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from sonic_ep import ExpertParallel
+from sonic_ep.testing import Rank
+
+HIDDEN, HELD, TOP_K = 8, 2, 2
+TOKENS = 3
+
+
+def layer_of(rank: Rank, seed: int = 0) -> list[Tensor]:
+    """Leaves of one rank: x (T, H), router_w, w1, w2."""
+    generator = torch.Generator().manual_seed(10 * seed + rank.rank)
+    experts = HELD * rank.world_size
+    shapes = ((TOKENS, HIDDEN), (experts, HIDDEN), (HELD, 8, HIDDEN), (HELD, HIDDEN, 4))
+    return [torch.randn(shape, generator=generator).to(rank.device).requires_grad_() for shape in shapes]
+
+
+def planned(ep: ExpertParallel, rank: Rank) -> list[int]:
+    return ep.plan(torch.full((2, 1), rank.rank, device=rank.device), rank.world_size).counts.tolist()
+
+
+@contextmanager
+def warned() -> Iterator[list[str]]:
+    """What is said of objects that were let go, while this lasts."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield said
+        gc.collect()
+    said += [str(one.message) for one in caught if issubclass(one.category, ResourceWarning)]
