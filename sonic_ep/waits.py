@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -134,15 +134,15 @@ class Waits:
         A collective begun while others are in one of another meeting would be paired with it.
         """
         self._tell_where(back=True)
-        deadline = time.monotonic() + self.timeout
-        missing = set(range(self.group.world_size)) - {self.group.rank}
-        while missing and not self._board.broken:
-            missing -= {rank for rank, notice in self._board.notices().items() if self._is_here(rank, notice)}
-            if missing and time.monotonic() > deadline:
-                raise PeerTimeoutError(self._waited_for(_named(sorted(missing))))
-            time.sleep(STORE_REST_SECONDS)
+        self._wait_for(self._elsewhere)
         self._astray = False
         self._tell_where()
+
+    def _elsewhere(self) -> list[int]:
+        """The ranks that are not at this meeting; none where nobody can tell."""
+        here = {rank for rank, notice in self._board.notices().items() if self._is_here(rank, notice)}
+        others = set(range(self.group.world_size)) - {self.group.rank}
+        return [] if self._board.broken else sorted(others - here)
 
     def _is_here(self, rank: int, notice: Notice) -> bool:
         """Whether a rank that has told ``notice`` is at this meeting, of which this rank has begun no collective.
@@ -172,10 +172,14 @@ class Waits:
             return
         self._together = True
         self._board.come()
+        self._wait_for(self._board.absent)
+
+    def _wait_for(self, absent: Callable[[], list[int]]) -> None:
+        """Ask the store until nobody is ``absent``."""
         deadline = time.monotonic() + self.timeout
-        while absent := self._board.absent():
+        while missing := absent():
             if time.monotonic() > deadline:
-                raise PeerTimeoutError(self._waited_for(_named(absent)))
+                raise PeerTimeoutError(self._waited_for(_named(missing)))
             time.sleep(STORE_REST_SECONDS)
 
     def _process_group(self) -> dist.ProcessGroup:
