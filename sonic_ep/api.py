@@ -16,9 +16,9 @@ from sonic_ep.calls import Calls
 from sonic_ep.config import AUTO, EPConfig, RouterOptions, ScoreOrder, parse_choice
 from sonic_ep.eager import runs_eagerly
 from sonic_ep.group import Group, resolve_group
+from sonic_ep.once import as_kernels_read
 from sonic_ep.plan import RoutingPlan
 from sonic_ep.validation import (
-    ROW_DTYPES,
     Edge,
     ExpertArguments,
     check_experts,
@@ -26,8 +26,12 @@ from sonic_ep.validation import (
     check_router,
     check_routing,
     check_rows_of_plan,
-    check_rows_of_tokens,
     check_scores,
+    check_tokens,
+    check_tokens_of_plan,
+    experts_as_read,
+    rows_of_tokens,
+    tokens_of,
 )
 from sonic_ep.waits import TIMEOUT_SECONDS, Waits
 
@@ -60,8 +64,9 @@ class ExpertParallel:
     check_collective: compare the arguments of every call over the ranks first, in words; costs two exchanges on the
         host. Without it, ranks that differ are found as well, but not what they differ in.
 
-    Every method may raise ``PeerError`` when another rank has not done its part. Calls are made one after the other,
-    in the process that made the object. An object that holds memory and is let go without ``close()`` warns.
+    Every method may raise ``PeerError`` when another rank has not done its part. Ranks of a group make the same objects
+    in the same order. Calls are made one after the other, in the process that made the object. An object that holds
+    memory and is let go without ``close()`` warns.
 
     Raises ``ValueError`` for wrong arguments and ``BackendUnavailableError`` with every reason if ``backend`` cannot
     run here. A context manager; ``close()`` gives back what it holds.
@@ -134,17 +139,19 @@ class ExpertParallel:
         unless ``reduce_router_grad`` is False. Raises ``ValueError`` before any communication.
         """
         with self._calls.one():
-            x_TH = check_rows_of_tokens(self._edge, x)
+            given = check_tokens(self._edge, x)
             options = RouterOptions(
                 top_k=top_k,
                 score_order=parse_choice(f"{self.group}: score_order", score_order, ScoreOrder),
                 norm_topk_probs=self._edge.flag("norm_topk_probs", norm_topk_probs),
                 reduce_router_grad=self._edge.flag("reduce_router_grad", reduce_router_grad),
             )
-            router_w_EH = check_router(self._edge, x_TH, router_w, options)
+            router_w_EH = check_router(self._edge, given, router_w, options)
             written = ExpertArguments(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, gate_layout=gate_layout)
-            experts = check_experts(self._edge, x_TH, written, router_w_EH.shape[0])
-            self._check_capacity(x_TH)
+            experts = check_experts(self._edge, given, written, router_w_EH.shape[0])
+            self._check_capacity(tokens_of(given))
+            x_TH, router_w_EH = rows_of_tokens(given), as_kernels_read(router_w_EH)
+            experts = experts_as_read(experts)
             trained = router_w_EH.requires_grad and options.reduce_router_grad
             self._calls.begin("moe", **facts_of(x_TH, experts), router=options, **{"router_w trained": trained})
             capacity = self._agreed_capacity(x_TH)
@@ -172,14 +179,16 @@ class ExpertParallel:
         topk_scores (T, K), any float, used in fp32; differentiable. Scores of dropped slots are not read.
         """
         with self._calls.one():
-            x_TH = check_rows_of_tokens(self._edge, x)
+            given = check_tokens(self._edge, x)
             written = ExpertArguments(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, gate_layout=gate_layout)
-            experts = check_experts(self._edge, x_TH, written, None)
+            experts = check_experts(self._edge, given, written, None)
             num_experts = experts.w1.shape[0] * self.group.world_size
-            idx_TK = check_routing(self._edge, topk_idx, num_experts, x_TH)
-            scores_TK = check_scores(self._edge, topk_scores, (idx_TK.shape[0], idx_TK.shape[1]), x_TH)
+            idx_TK = check_routing(self._edge, topk_idx, num_experts, given)
+            scores_TK = check_scores(self._edge, topk_scores, (idx_TK.shape[0], idx_TK.shape[1]), given)
+            self._check_capacity(idx_TK.shape[0])
+            x_TH, experts = rows_of_tokens(given), experts_as_read(experts)
+            idx_TK, scores_TK = as_kernels_read(idx_TK), as_kernels_read(scores_TK)
             self._backend.check_expert_ids(idx_TK, num_experts)
-            self._check_capacity(idx_TK)
             self._calls.begin("moe_routed", **facts_of(x_TH, experts), K=idx_TK.shape[1])
             capacity = self._agreed_capacity(idx_TK)
             slots = Slots(topk_idx=idx_TK, topk_scores=scores_TK, capacity=capacity, distinct=False)
@@ -193,12 +202,13 @@ class ExpertParallel:
         """
         with self._calls.one():
             idx_TK = check_routing(self._edge, topk_idx, num_experts)
+            self._check_capacity(idx_TK.shape[0])
+            idx_TK = as_kernels_read(idx_TK)
             self._backend.check_expert_ids(idx_TK, num_experts)
-            self._check_capacity(idx_TK)
             self._calls.begin("plan", E=num_experts, K=idx_TK.shape[1], device=idx_TK.device.type)
             capacity = self._agreed_capacity(idx_TK)
             plan = self._backend.plan(idx_TK, num_experts=num_experts, capacity=capacity, distinct=False)
-            return replace(plan, step=self._waits.meeting.step.number)
+            return replace(plan, step=self._waits.meeting.step.number, object_number=self._waits.object_number)
 
     @runs_eagerly
     def dispatch(self, x: Tensor, plan: RoutingPlan) -> Tensor:
@@ -208,11 +218,8 @@ class ExpertParallel:
         """
         with self._calls.one():
             checked = check_plan(self._edge, plan)
-            x_TH = check_rows_of_tokens(self._edge, x)
-            self._edge.tensor("x", x_TH, ROW_DTYPES, like=checked.slot_of_row)
-            expected = f"T={checked.num_tokens} of the plan"
-            self._edge.require(x_TH.shape[0] == checked.num_tokens, "tokens of x", x_TH.shape[0], expected)
-            self._calls.begin("dispatch", **facts_of(x_TH), plan=(checked.step, *checked.expert_ids.shape))
+            x_TH = rows_of_tokens(check_tokens_of_plan(self._edge, x, checked))
+            self._calls.begin("dispatch", **facts_of(x_TH), plan=identity_of(checked))
             return self._backend.dispatch(x_TH, checked)
 
     @runs_eagerly
@@ -225,7 +232,8 @@ class ExpertParallel:
             checked = check_plan(self._edge, plan)
             rows_RH = check_rows_of_plan(self._edge, rows, checked)
             scores_TK = check_scores(self._edge, topk_scores, (checked.num_tokens, checked.top_k), rows_RH)
-            self._calls.begin("combine", **facts_of(rows_RH), plan=(checked.step, *checked.expert_ids.shape))
+            rows_RH, scores_TK = as_kernels_read(rows_RH), as_kernels_read(scores_TK)
+            self._calls.begin("combine", **facts_of(rows_RH), plan=identity_of(checked))
             return self._backend.combine(rows_RH, scores_TK, checked)
 
     @runs_eagerly
@@ -293,10 +301,10 @@ class ExpertParallel:
     def __reduce__(self) -> NoReturn:
         raise TypeError("an ExpertParallel belongs to its process and cannot be pickled; save a module's state_dict()")
 
-    def _check_capacity(self, tokens: Tensor) -> None:
+    def _check_capacity(self, tokens: int) -> None:
         if self._capacity is not None:
             expected = f"at most C={self._capacity} (max_tokens_per_rank, or the most that the first call brought)"
-            self._edge.require(tokens.shape[0] <= self._capacity, "tokens T", tokens.shape[0], expected)
+            self._edge.require(tokens <= self._capacity, "tokens T", tokens, expected)
 
     def _agreed_capacity(self, tokens: Tensor) -> int:
         """C. Agreed by all ranks on the first call that brings a token, if the caller has not set it."""
@@ -322,6 +330,11 @@ def facts_of(x_NH: Tensor, experts: Experts | None = None) -> dict[str, object]:
         "activation": experts.activation.name,
         "gate_layout": experts.layout.name,
     }
+
+
+def identity_of(plan: RoutingPlan) -> tuple[int, ...]:
+    """What has to be the same on every rank that uses a plan: who made it, in which call, and (W, C, K)."""
+    return (plan.object_number, plan.step, *plan.expert_ids.shape)
 
 
 @runs_eagerly

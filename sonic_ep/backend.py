@@ -133,6 +133,10 @@ class Backend(Protocol):
         """Whether there is something that ``close`` gives back."""
         ...
 
+    def raise_in_backward(self) -> None:
+        """No call will follow that could: a backward raises itself what it finds."""
+        ...
+
     def let_go(self) -> None:
         """Hold nothing any more; a backward that is still to come keeps what it needs."""
         ...

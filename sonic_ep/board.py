@@ -65,7 +65,8 @@ class Board:
         self._store = store
         self.broken = False
         self._found: dict[int, Notice] = {}
-        before = self._answer(lambda: store.add(f"sonic_ep/objects/{group.rank}", 1)) if store is not None else None
+        self._store = self._answer(lambda: _own_connection(store))
+        before = self._answer(lambda: self._store.add(f"sonic_ep/objects/{group.rank}", 1))
         self.number = (before or 1) - 1
 
     @staticmethod
@@ -129,3 +130,8 @@ class Board:
         thread.join(ANSWER_SECONDS)
         self.broken = not answers
         return answers[0] if answers else None
+
+
+def _own_connection(store: Any) -> Any:
+    """The same store, of which another thread that waits in ``store`` takes nothing away, if PyTorch can do that."""
+    return store.clone() if hasattr(store, "clone") else store

@@ -65,7 +65,7 @@ class Calls:
     def one(self) -> Iterator[None]:
         """A call, from its checks to its end.
 
-        Raises ``ClosedError`` after ``close``, ``RuntimeError`` in a forked process and while another thread is in a
+        Raises ``ClosedError`` after ``close``, ``TurnError`` in a forked process and while another thread is in a
         call. What kernels have waited for in vain is told instead of PyTorch's error, and memory that ran out with the
         rank; in a backward too, which takes the same turn.
         """
@@ -86,7 +86,7 @@ class Calls:
             self._compare({name: str(value) for name, value in (*told, *self._common.items())})
 
     def close(self) -> None:
-        """Give back what is held. Later calls raise. Raises ``RuntimeError`` while another thread is in a call."""
+        """Give back what is held. Later calls raise. Raises ``TurnError`` while this or another thread is in a call."""
         if not self._held.turn.is_of_this_process:
             self._release.detach()
             return
@@ -98,13 +98,15 @@ class Calls:
 
     def let_go(self) -> None:
         """No call will follow, and what backward still needs stays for as long as that does."""
-        if self._release.detach() is not None and self._number == 0:
-            self._waits.withdraw()
+        if self._release.detach() is not None:
+            if self._number == 0:
+                self._waits.withdraw()
+            self._held.backend.raise_in_backward()
 
     def leave(self, error: BaseException) -> None:
         """The same, because of ``error``; ranks that wait for this one are told."""
         if not self.closed and self._held.turn.is_of_this_process:
-            self._waits.leave(f"{type(error).__name__}: {error}")
+            self._waits.leave(_in_words(error))
         # Where another thread is in a call, the error that is on its way is what has to be seen.
         with suppress(RuntimeError):
             self.close()
@@ -121,6 +123,14 @@ class Calls:
             raise CollectiveMismatchError(
                 f"{self._waits.group}: step {step.number}: got calls that differ in {found}, expected the same call"
             )
+
+
+def _in_words(error: BaseException) -> str:
+    """The error's own, if it has any: what it is asked for here must not hide it."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
 
 
 def _by_value(values: list[str | None]) -> str:

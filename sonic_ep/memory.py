@@ -29,6 +29,7 @@ from sonic_ep.config import CombineMode, DispatchMode, ModePair
 
 INDEX_BYTES = 4
 FP32_BYTES = 4
+TAG_BYTES = 8
 # Shared buffers are whole blocks of this, at least one; what combine receives at a time has a bound.
 SHARED_BLOCK_BYTES = 512
 MOST_RECEIVED_BYTES = 2**29
@@ -276,13 +277,13 @@ def symmetric_bytes(shape: LayerShape, modes: ModePair, *, redispatch_x_in_backw
     token_bytes = max(1, rows_per_token * shape.hidden * shape.itemsize)
     tokens_at_a_time = max(1, min(shape.capacity, MOST_RECEIVED_BYTES // token_bytes))
     return SymmetricMemory(
-        meeting=_in_blocks(shape.world_size * INDEX_BYTES),
+        meeting=_in_blocks(shape.world_size * TAG_BYTES),
         ids=_in_blocks(slots),
         scores=_in_blocks(slots),
         tokens=_in_blocks(tokens),
         tokens_again=_in_blocks(tokens) if redispatch_x_in_backward else 0,
         received=_in_blocks(tokens_at_a_time * token_bytes),
-        received_flags=_in_blocks(max(1, shape.world_size - 1) * tokens_at_a_time * INDEX_BYTES),
+        received_flags=_in_blocks(max(1, shape.world_size - 1) * tokens_at_a_time * TAG_BYTES),
         values_of_slots=_in_blocks(slots),
         wants=_in_blocks(INDEX_BYTES),
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
 from sonic_ep.api import ExpertParallel, MoEOutput
 from sonic_ep.config import ScoreOrder, parse_choice
 from sonic_ep.validation import Edge, check_experts_divide
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 SEEDS = 2**62
 
@@ -84,15 +88,19 @@ class MoE(nn.Module):
         """Collective. Weights normal with variance 1/fan_in, biases zero, by a seed that rank 0 draws.
 
         On the meta device there is nothing to fill: call it again after ``to_empty``.
+
+        Parameters that ``fully_shard`` has made DTensors get this rank's shards of what a layer that is not sharded
+        gets from the seed: give ranks that share one layer the same seed. Meanwhile that takes memory for one whole
+        parameter and a shard of it. TypeError if a DTensor has placements other than Shard and Replicate.
         """
         if self.router_w.is_meta:
             return
+        for name, parameter in self.named_parameters(recurse=False):
+            self._check_placements(name, parameter)
         seed = self.ep.agree(int(torch.randint(SEEDS, (), device="cpu")), self.router_w.device)
-        self._fill(self.router_w, seed, 0)
-        for place in range(self.w1.shape[0]):
-            expert = self.ep.rank * self.w1.shape[0] + place
-            self._fill(self.w1[place], seed, 2 * expert + 1)
-            self._fill(self.w2[place], seed, 2 * expert + 2)
+        _write(self.router_w, lambda whole: _fill(whole, seed))
+        _write(self.w1, lambda whole: self._fill_experts(whole, seed + 1))
+        _write(self.w2, lambda whole: self._fill_experts(whole, seed + 2))
         for bias in (self.b1, self.b2):
             if bias is not None:
                 bias.zero_()
@@ -126,7 +134,44 @@ class MoE(nn.Module):
             f"({self.w1.shape[0]} here), top_k={self.top_k}, activation={self.activation}"
         )
 
-    @staticmethod
-    def _fill(weight: Tensor, seed: int, stream: int) -> None:
-        generator = torch.Generator(weight.device).manual_seed(seed + stream)
-        weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
+    def _fill_experts(self, weight: Tensor, seed: int) -> None:
+        held = weight.shape[0]
+        for place in range(held):
+            _fill(weight[place], seed + 2 * (self.ep.rank * held + place))
+
+    def _check_placements(self, name: str, parameter: Tensor) -> None:
+        if not _is_dtensor(parameter):
+            return
+        from torch.distributed.tensor import Replicate, Shard
+
+        if not all(type(placement) in (Shard, Replicate) for placement in parameter.placements):
+            got = f"got {parameter.placements}, expected Shard and Replicate only"
+            raise TypeError(f"{self.ep.group}: placements of {name}: {got}")
+
+
+def _fill(weight: Tensor, seed: int) -> None:
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
+
+
+def _is_dtensor(parameter: Tensor) -> TypeGuard[DTensor]:
+    # Only who shards pays for the import.
+    if type(parameter) is nn.Parameter:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor)
+
+
+def _write(parameter: Tensor, fill: Callable[[Tensor], None]) -> None:
+    """``fill`` the parameter or, if it is a DTensor, a whole tensor of which it then takes this rank's shard."""
+    if not _is_dtensor(parameter):
+        fill(parameter)
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+    fill(whole)
+    # Without a source rank nothing is sent: every rank has the whole.
+    shard = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.to_local().copy_(shard.to_local())

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sonic_ep.precision import full_precision
 
@@ -25,11 +26,29 @@ def in_memory(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
 
 
+def as_kernels_read(tensor: Tensor) -> Tensor:
+    """Contiguous, negated in memory and not in name, and fit to be saved for backward: a copy where it has to be."""
+    held = in_memory(tensor).contiguous()
+    return savable(held) if torch.is_grad_enabled() else held
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation would go through it. Outside of its levels the answer costs nothing."""
+    # Written by PyTorch when a level begins or ends; what looks into a tensor takes ten times as long.
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def saved_by(ctx: Any) -> list[Any]:
+    """``ctx.saved_tensors`` as kernels read them: a hook that unpacks them may lay out the same values otherwise."""
+    return [None if held is None else in_memory(held).contiguous() for held in ctx.saved_tensors]
+
+
 def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     """A ``backward`` whose results cannot be differentiated again, in its turn: ``ctx.turn``, set in forward.
 
     Raises ``RuntimeError`` with ``create_graph=True``. PyTorch's decorator of this name refuses later, where a second
     derivative reaches the results: where autograd sees no way from them to what is asked for, it passes for zero.
+    Raises ``NotImplementedError``, one of the same, for a gradient with a tangent.
     """
 
     @wraps(backward)
@@ -37,6 +56,11 @@ def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gra
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "sonic_ep: got a backward with create_graph=True, expected one without: it is once_differentiable"
+            )
+        if any(found is not None and has_tangent(found) for found in gradients):
+            raise NotImplementedError(
+                "sonic_ep: got a gradient with a tangent of forward-mode differentiation, expected none: backward is "
+                "once_differentiable"
             )
         device = next((found.device for found in gradients if found is not None), HOST)
         with ctx.turn.taken(begun=True), full_precision(device):

@@ -43,11 +43,12 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from sonic_ep.config import EPConfig, RecomputeError, RowOverflowError
+from sonic_ep.config import EPConfig, RecomputeError, RowOverflowError, is_count
 
 # Slots and rows are int32.
 MOST_SLOTS = 2**31 - 1
 INDEX_DTYPE = torch.int32
+INDEX_BYTES = INDEX_DTYPE.itemsize
 NO_ROW = -1
 
 
@@ -60,7 +61,8 @@ class RoutingPlan:
     """Where every slot of the group goes. All tensors are int32 and contiguous, on the device of the routing.
 
     rank: r, this rank's place in the group. num_tokens: T, this rank's tokens. step: the number of the call that made
-        it, the same on every rank, by which ranks that use different plans are found; 0 if it came of no such call.
+        it, object_number: how many ``ExpertParallel`` objects the group had before that one. Both are the same on every
+        rank, and ranks that use different plans are found by them; 0 if it came of no such call.
 
     expert_ids (W, C, K): the expert of each slot; -1 where it is dropped or the token does not exist.
     counts (E,): ``counts[j] = #{f : expert_ids[f] == j}``, over the group.
@@ -84,6 +86,7 @@ class RoutingPlan:
     pair_tokens: Tensor
     packed_of_token: Tensor
     step: int = 0
+    object_number: int = 0
 
     @property
     def world_size(self) -> int:
@@ -142,7 +145,28 @@ class RoutingPlan:
 
 
 # What says where slots go: all but which call made the plan.
-ROUTING_FIELDS = tuple(field.name for field in fields(RoutingPlan) if field.name != "step")
+ROUTING_FIELDS = tuple(field.name for field in fields(RoutingPlan) if field.name not in ("step", "object_number"))
+TENSOR_FIELDS = tuple(field.name for field in fields(RoutingPlan) if field.type == "Tensor")
+
+
+def malformed_field(plan: RoutingPlan) -> str | None:
+    """The first field that is not of the kind, dtype, form in memory, device and shape of a plan's, or None.
+
+    On the host alone, in some microseconds: no value is read.
+    """
+    ids_WCK = plan.expert_ids
+    # It is the first of them.
+    for name in TENSOR_FIELDS:
+        tensor = getattr(plan, name)
+        if not _is_well_held(tensor) or tensor.device != ids_WCK.device:
+            return name
+    if ids_WCK.ndim != 3 or 0 in (ids_WCK.shape[0], ids_WCK.shape[2]):
+        return "expert_ids"
+    if plan.group_ends.ndim != 1 or plan.experts_per_rank == 0:
+        return "group_ends"
+    if plan.slot_of_row.ndim != 1 or plan.row_capacity > ids_WCK.numel():
+        return "slot_of_row"
+    return _misshapen_field(plan)
 
 
 def row_ceiling(*, world_size: int, capacity: int, top_k: int, experts_per_rank: int, distinct: bool) -> int:
@@ -193,22 +217,39 @@ def _expect(field: str, holds: bool) -> None:
         raise PlanError(f"routing plan: {field} contradicts its definition")
 
 
+def _is_well_held(tensor: object) -> bool:
+    """Whether kernels may read ``tensor`` where it lies, as contiguous int32."""
+    return (
+        type(tensor) is Tensor
+        and tensor.dtype == INDEX_DTYPE
+        and tensor.layout == torch.strided
+        and not tensor.is_nested
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
+        # It may have been freed.
+        and tensor.untyped_storage().nbytes() >= INDEX_BYTES * (tensor.storage_offset() + tensor.numel())
+    )
+
+
+def _misshapen_field(plan: RoutingPlan) -> str | None:
+    """The first field that does not fit W, C, K and e of ``expert_ids`` and ``group_ends``."""
+    world_size, capacity, _ = plan.expert_ids.shape
+    if plan.counts.shape != (world_size * plan.experts_per_rank,):
+        return "counts"
+    if plan.row_of_slot.shape != plan.expert_ids.shape:
+        return "row_of_slot"
+    if plan.pair_tokens.shape != (world_size, world_size):
+        return "pair_tokens"
+    if plan.packed_of_token.shape != (world_size, capacity):
+        return "packed_of_token"
+    return None if is_count(plan.num_tokens) and plan.num_tokens <= capacity else "num_tokens"
+
+
 def _check_form(plan: RoutingPlan) -> None:
-    for field in fields(plan):
-        value = getattr(plan, field.name)
-        if isinstance(value, Tensor):
-            _expect(f"form of {field.name}", value.dtype == INDEX_DTYPE and value.is_contiguous())
-    _expect("shape of expert_ids", plan.expert_ids.ndim == 3)
-    shape_of_field = {
-        "row_of_slot": plan.expert_ids.shape,
-        "counts": (plan.world_size * plan.experts_per_rank,),
-        "pair_tokens": (plan.world_size, plan.world_size),
-        "packed_of_token": (plan.world_size, plan.capacity),
-    }
-    for name, shape in shape_of_field.items():
-        _expect(f"shape of {name}", tuple(getattr(plan, name).shape) == tuple(shape))
+    malformed = malformed_field(plan)
+    _expect(f"form of {malformed}", malformed is None)
     _expect("rank", 0 <= plan.rank < plan.world_size)
-    _expect("num_tokens", 0 <= plan.num_tokens <= plan.capacity)
     _expect("num_tokens", not bool((plan.expert_ids[plan.rank, plan.num_tokens :] >= 0).any()))
 
 

@@ -10,6 +10,10 @@ from contextlib import contextmanager
 from sonic_ep.config import ClosedError
 
 
+class TurnError(RuntimeError):
+    """It is not the caller's turn."""
+
+
 def _nothing_to_do(error: BaseException) -> None:
     """The error says it all."""
 
@@ -27,6 +31,7 @@ class Turn:
         self._lock = threading.RLock()
         self._ended = False
         self._depth = 0
+        self._waiting = False
         self.begun = False
         self._failed: Callable[[BaseException], None] = _nothing_to_do
 
@@ -44,19 +49,33 @@ class Turn:
         return self._process == os.getpid()
 
     @contextmanager
+    def waits(self) -> Iterator[None]:
+        """Within this turn, the host waits for other ranks."""
+        before, self._waiting = self._waiting, True
+        try:
+            yield
+        finally:
+            self._waiting = before
+
+    @contextmanager
     def taken(self, *, begun: bool = False, last: bool = False) -> Iterator[None]:
-        """Raises ``RuntimeError`` in a forked process, and where another thread is at it: nobody waits, as ranks would
-        come to differ. Raises ``ClosedError`` after ``end``. last: nobody has to hear of an error in it.
+        """Raises ``TurnError`` in a forked process, where another thread is at it, and in the middle of a wait, as from
+        a signal's handler: nobody waits for a turn, as ranks would come to differ. Raises ``ClosedError`` after
+        ``end``. last: nobody has to hear of an error in it, and it has to be the outermost.
         """
         if not self.is_of_this_process:
-            raise RuntimeError(
+            raise TurnError(
                 f"{self._name}: got a call in process {os.getpid()}, forked from process {self._process} "
                 "that made it, expected one made in this process: what ranks share cannot be inherited"
             )
         if self._ended:
             raise ClosedError(f"{self._name}: got a call or a backward after close(), expected none")
         if not self._lock.acquire(blocking=False):
-            raise RuntimeError(f"{self._name}: got a call while another thread is in one, expected one after the other")
+            raise TurnError(f"{self._name}: got a call while another thread is in one, expected one after the other")
+        if self._waiting or (last and self._depth):
+            self._lock.release()
+            what = "close()" if last else "a call"
+            raise TurnError(f"{self._name}: got {what} in the middle of a call of the same thread, expected it after")
         self._depth += 1
         self.begun = begun or (self.begun and self._depth > 1)
         try:

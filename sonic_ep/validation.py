@@ -1,14 +1,16 @@
 """The public edge: every argument is held against what the call expects, before any communication.
 
 Each finding is a ``ValueError`` (``TypeError`` for what is no tensor at all) that names the rank, the argument, what
-was got and what was expected. Tensors come back contiguous; values on a device are not read here.
+was got and what was expected. Tensors come back as they are: nothing is copied before all shapes of a call are right,
+and then ``rows_of_tokens``, ``experts_as_read`` and ``as_kernels_read`` make of them what kernels read. Values on a
+device are not read here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,8 @@ from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
 from sonic_ep.backend import Experts
 from sonic_ep.config import RouterOptions, is_count
 from sonic_ep.group import EPGroup
-from sonic_ep.once import in_memory, savable
-from sonic_ep.plan import RoutingPlan
+from sonic_ep.once import as_kernels_read, has_tangent
+from sonic_ep.plan import INDEX_DTYPE, RoutingPlan, malformed_field
 
 ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -106,7 +108,7 @@ class Edge:
     def tensor(self, name: str, value: object, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> Tensor:
         """A dense tensor of one of ``dtypes``, on the device of ``like`` or else on one that the group can move.
 
-        Comes back as kernels read it: contiguous, negated in memory and not in name, and fit to be saved for backward.
+        Comes back as it is, of PyTorch's own class. Raises ``NotImplementedError`` for one with a tangent.
         """
         value = self._own_tensor(name, value)
         self.require(not value.is_nested, f"layout of {name}", "a nested tensor", torch.strided)
@@ -115,11 +117,14 @@ class Edge:
         if like is None:
             self._movable(name, value)
         else:
-            self.require(value.device == like.device, f"device of {name}", value.device, like.device)
-        value = in_memory(value)
+            self.same_device(name, value, like)
+        if has_tangent(value):
+            raise NotImplementedError(
+                f"{self.group}: {name}: got a tensor with a tangent of forward-mode differentiation, expected none: "
+                "only backward is differentiated"
+            )
         self._in_memory(name, value)
-        held = value.contiguous()
-        return savable(held) if torch.is_grad_enabled() else held
+        return value
 
     def _own_tensor(self, name: str, value: object) -> Tensor:
         """``value`` as PyTorch's own class: what a class of the caller's makes of a function does not count here."""
@@ -140,6 +145,10 @@ class Edge:
         held = tensor.untyped_storage().nbytes()
         self.require(held >= needed, f"memory of {name}", f"{held} bytes", f"at least {needed}: was it freed?")
 
+    def same_device(self, name: str, tensor: Tensor, like: Tensor) -> None:
+        """On the device of ``like``."""
+        self.require(tensor.device == like.device, f"device of {name}", tensor.device, like.device)
+
     def shape(self, name: str, tensor: Tensor, expected: tuple[int, ...], letters: str) -> None:
         """Exactly the shape ``expected``, which ``letters`` explains."""
         got = tuple(tensor.shape)
@@ -154,12 +163,22 @@ class Edge:
             self.require(device.type in movable, f"device of {name}", device, moves)
 
 
-def check_rows_of_tokens(edge: Edge, x: object) -> Tensor:
-    """``x`` (..., H) as (T, H)."""
+def check_tokens(edge: Edge, x: object) -> Tensor:
+    """``x`` (T, H) or (..., H)."""
     tensor = edge.tensor("x", x, ROW_DTYPES)
     shape = tuple(tensor.shape)
     edge.require(tensor.ndim >= 2 and shape[-1] >= 1, "shape of x", shape, "(T, H) or (..., H), H at least 1")
-    return tensor.flatten(0, -2)
+    return tensor
+
+
+def tokens_of(x: Tensor) -> int:
+    """T of ``x`` (T, H) or (..., H)."""
+    return x.shape[:-1].numel()
+
+
+def rows_of_tokens(x: Tensor) -> Tensor:
+    """``x`` as kernels read it: (T, H)."""
+    return as_kernels_read(x).flatten(0, -2)
 
 
 def check_experts_divide(edge: Edge, num_experts: int) -> None:
@@ -170,12 +189,12 @@ def check_experts_divide(edge: Edge, num_experts: int) -> None:
     edge.require(divides, "number of experts E", num_experts, f"a multiple of the group's W={world_size} ranks")
 
 
-def check_router(edge: Edge, x_TH: Tensor, router_w: object, options: RouterOptions) -> Tensor:
+def check_router(edge: Edge, x: Tensor, router_w: object, options: RouterOptions) -> Tensor:
     """``router_w`` (E, H) in fp32 or as x, with W a divisor of E and 1 <= K <= E."""
-    dtypes = tuple(dict.fromkeys((x_TH.dtype, torch.float32)))
-    weight_EH = edge.tensor("router_w", router_w, dtypes, x_TH)
+    dtypes = tuple(dict.fromkeys((x.dtype, torch.float32)))
+    weight_EH = edge.tensor("router_w", router_w, dtypes, x)
     shape = tuple(weight_EH.shape)
-    hidden = x_TH.shape[1]
+    hidden = x.shape[-1]
     fits = weight_EH.ndim == 2 and shape[0] >= 1 and shape[1] == hidden
     edge.require(fits, "shape of router_w", shape, f"(E, {hidden}) = (E, H), E at least 1")
     check_experts_divide(edge, shape[0])
@@ -185,7 +204,10 @@ def check_router(edge: Edge, x_TH: Tensor, router_w: object, options: RouterOpti
 
 
 def check_routing(edge: Edge, topk_idx: object, num_experts: int, like: Tensor | None = None) -> Tensor:
-    """``topk_idx`` (T, K) with W a divisor of E and 1 <= K <= E. The backend checks the ids themselves."""
+    """``topk_idx`` (T, K) with W a divisor of E and 1 <= K <= E, of the tokens of x ``like`` if there is one.
+
+    The backend checks the ids themselves.
+    """
     idx_TK = edge.tensor("topk_idx", topk_idx, INDEX_DTYPES, like)
     shape = tuple(idx_TK.shape)
     edge.require(idx_TK.ndim == 2, "shape of topk_idx", shape, "(T, K)")
@@ -193,7 +215,7 @@ def check_routing(edge: Edge, topk_idx: object, num_experts: int, like: Tensor |
     check_experts_divide(edge, num_experts)
     edge.require(1 <= shape[1] <= num_experts, "K of topk_idx", shape[1], f"1 to E={num_experts}")
     if like is not None:
-        edge.require(shape[0] == like.shape[0], "tokens of topk_idx", shape[0], f"T={like.shape[0]}, as x")
+        edge.require(shape[0] == tokens_of(like), "tokens of topk_idx", shape[0], f"T={tokens_of(like)}, as x")
     return idx_TK
 
 
@@ -204,13 +226,13 @@ def check_scores(edge: Edge, topk_scores: object, shape: tuple[int, int], like: 
     return scores_TK
 
 
-def check_experts(edge: Edge, x_TH: Tensor, arguments: ExpertArguments, num_experts: int | None) -> Experts:
+def check_experts(edge: Edge, x: Tensor, arguments: ExpertArguments, num_experts: int | None) -> Experts:
     """This rank's experts, of shapes that fit x, each other, and the router's E if there is one."""
     activation = edge.named("activation", arguments.activation, ACTIVATIONS)
     layout = edge.named("gate_layout", arguments.gate_layout, GATE_LAYOUTS)
-    w1 = edge.tensor("w1", arguments.w1, (x_TH.dtype,), x_TH)
-    w2 = edge.tensor("w2", arguments.w2, (x_TH.dtype,), x_TH)
-    hidden = x_TH.shape[1]
+    w1 = edge.tensor("w1", arguments.w1, (x.dtype,), x)
+    w2 = edge.tensor("w2", arguments.w2, (x.dtype,), x)
+    hidden = x.shape[-1]
     edge.require(w2.ndim == 3, "shape of w2", tuple(w2.shape), f"(e, {hidden}, I) = (e, H, I)")
     held = w2.shape[0] if num_experts is None else num_experts // edge.group.world_size
     width = activation.up_width(w2.shape[2])
@@ -219,32 +241,73 @@ def check_experts(edge: Edge, x_TH: Tensor, arguments: ExpertArguments, num_expe
     edge.shape("w1", w1, (held, width, hidden), "(e, 2I, H)" if activation.gated else "(e, I, H)")
     given = [name for name in ("b1", "b2") if getattr(arguments, name) is not None]
     edge.require(len(given) != 1, "biases", f"{given} alone", "b1 and b2, or neither")
-    b1 = _check_bias(edge, x_TH, "b1", arguments.b1, (held, width))
-    b2 = _check_bias(edge, x_TH, "b2", arguments.b2, (held, hidden))
+    b1 = _check_bias(edge, x, "b1", arguments.b1, (held, width))
+    b2 = _check_bias(edge, x, "b2", arguments.b2, (held, hidden))
     return Experts(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, layout=layout)
 
 
-def _check_bias(edge: Edge, x_TH: Tensor, name: str, bias: object, shape: tuple[int, int]) -> Tensor | None:
+def experts_as_read(experts: Experts) -> Experts:
+    """``experts`` as kernels read them."""
+    return replace(
+        experts,
+        w1=as_kernels_read(experts.w1),
+        w2=as_kernels_read(experts.w2),
+        b1=None if experts.b1 is None else as_kernels_read(experts.b1),
+        b2=None if experts.b2 is None else as_kernels_read(experts.b2),
+    )
+
+
+def _check_bias(edge: Edge, x: Tensor, name: str, bias: object, shape: tuple[int, int]) -> Tensor | None:
     if bias is None:
         return None
-    tensor = edge.tensor(name, bias, (x_TH.dtype,), x_TH)
+    tensor = edge.tensor(name, bias, (x.dtype,), x)
     edge.shape(name, tensor, shape, "(e, outputs)")
     return tensor
 
 
 def check_plan(edge: Edge, plan: object) -> RoutingPlan:
-    """A plan that was made for this rank of a group of this size."""
+    """A plan that was made for this rank of a group of this size, its fields held as they were made.
+
+    That is kind, dtype, form in memory, device and shape of each. Their values are not read: who changes those gets
+    other numbers, or reads memory that is not a plan's.
+    """
     if not isinstance(plan, RoutingPlan):
         raise TypeError(f"{edge.group}: plan: got {type(plan).__name__}, expected a RoutingPlan")
-    got = f"a plan for rank {plan.rank} of {plan.world_size}"
-    here = (plan.rank, plan.world_size) == (edge.group.rank, edge.group.world_size)
-    edge.require(here, "plan", got, f"one for {edge.group}")
+    malformed = malformed_field(plan)
+    if malformed is not None:
+        _refuse_field(edge, malformed, getattr(plan, malformed))
+    if (plan.rank, plan.world_size) != (edge.group.rank, edge.group.world_size):
+        edge.require(False, "plan", f"a plan for rank {plan.rank} of {plan.world_size}", f"one for {edge.group}")
     return plan
+
+
+def _refuse_field(edge: Edge, name: str, got: object) -> NoReturn:
+    if name == "num_tokens":
+        raise ValueError(f"{edge.group}: num_tokens of plan: got {got!r}, expected a whole number of 0 to C")
+    if type(got) is not Tensor:
+        raise TypeError(f"{edge.group}: {name} of plan: got {type(got).__name__}, expected a torch.Tensor")
+    # Of a nested one there is no shape, and of a sparse one no stride.
+    form = "nested" if got.is_nested else f"{got.layout} {tuple(got.shape)}"
+    raise ValueError(
+        f"{edge.group}: {name} of plan: got {got.dtype} {form} on {got.device}, expected contiguous {INDEX_DTYPE} of "
+        "the shape and on the device that belong to the other fields, as the plan was made"
+    )
+
+
+def check_tokens_of_plan(edge: Edge, x: object, plan: RoutingPlan) -> Tensor:
+    """``x`` (T, H) or (..., H), of as many tokens as the plan has here."""
+    tensor = check_tokens(edge, x)
+    edge.same_device("x", tensor, plan.slot_of_row)
+    tokens = tokens_of(tensor)
+    if tokens != plan.num_tokens:
+        edge.require(False, "tokens of x", tokens, f"T={plan.num_tokens} of the plan")
+    return tensor
 
 
 def check_rows_of_plan(edge: Edge, rows: object, plan: RoutingPlan) -> Tensor:
     """``rows`` (R, H) in the plan's canonical order."""
-    rows_RH = edge.tensor("rows", rows, ROW_DTYPES, plan.slot_of_row)
+    rows_RH = edge.tensor("rows", rows, ROW_DTYPES)
+    edge.same_device("rows", rows_RH, plan.slot_of_row)
     shape = tuple(rows_RH.shape)
     fits = rows_RH.ndim == 2 and shape[0] == plan.row_capacity and shape[1] >= 1
     edge.require(fits, "shape of rows", shape, f"({plan.row_capacity}, H) = (R, H)")

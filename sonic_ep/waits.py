@@ -23,7 +23,7 @@ from sonic_ep.board import Board, Notice
 from sonic_ep.config import CollectiveMismatchError, PeerError, PeerLostError, PeerTimeoutError
 from sonic_ep.group import EPGroup
 from sonic_ep.meeting import Meeting, Phase, Step, apart
-from sonic_ep.turn import Turn
+from sonic_ep.turn import Turn, TurnError
 
 TIMEOUT_SECONDS = 60.0
 # A wait that lasts longer is told to the others, and looked after this often.
@@ -55,6 +55,10 @@ class Waits:
         self._board = Board.of(group)
         self._together = False
         self._astray = False
+        # Whether what this rank has begun is the exchange of numbers of its meeting, not what follows it.
+        self._at_meeting = False
+        # Collectives until the last meeting of all: what a rank told before it is of no more use.
+        self._met = 0
         # One call at a time, and one backward: recompute in backward calls from within, so the same thread may.
         self.turn = Turn(f"{group}: ExpertParallel")
 
@@ -76,13 +80,21 @@ class Waits:
         """Collective. ``own`` (63 bits) of every rank, in rank order, once all are seen to be at the same meeting."""
         if self.group.world_size == 1:
             return [own]
-        if self._astray:
-            self._find_the_others()
         mine = torch.tensor([self.meeting.tag, own], dtype=torch.int64, device=self.group.device_for(device))
-        tags, numbers = self.all_gather(mine).t().tolist()
+        back, self._at_meeting = self._astray, True
+        try:
+            if back:
+                self._find_the_others()
+            tags, numbers = self.all_gather(mine).t().tolist()
+        finally:
+            self._at_meeting = False
+        if back:
+            # All have come, and what this rank told on its way is of no more use.
+            self._tell_where()
         for rank, tag in enumerate(tags):
             if tag != self.meeting.tag:
                 raise CollectiveMismatchError(f"{self.group}: {apart(self.meeting, rank, Meeting.of_tag(tag))}")
+        self._met = self._collectives
         return [int(number) for number in numbers]
 
     def objects(self, own: Any, phase: Phase) -> list[Any]:
@@ -105,9 +117,10 @@ class Waits:
         if gathered.numel() > 0:
             options = AllgatherOptions()
             options.timeout = self._time_of_operation(local)
-            group = self._process_group()
+            group = self._process_group(local)
+            flat, own = gathered.view(-1), local.contiguous().view(-1)
             self._come_together(local)
-            self._finish(group._allgather_base(gathered.view(-1), local.contiguous().view(-1), options), local)
+            self._finish(lambda: group._allgather_base(flat, own, options), local)
         return gathered
 
     def all_to_all_rows(self, rows: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
@@ -115,9 +128,10 @@ class Waits:
         received = rows.new_empty((sum(receive_splits), *rows.shape[1:]))
         options = AllToAllOptions()
         options.timeout = self._time_of_operation(rows)
-        group = self._process_group()
+        group = self._process_group(rows)
+        own = rows.contiguous()
         self._come_together(rows)
-        self._finish(group.alltoall_base(received, rows.contiguous(), receive_splits, send_splits, options), rows)
+        self._finish(lambda: group.alltoall_base(received, own, receive_splits, send_splits, options), rows)
         return received
 
     def leave(self, why: str) -> None:
@@ -136,7 +150,6 @@ class Waits:
         self._tell_where(back=True)
         self._wait_for(self._elsewhere)
         self._astray = False
-        self._tell_where()
 
     def _elsewhere(self) -> list[int]:
         """The ranks that are not at this meeting; none where nobody can tell."""
@@ -152,14 +165,22 @@ class Waits:
         begun = notice.collectives - self._collectives
         if notice.left and begun <= 0:
             raise self._left(rank, notice)
-        if notice.tag == self.meeting.tag and begun in (0, 1):
+        if notice.collectives < self._met:
+            return False
+        # Back from an error, it looks for the others before it begins the collective; else it waits in it.
+        if notice.tag == self.meeting.tag and begun == (0 if notice.back else 1):
             return True
         if begun > 0 or notice.back:
             raise CollectiveMismatchError(
-                f"{self.group}: rank {rank} is in {notice.text}, while this rank left a step by an error and "
-                f"came to {self.meeting}"
+                f"{self.group}: rank {rank} is in {self._place_of(notice)}, while this rank left a step by an error "
+                f"and came to {self.meeting}"
             )
         return False
+
+    def _place_of(self, notice: Notice) -> str:
+        """Where a rank that has told ``notice`` is: not in the collective of this rank, even if at its meeting."""
+        here = notice.tag == self.meeting.tag
+        return f"{notice.text}, after another number of collectives" if here else notice.text
 
     def _left(self, rank: int, notice: Notice) -> PeerLostError:
         return PeerLostError(
@@ -182,35 +203,44 @@ class Waits:
                 raise PeerTimeoutError(self._waited_for(_named(missing)))
             time.sleep(STORE_REST_SECONDS)
 
-    def _process_group(self) -> dist.ProcessGroup:
+    def _process_group(self, tensor: Tensor) -> dist.ProcessGroup:
+        """What moves ``tensor``, less what PyTorch puts in front of it to debug (``TORCH_DISTRIBUTED_DEBUG=DETAIL``).
+
+        That compares ranks before each collective, waits for them by its own clock, and says less of them.
+        """
         group = self.group.process_group
         assert group is not None
-        return group
+        return getattr(group._get_backend(tensor.device), "wrapped_pg", group)
 
     def _time_of_operation(self, tensor: Tensor) -> timedelta:
         """What the process group is told. NCCL's own guard would end the process without a word of the rank."""
         return timedelta(seconds=self.timeout if tensor.device.type == "cpu" else 2 * self.timeout + 60)
 
-    def _finish(self, work: dist.Work, tensor: Tensor) -> None:
-        """Wait for a collective of this rank's ``tensor``."""
+    def _finish(self, begin: Callable[[], dist.Work], tensor: Tensor) -> None:
+        """Begin a collective of this rank's ``tensor``, and wait for it."""
         self._collectives += 1
         began = time.monotonic()
         done = _done_on_host if tensor.device.type == "cpu" else _done_on_device
         try:
-            while not done(work, ANNOUNCE_SECONDS):
-                self._tell_where()
-                self._raise_if_somebody_left()
-                if time.monotonic() - began > self.timeout:
-                    raise self._timed_out()
-        except PeerError:
+            with self.turn.waits():
+                self._wait_in_time(begin(), done, began)
+        except (PeerError, TurnError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:
             late = time.monotonic() - began >= self.timeout
             raise (self._timed_out() if late else self._lost(error)) from error
 
+    def _wait_in_time(self, work: dist.Work, done: Callable[[dist.Work, float], bool], began: float) -> None:
+        while not done(work, ANNOUNCE_SECONDS):
+            self._tell_where()
+            self._raise_if_somebody_left()
+            if time.monotonic() - began > self.timeout:
+                raise self._timed_out()
+
     def _tell_where(self, *, back: bool = False) -> None:
         here = self.meeting
-        self._board.tell(Notice(collectives=self._collectives, left=False, text=str(here), tag=here.tag, back=back))
+        tag = here.tag if self._at_meeting else 0
+        self._board.tell(Notice(collectives=self._collectives, left=False, text=str(here), tag=tag, back=back))
 
     def _raise_if_somebody_left(self) -> None:
         for rank, notice in self._board.notices().items():
@@ -220,10 +250,12 @@ class Waits:
                 raise PeerLostError(
                     f"{self.group}: lost {_named(notice.lost)}, waited for in {self.meeting}: rank {rank} {notice.text}"
                 )
-            if notice.back and notice.tag != self.meeting.tag and notice.collectives < self._collectives:
+            begun = notice.collectives - self._collectives
+            about_to_join = self._at_meeting and notice.tag == self.meeting.tag and begun == -1
+            if notice.back and notice.collectives >= self._met and begun < 0 and not about_to_join:
                 raise CollectiveMismatchError(
-                    f"{self.group}: rank {rank} left a step by an error and came to {notice.text}, expected it in "
-                    f"{self.meeting}"
+                    f"{self.group}: rank {rank} left a step by an error and came to {self._place_of(notice)}, expected "
+                    f"it in {self.meeting}"
                 )
 
     def _timed_out(self) -> PeerTimeoutError:

@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from calls import call_of, memory_short, with_trained_experts
 
-from sonic_ep import ExpertParallel
-from sonic_ep.config import PeerError
+from sonic_ep import EPConfig, ExpertParallel
+from sonic_ep.config import CollectiveMismatchError, PeerError
+from sonic_ep.group import resolve_group
+from sonic_ep.meeting import Step
 from sonic_ep.testing import Rank, RankPool
-from sonic_ep.waits import ANNOUNCE_SECONDS
+from sonic_ep.waits import ANNOUNCE_SECONDS, HOST, Waits
 
 ODD = 1
 # Of so many batches, ranks fail in this one.
@@ -92,3 +94,111 @@ def test_ranks_that_fail_alike_go_on_together(cpu_pool: RankPool) -> None:
 def test_a_rank_that_left_after_an_error_is_named_at_once(cpu_pool: RankPool) -> None:
     found = cpu_pool.run(fails_and_goes_on, [0, 1], 4, "leaves", world_size=2)
     assert found[0].startswith("PeerLostError: rank 0 of 2: rank 1 left (KeyError: 'labels') while it was waited for")
+
+
+def one_collective_apart(rank: Rank) -> str:
+    """Both left a call by an error and came to the same meeting, but one had begun a collective in between."""
+    waits = Waits(resolve_group(dist.new_group(list(range(rank.world_size)))), 6.0)
+    waits.begin(Step(number=3))
+    waits.stray()
+    waits._collectives += rank.rank == ODD
+    with pytest.raises(CollectiveMismatchError) as raised:
+        waits.numbers(rank.rank, HOST)
+    dist.barrier()
+    dist.destroy_process_group(waits.group.process_group)
+    return str(raised.value)
+
+
+def test_ranks_at_one_meeting_after_unlike_collectives_are_told_at_once(cpu_pool: RankPool) -> None:
+    for rank, said in enumerate(cpu_pool.run(one_collective_apart, world_size=2)):
+        there = "phase meeting of step 3, after another number of collectives"
+        assert said.startswith(f"rank {rank} of 2: rank {1 - rank} is in {there}, while this rank left a step")
+
+
+def fails_in_backward(rank: Rank, nth: int) -> str:
+    """A rank runs out of memory in front of the ``nth`` collective of a backward, and goes on with the next call."""
+    group = dist.new_group(list(range(rank.world_size)))
+    ep = ExpertParallel(group, backend="reference", timeout=6.0)
+    arguments = with_trained_experts(call_of(rank.world_size))
+    y = ep.moe(**arguments).y
+
+    def steps() -> str:
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                if rank.rank == ODD:
+                    counted = itertools.count(1)
+                    for name in ("all_gather", "all_to_all_rows"):
+                        patch.setattr(ep._waits, name, failing_at(nth, counted, getattr(ep._waits, name)))
+                y.sum().backward()
+        except torch.OutOfMemoryError:
+            pass
+        ep.moe(**arguments)
+        return "went on"
+
+    try:
+        said = steps()
+    except PeerError as error:
+        said = f"{type(error).__name__}: {error}"
+    dist.barrier()
+    dist.destroy_process_group(group)
+    return said
+
+
+# Of a backward for w1 alone: the meeting of dispatch, rows.
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_rank_whose_backward_failed_meets_nobody_by_mistake(cpu_pool: RankPool, nth: int) -> None:
+    for rank, said in enumerate(cpu_pool.run(fails_in_backward, nth, world_size=2)):
+        if rank == ODD:
+            assert said.startswith(
+                "CollectiveMismatchError: rank 1 of 2: rank 0 is in phase backward (dispatch) of step 1"
+            )
+            assert "left a step by an error and came to phase exchange of step 2" in said
+        else:
+            assert "rank 0 of 2: rank 1 left a step by an error and came to phase exchange of step 2" in said
+
+
+def part_after_an_error(rank: Rank) -> str:
+    return fails_and_goes_on(rank, [0, 1], 4, "backward" if rank.rank == ODD else "call")
+
+
+def test_ranks_that_fail_alike_and_part_are_told_at_once(cpu_pool: RankPool) -> None:
+    """Neither waits in a collective: both look for the other, at other meetings."""
+    for rank, said in enumerate(cpu_pool.run(part_after_an_error, world_size=2)):
+        assert said.startswith(f"CollectiveMismatchError: rank {rank} of 2: rank {1 - rank} is in phase ")
+
+
+def run_again(rank: Rank, fails: bool, late: bool) -> tuple[str, torch.Tensor | None]:
+    """One token of 8 bf16 a rank: 16 bytes, as the two numbers of a meeting."""
+    torch.manual_seed(rank.rank)
+    group = dist.new_group(list(range(rank.world_size)))
+    ep = ExpertParallel(group, backend="reference", config=EPConfig(dispatch="all_gather"), timeout=6.0)
+    arguments = call_of(rank.world_size, x=torch.randn(1, 8))
+    arguments = {k: v.bfloat16() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    w1 = with_trained_experts(arguments)["w1"]
+    y = ep.moe(**arguments).y
+    # Longer than it takes the other to tell that it waits.
+    time.sleep(1.5 * ANNOUNCE_SECONDS if rank.rank == ODD and late else 0)
+    said = "went on"
+    try:
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                if rank.rank == ODD and fails:
+                    counted = itertools.count(1)
+                    for name in ("all_gather", "all_to_all_rows"):
+                        patch.setattr(ep._waits, name, failing_at(2, counted, getattr(ep._waits, name)))
+                y.sum().backward()
+        except torch.OutOfMemoryError:
+            y.sum().backward()
+    except (PeerError, RuntimeError) as error:
+        said = f"{type(error).__name__}: {error}"
+    dist.barrier()
+    dist.destroy_process_group(group)
+    return said, w1.grad
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_backward_that_is_run_again_yields_no_wrong_number(cpu_pool: RankPool, late: bool) -> None:
+    right = cpu_pool.run(run_again, False, False, world_size=2)
+    found = cpu_pool.run(run_again, True, late, world_size=2)
+    for (said, grad), (_, expected) in zip(found, right, strict=True):
+        assert grad is None or torch.equal(grad, expected), said

@@ -144,7 +144,8 @@ def test_one_rank_alone_takes_any_number_of_tokens() -> None:
 def test_a_plan_of_another_device_is_refused() -> None:
     with ExpertParallel() as ep:
         plan = ep.plan(torch.zeros(2, 1, dtype=torch.int64), EXPERTS)
-        elsewhere = replace(plan, slot_of_row=plan.slot_of_row.to("meta"))
+        tensors = {name: value for name, value in vars(plan).items() if isinstance(value, torch.Tensor)}
+        elsewhere = replace(plan, **{name: tensor.to("meta") for name, tensor in tensors.items()})
         with pytest.raises(ValueError, match="device of x: got cpu, expected meta"):
             ep.dispatch(torch.zeros(2, HIDDEN), elsewhere)
         with pytest.raises(ValueError, match="device of rows: got cpu, expected meta"):

@@ -306,6 +306,25 @@ def plans_of_one_shape(rank: Rank, backend: str) -> str:
     return str(raised.value)
 
 
+def plans_of_two_objects(rank: Rank, backend: str) -> str:
+    """Two objects' first plans, of one shape, of which the odd rank takes the other's."""
+    objects = [ExpertParallel(backend=backend) for _ in range(2)]
+    plans = [ep.plan(torch.full((3, 1), to, device=rank.device), rank.world_size) for to, ep in enumerate(objects)]
+    x = torch.ones(3, 8, device=rank.device)
+    assert objects[0].dispatch(x, plans[0]).shape == objects[0].dispatch(x, plans[1]).shape
+    with pytest.raises(CollectiveMismatchError) as raised:
+        objects[0].dispatch(x, plans[rank.rank == ODD])
+    for ep in objects:
+        ep._calls.let_go()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("fast", marks=pytest.mark.fast)])
+def test_ranks_that_use_plans_of_different_objects_are_found(cpu_pool: RankPool, backend: str) -> None:
+    for rank, said in enumerate(cpu_pool.run(plans_of_two_objects, backend, world_size=2)):
+        assert said.startswith(f"rank {rank} of 2: rank {1 - rank} came to phase dispatch of step 4 with another call")
+
+
 @pytest.mark.parametrize("backend", ["reference", pytest.param("fast", marks=pytest.mark.fast)])
 def test_ranks_that_use_different_plans_are_found(cpu_pool: RankPool, backend: str) -> None:
     for rank, said in enumerate(cpu_pool.run(plans_of_one_shape, backend, world_size=2)):

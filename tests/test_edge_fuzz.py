@@ -76,6 +76,38 @@ def test_any_thing_for_a_tensor_is_right_or_refused(pool: RankPool, backend: str
     assert pool.run(one_at_a_time, backend, call, world_size=1) == [[]]
 
 
+# Elements of which no memory holds a copy.
+IMMENSE = 2**45
+IMMENSE_SHAPES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "of immense rows": lambda tensor: tensor.flatten()[:1].expand(*tensor.shape[:-1], IMMENSE),
+    "of immensely many rows": lambda tensor: tensor[:1].expand(IMMENSE, *tensor.shape[1:]),
+    # Two dimensions that are one only after a copy.
+    "of immensely many rows twice": lambda tensor: tensor[:2, None].expand(2, IMMENSE // 2, *tensor.shape[1:]),
+}
+# There any H is right.
+ANY_WIDTH = {("dispatch", "x"), ("combine", "rows")}
+
+
+def immense_one_at_a_time(rank: Rank, backend: str, call_name: str) -> Complaints:
+    """Each tensor of a call as one number, or one row, that is repeated to a wrong shape."""
+    call, found = CALLS[call_name], []
+    with ExpertParallel(backend=backend, max_tokens_per_rank=SIZES.tokens) as ep:
+        arguments = leaves(call.arguments(ep, rank.device, SIZES))
+        for name in tensors_of(arguments):
+            for what, make in IMMENSE_SHAPES.items():
+                if what == "of immense rows" and (call_name, name) in ANY_WIDTH:
+                    continue
+                said = complaint(ep, call, arguments, {name: make(plain(arguments[name]))}, [])
+                found += [f"{call_name}: {name} {what}: {said}"] if said else []
+    return found
+
+
+@pytest.mark.parametrize("call", CALLS)
+@both_backends
+def test_nothing_is_copied_before_all_shapes_are_right(pool: RankPool, backend: str, call: str) -> None:
+    assert pool.run(immense_one_at_a_time, backend, call, world_size=1) == [[]]
+
+
 def gradients_in_every_way(rank: Rank, backend: str, call_name: str) -> Complaints:
     call, found = CALLS[call_name], []
     with ExpertParallel(backend=backend) as ep:

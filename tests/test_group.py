@@ -1,12 +1,15 @@
 """What counts as a group."""
 
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from lives import layer_of
 from torch.distributed.device_mesh import init_device_mesh
 
 from sonic_ep import ExpertParallel
@@ -94,3 +97,21 @@ def test_what_outlives_the_process_group_neither_aborts_nor_hangs(tmp_path: Path
         done = subprocess.run(launcher, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("process group: got one that was destroyed, expected a live one") == 2
+
+
+def used_and_ended(rank: Rank) -> bool:
+    """An open object and a graph of it keep no process group alive: PyTorch aborts processes that hold one at exit."""
+    assert isinstance(resolve_group(None).handle, weakref.ref)
+    group = dist.new_group(list(range(rank.world_size)))
+    held = weakref.ref(group)
+    ep = ExpertParallel(group, backend="reference")
+    y = ep.moe(*layer_of(rank), 2).y
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    assert y.requires_grad
+    return held() is None
+
+
+def test_nothing_of_ours_holds_a_process_group(cpu_pool: RankPool) -> None:
+    assert cpu_pool.run(used_and_ended, world_size=2) == [True, True]

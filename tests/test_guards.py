@@ -209,14 +209,14 @@ def sized_for_all(rank: Rank) -> None:
     """Room for every token of every rank, also of those that this rank does not have; blocks hide what is short."""
     from sonic_ep.fast.collectives import SCORES
     from sonic_ep.fast.receiving import receiver
-    from sonic_ep.fast.workspace import FLAG_BYTES, Workspace
+    from sonic_ep.fast.workspace import TAG_BYTES, Workspace
 
     capacity = 600
     with ExpertParallel(backend="reference", max_tokens_per_rank=capacity) as ep:
         plan = ep.plan(torch.zeros(2, 1, dtype=torch.int64, device=rank.device), num_experts=rank.world_size)
     workspace = Workspace(resolve_group(None), rank.device)
     shared = receiver(workspace, plan, rows_per_token=2, row_bytes=8, most_bytes=2**20)
-    assert shared.flags.nbytes >= (rank.world_size - 1) * capacity * FLAG_BYTES
+    assert shared.flags.nbytes >= (rank.world_size - 1) * capacity * TAG_BYTES
     assert shared.received.nbytes >= capacity * 2 * 8
     scores_with_ids(1.0, plan, workspace)
     assert workspace.reserve(SCORES, 1).nbytes >= capacity * torch.float32.itemsize

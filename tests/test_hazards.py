@@ -58,6 +58,39 @@ def test_a_rank_that_comes_late(pool: RankPool, world_size: int, modes: Modes) -
     pool.run(six_iterations, modes, True, world_size=world_size)
 
 
+def after_a_combine_that_ended_early(rank: Rank, modes: Modes) -> None:
+    """Every flag is still up from an earlier step, in which nobody took it, and who sends is late."""
+    from sonic_ep.fast.receiving import FLAGS
+
+    inputs = draw(changing(0), rank.world_size, rank.device)
+    with both(modes) as (fast, reference):
+        expected = outcome_of(reference, inputs, rank.rank)
+        assert_same(outcome_of(fast, inputs, rank.rank), expected, "before")
+        workspace = fast._backend._kit(rank.device).workspace
+        flags = workspace.reserve(FLAGS, 1).local.view(torch.int64)
+        flags[::2], flags[1::2] = workspace._waits.meeting.tag, 1
+        workspace.synchronize()
+        dist.barrier()
+        run_waiting = workspace.run_waiting
+
+        def late(*arguments: Any, **constants: Any) -> None:
+            delay(rank)
+            run_waiting(*arguments, **constants)
+
+        with pytest.MonkeyPatch.context() as patch:
+            if rank.rank == 0:
+                patch.setattr(workspace, "run_waiting", late)
+            other = draw(replace(changing(0), seed=7), rank.world_size, rank.device)
+            assert_same(
+                outcome_of(fast, other, rank.rank), outcome_of(reference, other, rank.rank), "with flags left up"
+            )
+
+
+@by_modes
+def test_arrivals_of_an_earlier_step_are_not_taken(pool: RankPool, modes: Modes) -> None:
+    pool.run(after_a_combine_that_ended_early, modes, world_size=2)
+
+
 def interleaved(rank: Rank, modes: Modes) -> None:
     """Two objects over one group, step by step in turn, of different shapes and dtypes."""
     cases = [changing(0), replace(changing(1, torch.float32), hidden=40, top_k=2)]

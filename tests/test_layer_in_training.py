@@ -148,6 +148,35 @@ def test_router_gradient_is_summed_unless_told_not_to(pool: RankPool, backend: s
     assert not torch.equal(found[0][1], by_hand)
 
 
+def every_other(tensor: Tensor) -> Tensor:
+    """The same values in memory of twice the size, two apart."""
+    return torch.stack((tensor, torch.zeros_like(tensor)), dim=-1)[..., 0]
+
+
+def unpacked_otherwise(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
+    """Hooks give back what was saved in another layout, as those that compress or offload it may."""
+    x, weights, dy = layer_inputs(rank, case)
+    idx, scores = routing_of(rank, case)
+    scores = scores.clone().requires_grad_()
+    with ExpertParallel(backend=backend, config=config) as ep:
+        plan = ep.plan(idx, weights[0].shape[0])
+        works = [
+            (lambda: ep.moe(x, *weights, case.top_k).y, [x, *weights]),
+            (lambda: ep.combine(ep.dispatch(x, plan), scores, plan), [x, scores]),
+        ]
+        for forward, leaves in works:
+            expected = gradients(forward(), dy, leaves)
+            with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, every_other):
+                y = forward()
+            for grad, wanted in zip(gradients(y, dy, leaves), expected, strict=True):
+                assert_bitwise(grad, wanted)
+
+
+@by_backend_and_flags
+def test_what_is_saved_may_come_back_in_another_layout(pool: RankPool, backend: str, flags: dict[str, bool]) -> None:
+    pool.run(unpacked_otherwise, CASES["uneven_tokens"], backend, EPConfig(**flags), world_size=2)
+
+
 def unequal_needs(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
     """x, scores or both need a gradient on rank 0 alone: backward still finds all ranks, and rank 0's is right."""
     x, (_, w1, w2), dy = layer_inputs(rank, case)
@@ -186,3 +215,31 @@ def empty_share(rank: Rank, backend: str) -> None:
 @both_backends
 def test_a_rank_without_tokens_needs_no_gradient_of_x(pool: RankPool, backend: str) -> None:
     pool.run(empty_share, backend, world_size=3)
+
+
+def one_without_gradients(rank: Rank) -> bool:
+    """Only a rank that will never go backward has an x that requires a gradient."""
+    with ExpertParallel(backend="reference") as ep:
+        plan = ep.plan(torch.tensor([[0], [1]]), 2)
+        x = torch.ones(2, 8, requires_grad=rank.rank == 0)
+        with torch.set_grad_enabled(rank.rank != 0):
+            return ep.dispatch(x, plan).requires_grad
+
+
+def test_who_goes_not_backward_asks_nobody_to(cpu_pool: RankPool) -> None:
+    assert cpu_pool.run(one_without_gradients, world_size=2) == [False, False]
+
+
+def planned_in_inference_mode(rank: Rank, backend: str) -> None:
+    """A plan of inference mode serves a dispatch and a combine that are trained through."""
+    with ExpertParallel(backend=backend) as ep:
+        with torch.inference_mode():
+            plan = ep.plan(torch.tensor([[0], [1]], device=rank.device), 2)
+        x = torch.ones(2, 8, device=rank.device, requires_grad=True)
+        ep.combine(ep.dispatch(x, plan), torch.ones(2, 1, device=rank.device), plan).sum().backward()
+        assert bool((x.grad == 1).all())
+
+
+@both_backends
+def test_a_plan_of_inference_mode_may_be_trained_through(pool: RankPool, backend: str) -> None:
+    pool.run(planned_in_inference_mode, backend, world_size=1)

@@ -5,6 +5,8 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import sonic_ep
 from sonic_ep import ExpertParallel, MoE
@@ -78,6 +80,35 @@ def test_built_on_the_meta_device_and_filled_later() -> None:
     layer.to_empty(device="cpu").reset_parameters()
     for name, value in expected.state_dict().items():
         assert_bitwise(layer.state_dict()[name], value, name)
+
+
+def sharded_and_filled_later(rank: Rank) -> None:
+    """Two ranks share each half of the experts, three of them: one rank holds two, the other one."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Partial, Shard
+
+    mesh = init_device_mesh(rank.device.type, (2, 2), mesh_dim_names=("data", "expert"))
+    sizes = (HIDDEN, INTERMEDIATE, 6, TOP_K)
+    with ExpertParallel(mesh["expert"], backend="reference") as ep:
+        torch.manual_seed(3)
+        expected = MoE(*sizes, ep, bias=True, device=rank.device)
+        for dimension in (0, 1):
+            layer = MoE(*sizes, ep, bias=True, device="meta")
+            fully_shard(layer, mesh=mesh["data"], shard_placement_fn=lambda _, d=dimension: Shard(d))
+            layer.to_empty(device=rank.device)
+            for parameter in layer.parameters():
+                parameter.detach().fill_(torch.nan)
+            torch.manual_seed(3)
+            layer.reset_parameters()
+            for name, value in expected.named_parameters():
+                assert_bitwise(layer.get_parameter(name).full_tensor().detach(), value.detach(), name)
+        expected.w2 = nn.Parameter(DTensor.from_local(expected.w2.detach(), mesh["data"], [Partial()]))
+        with pytest.raises(TypeError, match=r"placements of w2: got \(Partial\(sum\),\), expected Shard and Replicate"):
+            expected.reset_parameters()
+
+
+def test_sharded_on_the_meta_device_and_filled_later(cpu_pool: RankPool) -> None:
+    cpu_pool.run(sharded_and_filled_later, world_size=4)
 
 
 def test_what_is_no_expert_parallel() -> None:

@@ -1,9 +1,11 @@
-"""Second derivatives are refused, not wrong."""
+"""Second derivatives and forward-mode ones are refused, not wrong."""
 
 import pytest
 import torch
 from backends import both_backends
+from edge_calls import CALLS, SIZES, tensors_of
 from layer_inputs import layer_inputs, routing_of
+from torch.autograd import forward_ad
 
 from sonic_ep import ExpertParallel
 from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise
@@ -46,6 +48,55 @@ def zeros_of_no_memory(rank: Rank, case: Case, backend: str) -> None:
 @both_backends
 def test_a_gradient_that_is_nowhere_in_memory_is_zero(pool: RankPool, backend: str) -> None:
     pool.run(zeros_of_no_memory, CASES["uniform"], backend, world_size=1)
+
+
+def with_tangents(rank: Rank, backend: str) -> None:
+    """Each tensor of each call with a tangent, and each function as what ``torch.func.jvp`` differentiates."""
+    with ExpertParallel(backend=backend) as ep:
+        for call in CALLS.values():
+            arguments = call.arguments(ep, rank.device, SIZES)
+            expected = call.outcome(ep, arguments)
+            for name in tensors_of(arguments):
+                given = arguments[name]
+                if not given.is_floating_point():
+                    continue
+                refused = pytest.raises(NotImplementedError, match=f"rank 0 of 1: {name}: got .* tangent")
+
+                def of(tensor: torch.Tensor, name: str = name) -> object:
+                    return call.run(ep, {**arguments, name: tensor})  # noqa: B023
+
+                with refused:
+                    torch.func.jvp(of, (given,), (given,))
+                with forward_ad.dual_level():
+                    dual = forward_ad.make_dual(given, given)
+                    with refused:
+                        of(dual)
+                    # As inside of a function that has a rule of its own.
+                    with forward_ad._set_fwd_grad_enabled(False):
+                        of(dual)
+            with forward_ad.dual_level():
+                for got, want in zip(call.outcome(ep, arguments), expected, strict=True):
+                    assert_bitwise(got, want)
+
+
+@both_backends
+def test_tangents_are_refused_not_lost(pool: RankPool, backend: str) -> None:
+    pool.run(with_tangents, backend, world_size=1)
+
+
+def gradients_with_tangents(rank: Rank, case: Case, backend: str) -> None:
+    """Refused before ranks meet: backward without one goes on."""
+    x, weights, dy = layer_inputs(rank, case)
+    with ExpertParallel(backend=backend) as ep, forward_ad.dual_level():
+        y = ep.moe(x, *weights, case.top_k).y
+        with pytest.raises(NotImplementedError, match="a gradient with a tangent"):
+            torch.autograd.grad(y, x, forward_ad.make_dual(dy, dy), retain_graph=True)
+        assert forward_ad.unpack_dual(torch.autograd.grad(y, x, dy)[0]).tangent is None
+
+
+@both_backends
+def test_gradients_with_tangents_are_refused_not_wrong(pool: RankPool, backend: str) -> None:
+    pool.run(gradients_with_tangents, CASES["uniform"], backend, world_size=2)
 
 
 @both_backends

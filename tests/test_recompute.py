@@ -1,5 +1,6 @@
 """Activation checkpointing runs forward again: with the same routing, near ties too, or it is found and named."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -11,6 +12,7 @@ from routers import randn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import sonic_ep
 from sonic_ep import EPConfig, ExpertParallel, RecomputeError
 from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise
 
@@ -103,6 +105,25 @@ def rerouted(rank: Rank, case: Case, backend: str, exact: bool) -> list[str]:
     return said
 
 
+def rerouted_in_functional_form(rank: Rank, case: Case, backend: str) -> None:
+    """No call will come to raise what backward finds."""
+    x, weights, dy = layer_inputs(rank, case)
+
+    def layer(x: Tensor) -> Tensor:
+        return sonic_ep.moe(torch.dropout(x, 0.5, True), *weights, case.top_k, backend=backend).y
+
+    for keeps, error in ((True, None), (False, RecomputeError)):
+        y = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=keeps, determinism_check="none")
+        with pytest.raises(error, match=SAID) if error else nullcontext():
+            y.backward(dy)
+        assert not any(weight.grad.isnan().any() for weight in weights)
+
+
+@both_backends
+def test_another_routing_in_recompute_of_the_functional_form_is_raised(pool: RankPool, backend: str) -> None:
+    pool.run(rerouted_in_functional_form, CASE, backend, world_size=1)
+
+
 def stopped_early(rank: Rank, case: Case) -> None:
     """What is asked for needs no more than the router: the rest is not run again, and that is no error."""
     x, weights, _ = layer_inputs(rank, case)
@@ -161,3 +182,34 @@ def test_another_routing_of_a_dispatch_in_recompute_is_named(pool: RankPool, bac
 def test_another_routing_in_recompute_is_named(pool: RankPool, backend: str, world_size: int, exact: bool) -> None:
     for rank, said in enumerate(pool.run(rerouted, CASE, backend, exact, world_size=world_size)):
         assert all(f"rank {rank} of {world_size}: step 1: {SAID}" in words for words in said)
+
+
+def combine_rerouted(rank: Rank, backend: str) -> str:
+    """What is run again is a combine by another plan."""
+    x, router_w = randn(rank, 6, 8), randn(rank, 2, 8, seed=1)
+    scores = torch.ones(6, 1, device=rank.device, requires_grad=True)
+    rows = randn(rank, 6, 8, seed=2).requires_grad_()
+    ep = ExpertParallel(backend=backend)
+
+    def combined(rows: Tensor, scores: Tensor) -> Tensor:
+        idx = (torch.dropout(x, 0.5, True) @ router_w.t()).topk(1).indices
+        return ep.combine(rows, scores, ep.plan(idx, 2))
+
+    def backward() -> None:
+        y = checkpoint(combined, rows, scores, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+        y.square().sum().backward()
+        for grad in (rows.grad, scores.grad):
+            assert grad is not None
+            assert (grad.isnan() | (grad == 0)).all()
+        ep.check()
+
+    with pytest.raises(RecomputeError, match=SAID) as raised:
+        backward()
+    ep.close()
+    return str(raised.value)
+
+
+@both_backends
+def test_another_routing_of_a_combine_in_recompute_is_named(pool: RankPool, backend: str) -> None:
+    (said,) = pool.run(combine_rerouted, backend, world_size=1)
+    assert "rank 0 of 1: step " in said

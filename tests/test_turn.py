@@ -1,6 +1,8 @@
 """One thread at a time: in a call, or in a backward; and recompute calls from within."""
 
+import signal
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +12,7 @@ from layer_inputs import layer_inputs
 
 from sonic_ep import ExpertParallel
 from sonic_ep.testing import CASES, Case, Rank, RankPool
-from sonic_ep.turn import Turn
+from sonic_ep.turn import Turn, TurnError
 
 
 def in_another_thread(work: Callable[[], object]) -> list[str]:
@@ -47,6 +49,53 @@ def test_a_second_thread_is_refused_and_the_first_may_do_more() -> None:
     assert in_another_thread(once) == []
 
 
+def test_nobody_calls_in_the_middle_of_a_wait_or_closes_in_the_middle_of_a_call() -> None:
+    turn = Turn("an object")
+
+    def once(*, last: bool = False) -> None:
+        with turn.taken(last=last):
+            return
+
+    with turn.taken():
+        with turn.waits(), pytest.raises(TurnError, match=r"an object: got a call in the middle of a call of the same"):
+            once()
+        once()
+        with pytest.raises(TurnError, match=r"got close\(\) in the middle of a call of the same thread, expected it"):
+            once(last=True)
+    once(last=True)
+    assert in_another_thread(once) == []
+
+
+def interrupted(rank: Rank) -> str:
+    """A signal's handler calls while this rank waits for the other, which then comes."""
+    ids = torch.zeros((1, 1), dtype=torch.int64)
+    with ExpertParallel(backend="reference", max_tokens_per_rank=1, timeout=20) as ep:
+        ep.plan(ids, rank.world_size)
+        refused = ""
+
+        def handler(*_: object) -> None:
+            nonlocal refused
+            with pytest.raises(TurnError) as raised:
+                ep.plan(ids, rank.world_size)
+            refused = str(raised.value)
+
+        if rank.rank == 0:
+            before = signal.signal(signal.SIGALRM, handler)
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+        else:
+            time.sleep(1.5)
+        assert ep.plan(ids, rank.world_size).counts.tolist() == [2, 0]
+        if rank.rank == 0:
+            signal.signal(signal.SIGALRM, before)
+    return refused
+
+
+def test_a_signals_handler_that_calls_is_refused_and_harms_nothing(cpu_pool: RankPool) -> None:
+    first, other = cpu_pool.run(interrupted, world_size=2)
+    assert "got a call in the middle of a call of the same thread" in first
+    assert other == ""
+
+
 def backward_meanwhile(rank: Rank, case: Case, backend: str) -> tuple[list[str], list[str]]:
     """A backward in another thread, while this one is in a call, and when it is not any more."""
     x, weights, dy = layer_inputs(rank, case)
@@ -81,6 +130,18 @@ def kernel_meanwhile(rank: Rank) -> list[str]:
 def test_the_interpreter_runs_the_kernel_of_one_thread(cpu_pool: RankPool) -> None:
     (refused,) = cpu_pool.run(kernel_meanwhile, world_size=1)
     assert refused == ["Triton's interpreter: got a kernel while another thread runs one, expected one thread"]
+
+
+class SpeechlessError(Exception):
+    """An error that fails where it is to be told."""
+
+    def __str__(self) -> str:
+        raise KeyError("no words")
+
+
+def test_an_error_without_words_is_not_hidden_either() -> None:
+    with pytest.raises(SpeechlessError), ExpertParallel(backend="reference"):
+        raise SpeechlessError
 
 
 def test_an_error_is_not_hidden_by_another_threads_call() -> None:

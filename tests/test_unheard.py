@@ -168,3 +168,44 @@ def functional(rank: Rank, backend: str) -> None:
 @both_backends
 def test_the_functional_form_raises_what_its_call_has_found(pool: RankPool, backend: str) -> None:
     pool.run(functional, backend, world_size=2)
+
+
+def with_a_wait_in_vain(rank: Rank) -> ExpertParallel:
+    """A kernel of this rank has waited in vain, says what it leaves for the host."""
+    from sonic_ep.fast.device import TIME_UP
+
+    ep = ExpertParallel(backend="fast")
+    ep.meet(rank.device)
+    (kit,) = ep._backend._kits.values()
+    kit.workspace.expiry.words.copy_(torch.tensor([TIME_UP.value, 2, ep._waits.meeting.tag, 0]))
+    return ep
+
+
+def raised_at_close(rank: Rank) -> None:
+    with pytest.raises(PeerTimeoutError, match="for rank 1"):
+        with_a_wait_in_vain(rank).close()
+
+
+@pytest.mark.fast
+def test_a_wait_in_vain_that_was_raised_is_not_printed_again(cpu_pool: RankPool) -> None:
+    assert cpu_pool.run(printed, raised_at_close, world_size=2) == ["", ""]
+
+
+def caught_in_vain(rank: Rank) -> None:
+    """An error of a wait that was caught holds nothing of what was in the call."""
+    x, weights, _ = layer_inputs(rank, CASE)
+    ep = with_a_wait_in_vain(rank)
+    gc.disable()
+    with suppress(PeerTimeoutError):
+        ep.moe(x, *weights, CASE.top_k)
+    held = weakref.ref(x)
+    del x, weights
+    gc.enable()
+    assert held() is None
+    with suppress(PeerTimeoutError):
+        ep.close()
+
+
+@pytest.mark.fast
+def test_a_wait_in_vain_that_was_caught_keeps_no_memory(cpu_pool: RankPool) -> None:
+    cpu_pool.run(caught_in_vain, world_size=2)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -306,3 +307,31 @@ def test_a_closed_object_says_so() -> None:
     ):
         with pytest.raises(ClosedError, match="rank 0 of 1: ExpertParallel: got one that is closed, expected an open"):
             call()
+
+
+def wrong_between_right_ones(rank: Rank) -> None:
+    """What is refused before anything moves is no error that others have to hear of."""
+    ids = torch.tensor([[rank.rank]])
+    with ExpertParallel(backend="reference") as ep:
+        ep.plan(ids, num_experts=EXPERTS)
+        if rank.rank == 0:
+            with pytest.raises(ValueError, match="expert ids"):
+                ep.plan(torch.tensor([[0, 99]]), num_experts=EXPERTS)
+        assert not ep._waits._astray
+        assert ep.plan(ids, num_experts=EXPERTS).counts.tolist() == [1, 1, 0, 0]
+        assert ep._waits._board.notices() == {}
+
+
+def test_a_wrong_call_after_a_right_one_tells_nobody(cpu_pool: RankPool) -> None:
+    cpu_pool.run(wrong_between_right_ones, world_size=2)
+
+
+def test_a_plan_of_another_rank_is_refused() -> None:
+    with ExpertParallel(backend="reference") as ep:
+        plan = replace(ep.plan(torch.zeros(1, 1, dtype=torch.int64), 4), rank=1)
+        for call in (
+            lambda: ep.dispatch(torch.zeros(1, HIDDEN), plan),
+            lambda: ep.combine(torch.zeros(1, HIDDEN), torch.ones(1, 1), plan),
+        ):
+            with pytest.raises(ValueError, match="plan: got a plan for rank 1 of 1, expected one for rank 0 of 1"):
+                call()

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from host_files import lasting_files
 
-from sonic_ep import ExpertParallel
+from sonic_ep import ClosedError, ExpertParallel
 from sonic_ep.config import CollectiveMismatchError, PeerTimeoutError, SharedMemoryError
 from sonic_ep.group import resolve_group
 from sonic_ep.testing import Rank, RankError, RankPool
@@ -287,3 +287,15 @@ def fence_meets_publish(rank: Rank) -> str:
 def test_who_has_written_is_not_taken_for_who_has_read(cpu_pool: RankPool) -> None:
     for rank, said in enumerate(cpu_pool.run(fence_meets_publish, world_size=2)):
         assert said.startswith(f"rank {rank} of 2: rank {1 - rank} came to phase meeting of step 0, expected phase")
+
+
+def closed(rank: Rank) -> None:
+    workspace = make_workspace(rank)
+    workspace.close()
+    for call in (workspace.enter, lambda: workspace.reserve("rows", 8)):
+        with pytest.raises(ClosedError, match="got a call after close"):
+            call()
+
+
+def test_nothing_is_shared_after_close(cpu_pool: RankPool) -> None:
+    cpu_pool.run(closed, world_size=1)

@@ -186,17 +186,19 @@ def exact_exp(x):
 
 
 @triton.jit
-def signal(flag_ptr):
-    """Raise a flag that is down. Everything this program wrote before is visible to whoever sees it up."""
+def signal(flag_ptr, tag):
+    """Raise a flag (int64) to the ``tag`` of this meeting. Everything this program wrote before is visible
+    to its taker. A flag that is up is of a meeting that was left by an error, and nobody takes it any more.
+    """
     tl.debug_barrier()
-    tl.atomic_xchg(flag_ptr, 1, sem="release", scope="sys")
+    tl.atomic_xchg(flag_ptr, tl.full((), 0, tl.int64) + tag, sem="release", scope="sys")
 
 
 @triton.jit
 def take_signal(flag_ptr, expiry_ptr, peer, tag, limit):
-    """Wait until the flag is up, and lower it. Everything its raiser wrote before is visible after."""
-    up = tl.full((), 1, tl.int32)
-    _turn_in_time(flag_ptr, up, up - 1, "acquire", expiry_ptr, peer, tag, limit, False)
+    """Wait until the flag is up to ``tag``, and lower it. Everything its raiser wrote before is visible after."""
+    up = tl.full((), 0, tl.int64) + tag
+    _turn_in_time(flag_ptr, up, up - up, "acquire", expiry_ptr, peer, tag, limit, False)
     tl.debug_barrier()
 
 

@@ -21,7 +21,7 @@ from sonic_ep.fast.rows import spoil_if_overflowed, take_rows, weigh_rows
 from sonic_ep.fast.verdict import Verdict
 from sonic_ep.fast.workspace import SharedBuffer, Workspace
 from sonic_ep.meeting import Phase, Step
-from sonic_ep.once import once_differentiable, savable
+from sonic_ep.once import once_differentiable, savable, saved_by
 from sonic_ep.plan import NO_ROW, RoutingPlan
 
 
@@ -144,7 +144,7 @@ class Dispatch(torch.autograd.Function):
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
         """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
         exchange: Exchange = ctx.exchange.in_backward()
-        return exchange.checked(exchange.sums(grad_RH, None), *ctx.saved_tensors), None
+        return exchange.checked(exchange.sums(grad_RH, None), *saved_by(ctx)), None
 
 
 class Combine(torch.autograd.Function):
@@ -168,7 +168,7 @@ class Combine(torch.autograd.Function):
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, None]:
         """Gradients of the rows (R, H) and of the scores (T, K)."""
         exchange: Exchange = ctx.exchange.in_backward()
-        scores_WCK, rows_RH, expert_ids_WCK = ctx.saved_tensors
+        scores_WCK, rows_RH, expert_ids_WCK = saved_by(ctx)
         out_grad_RH = exchange.rows(exchange.checked(grad_TH, expert_ids_WCK))
         grad_RH, dots_R = weigh_rows(out_grad_RH, rows_RH, scores_WCK, exchange.plan)
         return grad_RH, exchange.home(dots_R), None

@@ -26,7 +26,7 @@ from sonic_ep.fast.grouped_gemm import GroupedGemm
 from sonic_ep.fast.planner import PendingPlan, Planner
 from sonic_ep.fast.workspace import SharedBuffer
 from sonic_ep.meeting import Phase
-from sonic_ep.once import once_differentiable
+from sonic_ep.once import once_differentiable, saved_by
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,7 +100,7 @@ class ExpertLayer(torch.autograd.Function):
     def backward(ctx: Any, out_grad_TH: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x (T, H), scores (T, K), w1, w2, b1 and b2; None for those that are not required."""
         # First of all: under activation checkpointing this is what runs forward again, on every rank.
-        kept, hidden_RF, scores_WCK, ids_WCK, *weights = ctx.saved_tensors
+        kept, hidden_RF, scores_WCK, ids_WCK, *weights = saved_by(ctx)
         saved = Saved(kept=kept, hidden=hidden_RF, scores=scores_WCK, experts=ctx.call.experts(*weights))
         needs = Needs(*ctx.needs_input_grad[:6])
         call = replace(ctx.call, exchange=ctx.call.exchange.in_backward())

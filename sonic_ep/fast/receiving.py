@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sonic_ep.fast.device import power_of_two, signal, take_signal
-from sonic_ep.fast.workspace import FLAG_BYTES, SharedBuffer, Workspace
+from sonic_ep.fast.workspace import TAG_BYTES, SharedBuffer, Workspace
 from sonic_ep.plan import RoutingPlan
 
 RECEIVED = "received"
@@ -39,8 +39,9 @@ SUM_WARPS = 4
 class Receiver:
     """Shared memory for one chunk of tokens, and the flags that say what of it has arrived.
 
-    received: the rows of ``chunk`` tokens on every rank. flags: (W - 1, chunk) int32 on every rank, all down before and
-    after a call; flag (s, t) is for token t of the chunk and sender s, see ``arrival_of``.
+    received: the rows of ``chunk`` tokens on every rank. flags: (W - 1, chunk) int64 on every rank, all down before and
+    after a call; flag (s, t) is for token t of the chunk and sender s, see ``arrival_of``. What it is up to is the tag
+    of the meeting: after a call that ended in an error, flags of that call may still be up.
     """
 
     received: SharedBuffer
@@ -69,7 +70,7 @@ def receiver(
     """Collective. Shared memory for as many of the C tokens as ``most_bytes`` admit, at least one."""
     token_bytes = max(1, rows_per_token * row_bytes)
     chunk = max(1, min(plan.capacity, most_bytes // token_bytes))
-    flag_bytes = max(1, plan.world_size - 1) * chunk * FLAG_BYTES
+    flag_bytes = max(1, plan.world_size - 1) * chunk * TAG_BYTES
     return Receiver(
         received=workspace.reserve(RECEIVED, chunk * token_bytes),
         flags=workspace.reserve(FLAGS, flag_bytes, byte=0),
@@ -186,9 +187,9 @@ def arrival_of(sender, home, group, world_size, chunk):
 
 
 @triton.jit
-def raise_arrival(flags_ptr, home, arrival):
-    """Tell ``home`` that what this program has written there is complete."""
-    signal(tl.load(flags_ptr + home).to(tl.pointer_type(tl.int32)) + arrival)
+def raise_arrival(flags_ptr, home, arrival, tag):
+    """Tell ``home`` that what this program has written there, in the meeting ``tag``, is complete."""
+    signal(tl.load(flags_ptr + home).to(tl.pointer_type(tl.int64)) + arrival, tag)
 
 
 @triton.jit
@@ -206,7 +207,7 @@ def await_arrivals(
     ALL: tl.constexpr,
 ):
     """Wait for what every other rank that has a slot of the token sends, or for that of all other ranks."""
-    flags = tl.load(flags_ptr + rank).to(tl.pointer_type(tl.int32))
+    flags = tl.load(flags_ptr + rank).to(tl.pointer_type(tl.int64))
     for sender in range(world_size):
         if (sender != rank) & (has_slot(experts, sender * experts_per_rank, experts_per_rank) | ALL):
             arrival = arrival_of(sender, rank, group, world_size, chunk)

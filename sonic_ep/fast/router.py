@@ -20,7 +20,7 @@ from sonic_ep.fast.rank_sum import reserve_sum, sum_over_ranks
 from sonic_ep.fast.router_kernels import choose_kernel, logits_gradient_kernel
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.meeting import Phase
-from sonic_ep.once import once_differentiable, savable
+from sonic_ep.once import once_differentiable, savable, saved_by
 from sonic_ep.precision import full_precision
 
 # Logits that one program holds, unless one token has more; the more there are for each warp, the more registers.
@@ -71,7 +71,7 @@ class Route(torch.autograd.Function):
         ctx: Any, logits_grad_TE: Tensor | None, _: None, scores_grad_TK: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
         """Gradients of x and of the weight, each if it is required."""
-        x_TH, router_w_EH, logits_TE, topk_idx_TK, scores_TK = ctx.saved_tensors
+        x_TH, router_w_EH, logits_TE, topk_idx_TK, scores_TK = saved_by(ctx)
         grad_TPE = logits_gradient(
             Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK),
             logits_grad_TE,

@@ -55,12 +55,13 @@ class Record:
 class Verdict:
     """Kernels write its record, the host reads it later: at the next plan, or when it is asked to check.
 
-    All ranks raise together. What nobody has asked for until the verdict is let go is printed then.
+    All ranks raise together. What nobody has asked for until the verdict is let go is printed then. host_reads: whether
+    what a backward finds is raised there, as the host reads it at once.
     """
 
     def __init__(self, group: EPGroup, device: torch.device, *, host_reads: bool = False) -> None:
         self._group = group
-        self._host_reads = host_reads
+        self.host_reads = host_reads
         self._device = device
         self._on_gpu = device.type == "cuda"
         self._record = Record(group, device)
@@ -94,7 +95,7 @@ class Verdict:
         Raises ``RecomputeError`` at once where the host reads what it needs: other ids are other sizes there.
         """
         differs = (expert_ids_WCK != again_WCK).any()
-        if self._host_reads and bool(differs):
+        if self.host_reads and bool(differs):
             raise recompute_error(self._group, step)
         torch.maximum(self._rerouted, differs.int() * min(step, MOST_STEP), out=self._rerouted)
         self.record[3:].copy_(self._rerouted, non_blocking=True)

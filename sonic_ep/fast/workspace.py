@@ -36,8 +36,7 @@ from sonic_ep.waits import Waits
 
 POISON_BYTE = 0xFF
 ALIGNMENT_BYTES = 512
-# A flag of something that arrives, and one at which ranks meet.
-FLAG_BYTES = 4
+# A flag at which ranks meet, or of something that arrives: it is up to the tag of their meeting.
 TAG_BYTES = 8
 NANOSECONDS_PER_SECOND = 1_000_000_000
 MEETING = "meeting"
@@ -247,7 +246,7 @@ class Workspace:
         self._captured = False
         self._last_stream: torch.cuda.Stream | None = None
         weakref.finalize(self, keep_if_lost, self.expiry, self._buffers, self._replaced)
-        self._meeting = self.reserve(MEETING, group.world_size * TAG_BYTES, 0)
+        self.reserve(MEETING, group.world_size * TAG_BYTES, 0)
 
     @property
     def turn(self) -> Turn:
@@ -326,7 +325,7 @@ class Workspace:
             world_size = self.group.world_size
             # On the CPU kernels are interpreted, one program after the other.
             grid = (world_size,) if self.device.type == "cuda" else (2 * world_size,)
-            self._run(barrier_kernel, grid, self._meeting.addresses, world_size, tag=tag, num_warps=1)
+            self._run(barrier_kernel, grid, self._buffers[MEETING].addresses, world_size, tag=tag, num_warps=1)
 
     def _run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, tag: int, **constants: Any) -> None:
         limit = int(self._waits.timeout * NANOSECONDS_PER_SECOND)

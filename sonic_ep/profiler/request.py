@@ -18,6 +18,7 @@ from sonic_ep.api import ExpertParallel
 from sonic_ep.config import EPConfig
 from sonic_ep.cost import LinkCeilings
 from sonic_ep.machine import Machine
+from sonic_ep.once import as_kernels_read
 from sonic_ep.plan import NO_ROW
 from sonic_ep.profiler.report import config_as_json
 from sonic_ep.profiler.times import ProfileShape
@@ -146,6 +147,7 @@ def _read_routing(edge: Edge, routing: object, shape: tuple[int, int], num_exper
         # On any device: the ids are brought to where rows live.
         routing = edge.tensor("routing", routing, INDEX_DTYPES, like=routing)
         edge.shape("routing", routing, shape, "(T, K)")
+        routing = as_kernels_read(routing)
         least, most = (int(id_) for id_ in routing.aminmax()) if routing.numel() else (0, 0)
         fits = least >= NO_ROW and most < num_experts
         edge.require(fits, "expert ids of routing", f"{least} to {most}", f"0 to {num_experts - 1}, or -1")

@@ -259,6 +259,9 @@ class ReferenceBackend:
         """Never."""
         return False
 
+    def raise_in_backward(self) -> None:
+        """As always."""
+
     def let_go(self) -> None:
         """Nothing is held."""
 

@@ -103,7 +103,7 @@ def exchange_rows_kernel(
                         column = first + tl.arange(0, COLUMNS)
                         value = tl.load(rows_ptr + row * H + column, mask=column < H)
                         tl.store(received + choice * H + column, value, mask=column < H)
-            raise_arrival(flags_ptr, home, arrival_of(rank, home, group, world_size, chunk))
+            raise_arrival(flags_ptr, home, arrival_of(rank, home, group, world_size, chunk), tag)
 
 
 class AllToAllCombine(PushedCombine):

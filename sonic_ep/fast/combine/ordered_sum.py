@@ -117,7 +117,7 @@ def exchange_partial_sums_kernel(
                     target_ptr = peer_pointer(received_ptr, home, out_ptr) + arrival * H + column
                     tl.store(target_ptr, own, mask=column < H)
             if home != rank:
-                raise_arrival(flags_ptr, home, arrival_of(rank, home, group, world_size, chunk))
+                raise_arrival(flags_ptr, home, arrival_of(rank, home, group, world_size, chunk), tag)
 
 
 class PartialSums(PushedCombine):
