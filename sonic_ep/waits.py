@@ -81,16 +81,13 @@ class Waits:
         if self.group.world_size == 1:
             return [own]
         mine = torch.tensor([self.meeting.tag, own], dtype=torch.int64, device=self.group.device_for(device))
-        back, self._at_meeting = self._astray, True
+        self._at_meeting = True
         try:
-            if back:
+            if self._astray:
                 self._find_the_others()
             tags, numbers = self.all_gather(mine).t().tolist()
         finally:
             self._at_meeting = False
-        if back:
-            # All have come, and what this rank told on its way is of no more use.
-            self._tell_where()
         for rank, tag in enumerate(tags):
             if tag != self.meeting.tag:
                 raise CollectiveMismatchError(f"{self.group}: {apart(self.meeting, rank, Meeting.of_tag(tag))}")
@@ -178,8 +175,8 @@ class Waits:
         return False
 
     def _place_of(self, notice: Notice) -> str:
-        """Where a rank that has told ``notice`` is: not in the collective of this rank, even if at its meeting."""
-        here = notice.tag == self.meeting.tag
+        """Where a rank that has told ``notice`` is: not in the collective of this rank, even if in the same phase."""
+        here = notice.text == str(self.meeting)
         return f"{notice.text}, after another number of collectives" if here else notice.text
 
     def _left(self, rank: int, notice: Notice) -> PeerLostError:
@@ -251,7 +248,7 @@ class Waits:
                     f"{self.group}: lost {_named(notice.lost)}, waited for in {self.meeting}: rank {rank} {notice.text}"
                 )
             begun = notice.collectives - self._collectives
-            about_to_join = self._at_meeting and notice.tag == self.meeting.tag and begun == -1
+            about_to_join = self._at_meeting and notice.tag == self.meeting.tag
             if notice.back and notice.collectives >= self._met and begun < 0 and not about_to_join:
                 raise CollectiveMismatchError(
                     f"{self.group}: rank {rank} left a step by an error and came to {self._place_of(notice)}, expected "

@@ -202,3 +202,44 @@ def test_a_backward_that_is_run_again_yields_no_wrong_number(cpu_pool: RankPool,
     found = cpu_pool.run(run_again, True, late, world_size=2)
     for (said, grad), (_, expected) in zip(found, right, strict=True):
         assert grad is None or torch.equal(grad, expected), said
+    place = "phase backward (dispatch) of step 1, after another number of collectives"
+    assert f"rank 0 of 2: rank 1 left a step by an error and came to {place}, expected it in phase" in found[0][0]
+    assert f"rank 1 of 2: rank 0 is in {place}, while this rank left a step by an error" in found[1][0]
+
+
+def met_after_an_error(rank: Rank) -> list[list[int]]:
+    """What a rank told on its way back is still there when all have met, and again when all have failed alike."""
+    waits = Waits(resolve_group(dist.new_group(list(range(rank.world_size)))), 20.0)
+    met = []
+    for step in (1, 2):
+        waits.begin(Step(number=step))
+        waits.stray()
+        time.sleep(0.5 if rank.rank == ODD else 0)
+        met.append(waits.numbers(rank.rank, HOST))
+        # Longer than it takes the others to look who is missing.
+        time.sleep(1.5 * ANNOUNCE_SECONDS if rank.rank == ODD else 0)
+        met.append(waits.all_gather(torch.tensor(rank.rank)).tolist())
+    dist.barrier()
+    dist.destroy_process_group(waits.group.process_group)
+    return met
+
+
+def test_what_was_told_before_all_have_met_counts_no_more(cpu_pool: RankPool) -> None:
+    assert cpu_pool.run(met_after_an_error, world_size=3) == [[[0, 1, 2]] * 4] * 3
+
+
+def waits_for_who_looks_for_a_third(rank: Rank) -> list[int]:
+    """One waits at a meeting, another is back there from an error and looks for the third, that comes late."""
+    waits = Waits(resolve_group(dist.new_group(list(range(rank.world_size)))), 20.0)
+    waits.begin(Step(number=1))
+    if rank.rank == ODD:
+        waits.stray()
+    time.sleep(1.5 * ANNOUNCE_SECONDS if rank.rank == 2 else 0)
+    met = waits.numbers(rank.rank, HOST)
+    dist.barrier()
+    dist.destroy_process_group(waits.group.process_group)
+    return met
+
+
+def test_a_rank_that_is_about_to_come_is_waited_for(cpu_pool: RankPool) -> None:
+    assert cpu_pool.run(waits_for_who_looks_for_a_third, world_size=3) == [[0, 1, 2]] * 3
