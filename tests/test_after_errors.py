@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from calls import call_of, memory_short, with_trained_experts
+from waits_of import waits_of_a_new_group
 
 from sonic_ep import EPConfig, ExpertParallel
 from sonic_ep.config import CollectiveMismatchError, PeerError
-from sonic_ep.group import resolve_group
 from sonic_ep.meeting import Step
 from sonic_ep.testing import Rank, RankPool
-from sonic_ep.waits import ANNOUNCE_SECONDS, HOST, Waits
+from sonic_ep.waits import ANNOUNCE_SECONDS, HOST
 
 ODD = 1
 # Of so many batches, ranks fail in this one.
@@ -98,7 +98,7 @@ def test_a_rank_that_left_after_an_error_is_named_at_once(cpu_pool: RankPool) ->
 
 def one_collective_apart(rank: Rank) -> str:
     """Both left a call by an error and came to the same meeting, but one had begun a collective in between."""
-    waits = Waits(resolve_group(dist.new_group(list(range(rank.world_size)))), 6.0)
+    waits = waits_of_a_new_group(rank, 6.0)
     waits.begin(Step(number=3))
     waits.stray()
     waits._collectives += rank.rank == ODD
@@ -209,7 +209,7 @@ def test_a_backward_that_is_run_again_yields_no_wrong_number(cpu_pool: RankPool,
 
 def met_after_an_error(rank: Rank) -> list[list[int]]:
     """What a rank told on its way back is still there when all have met, and again when all have failed alike."""
-    waits = Waits(resolve_group(dist.new_group(list(range(rank.world_size)))), 20.0)
+    waits = waits_of_a_new_group(rank, 20.0)
     met = []
     for step in (1, 2):
         waits.begin(Step(number=step))
@@ -230,7 +230,7 @@ def test_what_was_told_before_all_have_met_counts_no_more(cpu_pool: RankPool) ->
 
 def waits_for_who_looks_for_a_third(rank: Rank) -> list[int]:
     """One waits at a meeting, another is back there from an error and looks for the third, that comes late."""
-    waits = Waits(resolve_group(dist.new_group(list(range(rank.world_size)))), 20.0)
+    waits = waits_of_a_new_group(rank, 20.0)
     waits.begin(Step(number=1))
     if rank.rank == ODD:
         waits.stray()

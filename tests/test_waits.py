@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from waits_of import waits_of_a_new_group
 
 from sonic_ep.board import ANSWER_SECONDS, Board, Notice
 from sonic_ep.config import PeerError, PeerLostError, PeerTimeoutError
@@ -23,11 +24,6 @@ LATE_SECONDS = 1.2 * ANNOUNCE_SECONDS
 SLACK_SECONDS = 3.0
 PLENTY_SECONDS = 60.0
 Trouble = Callable[[Rank, Waits], Any]
-
-
-def waits_of_a_new_group(rank: Rank, timeout: float) -> Waits:
-    """Of a group of all ranks: what becomes of it leaves the world's in order."""
-    return Waits(resolve_group(dist.new_group(list(range(rank.world_size)))), timeout)
 
 
 def in_trouble(rank: Rank, trouble: Trouble, timeout: float) -> tuple[str, float]:

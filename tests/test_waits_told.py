@@ -5,11 +5,11 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from waits_of import waits_of_a_new_group
 
 from sonic_ep.config import PeerError, PeerLostError, PeerTimeoutError
-from sonic_ep.group import resolve_group
 from sonic_ep.testing import Rank, RankPool
-from sonic_ep.waits import ANNOUNCE_SECONDS, HOST, Waits
+from sonic_ep.waits import ANNOUNCE_SECONDS, HOST
 
 ODD = 1
 TIMEOUT_SECONDS = 0.5
@@ -17,11 +17,6 @@ PLENTY_SECONDS = 60.0
 # A busy machine's.
 SLACK_SECONDS = 3.0
 HERE = torch.zeros(1)
-
-
-def waits_of_a_new_group(rank: Rank, timeout: float) -> Waits:
-    """Of a group of all ranks: what becomes of it leaves the world's in order."""
-    return Waits(resolve_group(dist.new_group(list(range(rank.world_size)))), timeout)
 
 
 def with_pytorchs_checks(rank: Rank) -> tuple[list[int], str, float]:
