@@ -21,7 +21,7 @@ class Notice:
 
     collectives: how many it has begun. left: whether it will begin no more. lost: the ranks that it has waited for in
     vain, if that is why. text: where it is, or why it left. tag: of its meeting, 0 if it tells none. back: whether it
-    left an earlier one by an error, and looks for the others before it begins this one.
+    left an earlier one by an error, and looks for the others before it begins this one. errors: how many it left so.
     """
 
     collectives: int
@@ -30,19 +30,20 @@ class Notice:
     lost: tuple[int, ...] = ()
     tag: int = 0
     back: bool = False
+    errors: int = 0
 
     def __str__(self) -> str:
         lost = ",".join(map(str, self.lost)) or "-"
-        return f"{self.collectives} {int(self.left)} {lost} {self.tag} {int(self.back)} {self.text}"
+        return f"{self.collectives} {int(self.left)} {lost} {self.tag} {int(self.back)} {self.errors} {self.text}"
 
     @staticmethod
     def parsed(written: str) -> Notice:
         """The notice of which ``written`` is the ``str``.
 
         >>> Notice.parsed(str(Notice(collectives=3, left=True, text="ValueError: no", lost=(1, 4), tag=2)))
-        Notice(collectives=3, left=True, text='ValueError: no', lost=(1, 4), tag=2, back=False)
+        Notice(collectives=3, left=True, text='ValueError: no', lost=(1, 4), tag=2, back=False, errors=0)
         """
-        collectives, left, lost, tag, back, text = written.split(" ", 5)
+        collectives, left, lost, tag, back, errors, text = written.split(" ", 6)
         return Notice(
             collectives=int(collectives),
             left=left == "1",
@@ -50,6 +51,7 @@ class Notice:
             lost=() if lost == "-" else tuple(int(rank) for rank in lost.split(",")),
             tag=int(tag),
             back=back == "1",
+            errors=int(errors),
         )
 
 
@@ -65,8 +67,7 @@ class Board:
         self._store = store
         self.broken = False
         self._found: dict[int, Notice] = {}
-        self._store = self._answer(lambda: _own_connection(store))
-        before = self._answer(lambda: self._store.add(f"sonic_ep/objects/{group.rank}", 1))
+        before = self._answer(lambda: store.add(f"sonic_ep/objects/{group.rank}", 1)) if store is not None else None
         self.number = (before or 1) - 1
 
     @staticmethod
@@ -130,8 +131,3 @@ class Board:
         thread.join(ANSWER_SECONDS)
         self.broken = not answers
         return answers[0] if answers else None
-
-
-def _own_connection(store: Any) -> Any:
-    """The same store, of which another thread that waits in ``store`` takes nothing away, if PyTorch can do that."""
-    return store.clone() if hasattr(store, "clone") else store

@@ -168,10 +168,11 @@ def _write(parameter: Tensor, fill: Callable[[Tensor], None]) -> None:
     if not _is_dtensor(parameter):
         fill(parameter)
         return
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate
 
     whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
     fill(whole)
-    # Without a source rank nothing is sent: every rank has the whole.
-    shard = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    parameter.to_local().copy_(shard.to_local())
+    # Every rank has the whole, so nothing is sent. distribute_tensor would make the generators of all ranks equal.
+    mesh = parameter.device_mesh
+    held_by_all = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    parameter.to_local().copy_(held_by_all.redistribute(mesh, parameter.placements).to_local())

@@ -55,6 +55,7 @@ class Waits:
         self._board = Board.of(group)
         self._together = False
         self._astray = False
+        self._errors = 0
         # Whether what this rank has begun is the exchange of numbers of its meeting, not what follows it.
         self._at_meeting = False
         # Collectives until the last meeting of all: what a rank told before it is of no more use.
@@ -75,6 +76,7 @@ class Waits:
     def stray(self) -> None:
         """A call or a backward has ended in an error here: the others may be anywhere in it, or past it."""
         self._astray = self.group.world_size > 1
+        self._errors += 1
 
     def numbers(self, own: int, device: torch.device) -> list[int]:
         """Collective. ``own`` (63 bits) of every rank, in rank order, once all are seen to be at the same meeting."""
@@ -144,15 +146,19 @@ class Waits:
 
         A collective begun while others are in one of another meeting would be paired with it.
         """
+        # Who is here already may go on as soon as it is told, and be back from another error when it is looked for.
+        seen: set[int] = set()
+        self._elsewhere(seen)
         self._tell_where(back=True)
-        self._wait_for(self._elsewhere)
+        self._wait_for(lambda: self._elsewhere(seen))
         self._astray = False
 
-    def _elsewhere(self) -> list[int]:
-        """The ranks that are not at this meeting; none where nobody can tell."""
-        here = {rank for rank, notice in self._board.notices().items() if self._is_here(rank, notice)}
+    def _elsewhere(self, seen: set[int]) -> list[int]:
+        """The ranks that were not seen at this meeting; none where nobody can tell. Adds to ``seen`` those that are."""
+        notices = self._board.notices()
+        seen |= {rank for rank, notice in notices.items() if rank not in seen and self._is_here(rank, notice)}
         others = set(range(self.group.world_size)) - {self.group.rank}
-        return [] if self._board.broken else sorted(others - here)
+        return [] if self._board.broken else sorted(others - seen)
 
     def _is_here(self, rank: int, notice: Notice) -> bool:
         """Whether a rank that has told ``notice`` is at this meeting, of which this rank has begun no collective.
@@ -162,17 +168,21 @@ class Waits:
         begun = notice.collectives - self._collectives
         if notice.left and begun <= 0:
             raise self._left(rank, notice)
-        if notice.collectives < self._met:
-            return False
         # Back from an error, it looks for the others before it begins the collective; else it waits in it.
         if notice.tag == self.meeting.tag and begun == (0 if notice.back else 1):
             return True
+        if self._is_stale(notice):
+            return False
         if begun > 0 or notice.back:
             raise CollectiveMismatchError(
                 f"{self.group}: rank {rank} is in {self._place_of(notice)}, while this rank left a step by an error "
                 f"and came to {self.meeting}"
             )
         return False
+
+    def _is_stale(self, notice: Notice) -> bool:
+        """Whether it was told before all met last, or on the way back from an earlier error than this rank's last."""
+        return notice.collectives < self._met or (notice.back and notice.errors < self._errors)
 
     def _place_of(self, notice: Notice) -> str:
         """Where a rank that has told ``notice`` is: not in the collective of this rank, even if in the same phase."""
@@ -195,10 +205,11 @@ class Waits:
     def _wait_for(self, absent: Callable[[], list[int]]) -> None:
         """Ask the store until nobody is ``absent``."""
         deadline = time.monotonic() + self.timeout
-        while missing := absent():
-            if time.monotonic() > deadline:
-                raise PeerTimeoutError(self._waited_for(_named(missing)))
-            time.sleep(STORE_REST_SECONDS)
+        with self.turn.waits():
+            while missing := absent():
+                if time.monotonic() > deadline:
+                    raise PeerTimeoutError(self._waited_for(_named(missing)))
+                time.sleep(STORE_REST_SECONDS)
 
     def _process_group(self, tensor: Tensor) -> dist.ProcessGroup:
         """What moves ``tensor``, less what PyTorch puts in front of it to debug (``TORCH_DISTRIBUTED_DEBUG=DETAIL``).
@@ -218,14 +229,14 @@ class Waits:
         self._collectives += 1
         began = time.monotonic()
         done = _done_on_host if tensor.device.type == "cpu" else _done_on_device
-        try:
-            with self.turn.waits():
+        with self.turn.waits():
+            try:
                 self._wait_in_time(begin(), done, began)
-        except (PeerError, TurnError, torch.OutOfMemoryError):
-            raise
-        except RuntimeError as error:
-            late = time.monotonic() - began >= self.timeout
-            raise (self._timed_out() if late else self._lost(error)) from error
+            except (PeerError, TurnError, torch.OutOfMemoryError):
+                raise
+            except RuntimeError as error:
+                late = time.monotonic() - began >= self.timeout
+                raise (self._timed_out() if late else self._lost(error)) from error
 
     def _wait_in_time(self, work: dist.Work, done: Callable[[dist.Work, float], bool], began: float) -> None:
         while not done(work, ANNOUNCE_SECONDS):
@@ -237,7 +248,9 @@ class Waits:
     def _tell_where(self, *, back: bool = False) -> None:
         here = self.meeting
         tag = here.tag if self._at_meeting else 0
-        self._board.tell(Notice(collectives=self._collectives, left=False, text=str(here), tag=tag, back=back))
+        self._board.tell(
+            Notice(collectives=self._collectives, left=False, text=str(here), tag=tag, back=back, errors=self._errors)
+        )
 
     def _raise_if_somebody_left(self) -> None:
         for rank, notice in self._board.notices().items():
@@ -249,7 +262,7 @@ class Waits:
                 )
             begun = notice.collectives - self._collectives
             about_to_join = self._at_meeting and notice.tag == self.meeting.tag
-            if notice.back and notice.collectives >= self._met and begun < 0 and not about_to_join:
+            if notice.back and not self._is_stale(notice) and begun < 0 and not about_to_join:
                 raise CollectiveMismatchError(
                     f"{self.group}: rank {rank} left a step by an error and came to {self._place_of(notice)}, expected "
                     f"it in {self.meeting}"

@@ -243,3 +243,54 @@ def waits_for_who_looks_for_a_third(rank: Rank) -> list[int]:
 
 def test_a_rank_that_is_about_to_come_is_waited_for(cpu_pool: RankPool) -> None:
     assert cpu_pool.run(waits_for_who_looks_for_a_third, world_size=3) == [[0, 1, 2]] * 3
+
+
+def failing_alike_in_front(rank: Rank) -> list[int]:
+    """All fail in front of one meeting after the other, and one of them is always late."""
+    waits = waits_of_a_new_group(rank, 20.0)
+    for step in range(1, 6):
+        waits.begin(Step(number=step))
+        waits.stray()
+        time.sleep(0.05 if rank.rank == ODD else 0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(waits, "all_gather", memory_short)
+            with pytest.raises(torch.OutOfMemoryError):
+                waits.numbers(rank.rank, HOST)
+    met = waits.numbers(rank.rank, HOST)
+    dist.barrier()
+    dist.destroy_process_group(waits.group.process_group)
+    return met
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_that_fail_alike_again_and_again_go_on_together(cpu_pool: RankPool, world_size: int) -> None:
+    assert cpu_pool.run(failing_alike_in_front, world_size=world_size) == [list(range(world_size))] * world_size
+
+
+def interrupted_in_backward(rank: Rank) -> str:
+    """Ctrl-C in the combine of a backward, which is then run again: what was sent in the first may still be there."""
+    with ExpertParallel(backend="fast", timeout=20) as ep:
+        plan = ep.plan(torch.tensor([[0], [1]]), 2)
+        x = torch.ones(2, 8, requires_grad=True)
+        rows = ep.dispatch(x, plan)
+        (kit,) = ep._backend._kits.values()
+
+        def interrupt(*arguments: object, **constants: object) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kit.workspace, "run_waiting", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                rows.sum().backward(retain_graph=True)
+        with pytest.raises(RuntimeError) as raised:
+            rows.sum().backward()
+        # Its forward again, and the backward of that, are as ever.
+        ep.dispatch(x, plan)[: plan.rows()].sum().backward()
+        assert bool((x.grad == 1).all())
+    return str(raised.value)
+
+
+@pytest.mark.fast
+def test_a_backward_that_an_error_has_ended_is_not_run_again(cpu_pool: RankPool) -> None:
+    for rank, said in enumerate(cpu_pool.run(interrupted_in_backward, world_size=2)):
+        assert said.startswith(f"rank {rank} of 2: step 2: got a backward again that an error has ended before")

@@ -1,6 +1,5 @@
 """Notices of ranks in trouble: they arrive, stay with their object, and a silent store holds up nobody."""
 
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -98,18 +97,3 @@ def told_in_groups(rank: Rank) -> list[str]:
 
 def test_every_group_has_boards_of_its_own(cpu_pool: RankPool) -> None:
     assert cpu_pool.run(told_in_groups, world_size=2) == [["world", "pair"]] * 2
-
-
-def test_who_waits_in_the_store_meanwhile_holds_up_nobody() -> None:
-    """Objects are numbered, and notices read, while another thread waits in the same store."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    waits = threading.Thread(target=store.get, args=("a key that comes late",))
-    waits.start()
-    time.sleep(0.2)
-    boards = [Board(group, store) for group in (PAIR, PAIR, OTHER)]
-    boards[1].tell(Notice(collectives=1, left=False, text="here"))
-    assert [board.number for board in boards] == [0, 1, 0]
-    assert boards[1].notices() == {}
-    assert not any(board.broken for board in boards)
-    boards[0]._store.set("a key that comes late", "now")
-    waits.join()

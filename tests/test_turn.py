@@ -66,12 +66,14 @@ def test_nobody_calls_in_the_middle_of_a_wait_or_closes_in_the_middle_of_a_call(
     assert in_another_thread(once) == []
 
 
-def interrupted(rank: Rank) -> str:
+def interrupted(rank: Rank, backend: str, astray: bool) -> str:
     """A signal's handler calls while this rank waits for the other, which then comes."""
     ids = torch.zeros((1, 1), dtype=torch.int64)
-    with ExpertParallel(backend="reference", max_tokens_per_rank=1, timeout=20) as ep:
+    with ExpertParallel(backend=backend, max_tokens_per_rank=1, timeout=20) as ep:
         ep.plan(ids, rank.world_size)
         refused = ""
+        if astray:
+            ep._waits.stray()
 
         def handler(*_: object) -> None:
             nonlocal refused
@@ -90,8 +92,14 @@ def interrupted(rank: Rank) -> str:
     return refused
 
 
-def test_a_signals_handler_that_calls_is_refused_and_harms_nothing(cpu_pool: RankPool) -> None:
-    first, other = cpu_pool.run(interrupted, world_size=2)
+@pytest.mark.parametrize(
+    ("backend", "astray"),
+    [("reference", False), ("reference", True), pytest.param("fast", False, marks=pytest.mark.fast)],
+)
+def test_a_signals_handler_that_calls_is_refused_and_harms_nothing(
+    cpu_pool: RankPool, backend: str, astray: bool
+) -> None:
+    first, other = cpu_pool.run(interrupted, backend, astray, world_size=2)
     assert "got a call in the middle of a call of the same thread" in first
     assert other == ""
 

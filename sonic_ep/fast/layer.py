@@ -124,7 +124,9 @@ class FastBackend:
             kit.workspace.expiry.raise_if_any(error)
 
     def stray(self) -> None:
-        """Kernels see where the others are whenever they meet."""
+        """Kernels see where the others are whenever they meet, but not which of two runs of one backward it is."""
+        for kit in self._kits.values():
+            kit.workspace.stray()
 
     def holds_memory(self) -> bool:
         """Whether memory is shared on any device."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -240,6 +240,7 @@ class Workspace:
         self._waits = waits or Waits(group)
         self.expiry = Expiry(self._waits, device)
         self._closed = False
+        self._strayed: set[Step] = set()
         self._transport = transport or transport_of(self._waits, device)
         self._buffers: dict[str, SharedBuffer] = {}
         self._replaced: list[SharedBuffer] = []
@@ -261,9 +262,15 @@ class Workspace:
     def enter(self, phase: Phase = Phase.MEETING, step: Step | None = None, *, backward: bool = False) -> None:
         """Begin a phase of ``step``, or of the call being made: after what the last one queued, on any stream.
 
-        Raises ``PeerError`` if a kernel of this rank has waited in vain since, ``ClosedError`` after ``close``.
+        Raises ``PeerError`` if a kernel of this rank has waited in vain since, ``ClosedError`` after ``close``,
+        ``RuntimeError`` for a backward that an error has ended before: what was sent in it may still be there.
         """
         self._open()
+        if backward and step is not None and step in self._strayed:
+            raise RuntimeError(
+                f"{self.group}: step {step.number}: got a backward again that an error has ended before, expected its "
+                "forward again first"
+            )
         self.expiry.raise_if_any()
         self._waits.meeting = Meeting(step=step or self.step, phase=phase, backward=backward)
         if self.device.type != "cuda":
@@ -275,6 +282,12 @@ class Workspace:
             stream.wait_stream(self._last_stream)
         if not capturing:
             self._last_stream = stream
+
+    def stray(self) -> None:
+        """A call or a backward has ended in an error on this rank."""
+        meeting = self._waits.meeting
+        if meeting.backward and self.group.world_size > 1:
+            self._strayed.add(meeting.step)
 
     def reserve(self, name: str, nbytes: int, byte: int = POISON_BYTE) -> SharedBuffer:
         """The buffer ``name`` of at least ``nbytes``. Collective if it has to grow; fresh bytes are all ``byte``.
@@ -330,8 +343,11 @@ class Workspace:
     def _run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, tag: int, **constants: Any) -> None:
         limit = int(self._waits.timeout * NANOSECONDS_PER_SECOND)
         waits = (self.expiry.words, self.group.rank, tag, limit)
-        launch(kernel, grid, *arguments, *waits, device=self.device, debug=True, sanitize_overflow=False, **constants)
-        # Interpreted, a kernel has no trap, and it is done by now.
+        # Interpreted, it is this thread that waits; a kernel has no trap then, and is done by now.
+        with self.turn.waits() if self.device.type == "cpu" else nullcontext():
+            launch(
+                kernel, grid, *arguments, *waits, device=self.device, debug=True, sanitize_overflow=False, **constants
+            )
         if self.device.type == "cpu":
             self.expiry.raise_if_any()
 
