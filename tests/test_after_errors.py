@@ -13,6 +13,7 @@ from calls import call_of, memory_short, with_trained_experts
 from waits_of import waits_of_a_new_group
 
 from sonic_ep import EPConfig, ExpertParallel
+from sonic_ep.board import Notice
 from sonic_ep.config import CollectiveMismatchError, PeerError
 from sonic_ep.meeting import Step
 from sonic_ep.testing import Rank, RankPool
@@ -246,8 +247,16 @@ def test_a_rank_that_is_about_to_come_is_waited_for(cpu_pool: RankPool) -> None:
 
 
 def failing_alike_in_front(rank: Rank) -> list[int]:
-    """All fail in front of one meeting after the other, and one of them is always late."""
+    """All fail in front of one meeting after the other, and one of them is always late to come and late to look."""
     waits = waits_of_a_new_group(rank, 20.0)
+    tell = waits._board.tell
+
+    def tell_and_dawdle(notice: Notice) -> None:
+        tell(notice)
+        time.sleep(0.1)
+
+    if rank.rank == ODD:
+        waits._board.tell = tell_and_dawdle
     for step in range(1, 6):
         waits.begin(Step(number=step))
         waits.stray()
