@@ -147,8 +147,7 @@ class Waits:
         A collective begun while others are in one of another meeting would be paired with it.
         """
         # Who is here already may go on as soon as it is told, and be back from another error when it is looked for.
-        seen: set[int] = set()
-        self._elsewhere(seen)
+        seen = {rank for rank, notice in self._board.notices().items() if self._is_of_this_meeting(notice)}
         self._tell_where(back=True)
         self._wait_for(lambda: self._elsewhere(seen))
         self._astray = False
@@ -168,8 +167,7 @@ class Waits:
         begun = notice.collectives - self._collectives
         if notice.left and begun <= 0:
             raise self._left(rank, notice)
-        # Back from an error, it looks for the others before it begins the collective; else it waits in it.
-        if notice.tag == self.meeting.tag and begun == (0 if notice.back else 1):
+        if self._is_of_this_meeting(notice):
             return True
         if self._is_stale(notice):
             return False
@@ -179,6 +177,11 @@ class Waits:
                 f"and came to {self.meeting}"
             )
         return False
+
+    def _is_of_this_meeting(self, notice: Notice) -> bool:
+        """Back from an error, a rank looks for the others before it begins the collective; else it waits in it."""
+        begun = notice.collectives - self._collectives
+        return not notice.left and notice.tag == self.meeting.tag and begun == (0 if notice.back else 1)
 
     def _is_stale(self, notice: Notice) -> bool:
         """Whether it was told before all met last, or on the way back from an earlier error than this rank's last."""
