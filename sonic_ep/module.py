@@ -172,7 +172,7 @@ def _write(parameter: Tensor, fill: Callable[[Tensor], None]) -> None:
 
     whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
     fill(whole)
-    # Every rank has the whole, so nothing is sent. distribute_tensor would make the generators of all ranks equal.
+    # Every rank has the whole, so nothing is sent.
     mesh = parameter.device_mesh
     held_by_all = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
     parameter.to_local().copy_(held_by_all.redistribute(mesh, parameter.placements).to_local())
