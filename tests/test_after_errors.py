@@ -4,6 +4,7 @@ import itertools
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -36,11 +37,7 @@ def fails_and_goes_on(rank: Rank, failing: list[int], nth: int, goes_on: str) ->
         losses = []
         for number in range(BATCHES):
             try:
-                with pytest.MonkeyPatch.context() as patch:
-                    if number == FAILING and rank.rank in failing:
-                        counted = itertools.count(1)
-                        for name in ("all_gather", "all_to_all_rows"):
-                            patch.setattr(ep._waits, name, failing_at(nth, counted, getattr(ep._waits, name)))
+                with memory_short_at(ep, nth, number == FAILING and rank.rank in failing):
                     losses.append(ep.moe(**arguments).y.sum())
             except torch.OutOfMemoryError:
                 if goes_on == "backward":
@@ -53,13 +50,28 @@ def fails_and_goes_on(rank: Rank, failing: list[int], nth: int, goes_on: str) ->
         sum(losses).backward()
         return "went on"
 
+    return said_of(batches, group)
+
+
+def said_of(work: Callable[[], str], group: dist.ProcessGroup) -> str:
+    """What ``work`` says, or the error that ends it, in a ``group`` that nobody needs any more."""
     try:
-        said = batches()
+        said = work()
     except PeerError as error:
         said = f"{type(error).__name__}: {error}"
     dist.barrier()
     dist.destroy_process_group(group)
     return said
+
+
+@contextmanager
+def memory_short_at(ep: ExpertParallel, nth: int, here: bool) -> Iterator[None]:
+    """Memory runs out in front of the ``nth`` collective of this rank, if that is to be ``here``."""
+    counted = itertools.count(1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_gather", "all_to_all_rows") if here else ():
+            patch.setattr(ep._waits, name, failing_at(nth, counted, getattr(ep._waits, name)))
+        yield
 
 
 def failing_at(nth: int, counted: Iterator[int], collective: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,24 +140,14 @@ def fails_in_backward(rank: Rank, nth: int) -> str:
 
     def steps() -> str:
         try:
-            with pytest.MonkeyPatch.context() as patch:
-                if rank.rank == ODD:
-                    counted = itertools.count(1)
-                    for name in ("all_gather", "all_to_all_rows"):
-                        patch.setattr(ep._waits, name, failing_at(nth, counted, getattr(ep._waits, name)))
+            with memory_short_at(ep, nth, rank.rank == ODD):
                 y.sum().backward()
         except torch.OutOfMemoryError:
             pass
         ep.moe(**arguments)
         return "went on"
 
-    try:
-        said = steps()
-    except PeerError as error:
-        said = f"{type(error).__name__}: {error}"
-    dist.barrier()
-    dist.destroy_process_group(group)
-    return said
+    return said_of(steps, group)
 
 
 # Of a backward for w1 alone: the meeting of dispatch, rows.
@@ -182,22 +184,16 @@ def run_again(rank: Rank, fails: bool, late: bool) -> tuple[str, torch.Tensor | 
     y = ep.moe(**arguments).y
     # Longer than it takes the other to tell that it waits.
     time.sleep(1.5 * ANNOUNCE_SECONDS if rank.rank == ODD and late else 0)
-    said = "went on"
-    try:
+
+    def steps() -> str:
         try:
-            with pytest.MonkeyPatch.context() as patch:
-                if rank.rank == ODD and fails:
-                    counted = itertools.count(1)
-                    for name in ("all_gather", "all_to_all_rows"):
-                        patch.setattr(ep._waits, name, failing_at(2, counted, getattr(ep._waits, name)))
+            with memory_short_at(ep, 2, rank.rank == ODD and fails):
                 y.sum().backward()
         except torch.OutOfMemoryError:
             y.sum().backward()
-    except (PeerError, RuntimeError) as error:
-        said = f"{type(error).__name__}: {error}"
-    dist.barrier()
-    dist.destroy_process_group(group)
-    return said, w1.grad
+        return "went on"
+
+    return said_of(steps, group), w1.grad
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -4,8 +4,8 @@ import gc
 import io
 import os
 import weakref
-from collections.abc import Callable
-from contextlib import redirect_stderr, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
 
 import pytest
 import torch
@@ -50,22 +50,39 @@ def heard(rank: Rank) -> None:
         ep.close()
 
 
-def waited_in_vain(rank: Rank) -> None:
-    """A kernel of this rank has; what the program sees is PyTorch's error, there and when the memory is given back."""
+def after_a_wait_in_vain(rank: Rank) -> ExpertParallel:
+    """An object of which a kernel of this rank has waited in vain: what that leaves for the host."""
     from sonic_ep.fast.device import TIME_UP
+
+    ep = ExpertParallel(backend="fast")
+    ep.meet(rank.device)
+    (kit,) = ep._backend._kits.values()
+    kit.workspace.expiry.words.copy_(torch.tensor([TIME_UP.value, 2, ep._waits.meeting.tag, 0]))
+    return ep
+
+
+@contextmanager
+def lost_gpu(ep: ExpertParallel) -> Iterator[Callable[[], None]]:
+    """What PyTorch raises of a kernel that trapped: wherever the host waits for the GPU, and where it is called."""
 
     def broken() -> None:
         raise RuntimeError("device-side assert triggered")
 
+    (kit,) = ep._backend._kits.values()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kit.workspace, "synchronize", broken)
+        yield broken
+
+
+def waited_in_vain(rank: Rank) -> None:
+    """What the program sees is PyTorch's error, there and when the memory is given back."""
+    ep = after_a_wait_in_vain(rank)
+
     def use() -> None:
-        with ExpertParallel(backend="fast") as ep:
-            ep.meet(rank.device)
-            (kit,) = ep._backend._kits.values()
-            kit.workspace.expiry.words.copy_(torch.tensor([TIME_UP.value, 2, ep._waits.meeting.tag, 0]))
-            patch.setattr(kit.workspace, "synchronize", broken)
+        with ep:
             broken()
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="device-side assert"):
+    with lost_gpu(ep) as broken, pytest.raises(RuntimeError, match="device-side assert"):
         use()
 
 
@@ -93,19 +110,9 @@ def test_a_forked_child_does_not_tell_what_its_parent_will(cpu_pool: RankPool) -
 
 def closed_behind_a_lost_gpu(rank: Rank) -> None:
     """Who was waited for is what close() raises, not what comes of giving back the memory."""
-    from sonic_ep.fast.device import TIME_UP
-
-    def broken() -> None:
-        raise RuntimeError("device-side assert triggered")
-
-    ep = ExpertParallel(backend="fast")
-    ep.meet(rank.device)
-    (kit,) = ep._backend._kits.values()
-    kit.workspace.expiry.words.copy_(torch.tensor([TIME_UP.value, 2, ep._waits.meeting.tag, 0]))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kit.workspace, "synchronize", broken)
-        with pytest.raises(PeerTimeoutError, match="waited 60 s for rank 1 in phase meeting of step 1"):
-            ep.close()
+    ep = after_a_wait_in_vain(rank)
+    with lost_gpu(ep), pytest.raises(PeerTimeoutError, match="waited 60 s for rank 1 in phase meeting of step 1"):
+        ep.close()
 
 
 @pytest.mark.fast
@@ -113,25 +120,30 @@ def test_close_tells_who_was_waited_for(cpu_pool: RankPool) -> None:
     cpu_pool.run(closed_behind_a_lost_gpu, world_size=2)
 
 
-def caught(rank: Rank) -> None:
+def overflow_found(rank: Rank) -> ExpertParallel:
+    ep = ExpertParallel(backend="fast", config=TIGHT)
+    overflowed(rank, ep)
+    return ep
+
+
+def caught(rank: Rank, failing: Callable[[Rank], ExpertParallel], error: type[Exception]) -> None:
     """An error that was caught holds nothing of what was in the call."""
     x, weights, _ = layer_inputs(rank, CASE)
     gc.disable()
-    ep = ExpertParallel(backend="fast", config=TIGHT)
-    overflowed(rank, ep)
-    with suppress(RowOverflowError):
+    ep = failing(rank)
+    with suppress(error):
         ep.moe(x, *weights, CASE.top_k)
     held = weakref.ref(x)
     del x, weights
     gc.enable()
     assert held() is None
-    with suppress(RowOverflowError):
+    with suppress(error):
         ep.close()
 
 
 @pytest.mark.fast
 def test_an_error_that_was_caught_keeps_no_memory(pool: RankPool) -> None:
-    pool.run(caught, world_size=1)
+    pool.run(caught, overflow_found, RowOverflowError, world_size=1)
 
 
 def printed(rank: Rank, use: Callable[[Rank], None]) -> str:
@@ -170,20 +182,9 @@ def test_the_functional_form_raises_what_its_call_has_found(pool: RankPool, back
     pool.run(functional, backend, world_size=2)
 
 
-def with_a_wait_in_vain(rank: Rank) -> ExpertParallel:
-    """A kernel of this rank has waited in vain, says what it leaves for the host."""
-    from sonic_ep.fast.device import TIME_UP
-
-    ep = ExpertParallel(backend="fast")
-    ep.meet(rank.device)
-    (kit,) = ep._backend._kits.values()
-    kit.workspace.expiry.words.copy_(torch.tensor([TIME_UP.value, 2, ep._waits.meeting.tag, 0]))
-    return ep
-
-
 def raised_at_close(rank: Rank) -> None:
     with pytest.raises(PeerTimeoutError, match="for rank 1"):
-        with_a_wait_in_vain(rank).close()
+        after_a_wait_in_vain(rank).close()
 
 
 @pytest.mark.fast
@@ -191,21 +192,6 @@ def test_a_wait_in_vain_that_was_raised_is_not_printed_again(cpu_pool: RankPool)
     assert cpu_pool.run(printed, raised_at_close, world_size=2) == ["", ""]
 
 
-def caught_in_vain(rank: Rank) -> None:
-    """An error of a wait that was caught holds nothing of what was in the call."""
-    x, weights, _ = layer_inputs(rank, CASE)
-    ep = with_a_wait_in_vain(rank)
-    gc.disable()
-    with suppress(PeerTimeoutError):
-        ep.moe(x, *weights, CASE.top_k)
-    held = weakref.ref(x)
-    del x, weights
-    gc.enable()
-    assert held() is None
-    with suppress(PeerTimeoutError):
-        ep.close()
-
-
 @pytest.mark.fast
 def test_a_wait_in_vain_that_was_caught_keeps_no_memory(cpu_pool: RankPool) -> None:
-    cpu_pool.run(caught_in_vain, world_size=2)
+    cpu_pool.run(caught, after_a_wait_in_vain, PeerTimeoutError, world_size=2)
