@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -38,9 +38,8 @@ from sonic_ep.waits import TIMEOUT_SECONDS, Waits
 logger = logging.getLogger("sonic_ep")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class MoEOutput:
-    """What ``moe`` returns.
+class MoEOutput(NamedTuple):
+    """What ``moe`` returns. A tuple, so that hooks of modules, FSDP and reentrant checkpointing find its tensors.
 
     y: the layer's output, shape and dtype of x. router_logits: (T, E) fp32, differentiable.
     tokens_per_expert: (E,) int32, slots of each expert over the whole group; the same on every rank.
@@ -157,8 +156,8 @@ class ExpertParallel:
             capacity = self._agreed_capacity(x_TH)
             routing = self._backend.route(x_TH, router_w_EH, options)
             slots = Slots(topk_idx=routing.topk_idx, topk_scores=routing.topk_scores, capacity=capacity, distinct=True)
-            out = self._backend.layer(x_TH, slots, experts)
-            return MoEOutput(y=out.y.view(x.shape), router_logits=routing.logits, tokens_per_expert=out.counts)
+            out = self._backend.layer(x_TH, slots, experts, x.shape)
+            return MoEOutput(y=out.y, router_logits=routing.logits, tokens_per_expert=out.counts)
 
     @runs_eagerly
     def moe_routed(
@@ -192,7 +191,7 @@ class ExpertParallel:
             self._calls.begin("moe_routed", **facts_of(x_TH, experts), K=idx_TK.shape[1])
             capacity = self._agreed_capacity(idx_TK)
             slots = Slots(topk_idx=idx_TK, topk_scores=scores_TK, capacity=capacity, distinct=False)
-            return self._backend.layer(x_TH, slots, experts).y.view(x.shape)
+            return self._backend.layer(x_TH, slots, experts, x.shape).y
 
     @runs_eagerly
     def plan(self, topk_idx: Tensor, num_experts: int) -> RoutingPlan:

@@ -57,7 +57,7 @@ class Slots:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerOutput:
-    """What the experts of the group made of this rank's tokens: y (T, H), and counts (E,) int32 of the plan."""
+    """What the experts of the group made of this rank's tokens: y (..., H), and counts (E,) int32 of the plan."""
 
     y: Tensor
     counts: Tensor
@@ -113,8 +113,8 @@ class Backend(Protocol):
         """(T, H). Differentiable in rows and scores; never reads rows past the valid ones."""
         ...
 
-    def layer(self, x_TH: Tensor, slots: Slots, experts: Experts) -> LayerOutput:
-        """Plan, dispatch, experts, combine. Honours every flag of the config."""
+    def layer(self, x_TH: Tensor, slots: Slots, experts: Experts, shape: torch.Size) -> LayerOutput:
+        """Plan, dispatch, experts, combine. Honours every flag of the config. ``shape``: (..., H), of y."""
         ...
 
     def check(self) -> None:

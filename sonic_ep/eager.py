@@ -1,4 +1,4 @@
-"""Calls that ``torch.compile`` steps over: what surrounds them is compiled, they run as they are."""
+"""What ``torch.compile`` and dispatch modes do not see: calls that run as they are, whatever surrounds them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 GivenP = ParamSpec("GivenP")
 ResultT = TypeVar("ResultT")
@@ -26,5 +27,24 @@ def runs_eagerly(function: Callable[GivenP, ResultT]) -> Callable[GivenP, Result
         if COMPILER in sys.modules:
             return cast(ResultT, _disabled(function)(*arguments, **options))
         return function(*arguments, **options)
+
+    return called
+
+
+def outside_dispatch_modes(function: Callable[GivenP, ResultT]) -> Callable[GivenP, ResultT]:
+    """``function``, none of whose operations a ``TorchDispatchMode`` of the caller sees.
+
+    Selective activation checkpointing is such a mode. In recompute it returns what an operation gave in forward without
+    running it: a collective would not take place, a tag would be that of an earlier step, and a buffer that is written
+    in place would stay unwritten.
+    """
+
+    @wraps(function)
+    def called(*arguments: GivenP.args, **options: GivenP.kwargs) -> ResultT:
+        # Hardly ever is there one, and to leave none costs as much as launching a kernel.
+        if torch._C._len_torch_dispatch_stack() == 0:
+            return function(*arguments, **options)
+        with _disable_current_modes():
+            return function(*arguments, **options)
 
     return called

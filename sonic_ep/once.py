@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -38,9 +38,30 @@ def has_tangent(tensor: Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def saved_by(ctx: Any) -> list[Any]:
-    """``ctx.saved_tensors`` as kernels read them: a hook that unpacks them may lay out the same values otherwise."""
-    return [None if held is None else in_memory(held).contiguous() for held in ctx.saved_tensors]
+def raise_if_freed(where: object, name: str, tensor: Tensor) -> None:
+    """Raise ``ValueError`` if ``tensor`` reaches past the end of its storage. ``where`` begins the message.
+
+    FSDP frees the storage of a parameter between its uses, and tensors that look at it keep their shapes.
+    """
+    if tensor.numel() == 0:
+        return
+    last = sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    held = tensor.untyped_storage().nbytes()
+    if held < needed:
+        raise ValueError(f"{where}: memory of {name}: got {held} bytes, expected at least {needed}: was it freed?")
+
+
+def saved_by(ctx: Any, where: object, names: Sequence[str]) -> list[Any]:
+    """``ctx.saved_tensors`` as kernels read them: a hook that unpacks them may lay out the same values otherwise.
+
+    names: of all of them, in their order. Raises ``ValueError`` if the storage of one was freed after forward.
+    """
+    saved = ctx.saved_tensors
+    for name, held in zip(names, saved, strict=True):
+        if held is not None:
+            raise_if_freed(where, name, held)
+    return [None if held is None else in_memory(held).contiguous() for held in saved]
 
 
 def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:

@@ -19,7 +19,7 @@ from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
 from sonic_ep.backend import Experts
 from sonic_ep.config import RouterOptions, is_count
 from sonic_ep.group import EPGroup
-from sonic_ep.once import as_kernels_read, has_tangent
+from sonic_ep.once import as_kernels_read, has_tangent, raise_if_freed
 from sonic_ep.plan import INDEX_DTYPE, RoutingPlan, malformed_field
 
 ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -29,6 +29,9 @@ MOST_SECONDS = 30 * 24 * 3600
 SCORE_DTYPES = (*ROW_DTYPES, torch.float64)
 # Every rank counts the slots of all of them.
 MOST_EXPERTS = 2**16
+# The most that H, and 2I or I, may be: offsets within a tile of a product, of up to 256 rows, are int32, and a grid
+# over columns has at most 65535 blocks of 64.
+MOST_WIDTH = 2**21
 
 ObjectT = TypeVar("ObjectT")
 
@@ -123,7 +126,7 @@ class Edge:
                 f"{self.group}: {name}: got a tensor with a tangent of forward-mode differentiation, expected none: "
                 "only backward is differentiated"
             )
-        self._in_memory(name, value)
+        raise_if_freed(self.group, name, value)
         return value
 
     def _own_tensor(self, name: str, value: object) -> Tensor:
@@ -137,13 +140,6 @@ class Edge:
             # Its values are elsewhere, or none: a FakeTensor, a MaskedTensor, a DTensor.
             raise TypeError(f"{self.group}: {name}: got {kind.__name__}, expected a torch.Tensor that holds its values")
         return value.as_subclass(Tensor)
-
-    def _in_memory(self, name: str, tensor: Tensor) -> None:
-        """Sharding frees storage under the tensors that look at it."""
-        last = sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        needed = (tensor.storage_offset() + last + 1) * tensor.element_size() if tensor.numel() else 0
-        held = tensor.untyped_storage().nbytes()
-        self.require(held >= needed, f"memory of {name}", f"{held} bytes", f"at least {needed}: was it freed?")
 
     def same_device(self, name: str, tensor: Tensor, like: Tensor) -> None:
         """On the device of ``like``."""
@@ -168,6 +164,7 @@ def check_tokens(edge: Edge, x: object) -> Tensor:
     tensor = edge.tensor("x", x, ROW_DTYPES)
     shape = tuple(tensor.shape)
     edge.require(tensor.ndim >= 2 and shape[-1] >= 1, "shape of x", shape, "(T, H) or (..., H), H at least 1")
+    edge.require(shape[-1] <= MOST_WIDTH, "hidden size H", shape[-1], f"at most {MOST_WIDTH}")
     return tensor
 
 
@@ -239,6 +236,7 @@ def check_experts(edge: Edge, x: Tensor, arguments: ExpertArguments, num_experts
     edge.require(held >= 1, "shape of w2", tuple(w2.shape), "at least one expert on this rank")
     edge.shape("w2", w2, (held, hidden, w2.shape[2]), "(e, H, I)")
     edge.shape("w1", w1, (held, width, hidden), "(e, 2I, H)" if activation.gated else "(e, I, H)")
+    edge.require(width <= MOST_WIDTH, "2I of w1" if activation.gated else "I of w1", width, f"at most {MOST_WIDTH}")
     given = [name for name in ("b1", "b2") if getattr(arguments, name) is not None]
     edge.require(len(given) != 1, "biases", f"{given} alone", "b1 and b2, or neither")
     b1 = _check_bias(edge, x, "b1", arguments.b1, (held, width))

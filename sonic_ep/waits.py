@@ -21,6 +21,7 @@ from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions
 
 from sonic_ep.board import Board, Notice
 from sonic_ep.config import CollectiveMismatchError, PeerError, PeerLostError, PeerTimeoutError
+from sonic_ep.eager import outside_dispatch_modes
 from sonic_ep.group import EPGroup
 from sonic_ep.meeting import Meeting, Phase, Step, apart
 from sonic_ep.turn import Turn, TurnError
@@ -78,6 +79,7 @@ class Waits:
         self._astray = self.group.world_size > 1
         self._errors += 1
 
+    @outside_dispatch_modes
     def numbers(self, own: int, device: torch.device) -> list[int]:
         """Collective. ``own`` (63 bits) of every rank, in rank order, once all are seen to be at the same meeting."""
         if self.group.world_size == 1:
@@ -96,6 +98,7 @@ class Waits:
         self._met = self._collectives
         return [int(number) for number in numbers]
 
+    @outside_dispatch_modes
     def objects(self, own: Any, phase: Phase) -> list[Any]:
         """Collective. ``own`` of every rank, pickled, in rank order. ``phase``: what for."""
         if self.group.world_size == 1:
@@ -109,6 +112,7 @@ class Waits:
         self.meeting = before
         return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(gathered, sizes, strict=True)]
 
+    @outside_dispatch_modes
     def all_gather(self, local: Tensor) -> Tensor:
         """Collective. ``local`` of every rank, equal shapes, (W, *local.shape)."""
         gathered = local.new_empty((self.group.world_size, *local.shape))
@@ -122,6 +126,7 @@ class Waits:
             self._finish(lambda: group._allgather_base(flat, own, options), local)
         return gathered
 
+    @outside_dispatch_modes
     def all_to_all_rows(self, rows: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
         """Collective. Rows (N, ...) cut by ``send_splits``, piece q to rank q; the pieces received, in rank order."""
         received = rows.new_empty((sum(receive_splits), *rows.shape[1:]))

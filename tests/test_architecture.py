@@ -14,7 +14,7 @@ PACKAGE = Path(sonic_ep.__file__).parent
 TESTS = Path(__file__).parent
 LEAVES = {
     *{"config", "plan", "activation", "cost", "memory", "group", "machine", "fields"},
-    *{"meeting", "board", "turn", "waits", "once", "precision", "eager"},
+    *{"meeting", "board", "turn", "waits", "once", "precision", "eager", "split_backward"},
 }
 
 # What each part may import of the package. A part is a module or a folder right below sonic_ep.
@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "config": set(),
     "board": {"group"},
     "once": {"precision"},
-    "waits": {"config", "group", "meeting", "board", "turn"},
+    "split_backward": {"eager"},
+    "waits": {"config", "eager", "group", "meeting", "board", "turn"},
     "backend": LEAVES,
     "validation": {*LEAVES, "backend"},
     "reference": {*LEAVES, "backend"},

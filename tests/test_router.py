@@ -195,23 +195,17 @@ def test_gradients_of_logits_and_scores(
 
 
 def parts_of_a_gradient(rank: Rank) -> None:
-    from sonic_ep.fast.router import choose_experts as fast_choices
-    from sonic_ep.fast.router import logits_gradient
+    from sonic_ep.fast.router import bf16_parts
 
-    logits = randn(rank, 70, 300)
     given = randn(rank, 70, 300, seed=1) * torch.logspace(-20, 20, 300, device=rank.device)
     given[0, :4] = torch.tensor([INF, -INF, NAN, -0.0])
-    options = RouterOptions(top_k=3)
-    found = fast_choices(logits, options)
-    routing = Routing(logits=logits, topk_idx=found.topk_idx, topk_scores=found.scores)
-    whole, parts = (logits_gradient(routing, given, None, options, in_bf16_parts=cut) for cut in (False, True))
-    assert (whole.shape, parts.shape) == ((70, 1, 300), (70, 3, 300))
+    parts = bf16_parts(given)
+    assert parts.shape == (70, 3, 300)
     high, middle, low = parts.float().unbind(dim=1)
-    for sums in (whole.squeeze(1), high + (middle + low)):
-        assert bool(sums[0, 2].isnan())
-        assert torch.equal(sums.nan_to_num(7.0, INF, -INF), given.nan_to_num(7.0, INF, -INF))
-    nothing = logits_gradient(routing, None, None, options, in_bf16_parts=False)
-    assert not bool(nothing.any())
+    sums = high + (middle + low)
+    assert bool(sums[0, 2].isnan())
+    assert torch.equal(sums.nan_to_num(7.0, INF, -INF), given.nan_to_num(7.0, INF, -INF))
+    assert bf16_parts(given[:0]).shape == (0, 3, 300)
 
 
 @pytest.mark.fast
@@ -220,8 +214,8 @@ def test_bf16_parts_of_a_gradient_hold_all_its_bits(pool: RankPool) -> None:
 
 
 def examples_of_the_docstrings(rank: Rank) -> None:
+    from sonic_ep.fast.router import bf16_parts, logits_gradient
     from sonic_ep.fast.router import choose_experts as fast_choices
-    from sonic_ep.fast.router import logits_gradient
 
     logits = torch.tensor([[0.0, log(2.0), 0.0]], device=rank.device)
     over_all = RouterOptions(top_k=2, score_order=ScoreOrder.SOFTMAX_THEN_TOPK)
@@ -232,8 +226,10 @@ def examples_of_the_docstrings(rank: Rank) -> None:
     found = fast_choices(logits, over_all)
     routing = Routing(logits=logits, topk_idx=found.topk_idx, topk_scores=found.scores)
     given = torch.tensor([[1.0, 0.0]], device=rank.device)
-    grad = logits_gradient(routing, None, given, over_all, in_bf16_parts=False)
-    assert_near(grad, torch.tensor([[[-1 / 8, 1 / 4, -1 / 8]]], device=rank.device), 8)
+    grad = logits_gradient(routing, given, over_all)
+    assert_near(grad, torch.tensor([[-1 / 8, 1 / 4, -1 / 8]], device=rank.device), 8)
+    parts = bf16_parts(torch.tensor([[1 + 2**-9 + 2**-20]], device=rank.device))
+    assert parts.flatten().tolist() == [1, 2**-9, 2**-20]
 
 
 @pytest.mark.fast

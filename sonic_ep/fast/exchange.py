@@ -134,7 +134,7 @@ class Dispatch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, exchange: Exchange) -> Tensor:
-        """Rows in canonical order."""
+        """Rows in canonical order; those past the valid ones are unspecified."""
         ctx.exchange, ctx.turn = exchange, exchange.workspace.turn
         ctx.save_for_backward(savable(exchange.plan.expert_ids))
         return exchange.rows(x_TH)
@@ -144,7 +144,8 @@ class Dispatch(torch.autograd.Function):
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
         """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
         exchange: Exchange = ctx.exchange.in_backward()
-        return exchange.checked(exchange.sums(grad_RH, None), *saved_by(ctx)), None
+        (expert_ids_WCK,) = saved_by(ctx, exchange.workspace.group, ("topk_idx",))
+        return exchange.checked(exchange.sums(grad_RH, None), expert_ids_WCK), None
 
 
 class Combine(torch.autograd.Function):
@@ -168,7 +169,7 @@ class Combine(torch.autograd.Function):
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, None]:
         """Gradients of the rows (R, H) and of the scores (T, K)."""
         exchange: Exchange = ctx.exchange.in_backward()
-        scores_WCK, rows_RH, expert_ids_WCK = saved_by(ctx)
+        scores_WCK, rows_RH, expert_ids_WCK = saved_by(ctx, exchange.workspace.group, ("scores", "rows", "topk_idx"))
         out_grad_RH = exchange.rows(exchange.checked(grad_TH, expert_ids_WCK))
         grad_RH, dots_R = weigh_rows(out_grad_RH, rows_RH, scores_WCK, exchange.plan)
         return grad_RH, exchange.home(dots_R), None

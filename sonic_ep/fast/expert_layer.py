@@ -28,6 +28,9 @@ from sonic_ep.fast.workspace import SharedBuffer
 from sonic_ep.meeting import Phase
 from sonic_ep.once import once_differentiable, saved_by
 
+# What forward keeps, in its order, by the caller's names: x or the rows received of it, the pre-activation, the rest.
+SAVED = ("x", "hidden", "scores", "topk_idx", "w1", "w2", "b1", "b2")
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Begun:
@@ -42,11 +45,12 @@ class Begun:
 class Call:
     """One call of the layer, but for the tensors that autograd knows.
 
-    exchange: in forward by a plan whose R may still have to be cut to size. begun: for forward only. gather: brings x
-    again in backward; None where what was received is kept. training: whether a backward may come. wants_x: whether
-    this rank wants the gradient of x.
+    shape: (..., H), of the result. exchange: in forward by a plan whose R may still have to be cut to size. begun: for
+    forward only. gather: brings x again in backward; None where what was received is kept. training: whether a backward
+    may come. wants_x: whether this rank wants the gradient of x.
     """
 
+    shape: torch.Size
     exchange: Exchange
     gemm: GroupedGemm
     activation: Activation
@@ -62,7 +66,7 @@ class Call:
 
 
 class ExpertLayer(torch.autograd.Function):
-    """x (T, H) and scores (T, K) fp32 to the weighted sums of the experts' outputs, (T, H). Collective both ways."""
+    """x (T, H) and scores (T, K) fp32 to the weighted sums of the experts' outputs, (..., H). Collective both ways."""
 
     @staticmethod
     def forward(
@@ -93,14 +97,16 @@ class ExpertLayer(torch.autograd.Function):
         del hidden_RF
         y_RH = call.gemm.rows(activated_RI, w2.transpose(1, 2), exchange.group_ends, b2)
         del activated_RI
-        return exchange.sums(y_RH, scores_WCK)
+        # Resized in place, not viewed: what FSDP hooks to a view is lost where the caller writes to it.
+        return exchange.sums(y_RH, scores_WCK).resize_(call.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, out_grad_TH: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x (T, H), scores (T, K), w1, w2, b1 and b2; None for those that are not required."""
         # First of all: under activation checkpointing this is what runs forward again, on every rank.
-        kept, hidden_RF, scores_WCK, ids_WCK, *weights = saved_by(ctx)
+        kept, hidden_RF, scores_WCK, ids_WCK, *weights = saved_by(ctx, ctx.call.exchange.workspace.group, SAVED)
+        out_grad_TH = out_grad.reshape(ctx.call.exchange.plan.num_tokens, out_grad.shape[-1])
         saved = Saved(kept=kept, hidden=hidden_RF, scores=scores_WCK, experts=ctx.call.experts(*weights))
         needs = Needs(*ctx.needs_input_grad[:6])
         call = replace(ctx.call, exchange=ctx.call.exchange.in_backward())

@@ -16,6 +16,7 @@ from torch import Tensor
 from sonic_ep.backend import Experts, LayerOutput, Routing, Slots
 from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
+from sonic_ep.eager import outside_dispatch_modes
 from sonic_ep.fast.availability import interpreted
 from sonic_ep.fast.combine import combine_primitives
 from sonic_ep.fast.copy_engine import CopyEngineGather
@@ -31,6 +32,7 @@ from sonic_ep.meeting import Phase
 from sonic_ep.once import savable
 from sonic_ep.plan import RoutingPlan
 from sonic_ep.precision import full_precision
+from sonic_ep.split_backward import applied
 from sonic_ep.waits import Waits
 
 TOKENS_AGAIN = "tokens_again"
@@ -45,12 +47,14 @@ class FastBackend:
         self._config = config
         self._kits: dict[torch.device, Kit] = {}
 
+    @outside_dispatch_modes
     def meet(self, device: torch.device) -> None:
         """On the current stream: the host waits for nothing."""
         workspace = self._kit(device).workspace
         workspace.enter(Phase.MEETING)
         workspace.fence()
 
+    @outside_dispatch_modes
     def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
         """See ``sonic_ep.fast.router``."""
         return route(x_TH, router_w_EH, options, self._kit(x_TH.device).workspace)
@@ -58,25 +62,27 @@ class FastBackend:
     def check_expert_ids(self, topk_idx_TK: Tensor, num_experts: int) -> None:
         """The plan's kernels flag ids out of range on the device: to look at them here would be a read on the host."""
 
+    @outside_dispatch_modes
     def plan(self, topk_idx_TK: Tensor, *, num_experts: int, capacity: int, distinct: bool) -> RoutingPlan:
         """See ``sonic_ep.fast.plan``. Raises what the last plan has flagged, on every rank alike."""
         planner = self._kit(topk_idx_TK.device).planner
         pending = planner.begin(topk_idx_TK, num_experts=num_experts, capacity=capacity, distinct=distinct)
         return planner.sized(pending, planner.rows(pending))
 
+    @outside_dispatch_modes
     def dispatch(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
         """Rows in canonical order, (R, H)."""
         exchange = self._exchange(plan, x_TH)
-        rows_RH: Tensor = Dispatch.apply(self._joined(x_TH), exchange)
-        return rows_RH
+        return applied(Dispatch, self._joined(x_TH), exchange)
 
+    @outside_dispatch_modes
     def combine(self, rows_RH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan) -> Tensor:
         """The weighted sums of a token's rows, (T, H)."""
         exchange = self._exchange(plan, rows_RH)
-        y_TH: Tensor = Combine.apply(self._joined(rows_RH), self._joined(topk_scores_TK.float()), exchange)
-        return y_TH
+        return applied(Combine, self._joined(rows_RH), self._joined(topk_scores_TK.float()), exchange)
 
-    def layer(self, x_TH: Tensor, slots: Slots, experts: Experts) -> LayerOutput:
+    @outside_dispatch_modes
+    def layer(self, x_TH: Tensor, slots: Slots, experts: Experts, shape: torch.Size) -> LayerOutput:
         """Plan, dispatch, experts, combine. x is staged while the plan runs, and where the host waits for R meanwhile.
 
         Where x is to be gathered again in backward, w1 has to require a gradient on every rank or on none.
@@ -98,6 +104,7 @@ class FastBackend:
             exchange = self._exchange(pending.plan, x_TH)
             gather = self._reserved_gather(x_TH, experts.w1, slots.capacity)
             call = Call(
+                shape=shape,
                 exchange=exchange,
                 gemm=grouped_gemm((x_TH, experts.w1, experts.w2), rows_per_group(pending.plan)),
                 activation=experts.activation,
@@ -107,9 +114,9 @@ class FastBackend:
                 wants_x=wants_x,
                 begun=Begun(staged=exchange.stage(x_TH.detach()), pending=pending, planner=kit.planner),
             )
-            y_TH = ExpertLayer.apply(x_TH, scores_TK, experts.w1, experts.w2, experts.b1, experts.b2, call)
+            y = applied(ExpertLayer, x_TH, scores_TK, experts.w1, experts.w2, experts.b1, experts.b2, call)
             # The caller's own: backward looks at the plan's again.
-            return LayerOutput(y=y_TH, counts=pending.plan.counts.clone())
+            return LayerOutput(y=y, counts=pending.plan.counts.clone())
 
     def check(self) -> None:
         """Wait for the devices, then raise what they have flagged."""

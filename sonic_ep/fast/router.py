@@ -1,4 +1,4 @@
-"""The router: one GEMM and one kernel forward, one kernel and at most two GEMMs backward, nothing read on the host.
+"""The router: one GEMM and one kernel forward, two kernels and at most two GEMMs backward, nothing read on the host.
 
 Logits and scores are those of the reference to fp32 rounding, choices follow from the logits exactly. A GEMM with fp32
 in it and bf16 weights or tokens would be slow, or copy them to fp32; instead the gradient of the logits is cut into
@@ -17,16 +17,18 @@ from sonic_ep.backend import Routing
 from sonic_ep.config import RouterOptions, ScoreOrder
 from sonic_ep.fast.device import launch, pieces, power_of_two
 from sonic_ep.fast.rank_sum import reserve_sum, sum_over_ranks
-from sonic_ep.fast.router_kernels import choose_kernel, logits_gradient_kernel
+from sonic_ep.fast.router_kernels import choose_kernel, logits_gradient_kernel, parts_kernel
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.meeting import Phase
 from sonic_ep.once import once_differentiable, savable, saved_by
 from sonic_ep.precision import full_precision
+from sonic_ep.split_backward import applied
 
 # Logits that one program holds, unless one token has more; the more there are for each warp, the more registers.
 TILE_LOGITS = 1024
 MOST_WARPS = 16
 BF16_PARTS = 3
+PARTS_BLOCK = 1024
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
 
@@ -41,55 +43,66 @@ def route(x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions, workspace: 
         reserve_sum(workspace, router_w_EH.numel())
     if torch.is_grad_enabled():
         x_TH = savable(x_TH)
-    logits_TE, topk_idx_TK, scores_TK = Route.apply(x_TH, router_w_EH, options, workspace)
+    logits_TE = applied(RouterLogits, x_TH, router_w_EH, options, workspace)
+    topk_idx_TK, scores_TK = Choose.apply(logits_TE, options, workspace)
     return Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK)
 
 
-class Route(torch.autograd.Function):
-    """x (T, H) and router_w (E, H) to logits (T, E) fp32, choices (T, K) int64 and scores (T, K) fp32."""
+class RouterLogits(torch.autograd.Function):
+    """x (T, H) and router_w (E, H) to logits (T, E) fp32.
+
+    Apart from ``Choose``: where backward is split in two for a pipeline, PyTorch up to 2.12 confuses the gradients of a
+    function that holds a weight and has several results.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions, workspace: Workspace
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, choices, scores."""
+    def forward(ctx: Any, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions, workspace: Workspace) -> Tensor:
+        """``x . router_w``."""
         needs_x, needs_weight, *_ = ctx.needs_input_grad
-        with full_precision(x_TH.device):
-            logits_TE = product(x_TH, router_w_EH.t(), torch.float32)
-        choices = choose_experts(logits_TE, options)
-        ctx.mark_non_differentiable(choices.topk_idx)
-        ctx.set_materialize_grads(False)
-        ctx.options, ctx.workspace, ctx.step, ctx.turn = options, workspace, workspace.step, workspace.turn
+        ctx.reduced, ctx.workspace = options.reduce_router_grad, workspace
+        ctx.step, ctx.turn = workspace.step, workspace.turn
         ctx.x_dtype, ctx.weight_dtype = x_TH.dtype, router_w_EH.dtype
-        weight, x = router_w_EH if needs_x else None, x_TH if needs_weight else None
-        ctx.save_for_backward(x, weight, logits_TE, choices.topk_idx, choices.scores)
-        return logits_TE, choices.topk_idx, choices.scores
+        ctx.save_for_backward(x_TH if needs_weight else None, router_w_EH if needs_x else None)
+        with full_precision(x_TH.device):
+            return product(x_TH, router_w_EH.t(), torch.float32)
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, logits_grad_TE: Tensor | None, _: None, scores_grad_TK: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """Gradients of x and of the weight, each if it is required."""
-        x_TH, router_w_EH, logits_TE, topk_idx_TK, scores_TK = saved_by(ctx)
-        grad_TPE = logits_gradient(
-            Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK),
-            logits_grad_TE,
-            scores_grad_TK,
-            ctx.options,
-            in_bf16_parts=ctx.x_dtype == ctx.weight_dtype == torch.bfloat16,
-        )
-        x_grad = weight_grad = None
-        if router_w_EH is not None:
-            x_grad = gradient_of_x(grad_TPE, router_w_EH, ctx.x_dtype)
-        if x_TH is not None:
-            weight_grad = gradient_of_weight(grad_TPE, x_TH)
-        if weight_grad is not None:
-            if ctx.options.reduce_router_grad:
-                ctx.workspace.enter(Phase.ROUTER, ctx.step, backward=True)
-                weight_grad = sum_over_ranks(weight_grad, ctx.workspace)
-            weight_grad = weight_grad.to(ctx.weight_dtype)
-        return x_grad, weight_grad, None, None
+        x_TH, router_w_EH = saved_by(ctx, ctx.workspace.group, ("x", "router_w"))
+        in_bf16_parts = ctx.x_dtype == ctx.weight_dtype == torch.bfloat16
+        grad_TPE = bf16_parts(grad_TE) if in_bf16_parts else grad_TE.unsqueeze(1)
+        x_grad = None if router_w_EH is None else gradient_of_x(grad_TPE, router_w_EH, ctx.x_dtype)
+        if x_TH is None:
+            return x_grad, None, None, None
+        weight_grad = gradient_of_weight(grad_TPE, x_TH)
+        if ctx.reduced:
+            ctx.workspace.enter(Phase.ROUTER, ctx.step, backward=True)
+            weight_grad = sum_over_ranks(weight_grad, ctx.workspace)
+        return x_grad, weight_grad.to(ctx.weight_dtype), None, None
+
+
+class Choose(torch.autograd.Function):
+    """Logits (T, E) fp32 to choices (T, K) int64 and their scores (T, K) fp32. Not collective."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TE: Tensor, options: RouterOptions, workspace: Workspace) -> tuple[Tensor, Tensor]:
+        """Choices, scores."""
+        choices = choose_experts(logits_TE, options)
+        ctx.mark_non_differentiable(choices.topk_idx)
+        ctx.set_materialize_grads(False)
+        ctx.options, ctx.group, ctx.turn = options, workspace.group, workspace.turn
+        ctx.save_for_backward(logits_TE, choices.topk_idx, choices.scores)
+        return choices.topk_idx, choices.scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: None, scores_grad_TK: Tensor) -> tuple[Tensor, None, None]:
+        """Gradient of the logits, (T, E)."""
+        logits_TE, topk_idx_TK, scores_TK = saved_by(ctx, ctx.group, ("router_logits", "topk_idx", "scores"))
+        routing = Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK)
+        return logits_gradient(routing, scores_grad_TK, ctx.options), None, None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -122,40 +135,41 @@ def choose_experts(logits_TE: Tensor, options: RouterOptions) -> Choices:
     return Choices(topk_idx=topk_idx_TK, scores=scores_TK)
 
 
-def logits_gradient(
-    routing: Routing,
-    logits_grad_TE: Tensor | None,
-    scores_grad_TK: Tensor | None,
-    options: RouterOptions,
-    *,
-    in_bf16_parts: bool,
-) -> Tensor:
-    """d(logits) from the gradients of logits and scores, (T, 1, E) fp32 or three bf16 parts that sum to it, (T, 3, E).
-
-    A gradient that is None counts as zeros.
-    """
+def logits_gradient(routing: Routing, scores_grad_TK: Tensor, options: RouterOptions) -> Tensor:
+    """d(logits) from the gradient of the scores, (T, E) fp32."""
     logits_TE = routing.logits
-    num_tokens, num_experts = logits_TE.shape
-    parts = BF16_PARTS if in_bf16_parts else 1
-    dtype = torch.bfloat16 if in_bf16_parts else torch.float32
-    out_TPE = logits_TE.new_empty((num_tokens, parts, num_experts), dtype=dtype)
+    grad_TE = torch.empty_like(logits_TE)
     tile = Tile.of(logits_TE, options)
     launch(
         logits_gradient_kernel,
-        (pieces(num_tokens, tile.tokens),),
+        (pieces(logits_TE.shape[0], tile.tokens),),
         logits_TE,
         routing.topk_idx,
         routing.topk_scores,
-        # A pointer is passed in any case; without the gradient nothing is read there.
-        logits_TE if logits_grad_TE is None else logits_grad_TE.contiguous(),
-        logits_TE if scores_grad_TK is None else scores_grad_TK.contiguous(),
-        out_TPE,
-        num_tokens,
+        scores_grad_TK.contiguous(),
+        grad_TE,
+        logits_TE.shape[0],
         device=logits_TE.device,
-        OF_LOGITS=logits_grad_TE is not None,
-        OF_SCORES=scores_grad_TK is not None,
-        PARTS=parts,
         **tile.constants(),
+    )
+    return grad_TE
+
+
+def bf16_parts(grad_TE: Tensor) -> Tensor:
+    """Three bf16 numbers that sum to each of ``grad_TE`` (T, E) fp32, (T, 3, E)."""
+    grad_TE = grad_TE.contiguous()
+    num_tokens, num_experts = grad_TE.shape
+    out_TPE = grad_TE.new_empty((num_tokens, BF16_PARTS, num_experts), dtype=torch.bfloat16)
+    launch(
+        parts_kernel,
+        (pieces(grad_TE.numel(), PARTS_BLOCK),),
+        grad_TE,
+        out_TPE,
+        grad_TE.numel(),
+        device=grad_TE.device,
+        E=num_experts,
+        PARTS=BF16_PARTS,
+        BLOCK=PARTS_BLOCK,
     )
     return out_TPE
 

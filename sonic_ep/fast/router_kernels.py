@@ -34,7 +34,7 @@ def logit_of(key):
     return tl.where(ordered < 0, ordered ^ ALL_BUT_SIGN, ordered).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def choose_kernel(
     logits_ptr,
     topk_idx_ptr,
@@ -54,7 +54,7 @@ def choose_kernel(
 
     Logits 0 ln2 0 of one token, K=2: experts 1 0, scores 2/4 1/4 over all and 2/3 1/3 over the chosen.
     """
-    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, EXPERTS_PADDED)
     k_of = tl.arange(0, K_PADDED)
     inside = (token < tokens)[:, None] & (expert < E)[None, :]
@@ -79,62 +79,66 @@ def choose_kernel(
     tl.store(scores_ptr + place, tl.div_rn(share, whole), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def logits_gradient_kernel(
     logits_ptr,
     topk_idx_ptr,
     scores_ptr,
-    logits_grad_ptr,
     scores_grad_ptr,
     out_ptr,
     tokens,
     E: tl.constexpr,
     K: tl.constexpr,
-    OF_LOGITS: tl.constexpr,
-    OF_SCORES: tl.constexpr,
     OVER_ALL: tl.constexpr,
-    PARTS: tl.constexpr,
     TOKENS: tl.constexpr,
     EXPERTS_PADDED: tl.constexpr,
     K_PADDED: tl.constexpr,
 ):
-    """d(logits): what is given for them, plus what d(scores) gives through the softmax. Grid (ceil(T / TOKENS),).
+    """d(logits) from d(scores), through the softmax. Grid (ceil(T / TOKENS),).
 
-    logits_ptr (T, E), logits_grad_ptr (T, E) if OF_LOGITS, scores_ptr and scores_grad_ptr (T, K) if OF_SCORES: fp32.
+    logits_ptr (T, E), scores_ptr and scores_grad_ptr (T, K), out_ptr (T, E): fp32; topk_idx_ptr (T, K) int64.
     With s the scores, g their gradient and G the sum of g * s over k, a chosen logit gets s * (g - G); if OVER_ALL,
     the others get -p * G, p being their own share of the softmax. Scores 2/4 1/4 over all three, g = 1 0: the chosen
     get 1/4 -1/8, the other -1/8.
-
-    out_ptr (T, PARTS, E): each part the rounding, to the dtype of out, of what the parts before have left over.
     """
-    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     there = token < tokens
     expert = tl.arange(0, EXPERTS_PADDED)
     inside = there[:, None] & (expert < E)[None, :]
     place = token[:, None] * E + expert[None, :]
     grad = tl.zeros((TOKENS, EXPERTS_PADDED), dtype=tl.float32)
-    if OF_SCORES:
-        k_of = tl.arange(0, K_PADDED)
-        slot = token[:, None] * K + k_of[None, :]
-        real = there[:, None] & (k_of < K)[None, :]
-        score = tl.load(scores_ptr + slot, mask=real, other=0.0)
-        total = tl.sum(score * tl.load(scores_grad_ptr + slot, mask=real, other=0.0), axis=1)
-        for k in range(K):
-            chosen = tl.load(topk_idx_ptr + token * K + k, mask=there, other=-1)
-            own = tl.load(scores_grad_ptr + token * K + k, mask=there, other=0.0)
-            if not OVER_ALL:
-                own = tl.load(scores_ptr + token * K + k, mask=there, other=0.0) * (own - total)
-            grad = tl.where(expert[None, :] == chosen[:, None], own[:, None], grad)
-        if OVER_ALL:
-            # The best logit's own share is 1 over the sum that all shares have in common.
-            best = tl.load(topk_idx_ptr + token * K, mask=there, other=0)
-            top = tl.load(logits_ptr + token * E + best, mask=there, other=0.0)
-            unit = tl.load(scores_ptr + token * K, mask=there, other=0.0)
-            logit = tl.load(logits_ptr + place, mask=inside, other=0.0)
-            grad = exact_exp(logit - top[:, None]) * unit[:, None] * (grad - total[:, None])
-    if OF_LOGITS:
-        grad += tl.load(logits_grad_ptr + place, mask=inside, other=0.0)
-    out_ptr += token[:, None] * (PARTS * E) + expert[None, :]
+    k_of = tl.arange(0, K_PADDED)
+    slot = token[:, None] * K + k_of[None, :]
+    real = there[:, None] & (k_of < K)[None, :]
+    score = tl.load(scores_ptr + slot, mask=real, other=0.0)
+    total = tl.sum(score * tl.load(scores_grad_ptr + slot, mask=real, other=0.0), axis=1)
+    for k in range(K):
+        chosen = tl.load(topk_idx_ptr + token * K + k, mask=there, other=-1)
+        own = tl.load(scores_grad_ptr + token * K + k, mask=there, other=0.0)
+        if not OVER_ALL:
+            own = tl.load(scores_ptr + token * K + k, mask=there, other=0.0) * (own - total)
+        grad = tl.where(expert[None, :] == chosen[:, None], own[:, None], grad)
+    if OVER_ALL:
+        # The best logit's own share is 1 over the sum that all shares have in common.
+        best = tl.load(topk_idx_ptr + token * K, mask=there, other=0)
+        top = tl.load(logits_ptr + token * E + best, mask=there, other=0.0)
+        unit = tl.load(scores_ptr + token * K, mask=there, other=0.0)
+        logit = tl.load(logits_ptr + place, mask=inside, other=0.0)
+        grad = exact_exp(logit - top[:, None]) * unit[:, None] * (grad - total[:, None])
+    tl.store(out_ptr + place, grad, mask=inside)
+
+
+@triton.jit(do_not_specialize=["numbers"])
+def parts_kernel(grad_ptr, out_ptr, numbers, E: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Cut fp32 numbers into parts that sum to them. Grid (ceil(numbers / BLOCK),).
+
+    grad_ptr (T, E) fp32, ``numbers`` = T*E; out_ptr (T, PARTS, E): each part the rounding, to the dtype of out, of what
+    the parts before have left over. Of 1 + 2^-9 + 2^-20 in bf16 the parts are 1, 2^-9 and 2^-20.
+    """
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < numbers
+    grad = tl.load(grad_ptr + place, mask=inside, other=0.0)
+    out_ptr += place // E * (PARTS * E) + place % E
     for part in tl.static_range(PARTS):
         rounding = rounded(grad, out_ptr)
         tl.store(out_ptr + part * E, rounding, mask=inside)

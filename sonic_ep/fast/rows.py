@@ -95,8 +95,8 @@ def weigh_rows_kernel(
     """Gradient of a weighted row, and of its weight. Any grid: of P programs, p takes rows p, p + P, ...
 
     out_grad_ptr (R, H): d(out) of each row's token; rows_ptr (R, H): the rows that were weighted; scores_ptr (W*C*K,)
-    fp32. grad_ptr (R, H) = round(score * d(out)); dots_ptr (R,) fp32 = sum over H of d(out) * row. Rows behind the
-    valid ones are left as they are.
+    fp32. grad_ptr (R, H) = round(score * d(out)), and zeros behind the valid rows, since autograd passes all rows on.
+    dots_ptr (R,) fp32 = sum over H of d(out) * row, left as it is behind the valid rows.
     """
     rows = valid_rows(group_ends_ptr, experts_per_rank, row_capacity)
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
@@ -111,10 +111,15 @@ def weigh_rows_kernel(
             tl.store(grad_ptr + row * H + column, rounded(out_grad * score, grad_ptr), mask=inside)
             dot += out_grad * value
         tl.store(dots_ptr + row, tl.sum(dot, axis=0))
+    for index in range(rows + tl.program_id(0), row_capacity, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64)
+        for first in range(0, H, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            tl.store(grad_ptr + row * H + column, tl.zeros((COLUMNS,), grad_ptr.dtype.element_ty), mask=column < H)
 
 
 def weigh_rows(out_grad_RH: Tensor, rows_RH: Tensor, scores_WCK: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
-    """Gradients of the rows (R, H) and of each row's score (R,) fp32; past the valid rows unspecified."""
+    """Gradients of the rows (R, H), zeros past the valid ones, and of each row's score (R,) fp32, unspecified there."""
     grad_RH = torch.empty_like(out_grad_RH)
     dots_R = out_grad_RH.new_empty(out_grad_RH.shape[0], dtype=torch.float32)
     width = out_grad_RH.shape[1]
@@ -138,7 +143,7 @@ def weigh_rows(out_grad_RH: Tensor, rows_RH: Tensor, scores_WCK: Tensor, plan: R
     return grad_RH, dots_R
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "bound"])
 def spoil_kernel(
     rows_ptr,
     counts_ptr,

@@ -5,14 +5,13 @@ They move bytes and know nothing of autograd; their adjoints are written where t
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sonic_ep.group import EPGroup
-from sonic_ep.meeting import Meeting, Phase, Step
-from sonic_ep.once import once_differentiable
+from sonic_ep.meeting import Meeting, Step
 from sonic_ep.turn import Turn
 from sonic_ep.waits import Waits
 
@@ -101,23 +100,10 @@ def collectives_of(waits: Waits) -> Collectives:
     return OneRank(waits) if waits.group.world_size == 1 else ProcessGroupCollectives(waits)
 
 
-class SumGradient(torch.autograd.Function):
-    """Identity in forward; in backward the sum over the group, added in rank order, so the same bits on every rank."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, collectives: Collectives) -> Tensor:
-        """``weight``, unchanged."""
-        ctx.collectives, ctx.turn = collectives, collectives.turn
-        ctx.meeting = Meeting(step=collectives.step, phase=Phase.ROUTER, backward=True)
-        return weight.view_as(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """The gradients of all ranks, summed in rank order."""
-        ctx.collectives.meet(ctx.meeting, grad.device)
-        by_rank = ctx.collectives.all_gather(grad)
-        total = by_rank[0].clone()
-        for other in by_rank[1:]:
-            total += other
-        return total, None
+def sum_over_ranks(local: Tensor, collectives: Collectives) -> Tensor:
+    """``local`` of all ranks, of one shape, summed in ascending order of rank, so the same bits on every rank."""
+    by_rank = collectives.all_gather(local)
+    total = by_rank[0].clone()
+    for other in by_rank[1:]:
+        total += other
+    return total

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sonic_ep.backend import Experts
+from sonic_ep.eager import outside_dispatch_modes
 
 
 def apply_experts(rows_RH: Tensor, group_ends_e: Tensor, experts: Experts) -> Tensor:
@@ -28,10 +29,17 @@ def grouped_linear(rows_RH: Tensor, group_ends_e: Tensor, weight_eFH: Tensor, bi
     Expert i takes rows group_ends_e[i-1] up to group_ends_e[i]: with ends [2, 2, 5] expert 1 has none, and the gradient
     of its weight is exact zeros. Reads the host.
     """
-    sizes = torch.diff(group_ends_e, prepend=group_ends_e.new_zeros(1)).tolist()
+    sizes = sizes_of_groups(group_ends_e)
     behind = rows_RH.shape[0] - sum(sizes)
     groups = rows_RH.split([*sizes, behind])[:-1]
     biases = [None] * len(groups) if bias_eF is None else list(bias_eF)
     outputs = [F.linear(*operands) for operands in zip(groups, weight_eFH, biases, strict=True)]
     # New zeros, not the rows behind the valid ones: those may hold anything.
     return torch.cat([*outputs, rows_RH.new_zeros(behind, weight_eFH.shape[1])])
+
+
+@outside_dispatch_modes
+def sizes_of_groups(group_ends_e: Tensor) -> list[int]:
+    """Rows of each expert: ends [2, 2, 5] are of 2, 0 and 3 rows. Reads the host."""
+    sizes: list[int] = torch.diff(group_ends_e, prepend=group_ends_e.new_zeros(1)).tolist()
+    return sizes

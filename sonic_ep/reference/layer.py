@@ -7,6 +7,7 @@ are written here by hand; everything else is autograd's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch import Tensor
 from sonic_ep.backend import CombinePrimitive, DispatchPrimitive, Experts, LayerOutput, Routing, Slots
 from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
+from sonic_ep.eager import outside_dispatch_modes
 from sonic_ep.meeting import Meeting, Phase, Step
-from sonic_ep.once import once_differentiable, savable
+from sonic_ep.once import once_differentiable, savable, saved_by
 from sonic_ep.plan import RoutingPlan, recompute_error
 from sonic_ep.precision import full_precision, keep_from_autocast
 from sonic_ep.reference.collectives import Collectives, collectives_of
@@ -26,6 +28,7 @@ from sonic_ep.reference.dispatch import dispatch_primitives
 from sonic_ep.reference.experts import apply_experts, apply_second_half, grouped_linear
 from sonic_ep.reference.plan import check_expert_ids, exchange_plan, pad_tokens, slot_exchange
 from sonic_ep.reference.router import route
+from sonic_ep.split_backward import applied
 from sonic_ep.waits import Waits
 
 
@@ -87,6 +90,7 @@ class Dispatch(torch.autograd.Function):
     """x (T, H) to rows (R, H). Backward: a combine without scores."""
 
     @staticmethod
+    @outside_dispatch_modes
     def forward(ctx: Any, x_TH: Tensor, exchange: Exchange) -> Tensor:
         """Rows in canonical order."""
         ctx.exchange, ctx.turn = exchange, exchange.collectives.turn
@@ -98,7 +102,7 @@ class Dispatch(torch.autograd.Function):
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
         """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
         exchange: Exchange = ctx.exchange.in_backward()
-        exchange.raise_if_rerouted(*ctx.saved_tensors)
+        exchange.raise_if_rerouted(*saved_by(ctx, exchange.collectives.group, ("topk_idx",)))
         exchange.meet(Phase.COMBINE, grad_RH.device)
         return exchange.combine.combine(grad_RH, None, exchange.plan), None
 
@@ -108,30 +112,44 @@ class Combine(torch.autograd.Function):
 
     d(row) = round(score * d(out)), d(score) = the sum over H of d(out) * row in fp32, both on the rank of the expert;
     the score's gradient then goes home, one float a slot.
+
+    read_later: what autograd's own functions in front of this one read in their backward. It is looked at here, before
+    ranks meet: those functions would read freed memory without an error.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows_RH: Tensor, scores_TK: Tensor, exchange: Exchange) -> Tensor:
-        """The weighted sums, (T, H)."""
+    @outside_dispatch_modes
+    def forward(
+        ctx: Any,
+        rows_RH: Tensor,
+        scores_TK: Tensor,
+        exchange: Exchange,
+        shape: torch.Size,
+        read_later: Mapping[str, Tensor],
+    ) -> Tensor:
+        """The weighted sums, (..., H) as ``shape`` says."""
         scores_WCK = exchange.scores_of_group(scores_TK)
         valid_slots_N = exchange.plan.slot_of_row[: exchange.plan.rows()].long()
         ctx.exchange, ctx.turn = exchange, exchange.collectives.turn
+        ctx.names = ("scores", "rows", "topk_idx", *read_later)
         ctx.save_for_backward(
             scores_WCK.flatten()[valid_slots_N] if ctx.needs_input_grad[0] else None,
             rows_RH if ctx.needs_input_grad[1] else None,
             savable(exchange.plan.expert_ids),
+            *(tensor.detach() for tensor in read_later.values()),
         )
-        return exchange.combine.combine(rows_RH, scores_WCK, exchange.plan)
+        # Resized in place, not viewed: what FSDP hooks to a view is lost where the caller writes to it.
+        return exchange.combine.combine(rows_RH, scores_WCK, exchange.plan).resize_(shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """Gradients of the rows (R, H) and of the scores (T, K)."""
         exchange: Exchange = ctx.exchange.in_backward()
-        score_of_row_N, rows_RH, expert_ids_WCK = ctx.saved_tensors
+        score_of_row_N, rows_RH, expert_ids_WCK, *_ = saved_by(ctx, exchange.collectives.group, ctx.names)
         exchange.raise_if_rerouted(expert_ids_WCK)
-        exchange.meet(Phase.DISPATCH, grad_TH.device)
-        out_grad_RH = exchange.rows(grad_TH)
+        exchange.meet(Phase.DISPATCH, grad.device)
+        out_grad_RH = exchange.rows(grad.reshape(exchange.plan.num_tokens, grad.shape[-1]))
         valid = slice(exchange.plan.rows())
         grad_RH = grad_scores_TK = None
         # In place: rows in fp32 are the largest that there is where most of them come to one rank.
@@ -143,7 +161,7 @@ class Combine(torch.autograd.Function):
             # The product is fp32's, as the score is, and rounded once.
             out_grad_RH[valid].mul_(score_of_row_N[:, None])
             grad_RH = out_grad_RH
-        return grad_RH, grad_scores_TK, None
+        return grad_RH, grad_scores_TK, None, None, None
 
 
 class UpProjectionOfRowsGatheredAgain(torch.autograd.Function):
@@ -164,8 +182,8 @@ class UpProjectionOfRowsGatheredAgain(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_RF: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, None]:
         """Gradients of the rows, w1 and b1, those that are required."""
-        x_TH, w1, b1 = ctx.saved_tensors
         exchange: Exchange = ctx.exchange.in_backward()
+        x_TH, w1, b1 = saved_by(ctx, exchange.collectives.group, ("x", "w1", "b1"))
         exchange.meet(Phase.DISPATCH, x_TH.device)
         needed = ctx.needs_input_grad[1:4]
         rows_RH = exchange.rows(x_TH).requires_grad_(needed[0])
@@ -204,6 +222,7 @@ class ReferenceBackend:
         """See ``sonic_ep.reference.plan``."""
         check_expert_ids(topk_idx_TK, num_experts, self._collectives.group)
 
+    @outside_dispatch_modes
     def plan(self, topk_idx_TK: Tensor, *, num_experts: int, capacity: int, distinct: bool) -> RoutingPlan:
         """See ``sonic_ep.reference.plan``."""
         self._collectives.meet(self._meeting(Phase.EXCHANGE), topk_idx_TK.device)
@@ -220,17 +239,13 @@ class ReferenceBackend:
         """Rows of x in canonical order, (R, H)."""
         exchange = self._exchange(plan)
         (x_TH,) = _joined_in_backward(exchange, Phase.DISPATCH, x_TH)
-        rows_RH: Tensor = Dispatch.apply(x_TH, exchange)
-        return rows_RH
+        return applied(Dispatch, x_TH, exchange)
 
     def combine(self, rows_RH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan) -> Tensor:
         """The weighted sums of a token's rows, (T, H)."""
-        exchange = self._exchange(plan)
-        rows_RH, scores_TK = _joined_in_backward(exchange, Phase.COMBINE, rows_RH, topk_scores_TK.float())
-        y_TH: Tensor = Combine.apply(rows_RH, scores_TK, exchange)
-        return y_TH
+        return self._combined(rows_RH, topk_scores_TK, plan, torch.Size((plan.num_tokens, rows_RH.shape[1])), {})
 
-    def layer(self, x_TH: Tensor, slots: Slots, experts: Experts) -> LayerOutput:
+    def layer(self, x_TH: Tensor, slots: Slots, experts: Experts, shape: torch.Size) -> LayerOutput:
         """Plan, dispatch, experts, combine."""
         plan = self.plan(
             slots.topk_idx,
@@ -241,9 +256,9 @@ class ReferenceBackend:
         with full_precision(x_TH.device):
             rows_RH = self.dispatch(x_TH, plan)
             y_RH = self._apply_experts(rows_RH, x_TH, plan, experts)
-            y_TH = self.combine(y_RH, slots.topk_scores, plan)
-        keep_from_autocast((y_TH,), (x_TH, slots.topk_scores, experts.w1, experts.w2, experts.b1, experts.b2))
-        return LayerOutput(y=y_TH, counts=plan.counts)
+            y = self._combined(y_RH, slots.topk_scores, plan, shape, self._read_later(x_TH, experts))
+        keep_from_autocast((y,), (x_TH, slots.topk_scores, experts.w1, experts.w2, experts.b1, experts.b2))
+        return LayerOutput(y=y, counts=plan.counts)
 
     def check(self) -> None:
         """Nothing is ever pending: this backend raises where it finds."""
@@ -268,13 +283,34 @@ class ReferenceBackend:
     def close(self) -> None:
         """Nothing is held."""
 
+    def _combined(
+        self,
+        rows_RH: Tensor,
+        topk_scores_TK: Tensor,
+        plan: RoutingPlan,
+        shape: torch.Size,
+        read_later: Mapping[str, Tensor],
+    ) -> Tensor:
+        exchange = self._exchange(plan)
+        rows_RH, scores_TK = _joined_in_backward(exchange, Phase.COMBINE, rows_RH, topk_scores_TK.float())
+        return applied(Combine, rows_RH, scores_TK, exchange, shape, read_later)
+
+    def _gathers_again(self, experts: Experts) -> bool:
+        """Whether x is dispatched again in backward. Only the gradient of w1 reads the rows there."""
+        return self._config.redispatch_x_in_backward and torch.is_grad_enabled() and experts.w1.requires_grad
+
+    def _read_later(self, x_TH: Tensor, experts: Experts) -> dict[str, Tensor]:
+        """What the experts' backward reads of the caller's tensors, by name."""
+        read = {"w1": experts.w1, "w2": experts.w2}
+        if self._gathers_again(experts):
+            read |= {"x": x_TH} if experts.b1 is None else {"x": x_TH, "b1": experts.b1}
+        return read
+
     def _apply_experts(self, rows_RH: Tensor, x_TH: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
-        # Only the gradient of w1 reads the rows in backward.
-        keeps_rows = torch.is_grad_enabled() and experts.w1.requires_grad
-        if not (self._config.redispatch_x_in_backward and keeps_rows):
+        if not self._gathers_again(experts):
             return apply_experts(rows_RH, plan.group_ends, experts)
-        up = UpProjectionOfRowsGatheredAgain.apply
-        hidden_RF = up(x_TH.detach(), rows_RH, experts.w1, experts.b1, self._exchange(plan))
+        up = UpProjectionOfRowsGatheredAgain
+        hidden_RF = applied(up, x_TH.detach(), rows_RH, experts.w1, experts.b1, self._exchange(plan))
         return apply_second_half(hidden_RF, plan.group_ends, experts)
 
     def _meeting(self, phase: Phase) -> Meeting:

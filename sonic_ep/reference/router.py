@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sonic_ep.backend import Routing
 from sonic_ep.config import RouterOptions, ScoreOrder
-from sonic_ep.reference.collectives import Collectives, SumGradient
+from sonic_ep.meeting import Meeting, Phase
+from sonic_ep.once import once_differentiable, savable, saved_by
+from sonic_ep.reference.collectives import Collectives, sum_over_ranks
+from sonic_ep.split_backward import applied
 
 
 def route(x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions, collectives: Collectives) -> Routing:
@@ -18,15 +23,42 @@ def route(x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions, collectives
 
     ``logits = x . router_w`` in fp32. Choices descend by logit; equal logits go to the lower expert first.
     """
-    weight_EH = router_w_EH.float()
-    if options.reduce_router_grad:
-        weight_EH = SumGradient.apply(weight_EH, collectives)
-    logits_TE = F.linear(x_TH.float(), weight_EH)
+    logits_TE = applied(RouterLogits, x_TH, router_w_EH, options, collectives)
     topk_idx_TK = choose_experts(logits_TE, options.top_k)
     scores_TK = _SCORES[options.score_order](logits_TE, topk_idx_TK)
     if options.norm_topk_probs:
         scores_TK = scores_TK / scores_TK.sum(dim=-1, keepdim=True)
     return Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK)
+
+
+class RouterLogits(torch.autograd.Function):
+    """x (T, H) and router_w (E, H) to logits (T, E) fp32. Backward sums the weight's gradient over the group."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions, collectives: Collectives
+    ) -> Tensor:
+        """``x . router_w``."""
+        ctx.reduced, ctx.collectives, ctx.turn = options.reduce_router_grad, collectives, collectives.turn
+        ctx.meeting = Meeting(step=collectives.step, phase=Phase.ROUTER, backward=True)
+        ctx.x_dtype, ctx.weight_dtype = x_TH.dtype, router_w_EH.dtype
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(savable(x_TH) if needs_weight else None, router_w_EH if needs_x else None)
+        return F.linear(x_TH.float(), router_w_EH.float())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Gradients of x and of the weight, each if it is required."""
+        x_TH, router_w_EH = saved_by(ctx, ctx.collectives.group, ("x", "router_w"))
+        x_grad = None if router_w_EH is None else (grad_TE @ router_w_EH.float()).to(ctx.x_dtype)
+        if x_TH is None:
+            return x_grad, None, None, None
+        weight_grad = grad_TE.t() @ x_TH.float()
+        if ctx.reduced:
+            ctx.collectives.meet(ctx.meeting, weight_grad.device)
+            weight_grad = sum_over_ranks(weight_grad, ctx.collectives)
+        return x_grad, weight_grad.to(ctx.weight_dtype), None, None
 
 
 def choose_experts(logits_TE: Tensor, top_k: int) -> Tensor:

@@ -1,0 +1,137 @@
+"""Memory that was freed between forward and backward, as sharding does: the error of forward, and no wrong number."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from backends import both_backends
+from layer_inputs import routing_of
+from torch import Tensor
+
+from sonic_ep import EPConfig, ExpertParallel
+from sonic_ep.testing import CASES, Case, Inputs, Rank, RankPool, assert_bitwise, draw
+from sonic_ep.testing.differential import leaf, leaf_experts
+
+CASE = CASES["dropped_slots"]
+NAMES = ("x", "router_w", "w1", "w2", "b1", "b2")
+REDISPATCH = EPConfig(redispatch_x_in_backward=True)
+
+
+def leaves_of(rank: Rank, inputs: Inputs) -> dict[str, Tensor]:
+    experts = leaf_experts(inputs.experts, inputs.experts_of(rank.rank))
+    assert experts.b1 is not None
+    assert experts.b2 is not None
+    x, router_w = leaf(inputs.x[inputs.tokens_of(rank.rank)]), leaf(inputs.router_w)
+    return dict(zip(NAMES, (x, router_w, experts.w1, experts.w2, experts.b1, experts.b2), strict=True))
+
+
+def free(tensor: Tensor) -> Callable[[], None]:
+    """Free the memory of ``tensor``; what comes back gives it its memory and its values again."""
+    values, nbytes = tensor.detach().clone(), tensor.untyped_storage().nbytes()
+    tensor.untyped_storage().resize_(0)
+
+    def restore() -> None:
+        tensor.untyped_storage().resize_(nbytes)
+        with torch.no_grad():
+            tensor.copy_(values)
+
+    return restore
+
+
+def assert_refused(forward: Callable[[], Tensor], leaves: dict[str, Tensor], freed: str, group: str) -> None:
+    """Forward and backward refuse ``freed`` alike, and both are right again once it is back."""
+    tensor = leaves[freed]
+    wanted = list(leaves.values())
+    expected = torch.autograd.grad(forward().square().sum(), wanted, allow_unused=True)
+    message = rf"{group}: memory of {freed}: got 0 bytes, expected at least \d+: was it freed\?"
+    loss = forward().square().sum()
+    restore = free(tensor)
+    with pytest.raises(ValueError, match=message):
+        torch.autograd.grad(loss, wanted, allow_unused=True)
+    with pytest.raises(ValueError, match=message):
+        forward()
+    restore()
+    found = torch.autograd.grad(forward().square().sum(), wanted, allow_unused=True)
+    for got, want in zip(found, expected, strict=True):
+        if want is not None:
+            assert_bitwise(got, want, f"after {freed} was back")
+
+
+def freed_of_the_layer(rank: Rank, case: Case, backend: str, config: EPConfig, freed: list[str]) -> None:
+    inputs = draw(case, rank.world_size, rank.device)
+    leaves = leaves_of(rank, inputs)
+    with ExpertParallel(backend=backend, config=config, timeout=30) as ep:
+
+        def forward() -> Tensor:
+            x, router_w, w1, w2, b1, b2 = leaves.values()
+            return ep.moe(x, router_w, w1, w2, case.top_k, b1=b1, b2=b2).y
+
+        for name in freed:
+            assert_refused(forward, leaves, name, str(ep.group))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@both_backends
+def test_freed_weights_are_refused_in_backward(pool: RankPool, backend: str, world_size: int) -> None:
+    freed = ["router_w", "w1", "w2", "x", *(["b2"] if backend == "fast" else [])]
+    pool.run(freed_of_the_layer, CASE, backend, EPConfig(), freed, world_size=world_size)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@both_backends
+def test_freed_tokens_are_refused_where_they_are_dispatched_again(
+    pool: RankPool, backend: str, world_size: int
+) -> None:
+    pool.run(freed_of_the_layer, CASE, backend, REDISPATCH, ["x", "w1", "b1"], world_size=world_size)
+
+
+def freed_x_of_a_routed_layer(rank: Rank, case: Case, backend: str) -> None:
+    """Without a router nobody else reads x again."""
+    inputs = draw(case, rank.world_size, rank.device)
+    idx, scores = routing_of(rank, case)
+    leaves = {name: tensor for name, tensor in leaves_of(rank, inputs).items() if name in ("x", "w1", "w2")}
+    with ExpertParallel(backend=backend, config=REDISPATCH, timeout=30) as ep:
+        assert_refused(
+            lambda: ep.moe_routed(leaves["x"], idx, scores, leaves["w1"], leaves["w2"]), leaves, "x", str(ep.group)
+        )
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@both_backends
+def test_freed_tokens_of_a_routed_layer_are_refused(pool: RankPool, backend: str, world_size: int) -> None:
+    pool.run(freed_x_of_a_routed_layer, CASE, backend, world_size=world_size)
+
+
+def freed_logits_alone(rank: Rank, case: Case, backend: str) -> None:
+    """Only the logits are trained through, as by a loss that balances experts."""
+    inputs = draw(case, rank.world_size, rank.device)
+    leaves = leaves_of(rank, inputs)
+    with ExpertParallel(backend=backend, timeout=30) as ep:
+
+        def forward() -> Tensor:
+            x, router_w, w1, w2, b1, b2 = leaves.values()
+            return ep.moe(x, router_w, w1, w2, case.top_k, b1=b1, b2=b2).router_logits
+
+        for name in ("x", "router_w"):
+            assert_refused(forward, leaves, name, str(ep.group))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@both_backends
+def test_what_the_router_reads_is_refused(pool: RankPool, backend: str, world_size: int) -> None:
+    pool.run(freed_logits_alone, CASE, backend, world_size=world_size)
+
+
+def freed_rows(rank: Rank, case: Case, backend: str) -> None:
+    idx, scores = routing_of(rank, case)
+    with ExpertParallel(backend=backend, timeout=30) as ep:
+        plan = ep.plan(idx, case.num_experts)
+        rows = torch.randn(plan.row_capacity, case.hidden, device=rank.device).requires_grad_()
+        leaves = {"rows": rows, "scores": scores.clone().requires_grad_()}
+        assert_refused(lambda: ep.combine(rows, leaves["scores"], plan), leaves, "rows", str(ep.group))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@both_backends
+def test_freed_rows_of_a_combine_are_refused(pool: RankPool, backend: str, world_size: int) -> None:
+    pool.run(freed_rows, CASE, backend, world_size=world_size)

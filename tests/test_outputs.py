@@ -1,0 +1,144 @@
+"""What calls return is the caller's: written in place, taken apart by pytree, given to hooks and to checkpointing."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from backends import both_backends
+from layer_inputs import layer_inputs, routing_of
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
+
+from sonic_ep import ExpertParallel, MoE, MoEOutput
+from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise
+
+by_world = pytest.mark.parametrize("world_size", [1, 2])
+SIZES = (8, 4, 4, 2)
+CASE = CASES["uneven_tokens"]
+
+
+def outputs(ep: ExpertParallel, rank: Rank, case: Case) -> dict[str, Callable[[Tensor, list[Tensor]], Tensor]]:
+    """Every call that returns a tensor to be trained through, as a function of x and the weights."""
+    idx, scores = routing_of(rank, case)
+    plan = ep.plan(idx, case.num_experts)
+    return {
+        "moe": lambda x, weights: ep.moe(x, *weights, case.top_k).y,
+        "moe of 3 dimensions": lambda x, weights: ep.moe(x.unsqueeze(0), *weights, case.top_k).y,
+        "moe_routed": lambda x, weights: ep.moe_routed(x, idx, scores, *weights[1:]),
+        "dispatch": lambda x, weights: ep.dispatch(x, plan),
+        "combine": lambda x, weights: ep.combine(ep.dispatch(x, plan), scores, plan),
+    }
+
+
+def written_in_place(rank: Rank, case: Case, backend: str) -> None:
+    """What follows an output in place has the gradients of what follows it out of place, and hooks at it are called."""
+    x, weights, _ = layer_inputs(rank, case)
+    with ExpertParallel(backend=backend) as ep:
+        valid = ep.plan(routing_of(rank, case)[0], case.num_experts).rows()
+        for name, call in outputs(ep, rank, case).items():
+            kept = slice(valid) if name == "dispatch" else slice(None)
+
+            def loss(y: Tensor, kept: slice = kept) -> Tensor:
+                return y[kept].square().sum()
+
+            leaves = [x, *weights]
+            expected = torch.autograd.grad(loss(call(x, weights) * 3), leaves, allow_unused=True)
+            y = call(x, weights)
+            assert not y._is_view(), f"{name} returns a view"
+            seen: list[Tensor] = []
+            y.register_hook(seen.append)
+            y *= 3
+            found = torch.autograd.grad(loss(y), leaves, allow_unused=True)
+            assert len(seen) == 1, f"a hook at what {name} returned is called once"
+            for got, want in zip(found, expected, strict=True):
+                assert (got is None) == (want is None)
+                if want is not None:
+                    assert_bitwise(got, want, name)
+
+
+@by_world
+@both_backends
+def test_an_output_may_be_written_in_place(pool: RankPool, backend: str, world_size: int) -> None:
+    pool.run(written_in_place, CASE, backend, world_size=world_size)
+
+
+def layer_of(rank: Rank, ep: ExpertParallel) -> tuple[MoE, Tensor]:
+    torch.manual_seed(rank.rank)
+    return MoE(*SIZES, ep=ep, device=rank.device), torch.randn(5, 8, device=rank.device, requires_grad=True)
+
+
+def gradients_of(layer: nn.Module, x: Tensor) -> list[Tensor]:
+    """Gradients that a backward has left, which are taken away again."""
+    leaves = [x, *layer.parameters()]
+    found = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    return found
+
+
+def as_a_tuple(rank: Rank, backend: str) -> None:
+    with ExpertParallel(backend=backend) as ep:
+        layer, x = layer_of(rank, ep)
+        out = layer(x)
+        y, router_logits, tokens_per_expert = out
+        assert y is out.y
+        assert [leaf is field for leaf, field in zip(tree_leaves(out), out, strict=True)] == [True] * 3
+        assert isinstance(tree_map(torch.clone, out), MoEOutput)
+        assert router_logits.shape == (5, 4)
+        assert int(tokens_per_expert.sum()) == 5 * 2 * rank.world_size
+
+
+@by_world
+@both_backends
+def test_an_output_is_a_tuple_of_its_tensors(pool: RankPool, backend: str, world_size: int) -> None:
+    pool.run(as_a_tuple, backend, world_size=world_size)
+
+
+def checkpointed(rank: Rank, backend: str) -> None:
+    """``checkpoint`` of the layer itself: reentrant, it hands on the fields without their names."""
+    with ExpertParallel(backend=backend) as ep:
+        layer, x = layer_of(rank, ep)
+        out = layer(x)
+        (out.y.square().sum() + out.router_logits.square().sum()).backward()
+        expected = gradients_of(layer, x)
+        for reentrant in (True, False):
+            y, router_logits, tokens_per_expert = checkpoint(layer, x, use_reentrant=reentrant)
+            assert torch.equal(tokens_per_expert, out.tokens_per_expert)
+            (y.square().sum() + router_logits.square().sum()).backward()
+            for got, want in zip(gradients_of(layer, x), expected, strict=True):
+                assert got is not None, "nothing was trained"
+                assert_bitwise(got, want)
+
+
+@by_world
+@both_backends
+def test_checkpointing_the_layer_itself_trains_it(pool: RankPool, backend: str, world_size: int) -> None:
+    pool.run(checkpointed, backend, world_size=world_size)
+
+
+def hooked(rank: Rank, backend: str) -> None:
+    """Hooks of the module see its gradients, and leave them as they are."""
+    with ExpertParallel(backend=backend) as ep:
+        layer, x = layer_of(rank, ep)
+        layer(x).y.sum().backward()
+        expected = gradients_of(layer, x)
+        seen: list[tuple[Tensor, Tensor]] = []
+        before: list[Tensor] = []
+        layer.register_full_backward_hook(lambda module, into, out: seen.append((into[0], out[0])))
+        layer.register_full_backward_pre_hook(lambda module, out: before.append(out[0]))
+        layer(x).y.sum().backward()
+        assert [len(seen), len(before)] == [1, 1]
+        into, out = seen[0]
+        assert_bitwise(out, torch.ones_like(out))
+        assert_bitwise(before[0], out)
+        found = gradients_of(layer, x)
+        assert_bitwise(into, found[0])
+        for got, want in zip(found, expected, strict=True):
+            assert_bitwise(got, want)
+
+
+@by_world
+@both_backends
+def test_full_backward_hooks_are_called(pool: RankPool, backend: str, world_size: int) -> None:
+    pool.run(hooked, backend, world_size=world_size)

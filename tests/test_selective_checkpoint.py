@@ -1,0 +1,126 @@
+"""Selective activation checkpointing: whatever operations a policy saves, gradients are those without it."""
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from backends import both_backends
+from layer_inputs import layer_inputs, routing_of
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from sonic_ep import EPConfig, ExpertParallel
+from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise
+
+Policy = Callable[..., CheckpointPolicy]
+SAVE, RUN_AGAIN = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def saving(wanted: Callable[[Any, tuple[Any, ...], dict[str, Any]], bool]) -> Policy:
+    def policy(context: object, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+        return SAVE if wanted(operation, arguments, options) else RUN_AGAIN
+
+    return policy
+
+
+def is_copy_to_host(operation: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    """As torchtitan's policy has it, for sizes that an exchange brings to the host."""
+    return operation is torch.ops.aten._to_copy.default and torch.device(options.get("device", "meta")).type == "cpu"
+
+
+def every_second_product() -> Policy:
+    """Saves the first, third, ... product of forward, and the same ones in recompute, as torchtitan's policy does."""
+    seen: Counter[tuple[bool, str]] = Counter()
+
+    def policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+        if operation not in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            return RUN_AGAIN
+        seen[context.is_recompute, str(operation)] += 1
+        return SAVE if seen[context.is_recompute, str(operation)] % 2 else RUN_AGAIN
+
+    return policy
+
+
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "everything": lambda: saving(lambda *_: True),
+    "nothing": lambda: saving(lambda *_: False),
+    "collectives": lambda: saving(lambda operation, *_: "c10d" in str(operation)),
+    "copies to the host": lambda: saving(is_copy_to_host),
+    "products": lambda: saving(lambda operation, *_: "mm" in str(operation)),
+    "every second product": every_second_product,
+    "all but products": lambda: saving(lambda operation, *_: "mm" not in str(operation)),
+    "copies": lambda: saving(lambda operation, *_: "copy" in str(operation)),
+    "memory": lambda: saving(lambda operation, *_: any(w in str(operation) for w in ("empty", "zeros", "full"))),
+}
+
+
+def selectively(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
+    x, weights, dy = layer_inputs(rank, case)
+    idx, scores = routing_of(rank, case)
+    scores = scores.clone().requires_grad_()
+    with ExpertParallel(backend=backend, config=config) as ep:
+
+        def layer(x: Tensor, scores: Tensor) -> Tensor:
+            """The whole layer, its routing given, and its three steps, one after the other."""
+            y = ep.moe(x, *weights, case.top_k).y
+            y = y + ep.moe_routed(x * 2, idx, scores, *weights[1:])
+            plan = ep.plan(idx, case.num_experts)
+            return y + ep.combine(ep.dispatch(x * 3, plan), scores, plan)
+
+        leaves = [x, scores, *weights]
+        expected = torch.autograd.grad(layer(x, scores), leaves, dy)
+        for name, policy in POLICIES.items():
+            context = partial(create_selective_checkpoint_contexts, policy())
+            y = checkpoint(layer, x, scores, use_reentrant=False, context_fn=context)
+            for got, want in zip(torch.autograd.grad(y, leaves, dy), expected, strict=True):
+                assert_bitwise(got, want, f"saving {name}")
+
+
+@pytest.mark.parametrize("flags", [{}, {"redispatch_x_in_backward": True, "cpu_sync_on_runtime": True}], ids=str)
+@both_backends
+def test_gradients_are_the_same_whatever_a_policy_saves(pool: RankPool, backend: str, flags: dict[str, bool]) -> None:
+    pool.run(selectively, CASES["uneven_tokens"], backend, EPConfig(**flags), world_size=2)
+
+
+class Products(TorchDispatchMode):
+    """Counts products of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "mm" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def counted(rank: Rank, case: Case) -> list[int]:
+    """Products of a forward, and of backwards where a policy saves all of them and where it saves none."""
+    x, weights, dy = layer_inputs(rank, case)
+    counts = []
+    with ExpertParallel(backend="reference") as ep:
+
+        def layer(x: Tensor) -> Tensor:
+            return ep.moe(x, *weights, case.top_k).y
+
+        with Products() as products:
+            layer(x)
+        counts.append(products.count)
+        for name in ("products", "nothing"):
+            context = partial(create_selective_checkpoint_contexts, POLICIES[name]())
+            y = checkpoint(layer, x, use_reentrant=False, context_fn=context)
+            with Products() as products:
+                y.backward(dy)
+            counts.append(products.count)
+    return counts
+
+
+def test_products_of_the_reference_are_saved_where_a_policy_says_so(cpu_pool: RankPool) -> None:
+    """The reference's own products are ordinary operations: a policy need not compute them again."""
+    for forward, saved, run_again in cpu_pool.run(counted, CASES["uneven_tokens"], world_size=2):
+        assert forward > 0
+        assert run_again == saved + forward

@@ -1,0 +1,143 @@
+"""Backward in two halves, as zero-bubble pipelines run it: gradients of the inputs first, those of weights later."""
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from backends import both_backends
+from layer_inputs import layer_inputs
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
+
+from sonic_ep import ExpertParallel, MoE
+from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise
+
+TOKENS, HIDDEN, EXPERTS = 6, 8, 4
+LOSS = nn.MSELoss(reduction="sum")
+
+
+def in_two_halves(rank: Rank, case: Case, top_k: int, backend: str, balanced: bool) -> None:
+    """balanced: whether the loss has a share of the logits, as one that balances experts has."""
+    x, weights, dy = layer_inputs(rank, case)
+    with ExpertParallel(backend=backend) as ep:
+
+        def loss() -> Tensor:
+            out = ep.moe(x, *weights, top_k)
+            return (out.y * dy).sum() + (out.router_logits.square().sum() if balanced else 0)
+
+        expected = torch.autograd.grad(loss(), [x, *weights])
+        outputs = [loss()]
+        (dx,), groups = stage_backward_input(outputs, None, [x], iter(weights))
+        assert_bitwise(dx, expected[0])
+        stage_backward_weight(iter(weights), groups)
+        for weight, want in zip(weights, expected[1:], strict=True):
+            assert_bitwise(weight.grad, want)
+
+
+# Fewer choices than experts, and all of them: then gradients of logits and of scores have one shape.
+@pytest.mark.parametrize(("top_k", "balanced"), [(3, False), (24, True)])
+@pytest.mark.parametrize("world_size", [1, 2])
+@both_backends
+def test_backward_in_two_halves(pool: RankPool, backend: str, world_size: int, top_k: int, balanced: bool) -> None:
+    pool.run(in_two_halves, CASES["uniform"], top_k, backend, balanced, world_size=world_size)
+
+
+def never_run(rank: Rank, backend: str) -> None:
+    """What a forward keeps is freed with its result, after half a backward, a whole one, or none at all."""
+    x = torch.randn(TOKENS, HIDDEN, device=rank.device, requires_grad=True)
+    with ExpertParallel(backend=backend) as ep:
+        layer = MoE(HIDDEN, 4, EXPERTS, 2, ep=ep, device=rank.device)
+
+        def nothing(y: Tensor) -> None:
+            """No backward."""
+
+        def first_half(y: Tensor) -> None:
+            stage_backward_input([y.sum()], None, [x], layer.parameters())
+
+        def both_halves(y: Tensor) -> None:
+            stage_backward_weight(layer.parameters(), stage_backward_input([y.sum()], None, [x], layer.parameters())[1])
+
+        def given_and_retained(y: Tensor) -> None:
+            torch.autograd.grad(y, x, x.detach(), retain_graph=True)
+
+        # Reference cycles of Python would be collected; those through nodes of autograd never are.
+        gc.disable()
+        try:
+            for run in (nothing, first_half, both_halves, given_and_retained):
+                freed: list[str] = []
+                y = layer(x).y
+                marker = Marker()
+                weakref.finalize(marker, freed.append, run.__name__)
+                node_of_function(y).metadata["marker"] = marker
+                del marker
+                run(y)
+                del y
+                assert freed == [run.__name__]
+        finally:
+            gc.enable()
+
+
+class Marker:
+    """Something whose end can be seen."""
+
+
+def node_of_function(y: Tensor) -> Any:
+    """The node of the library's own function: of y itself, or the next one."""
+    node: Any = y.grad_fn
+    while not isinstance(node, torch._C._FunctionBase):
+        node = node.next_functions[0][0]
+    return node
+
+
+@both_backends
+def test_a_graph_is_freed_with_its_result(pool: RankPool, backend: str) -> None:
+    pool.run(never_run, backend, world_size=1)
+
+
+class Block(nn.Module):
+    """A layer with a residual."""
+
+    def __init__(self, ep: ExpertParallel, device: torch.device) -> None:
+        super().__init__()
+        self.moe = MoE(HIDDEN, 4, EXPERTS, 2, ep=ep, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.moe(x).y
+
+
+def in_a_pipeline(rank: Rank, backend: str) -> None:
+    """Four stages on two ranks, each of which is an EP group of its own, in the schedule that splits every backward."""
+    groups = [dist.new_group([other]) for other in range(rank.world_size)]
+    count = 2 * rank.world_size
+    mine = [rank.rank, rank.world_size + rank.rank]
+    with ExpertParallel(groups[rank.rank], backend=backend) as ep:
+        torch.manual_seed(5)
+        blocks = [Block(ep, rank.device) for _ in range(count)]
+        x = torch.randn(count * TOKENS, HIDDEN, device=rank.device)
+        target = torch.randn_like(x)
+        y = x
+        for block in blocks:
+            y = block(y)
+        LOSS(y, target).backward()
+        expected = {place: [p.grad for p in blocks[place].parameters()] for place in mine}
+        for place in mine:
+            blocks[place].zero_grad()
+        stages = [PipelineStage(blocks[place], place, count, rank.device) for place in mine]
+        schedule = ScheduleInterleavedZeroBubble(stages, n_microbatches=count, loss_fn=LOSS, scale_grads=False)
+        given = (x,) if rank.rank == 0 else ()
+        schedule.step(*given, target=target if rank.rank == rank.world_size - 1 else None)
+        for place in mine:
+            for parameter, want in zip(blocks[place].parameters(), expected[place], strict=True):
+                # Sums over micro-batches, of which the whole is one product.
+                error = (parameter.grad - want).norm() / want.norm()
+                assert error < count * TOKENS * torch.finfo(torch.float32).eps, f"stage {place}: {error}"
+
+
+@both_backends
+def test_a_schedule_without_bubbles(pool: RankPool, backend: str) -> None:
+    pool.run(in_a_pipeline, backend, world_size=2)

@@ -1,0 +1,127 @@
+"""No gradient and no result holds memory that nobody wrote: fresh memory of these ranks reads as NaN."""
+
+import pytest
+import torch
+from backends import both_backends
+from layer_inputs import layer_inputs, routing_of
+from torch import Tensor
+
+from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
+from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise, draw
+from sonic_ep.testing.differential import leaf, leaf_experts
+
+by_world = pytest.mark.parametrize("world_size", [1, 2])
+MODES = [
+    (DispatchMode.ALL_TO_ALL, CombineMode.ALL_TO_ALL),
+    (DispatchMode.ALL_GATHER, CombineMode.REDUCE_SCATTER),
+    (DispatchMode.RANK_DEDUP, CombineMode.RANK_DEDUP),
+]
+FLAGS = [
+    {},
+    {"redispatch_x_in_backward": True},
+    {"cpu_sync_on_runtime": True},
+    {"max_rows": 1000},
+]
+
+
+def dropped(rank: Rank, backend: str) -> None:
+    """One token of which one slot is dropped, so that one of two rows is valid."""
+    with ExpertParallel(backend=backend) as ep:
+        idx = torch.tensor([[0, -1]], device=rank.device)
+        plan = ep.plan(idx[: 1 if rank.rank == 0 else 0], 2)
+        tokens = plan.num_tokens
+        rows = torch.ones(plan.row_capacity, 4, device=rank.device, requires_grad=True)
+        scores = torch.ones(tokens, 2, device=rank.device, requires_grad=True)
+        ep.combine(rows, scores, plan).sum().backward()
+        expected = torch.zeros_like(rows)
+        expected[: plan.rows()] = 1
+        assert_bitwise(rows.grad, expected)
+        assert scores.grad.tolist() == [[4.0, 0.0]] * tokens
+
+
+@by_world
+@both_backends
+def test_rows_without_a_slot_have_the_gradient_zero(pool: RankPool, backend: str, world_size: int) -> None:
+    pool.run(dropped, backend, world_size=world_size)
+
+
+def scaled_and_shifted(rank: Rank, case: Case, backend: str, config: EPConfig) -> list[Tensor]:
+    """Gradients of a scale and a bias for all rows, whose sums run over the rows that are not valid too."""
+    idx, scores = routing_of(rank, case)
+    x = layer_inputs(rank, case)[0]
+    with ExpertParallel(backend=backend, config=config) as ep:
+        plan = ep.plan(idx, case.num_experts)
+        valid = torch.arange(plan.row_capacity, device=rank.device) < plan.group_ends[-1]
+        scale, bias = (torch.full((case.hidden,), n, device=rank.device, requires_grad=True) for n in (2.0, 1.0))
+        rows = torch.where(valid[:, None], ep.dispatch(x, plan), 0)
+        with torch.autograd.detect_anomaly(check_nan=True):
+            ep.combine(rows * scale + bias, scores, plan).sum().backward()
+    assert scale.grad is not None
+    assert bias.grad is not None
+    return [scale.grad.cpu(), bias.grad.cpu()]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("modes", MODES, ids=lambda modes: modes[1].value)
+@by_world
+def test_sums_over_all_rows_are_those_of_the_reference(
+    pool: RankPool, world_size: int, modes: tuple[DispatchMode, CombineMode]
+) -> None:
+    config = EPConfig(dispatch=modes[0], combine=modes[1])
+    found, expected = (
+        pool.run(scaled_and_shifted, CASES["dropped_slots"], backend, config, world_size=world_size)
+        for backend in ("fast", "reference")
+    )
+    for mine, wanted in zip(found, expected, strict=True):
+        for got, want in zip(mine, wanted, strict=True):
+            assert bool(want.isfinite().all())
+            assert_bitwise(got, want)
+
+
+def assert_written(tensors: dict[str, Tensor | None], what: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            assert bool(tensor.isfinite().all()), f"{what}: {name} holds memory that nobody wrote"
+
+
+def everything(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
+    """Every tensor that calls and their backwards hand out, but for what dispatch leaves past the valid rows."""
+    inputs = draw(case, rank.world_size, rank.device)
+    idx, scores = routing_of(rank, case)
+    held = leaf_experts(inputs.experts, inputs.experts_of(rank.rank))
+    x, router_w, scores = leaf(inputs.x[inputs.tokens_of(rank.rank)]), leaf(inputs.router_w), leaf(scores)
+    experts = {"w1": held.w1, "w2": held.w2, "b1": held.b1, "b2": held.b2}
+    options = {"activation": case.activation, "gate_layout": case.gate_layout}
+
+    def assert_gradients(loss: Tensor, leaves: dict[str, Tensor | None], what: str) -> None:
+        wanted = {name: tensor for name, tensor in leaves.items() if tensor is not None}
+        found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+        assert_written(dict(zip(wanted, found, strict=True)), what)
+
+    with ExpertParallel(backend=backend, config=config) as ep:
+        out = ep.moe(x, router_w, top_k=case.top_k, **experts, **options)
+        assert_written(out._asdict(), "moe")
+        loss = out.y.float().sum() + out.router_logits.sum()
+        assert_gradients(loss, {"x": x, "router_w": router_w, **experts}, "moe")
+        y = ep.moe_routed(x, idx, scores, **experts, **options)
+        assert_written({"y": y}, "moe_routed")
+        assert_gradients(y.float().sum(), {"x": x, "scores": scores, **experts}, "moe_routed")
+        plan = ep.plan(idx, case.num_experts)
+        plan.check()
+        rows = ep.dispatch(x, plan)
+        assert_written({"rows": rows[: plan.rows()]}, "dispatch")
+        assert_gradients(rows[: plan.rows()].float().sum(), {"x": x}, "dispatch")
+        given = torch.zeros_like(rows).requires_grad_()
+        y = ep.combine(given, scores, plan)
+        assert_written({"y": y}, "combine")
+        assert_gradients(y.float().sum(), {"rows": given, "scores": scores}, "combine")
+
+
+# Where some slots, tokens, experts or ranks have nothing to do.
+@pytest.mark.parametrize("case", ["dropped_slots_bf16", "empty_experts", "zero_token_ranks", "no_tokens_at_all"])
+@both_backends
+def test_everything_handed_out_is_written(pool: RankPool, backend: str, case: str) -> None:
+    for number, flags in enumerate(FLAGS):
+        dispatch, combine = MODES[number % len(MODES)]
+        config = EPConfig(dispatch=dispatch, combine=combine, **flags)
+        pool.run(everything, CASES[case], backend, config, world_size=2)
