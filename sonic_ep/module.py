@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
 from sonic_ep.api import ExpertParallel, MoEOutput
@@ -17,6 +18,22 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 SEEDS = 2**62
+EXPERT_WEIGHTS = ("w1", "w2", "b1", "b2")
+
+
+def weight_of(path: str) -> str:
+    """The weight that a parameter of the layer belongs to, by the name under which PyTorch keeps it.
+
+    ``torch.nn.utils`` computes a weight from an original and adapters, a norm and a direction, or an original and a
+    mask.
+
+    >>> [weight_of(path) for path in ("w1", "parametrizations.w1.original", "parametrizations.w1.0.down", "w1_orig")]
+    ['w1', 'w1', 'w1', 'w1']
+    >>> weight_of("router_w"), weight_of("parametrizations.router_w.original")
+    ('router_w', 'router_w')
+    """
+    name = path.removeprefix("parametrizations.").split(".")[0]
+    return name.split("_")[0] if name.split("_")[0] in EXPERT_WEIGHTS else name
 
 
 class MoE(nn.Module):
@@ -91,23 +108,29 @@ class MoE(nn.Module):
 
         Parameters that ``fully_shard`` has made DTensors get this rank's shards of what a layer that is not sharded
         gets from the seed: give ranks that share one layer the same seed. Meanwhile that takes memory for one whole
-        parameter and a shard of it. TypeError if a DTensor has placements other than Shard and Replicate.
+        parameter and a shard of it. TypeError if a DTensor has placements other than Shard and Replicate. Of a
+        parametrized weight it is the original that is filled; TypeError if there are several.
         """
         if self.router_w.is_meta:
             return
-        for name, parameter in self.named_parameters(recurse=False):
+        held = {name: self._held(name) for name in ("router_w", *EXPERT_WEIGHTS) if getattr(self, name) is not None}
+        for name, parameter in held.items():
             self._check_placements(name, parameter)
         seed = self.ep.agree(int(torch.randint(SEEDS, (), device="cpu")), self.router_w.device)
-        _write(self.router_w, lambda whole: _fill(whole, seed))
-        _write(self.w1, lambda whole: self._fill_experts(whole, seed + 1))
-        _write(self.w2, lambda whole: self._fill_experts(whole, seed + 2))
-        for bias in (self.b1, self.b2):
-            if bias is not None:
-                bias.zero_()
+        _write(held["router_w"], lambda whole: _fill(whole, seed))
+        _write(held["w1"], lambda whole: self._fill_experts(whole, seed + 1))
+        _write(held["w2"], lambda whole: self._fill_experts(whole, seed + 2))
+        for name in ("b1", "b2"):
+            if name in held:
+                held[name].zero_()
 
     def expert_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that only this rank holds: other ranks hold other experts."""
-        return (p for p in (self.w1, self.w2, self.b1, self.b2) if p is not None)
+        """The parameters that only this rank holds: other ranks hold other experts.
+
+        Of a weight that is parametrized (LoRA), these are its original and the adapter's parameters; of one that is
+        normalised or pruned by a hook, what it is made of.
+        """
+        return (parameter for path, parameter in self.named_parameters() if weight_of(path) in EXPERT_WEIGHTS)
 
     def forward(self, x: Tensor) -> MoEOutput:
         """From x, (T, H) or (..., H), to ``MoEOutput``; ``.y`` has the shape of x. Collective."""
@@ -133,6 +156,16 @@ class MoE(nn.Module):
             f"hidden_size={hidden}, intermediate_size={self.w2.shape[2]}, num_experts={experts} "
             f"({self.w1.shape[0]} here), top_k={self.top_k}, activation={self.activation}"
         )
+
+    def _held(self, name: str) -> Tensor:
+        """The tensor whose values reset sets: the weight itself, or the original that it is computed from."""
+        if not parametrize.is_parametrized(self, name):
+            found: Tensor = getattr(self, name)
+            return found
+        original = getattr(self.get_submodule(f"parametrizations.{name}"), "original", None)
+        if not isinstance(original, Tensor):
+            raise TypeError(f"{self.ep.group}: {name}: got a parametrization of several tensors, expected one original")
+        return original
 
     def _fill_experts(self, weight: Tensor, seed: int) -> None:
         held = weight.shape[0]

@@ -5,8 +5,11 @@ import pickle
 
 import pytest
 import torch
+from backends import both_backends
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import sonic_ep
 from sonic_ep import ExpertParallel, MoE
@@ -148,6 +151,73 @@ def test_wrong_sizes_and_options(changes: dict[str, object], message: str) -> No
     sizes = dict(zip(("hidden_size", "intermediate_size", "num_experts", "top_k"), SIZES, strict=True))
     with pytest.raises(ValueError, match=f"rank 0 of 1: {message}"):
         MoE(**{**sizes, **changes}, ep=ExpertParallel())  # type: ignore[arg-type]
+
+
+class Lora(nn.Module):
+    """A weight with an adapter of rank one for each expert."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        experts, out, into = weight.shape
+        self.down = nn.Parameter(torch.randn(experts, 1, into, device=weight.device))
+        self.up = nn.Parameter(torch.randn(experts, out, 1, device=weight.device))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.up @ self.down
+
+
+def adapted(rank: Rank, backend: str) -> None:
+    """Adapters of experts train, and DDP leaves them and the originals alone where it is told to."""
+    torch.manual_seed(rank.rank)
+    with ExpertParallel(backend=backend) as ep:
+        layer = MoE(*SIZES, ep, bias=True, device=rank.device)
+        adapter = Lora(layer.w1)
+        parametrize.register_parametrization(layer, "w1", adapter)
+        original = layer.parametrizations.w1.original
+        own = [original, adapter.down, adapter.up, layer.w2, layer.b1, layer.b2]
+        assert {id(p) for p in layer.expert_parameters()} == {id(p) for p in own}
+        assert all(isinstance(parameter, nn.Parameter) for parameter in layer.expert_parameters())
+        before = [parameter.detach().clone() for parameter in own]
+        if rank.world_size > 1:
+            held = {id(parameter) for parameter in layer.expert_parameters()}
+            ignored = [name for name, parameter in layer.named_parameters() if id(parameter) in held]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(layer, ignored)
+            DistributedDataParallel(layer)
+        for parameter, was in zip(own, before, strict=True):
+            assert_bitwise(parameter.detach(), was)
+        optimizer = torch.optim.AdamW(layer.expert_parameters())
+        layer(torch.randn(20, HIDDEN, device=rank.device)).y.square().sum().backward()
+        optimizer.step()
+        for parameter, was in zip(own, before, strict=True):
+            assert not torch.equal(parameter.detach(), was)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@both_backends
+def test_adapters_of_experts_are_held_by_this_rank_alone(pool: RankPool, backend: str, world_size: int) -> None:
+    pool.run(adapted, backend, world_size=world_size)
+
+
+def test_weights_that_hooks_compute_are_of_the_experts_too() -> None:
+    layer = MoE(*SIZES, ExpertParallel(), bias=True)
+    prune.random_unstructured(layer, "w1", amount=0.5)
+    prune.random_unstructured(layer, "router_w", amount=0.5)
+    assert {id(p) for p in layer.expert_parameters()} == {id(p) for p in (layer.w1_orig, layer.w2, layer.b1, layer.b2)}
+
+
+def test_reset_fills_the_original_of_a_parametrized_weight() -> None:
+    torch.manual_seed(3)
+    expected = MoE(*SIZES, ExpertParallel())
+    torch.manual_seed(4)
+    layer = MoE(*SIZES, ExpertParallel())
+    parametrize.register_parametrization(layer, "w1", Lora(layer.w1))
+    torch.manual_seed(3)
+    layer.reset_parameters()
+    assert_bitwise(layer.parametrizations.w1.original.detach(), expected.w1.detach())
+    assert_bitwise(layer.w2.detach(), expected.w2.detach())
+    parametrizations.weight_norm(layer, "w2")
+    with pytest.raises(TypeError, match="w2: got a parametrization of several tensors, expected one original"):
+        layer.reset_parameters()
 
 
 def trained(rank: Rank) -> list[float]:
