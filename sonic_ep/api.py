@@ -93,6 +93,7 @@ class ExpertParallel:
         self.backend = choice.name
         self.why = choice.why
         self._capacity = max_tokens_per_rank
+        self._capacity_given = max_tokens_per_rank is not None
         self._waits = Waits(self.group, float(timeout))
         self._backend = choice.module.create(self._waits, self.config)
         common = {"backend": self.backend, "config": self.config, "max_tokens_per_rank": max_tokens_per_rank}
@@ -302,7 +303,9 @@ class ExpertParallel:
 
     def _check_capacity(self, tokens: int) -> None:
         if self._capacity is not None:
-            expected = f"at most C={self._capacity} (max_tokens_per_rank, or the most that the first call brought)"
+            since = "max_tokens_per_rank" if self._capacity_given else "the most that a rank brought to the first call"
+            remedy = f"pass max_tokens_per_rank={tokens}, or the most that any rank will bring, to ExpertParallel"
+            expected = f"at most C={self._capacity}, {since}: {remedy} on every rank"
             self._edge.require(tokens <= self._capacity, "tokens T", tokens, expected)
 
     def _agreed_capacity(self, tokens: Tensor) -> int:

@@ -129,6 +129,10 @@ class Backend(Protocol):
         """A call or a backward has ended in an error on this rank: the others may be anywhere in it, or past it."""
         ...
 
+    def leave(self) -> None:
+        """This rank will come to no further call: end the waits of kernels of other ranks for it."""
+        ...
+
     def holds_memory(self) -> bool:
         """Whether there is something that ``close`` gives back."""
         ...

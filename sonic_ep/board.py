@@ -127,7 +127,11 @@ class Board:
                 return
 
         thread = threading.Thread(target=asking, daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            # Python 3.12 starts no thread while it ends, and without one the store could hold up the end.
+            return None
         thread.join(ANSWER_SECONDS)
         self.broken = not answers
         return answers[0] if answers else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections import Counter
@@ -17,7 +18,6 @@ import torch.utils.checkpoint
 from sonic_ep.backend import Backend
 from sonic_ep.config import ClosedError, CollectiveMismatchError, PeerError
 from sonic_ep.meeting import Phase, Step, call_digest
-from sonic_ep.turn import Turn
 from sonic_ep.waits import Waits
 
 Facts = Mapping[str, object]
@@ -35,7 +35,14 @@ class Held:
 
     name: str
     backend: Backend
-    turn: Turn
+    waits: Waits
+
+    def leave(self, error: BaseException) -> None:
+        """Tell ranks that wait for this one that it left because of ``error``, their hosts and their kernels."""
+        self.waits.leave(_in_words(error))
+        # Kernels of a GPU that is lost tell nobody.
+        with suppress(RuntimeError):
+            self.backend.leave()
 
 
 class Calls:
@@ -51,8 +58,8 @@ class Calls:
         self._number = 0
         # The same few calls come again and again, and their words would take longer than the rest.
         self._digest = lru_cache(maxsize=DIGESTS_KEPT)(partial(_digest_of, tuple(self._common.items())))
-        self._held = Held(name=f"{waits.group}: ExpertParallel", backend=backend, turn=waits.turn)
-        self._release = weakref.finalize(self, _forgotten, self._held)
+        self._held = Held(name=f"{waits.group}: ExpertParallel", backend=backend, waits=waits)
+        self._release = weakref.finalize(self, _forgotten, self._held, weakref.ref(self))
         # Weakly: backwards hold the turn, and may outlive what it would hold.
         waits.turn.after_errors(partial(_failed, self._held.name, weakref.ref(backend), weakref.ref(waits)))
 
@@ -87,7 +94,7 @@ class Calls:
 
     def close(self) -> None:
         """Give back what is held. Later calls raise. Raises ``TurnError`` while this or another thread is in a call."""
-        if not self._held.turn.is_of_this_process:
+        if not self._waits.turn.is_of_this_process:
             self._release.detach()
             return
         # What a kernel has waited for in vain is kept for the end: here another error may be on its way.
@@ -105,8 +112,8 @@ class Calls:
 
     def leave(self, error: BaseException) -> None:
         """The same, because of ``error``; ranks that wait for this one are told."""
-        if not self.closed and self._held.turn.is_of_this_process:
-            self._waits.leave(_in_words(error))
+        if not self.closed and self._waits.turn.is_of_this_process:
+            self._held.leave(error)
         # Where another thread is in a call, the error that is on its way is what has to be seen.
         with suppress(RuntimeError):
             self.close()
@@ -167,9 +174,18 @@ def _digest_of(common: Told, told: Told) -> int:
     return call_digest(repr((*told, *common)))
 
 
-def _forgotten(held: Held) -> None:
-    """Warn of what its user has let go, or has left open when the process ends. Graphs may still need the memory."""
-    if not held.turn.is_of_this_process or not held.backend.holds_memory():
+def _forgotten(held: Held, calls: weakref.ref[Calls]) -> None:
+    """Warn of what its user has let go, or has left open when the process ends. Graphs may still need the memory.
+
+    Where the process ends by an error that nobody caught, ranks that wait for this one are told.
+    """
+    if not held.waits.turn.is_of_this_process:
+        return
+    ended_by = getattr(sys, "last_value", None)
+    # What was let go is gone by now; what is there still is there until the process has ended.
+    if calls() is not None and isinstance(ended_by, BaseException):
+        held.leave(ended_by)
+    if not held.backend.holds_memory():
         return
     warnings.warn(f"{held.name}: got no close() before it was let go, expected one", ResourceWarning, stacklevel=2)
     held.backend.let_go()

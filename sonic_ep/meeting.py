@@ -20,7 +20,7 @@ _CALL_SHIFT = STEP_BITS + PHASE_BITS + 2
 
 
 class Phase(IntEnum):
-    """What ranks meet for. UNKNOWN: something that is none of ours."""
+    """What ranks meet for. UNKNOWN: something that is none of ours. LEFT: nothing, this rank comes to no meeting."""
 
     UNKNOWN = 0
     AGREEMENT = 1
@@ -31,6 +31,7 @@ class Phase(IntEnum):
     DISPATCH = 6
     COMBINE = 7
     MEETING = 8
+    LEFT = 9
 
     @classmethod
     def _missing_(cls, value: object) -> Phase:

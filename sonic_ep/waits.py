@@ -142,6 +142,11 @@ class Waits:
         """Tell the others that this rank will come no more, and why."""
         self._board.tell(Notice(collectives=self._collectives, left=True, text=why))
 
+    def why_left(self, rank: int) -> str | None:
+        """What a rank that has left told of it, if it told anything."""
+        notice = self._board.notices().get(rank)
+        return notice.text if notice is not None and notice.left else None
+
     def withdraw(self) -> None:
         """The object that this is for was never used; see ``object_number``."""
         self._board.withdraw()

@@ -15,7 +15,7 @@ import sonic_ep
 from sonic_ep import CollectiveMismatchError, EPConfig, ExpertParallel
 from sonic_ep.config import PeerError
 from sonic_ep.group import resolve_group
-from sonic_ep.testing import Rank, RankPool
+from sonic_ep.testing import Rank, RankPool, assert_bitwise
 
 ODD = 1
 # An exchange of words on a busy machine.
@@ -178,8 +178,8 @@ def test_who_brings_too_many_tokens_may_call_again(pool: RankPool, backend: str)
     found = pool.run(too_many_on_one, backend, world_size=2)
     assert [said for said, _ in found] == [
         "",
-        "rank 1 of 2: tokens T: got 5, expected at most C=4 (max_tokens_per_rank, or the most that the first call "
-        "brought)",
+        "rank 1 of 2: tokens T: got 5, expected at most C=4, max_tokens_per_rank: pass max_tokens_per_rank=5, or the "
+        "most that any rank will bring, to ExpertParallel on every rank",
     ]
     assert [counts for _, counts in found] == [[4, 3]] * 2
 
@@ -207,7 +207,7 @@ def other_gradients(rank: Rank, backend: str, wanted: list[str]) -> str:
     ("backend", "wanted", "phase"),
     [
         ("reference", ["w2"], "combine"),
-        ("reference", ["x", "w1", "w2"], "router"),
+        ("reference", ["w1", "w2"], "combine"),
         pytest.param("fast", ["w2"], "router", marks=pytest.mark.fast),
     ],
 )
@@ -218,6 +218,23 @@ def test_a_rank_that_asks_for_fewer_gradients_is_found(
     for rank, words in enumerate(said):
         assert words.startswith(f"CollectiveMismatchError: rank {rank} of 2: rank {1 - rank} came to phase ")
     assert f"expected phase backward ({phase}) of step 1" in said[0]
+
+
+def all_but_the_routers_weight(rank: Rank, backend: str) -> None:
+    """The odd rank asks for no gradient of router_w; its backward sums it all the same, with that of x."""
+    arguments = call_of(rank.world_size)
+    leaves = {name: value.requires_grad_() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    wanted = [name for name in leaves if name != "router_w" or rank.rank != ODD]
+    with ExpertParallel(backend=backend, timeout=30) as ep:
+        expected = torch.autograd.grad(ep.moe(**arguments).y.sum(), list(leaves.values()))
+        found = torch.autograd.grad(ep.moe(**arguments).y.sum(), [leaves[name] for name in wanted])
+    for name, gradient in zip(wanted, found, strict=True):
+        assert_bitwise(gradient, dict(zip(leaves, expected, strict=True))[name], name)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("fast", marks=pytest.mark.fast)])
+def test_a_rank_need_not_ask_for_the_gradient_of_the_router(cpu_pool: RankPool, backend: str) -> None:
+    cpu_pool.run(all_but_the_routers_weight, backend, world_size=2)
 
 
 class Meanwhile:

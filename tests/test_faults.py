@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +38,9 @@ class Layer:
     weights: list[Tensor]
 
     @staticmethod
-    def of(rank: Rank, hidden: int) -> "Layer":
+    def of(rank: Rank, hidden: int, tokens: int = 5) -> "Layer":
         experts, dtype = EXPERTS_PER_RANK * rank.world_size, torch.bfloat16
-        shapes = ((5, hidden), (experts, hidden), (EXPERTS_PER_RANK, 32, hidden), (EXPERTS_PER_RANK, hidden, 16))
+        shapes = ((tokens, hidden), (experts, hidden), (EXPERTS_PER_RANK, 32, hidden), (EXPERTS_PER_RANK, hidden, 16))
         x, *weights = (torch.randn(shape).to(rank.device, dtype).requires_grad_() for shape in shapes)
         return Layer(x=x, weights=weights)
 
@@ -55,7 +57,8 @@ def train(program: Program, rank: Rank, fault: str, backend: str) -> None:
         # Kernels are compiled, and ranks that started apart are together, before time counts.
         (wide.forward(ep).sum() + narrow.forward(ep).sum()).backward()
     config = EPConfig(dispatch="rank_dedup" if faulty and fault == "another config" else "all_to_all")
-    with ExpertParallel(backend=backend, config=config, timeout=TIMEOUT_SECONDS) as ep:
+    timeout = PATIENT_SECONDS if fault in LEFT else TIMEOUT_SECONDS
+    with ExpertParallel(backend=backend, config=config, timeout=timeout) as ep:
         for number in (1, 2, 3):
             now = faulty and number == FAULTY_STEP
             layers = [wide, narrow]
@@ -66,6 +69,8 @@ def train(program: Program, rank: Rank, fault: str, backend: str) -> None:
                     layers.reverse()
                 if fault == "another shape":
                     layers = [wide, wide]
+                if fault == "too many tokens":
+                    layers = [Layer.of(rank, 64, tokens=6)]
             losses = [layer.forward(ep).float().square().sum() for layer in layers]
             if now and fault == "killed before backward":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -95,8 +100,12 @@ SEEN = {
     "another shape": r"exchange",
     "another order": r"exchange",
     "another config": r"\w+",
+    "too many tokens": r"exchange|router|agreement|memory",
 }
 AT_ONCE = {"skips backward", "another shape", "another order", "another config"}
+# An error before a call, which ends the rank: the others hear of it long before their time is up, and why.
+LEFT = {"raises": "KeyError: 'the batch has no labels'", "too many tokens": "expected at most C=5"}
+PATIENT_SECONDS = 60.0
 
 
 def assert_ended(ended: Ended, rank: int, fault: str, seconds: float) -> None:
@@ -105,6 +114,7 @@ def assert_ended(ended: Ended, rank: int, fault: str, seconds: float) -> None:
     assert named, (rank, ended.said)
     assert fault not in AT_ONCE or any("CollectiveMismatchError" in line for line in named), (rank, named)
     assert any(re.search(rf"rank {ODD}\b.*phase ({SEEN[fault]}) of step \d", line) for line in named), (rank, named)
+    assert fault not in LEFT or any(f"rank {ODD} left" in line and LEFT[fault] in line for line in named), (rank, named)
     assert ended.seconds < seconds, (rank, ended)
 
 
@@ -157,7 +167,43 @@ def test_the_others_end_in_time_and_name_the_rank(backend: str, fault: str, devi
         folder=tmp_path,
         odd=ODD,
     )
-    seconds = FAREWELL_SECONDS + (0 if fault in AT_ONCE else TIMEOUT_SECONDS)
+    seconds = FAREWELL_SECONDS + (0 if fault in AT_ONCE or fault in LEFT else TIMEOUT_SECONDS)
     for rank, ended in enumerate(program.run()):
         if rank != ODD:
             assert_ended(ended, rank, fault, seconds)
+
+
+UNCAUGHT = """
+import sys, time
+import torch, torch.distributed as dist
+from sonic_ep import ExpertParallel, PeerLostError
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 2), rank=rank, world_size=2)
+ep = ExpertParallel(backend=sys.argv[3], timeout=60)
+ep.plan(torch.zeros(4, 1, dtype=torch.int64), 2)
+if rank == 1:
+    ep.plan(torch.zeros(5, 1, dtype=torch.int64), 2)
+began = time.monotonic()
+try:
+    ep.plan(torch.zeros(4, 1, dtype=torch.int64), 2)
+except PeerLostError as error:
+    print(error, flush=True)
+assert time.monotonic() - began < 30, "heard of it only at the end of its time"
+"""
+
+
+@both_backends
+def test_a_program_without_close_that_ends_by_an_error_is_told(backend: str, tmp_path: Path) -> None:
+    script = tmp_path / "uncaught.py"
+    script.write_text(UNCAUGHT)
+    settings = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def started(rank: int) -> subprocess.Popen[str]:
+        command = [sys.executable, str(script), str(rank), str(tmp_path / "store"), backend]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, env=settings, **pipes)
+
+    first, odd = (process.communicate(timeout=600)[0] for process in [started(0), started(1)])
+    assert "ValueError: rank 1 of 2: tokens T: got 5, expected at most C=4, the most that a rank brought" in odd
+    assert re.search(r"rank 1 left|lost rank 1", first), first

@@ -256,3 +256,26 @@ def barrier_kernel(flags_ptr, world_size, expiry_ptr, rank, tag, limit):
             mine = tl.load(flags_ptr + rank).to(tl.pointer_type(tl.int64)) + peer
             _turn_in_time(mine, here, down, "acquire", expiry_ptr, peer, here, limit, True)
             tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["tag", "limit"])
+def leave_kernel(flags_ptr, world_size, rank, tag, limit):
+    """Raise this rank's flag at every peer to ``tag``, which is of no meeting. Grid (W,), one program a peer.
+
+    flags_ptr: see ``barrier_kernel``. A flag that is still up is waited for, ``limit`` nanoseconds at most, since its
+    owner may be about to take it; then it is overwritten.
+    """
+    peer = tl.program_id(0)
+    if peer != rank:
+        left = tl.full((), 0, tl.int64) + tag
+        theirs = tl.load(flags_ptr + peer).to(tl.pointer_type(tl.int64)) + rank
+        seen = tl.atomic_cas(theirs, left - left, left, sem="release", scope="sys")
+        spent = left - left
+        began = now() if INTERPRETED else globaltimer()
+        while (seen != 0) & (spent < limit):
+            if INTERPRETED:
+                rest()
+            seen = tl.atomic_cas(theirs, left - left, left, sem="release", scope="sys")
+            spent = (now() if INTERPRETED else globaltimer()) - began
+        if seen != 0:
+            tl.atomic_xchg(theirs, left, sem="release", scope="sys")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from sonic_ep.config import CollectiveMismatchError, PeerError, PeerTimeoutError
+from sonic_ep.config import CollectiveMismatchError, PeerError, PeerLostError, PeerTimeoutError
 from sonic_ep.fast.device import ELSEWHERE, host_words
 from sonic_ep.fast.unheard import told_at_the_end
 from sonic_ep.group import EPGroup
-from sonic_ep.meeting import Meeting, apart
+from sonic_ep.meeting import Meeting, Phase, apart
 from sonic_ep.waits import Waits
 
 WORDS = 4
@@ -27,19 +28,21 @@ class Expiry:
     """
 
     def __init__(self, waits: Waits, device: torch.device) -> None:
-        self._group = waits.group
-        self._timeout = waits.timeout
+        self._waits = waits
         # The host reads it while kernels run, so on a GPU it is pinned memory that kernels write through the bus.
         self.words = host_words(WORDS, device, torch.int64)
         self._untold = told_at_the_end(self, partial(found_in, self.words, waits.group, waits.timeout))
 
     def found(self) -> PeerError | None:
         """What a kernel has written, if any. No wait for the GPU."""
-        return found_in(self.words, self._group, self._timeout)
+        return found_in(self.words, self._waits.group, self._waits.timeout)
 
     def raise_if_any(self, cause: RuntimeError | None = None) -> None:
-        """Raise ``PeerTimeoutError`` or ``CollectiveMismatchError``, from ``cause``. No wait for the GPU."""
-        found = self.found()
+        """Raise ``PeerTimeoutError``, ``PeerLostError`` or ``CollectiveMismatchError``, from ``cause``.
+
+        Does not wait for the GPU. Of a rank that left, the store of the process group is asked why.
+        """
+        found = found_in(self.words, self._waits.group, self._waits.timeout, self._waits.why_left)
         if found is not None:
             self._untold.detach()
             try:
@@ -49,12 +52,17 @@ class Expiry:
                 del found
 
 
-def found_in(words: Tensor, group: EPGroup, timeout: float) -> PeerError | None:
-    """The error that ``words`` tell of, if any."""
+def found_in(
+    words: Tensor, group: EPGroup, timeout: float, why_left: Callable[[int], str | None] = lambda rank: None
+) -> PeerError | None:
+    """The error that ``words`` tell of, if any. why_left: tells why a rank left, where that is known."""
     why, peer, here, there = words.tolist()
     if not why:
         return None
     meeting = Meeting.of_tag(here)
+    if why == ELSEWHERE and Meeting.of_tag(there).phase is Phase.LEFT:
+        reason = why_left(peer - 1) or "it says itself why"
+        return PeerLostError(f"{group}: rank {peer - 1} left ({reason}) while it was waited for in {meeting}")
     if why == ELSEWHERE:
         return CollectiveMismatchError(f"{group}: {apart(meeting, peer - 1, Meeting.of_tag(there))}")
     return PeerTimeoutError(

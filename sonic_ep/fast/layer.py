@@ -135,6 +135,11 @@ class FastBackend:
         for kit in self._kits.values():
             kit.workspace.stray()
 
+    def leave(self) -> None:
+        """Kernels of other ranks that wait for this one end."""
+        for kit in self._kits.values():
+            kit.workspace.leave()
+
     def holds_memory(self) -> bool:
         """Whether memory is shared on any device."""
         return bool(self._kits)

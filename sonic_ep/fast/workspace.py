@@ -13,6 +13,7 @@ Orders that hold:
 from __future__ import annotations
 
 import ctypes
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 
 from sonic_ep.config import ClosedError, SharedMemoryError
-from sonic_ep.fast.device import barrier_kernel, launch
+from sonic_ep.fast.device import barrier_kernel, launch, leave_kernel
 from sonic_ep.fast.expiry import Expiry
 from sonic_ep.fast.shared_files import remove_abandoned, shared_file
 from sonic_ep.group import EPGroup
@@ -40,6 +41,8 @@ ALIGNMENT_BYTES = 512
 TAG_BYTES = 8
 NANOSECONDS_PER_SECOND = 1_000_000_000
 MEETING = "meeting"
+# How long a rank that leaves waits for others to take its last flag, and for its GPU to come to it.
+LEAVE_SECONDS = 2.0
 LONE_GROUP: Any = "sonic_ep_lone_rank"
 RENDEZVOUS_KEY = "CUDASymmetricMemory/{}/0"
 MOST_RENDEZVOUS = 100_000
@@ -288,6 +291,24 @@ class Workspace:
         meeting = self._waits.meeting
         if meeting.backward and self.group.world_size > 1:
             self._strayed.add(meeting.step)
+
+    def leave(self) -> None:
+        """Show every other rank that this one comes to no further meeting: whoever waits for it there gives up at once.
+
+        Behind what the current stream has queued. On a GPU the host waits for it, ``LEAVE_SECONDS`` at most.
+        """
+        if self._closed or self.group.world_size == 1:
+            return
+        tag = Meeting(step=self.step, phase=Phase.LEFT).tag
+        limit = int(LEAVE_SECONDS * NANOSECONDS_PER_SECOND)
+        sizes = (self.group.world_size, self.group.rank, tag, limit)
+        launch(leave_kernel, sizes[:1], self._buffers[MEETING].addresses, *sizes, device=self.device, num_warps=1)
+        if self.device.type == "cuda":
+            shown = torch.cuda.Event()
+            shown.record(torch.cuda.current_stream(self.device))
+            deadline = time.monotonic() + LEAVE_SECONDS
+            while not shown.query() and time.monotonic() < deadline:
+                time.sleep(LEAVE_SECONDS / 1000)
 
     def reserve(self, name: str, nbytes: int, byte: int = POISON_BYTE) -> SharedBuffer:
         """The buffer ``name`` of at least ``nbytes``. Collective if it has to grow; fresh bytes are all ``byte``.

@@ -270,6 +270,9 @@ class ReferenceBackend:
         """What moves between ranks carries no tag: the next call finds out first where they are."""
         self._waits.stray()
 
+    def leave(self) -> None:
+        """The host of a waiting rank finds out from the store."""
+
     def holds_memory(self) -> bool:
         """Never."""
         return False
