@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from limits import HANG_SECONDS
 
 from sonic_ep.group import device_of_rank
 from sonic_ep.testing import Rank
@@ -35,7 +36,7 @@ class Program:
     device_type: str
     folder: Path
     odd: int
-    patience: float = 90.0
+    patience: float = HANG_SECONDS
     store_at_rank_0: bool = False
 
     def run(self) -> list[Ended]:

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from exact_inputs import exact_inputs
+from limits import HANG_SECONDS
 from random_cases import Example, Kind, example_of
 from torch import Tensor
 
@@ -48,7 +49,9 @@ def failures(pool: RankPool, backend: str, seeds: Iterable[int]) -> list[Failure
         by_ranks.setdefault(example_of(seed).world_size, []).append(seed)
     found = []
     for world_size, group in sorted(by_ranks.items()):
-        said_by_rank = pool.run(reds_of_seeds, backend, group, world_size=world_size, timeout=60 + 10 * len(group))
+        said_by_rank = pool.run(
+            reds_of_seeds, backend, group, world_size=world_size, timeout=HANG_SECONDS + 10 * len(group)
+        )
         for place, seed in enumerate(group):
             said = tuple(f"rank {rank}: {line}" for rank, said in enumerate(said_by_rank) for line in said[place])
             if said:

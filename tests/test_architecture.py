@@ -6,6 +6,7 @@ import inspect
 from pathlib import Path
 
 import pytest
+from limits import HANG_SECONDS
 
 import sonic_ep
 from sonic_ep.backend import CombinePrimitive, DispatchPrimitive
@@ -177,5 +178,7 @@ def test_the_library_never_needs_its_tests_or_triton() -> None:
         "import sys, torch, sonic_ep; sonic_ep.ExpertParallel(backend='reference').plan(torch.zeros(1, 1).int(), 2);"
         "print([name for name in ('triton', 'sonic_ep.testing', 'sonic_ep.cli', 'matplotlib') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG_SECONDS, check=True
+    )
     assert done.stdout.strip() == "[]"

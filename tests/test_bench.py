@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from limits import HANG_SECONDS
 
 from sonic_ep.cost import LinkCeilings
 from sonic_ep.group import resolve_group
@@ -41,7 +42,7 @@ def run(*words: str, interpreted: bool = True) -> subprocess.CompletedProcess[st
     environment = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     environment |= {"CUDA_VISIBLE_DEVICES": "", **({"TRITON_INTERPRET": "1"} if interpreted else {})}
     command = [sys.executable, *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, cwd=ROOT, env=environment)
 
 
 def results_of(done: subprocess.CompletedProcess[str], path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from limits import HANG_SECONDS
 from torch import Tensor
 
 from sonic_ep import ExpertParallel
@@ -184,7 +185,9 @@ def test_optimised_python_checks_as_well() -> None:
         "    try: call()\n"
         "    except AssertionError: print('red')"
     )
-    done = subprocess.run([sys.executable, "-O", "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-O", "-c", program], capture_output=True, text=True, timeout=HANG_SECONDS, check=True
+    )
     assert done.stdout.split() == ["red", "red"]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import HANG_SECONDS
 
 import sonic_ep.cli.verify as verify_module
 from sonic_ep import EPConfig, ExpertParallel
@@ -27,7 +28,7 @@ ALONE = EPGroup(rank=0, world_size=1)
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=300)
+    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +107,7 @@ def test_a_reader_that_stops_early_sees_no_traceback() -> None:
         writer.stdout.readline()
         writer.stdout.close()
         assert writer.stderr.read() == ""
-        assert writer.wait(timeout=60) == RED
+        assert writer.wait(timeout=HANG_SECONDS) == RED
 
 
 def test_every_mode_pair_and_flag_is_verified() -> None:
@@ -217,7 +218,9 @@ def test_without_triton_the_commands_of_the_reference_run() -> None:
         "sys.exit(main(['doctor', '--backend=reference']) or main(['bench', '--skip-bench-bwd']))"
     )
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG_SECONDS, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert "triton is not installed" in done.stdout
     assert "backend reference" in done.stdout

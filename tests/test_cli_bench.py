@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from end_to_end import few_rounds
+from limits import HANG_SECONDS
 
 import sonic_ep.cli as cli_module
 import sonic_ep.cli.bench as bench_module
@@ -49,7 +50,7 @@ def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *TORCHRUN, *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, cwd=ROOT, env=environment)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:

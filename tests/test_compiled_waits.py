@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import HANG_SECONDS
 
 COMPILED = """
 import triton
@@ -25,7 +26,9 @@ def compiled(folder: Path) -> list[str]:
     script = folder / "compiled.py"
     script.write_text(COMPILED)
     settings = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, env=settings)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=HANG_SECONDS, env=settings
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

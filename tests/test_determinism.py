@@ -13,6 +13,7 @@ from random import Random
 
 import pytest
 import torch
+from limits import HANG_SECONDS
 from torch import Tensor
 
 from sonic_ep import EPConfig, ExpertParallel
@@ -22,7 +23,6 @@ from sonic_ep.testing.differential import Outcome, run_moe, run_routed
 
 # Of two inputs that take turns, half of them each.
 REPETITIONS, FEW = 200, 8
-PATIENCE_SECONDS = 300.0
 # Repetitions between two calls of something else.
 OTHERS_EVERY = 25
 MOST_SECONDS_LATE, MOST_CYCLES_LATE = 2e-3, 2_000_000
@@ -122,7 +122,7 @@ SETTINGS = [
 def test_repetitions_have_the_same_bits(
     pool: RankPool, backend: str, world_size: int, config: EPConfig, times: int
 ) -> None:
-    pool.run(repeated, backend, config, times, world_size=world_size, timeout=PATIENCE_SECONDS)
+    pool.run(repeated, backend, config, times, world_size=world_size, timeout=HANG_SECONDS)
 
 
 # A sum of two is the same in either order; of three it is not.
@@ -137,7 +137,7 @@ def test_repetitions_have_the_same_bits(
 def test_repetitions_with_the_router_have_the_same_bits(
     pool: RankPool, backend: str, world_size: int, times: int
 ) -> None:
-    pool.run(repeated_with_its_router, backend, NO_FLAGS, times, world_size=world_size, timeout=PATIENCE_SECONDS)
+    pool.run(repeated_with_its_router, backend, NO_FLAGS, times, world_size=world_size, timeout=HANG_SECONDS)
 
 
 def summed_as_they_arrive(random: Random) -> Tensor:

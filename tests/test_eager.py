@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import HANG_SECONDS
 
 COMPILED = """
 import torch
@@ -41,6 +42,8 @@ def test_calls_in_what_is_compiled_run_as_they_are(backend: str, tmp_path: Path)
     script = tmp_path / "compiled.py"
     script.write_text(COMPILED.format(backend=backend))
     settings = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, env=settings)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=HANG_SECONDS, env=settings
+    )
     assert done.returncode == 0, done.stderr
     assert "as they were" in done.stdout

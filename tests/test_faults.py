@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from backends import both_backends
 from conftest import DEVICE_TYPES
+from limits import HANG_SECONDS
 from programs import Ended, Program
 from torch import Tensor
 
@@ -204,6 +205,6 @@ def test_a_program_without_close_that_ends_by_an_error_is_told(backend: str, tmp
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(command, env=settings, **pipes)
 
-    first, odd = (process.communicate(timeout=600)[0] for process in [started(0), started(1)])
+    first, odd = (process.communicate(timeout=HANG_SECONDS)[0] for process in [started(0), started(1)])
     assert "ValueError: rank 1 of 2: tokens T: got 5, expected at most C=4, the most that a rank brought" in odd
     assert re.search(r"rank 1 left|lost rank 1", first), first

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from backends import both_backends
+from limits import HANG_SECONDS
 from lives import TOKENS, TOP_K, layer_of, planned, warned
 from torch import Tensor
 
@@ -46,7 +47,11 @@ def test_what_is_left_open_at_exit_warns_in_the_process_that_made_it(tmp_path: P
     script.write_text(AT_EXIT)
     settings = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [sys.executable, "-W", "always", str(script)], capture_output=True, text=True, timeout=120, env=settings
+        [sys.executable, "-W", "always", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+        env=settings,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("ResourceWarning: rank 0 of 1: ExpertParallel: got no close() before it was let go") == 1

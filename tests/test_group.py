@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from limits import HANG_SECONDS
 from lives import layer_of
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -94,7 +95,7 @@ def test_what_outlives_the_process_group_neither_aborts_nor_hangs(tmp_path: Path
     script.write_text(LEFT_OPEN)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     for _ in range(3):
-        done = subprocess.run(launcher, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(launcher, capture_output=True, text=True, timeout=HANG_SECONDS)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("process group: got one that was destroyed, expected a live one") == 2
 

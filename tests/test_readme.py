@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import HANG_SECONDS
 
 import sonic_ep
 
@@ -27,7 +28,7 @@ def test_the_example_runs_on_one_rank_and_on_several(nproc: int, tmp_path: Path)
     script = tmp_path / "this_file.py"
     script.write_text(example())
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
+from limits import HANG_SECONDS
 from report_documents import Json, all_kinds, document, entry, layer, loaded, point, profile, suite, sweep, written
 
 from sonic_ep.cli.report import add_report
@@ -211,7 +212,7 @@ def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path) -> Non
         "sys.exit(options.command(options))"
     )
     words = [sys.executable, "-c", program, str(path), "-o", str(tmp_path / "page.html")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "sonic-ep: the report draws with matplotlib: pip install 'sonic-ep[viz]'\n"
     assert not (tmp_path / "page.html").exists()

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from limits import HANG_SECONDS
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -58,7 +59,7 @@ def finish(folder: Path, *options: str, env: dict[str, str]) -> Finished:
         env=env,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     numbers = json.loads((folder / "numbers.json").read_text())
@@ -349,7 +350,9 @@ def test_wrong_arguments_are_named(
 
 @pytest.mark.parametrize(("wrong", "message"), [("--nproc=0", "--nproc: got '0'"), ("--backend=fast", NO_GPU)])
 def test_wrong_arguments_start_no_ranks(tmp_path: Path, wrong: str, message: str) -> None:
-    done = subprocess.run(command(wrong), cwd=tmp_path, env=without_gpus(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command(wrong), cwd=tmp_path, env=without_gpus(), capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert done.returncode == 2
     assert message in done.stderr
     assert not done.stdout

@@ -92,10 +92,10 @@ class RankPool:
 
     device_type: "cpu" (gloo; Triton kernels are interpreted) or "cuda" (NCCL where each rank has a device of its own,
         else gloo).
-    timeout: seconds a call may take. A context manager.
+    timeout: seconds a call may take; it guards against a hang, and a busy machine is none. A context manager.
     """
 
-    def __init__(self, device_type: str = "cpu", timeout: float = 120.0) -> None:
+    def __init__(self, device_type: str = "cpu", timeout: float = 600.0) -> None:
         self._device_type = device_type
         self._timeout = timeout
         self._workers: list[_Worker] = []
