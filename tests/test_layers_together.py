@@ -238,6 +238,8 @@ def test_exact_sizes_are_refused_in_a_graph_by_name(cuda_pool: RankPool) -> None
 
 def overflowed(rank: Rank, case: Case, sync: bool) -> None:
     """More rows than the bound: NaN and an error, or the error at once; and the next call is right again."""
+    from sonic_ep.fast.verdict import PLANS_AHEAD
+
     inputs = draw(case, rank.world_size, rank.device)
     tokens, held = inputs.tokens_of(rank.rank), inputs.experts_of(rank.rank)
     experts = leaf_experts(inputs.experts, held)
@@ -260,6 +262,8 @@ def overflowed(rank: Rank, case: Case, sync: bool) -> None:
                 # An expert without a row has zeros, as ever; no other number comes of half a routing.
                 assert grad.isnan().any()
                 assert (grad.isnan() | (grad == 0)).all()
+            for _ in range(PLANS_AHEAD - 1):
+                assert_bitwise(ep.moe_routed(x, few, *arguments), expected)
             with pytest.raises(RuntimeError, match="max_rows: got 9, expected at least"):
                 ep.moe_routed(x, few, *arguments)
         assert_bitwise(ep.moe_routed(x, few, *arguments), expected)

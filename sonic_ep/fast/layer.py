@@ -64,7 +64,7 @@ class FastBackend:
 
     @outside_dispatch_modes
     def plan(self, topk_idx_TK: Tensor, *, num_experts: int, capacity: int, distinct: bool) -> RoutingPlan:
-        """See ``sonic_ep.fast.plan``. Raises what the last plan has flagged, on every rank alike."""
+        """See ``sonic_ep.fast.plan``. Raises what an earlier plan has flagged, on every rank alike: see ``Verdict``."""
         planner = self._kit(topk_idx_TK.device).planner
         pending = planner.begin(topk_idx_TK, num_experts=num_experts, capacity=capacity, distinct=distinct)
         return planner.sized(pending, planner.rows(pending))
@@ -123,7 +123,7 @@ class FastBackend:
         for kit in self._kits.values():
             kit.workspace.synchronize()
             kit.workspace.expiry.raise_if_any()
-            kit.planner.raise_if_bad()
+            kit.planner.verdict.raise_all()
 
     def explain(self, error: RuntimeError) -> None:
         """Raise what a kernel of any device has waited for in vain, from the error that PyTorch made of its trap."""

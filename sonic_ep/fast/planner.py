@@ -17,7 +17,7 @@ from torch import Tensor
 from sonic_ep.config import EPConfig
 from sonic_ep.fast.device import host_words
 from sonic_ep.fast.plan import PlanShape, TileCounts, empty_plan, gathered_counts, placed_plan
-from sonic_ep.fast.verdict import Verdict
+from sonic_ep.fast.verdict import Limits, Verdict
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.group import EPGroup
 from sonic_ep.meeting import Phase
@@ -115,9 +115,9 @@ class Planner:
     ) -> PendingPlan:
         """Collective. Exchange ids, and scores (T, K) fp32 if there are any, and queue the plan.
 
-        Raises what the last plan has flagged, on every rank alike; where that could be flagged, it waits for it.
+        Raises what the plan ``PLANS_AHEAD`` before has flagged, on every rank alike; see ``Verdict``.
         """
-        self.raise_if_bad()
+        self.verdict.begin()
         self._workspace.enter(Phase.EXCHANGE)
         shape = PlanShape(
             rank=self._group.rank,
@@ -131,15 +131,14 @@ class Planner:
             plan = empty_plan(shape, topk_idx_TK)
             scores_WCK = None if scores_TK is None else scores_TK.new_empty(plan.expert_ids.shape)
             return PendingPlan(plan=plan, scores_WCK=scores_WCK, counted=False)
-        self.verdict.expect(num_experts=num_experts, max_rows=self._held_by_device)
-        counts = gathered_counts(topk_idx_TK, shape, self._workspace, self.verdict.record, scores_TK)
+        self.verdict.expect(Limits(num_experts=num_experts, max_rows=self._held_by_device))
+        counts = gathered_counts(topk_idx_TK, shape, self._workspace, self.verdict.words, scores_TK)
         if self._config.cpu_sync_on_runtime:
             # Summed here, so that little is left for the host to do while the GPU waits for it.
             self._counts.start(counts.totals[:num_experts].view(shape.world_size, -1).sum(dim=1, dtype=torch.int32))
         plan = self._placed(counts, shape, num_tokens=topk_idx_TK.shape[0], distinct=distinct)
         # A router's own ids are in range, and where no bound is set there is room for all rows.
-        if not distinct or self.max_rows is not None:
-            self.verdict.queued()
+        self.verdict.queued(flags=not distinct or self.max_rows is not None)
         return PendingPlan(plan=plan, scores_WCK=counts.scores, counted=self._config.cpu_sync_on_runtime)
 
     def rows(self, pending: PendingPlan) -> int:
@@ -154,13 +153,9 @@ class Planner:
         """The plan with its final R = ``rows``. Raises what the host has learned with it: ids out of range."""
         if not pending.counted:
             return pending.plan
-        self.verdict.raise_if_bad()
+        self.verdict.raise_current()
         # A copy, so that the rest of the ceiling is not kept.
         return replace(pending.plan, slot_of_row=pending.plan.slot_of_row[:rows].clone())
-
-    def raise_if_bad(self) -> None:
-        """Raise what the last plan has flagged, on every rank alike."""
-        self.verdict.raise_if_bad()
 
     def _placed(self, counts: TileCounts, shape: PlanShape, *, num_tokens: int, distinct: bool) -> RoutingPlan:
         ceiling = row_ceiling(
@@ -176,7 +171,7 @@ class Planner:
             num_tokens=num_tokens,
             row_capacity=ceiling if self._bound is None else min(ceiling, self._bound),
             max_rows=self._held_by_device,
-            verdict=self.verdict.record,
+            verdict=self.verdict.words,
         )
 
     @property
