@@ -45,8 +45,10 @@ from torch import Tensor
 
 from sonic_ep.config import EPConfig, RecomputeError, RowOverflowError, is_count
 
-# Slots and rows are int32.
-MOST_SLOTS = 2**31 - 1
+# Slots and rows are int32, and so is all that kernels count up to or past the last of them: steps of a loop over rows
+# (as many as there are programs), the rest of a last block or tile (at most 2 * 65536 slots), tokens that are still to
+# be summed when the last is sent (1024 on each rank). None of it goes further than the margin.
+MOST_SLOTS = 2**31 - 2**20
 INDEX_DTYPE = torch.int32
 INDEX_BYTES = INDEX_DTYPE.itemsize
 NO_ROW = -1
@@ -160,7 +162,7 @@ def malformed_field(plan: RoutingPlan) -> str | None:
         tensor = getattr(plan, name)
         if not _is_well_held(tensor) or tensor.device != ids_WCK.device:
             return name
-    if ids_WCK.ndim != 3 or 0 in (ids_WCK.shape[0], ids_WCK.shape[2]):
+    if ids_WCK.ndim != 3 or 0 in (ids_WCK.shape[0], ids_WCK.shape[2]) or ids_WCK.numel() > MOST_SLOTS:
         return "expert_ids"
     if plan.group_ends.ndim != 1 or plan.experts_per_rank == 0:
         return "group_ends"

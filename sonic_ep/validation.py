@@ -309,4 +309,5 @@ def check_rows_of_plan(edge: Edge, rows: object, plan: RoutingPlan) -> Tensor:
     shape = tuple(rows_RH.shape)
     fits = rows_RH.ndim == 2 and shape[0] == plan.row_capacity and shape[1] >= 1
     edge.require(fits, "shape of rows", shape, f"({plan.row_capacity}, H) = (R, H)")
+    edge.require(shape[1] <= MOST_WIDTH, "hidden size H", shape[1], f"at most {MOST_WIDTH}")
     return rows_RH

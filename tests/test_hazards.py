@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from backends import ON_GPUS
+from far_memory import skip_without_memory
 from near import assert_near
 from there_and_back import (
     Modes,
@@ -309,17 +310,6 @@ def far_rows(rank: Rank) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = True
 
 
-def memory_available(device_type: str) -> int:
-    if device_type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    with open("/proc/meminfo") as lines:
-        kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-    return kilobytes["MemAvailable"] * 1024
-
-
 def test_offsets_past_32_bits(pool: RankPool, request: pytest.FixtureRequest) -> None:
-    device_type = request.node.callspec.params["pool"]
-    needed = 3 * WIDE * TALL * 2
-    if memory_available(device_type) < needed:
-        pytest.skip(f"needs {needed / 2**30:.0f} GiB of memory on {device_type}")
+    skip_without_memory(request.node.callspec.params["pool"], 3 * WIDE * TALL * 2)
     pool.run(far_rows, world_size=1)

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 from every_kernel import run_every_kernel
+from far_memory import far_tensor, skip_without_memory
+from limits import HANG_SECONDS
 from torch import Tensor
 
+from sonic_ep.plan import MOST_SLOTS
 from sonic_ep.testing import Rank, RankPool, assert_bitwise
 
 PROGRAM = Path(__file__).parent / "compile_kernels.py"
@@ -123,6 +126,138 @@ def test_example_of_arrivals_and_turns(pool: RankPool) -> None:
     pool.run(example_of_arrivals, world_size=1)
 
 
+# As many experts as there may be, and the least number of tiles of a rank whose counts 32 bits cannot count.
+MOST_EXPERTS = 2**16
+FAR_TILES = 2**15
+
+
+def totals_of_far_tiles(rank: Rank) -> None:
+    """Tiles of two ranks, the second rank's 2**31 counts behind the first's."""
+    from sonic_ep.fast.device import launch
+    from sonic_ep.fast.plan_kernels import totals_kernel
+
+    bins = MOST_EXPERTS + 2
+    assert (FAR_TILES - 1) * bins < 2**31 <= FAR_TILES * bins
+    before = far_tensor(rank, (2 * FAR_TILES, bins), torch.int32)
+    before[0, MOST_EXPERTS:] = index(rank, 0, 0)
+    before[FAR_TILES, MOST_EXPERTS:] = index(rank, 3, 1)
+    totals = torch.zeros(bins, dtype=torch.int32, device=rank.device)
+    totals[[0, MOST_EXPERTS - 2, MOST_EXPERTS - 1]] = index(rank, 7, 1, 2)
+    totals[MOST_EXPERTS:] = index(rank, 5, 6)
+    ends, pairs, verdict = torch.zeros_like(totals[: MOST_EXPERTS // 2]), index(rank, 9, 9, 9, 9), index(rank, 0, 0, 0)
+    sizes = (1, FAR_TILES, MOST_EXPERTS, MOST_EXPERTS // 2, 2, 7)
+    padded = {"EXPERTS_PADDED": 2 * MOST_EXPERTS, "RANKS_PADDED": 2}
+    launch(totals_kernel, (2,), before, totals, ends, pairs, verdict, *sizes, device=rank.device, **padded)
+    assert pairs.tolist() == [3, 1, 2, 5]
+    assert ends[-3:].tolist() == [0, 1, 3]
+    assert verdict.tolist() == [0, 0, 0]
+
+
+def test_totals_of_more_counts_than_int32_counts(pool: RankPool, request: pytest.FixtureRequest) -> None:
+    if request.node.callspec.params["pool"] == "cuda":
+        skip_without_memory("cuda", 2 * FAR_TILES * (MOST_EXPERTS + 2) * 4 + 2**30)
+    pool.run(totals_of_far_tiles, world_size=1)
+
+
+def bias_of_a_far_expert(rank: Rank) -> None:
+    """One row of the first expert and one of the last, whose bias is 2**31 elements behind the first's."""
+    from sonic_ep.fast.bias_kernels import add_bias_dots_kernel
+    from sonic_ep.fast.device import launch
+
+    experts, hidden = 2**15 + 1, 2**16
+    bias = far_tensor(rank, (experts, hidden), torch.bfloat16)
+    for expert in (0, -1):
+        bias[expert] = 0
+    bias[0, [0, -1]] = torch.tensor([1.0, 2.0], device=rank.device).bfloat16()
+    bias[-1, [0, -1]] = torch.tensor([16.0, 32.0], device=rank.device).bfloat16()
+    rows = torch.ones(2, hidden, dtype=torch.bfloat16, device=rank.device)
+    rows[1, -1] = 2
+    ends = torch.ones(experts, dtype=torch.int32, device=rank.device)
+    ends[-1] = 2
+    dots = torch.tensor([0.0, 0.5], device=rank.device)
+    tile = {"H": hidden, "ROWS": 1, "COLUMNS": 4096, "EXPERTS_PADDED": 2**16, "num_warps": 4}
+    launch(add_bias_dots_kernel, (2,), rows, bias, dots, ends, experts, 2, device=rank.device, **tile)
+    assert dots.tolist() == [3.0, 80.5]
+
+
+def test_a_bias_behind_more_elements_than_int32_counts(pool: RankPool, request: pytest.FixtureRequest) -> None:
+    if request.node.callspec.params["pool"] == "cuda":
+        skip_without_memory("cuda", 2**33)
+    pool.run(bias_of_a_far_expert, world_size=1)
+
+
+def row_of_a_far_choice(rank: Rank) -> None:
+    """The last choice of a token, whose row arrives 2**31 elements behind that of the first.
+
+    Under the interpreter the row is only sent, where integers of loops have any size; to sum would take an hour.
+    """
+    from sonic_ep.fast.combine.all_to_all import exchange_rows_kernel
+    from sonic_ep.fast.device import launch
+
+    hidden, top_k, tag = 2**21, 2**10 + 1, 2**40
+    received = far_tensor(rank, (top_k, hidden), torch.bfloat16)
+    sent = torch.randn(1, hidden, device=rank.device).bfloat16()
+    # Of two ranks with one expert each, the one token of rank 0 chooses the expert of rank 1, last of all.
+    ids = torch.full((2, 1, top_k), -1, dtype=torch.int32, device=rank.device)
+    rows = ids.clone()
+    ids[0, 0, -1], rows[0, 0, -1] = 1, 0
+    flags, expiry = (torch.zeros(4, dtype=torch.int64, device=rank.device) for _ in range(2))
+    addresses = [torch.tensor([memory.data_ptr(), 0], device=rank.device) for memory in (received, flags)]
+    tile = {"HAS_SCORES": False, "K": top_k, "K_PADDED": 2**11, "H": hidden, "COLUMNS": 1024, "num_warps": 4}
+
+    def run(place: int, programs: int, out: Tensor) -> None:
+        arguments = (sent, sent, out, ids, rows, *addresses, 2, 1, 1, 1, 1, 0, 1, 0, 1, expiry, place, tag, 10**11)
+        launch(exchange_rows_kernel, (programs,), *arguments, device=rank.device, **tile)
+
+    out = torch.zeros_like(sent)
+    run(1, 1, out)
+    assert flags.tolist() == [tag, 0, 0, 0]
+    assert_bitwise(received[-1], sent[0])
+    if rank.device.type == "cuda":
+        run(0, 2, out)
+        assert_bitwise(out, sent)
+
+
+def test_a_row_behind_more_elements_than_int32_counts(pool: RankPool, request: pytest.FixtureRequest) -> None:
+    if request.node.callspec.params["pool"] == "cuda":
+        skip_without_memory("cuda", 2**33)
+    pool.run(row_of_a_far_choice, world_size=1)
+
+
+def choices_of_far_tokens(rank: Rank) -> None:
+    from sonic_ep.config import RouterOptions
+    from sonic_ep.fast.router import choose_experts
+
+    choices = choose_experts(torch.zeros(2**31 + 3, 1, device=rank.device), RouterOptions(top_k=1))
+    assert bool((choices.scores == 1).all())
+    assert bool((choices.topk_idx == 0).all())
+
+
+def test_choices_of_more_tokens_than_int32_counts(cuda_pool: RankPool) -> None:
+    """A call of so many is refused, but only when they have been routed: until then no memory may be overwritten."""
+    skip_without_memory("cuda", 5 * 2**33)
+    cuda_pool.run(choices_of_far_tokens, world_size=1)
+
+
+def test_nothing_that_kernels_count_passes_int32() -> None:
+    """Behind the last slot or row there is room for the furthest step that a kernel goes past it."""
+    from sonic_ep.fast.collectives import BLOCK
+    from sonic_ep.fast.device import PROGRAMS_PER_MULTIPROCESSOR
+    from sonic_ep.fast.experts import INTERPRETED_TILE, SUMMED_ROWS
+    from sonic_ep.fast.plan import COMPARED_SLOTS, STAGE_BLOCK, TILE_SLOTS
+    from sonic_ep.fast.receiving import LAG_TOKENS
+
+    steps = {
+        "rows, by as many programs as the largest GPU takes": PROGRAMS_PER_MULTIPROCESSOR * 1024,
+        "rows, interpreted": PROGRAMS_PER_MULTIPROCESSOR * INTERPRETED_TILE,
+        "rows of a tile": max(SUMMED_ROWS, 256),
+        "slots of a tile: of K of them, padded": TILE_SLOTS + COMPARED_SLOTS + 2 * MOST_EXPERTS,
+        "slots of a block": max(BLOCK, STAGE_BLOCK),
+        "programs of a combine": LAG_TOKENS * 1000,
+    }
+    assert {what: step for what, step in steps.items() if MOST_SLOTS + step > 2**31 - 1} == {}
+
+
 def roundings(rank: Rank) -> None:
     from _kernels_under_test import round_kernel
 
@@ -193,7 +328,7 @@ def test_every_kernel_compiles_for_hopper(cpu_pool: RankPool, tmp_path: Path, dt
     recorded = [launch for launch in recorded if launch["constants"].get("STAGES") != 1]
     (tmp_path / "launches.json").write_text(json.dumps(recorded))
     command = [sys.executable, str(PROGRAM), str(tmp_path / "launches.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     compiled = json.loads(done.stdout)
     names = {entry["name"] for entry in compiled}
@@ -209,6 +344,8 @@ def test_every_kernel_compiles_for_hopper(cpu_pool: RankPool, tmp_path: Path, dt
         if hidden == 4096 and entry["moves_rows"]:
             assert entry["wide_loads"] > 0, entry
             assert entry["wide_stores"] > 0, entry
+        if entry["name"] == "gather_kernel" and entry["constants"]["BLOCK"] > 1:
+            assert entry["wide_loads"] > 0, entry
         if entry["waits"]:
             assert all(entry["orders"].values()), entry
         if entry["name"] in ("exchange_rows_kernel", "exchange_partial_sums_kernel"):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sonic_ep import EPConfig, ExpertParallel, PlanError, RoutingPlan, RowOverflowError
 from sonic_ep.group import resolve_group
-from sonic_ep.plan import row_ceiling
+from sonic_ep.plan import malformed_field, row_ceiling
 from sonic_ep.reference.plan import build_plan, pair_exchange, slot_exchange
 from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise, draw
 from sonic_ep.testing.cases import repeating
@@ -203,13 +203,17 @@ def test_plans_of_many_tiles(pool: RankPool, world_size: int, case: Case) -> Non
 
 
 def planned_out_of_range(rank: Rank, bad_rank: int, bad_id: int) -> str:
-    """Ids out of range count as dropped, and every rank hears of them, once: when asked, or at the next plan."""
+    """Ids out of range count as dropped, and every rank hears of them, once: when asked, or ``PLANS_AHEAD`` later."""
+    from sonic_ep.fast.verdict import PLANS_AHEAD
+
     good = torch.tensor([[0, 3], [2, 1]], device=rank.device)
     bad = torch.tensor([[0, bad_id], [2, 1]], device=rank.device)
     messages = []
     with ExpertParallel(backend="fast") as ep:
-        for ask in (ep.check, lambda: ep.plan(good, num_experts=rank.world_size * 2)):
+        for ask, between in ((ep.check, 0), (lambda: ep.plan(good, num_experts=rank.world_size * 2), PLANS_AHEAD - 1)):
             plan = ep.plan(bad if rank.rank == bad_rank else good, num_experts=rank.world_size * 2)
+            for _ in range(between):
+                ep.plan(good, num_experts=rank.world_size * 2).check()
             with pytest.raises(ValueError, match="topk_idx: got expert ids out of range") as raised:
                 ask()
             messages.append(str(raised.value))
@@ -230,21 +234,25 @@ def test_ids_out_of_range_are_flagged_on_the_device(pool: RankPool, bad_id: int)
 
 def overflowing_on_the_device(rank: Rank, case: Case) -> list[str]:
     """Without a read on the host the bound is passed on the device: NaN rows now, and the error when asked."""
+    from sonic_ep.fast.verdict import PLANS_AHEAD
+
     inputs = draw(case, rank.world_size, rank.device)
     tokens = inputs.tokens_of(rank.rank)
+    fitting = torch.zeros_like(inputs.topk_idx[tokens]) - 1
     messages = []
     with ExpertParallel(backend="fast", config=EPConfig(max_rows=20)) as ep:
-        for ask in (ep.check, lambda: ep.plan(inputs.topk_idx[tokens], case.num_experts)):
+        for ask, between in ((ep.check, 0), (lambda: ep.plan(fitting, case.num_experts), PLANS_AHEAD - 1)):
             plan = ep.plan(inputs.topk_idx[tokens], case.num_experts)
             rows = ep.dispatch(inputs.x[tokens], plan)
             assert rows.shape[0] == 20
             assert bool(rows.isnan().all())
             y = ep.combine(torch.ones_like(rows), inputs.topk_scores[tokens], plan)
             assert bool(y.isnan().all())
+            for _ in range(between):
+                ep.plan(fitting, case.num_experts)
             with pytest.raises(RowOverflowError) as raised:
                 ask()
             messages.append(str(raised.value))
-        fitting = torch.zeros_like(inputs.topk_idx[tokens]) - 1
         rows = ep.dispatch(inputs.x[tokens], ep.plan(fitting, case.num_experts))
         ep.check()
         return messages
@@ -304,9 +312,22 @@ def test_max_rows_holds_with_and_without_exact_sizes(exact: bool) -> None:
 
 
 def test_more_slots_than_int32_counts_are_refused() -> None:
-    refused = pytest.raises(ValueError, match=f"got {2**31} slots, expected at most {2**31 - 1}")
+    refused = pytest.raises(ValueError, match=f"got {2**31} slots, expected at most {2**31 - 2**20}")
     with ExpertParallel(max_tokens_per_rank=2**31) as ep, refused:
         ep.plan(torch.zeros(1, 1, dtype=torch.int64), num_experts=2)
+
+
+def test_a_plan_of_more_slots_than_int32_counts_is_malformed() -> None:
+    def plan_with(slots: int) -> RoutingPlan:
+        shapes = dict.fromkeys(("counts", "group_ends", "slot_of_row"), (1,))
+        shapes |= dict.fromkeys(("expert_ids", "row_of_slot"), (1, slots, 1))
+        shapes |= {"pair_tokens": (1, 1), "packed_of_token": (1, slots)}
+        # As much as that would not fit in memory.
+        held = {name: torch.empty(shape, dtype=torch.int32, device="meta") for name, shape in shapes.items()}
+        return RoutingPlan(rank=0, num_tokens=1, **held)
+
+    assert malformed_field(plan_with(2**31 - 2**20)) is None
+    assert malformed_field(plan_with(2**31 - 2**20 + 1)) == "expert_ids"
 
 
 def varying_tokens(rank: Rank, backend: str, tokens: list[list[int]]) -> list[int]:

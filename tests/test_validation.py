@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from calls import EXPERTS, HIDDEN, TOKENS, good_call, good_routed_call
+from limits import HANG_SECONDS
 
 import sonic_ep
 from sonic_ep import ClosedError, ExpertParallel
@@ -19,6 +20,10 @@ from sonic_ep.testing import Rank, RankPool
 WRONG_MOE: dict[str, tuple[dict[str, Any], str]] = {
     "x of one dimension": ({"x": torch.randn(HIDDEN)}, r"shape of x: got \(8,\), expected \(T, H\)"),
     "x without features": ({"x": torch.randn(3, 0)}, r"shape of x: got \(3, 0\)"),
+    "x too wide": (
+        {"x": torch.zeros(1, 1).expand(5, 2**21 + 1)},
+        "hidden size H: got 2097153, expected at most 2097152",
+    ),
     "x of integers": (
         {"x": torch.ones(5, 8, dtype=torch.int32)},
         "dtype of x: got torch.int32, expected torch.bf",
@@ -42,6 +47,10 @@ WRONG_MOE: dict[str, tuple[dict[str, Any], str]] = {
     "w1 not gated": (
         {"w1": torch.randn(4, 4, 8)},
         r"shape of w1: got \(4, 4, 8\), expected \(4, 8, 8\) = \(e, 2I, H\)",
+    ),
+    "w1 and w2 too wide": (
+        {"w1": torch.zeros(1, 1, 1).expand(4, 2**21 + 2, 8), "w2": torch.zeros(1, 1, 1).expand(4, 8, 2**20 + 1)},
+        "2I of w1: got 2097154, expected at most 2097152",
     ),
     "w1 in another dtype": (
         {"w1": torch.randn(4, 8, 8).bfloat16()},
@@ -268,7 +277,7 @@ def test_a_wrong_program_ends_within_five_seconds_and_leaves_nothing(name: str, 
         "--nproc-per-node=2",
         str(script),
     ]
-    done = subprocess.run(launcher, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(launcher, capture_output=True, text=True, timeout=HANG_SECONDS)
     ended = time.time()
     called = float(done.stdout.split("calling ")[1].split()[0])
     assert done.returncode != 0

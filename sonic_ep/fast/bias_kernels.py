@@ -39,7 +39,7 @@ def add_bias_dots_kernel(
     for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         row = start + tl.arange(0, ROWS)
         there = row < rows
-        expert = experts_of_rows(row, group_ends_ptr, experts_per_rank, EXPERTS_PADDED)
+        expert = experts_of_rows(row, group_ends_ptr, experts_per_rank, EXPERTS_PADDED).to(tl.int64)
         dot = tl.zeros((ROWS, COLUMNS), dtype=WIDE)
         for first in range(0, H, COLUMNS):
             column = first + tl.arange(0, COLUMNS)

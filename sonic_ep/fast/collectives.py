@@ -17,7 +17,7 @@ VALUES = "values_of_slots"
 WANTS = "wants"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numbers"])
 def gather_kernel(staged_ptr, gathered_ptr, numbers, BLOCK: tl.constexpr):
     """``numbers`` words of every rank, one behind the other. Grid (ceil(numbers / BLOCK), W).
 
@@ -25,9 +25,9 @@ def gather_kernel(staged_ptr, gathered_ptr, numbers, BLOCK: tl.constexpr):
     """
     source = tl.program_id(1)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < numbers
-    word = tl.load(peer_pointer(staged_ptr, source, gathered_ptr) + place, mask=inside)
-    tl.store(gathered_ptr + source.to(tl.int64) * numbers + place, word, mask=inside)
+    # Loads over the link are of whole 16 bytes whatever ``numbers`` is: shared buffers are whole blocks of memory.
+    word = tl.load(peer_pointer(staged_ptr, source, gathered_ptr) + place, mask=place // 4 * 4 < numbers)
+    tl.store(gathered_ptr + source.to(tl.int64) * numbers + place, word, mask=place < numbers)
 
 
 def gather_scores(scores_TK: Tensor, plan: RoutingPlan, workspace: Workspace) -> Tensor:
@@ -68,7 +68,7 @@ def slots_bytes(capacity: int, top_k: int) -> int:
     return capacity * top_k * torch.float32.itemsize
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["slots_per_rank", "rows"])
 def send_home_kernel(
     values_ptr,
     expert_ids_ptr,
@@ -96,7 +96,7 @@ def send_home_kernel(
         tl.store(peer_pointer(homes_ptr, home, values_ptr) + slot_at_home, value, mask=mine)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["first_slot", "slots", "rows"])
 def collect_kernel(
     arrived_ptr,
     values_ptr,

@@ -83,7 +83,7 @@ def write_peer_kernel(source_ptr, targets_ptr, peer, pieces, WORDS: tl.constexpr
 class Link:
     """Two shared buffers of ``nbytes`` on every rank, and the ways to move one to the other over the link.
 
-    Construction is collective. nbytes: a multiple of the largest piece, at most 2**31 words of 4 bytes.
+    Construction is collective. nbytes: a multiple of the largest piece, fewer than 2**31 words of 4 bytes.
     """
 
     def __init__(self, workspace: Workspace, nbytes: int, launches: tuple[Launch, ...] = LAUNCHES) -> None:

@@ -11,7 +11,7 @@ from sonic_ep.fast.device import peer_pointer
 OUT_OF_RANGE: tl.constexpr = tl.constexpr(-2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["given", "room"])
 def stage_ids_kernel(ids_ptr, staged_ptr, given, room, num_experts, BLOCK: tl.constexpr):
     """This rank's ids, int32 or int64, to shared memory as int32. Grid (ceil(room / BLOCK),).
 
@@ -25,7 +25,7 @@ def stage_ids_kernel(ids_ptr, staged_ptr, given, room, num_experts, BLOCK: tl.co
     tl.store(staged_ptr + place, staged, mask=place < room)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "tiles_per_rank"])
 def count_kernel(
     staged_ptr,
     expert_ids_ptr,
@@ -72,7 +72,7 @@ def count_kernel(
         tl.store(counts_ptr + num_experts + rank, tokens_here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def scan_kernel(counts_ptr, totals_ptr, tiles, bins, TILES: tl.constexpr, BINS: tl.constexpr):
     """Replace the counts of every tile by the sum over the tiles before it. Grid (ceil(bins / BINS),).
 
@@ -90,7 +90,7 @@ def scan_kernel(counts_ptr, totals_ptr, tiles, bins, TILES: tl.constexpr, BINS: 
     tl.store(totals_ptr + column, before, mask=column < bins)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "tiles_per_rank", "row_capacity"])
 def place_kernel(
     expert_ids_ptr,
     before_ptr,
@@ -132,12 +132,11 @@ def place_kernel(
     mine = rank * experts_per_rank
     rows_here = tl.sum(tl.where((bin_of >= mine) & (bin_of < mine + experts_per_rank), total, 0), axis=0)
 
-    # Slots are int32 by contract: W*C*K is at most 2**31 - 1.
+    # Slots are int32 by contract: W*C*K is at most ``plan.MOST_SLOTS``.
     first_slot = (source * capacity + first_token) * K
     last_slot = (source * capacity + tl.minimum(first_token + TOKENS, capacity)) * K
     lane = tl.arange(0, COMPARED)
     for done in range(0, last_slot - first_slot, COMPARED):
-        # Counted from the tile's first: numbers of slots behind the last may be none of int32.
         inside = done + lane < last_slot - first_slot
         slot = first_slot + done + lane
         expert = tl.load(expert_ids_ptr + slot, mask=inside, other=-1)
@@ -169,7 +168,7 @@ def _free(row, inside, rows_here, row_capacity):
     return inside & (row >= rows_here) & (row < row_capacity)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_per_rank", "max_rows"])
 def totals_kernel(
     before_ptr,
     totals_ptr,
@@ -195,12 +194,12 @@ def totals_kernel(
     rank_of = tl.arange(0, RANKS_PADDED)
     exists = rank_of < world_size
     column = num_experts + rank_of
-    begin = tl.load(before_ptr + source * tiles_per_rank * bins + column, mask=exists, other=0)
+    tile = source.to(tl.int64) * tiles_per_rank
+    begin = tl.load(before_ptr + tile * bins + column, mask=exists, other=0)
     total_tokens = tl.load(totals_ptr + column, mask=exists, other=0)
     is_last = source == world_size - 1
-    next_begin = tl.load(
-        before_ptr + (source + 1) * tiles_per_rank * bins + column, mask=exists & (not is_last), other=0
-    )
+    next_tile = tile + tiles_per_rank
+    next_begin = tl.load(before_ptr + next_tile * bins + column, mask=exists & (not is_last), other=0)
     tl.store(
         pair_tokens_ptr + source * world_size + rank_of,
         tl.where(is_last, total_tokens, next_begin) - begin,

@@ -15,15 +15,15 @@ SUMMANDS = "summands"
 
 
 @triton.jit
-def sum_ranks_kernel(staged_ptr, sum_ptr, numbers, world_size, BLOCK: tl.constexpr):
-    """``numbers`` sums over the ranks, added in ascending order of rank. Grid (ceil(numbers / BLOCK),).
+def sum_ranks_kernel(staged_ptr, sum_ptr, width, world_size, BLOCK: tl.constexpr):
+    """``width`` sums over the ranks, added in ascending order of rank. Grid (ceil(width / BLOCK),).
 
-    staged_ptr (W,) int64: addresses of what each rank staged, (numbers,) fp32. sum_ptr (numbers,) fp32.
+    staged_ptr (W,) int64: addresses of what each rank staged, (width,) fp32. sum_ptr (width,) fp32.
 
     Three ranks that staged 1e8, 1 and -1e8 have the sum 0: 1e8 swallows the 1 before it is taken away.
     """
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < numbers
+    inside = place < width
     # Peers wrote it while kernels of this rank ran: past the first-level cache, which knows nothing of them.
     total = tl.load(peer_pointer(staged_ptr, 0, sum_ptr) + place, mask=inside, cache_modifier=".cg")
     for rank in range(1, world_size):

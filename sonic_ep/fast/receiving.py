@@ -33,6 +33,11 @@ LAG_TOKENS = 1024
 # waits for its stores to reach the peer before it raises its flag, and meanwhile others have to keep the memory busy.
 COLUMNS = 1024
 SUM_WARPS = 4
+# Parameters of the combine kernels that differ from call to call, or from rank to rank.
+UNSPECIALIZED = [
+    *("capacity", "own_tokens", "row_capacity", "first_token", "tokens", "lag", "chunk"),
+    *("rank", "tag", "limit"),
+]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from sonic_ep.fast.device import peer_pointer, rounded
 from sonic_ep.fast.receiving import (
+    UNSPECIALIZED,
     PushedCombine,
     arrival_of,
     await_arrivals,
@@ -17,7 +18,7 @@ from sonic_ep.fast.receiving import (
 from sonic_ep.plan import RoutingPlan
 
 
-@triton.jit(do_not_specialize=["rank", "tag", "limit", "first_token", "tokens", "lag", "row_capacity"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def exchange_rows_kernel(
     rows_ptr,
     scores_ptr,
@@ -88,7 +89,12 @@ def exchange_rows_kernel(
                         term = tl.load(rows_ptr + row * H + column, mask=column < tl.where(own, H, 0), other=0.0)
                         there = column < tl.where(remote, H, 0)
                         # Past the first-level cache, which knows nothing of what peers write meanwhile.
-                        arrived = tl.load(received + choice * H + column, mask=there, other=0.0, cache_modifier=".cg")
+                        arrived = tl.load(
+                            received + tl.cast(choice, tl.int64) * H + column,
+                            mask=there,
+                            other=0.0,
+                            cache_modifier=".cg",
+                        )
                         term = tl.where(there, arrived, term).to(tl.float32)
                         if HAS_SCORES:
                             term = term * tl.load(scores_ptr + first_slot + choice, mask=expert >= 0, other=0.0)
@@ -102,7 +108,7 @@ def exchange_rows_kernel(
                     for first in range(0, H, COLUMNS):
                         column = first + tl.arange(0, COLUMNS)
                         value = tl.load(rows_ptr + row * H + column, mask=column < H)
-                        tl.store(received + choice * H + column, value, mask=column < H)
+                        tl.store(received + tl.cast(choice, tl.int64) * H + column, value, mask=column < H)
             raise_arrival(flags_ptr, home, arrival_of(rank, home, group, world_size, chunk), tag)
 
 

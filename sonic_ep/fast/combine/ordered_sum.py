@@ -10,6 +10,7 @@ import triton.language as tl
 
 from sonic_ep.fast.device import peer_pointer, rounded
 from sonic_ep.fast.receiving import (
+    UNSPECIALIZED,
     PushedCombine,
     arrival_of,
     await_arrivals,
@@ -20,7 +21,7 @@ from sonic_ep.fast.receiving import (
 from sonic_ep.plan import RoutingPlan
 
 
-@triton.jit(do_not_specialize=["rank", "tag", "limit", "first_token", "tokens", "lag", "row_capacity"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def exchange_partial_sums_kernel(
     rows_ptr,
     scores_ptr,

@@ -12,7 +12,7 @@ from sonic_ep.fast.workspace import SharedBuffer
 from sonic_ep.plan import RoutingPlan
 
 
-@triton.jit(do_not_specialize=["row_capacity"])
+@triton.jit(do_not_specialize=["capacity", "row_capacity"])
 def pull_to_rows_kernel(
     own_ptr,
     staged_ptr,

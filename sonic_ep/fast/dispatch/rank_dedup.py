@@ -13,7 +13,7 @@ from sonic_ep.fast.workspace import SharedBuffer
 from sonic_ep.plan import RoutingPlan
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def pull_packed_kernel(
     own_ptr,
     staged_ptr,

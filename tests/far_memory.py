@@ -1,0 +1,36 @@
+"""Tensors of more elements than 32 bits can count, of which a test touches few.
+
+On the CPU they are files with holes: what is not touched takes neither memory nor disk.
+"""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sonic_ep.testing import Rank
+
+
+def far_tensor(rank: Rank, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor without values: on a GPU in its memory, on the CPU over a file of nothing but a hole."""
+    if rank.device.type == "cuda":
+        return torch.empty(shape, dtype=dtype, device=rank.device)
+    with tempfile.TemporaryDirectory(prefix="sonic_ep_far_") as folder:
+        path = str(Path(folder) / "hole")
+        return torch.from_file(path, shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
+
+
+def memory_available(device_type: str) -> int:
+    if device_type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    with open("/proc/meminfo") as lines:
+        kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    return kilobytes["MemAvailable"] * 1024
+
+
+def skip_without_memory(device_type: str, needed: int) -> None:
+    """Skip the test, with the reason, where fewer than ``needed`` bytes are free."""
+    if memory_available(device_type) < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of memory on {device_type}")
