@@ -33,7 +33,7 @@ def test_the_example_runs_on_one_rank_and_on_several(nproc: int, tmp_path: Path)
 
 
 def test_the_lines_about_profiles_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    _, lines = examples()
+    _, lines, *_ = examples()
     # It keeps what it finds in the home of its caller.
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     with sonic_ep.ExpertParallel(backend="reference") as ep:
