@@ -31,7 +31,7 @@ class Expiry:
         self._waits = waits
         # The host reads it while kernels run, so on a GPU it is pinned memory that kernels write through the bus.
         self.words = host_words(WORDS, device, torch.int64)
-        self._untold = told_at_the_end(self, partial(found_in, self.words, waits.group, waits.timeout))
+        self._untold = told_at_the_end(self, partial(found_in, self.words, waits.group, waits.timeout, waits.why_left))
 
     def found(self) -> PeerError | None:
         """What a kernel has written, if any. No wait for the GPU."""
