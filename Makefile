@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types format bench sanitize clean
+OLDEST := .venv-oldest
+
+.PHONY: demo test test-oldest lint types format bench sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m sonic_ep doctor
@@ -16,6 +18,10 @@ JOBS ?= 2
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=worksteal $(PYTEST_FLAGS)
+
+# The same on the oldest releases of PyTorch and Triton that are supported.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest --numprocesses=$(JOBS) --dist=worksteal $(PYTEST_FLAGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -33,6 +39,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,viz]'
 	touch $@
 
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test,viz]'
+	touch $@
+
 # On GPUs: make bench RANKS=2 RESULTS=bench/results/mine.json. Without one, a smoke size under Triton's interpreter.
 RANKS ?= 1
 BENCH_SETTINGS := $(if $(shell command -v nvidia-smi),,TRITON_INTERPRET=1)
@@ -48,4 +59,4 @@ sanitize: $(INSTALLED)
 		$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=2 tests/every_kernel.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info train_lm.png report.html report_png bench/results/latest.json
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info train_lm.png report.html report_png bench/results/latest.json

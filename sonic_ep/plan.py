@@ -171,6 +171,18 @@ def malformed_field(plan: RoutingPlan) -> str | None:
     return _misshapen_field(plan)
 
 
+def raise_if_malformed(where: object, plan: RoutingPlan) -> None:
+    """Raise ``ValueError`` if a field of ``plan`` is not held as it was made; ``where`` begins the message.
+
+    For a backward: its forward has checked the plan, whose memory its caller may have freed since.
+    """
+    malformed = malformed_field(plan)
+    if malformed is not None:
+        raise ValueError(
+            f"{where}: {malformed} of plan: got other memory than in forward, expected the same: was it freed?"
+        )
+
+
 def row_ceiling(*, world_size: int, capacity: int, top_k: int, experts_per_rank: int, distinct: bool) -> int:
     """Rows that a rank can receive at the most: W*C*min(K, e) if a token's experts are distinct, else W*C*K."""
     slots_here = min(top_k, experts_per_rank) if distinct else top_k

@@ -135,3 +135,27 @@ def freed_rows(rank: Rank, case: Case, backend: str) -> None:
 @both_backends
 def test_freed_rows_of_a_combine_are_refused(pool: RankPool, backend: str, world_size: int) -> None:
     pool.run(freed_rows, CASE, backend, world_size=world_size)
+
+
+def freed_plan(rank: Rank, case: Case, backend: str) -> None:
+    """A plan that its caller has freed before backward."""
+    idx, scores = routing_of(rank, case)
+    x = torch.randn(len(idx), case.hidden, device=rank.device).requires_grad_()
+    scores = scores.clone().requires_grad_()
+    with ExpertParallel(backend=backend, timeout=30) as ep:
+        for field in ("expert_ids", "row_of_slot", "slot_of_row", "group_ends"):
+            plan = ep.plan(idx, case.num_experts)
+            rows = ep.dispatch(x, plan)
+            there = torch.arange(len(rows), device=rank.device) < plan.rows()
+            y = ep.combine(rows.detach().where(there[:, None], 0).requires_grad_(), scores, plan)
+            free(getattr(plan, field))
+            named = "topk_idx" if field == "expert_ids" else f"{field} of plan"
+            for result in (rows[:1].sum(), y.sum()):
+                with pytest.raises(ValueError, match=f"{named}: got .* was it freed"):
+                    result.backward()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@both_backends
+def test_a_freed_plan_is_refused_in_backward(pool: RankPool, backend: str, world_size: int) -> None:
+    pool.run(freed_plan, CASE, backend, world_size=world_size)

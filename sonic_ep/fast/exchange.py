@@ -22,7 +22,7 @@ from sonic_ep.fast.verdict import Verdict
 from sonic_ep.fast.workspace import SharedBuffer, Workspace
 from sonic_ep.meeting import Phase, Step
 from sonic_ep.once import once_differentiable, savable, saved_by
-from sonic_ep.plan import NO_ROW, RoutingPlan
+from sonic_ep.plan import NO_ROW, RoutingPlan, raise_if_malformed
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -145,6 +145,7 @@ class Dispatch(torch.autograd.Function):
         """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
         exchange: Exchange = ctx.exchange.in_backward()
         (expert_ids_WCK,) = saved_by(ctx, exchange.workspace.group, ("topk_idx",))
+        raise_if_malformed(exchange.workspace.group, exchange.plan)
         return exchange.checked(exchange.sums(grad_RH, None), expert_ids_WCK), None
 
 
@@ -170,6 +171,7 @@ class Combine(torch.autograd.Function):
         """Gradients of the rows (R, H) and of the scores (T, K)."""
         exchange: Exchange = ctx.exchange.in_backward()
         scores_WCK, rows_RH, expert_ids_WCK = saved_by(ctx, exchange.workspace.group, ("scores", "rows", "topk_idx"))
+        raise_if_malformed(exchange.workspace.group, exchange.plan)
         out_grad_RH = exchange.rows(exchange.checked(grad_TH, expert_ids_WCK))
         grad_RH, dots_R = weigh_rows(out_grad_RH, rows_RH, scores_WCK, exchange.plan)
         return grad_RH, exchange.home(dots_R), None

@@ -20,7 +20,7 @@ from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.eager import outside_dispatch_modes
 from sonic_ep.meeting import Meeting, Phase, Step
 from sonic_ep.once import once_differentiable, savable, saved_by
-from sonic_ep.plan import RoutingPlan, recompute_error
+from sonic_ep.plan import RoutingPlan, raise_if_malformed, recompute_error
 from sonic_ep.precision import full_precision, keep_from_autocast
 from sonic_ep.reference.collectives import Collectives, collectives_of
 from sonic_ep.reference.combine import combine_primitives
@@ -102,7 +102,9 @@ class Dispatch(torch.autograd.Function):
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
         """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
         exchange: Exchange = ctx.exchange.in_backward()
-        exchange.raise_if_rerouted(*saved_by(ctx, exchange.collectives.group, ("topk_idx",)))
+        (expert_ids_WCK,) = saved_by(ctx, exchange.collectives.group, ("topk_idx",))
+        raise_if_malformed(exchange.collectives.group, exchange.plan)
+        exchange.raise_if_rerouted(expert_ids_WCK)
         exchange.meet(Phase.COMBINE, grad_RH.device)
         return exchange.combine.combine(grad_RH, None, exchange.plan), None
 
@@ -147,6 +149,7 @@ class Combine(torch.autograd.Function):
         """Gradients of the rows (R, H) and of the scores (T, K)."""
         exchange: Exchange = ctx.exchange.in_backward()
         score_of_row_N, rows_RH, expert_ids_WCK, *_ = saved_by(ctx, exchange.collectives.group, ctx.names)
+        raise_if_malformed(exchange.collectives.group, exchange.plan)
         exchange.raise_if_rerouted(expert_ids_WCK)
         exchange.meet(Phase.DISPATCH, grad.device)
         out_grad_RH = exchange.rows(grad.reshape(exchange.plan.num_tokens, grad.shape[-1]))
