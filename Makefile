@@ -19,7 +19,7 @@ JOBS ?= 2
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=worksteal $(PYTEST_FLAGS)
 
-# The same on the oldest releases of PyTorch and Triton that are supported.
+# The same with the oldest supported PyTorch and Triton.
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest --numprocesses=$(JOBS) --dist=worksteal $(PYTEST_FLAGS)
 

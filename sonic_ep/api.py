@@ -303,9 +303,9 @@ class ExpertParallel:
 
     def _check_capacity(self, tokens: int) -> None:
         if self._capacity is not None:
-            since = "max_tokens_per_rank" if self._capacity_given else "the most that a rank brought to the first call"
-            remedy = f"pass max_tokens_per_rank={tokens}, or the most that any rank will bring, to ExpertParallel"
-            expected = f"at most C={self._capacity}, {since}: {remedy} on every rank"
+            source = "max_tokens_per_rank" if self._capacity_given else "the most that a rank brought to the first call"
+            remedy = f"construct ExpertParallel with max_tokens_per_rank of at least {tokens}, the same on every rank"
+            expected = f"at most C={self._capacity} ({source}): {remedy}"
             self._edge.require(tokens <= self._capacity, "tokens T", tokens, expected)
 
     def _agreed_capacity(self, tokens: Tensor) -> int:

@@ -130,7 +130,7 @@ class Backend(Protocol):
         ...
 
     def leave(self) -> None:
-        """This rank will come to no further call: end the waits of kernels of other ranks for it."""
+        """This rank makes no further call: end the waits of other ranks' kernels for it."""
         ...
 
     def holds_memory(self) -> bool:

@@ -130,7 +130,7 @@ class Board:
         try:
             thread.start()
         except RuntimeError:
-            # Python 3.12 starts no thread while it ends, and without one the store could hold up the end.
+            # From Python 3.12 on no thread starts while the interpreter exits; a store call without one might block it.
             return None
         thread.join(ANSWER_SECONDS)
         self.broken = not answers

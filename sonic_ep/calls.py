@@ -38,9 +38,9 @@ class Held:
     waits: Waits
 
     def leave(self, error: BaseException) -> None:
-        """Tell ranks that wait for this one that it left because of ``error``, their hosts and their kernels."""
+        """Report ``error`` to the ranks that wait for this one: through the store, and to their kernels by a tag."""
         self.waits.leave(_in_words(error))
-        # Kernels of a GPU that is lost tell nobody.
+        # On a lost GPU the kernel cannot run.
         with suppress(RuntimeError):
             self.backend.leave()
 
@@ -175,16 +175,16 @@ def _digest_of(common: Told, told: Told) -> int:
 
 
 def _forgotten(held: Held, calls: weakref.ref[Calls]) -> None:
-    """Warn of what its user has let go, or has left open when the process ends. Graphs may still need the memory.
+    """Warn if ``close()`` was not called. Shared memory stays as long as graphs need it.
 
-    Where the process ends by an error that nobody caught, ranks that wait for this one are told.
+    Where an uncaught exception ends the process, report it to the ranks that wait for this one.
     """
     if not held.waits.turn.is_of_this_process:
         return
-    ended_by = getattr(sys, "last_value", None)
-    # What was let go is gone by now; what is there still is there until the process has ended.
-    if calls() is not None and isinstance(ended_by, BaseException):
-        held.leave(ended_by)
+    uncaught = getattr(sys, "last_value", None)
+    # ``calls`` is alive only if this runs at exit, not where the object is garbage collected.
+    if calls() is not None and isinstance(uncaught, BaseException):
+        held.leave(uncaught)
     if not held.backend.holds_memory():
         return
     warnings.warn(f"{held.name}: got no close() before it was let go, expected one", ResourceWarning, stacklevel=2)

@@ -1,4 +1,4 @@
-"""What ``torch.compile`` and dispatch modes do not see: calls that run as they are, whatever surrounds them."""
+"""Decorators that keep calls out of ``torch.compile`` graphs and out of the caller's ``TorchDispatchMode``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def runs_eagerly(function: Callable[GivenP, ResultT]) -> Callable[GivenP, Result
 
 
 def outside_dispatch_modes(function: Callable[GivenP, ResultT]) -> Callable[GivenP, ResultT]:
-    """``function``, none of whose operations a ``TorchDispatchMode`` of the caller sees.
+    """``function``, with its operations hidden from every ``TorchDispatchMode`` of the caller.
 
     Selective activation checkpointing is such a mode. In recompute it returns what an operation gave in forward without
     running it: a collective would not take place, a tag would be that of an earlier step, and a buffer that is written
@@ -41,7 +41,7 @@ def outside_dispatch_modes(function: Callable[GivenP, ResultT]) -> Callable[Give
 
     @wraps(function)
     def called(*arguments: GivenP.args, **options: GivenP.kwargs) -> ResultT:
-        # Hardly ever is there one, and to leave none costs as much as launching a kernel.
+        # Usually none is active, and disabling none costs as much as a kernel launch.
         if torch._C._len_torch_dispatch_stack() == 0:
             return function(*arguments, **options)
         with _disable_current_modes():

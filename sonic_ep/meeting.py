@@ -20,7 +20,7 @@ _CALL_SHIFT = STEP_BITS + PHASE_BITS + 2
 
 
 class Phase(IntEnum):
-    """What ranks meet for. UNKNOWN: something that is none of ours. LEFT: nothing, this rank comes to no meeting."""
+    """What ranks meet for. UNKNOWN: something that is none of ours. LEFT: this rank has left and meets no more."""
 
     UNKNOWN = 0
     AGREEMENT = 1

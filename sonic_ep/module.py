@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
 from sonic_ep.api import ExpertParallel, MoEOutput
@@ -22,10 +21,9 @@ EXPERT_WEIGHTS = ("w1", "w2", "b1", "b2")
 
 
 def weight_of(path: str) -> str:
-    """The weight that a parameter of the layer belongs to, by the name under which PyTorch keeps it.
+    """Name of the ``MoE`` weight that the parameter at ``path`` belongs to.
 
-    ``torch.nn.utils`` computes a weight from an original and adapters, a norm and a direction, or an original and a
-    mask.
+    ``torch.nn.utils`` splits a weight into an original and adapters, magnitude and direction, or original and mask.
 
     >>> [weight_of(path) for path in ("w1", "parametrizations.w1.original", "parametrizations.w1.0.down", "w1_orig")]
     ['w1', 'w1', 'w1', 'w1']
@@ -108,8 +106,8 @@ class MoE(nn.Module):
 
         Parameters that ``fully_shard`` has made DTensors get this rank's shards of what a layer that is not sharded
         gets from the seed: give ranks that share one layer the same seed. Meanwhile that takes memory for one whole
-        parameter and a shard of it. TypeError if a DTensor has placements other than Shard and Replicate. Of a
-        parametrized weight it is the original that is filled; TypeError if there are several.
+        parameter and a shard of it. Of a parametrized or pruned weight the original is filled. TypeError if a weight is
+        computed from several tensors, or if a DTensor has placements other than Shard and Replicate.
         """
         if self.router_w.is_meta:
             return
@@ -125,10 +123,10 @@ class MoE(nn.Module):
                 held[name].zero_()
 
     def expert_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that only this rank holds: other ranks hold other experts.
+        """Parameters of this rank's experts: w1, w2, b1, b2. Every rank of the group holds different ones.
 
-        Of a weight that is parametrized (LoRA), these are its original and the adapter's parameters; of one that is
-        normalised or pruned by a hook, what it is made of.
+        For a parametrized weight (LoRA): its original and the adapter's parameters. For ``prune`` and ``weight_norm``:
+        the parameters from which the weight is computed (``w1_orig``; ``w1_g``, ``w1_v``).
         """
         return (parameter for path, parameter in self.named_parameters() if weight_of(path) in EXPERT_WEIGHTS)
 
@@ -158,14 +156,15 @@ class MoE(nn.Module):
         )
 
     def _held(self, name: str) -> Tensor:
-        """The tensor whose values reset sets: the weight itself, or the original that it is computed from."""
-        if not parametrize.is_parametrized(self, name):
-            found: Tensor = getattr(self, name)
-            return found
-        original = getattr(self.get_submodule(f"parametrizations.{name}"), "original", None)
-        if not isinstance(original, Tensor):
-            raise TypeError(f"{self.ep.group}: {name}: got a parametrization of several tensors, expected one original")
-        return original
+        """The parameter that ``reset_parameters`` fills: the weight, or the original that it is computed from."""
+        paths = (name, f"parametrizations.{name}.original", f"{name}_orig")
+        held = dict(self.named_parameters())
+        found = next((held[path] for path in paths if path in held), None)
+        if found is None:
+            raise TypeError(
+                f"{self.ep.group}: {name}: got a weight computed from several tensors, expected one original"
+            )
+        return found
 
     def _fill_experts(self, weight: Tensor, seed: int) -> None:
         held = weight.shape[0]

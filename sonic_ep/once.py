@@ -39,9 +39,9 @@ def has_tangent(tensor: Tensor) -> bool:
 
 
 def raise_if_freed(where: object, name: str, tensor: Tensor) -> None:
-    """Raise ``ValueError`` if ``tensor`` reaches past the end of its storage. ``where`` begins the message.
+    """Raise ``ValueError`` if the storage of ``tensor`` is smaller than its view of it. ``where`` begins the message.
 
-    FSDP frees the storage of a parameter between its uses, and tensors that look at it keep their shapes.
+    FSDP frees the storage of a parameter between uses; tensors over that storage keep their shapes.
     """
     if tensor.numel() == 0:
         return
@@ -55,7 +55,7 @@ def raise_if_freed(where: object, name: str, tensor: Tensor) -> None:
 def saved_by(ctx: Any, where: object, names: Sequence[str]) -> list[Any]:
     """``ctx.saved_tensors`` as kernels read them: a hook that unpacks them may lay out the same values otherwise.
 
-    names: of all of them, in their order. Raises ``ValueError`` if the storage of one was freed after forward.
+    names: of the saved tensors, in order. Raises ``ValueError`` if the storage of one was freed after forward.
     """
     saved = ctx.saved_tensors
     for name, held in zip(names, saved, strict=True):

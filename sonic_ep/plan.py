@@ -45,9 +45,8 @@ from torch import Tensor
 
 from sonic_ep.config import EPConfig, RecomputeError, RowOverflowError, is_count
 
-# Slots and rows are int32, and so is all that kernels count up to or past the last of them: steps of a loop over rows
-# (as many as there are programs), the rest of a last block or tile (at most 2 * 65536 slots), tokens that are still to
-# be summed when the last is sent (1024 on each rank). None of it goes further than the margin.
+# Slots and rows are int32. The margin is room for kernels that count past the last one: the stride of a grid over rows,
+# the rest of a block or tile (at most 2 * 65536 slots), the lag of a combine (1024 tokens for each rank).
 MOST_SLOTS = 2**31 - 2**20
 INDEX_DTYPE = torch.int32
 INDEX_BYTES = INDEX_DTYPE.itemsize
@@ -172,14 +171,15 @@ def malformed_field(plan: RoutingPlan) -> str | None:
 
 
 def raise_if_malformed(where: object, plan: RoutingPlan) -> None:
-    """Raise ``ValueError`` if a field of ``plan`` is not held as it was made; ``where`` begins the message.
+    """Raise ``ValueError`` if dtype, shape or storage of a field of ``plan`` has changed; ``where`` begins the message.
 
-    For a backward: its forward has checked the plan, whose memory its caller may have freed since.
+    For a backward: its forward has checked the plan, whose memory the caller may have freed since.
     """
     malformed = malformed_field(plan)
     if malformed is not None:
         raise ValueError(
-            f"{where}: {malformed} of plan: got other memory than in forward, expected the same: was it freed?"
+            f"{where}: {malformed} of plan: got a tensor that was freed or resized after forward, expected it "
+            "unchanged: keep the plan until its backward has run"
         )
 
 

@@ -11,7 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from sonic_ep.eager import outside_dispatch_modes
 
-# Since this release PyTorch itself keeps the node of a Python function until the second half has run.
+# From this release on, PyTorch keeps the node of a Python autograd function alive between the two halves.
 KEPT_SINCE = (2, 13)
 
 
@@ -28,11 +28,10 @@ KEEPS_NODES = release_of(torch.__version__) >= KEPT_SINCE
 
 
 def applied(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
-    """``function.apply(*arguments)``, of one result, fit for a backward in two halves.
+    """``function.apply(*arguments)``, one tensor, whose backward ``torch.distributed.pipelining`` may split in two.
 
-    ``torch.distributed.pipelining`` keeps, between the halves, the gradient of the result and the Python object of the
-    function's node. Up to torch 2.12 that object does not keep the node itself: "_input_metadata is invalid". There
-    the gradient keeps it.
+    Between the halves that keeps the gradient of the result and the Python object of the node. Up to PyTorch 2.12 the
+    object does not own the node itself ("_input_metadata is invalid"), so the gradient has to.
     """
     result: Tensor = function.apply(*arguments)
     return result if KEEPS_NODES or not result.requires_grad else _kept_by_its_gradient(result)
@@ -40,9 +39,9 @@ def applied(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
 
 @outside_dispatch_modes
 def _kept_by_its_gradient(result: Tensor) -> Tensor:
-    """The same tensor, not a view, one node later: that node hands the edge to the gradient that it passes on.
+    """``result`` behind one more node, whose hook attaches the gradient edge of ``result`` to the gradient. Not a view.
 
-    A hook of the function's own node could not hold the edge: the node would hold itself, and would never be freed.
+    A hook on the function's own node would make the node hold itself, and it would never be freed.
     """
     edge = get_gradient_edge(result)
     passed_on: Tensor = torch.ops.aten._unsafe_view(result, result.shape)
@@ -51,7 +50,7 @@ def _kept_by_its_gradient(result: Tensor) -> Tensor:
         (gradient,) = gradients
         if gradient is None:
             return None
-        # The caller's own gradient may live on: an alias of it does not.
+        # An alias: the caller may keep the gradient, and would keep the graph with it.
         alias = gradient.view_as(gradient)
         alias.sonic_ep_edge = edge  # type: ignore[attr-defined]
         return (alias,)

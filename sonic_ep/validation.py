@@ -29,8 +29,8 @@ MOST_SECONDS = 30 * 24 * 3600
 SCORE_DTYPES = (*ROW_DTYPES, torch.float64)
 # Every rank counts the slots of all of them.
 MOST_EXPERTS = 2**16
-# The most that H, and 2I or I, may be: offsets within a tile of a product, of up to 256 rows, are int32, and a grid
-# over columns has at most 65535 blocks of 64.
+# Maximum of H and of the rows of w1 for each expert: int32 offsets in a tile of 256 rows, and grids of at most 65535
+# blocks of 64 columns.
 MOST_WIDTH = 2**21
 
 ObjectT = TypeVar("ObjectT")

@@ -143,7 +143,7 @@ class Waits:
         self._board.tell(Notice(collectives=self._collectives, left=True, text=why))
 
     def why_left(self, rank: int) -> str | None:
-        """What a rank that has left told of it, if it told anything."""
+        """The error with which ``rank`` left, from the store; None if it has not left, or reported none."""
         notice = self._board.notices().get(rank)
         return notice.text if notice is not None and notice.left else None
 

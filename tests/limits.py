@@ -1,3 +1,3 @@
-"""The one limit of whatever only guards against a hang, in seconds: generous, since a busy machine is no fault."""
+"""Timeout of tests that only guard against a hang, in seconds: far above any run time."""
 
 HANG_SECONDS = 600.0

@@ -178,8 +178,8 @@ def test_who_brings_too_many_tokens_may_call_again(pool: RankPool, backend: str)
     found = pool.run(too_many_on_one, backend, world_size=2)
     assert [said for said, _ in found] == [
         "",
-        "rank 1 of 2: tokens T: got 5, expected at most C=4, max_tokens_per_rank: pass max_tokens_per_rank=5, or the "
-        "most that any rank will bring, to ExpertParallel on every rank",
+        "rank 1 of 2: tokens T: got 5, expected at most C=4 (max_tokens_per_rank): construct ExpertParallel with "
+        "max_tokens_per_rank of at least 5, the same on every rank",
     ]
     assert [counts for _, counts in found] == [[4, 3]] * 2
 

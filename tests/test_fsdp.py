@@ -1,6 +1,6 @@
 """FSDP2 around a layer: parameters are freed after forward, gathered for backward, and gradients are those without it.
 
-Ranks that share a shard hold the same experts here: each of them is an EP group alone, or in another one of two.
+FSDP shards over ranks that hold the same experts: EP groups of one rank, or EP 2 times data 2.
 """
 
 from collections.abc import Callable

@@ -215,8 +215,14 @@ def test_reset_fills_the_original_of_a_parametrized_weight() -> None:
     layer.reset_parameters()
     assert_bitwise(layer.parametrizations.w1.original.detach(), expected.w1.detach())
     assert_bitwise(layer.w2.detach(), expected.w2.detach())
+    prune.random_unstructured(layer, "router_w", amount=0.5)
+    with torch.no_grad():
+        layer.router_w_orig.zero_()
+    torch.manual_seed(3)
+    layer.reset_parameters()
+    assert_bitwise(layer.router_w_orig.detach(), expected.router_w.detach())
     parametrizations.weight_norm(layer, "w2")
-    with pytest.raises(TypeError, match="w2: got a parametrization of several tensors, expected one original"):
+    with pytest.raises(TypeError, match="w2: got a weight computed from several tensors, expected one original"):
         layer.reset_parameters()
 
 

@@ -47,7 +47,7 @@ def test_backward_in_two_halves(pool: RankPool, backend: str, world_size: int, t
     pool.run(in_two_halves, CASES["uniform"], top_k, backend, balanced, world_size=world_size)
 
 
-def never_run(rank: Rank, backend: str) -> None:
+def freed_with_its_result(rank: Rank, backend: str) -> None:
     """What a forward keeps is freed with its result, after half a backward, a whole one, or none at all."""
     x = torch.randn(TOKENS, HIDDEN, device=rank.device, requires_grad=True)
     with ExpertParallel(backend=backend) as ep:
@@ -96,7 +96,7 @@ def node_of_function(y: Tensor) -> Any:
 
 @both_backends
 def test_a_graph_is_freed_with_its_result(pool: RankPool, backend: str) -> None:
-    pool.run(never_run, backend, world_size=1)
+    pool.run(freed_with_its_result, backend, world_size=1)
 
 
 class Block(nn.Module):
@@ -139,5 +139,5 @@ def in_a_pipeline(rank: Rank, backend: str) -> None:
 
 
 @both_backends
-def test_a_schedule_without_bubbles(pool: RankPool, backend: str) -> None:
+def test_an_interleaved_schedule_that_splits_backward(pool: RankPool, backend: str) -> None:
     pool.run(in_a_pipeline, backend, world_size=2)

@@ -18,16 +18,6 @@ from sonic_ep.testing import Rank, RankPool, assert_bitwise
 README = Path(__file__).parent.parent / "README.md"
 HEADING = "## Inside a training stack\n"
 
-# What a user of these lines imports. Only ranks do, as it takes seconds.
-IMPORTS = """
-import torch
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
-import sonic_ep
-"""
 NONE, DDP, FSDP1, FSDP2, ZERO = (
     "no wrapper",
     "DistributedDataParallel",
@@ -36,7 +26,7 @@ NONE, DDP, FSDP1, FSDP2, ZERO = (
     "ZeroRedundancyOptimizer",
 )
 WRAPPERS = [DDP, FSDP1, FSDP2, ZERO]
-BLOCKS = {"Experts", *WRAPPERS, "Optimizers", "GradScaler", "Means", "clip_grad_norm_", "Checkpoint"}
+BLOCKS = {"Imports", "Experts", *WRAPPERS, "Optimizers", "GradScaler", "Means", "clip_grad_norm_", "Checkpoint"}
 PLAIN, CLIPPED, SCALED, ADAPTED = "plain", "clipped", "scaled", "adapted"
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 16, 8, 4, 2
@@ -114,7 +104,7 @@ def given(rank: Rank, **options: Any) -> Names:
     around = {"group": mesh and mesh.get_group(), "W": ep.world_size, "device": rank.device, "lr": LR}
     own = {"mesh": mesh, "ep": ep, "model": model, "layer": model.layer, "max_norm": MAX_NORM}
     names = {**around, **own}
-    exec(IMPORTS, names)
+    run_block(names, "Imports")
     return names
 
 
@@ -321,11 +311,15 @@ def test_a_layer_of_another_dtype_is_wrapped_by_itself_first(cpu_pool: RankPool,
 
 def saved_and_loaded(rank: Rank, folder: str) -> None:
     names = {**given(rank), "folder": folder}
+    prepare(names, NONE)
     run_block(names, "Checkpoint")
     again = MoE(*SIZES, names["ep"], bias=True)
-    again.load_state_dict(torch.load(f"{folder}/experts_{rank.rank}.pt"))
-    for name, value in names["layer"].state_dict().items():
-        assert_bitwise(again.state_dict()[name], value, name)
+    state = torch.load(f"{folder}/experts_{rank.rank}.pt")
+    for own, saved in zip(again.expert_parameters(), state["experts"], strict=True):
+        own.data.copy_(saved)
+    for own, wanted in zip(again.expert_parameters(), names["layer"].expert_parameters(), strict=True):
+        assert_bitwise(own.detach(), wanted.detach())
+    assert state["optimizer"]["param_groups"][0]["lr"] == LR
 
 
 def test_every_rank_saves_its_experts(cpu_pool: RankPool, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def gather_kernel(staged_ptr, gathered_ptr, numbers, BLOCK: tl.constexpr):
     """
     source = tl.program_id(1)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    # Loads over the link are of whole 16 bytes whatever ``numbers`` is: shared buffers are whole blocks of memory.
+    # The mask covers whole groups of 4 words, so loads stay 16 bytes wide; shared buffers are padded to 512 bytes.
     word = tl.load(peer_pointer(staged_ptr, source, gathered_ptr) + place, mask=place // 4 * 4 < numbers)
     tl.store(gathered_ptr + source.to(tl.int64) * numbers + place, word, mask=place < numbers)
 

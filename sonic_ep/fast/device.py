@@ -260,10 +260,10 @@ def barrier_kernel(flags_ptr, world_size, expiry_ptr, rank, tag, limit):
 
 @triton.jit(do_not_specialize=["tag", "limit"])
 def leave_kernel(flags_ptr, world_size, rank, tag, limit):
-    """Raise this rank's flag at every peer to ``tag``, which is of no meeting. Grid (W,), one program a peer.
+    """Set this rank's flag on every peer to ``tag``, of ``Phase.LEFT``. Grid (W,), one program a peer.
 
-    flags_ptr: see ``barrier_kernel``. A flag that is still up is waited for, ``limit`` nanoseconds at most, since its
-    owner may be about to take it; then it is overwritten.
+    flags_ptr: see ``barrier_kernel``. A flag that is still up is waited for, ``limit`` nanoseconds at most, so that its
+    owner can lower it; then it is overwritten.
     """
     peer = tl.program_id(0)
     if peer != rank:

@@ -144,7 +144,7 @@ class Dispatch(torch.autograd.Function):
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
         """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
         exchange: Exchange = ctx.exchange.in_backward()
-        (expert_ids_WCK,) = saved_by(ctx, exchange.workspace.group, ("topk_idx",))
+        (expert_ids_WCK,) = saved_by(ctx, exchange.workspace.group, ("expert_ids of plan",))
         raise_if_malformed(exchange.workspace.group, exchange.plan)
         return exchange.checked(exchange.sums(grad_RH, None), expert_ids_WCK), None
 
@@ -170,7 +170,8 @@ class Combine(torch.autograd.Function):
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, None]:
         """Gradients of the rows (R, H) and of the scores (T, K)."""
         exchange: Exchange = ctx.exchange.in_backward()
-        scores_WCK, rows_RH, expert_ids_WCK = saved_by(ctx, exchange.workspace.group, ("scores", "rows", "topk_idx"))
+        names = ("scores", "rows", "expert_ids of plan")
+        scores_WCK, rows_RH, expert_ids_WCK = saved_by(ctx, exchange.workspace.group, names)
         raise_if_malformed(exchange.workspace.group, exchange.plan)
         out_grad_RH = exchange.rows(exchange.checked(grad_TH, expert_ids_WCK))
         grad_RH, dots_R = weigh_rows(out_grad_RH, rows_RH, scores_WCK, exchange.plan)

@@ -28,8 +28,8 @@ from sonic_ep.fast.workspace import SharedBuffer
 from sonic_ep.meeting import Phase
 from sonic_ep.once import once_differentiable, saved_by
 
-# What forward keeps, in its order, by the caller's names: x or the rows received of it, the pre-activation, the rest.
-SAVED = ("x", "hidden", "scores", "topk_idx", "w1", "w2", "b1", "b2")
+# Names of the saved tensors, in order, for errors. "x": x if backward dispatches it again, else the rows received.
+SAVED = ("x", "hidden", "scores", "expert_ids of plan", "w1", "w2", "b1", "b2")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,7 +97,7 @@ class ExpertLayer(torch.autograd.Function):
         del hidden_RF
         y_RH = call.gemm.rows(activated_RI, w2.transpose(1, 2), exchange.group_ends, b2)
         del activated_RI
-        # Resized in place, not viewed: what FSDP hooks to a view is lost where the caller writes to it.
+        # Not a view: an in-place write by the caller replaces the node of a view, and FSDP's hooks with it.
         return exchange.sums(y_RH, scores_WCK).resize_(call.shape)
 
     @staticmethod

@@ -40,7 +40,7 @@ class Expiry:
     def raise_if_any(self, cause: RuntimeError | None = None) -> None:
         """Raise ``PeerTimeoutError``, ``PeerLostError`` or ``CollectiveMismatchError``, from ``cause``.
 
-        Does not wait for the GPU. Of a rank that left, the store of the process group is asked why.
+        Does not wait for the GPU. Reads the error of a rank that left from the store of the process group.
         """
         found = found_in(self.words, self._waits.group, self._waits.timeout, self._waits.why_left)
         if found is not None:
@@ -55,13 +55,13 @@ class Expiry:
 def found_in(
     words: Tensor, group: EPGroup, timeout: float, why_left: Callable[[int], str | None] = lambda rank: None
 ) -> PeerError | None:
-    """The error that ``words`` tell of, if any. why_left: tells why a rank left, where that is known."""
+    """The error that ``words`` encode, or None. why_left: rank to the error it left with, None if unknown."""
     why, peer, here, there = words.tolist()
     if not why:
         return None
     meeting = Meeting.of_tag(here)
     if why == ELSEWHERE and Meeting.of_tag(there).phase is Phase.LEFT:
-        reason = why_left(peer - 1) or "it says itself why"
+        reason = why_left(peer - 1) or "see its own output for the error"
         return PeerLostError(f"{group}: rank {peer - 1} left ({reason}) while it was waited for in {meeting}")
     if why == ELSEWHERE:
         return CollectiveMismatchError(f"{group}: {apart(meeting, peer - 1, Meeting.of_tag(there))}")

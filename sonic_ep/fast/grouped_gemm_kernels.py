@@ -94,8 +94,7 @@ def rows_kernel(
         step = tl.arange(0, DEPTH)
         row_inside = first + row < end
         column_inside = column_tile * WIDTH + column < N
-        # One tile's offsets fit in 32 bits, as no width or stride is above ``validation.MOST_WIDTH``; where it begins
-        # may not.
+        # Offsets inside a tile fit in int32 (``validation.MOST_WIDTH``); the offset of the tile itself is int64.
         first_row = tl.cast(first, tl.int64)
         first_column = tl.cast(column_tile, tl.int64) * WIDTH
         a_ptr += first_row * K

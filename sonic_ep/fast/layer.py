@@ -136,7 +136,7 @@ class FastBackend:
             kit.workspace.stray()
 
     def leave(self) -> None:
-        """Kernels of other ranks that wait for this one end."""
+        """End the waits of other ranks' kernels for this rank, on every device."""
         for kit in self._kits.values():
             kit.workspace.leave()
 

@@ -115,7 +115,7 @@ class Planner:
     ) -> PendingPlan:
         """Collective. Exchange ids, and scores (T, K) fp32 if there are any, and queue the plan.
 
-        Raises what the plan ``PLANS_AHEAD`` before has flagged, on every rank alike; see ``Verdict``.
+        Raises the error of the plan ``PLANS_AHEAD`` before, on every rank alike; see ``Verdict``.
         """
         self.verdict.begin()
         self._workspace.enter(Phase.EXCHANGE)

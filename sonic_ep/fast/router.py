@@ -1,4 +1,4 @@
-"""The router: one GEMM and one kernel forward, two kernels and at most two GEMMs backward, nothing read on the host.
+"""The router: one GEMM and one kernel forward, at most two kernels and two GEMMs backward, nothing read on the host.
 
 Logits and scores are those of the reference to fp32 rounding, choices follow from the logits exactly. A GEMM with fp32
 in it and bf16 weights or tokens would be slow, or copy them to fp32; instead the gradient of the logits is cut into
@@ -51,8 +51,9 @@ def route(x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions, workspace: 
 class RouterLogits(torch.autograd.Function):
     """x (T, H) and router_w (E, H) to logits (T, E) fp32.
 
-    Apart from ``Choose``: where backward is split in two for a pipeline, PyTorch up to 2.12 confuses the gradients of a
-    function that holds a weight and has several results.
+    Backward: gradients in the dtypes of x and router_w; that of router_w is summed over the group if the options ask
+    for it. Separate from ``Choose``: up to PyTorch 2.12 a split backward mixes up the gradients of a function with a
+    weight and several results.
     """
 
     @staticmethod

@@ -95,7 +95,7 @@ def weigh_rows_kernel(
     """Gradient of a weighted row, and of its weight. Any grid: of P programs, p takes rows p, p + P, ...
 
     out_grad_ptr (R, H): d(out) of each row's token; rows_ptr (R, H): the rows that were weighted; scores_ptr (W*C*K,)
-    fp32. grad_ptr (R, H) = round(score * d(out)), and zeros behind the valid rows, since autograd passes all rows on.
+    fp32. grad_ptr (R, H) = round(score * d(out)), zeros behind the valid rows: autograd passes on all R rows.
     dots_ptr (R,) fp32 = sum over H of d(out) * row, left as it is behind the valid rows.
     """
     rows = valid_rows(group_ends_ptr, experts_per_rank, row_capacity)

@@ -1,6 +1,6 @@
-"""What is found wrong on the device: ids out of range, too many rows for the room there is, a recompute gone astray.
+"""Errors found on the device: expert ids out of range, rows past ``max_rows``, a recompute with another routing.
 
-The host is not to wait for a plan before it queues the next. So every plan has a record of its own, in a ring of
+The host queues a plan without waiting for the one before. Each plan writes its own record, in a ring of
 ``PLANS_AHEAD``, and the host reads a record when its place in the ring is used again.
 """
 
@@ -19,28 +19,27 @@ from sonic_ep.fast.unheard import told_at_the_end
 from sonic_ep.group import EPGroup
 from sonic_ep.plan import overflow_error, recompute_error
 
-# What may be flagged: the rank with an id out of range, plus one; the rank with more rows than R, plus one, and its
-# rows; the last step whose forward was run again with another routing. Zeros where all is well.
+# Error words, int32: rank with an id out of range, plus 1; rank with more rows than R, plus 1; its rows; the last step
+# whose recompute routed differently. 0: no error.
 WORDS = 4
-# How many plans the host may be ahead of the device. What a plan has flagged is raised by the one so many later.
+# Plans that the host may queue ahead of the device: the error of plan n is raised by plan n + PLANS_AHEAD.
 PLANS_AHEAD = 8
 MOST_STEP = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a plan has to keep to, for messages."""
+    """Bounds of a plan, for error messages."""
 
     num_experts: int = 0
     max_rows: int = 0
 
 
 class Record:
-    """Words, (WORDS,) int32, that say what was flagged up to one point of the stream, and what they mean.
+    """Error words of one plan, (WORDS,) int32, the same on every rank, since every rank sees the ids of all.
 
-    own: written by the kernels of one plan; on a GPU pinned memory of the host, to which they write through the bus.
-    gathered: what graphs and backwards had flagged by then; None if that is of no concern. Every rank sees the ids of
-    all, so all ranks hold the same words.
+    own: written by the plan's kernels; on a GPU, pinned memory of the host. gathered: copy of the words that graphs and
+    backwards had set when the plan ran; None before any could.
     """
 
     def __init__(self, group: EPGroup, device: torch.device) -> None:
@@ -75,11 +74,11 @@ class Record:
 
 
 def first_error(records: Iterable[Record]) -> Exception | None:
-    """The error of the first of ``records`` that has one, once their kernels have run, if they do."""
+    """The first error in ``records``, or None. Waits for their kernels, except in graph capture."""
     for record in records:
         in_capture = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         found = None
-        # A GPU that is lost tells nothing, and in graph capture the host must not ask it.
+        # A lost GPU raises here; in graph capture the host must not synchronize.
         with suppress(RuntimeError):
             if not in_capture:
                 record.wait()
@@ -91,11 +90,10 @@ def first_error(records: Iterable[Record]) -> Exception | None:
 
 
 class Verdict:
-    """Kernels write records, and the host reads each ``PLANS_AHEAD`` plans later, or when it is asked to check.
+    """Raises device errors ``PLANS_AHEAD`` plans later, or when ``check`` asks.
 
-    All ranks raise in the same call: a record is read when all that writes it has run, and not before its turn. What no
-    call has raised when the verdict is gone is printed. host_reads: whether what a backward finds is raised there, as
-    the host reads it at once.
+    All ranks raise in the same call: a record is read only when its kernels have run and its turn has come. Errors that
+    no call raised are printed when this object is freed. host_reads: whether ``compare`` reads its result and raises.
     """
 
     def __init__(self, group: EPGroup, device: torch.device, *, host_reads: bool = False) -> None:
@@ -104,8 +102,8 @@ class Verdict:
         self._device = device
         self._on_gpu = device.type == "cuda"
         self._records = [Record(group, device) for _ in range(PLANS_AHEAD)]
-        # Graphs and backwards flag in the device's own memory, whenever they run. Once they may have, plans take a copy
-        # of it in the order of the stream, which is the same on all ranks. What no later plan comes to is read there.
+        # Graphs and backwards set these words at any time. Once they may have, each plan copies them in stream order,
+        # the same on all ranks; ``raise_all`` reads what no later plan copied.
         with torch.inference_mode(False):
             self._gathered = torch.zeros(WORDS, dtype=torch.int32, device=device)
         self._latest = Record(group, device)
@@ -114,13 +112,13 @@ class Verdict:
 
     @property
     def words(self) -> Tensor:
-        """What the kernels of the plan being queued write, (WORDS,) int32."""
+        """Where the kernels of the plan being queued write errors, (WORDS,) int32."""
         return self._gathered if self._capturing() else self._current.own
 
     def begin(self) -> None:
-        """Collective. A plan is about to be queued: raise what the one ``PLANS_AHEAD`` before it has flagged.
+        """Collective. Start a plan, and raise the error of the plan ``PLANS_AHEAD`` before. No-op in graph capture.
 
-        The host waits for that one's kernels alone. In graph capture, where nothing can be waited for, it does nothing.
+        Waits for that plan's kernels only.
         """
         if not self._capturing():
             self._plans += 1
@@ -128,14 +126,14 @@ class Verdict:
             self._current.written = None
 
     def expect(self, limits: Limits) -> None:
-        """The plan being queued has to keep to ``limits``."""
+        """Set the bounds of the plan being queued."""
         if self._capturing():
             self._latest.gathered_limits = limits
         else:
             self._current.limits = limits
 
     def queued(self, *, flags: bool) -> None:
-        """All kernels of the plan have been queued on the current stream. flags: whether they may find a fault."""
+        """All kernels of the plan have been queued on the current stream. flags: whether they may find an error."""
         if self._capturing():
             if flags:
                 self._latest.gathered = self._gathered
@@ -164,14 +162,11 @@ class Verdict:
         return differs
 
     def raise_current(self) -> None:
-        """Wait for the plan queued last, and raise what it has flagged, on every rank alike."""
+        """Wait for the plan queued last, and raise its error, on every rank alike."""
         self._raise(self._current)
 
     def raise_all(self) -> None:
-        """Collective. Wait for all that is queued, and raise what was flagged first, as ``Record.error`` says.
-
-        What else was flagged stays for the next call.
-        """
+        """Collective. Wait for all that is queued, and raise the first error; later calls raise further ones."""
         if self._on_gpu:
             torch.cuda.synchronize(self._device)
         for place in range(1, PLANS_AHEAD + 1):
@@ -197,7 +192,7 @@ class Verdict:
                 del found
 
     def _forget(self, record: Record) -> None:
-        """What ``record`` tells is told: its own words, or all copies of what was gathered."""
+        """Clear what was raised: the record's own words, or every copy of the gathered ones."""
         if record.own.any():
             record.own.zero_()
             return

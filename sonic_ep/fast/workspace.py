@@ -41,7 +41,7 @@ ALIGNMENT_BYTES = 512
 TAG_BYTES = 8
 NANOSECONDS_PER_SECOND = 1_000_000_000
 MEETING = "meeting"
-# How long a rank that leaves waits for others to take its last flag, and for its GPU to come to it.
+# Seconds for peers to lower this rank's last flag, and for its GPU to run ``leave_kernel``.
 LEAVE_SECONDS = 2.0
 LONE_GROUP: Any = "sonic_ep_lone_rank"
 RENDEZVOUS_KEY = "CUDASymmetricMemory/{}/0"
@@ -293,9 +293,9 @@ class Workspace:
             self._strayed.add(meeting.step)
 
     def leave(self) -> None:
-        """Show every other rank that this one comes to no further meeting: whoever waits for it there gives up at once.
+        """Set this rank's flag on every peer to a tag of ``Phase.LEFT``: kernels that wait for it stop at once.
 
-        Behind what the current stream has queued. On a GPU the host waits for it, ``LEAVE_SECONDS`` at most.
+        Queued on the current stream; the host waits for it, ``LEAVE_SECONDS`` at most. Nothing on one rank.
         """
         if self._closed or self.group.world_size == 1:
             return

@@ -1,8 +1,8 @@
 """The layer in plain torch: dispatch, experts, combine, and the two flags.
 
 Dispatch and combine are each other's adjoints: the gradient of dispatch is a combine without scores, in the
-configured combine mode; the gradient of combine dispatches d(out) in the configured dispatch mode. Those two adjoints
-are written here by hand; everything else is autograd's.
+configured combine mode; the gradient of combine dispatches d(out) in the configured dispatch mode. Those two adjoints,
+and the up-projection that dispatches x again, are written here by hand.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Dispatch(torch.autograd.Function):
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
         """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
         exchange: Exchange = ctx.exchange.in_backward()
-        (expert_ids_WCK,) = saved_by(ctx, exchange.collectives.group, ("topk_idx",))
+        (expert_ids_WCK,) = saved_by(ctx, exchange.collectives.group, ("expert_ids of plan",))
         raise_if_malformed(exchange.collectives.group, exchange.plan)
         exchange.raise_if_rerouted(expert_ids_WCK)
         exchange.meet(Phase.COMBINE, grad_RH.device)
@@ -115,8 +115,8 @@ class Combine(torch.autograd.Function):
     d(row) = round(score * d(out)), d(score) = the sum over H of d(out) * row in fp32, both on the rank of the expert;
     the score's gradient then goes home, one float a slot.
 
-    read_later: what autograd's own functions in front of this one read in their backward. It is looked at here, before
-    ranks meet: those functions would read freed memory without an error.
+    read_later: tensors of the caller, by name, that autograd's own functions before this one read in backward. They are
+    checked here, before communication: those functions would read freed memory without an error.
     """
 
     @staticmethod
@@ -133,14 +133,14 @@ class Combine(torch.autograd.Function):
         scores_WCK = exchange.scores_of_group(scores_TK)
         valid_slots_N = exchange.plan.slot_of_row[: exchange.plan.rows()].long()
         ctx.exchange, ctx.turn = exchange, exchange.collectives.turn
-        ctx.names = ("scores", "rows", "topk_idx", *read_later)
+        ctx.names = ("scores", "rows", "expert_ids of plan", *read_later)
         ctx.save_for_backward(
             scores_WCK.flatten()[valid_slots_N] if ctx.needs_input_grad[0] else None,
             rows_RH if ctx.needs_input_grad[1] else None,
             savable(exchange.plan.expert_ids),
             *(tensor.detach() for tensor in read_later.values()),
         )
-        # Resized in place, not viewed: what FSDP hooks to a view is lost where the caller writes to it.
+        # Not a view: an in-place write by the caller replaces the node of a view, and FSDP's hooks with it.
         return exchange.combine.combine(rows_RH, scores_WCK, exchange.plan).resize_(shape)
 
     @staticmethod
@@ -274,7 +274,7 @@ class ReferenceBackend:
         self._waits.stray()
 
     def leave(self) -> None:
-        """The host of a waiting rank finds out from the store."""
+        """Nothing to do: hosts that wait read the store."""
 
     def holds_memory(self) -> bool:
         """Never."""

@@ -32,7 +32,11 @@ def route(x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions, collectives
 
 
 class RouterLogits(torch.autograd.Function):
-    """x (T, H) and router_w (E, H) to logits (T, E) fp32. Backward sums the weight's gradient over the group."""
+    """x (T, H) and router_w (E, H) to logits (T, E) fp32.
+
+    Backward: gradients in the dtypes of x and router_w; that of router_w is summed over the group if the options ask
+    for it.
+    """
 
     @staticmethod
     def forward(

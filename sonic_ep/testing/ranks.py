@@ -92,7 +92,7 @@ class RankPool:
 
     device_type: "cpu" (gloo; Triton kernels are interpreted) or "cuda" (NCCL where each rank has a device of its own,
         else gloo).
-    timeout: seconds a call may take; it guards against a hang, and a busy machine is none. A context manager.
+    timeout: seconds that a call may take, a guard against hangs. A context manager.
     """
 
     def __init__(self, device_type: str = "cpu", timeout: float = 600.0) -> None:
