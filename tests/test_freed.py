@@ -1,6 +1,7 @@
 """Memory that was freed between forward and backward, as sharding does: the error of forward, and no wrong number."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from sonic_ep import EPConfig, ExpertParallel
 from sonic_ep.testing import CASES, Case, Inputs, Rank, RankPool, assert_bitwise, draw
 from sonic_ep.testing.differential import leaf, leaf_experts
 
-CASE = CASES["dropped_slots"]
+CASE = replace(CASES["dropped_slots"], tokens=(4, 2), hidden=8, intermediate=4, num_experts=6, top_k=2)
 NAMES = ("x", "router_w", "w1", "w2", "b1", "b2")
 REDISPATCH = EPConfig(redispatch_x_in_backward=True)
 
