@@ -46,14 +46,11 @@ def _kept_by_its_gradient(result: Tensor) -> Tensor:
     edge = get_gradient_edge(result)
     passed_on: Tensor = torch.ops.aten._unsafe_view(result, result.shape)
 
-    def keep(gradients: tuple[Tensor | None, ...], _: object) -> tuple[Tensor | None, ...] | None:
-        (gradient,) = gradients
-        if gradient is None:
-            return None
-        # An alias: the caller may keep the gradient, and would keep the graph with it.
-        alias = gradient.view_as(gradient)
-        alias.sonic_ep_edge = edge  # type: ignore[attr-defined]
-        return (alias,)
+    def keep(gradients: tuple[Tensor | None, ...], _: object) -> None:
+        # A view of the gradient that came in, which its owner may keep for longer than the graph.
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.sonic_ep_edge = edge  # type: ignore[attr-defined]
 
     assert passed_on.grad_fn is not None
     passed_on.grad_fn.register_hook(keep)

@@ -112,7 +112,6 @@ class Waits:
         self.meeting = before
         return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(gathered, sizes, strict=True)]
 
-    @outside_dispatch_modes
     def all_gather(self, local: Tensor) -> Tensor:
         """Collective. ``local`` of every rank, equal shapes, (W, *local.shape)."""
         gathered = local.new_empty((self.group.world_size, *local.shape))
@@ -126,7 +125,6 @@ class Waits:
             self._finish(lambda: group._allgather_base(flat, own, options), local)
         return gathered
 
-    @outside_dispatch_modes
     def all_to_all_rows(self, rows: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
         """Collective. Rows (N, ...) cut by ``send_splits``, piece q to rank q; the pieces received, in rank order."""
         received = rows.new_empty((sum(receive_splits), *rows.shape[1:]))

@@ -68,7 +68,7 @@ def selectively(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
     x, weights, dy = layer_inputs(rank, case)
     idx, scores = routing_of(rank, case)
     scores = scores.clone().requires_grad_()
-    with ExpertParallel(backend=backend, config=config) as ep:
+    with ExpertParallel(backend=backend, config=config, check_collective=True) as ep:
 
         def layer(x: Tensor, scores: Tensor) -> Tensor:
             """The whole layer, its routing given, and its three steps, one after the other."""

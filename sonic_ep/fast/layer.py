@@ -47,7 +47,6 @@ class FastBackend:
         self._config = config
         self._kits: dict[torch.device, Kit] = {}
 
-    @outside_dispatch_modes
     def meet(self, device: torch.device) -> None:
         """On the current stream: the host waits for nothing."""
         workspace = self._kit(device).workspace
