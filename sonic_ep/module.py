@@ -128,7 +128,9 @@ class MoE(nn.Module):
         For a parametrized weight (LoRA): its original and the adapter's parameters. For ``prune`` and ``weight_norm``:
         the parameters from which the weight is computed (``w1_orig``; ``w1_g``, ``w1_v``).
         """
-        return (parameter for path, parameter in self.named_parameters() if weight_of(path) in EXPERT_WEIGHTS)
+        # Also an adapter that the router's weight shares, which would come under that name alone.
+        paths = self.named_parameters(remove_duplicate=False)
+        return iter({id(found): found for path, found in paths if weight_of(path) in EXPERT_WEIGHTS}.values())
 
     def forward(self, x: Tensor) -> MoEOutput:
         """From x, (T, H) or (..., H), to ``MoEOutput``; ``.y`` has the shape of x. Collective."""

@@ -52,14 +52,15 @@ def raise_if_freed(where: object, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{where}: memory of {name}: got {held} bytes, expected at least {needed}: was it freed?")
 
 
-def saved_by(ctx: Any, where: object, names: Sequence[str]) -> list[Any]:
+def saved_by(ctx: Any, where: object, names: Sequence[str | None]) -> list[Any]:
     """``ctx.saved_tensors`` as kernels read them: a hook that unpacks them may lay out the same values otherwise.
 
-    names: of the saved tensors, in order. Raises ``ValueError`` if the storage of one was freed after forward.
+    names: of the saved tensors, in order; None for one that backward does not read. Raises ``ValueError`` if the
+    storage of one that has a name was freed after forward.
     """
     saved = ctx.saved_tensors
     for name, held in zip(names, saved, strict=True):
-        if held is not None:
+        if held is not None and name is not None:
             raise_if_freed(where, name, held)
     return [None if held is None else in_memory(held).contiguous() for held in saved]
 

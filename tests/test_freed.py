@@ -83,7 +83,29 @@ def test_freed_weights_are_refused_in_backward(pool: RankPool, backend: str, wor
 def test_freed_tokens_are_refused_where_they_are_dispatched_again(
     pool: RankPool, backend: str, world_size: int
 ) -> None:
-    pool.run(freed_of_the_layer, CASE, backend, REDISPATCH, ["x", "w1", "b1"], world_size=world_size)
+    freed = ["x", "w1", *(["b1"] if backend == "reference" else [])]
+    pool.run(freed_of_the_layer, CASE, backend, REDISPATCH, freed, world_size=world_size)
+
+
+def freed_but_not_read(rank: Rank, case: Case, backend: str) -> None:
+    """Biases of the up-projection are read by no gradient here, and what was returned for information by none."""
+    inputs = draw(case, rank.world_size, rank.device)
+    leaves = leaves_of(rank, inputs)
+    x, router_w, w1, w2, b1, b2 = leaves.values()
+    with ExpertParallel(backend=backend, timeout=30) as ep:
+        out = ep.moe(x, router_w, w1, w2, case.top_k, b1=b1, b2=b2)
+        expected = torch.autograd.grad(out.y.square().sum(), list(leaves.values()), retain_graph=True)
+        restore = free(b1)
+        out.tokens_per_expert.untyped_storage().resize_(0)
+        found = torch.autograd.grad(out.y.square().sum(), list(leaves.values()))
+        restore()
+    for got, want in zip(found, expected, strict=True):
+        assert_bitwise(got, want)
+
+
+@both_backends
+def test_what_backward_does_not_read_may_be_freed(pool: RankPool, backend: str) -> None:
+    pool.run(freed_but_not_read, CASE, backend, world_size=2)
 
 
 def freed_x_of_a_routed_layer(rank: Rank, case: Case, backend: str) -> None:

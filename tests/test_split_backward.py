@@ -52,6 +52,8 @@ def test_backward_in_two_halves(pool: RankPool, backend: str, world_size: int, t
 def freed_with_its_result(rank: Rank, backend: str) -> None:
     """What a forward keeps is freed with its result, after half a backward, a whole one, or none at all."""
     x = torch.randn(TOKENS, HIDDEN, device=rank.device, requires_grad=True)
+    # A gradient that its owner keeps.
+    dy = torch.ones_like(x).detach()
     with ExpertParallel(backend=backend) as ep:
         layer = MoE(HIDDEN, 4, EXPERTS, 2, ep=ep, device=rank.device)
 
@@ -65,7 +67,7 @@ def freed_with_its_result(rank: Rank, backend: str) -> None:
             stage_backward_weight(layer.parameters(), stage_backward_input([y.sum()], None, [x], layer.parameters())[1])
 
         def given_and_retained(y: Tensor) -> None:
-            torch.autograd.grad(y, x, x.detach(), retain_graph=True)
+            torch.autograd.grad(y, x, dy, retain_graph=True)
 
         # Reference cycles of Python would be collected; those through nodes of autograd never are.
         gc.disable()

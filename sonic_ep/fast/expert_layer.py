@@ -29,7 +29,8 @@ from sonic_ep.meeting import Phase
 from sonic_ep.once import once_differentiable, saved_by
 
 # Names of the saved tensors, in order, for errors. "x": x if backward dispatches it again, else the rows received.
-SAVED = ("x", "hidden", "scores", "expert_ids of plan", "w1", "w2", "b1", "b2")
+# None: b1, which no gradient reads.
+SAVED = ("x", "hidden", "scores", "expert_ids of plan", "w1", "w2", None, "b2")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

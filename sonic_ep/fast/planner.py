@@ -131,7 +131,8 @@ class Planner:
             plan = empty_plan(shape, topk_idx_TK)
             scores_WCK = None if scores_TK is None else scores_TK.new_empty(plan.expert_ids.shape)
             return PendingPlan(plan=plan, scores_WCK=scores_WCK, counted=False)
-        self.verdict.expect(Limits(num_experts=num_experts, max_rows=self._held_by_device))
+        step = self._workspace.step.number
+        self.verdict.expect(Limits(num_experts=num_experts, max_rows=self._held_by_device, step=step))
         counts = gathered_counts(topk_idx_TK, shape, self._workspace, self.verdict.words, scores_TK)
         if self._config.cpu_sync_on_runtime:
             # Summed here, so that little is left for the host to do while the GPU waits for it.

@@ -29,10 +29,11 @@ MOST_STEP = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Bounds of a plan, for error messages."""
+    """Bounds of a plan and the step that made it, for error messages."""
 
     num_experts: int = 0
     max_rows: int = 0
+    step: int = 0
 
 
 class Record:
@@ -66,10 +67,11 @@ class Record:
         if bad_rank:
             return ValueError(
                 f"{self._group}: topk_idx: got expert ids out of range on rank {bad_rank - 1}, "
-                f"expected 0 to {limits.num_experts - 1}, or -1 for a dropped slot"
+                f"expected 0 to {limits.num_experts - 1}, or -1 for a dropped slot (in step {limits.step})"
             )
         if full_rank:
-            return overflow_error(self._group, max_rows=limits.max_rows, rank=full_rank - 1, rows=rows)
+            more = f" (in step {limits.step})"
+            return overflow_error(self._group, max_rows=limits.max_rows, rank=full_rank - 1, rows=rows, more=more)
         return recompute_error(self._group, rerouted) if rerouted else None
 
 

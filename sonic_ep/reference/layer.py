@@ -261,7 +261,8 @@ class ReferenceBackend:
             y_RH = self._apply_experts(rows_RH, x_TH, plan, experts)
             y = self._combined(y_RH, slots.topk_scores, plan, shape, self._read_later(x_TH, experts))
         keep_from_autocast((y,), (x_TH, slots.topk_scores, experts.w1, experts.w2, experts.b1, experts.b2))
-        return LayerOutput(y=y, counts=plan.counts)
+        # The caller's own: backward looks at the plan's again.
+        return LayerOutput(y=y, counts=plan.counts.clone())
 
     def check(self) -> None:
         """Nothing is ever pending: this backend raises where it finds."""
