@@ -1,20 +1,24 @@
-"""Decorators that keep calls out of ``torch.compile`` graphs and out of the caller's ``TorchDispatchMode``."""
+"""Decorators that keep calls out of ``torch.compile`` graphs and out of selective checkpointing."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _pop_mode, _push_mode
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 GivenP = ParamSpec("GivenP")
 ResultT = TypeVar("ResultT")
 
 # Its compiler, which takes a second or two to import. Who has not imported it cannot be compiling.
 COMPILER = "torch._dynamo"
+# The modes of selective activation checkpointing, in forward and in recompute.
+REPLAYING = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 
 _disabled: Callable[[Any], Any] = cache(torch.compiler.disable)
 
@@ -32,19 +36,35 @@ def runs_eagerly(function: Callable[GivenP, ResultT]) -> Callable[GivenP, Result
 
 
 def outside_dispatch_modes(function: Callable[GivenP, ResultT]) -> Callable[GivenP, ResultT]:
-    """``function``, with its operations hidden from every ``TorchDispatchMode`` of the caller.
+    """``function``, with its operations hidden from the dispatch modes of selective activation checkpointing.
 
-    Selective activation checkpointing is such a mode. In recompute it returns what an operation gave in forward without
-    running it: a collective would not take place, a tag would be that of an earlier step, and a buffer that is written
-    in place would stay unwritten.
+    In recompute such a mode returns what an operation gave in forward without running it: a collective would not take
+    place, a tag would be that of an earlier step, and a buffer that is written in place would stay unwritten. Modes
+    that only watch, as those that count operations or memory, see everything.
     """
 
     @wraps(function)
     def called(*arguments: GivenP.args, **options: GivenP.kwargs) -> ResultT:
-        # Usually none is active, and disabling none costs as much as a kernel launch.
+        # Usually no mode is active.
         if torch._C._len_torch_dispatch_stack() == 0:
             return function(*arguments, **options)
-        with _disable_current_modes():
+        with _without_replay():
             return function(*arguments, **options)
 
     return called
+
+
+@contextmanager
+def _without_replay() -> Iterator[None]:
+    """While this lasts, none of the active dispatch modes is one of selective checkpointing."""
+    before = [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
+    for mode in reversed(before):
+        if not isinstance(mode, REPLAYING):
+            _push_mode(mode)
+    try:
+        yield
+    finally:
+        while torch._C._len_torch_dispatch_stack():
+            _pop_mode()
+        for mode in reversed(before):
+            _push_mode(mode)

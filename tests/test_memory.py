@@ -151,7 +151,9 @@ def saved_tensors(rank: Rank, case: Case, config: EPConfig) -> tuple[dict[str, i
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             y = call.forward()
         # y is a view of what the layer returned.
-        plan = y.grad_fn.next_functions[0][0].call.exchange.plan
+        # Up to PyTorch 2.12 a node of its own stands before that of the layer.
+        node = y.grad_fn if hasattr(y.grad_fn, "call") else y.grad_fn.next_functions[0][0]
+        plan = node.call.exchange.plan
         of_plan = [v for f in fields(plan) if isinstance(v := getattr(plan, f.name), Tensor)]
         known = inputs | {tensor.untyped_storage().data_ptr() for tensor in of_plan}
         ours = [tensor for tensor in saved if tensor.untyped_storage().data_ptr() not in known]
