@@ -60,7 +60,8 @@ def compiled(launch: dict[str, Any]) -> dict[str, Any]:
 def signals_after_stores(ptx: str) -> bool:
     """Whether all threads of a program have met between what they store and each flag that says so."""
     raised = [found.start() for found in re.finditer(r"atom\.global[.\w]*release", ptx)]
-    return all(ptx.rfind("bar.sync", 0, at) > ptx.rfind("st.global", 0, at) for at in raised)
+    stored = [(at, ptx.rfind("st.global", 0, at)) for at in raised]
+    return all(store < 0 or ptx.rfind("bar.sync", 0, at) > store for at, store in stored)
 
 
 def spilled(cubin: bytes) -> int:

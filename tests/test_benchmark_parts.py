@@ -29,6 +29,7 @@ from sonic_ep.benchmark.routed import RoutedUnderTest
 from sonic_ep.benchmark.routed_call import RoutedCall
 from sonic_ep.config import ScoreOrder
 from sonic_ep.group import EPGroup
+from sonic_ep.split_backward import release_of
 from sonic_ep.testing import Rank, RankPool, assert_bitwise
 
 CPU = torch.device("cpu")
@@ -254,7 +255,14 @@ def reds(rank: Rank, dtype: torch.dtype, factor: float, wrong_ranks: tuple[int, 
 @pytest.mark.parametrize(
     ("dtype", "factor", "wrong_ranks"),
     [
-        (torch.bfloat16, 1.01, (0, 1)),
+        pytest.param(
+            *(torch.bfloat16, 1.01, (0, 1)),
+            marks=pytest.mark.skipif(
+                release_of(torch.__version__) < (2, 12),
+                reason="needs PyTorch 2.12: the error of 2.11's own gradient of the router is 0.46 %, so 1 % is within "
+                "the bound of twice that",
+            ),
+        ),
         (torch.bfloat16, 1.1, (1,)),
         (torch.float16, 1.1, (1,)),
         (torch.float32, 1.0001, (1,)),
