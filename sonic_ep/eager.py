@@ -35,7 +35,7 @@ def runs_eagerly(function: Callable[GivenP, ResultT]) -> Callable[GivenP, Result
     return called
 
 
-def outside_dispatch_modes(function: Callable[GivenP, ResultT]) -> Callable[GivenP, ResultT]:
+def outside_selective_checkpoint(function: Callable[GivenP, ResultT]) -> Callable[GivenP, ResultT]:
     """``function``, with its operations hidden from the dispatch modes of selective activation checkpointing.
 
     In recompute such a mode returns what an operation gave in forward without running it: a collective would not take

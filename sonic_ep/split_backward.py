@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from sonic_ep.eager import outside_dispatch_modes
+from sonic_ep.eager import outside_selective_checkpoint
 
 # From this release on, PyTorch keeps the node of a Python autograd function alive between the two halves.
 KEPT_SINCE = (2, 13)
@@ -37,7 +37,7 @@ def applied(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
     return result if KEEPS_NODES or not result.requires_grad else _kept_by_its_gradient(result)
 
 
-@outside_dispatch_modes
+@outside_selective_checkpoint
 def _kept_by_its_gradient(result: Tensor) -> Tensor:
     """``result`` behind one more node, whose hook attaches the gradient edge of ``result`` to the gradient. Not a view.
 

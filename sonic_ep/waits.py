@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions
 
 from sonic_ep.board import Board, Notice
 from sonic_ep.config import CollectiveMismatchError, PeerError, PeerLostError, PeerTimeoutError
-from sonic_ep.eager import outside_dispatch_modes
+from sonic_ep.eager import outside_selective_checkpoint
 from sonic_ep.group import EPGroup
 from sonic_ep.meeting import Meeting, Phase, Step, apart
 from sonic_ep.turn import Turn, TurnError
@@ -79,7 +79,7 @@ class Waits:
         self._astray = self.group.world_size > 1
         self._errors += 1
 
-    @outside_dispatch_modes
+    @outside_selective_checkpoint
     def numbers(self, own: int, device: torch.device) -> list[int]:
         """Collective. ``own`` (63 bits) of every rank, in rank order, once all are seen to be at the same meeting."""
         if self.group.world_size == 1:
@@ -98,7 +98,7 @@ class Waits:
         self._met = self._collectives
         return [int(number) for number in numbers]
 
-    @outside_dispatch_modes
+    @outside_selective_checkpoint
     def objects(self, own: Any, phase: Phase) -> list[Any]:
         """Collective. ``own`` of every rank, pickled, in rank order. ``phase``: what for."""
         if self.group.world_size == 1:

@@ -16,7 +16,7 @@ from torch import Tensor
 from sonic_ep.backend import Experts, LayerOutput, Routing, Slots
 from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
-from sonic_ep.eager import outside_dispatch_modes
+from sonic_ep.eager import outside_selective_checkpoint
 from sonic_ep.fast.availability import interpreted
 from sonic_ep.fast.combine import combine_primitives
 from sonic_ep.fast.copy_engine import CopyEngineGather
@@ -53,7 +53,7 @@ class FastBackend:
         workspace.enter(Phase.MEETING)
         workspace.fence()
 
-    @outside_dispatch_modes
+    @outside_selective_checkpoint
     def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
         """See ``sonic_ep.fast.router``."""
         return route(x_TH, router_w_EH, options, self._kit(x_TH.device).workspace)
@@ -61,26 +61,26 @@ class FastBackend:
     def check_expert_ids(self, topk_idx_TK: Tensor, num_experts: int) -> None:
         """The plan's kernels flag ids out of range on the device: to look at them here would be a read on the host."""
 
-    @outside_dispatch_modes
+    @outside_selective_checkpoint
     def plan(self, topk_idx_TK: Tensor, *, num_experts: int, capacity: int, distinct: bool) -> RoutingPlan:
         """See ``sonic_ep.fast.plan``. Raises what an earlier plan has flagged, on every rank alike: see ``Verdict``."""
         planner = self._kit(topk_idx_TK.device).planner
         pending = planner.begin(topk_idx_TK, num_experts=num_experts, capacity=capacity, distinct=distinct)
         return planner.sized(pending, planner.rows(pending))
 
-    @outside_dispatch_modes
+    @outside_selective_checkpoint
     def dispatch(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
         """Rows in canonical order, (R, H)."""
         exchange = self._exchange(plan, x_TH)
         return applied(Dispatch, self._joined(x_TH), exchange)
 
-    @outside_dispatch_modes
+    @outside_selective_checkpoint
     def combine(self, rows_RH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan) -> Tensor:
         """The weighted sums of a token's rows, (T, H)."""
         exchange = self._exchange(plan, rows_RH)
         return applied(Combine, self._joined(rows_RH), self._joined(topk_scores_TK.float()), exchange)
 
-    @outside_dispatch_modes
+    @outside_selective_checkpoint
     def layer(self, x_TH: Tensor, slots: Slots, experts: Experts, shape: torch.Size) -> LayerOutput:
         """Plan, dispatch, experts, combine. x is staged while the plan runs, and where the host waits for R meanwhile.
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sonic_ep.backend import Experts
-from sonic_ep.eager import outside_dispatch_modes
+from sonic_ep.eager import outside_selective_checkpoint
 
 
 def apply_experts(rows_RH: Tensor, group_ends_e: Tensor, experts: Experts) -> Tensor:
@@ -38,7 +38,7 @@ def grouped_linear(rows_RH: Tensor, group_ends_e: Tensor, weight_eFH: Tensor, bi
     return torch.cat([*outputs, rows_RH.new_zeros(behind, weight_eFH.shape[1])])
 
 
-@outside_dispatch_modes
+@outside_selective_checkpoint
 def sizes_of_groups(group_ends_e: Tensor) -> list[int]:
     """Rows of each expert: ends [2, 2, 5] are of 2, 0 and 3 rows. Reads the host."""
     sizes: list[int] = torch.diff(group_ends_e, prepend=group_ends_e.new_zeros(1)).tolist()

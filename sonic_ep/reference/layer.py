@@ -17,7 +17,7 @@ from torch import Tensor
 from sonic_ep.backend import CombinePrimitive, DispatchPrimitive, Experts, LayerOutput, Routing, Slots
 from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
-from sonic_ep.eager import outside_dispatch_modes
+from sonic_ep.eager import outside_selective_checkpoint
 from sonic_ep.meeting import Meeting, Phase, Step
 from sonic_ep.once import once_differentiable, savable, saved_by
 from sonic_ep.plan import RoutingPlan, raise_if_malformed, recompute_error
@@ -90,7 +90,7 @@ class Dispatch(torch.autograd.Function):
     """x (T, H) to rows (R, H). Backward: a combine without scores."""
 
     @staticmethod
-    @outside_dispatch_modes
+    @outside_selective_checkpoint
     def forward(ctx: Any, x_TH: Tensor, exchange: Exchange) -> Tensor:
         """Rows in canonical order."""
         ctx.exchange, ctx.turn = exchange, exchange.collectives.turn
@@ -120,7 +120,7 @@ class Combine(torch.autograd.Function):
     """
 
     @staticmethod
-    @outside_dispatch_modes
+    @outside_selective_checkpoint
     def forward(
         ctx: Any,
         rows_RH: Tensor,
@@ -225,7 +225,7 @@ class ReferenceBackend:
         """See ``sonic_ep.reference.plan``."""
         check_expert_ids(topk_idx_TK, num_experts, self._collectives.group)
 
-    @outside_dispatch_modes
+    @outside_selective_checkpoint
     def plan(self, topk_idx_TK: Tensor, *, num_experts: int, capacity: int, distinct: bool) -> RoutingPlan:
         """See ``sonic_ep.reference.plan``."""
         self._collectives.meet(self._meeting(Phase.EXCHANGE), topk_idx_TK.device)
