@@ -121,7 +121,7 @@ module.stage_tokens = stage_once
 def test_what_is_right_in_its_first_call_only_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens that were staged once, for inputs that never change, would look right for ever."""
     (tmp_path / "staging_once.py").write_text(STALE)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     done = run(*TORCHRUN, *PYTEST, "-p", "staging_once", "-k", "bench_receive and all_to_all")
     assert done.returncode != 0
     assert "received by all_to_all" in done.stdout

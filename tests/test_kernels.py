@@ -344,6 +344,7 @@ def test_every_kernel_compiles_for_hopper(cpu_pool: RankPool, tmp_path: Path, dt
         if hidden == 4096 and entry["moves_rows"]:
             assert entry["wide_loads"] > 0, entry
             assert entry["wide_stores"] > 0, entry
+            assert entry["single_elements"] == 0, entry
         if entry["name"] == "gather_kernel" and entry["constants"]["BLOCK"] > 1:
             assert entry["wide_loads"] > 0, entry
         if entry["waits"]:

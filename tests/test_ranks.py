@@ -149,12 +149,14 @@ def test_what_cannot_travel_is_an_error_and_no_hang() -> None:
         pool.run(returns_a_function, world_size=1)
 
 
+# In the background of a shell script, Ctrl-C is ignored, and by every child too that does not ask for it.
 PARENT = """
-import sys, time
+import signal, sys, time
 sys.path.insert(0, {folder!r})
 from sonic_ep.testing import RankPool
 from test_ranks import sleeps_on, who
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     pool = RankPool()
     pool.run(who, world_size=2)
     print(*pool.pids(), flush=True)

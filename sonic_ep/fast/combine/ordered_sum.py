@@ -106,7 +106,9 @@ def exchange_partial_sums_kernel(
                     for sender in range(world_size):
                         if sender == rank:
                             total += own.to(tl.float32)
-                        elif has_slot(experts, sender * experts_per_rank, experts_per_rank) | DENSE:
+                        # Not an elif: in a nested branch Triton 3.6 loses the alignment and loads single elements.
+                        pushed = has_slot(experts, sender * experts_per_rank, experts_per_rank) | DENSE
+                        if (sender != rank) & pushed:
                             arrival = arrival_of(sender, rank, group, world_size, chunk).to(tl.int64)
                             source_ptr = peer_pointer(received_ptr, rank, out_ptr) + arrival * H + column
                             # Past the first-level cache, which knows nothing of what peers write meanwhile.
