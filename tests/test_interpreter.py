@@ -1,5 +1,6 @@
 """Triton's interpreter made faster: each operation that was replaced still has the outcome of Triton's own."""
 
+import inspect
 from itertools import product
 from typing import Any
 
@@ -58,11 +59,13 @@ def same_outcomes(rank: Rank, name: str) -> int:
     import sonic_ep.fast.device  # noqa: F401
 
     hastened = getattr(TritonSemantic, name)
+    original = inspect.unwrap(hastened)
+    assert original is not hastened
     how = (False,) if name in ("add", "sub", "mul") else ()
     pairs = list(product(operands(), repeat=2))
     with np.errstate(all="ignore"):
         for one, other in pairs:
-            seen, expected = (outcome(run, one, other, *how) for run in (hastened, hastened.__wrapped__))
+            seen, expected = (outcome(run, one, other, *how) for run in (hastened, original))
             assert seen == expected, (name, one, other, seen, expected)
     return len(pairs)
 
@@ -71,7 +74,7 @@ def same_outcomes(rank: Rank, name: str) -> int:
 @pytest.mark.parametrize(
     "name",
     [
-        *("add", "sub", "mul"),
+        *("add", "sub", "mul", "and_", "or_"),
         *("less_than", "less_equal", "greater_than", "greater_equal", "equal", "not_equal"),
     ],
 )

@@ -22,9 +22,11 @@ import triton.runtime.interpreter as interpreter
 
 ONE_LAUNCH = threading.Lock()
 
-# Types of Triton whose sums, products and comparisons are those of NumPy.
-NUMPY_TYPES = {"int32": np.int32, "int64": np.int64, "fp32": np.float32}
-OPERATIONS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+# Operations of Triton that are NumPy's, and the types of operands for which they are.
+ARITHMETIC = {"int32": np.int32, "int64": np.int64, "fp32": np.float32}
+LOGIC = {"int1": np.bool_, "int32": np.int32, "int64": np.int64}
+ARITHMETIC_OPERATIONS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+LOGIC_OPERATIONS = {"and_": np.bitwise_and, "or_": np.bitwise_or}
 COMPARISONS = {
     "less_than": np.less,
     "less_equal": np.less_equal,
@@ -155,23 +157,31 @@ def once_per_name(numpy_type: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return looked_up
 
 
-def common_type(one: Any, other: Any) -> Any:
-    """The type of both operands, or of the block if the other is a scalar of its elements' type; None if they differ.
+def common_type(one: Any, other: Any, types: dict[str, Any]) -> Any:
+    """The type of both operands, or of the block if the other is a scalar of its elements' type.
 
-    A number of Python has the type of the tensor beside it, if it is an integer of 32 bits or the tensor is of floats.
+    None if they differ, or if it is none of ``types``. A number of Python has the type of the tensor beside it, if that
+    holds floats or the number is an integer of 32 bits.
     """
     if type(one) is not tl.tensor:
         one, other = other, one
-    if type(one) is not tl.tensor or one.type.scalar.name not in NUMPY_TYPES:
+    if type(one) is not tl.tensor or one.type.scalar.name not in types:
         return None
     if type(other) is tl.tensor:
         if other.type.name == one.type.name:
             return one.type
-        if other.type.scalar.name != one.type.scalar.name or one.type.is_block() == other.type.is_block():
-            return None
-        return one.type if one.type.is_block() else other.type
+        return shared_block(one, other) if other.type.scalar.name == one.type.scalar.name else None
+    if one.type.scalar.is_bool():
+        return None
     wanted = (int,) if one.type.scalar.is_int() else (int, float)
     return one.type if type(other) in wanted and -(2**31) <= other < 2**31 else None
+
+
+def shared_block(one: Any, other: Any) -> Any:
+    """The type of the block, where one operand is a block and the other a scalar; else None."""
+    if one.type.is_block() == other.type.is_block():
+        return None
+    return one.type if one.type.is_block() else other.type
 
 
 @lru_cache(maxsize=4096)
@@ -180,36 +190,67 @@ def constant(number: float, numpy_type: Any) -> Any:
     return np.array([number], dtype=numpy_type)
 
 
-def pointer_and_offset(one: Any, other: Any) -> bool:
-    """Whether ``one`` is a pointer, or a block of pointers, and ``other`` as many signed integers."""
-    if type(one) is not tl.tensor or type(other) is not tl.tensor or not one.type.scalar.is_ptr():
-        return False
-    sizes, others = (getattr(operand.type, "shape", ()) for operand in (one, other))
-    return other.type.scalar.name in ("int32", "int64") and list(sizes) == list(others)
-
-
-def straight(operation: Callable[..., Any], numpy_operation: Any, result: Any = None) -> Callable[..., Any]:
+def straight(
+    operation: Callable[..., Any], numpy_operation: Any, types: dict[str, Any], result: Any = None
+) -> Callable[..., Any]:
     """An operation of Triton on two operands: NumPy's own on two of one type, and else as before.
 
-    result: the type of the results' elements, by default that of the operands.
+    types: for which. result: the type of the results' elements, by default that of the operands.
     """
 
     @wraps(operation)
     def carried_out(semantic: Any, one: Any, other: Any, *how: Any, **named: Any) -> Any:
-        type_ = common_type(one, other)
+        type_ = common_type(one, other, types)
         if type_ is None:
-            if numpy_operation is np.add and pointer_and_offset(one, other):
-                return tl.tensor(semantic.builder.create_addptr(one.handle, other.handle), one.type)
             return operation(semantic, one, other, *how, **named)
-        numpy_type = NUMPY_TYPES[type_.scalar.name]
-        left, right = (
-            operand.handle.data if type(operand) is tl.tensor else constant(operand, numpy_type)
-            for operand in (one, other)
-        )
+        numpy_type = types[type_.scalar.name]
+        left = one.handle.data if type(one) is tl.tensor else constant(one, numpy_type)
+        right = other.handle.data if type(other) is tl.tensor else constant(other, numpy_type)
         handle = interpreter.TensorHandle(numpy_operation(left, right), type_.scalar)
         return tl.tensor(handle, type_ if result is None else type_.with_element_ty(result))
 
     return carried_out
+
+
+def moved_pointers(pointers: Any, offsets: Any) -> Any:
+    """The type of the sum of pointers and signed integers: scalars, blocks of one shape, or a block and a scalar.
+
+    None for all other operands.
+    """
+    if type(pointers) is not tl.tensor or type(offsets) is not tl.tensor or not pointers.type.scalar.is_ptr():
+        return None
+    if offsets.type.scalar.name not in ("int32", "int64"):
+        return None
+    if not offsets.type.is_block():
+        return pointers.type
+    if not pointers.type.is_block():
+        return offsets.type.with_element_ty(pointers.type)
+    return pointers.type if list(pointers.type.shape) == list(offsets.type.shape) else None
+
+
+def straight_to_addresses(add: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton's sum, without its checks where a pointer is moved."""
+
+    @wraps(add)
+    def carried_out(semantic: Any, one: Any, other: Any, *how: Any, **named: Any) -> Any:
+        moved = moved_pointers(one, other)
+        if moved is None:
+            return add(semantic, one, other, *how, **named)
+        return tl.tensor(semantic.builder.create_addptr(one.handle, other.handle), moved)
+
+    return carried_out
+
+
+def skip_checks_of_types(semantic: Any) -> None:
+    """Replace the operations of Triton's semantics, a class, by ones that go straight to NumPy where they can."""
+    semantic.add = straight_to_addresses(semantic.add)
+    for operations, types, result in (
+        (ARITHMETIC_OPERATIONS, ARITHMETIC, None),
+        (LOGIC_OPERATIONS, LOGIC, None),
+        (COMPARISONS, ARITHMETIC, tl.int1),
+    ):
+        for name, numpy_operation in operations.items():
+            setattr(semantic, name, straight(getattr(semantic, name), numpy_operation, types, result))
 
 
 def hasten() -> None:
@@ -226,8 +267,4 @@ def hasten() -> None:
     # Its assertions are those of debug mode: without it the check of overflow ends in nothing.
     if not options.debug:
         interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
-        semantic = interpreter.TritonSemantic
-        for name, operation in OPERATIONS.items():
-            setattr(semantic, name, straight(getattr(semantic, name), operation))
-        for name, comparison in COMPARISONS.items():
-            setattr(semantic, name, straight(getattr(semantic, name), comparison, tl.int1))
+        skip_checks_of_types(interpreter.TritonSemantic)
