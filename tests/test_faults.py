@@ -123,6 +123,8 @@ def destroyed(program: Program, rank: Rank) -> None:
     """A process group that has ended, and that its user still refers to."""
     group = dist.group.WORLD
     with ExpertParallel(backend="reference") as ep:
+        # A rank that is gone before its peer has connected would fail the peer's start.
+        dist.barrier()
         dist.destroy_process_group()
         try:
             Layer.of(rank, 8).forward(ep)
