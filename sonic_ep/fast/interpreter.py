@@ -161,7 +161,7 @@ def common_type(one: Any, other: Any, types: dict[str, Any]) -> Any:
     """The type of both operands, or of the block if the other is a scalar of its elements' type.
 
     None if they differ, or if it is none of ``types``. A number of Python has the type of the tensor beside it, if that
-    holds floats or the number is an integer of 32 bits.
+    holds floats or the number is an integer of 32 bits. 0.0 has none: versions of Triton differ over the sign of -0.0.
     """
     if type(one) is not tl.tensor:
         one, other = other, one
@@ -171,7 +171,7 @@ def common_type(one: Any, other: Any, types: dict[str, Any]) -> Any:
         if other.type.name == one.type.name:
             return one.type
         return shared_block(one, other) if other.type.scalar.name == one.type.scalar.name else None
-    if one.type.scalar.is_bool():
+    if one.type.scalar.is_bool() or (type(other) is float and other == 0):
         return None
     wanted = (int,) if one.type.scalar.is_int() else (int, float)
     return one.type if type(other) in wanted and -(2**31) <= other < 2**31 else None
@@ -186,7 +186,7 @@ def shared_block(one: Any, other: Any) -> Any:
 
 @lru_cache(maxsize=4096)
 def constant(number: float, numpy_type: Any) -> Any:
-    """A number of Python as the interpreter holds one. Numbers that are alike share it: nobody writes to operands."""
+    """A number of Python as the interpreter holds one. Equal numbers share it: no operation writes to its operands."""
     return np.array([number], dtype=numpy_type)
 
 
