@@ -94,7 +94,7 @@ def fail_to_draw(patched: Any, rank: int) -> None:
         raise MemoryError("no memory left")
 
     if rank:
-        patched.setattr(problem.ProfileTokens, "of", draw)
+        patched.setattr(problem, "_generator", draw)
 
 
 def test_an_error_in_drawing_on_one_rank_is_one_on_every_rank(cpu_pool: RankPool) -> None:

@@ -17,7 +17,7 @@ import sonic_ep.profiler.profiler as profiler_module
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel, NetworkProfiler, ProfileReport
 from sonic_ep.cost import LinkCeilings
 from sonic_ep.profiler import WrongResultError, default_device
-from sonic_ep.profiler.problem import ProfileInputs, ProfileTokens, draw_rows
+from sonic_ep.profiler.problem import ProfileInputs
 from sonic_ep.profiler.profiler import FEWEST_ROUNDS, MOST_ROUNDS
 from sonic_ep.profiler.report import EVERY_MODE, EVERY_PAIR, ProfileShape
 from sonic_ep.profiler.timing import AboveCeilingError, RoundTimer, Timing
@@ -321,22 +321,21 @@ def test_inputs() -> None:
     """Rows after the valid ones are NaN, and changed inputs differ until they are restored exactly."""
     shape = ProfileShape(tokens=(3,), hidden=16, top_k=2, num_experts=6, dtype="bfloat16", routing="given")
     given = GIVEN[0]["routing"]
-    tokens = ProfileTokens.of(given.clone(), shape, 0)
     with ExpertParallel(backend="reference") as ep:
-        plan = ep.plan(given, 6)
+        inputs = ProfileInputs.drawn(given.clone, shape, ep)
+    x_TH, rows_RH, rows = inputs.x_TH, inputs.rows_RH, inputs.plan.rows()
     # A slot is dropped, so there is a place more than there are rows.
-    assert plan.row_capacity == plan.rows() + 1
-    rows_RH = draw_rows(plan, shape)
-    assert rows_RH.shape == (plan.row_capacity, 16)
-    assert rows_RH[: plan.rows()].isfinite().all()
-    assert rows_RH[plan.rows() :].isnan().all()
-    before = [tensor.clone() for tensor in (tokens.x_TH, rows_RH.view(torch.int16))]
-    with ProfileInputs(tokens=tokens, num_experts=6, plan=plan, rows_RH=rows_RH).changed():
-        assert tokens.ids_TK.tolist() == [[1, 0], [-1, 3], [4, 4]]
-        assert torch.equal(tokens.x_TH, -before[0])
+    assert inputs.plan.row_capacity == rows + 1
+    assert rows_RH.shape == (rows + 1, 16)
+    assert rows_RH[:rows].isfinite().all()
+    assert rows_RH[rows:].isnan().all()
+    before = [tensor.clone() for tensor in (x_TH, rows_RH.view(torch.int16))]
+    with inputs.changed():
+        assert inputs.ids_TK.tolist() == [[1, 0], [-1, 3], [4, 4]]
+        assert torch.equal(x_TH, -before[0])
         assert (rows_RH.view(torch.int16) != before[1]).all()
-    assert torch.equal(tokens.ids_TK, given)
-    assert torch.equal(tokens.x_TH, before[0])
+    assert torch.equal(inputs.ids_TK, given)
+    assert torch.equal(x_TH, before[0])
     assert torch.equal(rows_RH.view(torch.int16), before[1])
 
 
