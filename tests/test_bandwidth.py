@@ -100,7 +100,7 @@ def transfers_that_fail(rank: Rank) -> list[str]:
             Link(workspace, nbytes)
         errors.append(str(refused.value))
     with pytest.raises(AssertionError, match="what arrived is not what") as wrong:
-        Link(workspace, LINK_BYTES).check_pulled("nothing at all")
+        Link(workspace, LINK_BYTES).check(0, "nothing at all")
     workspace.close()
     return [*errors, str(wrong.value)]
 

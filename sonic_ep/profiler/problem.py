@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,8 +33,8 @@ class Lanes:
 
     @property
     def first(self) -> ExpertParallel:
-        """One of them, for what does not depend on the mode."""
-        return next(iter(self.dispatch.values()))
+        """For what does not depend on the mode."""
+        return self.dispatch[DispatchMode.ALL_GATHER]
 
 
 @contextmanager
@@ -44,15 +43,15 @@ def open_lanes(ep: ExpertParallel, backend: str, config: EPConfig, capacity: int
 
     config: the flags. ``max_rows`` is left out: a profile must not fail where a layer would not.
     """
-    group = ep.group.process_group
-    dispatch: dict[DispatchMode, ExpertParallel] = {}
-    combine: dict[CombineMode, ExpertParallel] = {}
     with ExitStack() as opened:
-        for dispatch_mode, combine_mode in zip(DispatchMode, CombineMode, strict=True):
-            modes = replace(config, dispatch=dispatch_mode, combine=combine_mode, max_rows=None)
-            lane = opened.enter_context(ExpertParallel(group, backend, modes, max_tokens_per_rank=capacity))
-            dispatch[dispatch_mode] = combine[combine_mode] = lane
-        yield Lanes(dispatch=MappingProxyType(dispatch), combine=MappingProxyType(combine))
+        lanes = []
+        for dispatch, combine in zip(DispatchMode, CombineMode, strict=True):
+            modes = replace(config, dispatch=dispatch, combine=combine, max_rows=None)
+            lane = ExpertParallel(ep.group.process_group, backend, modes, max_tokens_per_rank=capacity)
+            lanes.append(opened.enter_context(lane))
+        yield Lanes(
+            dispatch=dict(zip(DispatchMode, lanes, strict=True)), combine=dict(zip(CombineMode, lanes, strict=True))
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
