@@ -15,7 +15,7 @@ from sonic_ep.api import ExpertParallel
 from sonic_ep.backend import BACKEND_PACKAGES, choose_backend
 from sonic_ep.cli.exit_codes import FAIL, PASS
 from sonic_ep.cli.launch import Place, joined_group, ranks_of
-from sonic_ep.cli.words import DTYPES, Thiek, add_nproc, thiek_word
+from sonic_ep.cli.options import DTYPES, Thiek, add_nproc, parse_thiek
 from sonic_ep.config import AUTO, CombineMode, DispatchMode, EPConfig
 from sonic_ep.group import EPGroup
 from sonic_ep.testing import CASES, Accuracy, Case, verify_moe, verify_routed
@@ -41,7 +41,7 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", action="append", choices=tuple(CASES), help="only this case; may be repeated")
     parser.add_argument(
         "--thiek",
-        type=thiek_word,
+        type=parse_thiek,
         metavar="T,H,I,E,K",
         help="a shape instead of the named cases: tokens of the whole group, hidden, intermediate, experts, top-k",
     )
