@@ -20,7 +20,7 @@ from sonic_ep import BackendUnavailableError, CombineMode, DispatchMode, EPConfi
 from sonic_ep.backend import BACKEND_PACKAGES, choose_backend
 from sonic_ep.benchmark.results import command_of
 from sonic_ep.config import AUTO
-from sonic_ep.group import resolve_group
+from sonic_ep.distributed.group import resolve_group
 
 RANKS = 4
 STEPS = 200

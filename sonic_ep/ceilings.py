@@ -9,7 +9,7 @@ import torch
 
 from sonic_ep.backend import unavailable_reasons
 from sonic_ep.cost import LinkCeilings
-from sonic_ep.group import EPGroup
+from sonic_ep.distributed.group import EPGroup
 from sonic_ep.testing.checks import expect
 from sonic_ep.testing.timing import BUSY_SECONDS, keep_busy, measure
 
@@ -26,21 +26,23 @@ COPIED_BYTES = 2**29
 
 
 def meeting(
-    fence: Callable[[], object], device: torch.device, *, ahead: bool, busy_seconds: float = BUSY_SECONDS
+    barrier_before_write: Callable[[], object], device: torch.device, *, ahead: bool, busy_seconds: float = BUSY_SECONDS
 ) -> Callable[[], None]:
-    """All ranks meet by ``fence``. ``ahead``: the GPU is kept busy first, so that the host gets ahead of it."""
+    """All ranks meet by the barrier. ``ahead``: the GPU is kept busy first, so that the host gets ahead of it."""
 
     def enter() -> None:
         if ahead:
             keep_busy(device, busy_seconds)
-        fence()
+        barrier_before_write()
 
     return enter
 
 
-def stopwatch(fence: Callable[[], object], device: torch.device, group: EPGroup, rounds: int = ROUNDS) -> Stopwatch:
-    """The median over rounds of what a piece of work takes the slowest rank, behind a meeting by ``fence``."""
-    enter = meeting(fence, device, ahead=True)
+def stopwatch(
+    barrier_before_write: Callable[[], object], device: torch.device, group: EPGroup, rounds: int = ROUNDS
+) -> Stopwatch:
+    """The median over rounds of what a piece of work takes the slowest rank, behind the barrier."""
+    enter = meeting(barrier_before_write, device, ahead=True)
     warmup = min(WARMUP, rounds)
     return lambda work: measure(work, rounds=rounds, warmup=warmup, device=device, group=group, enter=enter).median
 
@@ -61,7 +63,9 @@ def measured_ceilings(
     workspace = Workspace(group, device)
     pieces = max(1, nbytes // LARGEST_PIECE)
     try:
-        return link_ceilings(workspace, pieces * LARGEST_PIECE, stopwatch(workspace.fence, device, group, rounds))
+        return link_ceilings(
+            workspace, pieces * LARGEST_PIECE, stopwatch(workspace.barrier_before_write, device, group, rounds)
+        )
     finally:
         workspace.close()
 

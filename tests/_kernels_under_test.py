@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from sonic_ep.fast.device import rounded, turn_of
-from sonic_ep.fast.receiving import arrival_of, home_and_group
+from sonic_ep.fast.combine.base import origin_and_group, receive_slot_of
+from sonic_ep.fast.device_functions import rounded, turn_of
 
 
 @triton.jit
@@ -12,7 +12,7 @@ def arrivals_kernel(senders_ptr, places_ptr, home, group, world_size, chunk):
     """Places of what three senders have for one token."""
     program = tl.program_id(0)
     sender = tl.load(senders_ptr + program)
-    tl.store(places_ptr + program, arrival_of(sender, home, group, world_size, chunk))
+    tl.store(places_ptr + program, receive_slot_of(sender, home, group, world_size, chunk))
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def turns_kernel(turns_ptr, rank, world_size):
 def homes_kernel(turns_ptr, rank, world_size, lag):
     """Whose token each program of a combine takes, and which."""
     program = tl.program_id(0)
-    home, group = home_and_group(program, rank, world_size, lag)
+    home, group = origin_and_group(program, rank, world_size, lag)
     tl.store(turns_ptr + 2 * program, home)
     tl.store(turns_ptr + 2 * program + 1, group)
 

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from sonic_ep.group import resolve_group
-from sonic_ep.waits import Waits
+from sonic_ep.distributed.group import resolve_group
 
 BACKENDS = ["reference", "fast"]
 # Eight ranks take turns on the GPUs of a machine that has them; interpreted, on the cores of a laptop, they would take
@@ -20,10 +19,10 @@ both_backends = pytest.mark.parametrize("backend", BACKENDS)
 def dispatch_primitives_of(backend: str, device: torch.device) -> Mapping[Any, Any]:
     """Every dispatch mode of ``backend`` for the world. Collective."""
     if backend == "reference":
-        from sonic_ep.reference.collectives import collectives_of
+        from sonic_ep.distributed.collectives import BoundedCollectives
         from sonic_ep.reference.dispatch import dispatch_primitives
 
-        return dispatch_primitives(collectives_of(Waits(resolve_group(None))))
+        return dispatch_primitives(BoundedCollectives(resolve_group(None)))
     # Not at the top: triton asks whether it is to interpret when it is imported, and only ranks know.
     from sonic_ep.fast.dispatch import dispatch_primitives as fast_primitives
     from sonic_ep.fast.workspace import Workspace

@@ -47,7 +47,9 @@ def arena_on(rank: Rank, ceilings: LinkCeilings | None = None) -> Iterator[Arena
     with ExpertParallel(backend="reference") as ep:
         by = dist.get_backend() if rank.world_size > 1 else None
         results = Results(environment={"process_group": by}, ceilings=ceilings)
-        yield Arena(group=ep.group, device=rank.device, fence=lambda: ep.meet(rank.device), results=results)
+        yield Arena(
+            group=ep.group, device=rank.device, barrier_before_write=lambda: ep.meet(rank.device), results=results
+        )
 
 
 @contextmanager
@@ -140,16 +142,16 @@ def watched_on_rank(
     assert seen == (4 if rank.world_size > 1 else 2), "the benchmark makes other things than those that are watched"
     references = [ep.config.cpu_sync_on_runtime for ep in made if ep.backend == "reference" and backend == "fast"]
     # The arena's own is closed when the benchmark has ended.
-    still_open = [ep.backend for ep in made[1:] if not ep._calls.closed]
+    still_open = [ep.backend for ep in made[1:] if not ep._call_guard.closed]
     return report, said, Kept(stay=stay, open=still_open, exact=all(references[1:]))
 
 
-def said_before(rank: Rank, error: type[Exception], spoil: Callable[[Any, Rank], None]) -> tuple[str, list[str], int]:
-    """What a benchmark raises after ``spoil`` has patched something, what it has said, and entries of results."""
+def said_before(rank: Rank, error: type[Exception], poison: Callable[[Any, Rank], None]) -> tuple[str, list[str], int]:
+    """What a benchmark raises after ``poison`` has patched something, what it has said, and entries of results."""
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patched, arena_on(rank) as arena:
         few_rounds(patched)
-        spoil(patched, rank)
+        poison(patched, rank)
         with pytest.raises(error) as raised:
             module.run_end_to_end(setup_of({}, rank.world_size, "reference", SHAPE), arena, said.append)
         assert type(raised.value) is error

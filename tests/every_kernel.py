@@ -10,7 +10,7 @@ import torch
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.activation import ACTIVATIONS
 from sonic_ep.cli.launch import joined_group
-from sonic_ep.group import resolve_group
+from sonic_ep.distributed.group import resolve_group
 
 TOKENS = 5
 INTERMEDIATE = 64
@@ -57,7 +57,7 @@ def through_the_experts(device: torch.device, dtype: torch.dtype, hidden: int) -
 def by_own_products(device: torch.device, dtype: torch.dtype, hidden: int) -> None:
     """The grouped products in the tiles that a GPU gets, also where PyTorch's would do."""
     # Not at the top, as below.
-    from sonic_ep.fast.grouped_gemm import LARGEST, TritonGemm
+    from sonic_ep.fast.gemm import LARGEST, TritonGemm
 
     gemm, hidden = TritonGemm(tiles=LARGEST[dtype.itemsize]), min(hidden, WIDEST_PRODUCT)
     rows = torch.randn(TOKENS, hidden, device=device).to(dtype)

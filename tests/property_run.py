@@ -22,7 +22,7 @@ from run_examples import Failure, failures
 from sonic_ep.benchmark.results import environment
 from sonic_ep.cli.exit_codes import GREEN, RED
 from sonic_ep.cli.output import require_writable, words_without_paths, write_json
-from sonic_ep.group import device_of_rank
+from sonic_ep.distributed.group import device_of_rank
 from sonic_ep.testing import RankError, RankPool
 
 BATCH = 50

@@ -5,18 +5,17 @@ from torch import Tensor
 
 from sonic_ep.backend import Routing
 from sonic_ep.config import RouterOptions
-from sonic_ep.group import resolve_group
-from sonic_ep.reference.collectives import collectives_of
+from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.group import resolve_group
 from sonic_ep.reference.router import route
 from sonic_ep.testing import Rank
-from sonic_ep.waits import Waits
 
 
 def routed(rank: Rank, backend: str, x_TH: Tensor, weight_EH: Tensor, options: RouterOptions) -> Routing:
     """What the router of ``backend`` makes of x, over the world. Collective."""
     group = resolve_group(None)
     if backend == "reference":
-        return route(x_TH, weight_EH, options, collectives_of(Waits(group)))
+        return route(x_TH, weight_EH, options, (BoundedCollectives(group)))
     # Not at the top: triton asks whether it is to interpret when it is imported, and only ranks know.
     from sonic_ep.fast.router import route as fast_route
     from sonic_ep.fast.workspace import Workspace

@@ -14,11 +14,11 @@ from calls import call_of, memory_short, with_trained_experts
 from waits_of import waits_of_a_new_group
 
 from sonic_ep import EPConfig, ExpertParallel
-from sonic_ep.board import Notice
-from sonic_ep.config import CollectiveMismatchError, PeerError
-from sonic_ep.meeting import Step
+from sonic_ep.distributed.collectives import ANNOUNCE_SECONDS, HOST
+from sonic_ep.distributed.rank_status import RankStatus
+from sonic_ep.distributed.sync_tag import Step
+from sonic_ep.errors import CollectiveMismatchError, PeerError
 from sonic_ep.testing import Rank, RankPool
-from sonic_ep.waits import ANNOUNCE_SECONDS, HOST
 
 ODD = 1
 # Of so many batches, ranks fail in this one.
@@ -43,7 +43,7 @@ def fails_and_goes_on(rank: Rank, failing: list[int], nth: int, goes_on: str) ->
                 if goes_on == "backward":
                     losses[0].backward()
                 if goes_on == "leaves" and rank.rank == ODD:
-                    ep._waits.leave("KeyError: 'labels'")
+                    ep._collectives.leave("KeyError: 'labels'")
                     return "left"
         # Longer than it takes the others to tell that they wait, and to look who is missing.
         time.sleep(1.5 * ANNOUNCE_SECONDS if rank.rank == ODD else 0)
@@ -70,7 +70,7 @@ def memory_short_at(ep: ExpertParallel, nth: int, here: bool) -> Iterator[None]:
     counted = itertools.count(1)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("all_gather", "all_to_all_rows") if here else ():
-            patch.setattr(ep._waits, name, failing_at(nth, counted, getattr(ep._waits, name)))
+            patch.setattr(ep._collectives, name, failing_at(nth, counted, getattr(ep._collectives, name)))
         yield
 
 
@@ -111,16 +111,16 @@ def test_a_rank_that_left_after_an_error_is_named_at_once(cpu_pool: RankPool) ->
 
 def one_collective_apart(rank: Rank, ahead: int) -> str:
     """Both left a call by an error and came to the same meeting, but one had begun a collective in between."""
-    waits = waits_of_a_new_group(rank, 6.0)
-    waits.begin(Step(number=3))
-    waits.stray()
-    waits._collectives += rank.rank == ahead
+    collectives = waits_of_a_new_group(rank, 6.0)
+    collectives.begin(Step(number=3))
+    collectives.mark_failed()
+    collectives._collectives += rank.rank == ahead
     # The other has told where it is by then.
     time.sleep(0.3 if rank.rank == ODD else 0)
     with pytest.raises(CollectiveMismatchError) as raised:
-        waits.numbers(rank.rank, HOST)
+        collectives.numbers(rank.rank, HOST)
     dist.barrier()
-    dist.destroy_process_group(waits.group.process_group)
+    dist.destroy_process_group(collectives.group.process_group)
     return str(raised.value)
 
 
@@ -209,18 +209,18 @@ def test_a_backward_that_is_run_again_yields_no_wrong_number(cpu_pool: RankPool,
 
 def met_after_an_error(rank: Rank) -> list[list[int]]:
     """What a rank told on its way back is still there when all have met, and again when all have failed alike."""
-    waits = waits_of_a_new_group(rank, 20.0)
+    collectives = waits_of_a_new_group(rank, 20.0)
     met = []
     for step in (1, 2):
-        waits.begin(Step(number=step))
-        waits.stray()
+        collectives.begin(Step(number=step))
+        collectives.mark_failed()
         time.sleep(0.5 if rank.rank == ODD else 0)
-        met.append(waits.numbers(rank.rank, HOST))
+        met.append(collectives.numbers(rank.rank, HOST))
         # Longer than it takes the others to look who is missing.
         time.sleep(1.5 * ANNOUNCE_SECONDS if rank.rank == ODD else 0)
-        met.append(waits.all_gather(torch.tensor(rank.rank)).tolist())
+        met.append(collectives.all_gather(torch.tensor(rank.rank)).tolist())
     dist.barrier()
-    dist.destroy_process_group(waits.group.process_group)
+    dist.destroy_process_group(collectives.group.process_group)
     return met
 
 
@@ -230,14 +230,14 @@ def test_what_was_told_before_all_have_met_counts_no_more(cpu_pool: RankPool) ->
 
 def waits_for_who_looks_for_a_third(rank: Rank) -> list[int]:
     """One waits at a meeting, another is back there from an error and looks for the third, that comes late."""
-    waits = waits_of_a_new_group(rank, 20.0)
-    waits.begin(Step(number=1))
+    collectives = waits_of_a_new_group(rank, 20.0)
+    collectives.begin(Step(number=1))
     if rank.rank == ODD:
-        waits.stray()
+        collectives.mark_failed()
     time.sleep(1.5 * ANNOUNCE_SECONDS if rank.rank == 2 else 0)
-    met = waits.numbers(rank.rank, HOST)
+    met = collectives.numbers(rank.rank, HOST)
     dist.barrier()
-    dist.destroy_process_group(waits.group.process_group)
+    dist.destroy_process_group(collectives.group.process_group)
     return met
 
 
@@ -247,26 +247,26 @@ def test_a_rank_that_is_about_to_come_is_waited_for(cpu_pool: RankPool) -> None:
 
 def failing_alike_in_front(rank: Rank) -> list[int]:
     """All fail in front of one meeting after the other, and one of them is always late to come and late to look."""
-    waits = waits_of_a_new_group(rank, 20.0)
-    tell = waits._board.tell
+    collectives = waits_of_a_new_group(rank, 20.0)
+    tell = collectives._status_store.tell
 
-    def tell_and_dawdle(notice: Notice) -> None:
+    def tell_and_dawdle(notice: RankStatus) -> None:
         tell(notice)
         time.sleep(0.1)
 
     if rank.rank == ODD:
-        waits._board.tell = tell_and_dawdle
+        collectives._status_store.tell = tell_and_dawdle
     for step in range(1, 6):
-        waits.begin(Step(number=step))
-        waits.stray()
+        collectives.begin(Step(number=step))
+        collectives.mark_failed()
         time.sleep(0.05 if rank.rank == ODD else 0)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(waits, "all_gather", memory_short)
+            patch.setattr(collectives, "all_gather", memory_short)
             with pytest.raises(torch.OutOfMemoryError):
-                waits.numbers(rank.rank, HOST)
-    met = waits.numbers(rank.rank, HOST)
+                collectives.numbers(rank.rank, HOST)
+    met = collectives.numbers(rank.rank, HOST)
     dist.barrier()
-    dist.destroy_process_group(waits.group.process_group)
+    dist.destroy_process_group(collectives.group.process_group)
     return met
 
 
@@ -281,13 +281,13 @@ def interrupted_in_backward(rank: Rank) -> str:
         plan = ep.plan(torch.tensor([[0], [1]]), 2)
         x = torch.ones(2, 8, requires_grad=True)
         rows = ep.dispatch(x, plan)
-        (kit,) = ep._backend._kits.values()
+        (context,) = ep._backend._contexts.values()
 
         def interrupt(*arguments: object, **constants: object) -> None:
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kit.workspace, "run_waiting", interrupt)
+            patch.setattr(context.workspace, "run_waiting", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 rows.sum().backward(retain_graph=True)
         with pytest.raises(RuntimeError) as raised:

@@ -138,7 +138,7 @@ def test_a_first_call_without_tokens_bounds_nothing(cpu_pool: RankPool, backend:
 
 def test_one_rank_alone_takes_any_number_of_tokens() -> None:
     with ExpertParallel() as ep:
-        assert [ep.plan(torch.zeros(T, 1, dtype=torch.int64), 4).capacity for T in (1, 7, 0, 3)] == [1, 7, 0, 3]
+        assert [ep.plan(torch.zeros(T, 1, dtype=torch.int64), 4).max_tokens for T in (1, 7, 0, 3)] == [1, 7, 0, 3]
 
 
 def test_a_plan_of_another_device_is_refused() -> None:

@@ -18,7 +18,7 @@ from sonic_ep.benchmark.arena import (
 )
 from sonic_ep.benchmark.results import Results
 from sonic_ep.benchmark.workload import Shape
-from sonic_ep.group import EPGroup
+from sonic_ep.distributed.group import EPGroup
 from sonic_ep.testing import assert_bitwise
 
 ROUNDS = Rounds(timed=3, warmup=2)
@@ -112,7 +112,10 @@ def test_what_the_host_may_take_longer_for_has_more_rounds(
     work = Work(name="a work", shape=shape, function=lambda: None, check=lambda result: None)
     group = EPGroup(rank=0, world_size=1)
     arena = Arena(
-        group=group, device=torch.device("cuda"), fence=lambda: None, results=Results(environment={}, ceilings=None)
+        group=group,
+        device=torch.device("cuda"),
+        barrier_before_write=lambda: None,
+        results=Results(environment={}, ceilings=None),
     )
     with pytest.raises(WrongError, match="not run"):
         arena.run(work, how)

@@ -5,15 +5,15 @@ import torch
 
 from sonic_ep import BackendUnavailableError, ExpertParallel
 from sonic_ep.backend import choose_backend, unavailable_reasons
-from sonic_ep.fast import availability
-from sonic_ep.group import EPGroup
+from sonic_ep.distributed.group import EPGroup
+from sonic_ep.fast import capabilities
 
 ALONE = EPGroup(rank=0, world_size=1)
 
 
 def test_fast_lists_every_reason_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(availability, "version", lambda name: "3.5.1+git0")
+    monkeypatch.setattr(capabilities, "version", lambda name: "3.5.1+git0")
     reasons = unavailable_reasons("fast", ALONE)
     assert any("no CUDA device: torch.cuda.is_available() is False" in reason for reason in reasons)
     with pytest.raises(BackendUnavailableError) as raised:
@@ -41,7 +41,7 @@ def test_auto_takes_the_fast_backend_where_it_can_run(monkeypatch: pytest.Monkey
 def test_what_only_a_name_can_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where an interpreter would run its kernels, "auto" leaves the fast backend to those who ask, and says why."""
     monkeypatch.setattr("sonic_ep.fast.unavailable_reasons", lambda group: ())
-    monkeypatch.setattr(availability, "interpreted", lambda: True)
+    monkeypatch.setattr(capabilities, "interpreted", lambda: True)
     choice = choose_backend("auto", ALONE)
     assert choice.name == "reference"
     assert choice.why.startswith("backend 'fast' is taken by name only: Triton's interpreter runs its kernels")
@@ -54,26 +54,26 @@ def test_unknown_names_are_refused() -> None:
 
 
 def test_what_is_missing_of_software(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(availability, "version", lambda name: "3.5.1+git0")
-    assert availability.software_reasons() == ("triton 3.5.1+git0 is installed, expected 3.6 or newer",)
-    monkeypatch.setattr(availability, "version", lambda name: "3.10.0")
-    assert availability.software_reasons() == ()
+    monkeypatch.setattr(capabilities, "version", lambda name: "3.5.1+git0")
+    assert capabilities.software_reasons() == ("triton 3.5.1+git0 is installed, expected 3.6 or newer",)
+    monkeypatch.setattr(capabilities, "version", lambda name: "3.10.0")
+    assert capabilities.software_reasons() == ()
 
     def absent(name: str) -> str:
-        raise availability.PackageNotFoundError(name)
+        raise capabilities.PackageNotFoundError(name)
 
-    monkeypatch.setattr(availability, "version", absent)
-    assert availability.software_reasons() == ("triton is not installed",)
+    monkeypatch.setattr(capabilities, "version", absent)
+    assert capabilities.software_reasons() == ("triton is not installed",)
 
 
 @pytest.mark.parametrize(
     ("triton", "numpy", "works"), [("3.6.0", "2.4.0", False), ("3.6.0", "2.3.5", True), ("3.7.0", "2.4.6", True)]
 )
 def test_interpreter_and_numpy(triton: str, numpy: str, works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(availability, "version", {"triton": triton, "numpy": numpy}.__getitem__)
+    monkeypatch.setattr(capabilities, "version", {"triton": triton, "numpy": numpy}.__getitem__)
     monkeypatch.setattr("sonic_ep.fast.interpreted", lambda: True)
     reasons = unavailable_reasons("fast", ALONE)
-    assert reasons == availability.interpreter_reasons()
+    assert reasons == capabilities.interpreter_reasons()
     wanted = "expected triton 3.7 or newer, or numpy older than 2.4"
     failing = (f"the interpreter of triton {triton} fails with numpy {numpy}: {wanted}",)
     assert reasons == (() if works else failing)
@@ -81,8 +81,8 @@ def test_interpreter_and_numpy(triton: str, numpy: str, works: bool, monkeypatch
 
 def test_a_torch_without_symmetric_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(availability.importlib.util, "find_spec", lambda name: None)
-    assert availability.symmetric_memory_reasons() == (f"torch {torch.__version__} has no symmetric memory",)
+    monkeypatch.setattr(capabilities.importlib.util, "find_spec", lambda name: None)
+    assert capabilities.symmetric_memory_reasons() == (f"torch {torch.__version__} has no symmetric memory",)
 
 
 def test_what_is_missing_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_what_is_missing_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0) if index == 1 else (9, 0))
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: 2 not in (a, b))
-    assert availability.device_reasons() == (
+    assert capabilities.device_reasons() == (
         "GPU 1 has compute capability 8.0, expected 9.0 or newer",
         "no peer access between GPUs 0->2, 1->2, 2->0, 2->1",
     )

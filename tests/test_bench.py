@@ -16,7 +16,7 @@ import torch
 from limits import HANG_SECONDS
 
 from sonic_ep.cost import LinkCeilings
-from sonic_ep.group import resolve_group
+from sonic_ep.distributed.group import resolve_group
 from sonic_ep.testing import Rank, RankPool
 from sonic_ep.testing.timing import AboveCeilingError, Ceiling, Timing
 
@@ -103,7 +103,7 @@ def test_smoke_on_two_ranks(tmp_path: Path) -> None:
 
 
 STALE = """
-import sonic_ep.fast.staging as module
+import sonic_ep.fast.dispatch.base as module
 
 staging, calls = module.stage_tokens, []
 
@@ -254,7 +254,7 @@ def arena_of(rank: Rank) -> Iterator[SimpleNamespace]:
     here = arena.SuiteArena(
         group=group,
         device=rank.device,
-        fence=workspace.fence,
+        barrier_before_write=workspace.barrier_before_write,
         workspace=workspace,
         sizes=workload.SMOKE,
         results=results,
@@ -314,8 +314,8 @@ def meetings_of_a_run(rank: Rank) -> tuple[int, int]:
     """How often ranks met before a round, and the rounds."""
     with arena_of(rank) as bench:
         met = []
-        fence = bench.here.fence
-        here = replace(bench.here, fence=lambda: (met.append(1), fence()))
+        barrier_before_write = bench.here.barrier_before_write
+        here = replace(bench.here, barrier_before_write=lambda: (met.append(1), barrier_before_write()))
         work = bench.arena.Work(name="work", shape=bench.shape, function=lambda: None, check=lambda got: None)
         entry = here.run(work, bench.arena.How.EAGER)
         return len(met), len(entry.timing.rounds)

@@ -16,7 +16,7 @@ from sonic_ep.benchmark import arena, layer_problem, oracle, results, workload
 from sonic_ep.benchmark.layer import LayerUnderTest, Pass
 from sonic_ep.config import ModePair
 from sonic_ep.cost import LinkCeilings
-from sonic_ep.group import resolve_group
+from sonic_ep.distributed.group import resolve_group
 from sonic_ep.testing import Rank, RankPool, timing
 from sonic_ep.testing.timing import Timing
 
@@ -210,13 +210,15 @@ def spoiled_layers(rank: Rank) -> tuple[list[str], list[str]]:
 
     group = resolve_group(None)
     workspace = Workspace(group, rank.device)
-    here = arena_of(group=group, device=rank.device, workspace=workspace, fence=workspace.fence)
+    here = arena_of(
+        group=group, device=rank.device, workspace=workspace, barrier_before_write=workspace.barrier_before_write
+    )
     step = layer_problem.LayerProblem.forward_backward
 
     def doubled(self: Any, ep: Any, inputs: Any) -> Any:
         found = step(self, ep, inputs)
-        spoil = ep.config.redispatch_x_in_backward and rank.rank == 1
-        return replace(found, w1_grad=found.w1_grad * 2) if spoil else found
+        poison = ep.config.redispatch_x_in_backward and rank.rank == 1
+        return replace(found, w1_grad=found.w1_grad * 2) if poison else found
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layer_problem.LayerProblem, "forward_backward", doubled)

@@ -20,7 +20,7 @@ from sonic_ep.benchmark.layer_report import LayerReport, accuracy_lines
 from sonic_ep.config import ScoreOrder
 from sonic_ep.cost import LinkCeilings
 from sonic_ep.profiler import WrongResultError
-from sonic_ep.profiler.report import EVERY_MODE, EVERY_PAIR
+from sonic_ep.profiler.times import EVERY_MODE, EVERY_PAIR
 from sonic_ep.testing import Rank, RankPool
 from sonic_ep.testing.cases import pairwise
 
@@ -268,8 +268,8 @@ def times_of(field: str, factor: float, calls: int, pass_name: str, patched: pyt
     ("field", "name"), [("w1_grad", "dw1"), ("y", "o"), ("router_w_grad", "drouter_w"), ("x_grad", "dx")]
 )
 def test_a_wrong_layer_is_red_and_has_no_times(cpu_pool: RankPool, field: str, name: str) -> None:
-    spoil = partial(times_of, field, 1.1, 0, "forward_backward")
-    found = cpu_pool.run(said_before, WrongError, spoil, world_size=2)
+    poison = partial(times_of, field, 1.1, 0, "forward_backward")
+    found = cpu_pool.run(said_before, WrongError, poison, world_size=2)
     assert found[0] == found[1]
     message, said, entries = found[0]
     assert message.startswith(f"rank 0: {name}: relative error ")

@@ -23,8 +23,14 @@ from sonic_ep.benchmark.sweep import MOST_SLOTS_OF_GRAPHS, PAIRS, PairTime, Poin
 from sonic_ep.benchmark.workload import Shape
 from sonic_ep.config import CombineMode, DispatchMode, ModePair
 from sonic_ep.cost import Workload, choose_modes
-from sonic_ep.memory import LayerShape, backward_peak_bytes, forward_peak_bytes, saved_bytes, symmetric_bytes
 from sonic_ep.testing import Rank, RankPool
+from sonic_ep.testing.memory_model import (
+    LayerShape,
+    backward_peak_bytes,
+    forward_peak_bytes,
+    saved_bytes,
+    symmetric_bytes,
+)
 from sonic_ep.testing.timing import Timing
 
 REFERENCE = "reference over nccl"
@@ -112,7 +118,7 @@ def test_what_runs_on_one_rank_is_no_group() -> None:
 # The worked example of sonic_ep.plan: W*C*K = 12 rows.
 DOCUMENTED = Shape(tokens=3, hidden=8, intermediate=4, num_experts=4, top_k=2)
 DOCUMENTED_BY_HAND = LayerShape(
-    world_size=2, capacity=3, tokens=3, top_k=2, num_experts=4, hidden=8, intermediate=4, itemsize=2, rows=12
+    world_size=2, max_tokens=3, tokens=3, top_k=2, num_experts=4, hidden=8, intermediate=4, itemsize=2, rows=12
 )
 
 
@@ -141,7 +147,7 @@ def test_formulas_of_a_layer(cpu_pool: RankPool, again: bool) -> None:
         "shared memory": symmetric_bytes(shape, pair, **flag).total,
     }
     if not again:
-        # The docstring of sonic_ep.memory.
+        # The docstring of sonic_ep.testing.memory_model.
         assert (found[0].formula, found[-1].formula) == (192 + 192 + 48 + 216, 4096)
 
 

@@ -13,8 +13,8 @@ from calls import HELD, HIDDEN, INTERMEDIATE, call_of, good_call, with_trained_e
 
 import sonic_ep
 from sonic_ep import CollectiveMismatchError, EPConfig, ExpertParallel
-from sonic_ep.config import PeerError
-from sonic_ep.group import resolve_group
+from sonic_ep.distributed.group import resolve_group
+from sonic_ep.errors import PeerError
 from sonic_ep.testing import Rank, RankPool, assert_bitwise
 
 ODD = 1
@@ -198,7 +198,7 @@ def other_gradients(rank: Rank, backend: str, wanted: list[str]) -> str:
 
     with pytest.raises(PeerError) as raised:
         use()
-    ep._calls.let_go()
+    ep._call_guard.detach()
     dist.barrier()
     return f"{raised.type.__name__}: {raised.value}"
 
@@ -242,7 +242,7 @@ class Meanwhile:
 
     def __init__(self, *calls: Callable[[], object]) -> None:
         self.errors: list[str] = []
-        self._calls = calls
+        self._call_guard = calls
 
     def __call__(self) -> None:
         thread = threading.Thread(target=self._run)
@@ -250,7 +250,7 @@ class Meanwhile:
         thread.join()
 
     def _run(self) -> None:
-        for call in self._calls:
+        for call in self._call_guard:
             try:
                 call()
             except RuntimeError as error:
@@ -319,7 +319,7 @@ def plans_of_one_shape(rank: Rank, backend: str) -> str:
         assert ep.dispatch(x, plans[0]).shape == ep.dispatch(x, plans[1]).shape
         with pytest.raises(CollectiveMismatchError) as raised:
             ep.dispatch(x, plans[rank.rank == ODD])
-        ep._calls.let_go()
+        ep._call_guard.detach()
     return str(raised.value)
 
 
@@ -332,7 +332,7 @@ def plans_of_two_objects(rank: Rank, backend: str) -> str:
     with pytest.raises(CollectiveMismatchError) as raised:
         objects[0].dispatch(x, plans[rank.rank == ODD])
     for ep in objects:
-        ep._calls.let_go()
+        ep._call_guard.detach()
     return str(raised.value)
 
 
@@ -392,7 +392,7 @@ def test_every_fact_of_a_call_is_in_its_digest() -> None:
         digests = []
         for call in calls:
             call()
-            digests.append(ep._waits.meeting.step.call)
+            digests.append(ep._collectives.sync_tag.step.call)
         assert len(set(digests)) == len(calls)
         calls[0]()
-        assert ep._waits.meeting.step.call == digests[0]
+        assert ep._collectives.sync_tag.step.call == digests[0]

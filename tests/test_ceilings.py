@@ -9,7 +9,7 @@ import torch
 import sonic_ep.ceilings as module
 from sonic_ep.ceilings import WARMUP, measured_ceilings, meeting, memory_rate, stopwatch
 from sonic_ep.cost import LinkCeilings
-from sonic_ep.group import EPGroup, resolve_group
+from sonic_ep.distributed.group import EPGroup, resolve_group
 from sonic_ep.testing import Rank, RankPool
 from sonic_ep.testing.timing import BUSY_SECONDS
 

@@ -19,7 +19,7 @@ from sonic_ep.cli import GREEN, INTERRUPTED, RED, WRONG_ARGUMENTS, main
 from sonic_ep.cli.doctor import BackendHealth, Health
 from sonic_ep.cli.launch import joined_group, launched_by_torchrun
 from sonic_ep.cli.verify import Trial, chosen_cases, configurations, fitting_cases, run_trials
-from sonic_ep.group import EPGroup
+from sonic_ep.distributed.group import EPGroup
 from sonic_ep.testing import CASES, Accuracy, Case
 from sonic_ep.testing.checks import Errors
 
@@ -79,11 +79,11 @@ def out_of_bounds(case: Case, ep: ExpertParallel, device: torch.device) -> list[
 def test_verify_is_red_if_one_finding_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     trial = Trial(case=CASES["uniform"], entry="moe", verifier=out_of_bounds, config=EPConfig())
     begun: list[int] = []
-    verdict = run_trials([trial], "reference", torch.device("cpu"), begun.append)
+    device_errors = run_trials([trial], "reference", torch.device("cpu"), begun.append)
     assert begun == [1]
-    assert (verdict.worst.name, verdict.worst.ratio) == ("y", 2.0)
-    assert len(verdict.reds) == 1
-    assert "y: relative error 1 (at most 0.5)" in verdict.reds[0]
+    assert (device_errors.worst.name, device_errors.worst.ratio) == ("y", 2.0)
+    assert len(device_errors.reds) == 1
+    assert "y: relative error 1 (at most 0.5)" in device_errors.reds[0]
     monkeypatch.setattr(verify_module, "trials", lambda cases: iter([[trial]]))
     assert main(["verify", "--case", "uniform"]) == RED
     out = capsys.readouterr().out

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from sonic_ep.group import resolve_group
-from sonic_ep.reference.collectives import OneRank, ProcessGroupCollectives, collectives_of, sum_over_ranks
+from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.group import EPGroup, resolve_group
+from sonic_ep.reference.router import sum_over_ranks
 from sonic_ep.testing import Rank, RankPool, assert_bitwise
-from sonic_ep.waits import Waits
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int32, torch.int64]
 
@@ -18,7 +18,7 @@ def piece(source: int, target: int, dtype: torch.dtype, device: torch.device) ->
 
 
 def moved(rank: Rank, dtype: torch.dtype) -> None:
-    collectives = collectives_of(Waits(resolve_group(None)))
+    collectives = BoundedCollectives(resolve_group(None))
     world = range(rank.world_size)
     for shape in ((4, 2), (0, 2), ()):
         mine = torch.full(shape, rank.rank + 1, dtype=dtype, device=rank.device)
@@ -36,19 +36,17 @@ def test_rows_arrive_whole_and_in_rank_order(pool: RankPool, world_size: int, dt
     pool.run(moved, dtype, world_size=world_size)
 
 
-def kind_of_collectives(rank: Rank) -> str:
-    return type(collectives_of(Waits(resolve_group(None)))).__name__
-
-
-def test_a_group_of_one_needs_no_process_group(cpu_pool: RankPool) -> None:
-    assert cpu_pool.run(kind_of_collectives, world_size=1) == [OneRank.__name__]
-    assert cpu_pool.run(kind_of_collectives, world_size=2) == [ProcessGroupCollectives.__name__] * 2
+def test_a_group_of_one_needs_no_process_group() -> None:
+    collectives = BoundedCollectives(EPGroup(rank=0, world_size=1))
+    own = torch.tensor([1.0, 2.0])
+    assert_bitwise(collectives.all_gather(own), own[None])
+    assert_bitwise(collectives.all_to_all_rows(own, [2], [2]), own)
 
 
 def summed(rank: Rank) -> torch.Tensor:
     # 1e8 swallows a 1 in fp32, so the order of the sum shows in its bits.
     gradients = torch.tensor([[1e8, 1.0], [1.0, 1e8], [-1e8, -1e8]], device=rank.device)
-    return sum_over_ranks(gradients[rank.rank], collectives_of(Waits(resolve_group(None)))).cpu()
+    return sum_over_ranks(gradients[rank.rank], BoundedCollectives(resolve_group(None))).cpu()
 
 
 def test_gradients_are_summed_in_rank_order(pool: RankPool) -> None:

@@ -39,12 +39,12 @@ def test_the_hosts_memory_is_read_only_after_a_wait_in_vain(tmp_path: Path) -> N
 
     Both waits of the kernel are followed by a read, and each stands deeper, behind a condition, than the wait.
     """
-    depth, waits, reads = 0, [], 0
+    depth, collectives, reads = 0, [], 0
     for line in compiled(tmp_path):
         if "tt.atomic_cas" in line:
-            waits.append(depth)
+            collectives.append(depth)
         if "tt.load %expiry_ptr" in line:
-            assert depth > min(waits), line
-            waits, reads = [], reads + 1
+            assert depth > min(collectives), line
+            collectives, reads = [], reads + 1
         depth += line.count("{") - line.count("}")
     assert reads == 2

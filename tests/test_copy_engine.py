@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from sonic_ep.group import resolve_group
+from sonic_ep.distributed.group import resolve_group
 from sonic_ep.testing import Rank, RankPool, assert_bitwise
 
 HIDDEN = 24
@@ -28,19 +28,19 @@ def gathered(rank: Rank, forget: bool) -> None:
 
     workspace = Workspace(resolve_group(None), rank.device)
     gather = CopyEngineGather(workspace, "gathered")
-    capacity = 4
-    gather.reserve(capacity, HIDDEN * 2)
+    max_tokens = 4
+    gather.reserve(max_tokens, HIDDEN * 2)
     for iteration in range(6):
         if rank.rank == iteration % rank.world_size:
             time.sleep(0.02)
         workspace.enter()
         x = tokens_of(rank.rank, iteration, rank.device)
-        handle = gather.start(x, capacity)
+        handle = gather.start(x, max_tokens)
         # Staged is staged: what becomes of x now is nobody's business.
         x.fill_(float("nan"))
         if forget and iteration % 2 == 0:
             continue
-        found = handle.wait().view(rank.world_size, capacity, HIDDEN)
+        found = handle.wait().view(rank.world_size, max_tokens, HIDDEN)
         for other in range(rank.world_size):
             expected = tokens_of(other, iteration, rank.device)
             assert_bitwise(found[other, : len(expected)], expected, f"tokens of rank {other}")
@@ -58,24 +58,24 @@ def beside_a_full_gpu(rank: Rank) -> list[str]:
     """Copies arrive while a kernel sits on every multiprocessor and waits; a kernel would find no place to run."""
     from _kernels_under_test import occupy_kernel
 
+    from sonic_ep.fast.collectives import stage_tokens
     from sonic_ep.fast.copy_engine import CopyEngineGather
-    from sonic_ep.fast.device import launch
-    from sonic_ep.fast.staging import stage_tokens
+    from sonic_ep.fast.launch import launch
     from sonic_ep.fast.workspace import Workspace
 
-    capacity = 4096
+    max_tokens = 4096
     workspace = Workspace(resolve_group(None), rank.device)
     gather = CopyEngineGather(workspace, "gathered")
-    x = torch.full((capacity, 4096), float(rank.rank + 1), device=rank.device, dtype=torch.bfloat16)
+    x = torch.full((max_tokens, 4096), float(rank.rank + 1), device=rank.device, dtype=torch.bfloat16)
     workspace.enter()
-    gather.start(x, capacity).wait()
-    staged = stage_tokens(x, capacity, workspace, "gathered")
+    gather.start(x, max_tokens).wait()
+    staged = stage_tokens(x, max_tokens, workspace, "gathered")
     # Memory for the result is at hand, so that nothing has to be allocated, or filled by a kernel, beside a full GPU.
     torch.utils.deterministic.fill_uninitialized_memory = False
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        gather.bring(x[:0], staged, capacity).wait()
+        gather.bring(x[:0], staged, max_tokens).wait()
     torch.cuda.synchronize()
     # As many one-warp programs as a multiprocessor holds blocks, on every one of them.
     programs = 32 * torch.cuda.get_device_properties(rank.device).multi_processor_count
@@ -91,7 +91,7 @@ def beside_a_full_gpu(rank: Rank) -> list[str]:
         try:
             expect_soon(lambda: int(state[1]) == 1, "the kernel sits everywhere")
             with torch.cuda.stream(side):
-                found = gather.bring(x[:0], staged, capacity).wait()
+                found = gather.bring(x[:0], staged, max_tokens).wait()
                 arrived.record()
             expect_soon(arrived.query, "the copies have arrived")
             assert not finished.query(), "and the kernel is still there"
@@ -99,7 +99,7 @@ def beside_a_full_gpu(rank: Rank) -> list[str]:
             state[0] = 1
             torch.utils.deterministic.fill_uninitialized_memory = True
     torch.cuda.synchronize()
-    theirs = found.view(rank.world_size, capacity, 4096)[1 - rank.rank]
+    theirs = found.view(rank.world_size, max_tokens, 4096)[1 - rank.rank]
     assert bool((theirs == 2 - rank.rank).all())
     return sorted({event.name for event in seen.events() if event.device_type == DeviceType.CUDA})
 

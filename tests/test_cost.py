@@ -77,7 +77,7 @@ def test_partial_sums_win_where_a_token_has_several_slots_on_a_rank() -> None:
 class Drawn:
     """A routing as nested lists: owners[p][t] are the ranks of token t's slots, without those dropped, T of rank p."""
 
-    capacity: int
+    max_tokens: int
     owners: list[list[list[int]]]
 
     @property
@@ -133,7 +133,7 @@ def gather_all(drawn: Drawn, ledger: Ledger) -> None:
     stage(drawn, ledger)
     for source, tokens in enumerate(drawn.tokens):
         for owner in range(drawn.world_size):
-            for _ in range(tokens if source == owner else drawn.capacity):
+            for _ in range(tokens if source == owner else drawn.max_tokens):
                 ledger.read(source, by=owner)
                 ledger.write(owner, by=owner)
 
@@ -153,7 +153,7 @@ def pack_pairs(drawn: Drawn, ledger: Ledger) -> None:
         ledger.write(owner, by=owner)
 
 
-def send_home(sent: Sequence[tuple[int, int]], drawn: Drawn, ledger: Ledger) -> None:
+def return_to_origin(sent: Sequence[tuple[int, int]], drawn: Drawn, ledger: Ledger) -> None:
     """Owners read their rows, (home, owner) of ``sent`` travel, homes read them and write their tokens."""
     for _, owner in drawn.slots():
         ledger.read(owner, by=owner)
@@ -167,20 +167,20 @@ def send_home(sent: Sequence[tuple[int, int]], drawn: Drawn, ledger: Ledger) -> 
 
 
 def return_slots(drawn: Drawn, ledger: Ledger) -> None:
-    send_home(drawn.slots(), drawn, ledger)
+    return_to_origin(drawn.slots(), drawn, ledger)
 
 
 def return_dense(drawn: Drawn, ledger: Ledger) -> None:
     ranks = range(drawn.world_size)
-    send_home([(home, owner) for home in ranks for _ in drawn.owners[home] for owner in ranks], drawn, ledger)
+    return_to_origin([(home, owner) for home in ranks for _ in drawn.owners[home] for owner in ranks], drawn, ledger)
     for home, tokens in enumerate(drawn.tokens):
         for owner in set(ranks) - {home}:
-            for _ in range(tokens, drawn.capacity):
+            for _ in range(tokens, drawn.max_tokens):
                 ledger.write(home, by=owner)
 
 
 def return_pairs(drawn: Drawn, ledger: Ledger) -> None:
-    send_home([(home, owner) for home, owner, _ in drawn.pairs()], drawn, ledger)
+    return_to_origin([(home, owner) for home, owner, _ in drawn.pairs()], drawn, ledger)
 
 
 Mover = Callable[[Drawn, Ledger], None]
@@ -200,8 +200,8 @@ def plans_of(case: Case, world_size: int) -> list[RoutingPlan]:
     """The plan of every rank. C exceeds every T, so that no test takes one for the other."""
     inputs = draw(case, world_size)
     tokens = [case.tokens_of_rank(rank) for rank in range(world_size)]
-    capacity = max(tokens) + 2
-    ids_WCK = torch.full((world_size, capacity, case.top_k), -1, dtype=torch.int32)
+    max_tokens = max(tokens) + 2
+    ids_WCK = torch.full((world_size, max_tokens, case.top_k), -1, dtype=torch.int32)
     for rank, ids_TK in enumerate(inputs.topk_idx.split(tokens)):
         ids_WCK[rank, : len(ids_TK)] = ids_TK
     return [
@@ -217,7 +217,7 @@ def drawn_of(plans: Sequence[RoutingPlan]) -> Drawn:
         [[expert // held for expert in slots if expert >= 0] for slots in tokens[: plan.num_tokens]]
         for plan, tokens in zip(plans, plans[0].expert_ids.tolist(), strict=True)
     ]
-    return Drawn(capacity=plans[0].capacity, owners=owners)
+    return Drawn(max_tokens=plans[0].max_tokens, owners=owners)
 
 
 def counts_of(plans: Sequence[RoutingPlan]) -> list[RankCounts]:
@@ -226,7 +226,7 @@ def counts_of(plans: Sequence[RoutingPlan]) -> list[RankCounts]:
     return [
         rank_counts(
             plan.rank,
-            capacity=plan.capacity,
+            max_tokens=plan.max_tokens,
             tokens=plan.num_tokens,
             pair_tokens=plan.pair_tokens.tolist(),
             pair_slots=[[int((owner_CK == owner).sum()) for owner in ranks] for owner_CK in plan.owner_of_slot()],
@@ -244,7 +244,7 @@ def by_row(mover: Mover, drawn: Drawn, row_bytes: int) -> list[Traffic]:
 def worked_counts() -> list[RankCounts]:
     """Both ranks of the worked example of ``sonic_ep.plan``."""
     return [
-        rank_counts(rank, capacity=3, tokens=3, pair_tokens=[[2, 2], [2, 2]], pair_slots=[[3, 3], [3, 2]])
+        rank_counts(rank, max_tokens=3, tokens=3, pair_tokens=[[2, 2], [2, 2]], pair_slots=[[3, 3], [3, 2]])
         for rank in range(2)
     ]
 
@@ -281,7 +281,7 @@ def test_what_one_rank_sends_another_receives(case: Case, world_size: int) -> No
 def test_counts_agree_with_the_plan(case: Case) -> None:
     plans = plans_of(case, 3)
     for plan, counts in zip(plans, counts_of(plans), strict=True):
-        assert (counts.world_size, counts.capacity, counts.tokens) == (3, plan.capacity, plan.num_tokens)
+        assert (counts.world_size, counts.max_tokens, counts.tokens) == (3, plan.max_tokens, plan.num_tokens)
         assert (counts.rows, counts.packed_rows) == (plan.rows(), plan.packed_rows())
         gather = canonical_gather_bytes(counts, 10)
         read_and_written = 2 * plan.rows() * 10
@@ -339,7 +339,7 @@ def test_one_rank_alone_uses_no_link(case: Case) -> None:
     (counts,) = counts_of(plans_of(case, 1))
     for traffic in (*dispatch_traffic(counts, 8).values(), *combine_traffic(counts, 8).values()):
         assert (traffic.link_in, traffic.link_out) == (0, 0)
-    assert exchange_link_bytes(world_size=1, capacity=counts.capacity, top_k=case.top_k, with_scores=True) == 0
+    assert exchange_link_bytes(world_size=1, max_tokens=counts.max_tokens, top_k=case.top_k, with_scores=True) == 0
 
 
 @pytest.mark.parametrize(("world_size", "top_k", "num_experts"), [(2, 3, 8), (4, 2, 8), (3, 4, 9)])
@@ -348,12 +348,12 @@ def test_counted_rows_are_those_predicted_when_every_choice_is_made_once(
 ) -> None:
     held = num_experts // world_size
     choices = [[expert // held for expert in chosen] for chosen in combinations(range(num_experts), top_k)]
-    drawn = Drawn(capacity=len(choices), owners=[choices] * world_size)
+    drawn = Drawn(max_tokens=len(choices), owners=[choices] * world_size)
     slots, pairs = Counter(drawn.slots()), Counter((source, owner) for source, owner, _ in drawn.pairs())
     ranks = range(world_size)
     counts = rank_counts(
         0,
-        capacity=drawn.capacity,
+        max_tokens=drawn.max_tokens,
         tokens=len(choices),
         pair_tokens=[[pairs[source, owner] for owner in ranks] for source in ranks],
         pair_slots=[[slots[source, owner] for owner in ranks] for source in ranks],
@@ -376,7 +376,7 @@ def test_bytes_of_the_exchange_are_those_of_the_tensors(case: Case, world_size: 
     ids_WCK = plan.expert_ids
     remote = [ids_WCK[rank] for rank in range(world_size) if rank != plan.rank]
     ids_bytes = sum(ids_CK.nbytes for ids_CK in remote)
-    shape = {"world_size": world_size, "capacity": plan.capacity, "top_k": plan.top_k}
+    shape = {"world_size": world_size, "capacity": plan.max_tokens, "top_k": plan.top_k}
     assert exchange_link_bytes(**shape, with_scores=False) == ids_bytes
     scores_bytes = sum(ids_CK.float().nbytes for ids_CK in remote)
     assert exchange_link_bytes(**shape, with_scores=True) == ids_bytes + scores_bytes

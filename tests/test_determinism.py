@@ -68,10 +68,10 @@ def assert_repeatable(
     for outcome in first:
         for name, tensor in outcome.items():
             assert tensor.isfinite().all(), name
-    for repetition, turn in product(range(1, times), range(len(calls))):
+    for repetition, call_lock in product(range(1, times), range(len(calls))):
         disturb()
-        for name, tensor in calls[turn]().items():
-            assert_bitwise(tensor, first[turn][name], f"{name} of repetition {repetition}")
+        for name, tensor in calls[call_lock]().items():
+            assert_bitwise(tensor, first[call_lock][name], f"{name} of repetition {repetition}")
 
 
 def drawn_twice(rank: Rank, case: Case) -> list[Inputs]:
@@ -83,12 +83,12 @@ def repeated(rank: Rank, backend: str, config: EPConfig, times: int) -> None:
     """The layer with a routing of the caller's; now and then another layer, and another shape, in between."""
     inputs = drawn_twice(rank, case_on(rank))
     others = draw(replace(case_on(rank), tokens=(1, 2), choose=dropping, seed=45), rank.world_size, rank.device)
-    disturb, turn = Disturbance(rank), count()
+    disturb, call_lock = Disturbance(rank), count()
     with ExpertParallel(backend=backend, config=config) as ep, ExpertParallel(backend=backend) as another:
 
         def between() -> None:
             disturb()
-            if next(turn) % OTHERS_EVERY == 1:
+            if next(call_lock) % OTHERS_EVERY == 1:
                 run_moe(others, another)
                 run_routed(others, ep)
                 disturb()

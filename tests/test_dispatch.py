@@ -56,7 +56,7 @@ def received_by_mode(rank: Rank, backend: str, case: Case) -> None:
     # Behind the packed tokens a backend may leave room.
     packed = received[DispatchMode.RANK_DEDUP][: int(here.sum())]
     assert_bitwise(packed, inputs.x[here])
-    gathered = received[DispatchMode.ALL_GATHER].view(rank.world_size, plan.capacity, case.hidden)
+    gathered = received[DispatchMode.ALL_GATHER].view(rank.world_size, plan.max_tokens, case.hidden)
     for source in range(rank.world_size):
         theirs = inputs.x[inputs.tokens_of(source)]
         assert_bitwise(gathered[source, : len(theirs)], theirs)

@@ -65,7 +65,7 @@ def train(program: Program, rank: Rank, fault: str, backend: str) -> None:
             layers = [wide, narrow]
             if now:
                 program.fault()
-                stray(fault)
+                mark_failed(fault)
                 if fault == "another order":
                     layers.reverse()
                 if fault == "another shape":
@@ -82,7 +82,7 @@ def train(program: Program, rank: Rank, fault: str, backend: str) -> None:
                 program.fault()
 
 
-def stray(fault: str) -> None:
+def mark_failed(fault: str) -> None:
     if fault == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "raises":

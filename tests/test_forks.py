@@ -95,7 +95,7 @@ def forked(rank: Rank, backend: str) -> list[str]:
             assert os.waitpid(children[-1], 0)[1] == 0
             assert planned(ep, rank) == [2] * rank.world_size
         # None of them has told anybody that this rank is gone.
-        assert ep._waits._board.notices() == {}
+        assert ep._collectives._status_store.statuses() == {}
         for found, grad in zip(torch.autograd.grad(y.square().sum(), leaves), expected, strict=True):
             assert_bitwise(found, grad)
     os.close(write)

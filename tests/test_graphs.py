@@ -118,17 +118,17 @@ def growing_on_changing_streams(rank: Rank, modes: Modes) -> None:
         torch.cuda.synchronize()
         found = []
         with pytest.MonkeyPatch.context() as patch:
-            workspace = fast._backend._kit(rank.device).workspace
-            fence = workspace.fence
+            workspace = fast._backend._context(rank.device).workspace
+            barrier_before_write = workspace.barrier_before_write
 
             def late_fence() -> None:
                 delay(rank)
-                fence()
+                barrier_before_write()
                 delay(rank)
 
             for iteration, x in enumerate(wide):
                 late = iteration % 2 == 0 and rank.rank == rank.world_size - 1
-                patch.setattr(workspace, "fence", late_fence if late else fence)
+                patch.setattr(workspace, "fence", late_fence if late else barrier_before_write)
                 with torch.cuda.stream(streams[iteration % 2]):
                     found.append(fast.dispatch(x, plan))
             torch.cuda.synchronize()

@@ -14,9 +14,9 @@ from lives import layer_of
 from torch.distributed.device_mesh import init_device_mesh
 
 from sonic_ep import ExpertParallel
-from sonic_ep.group import EPGroup, device_of_rank, resolve_group
+from sonic_ep.checks import ArgumentChecker
+from sonic_ep.distributed.group import EPGroup, device_of_rank, resolve_group
 from sonic_ep.testing import Rank, RankPool
-from sonic_ep.validation import Edge
 
 
 def groups(rank: Rank) -> None:
@@ -55,11 +55,11 @@ def test_no_process_group_is_one_rank() -> None:
 
 def tensors_it_cannot_move(rank: Rank) -> None:
     only_cuda = dist.new_group(list(range(rank.world_size)), backend="cuda:gloo")
-    edge = Edge(group=resolve_group(only_cuda))
+    checker = ArgumentChecker(group=resolve_group(only_cuda))
     assert resolve_group(only_cuda).device_for(torch.device("cpu")) == torch.device("cuda")
     assert resolve_group(None).device_for(torch.device("cpu")) == torch.device("cpu")
     with pytest.raises(ValueError, match="device of x: got cpu, expected one that the process group moves: cuda"):
-        edge.tensor("x", torch.zeros(1), (torch.float32,))
+        checker.tensor("x", torch.zeros(1), (torch.float32,))
 
 
 def test_a_device_that_the_group_does_not_move(cpu_pool: RankPool) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sonic_ep.testing import Rank, RankPool, assert_as_accurate, assert_bitwise
 
 if TYPE_CHECKING:
-    from sonic_ep.fast.grouped_gemm import GroupedGemm, TileShape
+    from sonic_ep.fast.gemm import GroupedGemm, TileShape
 
 pytestmark = pytest.mark.fast
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -36,7 +36,7 @@ NAN = float("nan")
 def small_tiles() -> "TileShape":
     """The smallest there are, so that small sizes need many."""
     # Not at the top: triton asks whether it is to interpret when it is imported, and only ranks know.
-    from sonic_ep.fast.grouped_gemm import TileShape
+    from sonic_ep.fast.gemm import TileShape
 
     return TileShape(height=16, width=16, depth=16, warps=4, stages=2)
 
@@ -109,7 +109,7 @@ def check_products(
 
 
 def products_of_groups(rank: Rank, sizes: Sequence[int], dtype: torch.dtype) -> None:
-    from sonic_ep.fast.grouped_gemm import LibraryGemm, LoopGemm, TritonGemm, library_serves
+    from sonic_ep.fast.gemm import LibraryGemm, LoopGemm, TritonGemm, library_serves
 
     check_products(rank, TritonGemm(), sizes, ODD, dtype)
     serves = library_serves([numbers(rank, dtype, 8, 8)])
@@ -127,7 +127,7 @@ def test_products_are_those_of_a_loop(pool: RankPool, groups: str, dtype: torch.
 
 
 def products_of_many_tiles(rank: Rank, dtype: torch.dtype) -> None:
-    from sonic_ep.fast.grouped_gemm import TritonGemm
+    from sonic_ep.fast.gemm import TritonGemm
 
     way = TritonGemm(tiles=small_tiles())
     sizes = (35, 0, 20)
@@ -144,7 +144,7 @@ def test_products_of_many_tiles(pool: RankPool, dtype: torch.dtype) -> None:
 
 
 def products_of_the_largest_tiles(rank: Rank, dtype: torch.dtype) -> None:
-    from sonic_ep.fast.grouped_gemm import TritonGemm, tile_shape
+    from sonic_ep.fast.gemm import TritonGemm, tile_shape
 
     sizes, widths = (300, 270), (260, 264, 272)
     tiles = tile_shape(dtype, 285, *widths[:2])
@@ -159,7 +159,7 @@ def test_products_of_the_largest_tiles(pool: RankPool, dtype: torch.dtype) -> No
 
 def products_of_one_term(rank: Rank, dtype: torch.dtype) -> None:
     """Nothing to sum: exact in fp32, and then rounded to the nearest."""
-    from sonic_ep.fast.grouped_gemm import TritonGemm
+    from sonic_ep.fast.gemm import TritonGemm
 
     a, b = numbers(rank, dtype, 20, 1), numbers(rank, dtype, 1, 30)
     product = (a.float() * b.float()).to(dtype)
@@ -174,7 +174,7 @@ def test_products_of_one_term(pool: RankPool, dtype: torch.dtype) -> None:
 
 def products_of_fp32(rank: Rank) -> None:
     """Nothing but the last rounding: a score's gradient, of one number, has no others that would even its error out."""
-    from sonic_ep.fast.grouped_gemm import LoopGemm, TritonGemm
+    from sonic_ep.fast.gemm import LoopGemm, TritonGemm
 
     dtype, sizes = torch.float32, (40, 30)
     a, b, groups = numbers(rank, dtype, 70, 90), numbers(rank, dtype, 2, 90, 50), ends(rank, sizes)
@@ -188,7 +188,7 @@ def test_products_of_fp32_are_the_truth_rounded(pool: RankPool) -> None:
 
 
 def products_without_rows(rank: Rank) -> None:
-    from sonic_ep.fast.grouped_gemm import LibraryGemm, TritonGemm
+    from sonic_ep.fast.gemm import LibraryGemm, TritonGemm
 
     a, b, none = numbers(rank, torch.bfloat16, 0, 16), numbers(rank, torch.bfloat16, 2, 16, 8), ends(rank, (0, 0))
     for way in (LibraryGemm(), TritonGemm()):
@@ -202,7 +202,7 @@ def test_products_without_rows(pool: RankPool) -> None:
 
 def products_of_more_than_there_is_room_for(rank: Rank) -> None:
     """Groups that end past the rows count up to the last row, and nothing behind it is read."""
-    from sonic_ep.fast.grouped_gemm import TritonGemm
+    from sonic_ep.fast.gemm import TritonGemm
 
     dtype, way = torch.float32, TritonGemm(tiles=small_tiles())
     a, b = numbers(rank, dtype, 21, 5), numbers(rank, dtype, 3, 5, 7)
@@ -223,8 +223,10 @@ def test_products_of_more_than_there_is_room_for(pool: RankPool) -> None:
 
 def written(rank: Rank, programs: int, rows: int, group_ends: Sequence[int], columns: int) -> Tensor:
     """What the first ``programs`` of a product of ones leave: row by column 1 + its group, 0 where nobody wrote."""
-    from sonic_ep.fast.device import launch, pieces, power_of_two
-    from sonic_ep.fast.grouped_gemm import rows_kernel
+    import triton
+
+    from sonic_ep.fast.gemm import rows_kernel
+    from sonic_ep.fast.launch import launch
 
     experts = len(group_ends)
     a = torch.ones(rows, 16, device=rank.device)
@@ -240,13 +242,13 @@ def written(rank: Rank, programs: int, rows: int, group_ends: Sequence[int], col
         torch.tensor(group_ends, dtype=torch.int32, device=rank.device),
         experts,
         rows,
-        pieces(rows, 16) + experts - 1,
+        triton.cdiv(rows, 16) + experts - 1,
         device=rank.device,
         K=16,
         N=columns,
         **dict(zip(("STRIDE_E", "STRIDE_K", "STRIDE_N"), b.stride(), strict=True)),
         HAS_BIAS=False,
-        EXPERTS=power_of_two(experts),
+        EXPERTS=triton.next_power_of_2(experts),
         **small_tiles().constants(),
     )
     assert not out[rows:].any(), "nothing is written past the rows there are"
@@ -275,7 +277,7 @@ def test_examples_of_tiles(pool: RankPool) -> None:
 
 
 def shapes_of_tiles(rank: Rank) -> None:
-    from sonic_ep.fast.grouped_gemm import LARGEST, LARGEST_INTERPRETED, LEAST_EXTENT, tile_shape
+    from sonic_ep.fast.gemm import LARGEST, LARGEST_INTERPRETED, LEAST_EXTENT, tile_shape
 
     for dtype in DTYPES:
         largest = LARGEST[dtype.itemsize]
@@ -310,7 +312,7 @@ def odd_views(operand: Tensor) -> list[Tensor]:
 
 
 def choices(rank: Rank) -> None:
-    from sonic_ep.fast.grouped_gemm import LibraryGemm, LoopGemm, TritonGemm, grouped_gemm
+    from sonic_ep.fast.gemm import LibraryGemm, LoopGemm, TritonGemm, grouped_gemm
 
     on_cpu = rank.device.type == "cpu"
     hopper = not on_cpu and torch.cuda.get_device_capability(rank.device)[0] == 9
@@ -326,8 +328,8 @@ def choices(rank: Rank) -> None:
                 operands[at] = view
                 assert grouped_gemm(operands) == TritonGemm(), (at, view.shape, view.stride())
         # Matrices one element further apart than 16 bytes allow, though the addresses of rows do.
-        apart = w1.new_empty(2 * 512 + 1).as_strided((2, 16, 32), (513, 32, 1))
-        assert grouped_gemm((x, apart, w2)) == TritonGemm()
+        mismatch = w1.new_empty(2 * 512 + 1).as_strided((2, 16, 32), (513, 32, 1))
+        assert grouped_gemm((x, mismatch, w2)) == TritonGemm()
         for widths in ((31, 16, 8), (32, 15, 8), (32, 16, 7)):
             assert grouped_gemm(layer_operands(rank, dtype, *widths)) == TritonGemm()
         many = w1[:1, :8, :8].repeat(1024, 1, 1)
@@ -346,7 +348,7 @@ def with_bias_by_loop(a: Tensor, b: Tensor, bias: Tensor, sizes: Sequence[int], 
 
 def biases(rank: Rank) -> None:
     """A bias counts before the one rounding, each group's own, by every way that takes one."""
-    from sonic_ep.fast.grouped_gemm import LibraryGemm, LoopGemm, TritonGemm
+    from sonic_ep.fast.gemm import LibraryGemm, LoopGemm, TritonGemm
 
     sizes = (3, 0, 18)
     on_gpu = rank.device.type == "cuda"
@@ -366,7 +368,7 @@ def test_biases_are_added_before_the_rounding(pool: RankPool) -> None:
 
 def layers(rank: Rank) -> None:
     """Every product of a layer, forward and backward, by the way chosen."""
-    from sonic_ep.fast.grouped_gemm import grouped_gemm
+    from sonic_ep.fast.gemm import grouped_gemm
 
     sizes, groups = (2, 3), ends(rank, (2, 3))
     for dtype in DTYPES:

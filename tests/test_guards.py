@@ -11,7 +11,7 @@ from there_and_back import MODES, Modes, by_modes
 from torch import Tensor
 
 from sonic_ep import EPConfig, ExpertParallel, RoutingPlan, RowOverflowError
-from sonic_ep.group import resolve_group
+from sonic_ep.distributed.group import resolve_group
 from sonic_ep.testing import CASES, Inputs, Rank, RankPool, assert_bitwise, draw
 
 pytestmark = pytest.mark.fast
@@ -66,11 +66,13 @@ def scores_with_ids(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
     """The group's scores, each of them ``number``, as they come with the ids of ``plan``."""
     from sonic_ep.fast.plan import PlanShape, gathered_counts
 
-    sizes = {"capacity": plan.capacity, "top_k": plan.top_k, "num_experts": plan.num_experts}
+    sizes = {"capacity": plan.max_tokens, "top_k": plan.top_k, "num_experts": plan.num_experts}
     shape = PlanShape(rank=plan.rank, world_size=plan.world_size, **sizes)
-    verdict = plan.counts.new_zeros(3)
+    device_errors = plan.counts.new_zeros(3)
     scores = torch.full((plan.num_tokens, plan.top_k), number, device=plan.counts.device)
-    found = gathered_counts(plan.expert_ids[plan.rank, : plan.num_tokens], shape, workspace, verdict, scores).scores
+    found = gathered_counts(
+        plan.expert_ids[plan.rank, : plan.num_tokens], shape, workspace, device_errors, scores
+    ).scores
     assert found is not None
     return found
 
@@ -113,10 +115,10 @@ def tokens_in_a_row(rank: Rank) -> None:
 
 
 def values_in_a_row(rank: Rank) -> None:
-    from sonic_ep.fast.collectives import send_home
+    from sonic_ep.fast.collectives import return_to_origin
 
     def sent(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
-        return send_home(torch.full((plan.row_capacity,), number, device=rank.device), plan, workspace)
+        return return_to_origin(torch.full((plan.row_capacity,), number, device=rank.device), plan, workspace)
 
     in_a_row(rank, "collect_kernel", sent)
 
@@ -174,7 +176,7 @@ CANARY = 7.0
 
 def behind_the_rows(rank: Rank) -> None:
     """More rows are routed here than there are; what lies behind them in memory is never read."""
-    from sonic_ep.fast.collectives import send_home
+    from sonic_ep.fast.collectives import return_to_origin
     from sonic_ep.fast.combine import combine_primitives
     from sonic_ep.fast.workspace import Workspace
 
@@ -196,7 +198,7 @@ def behind_the_rows(rank: Rank) -> None:
             workspace.enter()
             assert not bool((primitive.combine(rows[:room], given, plan) == CANARY).any())
     workspace.enter()
-    assert not bool((send_home(values[:room], plan, workspace) == CANARY).any())
+    assert not bool((return_to_origin(values[:room], plan, workspace) == CANARY).any())
     workspace.close()
 
 
@@ -208,18 +210,18 @@ def test_nothing_behind_the_rows_is_read(pool: RankPool, world_size: int) -> Non
 def sized_for_all(rank: Rank) -> None:
     """Room for every token of every rank, also of those that this rank does not have; blocks hide what is short."""
     from sonic_ep.fast.collectives import SCORES
-    from sonic_ep.fast.receiving import receiver
+    from sonic_ep.fast.combine.base import receiver
     from sonic_ep.fast.workspace import TAG_BYTES, Workspace
 
-    capacity = 600
-    with ExpertParallel(backend="reference", max_tokens_per_rank=capacity) as ep:
+    max_tokens = 600
+    with ExpertParallel(backend="reference", max_tokens_per_rank=max_tokens) as ep:
         plan = ep.plan(torch.zeros(2, 1, dtype=torch.int64, device=rank.device), num_experts=rank.world_size)
     workspace = Workspace(resolve_group(None), rank.device)
     shared = receiver(workspace, plan, rows_per_token=2, row_bytes=8, most_bytes=2**20)
-    assert shared.flags.nbytes >= (rank.world_size - 1) * capacity * TAG_BYTES
-    assert shared.received.nbytes >= capacity * 2 * 8
+    assert shared.flags.nbytes >= (rank.world_size - 1) * max_tokens * TAG_BYTES
+    assert shared.received.nbytes >= max_tokens * 2 * 8
     scores_with_ids(1.0, plan, workspace)
-    assert workspace.reserve(SCORES, 1).nbytes >= capacity * torch.float32.itemsize
+    assert workspace.reserve(SCORES, 1).nbytes >= max_tokens * torch.float32.itemsize
     workspace.close()
 
 
@@ -229,8 +231,8 @@ def test_shared_memory_is_sized_for_all_tokens(cpu_pool: RankPool) -> None:
 
 def only_where_there_is_a_slot(rank: Rank) -> None:
     """A partial sum arrives from each rank that has a slot of the token, and from no other."""
+    from sonic_ep.fast.combine.base import RECEIVED
     from sonic_ep.fast.combine.rank_dedup import RankDedupCombine
-    from sonic_ep.fast.receiving import RECEIVED
     from sonic_ep.fast.workspace import Workspace
 
     # K is no power of two, so that ids of the next token are within a block's reach.
@@ -241,15 +243,15 @@ def only_where_there_is_a_slot(rank: Rank) -> None:
     workspace = Workspace(resolve_group(None), rank.device)
     workspace.enter()
     RankDedupCombine(workspace).combine(torch.ones(plan.row_capacity, 8, device=rank.device), None, plan)
-    workspace.publish()
-    shape = (rank.world_size - 1, plan.capacity, 8)
+    workspace.barrier_after_write()
+    shape = (rank.world_size - 1, plan.max_tokens, 8)
     arrived = workspace.reserve(RECEIVED, 1).rows(rank.rank, shape, torch.float32)
     owners = plan.expert_ids[rank.rank].div(plan.experts_per_rank, rounding_mode="floor")
     for step in range(1, rank.world_size):
         sender = (rank.rank + step) % rank.world_size
         has_slot = (owners == sender).any(dim=1)
         assert_bitwise(arrived[step - 1].isnan().all(dim=1), ~has_slot, f"from rank {sender}")
-    workspace.publish()
+    workspace.barrier_after_write()
     workspace.close()
 
 
@@ -267,7 +269,7 @@ def gradients(ep: ExpertParallel, inputs: Inputs, tokens: slice, wanted: tuple[b
     y = ep.combine(ep.dispatch(x, plan), scores, plan)
     with pytest.MonkeyPatch.context() as patch:
         if ep.backend == "fast":
-            workspace = ep._backend._kit(x.device).workspace
+            workspace = ep._backend._context(x.device).workspace
             patch.setattr(workspace, "_transport", None)
         y.backward(inputs.dy[tokens])
     return [x.grad, scores.grad]

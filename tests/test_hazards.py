@@ -25,7 +25,7 @@ from there_and_back import (
 from torch import Tensor
 
 from sonic_ep import CombineMode, EPConfig, ExpertParallel
-from sonic_ep.group import resolve_group
+from sonic_ep.distributed.group import resolve_group
 from sonic_ep.plan import RoutingPlan
 from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise, draw
 
@@ -61,15 +61,15 @@ def test_a_rank_that_comes_late(pool: RankPool, world_size: int, modes: Modes) -
 
 def after_a_combine_that_ended_early(rank: Rank, modes: Modes) -> None:
     """Every flag is still up from an earlier step, in which nobody took it, and who sends is late."""
-    from sonic_ep.fast.receiving import FLAGS
+    from sonic_ep.fast.combine.base import FLAGS
 
     inputs = draw(changing(0), rank.world_size, rank.device)
     with both(modes) as (fast, reference):
         expected = outcome_of(reference, inputs, rank.rank)
         assert_same(outcome_of(fast, inputs, rank.rank), expected, "before")
-        workspace = fast._backend._kit(rank.device).workspace
+        workspace = fast._backend._context(rank.device).workspace
         flags = workspace.reserve(FLAGS, 1).local.view(torch.int64)
-        flags[::2], flags[1::2] = workspace._waits.meeting.tag, 1
+        flags[::2], flags[1::2] = workspace._collectives.sync_tag.tag, 1
         workspace.synchronize()
         dist.barrier()
         run_waiting = workspace.run_waiting
@@ -262,10 +262,10 @@ TALL = 2**31 // WIDE + 3
 
 def far_rows_one_by_one(rows_RH: Tensor, x_TH: Tensor) -> None:
     """Kernels that go over every valid row, up to the last: more than an interpreter would be done with in minutes."""
-    from sonic_ep.fast.rows import take_rows
+    from sonic_ep.fast.permute import gather_rows
 
     every_row = torch.arange(TALL, dtype=torch.int32, device=rows_RH.device)
-    taken = take_rows(rows_RH, every_row, every_row[-1:] + 1)
+    taken = gather_rows(rows_RH, every_row, every_row[-1:] + 1)
     assert_bitwise(taken[[TALL - 1, TALL - 2]], x_TH)
 
 
@@ -274,7 +274,7 @@ def far_rows(rank: Rank) -> None:
     from sonic_ep.fast.combine.all_to_all import AllToAllCombine
     from sonic_ep.fast.combine.rank_dedup import RankDedupCombine
     from sonic_ep.fast.dispatch.all_to_all import pull_to_rows
-    from sonic_ep.fast.rows import take_rows
+    from sonic_ep.fast.permute import gather_rows
     from sonic_ep.fast.workspace import Workspace
 
     def index(*numbers: int) -> Tensor:
@@ -300,7 +300,7 @@ def far_rows(rank: Rank) -> None:
         rows_RH = pull_to_rows(x_TH, workspace.reserve("tokens", 1).addresses, plan, plan.row_capacity)
         assert rows_RH.numel() > 2**31
         assert_bitwise(rows_RH[list(far)], x_TH)
-        assert_bitwise(take_rows(rows_RH, index(*far, -1), plan.group_ends)[:2], x_TH)
+        assert_bitwise(gather_rows(rows_RH, index(*far, -1), plan.group_ends)[:2], x_TH)
         if rank.device.type == "cuda":
             far_rows_one_by_one(rows_RH, x_TH)
         workspace.enter()

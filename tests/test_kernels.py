@@ -25,8 +25,8 @@ def index(rank: Rank, *numbers: int) -> Tensor:
 
 
 def examples_of_the_plan(rank: Rank) -> None:
-    from sonic_ep.fast.device import launch
-    from sonic_ep.fast.plan_kernels import count_kernel, place_kernel, scan_kernel, stage_ids_kernel, totals_kernel
+    from sonic_ep.fast.launch import launch
+    from sonic_ep.fast.plan import count_kernel, place_kernel, scan_kernel, stage_ids_kernel, totals_kernel
 
     device = rank.device
     # Three ids given and room for four: one dropped, one out of range.
@@ -36,12 +36,12 @@ def examples_of_the_plan(rank: Rank) -> None:
     # Two tokens with the experts 0 2 and 1 0 of four, on two ranks.
     staged = index(rank, 0, 2, 1, 0)
     addresses = torch.tensor([staged.data_ptr()] * 2, device=device)
-    ids, counts, verdict = index(rank, *[9] * 8), index(rank, *[9] * 12), index(rank, 0, 0, 0)
+    ids, counts, device_errors = index(rank, *[9] * 8), index(rank, *[9] * 12), index(rank, 0, 0, 0)
     tile = {"K": 2, "K_PADDED": 2, "TOKENS": 2, "EXPERTS_PADDED": 8}
-    launch(count_kernel, (2,), addresses, ids, counts, verdict, 2, 1, 4, 2, 2, device=device, **tile)
+    launch(count_kernel, (2,), addresses, ids, counts, device_errors, 2, 1, 4, 2, 2, device=device, **tile)
     assert ids.tolist() == [0, 2, 1, 0] * 2
     assert counts.tolist() == [2, 1, 1, 0, 2, 1] * 2
-    assert verdict.tolist() == [0, 0, 0]
+    assert device_errors.tolist() == [0, 0, 0]
     counts, total = index(rank, 2, 0, 3), index(rank, 9)
     launch(scan_kernel, (1,), counts, total, 3, 1, device=device, TILES=2, BINS=4)
     assert (counts.tolist(), total.tolist()) == ([0, 2, 2], [5])
@@ -65,7 +65,7 @@ def examples_of_the_plan(rank: Rank) -> None:
         totals,
         ends,
         pairs,
-        verdict,
+        device_errors,
         *sizes,
         device=device,
         EXPERTS_PADDED=4,
@@ -73,7 +73,7 @@ def examples_of_the_plan(rank: Rank) -> None:
     )
     assert pairs.tolist() == [3, 3, 2, 2]
     assert ends.tolist() == [3]
-    assert verdict.tolist() == [0, 1, 3]
+    assert device_errors.tolist() == [0, 1, 3]
 
 
 def test_examples_of_the_plan(pool: RankPool) -> None:
@@ -81,17 +81,17 @@ def test_examples_of_the_plan(pool: RankPool) -> None:
 
 
 def examples_of_rows(rank: Rank) -> None:
-    from sonic_ep.fast.device import launch
     from sonic_ep.fast.dispatch.rank_dedup import pull_packed_kernel
-    from sonic_ep.fast.rows import take_rows
+    from sonic_ep.fast.launch import launch
+    from sonic_ep.fast.permute import gather_rows
 
     received = torch.arange(12, dtype=torch.float32, device=rank.device).view(3, 4)
     # Two valid rows, of an expert that has one and one that has none and one that has one.
-    taken = take_rows(received, index(rank, 2, 0, -1), index(rank, 1, 1, 2))
+    taken = gather_rows(received, index(rank, 2, 0, -1), index(rank, 1, 1, 2))
     assert_bitwise(taken[:2], received[[2, 0]])
     assert bool(taken[2].isnan().all()), "rows behind the valid ones are left as they are"
     # More rows are routed here than there is room for.
-    assert_bitwise(take_rows(received, index(rank, 1), index(rank, 3)), received[[1]])
+    assert_bitwise(gather_rows(received, index(rank, 1), index(rank, 3)), received[[1]])
     packed = torch.full((3, 4), -1, dtype=torch.int32, device=rank.device)
     tokens = torch.arange(12, dtype=torch.int32, device=rank.device).view(3, 4)
     addresses = torch.zeros(1, dtype=torch.int64, device=rank.device)
@@ -108,7 +108,7 @@ def example_of_arrivals(rank: Rank) -> None:
     import triton
     from _kernels_under_test import arrivals_kernel, homes_kernel, turns_kernel
 
-    from sonic_ep.fast.device import launch
+    from sonic_ep.fast.launch import launch
 
     assert triton.knobs.runtime.interpret == (rank.device.type == "cpu")
     senders, places = index(rank, 3, 0, 1), index(rank, 9, 9, 9)
@@ -133,8 +133,8 @@ FAR_TILES = 2**15
 
 def totals_of_far_tiles(rank: Rank) -> None:
     """Tiles of two ranks, the second rank's 2**31 counts behind the first's."""
-    from sonic_ep.fast.device import launch
-    from sonic_ep.fast.plan_kernels import totals_kernel
+    from sonic_ep.fast.launch import launch
+    from sonic_ep.fast.plan import totals_kernel
 
     bins = MOST_EXPERTS + 2
     assert (FAR_TILES - 1) * bins < 2**31 <= FAR_TILES * bins
@@ -144,13 +144,17 @@ def totals_of_far_tiles(rank: Rank) -> None:
     totals = torch.zeros(bins, dtype=torch.int32, device=rank.device)
     totals[[0, MOST_EXPERTS - 2, MOST_EXPERTS - 1]] = index(rank, 7, 1, 2)
     totals[MOST_EXPERTS:] = index(rank, 5, 6)
-    ends, pairs, verdict = torch.zeros_like(totals[: MOST_EXPERTS // 2]), index(rank, 9, 9, 9, 9), index(rank, 0, 0, 0)
+    ends, pairs, device_errors = (
+        torch.zeros_like(totals[: MOST_EXPERTS // 2]),
+        index(rank, 9, 9, 9, 9),
+        index(rank, 0, 0, 0),
+    )
     sizes = (1, FAR_TILES, MOST_EXPERTS, MOST_EXPERTS // 2, 2, 7)
     padded = {"EXPERTS_PADDED": 2 * MOST_EXPERTS, "RANKS_PADDED": 2}
-    launch(totals_kernel, (2,), before, totals, ends, pairs, verdict, *sizes, device=rank.device, **padded)
+    launch(totals_kernel, (2,), before, totals, ends, pairs, device_errors, *sizes, device=rank.device, **padded)
     assert pairs.tolist() == [3, 1, 2, 5]
     assert ends[-3:].tolist() == [0, 1, 3]
-    assert verdict.tolist() == [0, 0, 0]
+    assert device_errors.tolist() == [0, 0, 0]
 
 
 def test_totals_of_more_counts_than_int32_counts(pool: RankPool, request: pytest.FixtureRequest) -> None:
@@ -161,8 +165,8 @@ def test_totals_of_more_counts_than_int32_counts(pool: RankPool, request: pytest
 
 def bias_of_a_far_expert(rank: Rank) -> None:
     """One row of the first expert and one of the last, whose bias is 2**31 elements behind the first's."""
-    from sonic_ep.fast.bias_kernels import add_bias_dots_kernel
-    from sonic_ep.fast.device import launch
+    from sonic_ep.fast.experts import add_bias_dots_kernel
+    from sonic_ep.fast.launch import launch
 
     experts, hidden = 2**15 + 1, 2**16
     bias = far_tensor(rank, (experts, hidden), torch.bfloat16)
@@ -192,7 +196,7 @@ def row_of_a_far_choice(rank: Rank) -> None:
     Under the interpreter the row is only sent, where integers of loops have any size; to sum would take an hour.
     """
     from sonic_ep.fast.combine.all_to_all import exchange_rows_kernel
-    from sonic_ep.fast.device import launch
+    from sonic_ep.fast.launch import launch
 
     hidden, top_k, tag = 2**21, 2**10 + 1, 2**40
     received = far_tensor(rank, (top_k, hidden), torch.bfloat16)
@@ -201,12 +205,12 @@ def row_of_a_far_choice(rank: Rank) -> None:
     ids = torch.full((2, 1, top_k), -1, dtype=torch.int32, device=rank.device)
     rows = ids.clone()
     ids[0, 0, -1], rows[0, 0, -1] = 1, 0
-    flags, expiry = (torch.zeros(4, dtype=torch.int64, device=rank.device) for _ in range(2))
+    flags, wait_errors = (torch.zeros(4, dtype=torch.int64, device=rank.device) for _ in range(2))
     addresses = [torch.tensor([memory.data_ptr(), 0], device=rank.device) for memory in (received, flags)]
     tile = {"HAS_SCORES": False, "K": top_k, "K_PADDED": 2**11, "H": hidden, "COLUMNS": 1024, "num_warps": 4}
 
     def run(place: int, programs: int, out: Tensor) -> None:
-        arguments = (sent, sent, out, ids, rows, *addresses, 2, 1, 1, 1, 1, 0, 1, 0, 1, expiry, place, tag, 10**11)
+        arguments = (sent, sent, out, ids, rows, *addresses, 2, 1, 1, 1, 1, 0, 1, 0, 1, wait_errors, place, tag, 10**11)
         launch(exchange_rows_kernel, (programs,), *arguments, device=rank.device, **tile)
 
     out = torch.zeros_like(sent)
@@ -242,10 +246,10 @@ def test_choices_of_more_tokens_than_int32_counts(cuda_pool: RankPool) -> None:
 def test_nothing_that_kernels_count_passes_int32() -> None:
     """Behind the last slot or row there is room for the furthest step that a kernel goes past it."""
     from sonic_ep.fast.collectives import BLOCK
-    from sonic_ep.fast.device import PROGRAMS_PER_MULTIPROCESSOR
+    from sonic_ep.fast.combine.base import LAG_TOKENS
     from sonic_ep.fast.experts import INTERPRETED_TILE, SUMMED_ROWS
+    from sonic_ep.fast.launch import PROGRAMS_PER_MULTIPROCESSOR
     from sonic_ep.fast.plan import COMPARED_SLOTS, STAGE_BLOCK, TILE_SLOTS
-    from sonic_ep.fast.receiving import LAG_TOKENS
 
     steps = {
         "rows, by as many programs as the largest GPU takes": PROGRAMS_PER_MULTIPROCESSOR * 1024,
@@ -261,7 +265,7 @@ def test_nothing_that_kernels_count_passes_int32() -> None:
 def roundings(rank: Rank) -> None:
     from _kernels_under_test import round_kernel
 
-    from sonic_ep.fast.device import launch
+    from sonic_ep.fast.launch import launch
 
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (4096,), generator=generator).to(torch.int32)

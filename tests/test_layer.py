@@ -17,7 +17,7 @@ from torch import Tensor
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.backend import DispatchPrimitive
 from sonic_ep.plan import RoutingPlan
-from sonic_ep.reference.layer import ReferenceBackend
+from sonic_ep.reference.backend import ReferenceBackend
 from sonic_ep.testing import (
     CASES,
     Case,
@@ -58,10 +58,10 @@ def settings(world_sizes: list[int], cases: Iterable[str]) -> list[ParameterSet]
     """
     found = []
     for backend, world_size, (place, case), pair in product(BACKENDS, world_sizes, enumerate(cases), PAIRS):
-        turn = PAIRS[(place + world_size) % len(PAIRS)]
+        call_lock = PAIRS[(place + world_size) % len(PAIRS)]
         # The more ranks, the fewer cases.
         some = world_size <= FEW_RANKS or place % world_size == 1
-        sampled = world_size < max(WORLD_SIZES) and pair == turn and some
+        sampled = world_size < max(WORLD_SIZES) and pair == call_lock and some
         everyday = sampled or (world_size == FEW_RANKS and place % 3 == 0 and pair in DIAGONAL)
         marks = thorough(backend, everyday=everyday)
         name = f"{backend}-{world_size}-{case}-{pair_name(pair)}"
@@ -268,7 +268,7 @@ def rows_sized(rank: Rank, case: Case, backend: str, exact: bool) -> tuple[int, 
         plan = ep.plan(inputs.topk_idx[tokens], case.num_experts)
         rows = ep.dispatch(inputs.x[tokens], plan)
         assert rows.shape[0] == plan.row_capacity
-        return plan.row_capacity, plan.rows(), plan.world_size * plan.capacity * plan.top_k
+        return plan.row_capacity, plan.rows(), plan.world_size * plan.max_tokens * plan.top_k
 
 
 @pytest.mark.parametrize("case", ["uniform", "zero_token_ranks", "one_rank"])

@@ -132,7 +132,7 @@ def test_tokens_made_in_inference_mode_train_experts(pool: RankPool, world_size:
 
 def past_the_bound(rank: Rank, case: Case) -> None:
     """No product is told of more rows than it is given: PyTorch's read past the end of what they are given."""
-    from sonic_ep.fast import grouped_gemm
+    from sonic_ep.fast.gemm import grouped_gemm
 
     inputs = draw(case, rank.world_size, rank.device)
     tokens, held = inputs.tokens_of(rank.rank), inputs.experts_of(rank.rank)
@@ -169,24 +169,24 @@ def wanted_late(rank: Rank) -> None:
     """Who wants something may say so late: all wait to hear it."""
     from there_and_back import delay
 
+    from sonic_ep.distributed.group import resolve_group
     from sonic_ep.fast.collectives import any_rank_wants, reserve_wants
     from sonic_ep.fast.workspace import Workspace
-    from sonic_ep.group import resolve_group
 
     workspace = Workspace(resolve_group(None), rank.device)
     reserve_wants(workspace)
     for late in (False, True, False, True):
         assert not bool(any_rank_wants(False, workspace))
-        fence = workspace.fence
+        barrier_before_write = workspace.barrier_before_write
         if late and rank.rank == 1:
-            workspace.fence = partial(late_after, fence, delay, rank)
+            workspace.barrier_before_write = partial(late_after, barrier_before_write, delay, rank)
         assert bool(any_rank_wants(rank.rank == 1, workspace))
-        workspace.fence = fence
+        workspace.barrier_before_write = barrier_before_write
     workspace.close()
 
 
-def late_after(fence: object, delay: object, rank: Rank) -> None:
-    fence()
+def late_after(barrier_before_write: object, delay: object, rank: Rank) -> None:
+    barrier_before_write()
     delay(rank)
 
 

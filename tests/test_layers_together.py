@@ -113,7 +113,7 @@ def frozen_everywhere(rank: Rank, case: Case, need: str) -> tuple[list[str], boo
 @contextmanager
 def recorded_products() -> Iterator[list[str]]:
     """Names of the grouped products that have rows to work on, while this lasts."""
-    from sonic_ep.fast import grouped_gemm
+    from sonic_ep.fast.gemm import grouped_gemm
 
     seen: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -238,7 +238,7 @@ def test_exact_sizes_are_refused_in_a_graph_by_name(cuda_pool: RankPool) -> None
 
 def overflowed(rank: Rank, case: Case, sync: bool) -> None:
     """More rows than the bound: NaN and an error, or the error at once; and the next call is right again."""
-    from sonic_ep.fast.verdict import PLANS_AHEAD
+    from sonic_ep.fast.device_errors import PLANS_AHEAD
 
     inputs = draw(case, rank.world_size, rank.device)
     tokens, held = inputs.tokens_of(rank.rank), inputs.experts_of(rank.rank)

@@ -16,7 +16,7 @@ from lives import TOKENS, TOP_K, layer_of, planned, warned
 
 import sonic_ep
 from sonic_ep import ClosedError, EPConfig, ExpertParallel
-from sonic_ep.config import CollectiveMismatchError, PeerError, PeerLostError
+from sonic_ep.errors import CollectiveMismatchError, PeerError, PeerLostError
 from sonic_ep.testing import Rank, RankPool, assert_bitwise
 
 ODD = 1
@@ -122,7 +122,7 @@ def forgotten(rank: Rank, backend: str) -> tuple[list[str], list[str]]:
     with warned() as functional:
         y = sonic_ep.moe(*leaves, TOP_K, backend=backend).y
     assert_bitwise(y.detach(), out.y.detach())
-    with warned() as let_go:
+    with warned() as detach:
         ep = ExpertParallel(backend=backend)
         later = ep.moe(*leaves, TOP_K).y
         del ep
@@ -132,15 +132,15 @@ def forgotten(rank: Rank, backend: str) -> tuple[list[str], list[str]]:
     for graph in (y, later):
         for found, grad in zip(torch.autograd.grad(graph.square().sum(), leaves), expected, strict=True):
             assert_bitwise(found, grad)
-    return functional, let_go
+    return functional, detach
 
 
 @both_backends
 def test_what_is_forgotten_warns_and_its_graph_lives_on(pool: RankPool, backend: str) -> None:
-    for rank, (functional, let_go) in enumerate(pool.run(forgotten, backend, world_size=2)):
+    for rank, (functional, detach) in enumerate(pool.run(forgotten, backend, world_size=2)):
         assert functional == []
         said = f"rank {rank} of 2: ExpertParallel: got no close() before it was let go, expected one"
-        assert let_go == ([said] if backend == "fast" else [])
+        assert detach == ([said] if backend == "fast" else [])
 
 
 def left_by_an_error(rank: Rank) -> str:

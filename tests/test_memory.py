@@ -15,7 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.config import ModePair
-from sonic_ep.memory import (
+from sonic_ep.plan import row_ceiling
+from sonic_ep.testing import CASES, Case, Rank, RankPool, draw
+from sonic_ep.testing.differential import leaf, leaf_experts
+from sonic_ep.testing.memory_model import (
     INDEX_BYTES,
     MOST_RECEIVED_BYTES,
     SHARED_BLOCK_BYTES,
@@ -25,9 +28,6 @@ from sonic_ep.memory import (
     saved_bytes,
     symmetric_bytes,
 )
-from sonic_ep.plan import row_ceiling
-from sonic_ep.testing import CASES, Case, Rank, RankPool, draw
-from sonic_ep.testing.differential import leaf, leaf_experts
 
 pytestmark = pytest.mark.fast
 
@@ -106,12 +106,12 @@ class LayerCall:
 
 def layer_call(rank: Rank, case: Case, ep: ExpertParallel) -> LayerCall:
     inputs = draw(case, rank.world_size, rank.device)
-    tokens, capacity = inputs.tokens_of(rank.rank), max(case.tokens_of_rank(r) for r in range(rank.world_size))
+    tokens, max_tokens = inputs.tokens_of(rank.rank), max(case.tokens_of_rank(r) for r in range(rank.world_size))
     experts = leaf_experts(inputs.experts, inputs.experts_of(rank.rank))
     x, idx, scores = leaf(inputs.x[tokens]), inputs.topk_idx[tokens].clone(), leaf(inputs.topk_scores[tokens])
     weights = [weight for weight in (experts.w1, experts.w2, experts.b1, experts.b2) if weight is not None]
     held = case.num_experts // rank.world_size
-    sizes = {"world_size": rank.world_size, "capacity": capacity, "top_k": case.top_k}
+    sizes = {"world_size": rank.world_size, "capacity": max_tokens, "top_k": case.top_k}
     ceiling = row_ceiling(**sizes, experts_per_rank=held, distinct=False)
     exact = int((inputs.topk_idx // held == rank.rank).sum())
     assert exact < ceiling or rank.world_size == 1
@@ -221,10 +221,10 @@ class LiveMemory(TorchDispatchMode):
 
 def live_peaks(rank: Rank, case: Case, config: EPConfig) -> list[Measured]:
     """With the products that a GPU has: on the CPU a plain loop widens its operands instead."""
-    from sonic_ep.fast.grouped_gemm import LibraryGemm
+    from sonic_ep.fast.gemm import LibraryGemm
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sonic_ep.fast.layer.grouped_gemm", lambda operands, rows_per_group: LibraryGemm())
+        patch.setattr("sonic_ep.fast.backend.grouped_gemm", lambda operands, rows_per_group: LibraryGemm())
         return live_peaks_as_on_gpus(rank, case, config)
 
 
@@ -280,13 +280,14 @@ def test_peaks_at_the_activation(cpu_pool: RankPool, bias: bool, flags: dict[str
 
 def shared_buffers(rank: Rank, case: Case, config: EPConfig) -> tuple[dict[str, int], dict[str, int]]:
     """What the workspace holds, and what the formula says."""
-    from sonic_ep.fast import receiving, workspace
+    from sonic_ep.fast import symmetric_memory as workspace
+    from sonic_ep.fast.combine import base as receiving
 
     assert (workspace.ALIGNMENT_BYTES, receiving.MOST_RECEIVED_BYTES) == (SHARED_BLOCK_BYTES, MOST_RECEIVED_BYTES)
     with ExpertParallel(backend="fast", config=config) as ep:
         call = layer_call(rank, case, ep)
         call.forward()
-        held = ep._backend._kit(rank.device).workspace
+        held = ep._backend._context(rank.device).workspace
         found = {name: buffer.nbytes for name, buffer in held._buffers.items()}
     modes = ModePair(dispatch=DispatchMode(config.dispatch), combine=CombineMode(config.combine))
     formula = symmetric_bytes(call.shape, modes, redispatch_x_in_backward=config.redispatch_x_in_backward)
@@ -319,8 +320,8 @@ def test_what_combine_receives_at_a_time_is_bounded() -> None:
 
 
 def allocator_peaks(rank: Rank, case: Case, config: EPConfig) -> list[Measured]:
-    capacity = max(case.tokens)
-    with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=capacity) as ep:
+    max_tokens = max(case.tokens)
+    with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=max_tokens) as ep:
         call = layer_call(rank, case, ep)
         # Kernels are compiled, and what stays is allocated: shared memory, workspaces of libraries.
         for _ in range(2):

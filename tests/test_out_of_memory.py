@@ -12,14 +12,17 @@ def test_memory_that_runs_out_is_told_with_the_place() -> None:
     with ExpertParallel(backend="reference") as ep:
         ep.plan(torch.zeros(1, 1, dtype=torch.int64), EXPERTS)
         expected = "rank 0 of 1: ExpertParallel: out of memory in phase exchange of step 1: tried to allocate 2.00 GiB"
-        with pytest.raises(torch.OutOfMemoryError, match=expected), ep._calls.one():
+        with pytest.raises(torch.OutOfMemoryError, match=expected), ep._call_guard.one():
             raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
         ep.moe(**good_call())
 
 
 @pytest.mark.parametrize(
     ("backend", "exchange"),
-    [("reference", "sonic_ep.reference.layer"), pytest.param("fast", "sonic_ep.fast.exchange", marks=pytest.mark.fast)],
+    [
+        ("reference", "sonic_ep.reference.backend"),
+        pytest.param("fast", "sonic_ep.fast.exchange", marks=pytest.mark.fast),
+    ],
 )
 def test_memory_that_runs_out_in_backward_is_told_with_the_place(
     cpu_pool: RankPool, backend: str, exchange: str

@@ -8,7 +8,7 @@ from backends import WORLD_SIZES, both_backends
 from torch import Tensor
 
 from sonic_ep import EPConfig, ExpertParallel, PlanError, RoutingPlan, RowOverflowError
-from sonic_ep.group import resolve_group
+from sonic_ep.distributed.group import resolve_group
 from sonic_ep.plan import malformed_field, row_ceiling
 from sonic_ep.reference.plan import build_plan, pair_exchange, slot_exchange
 from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise, draw
@@ -73,21 +73,21 @@ def by_hand(ids: list[list[list[int]]], rank: int, num_experts: int) -> dict[str
         for owner in range(len(ids))
         for row, slot in enumerate(sorted(slot for slot in slots if slot[0] // held == owner))
     }
-    capacity, top_k = len(ids[0]), len(ids[0][0])
-    every = [(r, t, k) for r in range(len(ids)) for t in range(capacity) for k in range(top_k)]
+    max_tokens, top_k = len(ids[0]), len(ids[0][0])
+    every = [(r, t, k) for r in range(len(ids)) for t in range(max_tokens) for k in range(top_k)]
     here = sorted({(source, token) for _, source, token, _ in mine})
     return {
         "counts": [sum(slot[0] == expert for slot in slots) for expert in range(num_experts)],
         "row_of_slot": [place.get(slot, -1) for slot in every],
         "group_ends": [sum(slot[0] <= rank * held + i for slot in mine) for i in range(held)],
-        "slot_of_row": [(r * capacity + t) * top_k + k for _, r, t, k in mine],
+        "slot_of_row": [(r * max_tokens + t) * top_k + k for _, r, t, k in mine],
         "pair_tokens": [
             len({slot[2] for slot in slots if slot[1] == source and slot[0] // held == owner})
             for source in range(len(ids))
             for owner in range(len(ids))
         ],
         "packed_of_token": [
-            here.index((r, t)) if (r, t) in here else -1 for r in range(len(ids)) for t in range(capacity)
+            here.index((r, t)) if (r, t) in here else -1 for r in range(len(ids)) for t in range(max_tokens)
         ],
     }
 
@@ -96,9 +96,9 @@ def by_hand(ids: list[list[list[int]]], rank: int, num_experts: int) -> dict[str
 @pytest.mark.parametrize("seed", range(4))
 def test_every_field_against_a_second_derivation(world_size: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    num_experts, capacity, top_k = 24, 7, 1 + 2 * seed
+    num_experts, max_tokens, top_k = 24, 7, 1 + 2 * seed
     # From -6: about a fifth of the slots are dropped; repetition is likely.
-    ids = torch.randint(-6, num_experts, (world_size, capacity, top_k), generator=generator).clamp(min=-1)
+    ids = torch.randint(-6, num_experts, (world_size, max_tokens, top_k), generator=generator).clamp(min=-1)
     for rank in range(world_size):
         expected = by_hand(ids.tolist(), rank, num_experts)
         plan = plan_of(ids, rank, num_experts)
@@ -204,7 +204,7 @@ def test_plans_of_many_tiles(pool: RankPool, world_size: int, case: Case) -> Non
 
 def planned_out_of_range(rank: Rank, bad_rank: int, bad_id: int) -> str:
     """Ids out of range count as dropped, and every rank hears of them, once: when asked, or ``PLANS_AHEAD`` later."""
-    from sonic_ep.fast.verdict import PLANS_AHEAD
+    from sonic_ep.fast.device_errors import PLANS_AHEAD
 
     good = torch.tensor([[0, 3], [2, 1]], device=rank.device)
     bad = torch.tensor([[0, bad_id], [2, 1]], device=rank.device)
@@ -236,7 +236,7 @@ def test_ids_out_of_range_are_flagged_on_the_device(pool: RankPool, bad_id: int)
 
 def overflowing_on_the_device(rank: Rank, case: Case) -> list[str]:
     """Without a read on the host the bound is passed on the device: NaN rows now, and the error when asked."""
-    from sonic_ep.fast.verdict import PLANS_AHEAD
+    from sonic_ep.fast.device_errors import PLANS_AHEAD
 
     inputs = draw(case, rank.world_size, rank.device)
     tokens = inputs.tokens_of(rank.rank)
@@ -339,7 +339,7 @@ def varying_tokens(rank: Rank, backend: str, tokens: list[list[int]]) -> list[in
         plans = [ep.plan(torch.zeros(T[rank.rank], 1, dtype=torch.int64, device=rank.device), 4) for T in tokens]
     for plan in plans:
         plan.check()
-    return [plan.capacity for plan in plans]
+    return [plan.max_tokens for plan in plans]
 
 
 @both_backends
@@ -354,17 +354,17 @@ def ids_and_scores(rank: Rank, case: Case) -> None:
 
     inputs = draw(case, rank.world_size, rank.device)
     tokens = inputs.tokens_of(rank.rank)
-    capacity = max(case.tokens_of_rank(source) for source in range(rank.world_size))
-    sizes = {"capacity": capacity, "top_k": case.top_k, "num_experts": case.num_experts}
+    max_tokens = max(case.tokens_of_rank(source) for source in range(rank.world_size))
+    sizes = {"capacity": max_tokens, "top_k": case.top_k, "num_experts": case.num_experts}
     shape = PlanShape(rank=rank.rank, world_size=rank.world_size, **sizes)
     workspace, meetings = Workspace(resolve_group(None), rank.device), []
-    fence, publish = workspace.fence, workspace.publish
-    verdict = torch.zeros(3, dtype=torch.int32, device=rank.device)
+    barrier_before_write, barrier_after_write = workspace.barrier_before_write, workspace.barrier_after_write
+    device_errors = torch.zeros(3, dtype=torch.int32, device=rank.device)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workspace, "fence", lambda: (meetings.append("fence"), fence()))
-        patch.setattr(workspace, "publish", lambda: (meetings.append("publish"), publish()))
+        patch.setattr(workspace, "fence", lambda: (meetings.append("fence"), barrier_before_write()))
+        patch.setattr(workspace, "publish", lambda: (meetings.append("publish"), barrier_after_write()))
         scores = inputs.topk_scores[tokens].double()
-        counts = gathered_counts(inputs.topk_idx[tokens], shape, workspace, verdict, scores)
+        counts = gathered_counts(inputs.topk_idx[tokens], shape, workspace, device_errors, scores)
     assert meetings == ["fence", "publish"]
     assert counts.scores is not None
     for source in range(rank.world_size):
@@ -372,7 +372,7 @@ def ids_and_scores(rank: Rank, case: Case) -> None:
         here = slice(case.tokens_of_rank(source))
         assert_bitwise(counts.expert_ids[source, here], inputs.topk_idx[theirs].int(), "ids")
         assert_bitwise(counts.scores[source, here], inputs.topk_scores[theirs], "scores")
-    workspace.publish()
+    workspace.barrier_after_write()
     workspace.close()
 
 

@@ -96,11 +96,11 @@ def test_every_property_of_any_ranks_machine_is_part_of_the_key(name: str) -> No
 
 
 def test_ranks_and_how_they_are_placed_are_part_of_the_key() -> None:
-    apart = replace(OFFER, gpu="host 1")
+    mismatch = replace(OFFER, gpu="host 1")
     groups = (
         [OFFER],
         [OFFER, OFFER],
-        [OFFER, apart],
+        [OFFER, mismatch],
         [OFFER, replace(OFFER, tokens=4)],
         [OFFER, replace(OFFER, ids="2e")],
     )

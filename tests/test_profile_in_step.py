@@ -10,7 +10,7 @@ from profiles import Asked, said_by
 import sonic_ep.profiler.measuring as measuring
 import sonic_ep.profiler.profiler as profiler_module
 from sonic_ep import ExpertParallel
-from sonic_ep.group import resolve_group
+from sonic_ep.distributed.group import resolve_group
 from sonic_ep.profiler import WrongResultError
 from sonic_ep.profiler.agreement import in_step
 from sonic_ep.profiler.measuring import Stage

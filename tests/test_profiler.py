@@ -137,14 +137,14 @@ def test_modes_that_the_config_fixes_stay(cpu_pool: RankPool) -> None:
     assert isinstance(report.config.combine, CombineMode)
 
 
-def spoil_call(name: str, spoil: Callable[[ExpertParallel, Any, int], Any], patched: Any, rank: int) -> None:
-    """Let ``spoil`` have what the method ``name`` returns, on the last of two ranks, and how many calls came before."""
+def spoil_call(name: str, poison: Callable[[ExpertParallel, Any, int], Any], patched: Any, rank: int) -> None:
+    """Let ``poison`` have what method ``name`` returns, on the last of two ranks, and how many calls came before."""
     honest, calls = getattr(ExpertParallel, name), count()
 
     def call(self: ExpertParallel, *arguments: Any) -> Any:
         result = honest(self, *arguments)
         # The right answers come from lanes with exact sizes.
-        return spoil(self, result, next(calls)) if rank and not self.config.cpu_sync_on_runtime else result
+        return poison(self, result, next(calls)) if rank and not self.config.cpu_sync_on_runtime else result
 
     patched.setattr(ExpertParallel, name, call)
 
@@ -173,7 +173,7 @@ def spoil_late(ep: ExpertParallel, result: Any, calls: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil", "message"),
+    ("name", "poison", "message"),
     [
         ("dispatch", flip_a_bit, "rank 1 of 2: dispatch by rank_dedup: rows: 1 of "),
         ("combine", flip_a_bit, "rank 1 of 2: combine by rank_dedup: sums: 1 of "),
@@ -182,11 +182,11 @@ def spoil_late(ep: ExpertParallel, result: Any, calls: int) -> Any:
     ],
 )
 def test_a_wrong_result_is_refused_on_every_rank(
-    pool: RankPool, name: str, spoil: Callable[..., Any], message: str
+    pool: RankPool, name: str, poison: Callable[..., Any], message: str
 ) -> None:
     # Distinct experts on few tokens: every rank receives rows.
     asked = Asked(changed={0: GIVEN[0], 1: {**GIVEN[0], "routing": torch.tensor([[5, 4], [0, 3], [2, 1]])}})
-    patch = partial(spoil_call, name, spoil)
+    patch = partial(spoil_call, name, poison)
     said = pool.run(said_by, asked, WrongResultError, patch, world_size=2)
     assert said[0] == said[1]
     assert said[0].startswith(message)

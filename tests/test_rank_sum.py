@@ -7,14 +7,13 @@ from routers import randn, routed
 from torch import Tensor
 
 from sonic_ep.config import RouterOptions
-from sonic_ep.group import resolve_group
-from sonic_ep.reference.collectives import collectives_of
+from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.group import resolve_group
 from sonic_ep.testing import Rank, RankPool, assert_bitwise
-from sonic_ep.waits import Waits
 
 
 def sums_over_ranks(rank: Rank) -> None:
-    from sonic_ep.fast.rank_sum import reserve_sum, sum_over_ranks
+    from sonic_ep.fast.collectives import reserve_sum, sum_over_ranks
     from sonic_ep.fast.workspace import Workspace
 
     workspace = Workspace(resolve_group(None), rank.device)
@@ -40,7 +39,7 @@ def test_sums_over_ranks_are_in_their_order(pool: RankPool) -> None:
 
 
 def sum_over_one(rank: Rank) -> None:
-    from sonic_ep.fast.rank_sum import reserve_sum, sum_over_ranks
+    from sonic_ep.fast.collectives import reserve_sum, sum_over_ranks
     from sonic_ep.fast.workspace import Workspace
 
     workspace = Workspace(resolve_group(None), rank.device)
@@ -67,7 +66,7 @@ def weight_gradients(rank: Rank, backend: str) -> None:
             return own.grad
 
         own = gradient(reduce=False)
-        by_rank = collectives_of(Waits(resolve_group(None))).all_gather(own)
+        by_rank = BoundedCollectives(resolve_group(None)).all_gather(own)
         expected = by_rank[0].clone()
         for other in by_rank[1:]:
             expected += other
@@ -83,14 +82,15 @@ def test_the_weight_gradient_is_summed_in_rank_order_or_not_at_all(pool: RankPoo
 def allocations(rank: Rank) -> list[int]:
     """Shared buffers that there are after each of: nothing, a frozen router, no gradients, forward, backward."""
     from sonic_ep.fast.router import route as fast_route
-    from sonic_ep.fast.workspace import Workspace, transport_of
+    from sonic_ep.fast.symmetric_memory import transport_of
+    from sonic_ep.fast.workspace import Workspace
 
     group, made = resolve_group(None), []
 
     class Counted:
         def allocate(self, nbytes: int, byte: int) -> object:
             made.append(nbytes)
-            return transport_of(Waits(group), rank.device).allocate(nbytes, byte)
+            return transport_of(BoundedCollectives(group), rank.device).allocate(nbytes, byte)
 
     workspace = Workspace(group, rank.device, Counted())
     counts = [len(made)]

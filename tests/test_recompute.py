@@ -132,9 +132,9 @@ def stopped_early(rank: Rank, case: Case) -> None:
     with ExpertParallel(backend="reference") as ep:
         logits = checkpoint(lambda x: ep.moe(x, *weights, case.top_k).router_logits, x, use_reentrant=False)
         logits.sum().backward()
-        assert not ep._waits._astray
+        assert not ep._collectives._astray
         assert ep.moe(x, *weights, case.top_k).y.isfinite().all()
-        assert ep._waits._board.notices() == {}
+        assert ep._collectives._status_store.statuses() == {}
 
 
 def test_a_recompute_that_ends_early_is_no_error(cpu_pool: RankPool) -> None:

@@ -11,7 +11,7 @@ import pytest
 from sonic_ep import EPConfig
 from sonic_ep.benchmark.layer import Pass
 from sonic_ep.cost import Workload, choose_modes
-from sonic_ep.profiler.report import EVERY_PAIR
+from sonic_ep.profiler.times import EVERY_PAIR
 from sonic_ep.report.load import KINDS_WITHOUT_TIMES
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"

@@ -15,10 +15,10 @@ import torch
 from host_files import PATTERN, lasting_files, shared_files
 
 from sonic_ep import ExpertParallel
-from sonic_ep.config import SharedMemoryError
-from sonic_ep.group import resolve_group
+from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.group import resolve_group
+from sonic_ep.errors import SharedMemoryError
 from sonic_ep.testing import Rank, RankError, RankPool
-from sonic_ep.waits import Waits
 
 pytestmark = pytest.mark.fast
 NAME = "sonic_ep_" + "0123456789abcdef" * 2
@@ -32,7 +32,7 @@ TOO_MANY_BYTES = 2**45
 def files_in(folder: Path) -> Iterator[None]:
     """Shared files are in ``folder`` while this lasts, where no other process of this machine removes any."""
     # Not at the top: triton asks whether it is to interpret when it is imported, and only ranks know.
-    from sonic_ep.fast import shared_files as under_test
+    from sonic_ep.testing import host_memory as under_test
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(under_test, "folder", lambda: folder)
@@ -58,13 +58,13 @@ def old_file(path: Path) -> Path:
 
 
 def remove_abandoned() -> None:
-    from sonic_ep.fast.shared_files import remove_abandoned as remove
+    from sonic_ep.testing.host_memory import remove_abandoned as remove
 
     remove()
 
 
 def test_files_are_private_unguessable_and_locked() -> None:
-    from sonic_ep.fast.shared_files import shared_file
+    from sonic_ep.testing.host_memory import shared_file
 
     with shared_file(100) as first, shared_file(100) as second:
         assert first.name != second.name
@@ -80,7 +80,7 @@ def test_files_are_private_unguessable_and_locked() -> None:
 
 def test_nobody_elses_file_is_taken_for_a_new_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if its name could be guessed: it would be open to its maker."""
-    from sonic_ep.fast import shared_files as under_test
+    from sonic_ep.testing import host_memory as under_test
 
     monkeypatch.setattr(under_test.secrets, "token_hex", lambda nbytes: NAME.removeprefix("sonic_ep_"))
     (folder / NAME).symlink_to(folder / "elsewhere")
@@ -165,7 +165,7 @@ def test_nothing_else_is_removed(folder: Path, why: str) -> None:
 
 
 def test_a_file_whose_maker_was_killed_is_abandoned(folder: Path) -> None:
-    from sonic_ep.fast.shared_files import shared_file
+    from sonic_ep.testing.host_memory import shared_file
 
     child = os.fork()
     if child == 0:
@@ -184,15 +184,15 @@ def make_workspace(rank: Rank):
     from sonic_ep.fast.workspace import Workspace
 
     group = resolve_group(None)
-    return Workspace(group, rank.device, waits=Waits(group))
+    return Workspace(group, rank.device, collectives=BoundedCollectives(group))
 
 
 def files_while_open(rank: Rank) -> list[Path]:
     workspace = make_workspace(rank)
     workspace.reserve("rows", 100)
-    workspace.publish()
+    workspace.barrier_after_write()
     found = lasting_files()
-    workspace.fence()
+    workspace.barrier_before_write()
     workspace.close()
     return found
 
@@ -209,9 +209,9 @@ def more_than_there_is(rank: Rank) -> str:
     rows = workspace.reserve("rows", 100)
     workspace.enter()
     rows.local.fill_(rank.rank)
-    workspace.publish()
+    workspace.barrier_after_write()
     assert [int(of_rank[99]) for of_rank in rows.by_rank] == list(range(rank.world_size))
-    workspace.fence()
+    workspace.barrier_before_write()
     workspace.close()
     return str(raised.value)
 

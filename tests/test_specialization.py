@@ -153,8 +153,8 @@ def compiled_by_other_tokens(rank: Rank, config: EPConfig) -> list[str]:
     several = rank.world_size > 1
     most, fewer = TOKENS[rank.device.type]
     # On one rank C is T, and changes with it; so does the height of tiles there, where products end in a bias.
-    capacity = most if several else None
-    with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=capacity) as ep, variants(rank) as so_far:
+    max_tokens = most if several else None
+    with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=max_tokens) as ep, variants(rank) as so_far:
         train(ep, rank, most, biases=several)
         before = so_far()
         assert before, "nothing was compiled at all"

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sonic_ep.group import EPGroup, resolve_group
+from sonic_ep.distributed.group import EPGroup, resolve_group
 from sonic_ep.testing import Rank, RankPool
 from sonic_ep.testing.timing import (
     AboveCeilingError,
@@ -97,7 +97,7 @@ def timed_on_the_stream(rank: Rank) -> tuple[Timing, bool]:
 
     def enter() -> None:
         keep_busy(rank.device)
-        workspace.fence()
+        workspace.barrier_before_write()
 
     before = float(numbers[0])
     timing = measure(replayed, rounds=4, warmup=1, device=rank.device, group=workspace.group, enter=enter)
@@ -132,7 +132,7 @@ def ceilings_of_counted_transfers(rank: Rank) -> tuple[object, int]:
 
     def stopwatch(transfer: object) -> float:
         transfer()
-        workspace.publish()
+        workspace.barrier_after_write()
         asked.append(transfer)
         return 2.0
 
@@ -144,7 +144,8 @@ def ceilings_of_counted_transfers(rank: Rank) -> tuple[object, int]:
 @pytest.mark.fast
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_every_transfer_over_the_link_brings_what_was_sent(pool: RankPool, world_size: int) -> None:
-    from sonic_ep.fast.link import LAUNCHES, STREAMS, LinkCeilings
+    from sonic_ep.cost import LinkCeilings
+    from sonic_ep.fast.link import LAUNCHES, STREAMS
 
     rate = LINK_BYTES / 2
     expected = LinkCeilings(copy_engine_in=rate, copy_engine_out=rate, read=rate, write=rate)

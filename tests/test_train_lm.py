@@ -238,7 +238,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine], None]:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: machine.gpus)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _index: (9, 0))
         monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda _a, _b: True)
-        for name in ("sonic_ep.fast", "sonic_ep.fast.availability"):
+        for name in ("sonic_ep.fast", "sonic_ep.fast.capabilities"):
             monkeypatch.setattr(f"{name}.interpreted", lambda: machine.interpreted)
 
     return become

@@ -11,8 +11,9 @@ from backends import both_backends
 from layer_inputs import layer_inputs
 
 from sonic_ep import ExpertParallel
+from sonic_ep.distributed.call_lock import CallLock
+from sonic_ep.errors import ConcurrentCallError
 from sonic_ep.testing import CASES, Case, Rank, RankPool
-from sonic_ep.turn import Turn, TurnError
 
 
 def in_another_thread(work: Callable[[], object]) -> list[str]:
@@ -32,35 +33,40 @@ def in_another_thread(work: Callable[[], object]) -> list[str]:
 
 
 def test_a_second_thread_is_refused_and_the_first_may_do_more() -> None:
-    turn = Turn("an object")
+    call_lock = CallLock("an object")
 
     def once() -> None:
-        with turn.taken():
+        with call_lock.taken():
             return
 
-    with turn.taken():
+    with call_lock.taken():
         once()
         assert in_another_thread(once) == [
             "an object: got a call while another thread is in one, expected one after the other"
         ]
     assert in_another_thread(once) == []
-    with pytest.raises(KeyError), turn.taken():
+    with pytest.raises(KeyError), call_lock.taken():
         raise KeyError
     assert in_another_thread(once) == []
 
 
 def test_nobody_calls_in_the_middle_of_a_wait_or_closes_in_the_middle_of_a_call() -> None:
-    turn = Turn("an object")
+    call_lock = CallLock("an object")
 
     def once(*, last: bool = False) -> None:
-        with turn.taken(last=last):
+        with call_lock.taken(last=last):
             return
 
-    with turn.taken():
-        with turn.waits(), pytest.raises(TurnError, match=r"an object: got a call in the middle of a call of the same"):
+    with call_lock.taken():
+        with (
+            call_lock.waiting(),
+            pytest.raises(ConcurrentCallError, match=r"an object: got a call in the middle of a call of the same"),
+        ):
             once()
         once()
-        with pytest.raises(TurnError, match=r"got close\(\) in the middle of a call of the same thread, expected it"):
+        with pytest.raises(
+            ConcurrentCallError, match=r"got close\(\) in the middle of a call of the same thread, expected it"
+        ):
             once(last=True)
     once(last=True)
     assert in_another_thread(once) == []
@@ -73,11 +79,11 @@ def interrupted(rank: Rank, backend: str, astray: bool) -> str:
         ep.plan(ids, rank.world_size)
         refused = ""
         if astray:
-            ep._waits.stray()
+            ep._collectives.mark_failed()
 
         def handler(*_: object) -> None:
             nonlocal refused
-            with pytest.raises(TurnError) as raised:
+            with pytest.raises(ConcurrentCallError) as raised:
                 ep.plan(ids, rank.world_size)
             refused = str(raised.value)
 
@@ -109,7 +115,7 @@ def backward_meanwhile(rank: Rank, case: Case, backend: str) -> tuple[list[str],
     x, weights, dy = layer_inputs(rank, case)
     with ExpertParallel(backend=backend) as ep:
         y = ep.moe(x, *weights, case.top_k).y
-        with ep._calls.one():
+        with ep._call_guard.one():
             refused = in_another_thread(lambda: y.backward(dy, retain_graph=True))
         return refused, in_another_thread(lambda: y.backward(dy))
 
@@ -124,7 +130,7 @@ def test_a_backward_takes_its_turn(pool: RankPool, backend: str) -> None:
 
 def kernel_meanwhile(rank: Rank) -> list[str]:
     """Of another object, while a kernel is interpreted."""
-    from sonic_ep.fast.interpreter import alone_in_this_process
+    from sonic_ep.fast.launch import alone_in_this_process
 
     idx = torch.zeros((1, 1), dtype=torch.int64)
     with ExpertParallel(backend="fast") as ep:
@@ -158,7 +164,7 @@ def test_an_error_is_not_hidden_by_another_threads_call() -> None:
     entered, left = threading.Event(), threading.Event()
 
     def busy() -> None:
-        with ep._calls.one():
+        with ep._call_guard.one():
             entered.set()
             left.wait(10)
 

@@ -14,7 +14,7 @@ from layer_inputs import layer_inputs
 
 import sonic_ep
 from sonic_ep import EPConfig, ExpertParallel, RowOverflowError
-from sonic_ep.config import PeerTimeoutError
+from sonic_ep.errors import PeerTimeoutError
 from sonic_ep.testing import CASES, Rank, RankPool
 
 CASE = CASES["uniform"]
@@ -52,12 +52,12 @@ def heard(rank: Rank) -> None:
 
 def after_a_wait_in_vain(rank: Rank) -> ExpertParallel:
     """An object of which a kernel of this rank has waited in vain: what that leaves for the host."""
-    from sonic_ep.fast.device import TIME_UP
+    from sonic_ep.fast.sync import TIME_UP
 
     ep = ExpertParallel(backend="fast")
     ep.meet(rank.device)
-    (kit,) = ep._backend._kits.values()
-    kit.workspace.expiry.words.copy_(torch.tensor([TIME_UP.value, 2, ep._waits.meeting.tag, 0]))
+    (context,) = ep._backend._contexts.values()
+    context.workspace.wait_errors.words.copy_(torch.tensor([TIME_UP.value, 2, ep._collectives.sync_tag.tag, 0]))
     return ep
 
 
@@ -68,9 +68,9 @@ def lost_gpu(ep: ExpertParallel) -> Iterator[Callable[[], None]]:
     def broken() -> None:
         raise RuntimeError("device-side assert triggered")
 
-    (kit,) = ep._backend._kits.values()
+    (context,) = ep._backend._contexts.values()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kit.workspace, "synchronize", broken)
+        patch.setattr(context.workspace, "synchronize", broken)
         yield broken
 
 

@@ -9,7 +9,7 @@ from there_and_back import assert_same, outcome_of
 from torch import Tensor
 
 from sonic_ep import ClosedError, EPConfig, ExpertParallel, RowOverflowError
-from sonic_ep.group import resolve_group
+from sonic_ep.distributed.group import resolve_group
 from sonic_ep.testing import CASES, Rank, RankPool, assert_bitwise, draw
 
 pytestmark = pytest.mark.fast
@@ -258,15 +258,15 @@ def awaited_on_two_streams(rank: Rank) -> None:
     from sonic_ep.fast.copy_engine import CopyEngineGather
     from sonic_ep.fast.workspace import Workspace
 
-    capacity, hidden = 2048, 4096
+    max_tokens, hidden = 2048, 4096
     workspace = Workspace(resolve_group(None), rank.device)
     gather = CopyEngineGather(workspace, "gathered")
     streams = [torch.cuda.Stream() for _ in range(2)]
-    expected = torch.arange(1, rank.world_size + 1, device=rank.device).repeat_interleave(capacity).double()
+    expected = torch.arange(1, rank.world_size + 1, device=rank.device).repeat_interleave(max_tokens).double()
     for round_number in range(3):
-        x = torch.full((capacity, hidden), float(rank.rank + 1), device=rank.device)
+        x = torch.full((max_tokens, hidden), float(rank.rank + 1), device=rank.device)
         workspace.enter()
-        handle = gather.start(x, capacity)
+        handle = gather.start(x, max_tokens)
         found = []
         for stream in streams:
             with torch.cuda.stream(stream):

@@ -326,9 +326,9 @@ def wrong_between_right_ones(rank: Rank) -> None:
         if rank.rank == 0:
             with pytest.raises(ValueError, match="expert ids"):
                 ep.plan(torch.tensor([[0, 99]]), num_experts=EXPERTS)
-        assert not ep._waits._astray
+        assert not ep._collectives._astray
         assert ep.plan(ids, num_experts=EXPERTS).counts.tolist() == [1, 1, 0, 0]
-        assert ep._waits._board.notices() == {}
+        assert ep._collectives._status_store.statuses() == {}
 
 
 def test_a_wrong_call_after_a_right_one_tells_nobody(cpu_pool: RankPool) -> None:

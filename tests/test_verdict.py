@@ -37,7 +37,7 @@ def raised_by(calls: list[Callable[[], object]]) -> list[int]:
 
 def flagged_twice(rank: Rank, config: EPConfig) -> list[int]:
     """Two wrong plans in a row raise one after the other, each eight plans later."""
-    from sonic_ep.fast.verdict import PLANS_AHEAD
+    from sonic_ep.fast.device_errors import PLANS_AHEAD
 
     experts = EXPERTS_PER_RANK * rank.world_size
     with ExpertParallel(backend="fast", config=config) as ep:
@@ -61,7 +61,7 @@ def test_what_was_flagged_is_raised_in_turn_on_every_rank(pool: RankPool, world_
 
 def ahead(rank: Rank, graphed: bool) -> None:
     """While the GPU is busy the host queues plan after plan, also where an earlier plan is in a graph."""
-    from sonic_ep.fast.verdict import PLANS_AHEAD
+    from sonic_ep.fast.device_errors import PLANS_AHEAD
 
     experts = EXPERTS_PER_RANK * rank.world_size
     with ExpertParallel(backend="fast", max_tokens_per_rank=2) as ep:
@@ -93,7 +93,7 @@ def test_the_host_is_plans_ahead_of_the_gpu(cuda_pool: RankPool, world_size: int
 
 def flagged_in_a_graph(rank: Rank) -> None:
     """A replay that goes wrong is told by the same later call on every rank, however far a rank's host is ahead."""
-    from sonic_ep.fast.verdict import PLANS_AHEAD
+    from sonic_ep.fast.device_errors import PLANS_AHEAD
 
     experts = EXPERTS_PER_RANK * rank.world_size
     with ExpertParallel(backend="fast", max_tokens_per_rank=2) as ep:

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from waits_of import waits_of_a_new_group
 
-from sonic_ep.board import ANSWER_SECONDS, Board, Notice
-from sonic_ep.config import PeerError, PeerLostError, PeerTimeoutError
-from sonic_ep.group import EPGroup, resolve_group
-from sonic_ep.meeting import Meeting, Phase, Step
+from sonic_ep.distributed.collectives import ANNOUNCE_SECONDS, GRACE_SECONDS, HOST, BoundedCollectives
+from sonic_ep.distributed.group import EPGroup, resolve_group
+from sonic_ep.distributed.rank_status import ANSWER_SECONDS, RankStatus, StatusStore
+from sonic_ep.distributed.sync_tag import Phase, Step, SyncTag
+from sonic_ep.errors import PeerError, PeerLostError, PeerTimeoutError
 from sonic_ep.testing import Rank, RankPool
-from sonic_ep.waits import ANNOUNCE_SECONDS, GRACE_SECONDS, HOST, Waits
 
 ODD = 1
 TIMEOUT_SECONDS = 0.5
@@ -23,23 +23,23 @@ LATE_SECONDS = 1.2 * ANNOUNCE_SECONDS
 # A busy machine's.
 SLACK_SECONDS = 3.0
 PLENTY_SECONDS = 60.0
-Trouble = Callable[[Rank, Waits], Any]
+Trouble = Callable[[Rank, BoundedCollectives], Any]
 
 
 def in_trouble(rank: Rank, trouble: Trouble, timeout: float) -> tuple[str, float]:
     """What a rank has to say of ``trouble``, and after how many seconds."""
-    waits = waits_of_a_new_group(rank, timeout)
-    waits.meeting = Meeting(step=Step(number=7), phase=Phase.EXCHANGE)
+    collectives = waits_of_a_new_group(rank, timeout)
+    collectives.sync_tag = SyncTag(step=Step(number=7), phase=Phase.EXCHANGE)
     dist.barrier()
     began = time.monotonic()
     try:
-        said = str(trouble(rank, waits))
+        said = str(trouble(rank, collectives))
     except PeerError as error:
         said = f"{type(error).__name__}: {error}"
     took = time.monotonic() - began
     # Whoever destroys its group closes the connections that others still wait at.
     dist.barrier()
-    dist.destroy_process_group(waits.group.process_group)
+    dist.destroy_process_group(collectives.group.process_group)
     return said, took
 
 
@@ -51,15 +51,15 @@ def assert_said_by_others(pool: RankPool, trouble: Trouble, timeout: float, expe
             assert took < within + SLACK_SECONDS
 
 
-def comes_late(rank: Rank, waits: Waits) -> list[int]:
+def comes_late(rank: Rank, collectives: BoundedCollectives) -> list[int]:
     """When the others have long told that they wait."""
     deadline = time.monotonic() + PLENTY_SECONDS
-    while rank.rank == ODD and len(waits._board.notices()) < 2:
+    while rank.rank == ODD and len(collectives._status_store.statuses()) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     if rank.rank == ODD:
-        assert {notice.text for notice in waits._board.notices().values()} == {"phase exchange of step 7"}
-    return waits.numbers(10 * rank.rank, HOST) + waits.numbers(rank.rank, HOST)
+        assert {notice.text for notice in collectives._status_store.statuses().values()} == {"phase exchange of step 7"}
+    return collectives.numbers(10 * rank.rank, HOST) + collectives.numbers(rank.rank, HOST)
 
 
 def test_a_rank_that_comes_in_time_is_waited_for(cpu_pool: RankPool) -> None:
@@ -67,12 +67,12 @@ def test_a_rank_that_comes_in_time_is_waited_for(cpu_pool: RankPool) -> None:
         assert said == "[0, 10, 20, 0, 1, 2]"
 
 
-def stays_away_after_a_wait(rank: Rank, waits: Waits) -> str:
+def stays_away_after_a_wait(rank: Rank, collectives: BoundedCollectives) -> str:
     """It has told that it waits in an earlier collective."""
-    comes_late(rank, waits)
-    waits.timeout = TIMEOUT_SECONDS
+    comes_late(rank, collectives)
+    collectives.timeout = TIMEOUT_SECONDS
     if rank.rank != 0:
-        waits.numbers(1, HOST)
+        collectives.numbers(1, HOST)
     return "met"
 
 
@@ -83,17 +83,17 @@ def test_that_a_rank_waited_before_does_not_count_as_coming(cpu_pool: RankPool) 
         assert said[rank].startswith(f"PeerTimeoutError: rank {rank} of 3: waited 0.5 s for rank 0 in phase exchange")
 
 
-def stays_away(rank: Rank, waits: Waits) -> str:
+def stays_away(rank: Rank, collectives: BoundedCollectives) -> str:
     if rank.rank == ODD:
         return ""
-    waits.numbers(1, HOST)
+    collectives.numbers(1, HOST)
     return "met"
 
 
-def stays_away_from_rows(rank: Rank, waits: Waits) -> str:
+def stays_away_from_rows(rank: Rank, collectives: BoundedCollectives) -> str:
     if rank.rank == ODD:
         return ""
-    waits.all_to_all_rows(torch.ones(3, 2), [1, 1, 1], [1, 1, 1])
+    collectives.all_to_all_rows(torch.ones(3, 2), [1, 1, 1], [1, 1, 1])
     return "met"
 
 
@@ -107,8 +107,8 @@ def test_a_rank_that_does_not_come_is_named(cpu_pool: RankPool, trouble: Trouble
     assert_said_by_others(cpu_pool, trouble, TIMEOUT_SECONDS, expected, within=TIMEOUT_SECONDS)
 
 
-def only_one_comes(rank: Rank, waits: Waits) -> str:
-    return stays_away(rank, waits) if rank.rank == 2 else ""
+def only_one_comes(rank: Rank, collectives: BoundedCollectives) -> str:
+    return stays_away(rank, collectives) if rank.rank == 2 else ""
 
 
 def test_all_that_do_not_come_are_named(cpu_pool: RankPool) -> None:
@@ -117,10 +117,10 @@ def test_all_that_do_not_come_are_named(cpu_pool: RankPool) -> None:
     assert took < TIMEOUT_SECONDS + GRACE_SECONDS + SLACK_SECONDS
 
 
-def comes_when_all_have_given_up(rank: Rank, waits: Waits) -> str:
+def comes_when_all_have_given_up(rank: Rank, collectives: BoundedCollectives) -> str:
     if rank.rank == ODD:
         time.sleep(TIMEOUT_SECONDS + ANNOUNCE_SECONDS / 2)
-    return str(waits.numbers(1, HOST))
+    return str(collectives.numbers(1, HOST))
 
 
 def test_a_rank_that_comes_too_late_hears_that_the_others_are_gone(cpu_pool: RankPool) -> None:
@@ -128,11 +128,11 @@ def test_a_rank_that_comes_too_late_hears_that_the_others_are_gone(cpu_pool: Ran
     assert said.startswith("PeerLostError: rank 1 of 2: lost a rank that is not known, waited for in phase exchange")
 
 
-def leaves(rank: Rank, waits: Waits) -> str:
+def leaves(rank: Rank, collectives: BoundedCollectives) -> str:
     if rank.rank == ODD:
-        waits.leave("KeyError: 'labels'")
+        collectives.leave("KeyError: 'labels'")
         return ""
-    waits.numbers(1, HOST)
+    collectives.numbers(1, HOST)
     return "met"
 
 
@@ -144,20 +144,20 @@ def test_a_rank_that_left_is_named_with_its_error_before_the_time_is_up(cpu_pool
     assert_said_by_others(cpu_pool, leaves, PLENTY_SECONDS, expected, within=ANNOUNCE_SECONDS)
 
 
-def leaves_after_its_part(rank: Rank, waits: Waits) -> list[int]:
+def leaves_after_its_part(rank: Rank, collectives: BoundedCollectives) -> list[int]:
     """It has done all that the others wait for, and left before they look."""
     if rank.rank == ODD:
-        gathered = waits.group.process_group.allgather(  # type: ignore[union-attr]
+        gathered = collectives.group.process_group.allgather(  # type: ignore[union-attr]
             [[torch.zeros(2, dtype=torch.int64) for _ in range(rank.world_size)]],
-            [torch.tensor([waits.meeting.tag, 5])],
+            [torch.tensor([collectives.sync_tag.tag, 5])],
         )
-        waits._collectives += 1
-        waits.leave("no error of the others'")
+        collectives._collectives += 1
+        collectives.leave("no error of the others'")
         gathered.wait()
         return [5, 5, 5]
     if rank.rank == 2:
         time.sleep(LATE_SECONDS)
-    return waits.numbers(5, HOST)
+    return collectives.numbers(5, HOST)
 
 
 def test_a_rank_that_left_after_its_part_harms_nobody(cpu_pool: RankPool) -> None:
@@ -165,21 +165,21 @@ def test_a_rank_that_left_after_its_part_harms_nobody(cpu_pool: RankPool) -> Non
         assert said == "[5, 5, 5]"
 
 
-def closes_its_connections(rank: Rank, waits: Waits) -> str:
+def closes_its_connections(rank: Rank, collectives: BoundedCollectives) -> str:
     """As the end of its process does."""
     if rank.rank == ODD:
-        dist.destroy_process_group(waits.group.process_group)
+        dist.destroy_process_group(collectives.group.process_group)
         return ""
-    waits.numbers(1, HOST)
+    collectives.numbers(1, HOST)
     return "met"
 
 
 def lost(rank: Rank) -> tuple[str, float]:
-    waits = waits_of_a_new_group(rank, PLENTY_SECONDS)
+    collectives = waits_of_a_new_group(rank, PLENTY_SECONDS)
     dist.barrier()
     began = time.monotonic()
     try:
-        said = closes_its_connections(rank, waits)
+        said = closes_its_connections(rank, collectives)
     except PeerLostError as error:
         said = str(error)
     return said, time.monotonic() - began
@@ -192,19 +192,19 @@ def test_a_rank_that_is_gone_is_named_by_all(cpu_pool: RankPool) -> None:
             assert took < GRACE_SECONDS + SLACK_SECONDS
 
 
-def strays(rank: Rank, waits: Waits) -> list[int]:
+def strays(rank: Rank, collectives: BoundedCollectives) -> list[int]:
     if rank.rank == ODD:
-        waits.meeting = Meeting(step=Step(number=6), phase=Phase.ROUTER, backward=True)
-    return waits.numbers(1, HOST)
+        collectives.sync_tag = SyncTag(step=Step(number=6), phase=Phase.ROUTER, backward=True)
+    return collectives.numbers(1, HOST)
 
 
-def talks_of_something_else(rank: Rank, waits: Waits) -> str:
+def talks_of_something_else(rank: Rank, collectives: BoundedCollectives) -> str:
     """The caller's own exchange of two numbers, over the same group."""
     if rank.rank == ODD:
         two = torch.tensor([3, 4])
-        dist.all_gather([torch.empty_like(two) for _ in range(3)], two, group=waits.group.process_group)
+        dist.all_gather([torch.empty_like(two) for _ in range(3)], two, group=collectives.group.process_group)
         return ""
-    return str(waits.numbers(1, HOST))
+    return str(collectives.numbers(1, HOST))
 
 
 @pytest.mark.parametrize(
@@ -227,18 +227,18 @@ def test_a_rank_that_came_from_elsewhere_is_named_with_both_places(
 
 def objects_of_unlike_sizes(rank: Rank) -> None:
     """Also after another call has been refused, and of objects that pickle to less or more than before."""
-    waits = waits_of_a_new_group(rank, PLENTY_SECONDS)
-    waits.meeting = here = Meeting(step=Step(number=2), phase=Phase.DISPATCH)
+    collectives = waits_of_a_new_group(rank, PLENTY_SECONDS)
+    collectives.sync_tag = here = SyncTag(step=Step(number=2), phase=Phase.DISPATCH)
     for size in (0, 1, 1000):
         mine = {"rank": rank.rank, "text": "x" * size * rank.rank}
-        found = waits.objects(mine, Phase.CHECK)
+        found = collectives.objects(mine, Phase.CHECK)
         assert found == [{"rank": other, "text": "x" * size * other} for other in range(rank.world_size)]
-        assert waits.meeting == here
+        assert collectives.sync_tag == here
     rows = torch.arange(3 * rank.rank).view(-1, 1)
     splits = [rank.rank] * rank.world_size
-    received = waits.all_to_all_rows(rows, splits, list(range(rank.world_size)))
+    received = collectives.all_to_all_rows(rows, splits, list(range(rank.world_size)))
     assert received.flatten().tolist() == [o * rank.rank + i for o in range(rank.world_size) for i in range(o)]
-    assert waits.all_gather(torch.zeros(0, 3)).shape == (rank.world_size, 0, 3)
+    assert collectives.all_gather(torch.zeros(0, 3)).shape == (rank.world_size, 0, 3)
 
 
 def test_objects_and_rows_of_unlike_sizes(cpu_pool: RankPool) -> None:
@@ -248,7 +248,7 @@ def test_objects_and_rows_of_unlike_sizes(cpu_pool: RankPool) -> None:
 def two_of_one_group(rank: Rank) -> list[int]:
     """One has told that it leaves; the other goes on, and waits long enough to look."""
     group = resolve_group(dist.new_group(list(range(rank.world_size))))
-    left, going = Waits(group), Waits(group)
+    left, going = BoundedCollectives(group), BoundedCollectives(group)
     assert (left.object_number, going.object_number) == (0, 1)
     left.leave("closed early")
     if rank.rank == ODD:
@@ -277,11 +277,11 @@ class StoreThatFalls(dist.Store):
     check = get = set = _answer
 
 
-def without_a_store(rank: Rank, waits: Waits) -> str:
+def without_a_store(rank: Rank, collectives: BoundedCollectives) -> str:
     store = StoreThatFalls()
-    waits._board = Board(waits.group, store)
+    collectives._status_store = StatusStore(collectives.group, store)
     store.fallen = True
-    return stays_away(rank, waits)
+    return stays_away(rank, collectives)
 
 
 def test_a_store_that_does_not_answer_is_not_waited_for(cpu_pool: RankPool) -> None:
@@ -296,13 +296,16 @@ def test_a_store_that_does_not_answer_is_not_waited_for(cpu_pool: RankPool) -> N
 
 def told_by_another(rank: Rank) -> tuple[str, float]:
     """The first rank has found out that the odd one is missing, and the last one hears of it while it waits."""
-    waits, began = Waits(resolve_group(dist.new_group(list(range(rank.world_size)))), PLENTY_SECONDS), time.monotonic()
+    collectives, began = (
+        BoundedCollectives(resolve_group(dist.new_group(list(range(rank.world_size)))), PLENTY_SECONDS),
+        time.monotonic(),
+    )
     said = ""
     if rank.rank == 0:
-        waits._board.tell(Notice(collectives=1, left=False, text="waited in vain", lost=(ODD,)))
+        collectives._status_store.tell(RankStatus(collectives=1, left=False, text="waited in vain", lost=(ODD,)))
     if rank.rank == rank.world_size - 1:
         with pytest.raises(PeerLostError) as raised:
-            waits.numbers(0, HOST)
+            collectives.numbers(0, HOST)
         said = str(raised.value)
     return said, time.monotonic() - began
 
@@ -318,15 +321,15 @@ def before_gpus_are_connected(rank: Rank) -> list[tuple[str, float]]:
     """As before a first collective of GPUs: the odd rank comes late, is there the next time, and then does not come."""
     found, of_a_gpu = [], torch.empty(0, device="meta")
     for late, patience in ((LATE_SECONDS, PLENTY_SECONDS), (0, PLENTY_SECONDS), (PLENTY_SECONDS, TIMEOUT_SECONDS)):
-        waits = Waits(resolve_group(None), patience)
+        collectives = BoundedCollectives(resolve_group(None), patience)
         if rank.rank == ODD and late == PLENTY_SECONDS:
             break
         time.sleep(late if rank.rank == ODD else 0)
         began, said = time.monotonic(), ""
         try:
-            waits._come_together(of_a_gpu)
+            collectives._come_together(of_a_gpu)
             # Once is enough.
-            waits._come_together(of_a_gpu)
+            collectives._come_together(of_a_gpu)
         except PeerTimeoutError as error:
             said = str(error)
         found.append((said, time.monotonic() - began))
@@ -341,7 +344,7 @@ def test_ranks_come_together_before_their_gpus_are_connected(cpu_pool: RankPool)
 
 
 def test_alone_nobody_is_waited_for() -> None:
-    waits = Waits(EPGroup(rank=0, world_size=1), timeout=TIMEOUT_SECONDS)
-    assert waits.numbers(5, HOST) == [5]
-    assert waits.objects("mine", Phase.MEMORY) == ["mine"]
-    waits.leave("nobody hears")
+    collectives = BoundedCollectives(EPGroup(rank=0, world_size=1), timeout=TIMEOUT_SECONDS)
+    assert collectives.numbers(5, HOST) == [5]
+    assert collectives.objects("mine", Phase.MEMORY) == ["mine"]
+    collectives.leave("nobody hears")

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from waits_of import waits_of_a_new_group
 
-from sonic_ep.config import PeerError, PeerLostError, PeerTimeoutError
+from sonic_ep.distributed.collectives import ANNOUNCE_SECONDS, HOST
+from sonic_ep.errors import PeerError, PeerLostError, PeerTimeoutError
 from sonic_ep.testing import Rank, RankPool
-from sonic_ep.waits import ANNOUNCE_SECONDS, HOST
 
 ODD = 1
 TIMEOUT_SECONDS = 0.5
@@ -24,18 +24,18 @@ def with_pytorchs_checks(rank: Rank) -> tuple[list[int], str, float]:
     level = dist.get_debug_level()
     dist.set_debug_level(dist.DebugLevel.DETAIL)
     try:
-        waits = waits_of_a_new_group(rank, TIMEOUT_SECONDS)
+        collectives = waits_of_a_new_group(rank, TIMEOUT_SECONDS)
     finally:
         dist.set_debug_level(level)
-    group = waits.group.process_group
+    group = collectives.group.process_group
     assert hasattr(group._get_backend(torch.device("cpu")), "wrapped_pg")
-    met = waits.numbers(rank.rank, HOST)
-    rows = waits.all_to_all_rows(torch.full((rank.world_size, 1), rank.rank), [1, 1], [1, 1])
+    met = collectives.numbers(rank.rank, HOST)
+    rows = collectives.all_to_all_rows(torch.full((rank.world_size, 1), rank.rank), [1, 1], [1, 1])
     assert rows.flatten().tolist() == met
     began, said = time.monotonic(), ""
     if rank.rank != ODD:
         with pytest.raises(PeerTimeoutError) as raised:
-            waits.numbers(1, HOST)
+            collectives.numbers(1, HOST)
         said = str(raised.value)
     took = time.monotonic() - began
     dist.barrier()
@@ -52,21 +52,21 @@ def test_pytorchs_own_checks_do_not_wait_by_their_own_clock(cpu_pool: RankPool) 
 
 def memory_short_at_launch(rank: Rank) -> str:
     """What a process group raises when a collective is begun: lost, with the reason; but memory is this rank's own."""
-    waits = waits_of_a_new_group(rank, TIMEOUT_SECONDS)
+    collectives = waits_of_a_new_group(rank, TIMEOUT_SECONDS)
 
     def begin(error: RuntimeError) -> dist.Work:
         raise error
 
     if rank.rank == ODD:
         with pytest.raises(torch.OutOfMemoryError):
-            waits._finish(lambda: begin(torch.OutOfMemoryError("2 GiB")), HERE)
-        waits.leave("no memory")
+            collectives._finish(lambda: begin(torch.OutOfMemoryError("2 GiB")), HERE)
+        collectives.leave("no memory")
     dist.barrier()
     if rank.rank == ODD:
         return ""
-    waits._collectives += 1
+    collectives._collectives += 1
     with pytest.raises(PeerLostError) as raised:
-        waits._finish(lambda: begin(RuntimeError("connection reset")), HERE)
+        collectives._finish(lambda: begin(RuntimeError("connection reset")), HERE)
     return str(raised.value)
 
 
@@ -77,16 +77,16 @@ def test_what_fails_as_it_begins_is_told_like_what_fails_later(cpu_pool: RankPoo
 
 def leaves_and_closes_its_connections(rank: Rank) -> tuple[str, float]:
     """As a program that ends of an error does: what it has told comes before that it is gone."""
-    waits = waits_of_a_new_group(rank, PLENTY_SECONDS)
+    collectives = waits_of_a_new_group(rank, PLENTY_SECONDS)
     dist.barrier()
     began, said = time.monotonic(), ""
     if rank.rank == ODD:
         time.sleep(0.2)
-        waits.leave("KeyError: 'labels'")
-        dist.destroy_process_group(waits.group.process_group)
+        collectives.leave("KeyError: 'labels'")
+        dist.destroy_process_group(collectives.group.process_group)
     else:
         with pytest.raises(PeerLostError) as raised:
-            waits.numbers(1, HOST)
+            collectives.numbers(1, HOST)
         said = str(raised.value)
     return said, time.monotonic() - began
 
@@ -99,17 +99,17 @@ def test_a_rank_that_left_and_is_gone_is_named_with_its_error(cpu_pool: RankPool
 
 def stays_for_others(rank: Rank) -> bool:
     """The first to find out who is missing waits until another, that has more time, has heard of it and left."""
-    waits = waits_of_a_new_group(rank, TIMEOUT_SECONDS if rank.rank == 0 else PLENTY_SECONDS)
+    collectives = waits_of_a_new_group(rank, TIMEOUT_SECONDS if rank.rank == 0 else PLENTY_SECONDS)
     dist.barrier()
     there = True
     if rank.rank != ODD:
         with pytest.raises(PeerError) as raised:
-            waits.numbers(1, HOST)
+            collectives.numbers(1, HOST)
         assert raised.type is (PeerTimeoutError if rank.rank == 0 else PeerLostError)
     if rank.rank == 0:
-        there = waits._board.notices()[2].left
+        there = collectives._status_store.statuses()[2].left
     if rank.rank == 2:
-        waits.leave("heard of it")
+        collectives.leave("heard of it")
     dist.barrier()
     return there
 

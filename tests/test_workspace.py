@@ -8,10 +8,10 @@ import torch.distributed as dist
 from host_files import lasting_files
 
 from sonic_ep import ClosedError, ExpertParallel
-from sonic_ep.config import CollectiveMismatchError, PeerTimeoutError, SharedMemoryError
-from sonic_ep.group import resolve_group
+from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.group import resolve_group
+from sonic_ep.errors import CollectiveMismatchError, PeerTimeoutError, SharedMemoryError
 from sonic_ep.testing import Rank, RankError, RankPool
-from sonic_ep.waits import Waits
 
 pytestmark = pytest.mark.fast
 
@@ -20,7 +20,7 @@ def make_workspace(rank: Rank, process_group: dist.ProcessGroup | None = None, t
     from sonic_ep.fast.workspace import Workspace
 
     group = resolve_group(process_group)
-    return Workspace(group, rank.device, waits=Waits(group, timeout))
+    return Workspace(group, rank.device, collectives=BoundedCollectives(group, timeout))
 
 
 def exchanged_bytes(rank: Rank) -> None:
@@ -34,9 +34,9 @@ def exchanged_bytes(rank: Rank) -> None:
         if rank.rank == iteration % rank.world_size:
             time.sleep(0.02)
         workspace.enter()
-        workspace.fence()
+        workspace.barrier_before_write()
         buffer.rows(rank.rank, (4,), torch.int32).fill_(100 * iteration + rank.rank)
-        workspace.publish()
+        workspace.barrier_after_write()
         for other in range(rank.world_size):
             assert buffer.rows(other, (4,), torch.int32).tolist() == [100 * iteration + other] * 4
     workspace.close()
@@ -60,10 +60,10 @@ class Counter:
 
 
 def brought_in_step(rank: Rank, first: list[int]) -> tuple[int, int]:
-    from sonic_ep.fast.workspace import keep_in_step
+    from sonic_ep.fast.symmetric_memory import keep_in_step
 
     counter = Counter(first[rank.rank], 2)
-    keep_in_step(Waits(resolve_group(None)), counter)
+    keep_in_step(BoundedCollectives(resolve_group(None)), counter)
     return counter.last, counter.taken
 
 
@@ -113,16 +113,16 @@ def test_ranks_that_shared_in_other_groups_before(pool: RankPool) -> None:
 
 def gathered_through_the_table(rank: Rank) -> None:
     from sonic_ep.fast.collectives import gather_kernel
-    from sonic_ep.fast.device import launch
+    from sonic_ep.fast.launch import launch
 
     workspace = make_workspace(rank)
     numbers = workspace.reserve("numbers", 12)
     numbers.rows(rank.rank, (3,), torch.int32).copy_(torch.arange(3, dtype=torch.int32) + 10 * rank.rank)
-    workspace.publish()
+    workspace.barrier_after_write()
     found = torch.empty(rank.world_size, 3, dtype=torch.int32, device=rank.device)
     launch(gather_kernel, (1, rank.world_size), numbers.addresses, found, 3, device=rank.device, BLOCK=4)
     assert found.tolist() == [[10 * other + i for i in range(3)] for other in range(rank.world_size)]
-    workspace.fence()
+    workspace.barrier_before_write()
     workspace.close()
 
 
@@ -143,9 +143,9 @@ def grown(rank: Rank) -> None:
     assert workspace.reserve("rows", 1) is large
     workspace.enter()
     large.local.fill_(rank.rank)
-    workspace.publish()
+    workspace.barrier_after_write()
     assert [int(bytes_[-1]) for bytes_ in large.by_rank] == list(range(rank.world_size))
-    workspace.fence()
+    workspace.barrier_before_write()
     workspace.close()
 
 
@@ -161,7 +161,7 @@ def left_alone(rank: Rank, absent: int) -> str:
         time.sleep(1)
         return ""
     with pytest.raises(PeerTimeoutError) as raised:
-        workspace.publish()
+        workspace.barrier_after_write()
     with pytest.raises(PeerTimeoutError):
         workspace.enter()
     return str(raised.value)
@@ -180,7 +180,7 @@ def combining_alone(rank: Rank, absent: int) -> str:
     idx = torch.tensor([[0, 1]] * 4, device=rank.device)
     plan = ep.plan(idx, num_experts=2)
     rows = ep.dispatch(torch.ones(4, 8, device=rank.device), plan).detach()
-    workspace = ep._backend._kit(rank.device).workspace
+    workspace = ep._backend._context(rank.device).workspace
     with torch.no_grad():
         ep.combine(rows, torch.ones(4, 2, device=rank.device), plan)
         if rank.rank == absent:
@@ -189,7 +189,7 @@ def combining_alone(rank: Rank, absent: int) -> str:
                 patch.setattr(workspace, "run_waiting", lambda *_, **__: time.sleep(1))
                 ep.combine(rows, torch.ones(4, 2, device=rank.device), plan)
             return ""
-        ep._waits.timeout = 0.25
+        ep._collectives.timeout = 0.25
         with pytest.raises(PeerTimeoutError) as raised:
             ep.combine(rows, torch.ones(4, 2, device=rank.device), plan)
     with pytest.raises(PeerTimeoutError):
@@ -217,7 +217,7 @@ def test_memory_cannot_be_shared_during_capture(cuda_pool: RankPool) -> None:
 
 
 def wrong_device(rank: Rank) -> None:
-    from sonic_ep.fast import layer
+    from sonic_ep.fast import backend as layer
 
     def asked(seen: bool) -> str:
         with pytest.MonkeyPatch.context() as patch, ExpertParallel(backend="fast") as ep:
@@ -238,7 +238,8 @@ def test_a_device_without_kernels_is_refused(pool: RankPool) -> None:
 
 def barrier_alone(rank: Rank, shown: list[int], seconds: float) -> tuple[list[int], float]:
     """What the kernel of rank 0 of three writes where its peers have shown these tags, and how long it takes."""
-    from sonic_ep.fast.device import barrier_kernel, launch
+    from sonic_ep.fast.launch import launch
+    from sonic_ep.fast.sync import barrier_kernel
 
     flags = [torch.zeros(3, dtype=torch.int64) for _ in range(3)]
     flags[0][1:] = torch.tensor(shown)
@@ -269,8 +270,8 @@ def test_who_is_told_by_a_meeting_that_fails(cpu_pool: RankPool, shown: list[int
     """The first to give up tells, and after it nobody else takes its time; another tag is not waited for at all."""
     ((words, took),) = cpu_pool.run(barrier_alone, shown, WAIT_SECONDS, world_size=1)
     assert words == expected
-    waits = 1 if expected[0] == 1 else 0
-    assert took < (waits + 0.9) * WAIT_SECONDS
+    collectives = 1 if expected[0] == 1 else 0
+    assert took < (collectives + 0.9) * WAIT_SECONDS
 
 
 WAIT_SECONDS = 1.0
@@ -280,7 +281,7 @@ def fence_meets_publish(rank: Rank) -> str:
     workspace = make_workspace(rank)
     workspace.enter()
     with pytest.raises(CollectiveMismatchError) as raised:
-        (workspace.fence if rank.rank == 0 else workspace.publish)()
+        (workspace.barrier_before_write if rank.rank == 0 else workspace.barrier_after_write)()
     return str(raised.value)
 
 

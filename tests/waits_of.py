@@ -2,11 +2,11 @@
 
 import torch.distributed as dist
 
-from sonic_ep.group import resolve_group
+from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.group import resolve_group
 from sonic_ep.testing import Rank
-from sonic_ep.waits import Waits
 
 
-def waits_of_a_new_group(rank: Rank, timeout: float) -> Waits:
+def waits_of_a_new_group(rank: Rank, timeout: float) -> BoundedCollectives:
     """Collective. Of a group of all ranks."""
-    return Waits(resolve_group(dist.new_group(list(range(rank.world_size)))), timeout)
+    return BoundedCollectives(resolve_group(dist.new_group(list(range(rank.world_size)))), timeout)

@@ -26,8 +26,9 @@ from sonic_ep.cli.report import add_report
 from sonic_ep.cli.sweep import add_sweep
 from sonic_ep.cli.verify import chosen_cases, verify_cases
 from sonic_ep.cli.words import DTYPES, add_nproc, thiek_word
-from sonic_ep.config import AUTO, BackendUnavailableError
-from sonic_ep.group import EPGroup
+from sonic_ep.config import AUTO
+from sonic_ep.distributed.group import EPGroup
+from sonic_ep.errors import BackendUnavailableError
 from sonic_ep.testing.cases import CASES
 
 DEMO_RANKS = 4

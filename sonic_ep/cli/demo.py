@@ -49,7 +49,7 @@ def _follow_rows(ep: ExpertParallel, device: torch.device, out: TextIO | None) -
 def _show_plan(plan: RoutingPlan, token_of_row: torch.Tensor, out: TextIO | None) -> None:
     _say(
         out,
-        f"each of the {plan.capacity} tokens of a rank chooses {plan.top_k} of {plan.num_experts} experts:",
+        f"each of the {plan.max_tokens} tokens of a rank chooses {plan.top_k} of {plan.num_experts} experts:",
     )
     for rank in range(plan.world_size):
         _say(out, f"  rank {rank} chooses {plan.expert_ids[rank].tolist()}")

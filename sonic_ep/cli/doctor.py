@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from sonic_ep.backend import BACKEND_PACKAGES, unavailable_reasons
-from sonic_ep.fast.availability import symmetric_memory_reasons
-from sonic_ep.group import EPGroup
+from sonic_ep.distributed.group import EPGroup
+from sonic_ep.fast.capabilities import symmetric_memory_reasons
 from sonic_ep.machine import link_types, package_version, topology
 
 PACKAGES = ("sonic-ep", "torch", "triton", "einops", "numpy", "matplotlib")

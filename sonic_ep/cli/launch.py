@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from sonic_ep.group import device_of_rank
+from sonic_ep.distributed.group import device_of_rank
 
 FAILED = 1
 ENDED_BY_SIGNAL = 128

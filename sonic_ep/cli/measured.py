@@ -14,7 +14,7 @@ from sonic_ep.benchmark.results import command_of
 from sonic_ep.cli.exit_codes import RED
 from sonic_ep.cli.launch import Place, joined_group, ranks_of
 from sonic_ep.cli.output import require_writable, teller, words_without_paths
-from sonic_ep.group import EPGroup
+from sonic_ep.distributed.group import EPGroup
 from sonic_ep.profiler import WrongResultError
 from sonic_ep.testing.timing import AboveCeilingError
 

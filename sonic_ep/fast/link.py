@@ -17,8 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from sonic_ep.cost import LinkCeilings
-from sonic_ep.fast.device import copy_row, launch, multiprocessors, peer_pointer
-from sonic_ep.fast.workspace import SharedBuffer, Workspace
+from sonic_ep.fast.device_functions import copy_row, peer_pointer
+from sonic_ep.fast.launch import launch, multiprocessors
+from sonic_ep.fast.symmetric_memory import SharedBuffer
+from sonic_ep.fast.workspace import Workspace
 
 SOURCE = "link_source"
 TARGET = "link_target"
@@ -102,7 +104,7 @@ class Link:
         self._words(self._source, group.rank).random_()
         on_gpu = workspace.device.type == "cuda"
         self._streams = tuple(torch.cuda.Stream(workspace.device) for _ in range(max(STREAMS) if on_gpu else 0))
-        workspace.publish()
+        workspace.barrier_after_write()
 
     def copy_in(self, streams: int) -> None:
         """Collective. The next rank's source to this rank's target, by copy engine."""
@@ -159,12 +161,12 @@ class Link:
             current.wait_stream(stream)
 
     def _expect(self, what: str, sender: int) -> None:
-        self._workspace.publish()
+        self._workspace.barrier_after_write()
         arrived = torch.equal(self._words(self._target, self._rank), self._words(self._source, sender))
         # The next transfer may not begin before everybody has looked.
-        self._workspace.fence()
+        self._workspace.barrier_before_write()
         self._words(self._target, self._rank).zero_()
-        self._workspace.fence()
+        self._workspace.barrier_before_write()
         if not arrived:
             raise AssertionError(f"{self._workspace.group}: link: {what}: what arrived is not what rank {sender} sent")
 

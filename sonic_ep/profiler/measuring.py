@@ -13,7 +13,7 @@ from sonic_ep.api import ExpertParallel
 from sonic_ep.ceilings import meeting
 from sonic_ep.profiler.agreement import WrongResultError, in_step
 from sonic_ep.profiler.problem import Inputs, Work
-from sonic_ep.testing.checks import spoil
+from sonic_ep.testing.checks import poison
 from sonic_ep.testing.timing import Captured, Timing, captured, measure_in_turn
 
 # What the timed rounds of a profile take together, so that a start of a training run does not wait for them.
@@ -71,8 +71,8 @@ class Stage:
 
     def time_launched(self, functions: Sequence[Callable[[], object]], rounds: int) -> list[Timing]:
         """What each of ``functions`` takes, in turn, round by round, the host ahead of a GPU."""
-        fence = partial(self.lane.meet, self.device)
-        enter = meeting(fence, self.device, ahead=True)
+        barrier_before_write = partial(self.lane.meet, self.device)
+        enter = meeting(barrier_before_write, self.device, ahead=True)
         group, device = self.lane.group, self.device
         return measure_in_turn(functions, rounds=rounds, warmup=0, device=device, group=group, enter=enter)
 
@@ -88,7 +88,7 @@ class Stage:
     def _captured(self, work: Work, inputs: Inputs) -> Captured:
         graph = captured(partial(work.run, inputs), self.device)
         # What the capture's warm-up found is not to be taken for what a replay gives.
-        spoil(graph.result)
+        poison(graph.result)
         work.last[:] = [graph.result]
         return graph
 

@@ -38,7 +38,7 @@ class Lanes:
 
 
 @contextmanager
-def open_lanes(ep: ExpertParallel, backend: str, config: EPConfig, capacity: int) -> Iterator[Lanes]:
+def open_lanes(ep: ExpertParallel, backend: str, config: EPConfig, max_tokens: int) -> Iterator[Lanes]:
     """Collective: lanes over the group of ``ep``, closed at the end. Three serve, each a dispatch and a combine mode.
 
     config: the flags. Bounds of rows are left out: a profile must not fail where a layer would not.
@@ -49,7 +49,7 @@ def open_lanes(ep: ExpertParallel, backend: str, config: EPConfig, capacity: int
     with ExitStack() as opened:
         for dispatch_mode, combine_mode in zip(DispatchMode, CombineMode, strict=True):
             modes = replace(config, dispatch=dispatch_mode, combine=combine_mode, max_rows=None)
-            lane = opened.enter_context(ExpertParallel(group, backend, modes, max_tokens_per_rank=capacity))
+            lane = opened.enter_context(ExpertParallel(group, backend, modes, max_tokens_per_rank=max_tokens))
             dispatch[dispatch_mode] = combine[combine_mode] = lane
         yield Lanes(dispatch=MappingProxyType(dispatch), combine=MappingProxyType(combine))
 
@@ -144,7 +144,9 @@ class Answers:
         pair_slots = [[int((owner_CK == owner).sum()) for owner in ranks] for owner_CK in owner_WCK]
         pair_tokens = self.plan.pair_tokens.tolist()
         return [
-            rank_counts(rank, capacity=self.plan.capacity, tokens=held, pair_tokens=pair_tokens, pair_slots=pair_slots)
+            rank_counts(
+                rank, max_tokens=self.plan.max_tokens, tokens=held, pair_tokens=pair_tokens, pair_slots=pair_slots
+            )
             for rank, held in enumerate(tokens)
         ]
 

@@ -16,8 +16,10 @@ from torch import Tensor
 from sonic_ep.api import ExpertParallel
 from sonic_ep.backend import choose_backend
 from sonic_ep.ceilings import ROUNDS, ROUNDS_OF_SHARED_GPUS, measured_ceilings
-from sonic_ep.config import AUTO, ClosedError
+from sonic_ep.checks import ArgumentChecker
+from sonic_ep.config import AUTO
 from sonic_ep.cost import LinkCeilings
+from sonic_ep.errors import ClosedError
 from sonic_ep.machine import Machine, this_machine
 from sonic_ep.profiler.agreement import gathered, in_step, require_alike
 from sonic_ep.profiler.cache import DEFAULT_FOLDER, Cache
@@ -36,7 +38,6 @@ from sonic_ep.profiler.request import (
 )
 from sonic_ep.profiler.times import EVERY_PAIR, PairTime, ProfileShape, Spread
 from sonic_ep.testing.timing import AboveCeilingError, Timing
-from sonic_ep.validation import Edge
 
 ValueT = TypeVar("ValueT")
 
@@ -88,12 +89,12 @@ class NetworkProfiler:
         if not isinstance(ep, ExpertParallel):
             raise TypeError(f"NetworkProfiler: ep: got {type(ep).__name__}, expected an ExpertParallel")
         self._ep = ep
-        self._edge = Edge(group=ep.group)
+        self._checker = ArgumentChecker(group=ep.group)
         if rounds is not None:
-            self._edge.count("rounds", rounds)
+            self._checker.count("rounds", rounds)
         fits = cache is None or isinstance(cache, Path | str)
-        self._edge.require(fits, "cache", repr(cache), "a Path, or None for no cache")
-        require_rates(self._edge, rates)
+        self._checker.require(fits, "cache", repr(cache), "a Path, or None for no cache")
+        require_rates(self._checker, rates)
         self._rounds, self._rates = rounds, rates
         self._cache = None if cache is None or rates is not None else Cache(folder=Path(cache))
         self._machines: dict[torch.device, Machine] = {}
@@ -138,7 +139,7 @@ class NetworkProfiler:
 
         def read() -> tuple[Request, Offer]:
             request = read_request(
-                self._edge,
+                self._checker,
                 tokens=tokens,
                 hidden=hidden,
                 top_k=top_k,
@@ -157,7 +158,7 @@ class NetworkProfiler:
     def _agreed(self, offers: Sequence[Offer]) -> Setting:
         """What all ranks ask for. Raises ``ValueError`` on every rank if they ask for different things."""
         require_alike(self._ep.group, [offer.alike for offer in offers])
-        return Setting(shape=agreed_shape(self._edge, offers), offers=tuple(offers))
+        return Setting(shape=agreed_shape(self._checker, offers), offers=tuple(offers))
 
     def _machine_of(self, device: torch.device) -> Machine:
         """Asked for once: the driver takes its time to answer."""
@@ -198,12 +199,12 @@ class NetworkProfiler:
         group, shape, device = self._ep.group, setting.shape, request.device
         rates = self._rates or self._measured_rates(setting, device)
         drawn = self._drawn(lambda: Drawn.of(request.draw_ids(group.rank, group.world_size), shape, group.rank))
-        with open_lanes(self._ep, self._ep.backend, self._ep.config, shape.capacity) as lanes:
+        with open_lanes(self._ep, self._ep.backend, self._ep.config, shape.max_tokens) as lanes:
             plan = lanes.first.plan(drawn.ids_TK, shape.num_experts)
             rows_RH = self._drawn(lambda: draw_rows(plan, shape))
             inputs = Inputs(drawn=drawn, num_experts=shape.num_experts, plan=plan, rows_RH=rows_RH)
             exact = replace(self._ep.config, cpu_sync_on_runtime=True)
-            with open_lanes(self._ep, REFERENCE, exact, shape.capacity) as right:
+            with open_lanes(self._ep, REFERENCE, exact, shape.max_tokens) as right:
                 answers = Answers.of(inputs, right)
             works = works_of(lanes, answers).all
             # Interpreted kernels take seconds a round.

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from sonic_ep.api import ExpertParallel
+from sonic_ep.autograd_utils import for_kernels
+from sonic_ep.checks import INDEX_DTYPES, ROW_DTYPES, ArgumentChecker, check_experts_divide
 from sonic_ep.config import EPConfig
 from sonic_ep.cost import LinkCeilings
 from sonic_ep.machine import Machine
-from sonic_ep.once import as_kernels_read
 from sonic_ep.plan import NO_ROW
 from sonic_ep.profiler.report import config_as_json
 from sonic_ep.profiler.times import ProfileShape
 from sonic_ep.testing.cases import Case, Chooser, one_rank, skewed, uniform
-from sonic_ep.validation import INDEX_DTYPES, ROW_DTYPES, Edge, check_experts_divide
 
 ROUTINGS: Mapping[str, Chooser] = MappingProxyType({"uniform": uniform, "skewed": skewed, "one_rank": one_rank})
 GIVEN = "given"
@@ -93,7 +93,7 @@ class Offer:
 
 
 def read_request(
-    edge: Edge,
+    checker: ArgumentChecker,
     *,
     tokens: object,
     hidden: object,
@@ -105,77 +105,77 @@ def read_request(
 ) -> Request:
     """The request, each argument checked. Raises ``ValueError`` with what was got and what is expected."""
     sizes = {"hidden": hidden, "top_k": top_k, "num_experts": num_experts}
-    counts = {"tokens": _count(edge, "tokens", tokens, least=0)}
-    counts |= {name: _count(edge, name, size, least=1) for name, size in sizes.items()}
-    check_experts_divide(edge, counts["num_experts"])
-    edge.require(counts["top_k"] <= counts["num_experts"], "top_k", top_k, f"at most E={num_experts}")
-    edge.require(dtype in ROW_DTYPES, "dtype", dtype, " or ".join(map(str, ROW_DTYPES)))
+    counts = {"tokens": _count(checker, "tokens", tokens, least=0)}
+    counts |= {name: _count(checker, name, size, least=1) for name, size in sizes.items()}
+    check_experts_divide(checker, counts["num_experts"])
+    checker.require(counts["top_k"] <= counts["num_experts"], "top_k", top_k, f"at most E={num_experts}")
+    checker.require(dtype in ROW_DTYPES, "dtype", dtype, " or ".join(map(str, ROW_DTYPES)))
     assert isinstance(dtype, torch.dtype)
-    given_TK = _read_routing(edge, routing, (counts["tokens"], counts["top_k"]), counts["num_experts"])
+    given_TK = _read_routing(checker, routing, (counts["tokens"], counts["top_k"]), counts["num_experts"])
     return Request(
         **counts,
         dtype=dtype,
         routing=routing if isinstance(routing, str) else GIVEN,
         given_TK=given_TK,
-        device=_read_device(edge, device),
+        device=_read_device(checker, device),
     )
 
 
-def _count(edge: Edge, name: str, value: object, *, least: int) -> int:
-    edge.count(name, value, least=least)
+def _count(checker: ArgumentChecker, name: str, value: object, *, least: int) -> int:
+    checker.count(name, value, least=least)
     assert isinstance(value, int)
     return value
 
 
-def _read_device(edge: Edge, device: object) -> torch.device:
+def _read_device(checker: ArgumentChecker, device: object) -> torch.device:
     """With the index that tensors there have."""
-    edge.require(isinstance(device, torch.device), "device", repr(device), "a torch.device, or None")
+    checker.require(isinstance(device, torch.device), "device", repr(device), "a torch.device, or None")
     assert isinstance(device, torch.device)
-    movable = edge.group.device_types()
+    movable = checker.group.device_types()
     kinds = {"cpu", "cuda"} if movable is None else {"cpu", "cuda"} & movable
-    edge.require(device.type in kinds, "device", device, f"one that the group moves: {', '.join(sorted(kinds))}")
+    checker.require(device.type in kinds, "device", device, f"one that the group moves: {', '.join(sorted(kinds))}")
     if device.type == "cpu":
         return torch.device("cpu")
-    edge.require(torch.cuda.is_available(), "device", device, "the CPU: there is no CUDA device")
+    checker.require(torch.cuda.is_available(), "device", device, "the CPU: there is no CUDA device")
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
-def _read_routing(edge: Edge, routing: object, shape: tuple[int, int], num_experts: int) -> Tensor | None:
+def _read_routing(checker: ArgumentChecker, routing: object, shape: tuple[int, int], num_experts: int) -> Tensor | None:
     """The ids, if ``routing`` is a tensor; None if it is one of the names."""
     if isinstance(routing, Tensor):
-        edge.require(routing.device.type != "meta", "device of routing", routing.device, "a device that holds data")
+        checker.require(routing.device.type != "meta", "device of routing", routing.device, "a device that holds data")
         # On any device: the ids are brought to where rows live.
-        routing = edge.tensor("routing", routing, INDEX_DTYPES, like=routing)
-        edge.shape("routing", routing, shape, "(T, K)")
-        routing = as_kernels_read(routing)
+        routing = checker.tensor("routing", routing, INDEX_DTYPES, like=routing)
+        checker.shape("routing", routing, shape, "(T, K)")
+        routing = for_kernels(routing)
         least, most = (int(id_) for id_ in routing.aminmax()) if routing.numel() else (0, 0)
         fits = least >= NO_ROW and most < num_experts
-        edge.require(fits, "expert ids of routing", f"{least} to {most}", f"0 to {num_experts - 1}, or -1")
+        checker.require(fits, "expert ids of routing", f"{least} to {most}", f"0 to {num_experts - 1}, or -1")
         return routing
     names = ", ".join(map(repr, ROUTINGS))
-    edge.require(isinstance(routing, str) and routing in ROUTINGS, "routing", repr(routing), f"{names} or a tensor")
-    held = num_experts // edge.group.world_size
+    checker.require(isinstance(routing, str) and routing in ROUTINGS, "routing", repr(routing), f"{names} or a tensor")
+    held = num_experts // checker.group.world_size
     if routing == "one_rank":
-        edge.require(shape[1] <= held, "top_k for routing 'one_rank'", shape[1], f"at most E/W={held}")
+        checker.require(shape[1] <= held, "top_k for routing 'one_rank'", shape[1], f"at most E/W={held}")
     return None
 
 
-def require_rates(edge: Edge, rates: object) -> None:
+def require_rates(checker: ArgumentChecker, rates: object) -> None:
     """Ceilings, each a finite rate above 0, or None."""
     if rates is None:
         return
     if not isinstance(rates, LinkCeilings):
-        raise TypeError(f"{edge.group}: rates: got {type(rates).__name__}, expected LinkCeilings or None")
+        raise TypeError(f"{checker.group}: rates: got {type(rates).__name__}, expected LinkCeilings or None")
     for name, rate in asdict(rates).items():
         number = isinstance(rate, float | int) and not isinstance(rate, bool)
         fits = number and 0 < rate <= sys.float_info.max
-        edge.require(fits, f"{name} of rates", repr(rate), "a finite rate above 0, in bytes/s")
+        checker.require(fits, f"{name} of rates", repr(rate), "a finite rate above 0, in bytes/s")
 
 
-def agreed_shape(edge: Edge, offers: Sequence[Offer]) -> ProfileShape:
+def agreed_shape(checker: ArgumentChecker, offers: Sequence[Offer]) -> ProfileShape:
     """The shape of the group from what each rank asks for. Raises ``ValueError`` if there is no token at all."""
     tokens = tuple(offer.tokens for offer in offers)
-    edge.require(max(tokens) > 0, "tokens", "none on any rank", "at least one in the group")
+    checker.require(max(tokens) > 0, "tokens", "none on any rank", "at least one in the group")
     alike = offers[0].alike
     return ProfileShape(
         tokens=tokens,

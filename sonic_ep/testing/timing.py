@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sonic_ep.group import EPGroup
+from sonic_ep.distributed.group import EPGroup
 
 # Two measurements of one link differ by about a percent.
 MOST_ABOVE_CEILING = 1.02
@@ -147,7 +147,7 @@ def measure_in_turn(
         group=group,
         enter=enter,
     )
-    return [Timing(rounds=timing.rounds[turn::several]) for turn in range(several)]
+    return [Timing(rounds=timing.rounds[call_lock::several]) for call_lock in range(several)]
 
 
 def keep_busy(device: torch.device, seconds: float = BUSY_SECONDS) -> None:

@@ -1,8 +1,7 @@
-"""The layer in plain torch: dispatch, experts, combine, and the two flags.
+"""Rows of one plan on their way: dispatch and combine, each with the other as its adjoint, and x dispatched again.
 
-Dispatch and combine are each other's adjoints: the gradient of dispatch is a combine without scores, in the
-configured combine mode; the gradient of combine dispatches d(out) in the configured dispatch mode. Those two adjoints,
-and the up-projection that dispatches x again, are written here by hand.
+The gradient of dispatch is a combine without scores in the configured combine mode; the gradient of combine dispatches
+d(out) in the configured dispatch mode.
 """
 
 from __future__ import annotations
@@ -14,22 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sonic_ep.backend import CombinePrimitive, DispatchPrimitive, Experts, LayerOutput, Routing, Slots
-from sonic_ep.config import EPConfig, RouterOptions
-from sonic_ep.cost import Workload, choose_modes
-from sonic_ep.eager import outside_selective_checkpoint
-from sonic_ep.meeting import Meeting, Phase, Step
-from sonic_ep.once import once_differentiable, savable, saved_by
+from sonic_ep.autograd_utils import (
+    once_differentiable,
+    outside_selective_checkpoint,
+    savable,
+    unpack_saved,
+)
+from sonic_ep.backend import CombinePrimitive, DispatchPrimitive
+from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.sync_tag import Phase, Step, SyncTag
 from sonic_ep.plan import RoutingPlan, raise_if_malformed, recompute_error
-from sonic_ep.precision import full_precision, keep_from_autocast
-from sonic_ep.reference.collectives import Collectives, collectives_of
-from sonic_ep.reference.combine import combine_primitives
-from sonic_ep.reference.dispatch import dispatch_primitives
-from sonic_ep.reference.experts import apply_experts, apply_second_half, grouped_linear
-from sonic_ep.reference.plan import check_expert_ids, exchange_plan, pad_tokens, slot_exchange
-from sonic_ep.reference.router import route
-from sonic_ep.split_backward import applied
-from sonic_ep.waits import Waits
+from sonic_ep.reference.experts import grouped_linear
+from sonic_ep.reference.plan import pad_tokens, slot_exchange
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,7 +34,7 @@ class Exchange:
     plan: RoutingPlan
     dispatch: DispatchPrimitive
     combine: CombinePrimitive
-    collectives: Collectives
+    collectives: BoundedCollectives
     step: Step
     backward: bool = False
 
@@ -49,8 +44,8 @@ class Exchange:
 
     def meet(self, phase: Phase, device: torch.device, own: int = 0) -> list[int]:
         """Collective. ``own`` of every rank, once all have come to this phase of the step."""
-        meeting = Meeting(step=self.step, phase=phase, backward=self.backward)
-        return self.collectives.meet(meeting, device, own)
+        sync_tag = SyncTag(step=self.step, phase=phase, backward=self.backward)
+        return self.collectives.sync(sync_tag, device, own)
 
     def raise_if_rerouted(self, expert_ids_WCK: Tensor) -> None:
         """Raise ``RecomputeError`` if activation checkpointing has run forward again, and it found other ids.
@@ -73,9 +68,9 @@ class Exchange:
 
     def scores_of_group(self, scores_TK: Tensor) -> Tensor:
         """Collective. The scores of all tokens of the group, (W, C, K) fp32."""
-        return self.collectives.all_gather(pad_tokens(scores_TK, self.plan.capacity, 0))
+        return self.collectives.all_gather(pad_tokens(scores_TK, self.plan.max_tokens, 0))
 
-    def send_home(self, value_of_row_N: Tensor) -> Tensor:
+    def return_to_origin(self, value_of_row_N: Tensor) -> Tensor:
         """Collective. One value of each valid row to its slot's home, (T, K); zero for dropped slots."""
         exchange = slot_exchange(self.plan)
         home_N = self.collectives.all_to_all_rows(
@@ -93,7 +88,7 @@ class Dispatch(torch.autograd.Function):
     @outside_selective_checkpoint
     def forward(ctx: Any, x_TH: Tensor, exchange: Exchange) -> Tensor:
         """Rows in canonical order."""
-        ctx.exchange, ctx.turn = exchange, exchange.collectives.turn
+        ctx.exchange, ctx.call_lock = exchange, exchange.collectives.call_lock
         ctx.save_for_backward(savable(exchange.plan.expert_ids))
         return exchange.rows(x_TH)
 
@@ -102,7 +97,7 @@ class Dispatch(torch.autograd.Function):
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
         """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
         exchange: Exchange = ctx.exchange.in_backward()
-        (expert_ids_WCK,) = saved_by(ctx, exchange.collectives.group, ("expert_ids of plan",))
+        (expert_ids_WCK,) = unpack_saved(ctx, exchange.collectives.group, ("expert_ids of plan",))
         raise_if_malformed(exchange.collectives.group, exchange.plan)
         exchange.raise_if_rerouted(expert_ids_WCK)
         exchange.meet(Phase.COMBINE, grad_RH.device)
@@ -132,7 +127,7 @@ class Combine(torch.autograd.Function):
         """The weighted sums, (..., H) as ``shape`` says."""
         scores_WCK = exchange.scores_of_group(scores_TK)
         valid_slots_N = exchange.plan.slot_of_row[: exchange.plan.rows()].long()
-        ctx.exchange, ctx.turn = exchange, exchange.collectives.turn
+        ctx.exchange, ctx.call_lock = exchange, exchange.collectives.call_lock
         ctx.names = ("scores", "rows", "expert_ids of plan", *read_later)
         ctx.save_for_backward(
             scores_WCK.flatten()[valid_slots_N] if ctx.needs_input_grad[0] else None,
@@ -148,7 +143,7 @@ class Combine(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """Gradients of the rows (R, H) and of the scores (T, K)."""
         exchange: Exchange = ctx.exchange.in_backward()
-        score_of_row_N, rows_RH, expert_ids_WCK, *_ = saved_by(ctx, exchange.collectives.group, ctx.names)
+        score_of_row_N, rows_RH, expert_ids_WCK, *_ = unpack_saved(ctx, exchange.collectives.group, ctx.names)
         raise_if_malformed(exchange.collectives.group, exchange.plan)
         exchange.raise_if_rerouted(expert_ids_WCK)
         exchange.meet(Phase.DISPATCH, grad.device)
@@ -158,7 +153,7 @@ class Combine(torch.autograd.Function):
         # In place: rows in fp32 are the largest that there is where most of them come to one rank.
         if rows_RH is not None:
             product_NH = out_grad_RH[valid].to(torch.float32, copy=True).mul_(rows_RH[valid])
-            grad_scores_TK = exchange.send_home(product_NH.sum(dim=1))
+            grad_scores_TK = exchange.return_to_origin(product_NH.sum(dim=1))
             del product_NH
         if score_of_row_N is not None:
             # The product is fp32's, as the score is, and rounded once.
@@ -177,7 +172,7 @@ class UpProjectionOfRowsGatheredAgain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, rows_RH: Tensor, w1: Tensor, b1: Tensor | None, exchange: Exchange) -> Tensor:
         """``grouped_linear`` of the rows; x is what is kept."""
-        ctx.exchange, ctx.turn = exchange, exchange.collectives.turn
+        ctx.exchange, ctx.call_lock = exchange, exchange.collectives.call_lock
         ctx.save_for_backward(x_TH, w1, b1)
         return grouped_linear(rows_RH, exchange.plan.group_ends, w1, b1)
 
@@ -186,7 +181,7 @@ class UpProjectionOfRowsGatheredAgain(torch.autograd.Function):
     def backward(ctx: Any, grad_RF: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, None]:
         """Gradients of the rows, w1 and b1, those that are required."""
         exchange: Exchange = ctx.exchange.in_backward()
-        x_TH, w1, b1 = saved_by(ctx, exchange.collectives.group, ("x", "w1", "b1"))
+        x_TH, w1, b1 = unpack_saved(ctx, exchange.collectives.group, ("x", "w1", "b1"))
         exchange.meet(Phase.DISPATCH, x_TH.device)
         needed = ctx.needs_input_grad[1:4]
         rows_RH = exchange.rows(x_TH).requires_grad_(needed[0])
@@ -200,142 +195,7 @@ class UpProjectionOfRowsGatheredAgain(torch.autograd.Function):
         return None, rows_grad, w1_grad, b1_grad, None
 
 
-class ReferenceBackend:
-    """The backend protocol over ``torch.distributed``. Stateless but for its group and config."""
-
-    def __init__(self, waits: Waits, config: EPConfig) -> None:
-        self._config = config
-        self._waits = waits
-        self._collectives = collectives_of(waits)
-        self._dispatch = dispatch_primitives(self._collectives)
-        self._combine = combine_primitives(self._collectives)
-
-    def meet(self, device: torch.device) -> None:
-        """A number of every rank to every rank."""
-        self._collectives.meet(self._meeting(Phase.MEETING), device)
-
-    def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
-        """See ``sonic_ep.reference.router``."""
-        with full_precision(x_TH.device):
-            routing = route(x_TH, router_w_EH, options, self._collectives)
-        keep_from_autocast((routing.topk_scores, routing.logits), (x_TH, router_w_EH))
-        return routing
-
-    def check_expert_ids(self, topk_idx_TK: Tensor, num_experts: int) -> None:
-        """See ``sonic_ep.reference.plan``."""
-        check_expert_ids(topk_idx_TK, num_experts, self._collectives.group)
-
-    @outside_selective_checkpoint
-    def plan(self, topk_idx_TK: Tensor, *, num_experts: int, capacity: int, distinct: bool) -> RoutingPlan:
-        """See ``sonic_ep.reference.plan``."""
-        self._collectives.meet(self._meeting(Phase.EXCHANGE), topk_idx_TK.device)
-        return exchange_plan(
-            topk_idx_TK,
-            num_experts=num_experts,
-            capacity=capacity,
-            distinct=distinct,
-            config=self._config,
-            collectives=self._collectives,
-        )
-
-    def dispatch(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
-        """Rows of x in canonical order, (R, H)."""
-        exchange = self._exchange(plan)
-        (x_TH,) = _joined_in_backward(exchange, Phase.DISPATCH, x_TH)
-        return applied(Dispatch, x_TH, exchange)
-
-    def combine(self, rows_RH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan) -> Tensor:
-        """The weighted sums of a token's rows, (T, H)."""
-        return self._combined(rows_RH, topk_scores_TK, plan, torch.Size((plan.num_tokens, rows_RH.shape[1])), {})
-
-    def layer(self, x_TH: Tensor, slots: Slots, experts: Experts, shape: torch.Size) -> LayerOutput:
-        """Plan, dispatch, experts, combine."""
-        plan = self.plan(
-            slots.topk_idx,
-            num_experts=experts.w1.shape[0] * self._collectives.group.world_size,
-            capacity=slots.capacity,
-            distinct=slots.distinct,
-        )
-        with full_precision(x_TH.device):
-            rows_RH = self.dispatch(x_TH, plan)
-            y_RH = self._apply_experts(rows_RH, x_TH, plan, experts)
-            y = self._combined(y_RH, slots.topk_scores, plan, shape, self._read_later(x_TH, experts))
-        keep_from_autocast((y,), (x_TH, slots.topk_scores, experts.w1, experts.w2, experts.b1, experts.b2))
-        # The caller's own: backward looks at the plan's again.
-        return LayerOutput(y=y, counts=plan.counts.clone())
-
-    def check(self) -> None:
-        """Nothing is ever pending: this backend raises where it finds."""
-
-    def explain(self, error: RuntimeError) -> None:
-        """Nothing waits but the host, which names what it has waited for."""
-
-    def stray(self) -> None:
-        """What moves between ranks carries no tag: the next call finds out first where they are."""
-        self._waits.stray()
-
-    def leave(self) -> None:
-        """Nothing to do: hosts that wait read the store."""
-
-    def holds_memory(self) -> bool:
-        """Never."""
-        return False
-
-    def raise_in_backward(self) -> None:
-        """As always."""
-
-    def let_go(self) -> None:
-        """Nothing is held."""
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-    def _combined(
-        self,
-        rows_RH: Tensor,
-        topk_scores_TK: Tensor,
-        plan: RoutingPlan,
-        shape: torch.Size,
-        read_later: Mapping[str, Tensor],
-    ) -> Tensor:
-        exchange = self._exchange(plan)
-        rows_RH, scores_TK = _joined_in_backward(exchange, Phase.COMBINE, rows_RH, topk_scores_TK.float())
-        return applied(Combine, rows_RH, scores_TK, exchange, shape, read_later)
-
-    def _gathers_again(self, experts: Experts) -> bool:
-        """Whether x is dispatched again in backward. Only the gradient of w1 reads the rows there."""
-        return self._config.redispatch_x_in_backward and torch.is_grad_enabled() and experts.w1.requires_grad
-
-    def _read_later(self, x_TH: Tensor, experts: Experts) -> dict[str, Tensor]:
-        """What the experts' backward reads of the caller's tensors, by name."""
-        read = {"w1": experts.w1, "w2": experts.w2}
-        if self._gathers_again(experts):
-            read |= {"x": x_TH} if experts.b1 is None else {"x": x_TH, "b1": experts.b1}
-        return read
-
-    def _apply_experts(self, rows_RH: Tensor, x_TH: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
-        if not self._gathers_again(experts):
-            return apply_experts(rows_RH, plan.group_ends, experts)
-        up = UpProjectionOfRowsGatheredAgain
-        hidden_RF = applied(up, x_TH.detach(), rows_RH, experts.w1, experts.b1, self._exchange(plan))
-        return apply_second_half(hidden_RF, plan.group_ends, experts)
-
-    def _meeting(self, phase: Phase) -> Meeting:
-        return Meeting(step=self._collectives.step, phase=phase)
-
-    def _exchange(self, plan: RoutingPlan) -> Exchange:
-        load = Workload(world_size=plan.world_size, top_k=plan.top_k, num_experts=plan.num_experts)
-        modes = choose_modes(self._config, load)
-        return Exchange(
-            plan=plan,
-            dispatch=self._dispatch[modes.dispatch],
-            combine=self._combine[modes.combine],
-            collectives=self._collectives,
-            step=self._collectives.step,
-        )
-
-
-def _joined_in_backward(exchange: Exchange, phase: Phase, *tensors: Tensor) -> tuple[Tensor, ...]:
+def joined_in_backward(exchange: Exchange, phase: Phase, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Collective. The tensors, each requiring a gradient here if it does on any rank of the group.
 
     A backward that communicates has to run on all ranks or on none; a rank without tokens easily brings an x

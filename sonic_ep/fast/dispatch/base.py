@@ -7,26 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sonic_ep.fast.workspace import SharedBuffer, Workspace
+from sonic_ep.fast.collectives import reserve_tokens, stage_tokens
+from sonic_ep.fast.symmetric_memory import SharedBuffer
+from sonic_ep.fast.workspace import Workspace
 from sonic_ep.plan import RoutingPlan
-
-TOKENS = "tokens"
-
-
-def reserve_tokens(workspace: Workspace, capacity: int, row_bytes: int, name: str = TOKENS) -> SharedBuffer:
-    """Collective. Shared memory for the C tokens of each rank; none to speak of where there is nobody to read it."""
-    return workspace.reserve(name, capacity * row_bytes if workspace.group.world_size > 1 else 0)
-
-
-def stage_tokens(x_TH: Tensor, capacity: int, workspace: Workspace, name: str = TOKENS) -> SharedBuffer:
-    """Collective. x (T, H) of every rank where all can read it, until the next call stages there."""
-    staged = reserve_tokens(workspace, capacity, x_TH.shape[1] * x_TH.element_size(), name)
-    group = workspace.group
-    if group.world_size > 1:
-        workspace.fence()
-        staged.rows(group.rank, tuple(x_TH.shape), x_TH.dtype).copy_(x_TH)
-        workspace.publish()
-    return staged
 
 
 class PulledDispatch(ABC):
@@ -41,13 +25,13 @@ class PulledDispatch(ABC):
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
 
-    def reserve(self, capacity: int, row_bytes: int) -> None:
+    def reserve(self, max_tokens: int, row_bytes: int) -> None:
         """Collective. Allocate what ``receive`` needs for C tokens of ``row_bytes`` on each rank."""
-        reserve_tokens(self._workspace, capacity, row_bytes)
+        reserve_tokens(self._workspace, max_tokens, row_bytes)
 
-    def stage(self, x_TH: Tensor, capacity: int) -> SharedBuffer:
+    def stage(self, x_TH: Tensor, max_tokens: int) -> SharedBuffer:
         """Collective. The first half of ``receive``: x (T, H) of every rank where all can read it."""
-        return stage_tokens(x_TH, capacity, self._workspace)
+        return stage_tokens(x_TH, max_tokens, self._workspace)
 
     @abstractmethod
     def pull(self, x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan, rows: int) -> Tensor:
@@ -58,4 +42,4 @@ class PulledDispatch(ABC):
 
     def receive(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
         """Collective. What this rank receives, in the mode's own layout; see ``pull``."""
-        return self.pull(x_TH, self.stage(x_TH, plan.capacity), plan, plan.row_capacity)
+        return self.pull(x_TH, self.stage(x_TH, plan.max_tokens), plan, plan.row_capacity)

@@ -10,17 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache, lru_cache, wraps
 from typing import Any
 
 import numpy as np
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
-
-ONE_LAUNCH = threading.Lock()
 
 # Operations of Triton that are NumPy's, and the types of operands for which they are.
 ARITHMETIC = {"int32": np.int32, "int64": np.int64, "fp32": np.float32}
@@ -35,19 +31,6 @@ COMPARISONS = {
     "equal": np.equal,
     "not_equal": np.not_equal,
 }
-
-
-@contextmanager
-def alone_in_this_process() -> Iterator[None]:
-    """Raises ``RuntimeError`` while another thread's kernel is interpreted: the grid, and what stands in for Triton's
-    language, are the process's. Nobody waits: the other kernel may be waiting for this rank.
-    """
-    if not ONE_LAUNCH.acquire(blocking=False):
-        raise RuntimeError("Triton's interpreter: got a kernel while another thread runs one, expected one thread")
-    try:
-        yield
-    finally:
-        ONE_LAUNCH.release()
 
 
 class Nothing:

@@ -7,17 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.fast.device import (
-    ROW_WARPS,
-    copy_row,
-    launch,
-    piece,
-    power_of_two,
-    programs_over,
-    rounded,
-    valid_rows,
-    words,
-)
+from sonic_ep.fast.device_functions import copy_row, rounded, valid_rows
+from sonic_ep.fast.launch import ROW_WARPS, as_int_view, block_size, launch, programs_over
 from sonic_ep.plan import RoutingPlan
 
 MOST_COLUMNS = 4096
@@ -25,11 +16,11 @@ MOST_COLUMNS = 4096
 
 def columns(width: int) -> int:
     """Columns that a program takes at a time, of rows of ``width``: a power of two."""
-    return min(power_of_two(width), MOST_COLUMNS)
+    return min(triton.next_power_of_2(width), MOST_COLUMNS)
 
 
 @triton.jit(do_not_specialize=["row_capacity"])
-def take_rows_kernel(
+def gather_rows_kernel(
     received_ptr,
     source_ptr,
     out_ptr,
@@ -51,13 +42,13 @@ def take_rows_kernel(
         copy_row(received_ptr + source * WORDS, out_ptr + row * WORDS, WORDS, PIECE)
 
 
-def take_rows(received_NH: Tensor, source_R: Tensor, group_ends_e: Tensor) -> Tensor:
+def gather_rows(received_NH: Tensor, source_R: Tensor, group_ends_e: Tensor) -> Tensor:
     """(R, H): the received row of each canonical row; unspecified behind ``group_ends_e[-1]``."""
     rows_RH = received_NH.new_empty((source_R.shape[0], received_NH.shape[1]))
-    received, out = words(received_NH), words(rows_RH)
+    received, out = as_int_view(received_NH), as_int_view(rows_RH)
     width = out.shape[1]
     launch(
-        take_rows_kernel,
+        gather_rows_kernel,
         (programs_over(out.shape[0], out.device),),
         received,
         source_R,
@@ -67,7 +58,7 @@ def take_rows(received_NH: Tensor, source_R: Tensor, group_ends_e: Tensor) -> Te
         out.shape[0],
         device=out.device,
         WORDS=width,
-        PIECE=piece(width, out.element_size()),
+        PIECE=block_size(width, out.element_size()),
         num_warps=ROW_WARPS,
     )
     return rows_RH
@@ -144,7 +135,7 @@ def weigh_rows(out_grad_RH: Tensor, rows_RH: Tensor, scores_WCK: Tensor, plan: R
 
 
 @triton.jit(do_not_specialize=["rows", "bound"])
-def spoil_kernel(
+def poison_kernel(
     rows_ptr,
     counts_ptr,
     rows,
@@ -174,11 +165,11 @@ def spoil_kernel(
                 tl.store(rows_ptr + row * H + column, rounded(nan, rows_ptr), mask=column < H)
 
 
-def spoil_if_overflowed(rows_NH: Tensor, plan: RoutingPlan, max_rows: int) -> Tensor:
+def poison_if_overflowed(rows_NH: Tensor, plan: RoutingPlan, max_rows: int) -> Tensor:
     """``rows_NH`` (N, H), all NaN if a rank of the plan is routed more than ``max_rows``. No read on the host."""
     width = rows_NH.shape[1]
     launch(
-        spoil_kernel,
+        poison_kernel,
         (programs_over(rows_NH.shape[0], rows_NH.device),),
         rows_NH,
         plan.counts,
@@ -189,7 +180,7 @@ def spoil_if_overflowed(rows_NH: Tensor, plan: RoutingPlan, max_rows: int) -> Te
         device=rows_NH.device,
         H=width,
         COLUMNS=columns(width),
-        EXPERTS=power_of_two(plan.experts_per_rank),
+        EXPERTS=triton.next_power_of_2(plan.experts_per_rank),
         num_warps=ROW_WARPS,
     )
     return rows_NH

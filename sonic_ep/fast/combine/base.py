@@ -20,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.fast.device import power_of_two, signal, take_signal
-from sonic_ep.fast.workspace import TAG_BYTES, SharedBuffer, Workspace
+from sonic_ep.fast.symmetric_memory import SharedBuffer
+from sonic_ep.fast.sync import signal, take_signal
+from sonic_ep.fast.workspace import TAG_BYTES, Workspace
 from sonic_ep.plan import RoutingPlan
 
 RECEIVED = "received"
@@ -35,7 +36,7 @@ COLUMNS = 1024
 SUM_WARPS = 4
 # Parameters of the combine kernels that differ from call to call, or from rank to rank.
 UNSPECIALIZED = [
-    *("capacity", "own_tokens", "row_capacity", "first_token", "tokens", "lag", "chunk"),
+    *("max_tokens", "own_tokens", "row_capacity", "first_token", "tokens", "lag", "chunk"),
     *("rank", "tag", "limit"),
 ]
 
@@ -45,20 +46,20 @@ class Receiver:
     """Shared memory for one chunk of tokens, and the flags that say what of it has arrived.
 
     received: the rows of ``chunk`` tokens on every rank. flags: (W - 1, chunk) int64 on every rank, all down before and
-    after a call; flag (s, t) is for token t of the chunk and sender s, see ``arrival_of``. What it is up to is the tag
+    after a call; flag (s, t) is for token t of the chunk and sender s, see ``receive_slot_of``. A raised flag is a tag
     of the meeting: after a call that ended in an error, flags of that call may still be up.
     """
 
     received: SharedBuffer
     flags: SharedBuffer
     chunk: int
-    capacity: int
+    max_tokens: int
     world_size: int
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """(first token, tokens) of each chunk."""
-        for first in range(0, self.capacity, self.chunk):
-            yield first, min(self.chunk, self.capacity - first)
+        for first in range(0, self.max_tokens, self.chunk):
+            yield first, min(self.chunk, self.max_tokens - first)
 
     def lag(self, tokens: int) -> int:
         """Groups between sending and summing, for a chunk of ``tokens``."""
@@ -74,13 +75,13 @@ def receiver(
 ) -> Receiver:
     """Collective. Shared memory for as many of the C tokens as ``most_bytes`` admit, at least one."""
     token_bytes = max(1, rows_per_token * row_bytes)
-    chunk = max(1, min(plan.capacity, most_bytes // token_bytes))
+    chunk = max(1, min(plan.max_tokens, most_bytes // token_bytes))
     flag_bytes = max(1, plan.world_size - 1) * chunk * TAG_BYTES
     return Receiver(
         received=workspace.reserve(RECEIVED, chunk * token_bytes),
         flags=workspace.reserve(FLAGS, flag_bytes, byte=0),
         chunk=chunk,
-        capacity=plan.capacity,
+        max_tokens=plan.max_tokens,
         world_size=plan.world_size,
     )
 
@@ -98,7 +99,7 @@ def send_and_sum(
     hidden = rows_RH.shape[1]
     out_TH = rows_RH.new_empty((plan.num_tokens, hidden))
     for first_token, tokens in shared.chunks():
-        workspace.fence()
+        workspace.barrier_before_write()
         workspace.run_waiting(
             kernel,
             shared.grid(tokens),
@@ -111,7 +112,7 @@ def send_and_sum(
             shared.received.addresses,
             shared.flags.addresses,
             plan.world_size,
-            plan.capacity,
+            plan.max_tokens,
             plan.num_tokens,
             plan.experts_per_rank,
             plan.row_capacity,
@@ -121,9 +122,9 @@ def send_and_sum(
             shared.chunk,
             HAS_SCORES=scores_WCK is not None,
             K=plan.top_k,
-            K_PADDED=power_of_two(plan.top_k),
+            K_PADDED=triton.next_power_of_2(plan.top_k),
             H=hidden,
-            COLUMNS=min(power_of_two(hidden), COLUMNS),
+            COLUMNS=min(triton.next_power_of_2(hidden), COLUMNS),
             num_warps=SUM_WARPS,
             **constants,
         )
@@ -163,7 +164,7 @@ class PushedCombine(ABC):
 
 
 @triton.jit
-def home_and_group(program, rank, world_size, lag):
+def origin_and_group(program, rank, world_size, lag):
     """Whose token a program of grid ((tokens + lag) * W,) takes, and which of the chunk; out of range if none.
 
     In each group the other ranks come first, from the next one around, and this rank last, ``lag`` groups later. With
@@ -182,7 +183,7 @@ def has_slot(experts, first_expert, experts_per_rank):
 
 
 @triton.jit
-def arrival_of(sender, home, group, world_size, chunk):
+def receive_slot_of(sender, home, group, world_size, chunk):
     """Place, among (W - 1, chunk), of what ``sender`` has for token ``group`` of ``home``'s chunk.
 
     Senders are counted around from the home: with W=4 and chunk=10, ranks 3 0 1 are senders 0 1 2 of home 2, and token
@@ -192,20 +193,20 @@ def arrival_of(sender, home, group, world_size, chunk):
 
 
 @triton.jit
-def raise_arrival(flags_ptr, home, arrival, tag):
+def signal_receive_slot(flags_ptr, home, arrival, tag):
     """Tell ``home`` that what this program has written there, in the meeting ``tag``, is complete."""
     signal(tl.load(flags_ptr + home).to(tl.pointer_type(tl.int64)) + arrival, tag)
 
 
 @triton.jit
-def await_arrivals(
+def await_receive_slots(
     flags_ptr,
     experts,
     group,
     chunk,
     world_size,
     experts_per_rank,
-    expiry_ptr,
+    wait_errors_ptr,
     rank,
     tag,
     limit,
@@ -215,5 +216,5 @@ def await_arrivals(
     flags = tl.load(flags_ptr + rank).to(tl.pointer_type(tl.int64))
     for sender in range(world_size):
         if (sender != rank) & (has_slot(experts, sender * experts_per_rank, experts_per_rank) | ALL):
-            arrival = arrival_of(sender, rank, group, world_size, chunk)
-            take_signal(flags + arrival, expiry_ptr, sender, tag, limit)
+            arrival = receive_slot_of(sender, rank, group, world_size, chunk)
+            take_signal(flags + arrival, wait_errors_ptr, sender, tag, limit)

@@ -12,8 +12,14 @@ import secrets
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+import torch
+
+from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.sync_tag import Phase
+from sonic_ep.fast.symmetric_memory import Offer, SharedBuffer, agreed
 
 PREFIX = "sonic_ep_"
 TOKEN_BYTES = 16
@@ -63,3 +69,32 @@ def _unlink_if_abandoned(path: Path) -> None:
         path.unlink()
     finally:
         os.close(descriptor)
+
+
+class HostSharedMemory:
+    """Memory of one host, one file a rank, gone from the file system as soon as everybody has mapped it."""
+
+    def __init__(self, collectives: BoundedCollectives) -> None:
+        self._collectives = collectives
+        remove_abandoned()
+
+    def allocate(self, nbytes: int, byte: int) -> SharedBuffer:
+        """Each rank makes a file that only its user may open, and maps those of all."""
+        rank = self._collectives.group.rank
+        with ExitStack() as stack:
+            offers = agreed(self._collectives, self._offer(nbytes, stack))
+            paths = [str(offer.path) for offer in offers]
+            by_rank = tuple(torch.from_file(p, shared=True, size=nbytes, dtype=torch.uint8) for p in paths)
+            by_rank[rank].fill_(byte)
+            self._collectives.objects("mapped and filled", Phase.MEMORY)
+        addresses = torch.tensor([tensor.data_ptr() for tensor in by_rank], dtype=torch.int64, device="cpu")
+        return SharedBuffer(rank=rank, by_rank=by_rank, addresses=addresses)
+
+    @staticmethod
+    def _offer(nbytes: int, stack: ExitStack) -> Offer:
+        """A file that lasts as long as ``stack``, or why there is none."""
+        try:
+            path = stack.enter_context(shared_file(nbytes))
+        except OSError as error:
+            return Offer(nbytes=nbytes, error=str(error))
+        return Offer(nbytes=nbytes, path=str(path))

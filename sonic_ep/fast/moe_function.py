@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from sonic_ep.activation import Activation, GateLayout
+from sonic_ep.autograd_utils import once_differentiable, unpack_saved
 from sonic_ep.backend import Experts
+from sonic_ep.distributed.sync_tag import Phase
 from sonic_ep.fast.copy_engine import CopyEngineGather, GatherInFlight
 from sonic_ep.fast.dispatch.all_to_all import pull_to_rows
 from sonic_ep.fast.exchange import Exchange
 from sonic_ep.fast.experts import HiddenGradient, activate, activate_backward, add_bias_dots, sum_groups
-from sonic_ep.fast.grouped_gemm import GroupedGemm
+from sonic_ep.fast.gemm import GroupedGemm
 from sonic_ep.fast.planner import PendingPlan, Planner
-from sonic_ep.fast.workspace import SharedBuffer
-from sonic_ep.meeting import Phase
-from sonic_ep.once import once_differentiable, saved_by
+from sonic_ep.fast.symmetric_memory import SharedBuffer
 
 # Names of the saved tensors, in order, for errors. "x": x if backward dispatches it again, else the rows received.
 # None: b1, which no gradient reads.
@@ -34,7 +34,7 @@ SAVED = ("x", "hidden", "scores", "expert_ids of plan", "w1", "w2", None, "b2")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Begun:
+class StagedInputs:
     """What is queued when forward starts: x of every rank, staged, and the plan, with the scores of the group."""
 
     staged: SharedBuffer
@@ -59,14 +59,14 @@ class Call:
     gather: CopyEngineGather | None
     training: bool
     wants_x: bool
-    begun: Begun | None
+    begun: StagedInputs | None
 
     def experts(self, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Experts:
         """These weights with the activation of the call."""
         return Experts(w1=w1, w2=w2, b1=b1, b2=b2, activation=self.activation, layout=self.layout)
 
 
-class ExpertLayer(torch.autograd.Function):
+class MoEFunction(torch.autograd.Function):
     """x (T, H) and scores (T, K) fp32 to the weighted sums of the experts' outputs, (..., H). Collective both ways."""
 
     @staticmethod
@@ -87,7 +87,7 @@ class ExpertLayer(torch.autograd.Function):
         hidden_RF = call.gemm.rows(exchange.in_order(received), w1.transpose(1, 2), exchange.group_ends, b1)
         if call.training:
             source = received if call.gather is None else x_TH
-            ctx.call, ctx.turn = replace(call, exchange=exchange, begun=None), exchange.workspace.turn
+            ctx.call, ctx.call_lock = replace(call, exchange=exchange, begun=None), exchange.workspace.call_lock
             kept = source if ctx.needs_input_grad[2] else None
             ids_WCK = exchange.plan.expert_ids
             ctx.save_for_backward(kept, hidden_RF, scores_WCK, ids_WCK, w1, w2, b1, b2)
@@ -106,7 +106,7 @@ class ExpertLayer(torch.autograd.Function):
     def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x (T, H), scores (T, K), w1, w2, b1 and b2; None for those that are not required."""
         # First of all: under activation checkpointing this is what runs forward again, on every rank.
-        kept, hidden_RF, scores_WCK, ids_WCK, *weights = saved_by(ctx, ctx.call.exchange.workspace.group, SAVED)
+        kept, hidden_RF, scores_WCK, ids_WCK, *weights = unpack_saved(ctx, ctx.call.exchange.workspace.group, SAVED)
         out_grad_TH = out_grad.reshape(ctx.call.exchange.plan.num_tokens, out_grad.shape[-1])
         saved = Saved(kept=kept, hidden=hidden_RF, scores=scores_WCK, experts=ctx.call.experts(*weights))
         needs = Needs(*ctx.needs_input_grad[:6])
@@ -114,7 +114,7 @@ class ExpertLayer(torch.autograd.Function):
         return (*_gradients(call.exchange.checked(out_grad_TH, ids_WCK), saved, needs, call), None)
 
 
-def _pulled(x_TH: Tensor, exchange: Exchange, begun: Begun) -> tuple[Exchange, Tensor]:
+def _pulled(x_TH: Tensor, exchange: Exchange, begun: StagedInputs) -> tuple[Exchange, Tensor]:
     """The exchange with a plan of its final R, and what this rank receives.
 
     Where the host has to wait for R, what does not need it is queued first, and what does right behind the wait.
@@ -152,7 +152,7 @@ class Saved:
 
 
 def _gradients(out_grad_TH: Tensor, saved: Saved, needs: Needs, call: Call) -> tuple[Tensor | None, ...]:
-    """See ``ExpertLayer.backward``."""
+    """See ``MoEFunction.backward``."""
     exchange, experts = call.exchange, saved.experts
     out_grad_RH = exchange.rows(out_grad_TH)
     in_flight = _gather_again(saved, call)
@@ -174,7 +174,7 @@ def _gather_again(saved: Saved, call: Call) -> GatherInFlight | None:
     if call.gather is None or saved.kept is None:
         return None
     call.exchange.enter(Phase.DISPATCH)
-    return call.gather.start(saved.kept, call.exchange.plan.capacity, with_own=False)
+    return call.gather.start(saved.kept, call.exchange.plan.max_tokens, with_own=False)
 
 
 def _between(out_grad_RH: Tensor, saved: Saved, needs: Needs, call: Call) -> HiddenGradient:

@@ -1,23 +1,96 @@
-"""Errors found on the device: expert ids out of range, rows past ``max_rows``, a recompute with another routing.
-
-The host queues a plan without waiting for the one before. Each plan writes its own record, in a ring of
-``PLANS_AHEAD``, and the host reads a record when its place in the ring is used again.
-"""
+"""Errors that kernels find and the host raises: a wait that timed out, bad ids, too many rows, another recompute."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sonic_ep.fast.device import host_words
-from sonic_ep.fast.unheard import told_at_the_end
-from sonic_ep.group import EPGroup
+from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.group import EPGroup
+from sonic_ep.distributed.sync_tag import Phase, SyncTag, mismatch
+from sonic_ep.errors import CollectiveMismatchError, PeerError, PeerLostError, PeerTimeoutError
+from sonic_ep.fast.launch import host_ints
+from sonic_ep.fast.sync import ELSEWHERE
 from sonic_ep.plan import overflow_error, recompute_error
+
+
+def report_at_exit(owner: Any, find: Callable[[], Exception | None]) -> weakref.finalize[..., Any]:
+    """Print what ``find`` finds, if anything, once ``owner`` is let go. ``find`` must not hold it. To be detached."""
+    return weakref.finalize(owner, _tell, find, os.getpid())
+
+
+def _tell(find: Callable[[], Exception | None], process: int) -> None:
+    # What a forked child has of it is its parent's to tell.
+    found = find() if process == os.getpid() else None
+    if found is not None:
+        print(f"sonic_ep: {type(found).__name__}: {found}", file=sys.stderr, flush=True)
+
+
+WORDS = 4
+
+
+class WaitErrors:
+    """What waiting kernels of one workspace write when they give up, and the host reads.
+
+    words (4,) int64, on the host: why (0: nothing happened; see ``sonic_ep.fast.device``), the peer plus one, the tag
+    of this rank's meeting, and what the peer showed instead. On a GPU the kernel traps as well, and PyTorch's own
+    error, which names nobody, may be all that the program sees: so what is here is printed at the latest when the
+    process ends.
+    """
+
+    def __init__(self, collectives: BoundedCollectives, device: torch.device) -> None:
+        self._collectives = collectives
+        # The host reads it while kernels run, so on a GPU it is pinned memory that kernels write through the bus.
+        self.words = host_ints(WORDS, device, torch.int64)
+        self._untold = report_at_exit(
+            self, partial(found_in, self.words, collectives.group, collectives.timeout, collectives.why_left)
+        )
+
+    def found(self) -> PeerError | None:
+        """What a kernel has written, if any. No wait for the GPU."""
+        return found_in(self.words, self._collectives.group, self._collectives.timeout)
+
+    def raise_if_any(self, cause: RuntimeError | None = None) -> None:
+        """Raise ``PeerTimeoutError``, ``PeerLostError`` or ``CollectiveMismatchError``, from ``cause``.
+
+        Does not wait for the GPU. Reads the error of a rank that left from the store of the process group.
+        """
+        found = found_in(self.words, self._collectives.group, self._collectives.timeout, self._collectives.why_left)
+        if found is not None:
+            self._untold.detach()
+            try:
+                raise found from cause
+            finally:
+                # Its traceback holds this frame, and would hold it for good through its own name.
+                del found
+
+
+def found_in(
+    words: Tensor, group: EPGroup, timeout: float, why_left: Callable[[int], str | None] = lambda rank: None
+) -> PeerError | None:
+    """The error that ``words`` encode, or None. why_left: rank to the error it left with, None if unknown."""
+    why, peer, here, there = words.tolist()
+    if not why:
+        return None
+    sync_tag = SyncTag.decode(here)
+    if why == ELSEWHERE and SyncTag.decode(there).phase is Phase.LEFT:
+        reason = why_left(peer - 1) or "see its own output for the error"
+        return PeerLostError(f"{group}: rank {peer - 1} left ({reason}) while it was waited for in {sync_tag}")
+    if why == ELSEWHERE:
+        return CollectiveMismatchError(f"{group}: {mismatch(sync_tag, peer - 1, SyncTag.decode(there))}")
+    return PeerTimeoutError(
+        f"{group}: waited {timeout:g} s for rank {peer - 1} in {sync_tag}; did it fail, or make another call?"
+    )
+
 
 # Error words, int32: rank with an id out of range, plus 1; rank with more rows than R, plus 1; its rows; the last step
 # whose recompute routed differently. 0: no error.
@@ -45,7 +118,7 @@ class Record:
 
     def __init__(self, group: EPGroup, device: torch.device) -> None:
         self._group = group
-        self.own = host_words(WORDS, device)
+        self.own = host_ints(WORDS, device)
         self.gathered: Tensor | None = None
         self.limits = self.gathered_limits = Limits()
         self.written: torch.cuda.Event | None = None
@@ -91,7 +164,7 @@ def first_error(records: Iterable[Record]) -> Exception | None:
     return None
 
 
-class Verdict:
+class DeviceErrors:
     """Raises device errors ``PLANS_AHEAD`` plans later, or when ``check`` asks.
 
     All ranks raise in the same call: a record is read only when its kernels have run and its turn has come. Errors that
@@ -109,7 +182,7 @@ class Verdict:
         with torch.inference_mode(False):
             self._gathered = torch.zeros(WORDS, dtype=torch.int32, device=device)
         self._latest = Record(group, device)
-        told_at_the_end(self, partial(first_error, (*self._records, self._latest)))
+        report_at_exit(self, partial(first_error, (*self._records, self._latest)))
         self._plans = 0
 
     @property
@@ -143,7 +216,7 @@ class Verdict:
         current = self._current
         if self._latest.gathered is not None:
             if current.gathered is None:
-                current.gathered = host_words(WORDS, self._device)
+                current.gathered = host_ints(WORDS, self._device)
             current.gathered_limits = self._latest.gathered_limits
             current.gathered.copy_(self._gathered, non_blocking=True)
         if self._on_gpu and (flags or current.gathered is not None):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from sonic_ep.config import ClosedError
+from sonic_ep.errors import ClosedError
 
 # An int is what torch.distributed.new_group gives to ranks that are not in the new group.
 Group = dist.ProcessGroup | DeviceMesh | int | None
@@ -47,10 +47,10 @@ class EPGroup:
 
     def device_for(self, preferred: torch.device) -> torch.device:
         """``preferred`` if the group moves tensors of that type, else a device that it does move."""
-        movable = self.device_types()
-        if movable is None or preferred.type in movable:
+        aligned_contiguous = self.device_types()
+        if aligned_contiguous is None or preferred.type in aligned_contiguous:
             return preferred
-        return torch.device(min(movable))
+        return torch.device(min(aligned_contiguous))
 
     def device_types(self) -> frozenset[str] | None:
         """Device types whose tensors the group can move; None if any will do (no process group)."""

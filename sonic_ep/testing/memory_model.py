@@ -45,7 +45,7 @@ class LayerShape:
     """
 
     world_size: int
-    capacity: int
+    max_tokens: int
     tokens: int
     top_k: int
     num_experts: int
@@ -74,7 +74,7 @@ class LayerShape:
     @property
     def tokens_WCH(self) -> int:
         """Bytes of the tokens of all ranks."""
-        return self.world_size * self.capacity * self.hidden * self.itemsize
+        return self.world_size * self.max_tokens * self.hidden * self.itemsize
 
     @property
     def rows_RH(self) -> int:
@@ -104,7 +104,7 @@ class LayerShape:
     @property
     def slots_WCK(self) -> int:
         """Bytes of one fp32 or int32 number of each slot of the group."""
-        return self.world_size * self.capacity * self.top_k * INDEX_BYTES
+        return self.world_size * self.max_tokens * self.top_k * INDEX_BYTES
 
     @property
     def w1_eFH(self) -> int:
@@ -130,7 +130,7 @@ class LayerShape:
     def plan(self) -> int:
         """Bytes of the plan: all of its fields are int32."""
         expert_ids_and_row_of_slot = 2 * self.slots_WCK
-        packed_of_token = self.world_size * self.capacity * INDEX_BYTES
+        packed_of_token = self.world_size * self.max_tokens * INDEX_BYTES
         slot_of_row = self.numbers_R
         group_ends = self.experts_per_rank * INDEX_BYTES
         pair_tokens = self.world_size**2 * INDEX_BYTES
@@ -175,7 +175,7 @@ def saved_bytes(shape: LayerShape, dispatch: DispatchMode, *, redispatch_x_in_ba
 def forward_steps(
     shape: LayerShape, dispatch: DispatchMode, *, training: bool, redispatch_x_in_backward: bool = False
 ) -> Mapping[str, int]:
-    """What lives in each step of ``ExpertLayer.forward`` beyond what lived before the call: bytes by step.
+    """What lives in each step of ``MoEFunction.forward`` beyond what lived before the call: bytes by step.
 
     Counted: the plan, scores, what is kept for backward if ``training``, and the output. Not counted: x, routing and
     weights, symmetric memory, workspaces of libraries; the counts of the plan's tiles, which are gone by then; and with
@@ -199,7 +199,7 @@ def forward_steps(
 def backward_steps(
     shape: LayerShape, dispatch: DispatchMode, *, redispatch_x_in_backward: bool = False
 ) -> Mapping[str, int]:
-    """What lives in each step of ``ExpertLayer.backward`` beyond what lived before it: bytes by step.
+    """What lives in each step of ``MoEFunction.backward`` beyond what lived before it: bytes by step.
 
     Counted: all gradients as they are produced. Not counted: what was saved, the gradient of the output (contiguous,
     else a copy of it comes on top), symmetric memory, workspaces of libraries. dA becomes A' in place.
@@ -247,7 +247,7 @@ class SymmetricMemory:
     values_of_slots: gradients of scores on their way home. wants: whether a rank wants the gradient of x.
     """
 
-    meeting: int
+    sync_tag: int
     ids: int
     scores: int
     tokens: int
@@ -268,16 +268,16 @@ def symmetric_bytes(shape: LayerShape, modes: ModePair, *, redispatch_x_in_backw
 
     redispatch_x_in_backward: where w1 requires a gradient. A router that sums its gradient has (E, H) fp32 more.
     """
-    slots = shape.capacity * shape.top_k * INDEX_BYTES
+    slots = shape.max_tokens * shape.top_k * INDEX_BYTES
     # With nobody to read them, tokens stay where they are, and nothing arrives.
     shared = shape.world_size > 1
-    tokens = shape.capacity * shape.hidden * shape.itemsize if shared else 0
+    tokens = shape.max_tokens * shape.hidden * shape.itemsize if shared else 0
     rows_per_token = shape.top_k if modes.combine is CombineMode.ALL_TO_ALL else shape.world_size - 1
     rows_per_token = rows_per_token if shared else 0
     token_bytes = max(1, rows_per_token * shape.hidden * shape.itemsize)
-    tokens_at_a_time = max(1, min(shape.capacity, MOST_RECEIVED_BYTES // token_bytes))
+    tokens_at_a_time = max(1, min(shape.max_tokens, MOST_RECEIVED_BYTES // token_bytes))
     return SymmetricMemory(
-        meeting=_in_blocks(shape.world_size * TAG_BYTES),
+        sync_tag=_in_blocks(shape.world_size * TAG_BYTES),
         ids=_in_blocks(slots),
         scores=_in_blocks(slots),
         tokens=_in_blocks(tokens),

@@ -2,7 +2,7 @@
 
 Each finding is a ``ValueError`` (``TypeError`` for what is no tensor at all) that names the rank, the argument, what
 was got and what was expected. Tensors come back as they are: nothing is copied before all shapes of a call are right,
-and then ``rows_of_tokens``, ``experts_as_read`` and ``as_kernels_read`` make of them what kernels read. Values on a
+and then ``rows_of_tokens``, ``experts_as_read`` and ``for_kernels`` make of them what kernels read. Values on a
 device are not read here.
 """
 
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
+from sonic_ep.autograd_utils import for_kernels, has_tangent, raise_if_freed
 from sonic_ep.backend import Experts
 from sonic_ep.config import RouterOptions, is_count
-from sonic_ep.group import EPGroup
-from sonic_ep.once import as_kernels_read, has_tangent, raise_if_freed
+from sonic_ep.distributed.group import EPGroup
 from sonic_ep.plan import INDEX_DTYPE, RoutingPlan, malformed_field
 
 ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -49,7 +49,7 @@ class ExpertArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Edge:
+class ArgumentChecker:
     """Checks one argument at a time and says whose it was."""
 
     group: EPGroup
@@ -153,18 +153,18 @@ class Edge:
     def _movable(self, name: str, tensor: Tensor) -> None:
         device = tensor.device
         self.require(device.type != "meta", f"device of {name}", device, "a device that holds data")
-        movable = self.group.device_types()
-        if movable is not None:
-            moves = f"one that the process group moves: {', '.join(sorted(movable))}"
-            self.require(device.type in movable, f"device of {name}", device, moves)
+        aligned_contiguous = self.group.device_types()
+        if aligned_contiguous is not None:
+            moves = f"one that the process group moves: {', '.join(sorted(aligned_contiguous))}"
+            self.require(device.type in aligned_contiguous, f"device of {name}", device, moves)
 
 
-def check_tokens(edge: Edge, x: object) -> Tensor:
+def check_tokens(checker: ArgumentChecker, x: object) -> Tensor:
     """``x`` (T, H) or (..., H)."""
-    tensor = edge.tensor("x", x, ROW_DTYPES)
+    tensor = checker.tensor("x", x, ROW_DTYPES)
     shape = tuple(tensor.shape)
-    edge.require(tensor.ndim >= 2 and shape[-1] >= 1, "shape of x", shape, "(T, H) or (..., H), H at least 1")
-    edge.require(shape[-1] <= MOST_WIDTH, "hidden size H", shape[-1], f"at most {MOST_WIDTH}")
+    checker.require(tensor.ndim >= 2 and shape[-1] >= 1, "shape of x", shape, "(T, H) or (..., H), H at least 1")
+    checker.require(shape[-1] <= MOST_WIDTH, "hidden size H", shape[-1], f"at most {MOST_WIDTH}")
     return tensor
 
 
@@ -175,72 +175,72 @@ def tokens_of(x: Tensor) -> int:
 
 def rows_of_tokens(x: Tensor) -> Tensor:
     """``x`` as kernels read it: (T, H)."""
-    return as_kernels_read(x).flatten(0, -2)
+    return for_kernels(x).flatten(0, -2)
 
 
-def check_experts_divide(edge: Edge, num_experts: int) -> None:
+def check_experts_divide(checker: ArgumentChecker, num_experts: int) -> None:
     """W divides E, which is no larger than can be counted."""
-    world_size = edge.group.world_size
-    edge.require(num_experts <= MOST_EXPERTS, "number of experts E", num_experts, f"at most {MOST_EXPERTS}")
+    world_size = checker.group.world_size
+    checker.require(num_experts <= MOST_EXPERTS, "number of experts E", num_experts, f"at most {MOST_EXPERTS}")
     divides = num_experts % world_size == 0
-    edge.require(divides, "number of experts E", num_experts, f"a multiple of the group's W={world_size} ranks")
+    checker.require(divides, "number of experts E", num_experts, f"a multiple of the group's W={world_size} ranks")
 
 
-def check_router(edge: Edge, x: Tensor, router_w: object, options: RouterOptions) -> Tensor:
+def check_router(checker: ArgumentChecker, x: Tensor, router_w: object, options: RouterOptions) -> Tensor:
     """``router_w`` (E, H) in fp32 or as x, with W a divisor of E and 1 <= K <= E."""
     dtypes = tuple(dict.fromkeys((x.dtype, torch.float32)))
-    weight_EH = edge.tensor("router_w", router_w, dtypes, x)
+    weight_EH = checker.tensor("router_w", router_w, dtypes, x)
     shape = tuple(weight_EH.shape)
     hidden = x.shape[-1]
     fits = weight_EH.ndim == 2 and shape[0] >= 1 and shape[1] == hidden
-    edge.require(fits, "shape of router_w", shape, f"(E, {hidden}) = (E, H), E at least 1")
-    check_experts_divide(edge, shape[0])
-    edge.count("top_k", options.top_k)
-    edge.require(options.top_k <= shape[0], "top_k", options.top_k, f"at most E={shape[0]}")
+    checker.require(fits, "shape of router_w", shape, f"(E, {hidden}) = (E, H), E at least 1")
+    check_experts_divide(checker, shape[0])
+    checker.count("top_k", options.top_k)
+    checker.require(options.top_k <= shape[0], "top_k", options.top_k, f"at most E={shape[0]}")
     return weight_EH
 
 
-def check_routing(edge: Edge, topk_idx: object, num_experts: int, like: Tensor | None = None) -> Tensor:
+def check_routing(checker: ArgumentChecker, topk_idx: object, num_experts: int, like: Tensor | None = None) -> Tensor:
     """``topk_idx`` (T, K) with W a divisor of E and 1 <= K <= E, of the tokens of x ``like`` if there is one.
 
     The backend checks the ids themselves.
     """
-    idx_TK = edge.tensor("topk_idx", topk_idx, INDEX_DTYPES, like)
+    idx_TK = checker.tensor("topk_idx", topk_idx, INDEX_DTYPES, like)
     shape = tuple(idx_TK.shape)
-    edge.require(idx_TK.ndim == 2, "shape of topk_idx", shape, "(T, K)")
-    edge.count("number of experts E", num_experts)
-    check_experts_divide(edge, num_experts)
-    edge.require(1 <= shape[1] <= num_experts, "K of topk_idx", shape[1], f"1 to E={num_experts}")
+    checker.require(idx_TK.ndim == 2, "shape of topk_idx", shape, "(T, K)")
+    checker.count("number of experts E", num_experts)
+    check_experts_divide(checker, num_experts)
+    checker.require(1 <= shape[1] <= num_experts, "K of topk_idx", shape[1], f"1 to E={num_experts}")
     if like is not None:
-        edge.require(shape[0] == tokens_of(like), "tokens of topk_idx", shape[0], f"T={tokens_of(like)}, as x")
+        checker.require(shape[0] == tokens_of(like), "tokens of topk_idx", shape[0], f"T={tokens_of(like)}, as x")
     return idx_TK
 
 
-def check_scores(edge: Edge, topk_scores: object, shape: tuple[int, int], like: Tensor) -> Tensor:
+def check_scores(checker: ArgumentChecker, topk_scores: object, shape: tuple[int, int], like: Tensor) -> Tensor:
     """``topk_scores`` (T, K), any float."""
-    scores_TK = edge.tensor("topk_scores", topk_scores, SCORE_DTYPES, like)
-    edge.shape("topk_scores", scores_TK, shape, "(T, K), as topk_idx")
+    scores_TK = checker.tensor("topk_scores", topk_scores, SCORE_DTYPES, like)
+    checker.shape("topk_scores", scores_TK, shape, "(T, K), as topk_idx")
     return scores_TK
 
 
-def check_experts(edge: Edge, x: Tensor, arguments: ExpertArguments, num_experts: int | None) -> Experts:
+def check_experts(checker: ArgumentChecker, x: Tensor, arguments: ExpertArguments, num_experts: int | None) -> Experts:
     """This rank's experts, of shapes that fit x, each other, and the router's E if there is one."""
-    activation = edge.named("activation", arguments.activation, ACTIVATIONS)
-    layout = edge.named("gate_layout", arguments.gate_layout, GATE_LAYOUTS)
-    w1 = edge.tensor("w1", arguments.w1, (x.dtype,), x)
-    w2 = edge.tensor("w2", arguments.w2, (x.dtype,), x)
+    activation = checker.named("activation", arguments.activation, ACTIVATIONS)
+    layout = checker.named("gate_layout", arguments.gate_layout, GATE_LAYOUTS)
+    w1 = checker.tensor("w1", arguments.w1, (x.dtype,), x)
+    w2 = checker.tensor("w2", arguments.w2, (x.dtype,), x)
     hidden = x.shape[-1]
-    edge.require(w2.ndim == 3, "shape of w2", tuple(w2.shape), f"(e, {hidden}, I) = (e, H, I)")
-    held = w2.shape[0] if num_experts is None else num_experts // edge.group.world_size
+    checker.require(w2.ndim == 3, "shape of w2", tuple(w2.shape), f"(e, {hidden}, I) = (e, H, I)")
+    held = w2.shape[0] if num_experts is None else num_experts // checker.group.world_size
     width = activation.up_width(w2.shape[2])
-    edge.require(held >= 1, "shape of w2", tuple(w2.shape), "at least one expert on this rank")
-    edge.shape("w2", w2, (held, hidden, w2.shape[2]), "(e, H, I)")
-    edge.shape("w1", w1, (held, width, hidden), "(e, 2I, H)" if activation.gated else "(e, I, H)")
-    edge.require(width <= MOST_WIDTH, "2I of w1" if activation.gated else "I of w1", width, f"at most {MOST_WIDTH}")
+    checker.require(held >= 1, "shape of w2", tuple(w2.shape), "at least one expert on this rank")
+    checker.shape("w2", w2, (held, hidden, w2.shape[2]), "(e, H, I)")
+    checker.shape("w1", w1, (held, width, hidden), "(e, 2I, H)" if activation.gated else "(e, I, H)")
+    checker.require(width <= MOST_WIDTH, "2I of w1" if activation.gated else "I of w1", width, f"at most {MOST_WIDTH}")
     given = [name for name in ("b1", "b2") if getattr(arguments, name) is not None]
-    edge.require(len(given) != 1, "biases", f"{given} alone", "b1 and b2, or neither")
-    b1 = _check_bias(edge, x, "b1", arguments.b1, (held, width))
-    b2 = _check_bias(edge, x, "b2", arguments.b2, (held, hidden))
+    checker.require(len(given) != 1, "biases", f"{given} alone", "b1 and b2, or neither")
+    b1 = _check_bias(checker, x, "b1", arguments.b1, (held, width))
+    b2 = _check_bias(checker, x, "b2", arguments.b2, (held, hidden))
     return Experts(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, layout=layout)
 
 
@@ -248,66 +248,66 @@ def experts_as_read(experts: Experts) -> Experts:
     """``experts`` as kernels read them."""
     return replace(
         experts,
-        w1=as_kernels_read(experts.w1),
-        w2=as_kernels_read(experts.w2),
-        b1=None if experts.b1 is None else as_kernels_read(experts.b1),
-        b2=None if experts.b2 is None else as_kernels_read(experts.b2),
+        w1=for_kernels(experts.w1),
+        w2=for_kernels(experts.w2),
+        b1=None if experts.b1 is None else for_kernels(experts.b1),
+        b2=None if experts.b2 is None else for_kernels(experts.b2),
     )
 
 
-def _check_bias(edge: Edge, x: Tensor, name: str, bias: object, shape: tuple[int, int]) -> Tensor | None:
+def _check_bias(checker: ArgumentChecker, x: Tensor, name: str, bias: object, shape: tuple[int, int]) -> Tensor | None:
     if bias is None:
         return None
-    tensor = edge.tensor(name, bias, (x.dtype,), x)
-    edge.shape(name, tensor, shape, "(e, outputs)")
+    tensor = checker.tensor(name, bias, (x.dtype,), x)
+    checker.shape(name, tensor, shape, "(e, outputs)")
     return tensor
 
 
-def check_plan(edge: Edge, plan: object) -> RoutingPlan:
+def check_plan(checker: ArgumentChecker, plan: object) -> RoutingPlan:
     """A plan that was made for this rank of a group of this size, its fields held as they were made.
 
     That is kind, dtype, form in memory, device and shape of each. Their values are not read: who changes those gets
     other numbers, or reads memory that is not a plan's.
     """
     if not isinstance(plan, RoutingPlan):
-        raise TypeError(f"{edge.group}: plan: got {type(plan).__name__}, expected a RoutingPlan")
+        raise TypeError(f"{checker.group}: plan: got {type(plan).__name__}, expected a RoutingPlan")
     malformed = malformed_field(plan)
     if malformed is not None:
-        _refuse_field(edge, malformed, getattr(plan, malformed))
-    if (plan.rank, plan.world_size) != (edge.group.rank, edge.group.world_size):
-        edge.require(False, "plan", f"a plan for rank {plan.rank} of {plan.world_size}", f"one for {edge.group}")
+        _refuse_field(checker, malformed, getattr(plan, malformed))
+    if (plan.rank, plan.world_size) != (checker.group.rank, checker.group.world_size):
+        checker.require(False, "plan", f"a plan for rank {plan.rank} of {plan.world_size}", f"one for {checker.group}")
     return plan
 
 
-def _refuse_field(edge: Edge, name: str, got: object) -> NoReturn:
+def _refuse_field(checker: ArgumentChecker, name: str, got: object) -> NoReturn:
     if name == "num_tokens":
-        raise ValueError(f"{edge.group}: num_tokens of plan: got {got!r}, expected a whole number of 0 to C")
+        raise ValueError(f"{checker.group}: num_tokens of plan: got {got!r}, expected a whole number of 0 to C")
     if type(got) is not Tensor:
-        raise TypeError(f"{edge.group}: {name} of plan: got {type(got).__name__}, expected a torch.Tensor")
+        raise TypeError(f"{checker.group}: {name} of plan: got {type(got).__name__}, expected a torch.Tensor")
     # Of a nested one there is no shape, and of a sparse one no stride.
     form = "nested" if got.is_nested else f"{got.layout} {tuple(got.shape)}"
     raise ValueError(
-        f"{edge.group}: {name} of plan: got {got.dtype} {form} on {got.device}, expected contiguous {INDEX_DTYPE} of "
-        "the shape and on the device that belong to the other fields, as the plan was made"
+        f"{checker.group}: {name} of plan: got {got.dtype} {form} on {got.device}, expected contiguous {INDEX_DTYPE} "
+        "of the shape and on the device that belong to the other fields, as the plan was made"
     )
 
 
-def check_tokens_of_plan(edge: Edge, x: object, plan: RoutingPlan) -> Tensor:
+def check_tokens_of_plan(checker: ArgumentChecker, x: object, plan: RoutingPlan) -> Tensor:
     """``x`` (T, H) or (..., H), of as many tokens as the plan has here."""
-    tensor = check_tokens(edge, x)
-    edge.same_device("x", tensor, plan.slot_of_row)
+    tensor = check_tokens(checker, x)
+    checker.same_device("x", tensor, plan.slot_of_row)
     tokens = tokens_of(tensor)
     if tokens != plan.num_tokens:
-        edge.require(False, "tokens of x", tokens, f"T={plan.num_tokens} of the plan")
+        checker.require(False, "tokens of x", tokens, f"T={plan.num_tokens} of the plan")
     return tensor
 
 
-def check_rows_of_plan(edge: Edge, rows: object, plan: RoutingPlan) -> Tensor:
+def check_rows_of_plan(checker: ArgumentChecker, rows: object, plan: RoutingPlan) -> Tensor:
     """``rows`` (R, H) in the plan's canonical order."""
-    rows_RH = edge.tensor("rows", rows, ROW_DTYPES)
-    edge.same_device("rows", rows_RH, plan.slot_of_row)
+    rows_RH = checker.tensor("rows", rows, ROW_DTYPES)
+    checker.same_device("rows", rows_RH, plan.slot_of_row)
     shape = tuple(rows_RH.shape)
     fits = rows_RH.ndim == 2 and shape[0] == plan.row_capacity and shape[1] >= 1
-    edge.require(fits, "shape of rows", shape, f"({plan.row_capacity}, H) = (R, H)")
-    edge.require(shape[1] <= MOST_WIDTH, "hidden size H", shape[1], f"at most {MOST_WIDTH}")
+    checker.require(fits, "shape of rows", shape, f"({plan.row_capacity}, H) = (R, H)")
+    checker.require(shape[1] <= MOST_WIDTH, "hidden size H", shape[1], f"at most {MOST_WIDTH}")
     return rows_RH

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sonic_ep.group import EPGroup
+from sonic_ep.distributed.group import EPGroup
 
 # The store may be held by a rank that is the trouble; then it is not waited for.
 ANSWER_SECONDS = 2.0
@@ -16,7 +16,7 @@ AnswerT = TypeVar("AnswerT")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Notice:
+class RankStatus:
     """What a rank has told last.
 
     collectives: how many it has begun. left: whether it will begin no more. lost: the ranks that it has waited for in
@@ -37,14 +37,14 @@ class Notice:
         return f"{self.collectives} {int(self.left)} {lost} {self.tag} {int(self.back)} {self.errors} {self.text}"
 
     @staticmethod
-    def parsed(written: str) -> Notice:
+    def parsed(written: str) -> RankStatus:
         """The notice of which ``written`` is the ``str``.
 
         >>> Notice.parsed(str(Notice(collectives=3, left=True, text="ValueError: no", lost=(1, 4), tag=2)))
         Notice(collectives=3, left=True, text='ValueError: no', lost=(1, 4), tag=2, back=False, errors=0)
         """
         collectives, left, lost, tag, back, errors, text = written.split(" ", 6)
-        return Notice(
+        return RankStatus(
             collectives=int(collectives),
             left=left == "1",
             text=text,
@@ -55,7 +55,7 @@ class Notice:
         )
 
 
-class Board:
+class StatusStore:
     """Notices of the ranks of one group about one object of theirs; ``number``: how many objects there were before.
 
     broken: whether the store has not answered, or has gone with the rank that held it. Nothing here raises or waits
@@ -66,15 +66,15 @@ class Board:
         self._group = group
         self._store = store
         self.broken = False
-        self._found: dict[int, Notice] = {}
+        self._found: dict[int, RankStatus] = {}
         before = self._answer(lambda: store.add(f"sonic_ep/objects/{group.rank}", 1)) if store is not None else None
         self.number = (before or 1) - 1
 
     @staticmethod
-    def of(group: EPGroup) -> Board:
+    def of(group: EPGroup) -> StatusStore:
         """The board of a group's next object; ranks of a group make them in the same order."""
         process_group = group.process_group
-        return Board(group, process_group.get_group_store() if process_group and group.world_size > 1 else None)
+        return StatusStore(group, process_group.get_group_store() if process_group and group.world_size > 1 else None)
 
     def withdraw(self) -> None:
         """The object was never used: the next one has its number."""
@@ -89,14 +89,14 @@ class Board:
         others = [rank for rank in range(self._group.world_size) if rank != self._group.rank]
         return self._answer(lambda: [r for r in others if not self._store.check([f"{self._key(r)}/came"])]) or []
 
-    def tell(self, notice: Notice) -> None:
+    def tell(self, notice: RankStatus) -> None:
         """Replace this rank's notice."""
         key = self._key(self._group.rank)
         # An error's text may hold what is no UTF-8: a file's name, say.
         written = str(notice).encode(errors="surrogatepass")
         self._answer(lambda: self._store.set(key, written))
 
-    def notices(self) -> dict[int, Notice]:
+    def statuses(self) -> dict[int, RankStatus]:
         """The notices of the other ranks that have told something, by rank; those of before if the store has gone."""
         others = [rank for rank in range(self._group.world_size) if rank != self._group.rank]
         found = self._answer(lambda: {rank: self._read(rank) for rank in others if self._told(rank)})
@@ -107,8 +107,8 @@ class Board:
     def _told(self, rank: int) -> bool:
         return bool(self._store.check([self._key(rank)]))
 
-    def _read(self, rank: int) -> Notice:
-        return Notice.parsed(self._store.get(self._key(rank)).decode(errors="surrogatepass"))
+    def _read(self, rank: int) -> RankStatus:
+        return RankStatus.parsed(self._store.get(self._key(rank)).decode(errors="surrogatepass"))
 
     def _key(self, rank: int) -> str:
         return f"sonic_ep/notices/{self.number}/{rank}"

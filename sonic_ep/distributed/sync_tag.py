@@ -53,7 +53,7 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Meeting:
+class SyncTag:
     """One phase of a step. backward: of the gradient of that step, whenever it is computed."""
 
     step: Step
@@ -74,18 +74,18 @@ class Meeting:
         return place | _BACKWARD if self.backward else place
 
     @staticmethod
-    def of_tag(tag: int) -> Meeting:
-        """The meeting of a ``tag``, or of its ``published``; any other number is one of phase ``UNKNOWN``.
+    def decode(tag: int) -> SyncTag:
+        """The meeting of a ``tag``, or of its ``after_write``; any other number is one of phase ``UNKNOWN``.
 
         >>> here = Meeting(step=Step(number=3, call=1), phase=Phase.DISPATCH)
         >>> here.tag == 3 + 6 * 2**32 + 1 * 2**39, Meeting.of_tag(published(here.tag)) == here
         (True, True)
         """
         step = Step(number=tag % (1 << STEP_BITS), call=tag >> _CALL_SHIFT)
-        return Meeting(step=step, phase=Phase(tag >> STEP_BITS & (1 << PHASE_BITS) - 1), backward=bool(tag & _BACKWARD))
+        return SyncTag(step=step, phase=Phase(tag >> STEP_BITS & (1 << PHASE_BITS) - 1), backward=bool(tag & _BACKWARD))
 
 
-def published(tag: int) -> int:
+def after_write(tag: int) -> int:
     """The tag of the second of two meetings in one phase, in which ranks say that they have written."""
     return tag | _PUBLISH
 
@@ -95,7 +95,7 @@ def call_digest(facts: str) -> int:
     return zlib.crc32(facts.encode()) & (1 << CALL_BITS) - 1
 
 
-def apart(here: Meeting, peer: int, there: Meeting) -> str:
+def mismatch(here: SyncTag, peer: int, there: SyncTag) -> str:
     """How a ``peer`` that came from ``there`` to a meeting ``here`` is told."""
     same_place = (here.step.number, here.phase, here.backward) == (there.step.number, there.phase, there.backward)
     if same_place and here.step.call != there.step.call:

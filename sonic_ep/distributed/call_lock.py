@@ -7,18 +7,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from sonic_ep.config import ClosedError
-
-
-class TurnError(RuntimeError):
-    """It is not the caller's turn."""
+from sonic_ep.errors import ClosedError, ConcurrentCallError
 
 
 def _nothing_to_do(error: BaseException) -> None:
     """The error says it all."""
 
 
-class Turn:
+class CallLock:
     """What one thread at a time may do; from within, the same thread may do more of it. name: of the object.
 
     It belongs to the process that makes it, and ends with ``end``. begun: whether what the turn is for has passed its
@@ -49,7 +45,7 @@ class Turn:
         return self._process == os.getpid()
 
     @contextmanager
-    def waits(self) -> Iterator[None]:
+    def waiting(self) -> Iterator[None]:
         """Within this turn, the host waits for other ranks."""
         before, self._waiting = self._waiting, True
         try:
@@ -59,23 +55,27 @@ class Turn:
 
     @contextmanager
     def taken(self, *, begun: bool = False, last: bool = False) -> Iterator[None]:
-        """Raises ``TurnError`` in a forked process, where another thread is at it, and in the middle of a wait, as from
+        """Raises ``ConcurrentCallError`` in a forked process, while another thread is in a call, and in a wait, as from
         a signal's handler: nobody waits for a turn, as ranks would come to differ. Raises ``ClosedError`` after
         ``end``. last: nobody has to hear of an error in it, and it has to be the outermost.
         """
         if not self.is_of_this_process:
-            raise TurnError(
+            raise ConcurrentCallError(
                 f"{self._name}: got a call in process {os.getpid()}, forked from process {self._process} "
                 "that made it, expected one made in this process: what ranks share cannot be inherited"
             )
         if self._ended:
             raise ClosedError(f"{self._name}: got a call or a backward after close(), expected none")
         if not self._lock.acquire(blocking=False):
-            raise TurnError(f"{self._name}: got a call while another thread is in one, expected one after the other")
+            raise ConcurrentCallError(
+                f"{self._name}: got a call while another thread is in one, expected one after the other"
+            )
         if self._waiting or (last and self._depth):
             self._lock.release()
             what = "close()" if last else "a call"
-            raise TurnError(f"{self._name}: got {what} in the middle of a call of the same thread, expected it after")
+            raise ConcurrentCallError(
+                f"{self._name}: got {what} in the middle of a call of the same thread, expected it after"
+            )
         self._depth += 1
         self.begun = begun or (self.begun and self._depth > 1)
         try:
