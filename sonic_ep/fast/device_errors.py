@@ -41,7 +41,7 @@ WORDS = 4
 class WaitErrors:
     """What waiting kernels of one workspace write when they give up, and the host reads.
 
-    words (4,) int64, on the host: why (0: nothing happened; see ``sonic_ep.fast.device``), the peer plus one, the tag
+    words (4,) int64, on the host: why (0: nothing happened; see ``sonic_ep.fast.sync``), the peer plus one, the tag
     of this rank's meeting, and what the peer showed instead. On a GPU the kernel traps as well, and PyTorch's own
     error, which names nobody, may be all that the program sees: so what is here is printed at the latest when the
     process ends.

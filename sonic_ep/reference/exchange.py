@@ -42,7 +42,7 @@ class Exchange:
         """The same, for the gradient."""
         return replace(self, backward=True)
 
-    def meet(self, phase: Phase, device: torch.device, own: int = 0) -> list[int]:
+    def sync(self, phase: Phase, device: torch.device, own: int = 0) -> list[int]:
         """Collective. ``own`` of every rank, once all have come to this phase of the step."""
         sync_tag = SyncTag(step=self.step, phase=phase, backward=self.backward)
         return self.collectives.sync(sync_tag, device, own)
@@ -100,7 +100,7 @@ class Dispatch(torch.autograd.Function):
         (expert_ids_WCK,) = unpack_saved(ctx, exchange.collectives.group, ("expert_ids of plan",))
         raise_if_malformed(exchange.collectives.group, exchange.plan)
         exchange.raise_if_rerouted(expert_ids_WCK)
-        exchange.meet(Phase.COMBINE, grad_RH.device)
+        exchange.sync(Phase.COMBINE, grad_RH.device)
         return exchange.combine.combine(grad_RH, None, exchange.plan), None
 
 
@@ -146,7 +146,7 @@ class Combine(torch.autograd.Function):
         score_of_row_N, rows_RH, expert_ids_WCK, *_ = unpack_saved(ctx, exchange.collectives.group, ctx.names)
         raise_if_malformed(exchange.collectives.group, exchange.plan)
         exchange.raise_if_rerouted(expert_ids_WCK)
-        exchange.meet(Phase.DISPATCH, grad.device)
+        exchange.sync(Phase.DISPATCH, grad.device)
         out_grad_RH = exchange.rows(grad.reshape(exchange.plan.num_tokens, grad.shape[-1]))
         valid = slice(exchange.plan.rows())
         grad_RH = grad_scores_TK = None
@@ -182,7 +182,7 @@ class UpProjectionOfRowsGatheredAgain(torch.autograd.Function):
         """Gradients of the rows, w1 and b1, those that are required."""
         exchange: Exchange = ctx.exchange.in_backward()
         x_TH, w1, b1 = unpack_saved(ctx, exchange.collectives.group, ("x", "w1", "b1"))
-        exchange.meet(Phase.DISPATCH, x_TH.device)
+        exchange.sync(Phase.DISPATCH, x_TH.device)
         needed = ctx.needs_input_grad[1:4]
         rows_RH = exchange.rows(x_TH).requires_grad_(needed[0])
         w1 = w1.detach().requires_grad_(needed[1])
@@ -202,7 +202,7 @@ def joined_in_backward(exchange: Exchange, phase: Phase, *tensors: Tensor) -> tu
     that needs no gradient.
     """
     mine = sum(1 << place for place, tensor in enumerate(tensors) if tensor.requires_grad)
-    masks = exchange.meet(phase, tensors[0].device, mine if torch.is_grad_enabled() else 0)
+    masks = exchange.sync(phase, tensors[0].device, mine if torch.is_grad_enabled() else 0)
     needed = [any(mask >> place & 1 for mask in masks) for place in range(len(tensors))]
     if not torch.is_grad_enabled():
         return tensors

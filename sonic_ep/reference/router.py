@@ -59,7 +59,7 @@ class RouterLogits(torch.autograd.Function):
             return x_grad, None, None, None
         weight_grad = grad_TE.t() @ x_TH.float()
         if ctx.reduced:
-            ctx.collectives.meet(ctx.sync_tag, weight_grad.device)
+            ctx.collectives.sync(ctx.sync_tag, weight_grad.device)
             weight_grad = sum_over_ranks(weight_grad, ctx.collectives)
         return x_grad, weight_grad.to(ctx.weight_dtype), None, None
 

@@ -56,8 +56,6 @@ def same_outcomes(rank: Rank, name: str) -> int:
     """How many pairs of operands were tried."""
     from triton.runtime.interpreter import TritonSemantic
 
-    import sonic_ep.fast.device  # noqa: F401
-
     hastened = getattr(TritonSemantic, name)
     original = inspect.unwrap(hastened)
     assert original is not hastened

@@ -111,7 +111,7 @@ def layer_call(rank: Rank, case: Case, ep: ExpertParallel) -> LayerCall:
     x, idx, scores = leaf(inputs.x[tokens]), inputs.topk_idx[tokens].clone(), leaf(inputs.topk_scores[tokens])
     weights = [weight for weight in (experts.w1, experts.w2, experts.b1, experts.b2) if weight is not None]
     held = case.num_experts // rank.world_size
-    sizes = {"world_size": rank.world_size, "capacity": max_tokens, "top_k": case.top_k}
+    sizes = {"world_size": rank.world_size, "max_tokens": max_tokens, "top_k": case.top_k}
     ceiling = row_ceiling(**sizes, experts_per_rank=held, distinct=False)
     exact = int((inputs.topk_idx // held == rank.rank).sum())
     assert exact < ceiling or rank.world_size == 1
@@ -309,7 +309,7 @@ def test_shared_buffers_are_those_of_the_formula(
 
 def test_what_combine_receives_at_a_time_is_bounded() -> None:
     # A token's eight rows are 128 KiB, of which 2^29 bytes hold 4096.
-    sizes = {"world_size": 4, "capacity": 8192, "tokens": 1, "top_k": 8, "num_experts": 64, "hidden": 8192}
+    sizes = {"world_size": 4, "max_tokens": 8192, "tokens": 1, "top_k": 8, "num_experts": 64, "hidden": 8192}
     shape = LayerShape(**sizes, intermediate=8, itemsize=2, rows=8)
     pair = ModePair(dispatch=DispatchMode.ALL_TO_ALL, combine=CombineMode.ALL_TO_ALL)
     shared = symmetric_bytes(shape, pair)

@@ -20,7 +20,7 @@ from sonic_ep.distributed.group import resolve_group
 from sonic_ep.testing import Rank, RankPool
 from sonic_ep.testing.timing import AboveCeilingError, Ceiling, Timing
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "bench"
 PYTEST = ["-m", "pytest", "bench", "-p", "no:cacheprovider"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -20,7 +20,7 @@ from sonic_ep.distributed.group import resolve_group
 from sonic_ep.testing import Rank, RankPool, timing
 from sonic_ep.testing.timing import Timing
 
-BENCH = Path(__file__).parent.parent / "bench"
+BENCH = Path(__file__).parents[2] / "bench"
 
 
 def suite_of_the_layer() -> Any:

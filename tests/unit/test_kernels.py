@@ -16,7 +16,7 @@ from torch import Tensor
 from sonic_ep.plan import MOST_SLOTS
 from sonic_ep.testing import Rank, RankPool, assert_bitwise
 
-PROGRAM = Path(__file__).parent / "compile_kernels.py"
+PROGRAM = Path(__file__).parents[1] / "helpers" / "compile_kernels.py"
 pytestmark = pytest.mark.fast
 
 

@@ -14,7 +14,7 @@ from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.profiler.times import EVERY_PAIR
 from sonic_ep.report.load import KINDS_WITHOUT_TIMES
 
-RESULTS = Path(__file__).parent.parent / "bench" / "results"
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
 # What make bench writes is somebody's own.
 RECORDED = sorted(path for path in RESULTS.glob("*.json") if path.name != "latest.json")
 PASSES = {Pass.TRAINING.value, Pass.STEP.value}

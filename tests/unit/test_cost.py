@@ -376,7 +376,7 @@ def test_bytes_of_the_exchange_are_those_of_the_tensors(case: Case, world_size: 
     ids_WCK = plan.expert_ids
     remote = [ids_WCK[rank] for rank in range(world_size) if rank != plan.rank]
     ids_bytes = sum(ids_CK.nbytes for ids_CK in remote)
-    shape = {"world_size": world_size, "capacity": plan.max_tokens, "top_k": plan.top_k}
+    shape = {"world_size": world_size, "max_tokens": plan.max_tokens, "top_k": plan.top_k}
     assert exchange_link_bytes(**shape, with_scores=False) == ids_bytes
     scores_bytes = sum(ids_CK.float().nbytes for ids_CK in remote)
     assert exchange_link_bytes(**shape, with_scores=True) == ids_bytes + scores_bytes

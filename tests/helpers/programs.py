@@ -13,7 +13,7 @@ import torch.distributed as dist
 from limits import HANG_SECONDS
 
 from sonic_ep.distributed.group import device_of_rank
-from sonic_ep.testing import Rank
+from sonic_ep.testing import Rank, install_interpreter
 from sonic_ep.testing.ranks import SETTINGS, starting_context
 
 
@@ -96,6 +96,7 @@ class Program:
 def run_rank(program: Program, rank: int) -> None:
     """A rank's life. What is not caught is printed, and the process ends with code 1."""
     os.environ.update(SETTINGS[program.device_type])
+    install_interpreter()
     words = os.open(program.words_of(rank), os.O_CREAT | os.O_WRONLY)
     os.dup2(words, 1)
     os.dup2(words, 2)

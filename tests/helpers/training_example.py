@@ -12,7 +12,7 @@ import torch
 
 from sonic_ep.testing import Rank
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def module_of_example(name: str) -> ModuleType:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from sonic_ep import ExpertParallel, MoE
 from sonic_ep.testing import Rank, RankPool, assert_bitwise
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 HEADING = "## Inside a training stack\n"
 
 NONE, DDP, FSDP1, FSDP2, ZERO = (

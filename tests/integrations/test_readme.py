@@ -11,7 +11,7 @@ from limits import HANG_SECONDS
 
 import sonic_ep
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def examples() -> list[str]:
@@ -48,7 +48,7 @@ def test_the_example_is_short() -> None:
 
 
 def test_every_make_target_named_here_exists() -> None:
-    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
     targets = set(re.findall(r"`make (\w+)`", README))
     assert {"demo", "test"} <= targets
     for target in targets:
@@ -57,4 +57,4 @@ def test_every_make_target_named_here_exists() -> None:
 
 def test_every_file_linked_here_exists() -> None:
     for target in re.findall(r"\]\(([\w/.]+)\)", README):
-        assert (Path(__file__).parent.parent / target).exists(), target
+        assert (Path(__file__).parents[2] / target).exists(), target

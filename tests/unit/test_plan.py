@@ -167,7 +167,7 @@ def test_check_goes_red_on_another_place(changes: dict[str, int]) -> None:
 
 
 def test_row_ceiling() -> None:
-    sizes = {"world_size": 4, "capacity": 10, "top_k": 8, "experts_per_rank": 3}
+    sizes = {"world_size": 4, "max_tokens": 10, "top_k": 8, "experts_per_rank": 3}
     assert row_ceiling(**sizes, distinct=True) == 4 * 10 * 3
     assert row_ceiling(**sizes, distinct=False) == 4 * 10 * 8
 
@@ -355,7 +355,7 @@ def ids_and_scores(rank: Rank, case: Case) -> None:
     inputs = draw(case, rank.world_size, rank.device)
     tokens = inputs.tokens_of(rank.rank)
     max_tokens = max(case.tokens_of_rank(source) for source in range(rank.world_size))
-    sizes = {"capacity": max_tokens, "top_k": case.top_k, "num_experts": case.num_experts}
+    sizes = {"max_tokens": max_tokens, "top_k": case.top_k, "num_experts": case.num_experts}
     shape = PlanShape(rank=rank.rank, world_size=rank.world_size, **sizes)
     workspace, meetings = Workspace(resolve_group(None), rank.device), []
     barrier_before_write, barrier_after_write = workspace.barrier_before_write, workspace.barrier_after_write

@@ -18,7 +18,7 @@ from sonic_ep.machine import TWO_GPUS_NOTE
 from sonic_ep.report.page import page, write_report
 from sonic_ep.report.sections import sections
 
-REAL = Path(__file__).parents[1] / "bench" / "results" / "2xH100_suite.json"
+REAL = Path(__file__).parents[2] / "bench" / "results" / "2xH100_suite.json"
 HOSTILE = "<script>alert('x')</script>\"'&amp;$\\frac{"
 VOID = {"br", "img", "link", "meta", "source"}
 ANCHORS = {

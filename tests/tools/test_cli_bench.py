@@ -28,7 +28,7 @@ from sonic_ep.config import ScoreOrder
 from sonic_ep.profiler import WrongResultError
 from sonic_ep.testing.timing import AboveCeilingError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 README_SHAPE = "131072,4096,1536,128,8"
 SMALL = ["--thiek", "6,16,8,4,2", "--backend", "reference"]

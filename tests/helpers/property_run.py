@@ -1,4 +1,4 @@
-"""Many examples of the property tests, or one again: ``python tests/property_run.py --examples 10000 --seed 1``.
+"""Many examples of the property tests, or one again: ``python tests/helpers/property_run.py --examples 10000 --seed 1``.
 
 Example i has the seed ``--seed`` + i, and runs on one backend or on both. Ends with 1 and the seeds if any is wrong.
 """
@@ -85,7 +85,7 @@ def _document(
 ) -> dict[str, Any]:
     examples = [example_of(seed) for seed in range(options.seed, options.seed + options.examples)]
     device = device_of_rank(0) if options.device == "cuda" else torch.device("cpu")
-    command = " ".join(["python tests/property_run.py", *words_without_paths(["", *words])])
+    command = " ".join(["python tests/helpers/property_run.py", *words_without_paths(["", *words])])
     most = max(example.world_size for example in examples)
     return {
         "kind": "properties",

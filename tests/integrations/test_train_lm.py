@@ -17,7 +17,7 @@ import pytest
 import torch
 from limits import HANG_SECONDS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 STEPS = 10
 NO_GPU = "no CUDA device: torch.cuda.is_available() is False"

@@ -20,7 +20,7 @@ from sonic_ep.testing.differential import Outcome, moe_oracle, routed_oracle, ru
 # What a rank holds of each result: the tokens, unless it is named here.
 OF_EXPERTS = ("dw1", "dw2", "db1", "db2")
 OF_ALL = ("drouter_w", "tokens_per_expert")
-AGAIN = "python tests/property_run.py --examples 1 --backend {} --seed {}"
+AGAIN = "python tests/helpers/property_run.py --examples 1 --backend {} --seed {}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ def _rows(inputs: Inputs, example: Example) -> int:
     case, held = inputs.case, inputs.case.num_experts // inputs.world_size
     if example.kind is Kind.ACCURATE_MOE:
         most = max(case.tokens)
-        sizes = {"world_size": inputs.world_size, "capacity": most, "top_k": case.top_k, "experts_per_rank": held}
+        sizes = {"world_size": inputs.world_size, "max_tokens": most, "top_k": case.top_k, "experts_per_rank": held}
         return max(1, row_ceiling(**sizes, distinct=True))
     owner_S = inputs.topk_idx[inputs.topk_idx >= 0] // held
     return max(1, int(torch.bincount(owner_S.long(), minlength=1).max()))

@@ -179,6 +179,7 @@ def test_the_others_end_in_time_and_name_the_rank(backend: str, fault: str, devi
 UNCAUGHT = """
 import sys, time
 import torch, torch.distributed as dist
+import sonic_ep.testing
 from sonic_ep import ExpertParallel, PeerLostError
 
 rank = int(sys.argv[1])

@@ -10,6 +10,7 @@ from limits import HANG_SECONDS
 
 COMPILED = """
 import torch
+import sonic_ep.testing
 from sonic_ep import ExpertParallel, MoE
 
 def layer(ep, x, *weights):

@@ -66,7 +66,7 @@ def scores_with_ids(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
     """The group's scores, each of them ``number``, as they come with the ids of ``plan``."""
     from sonic_ep.fast.plan import PlanShape, gathered_counts
 
-    sizes = {"capacity": plan.max_tokens, "top_k": plan.top_k, "num_experts": plan.num_experts}
+    sizes = {"max_tokens": plan.max_tokens, "top_k": plan.top_k, "num_experts": plan.num_experts}
     shape = PlanShape(rank=plan.rank, world_size=plan.world_size, **sizes)
     device_errors = plan.counts.new_zeros(3)
     scores = torch.full((plan.num_tokens, plan.top_k), number, device=plan.counts.device)
