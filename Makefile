@@ -56,7 +56,7 @@ bench: $(INSTALLED)
 # Needs two GPUs and the CUDA toolkit. What NCCL asks the driver and is refused when it starts is no access to memory.
 sanitize: $(INSTALLED)
 	compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 --report-api-errors no \
-		$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=2 tests/every_kernel.py
+		$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=2 tests/helpers/every_kernel.py
 
 clean:
 	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info train_lm.png report.html report_png bench/results/latest.json

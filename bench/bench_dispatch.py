@@ -21,11 +21,11 @@ from sonic_ep.cost import (
     exchange_link_bytes,
     staging_bytes,
 )
+from sonic_ep.fast.collectives import TOKENS, stage_tokens
 from sonic_ep.fast.copy_engine import CopyEngineGather
 from sonic_ep.fast.dispatch import dispatch_primitives
 from sonic_ep.fast.dispatch.all_to_all import pull_to_rows
 from sonic_ep.fast.dispatch.rank_dedup import pull_packed
-from sonic_ep.fast.staging import TOKENS, stage_tokens
 from sonic_ep.testing import assert_bitwise
 
 Run = Callable[[Work, How], None]
@@ -68,7 +68,7 @@ def bench_ids_to_rows(arena: SuiteArena, large: Problem, run: Run, how: How, mod
     """``ep.plan``, then ``ep.dispatch``: ids in, rows in canonical order out, through the public API."""
     config = EPConfig(dispatch=mode)
     ids = exchange_link_bytes(
-        world_size=arena.group.world_size, capacity=large.shape.tokens, top_k=large.shape.top_k, with_scores=False
+        world_size=arena.group.world_size, max_tokens=large.shape.tokens, top_k=large.shape.top_k, with_scores=False
     )
     gathered = large.mean_over_ranks(lambda counts: canonical_gather_bytes(counts, large.shape.row_bytes)[mode])
     traffic = rows_in(arena, large, mode, more_bytes=ids, more_memory=gathered)
@@ -123,16 +123,16 @@ def receiving(arena: SuiteArena, problem: Problem, mode: DispatchMode, name: str
 def over_the_link(arena: SuiteArena, problem: Problem, mode: DispatchMode) -> Callable[[], Tensor]:
     """Collective: stage the tokens. What is returned meets the other ranks, then receives."""
     workspace, plan, x_TH = arena.workspace, problem.plan, problem.x_TH
-    staged = stage_tokens(x_TH, plan.capacity, workspace)
+    staged = stage_tokens(x_TH, plan.max_tokens, workspace)
     gather = CopyEngineGather(workspace, TOKENS)
     pull = {
-        DispatchMode.ALL_GATHER: lambda: gather.bring(x_TH, staged, plan.capacity).wait(),
+        DispatchMode.ALL_GATHER: lambda: gather.bring(x_TH, staged, plan.max_tokens).wait(),
         DispatchMode.ALL_TO_ALL: lambda: pull_to_rows(x_TH, staged.addresses, plan, plan.row_capacity),
         DispatchMode.RANK_DEDUP: lambda: pull_packed(x_TH, staged, plan),
     }[mode]
 
     def meet_and_pull() -> Tensor:
-        workspace.publish()
+        workspace.barrier_after_write()
         return pull()
 
     return meet_and_pull

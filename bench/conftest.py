@@ -26,8 +26,8 @@ from sonic_ep.benchmark.steady import little_to_collect, on_own_core
 from sonic_ep.benchmark.workload import BARS, SMOKE, Problem, Shape, Sizes, bars_hold
 from sonic_ep.ceilings import measured_ceilings, memory_rate, stopwatch
 from sonic_ep.cli.launch import Place, joined_group, launched_by_torchrun
+from sonic_ep.distributed.group import resolve_group
 from sonic_ep.fast.workspace import Workspace
-from sonic_ep.group import resolve_group
 from sonic_ep.testing.timing import AboveCeilingError
 
 
@@ -148,7 +148,11 @@ def arena(place: Place, request: pytest.FixtureRequest) -> Iterator[SuiteArena]:
     with torch.no_grad():
         ceilings = measured_ceilings(group, place.device, sizes.large.tokens * sizes.large.row_bytes)
         on_gpu = place.device.type == "cuda"
-        memory = memory_rate(place.device, stopwatch(workspace.fence, place.device, group)) if on_gpu else None
+        memory = (
+            memory_rate(place.device, stopwatch(workspace.barrier_before_write, place.device, group))
+            if on_gpu
+            else None
+        )
     arguments = [str(word) for word in request.config.invocation_params.args]
     command = command_of(group.world_size, "-m pytest", arguments)
     found = environment(place.device, group.world_size, request.config.getoption("--commit"), command)
@@ -157,7 +161,7 @@ def arena(place: Place, request: pytest.FixtureRequest) -> Iterator[SuiteArena]:
     yield SuiteArena(
         group=group,
         device=place.device,
-        fence=workspace.fence,
+        barrier_before_write=workspace.barrier_before_write,
         results=results,
         workspace=workspace,
         sizes=sizes,

@@ -27,7 +27,7 @@ class Course:
     """
 
     layouts: tuple[Layout, ...]
-    capacity: int | None = None
+    max_tokens: int | None = None
     samples_at: range = range(0)
     warm_up: int = 0
 
@@ -52,7 +52,7 @@ def soak_course(recipe: Recipe, context: int, ranks: int) -> Course:
     every = max(1, recipe.steps // SAMPLES)
     return Course(
         layouts=changing_layouts(recipe.steps, context, ranks, recipe.seed),
-        capacity=BATCH * context,
+        max_tokens=BATCH * context,
         samples_at=range(every, recipe.steps + 1, every),
         warm_up=max(ranks, recipe.steps // WARM_UP_PART),
     )

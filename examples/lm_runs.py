@@ -108,7 +108,7 @@ def train_on_ranks(settings: Settings, device: torch.device) -> Runs:
 def train_with(backend: str, settings: Settings, device: torch.device, readers: set[int]) -> Recorded | None:
     """Collective: one run under test, from the weights and batches that every run has. None but on ``readers``."""
     course = settings.course
-    with ExpertParallel(backend=backend, config=settings.config, max_tokens_per_rank=course.capacity) as ep:
+    with ExpertParallel(backend=backend, config=settings.config, max_tokens_per_rank=course.max_tokens) as ep:
         steps = steps_of(build(settings, ep, ExpertParallelFeedForward, device), settings, WorldOfRanks(), device)
         if ep.rank == 0:
             print(f"backend {ep.backend}, {ep.world_size} ranks on {device.type}", flush=True)

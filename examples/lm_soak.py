@@ -90,7 +90,7 @@ class Soak:
                 "steps": settings.recipe.steps,
                 "seed": settings.recipe.seed,
                 "learning_rate": settings.recipe.learning_rate,
-                "capacity": settings.course.capacity,
+                "capacity": settings.course.max_tokens,
                 "warm_up": settings.course.warm_up,
                 **asdict(settings.sizes),
                 **asdict(settings.config),

@@ -42,7 +42,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-from sonic_ep.group import device_of_rank
+from sonic_ep.distributed.group import device_of_rank
 
 EXIT_BY_SIGNAL = 128
 

@@ -14,26 +14,25 @@ Backward::
 ``backend="fast"`` gives the same results near the speed of the link.
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
 from sonic_ep.api import ExpertParallel, MoEOutput, moe
-from sonic_ep.config import (
+from sonic_ep.config import CombineMode, DispatchMode, EPConfig, ScoreOrder
+from sonic_ep.errors import (
     BackendUnavailableError,
     ClosedError,
     CollectiveMismatchError,
-    CombineMode,
-    DispatchMode,
-    EPConfig,
     PeerError,
     PeerLostError,
     PeerTimeoutError,
+    PlanError,
     RecomputeError,
     RowOverflowError,
-    ScoreOrder,
     SharedMemoryError,
 )
 from sonic_ep.module import MoE
-from sonic_ep.plan import PlanError, RoutingPlan
+from sonic_ep.plan import RoutingPlan
 
 if TYPE_CHECKING:
     from sonic_ep.profiler import NetworkProfiler, ProfileReport
@@ -71,8 +70,7 @@ _OF_PROFILER = ("NetworkProfiler", "ProfileReport")
 def __getattr__(name: str) -> object:
     if name not in _OF_PROFILER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from sonic_ep import profiler
-
+    profiler = importlib.import_module("sonic_ep.profiler")
     return getattr(profiler, name)
 
 

@@ -11,15 +11,11 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from sonic_ep.autograd_utils import for_kernels, runs_eagerly
 from sonic_ep.backend import Experts, Slots, choose_backend
-from sonic_ep.calls import Calls
-from sonic_ep.config import AUTO, EPConfig, RouterOptions, ScoreOrder, parse_choice
-from sonic_ep.eager import runs_eagerly
-from sonic_ep.group import Group, resolve_group
-from sonic_ep.once import as_kernels_read
-from sonic_ep.plan import RoutingPlan
-from sonic_ep.validation import (
-    Edge,
+from sonic_ep.call_guard import CallGuard
+from sonic_ep.checks import (
+    ArgumentChecker,
     ExpertArguments,
     check_experts,
     check_plan,
@@ -33,7 +29,10 @@ from sonic_ep.validation import (
     rows_of_tokens,
     tokens_of,
 )
-from sonic_ep.waits import TIMEOUT_SECONDS, Waits
+from sonic_ep.config import AUTO, EPConfig, RouterOptions, ScoreOrder, parse_choice
+from sonic_ep.distributed.collectives import TIMEOUT_SECONDS, BoundedCollectives
+from sonic_ep.distributed.group import Group, resolve_group
+from sonic_ep.plan import RoutingPlan
 
 logger = logging.getLogger("sonic_ep")
 
@@ -81,23 +80,23 @@ class ExpertParallel:
         check_collective: bool = False,
     ) -> None:
         self.group = resolve_group(group)
-        self._edge = Edge(group=self.group)
+        self._checker = ArgumentChecker(group=self.group)
         if config is not None and not isinstance(config, EPConfig):
             raise TypeError(f"{self.group}: config: got {type(config).__name__}, expected an EPConfig")
         if max_tokens_per_rank is not None:
-            self._edge.count("max_tokens_per_rank", max_tokens_per_rank)
-        self._edge.seconds("timeout", timeout)
-        self._edge.flag("check_collective", check_collective)
+            self._checker.count("max_tokens_per_rank", max_tokens_per_rank)
+        self._checker.seconds("timeout", timeout)
+        self._checker.flag("check_collective", check_collective)
         self.config = config or EPConfig()
         choice = choose_backend(backend, self.group)
         self.backend = choice.name
         self.why = choice.why
-        self._capacity = max_tokens_per_rank
+        self._max_tokens = max_tokens_per_rank
         self._capacity_given = max_tokens_per_rank is not None
-        self._waits = Waits(self.group, float(timeout))
-        self._backend = choice.module.create(self._waits, self.config)
+        self._collectives = BoundedCollectives(self.group, float(timeout))
+        self._backend = choice.module.create(self._collectives, self.config)
         common = {"backend": self.backend, "config": self.config, "max_tokens_per_rank": max_tokens_per_rank}
-        self._calls = Calls(self._waits, self._backend, common, check=check_collective)
+        self._call_guard = CallGuard(self._collectives, self._backend, common, check=check_collective)
         if self.group.rank == 0:
             logger.info("backend=%s, %d ranks (%s)", self.backend, self.group.world_size, self.why)
 
@@ -138,25 +137,27 @@ class ExpertParallel:
         Gradients: expert weights and biases get the sum over all tokens of the group, undivided; so does router_w,
         unless ``reduce_router_grad`` is False. Raises ``ValueError`` before any communication.
         """
-        with self._calls.one():
-            given = check_tokens(self._edge, x)
+        with self._call_guard.one():
+            given = check_tokens(self._checker, x)
             options = RouterOptions(
                 top_k=top_k,
                 score_order=parse_choice(f"{self.group}: score_order", score_order, ScoreOrder),
-                norm_topk_probs=self._edge.flag("norm_topk_probs", norm_topk_probs),
-                reduce_router_grad=self._edge.flag("reduce_router_grad", reduce_router_grad),
+                norm_topk_probs=self._checker.flag("norm_topk_probs", norm_topk_probs),
+                reduce_router_grad=self._checker.flag("reduce_router_grad", reduce_router_grad),
             )
-            router_w_EH = check_router(self._edge, given, router_w, options)
+            router_w_EH = check_router(self._checker, given, router_w, options)
             written = ExpertArguments(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, gate_layout=gate_layout)
-            experts = check_experts(self._edge, given, written, router_w_EH.shape[0])
-            self._check_capacity(tokens_of(given))
-            x_TH, router_w_EH = rows_of_tokens(given), as_kernels_read(router_w_EH)
+            experts = check_experts(self._checker, given, written, router_w_EH.shape[0])
+            self._check_tokens_fit(tokens_of(given))
+            x_TH, router_w_EH = rows_of_tokens(given), for_kernels(router_w_EH)
             experts = experts_as_read(experts)
             trained = router_w_EH.requires_grad and options.reduce_router_grad
-            self._calls.begin("moe", **facts_of(x_TH, experts), router=options, **{"router_w trained": trained})
-            capacity = self._agreed_capacity(x_TH)
+            self._call_guard.begin("moe", **facts_of(x_TH, experts), router=options, **{"router_w trained": trained})
+            max_tokens = self._agreed_max_tokens(x_TH)
             routing = self._backend.route(x_TH, router_w_EH, options)
-            slots = Slots(topk_idx=routing.topk_idx, topk_scores=routing.topk_scores, capacity=capacity, distinct=True)
+            slots = Slots(
+                topk_idx=routing.topk_idx, topk_scores=routing.topk_scores, max_tokens=max_tokens, distinct=True
+            )
             out = self._backend.layer(x_TH, slots, experts, x.shape)
             return MoEOutput(y=out.y, router_logits=routing.logits, tokens_per_expert=out.counts)
 
@@ -178,20 +179,20 @@ class ExpertParallel:
         topk_idx (T, K), int32 or int64: experts 0..E-1 with E = W*e; -1 drops a slot; an expert may appear twice.
         topk_scores (T, K), any float, used in fp32; differentiable. Scores of dropped slots are not read.
         """
-        with self._calls.one():
-            given = check_tokens(self._edge, x)
+        with self._call_guard.one():
+            given = check_tokens(self._checker, x)
             written = ExpertArguments(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, gate_layout=gate_layout)
-            experts = check_experts(self._edge, given, written, None)
+            experts = check_experts(self._checker, given, written, None)
             num_experts = experts.w1.shape[0] * self.group.world_size
-            idx_TK = check_routing(self._edge, topk_idx, num_experts, given)
-            scores_TK = check_scores(self._edge, topk_scores, (idx_TK.shape[0], idx_TK.shape[1]), given)
-            self._check_capacity(idx_TK.shape[0])
+            idx_TK = check_routing(self._checker, topk_idx, num_experts, given)
+            scores_TK = check_scores(self._checker, topk_scores, (idx_TK.shape[0], idx_TK.shape[1]), given)
+            self._check_tokens_fit(idx_TK.shape[0])
             x_TH, experts = rows_of_tokens(given), experts_as_read(experts)
-            idx_TK, scores_TK = as_kernels_read(idx_TK), as_kernels_read(scores_TK)
+            idx_TK, scores_TK = for_kernels(idx_TK), for_kernels(scores_TK)
             self._backend.check_expert_ids(idx_TK, num_experts)
-            self._calls.begin("moe_routed", **facts_of(x_TH, experts), K=idx_TK.shape[1])
-            capacity = self._agreed_capacity(idx_TK)
-            slots = Slots(topk_idx=idx_TK, topk_scores=scores_TK, capacity=capacity, distinct=False)
+            self._call_guard.begin("moe_routed", **facts_of(x_TH, experts), K=idx_TK.shape[1])
+            max_tokens = self._agreed_max_tokens(idx_TK)
+            slots = Slots(topk_idx=idx_TK, topk_scores=scores_TK, max_tokens=max_tokens, distinct=False)
             return self._backend.layer(x_TH, slots, experts, x.shape).y
 
     @runs_eagerly
@@ -200,15 +201,17 @@ class ExpertParallel:
 
         topk_idx (T, K) as in ``moe_routed``. The plan may be used for any number of dispatches and combines.
         """
-        with self._calls.one():
-            idx_TK = check_routing(self._edge, topk_idx, num_experts)
-            self._check_capacity(idx_TK.shape[0])
-            idx_TK = as_kernels_read(idx_TK)
+        with self._call_guard.one():
+            idx_TK = check_routing(self._checker, topk_idx, num_experts)
+            self._check_tokens_fit(idx_TK.shape[0])
+            idx_TK = for_kernels(idx_TK)
             self._backend.check_expert_ids(idx_TK, num_experts)
-            self._calls.begin("plan", E=num_experts, K=idx_TK.shape[1], device=idx_TK.device.type)
-            capacity = self._agreed_capacity(idx_TK)
-            plan = self._backend.plan(idx_TK, num_experts=num_experts, capacity=capacity, distinct=False)
-            return replace(plan, step=self._waits.meeting.step.number, object_number=self._waits.object_number)
+            self._call_guard.begin("plan", E=num_experts, K=idx_TK.shape[1], device=idx_TK.device.type)
+            max_tokens = self._agreed_max_tokens(idx_TK)
+            plan = self._backend.plan(idx_TK, num_experts=num_experts, max_tokens=max_tokens, distinct=False)
+            return replace(
+                plan, step=self._collectives.sync_tag.step.number, object_number=self._collectives.object_number
+            )
 
     @runs_eagerly
     def dispatch(self, x: Tensor, plan: RoutingPlan) -> Tensor:
@@ -216,10 +219,10 @@ class ExpertParallel:
 
         ``plan.group_ends`` delimits the experts. Rows past the last of its entries are unspecified: don't read them.
         """
-        with self._calls.one():
-            checked = check_plan(self._edge, plan)
-            x_TH = rows_of_tokens(check_tokens_of_plan(self._edge, x, checked))
-            self._calls.begin("dispatch", **facts_of(x_TH), plan=identity_of(checked))
+        with self._call_guard.one():
+            checked = check_plan(self._checker, plan)
+            x_TH = rows_of_tokens(check_tokens_of_plan(self._checker, x, checked))
+            self._call_guard.begin("dispatch", **facts_of(x_TH), plan=identity_of(checked))
             return self._backend.dispatch(x_TH, checked)
 
     @runs_eagerly
@@ -228,22 +231,22 @@ class ExpertParallel:
 
         rows (R, H) in canonical order; those past the valid ones are not read. topk_scores (T, K), any float.
         """
-        with self._calls.one():
-            checked = check_plan(self._edge, plan)
-            rows_RH = check_rows_of_plan(self._edge, rows, checked)
-            scores_TK = check_scores(self._edge, topk_scores, (checked.num_tokens, checked.top_k), rows_RH)
-            rows_RH, scores_TK = as_kernels_read(rows_RH), as_kernels_read(scores_TK)
-            self._calls.begin("combine", **facts_of(rows_RH), plan=identity_of(checked))
+        with self._call_guard.one():
+            checked = check_plan(self._checker, plan)
+            rows_RH = check_rows_of_plan(self._checker, rows, checked)
+            scores_TK = check_scores(self._checker, topk_scores, (checked.num_tokens, checked.top_k), rows_RH)
+            rows_RH, scores_TK = for_kernels(rows_RH), for_kernels(scores_TK)
+            self._call_guard.begin("combine", **facts_of(rows_RH), plan=identity_of(checked))
             return self._backend.combine(rows_RH, scores_TK, checked)
 
     @runs_eagerly
     def agree(self, number: int, device: torch.device) -> int:
         """Rank 0's ``number``, on every rank. Collective; goes over ``device`` if the group moves its tensors."""
-        with self._calls.one():
-            self._edge.whole("number", number)
-            self._edge.torch_device(device)
-            self._calls.begin("agree")
-            return self._waits.numbers(number, device)[0]
+        with self._call_guard.one():
+            self._checker.whole("number", number)
+            self._checker.torch_device(device)
+            self._call_guard.begin("agree")
+            return self._collectives.numbers(number, device)[0]
 
     @runs_eagerly
     def meet(self, device: torch.device) -> None:
@@ -251,11 +254,13 @@ class ExpertParallel:
 
         What is timed begins with it: a rank alone would measure how long it waits for the others.
         """
-        with self._calls.one():
-            self._edge.torch_device(device)
-            movable = self.group.device_types() or ("cpu", "cuda")
-            self._edge.require(device.type in movable, "device", device, f"one of {', '.join(sorted(movable))}")
-            self._calls.begin("meet")
+        with self._call_guard.one():
+            self._checker.torch_device(device)
+            aligned_contiguous = self.group.device_types() or ("cpu", "cuda")
+            self._checker.require(
+                device.type in aligned_contiguous, "device", device, f"one of {', '.join(sorted(aligned_contiguous))}"
+            )
+            self._call_guard.begin("meet")
             self._backend.meet(device)
 
     @runs_eagerly
@@ -265,22 +270,22 @@ class ExpertParallel:
         Raises ``ValueError`` for expert ids out of range, ``RowOverflowError`` for more rows than ``max_rows``,
         ``PeerTimeoutError`` if a rank has waited in vain.
         """
-        with self._calls.one():
+        with self._call_guard.one():
             self._backend.check()
 
     @runs_eagerly
     def close(self) -> None:
         """Give back what is held, then raise what ``check`` would. Later calls raise; closing again does nothing."""
-        if self._calls.closed:
+        if self._call_guard.closed:
             return
         try:
             self.check()
         except BaseException:
             # What giving back the memory of a lost GPU would raise says less.
             with suppress(RuntimeError):
-                self._calls.close()
+                self._call_guard.close()
             raise
-        self._calls.close()
+        self._call_guard.close()
 
     def __enter__(self) -> ExpertParallel:
         return self
@@ -292,7 +297,7 @@ class ExpertParallel:
         if error is None:
             self.close()
         else:
-            self._calls.leave(error)
+            self._call_guard.leave(error)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertParallel:
         """Itself: copies of a module (an EMA, say) share the group and what is allocated for it."""
@@ -301,21 +306,21 @@ class ExpertParallel:
     def __reduce__(self) -> NoReturn:
         raise TypeError("an ExpertParallel belongs to its process and cannot be pickled; save a module's state_dict()")
 
-    def _check_capacity(self, tokens: int) -> None:
-        if self._capacity is not None:
+    def _check_tokens_fit(self, tokens: int) -> None:
+        if self._max_tokens is not None:
             source = "max_tokens_per_rank" if self._capacity_given else "the most that a rank brought to the first call"
             remedy = f"construct ExpertParallel with max_tokens_per_rank of at least {tokens}, the same on every rank"
-            expected = f"at most C={self._capacity} ({source}): {remedy}"
-            self._edge.require(tokens <= self._capacity, "tokens T", tokens, expected)
+            expected = f"at most C={self._max_tokens} ({source}): {remedy}"
+            self._checker.require(tokens <= self._max_tokens, "tokens T", tokens, expected)
 
-    def _agreed_capacity(self, tokens: Tensor) -> int:
+    def _agreed_max_tokens(self, tokens: Tensor) -> int:
         """C. Agreed by all ranks on the first call that brings a token, if the caller has not set it."""
-        if self._capacity is not None:
-            return self._capacity
+        if self._max_tokens is not None:
+            return self._max_tokens
         if self.world_size == 1:
             return tokens.shape[0]
-        most = max(self._waits.numbers(tokens.shape[0], tokens.device))
-        self._capacity = most or None
+        most = max(self._collectives.numbers(tokens.shape[0], tokens.device))
+        self._max_tokens = most or None
         return most
 
 
@@ -371,4 +376,4 @@ def moe(
             for_once.check()
         return out
     finally:
-        for_once._calls.let_go()
+        for_once._call_guard.detach()

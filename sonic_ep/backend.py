@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from sonic_ep.activation import Activation, GateLayout
-from sonic_ep.config import AUTO, BackendUnavailableError, EPConfig, RouterOptions
-from sonic_ep.group import EPGroup
+from sonic_ep.config import AUTO, EPConfig, RouterOptions
+from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.group import EPGroup
+from sonic_ep.errors import BackendUnavailableError
 from sonic_ep.plan import RoutingPlan
-from sonic_ep.waits import Waits
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,7 +52,7 @@ class Slots:
 
     topk_idx: Tensor
     topk_scores: Tensor
-    capacity: int
+    max_tokens: int
     distinct: bool
 
 
@@ -101,7 +102,7 @@ class Backend(Protocol):
         """Raise ``ValueError`` for ids out of -1..E-1, or flag them on the device. Not collective."""
         ...
 
-    def plan(self, topk_idx_TK: Tensor, *, num_experts: int, capacity: int, distinct: bool) -> RoutingPlan:
+    def plan(self, topk_idx_TK: Tensor, *, num_experts: int, max_tokens: int, distinct: bool) -> RoutingPlan:
         """The plan of this routing. ``distinct``: no token has an expert twice, by the router's construction."""
         ...
 
@@ -125,7 +126,7 @@ class Backend(Protocol):
         """Raise, from ``error``, what a kernel has waited for in vain; nothing if that is not why."""
         ...
 
-    def stray(self) -> None:
+    def mark_failed(self) -> None:
         """A call or a backward has ended in an error on this rank: the others may be anywhere in it, or past it."""
         ...
 
@@ -141,7 +142,7 @@ class Backend(Protocol):
         """No call will follow that could: a backward raises itself what it finds."""
         ...
 
-    def let_go(self) -> None:
+    def detach(self) -> None:
         """Hold nothing any more; a backward that is still to come keeps what it needs."""
         ...
 
@@ -161,8 +162,8 @@ class BackendModule(Protocol):
         """Why ``"auto"`` passes the backend over, although it can run when it is asked for by name."""
         ...
 
-    def create(self, waits: Waits, config: EPConfig) -> Backend:
-        """The backend for the group of ``waits``. What it runs is of the step that ``waits`` is told of."""
+    def create(self, collectives: BoundedCollectives, config: EPConfig) -> Backend:
+        """The backend for the group of ``collectives``. What it runs is of the step that ``collectives`` is told of."""
         ...
 
 

@@ -139,7 +139,7 @@ class RankCounts:
     """
 
     world_size: int
-    capacity: int
+    max_tokens: int
     tokens: int
     slots_kept: int
     slots_in: int
@@ -167,7 +167,7 @@ class RankCounts:
 def rank_counts(
     rank: int,
     *,
-    capacity: int,
+    max_tokens: int,
     tokens: int,
     pair_tokens: Sequence[Sequence[int]],
     pair_slots: Sequence[Sequence[int]],
@@ -180,7 +180,7 @@ def rank_counts(
     """
     return RankCounts(
         world_size=len(pair_tokens),
-        capacity=capacity,
+        max_tokens=max_tokens,
         tokens=tokens,
         slots_kept=pair_slots[rank][rank],
         slots_in=_column_of_others(pair_slots, rank),
@@ -218,7 +218,7 @@ def dispatch_traffic(counts: RankCounts, row_bytes: int) -> Mapping[DispatchMode
     ``all_gather`` moves whole blocks of C rows. ``all_to_all`` reads a pair once and writes each of its rows,
     ``rank_dedup`` writes it once. ``canonical_gather_bytes`` is what it takes from there to canonical order.
     """
-    block = counts.remote_ranks * counts.capacity
+    block = counts.remote_ranks * counts.max_tokens
     pairs = _Rows(kept=counts.pairs_kept, link_in=counts.pairs_in, link_out=counts.pairs_out)
     tokens = _Rows(kept=counts.tokens, link_in=block, link_out=block)
     return MappingProxyType(
@@ -258,7 +258,7 @@ def combine_traffic(counts: RankCounts, row_bytes: int) -> Mapping[CombineMode, 
     A rank sends one row for each remote slot, a partial sum for each of the C tokens that any other rank may have, or
     one for each remote pair. Partial sums travel in the dtype of the rows.
     """
-    padded = counts.remote_ranks * counts.capacity
+    padded = counts.remote_ranks * counts.max_tokens
     return MappingProxyType(
         {
             CombineMode.ALL_TO_ALL: _pushed(counts, row_bytes, link_in=counts.slots_out, link_out=counts.slots_in),
@@ -270,13 +270,13 @@ def combine_traffic(counts: RankCounts, row_bytes: int) -> Mapping[CombineMode, 
     )
 
 
-def exchange_link_bytes(*, world_size: int, capacity: int, top_k: int, with_scores: bool) -> int:
+def exchange_link_bytes(*, world_size: int, max_tokens: int, top_k: int, with_scores: bool) -> int:
     """Link bytes into a rank, and as many out of it, for the routing of all ranks: (W-1)*C*K ids, int32.
 
     ``with_scores``: the fp32 scores of the same slots travel too.
     """
     slot_bytes = 4 + 4 * with_scores
-    return (world_size - 1) * capacity * top_k * slot_bytes
+    return (world_size - 1) * max_tokens * top_k * slot_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
 from sonic_ep.api import ExpertParallel, MoEOutput
+from sonic_ep.checks import ArgumentChecker, check_experts_divide
 from sonic_ep.config import ScoreOrder, parse_choice
-from sonic_ep.validation import Edge, check_experts_divide
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -65,27 +65,27 @@ class MoE(nn.Module):
         super().__init__()
         if not isinstance(ep, ExpertParallel):
             raise TypeError(f"MoE: ep: got {type(ep).__name__}, expected an ExpertParallel")
-        edge = Edge(group=ep.group)
+        checker = ArgumentChecker(group=ep.group)
         sizes = {
             "hidden_size": hidden_size,
             "intermediate_size": intermediate_size,
             "num_experts": num_experts,
         }
         for name, value in {**sizes, "top_k": top_k}.items():
-            edge.count(name, value)
-        check_experts_divide(edge, num_experts)
-        edge.require(top_k <= num_experts, "top_k", top_k, f"at most E={num_experts}")
+            checker.count(name, value)
+        check_experts_divide(checker, num_experts)
+        checker.require(top_k <= num_experts, "top_k", top_k, f"at most E={num_experts}")
         self.ep = ep
         self.top_k = top_k
         self.activation = activation
         self.gate_layout = gate_layout
         self.score_order = parse_choice(f"{ep.group}: score_order", score_order, ScoreOrder)
-        self.norm_topk_probs = edge.flag("norm_topk_probs", norm_topk_probs)
-        self.reduce_router_grad = edge.flag("reduce_router_grad", reduce_router_grad)
-        dtype = edge.dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
-        device = edge.device("device", device)
-        edge.named("gate_layout", gate_layout, GATE_LAYOUTS)
-        width = edge.named("activation", activation, ACTIVATIONS).up_width(intermediate_size)
+        self.norm_topk_probs = checker.flag("norm_topk_probs", norm_topk_probs)
+        self.reduce_router_grad = checker.flag("reduce_router_grad", reduce_router_grad)
+        dtype = checker.dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
+        device = checker.device("device", device)
+        checker.named("gate_layout", gate_layout, GATE_LAYOUTS)
+        width = checker.named("activation", activation, ACTIVATIONS).up_width(intermediate_size)
         held = num_experts // ep.world_size
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -94,7 +94,7 @@ class MoE(nn.Module):
         self.router_w = parameter(num_experts, hidden_size)
         self.w1 = parameter(held, width, hidden_size)
         self.w2 = parameter(held, hidden_size, intermediate_size)
-        self.b1 = parameter(held, width) if edge.flag("bias", bias) else None
+        self.b1 = parameter(held, width) if checker.flag("bias", bias) else None
         self.b2 = parameter(held, hidden_size) if bias else None
         self.reset_parameters()
 

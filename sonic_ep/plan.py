@@ -43,7 +43,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from sonic_ep.config import EPConfig, RecomputeError, RowOverflowError, is_count
+from sonic_ep.config import EPConfig, is_count
+from sonic_ep.errors import PlanError, RecomputeError, RowOverflowError
 
 # Slots and rows are int32. The margin is room for kernels that count past the last one: the stride of a grid over rows,
 # the rest of a block or tile (at most 2 * 65536 slots), the lag of a combine (1024 tokens for each rank).
@@ -51,10 +52,6 @@ MOST_SLOTS = 2**31 - 2**20
 INDEX_DTYPE = torch.int32
 INDEX_BYTES = INDEX_DTYPE.itemsize
 NO_ROW = -1
-
-
-class PlanError(AssertionError):
-    """A plan contradicts its own definition: a defect of the library, never of its caller."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,7 +92,7 @@ class RoutingPlan:
         return self.expert_ids.shape[0]
 
     @property
-    def capacity(self) -> int:
+    def max_tokens(self) -> int:
         """C, in tokens."""
         return self.expert_ids.shape[1]
 
@@ -183,15 +180,15 @@ def raise_if_malformed(where: object, plan: RoutingPlan) -> None:
         )
 
 
-def row_ceiling(*, world_size: int, capacity: int, top_k: int, experts_per_rank: int, distinct: bool) -> int:
+def row_ceiling(*, world_size: int, max_tokens: int, top_k: int, experts_per_rank: int, distinct: bool) -> int:
     """Rows that a rank can receive at the most: W*C*min(K, e) if a token's experts are distinct, else W*C*K."""
     slots_here = min(top_k, experts_per_rank) if distinct else top_k
-    return world_size * capacity * slots_here
+    return world_size * max_tokens * slots_here
 
 
-def check_slots(where: object, *, world_size: int, capacity: int, top_k: int) -> None:
+def check_slots(where: object, *, world_size: int, max_tokens: int, top_k: int) -> None:
     """Raise ``ValueError`` if the group has more slots than int32 can count; ``where`` begins the message."""
-    slots = world_size * capacity * top_k
+    slots = world_size * max_tokens * top_k
     if slots > MOST_SLOTS:
         raise ValueError(f"{where}: W*C*K: got {slots} slots, expected at most {MOST_SLOTS} (slots are int32)")
 
@@ -248,16 +245,16 @@ def _is_well_held(tensor: object) -> bool:
 
 def _misshapen_field(plan: RoutingPlan) -> str | None:
     """The first field that does not fit W, C, K and e of ``expert_ids`` and ``group_ends``."""
-    world_size, capacity, _ = plan.expert_ids.shape
+    world_size, max_tokens, _ = plan.expert_ids.shape
     if plan.counts.shape != (world_size * plan.experts_per_rank,):
         return "counts"
     if plan.row_of_slot.shape != plan.expert_ids.shape:
         return "row_of_slot"
     if plan.pair_tokens.shape != (world_size, world_size):
         return "pair_tokens"
-    if plan.packed_of_token.shape != (world_size, capacity):
+    if plan.packed_of_token.shape != (world_size, max_tokens):
         return "packed_of_token"
-    return None if is_count(plan.num_tokens) and plan.num_tokens <= capacity else "num_tokens"
+    return None if is_count(plan.num_tokens) and plan.num_tokens <= max_tokens else "num_tokens"
 
 
 def _check_form(plan: RoutingPlan) -> None:

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 
-from sonic_ep.fast.availability import interpreter_reasons
+from sonic_ep.fast.capabilities import interpreter_reasons
 from sonic_ep.testing import RankPool
 
 GPUS_NEEDED = 2

@@ -15,8 +15,8 @@ from torch import Tensor
 from sonic_ep.benchmark.results import Against, Bar, Entry, MemoryTraffic, Results, Traffic
 from sonic_ep.benchmark.workload import Shape, Sizes
 from sonic_ep.ceilings import meeting
-from sonic_ep.group import EPGroup
-from sonic_ep.testing.checks import spoil
+from sonic_ep.distributed.group import EPGroup
+from sonic_ep.testing.checks import poison
 from sonic_ep.testing.timing import BUSY_SECONDS, Ceiling, Timing, captured, measure_in_turn
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class Arena:
 
     group: EPGroup
     device: torch.device
-    fence: Callable[[], None]
+    barrier_before_write: Callable[[], None]
     results: Results
     busy_seconds: float = BUSY_SECONDS
 
@@ -202,7 +202,7 @@ class Arena:
         So the right answer is beforehand neither in shared memory nor in memory that an output gets again.
         """
         with other_inputs(trial.work.inputs):
-            spoil(trial.function())
+            poison(trial.function())
         agree(self.group, lambda: trial.work.check(trial.function()))
 
     def check_last(self, trial: Trial, last: KeepLast) -> None:
@@ -221,7 +221,7 @@ class Arena:
 
     def time(self, functions: Sequence[Callable[[], object]], rounds: Rounds, *, ahead: bool) -> list[Timing]:
         """What rounds of each function take, in turn; ``ahead``: behind work that lets the host get ahead."""
-        enter = meeting(self.fence, self.device, ahead=ahead, busy_seconds=self.busy_seconds)
+        enter = meeting(self.barrier_before_write, self.device, ahead=ahead, busy_seconds=self.busy_seconds)
         timed, warmup, device, group = rounds.timed, rounds.warmup, self.device, self.group
         return measure_in_turn(functions, rounds=timed, warmup=warmup, device=device, group=group, enter=enter)
 

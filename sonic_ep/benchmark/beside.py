@@ -15,7 +15,7 @@ from sonic_ep.benchmark.layer import LayerUnderTest, Pass, bitwise_work
 from sonic_ep.benchmark.layer_problem import LayerProblem, Outcome, single_rank
 from sonic_ep.benchmark.oracle import Oracle
 from sonic_ep.benchmark.routed_call import RoutedCall
-from sonic_ep.group import EPGroup, resolve_group
+from sonic_ep.distributed.group import EPGroup, resolve_group
 from sonic_ep.plan import RoutingPlan
 from sonic_ep.reference.dense import dense_scores
 from sonic_ep.testing.checks import expect

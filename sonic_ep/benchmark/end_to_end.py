@@ -26,7 +26,7 @@ from sonic_ep.benchmark.routed_call import RoutedCall
 from sonic_ep.benchmark.setup import Setup
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig, ModePair
 from sonic_ep.cost import Workload, choose_modes
-from sonic_ep.group import EPGroup
+from sonic_ep.distributed.group import EPGroup
 from sonic_ep.profiler import NetworkProfiler, ProfileReport
 
 Say = Callable[[str], None]

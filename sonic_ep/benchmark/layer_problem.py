@@ -14,7 +14,7 @@ from sonic_ep.activation import ACTIVATIONS
 from sonic_ep.api import ExpertParallel, MoEOutput
 from sonic_ep.benchmark.workload import Shape
 from sonic_ep.config import RouterOptions, ScoreOrder
-from sonic_ep.group import EPGroup
+from sonic_ep.distributed.group import EPGroup
 from sonic_ep.reference.router import choose_experts
 
 # Routers that round differently choose alike where the least logit chosen is so far above the next one.

@@ -1,4 +1,4 @@
-"""What a layer allocates, measured by PyTorch's allocator, beside the formulas of ``sonic_ep.memory``."""
+"""What a layer allocates, measured by PyTorch's allocator, beside the formulas of ``sonic_ep.testing.memory_model``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sonic_ep.activation import ACTIVATIONS
 from sonic_ep.api import ExpertParallel
 from sonic_ep.benchmark.routed_call import RoutedCall
 from sonic_ep.config import CombineMode, DispatchMode, ModePair
-from sonic_ep.memory import (
+from sonic_ep.testing.memory_model import (
     LayerShape,
     backward_peak_bytes,
     forward_peak_bytes,
@@ -72,7 +72,7 @@ def formulas(call: RoutedCall, ep: ExpertParallel, modes: ModePair) -> dict[str,
     assert call.shape.intermediate is not None, "a shape without experts"
     shape = LayerShape(
         world_size=ep.world_size,
-        capacity=plan.capacity,
+        max_tokens=plan.max_tokens,
         tokens=call.x.shape[0],
         top_k=call.shape.top_k,
         num_experts=call.shape.num_experts,

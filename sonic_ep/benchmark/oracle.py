@@ -19,7 +19,7 @@ from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
 from sonic_ep.backend import Experts
 from sonic_ep.benchmark.layer_problem import LayerOptions, LayerProblem, Outcome, tensors_of
 from sonic_ep.benchmark.routed_call import RoutedCall
-from sonic_ep.group import EPGroup
+from sonic_ep.distributed.group import EPGroup
 from sonic_ep.reference.dense import dense_moe, dense_scores
 from sonic_ep.reference.router import choose_experts
 from sonic_ep.testing.checks import Accuracy, Share, Yardstick, assert_as_accurate, pooled

@@ -22,7 +22,7 @@ def arena_at(device: torch.device, backend: str, commit: str | None, command: st
     with ExpertParallel(backend=backend) as ep, torch.no_grad():
         group = ep.group
 
-        def fence() -> None:
+        def barrier_before_write() -> None:
             ep.meet(device)
 
         shared = device.type == "cuda" and group.world_size > torch.cuda.device_count()
@@ -30,7 +30,15 @@ def arena_at(device: torch.device, backend: str, commit: str | None, command: st
         results = Results(
             environment=environment(device, group.world_size, commit, command),
             ceilings=measured_ceilings(group, device, rounds=rounds),
-            memory_rate=memory_rate(device, stopwatch(fence, device, group, rounds)) if device.type == "cuda" else None,
+            memory_rate=memory_rate(device, stopwatch(barrier_before_write, device, group, rounds))
+            if device.type == "cuda"
+            else None,
         )
         with torch.enable_grad():
-            yield Arena(group=group, device=device, fence=fence, results=results, busy_seconds=BUSY_SECONDS)
+            yield Arena(
+                group=group,
+                device=device,
+                barrier_before_write=barrier_before_write,
+                results=results,
+                busy_seconds=BUSY_SECONDS,
+            )

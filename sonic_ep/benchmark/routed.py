@@ -14,7 +14,7 @@ from sonic_ep.benchmark.layer import Pass
 from sonic_ep.benchmark.oracle import MOST_SLOTS, accuracy_of_all, as_rows, dense_routed, wider
 from sonic_ep.benchmark.routed_call import RoutedCall
 from sonic_ep.config import EPConfig
-from sonic_ep.group import EPGroup
+from sonic_ep.distributed.group import EPGroup
 from sonic_ep.testing.checks import Accuracy, Yardstick, assert_bitwise, expect
 
 
@@ -33,9 +33,9 @@ class RoutedUnderTest:
 
     def over(self) -> ExpertParallel:
         """The layer."""
-        capacity = max(1, self.call.x.shape[0]) if self.group.world_size > 1 else None
+        max_tokens = max(1, self.call.x.shape[0]) if self.group.world_size > 1 else None
         process_group = self.group.process_group
-        return ExpertParallel(process_group, backend=self.backend, config=self.config, max_tokens_per_rank=capacity)
+        return ExpertParallel(process_group, backend=self.backend, config=self.config, max_tokens_per_rank=max_tokens)
 
     @cached_property
     def answer(self) -> list[Tensor]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sonic_ep.benchmark.workload import Problem
-from sonic_ep.group import EPGroup
+from sonic_ep.distributed.group import EPGroup
 from sonic_ep.reference.plan import slot_exchange
 from sonic_ep.testing import assert_as_accurate
 
@@ -106,9 +106,9 @@ def dense_partials(problem: Problem) -> Tensor:
     plan = problem.plan
     slots_N = plan.slot_of_row[: problem.valid_rows].long()
     weighted_NH = problem.rows_RH[: problem.valid_rows].float() * problem.scores_WCK.flatten()[slots_N, None]
-    total = weighted_NH.new_zeros((plan.world_size * plan.capacity, problem.shape.hidden))
+    total = weighted_NH.new_zeros((plan.world_size * plan.max_tokens, problem.shape.hidden))
     total.index_add_(0, slots_N // plan.top_k, weighted_NH)
-    return total.to(problem.shape.dtype).view(plan.world_size, plan.capacity, -1)
+    return total.to(problem.shape.dtype).view(plan.world_size, plan.max_tokens, -1)
 
 
 def exact_sums(problem: Problem) -> Tensor:

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig
 from sonic_ep.cost import RankCounts, Traffic, rank_counts
-from sonic_ep.group import EPGroup
+from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.group import EPGroup
 from sonic_ep.plan import RoutingPlan
-from sonic_ep.reference.collectives import Collectives, collectives_of
 from sonic_ep.reference.combine import combine_primitives
 from sonic_ep.reference.dispatch import dispatch_primitives
 from sonic_ep.reference.plan import exchange_plan, pad_tokens
-from sonic_ep.waits import Waits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +135,7 @@ class Problem:
         return exchange_plan(
             self.topk_idx_TK,
             num_experts=self.shape.num_experts,
-            capacity=self.shape.tokens,
+            max_tokens=self.shape.tokens,
             distinct=False,
             config=EPConfig(),
             collectives=self._collectives,
@@ -170,7 +169,7 @@ class Problem:
     @cached_property
     def scores_WCK(self) -> Tensor:
         """Scores of the group."""
-        return self._collectives.all_gather(pad_tokens(self.scores_TK, self.plan.capacity, 0))
+        return self._collectives.all_gather(pad_tokens(self.scores_TK, self.plan.max_tokens, 0))
 
     @cached_property
     def sums(self) -> Mapping[tuple[CombineMode, bool], Tensor]:
@@ -205,8 +204,8 @@ class Problem:
         return sum(count(of_rank) for of_rank in counts) / len(counts)
 
     @cached_property
-    def _collectives(self) -> Collectives:
-        return collectives_of(Waits(self.group))
+    def _collectives(self) -> BoundedCollectives:
+        return BoundedCollectives(self.group)
 
     @cached_property
     def _pair_slots(self) -> list[list[int]]:
@@ -217,7 +216,7 @@ class Problem:
     def _counts(self, rank: int) -> RankCounts:
         return rank_counts(
             rank,
-            capacity=self.shape.tokens,
+            max_tokens=self.shape.tokens,
             tokens=self.shape.tokens,
             pair_tokens=self.plan.pair_tokens.tolist(),
             pair_slots=self._pair_slots,

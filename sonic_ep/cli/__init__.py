@@ -21,7 +21,7 @@ from sonic_ep.cli.exit_codes import FAIL, INTERRUPTED, WRONG_ARGUMENTS
 from sonic_ep.cli.launch import launch, launched_by_torchrun
 from sonic_ep.cli.profile import add_profile
 from sonic_ep.cli.verify import add_verify
-from sonic_ep.config import BackendUnavailableError
+from sonic_ep.errors import BackendUnavailableError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

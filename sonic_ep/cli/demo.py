@@ -49,7 +49,7 @@ def _follow_rows(ep: ExpertParallel, place: Place) -> bool:
 
 
 def _show_plan(plan: RoutingPlan, token_of_row: torch.Tensor, place: Place) -> None:
-    place.say(f"each of the {plan.capacity} tokens of a rank chooses {plan.top_k} of {plan.num_experts} experts:")
+    place.say(f"each of the {plan.max_tokens} tokens of a rank chooses {plan.top_k} of {plan.num_experts} experts:")
     for rank in range(plan.world_size):
         place.say(f"  rank {rank} chooses {plan.expert_ids[rank].tolist()}")
     place.say(f"slots of each expert: {plan.counts.tolist()}")

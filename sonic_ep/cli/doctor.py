@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from sonic_ep.backend import BACKEND_PACKAGES, unavailable_reasons
 from sonic_ep.cli.exit_codes import FAIL, PASS
-from sonic_ep.fast.availability import symmetric_memory_reasons
-from sonic_ep.group import EPGroup
+from sonic_ep.distributed.group import EPGroup
+from sonic_ep.fast.capabilities import symmetric_memory_reasons
 from sonic_ep.profiler.machine import link_types, package_version, topology
 
 PACKAGES = ("sonic-ep", "torch", "triton", "einops", "numpy")

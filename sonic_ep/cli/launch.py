@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from sonic_ep.cli.exit_codes import FAIL, PASS
-from sonic_ep.group import device_of_rank
+from sonic_ep.distributed.group import device_of_rank
 
 ENDED_BY_SIGNAL = 128
 # Other launchers set RANK as well, but not all of these.

@@ -13,7 +13,7 @@ from typing import Any
 from sonic_ep.backend import choose_backend
 from sonic_ep.cli.exit_codes import FAIL, PASS
 from sonic_ep.cli.launch import Place, joined_group, ranks_of
-from sonic_ep.group import EPGroup
+from sonic_ep.distributed.group import EPGroup
 from sonic_ep.profiler import WrongResultError
 from sonic_ep.profiler.machine import command_of
 from sonic_ep.profiler.timing import AboveCeilingError

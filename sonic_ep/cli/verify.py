@@ -17,7 +17,7 @@ from sonic_ep.cli.exit_codes import FAIL, PASS
 from sonic_ep.cli.launch import Place, joined_group, ranks_of
 from sonic_ep.cli.options import DTYPES, Thiek, add_nproc, parse_thiek
 from sonic_ep.config import AUTO, CombineMode, DispatchMode, EPConfig
-from sonic_ep.group import EPGroup
+from sonic_ep.distributed.group import EPGroup
 from sonic_ep.testing import CASES, Accuracy, Case, verify_moe, verify_routed
 
 Verifier = Callable[[Case, ExpertParallel, torch.device], list[Accuracy]]

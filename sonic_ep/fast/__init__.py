@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from sonic_ep.backend import Backend
 from sonic_ep.config import EPConfig
-from sonic_ep.fast.availability import (
+from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.group import EPGroup
+from sonic_ep.fast.capabilities import (
     auto_reasons,
     device_reasons,
     interpreted,
     interpreter_reasons,
     software_reasons,
 )
-from sonic_ep.group import EPGroup
-from sonic_ep.waits import Waits
 
 __all__ = ["auto_reasons", "create", "unavailable_reasons"]
 
@@ -26,8 +26,8 @@ def unavailable_reasons(group: EPGroup) -> tuple[str, ...]:
     return (*missing, *device_reasons())
 
 
-def create(waits: Waits, config: EPConfig) -> Backend:
-    """The fast backend for the group of ``waits``. Not collective: memory is shared on the first call."""
-    from sonic_ep.fast.layer import FastBackend
+def create(collectives: BoundedCollectives, config: EPConfig) -> Backend:
+    """The fast backend for the group of ``collectives``. Not collective: memory is shared on the first call."""
+    from sonic_ep.fast.backend import FastBackend
 
-    return FastBackend(waits, config)
+    return FastBackend(collectives, config)

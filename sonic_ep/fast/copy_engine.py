@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sonic_ep.fast.staging import reserve_tokens, stage_tokens
-from sonic_ep.fast.workspace import SharedBuffer, Workspace
+from sonic_ep.fast.collectives import reserve_tokens, stage_tokens
+from sonic_ep.fast.symmetric_memory import SharedBuffer
+from sonic_ep.fast.workspace import Workspace
 
 
 @dataclass(eq=False)
-class Arrivals:
+class GatherEvents:
     """Events that end the copies of one gather. captured: they are of a graph, and mean nothing outside of it."""
 
     events: tuple[torch.cuda.Event, ...]
@@ -34,7 +35,7 @@ class Arrivals:
 class GatherInFlight:
     """An all-gather that has been started. ``wait()`` before the result is used, on each stream that uses it."""
 
-    def __init__(self, gathered_WCH: Tensor, arrivals: Arrivals) -> None:
+    def __init__(self, gathered_WCH: Tensor, arrivals: GatherEvents) -> None:
         self._gathered = gathered_WCH
         self._arrivals = arrivals
 
@@ -62,33 +63,33 @@ class CopyEngineGather:
     def __init__(self, workspace: Workspace, name: str) -> None:
         self._workspace = workspace
         self._name = name
-        self._last = Arrivals(events=(), captured=False)
+        self._last = GatherEvents(events=(), captured=False)
         on_gpu = workspace.device.type == "cuda"
         peers = range(workspace.group.world_size) if on_gpu else ()
         self._streams = tuple(torch.cuda.Stream(workspace.device) for _ in peers)
 
-    def reserve(self, capacity: int, row_bytes: int) -> None:
+    def reserve(self, max_tokens: int, row_bytes: int) -> None:
         """Collective. Allocate what ``start`` needs for this shape."""
-        reserve_tokens(self._workspace, capacity, row_bytes, self._name)
+        reserve_tokens(self._workspace, max_tokens, row_bytes, self._name)
 
-    def start(self, x_TH: Tensor, capacity: int, *, with_own: bool = True) -> GatherInFlight:
+    def start(self, x_TH: Tensor, max_tokens: int, *, with_own: bool = True) -> GatherInFlight:
         """Collective. Stage x (T, H), then bring (W, C, H) on side streams, behind what the current stream has queued.
 
         x may be changed as soon as the current stream has come past this call. with_own: whether this rank's own tokens
         are wanted among those of the others; else their place is unspecified.
         """
-        return self.bring(x_TH, self.stage(x_TH, capacity), capacity, with_own=with_own)
+        return self.bring(x_TH, self.stage(x_TH, max_tokens), max_tokens, with_own=with_own)
 
-    def stage(self, x_TH: Tensor, capacity: int) -> SharedBuffer:
+    def stage(self, x_TH: Tensor, max_tokens: int) -> SharedBuffer:
         """Collective. The first half of ``start``."""
         # The last gather's copies end before the fence lets peers write what they read, whoever has waited for them.
         self._last.hold_back_next(self._workspace.device)
-        return stage_tokens(x_TH, capacity, self._workspace, self._name)
+        return stage_tokens(x_TH, max_tokens, self._workspace, self._name)
 
-    def bring(self, x_TH: Tensor, staged: SharedBuffer, capacity: int, *, with_own: bool = True) -> GatherInFlight:
+    def bring(self, x_TH: Tensor, staged: SharedBuffer, max_tokens: int, *, with_own: bool = True) -> GatherInFlight:
         """The second half of ``start``: copy what every rank has staged, and this rank's own tokens from x."""
         group = self._workspace.group
-        shape = (capacity, x_TH.shape[1])
+        shape = (max_tokens, x_TH.shape[1])
         gathered_WCH = x_TH.new_empty((group.world_size, *shape))
         arrivals: list[torch.cuda.Event] = []
         # Each rank begins with its next neighbour, so that no peer is asked by all at once.
@@ -98,7 +99,7 @@ class CopyEngineGather:
             # Behind the others: it is on the stream that they waited for.
             gathered_WCH[group.rank, : x_TH.shape[0]].copy_(x_TH)
         # Not the result itself, which is the caller's to keep or to drop.
-        self._last = Arrivals(events=tuple(arrivals), captured=_capturing(self._workspace.device))
+        self._last = GatherEvents(events=tuple(arrivals), captured=_capturing(self._workspace.device))
         return GatherInFlight(gathered_WCH, self._last)
 
     def _copy(self, target_CH: Tensor, source_CH: Tensor, peer: int) -> list[torch.cuda.Event]:

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sonic_ep.fast.collectives import any_rank_wants, gather_scores, reserve_values, reserve_wants, send_home
+from sonic_ep.autograd_utils import once_differentiable, savable, unpack_saved
+from sonic_ep.distributed.sync_tag import Phase, Step
+from sonic_ep.fast.collectives import any_rank_wants, gather_scores, reserve_values, reserve_wants, return_to_origin
 from sonic_ep.fast.combine import FastCombine
-from sonic_ep.fast.device import movable
+from sonic_ep.fast.device_errors import DeviceErrors
 from sonic_ep.fast.dispatch import FastDispatch
-from sonic_ep.fast.rows import spoil_if_overflowed, take_rows, weigh_rows
-from sonic_ep.fast.verdict import Verdict
-from sonic_ep.fast.workspace import SharedBuffer, Workspace
-from sonic_ep.meeting import Phase, Step
-from sonic_ep.once import once_differentiable, savable, saved_by
+from sonic_ep.fast.launch import aligned_contiguous
+from sonic_ep.fast.permute import gather_rows, poison_if_overflowed, weigh_rows
+from sonic_ep.fast.symmetric_memory import SharedBuffer
+from sonic_ep.fast.workspace import Workspace
 from sonic_ep.plan import NO_ROW, RoutingPlan, raise_if_malformed
 
 
@@ -39,7 +40,7 @@ class Exchange:
     combine: FastCombine
     workspace: Workspace
     max_rows: int | None
-    verdict: Verdict
+    device_errors: DeviceErrors
     step: Step
     backward: bool = False
 
@@ -53,7 +54,7 @@ class Exchange:
 
     def reserve(self, row_bytes: int) -> None:
         """Collective. Allocate what rows and backward need, so that backward never has to."""
-        self.dispatch.reserve(self.plan.capacity, row_bytes)
+        self.dispatch.reserve(self.plan.max_tokens, row_bytes)
         self.combine.reserve(self.plan, row_bytes)
         reserve_values(self.plan, self.workspace)
         reserve_wants(self.workspace)
@@ -66,14 +67,14 @@ class Exchange:
 
     def rows(self, x_TH: Tensor) -> Tensor:
         """Collective. x of the group's tokens in canonical row order, (R, H); unspecified past the valid rows."""
-        x_TH = movable(x_TH)
+        x_TH = aligned_contiguous(x_TH)
         received = self.pull(x_TH, self.stage(x_TH), self.plan.row_capacity)
-        return self._spoiled(self.in_order(received))
+        return self._poisoned(self.in_order(received))
 
     def stage(self, x_TH: Tensor) -> SharedBuffer:
-        """Collective. The first half of a dispatch, which needs no plan but for its capacity; x is ``movable``."""
+        """Collective. The first half of a dispatch, which needs only the plan's C; x is ``aligned_contiguous``."""
         self.enter(Phase.DISPATCH)
-        return self.dispatch.stage(x_TH, self.plan.capacity)
+        return self.dispatch.stage(x_TH, self.plan.max_tokens)
 
     def pull(self, x_TH: Tensor, staged: SharedBuffer, rows: int) -> Tensor:
         """What dispatch receives of ``staged``, in the mode's own layout; rows: R, at most that of the plan."""
@@ -82,18 +83,18 @@ class Exchange:
     def in_order(self, received: Tensor) -> Tensor:
         """What dispatch has received as rows in canonical order, (R, H); unspecified past the valid rows."""
         source_R = self.dispatch.source_of_row(self.plan)
-        return received if source_R is None else take_rows(received, source_R, self.plan.group_ends)
+        return received if source_R is None else gather_rows(received, source_R, self.plan.group_ends)
 
     def sums(self, rows_RH: Tensor, scores_WCK: Tensor | None) -> Tensor:
         """Collective. The weighted sums of a token's rows, (T, H); every score is 1 if there are none."""
         self.enter(Phase.COMBINE)
         y_TH = self.combine.combine(rows_RH.contiguous(), scores_WCK, self.plan)
-        return self._spoiled(y_TH)
+        return self._poisoned(y_TH)
 
     def home(self, value_of_row_R: Tensor) -> Tensor:
         """Collective. One fp32 value of each valid row to its slot's home, (T, K); zero for dropped slots."""
         self.enter(Phase.EXCHANGE)
-        return self._spoiled(send_home(value_of_row_R, self.plan, self.workspace))
+        return self._poisoned(return_to_origin(value_of_row_R, self.plan, self.workspace))
 
     def where_wanted(self, *, here: bool) -> Exchange:
         """Collective. Itself where any rank wants what is to be sent, else with a plan that sends nothing.
@@ -121,12 +122,12 @@ class Exchange:
         """
         if expert_ids_WCK.data_ptr() == self.plan.expert_ids.data_ptr():
             return grad_NH
-        differs = self.verdict.compare(self.plan.expert_ids, expert_ids_WCK, self.step.number)
+        differs = self.device_errors.compare(self.plan.expert_ids, expert_ids_WCK, self.step.number)
         return grad_NH.masked_fill(differs, math.nan)
 
-    def _spoiled(self, rows_NH: Tensor) -> Tensor:
+    def _poisoned(self, rows_NH: Tensor) -> Tensor:
         """The rows, all NaN if a rank was routed more than the bound."""
-        return rows_NH if self.max_rows is None else spoil_if_overflowed(rows_NH, self.plan, self.max_rows)
+        return rows_NH if self.max_rows is None else poison_if_overflowed(rows_NH, self.plan, self.max_rows)
 
 
 class Dispatch(torch.autograd.Function):
@@ -135,7 +136,7 @@ class Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, exchange: Exchange) -> Tensor:
         """Rows in canonical order; those past the valid ones are unspecified."""
-        ctx.exchange, ctx.turn = exchange, exchange.workspace.turn
+        ctx.exchange, ctx.call_lock = exchange, exchange.workspace.call_lock
         ctx.save_for_backward(savable(exchange.plan.expert_ids))
         return exchange.rows(x_TH)
 
@@ -144,7 +145,7 @@ class Dispatch(torch.autograd.Function):
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
         """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
         exchange: Exchange = ctx.exchange.in_backward()
-        (expert_ids_WCK,) = saved_by(ctx, exchange.workspace.group, ("expert_ids of plan",))
+        (expert_ids_WCK,) = unpack_saved(ctx, exchange.workspace.group, ("expert_ids of plan",))
         raise_if_malformed(exchange.workspace.group, exchange.plan)
         return exchange.checked(exchange.sums(grad_RH, None), expert_ids_WCK), None
 
@@ -161,7 +162,7 @@ class Combine(torch.autograd.Function):
         """The weighted sums, (T, H)."""
         exchange.enter(Phase.EXCHANGE)
         scores_WCK = gather_scores(scores_TK, exchange.plan, exchange.workspace)
-        ctx.exchange, ctx.turn = exchange, exchange.workspace.turn
+        ctx.exchange, ctx.call_lock = exchange, exchange.workspace.call_lock
         ctx.save_for_backward(scores_WCK, rows_RH, savable(exchange.plan.expert_ids))
         return exchange.sums(rows_RH, scores_WCK)
 
@@ -171,7 +172,7 @@ class Combine(torch.autograd.Function):
         """Gradients of the rows (R, H) and of the scores (T, K)."""
         exchange: Exchange = ctx.exchange.in_backward()
         names = ("scores", "rows", "expert_ids of plan")
-        scores_WCK, rows_RH, expert_ids_WCK = saved_by(ctx, exchange.workspace.group, names)
+        scores_WCK, rows_RH, expert_ids_WCK = unpack_saved(ctx, exchange.workspace.group, names)
         raise_if_malformed(exchange.workspace.group, exchange.plan)
         out_grad_RH = exchange.rows(exchange.checked(grad_TH, expert_ids_WCK))
         grad_RH, dots_R = weigh_rows(out_grad_RH, rows_RH, scores_WCK, exchange.plan)

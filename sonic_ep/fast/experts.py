@@ -8,14 +8,283 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from sonic_ep.backend import Experts
-from sonic_ep.fast.activation_kernels import activate_backward_kernel, activate_kernel
-from sonic_ep.fast.bias_kernels import add_bias_dots_kernel, sum_groups_kernel
-from sonic_ep.fast.device import ROW_WARPS, launch, pieces, power_of_two, programs_over
-from sonic_ep.fast.rows import columns
+from sonic_ep.fast.device_functions import rounded, valid_rows
+from sonic_ep.fast.launch import ROW_WARPS, launch, programs_over
+from sonic_ep.fast.permute import columns
 from sonic_ep.plan import RoutingPlan
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x))."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def pointwise(x, POINTWISE: tl.constexpr):
+    """The activation of x (fp32), NaN for NaN; gelu by its tanh approximation, x * sigmoid(2u) in other words."""
+    if POINTWISE == "silu":
+        return x * sigmoid(x)
+    elif POINTWISE == "gelu":
+        return x * sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+    elif POINTWISE == "relu":
+        return tl.where(x <= 0, 0.0, x)
+    else:
+        tl.static_assert(POINTWISE == "relu_sq")
+        positive = tl.where(x <= 0, 0.0, x)
+        return positive * positive
+
+
+@triton.jit
+def slope(x, POINTWISE: tl.constexpr):
+    """The derivative of ``pointwise`` at x (fp32)."""
+    if POINTWISE == "silu":
+        gate = sigmoid(x)
+        return gate * (1.0 + x * (1.0 - gate))
+    elif POINTWISE == "gelu":
+        gate = sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+        # Twice the derivative of u = sqrt(2/pi) * (x + 0.044715 x^3).
+        inner = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        # Where the gate is open or closed altogether, the square of x may be infinite.
+        curved = gate * (1.0 - gate)
+        return gate + tl.where(curved == 0, 0.0, x * curved * inner)
+    elif POINTWISE == "relu":
+        return tl.where(x <= 0, 0.0, 1.0)
+    else:
+        tl.static_assert(POINTWISE == "relu_sq")
+        return tl.where(x <= 0, 0.0, 2.0 * x)
+
+
+@triton.jit
+def load_split(
+    row_ptr,
+    there,
+    first,
+    width,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Gate and up, (ROWS, COLUMNS) of type WIDE, of columns first, first + 1, ... of rows; zeros where there is none.
+
+    row_ptr (ROWS,): where each row of 2 * width begins, or of ``width`` if not gated: then it is the gate, twice.
+    there (ROWS,): which rows exist. Interleaved, they are loaded as they lie and taken apart after: columns 0 and 1 of
+    the row g0 u0 g1 u1 are g0 g1 and u0 u1.
+    """
+    if GATED and INTERLEAVED:
+        both = 2 * first + tl.arange(0, 2 * COLUMNS)
+        inside = there[:, None] & (both < 2 * width)[None, :]
+        pairs = tl.load(row_ptr[:, None] + both[None, :], mask=inside, other=0.0).to(WIDE)
+        gate, up = tl.split(tl.reshape(pairs, (row_ptr.shape[0], COLUMNS, 2)))
+    else:
+        column = first + tl.arange(0, COLUMNS)
+        inside = there[:, None] & (column < width)[None, :]
+        place_ptr = row_ptr[:, None] + column[None, :]
+        gate = tl.load(place_ptr, mask=inside, other=0.0).to(WIDE)
+        up = gate
+        if GATED:
+            up = tl.load(place_ptr + width, mask=inside, other=0.0).to(WIDE)
+    return gate, up
+
+
+@triton.jit
+def store_split(
+    row_ptr, there, first, width, gate, up, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The inverse of ``load_split``, rounded."""
+    if GATED and INTERLEAVED:
+        both = 2 * first + tl.arange(0, 2 * COLUMNS)
+        inside = there[:, None] & (both < 2 * width)[None, :]
+        pairs = tl.reshape(tl.join(gate, up), (row_ptr.shape[0], 2 * COLUMNS))
+        tl.store(row_ptr[:, None] + both[None, :], rounded(pairs.to(tl.float32), row_ptr), mask=inside)
+    else:
+        column = first + tl.arange(0, COLUMNS)
+        inside = there[:, None] & (column < width)[None, :]
+        place_ptr = row_ptr[:, None] + column[None, :]
+        tl.store(place_ptr, rounded(gate.to(tl.float32), row_ptr), mask=inside)
+        if GATED:
+            tl.store(place_ptr + width, rounded(up.to(tl.float32), row_ptr), mask=inside)
+
+
+@triton.jit(do_not_specialize=["row_capacity"])
+def activate_kernel(
+    hidden_ptr,
+    out_ptr,
+    group_ends_ptr,
+    experts_per_rank,
+    row_capacity,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    I: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Store round(act(h)). Any grid: of P programs, p takes tiles p, p + P, ... of ROWS rows.
+
+    hidden_ptr (R, F), out_ptr (R, I).
+    """
+    WIDE: tl.constexpr = tl.float64 if hidden_ptr.dtype.element_ty == tl.float32 else tl.float32
+    rows = valid_rows(group_ends_ptr, experts_per_rank, row_capacity)
+    WIDTH: tl.constexpr = 2 * I if GATED else I
+    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS)
+        there = row < rows
+        row_ptr = hidden_ptr + row.to(tl.int64) * WIDTH
+        for first in range(0, I, COLUMNS):
+            gate, up = load_split(row_ptr, there, first, I, GATED, INTERLEAVED, COLUMNS, WIDE)
+            value = pointwise(gate, POINTWISE)
+            if GATED:
+                value = up * value
+            column = first + tl.arange(0, COLUMNS)
+            place = row.to(tl.int64)[:, None] * I + column[None, :]
+            tl.store(
+                out_ptr + place, rounded(value.to(tl.float32), out_ptr), mask=there[:, None] & (column < I)[None, :]
+            )
+
+
+@triton.jit(do_not_specialize=["row_capacity"])
+def activate_backward_kernel(
+    hidden_ptr,
+    grad_ptr,
+    scores_ptr,
+    slot_of_row_ptr,
+    hidden_grad_ptr,
+    dots_ptr,
+    group_ends_ptr,
+    experts_per_rank,
+    row_capacity,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    I: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """All there is between the GEMMs of backward, in one pass. Any grid, as above.
+
+    hidden_ptr (R, F). grad_ptr (R, I): dA = d(out) . w2 of each row, not yet weighted, and on return
+    in its place A' = round(score * A), what the gradient of w2 is made of. hidden_grad_ptr (R, F): dH = round(score *
+    dA * d(act)/dh). dots_ptr (R,) fp32: the sum over I of dA * A, the gradient of the row's score.
+    scores_ptr (W*C*K,) fp32. The activation A is computed again, in fp32.
+    """
+    WIDE: tl.constexpr = tl.float64 if hidden_ptr.dtype.element_ty == tl.float32 else tl.float32
+    rows = valid_rows(group_ends_ptr, experts_per_rank, row_capacity)
+    WIDTH: tl.constexpr = 2 * I if GATED else I
+    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS)
+        there = row < rows
+        row_ptr = hidden_ptr + row.to(tl.int64) * WIDTH
+        row_grad_ptr = hidden_grad_ptr + row.to(tl.int64) * WIDTH
+        slot = tl.load(slot_of_row_ptr + row, mask=there, other=0)
+        score = tl.load(scores_ptr + slot, mask=there, other=0.0).to(WIDE)[:, None]
+        dot = tl.zeros((ROWS, COLUMNS), dtype=WIDE)
+        for first in range(0, I, COLUMNS):
+            gate, up = load_split(row_ptr, there, first, I, GATED, INTERLEAVED, COLUMNS, WIDE)
+            column = first + tl.arange(0, COLUMNS)
+            inside = there[:, None] & (column < I)[None, :]
+            place_ptr = grad_ptr + row.to(tl.int64)[:, None] * I + column[None, :]
+            grad = tl.load(place_ptr, mask=inside, other=0.0).to(WIDE)
+            value = pointwise(gate, POINTWISE)
+            weighted = score * grad
+            gate_grad = weighted * slope(gate, POINTWISE)
+            up_grad = weighted * value
+            if GATED:
+                gate_grad = gate_grad * up
+                value = up * value
+            dot += grad * value
+            tl.store(place_ptr, rounded((score * value).to(tl.float32), grad_ptr), mask=inside)
+            store_split(row_grad_ptr, there, first, I, gate_grad, up_grad, GATED, INTERLEAVED, COLUMNS)
+        tl.store(dots_ptr + row, tl.sum(dot, axis=1).to(tl.float32), mask=there)
+
+
+@triton.jit
+def experts_of_rows(row, group_ends_ptr, experts_per_rank, EXPERTS_PADDED: tl.constexpr):
+    """Which of a rank's experts each of the rows (ROWS,) belongs to: with ends 2 2 5, rows 1 and 2 are of 0 and 2."""
+    expert = tl.arange(0, EXPERTS_PADDED)
+    ends = tl.load(group_ends_ptr + expert, mask=expert < experts_per_rank, other=2147483647)
+    return tl.sum((ends[None, :] <= row[:, None]).to(tl.int32), axis=1)
+
+
+@triton.jit(do_not_specialize=["row_capacity"])
+def add_bias_dots_kernel(
+    rows_ptr,
+    bias_ptr,
+    dots_ptr,
+    group_ends_ptr,
+    experts_per_rank,
+    row_capacity,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EXPERTS_PADDED: tl.constexpr,
+):
+    """Add to dots the sum over H of row * bias of its expert: what the bias adds to the gradient of a score. Any grid.
+
+    rows_ptr (R, H): d(out) of each row's token. bias_ptr (e, H). dots_ptr (R,) fp32.
+    """
+    # As the rest of the score's gradient is summed.
+    WIDE: tl.constexpr = tl.float64 if rows_ptr.dtype.element_ty == tl.float32 else tl.float32
+    rows = valid_rows(group_ends_ptr, experts_per_rank, row_capacity)
+    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS)
+        there = row < rows
+        expert = experts_of_rows(row, group_ends_ptr, experts_per_rank, EXPERTS_PADDED).to(tl.int64)
+        dot = tl.zeros((ROWS, COLUMNS), dtype=WIDE)
+        for first in range(0, H, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            inside = there[:, None] & (column < H)[None, :]
+            place = row.to(tl.int64)[:, None] * H + column[None, :]
+            value = tl.load(rows_ptr + place, mask=inside, other=0.0).to(WIDE)
+            bias_place = expert[:, None] * H + column[None, :]
+            dot += value * tl.load(bias_ptr + bias_place, mask=inside, other=0.0).to(WIDE)
+        before = tl.load(dots_ptr + row, mask=there, other=0.0).to(WIDE)
+        tl.store(dots_ptr + row, (before + tl.sum(dot, axis=1)).to(tl.float32), mask=there)
+
+
+@triton.jit(do_not_specialize=["row_capacity"])
+def sum_groups_kernel(
+    rows_ptr,
+    scores_ptr,
+    slot_of_row_ptr,
+    sums_ptr,
+    group_ends_ptr,
+    row_capacity,
+    width,
+    HAS_SCORES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The sum of each expert's rows, weighted with their scores or not. Grid (e, ceil(width / COLUMNS)).
+
+    rows_ptr (R, width); scores_ptr (W*C*K,) fp32; sums_ptr (e, width): rounded once, zeros where there is no row. Ends
+    2 2 5 sum rows 0 1, none, and rows 2 3 4. Rows are taken ROWS at a time, so the order of summation is fixed.
+    """
+    group = tl.program_id(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    start = tl.load(group_ends_ptr + group - 1, mask=group > 0, other=0)
+    end = tl.minimum(tl.load(group_ends_ptr + group), row_capacity)
+    # A sum in fp32 of fp32 rows would add an error as large as that of the rows themselves.
+    ACCUMULATOR: tl.constexpr = tl.float64 if rows_ptr.dtype.element_ty == tl.float32 else tl.float32
+    total = tl.zeros((ROWS, COLUMNS), dtype=ACCUMULATOR)
+    for first in range(start, end, ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = (row < end)[:, None] & (column < width)[None, :]
+        place = row.to(tl.int64)[:, None] * width + column[None, :]
+        value = tl.load(rows_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        if HAS_SCORES:
+            slot = tl.load(slot_of_row_ptr + row, mask=row < end, other=0)
+            value = value * tl.load(scores_ptr + slot, mask=row < end, other=0.0)[:, None]
+        total += value.to(ACCUMULATOR)
+    out = tl.sum(total, axis=0).to(tl.float32)
+    tl.store(sums_ptr + group.to(tl.int64) * width + column, rounded(out, sums_ptr), mask=column < width)
+
 
 # Columns of an activation that a program takes at a time: 4 of each half a thread.
 MOST_ACTIVATED = 512
@@ -105,7 +374,7 @@ def sum_groups(rows_RF: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) ->
     sums_eF = rows_RF.new_empty((plan.experts_per_rank, width))
     launch(
         sum_groups_kernel,
-        (plan.experts_per_rank, pieces(width, SUMMED_COLUMNS)),
+        (plan.experts_per_rank, triton.cdiv(width, SUMMED_COLUMNS)),
         rows_RF,
         # Without scores the pointer is not read.
         rows_RF if scores_WCK is None else scores_WCK,
@@ -134,7 +403,7 @@ def _row_constants(bias_eH: Tensor) -> dict[str, int]:
         "H": width,
         "ROWS": _rows_at_once(columns(width), bias_eH.device),
         "COLUMNS": columns(width),
-        "EXPERTS_PADDED": power_of_two(held),
+        "EXPERTS_PADDED": triton.next_power_of_2(held),
         "num_warps": ROW_WARPS,
     }
 
@@ -145,7 +414,7 @@ def _rows_at_once(columns_at_once: int, device: torch.device) -> int:
 
 def _activation_constants(experts: Experts, device: torch.device) -> dict[str, int | bool | str]:
     intermediate = experts.w2.shape[2]
-    columns_at_once = min(power_of_two(intermediate), MOST_ACTIVATED)
+    columns_at_once = min(triton.next_power_of_2(intermediate), MOST_ACTIVATED)
     return {
         "GATED": experts.activation.gated,
         "INTERLEAVED": experts.layout.name == "interleaved",

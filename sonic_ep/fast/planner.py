@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from sonic_ep.config import EPConfig
-from sonic_ep.fast.device import host_words
+from sonic_ep.distributed.group import EPGroup
+from sonic_ep.distributed.sync_tag import Phase
+from sonic_ep.fast.device_errors import DeviceErrors, Limits
+from sonic_ep.fast.launch import host_ints
 from sonic_ep.fast.plan import PlanShape, TileCounts, empty_plan, gathered_counts, placed_plan
-from sonic_ep.fast.verdict import Limits, Verdict
 from sonic_ep.fast.workspace import Workspace
-from sonic_ep.group import EPGroup
-from sonic_ep.meeting import Phase
 from sonic_ep.plan import MOST_SLOTS, RoutingPlan, check_slots, room_for_rows, row_ceiling
 
 # No count.
@@ -38,7 +38,7 @@ class HostCopy:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._host = host_words(0, device)
+        self._host = host_ints(0, device)
         self._words: Any = ()
         self._queued: torch.cuda.Event | None = None
 
@@ -56,7 +56,7 @@ class HostCopy:
             # A call that failed may have left a copy under way. Nothing to wait for otherwise.
             self._queued.synchronize()
         if self._host.shape != counts.shape:
-            self._host = host_words(counts.numel(), self._device)
+            self._host = host_ints(counts.numel(), self._device)
             self._words = (ctypes.c_int32 * counts.numel()).from_address(self._host.data_ptr())
         self._host.fill_(NOT_ARRIVED)
         self._host.copy_(counts, non_blocking=True)
@@ -96,7 +96,7 @@ class Planner:
         self._group = group
         self._config = config
         self._workspace = workspace
-        self.verdict = Verdict(group, workspace.device, host_reads=config.cpu_sync_on_runtime)
+        self.device_errors = DeviceErrors(group, workspace.device, host_reads=config.cpu_sync_on_runtime)
         self._counts = HostCopy(workspace.device)
 
     @property
@@ -109,37 +109,37 @@ class Planner:
         topk_idx_TK: Tensor,
         *,
         num_experts: int,
-        capacity: int,
+        max_tokens: int,
         distinct: bool,
         scores_TK: Tensor | None = None,
     ) -> PendingPlan:
         """Collective. Exchange ids, and scores (T, K) fp32 if there are any, and queue the plan.
 
-        Raises the error of the plan ``PLANS_AHEAD`` before, on every rank alike; see ``Verdict``.
+        Raises the error of the plan ``PLANS_AHEAD`` before, on every rank alike; see ``DeviceErrors``.
         """
-        self.verdict.begin()
+        self.device_errors.begin()
         self._workspace.enter(Phase.EXCHANGE)
         shape = PlanShape(
             rank=self._group.rank,
             world_size=self._group.world_size,
-            capacity=capacity,
+            max_tokens=max_tokens,
             top_k=topk_idx_TK.shape[1],
             num_experts=num_experts,
         )
-        check_slots(self._group, world_size=shape.world_size, capacity=capacity, top_k=shape.top_k)
-        if capacity == 0:
+        check_slots(self._group, world_size=shape.world_size, max_tokens=max_tokens, top_k=shape.top_k)
+        if max_tokens == 0:
             plan = empty_plan(shape, topk_idx_TK)
             scores_WCK = None if scores_TK is None else scores_TK.new_empty(plan.expert_ids.shape)
             return PendingPlan(plan=plan, scores_WCK=scores_WCK, counted=False)
         step = self._workspace.step.number
-        self.verdict.expect(Limits(num_experts=num_experts, max_rows=self._held_by_device, step=step))
-        counts = gathered_counts(topk_idx_TK, shape, self._workspace, self.verdict.words, scores_TK)
+        self.device_errors.expect(Limits(num_experts=num_experts, max_rows=self._held_by_device, step=step))
+        counts = gathered_counts(topk_idx_TK, shape, self._workspace, self.device_errors.words, scores_TK)
         if self._config.cpu_sync_on_runtime:
             # Summed here, so that little is left for the host to do while the GPU waits for it.
             self._counts.start(counts.totals[:num_experts].view(shape.world_size, -1).sum(dim=1, dtype=torch.int32))
         plan = self._placed(counts, shape, num_tokens=topk_idx_TK.shape[0], distinct=distinct)
         # A router's own ids are in range, and where no bound is set there is room for all rows.
-        self.verdict.queued(flags=not distinct or self.max_rows is not None)
+        self.device_errors.queued(flags=not distinct or self.max_rows is not None)
         return PendingPlan(plan=plan, scores_WCK=counts.scores, counted=self._config.cpu_sync_on_runtime)
 
     def rows(self, pending: PendingPlan) -> int:
@@ -154,14 +154,14 @@ class Planner:
         """The plan with its final R = ``rows``. Raises what the host has learned with it: ids out of range."""
         if not pending.counted:
             return pending.plan
-        self.verdict.raise_current()
+        self.device_errors.raise_current()
         # A copy, so that the rest of the ceiling is not kept.
         return replace(pending.plan, slot_of_row=pending.plan.slot_of_row[:rows].clone())
 
     def _placed(self, counts: TileCounts, shape: PlanShape, *, num_tokens: int, distinct: bool) -> RoutingPlan:
         ceiling = row_ceiling(
             world_size=shape.world_size,
-            capacity=shape.capacity,
+            max_tokens=shape.max_tokens,
             top_k=shape.top_k,
             experts_per_rank=shape.experts_per_rank,
             distinct=distinct,
@@ -172,7 +172,7 @@ class Planner:
             num_tokens=num_tokens,
             row_capacity=ceiling if self._bound is None else min(ceiling, self._bound),
             max_rows=self._held_by_device,
-            verdict=self.verdict.words,
+            device_errors=self.device_errors.words,
         )
 
     @property

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from sonic_ep.group import EPGroup
+from sonic_ep.distributed.group import EPGroup
 
 ValueT = TypeVar("ValueT")
 

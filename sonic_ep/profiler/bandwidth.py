@@ -8,7 +8,7 @@ import torch
 
 from sonic_ep.backend import unavailable_reasons
 from sonic_ep.cost import LinkCeilings
-from sonic_ep.group import EPGroup
+from sonic_ep.distributed.group import EPGroup
 from sonic_ep.profiler.timing import RoundTimer
 from sonic_ep.profiler.verification import expect
 
@@ -38,7 +38,7 @@ def measured_ceilings(
     from sonic_ep.profiler.link_kernels import LARGEST_BLOCK, link_ceilings
 
     workspace = Workspace(group, device)
-    timer = RoundTimer(group=group, device=device, fence=workspace.fence)
+    timer = RoundTimer(group=group, device=device, barrier=workspace.barrier_before_write)
     whole_blocks = max(1, nbytes // LARGEST_BLOCK) * LARGEST_BLOCK
     try:
         return link_ceilings(workspace, whole_blocks, lambda transfer: timer.median(transfer, rounds))

@@ -96,7 +96,7 @@ def link_loads(shape: ProfileShape, backend: str, counts: Sequence[RankCounts]) 
 def _traffic(shape: ProfileShape, backend: str, counts: RankCounts) -> list[Traffic]:
     """Of one rank; memory is not counted."""
     row_bytes = shape.hidden * shape.row_dtype.itemsize
-    exchange = {"world_size": shape.world_size, "capacity": shape.capacity, "top_k": shape.top_k}
+    exchange = {"world_size": shape.world_size, "max_tokens": shape.max_tokens, "top_k": shape.top_k}
     ids, both = (exchange_link_bytes(**exchange, with_scores=scores) for scores in (False, True))
     dispatched = dict(dispatch_traffic(counts, row_bytes))
     if backend == REFERENCE:

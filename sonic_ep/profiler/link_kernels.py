@@ -19,8 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from sonic_ep.cost import LinkCeilings
-from sonic_ep.fast.device import copy_row, launch, multiprocessors, peer_pointer
-from sonic_ep.fast.workspace import SharedBuffer, Workspace
+from sonic_ep.fast.device_functions import copy_row, peer_pointer
+from sonic_ep.fast.launch import launch, multiprocessors
+from sonic_ep.fast.symmetric_memory import SharedBuffer
+from sonic_ep.fast.workspace import Workspace
 from sonic_ep.profiler.bandwidth import Stopwatch
 from sonic_ep.profiler.verification import expect
 
@@ -78,7 +80,7 @@ class Link:
         self._streams: list[torch.cuda.Stream] = []
         if workspace.device.type == "cuda":
             self._streams = [torch.cuda.Stream(workspace.device) for _ in range(max(ENGINE_COPIES))]
-        workspace.publish()
+        workspace.barrier_after_write()
 
     def move(self, source: int, target: int, way: Way) -> None:
         """The source of rank ``source`` to the target of rank ``target``, one of which is this rank."""
@@ -94,13 +96,13 @@ class Link:
 
     def check(self, sender: int, what: str) -> None:
         """Clear this rank's target. Raises ``AssertionError`` unless it held the source of rank ``sender``."""
-        self._workspace.publish()
+        self._workspace.barrier_after_write()
         target_N = self._elements(self._target, self._group.rank)
         arrived = torch.equal(target_N, self._elements(self._source, sender))
         # No rank may begin the next transfer before all have compared and cleared.
-        self._workspace.fence()
+        self._workspace.barrier_before_write()
         target_N.zero_()
-        self._workspace.fence()
+        self._workspace.barrier_before_write()
         expect(arrived, f"{self._group}: link: {what}: what arrived is not what rank {sender} sent")
 
     def _elements(self, buffer: SharedBuffer, rank: int) -> Tensor:

@@ -38,7 +38,7 @@ class Lanes:
 
 
 @contextmanager
-def open_lanes(ep: ExpertParallel, backend: str, config: EPConfig, capacity: int) -> Iterator[Lanes]:
+def open_lanes(ep: ExpertParallel, backend: str, config: EPConfig, max_tokens: int) -> Iterator[Lanes]:
     """Collective. Three lanes over the group of ``ep``, each for a dispatch and a combine mode, closed at the end.
 
     config: the flags. ``max_rows`` is left out: a profile must not fail where a layer would not.
@@ -47,7 +47,7 @@ def open_lanes(ep: ExpertParallel, backend: str, config: EPConfig, capacity: int
         lanes = []
         for dispatch, combine in zip(DispatchMode, CombineMode, strict=True):
             modes = replace(config, dispatch=dispatch, combine=combine, max_rows=None)
-            lane = ExpertParallel(ep.group.process_group, backend, modes, max_tokens_per_rank=capacity)
+            lane = ExpertParallel(ep.group.process_group, backend, modes, max_tokens_per_rank=max_tokens)
             lanes.append(opened.enter_context(lane))
         yield Lanes(
             dispatch=dict(zip(DispatchMode, lanes, strict=True)), combine=dict(zip(CombineMode, lanes, strict=True))
@@ -159,7 +159,9 @@ class Answers:
         pair_slots = [[int((owner_CK == owner).sum()) for owner in ranks] for owner_CK in owner_WCK]
         pair_tokens = self.plan.pair_tokens.tolist()
         return [
-            rank_counts(rank, capacity=self.plan.capacity, tokens=held, pair_tokens=pair_tokens, pair_slots=pair_slots)
+            rank_counts(
+                rank, max_tokens=self.plan.max_tokens, tokens=held, pair_tokens=pair_tokens, pair_slots=pair_slots
+            )
             for rank, held in enumerate(tokens)
         ]
 

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from sonic_ep.api import ExpertParallel
 from sonic_ep.backend import choose_backend
-from sonic_ep.config import AUTO, ClosedError
+from sonic_ep.checks import ArgumentChecker
+from sonic_ep.config import AUTO
 from sonic_ep.cost import LinkCeilings
+from sonic_ep.errors import ClosedError
 from sonic_ep.profiler.agreement import gathered, in_step, require_alike
 from sonic_ep.profiler.bandwidth import ROUNDS, ROUNDS_OF_SHARED_GPUS, measured_ceilings
 from sonic_ep.profiler.cache import DEFAULT_FOLDER, Cache
@@ -27,7 +29,6 @@ from sonic_ep.profiler.problem import Answers, ProfileInputs, open_lanes, works_
 from sonic_ep.profiler.report import EVERY_PAIR, REFERENCE, Origin, PairTime, ProfileReport, Spread, whole_numbers
 from sonic_ep.profiler.request import GroupRequest, ProfileRequest, RequestSummary, require_rates
 from sonic_ep.profiler.timing import AboveCeilingError, RoundTimer, Timing
-from sonic_ep.validation import Edge
 
 # The timed rounds of a profile take so long together, so that the start of a training run does not wait for them.
 SECONDS_OF_ROUNDS = 1.5
@@ -59,12 +60,12 @@ class NetworkProfiler:
         if not isinstance(ep, ExpertParallel):
             raise TypeError(f"NetworkProfiler: ep: got {type(ep).__name__}, expected an ExpertParallel")
         self._ep = ep
-        self._edge = Edge(group=ep.group)
+        self._checker = ArgumentChecker(group=ep.group)
         if rounds is not None:
-            self._edge.count("rounds", rounds)
+            self._checker.count("rounds", rounds)
         fits = cache is None or isinstance(cache, Path | str)
-        self._edge.require(fits, "cache", repr(cache), "a Path, or None for no cache")
-        require_rates(self._edge, rates)
+        self._checker.require(fits, "cache", repr(cache), "a Path, or None for no cache")
+        require_rates(self._checker, rates)
         self._rounds, self._rates = rounds, rates
         self._cache = None if cache is None or rates is not None else Cache(folder=Path(cache))
         self._machines: dict[torch.device, Machine] = {}
@@ -107,7 +108,7 @@ class NetworkProfiler:
                 dtype=dtype,
                 routing=routing,
                 device=default_device(self._ep) if device is None else device,
-            ).checked(self._edge)
+            ).checked(self._checker)
 
         request = in_step(group, checked, ValueError)
         agreed = self._agreed(request)
@@ -126,7 +127,7 @@ class NetworkProfiler:
         agreed = GroupRequest(summaries=tuple(gathered(group, in_step(group, summarize))))
         require_alike(group, [summary.alike for summary in agreed.summaries])
         some = max(agreed.shape.tokens) > 0
-        self._edge.require(some, "tokens", "none on any rank", "at least one in the group")
+        self._checker.require(some, "tokens", "none on any rank", "at least one in the group")
         return agreed
 
     def _cached(self, agreed: GroupRequest) -> ProfileReport | None:
@@ -161,14 +162,14 @@ class NetworkProfiler:
         group, config, shape, device = self._ep.group, self._ep.config, agreed.shape, request.device
 
         draw_ids = partial(request.draw_ids, group.rank, group.world_size)
-        with open_lanes(self._ep, self._ep.backend, config, shape.capacity) as lanes:
+        with open_lanes(self._ep, self._ep.backend, config, shape.max_tokens) as lanes:
             inputs = ProfileInputs.drawn(draw_ids, shape, lanes.first)
-            with open_lanes(self._ep, REFERENCE, replace(config, cpu_sync_on_runtime=True), shape.capacity) as exact:
+            with open_lanes(self._ep, REFERENCE, replace(config, cpu_sync_on_runtime=True), shape.max_tokens) as exact:
                 answers = Answers.of(inputs, exact)
             # A read on the host cannot be captured, and the reference reads everywhere.
             captures = device.type == "cuda" and self._ep.backend != REFERENCE and not config.cpu_sync_on_runtime
             stage = Stage(
-                timer=RoundTimer(group=group, device=device, fence=partial(lanes.first.meet, device)),
+                timer=RoundTimer(group=group, device=device, barrier=partial(lanes.first.meet, device)),
                 as_graphs=captures and inputs.rows_RH.nbytes <= MOST_BYTES_OF_GRAPHS,
             )
             return self._timings(stage, works_of(inputs, lanes, answers)), answers

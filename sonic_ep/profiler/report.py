@@ -43,7 +43,7 @@ class ProfileShape:
         return len(self.tokens)
 
     @property
-    def capacity(self) -> int:
+    def max_tokens(self) -> int:
         """C, the most tokens of a rank."""
         return max(self.tokens)
 

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from sonic_ep.api import ExpertParallel
+from sonic_ep.autograd_utils import for_kernels
+from sonic_ep.checks import INDEX_DTYPES, ArgumentChecker, check_experts_divide
 from sonic_ep.config import EPConfig
 from sonic_ep.cost import LinkCeilings
-from sonic_ep.once import as_kernels_read
 from sonic_ep.plan import NO_ROW
 from sonic_ep.profiler.machine import Machine
 from sonic_ep.profiler.record import written
 from sonic_ep.profiler.report import ProfileShape
 from sonic_ep.profiler.routings import ROUTINGS
-from sonic_ep.validation import INDEX_DTYPES, Edge, check_experts_divide
 
 GIVEN = "given"
 SEED = 7919
@@ -40,15 +40,15 @@ class ProfileRequest:
     routing: str | Tensor
     device: torch.device
 
-    def checked(self, edge: Edge) -> ProfileRequest:
+    def checked(self, checker: ArgumentChecker) -> ProfileRequest:
         """With ids as kernels read them and a device with its index. Raises ``ValueError`` for a wrong argument."""
-        edge.count("tokens", self.tokens, least=0)
+        checker.count("tokens", self.tokens, least=0)
         for name in ("hidden", "top_k", "num_experts"):
-            edge.count(name, getattr(self, name))
-        check_experts_divide(edge, self.num_experts)
-        edge.require(self.top_k <= self.num_experts, "top_k", self.top_k, f"at most E={self.num_experts}")
-        edge.dtype("dtype", self.dtype)
-        return replace(self, routing=self._checked_routing(edge), device=_checked_device(edge, self.device))
+            checker.count(name, getattr(self, name))
+        check_experts_divide(checker, self.num_experts)
+        checker.require(self.top_k <= self.num_experts, "top_k", self.top_k, f"at most E={self.num_experts}")
+        checker.dtype("dtype", self.dtype)
+        return replace(self, routing=self._checked_routing(checker), device=_checked_device(checker, self.device))
 
     def draw_ids(self, rank: int, world_size: int) -> Tensor:
         """Experts of this rank's tokens, (T, K) int64, on the device, in memory of its own."""
@@ -57,37 +57,37 @@ class ProfileRequest:
         generator = torch.Generator().manual_seed(SEED + rank)
         return ROUTINGS[self.routing](generator, self.tokens, self, world_size).to(self.device)
 
-    def _checked_routing(self, edge: Edge) -> str | Tensor:
+    def _checked_routing(self, checker: ArgumentChecker) -> str | Tensor:
         if isinstance(self.routing, Tensor):
-            return self._checked_ids(edge, self.routing)
+            return self._checked_ids(checker, self.routing)
         expected = f"{', '.join(map(repr, ROUTINGS))} or a tensor"
         known = isinstance(self.routing, str) and self.routing in ROUTINGS
-        edge.require(known, "routing", repr(self.routing), expected)
-        held = self.num_experts // edge.group.world_size
+        checker.require(known, "routing", repr(self.routing), expected)
+        held = self.num_experts // checker.group.world_size
         fits = self.routing != "one_rank" or self.top_k <= held
-        edge.require(fits, "top_k for routing 'one_rank'", self.top_k, f"at most E/W={held}")
+        checker.require(fits, "top_k for routing 'one_rank'", self.top_k, f"at most E/W={held}")
         return self.routing
 
-    def _checked_ids(self, edge: Edge, ids: Tensor) -> Tensor:
+    def _checked_ids(self, checker: ArgumentChecker, ids: Tensor) -> Tensor:
         """On any device: the ids are copied to where rows live."""
-        edge.require(ids.device.type != "meta", "device of routing", ids.device, "a device that holds data")
-        ids = edge.tensor("routing", ids, INDEX_DTYPES, like=ids)
-        edge.shape("routing", ids, (self.tokens, self.top_k), "(T, K)")
-        ids = as_kernels_read(ids)
+        checker.require(ids.device.type != "meta", "device of routing", ids.device, "a device that holds data")
+        ids = checker.tensor("routing", ids, INDEX_DTYPES, like=ids)
+        checker.shape("routing", ids, (self.tokens, self.top_k), "(T, K)")
+        ids = for_kernels(ids)
         least, most = (int(bound) for bound in ids.aminmax()) if ids.numel() else (0, 0)
         fits = least >= NO_ROW and most < self.num_experts
-        edge.require(fits, "expert ids of routing", f"{least} to {most}", f"0 to {self.num_experts - 1}, or -1")
+        checker.require(fits, "expert ids of routing", f"{least} to {most}", f"0 to {self.num_experts - 1}, or -1")
         return ids
 
 
-def _checked_device(edge: Edge, device: object) -> torch.device:
-    edge.require(isinstance(device, torch.device), "device", repr(device), "a torch.device, or None")
+def _checked_device(checker: ArgumentChecker, device: object) -> torch.device:
+    checker.require(isinstance(device, torch.device), "device", repr(device), "a torch.device, or None")
     assert isinstance(device, torch.device)
-    kinds = {"cpu", "cuda"} & (edge.group.device_types() or {"cpu", "cuda"})
-    edge.require(device.type in kinds, "device", device, f"one that the group moves: {', '.join(sorted(kinds))}")
+    kinds = {"cpu", "cuda"} & (checker.group.device_types() or {"cpu", "cuda"})
+    checker.require(device.type in kinds, "device", device, f"one that the group moves: {', '.join(sorted(kinds))}")
     if device.type == "cpu":
         return torch.device("cpu")
-    edge.require(torch.cuda.is_available(), "device", device, "the CPU: there is no CUDA device")
+    checker.require(torch.cuda.is_available(), "device", device, "the CPU: there is no CUDA device")
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
@@ -159,13 +159,13 @@ class GroupRequest:
         }
 
 
-def require_rates(edge: Edge, rates: object) -> None:
+def require_rates(checker: ArgumentChecker, rates: object) -> None:
     """Ceilings, each a finite rate above 0, or None."""
     if rates is None:
         return
     if not isinstance(rates, LinkCeilings):
-        raise TypeError(f"{edge.group}: rates: got {type(rates).__name__}, expected LinkCeilings or None")
+        raise TypeError(f"{checker.group}: rates: got {type(rates).__name__}, expected LinkCeilings or None")
     for name, rate in asdict(rates).items():
         number = isinstance(rate, float | int) and not isinstance(rate, bool)
         fits = number and 0 < rate <= sys.float_info.max
-        edge.require(fits, f"{name} of rates", repr(rate), "a finite rate above 0, in bytes/s")
+        checker.require(fits, f"{name} of rates", repr(rate), "a finite rate above 0, in bytes/s")

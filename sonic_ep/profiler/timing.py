@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from sonic_ep.group import EPGroup
+from sonic_ep.distributed.group import EPGroup
 
 # Two measurements of one link differ by about a percent.
 MOST_ABOVE_CEILING = 1.02
@@ -86,7 +86,7 @@ class Ceiling:
 class RoundTimer:
     """Times collective work of ``group`` on ``device``. Methods are collective and return the same on every rank.
 
-    fence: synchronizes all ranks before each round, outside of what is timed. On a GPU it should be queued on the
+    barrier: synchronizes all ranks before each round, outside of what is timed. On a GPU it should be queued on the
         current stream: then the host waits for nothing between rounds, and events measure the time.
     ahead: keep the GPU busy for ``busy_seconds`` first, so that launches on the host are not measured.
 
@@ -95,7 +95,7 @@ class RoundTimer:
 
     group: EPGroup
     device: torch.device
-    fence: Callable[[], object]
+    barrier: Callable[[], object]
     ahead: bool = True
     busy_seconds: float = BUSY_SECONDS
 
@@ -124,7 +124,7 @@ class RoundTimer:
         """Begin a round on all ranks together."""
         if self.ahead:
             keep_busy(self.device, self.busy_seconds)
-        self.fence()
+        self.barrier()
 
     def _seconds_on_stream(self, functions: Sequence[Callable[[], object]]) -> list[float]:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in functions]

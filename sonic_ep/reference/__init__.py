@@ -6,9 +6,9 @@ import torch.distributed as dist
 
 from sonic_ep.backend import Backend
 from sonic_ep.config import EPConfig
-from sonic_ep.group import EPGroup
-from sonic_ep.reference.layer import ReferenceBackend
-from sonic_ep.waits import Waits
+from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.group import EPGroup
+from sonic_ep.reference.backend import ReferenceBackend
 
 __all__ = ["auto_reasons", "create", "unavailable_reasons"]
 
@@ -25,6 +25,6 @@ def auto_reasons() -> tuple[str, ...]:
     return ()
 
 
-def create(waits: Waits, config: EPConfig) -> Backend:
-    """The reference backend for the group of ``waits``."""
-    return ReferenceBackend(waits, config)
+def create(collectives: BoundedCollectives, config: EPConfig) -> Backend:
+    """The reference backend for the group of ``collectives``."""
+    return ReferenceBackend(collectives, config)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sonic_ep.autograd_utils import outside_selective_checkpoint
 from sonic_ep.backend import Experts
-from sonic_ep.eager import outside_selective_checkpoint
 
 
 def apply_experts(rows_RH: Tensor, group_ends_e: Tensor, experts: Experts) -> Tensor:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from sonic_ep.config import EPConfig
-from sonic_ep.group import EPGroup
+from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.group import EPGroup
 from sonic_ep.plan import INDEX_DTYPE, NO_ROW, RoutingPlan, check_slots, room_for_rows, row_ceiling
-from sonic_ep.reference.collectives import Collectives
 
 
 def check_expert_ids(topk_idx_TK: Tensor, num_experts: int, group: EPGroup) -> None:
@@ -35,9 +35,9 @@ def check_expert_ids(topk_idx_TK: Tensor, num_experts: int, group: EPGroup) -> N
         )
 
 
-def pad_tokens(tokens: Tensor, capacity: int, fill: float) -> Tensor:
+def pad_tokens(tokens: Tensor, max_tokens: int, fill: float) -> Tensor:
     """(T, ...) to (C, ...), rows of ``fill`` behind the tokens."""
-    padded = tokens.new_full((capacity, *tokens.shape[1:]), fill)
+    padded = tokens.new_full((max_tokens, *tokens.shape[1:]), fill)
     padded[: tokens.shape[0]] = tokens
     return padded
 
@@ -46,18 +46,18 @@ def exchange_plan(
     topk_idx_TK: Tensor,
     *,
     num_experts: int,
-    capacity: int,
+    max_tokens: int,
     distinct: bool,
     config: EPConfig,
-    collectives: Collectives,
+    collectives: BoundedCollectives,
 ) -> RoutingPlan:
     """Collective: gather the ids of all ranks and build this rank's plan from them.
 
     Raises ``RowOverflowError`` on all ranks if one has more rows than ``config.max_rows``.
     """
     group = collectives.group
-    check_slots(group, world_size=group.world_size, capacity=capacity, top_k=topk_idx_TK.shape[1])
-    expert_ids_WCK = collectives.all_gather(pad_tokens(topk_idx_TK.to(INDEX_DTYPE), capacity, NO_ROW))
+    check_slots(group, world_size=group.world_size, max_tokens=max_tokens, top_k=topk_idx_TK.shape[1])
+    expert_ids_WCK = collectives.all_gather(pad_tokens(topk_idx_TK.to(INDEX_DTYPE), max_tokens, NO_ROW))
     return build_plan(
         expert_ids_WCK,
         rank=group.rank,
@@ -126,11 +126,11 @@ def _packed_places(present_WC: Tensor) -> Tensor:
 
 def _row_capacity(expert_ids_WCK: Tensor, num_experts: int, distinct: bool, config: EPConfig, group: EPGroup) -> int:
     """R. Every rank sees the rows of all ranks."""
-    world_size, capacity, top_k = expert_ids_WCK.shape
+    world_size, max_tokens, top_k = expert_ids_WCK.shape
     rows_W = _slots_of_expert(expert_ids_WCK, num_experts).view(world_size, -1).sum(dim=1).tolist()
     ceiling = row_ceiling(
         world_size=world_size,
-        capacity=capacity,
+        max_tokens=max_tokens,
         top_k=top_k,
         experts_per_rank=num_experts // world_size,
         distinct=distinct,

@@ -10,20 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sonic_ep.autograd_utils import apply_function, once_differentiable, savable, unpack_saved
 from sonic_ep.backend import Routing
 from sonic_ep.config import RouterOptions, ScoreOrder
-from sonic_ep.meeting import Meeting, Phase
-from sonic_ep.once import once_differentiable, savable, saved_by
-from sonic_ep.reference.collectives import Collectives, sum_over_ranks
-from sonic_ep.split_backward import applied
+from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.sync_tag import Phase, SyncTag
 
 
-def route(x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions, collectives: Collectives) -> Routing:
+def route(x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions, collectives: BoundedCollectives) -> Routing:
     """Logits (T, E) of this rank's tokens, the K largest of each, and their scores.
 
     ``logits = x . router_w`` in fp32. Choices descend by logit; equal logits go to the lower expert first.
     """
-    logits_TE = applied(RouterLogits, x_TH, router_w_EH, options, collectives)
+    logits_TE = apply_function(RouterLogits, x_TH, router_w_EH, options, collectives)
     topk_idx_TK = choose_experts(logits_TE, options.top_k)
     scores_TK = _SCORES[options.score_order](logits_TE, topk_idx_TK)
     if options.norm_topk_probs:
@@ -40,11 +39,11 @@ class RouterLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions, collectives: Collectives
+        ctx: Any, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions, collectives: BoundedCollectives
     ) -> Tensor:
         """``x . router_w``."""
-        ctx.reduced, ctx.collectives, ctx.turn = options.reduce_router_grad, collectives, collectives.turn
-        ctx.meeting = Meeting(step=collectives.step, phase=Phase.ROUTER, backward=True)
+        ctx.reduced, ctx.collectives, ctx.call_lock = options.reduce_router_grad, collectives, collectives.call_lock
+        ctx.sync_tag = SyncTag(step=collectives.step, phase=Phase.ROUTER, backward=True)
         ctx.x_dtype, ctx.weight_dtype = x_TH.dtype, router_w_EH.dtype
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(savable(x_TH) if needs_weight else None, router_w_EH if needs_x else None)
@@ -54,13 +53,13 @@ class RouterLogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """Gradients of x and of the weight, each if it is required."""
-        x_TH, router_w_EH = saved_by(ctx, ctx.collectives.group, ("x", "router_w"))
+        x_TH, router_w_EH = unpack_saved(ctx, ctx.collectives.group, ("x", "router_w"))
         x_grad = None if router_w_EH is None else (grad_TE @ router_w_EH.float()).to(ctx.x_dtype)
         if x_TH is None:
             return x_grad, None, None, None
         weight_grad = grad_TE.t() @ x_TH.float()
         if ctx.reduced:
-            ctx.collectives.meet(ctx.meeting, weight_grad.device)
+            ctx.collectives.sync(ctx.sync_tag, weight_grad.device)
             weight_grad = sum_over_ranks(weight_grad, ctx.collectives)
         return x_grad, weight_grad.to(ctx.weight_dtype), None, None
 
@@ -93,3 +92,12 @@ _SCORES: Mapping[ScoreOrder, Callable[[Tensor, Tensor], Tensor]] = MappingProxyT
         ScoreOrder.SOFTMAX_THEN_TOPK: _softmax_then_topk,
     }
 )
+
+
+def sum_over_ranks(local: Tensor, collectives: BoundedCollectives) -> Tensor:
+    """``local`` of all ranks, of one shape, summed in ascending order of rank, so the same bits on every rank."""
+    by_rank = collectives.all_gather(local)
+    total = by_rank[0].clone()
+    for other in by_rank[1:]:
+        total += other
+    return total

@@ -96,7 +96,9 @@ def breakdown_section(documents: Documents) -> Section | None:
 def memory_section(documents: Documents) -> Section | None:
     """One figure and one table for each shape."""
     groups = layer_groups(documents.layers, known_memory)
-    intro = _paragraph("Bytes of one rank: the formula of sonic_ep/memory.py, and what the allocator counted.")
+    intro = _paragraph(
+        "Bytes of one rank: the formula of sonic_ep/testing/memory_model.py, and what the allocator counted."
+    )
     parts: list[Part] = []
     for number, group in enumerate(groups, start=1):
         parts += [memory_picture(group, memory_kinds(group), number), tables.memory(group)]

@@ -41,7 +41,7 @@ def assert_bitwise(got: Tensor, expected: Tensor, name: str = "tensor") -> None:
         )
 
 
-def spoil(result: Any) -> None:
+def poison(result: Any) -> None:
     """Nothing right is left in ``result``: a tensor, several, or a dataclass of tensors."""
     if is_dataclass(result):
         result = [getattr(result, of_result.name) for of_result in fields(result)]
@@ -139,8 +139,8 @@ class Yardstick:
         if got.numel() == 0:
             return Part(square=0.0, worst_row=0.0)
         difference = got.detach().double() - truth
-        stray = bool((got.detach()[self._zero_rows[share]] != 0).any())
-        if stray or not bool(difference.isfinite().all()):
+        mark_failed = bool((got.detach()[self._zero_rows[share]] != 0).any())
+        if mark_failed or not bool(difference.isfinite().all()):
             return Part(square=inf, worst_row=inf)
         distance = torch.linalg.vector_norm(difference, dim=-1)
         # A scale of zero means a truth of zeros only; a difference from that is infinitely wrong.

@@ -28,7 +28,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from sonic_ep.group import device_of_rank
+from sonic_ep.distributed.group import device_of_rank
+from sonic_ep.testing.interpreted import install_interpreter
 
 # What ranks of either kind need of others: kernels run on the CPU by Triton's interpreter, and ranks that share a GPU.
 SETTINGS = {"cpu": {"TRITON_INTERPRET": "1"}, "cuda": {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}}
@@ -267,6 +268,7 @@ def _serve(rank: int, connection: Connection, environment: dict[str, str]) -> No
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    install_interpreter()
     _poison_new_memory()
     store: str | None = None
     while True:

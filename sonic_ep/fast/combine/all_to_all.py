@@ -5,16 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sonic_ep.fast.device import peer_pointer, rounded
-from sonic_ep.fast.receiving import (
+from sonic_ep.fast.combine.base import (
     UNSPECIALIZED,
     PushedCombine,
-    arrival_of,
-    await_arrivals,
+    await_receive_slots,
     has_slot,
-    home_and_group,
-    raise_arrival,
+    origin_and_group,
+    receive_slot_of,
+    signal_receive_slot,
 )
+from sonic_ep.fast.device_functions import peer_pointer, rounded
 from sonic_ep.plan import RoutingPlan
 
 
@@ -28,7 +28,7 @@ def exchange_rows_kernel(
     received_ptr,
     flags_ptr,
     world_size,
-    capacity,
+    max_tokens,
     own_tokens,
     experts_per_rank,
     row_capacity,
@@ -36,7 +36,7 @@ def exchange_rows_kernel(
     tokens,
     lag,
     chunk,
-    expiry_ptr,
+    wait_errors_ptr,
     rank,
     tag,
     limit,
@@ -49,29 +49,29 @@ def exchange_rows_kernel(
     """Send the rows of every other rank's tokens, and sum the home tokens. Grid ((tokens + lag) * W,).
 
     rows_ptr (R, H), canonical order; scores_ptr (W, C, K) fp32; out_ptr (T, H). received_ptr, flags_ptr (W,) int64:
-    addresses of (chunk, K, H) rows and (W - 1, chunk) flags of each rank; see ``sonic_ep.fast.receiving``.
+    addresses of (chunk, K, H) rows and (W - 1, chunk) flags of each rank; see ``sonic_ep.fast.combine.base``.
 
     Rounding point: out = round(sum over k, ascending, of score * row), products and sum in fp32.
     The row of choice 1 of the chunk's token 5 arrives, with K=2, in row 11.
     """
-    home, group = home_and_group(tl.program_id(0), rank, world_size, lag)
+    home, group = origin_and_group(tl.program_id(0), rank, world_size, lag)
     if (group >= 0) & (group < tokens):
         token = first_token + group
-        first_slot = (home.to(tl.int64) * capacity + token) * K
+        first_slot = (home.to(tl.int64) * max_tokens + token) * K
         k = tl.arange(0, K_PADDED)
         experts = tl.load(expert_ids_ptr + first_slot + k, mask=k < K, other=-1)
         first_expert = rank * experts_per_rank
         behind = first_expert + experts_per_rank
         received = peer_pointer(received_ptr, home, out_ptr) + group.to(tl.int64) * K * H
         if home == rank:
-            await_arrivals(
+            await_receive_slots(
                 flags_ptr,
                 experts,
                 group,
                 chunk,
                 world_size,
                 experts_per_rank,
-                expiry_ptr,
+                wait_errors_ptr,
                 rank,
                 tag,
                 limit,
@@ -109,7 +109,7 @@ def exchange_rows_kernel(
                         column = first + tl.arange(0, COLUMNS)
                         value = tl.load(rows_ptr + row * H + column, mask=column < H)
                         tl.store(received + tl.cast(choice, tl.int64) * H + column, value, mask=column < H)
-            raise_arrival(flags_ptr, home, arrival_of(rank, home, group, world_size, chunk), tag)
+            signal_receive_slot(flags_ptr, home, receive_slot_of(rank, home, group, world_size, chunk), tag)
 
 
 class AllToAllCombine(PushedCombine):

@@ -8,16 +8,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sonic_ep.fast.device import peer_pointer, rounded
-from sonic_ep.fast.receiving import (
+from sonic_ep.fast.combine.base import (
     UNSPECIALIZED,
     PushedCombine,
-    arrival_of,
-    await_arrivals,
+    await_receive_slots,
     has_slot,
-    home_and_group,
-    raise_arrival,
+    origin_and_group,
+    receive_slot_of,
+    signal_receive_slot,
 )
+from sonic_ep.fast.device_functions import peer_pointer, rounded
 from sonic_ep.plan import RoutingPlan
 
 
@@ -31,7 +31,7 @@ def exchange_partial_sums_kernel(
     received_ptr,
     flags_ptr,
     world_size,
-    capacity,
+    max_tokens,
     own_tokens,
     experts_per_rank,
     row_capacity,
@@ -39,7 +39,7 @@ def exchange_partial_sums_kernel(
     tokens,
     lag,
     chunk,
-    expiry_ptr,
+    wait_errors_ptr,
     rank,
     tag,
     limit,
@@ -53,28 +53,28 @@ def exchange_partial_sums_kernel(
     """Send this rank's partial sum of every other rank's token, and sum the home tokens. Grid ((tokens + lag) * W,).
 
     rows_ptr (R, H), canonical order; scores_ptr (W, C, K) fp32; out_ptr (T, H). received_ptr, flags_ptr (W,) int64:
-    addresses of (W - 1, chunk, H) partial sums and (W - 1, chunk) flags of each rank; see ``sonic_ep.fast.receiving``.
+    addresses of (W - 1, chunk, H) partial sums and (W - 1, chunk) flags of each rank; see ``combine.base``.
     DENSE: a partial sum for every token, also where this rank has no slot of it.
 
     Rounding points: p_q = round(sum over k on q), out = round(sum over q of p_q), both sums in fp32 and ascending.
     With W=3, rank 0 finds what rank 1 pushed for token t at (0, t), and what rank 2 pushed at (1, t).
     """
-    home, group = home_and_group(tl.program_id(0), rank, world_size, lag)
+    home, group = origin_and_group(tl.program_id(0), rank, world_size, lag)
     if (group >= 0) & (group < tokens):
         token = first_token + group
-        first_slot = (home.to(tl.int64) * capacity + token) * K
+        first_slot = (home.to(tl.int64) * max_tokens + token) * K
         k = tl.arange(0, K_PADDED)
         experts = tl.load(expert_ids_ptr + first_slot + k, mask=k < K, other=-1)
         first_expert = rank * experts_per_rank
         if home == rank:
-            await_arrivals(
+            await_receive_slots(
                 flags_ptr,
                 experts,
                 group,
                 chunk,
                 world_size,
                 experts_per_rank,
-                expiry_ptr,
+                wait_errors_ptr,
                 rank,
                 tag,
                 limit,
@@ -109,18 +109,18 @@ def exchange_partial_sums_kernel(
                         # Not an elif: in a nested branch Triton 3.6 loses the alignment and loads single elements.
                         pushed = has_slot(experts, sender * experts_per_rank, experts_per_rank) | DENSE
                         if (sender != rank) & pushed:
-                            arrival = arrival_of(sender, rank, group, world_size, chunk).to(tl.int64)
+                            arrival = receive_slot_of(sender, rank, group, world_size, chunk).to(tl.int64)
                             source_ptr = peer_pointer(received_ptr, rank, out_ptr) + arrival * H + column
                             # Past the first-level cache, which knows nothing of what peers write meanwhile.
                             arrived = tl.load(source_ptr, mask=column < H, other=0.0, cache_modifier=".cg")
                             total += arrived.to(tl.float32)
                     tl.store(out_ptr + token.to(tl.int64) * H + column, rounded(total, out_ptr), mask=column < H)
                 else:
-                    arrival = arrival_of(rank, home, group, world_size, chunk).to(tl.int64)
+                    arrival = receive_slot_of(rank, home, group, world_size, chunk).to(tl.int64)
                     target_ptr = peer_pointer(received_ptr, home, out_ptr) + arrival * H + column
                     tl.store(target_ptr, own, mask=column < H)
             if home != rank:
-                raise_arrival(flags_ptr, home, arrival_of(rank, home, group, world_size, chunk), tag)
+                signal_receive_slot(flags_ptr, home, receive_slot_of(rank, home, group, world_size, chunk), tag)
 
 
 class PartialSums(PushedCombine):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sonic_ep.fast.collectives import TOKENS
 from sonic_ep.fast.copy_engine import CopyEngineGather
-from sonic_ep.fast.rows import token_of_row
-from sonic_ep.fast.staging import TOKENS, PulledDispatch
-from sonic_ep.fast.workspace import SharedBuffer, Workspace
+from sonic_ep.fast.dispatch.base import PulledDispatch
+from sonic_ep.fast.permute import token_of_row
+from sonic_ep.fast.symmetric_memory import SharedBuffer
+from sonic_ep.fast.workspace import Workspace
 from sonic_ep.plan import RoutingPlan
 
 
@@ -18,13 +20,13 @@ class AllGatherDispatch(PulledDispatch):
         super().__init__(workspace)
         self._gather = CopyEngineGather(workspace, TOKENS)
 
-    def stage(self, x_TH: Tensor, capacity: int) -> SharedBuffer:
+    def stage(self, x_TH: Tensor, max_tokens: int) -> SharedBuffer:
         """As every dispatch, after the copies of the last gather."""
-        return self._gather.stage(x_TH, capacity)
+        return self._gather.stage(x_TH, max_tokens)
 
     def pull(self, x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan, rows: int) -> Tensor:
         """(W*C, H): tokens by source rank; unspecified behind the T tokens that a rank has."""
-        return self._gather.bring(x_TH, staged, plan.capacity).wait()
+        return self._gather.bring(x_TH, staged, plan.max_tokens).wait()
 
     def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
         """Slot f belongs to token f // K of the gathered ones: with K=2, slots 5 and 9 are of tokens 2 and 4."""

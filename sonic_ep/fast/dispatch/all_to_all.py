@@ -6,13 +6,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.fast.device import ROW_WARPS, launch, peer_pointer, piece, power_of_two, turn_of, words
-from sonic_ep.fast.staging import PulledDispatch
-from sonic_ep.fast.workspace import SharedBuffer
+from sonic_ep.fast.device_functions import peer_pointer, turn_of
+from sonic_ep.fast.dispatch.base import PulledDispatch
+from sonic_ep.fast.launch import ROW_WARPS, as_int_view, block_size, launch
+from sonic_ep.fast.symmetric_memory import SharedBuffer
 from sonic_ep.plan import RoutingPlan
 
 
-@triton.jit(do_not_specialize=["capacity", "row_capacity"])
+@triton.jit(do_not_specialize=["max_tokens", "row_capacity"])
 def pull_to_rows_kernel(
     own_ptr,
     staged_ptr,
@@ -21,7 +22,7 @@ def pull_to_rows_kernel(
     row_of_slot_ptr,
     rank,
     world_size,
-    capacity,
+    max_tokens,
     experts_per_rank,
     row_capacity,
     K: tl.constexpr,
@@ -36,7 +37,7 @@ def pull_to_rows_kernel(
     """
     source, token = turn_of(tl.program_id(0), rank, world_size)
     token = token.to(tl.int64)
-    first_slot = (source * capacity + token) * K
+    first_slot = (source * max_tokens + token) * K
     first_expert = rank * experts_per_rank
     k = tl.arange(0, K_PADDED)
     experts = tl.load(expert_ids_ptr + first_slot + k, mask=k < K, other=-1)
@@ -76,11 +77,11 @@ def pull_to_rows(x_TH: Tensor, addresses_W: Tensor, plan: RoutingPlan, rows: int
     addresses_W (W,) int64: of (C, H) tokens of each rank, in memory of any rank; this rank's own is not read.
     """
     rows_RH = x_TH.new_empty((rows, x_TH.shape[1]))
-    own, out = words(x_TH), words(rows_RH)
+    own, out = as_int_view(x_TH), as_int_view(rows_RH)
     width = out.shape[1]
     launch(
         pull_to_rows_kernel,
-        (plan.world_size * plan.capacity,),
+        (plan.world_size * plan.max_tokens,),
         own,
         addresses_W,
         out,
@@ -88,14 +89,14 @@ def pull_to_rows(x_TH: Tensor, addresses_W: Tensor, plan: RoutingPlan, rows: int
         plan.row_of_slot,
         plan.rank,
         plan.world_size,
-        plan.capacity,
+        plan.max_tokens,
         plan.experts_per_rank,
         rows,
         device=out.device,
         K=plan.top_k,
-        K_PADDED=power_of_two(plan.top_k),
+        K_PADDED=triton.next_power_of_2(plan.top_k),
         WORDS=width,
-        PIECE=piece(width, out.element_size()),
+        PIECE=block_size(width, out.element_size()),
         num_warps=ROW_WARPS,
     )
     return rows_RH

@@ -6,14 +6,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.fast.device import ROW_WARPS, copy_row, launch, peer_pointer, piece, turn_of, words
-from sonic_ep.fast.rows import token_of_row
-from sonic_ep.fast.staging import PulledDispatch
-from sonic_ep.fast.workspace import SharedBuffer
+from sonic_ep.fast.device_functions import copy_row, peer_pointer, turn_of
+from sonic_ep.fast.dispatch.base import PulledDispatch
+from sonic_ep.fast.launch import ROW_WARPS, as_int_view, block_size, launch
+from sonic_ep.fast.permute import token_of_row
+from sonic_ep.fast.symmetric_memory import SharedBuffer
 from sonic_ep.plan import RoutingPlan
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit(do_not_specialize=["max_tokens"])
 def pull_packed_kernel(
     own_ptr,
     staged_ptr,
@@ -21,7 +22,7 @@ def pull_packed_kernel(
     packed_of_token_ptr,
     rank,
     world_size,
-    capacity,
+    max_tokens,
     WORDS: tl.constexpr,
     PIECE: tl.constexpr,
 ):
@@ -32,7 +33,7 @@ def pull_packed_kernel(
     """
     source, token = turn_of(tl.program_id(0), rank, world_size)
     token = token.to(tl.int64)
-    place = tl.load(packed_of_token_ptr + source * capacity + token).to(tl.int64)
+    place = tl.load(packed_of_token_ptr + source * max_tokens + token).to(tl.int64)
     if place >= 0:
         token_ptr = own_ptr
         if source != rank:
@@ -55,8 +56,8 @@ class RankDedupDispatch(PulledDispatch):
 
 def pull_packed(x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan) -> Tensor:
     """(W*C, H), packed, from what every rank has staged."""
-    packed_PH = x_TH.new_empty((plan.world_size * plan.capacity, x_TH.shape[1]))
-    own, packed = words(x_TH), words(packed_PH)
+    packed_PH = x_TH.new_empty((plan.world_size * plan.max_tokens, x_TH.shape[1]))
+    own, packed = as_int_view(x_TH), as_int_view(packed_PH)
     width = packed.shape[1]
     launch(
         pull_packed_kernel,
@@ -67,10 +68,10 @@ def pull_packed(x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan) -> Tensor
         plan.packed_of_token,
         plan.rank,
         plan.world_size,
-        plan.capacity,
+        plan.max_tokens,
         device=packed.device,
         WORDS=width,
-        PIECE=piece(width, packed.element_size()),
+        PIECE=block_size(width, packed.element_size()),
         num_warps=ROW_WARPS,
     )
     return packed_PH

@@ -7,13 +7,13 @@ from types import MappingProxyType
 
 from sonic_ep.backend import CombinePrimitive
 from sonic_ep.config import CombineMode
-from sonic_ep.reference.collectives import Collectives
+from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.reference.combine.all_to_all import AllToAllCombine
 from sonic_ep.reference.combine.rank_dedup import RankDedupCombine
 from sonic_ep.reference.combine.reduce_scatter import ReduceScatterCombine
 
 
-def combine_primitives(collectives: Collectives) -> Mapping[CombineMode, CombinePrimitive]:
+def combine_primitives(collectives: BoundedCollectives) -> Mapping[CombineMode, CombinePrimitive]:
     """Every combine mode over ``collectives``."""
     return MappingProxyType(
         {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.plan import NO_ROW, RoutingPlan
-from sonic_ep.reference.collectives import Collectives
 from sonic_ep.reference.combine.ordered_sum import ordered_sum
 from sonic_ep.reference.plan import slot_exchange
 
@@ -14,7 +14,7 @@ from sonic_ep.reference.plan import slot_exchange
 class AllToAllCombine:
     """``out = round(sum over k of score_k * y_k)`` on the token's own rank: fp32, k ascending, one rounding."""
 
-    def __init__(self, collectives: Collectives) -> None:
+    def __init__(self, collectives: BoundedCollectives) -> None:
         self._collectives = collectives
 
     def combine(self, rows_RH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:

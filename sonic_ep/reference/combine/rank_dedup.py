@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.plan import NO_ROW, RoutingPlan
-from sonic_ep.reference.collectives import Collectives
 from sonic_ep.reference.combine.ordered_sum import ordered_sum
 from sonic_ep.reference.plan import PairExchange, pair_exchange
 
@@ -14,7 +14,7 @@ from sonic_ep.reference.plan import PairExchange, pair_exchange
 class RankDedupCombine:
     """The sums of ``ReduceScatterCombine`` with absent ranks skipped: equal to it bit for bit."""
 
-    def __init__(self, collectives: Collectives) -> None:
+    def __init__(self, collectives: BoundedCollectives) -> None:
         self._collectives = collectives
 
     def combine(self, rows_RH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.plan import NO_ROW, RoutingPlan
-from sonic_ep.reference.collectives import Collectives
 from sonic_ep.reference.combine.ordered_sum import ordered_sum
 
 
@@ -16,7 +16,7 @@ class ReduceScatterCombine:
     Both sums are fp32; k ascends in the first, q in the second. A rank without a slot of the token adds +0.
     """
 
-    def __init__(self, collectives: Collectives) -> None:
+    def __init__(self, collectives: BoundedCollectives) -> None:
         self._collectives = collectives
 
     def combine(self, rows_RH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
@@ -24,8 +24,8 @@ class ReduceScatterCombine:
         here_WCK = plan.row_of_slot.where(plan.owner_of_slot() == plan.rank, NO_ROW)
         weights_MK = None if scores_WCK is None else scores_WCK.flatten(0, 1)
         partial_MH = ordered_sum(rows_RH, here_WCK.flatten(0, 1), weights_MK)
-        even = [plan.capacity] * plan.world_size
+        even = [plan.max_tokens] * plan.world_size
         home_WCH = self._collectives.all_to_all_rows(partial_MH, even, even)
-        first_of_rank_W = torch.arange(plan.world_size, device=rows_RH.device) * plan.capacity
+        first_of_rank_W = torch.arange(plan.world_size, device=rows_RH.device) * plan.max_tokens
         tokens_T = torch.arange(plan.num_tokens, device=rows_RH.device)
         return ordered_sum(home_WCH, tokens_T[:, None] + first_of_rank_W)

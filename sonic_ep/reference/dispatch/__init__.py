@@ -7,13 +7,13 @@ from types import MappingProxyType
 
 from sonic_ep.backend import DispatchPrimitive
 from sonic_ep.config import DispatchMode
-from sonic_ep.reference.collectives import Collectives
+from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.reference.dispatch.all_gather import AllGatherDispatch
 from sonic_ep.reference.dispatch.all_to_all import AllToAllDispatch
 from sonic_ep.reference.dispatch.rank_dedup import RankDedupDispatch
 
 
-def dispatch_primitives(collectives: Collectives) -> Mapping[DispatchMode, DispatchPrimitive]:
+def dispatch_primitives(collectives: BoundedCollectives) -> Mapping[DispatchMode, DispatchPrimitive]:
     """Every dispatch mode over ``collectives``."""
     return MappingProxyType(
         {

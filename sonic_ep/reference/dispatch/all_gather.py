@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.plan import RoutingPlan
-from sonic_ep.reference.collectives import Collectives
 from sonic_ep.reference.plan import pad_tokens
 
 
 class AllGatherDispatch:
     """Every rank receives the C tokens of every rank; experts read through ``slot_of_row // K``."""
 
-    def __init__(self, collectives: Collectives) -> None:
+    def __init__(self, collectives: BoundedCollectives) -> None:
         self._collectives = collectives
 
     def receive(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
         """(W*C, H): tokens by source rank; zeros behind the T tokens that a rank has."""
-        return self._collectives.all_gather(pad_tokens(x_TH, plan.capacity, 0)).flatten(0, 1)
+        return self._collectives.all_gather(pad_tokens(x_TH, plan.max_tokens, 0)).flatten(0, 1)
 
     def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
         """Slot f belongs to token f // K of the gathered ones: with K=2, slots 5 and 9 are of tokens 2 and 4."""

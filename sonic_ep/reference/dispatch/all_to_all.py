@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.plan import RoutingPlan
-from sonic_ep.reference.collectives import Collectives
 from sonic_ep.reference.plan import slot_exchange
 
 
 class AllToAllDispatch:
     """Every rank receives one row for each slot that is routed to it."""
 
-    def __init__(self, collectives: Collectives) -> None:
+    def __init__(self, collectives: BoundedCollectives) -> None:
         self._collectives = collectives
 
     def receive(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:

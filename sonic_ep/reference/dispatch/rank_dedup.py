@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.plan import RoutingPlan
-from sonic_ep.reference.collectives import Collectives
 from sonic_ep.reference.plan import pair_exchange
 
 
 class RankDedupDispatch:
     """Every rank receives each token that has a slot on it once, packed by source rank, then token."""
 
-    def __init__(self, collectives: Collectives) -> None:
+    def __init__(self, collectives: BoundedCollectives) -> None:
         self._collectives = collectives
 
     def receive(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:

@@ -1,0 +1,120 @@
+"""The expert-parallel group: which ranks share the experts of a layer."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from sonic_ep.errors import ClosedError
+
+# An int is what torch.distributed.new_group gives to ranks that are not in the new group.
+Group = dist.ProcessGroup | DeviceMesh | int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EPGroup:
+    """This rank's place in the group.
+
+    rank: r, in 0..W-1 and counted within the group. world_size: W.
+    handle: the process group, referenced weakly: torch.distributed owns it, and a process that still holds a gloo group
+        when it exits is aborted by PyTorch. None if this process is the whole group and has no process group.
+    world_ranks: what the world calls the group's ranks, in their order; empty where it calls them the same.
+    """
+
+    rank: int
+    world_size: int
+    handle: weakref.ref[dist.ProcessGroup] | None = None
+    world_ranks: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        place = f"rank {self.rank} of {self.world_size}"
+        return f"{place} (ranks {_in_ranges(self.world_ranks)} of the world)" if self.world_ranks else place
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The process group, or None if there never was one. Raises ``ClosedError`` if it has been destroyed."""
+        if self.handle is None:
+            return None
+        group = self.handle()
+        if group is None or not dist.is_initialized():
+            raise ClosedError(f"{self}: process group: got one that was destroyed, expected a live one")
+        return group
+
+    def device_for(self, preferred: torch.device) -> torch.device:
+        """``preferred`` if the group moves tensors of that type, else a device that it does move."""
+        aligned_contiguous = self.device_types()
+        if aligned_contiguous is None or preferred.type in aligned_contiguous:
+            return preferred
+        return torch.device(min(aligned_contiguous))
+
+    def device_types(self) -> frozenset[str] | None:
+        """Device types whose tensors the group can move; None if any will do (no process group)."""
+        if self.process_group is None:
+            return None
+        backend_of_device = dist.get_backend_config(self.process_group).split(",")
+        return frozenset(entry.split(":")[0] for entry in backend_of_device)
+
+
+def resolve_group(group: Group) -> EPGroup:
+    """The EP group that ``group`` means: a process group, a 1-D device mesh, or None for the world.
+
+    None without an initialised ``torch.distributed`` is one rank. Raises ``ValueError`` if ``group`` is something
+    else, a mesh of another dimension, or a group that this process is no member of.
+    """
+    if group is None:
+        return _world()
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"{_world()}: group: got a device mesh of {group.ndim} dimensions, expected one dimension")
+        group = group.get_group()
+    if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise _no_member()
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(
+            f"{_world()}: group: got {type(group).__name__}, expected ProcessGroup, 1-D DeviceMesh or None"
+        )
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise _no_member()
+    ranks = dist.get_process_group_ranks(group)
+    return EPGroup(
+        rank=rank,
+        world_size=len(ranks),
+        handle=weakref.ref(group),
+        world_ranks=() if ranks == list(range(len(ranks))) else tuple(ranks),
+    )
+
+
+def _in_ranges(ranks: Sequence[int]) -> str:
+    """Runs of ranks that follow each other in one word each.
+
+    >>> _in_ranges([8, 9, 10, 11, 2, 5])
+    '8-11 2 5'
+    """
+    starts = [place for place, rank in enumerate(ranks) if place == 0 or rank != ranks[place - 1] + 1]
+    runs = [ranks[start:end] for start, end in zip(starts, [*starts[1:], len(ranks)], strict=True)]
+    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _no_member() -> ValueError:
+    return ValueError(f"{_world()}: group: got a group without this rank, expected one that it is a member of")
+
+
+def _world() -> EPGroup:
+    if not (dist.is_available() and dist.is_initialized()):
+        return EPGroup(rank=0, world_size=1)
+    world = dist.group.WORLD
+    assert world is not None
+    return EPGroup(rank=dist.get_rank(), world_size=dist.get_world_size(), handle=weakref.ref(world))
+
+
+def device_of_rank(rank: int) -> torch.device:
+    """The CUDA device that local rank ``rank`` uses, several ranks to a device if need be; the CPU without CUDA."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", rank % torch.cuda.device_count())

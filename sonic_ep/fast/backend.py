@@ -1,0 +1,200 @@
+"""The fast backend: the layer and its parts over shared memory.
+
+Where gradients are on, dispatch and combine take part in backward on every rank of a group of several, whether or not
+this rank's own tensors need a gradient: a backward that communicates has to run on all ranks or on none, and to ask the
+others which tensors need one would cost a read on the host in every call.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from sonic_ep.autograd_utils import apply_function, autocast_disabled, outside_selective_checkpoint, savable
+from sonic_ep.backend import Experts, LayerOutput, Routing, Slots
+from sonic_ep.config import EPConfig, RouterOptions
+from sonic_ep.cost import Workload, choose_modes
+from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.sync_tag import Phase
+from sonic_ep.fast.capabilities import interpreted
+from sonic_ep.fast.context import DeviceContext
+from sonic_ep.fast.copy_engine import CopyEngineGather
+from sonic_ep.fast.exchange import Combine, Dispatch, Exchange
+from sonic_ep.fast.gemm import grouped_gemm
+from sonic_ep.fast.launch import aligned_contiguous
+from sonic_ep.fast.moe_function import Call, MoEFunction, StagedInputs
+from sonic_ep.fast.router import route
+from sonic_ep.plan import RoutingPlan
+
+
+class FastBackend:
+    """The backend protocol over shared memory. Holds a workspace for each device that a call has come with."""
+
+    def __init__(self, collectives: BoundedCollectives, config: EPConfig) -> None:
+        self._collectives = collectives
+        self._group = collectives.group
+        self._config = config
+        self._contexts: dict[torch.device, DeviceContext] = {}
+
+    def meet(self, device: torch.device) -> None:
+        """On the current stream: the host waits for nothing."""
+        workspace = self._context(device).workspace
+        workspace.enter(Phase.MEETING)
+        workspace.barrier_before_write()
+
+    @outside_selective_checkpoint
+    def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
+        """See ``sonic_ep.fast.router``."""
+        return route(x_TH, router_w_EH, options, self._context(x_TH.device).workspace)
+
+    def check_expert_ids(self, topk_idx_TK: Tensor, num_experts: int) -> None:
+        """The plan's kernels flag ids out of range on the device: to look at them here would be a read on the host."""
+
+    @outside_selective_checkpoint
+    def plan(self, topk_idx_TK: Tensor, *, num_experts: int, max_tokens: int, distinct: bool) -> RoutingPlan:
+        """See ``sonic_ep.fast.plan``. Raises the error of an earlier plan, on all ranks alike: see ``DeviceErrors``."""
+        planner = self._context(topk_idx_TK.device).planner
+        pending = planner.begin(topk_idx_TK, num_experts=num_experts, max_tokens=max_tokens, distinct=distinct)
+        return planner.sized(pending, planner.rows(pending))
+
+    @outside_selective_checkpoint
+    def dispatch(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
+        """Rows in canonical order, (R, H)."""
+        exchange = self._exchange(plan, x_TH)
+        return apply_function(Dispatch, self._joined(x_TH), exchange)
+
+    @outside_selective_checkpoint
+    def combine(self, rows_RH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan) -> Tensor:
+        """The weighted sums of a token's rows, (T, H)."""
+        exchange = self._exchange(plan, rows_RH)
+        return apply_function(Combine, self._joined(rows_RH), self._joined(topk_scores_TK.float()), exchange)
+
+    @outside_selective_checkpoint
+    def layer(self, x_TH: Tensor, slots: Slots, experts: Experts, shape: torch.Size) -> LayerOutput:
+        """Plan, dispatch, experts, combine. x is staged while the plan runs, and where the host waits for R meanwhile.
+
+        Where x is to be gathered again in backward, w1 has to require a gradient on every rank or on none.
+        """
+        with autocast_disabled(x_TH.device):
+            context = self._context(x_TH.device)
+            given = (x_TH, slots.topk_scores, experts.w1, experts.w2, experts.b1, experts.b2)
+            wants_x = x_TH.requires_grad
+            several = self._group.world_size > 1
+            training = torch.is_grad_enabled() and (several or any(t is not None and t.requires_grad for t in given))
+            x_TH, scores_TK = self._joined(aligned_contiguous(x_TH)), self._joined(slots.topk_scores.float())
+            pending = context.planner.begin(
+                slots.topk_idx,
+                num_experts=experts.w1.shape[0] * self._group.world_size,
+                max_tokens=slots.max_tokens,
+                distinct=slots.distinct,
+                scores_TK=scores_TK.detach(),
+            )
+            exchange = self._exchange(pending.plan, x_TH)
+            gather = self._reserved_gather(x_TH, experts.w1, slots.max_tokens)
+            call = Call(
+                shape=shape,
+                exchange=exchange,
+                gemm=grouped_gemm((x_TH, experts.w1, experts.w2), rows_per_group(pending.plan)),
+                activation=experts.activation,
+                layout=experts.layout,
+                gather=gather,
+                training=training,
+                wants_x=wants_x,
+                begun=StagedInputs(staged=exchange.stage(x_TH.detach()), pending=pending, planner=context.planner),
+            )
+            y = apply_function(MoEFunction, x_TH, scores_TK, experts.w1, experts.w2, experts.b1, experts.b2, call)
+            # The caller's own: backward looks at the plan's again.
+            return LayerOutput(y=y, counts=pending.plan.counts.clone())
+
+    def check(self) -> None:
+        """Wait for the devices, then raise what they have flagged."""
+        for context in self._contexts.values():
+            context.workspace.synchronize()
+            context.workspace.wait_errors.raise_if_any()
+            context.planner.device_errors.raise_all()
+
+    def explain(self, error: RuntimeError) -> None:
+        """Raise what a kernel of any device has waited for in vain, from the error that PyTorch made of its trap."""
+        for context in self._contexts.values():
+            context.workspace.wait_errors.raise_if_any(error)
+
+    def mark_failed(self) -> None:
+        """Kernels see where the others are whenever they meet, but not which of two runs of one backward it is."""
+        for context in self._contexts.values():
+            context.workspace.mark_failed()
+
+    def leave(self) -> None:
+        """End the waits of other ranks' kernels for this rank, on every device."""
+        for context in self._contexts.values():
+            context.workspace.leave()
+
+    def holds_memory(self) -> bool:
+        """Whether memory is shared on any device."""
+        return bool(self._contexts)
+
+    def raise_in_backward(self) -> None:
+        """The host reads at once whether a recompute has gone astray."""
+        for context in self._contexts.values():
+            context.planner.device_errors.host_reads = True
+
+    def detach(self) -> None:
+        """Shared memory goes with the last who needs it."""
+        self._contexts.clear()
+
+    def close(self) -> None:
+        """Give the shared memory back."""
+        for context in self._contexts.values():
+            context.workspace.close()
+        self._contexts.clear()
+
+    def _context(self, device: torch.device) -> DeviceContext:
+        """What this group holds on ``device``. Collective on the first call with it."""
+        if device not in self._contexts:
+            if interpreted() == (device.type == "cuda"):
+                where = "the CPU under Triton's interpreter" if interpreted() else "CUDA devices"
+                where += " for backend 'fast' (backend='reference' takes others)"
+                raise ValueError(f"{self._group}: device: got {device}, expected one of {where}")
+            self._contexts[device] = DeviceContext.make(self._collectives, self._config, device)
+        return self._contexts[device]
+
+    def _joined(self, tensor: Tensor) -> Tensor:
+        """The tensor, requiring a gradient if there may be a backward that other ranks take part in."""
+        if not torch.is_grad_enabled():
+            return tensor
+        tensor = savable(tensor)
+        if self._group.world_size == 1 or tensor.requires_grad:
+            return tensor
+        return tensor.detach().requires_grad_()
+
+    def _reserved_gather(self, x_TH: Tensor, w1: Tensor, max_tokens: int) -> CopyEngineGather | None:
+        """Collective. What brings x again in backward, if the config asks for it, with its memory allocated.
+
+        Also where gradients are off: under reentrant checkpointing this is the forward of which a backward will come.
+        """
+        if not (self._config.redispatch_x_in_backward and w1.requires_grad):
+            return None
+        gather: CopyEngineGather = self._context(x_TH.device).gather
+        gather.reserve(max_tokens, x_TH.shape[1] * x_TH.element_size())
+        return gather
+
+    def _exchange(self, plan: RoutingPlan, rows: Tensor) -> Exchange:
+        context = self._context(rows.device)
+        load = Workload(world_size=plan.world_size, top_k=plan.top_k, num_experts=plan.num_experts)
+        modes = choose_modes(self._config, load)
+        exchange = Exchange(
+            plan=plan,
+            dispatch=context.dispatch[modes.dispatch],
+            combine=context.combine[modes.combine],
+            workspace=context.workspace,
+            max_rows=context.planner.max_rows,
+            device_errors=context.planner.device_errors,
+            step=context.workspace.step,
+        )
+        exchange.reserve(rows.shape[1] * rows.element_size())
+        return exchange
+
+
+def rows_per_group(plan: RoutingPlan) -> int:
+    """Rows of an expert where all have as many. No flag changes it, and so none changes how products are cut up."""
+    return triton.cdiv(plan.world_size * plan.max_tokens * plan.top_k, plan.num_experts)

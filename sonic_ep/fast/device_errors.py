@@ -1,0 +1,278 @@
+"""Errors that kernels find and the host raises: a wait that timed out, bad ids, too many rows, another recompute."""
+
+from __future__ import annotations
+
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.group import EPGroup
+from sonic_ep.distributed.sync_tag import Phase, SyncTag, mismatch
+from sonic_ep.errors import CollectiveMismatchError, PeerError, PeerLostError, PeerTimeoutError
+from sonic_ep.fast.launch import host_ints
+from sonic_ep.fast.sync import ELSEWHERE
+from sonic_ep.plan import overflow_error, recompute_error
+
+
+def report_at_exit(owner: Any, find: Callable[[], Exception | None]) -> weakref.finalize[..., Any]:
+    """Print what ``find`` finds, if anything, once ``owner`` is let go. ``find`` must not hold it. To be detached."""
+    return weakref.finalize(owner, _tell, find, os.getpid())
+
+
+def _tell(find: Callable[[], Exception | None], process: int) -> None:
+    # What a forked child has of it is its parent's to tell.
+    found = find() if process == os.getpid() else None
+    if found is not None:
+        print(f"sonic_ep: {type(found).__name__}: {found}", file=sys.stderr, flush=True)
+
+
+WORDS = 4
+
+
+class WaitErrors:
+    """What waiting kernels of one workspace write when they give up, and the host reads.
+
+    words (4,) int64, on the host: why (0: nothing happened; see ``sonic_ep.fast.sync``), the peer plus one, the tag
+    of this rank's meeting, and what the peer showed instead. On a GPU the kernel traps as well, and PyTorch's own
+    error, which names nobody, may be all that the program sees: so what is here is printed at the latest when the
+    process ends.
+    """
+
+    def __init__(self, collectives: BoundedCollectives, device: torch.device) -> None:
+        self._collectives = collectives
+        # The host reads it while kernels run, so on a GPU it is pinned memory that kernels write through the bus.
+        self.words = host_ints(WORDS, device, torch.int64)
+        self._untold = report_at_exit(
+            self, partial(found_in, self.words, collectives.group, collectives.timeout, collectives.why_left)
+        )
+
+    def found(self) -> PeerError | None:
+        """What a kernel has written, if any. No wait for the GPU."""
+        return found_in(self.words, self._collectives.group, self._collectives.timeout)
+
+    def raise_if_any(self, cause: RuntimeError | None = None) -> None:
+        """Raise ``PeerTimeoutError``, ``PeerLostError`` or ``CollectiveMismatchError``, from ``cause``.
+
+        Does not wait for the GPU. Reads the error of a rank that left from the store of the process group.
+        """
+        found = found_in(self.words, self._collectives.group, self._collectives.timeout, self._collectives.why_left)
+        if found is not None:
+            self._untold.detach()
+            try:
+                raise found from cause
+            finally:
+                # Its traceback holds this frame, and would hold it for good through its own name.
+                del found
+
+
+def found_in(
+    words: Tensor, group: EPGroup, timeout: float, why_left: Callable[[int], str | None] = lambda rank: None
+) -> PeerError | None:
+    """The error that ``words`` encode, or None. why_left: rank to the error it left with, None if unknown."""
+    why, peer, here, there = words.tolist()
+    if not why:
+        return None
+    sync_tag = SyncTag.decode(here)
+    if why == ELSEWHERE and SyncTag.decode(there).phase is Phase.LEFT:
+        reason = why_left(peer - 1) or "see its own output for the error"
+        return PeerLostError(f"{group}: rank {peer - 1} left ({reason}) while it was waited for in {sync_tag}")
+    if why == ELSEWHERE:
+        return CollectiveMismatchError(f"{group}: {mismatch(sync_tag, peer - 1, SyncTag.decode(there))}")
+    return PeerTimeoutError(
+        f"{group}: waited {timeout:g} s for rank {peer - 1} in {sync_tag}; did it fail, or make another call?"
+    )
+
+
+# Error words, int32: rank with an id out of range, plus 1; rank with more rows than R, plus 1; its rows; the last step
+# whose recompute routed differently. 0: no error.
+WORDS = 4
+# Plans that the host may queue ahead of the device: the error of plan n is raised by plan n + PLANS_AHEAD.
+PLANS_AHEAD = 8
+MOST_STEP = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bounds of a plan and the step that made it, for error messages."""
+
+    num_experts: int = 0
+    max_rows: int = 0
+    step: int = 0
+
+
+class Record:
+    """Error words of one plan, (WORDS,) int32, the same on every rank, since every rank sees the ids of all.
+
+    own: written by the plan's kernels; on a GPU, pinned memory of the host. gathered: copy of the words that graphs and
+    backwards had set when the plan ran; None before any could.
+    """
+
+    def __init__(self, group: EPGroup, device: torch.device) -> None:
+        self._group = group
+        self.own = host_ints(WORDS, device)
+        self.gathered: Tensor | None = None
+        self.limits = self.gathered_limits = Limits()
+        self.written: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Until all that writes it has run. Raises ``RuntimeError`` if it fails."""
+        if self.written is not None:
+            self.written.synchronize()
+
+    def error(self) -> Exception | None:
+        """``ValueError``, ``RowOverflowError`` or ``RecomputeError``, if there is one to tell."""
+        found = self._meaning(self.own, self.limits)
+        if found is None and self.gathered is not None:
+            found = self._meaning(self.gathered, self.gathered_limits)
+        return found
+
+    def _meaning(self, words: Tensor, limits: Limits) -> Exception | None:
+        bad_rank, full_rank, rows, rerouted = words.tolist()
+        if bad_rank:
+            return ValueError(
+                f"{self._group}: topk_idx: got expert ids out of range on rank {bad_rank - 1}, "
+                f"expected 0 to {limits.num_experts - 1}, or -1 for a dropped slot (in step {limits.step})"
+            )
+        if full_rank:
+            more = f" (in step {limits.step})"
+            return overflow_error(self._group, max_rows=limits.max_rows, rank=full_rank - 1, rows=rows, more=more)
+        return recompute_error(self._group, rerouted) if rerouted else None
+
+
+def first_error(records: Iterable[Record]) -> Exception | None:
+    """The first error in ``records``, or None. Waits for their kernels, except in graph capture."""
+    for record in records:
+        in_capture = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        found = None
+        # A lost GPU raises here; in graph capture the host must not synchronize.
+        with suppress(RuntimeError):
+            if not in_capture:
+                record.wait()
+            if not (in_capture and record.gathered is not None and record.gathered.is_cuda):
+                found = record.error()
+        if found is not None:
+            return found
+    return None
+
+
+class DeviceErrors:
+    """Raises device errors ``PLANS_AHEAD`` plans later, or when ``check`` asks.
+
+    All ranks raise in the same call: a record is read only when its kernels have run and its turn has come. Errors that
+    no call raised are printed when this object is freed. host_reads: whether ``compare`` reads its result and raises.
+    """
+
+    def __init__(self, group: EPGroup, device: torch.device, *, host_reads: bool = False) -> None:
+        self._group = group
+        self.host_reads = host_reads
+        self._device = device
+        self._on_gpu = device.type == "cuda"
+        self._records = [Record(group, device) for _ in range(PLANS_AHEAD)]
+        # Graphs and backwards set these words at any time. Once they may have, each plan copies them in stream order,
+        # the same on all ranks; ``raise_all`` reads what no later plan copied.
+        with torch.inference_mode(False):
+            self._gathered = torch.zeros(WORDS, dtype=torch.int32, device=device)
+        self._latest = Record(group, device)
+        report_at_exit(self, partial(first_error, (*self._records, self._latest)))
+        self._plans = 0
+
+    @property
+    def words(self) -> Tensor:
+        """Where the kernels of the plan being queued write errors, (WORDS,) int32."""
+        return self._gathered if self._capturing() else self._current.own
+
+    def begin(self) -> None:
+        """Collective. Start a plan, and raise the error of the plan ``PLANS_AHEAD`` before. No-op in graph capture.
+
+        Waits for that plan's kernels only.
+        """
+        if not self._capturing():
+            self._plans += 1
+            self._raise(self._current)
+            self._current.written = None
+
+    def expect(self, limits: Limits) -> None:
+        """Set the bounds of the plan being queued."""
+        if self._capturing():
+            self._latest.gathered_limits = limits
+        else:
+            self._current.limits = limits
+
+    def queued(self, *, flags: bool) -> None:
+        """All kernels of the plan have been queued on the current stream. flags: whether they may find an error."""
+        if self._capturing():
+            if flags:
+                self._latest.gathered = self._gathered
+            return
+        current = self._current
+        if self._latest.gathered is not None:
+            if current.gathered is None:
+                current.gathered = host_ints(WORDS, self._device)
+            current.gathered_limits = self._latest.gathered_limits
+            current.gathered.copy_(self._gathered, non_blocking=True)
+        if self._on_gpu and (flags or current.gathered is not None):
+            current.written = torch.cuda.Event()
+            current.written.record(torch.cuda.current_stream(self._device))
+
+    def compare(self, expert_ids_WCK: Tensor, again_WCK: Tensor, step: int) -> Tensor:
+        """Whether the ids of a forward and of its recompute differ, bool () on the device. If so it is told later.
+
+        Raises ``RecomputeError`` at once where the host reads what it needs: other ids are other sizes there.
+        """
+        differs = (expert_ids_WCK != again_WCK).any()
+        if self.host_reads and bool(differs):
+            raise recompute_error(self._group, step)
+        rerouted = self._gathered[WORDS - 1 :]
+        torch.maximum(rerouted, differs.int() * min(step, MOST_STEP), out=rerouted)
+        self._latest.gathered = self._gathered
+        return differs
+
+    def raise_current(self) -> None:
+        """Wait for the plan queued last, and raise its error, on every rank alike."""
+        self._raise(self._current)
+
+    def raise_all(self) -> None:
+        """Collective. Wait for all that is queued, and raise the first error; later calls raise further ones."""
+        if self._on_gpu:
+            torch.cuda.synchronize(self._device)
+        for place in range(1, PLANS_AHEAD + 1):
+            self._raise(self._records[(self._plans + place) % PLANS_AHEAD])
+        self._raise(self._latest)
+
+    @property
+    def _current(self) -> Record:
+        return self._records[self._plans % PLANS_AHEAD]
+
+    def _capturing(self) -> bool:
+        return self._on_gpu and torch.cuda.is_current_stream_capturing()
+
+    def _raise(self, record: Record) -> None:
+        record.wait()
+        found = record.error()
+        if found is not None:
+            self._forget(record)
+            try:
+                raise found
+            finally:
+                # Its traceback holds this frame, and would hold it for good through its own name.
+                del found
+
+    def _forget(self, record: Record) -> None:
+        """Clear what was raised: the record's own words, or every copy of the gathered ones."""
+        if record.own.any():
+            record.own.zero_()
+            return
+        if self._on_gpu:
+            torch.cuda.synchronize(self._device)
+        for copied in (*self._records, self._latest):
+            if copied.gathered is not None:
+                copied.gathered.zero_()

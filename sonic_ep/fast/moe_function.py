@@ -1,0 +1,207 @@
+"""The layer as one autograd function: pull, experts, combine; and in backward its mirror.
+
+    forward    x staged ─ pull ─ rows ─ w1 ─ h ─ act ─ A ─ w2 ─ y ─ combine ─ out
+    backward   d(out) dispatched ─ w2 ─ dA ─ one pass over h and dA: dH, A' = score * A, <dA, A> ─ dw2 ─ w1 ─ combine ─
+               dx; and dw1 last, so that where x is gathered again, it comes behind all of that
+
+Kept for backward: what dispatch received, or x alone where it is gathered again; the pre-activation h (R, F); the
+group's scores; the plan. Outputs of experts are never kept: <d(out), y> is taken as <dA, A> + <d(out), b2>.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sonic_ep.activation import Activation, GateLayout
+from sonic_ep.autograd_utils import once_differentiable, unpack_saved
+from sonic_ep.backend import Experts
+from sonic_ep.distributed.sync_tag import Phase
+from sonic_ep.fast.copy_engine import CopyEngineGather, GatherInFlight
+from sonic_ep.fast.dispatch.all_to_all import pull_to_rows
+from sonic_ep.fast.exchange import Exchange
+from sonic_ep.fast.experts import HiddenGradient, activate, activate_backward, add_bias_dots, sum_groups
+from sonic_ep.fast.gemm import GroupedGemm
+from sonic_ep.fast.planner import PendingPlan, Planner
+from sonic_ep.fast.symmetric_memory import SharedBuffer
+
+# Names of the saved tensors, in order, for errors. "x": x if backward dispatches it again, else the rows received.
+# None: b1, which no gradient reads.
+SAVED = ("x", "hidden", "scores", "expert_ids of plan", "w1", "w2", None, "b2")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StagedInputs:
+    """What is queued when forward starts: x of every rank, staged, and the plan, with the scores of the group."""
+
+    staged: SharedBuffer
+    pending: PendingPlan
+    planner: Planner
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Call:
+    """One call of the layer, but for the tensors that autograd knows.
+
+    shape: (..., H), of the result. exchange: in forward by a plan whose R may still have to be cut to size. begun: for
+    forward only. gather: brings x again in backward; None where what was received is kept. training: whether a backward
+    may come. wants_x: whether this rank wants the gradient of x.
+    """
+
+    shape: torch.Size
+    exchange: Exchange
+    gemm: GroupedGemm
+    activation: Activation
+    layout: GateLayout
+    gather: CopyEngineGather | None
+    training: bool
+    wants_x: bool
+    begun: StagedInputs | None
+
+    def experts(self, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Experts:
+        """These weights with the activation of the call."""
+        return Experts(w1=w1, w2=w2, b1=b1, b2=b2, activation=self.activation, layout=self.layout)
+
+
+class MoEFunction(torch.autograd.Function):
+    """x (T, H) and scores (T, K) fp32 to the weighted sums of the experts' outputs, (..., H). Collective both ways."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TH: Tensor,
+        scores_TK: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        b1: Tensor | None,
+        b2: Tensor | None,
+        call: Call,
+    ) -> Tensor:
+        """Pull what is staged, apply the experts, send home and sum. ``scores_TK`` is there for its gradient."""
+        assert call.begun is not None
+        exchange, received = _pulled(x_TH, call.exchange, call.begun)
+        scores_WCK = call.begun.pending.scores_WCK
+        hidden_RF = call.gemm.rows(exchange.in_order(received), w1.transpose(1, 2), exchange.group_ends, b1)
+        if call.training:
+            source = received if call.gather is None else x_TH
+            ctx.call, ctx.call_lock = replace(call, exchange=exchange, begun=None), exchange.workspace.call_lock
+            kept = source if ctx.needs_input_grad[2] else None
+            ids_WCK = exchange.plan.expert_ids
+            ctx.save_for_backward(kept, hidden_RF, scores_WCK, ids_WCK, w1, w2, b1, b2)
+            del source, kept
+        # Each is let go as soon as the next is there: they are the largest tensors of the layer.
+        del received
+        activated_RI = activate(hidden_RF, call.experts(w1, w2, b1, b2), exchange.plan)
+        del hidden_RF
+        y_RH = call.gemm.rows(activated_RI, w2.transpose(1, 2), exchange.group_ends, b2)
+        del activated_RI
+        # Not a view: an in-place write by the caller replaces the node of a view, and FSDP's hooks with it.
+        return exchange.sums(y_RH, scores_WCK).resize_(call.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x (T, H), scores (T, K), w1, w2, b1 and b2; None for those that are not required."""
+        # First of all: under activation checkpointing this is what runs forward again, on every rank.
+        kept, hidden_RF, scores_WCK, ids_WCK, *weights = unpack_saved(ctx, ctx.call.exchange.workspace.group, SAVED)
+        out_grad_TH = out_grad.reshape(ctx.call.exchange.plan.num_tokens, out_grad.shape[-1])
+        saved = Saved(kept=kept, hidden=hidden_RF, scores=scores_WCK, experts=ctx.call.experts(*weights))
+        needs = Needs(*ctx.needs_input_grad[:6])
+        call = replace(ctx.call, exchange=ctx.call.exchange.in_backward())
+        return (*_gradients(call.exchange.checked(out_grad_TH, ids_WCK), saved, needs, call), None)
+
+
+def _pulled(x_TH: Tensor, exchange: Exchange, begun: StagedInputs) -> tuple[Exchange, Tensor]:
+    """The exchange with a plan of its final R, and what this rank receives.
+
+    Where the host has to wait for R, what does not need it is queued first, and what does right behind the wait.
+    """
+    planner, pending = begun.planner, begun.pending
+    if exchange.dispatch.sized_by_rows:
+        rows = planner.rows(pending)
+        received = exchange.pull(x_TH, begun.staged, rows)
+    else:
+        received = exchange.pull(x_TH, begun.staged, exchange.plan.row_capacity)
+        rows = planner.rows(pending)
+    return replace(exchange, plan=planner.sized(pending, rows)), received
+
+
+@dataclass(frozen=True, eq=False)
+class Needs:
+    """Which gradients are required, in the order of the function's inputs."""
+
+    x: bool
+    scores: bool
+    w1: bool
+    w2: bool
+    b1: bool
+    b2: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Saved:
+    """What forward kept: rows received, or x, or None where the gradient of w1 is not required; h; scores; weights."""
+
+    kept: Tensor | None
+    hidden: Tensor
+    scores: Tensor
+    experts: Experts
+
+
+def _gradients(out_grad_TH: Tensor, saved: Saved, needs: Needs, call: Call) -> tuple[Tensor | None, ...]:
+    """See ``MoEFunction.backward``."""
+    exchange, experts = call.exchange, saved.experts
+    out_grad_RH = exchange.rows(out_grad_TH)
+    in_flight = _gather_again(saved, call)
+    between = _between(out_grad_RH, saved, needs, call)
+    w2_grad = call.gemm.weights(out_grad_RH, between.weighted, exchange.group_ends) if needs.w2 else None
+    b2_grad = sum_groups(out_grad_RH, saved.scores, exchange.plan) if needs.b2 else None
+    hidden_grad_RF, dots_R = between.hidden, between.dots
+    # What is not needed any more makes room for the gradients of the rows.
+    del out_grad_RH, between
+    b1_grad = sum_groups(hidden_grad_RF, None, exchange.plan) if needs.b1 else None
+    scores_grad_TK = exchange.home(dots_R) if needs.scores else None
+    x_grad_TH = _x_gradient(hidden_grad_RF, experts.w1, call) if needs.x else None
+    w1_grad = _w1_gradient(hidden_grad_RF, saved, in_flight, call)
+    return x_grad_TH, scores_grad_TK, w1_grad, w2_grad, b1_grad, b2_grad
+
+
+def _gather_again(saved: Saved, call: Call) -> GatherInFlight | None:
+    """Collective where x was kept. Start to bring it again, behind what is queued."""
+    if call.gather is None or saved.kept is None:
+        return None
+    call.exchange.enter(Phase.DISPATCH)
+    return call.gather.start(saved.kept, call.exchange.plan.max_tokens, with_own=False)
+
+
+def _between(out_grad_RH: Tensor, saved: Saved, needs: Needs, call: Call) -> HiddenGradient:
+    """Take dA by the down-projection, and all that follows from it and h in one pass."""
+    exchange, experts = call.exchange, saved.experts
+    grad_RI = call.gemm.rows(out_grad_RH, experts.w2, exchange.group_ends)
+    between = activate_backward(saved.hidden, grad_RI, saved.scores, experts, exchange.plan)
+    if experts.b2 is not None and needs.scores:
+        add_bias_dots(out_grad_RH, experts.b2, between.dots, exchange.plan)
+    return between
+
+
+def _x_gradient(hidden_grad_RF: Tensor, w1: Tensor, call: Call) -> Tensor | None:
+    """Collective. Gradient of x, (T, H), where this rank wants it; nothing is computed where none does."""
+    exchange = call.exchange.where_wanted(here=call.wants_x)
+    x_grad_TH = exchange.sums(call.gemm.rows(hidden_grad_RF, w1, exchange.group_ends), None)
+    return x_grad_TH if call.wants_x else None
+
+
+def _w1_gradient(hidden_grad_RF: Tensor, saved: Saved, in_flight: GatherInFlight | None, call: Call) -> Tensor | None:
+    """Gradient of w1 from the rows that were kept, or that come again; None where it is not required."""
+    exchange = call.exchange
+    if saved.kept is None:
+        return None
+    if in_flight is None:
+        rows_RH = exchange.in_order(saved.kept)
+    else:
+        in_flight.wait()
+        rows_RH = pull_to_rows(saved.kept, in_flight.addresses(), exchange.plan, exchange.plan.row_capacity)
+    return call.gemm.weights(hidden_grad_RF, rows_RH, exchange.group_ends)

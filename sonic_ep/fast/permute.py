@@ -1,0 +1,186 @@
+"""Kernels over the rows of one rank: received rows into canonical order, and the gradient of the weighted sum."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sonic_ep.fast.device_functions import copy_row, rounded, valid_rows
+from sonic_ep.fast.launch import ROW_WARPS, as_int_view, block_size, launch, programs_over
+from sonic_ep.plan import RoutingPlan
+
+MOST_COLUMNS = 4096
+
+
+def columns(width: int) -> int:
+    """Columns that a program takes at a time, of rows of ``width``: a power of two."""
+    return min(triton.next_power_of_2(width), MOST_COLUMNS)
+
+
+@triton.jit(do_not_specialize=["row_capacity"])
+def gather_rows_kernel(
+    received_ptr,
+    source_ptr,
+    out_ptr,
+    group_ends_ptr,
+    experts_per_rank,
+    row_capacity,
+    WORDS: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Row i of the result is row ``source[i]`` of what was received. Any grid: of P programs, p takes p, p + P, ...
+
+    source_ptr (R,) int32; rows behind the valid ones are left as they are. Sources 2 0 of two valid rows take rows 2
+    and 0.
+    """
+    rows = valid_rows(group_ends_ptr, experts_per_rank, row_capacity)
+    for index in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64)
+        source = tl.load(source_ptr + row).to(tl.int64)
+        copy_row(received_ptr + source * WORDS, out_ptr + row * WORDS, WORDS, PIECE)
+
+
+def gather_rows(received_NH: Tensor, source_R: Tensor, group_ends_e: Tensor) -> Tensor:
+    """(R, H): the received row of each canonical row; unspecified behind ``group_ends_e[-1]``."""
+    rows_RH = received_NH.new_empty((source_R.shape[0], received_NH.shape[1]))
+    received, out = as_int_view(received_NH), as_int_view(rows_RH)
+    width = out.shape[1]
+    launch(
+        gather_rows_kernel,
+        (programs_over(out.shape[0], out.device),),
+        received,
+        source_R,
+        out,
+        group_ends_e,
+        group_ends_e.shape[0],
+        out.shape[0],
+        device=out.device,
+        WORDS=width,
+        PIECE=block_size(width, out.element_size()),
+        num_warps=ROW_WARPS,
+    )
+    return rows_RH
+
+
+def token_of_row(plan: RoutingPlan) -> Tensor:
+    """(R,) int32: which of the group's W*C tokens each row is of, -1 behind the valid rows: slot 5 of K=2 is of 2."""
+    return torch.div(plan.slot_of_row, plan.top_k, rounding_mode="floor")
+
+
+@triton.jit(do_not_specialize=["row_capacity"])
+def weigh_rows_kernel(
+    out_grad_ptr,
+    rows_ptr,
+    scores_ptr,
+    slot_of_row_ptr,
+    grad_ptr,
+    dots_ptr,
+    group_ends_ptr,
+    experts_per_rank,
+    row_capacity,
+    H: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Gradient of a weighted row, and of its weight. Any grid: of P programs, p takes rows p, p + P, ...
+
+    out_grad_ptr (R, H): d(out) of each row's token; rows_ptr (R, H): the rows that were weighted; scores_ptr (W*C*K,)
+    fp32. grad_ptr (R, H) = round(score * d(out)), zeros behind the valid rows: autograd passes on all R rows.
+    dots_ptr (R,) fp32 = sum over H of d(out) * row, left as it is behind the valid rows.
+    """
+    rows = valid_rows(group_ends_ptr, experts_per_rank, row_capacity)
+    for index in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64)
+        score = tl.load(scores_ptr + tl.load(slot_of_row_ptr + row))
+        dot = tl.zeros((COLUMNS,), dtype=tl.float32)
+        for first in range(0, H, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            inside = column < H
+            out_grad = tl.load(out_grad_ptr + row * H + column, mask=inside, other=0.0).to(tl.float32)
+            value = tl.load(rows_ptr + row * H + column, mask=inside, other=0.0).to(tl.float32)
+            tl.store(grad_ptr + row * H + column, rounded(out_grad * score, grad_ptr), mask=inside)
+            dot += out_grad * value
+        tl.store(dots_ptr + row, tl.sum(dot, axis=0))
+    for index in range(rows + tl.program_id(0), row_capacity, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64)
+        for first in range(0, H, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            tl.store(grad_ptr + row * H + column, tl.zeros((COLUMNS,), grad_ptr.dtype.element_ty), mask=column < H)
+
+
+def weigh_rows(out_grad_RH: Tensor, rows_RH: Tensor, scores_WCK: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
+    """Gradients of the rows (R, H), zeros past the valid ones, and of each row's score (R,) fp32, unspecified there."""
+    grad_RH = torch.empty_like(out_grad_RH)
+    dots_R = out_grad_RH.new_empty(out_grad_RH.shape[0], dtype=torch.float32)
+    width = out_grad_RH.shape[1]
+    launch(
+        weigh_rows_kernel,
+        (programs_over(plan.row_capacity, grad_RH.device),),
+        out_grad_RH,
+        rows_RH,
+        scores_WCK,
+        plan.slot_of_row,
+        grad_RH,
+        dots_R,
+        plan.group_ends,
+        plan.experts_per_rank,
+        plan.row_capacity,
+        device=grad_RH.device,
+        H=width,
+        COLUMNS=columns(width),
+        num_warps=ROW_WARPS,
+    )
+    return grad_RH, dots_R
+
+
+@triton.jit(do_not_specialize=["rows", "bound"])
+def poison_kernel(
+    rows_ptr,
+    counts_ptr,
+    rows,
+    bound,
+    num_experts,
+    experts_per_rank,
+    H: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """NaN over all rows (rows, H), if any rank of the group is routed more than ``bound``.
+
+    Any grid: of P programs, p takes rows p, p + P, ... counts_ptr (E,) int32: see ``RoutingPlan``.
+    """
+    most = tl.full((), 0, tl.int32)
+    expert = tl.arange(0, EXPERTS)
+    for first in range(0, num_experts, experts_per_rank):
+        inside = expert < experts_per_rank
+        held = tl.sum(tl.load(counts_ptr + first + expert, mask=inside, other=0), axis=0)
+        most = tl.maximum(most, held)
+    if most > bound:
+        for index in range(tl.program_id(0), rows, tl.num_programs(0)):
+            row = tl.cast(index, tl.int64)
+            for first in range(0, H, COLUMNS):
+                column = first + tl.arange(0, COLUMNS)
+                nan = tl.full((COLUMNS,), float("nan"), tl.float32)
+                tl.store(rows_ptr + row * H + column, rounded(nan, rows_ptr), mask=column < H)
+
+
+def poison_if_overflowed(rows_NH: Tensor, plan: RoutingPlan, max_rows: int) -> Tensor:
+    """``rows_NH`` (N, H), all NaN if a rank of the plan is routed more than ``max_rows``. No read on the host."""
+    width = rows_NH.shape[1]
+    launch(
+        poison_kernel,
+        (programs_over(rows_NH.shape[0], rows_NH.device),),
+        rows_NH,
+        plan.counts,
+        rows_NH.shape[0],
+        max_rows,
+        plan.num_experts,
+        plan.experts_per_rank,
+        device=rows_NH.device,
+        H=width,
+        COLUMNS=columns(width),
+        EXPERTS=triton.next_power_of_2(plan.experts_per_rank),
+        num_warps=ROW_WARPS,
+    )
+    return rows_NH

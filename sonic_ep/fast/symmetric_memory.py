@@ -1,0 +1,183 @@
+"""Memory that ranks share: CUDA symmetric memory between GPUs, or a plain buffer for one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
+from torch import Tensor
+from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
+
+from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.sync_tag import Phase
+from sonic_ep.errors import BackendUnavailableError, SharedMemoryError
+
+ALIGNMENT_BYTES = 512
+LONE_GROUP: Any = "sonic_ep_lone_rank"
+RENDEZVOUS_KEY = "CUDASymmetricMemory/{}/0"
+MOST_RENDEZVOUS = 100_000
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SharedBuffer:
+    """One buffer of equal size on every rank.
+
+    by_rank: each rank's bytes as this process sees them, W tensors (bytes,) uint8. addresses (W,) int64, on the device:
+    where they start. keep: whatever has to live as long as the buffer.
+    """
+
+    rank: int
+    by_rank: tuple[Tensor, ...]
+    addresses: Tensor
+    keep: tuple[Any, ...] = ()
+
+    @property
+    def local(self) -> Tensor:
+        """This rank's own bytes."""
+        return self.by_rank[self.rank]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on each rank."""
+        return self.local.numel()
+
+    def rows(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The start of ``rank``'s bytes as a tensor of ``shape`` and ``dtype``."""
+        count = torch.Size(shape).numel() * dtype.itemsize
+        return self.by_rank[rank][:count].view(dtype).view(shape)
+
+
+class Transport(Protocol):
+    """How ranks come to see each other's memory."""
+
+    def allocate(self, nbytes: int, byte: int) -> SharedBuffer:
+        """Collective. ``nbytes`` on every rank, each byte ``byte`` on all of them before anyone returns."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """What a rank brings to an allocation. path: of its file, if it has one. error: why it has nothing."""
+
+    nbytes: int
+    path: str | None = None
+    error: str | None = None
+
+
+def agreed(collectives: BoundedCollectives, own: Offer) -> list[Offer]:
+    """Collective. What every rank offers. Raises ``SharedMemoryError`` on all if one has nothing, or sizes differ."""
+    offers = collectives.objects(own, Phase.MEMORY)
+    short = [f"rank {rank}: {offer.error}" for rank, offer in enumerate(offers) if offer.error is not None]
+    if short:
+        raise SharedMemoryError(f"{collectives.group}: shared memory: got no {own.nbytes} bytes on {'; '.join(short)}")
+    sizes = [offer.nbytes for offer in offers]
+    if len(set(sizes)) > 1:
+        raise SharedMemoryError(
+            f"{collectives.group}: shared memory: got {sizes} bytes by rank, expected the same on all"
+        )
+    return offers
+
+
+# Set by ``sonic_ep.testing``, for kernels under Triton's interpreter. On GPUs nothing reads it.
+host_transport: Callable[[BoundedCollectives], Transport] | None = None
+
+
+class OneRank:
+    """A group of one shares with nobody."""
+
+    def __init__(self, collectives: BoundedCollectives, device: torch.device) -> None:
+        self._collectives, self._device = collectives, device
+
+    def allocate(self, nbytes: int, byte: int) -> SharedBuffer:
+        """A plain buffer."""
+        local = torch.full((nbytes,), byte, dtype=torch.uint8, device=self._device)
+        addresses = torch.tensor([local.data_ptr()], dtype=torch.int64, device=self._device)
+        return SharedBuffer(rank=self._collectives.group.rank, by_rank=(local,), addresses=addresses)
+
+
+def keep_in_step(collectives: BoundedCollectives, next_number: Callable[[], int]) -> None:
+    """Collective. Take numbers until the last one that each rank has taken is the same on all.
+
+    next_number: a counter of this process, which steps as far on every rank. Where ranks take 4 8 6 first, and go two
+    at a time, the first takes 6 and 8 too and the third 8. Raises ``RuntimeError`` where they cannot meet.
+    """
+    taken = next_number()
+    numbers = collectives.objects(taken, Phase.MEMORY)
+    if len(set(numbers)) == 1:
+        return
+    while taken < max(numbers):
+        taken = next_number()
+    reached = collectives.objects(taken, Phase.MEMORY)
+    if len(set(reached)) > 1:
+        raise RuntimeError(
+            f"{collectives.group}: symmetric memory: ranks that had made {numbers} rendezvous came to {reached}, "
+            "expected the same"
+        )
+
+
+class CudaSymmetricMemory:
+    """Memory of the GPUs of one NVLink domain, mapped into each process by PyTorch's symmetric memory."""
+
+    def __init__(self, collectives: BoundedCollectives, device: torch.device) -> None:
+        self._collectives, self._device = collectives, device
+
+    def allocate(self, nbytes: int, byte: int) -> SharedBuffer:
+        """Every rank fills its own bytes before it meets the others, so all are filled when they have met."""
+        local, error = self._filled(nbytes, byte)
+        agreed(self._collectives, Offer(nbytes=nbytes, error=error))
+        assert local is not None
+        group = self._collectives.group
+        process_group = group.process_group
+        assert process_group is not None
+        # PyTorch up to 2.13 numbers the rendezvous of a process, not those of a group, and looks for peers under the
+        # number: ranks that shared memory in different groups before would wait for each other without end
+        # (github.com/pytorch/pytorch/issues/196082).
+        keep_in_step(self._collectives, self._lone_rendezvous)
+        handle = symmetric_memory.rendezvous(local, group=process_group)
+        return SharedBuffer(
+            rank=group.rank,
+            by_rank=tuple(handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(group.world_size)),
+            addresses=torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=self._device),
+            keep=(handle, local),
+        )
+
+    def _filled(self, nbytes: int, byte: int) -> tuple[Tensor | None, str | None]:
+        """This rank's bytes, or why there are none."""
+        try:
+            local = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=self._device)
+            local.fill_(byte)
+            torch.cuda.synchronize(self._device)
+        except RuntimeError as error:
+            return None, str(error).splitlines()[0]
+        return local, None
+
+    def _lone_rendezvous(self) -> int:
+        """The number of a rendezvous with nobody; -1 where PyTorch keeps it under a name that is not known here."""
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        alone = dist.ProcessGroup(store, 0, 1)
+        _register_process_group(LONE_GROUP, alone)
+        try:
+            memory = symmetric_memory.empty(ALIGNMENT_BYTES, dtype=torch.uint8, device=self._device)
+            symmetric_memory.rendezvous(memory, LONE_GROUP)
+        finally:
+            _unregister_process_group(LONE_GROUP)
+        numbers = (number for number in range(MOST_RENDEZVOUS) if store.check([RENDEZVOUS_KEY.format(number)]))
+        return next(numbers, -1)
+
+
+def transport_of(collectives: BoundedCollectives, device: torch.device) -> Transport:
+    """How the ranks of a group share memory of ``device``."""
+    if collectives.group.world_size == 1:
+        return OneRank(collectives, device)
+    if device.type == "cuda":
+        return CudaSymmetricMemory(collectives, device)
+    if host_transport is None:
+        raise BackendUnavailableError(
+            f"{collectives.group}: kernels under Triton's interpreter share memory of the host, which is for tests: "
+            "import sonic_ep.testing first"
+        )
+    return host_transport(collectives)

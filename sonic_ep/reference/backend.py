@@ -1,0 +1,161 @@
+"""The reference backend: the layer in plain PyTorch over ``torch.distributed``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sonic_ep.autograd_utils import (
+    apply_function,
+    autocast_disabled,
+    disable_autocast_in_backward,
+    outside_selective_checkpoint,
+)
+from sonic_ep.backend import Experts, LayerOutput, Routing, Slots
+from sonic_ep.config import EPConfig, RouterOptions
+from sonic_ep.cost import Workload, choose_modes
+from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.sync_tag import Phase, SyncTag
+from sonic_ep.plan import RoutingPlan
+from sonic_ep.reference.combine import combine_primitives
+from sonic_ep.reference.dispatch import dispatch_primitives
+from sonic_ep.reference.exchange import Combine, Dispatch, Exchange, UpProjectionOfRowsGatheredAgain, joined_in_backward
+from sonic_ep.reference.experts import apply_experts, apply_second_half
+from sonic_ep.reference.plan import check_expert_ids, exchange_plan
+from sonic_ep.reference.router import route
+
+
+class ReferenceBackend:
+    """The backend protocol over ``torch.distributed``. Stateless but for its group and config."""
+
+    def __init__(self, collectives: BoundedCollectives, config: EPConfig) -> None:
+        self._config = config
+        self._collectives = collectives
+        self._dispatch = dispatch_primitives(self._collectives)
+        self._combine = combine_primitives(self._collectives)
+
+    def meet(self, device: torch.device) -> None:
+        """A number of every rank to every rank."""
+        self._collectives.sync(self._meeting(Phase.MEETING), device)
+
+    def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
+        """See ``sonic_ep.reference.router``."""
+        with autocast_disabled(x_TH.device):
+            routing = route(x_TH, router_w_EH, options, self._collectives)
+        disable_autocast_in_backward((routing.topk_scores, routing.logits), (x_TH, router_w_EH))
+        return routing
+
+    def check_expert_ids(self, topk_idx_TK: Tensor, num_experts: int) -> None:
+        """See ``sonic_ep.reference.plan``."""
+        check_expert_ids(topk_idx_TK, num_experts, self._collectives.group)
+
+    @outside_selective_checkpoint
+    def plan(self, topk_idx_TK: Tensor, *, num_experts: int, max_tokens: int, distinct: bool) -> RoutingPlan:
+        """See ``sonic_ep.reference.plan``."""
+        self._collectives.sync(self._meeting(Phase.EXCHANGE), topk_idx_TK.device)
+        return exchange_plan(
+            topk_idx_TK,
+            num_experts=num_experts,
+            max_tokens=max_tokens,
+            distinct=distinct,
+            config=self._config,
+            collectives=self._collectives,
+        )
+
+    def dispatch(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
+        """Rows of x in canonical order, (R, H)."""
+        exchange = self._exchange(plan)
+        (x_TH,) = joined_in_backward(exchange, Phase.DISPATCH, x_TH)
+        return apply_function(Dispatch, x_TH, exchange)
+
+    def combine(self, rows_RH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan) -> Tensor:
+        """The weighted sums of a token's rows, (T, H)."""
+        return self._combined(rows_RH, topk_scores_TK, plan, torch.Size((plan.num_tokens, rows_RH.shape[1])), {})
+
+    def layer(self, x_TH: Tensor, slots: Slots, experts: Experts, shape: torch.Size) -> LayerOutput:
+        """Plan, dispatch, experts, combine."""
+        plan = self.plan(
+            slots.topk_idx,
+            num_experts=experts.w1.shape[0] * self._collectives.group.world_size,
+            max_tokens=slots.max_tokens,
+            distinct=slots.distinct,
+        )
+        with autocast_disabled(x_TH.device):
+            rows_RH = self.dispatch(x_TH, plan)
+            y_RH = self._apply_experts(rows_RH, x_TH, plan, experts)
+            y = self._combined(y_RH, slots.topk_scores, plan, shape, self._read_later(x_TH, experts))
+        disable_autocast_in_backward((y,), (x_TH, slots.topk_scores, experts.w1, experts.w2, experts.b1, experts.b2))
+        # The caller's own: backward looks at the plan's again.
+        return LayerOutput(y=y, counts=plan.counts.clone())
+
+    def check(self) -> None:
+        """Nothing is ever pending: this backend raises where it finds."""
+
+    def explain(self, error: RuntimeError) -> None:
+        """Nothing waits but the host, which names what it has waited for."""
+
+    def mark_failed(self) -> None:
+        """What moves between ranks carries no tag: the next call finds out first where they are."""
+        self._collectives.mark_failed()
+
+    def leave(self) -> None:
+        """Nothing to do: hosts that wait read the store."""
+
+    def holds_memory(self) -> bool:
+        """Never."""
+        return False
+
+    def raise_in_backward(self) -> None:
+        """As always."""
+
+    def detach(self) -> None:
+        """Nothing is held."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _combined(
+        self,
+        rows_RH: Tensor,
+        topk_scores_TK: Tensor,
+        plan: RoutingPlan,
+        shape: torch.Size,
+        read_later: Mapping[str, Tensor],
+    ) -> Tensor:
+        exchange = self._exchange(plan)
+        rows_RH, scores_TK = joined_in_backward(exchange, Phase.COMBINE, rows_RH, topk_scores_TK.float())
+        return apply_function(Combine, rows_RH, scores_TK, exchange, shape, read_later)
+
+    def _gathers_again(self, experts: Experts) -> bool:
+        """Whether x is dispatched again in backward. Only the gradient of w1 reads the rows there."""
+        return self._config.redispatch_x_in_backward and torch.is_grad_enabled() and experts.w1.requires_grad
+
+    def _read_later(self, x_TH: Tensor, experts: Experts) -> dict[str, Tensor]:
+        """What the experts' backward reads of the caller's tensors, by name."""
+        read = {"w1": experts.w1, "w2": experts.w2}
+        if self._gathers_again(experts):
+            read |= {"x": x_TH} if experts.b1 is None else {"x": x_TH, "b1": experts.b1}
+        return read
+
+    def _apply_experts(self, rows_RH: Tensor, x_TH: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
+        if not self._gathers_again(experts):
+            return apply_experts(rows_RH, plan.group_ends, experts)
+        up = UpProjectionOfRowsGatheredAgain
+        hidden_RF = apply_function(up, x_TH.detach(), rows_RH, experts.w1, experts.b1, self._exchange(plan))
+        return apply_second_half(hidden_RF, plan.group_ends, experts)
+
+    def _meeting(self, phase: Phase) -> SyncTag:
+        return SyncTag(step=self._collectives.step, phase=phase)
+
+    def _exchange(self, plan: RoutingPlan) -> Exchange:
+        load = Workload(world_size=plan.world_size, top_k=plan.top_k, num_experts=plan.num_experts)
+        modes = choose_modes(self._config, load)
+        return Exchange(
+            plan=plan,
+            dispatch=self._dispatch[modes.dispatch],
+            combine=self._combine[modes.combine],
+            collectives=self._collectives,
+            step=self._collectives.step,
+        )

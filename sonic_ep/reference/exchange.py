@@ -1,0 +1,212 @@
+"""Rows of one plan on their way: dispatch and combine, each with the other as its adjoint, and x dispatched again.
+
+The gradient of dispatch is a combine without scores in the configured combine mode; the gradient of combine dispatches
+d(out) in the configured dispatch mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sonic_ep.autograd_utils import (
+    once_differentiable,
+    outside_selective_checkpoint,
+    savable,
+    unpack_saved,
+)
+from sonic_ep.backend import CombinePrimitive, DispatchPrimitive
+from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.sync_tag import Phase, Step, SyncTag
+from sonic_ep.plan import RoutingPlan, raise_if_malformed, recompute_error
+from sonic_ep.reference.experts import grouped_linear
+from sonic_ep.reference.plan import pad_tokens, slot_exchange
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Exchange:
+    """One plan with the primitives that move rows by it, as the autograd functions need them."""
+
+    plan: RoutingPlan
+    dispatch: DispatchPrimitive
+    combine: CombinePrimitive
+    collectives: BoundedCollectives
+    step: Step
+    backward: bool = False
+
+    def in_backward(self) -> Exchange:
+        """The same, for the gradient."""
+        return replace(self, backward=True)
+
+    def sync(self, phase: Phase, device: torch.device, own: int = 0) -> list[int]:
+        """Collective. ``own`` of every rank, once all have come to this phase of the step."""
+        sync_tag = SyncTag(step=self.step, phase=phase, backward=self.backward)
+        return self.collectives.sync(sync_tag, device, own)
+
+    def raise_if_rerouted(self, expert_ids_WCK: Tensor) -> None:
+        """Raise ``RecomputeError`` if activation checkpointing has run forward again, and it found other ids.
+
+        expert_ids_WCK: what autograd has kept of the plan's; not themselves if forward was run again.
+        """
+        again = expert_ids_WCK.data_ptr() != self.plan.expert_ids.data_ptr()
+        if again and not torch.equal(expert_ids_WCK, self.plan.expert_ids):
+            raise recompute_error(self.collectives.group, self.step.number)
+
+    def rows(self, x_TH: Tensor) -> Tensor:
+        """Collective. x of the group's tokens in canonical row order, (R, H); zeros past the valid rows."""
+        received = self.dispatch.receive(x_TH, self.plan)
+        source_N = self.dispatch.source_of_row(self.plan)
+        if source_N is None:
+            return received
+        rows_RH = x_TH.new_zeros((self.plan.row_capacity, *x_TH.shape[1:]))
+        rows_RH[: len(source_N)] = received[source_N]
+        return rows_RH
+
+    def scores_of_group(self, scores_TK: Tensor) -> Tensor:
+        """Collective. The scores of all tokens of the group, (W, C, K) fp32."""
+        return self.collectives.all_gather(pad_tokens(scores_TK, self.plan.max_tokens, 0))
+
+    def return_to_origin(self, value_of_row_N: Tensor) -> Tensor:
+        """Collective. One value of each valid row to its slot's home, (T, K); zero for dropped slots."""
+        exchange = slot_exchange(self.plan)
+        home_N = self.collectives.all_to_all_rows(
+            value_of_row_N[exchange.rows], exchange.receive_splits, exchange.send_splits
+        )
+        value_of_slot_F = home_N.new_zeros(self.plan.num_tokens * self.plan.top_k)
+        value_of_slot_F[exchange.slots] = home_N
+        return value_of_slot_F.view(self.plan.num_tokens, self.plan.top_k)
+
+
+class Dispatch(torch.autograd.Function):
+    """x (T, H) to rows (R, H). Backward: a combine without scores."""
+
+    @staticmethod
+    @outside_selective_checkpoint
+    def forward(ctx: Any, x_TH: Tensor, exchange: Exchange) -> Tensor:
+        """Rows in canonical order."""
+        ctx.exchange, ctx.call_lock = exchange, exchange.collectives.call_lock
+        ctx.save_for_backward(savable(exchange.plan.expert_ids))
+        return exchange.rows(x_TH)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
+        """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
+        exchange: Exchange = ctx.exchange.in_backward()
+        (expert_ids_WCK,) = unpack_saved(ctx, exchange.collectives.group, ("expert_ids of plan",))
+        raise_if_malformed(exchange.collectives.group, exchange.plan)
+        exchange.raise_if_rerouted(expert_ids_WCK)
+        exchange.sync(Phase.COMBINE, grad_RH.device)
+        return exchange.combine.combine(grad_RH, None, exchange.plan), None
+
+
+class Combine(torch.autograd.Function):
+    """rows (R, H) and scores (T, K) fp32 to (T, H). Backward: d(out) is dispatched to the rows.
+
+    d(row) = round(score * d(out)), d(score) = the sum over H of d(out) * row in fp32, both on the rank of the expert;
+    the score's gradient then goes home, one float a slot.
+
+    read_later: tensors of the caller, by name, that autograd's own functions before this one read in backward. They are
+    checked here, before communication: those functions would read freed memory without an error.
+    """
+
+    @staticmethod
+    @outside_selective_checkpoint
+    def forward(
+        ctx: Any,
+        rows_RH: Tensor,
+        scores_TK: Tensor,
+        exchange: Exchange,
+        shape: torch.Size,
+        read_later: Mapping[str, Tensor],
+    ) -> Tensor:
+        """The weighted sums, (..., H) as ``shape`` says."""
+        scores_WCK = exchange.scores_of_group(scores_TK)
+        valid_slots_N = exchange.plan.slot_of_row[: exchange.plan.rows()].long()
+        ctx.exchange, ctx.call_lock = exchange, exchange.collectives.call_lock
+        ctx.names = ("scores", "rows", "expert_ids of plan", *read_later)
+        ctx.save_for_backward(
+            scores_WCK.flatten()[valid_slots_N] if ctx.needs_input_grad[0] else None,
+            rows_RH if ctx.needs_input_grad[1] else None,
+            savable(exchange.plan.expert_ids),
+            *(tensor.detach() for tensor in read_later.values()),
+        )
+        # Not a view: an in-place write by the caller replaces the node of a view, and FSDP's hooks with it.
+        return exchange.combine.combine(rows_RH, scores_WCK, exchange.plan).resize_(shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        """Gradients of the rows (R, H) and of the scores (T, K)."""
+        exchange: Exchange = ctx.exchange.in_backward()
+        score_of_row_N, rows_RH, expert_ids_WCK, *_ = unpack_saved(ctx, exchange.collectives.group, ctx.names)
+        raise_if_malformed(exchange.collectives.group, exchange.plan)
+        exchange.raise_if_rerouted(expert_ids_WCK)
+        exchange.sync(Phase.DISPATCH, grad.device)
+        out_grad_RH = exchange.rows(grad.reshape(exchange.plan.num_tokens, grad.shape[-1]))
+        valid = slice(exchange.plan.rows())
+        grad_RH = grad_scores_TK = None
+        # In place: rows in fp32 are the largest that there is where most of them come to one rank.
+        if rows_RH is not None:
+            product_NH = out_grad_RH[valid].to(torch.float32, copy=True).mul_(rows_RH[valid])
+            grad_scores_TK = exchange.return_to_origin(product_NH.sum(dim=1))
+            del product_NH
+        if score_of_row_N is not None:
+            # The product is fp32's, as the score is, and rounded once.
+            out_grad_RH[valid].mul_(score_of_row_N[:, None])
+            grad_RH = out_grad_RH
+        return grad_RH, grad_scores_TK, None, None, None
+
+
+class UpProjectionOfRowsGatheredAgain(torch.autograd.Function):
+    """The up-projection of dispatched rows, (R, H) to (R, 2I or I), that keeps x (T, H) for backward and not the rows.
+
+    Backward dispatches x again and hands the rows to autograd. It runs on every rank, also where no row arrived, so
+    that the collective always finds all of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, rows_RH: Tensor, w1: Tensor, b1: Tensor | None, exchange: Exchange) -> Tensor:
+        """``grouped_linear`` of the rows; x is what is kept."""
+        ctx.exchange, ctx.call_lock = exchange, exchange.collectives.call_lock
+        ctx.save_for_backward(x_TH, w1, b1)
+        return grouped_linear(rows_RH, exchange.plan.group_ends, w1, b1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RF: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, None]:
+        """Gradients of the rows, w1 and b1, those that are required."""
+        exchange: Exchange = ctx.exchange.in_backward()
+        x_TH, w1, b1 = unpack_saved(ctx, exchange.collectives.group, ("x", "w1", "b1"))
+        exchange.sync(Phase.DISPATCH, x_TH.device)
+        needed = ctx.needs_input_grad[1:4]
+        rows_RH = exchange.rows(x_TH).requires_grad_(needed[0])
+        w1 = w1.detach().requires_grad_(needed[1])
+        b1 = None if b1 is None else b1.detach().requires_grad_(needed[2])
+        with torch.enable_grad():
+            hidden_RF = grouped_linear(rows_RH, exchange.plan.group_ends, w1, b1)
+        wanted = [leaf for leaf, need in zip((rows_RH, w1, b1), needed, strict=True) if need]
+        found = iter(torch.autograd.grad(hidden_RF, wanted, grad_RF))
+        rows_grad, w1_grad, b1_grad = (next(found) if need else None for need in needed)
+        return None, rows_grad, w1_grad, b1_grad, None
+
+
+def joined_in_backward(exchange: Exchange, phase: Phase, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Collective. The tensors, each requiring a gradient here if it does on any rank of the group.
+
+    A backward that communicates has to run on all ranks or on none; a rank without tokens easily brings an x
+    that needs no gradient.
+    """
+    mine = sum(1 << place for place, tensor in enumerate(tensors) if tensor.requires_grad)
+    masks = exchange.sync(phase, tensors[0].device, mine if torch.is_grad_enabled() else 0)
+    needed = [any(mask >> place & 1 for mask in masks) for place in range(len(tensors))]
+    if not torch.is_grad_enabled():
+        return tensors
+    return tuple(
+        tensor.detach().requires_grad_() if need and not tensor.requires_grad else tensor
+        for tensor, need in zip(tensors, needed, strict=True)
+    )

@@ -1,0 +1,176 @@
+"""The public API: backends, shapes, the functional form, and plan, dispatch and combine in a user's hands."""
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from backends import both_backends
+from calls import EXPERTS, HIDDEN, good_call, good_routed_call
+from near import assert_near
+from torch import Tensor
+
+import sonic_ep
+from sonic_ep import EPConfig, ExpertParallel, RoutingPlan
+from sonic_ep.reference.experts import apply_experts
+from sonic_ep.testing import CASES, Rank, RankPool, assert_bitwise, draw
+from sonic_ep.testing.differential import leaf_experts
+
+
+def test_the_backend_that_was_chosen_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="sonic_ep"), ExpertParallel() as ep:
+        assert ep.backend == "reference"
+        assert "backend 'fast' cannot run here" in ep.why
+    assert [record.getMessage() for record in caplog.records] == [f"backend=reference, 1 ranks ({ep.why})"]
+    with ExpertParallel(backend="reference") as ep:
+        assert ep.why == "asked for by name"
+
+
+def same_call(ep: ExpertParallel, arguments: dict[str, Any]) -> Tensor:
+    return ep.moe(**arguments).y
+
+
+def test_leading_dimensions_strides_and_index_dtypes() -> None:
+    arguments = good_call(x=torch.randn(6, HIDDEN))
+    with ExpertParallel() as ep:
+        flat = same_call(ep, arguments)
+        deep = same_call(ep, {**arguments, "x": arguments["x"].view(2, 3, HIDDEN)})
+        assert_bitwise(deep, flat.view(2, 3, HIDDEN))
+        strided = {
+            name: value.transpose(0, 1).contiguous().transpose(0, 1) if isinstance(value, Tensor) else value
+            for name, value in arguments.items()
+        }
+        assert not strided["x"].is_contiguous()
+        assert_bitwise(same_call(ep, strided), flat)
+        routed = good_routed_call()
+        by_dtype = [
+            ep.moe_routed(**{**routed, "topk_idx": routed["topk_idx"].to(d)}) for d in (torch.int32, torch.int64)
+        ]
+        assert_bitwise(*by_dtype)
+
+
+def test_router_weight_may_be_wider_than_x() -> None:
+    arguments = good_call()
+    low = {name: v.bfloat16() if isinstance(v, Tensor) else v for name, v in arguments.items()}
+    with ExpertParallel() as ep:
+        out = ep.moe(**{**low, "router_w": arguments["router_w"]})
+    assert out.y.dtype == torch.bfloat16
+    assert out.router_logits.dtype == torch.float32
+    expected = low["x"].float() @ arguments["router_w"].T
+    assert_near(out.router_logits, expected, 100)
+
+
+def test_the_functional_form() -> None:
+    arguments = good_call()
+    with ExpertParallel() as ep:
+        expected = ep.moe(**arguments)
+        for out in (
+            sonic_ep.moe(**arguments, ep=ep),
+            sonic_ep.moe(**arguments),
+            sonic_ep.moe(**arguments, backend="reference", config=EPConfig(cpu_sync_on_runtime=True)),
+        ):
+            assert_bitwise(out.y, expected.y)
+            assert_bitwise(out.tokens_per_expert, expected.tokens_per_expert)
+        assert sonic_ep.moe(**arguments, activation="geglu").y.ne(expected.y).any()
+        with pytest.raises(ValueError, match="got ep together with group, backend or config"):
+            sonic_ep.moe(**arguments, ep=ep, backend="reference")
+        with pytest.raises(TypeError, match="activaton"):
+            sonic_ep.moe(**arguments, activaton="geglu")
+
+
+def misused_plans(rank: Rank) -> None:
+    with ExpertParallel(backend="reference") as ep:
+        plan = ep.plan(torch.tensor([[0], [3]]), num_experts=EXPERTS)
+        rows = torch.zeros(plan.row_capacity, HIDDEN)
+        scores = torch.ones(2, 1)
+        with pytest.raises(ValueError, match="tokens of x: got 3, expected T=2 of the plan"):
+            ep.dispatch(torch.zeros(3, HIDDEN), plan)
+        with pytest.raises(ValueError, match=r"shape of rows: got \(3, 8\), expected \(4, H\)"):
+            ep.combine(rows[:-1], scores, plan)
+        with pytest.raises(ValueError, match=r"shape of topk_scores: got \(2, 2\), expected \(2, 1\)"):
+            ep.combine(rows, torch.ones(2, 2), plan)
+        with pytest.raises(TypeError, match="plan: got NoneType, expected a RoutingPlan"):
+            ep.dispatch(torch.zeros(2, HIDDEN), None)  # type: ignore[arg-type]
+        alone = dist.new_group([rank.rank], use_local_synchronization=True)
+        with ExpertParallel(alone, backend="reference") as single:
+            expected = f"plan: got a plan for rank {rank.rank} of 2, expected one for rank 0 of 1"
+            with pytest.raises(ValueError, match=expected):
+                single.dispatch(torch.zeros(2, HIDDEN), plan)
+
+
+def test_a_plan_is_held_against_the_call(cpu_pool: RankPool) -> None:
+    cpu_pool.run(misused_plans, world_size=2)
+
+
+def moved_by_hand(rank: Rank) -> None:
+    """plan, dispatch and combine in a user's hands give moe_routed, bit for bit."""
+    case = CASES["uneven_tokens"]
+    inputs = draw(case, rank.world_size)
+    tokens = inputs.tokens_of(rank.rank)
+    experts = leaf_experts(inputs.experts, inputs.experts_of(rank.rank))
+    with ExpertParallel(backend="reference") as ep:
+        plan = ep.plan(inputs.topk_idx[tokens], num_experts=case.num_experts)
+        rows = apply_experts(ep.dispatch(inputs.x[tokens], plan), plan.group_ends, experts)
+        y = ep.combine(rows, inputs.topk_scores[tokens], plan)
+        routed = (inputs.topk_idx[tokens], inputs.topk_scores[tokens], experts.w1, experts.w2)
+        whole = ep.moe_routed(inputs.x[tokens], *routed, b1=experts.b1, b2=experts.b2)
+    assert_bitwise(y, whole)
+
+
+def test_plan_dispatch_and_combine_make_the_layer(cpu_pool: RankPool) -> None:
+    cpu_pool.run(moved_by_hand, world_size=3)
+
+
+def nothing_at_first(rank: Rank, backend: str) -> None:
+    """C is agreed when the first token comes, not before."""
+    with ExpertParallel(backend=backend) as ep:
+        idx = torch.zeros((4 * rank.rank, 1), dtype=torch.int64)
+        assert ep.plan(idx[:0], rank.world_size).counts.tolist() == [0, 0]
+        assert ep.plan(idx, rank.world_size).counts.tolist() == [4, 0]
+
+
+@both_backends
+def test_a_first_call_without_tokens_bounds_nothing(cpu_pool: RankPool, backend: str) -> None:
+    cpu_pool.run(nothing_at_first, backend, world_size=2)
+
+
+def test_one_rank_alone_takes_any_number_of_tokens() -> None:
+    with ExpertParallel() as ep:
+        assert [ep.plan(torch.zeros(T, 1, dtype=torch.int64), 4).max_tokens for T in (1, 7, 0, 3)] == [1, 7, 0, 3]
+
+
+def test_a_plan_of_another_device_is_refused() -> None:
+    with ExpertParallel() as ep:
+        plan = ep.plan(torch.zeros(2, 1, dtype=torch.int64), EXPERTS)
+        tensors = {name: value for name, value in vars(plan).items() if isinstance(value, torch.Tensor)}
+        elsewhere = replace(plan, **{name: tensor.to("meta") for name, tensor in tensors.items()})
+        with pytest.raises(ValueError, match="device of x: got cpu, expected meta"):
+            ep.dispatch(torch.zeros(2, HIDDEN), elsewhere)
+        with pytest.raises(ValueError, match="device of rows: got cpu, expected meta"):
+            ep.combine(torch.zeros(2, HIDDEN), torch.ones(2, 1), elsewhere)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_the_routers_own_choices_are_distinct_and_need_fewer_rows(top_k: int, cpu_pool: RankPool) -> None:
+    for rows in cpu_pool.run(rows_of_moe, top_k, world_size=2):
+        # Two ranks of five tokens, two experts on each rank.
+        assert rows == 2 * 5 * min(top_k, 2)
+
+
+def rows_of_moe(rank: Rank, top_k: int) -> int:
+    """R of the plan that ``moe`` makes."""
+    held = EXPERTS // rank.world_size
+    seen = []
+    with ExpertParallel(backend="reference") as ep:
+        make = ep._backend.plan
+
+        def watched(*arguments: Any, **options: Any) -> RoutingPlan:
+            seen.append(make(*arguments, **options))
+            return seen[-1]
+
+        ep._backend.plan = watched  # type: ignore[method-assign]
+        whole = good_call(top_k=top_k)
+        ep.moe(**{**whole, "w1": whole["w1"][:held], "w2": whole["w2"][:held]})
+    return seen[0].row_capacity

@@ -1,0 +1,142 @@
+"""What there is on GPUs only: graphs replayed among eager calls, and calls on changing streams."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from there_and_back import MODES, Modes, assert_same, both, by_modes, changing, delay, outcome_of
+from torch import Tensor
+
+from sonic_ep import ExpertParallel
+from sonic_ep.testing import Inputs, Rank, RankPool, assert_bitwise, draw
+
+pytestmark = pytest.mark.fast
+
+
+def replayed(rank: Rank, modes: Modes) -> None:
+    """Three graphs, each replayed three times with new inputs, and eager calls of other shapes in between."""
+    drawn = [draw(changing(0), rank.world_size, rank.device)]
+    drawn += [draw(replace(drawn[0].case, seed=seed), rank.world_size, rank.device) for seed in (7, 8, 9)]
+    tokens = drawn[0].tokens_of(rank.rank)
+    with both(modes) as (fast, reference), torch.no_grad():
+        idx, x, scores = (tensor[tokens].clone() for tensor in (drawn[0].topk_idx, drawn[0].x, drawn[0].topk_scores))
+
+        def step() -> Tensor:
+            plan = fast.plan(idx, drawn[0].case.num_experts)
+            return fast.combine(fast.dispatch(x, plan).square(), scores, plan)
+
+        step()
+        graphs = []
+        for _ in range(3):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = step()
+            graphs.append((graph, y))
+        for inputs in drawn[1:]:
+            for graph, y in graphs:
+                for buffer, tensor in ((idx, inputs.topk_idx), (x, inputs.x), (scores, inputs.topk_scores)):
+                    buffer.copy_(tensor[tokens])
+                plan = reference.plan(idx, inputs.case.num_experts)
+                expected = reference.combine(reference.dispatch(x, plan).square(), scores, plan)
+                graph.replay()
+                assert_bitwise(y, expected, "replayed")
+                assert_bitwise(step(), expected, "eager, between replays")
+        fast.check()
+
+
+@by_modes
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_graphs_replayed_among_eager_calls(cuda_pool: RankPool, world_size: int, modes: Modes) -> None:
+    cuda_pool.run(replayed, modes, world_size=world_size)
+
+
+def replayed_after_growth(rank: Rank) -> None:
+    """A graph keeps the shared memory that it was captured with, also when a larger call has replaced it since."""
+    modes = MODES[2]
+    inputs = draw(changing(0), rank.world_size, rank.device)
+    wide = draw(replace(changing(1), hidden=512), rank.world_size, rank.device)
+    tokens = inputs.tokens_of(rank.rank)
+    with both(modes) as (fast, reference), torch.no_grad():
+        expected = outcome_without_gradients(reference, inputs, rank.rank)
+        outcome_without_gradients(fast, inputs, rank.rank)
+        plan = fast.plan(inputs.topk_idx[tokens], inputs.case.num_experts)
+        x, scores = inputs.x[tokens], inputs.topk_scores[tokens]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = fast.combine(fast.dispatch(x, plan), scores, plan)
+        found = outcome_without_gradients(fast, wide, rank.rank)
+        assert_bitwise(found, outcome_without_gradients(reference, wide, rank.rank))
+        graph.replay()
+        assert_bitwise(y, expected)
+
+
+def outcome_without_gradients(ep: ExpertParallel, inputs: Inputs, rank: int) -> Tensor:
+    tokens = inputs.tokens_of(rank)
+    plan = ep.plan(inputs.topk_idx[tokens], inputs.case.num_experts)
+    return ep.combine(ep.dispatch(inputs.x[tokens], plan), inputs.topk_scores[tokens], plan)
+
+
+def test_a_graph_outlives_growth(cuda_pool: RankPool) -> None:
+    cuda_pool.run(replayed_after_growth, world_size=2)
+
+
+def on_changing_streams(rank: Rank, modes: Modes) -> None:
+    inputs = draw(changing(0), rank.world_size, rank.device)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    with both(modes) as (fast, reference):
+        expected = outcome_of(reference, inputs, rank.rank)
+        torch.cuda.synchronize()
+        for iteration in range(4):
+            with torch.cuda.stream(streams[iteration % 2]):
+                if iteration % rank.world_size == rank.rank:
+                    delay(rank)
+                found = outcome_of(fast, inputs, rank.rank)
+            # No wait for the host in between: the next call, on another stream, has to wait by itself.
+            streams[iteration % 2].synchronize() if iteration == 3 else None
+        assert_same(found, expected, "on changing streams")
+
+
+@by_modes
+def test_calls_on_changing_streams(cuda_pool: RankPool, modes: Modes) -> None:
+    cuda_pool.run(on_changing_streams, modes, world_size=2)
+
+
+def growing_on_changing_streams(rank: Rank, modes: Modes) -> None:
+    """Wider rows on every call, so that memory is replaced while calls on another stream still use it.
+
+    Every other call is late on one rank, so that the next one, which grows, finds its meetings under way.
+    """
+    inputs = draw(changing(0), rank.world_size, rank.device)
+    tokens = inputs.tokens_of(rank.rank)
+    idx, experts = inputs.topk_idx[tokens], inputs.case.num_experts
+    wide = [inputs.x[tokens].repeat(1, 64 * 2**iteration) for iteration in range(6)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    with both(modes) as (fast, reference), torch.no_grad():
+        plan = reference.plan(idx, experts)
+        expected = [reference.dispatch(x, plan)[: plan.rows()] for x in wide]
+        plan = fast.plan(idx, experts)
+        torch.cuda.synchronize()
+        found = []
+        with pytest.MonkeyPatch.context() as patch:
+            workspace = fast._backend._context(rank.device).workspace
+            barrier_before_write = workspace.barrier_before_write
+
+            def late_fence() -> None:
+                delay(rank)
+                barrier_before_write()
+                delay(rank)
+
+            for iteration, x in enumerate(wide):
+                late = iteration % 2 == 0 and rank.rank == rank.world_size - 1
+                patch.setattr(workspace, "fence", late_fence if late else barrier_before_write)
+                with torch.cuda.stream(streams[iteration % 2]):
+                    found.append(fast.dispatch(x, plan))
+            torch.cuda.synchronize()
+        for iteration, rows in enumerate(found):
+            assert_bitwise(rows[: len(expected[iteration])], expected[iteration], f"in call {iteration}")
+
+
+@by_modes
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_growth_on_changing_streams(cuda_pool: RankPool, world_size: int, modes: Modes) -> None:
+    cuda_pool.run(growing_on_changing_streams, modes, world_size=world_size)

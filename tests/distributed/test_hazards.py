@@ -1,0 +1,315 @@
+"""What goes wrong in silence: reuse of shared memory, late ranks, other groups, replays, offsets past 32 bits.
+
+Every run is held against the reference backend bit for bit, in forward and backward.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from backends import ON_GPUS
+from far_memory import skip_without_memory
+from near import assert_near
+from there_and_back import (
+    Modes,
+    assert_same,
+    both,
+    by_modes,
+    changing,
+    delay,
+    outcome_of,
+    there_and_back,
+)
+from torch import Tensor
+
+from sonic_ep import CombineMode, EPConfig, ExpertParallel
+from sonic_ep.distributed.group import resolve_group
+from sonic_ep.plan import RoutingPlan
+from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise, draw
+
+pytestmark = pytest.mark.fast
+
+
+def for_gpus(*values: int) -> Any:
+    """A setting that says little new under the interpreter, where it takes long; on GPUs it is run."""
+    return pytest.param(*values, marks=pytest.mark.thorough)
+
+
+def six_iterations(rank: Rank, modes: Modes, late: bool) -> None:
+    with both(modes) as (fast, reference):
+        for iteration in range(6):
+            inputs = draw(changing(iteration), rank.world_size, rank.device)
+            expected = outcome_of(reference, inputs, rank.rank)
+            if late and iteration % rank.world_size == rank.rank:
+                delay(rank)
+            assert_same(outcome_of(fast, inputs, rank.rank), expected, f"in iteration {iteration}")
+
+
+@by_modes
+@pytest.mark.parametrize("world_size", [1, 2, for_gpus(4), *ON_GPUS])
+def test_six_iterations_over_reused_memory(pool: RankPool, world_size: int, modes: Modes) -> None:
+    pool.run(six_iterations, modes, False, world_size=world_size)
+
+
+@by_modes
+@pytest.mark.parametrize("world_size", [2, for_gpus(3), *ON_GPUS])
+def test_a_rank_that_comes_late(pool: RankPool, world_size: int, modes: Modes) -> None:
+    pool.run(six_iterations, modes, True, world_size=world_size)
+
+
+def after_a_combine_that_ended_early(rank: Rank, modes: Modes) -> None:
+    """Every flag is still up from an earlier step, in which nobody took it, and who sends is late."""
+    from sonic_ep.fast.combine.base import FLAGS
+
+    inputs = draw(changing(0), rank.world_size, rank.device)
+    with both(modes) as (fast, reference):
+        expected = outcome_of(reference, inputs, rank.rank)
+        assert_same(outcome_of(fast, inputs, rank.rank), expected, "before")
+        workspace = fast._backend._context(rank.device).workspace
+        flags = workspace.reserve(FLAGS, 1).local.view(torch.int64)
+        flags[::2], flags[1::2] = workspace._collectives.sync_tag.tag, 1
+        workspace.synchronize()
+        dist.barrier()
+        run_waiting = workspace.run_waiting
+
+        def late(*arguments: Any, **constants: Any) -> None:
+            delay(rank)
+            run_waiting(*arguments, **constants)
+
+        with pytest.MonkeyPatch.context() as patch:
+            if rank.rank == 0:
+                patch.setattr(workspace, "run_waiting", late)
+            other = draw(replace(changing(0), seed=7), rank.world_size, rank.device)
+            assert_same(
+                outcome_of(fast, other, rank.rank), outcome_of(reference, other, rank.rank), "with flags left up"
+            )
+
+
+@by_modes
+def test_arrivals_of_an_earlier_step_are_not_taken(pool: RankPool, modes: Modes) -> None:
+    pool.run(after_a_combine_that_ended_early, modes, world_size=2)
+
+
+def interleaved(rank: Rank, modes: Modes) -> None:
+    """Two objects over one group, step by step in turn, of different shapes and dtypes."""
+    cases = [changing(0), replace(changing(1, torch.float32), hidden=40, top_k=2)]
+    drawn = [draw(case, rank.world_size, rank.device) for case in cases]
+    with both(modes) as (first, reference), both(modes) as (second, _):
+        expected = [outcome_of(reference, inputs, rank.rank) for inputs in drawn]
+        for _ in range(3):
+            steps = [there_and_back(ep, inputs, rank.rank) for ep, inputs in zip((first, second), drawn, strict=True)]
+            for outcomes in zip(*steps, strict=True):
+                last = outcomes
+            for found, wanted in zip(last, expected, strict=True):
+                assert_same(found, wanted, "of two interleaved")
+
+
+@by_modes
+@pytest.mark.parametrize("world_size", [1, 2, for_gpus(3)])
+def test_two_workspaces_interleaved(pool: RankPool, world_size: int, modes: Modes) -> None:
+    pool.run(interleaved, modes, world_size=world_size)
+
+
+def two_forwards(rank: Rank, modes: Modes) -> None:
+    """Two forwards of one object before either backward, and the backwards in the other order."""
+    drawn = [draw(changing(iteration), rank.world_size, rank.device) for iteration in (0, 3)]
+    with both(modes) as (fast, reference):
+        expected = [outcome_of(reference, inputs, rank.rank) for inputs in drawn]
+        steps = [there_and_back(fast, inputs, rank.rank) for inputs in drawn]
+        for step in steps:
+            for _ in range(3):
+                next(step)
+        for step, wanted in reversed(list(zip(steps, expected, strict=True))):
+            assert_same(next(step), wanted, "of two forwards before one backward")
+
+
+@by_modes
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_nothing_that_backward_needs_is_in_shared_memory(pool: RankPool, world_size: int, modes: Modes) -> None:
+    pool.run(two_forwards, modes, world_size=world_size)
+
+
+def in_subgroups(rank: Rank, members: int, modes: Modes) -> None:
+    for first in range(0, rank.world_size, members):
+        group = dist.new_group(list(range(first, first + members)))
+        if first <= rank.rank < first + members:
+            mine, case = group, changing(first)
+    inputs = draw(case, members, rank.device)
+    with both(modes, mine) as (fast, reference):
+        for iteration in range(2):
+            expected = outcome_of(reference, inputs, rank.rank % members)
+            found = outcome_of(fast, inputs, rank.rank % members)
+            assert_same(found, expected, f"in a subgroup, iteration {iteration}")
+
+
+@by_modes
+@pytest.mark.parametrize(("world_size", "members"), [(4, 2), for_gpus(8, 4)])
+def test_subgroups_side_by_side(pool: RankPool, world_size: int, members: int, modes: Modes) -> None:
+    pool.run(in_subgroups, members, modes, world_size=world_size)
+
+
+def one_call(rank: Rank, case: Case, modes: Modes) -> None:
+    inputs = draw(case, rank.world_size, rank.device)
+    with both(modes) as (fast, reference):
+        assert_same(outcome_of(fast, inputs, rank.rank), outcome_of(reference, inputs, rank.rank), "")
+
+
+@by_modes
+@pytest.mark.parametrize("world_size", [3, 5, for_gpus(6)])
+def test_groups_of_no_power_of_two(pool: RankPool, world_size: int, modes: Modes) -> None:
+    case = replace(CASES["uneven_tokens"], num_experts=30, dtype=torch.bfloat16, hidden=12, tokens=(4, 1, 3, 0))
+    pool.run(one_call, case, modes, world_size=world_size)
+
+
+@by_modes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hidden", [1, 7, 8, 33, 100])
+def test_rows_of_any_width(pool: RankPool, hidden: int, dtype: torch.dtype, modes: Modes) -> None:
+    case = replace(CASES["dropped_slots"], hidden=hidden, dtype=dtype, tokens=(5, 3))
+    pool.run(one_call, case, modes, world_size=2)
+
+
+@by_modes
+def test_rows_wider_than_a_block(pool: RankPool, modes: Modes) -> None:
+    """Wider than what any kernel takes at a time, in forward and backward."""
+    case = replace(CASES["dropped_slots"], hidden=4100, dtype=torch.bfloat16, top_k=2, tokens=(3, 2))
+    pool.run(one_call, case, modes, world_size=2)
+
+
+def strided(rank: Rank, modes: Modes) -> None:
+    """Arguments that are views: every second column, every second row, an odd offset."""
+    inputs = draw(changing(0), rank.world_size, rank.device)
+    wide = torch.empty(2 * len(inputs.x) + 1, 2 * inputs.x.shape[1] + 1, dtype=inputs.x.dtype, device=rank.device)
+    view = wide[1::2, 1::2]
+    view.copy_(inputs.x)
+    with both(modes) as (fast, reference):
+        expected = outcome_of(reference, inputs, rank.rank)
+        tokens = inputs.tokens_of(rank.rank)
+        plan = fast.plan(inputs.topk_idx.t().contiguous().t()[tokens], inputs.case.num_experts)
+        rows = fast.dispatch(view[tokens], plan)
+        assert_bitwise(rows[: plan.rows()], expected["rows"])
+        squares = (rows * rows).t().contiguous().t()
+        scores = inputs.topk_scores[tokens].double().requires_grad_()
+        y = fast.combine(squares, scores, plan)
+        assert_bitwise(y.detach(), expected["y"])
+        y.backward(inputs.dy[tokens].t().contiguous().t())
+        assert scores.grad is not None
+        assert_near(scores.grad.float(), expected["dscores"], 100)
+
+
+@by_modes
+def test_views_as_arguments(pool: RankPool, modes: Modes) -> None:
+    pool.run(strided, modes, world_size=2)
+
+
+def sized_exactly(rank: Rank, case: Case) -> None:
+    """Exact sizes differ from rank to rank; neither they nor a bound that holds spoil anything."""
+    inputs = draw(case, rank.world_size, rank.device)
+    with ExpertParallel(backend="reference") as reference:
+        expected = outcome_of(reference, inputs, rank.rank)
+    for config in (EPConfig(cpu_sync_on_runtime=True), EPConfig(cpu_sync_on_runtime=True, max_rows=1000)):
+        with ExpertParallel(backend="fast", config=config) as fast:
+            assert_same(outcome_of(fast, inputs, rank.rank), expected, str(config))
+            fast.check()
+
+
+@pytest.mark.parametrize("case", ["one_rank", "dropped_slots"])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_exact_sizes_on_every_rank(pool: RankPool, world_size: int, case: str) -> None:
+    pool.run(sized_exactly, replace(CASES[case], hidden=12, tokens=(4, 2)), world_size=world_size)
+
+
+def in_small_chunks(rank: Rank, case: Case, most_bytes: int) -> None:
+    """A receive buffer for few tokens: they take their turn in chunks, also the last that is not full."""
+    from sonic_ep.fast.collectives import gather_scores
+    from sonic_ep.fast.combine import AllToAllCombine, RankDedupCombine, ReduceScatterCombine
+    from sonic_ep.fast.workspace import Workspace
+
+    inputs = draw(case, rank.world_size, rank.device)
+    tokens = inputs.tokens_of(rank.rank)
+    workspace = Workspace(resolve_group(None), rank.device)
+    kinds = {
+        CombineMode.ALL_TO_ALL: AllToAllCombine,
+        CombineMode.REDUCE_SCATTER: ReduceScatterCombine,
+        CombineMode.RANK_DEDUP: RankDedupCombine,
+    }
+    for mode, kind in kinds.items():
+        with ExpertParallel(backend="reference", config=EPConfig(combine=mode)) as reference:
+            plan = reference.plan(inputs.topk_idx[tokens], case.num_experts)
+            rows = reference.dispatch(inputs.x[tokens], plan)
+            expected = reference.combine(rows, inputs.topk_scores[tokens], plan)
+        workspace.enter()
+        scores = gather_scores(inputs.topk_scores[tokens], plan, workspace)
+        for _ in range(2):
+            assert_bitwise(kind(workspace, most_bytes).combine(rows, scores, plan), expected, mode.value)
+    workspace.close()
+
+
+# Bytes for one token, for some, and for all but one.
+@pytest.mark.parametrize("most_bytes", [1, 400, 6 * 5 * 8 * 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_chunks_of_the_receive_buffer(pool: RankPool, world_size: int, most_bytes: int) -> None:
+    case = replace(CASES["repeated_experts"], tokens=(7, 4), hidden=8)
+    pool.run(in_small_chunks, case, most_bytes, world_size=world_size)
+
+
+# More elements than 32 bits can count, in rows so wide that few programs reach them all.
+WIDE = 2**16
+TALL = 2**31 // WIDE + 3
+
+
+def far_rows_one_by_one(rows_RH: Tensor, x_TH: Tensor) -> None:
+    """Kernels that go over every valid row, up to the last: more than an interpreter would be done with in minutes."""
+    from sonic_ep.fast.permute import gather_rows
+
+    every_row = torch.arange(TALL, dtype=torch.int32, device=rows_RH.device)
+    taken = gather_rows(rows_RH, every_row, every_row[-1:] + 1)
+    assert_bitwise(taken[[TALL - 1, TALL - 2]], x_TH)
+
+
+def far_rows(rank: Rank) -> None:
+    """A plan whose rows lie at the end of a tensor of more than 2**31 elements, moved there and back."""
+    from sonic_ep.fast.combine.all_to_all import AllToAllCombine
+    from sonic_ep.fast.combine.rank_dedup import RankDedupCombine
+    from sonic_ep.fast.dispatch.all_to_all import pull_to_rows
+    from sonic_ep.fast.permute import gather_rows
+    from sonic_ep.fast.workspace import Workspace
+
+    def index(*numbers: int) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=rank.device)
+
+    # Outside the pool's habit of filling fresh memory: these four gigabytes are better left untouched.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        far = (TALL - 1, TALL - 2)
+        plan = RoutingPlan(
+            rank=0,
+            num_tokens=2,
+            expert_ids=index(0, 0).view(1, 2, 1),
+            counts=index(2),
+            row_of_slot=index(*far).view(1, 2, 1),
+            group_ends=index(2),
+            slot_of_row=torch.full((TALL,), -1, dtype=torch.int32, device=rank.device),
+            pair_tokens=index(2).view(1, 1),
+            packed_of_token=index(0, 1).view(1, 2),
+        )
+        workspace = Workspace(resolve_group(None), rank.device)
+        x_TH = torch.randn(2, WIDE, device=rank.device).bfloat16()
+        rows_RH = pull_to_rows(x_TH, workspace.reserve("tokens", 1).addresses, plan, plan.row_capacity)
+        assert rows_RH.numel() > 2**31
+        assert_bitwise(rows_RH[list(far)], x_TH)
+        assert_bitwise(gather_rows(rows_RH, index(*far, -1), plan.group_ends)[:2], x_TH)
+        if rank.device.type == "cuda":
+            far_rows_one_by_one(rows_RH, x_TH)
+        workspace.enter()
+        for combine in (RankDedupCombine, AllToAllCombine):
+            assert_bitwise(combine(workspace).combine(rows_RH, None, plan), x_TH)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def test_offsets_past_32_bits(pool: RankPool, request: pytest.FixtureRequest) -> None:
+    skip_without_memory(request.node.callspec.params["pool"], 3 * WIDE * TALL * 2)
+    pool.run(far_rows, world_size=1)

@@ -1,0 +1,274 @@
+"""Calls of the fast layer that share memory: stacks, micro-batches, inference in between; graphs of steps; overflow."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from layer_inputs import layer_inputs
+from torch import Tensor
+
+from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
+from sonic_ep.reference.dense import dense_moe
+from sonic_ep.testing import CASES, Case, Inputs, Rank, RankPool, assert_bitwise, draw
+from sonic_ep.testing.checks import Yardstick
+from sonic_ep.testing.differential import gather_parts, leaf, leaf_experts
+
+pytestmark = pytest.mark.fast
+LAYERS = 4
+BOTH_FLAGS = {"redispatch_x_in_backward": True, "cpu_sync_on_runtime": True}
+# Interpreted with both flags; that no flag changes a bit is shown in test_layer.
+FLAGS = [pytest.param({}, marks=pytest.mark.thorough), BOTH_FLAGS]
+# bf16 in sizes of whole 16 bytes: what captures in a graph by PyTorch's own products, and here by ours.
+GRAPHED = replace(CASES["uniform_bf16"], hidden=64, intermediate=32, bias=False)
+
+
+def stack_on_ranks(drawn: list[Inputs], ep: ExpertParallel) -> list[Tensor]:
+    """y, dx and the gradients of w1 and w2 of residual layers of one shape, this rank's share."""
+    tokens, held = drawn[0].tokens_of(ep.rank), drawn[0].experts_of(ep.rank)
+    x = leaf(drawn[0].x[tokens])
+    experts = [leaf_experts(inputs.experts, held) for inputs in drawn]
+    y = x
+    for inputs, own in zip(drawn, experts, strict=True):
+        scores = inputs.topk_scores[tokens]
+        y = y + ep.moe_routed(y, inputs.topk_idx[tokens], scores, own.w1, own.w2, b1=own.b1, b2=own.b2)
+    y.backward(drawn[0].dy[tokens])
+    return [y.detach(), x.grad, *(w.grad for own in experts for w in (own.w1, own.w2))]
+
+
+def dense_stack(drawn: list[Inputs], dtype: torch.dtype) -> list[Tensor]:
+    """The same without ranks, of all tokens and experts."""
+    x = leaf(drawn[0].x.to(dtype))
+    experts = [leaf_experts(inputs.experts, dtype=dtype) for inputs in drawn]
+    y = x
+    for inputs, own in zip(drawn, experts, strict=True):
+        y = y + dense_moe(y, inputs.topk_idx, inputs.topk_scores.to(dtype), own)
+    y.backward(drawn[0].dy.to(dtype))
+    return [y.detach(), x.grad, *(w.grad for own in experts for w in (own.w1, own.w2))]
+
+
+def stacked(rank: Rank, case: Case, config: EPConfig) -> list[str]:
+    """What is not as accurate as plain PyTorch."""
+    drawn = [draw(replace(case, seed=seed), rank.world_size, rank.device) for seed in range(LAYERS)]
+    with ExpertParallel(backend="fast", config=config) as ep:
+        found = stack_on_ranks(drawn, ep)
+        shares = [drawn[0].tokens_of(ep.rank)] * 2 + [drawn[0].experts_of(ep.rank)] * (2 * LAYERS)
+        truths, plains = dense_stack(drawn, torch.float64), dense_stack(drawn, case.dtype)
+        sticks = [Yardstick(truth, plain) for truth, plain in zip(truths, plains, strict=True)]
+        parts = [stick.part(got, share) for stick, got, share in zip(sticks, found, shares, strict=True)]
+        by_rank = gather_parts(parts, ep, rank.device)
+    judged = [stick.judge(str(place), [of[place] for of in by_rank]) for place, stick in enumerate(sticks)]
+    return [str(accuracy) for accuracy in judged if not accuracy.ok]
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_four_layers_of_one_shape_share_memory(pool: RankPool, flags: dict[str, bool]) -> None:
+    assert pool.run(stacked, CASES["uneven_tokens"], EPConfig(**flags), world_size=2) == [[]] * 2
+
+
+def accumulated(rank: Rank, case: Case, config: EPConfig) -> None:
+    """Gradients of two micro-batches add up in the parameters, whether or not inference comes between."""
+    x, weights, dy = layer_inputs(rank, case)
+    other = leaf(x.detach().flip(0) * 2)
+    with ExpertParallel(backend="fast", config=config) as ep:
+
+        def gradients(x: Tensor) -> list[Tensor]:
+            return list(torch.autograd.grad(ep.moe(x, *weights, case.top_k).y, weights, dy))
+
+        expected = [first + second for first, second in zip(gradients(x), gradients(other), strict=True)]
+        inferred = ep.moe(other, *weights, case.top_k).y.detach()
+        for quiet in (torch.no_grad(), torch.inference_mode()):
+            for weight in weights:
+                weight.grad = None
+            for batch in (x, other):
+                y = ep.moe(batch, *weights, case.top_k).y
+                # What backward needs may not be in memory that this uses.
+                with quiet:
+                    assert_bitwise(ep.moe(other, *weights, case.top_k).y, inferred)
+                y.backward(dy)
+            for weight, grad in zip(weights, expected, strict=True):
+                assert_bitwise(weight.grad, grad)
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_micro_batches_add_up_with_inference_between(pool: RankPool, flags: dict[str, bool]) -> None:
+    pool.run(accumulated, CASES["uneven_tokens"], EPConfig(**flags), world_size=2)
+
+
+def frozen_everywhere(rank: Rank, case: Case, need: str) -> tuple[list[str], bool]:
+    """Kernels and products of a backward in which no rank wants dx, or none wants gradients of experts."""
+    x, (router_w, w1, w2), dy = layer_inputs(rank, case)
+    wanted = {"experts": (w1, w2), "x": (x,), "rank 0's x": (x,) if rank.rank == 0 else ()}[need]
+    for tensor in (x, router_w, w1, w2):
+        tensor.requires_grad_(any(tensor is want for want in wanted))
+    with ExpertParallel(backend="fast") as ep:
+        y = ep.moe(x, router_w, w1, w2, case.top_k).y
+        with recorded_products() as products:
+            y.backward(dy)
+    return products, x.grad is not None
+
+
+@contextmanager
+def recorded_products() -> Iterator[list[str]]:
+    """Names of the grouped products that have rows to work on, while this lasts."""
+    from sonic_ep.fast.gemm import grouped_gemm
+
+    seen: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (grouped_gemm.LibraryGemm, grouped_gemm.LoopGemm, grouped_gemm.TritonGemm):
+            for name in ("rows", "weights"):
+                patch.setattr(kind, name, noting(getattr(kind, name), name, seen))
+        yield seen
+
+
+def noting(product: Callable[..., Tensor], name: str, seen: list[str]) -> Callable[..., Tensor]:
+    def noted(self: object, a: Tensor, b: Tensor, ends: Tensor, *more: Tensor) -> Tensor:
+        if int(ends[-1]) > 0:
+            seen.append(name)
+        return product(self, a, b, ends, *more)
+
+    return noted
+
+
+@pytest.mark.parametrize(
+    ("need", "products"),
+    [
+        # dA, dw2, dw1; the product for dx finds no row on any rank.
+        ("experts", ["rows", "weights", "weights"]),
+        # dA, and the rows of dx.
+        ("x", ["rows", "rows"]),
+        ("rank 0's x", ["rows", "rows"]),
+    ],
+)
+def test_only_what_some_rank_requires_is_computed(pool: RankPool, need: str, products: list[str]) -> None:
+    found = pool.run(frozen_everywhere, CASES["uniform"], need, world_size=2)
+    assert [seen for seen, _ in found] == [products] * 2
+    assert [has_grad for _, has_grad in found] == [need != "experts", need == "x"]
+
+
+def step_of(ep: ExpertParallel, case: Case, x: Tensor, weights: list[Tensor], dy: Tensor) -> Callable[[], list[Tensor]]:
+    """A forward and a backward: y, dx, d(router_w), dw1, dw2."""
+
+    def step() -> list[Tensor]:
+        y = ep.moe(x, *weights, case.top_k).y
+        return [y.detach(), *torch.autograd.grad(y, [x, *weights], dy)]
+
+    return step
+
+
+def replayed_steps(rank: Rank, case: Case, config: EPConfig) -> None:
+    """Forward and backward in one graph: replays with new inputs equal eager steps bit for bit, eager ones between."""
+    x, weights, dy = layer_inputs(rank, case)
+    with ExpertParallel(backend="fast", config=config) as ep:
+        step = step_of(ep, case, x, weights, dy)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for seed in range(3):
+            fresh = torch.Generator(rank.device).manual_seed(10 * seed + rank.rank)
+            with torch.no_grad():
+                for tensor in (x, dy, *weights[1:]):
+                    tensor.copy_(torch.randn(tensor.shape, generator=fresh, device=rank.device) * 0.2)
+            graph.replay()
+            replay = [tensor.clone() for tensor in captured]
+            for found, expected in zip(replay, step(), strict=True):
+                assert_bitwise(found, expected, f"replay {seed}")
+        ep.check()
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("pair", list(product(DispatchMode, CombineMode)), ids=lambda p: f"{p[0].value}+{p[1].value}")
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_graph_of_a_step_equals_eager_bit_for_bit(
+    cuda_pool: RankPool, dtype: torch.dtype, world_size: int, pair: tuple[DispatchMode, CombineMode], again: bool
+) -> None:
+    config = EPConfig(dispatch=pair[0], combine=pair[1], redispatch_x_in_backward=again)
+    cuda_pool.run(replayed_steps, replace(GRAPHED, dtype=dtype), config, world_size=world_size)
+
+
+def without_host_reads(rank: Rank, case: Case, config: EPConfig) -> None:
+    """A step in which PyTorch raises wherever the host would wait for the GPU."""
+    x, weights, dy = layer_inputs(rank, case)
+    with ExpertParallel(backend="fast", config=config) as ep:
+        step = step_of(ep, case, x, weights, dy)
+        expected = step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for got, want in zip(found, expected, strict=True):
+            assert_bitwise(got, want)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("again", [False, True])
+def test_no_read_on_the_host(cuda_pool: RankPool, again: bool, dtype: torch.dtype, bias: bool) -> None:
+    case = replace(GRAPHED, dtype=dtype, bias=bias)
+    cuda_pool.run(without_host_reads, case, EPConfig(redispatch_x_in_backward=again), world_size=2)
+
+
+def captured_with_a_read(rank: Rank, case: Case) -> None:
+    x, weights, dy = layer_inputs(rank, case)
+    with ExpertParallel(backend="fast", config=EPConfig(cpu_sync_on_runtime=True)) as ep:
+        step = step_of(ep, case, x, weights, dy)
+        expected = step()
+        refused = pytest.raises(RuntimeError, match="cpu_sync_on_runtime: got a call in graph capture")
+        with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
+            step()
+        torch.cuda.synchronize()
+        for got, want in zip(step(), expected, strict=True):
+            assert_bitwise(got, want)
+
+
+def test_exact_sizes_are_refused_in_a_graph_by_name(cuda_pool: RankPool) -> None:
+    cuda_pool.run(captured_with_a_read, GRAPHED, world_size=1)
+
+
+def overflowed(rank: Rank, case: Case, sync: bool) -> None:
+    """More rows than the bound: NaN and an error, or the error at once; and the next call is right again."""
+    from sonic_ep.fast.device_errors import PLANS_AHEAD
+
+    inputs = draw(case, rank.world_size, rank.device)
+    tokens, held = inputs.tokens_of(rank.rank), inputs.experts_of(rank.rank)
+    experts = leaf_experts(inputs.experts, held)
+    arguments = (inputs.topk_scores[tokens], experts.w1, experts.w2, experts.b1, experts.b2)
+    x = leaf(inputs.x[tokens])
+    few = inputs.topk_idx[tokens].clone()
+    few[1:] = -1
+    with ExpertParallel(backend="fast", config=EPConfig(max_rows=9, cpu_sync_on_runtime=sync)) as ep:
+        expected = ep.moe_routed(x, few, *arguments)
+        assert expected.isfinite().all()
+        if sync:
+            with pytest.raises(RuntimeError, match="max_rows: got 9, expected at least"):
+                ep.moe_routed(x, inputs.topk_idx[tokens], *arguments)
+        else:
+            y = ep.moe_routed(x, inputs.topk_idx[tokens], *arguments)
+            assert y.isnan().all()
+            x_grad, *weight_grads = torch.autograd.grad(y, [x, experts.w1, experts.w2], inputs.dy[tokens])
+            assert x_grad.isnan().all()
+            for grad in weight_grads:
+                # An expert without a row has zeros, as ever; no other number comes of half a routing.
+                assert grad.isnan().any()
+                assert (grad.isnan() | (grad == 0)).all()
+            for _ in range(PLANS_AHEAD - 1):
+                assert_bitwise(ep.moe_routed(x, few, *arguments), expected)
+            with pytest.raises(RuntimeError, match="max_rows: got 9, expected at least"):
+                ep.moe_routed(x, few, *arguments)
+        assert_bitwise(ep.moe_routed(x, few, *arguments), expected)
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_overflow_is_loud_and_leaves_the_group_usable(pool: RankPool, sync: bool) -> None:
+    pool.run(overflowed, CASES["uniform"], sync, world_size=2)

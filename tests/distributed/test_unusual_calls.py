@@ -1,0 +1,281 @@
+"""The fast backend as users call it: in inference mode, on odd views, past the bound, at the end and after it."""
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+from there_and_back import assert_same, outcome_of
+from torch import Tensor
+
+from sonic_ep import ClosedError, EPConfig, ExpertParallel, RowOverflowError
+from sonic_ep.distributed.group import resolve_group
+from sonic_ep.testing import CASES, Rank, RankPool, assert_bitwise, draw
+
+pytestmark = pytest.mark.fast
+
+EXPERTS_PER_RANK = 2
+HIDDEN = 8
+TOKENS = 3
+
+
+def drawn(rank: Rank) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a rank x (T, H), ids (T, 2) and scores (T, 2), others on each."""
+    generator = torch.Generator().manual_seed(rank.rank)
+    x = torch.randn(TOKENS, HIDDEN, generator=generator)
+    idx = torch.rand(TOKENS, EXPERTS_PER_RANK * rank.world_size, generator=generator).argsort(dim=1)[:, :2]
+    scores = torch.rand(TOKENS, 2, generator=generator)
+    return x.to(rank.device), idx.to(rank.device), scores.to(rank.device)
+
+
+def there_and_back(ep: ExpertParallel, x: Tensor, idx: Tensor, scores: Tensor) -> Tensor:
+    plan = ep.plan(idx, EXPERTS_PER_RANK * ep.world_size)
+    return ep.combine(ep.dispatch(x, plan), scores, plan)
+
+
+def on_both(call: Callable[[ExpertParallel], Tensor], config: EPConfig | None = None) -> None:
+    """``call`` gives the same bits on both backends."""
+    with ExpertParallel(backend="fast", config=config or EPConfig(), max_tokens_per_rank=TOKENS) as ep:
+        found = call(ep)
+    with ExpertParallel(backend="reference", config=config or EPConfig(), max_tokens_per_rank=TOKENS) as ep:
+        assert_bitwise(found.detach(), call(ep).detach(), "like the reference")
+
+
+def inference_before_training(rank: Rank) -> None:
+    x, idx, scores = drawn(rank)
+    wide = x.repeat(1, 200)
+
+    def call(ep: ExpertParallel) -> Tensor:
+        with torch.inference_mode():
+            there_and_back(ep, x, idx, scores)
+        y = there_and_back(ep, x.clone().requires_grad_(), idx, scores)
+        y.sum().backward()
+        with torch.inference_mode():
+            # Wider rows: shared memory grows.
+            there_and_back(ep, wide, idx, scores)
+        return torch.cat([y, there_and_back(ep, wide, idx, scores)], dim=1)
+
+    on_both(call)
+    wrong = torch.full_like(idx, 77)
+    with ExpertParallel(backend="fast", max_tokens_per_rank=TOKENS) as ep:
+        with torch.inference_mode():
+            there_and_back(ep, x, idx, scores)
+        ep.plan(wrong, EXPERTS_PER_RANK * rank.world_size)
+        with pytest.raises(ValueError, match="out of range"):
+            ep.check()
+        ep.check()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_inference_before_training(pool: RankPool, world_size: int) -> None:
+    pool.run(inference_before_training, world_size=world_size)
+
+
+def tensors_of_inference_mode(rank: Rank) -> None:
+    with torch.inference_mode():
+        x, idx, scores = drawn(rank)
+    on_both(lambda ep: there_and_back(ep, x, idx, scores))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_tensors_made_in_inference_mode(pool: RankPool, world_size: int) -> None:
+    pool.run(tensors_of_inference_mode, world_size=world_size)
+
+
+def at_an_odd_offset(rank: Rank, dispatch: str) -> None:
+    """Rows of 16 bytes that begin at 2 bytes, in forward, and in backward behind a ``torch.cat``."""
+    x, idx, scores = drawn(rank)
+    shifted = torch.cat([x.new_zeros(1), x.flatten()]).bfloat16()[1:].view(TOKENS, HIDDEN)
+    assert shifted.storage_offset() == 1
+
+    def call(ep: ExpertParallel) -> Tensor:
+        x = shifted.detach().requires_grad_()
+        y = there_and_back(ep, x, idx, scores)
+        torch.cat([y.new_ones(1), y.flatten()]).pow(2).sum().backward()
+        assert x.grad is not None
+        return torch.cat([y, x.grad])
+
+    on_both(call, EPConfig(dispatch=dispatch, combine="rank_dedup"))
+
+
+@pytest.mark.parametrize("dispatch", ["all_gather", "all_to_all", "rank_dedup"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_rows_at_an_odd_offset(pool: RankPool, world_size: int, dispatch: str) -> None:
+    pool.run(at_an_odd_offset, dispatch, world_size=world_size)
+
+
+def past_the_bound(rank: Rank) -> None:
+    """All gradients are NaN, also those of scores whose rows had room, and nothing of the step before is left."""
+    inputs = draw(CASES["uniform"], rank.world_size, rank.device)
+    tokens = inputs.tokens_of(rank.rank)
+    x = inputs.x[tokens].clone().requires_grad_()
+    scores = inputs.topk_scores[tokens].clone().requires_grad_()
+    experts = inputs.case.num_experts
+    crowded = torch.zeros_like(inputs.topk_idx[tokens]) + torch.arange(inputs.case.top_k, device=rank.device)
+    most = sum(inputs.case.tokens_of_rank(r) for r in range(rank.world_size)) * inputs.case.top_k - 1
+    config = EPConfig(dispatch="all_to_all", combine="all_to_all", max_rows=most)
+    ep = ExpertParallel(backend="fast", config=config)
+    for idx, fits in ((inputs.topk_idx[tokens], True), (crowded, False)):
+        x.grad = scores.grad = None
+        plan = ep.plan(idx, experts)
+        y = ep.combine(ep.dispatch(x, plan), scores, plan)
+        y.backward(inputs.dy[tokens])
+        assert x.grad is not None
+        assert scores.grad is not None
+        for tensor in (y, x.grad, scores.grad):
+            assert bool(tensor.isnan().any()) != fits
+            assert fits or bool(tensor.isnan().all())
+    with pytest.raises(RowOverflowError, match="max_rows"):
+        ep.close()
+    with pytest.raises(ClosedError):
+        ep.plan(crowded, experts)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_nothing_finite_comes_back_past_the_bound(pool: RankPool, world_size: int) -> None:
+    pool.run(past_the_bound, world_size=world_size)
+
+
+def drawn_with_wrong_ids(rank: Rank) -> tuple[Tensor, Tensor, Tensor]:
+    x, idx, scores = drawn(rank)
+    if rank.rank == rank.world_size - 1:
+        idx[1, 1] = 77
+    return x, idx, scores
+
+
+def wrong_ids_at_the_hosts_read(rank: Rank) -> str:
+    _, idx, _ = drawn_with_wrong_ids(rank)
+    config = EPConfig(cpu_sync_on_runtime=True)
+    with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=TOKENS) as ep:
+        with pytest.raises(ValueError, match="out of range") as raised:
+            ep.plan(idx, EXPERTS_PER_RANK * rank.world_size)
+        return str(raised.value)
+
+
+def wrong_ids_at_the_end(rank: Rank) -> str:
+    x, idx, scores = drawn_with_wrong_ids(rank)
+    with (
+        pytest.raises(ValueError, match="out of range") as raised,
+        ExpertParallel(backend="fast", max_tokens_per_rank=TOKENS) as ep,
+    ):
+        there_and_back(ep, x, idx, scores)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("when", [wrong_ids_at_the_hosts_read, wrong_ids_at_the_end])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_wrong_ids_do_not_pass(pool: RankPool, world_size: int, when: Callable[[Rank], str]) -> None:
+    for rank, said in enumerate(pool.run(when, world_size=world_size)):
+        assert f"rank {rank} of {world_size}: topk_idx: got expert ids out of range on rank {world_size - 1}" in said
+
+
+def an_error_before_the_end(rank: Rank) -> None:
+    """What the caller sees is his own error, not what the plan has found."""
+    _, idx, _ = drawn_with_wrong_ids(rank)
+    ep = ExpertParallel(backend="fast", max_tokens_per_rank=TOKENS)
+
+    def fail() -> None:
+        with ep:
+            ep.plan(idx, EXPERTS_PER_RANK * rank.world_size)
+            raise KeyError("the caller's own")
+
+    with pytest.raises(KeyError, match="the caller's own"):
+        fail()
+    with pytest.raises(ClosedError):
+        ep.check()
+
+
+def test_an_error_of_the_callers_comes_through(pool: RankPool) -> None:
+    pool.run(an_error_before_the_end, world_size=2)
+
+
+def backward_after_closing(rank: Rank) -> None:
+    x, idx, scores = drawn(rank)
+    with ExpertParallel(backend="fast", max_tokens_per_rank=TOKENS) as ep:
+        y = there_and_back(ep, x.requires_grad_(), idx, scores)
+    with pytest.raises(ClosedError, match="after close"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_backward_after_closing_is_refused(pool: RankPool, world_size: int) -> None:
+    pool.run(backward_after_closing, world_size=world_size)
+
+
+def with_a_default_device(rank: Rank) -> None:
+    inputs = draw(CASES["uniform"], rank.world_size, rank.device)
+    expected = {}
+    for backend in ("reference", "fast"):
+        # Where nothing can be stored, what is made there by mistake fails at once.
+        with torch.device("meta"):
+            ep = ExpertParallel(backend=backend)
+            plan_only = inputs.topk_idx[inputs.tokens_of(rank.rank)]
+            if backend == "fast":
+                ep.plan(plan_only, inputs.case.num_experts)
+        found = outcome_of(ep, inputs, rank.rank)
+        assert_same(found, expected or found, "with another default device")
+        expected = found
+        ep.close()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_default_device_changes_nothing(pool: RankPool, world_size: int) -> None:
+    pool.run(with_a_default_device, world_size=world_size)
+
+
+def bounded_hugely(rank: Rank) -> None:
+    x, idx, scores = drawn(rank)
+    for exact in (False, True):
+        on_both(lambda ep: there_and_back(ep, x, idx, scores), EPConfig(max_rows=2**70, cpu_sync_on_runtime=exact))
+
+
+def test_a_huge_bound_is_none(pool: RankPool) -> None:
+    pool.run(bounded_hugely, world_size=2)
+
+
+def gathered_and_dropped(rank: Rank) -> int:
+    """How many tensors of the size of a gathered x are alive after their user has dropped them."""
+    x, idx, _ = drawn(rank)
+    size = (TOKENS * rank.world_size, HIDDEN)
+    config = EPConfig(dispatch="all_gather")
+
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(thing, Tensor) and thing.shape == size for thing in gc.get_objects())
+
+    before = alive()
+    with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=TOKENS) as ep, torch.no_grad():
+        ep.dispatch(x, ep.plan(idx, EXPERTS_PER_RANK * rank.world_size))
+        return alive() - before
+
+
+def test_what_was_gathered_is_the_callers_to_drop(pool: RankPool) -> None:
+    assert pool.run(gathered_and_dropped, world_size=2) == [0, 0]
+
+
+def awaited_on_two_streams(rank: Rank) -> None:
+    """Each stream that waits gets the whole result, also if another has waited before."""
+    from sonic_ep.fast.copy_engine import CopyEngineGather
+    from sonic_ep.fast.workspace import Workspace
+
+    max_tokens, hidden = 2048, 4096
+    workspace = Workspace(resolve_group(None), rank.device)
+    gather = CopyEngineGather(workspace, "gathered")
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    expected = torch.arange(1, rank.world_size + 1, device=rank.device).repeat_interleave(max_tokens).double()
+    for round_number in range(3):
+        x = torch.full((max_tokens, hidden), float(rank.rank + 1), device=rank.device)
+        workspace.enter()
+        handle = gather.start(x, max_tokens)
+        found = []
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(handle.wait().mean(dim=1).double())
+        torch.cuda.synchronize()
+        for means in found:
+            assert_bitwise(means, expected, f"in round {round_number}")
+    workspace.close()
+
+
+def test_a_gather_can_be_awaited_on_several_streams(cuda_pool: RankPool) -> None:
+    cuda_pool.run(awaited_on_two_streams, world_size=2)

@@ -1,0 +1,81 @@
+"""Compile recorded launches for Hopper and print, as JSON, what the compiler made of each. Needs no GPU.
+
+A program of its own: in a process that interprets kernels, none can be compiled.
+"""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+HOPPER = GPUTarget("cuda", 90, 32)
+# Kernels that take a row apart or sum it up, so that not all their accesses can be wide.
+NARROW = {
+    "poison_kernel",
+    "activate_kernel",
+    "activate_backward_kernel",
+    "add_bias_dots_kernel",
+    "sum_groups_kernel",
+}
+OPTIONS = ("num_warps", "enable_fp_fusion", "debug", "sanitize_overflow")
+
+
+def compiled(launch: dict[str, Any]) -> dict[str, Any]:
+    """Facts about the machine code of one launch."""
+    kernel = getattr(importlib.import_module(launch["module"]), launch["name"])
+    options = {name: value for name, value in launch["constants"].items() if name in OPTIONS}
+    constants = {name: value for name, value in launch["constants"].items() if name not in OPTIONS}
+    signature = dict(zip(kernel.arg_names, launch["types"], strict=False)) | dict.fromkeys(constants, "constexpr")
+    # As at run time: tensors start at 16 bytes.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(launch["types"]) if kind.startswith("*")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    code = triton.compile(source, target=HOPPER, options=options)
+    ptx = code.asm["ptx"]
+    return {
+        "name": launch["name"],
+        "constants": launch["constants"],
+        "moves_rows": bool({"WORDS", "COLUMNS"} & constants.keys()) and launch["name"] not in NARROW,
+        "wide_loads": len(re.findall(r"ld\.global[.:\w]*\.v4\.b32", ptx)),
+        "wide_stores": len(re.findall(r"st\.global[.:\w]*\.v4\.b32", ptx)),
+        "single_elements": len(re.findall(r"(?:ld|st)\.global[.:\w]*(?<!\.v[24])\.b16", ptx)),
+        "spilled_bytes": spilled(code.asm["cubin"]),
+        "waits": "limit" in kernel.arg_names,
+        "orders": {
+            "acquire": bool(re.search(r"atom\.global[.\w]*acquire", ptx)),
+            "release": bool(re.search(r"atom\.global[.\w]*release", ptx)),
+            "trap": "__assertfail" in ptx,
+            "signals_after_stores": signals_after_stores(ptx),
+        },
+        "passes_first_cache": "ld.global.cg" in ptx,
+    }
+
+
+def signals_after_stores(ptx: str) -> bool:
+    """Whether all threads of a program have met between what they store and each flag that says so."""
+    raised = [found.start() for found in re.finditer(r"atom\.global[.\w]*release", ptx)]
+    stored = [(at, ptx.rfind("st.global", 0, at)) for at in raised]
+    return all(store < 0 or ptx.rfind("bar.sync", 0, at) > store for at, store in stored)
+
+
+def spilled(cubin: bytes) -> int:
+    """Bytes of stack and local memory, where the assembler keeps what finds no register, from the code itself."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        command = [str(tool), "--dump-resource-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+).*LOCAL:(\d+)", report)
+    assert found is not None, report
+    return int(found[1]) + int(found[2])
+
+
+if __name__ == "__main__":
+    json.dump([compiled(launch) for launch in json.loads(Path(sys.argv[1]).read_text())], sys.stdout)

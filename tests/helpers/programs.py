@@ -1,0 +1,114 @@
+"""Programs on several ranks that may end badly: each rank a process, with an exit code and its last words."""
+
+import faulthandler
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from limits import HANG_SECONDS
+
+from sonic_ep.distributed.group import device_of_rank
+from sonic_ep.testing import Rank, install_interpreter
+from sonic_ep.testing.ranks import SETTINGS, starting_context
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a rank ended. seconds: after the fault, see ``fault``."""
+
+    code: int
+    said: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """What runs on every rank, with ``arguments`` behind the ``Rank``; where it writes what it says."""
+
+    body: Callable[..., None]
+    arguments: tuple[Any, ...]
+    world_size: int
+    device_type: str
+    folder: Path
+    odd: int
+    patience: float = HANG_SECONDS
+    store_at_rank_0: bool = False
+
+    def run(self) -> list[Ended]:
+        """Run it to its end; a rank that is there after ``patience`` seconds is killed, and its code is that of it.
+
+        The rank ``odd`` is killed as soon as all others have ended, if it has said that something goes wrong.
+        """
+        context = starting_context()
+        ranks = [context.Process(target=run_rank, args=(self, rank)) for rank in range(self.world_size)]
+        for process in ranks:
+            process.start()
+        deadline, ends = time.monotonic() + self.patience, [0.0] * len(ranks)
+        while any(end == 0 for end in ends):
+            others_ended = all(end > 0 for rank, end in enumerate(ends) if rank != self.odd)
+            for rank, process in enumerate(ranks):
+                if time.monotonic() > deadline or (rank == self.odd and others_ended and self.faulty):
+                    process.kill()
+                process.join(0.02)
+                if process.exitcode is not None and ends[rank] == 0:
+                    ends[rank] = time.time()
+        fault = float(self.faulted.read_text()) if self.faulty else min(ends)
+        return [
+            Ended(code=process.exitcode, said=self.words_of(rank).read_text(), seconds=ends[rank] - fault)
+            for rank, process in enumerate(ranks)
+        ]
+
+    def words_of(self, rank: int) -> Path:
+        return self.folder / f"said_by_{rank}"
+
+    def store(self, rank: int) -> dist.Store:
+        """A file, or as most programs have it, a server in the process of rank 0."""
+        if not self.store_at_rank_0:
+            return dist.FileStore(str(self.folder / "store"), self.world_size)
+        at = self.folder / "port"
+        if rank == 0:
+            server = dist.TCPStore("127.0.0.1", 0, self.world_size, is_master=True, wait_for_workers=False)
+            at.with_suffix(".new").write_text(str(server.port))
+            at.with_suffix(".new").rename(at)
+            return server
+        while not at.exists():
+            time.sleep(0.02)
+        return dist.TCPStore("127.0.0.1", int(at.read_text()), self.world_size, wait_for_workers=False)
+
+    @property
+    def faulted(self) -> Path:
+        return self.folder / "fault"
+
+    @property
+    def faulty(self) -> bool:
+        return self.faulted.exists() and bool(self.faulted.read_text())
+
+    def fault(self) -> None:
+        """Now something goes wrong."""
+        self.faulted.write_text(str(time.time()))
+
+
+def run_rank(program: Program, rank: int) -> None:
+    """A rank's life. What is not caught is printed, and the process ends with code 1."""
+    os.environ.update(SETTINGS[program.device_type])
+    install_interpreter()
+    words = os.open(program.words_of(rank), os.O_CREAT | os.O_WRONLY)
+    os.dup2(words, 1)
+    os.dup2(words, 2)
+    torch.set_num_threads(1)
+    # Who does not end tells where it is.
+    faulthandler.dump_traceback_later(program.patience / 2, exit=False)
+    own_device = program.device_type == "cuda" and program.world_size <= torch.cuda.device_count()
+    device = device_of_rank(rank) if program.device_type == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store = program.store(rank)
+    dist.init_process_group("nccl" if own_device else "gloo", store=store, rank=rank, world_size=program.world_size)
+    del store
+    program.body(program, Rank(rank=rank, world_size=program.world_size, device=device), *program.arguments)
+    dist.destroy_process_group()

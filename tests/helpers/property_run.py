@@ -1,0 +1,112 @@
+"""Many examples of the property tests, or one again: ``python tests/helpers/property_run.py --examples 10000 --seed 1``.
+
+Example i has the seed ``--seed`` + i, and runs on one backend or on both. Ends with 1 and the seeds if any is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from backends import BACKENDS
+from random_cases import example_of
+from run_examples import Failure, failures
+
+from sonic_ep.benchmark.results import environment
+from sonic_ep.cli.exit_codes import GREEN, RED
+from sonic_ep.cli.output import require_writable, words_without_paths, write_json
+from sonic_ep.distributed.group import device_of_rank
+from sonic_ep.testing import RankError, RankPool
+
+BATCH = 50
+
+
+def main(arguments: Sequence[str] | None = None, live: RankPool | None = None) -> int:
+    """The command; an exit code. live: ranks to use, which stay, instead of ranks of its own."""
+    options = _options(arguments)
+    require_writable(options.json)
+    seeds = range(options.seed, options.seed + options.examples)
+    backends = BACKENDS if options.backend == "both" else [options.backend]
+    started = time.monotonic()
+    found: list[Failure] = []
+    with RankPool(options.device) if live is None else nullcontext(live) as pool:
+        for backend in backends:
+            for batch in _batches(seeds):
+                found += _failures(pool, backend, batch)
+                done = f"{backend}: {batch.stop - options.seed} of {options.examples} examples"
+                print(f"{done}, {len(found)} wrong, {time.monotonic() - started:.0f} s", flush=True)
+    for failure in found:
+        print(failure, flush=True)
+    if options.json is not None:
+        words = sys.argv[1:] if arguments is None else list(arguments)
+        document = _document(options, words, backends, found, time.monotonic() - started)
+        return max(write_json(options.json, document), RED if found else GREEN)
+    return RED if found else GREEN
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="property_run.py", description="Examples of the property tests.")
+    parser.add_argument("--examples", type=int, default=10_000, metavar="N", help="on each backend (default: 10000)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first example (default: 0)")
+    parser.add_argument("--backend", choices=[*BACKENDS, "both"], default="both")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="what came of it")
+    parser.add_argument("--commit", metavar="NAME", help="of the code, where git cannot tell")
+    options = parser.parse_args(arguments)
+    if options.examples < 1 or options.seed < 0:
+        parser.error(f"got --examples {options.examples} --seed {options.seed}, expected at least 1 and at least 0")
+    return options
+
+
+def _batches(seeds: range) -> Iterator[range]:
+    for first in range(seeds.start, seeds.stop, BATCH):
+        yield range(first, min(first + BATCH, seeds.stop))
+
+
+def _failures(pool: RankPool, backend: str, batch: range) -> list[Failure]:
+    """What is wrong in the batch; where ranks have stopped at an error, of each example by itself."""
+    try:
+        return failures(pool, backend, batch)
+    except RankError as error:
+        if len(batch) == 1:
+            return [Failure(backend=backend, seed=batch.start, said=(str(error),))]
+        return [failure for seed in batch for failure in _failures(pool, backend, range(seed, seed + 1))]
+
+
+def _document(
+    options: argparse.Namespace, words: list[str], backends: Sequence[str], found: Sequence[Failure], seconds: float
+) -> dict[str, Any]:
+    examples = [example_of(seed) for seed in range(options.seed, options.seed + options.examples)]
+    device = device_of_rank(0) if options.device == "cuda" else torch.device("cpu")
+    command = " ".join(["python tests/helpers/property_run.py", *words_without_paths(["", *words])])
+    most = max(example.world_size for example in examples)
+    return {
+        "kind": "properties",
+        "environment": environment(device, most, options.commit, command),
+        "examples": {backend: len(examples) for backend in backends},
+        "by_kind": _counted(example.kind.value for example in examples),
+        "by_world_size": _counted(str(example.world_size) for example in examples),
+        "by_modes": _counted(example.modes for example in examples),
+        "by_dtype": _counted(str(example.case.dtype).removeprefix("torch.") for example in examples),
+        "seconds": round(seconds, 1),
+        "failures": [
+            {"backend": failure.backend, "seed": failure.seed, "again": failure.again, "said": list(failure.said)}
+            for failure in found
+        ],
+    }
+
+
+def _counted(words: Iterable[str]) -> dict[str, int]:
+    """How often each comes."""
+    return dict(sorted(Counter(words).items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,342 @@
+"""The lines of the README around ``MoE``: each of them runs, and trains like one process that has all tokens."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from near import assert_near
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.utils import parametrize
+
+from sonic_ep import ExpertParallel, MoE
+from sonic_ep.testing import Rank, RankPool, assert_bitwise
+
+README = Path(__file__).parents[2] / "README.md"
+HEADING = "## Inside a training stack\n"
+
+NONE, DDP, FSDP1, FSDP2, ZERO = (
+    "no wrapper",
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "fully_shard",
+    "ZeroRedundancyOptimizer",
+)
+WRAPPERS = [DDP, FSDP1, FSDP2, ZERO]
+BLOCKS = {"Imports", "Experts", *WRAPPERS, "Optimizers", "GradScaler", "Means", "clip_grad_norm_", "Checkpoint"}
+PLAIN, CLIPPED, SCALED, ADAPTED = "plain", "clipped", "scaled", "adapted"
+
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 16, 8, 4, 2
+SIZES = (HIDDEN, INTERMEDIATE, EXPERTS, TOP_K)
+NARROW = 2
+TOKENS = 24
+# Of each step, where rank 1 begins; once it has no token.
+CUTS = [9, TOKENS, 12]
+LR = 0.5
+# Less than any norm here.
+MAX_NORM = 0.1
+
+by_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
+
+Names = dict[str, Any]
+
+
+def blocks() -> dict[str, str]:
+    """The code of the section by what its comment begins with: ``# Name``, ``# Name, and more`` or ``# Name: why``."""
+    section = README.read_text().split(HEADING)[1].split("\n## ")[0]
+    code = "\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
+    parts = re.split(r"^(?=# )", code, flags=re.MULTILINE)[1:]
+    return {re.split("[,:\n]", part)[0].removeprefix("# "): part for part in parts}
+
+
+def run_block(names: Names, name: str) -> None:
+    """What a user would have written at this place."""
+    exec(compile(blocks()[name], f"README.md: {name}", "exec"), names)
+
+
+def test_every_block_is_run_here() -> None:
+    assert set(blocks()) == BLOCKS
+
+
+class Model(nn.Module):
+    """A layer between dense ones."""
+
+    def __init__(self, ep: ExpertParallel, **options: Any) -> None:
+        super().__init__()
+        self.embed = nn.Linear(HIDDEN, HIDDEN)
+        self.layer = MoE(*SIZES, ep, bias=True, **options)
+        self.head = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).to(self.layer.w1.dtype)
+        return self.head((x + self.layer(x).y).to(self.head.bias.dtype))
+
+
+class Adapter(nn.Module):
+    """What is trained of ``layer.w1`` where that itself is frozen: two narrow weights of each expert, as of LoRA."""
+
+    def __init__(self, layer: MoE) -> None:
+        super().__init__()
+        held, width, hidden = layer.w1.shape
+        generator = torch.Generator().manual_seed(1)
+        narrow = torch.randn(EXPERTS, NARROW, hidden, generator=generator)
+        self.down = nn.Parameter(narrow.split(held)[layer.ep.rank].clone())
+        self.up = nn.Parameter(torch.zeros(held, width, NARROW))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.up @ self.down
+
+
+def adapt(layer: MoE) -> None:
+    layer.w1.requires_grad_(False)
+    parametrize.register_parametrization(layer, "w1", Adapter(layer))
+
+
+def given(rank: Rank, **options: Any) -> Names:
+    """The names that the text takes for granted."""
+    torch.manual_seed(0)
+    mesh = init_device_mesh(rank.device.type, (rank.world_size,)) if rank.world_size > 1 else None
+    ep = ExpertParallel(mesh, backend="reference", max_tokens_per_rank=TOKENS)
+    model = Model(ep, **{"reduce_router_grad": False, **options})
+    around = {"group": mesh and mesh.get_group(), "W": ep.world_size, "device": rank.device, "lr": LR}
+    own = {"mesh": mesh, "ep": ep, "model": model, "layer": model.layer, "max_norm": MAX_NORM}
+    names = {**around, **own}
+    run_block(names, "Imports")
+    return names
+
+
+def wrap(names: Names, wrapper: str, parts: Iterable[str] = ()) -> None:
+    """The lines of one wrapper, for some parts of the model first and then for the rest of it."""
+    root = names["model"]
+    for part in parts:
+        names["model"] = root.get_submodule(part)
+        run_block(names, wrapper)
+        root.set_submodule(part, names["model"])
+    names["model"] = root
+    run_block(names, wrapper)
+
+
+def prepare(names: Names, wrapper: str) -> None:
+    """All lines before the first step. ``fully_shard`` goes over the parts, and ZeRO comes with DDP."""
+    run_block(names, "Experts")
+    if wrapper != NONE:
+        wrap(names, DDP if wrapper == ZERO else wrapper, ["embed", "layer", "head"] if wrapper == FSDP2 else [])
+    run_block(names, "Optimizers")
+    if wrapper == ZERO:
+        run_block(names, ZERO)
+
+
+def loss_of(names: Names, step: int) -> Tensor:
+    """The mean over this rank's tokens, as the text has it where ranks have different numbers of them."""
+    generator = torch.Generator().manual_seed(step)
+    x, target = torch.randn(2, TOKENS, HIDDEN, generator=generator)
+    if names["W"] > 1:
+        sizes = [CUTS[step], TOKENS - CUTS[step]]
+        x, target = (whole.split(sizes)[names["ep"].rank] for whole in (x, target))
+    losses = (names["model"](x) - target).square().mean(dim=1)
+    return losses.sum() * names["W"] / TOKENS
+
+
+def overflow(names: Names) -> None:
+    """One gradient of the group's third expert is infinite, as of a scale that is too large."""
+    held = EXPERTS // names["W"]
+    if names["ep"].rank == 2 // held:
+        names["layer"].w1.grad[2 % held, 0, 0] = torch.inf
+
+
+def train_step(names: Names, step: int, scaler: torch.amp.GradScaler, clips: bool, overflows: bool) -> None:
+    """Forward, backward and the optimizers' step; ``scaler`` may be one that does nothing."""
+    for optimizer in names["optimizers"]:
+        optimizer.zero_grad()
+    scaler.scale(loss_of(names, step)).backward()
+    if overflows:
+        overflow(names)
+    run_block(names, "Means")
+    for optimizer in names["optimizers"]:
+        scaler.unscale_(optimizer)
+    if clips and names["W"] > 1:
+        run_block(names, "clip_grad_norm_")
+    elif clips:
+        torch.nn.utils.clip_grad_norm_(names["model"].parameters(), MAX_NORM)
+    for optimizer in names["optimizers"]:
+        scaler.step(optimizer)
+    scaler.update()
+
+
+def parameters(names: Names) -> dict[str, Tensor]:
+    """All of the model, what is sharded put together, by the names it had before."""
+    root = names["model"]
+    fsdp1 = names[FSDP1]
+    inside = root.module if isinstance(root, fsdp1 | names[DDP]) else root
+    with fsdp1.summon_full_params(root):
+        found = {name: parameter.detach() for name, parameter in inside.named_parameters()}
+        sharded = names["DTensor"]
+        return {name: (p.full_tensor() if isinstance(p, sharded) else p).clone() for name, p in found.items()}
+
+
+def trained(rank: Rank, wrapper: str, way: str) -> tuple[dict[str, Tensor], float]:
+    """Parameters after three steps of one way to train, and the scale of the loss."""
+    names = given(rank)
+    if way == ADAPTED:
+        adapt(names["layer"])
+    prepare(names, wrapper)
+    scaler = torch.amp.GradScaler(rank.device.type, enabled=way == SCALED)
+    if way == SCALED and rank.world_size > 1:
+        run_block(names, "GradScaler")
+        scaler = names["scaler"]
+    for step in range(len(CUTS)):
+        train_step(names, step, scaler, clips=way == CLIPPED, overflows=way == SCALED and step == 0)
+    return parameters(names), scaler.get_scale()
+
+
+@by_wrapper
+@pytest.mark.parametrize("way", [PLAIN, CLIPPED, SCALED, ADAPTED])
+def test_a_wrapped_model_trains_like_one_process_with_all_tokens(cpu_pool: RankPool, wrapper: str, way: str) -> None:
+    ((alone, scale),) = cpu_pool.run(trained, NONE, way, world_size=1)
+    shares = cpu_pool.run(trained, wrapper, way, world_size=2)
+    assert [scale_there for _, scale_there in shares] == [scale, scale]
+    for name, expected in alone.items():
+        here, there = (share[name] for share, _ in shares)
+        of_experts = name.startswith("layer.") and name != "layer.router_w"
+        # In each step a gradient is a sum over all tokens, in another order.
+        assert_near(torch.cat([here, there]) if of_experts else here, expected, units=len(CUTS) * TOKENS)
+        if not of_experts:
+            assert_bitwise(there, here, name)
+
+
+def without_the_lines(rank: Rank, wrapper: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters before, and after one step of a model whose experts nobody kept out."""
+    names = given(rank)
+    before = parameters(names)
+    run_block(names, "Experts")
+    if wrapper != ZERO:
+        names["held"] = set()
+    wrap(names, DDP if wrapper == ZERO else wrapper)
+    names["others"] = list(names["model"].parameters())
+    names["optimizers"] = [torch.optim.SGD(names["others"], lr=LR)]
+    if wrapper == ZERO:
+        run_block(names, ZERO)
+    loss_of(names, 0).backward()
+    names["optimizers"][0].step()
+    return before, parameters(names)
+
+
+@by_wrapper
+def test_without_the_lines_all_ranks_have_the_same_experts(cpu_pool: RankPool, wrapper: str) -> None:
+    (before, after), (before_there, after_there) = cpu_pool.run(without_the_lines, wrapper, world_size=2)
+    for name in ("layer.w1", "layer.w2"):
+        assert not torch.equal(before[name], before_there[name])
+        assert_bitwise(after[name], after_there[name], name)
+
+
+def router_gradient(rank: Rank, reduced: bool) -> Tensor:
+    names = given(rank, reduce_router_grad=reduced)
+    prepare(names, DDP)
+    loss_of(names, 0).backward()
+    return names["layer"].router_w.grad
+
+
+def test_a_router_gradient_that_is_summed_before_the_wrapper_averages_is_w_times_the_mean(cpu_pool: RankPool) -> None:
+    means = cpu_pool.run(router_gradient, False, world_size=2)
+    sums = cpu_pool.run(router_gradient, True, world_size=2)
+    for mean, total in zip(means, sums, strict=True):
+        assert_bitwise(total, 2 * mean)
+
+
+def norms(rank: Rank) -> float:
+    names = given(rank)
+    prepare(names, DDP)
+    loss_of(names, 0).backward()
+    run_block(names, "Means")
+    return torch.nn.utils.clip_grad_norm_(names["model"].parameters(), MAX_NORM).item()
+
+
+def test_without_the_lines_each_rank_clips_by_another_norm(cpu_pool: RankPool) -> None:
+    here, there = cpu_pool.run(norms, world_size=2)
+    assert here != there
+
+
+def scaled_by_itself(rank: Rank) -> tuple[dict[str, Tensor], float]:
+    names = given(rank)
+    prepare(names, DDP)
+    scaler = torch.amp.GradScaler(rank.device.type)
+    for step in range(2):
+        train_step(names, step, scaler, clips=False, overflows=step == 0)
+    return parameters(names), scaler.get_scale()
+
+
+def test_without_the_line_an_overflow_on_one_rank_parts_scales_and_replicas(cpu_pool: RankPool) -> None:
+    (here, scale), (there, scale_there) = cpu_pool.run(scaled_by_itself, world_size=2)
+    assert scale == 2 * scale_there
+    assert not torch.equal(here["embed.weight"], there["embed.weight"])
+
+
+def scaled_fp16(rank: Rank) -> None:
+    names = given(rank, dtype=torch.float16)
+    prepare(names, DDP)
+    run_block(names, "GradScaler")
+    by_itself = torch.amp.GradScaler(rank.device.type)
+    of_experts = names["optimizers"][1]
+    by_itself.scale(loss_of(names, 0)).backward()
+    with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
+        by_itself.step(of_experts)
+    names["scaler"].scale(loss_of(names, 0)).backward()
+    names["scaler"].step(of_experts)
+
+
+def test_experts_in_fp16_need_the_line(cpu_pool: RankPool) -> None:
+    cpu_pool.run(scaled_fp16, world_size=2)
+
+
+def of_two_dtypes(rank: Rank, wrapper: str, parts: list[str]) -> None:
+    names = given(rank, dtype=torch.bfloat16)
+    run_block(names, "Experts")
+    wrap(names, wrapper, parts)
+    loss_of(names, 0).backward()
+
+
+def both_orders(rank: Rank, wrapper: str) -> None:
+    with pytest.raises((ValueError, AssertionError), match="uniform"):
+        of_two_dtypes(rank, wrapper, [])
+    of_two_dtypes(rank, wrapper, ["layer"])
+
+
+@pytest.mark.parametrize("wrapper", [FSDP1, FSDP2])
+def test_a_layer_of_another_dtype_is_wrapped_by_itself_first(cpu_pool: RankPool, wrapper: str) -> None:
+    cpu_pool.run(both_orders, wrapper, world_size=2)
+
+
+def saved_and_loaded(rank: Rank, folder: str) -> None:
+    names = {**given(rank), "folder": folder}
+    prepare(names, NONE)
+    run_block(names, "Checkpoint")
+    again = MoE(*SIZES, names["ep"], bias=True)
+    state = torch.load(f"{folder}/experts_{rank.rank}.pt")
+    for own, saved in zip(again.expert_parameters(), state["experts"], strict=True):
+        own.data.copy_(saved)
+    for own, wanted in zip(again.expert_parameters(), names["layer"].expert_parameters(), strict=True):
+        assert_bitwise(own.detach(), wanted.detach())
+    assert state["optimizer"]["param_groups"][0]["lr"] == LR
+
+
+def test_every_rank_saves_its_experts(cpu_pool: RankPool, tmp_path: Path) -> None:
+    cpu_pool.run(saved_and_loaded, str(tmp_path), world_size=2)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def saved_together(rank: Rank, folder: str) -> Tensor:
+    import torch.distributed.checkpoint as dcp
+
+    layer = given(rank)["layer"]
+    dcp.save(layer.state_dict(), checkpoint_id=folder)
+    state = {name: torch.zeros_like(value) for name, value in layer.state_dict().items()}
+    dcp.load(state, checkpoint_id=folder)
+    return state["w1"]
+
+
+def test_a_distributed_checkpoint_keeps_the_experts_of_one_rank(cpu_pool: RankPool, tmp_path: Path) -> None:
+    here, there = cpu_pool.run(saved_together, str(tmp_path), world_size=2)
+    assert_bitwise(here, there)

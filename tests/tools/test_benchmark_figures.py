@@ -1,0 +1,319 @@
+"""Figures of the end-to-end benchmark and of the sweep, by hand from made-up times; memory beside its formulas."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from end_to_end import MODES, SHAPE, SMALLEST, arena_on, few_rounds, layer_on, setup_of
+
+from sonic_ep import EPConfig, ExpertParallel
+from sonic_ep.benchmark.arena import How, WrongError
+from sonic_ep.benchmark.beside import given_routing
+from sonic_ep.benchmark.end_to_end import EndToEnd
+from sonic_ep.benchmark.layer import Pass
+from sonic_ep.benchmark.layer_problem import LayerProblem
+from sonic_ep.benchmark.layer_report import Timed, derived_lines, time_lines
+from sonic_ep.benchmark.memory_use import MemoryUse, memory_use
+from sonic_ep.benchmark.results import Entry
+from sonic_ep.benchmark.routed_call import RoutedCall
+from sonic_ep.benchmark.sweep import MOST_SLOTS_OF_GRAPHS, PAIRS, PairTime, PointReport, how_of, run_sweep
+from sonic_ep.benchmark.workload import Shape
+from sonic_ep.config import CombineMode, DispatchMode, ModePair
+from sonic_ep.cost import Workload, choose_modes
+from sonic_ep.testing import Rank, RankPool
+from sonic_ep.testing.memory_model import (
+    LayerShape,
+    backward_peak_bytes,
+    forward_peak_bytes,
+    saved_bytes,
+    symmetric_bytes,
+)
+from sonic_ep.testing.timing import Timing
+
+REFERENCE = "reference over nccl"
+SECONDS = {"grouped GEMMs": 2.0, "layer": 3.0, "given routing": 2.75, "same rows locally": 2.25}
+SLOW_SECONDS = {"layer, beside these": 5.0, "one GPU": 4.0, REFERENCE: 20.0}
+ALLOCATED_BYTES = 512
+# Received rows, hidden, scores, seven fields of the plan, and y.
+MOST_SAVED_TENSORS = 11
+
+
+def end_to_end(link: float | None, world_size: int = 4, **micros: float) -> EndToEnd:
+    """Made up: what the link takes, and by mode what was profiled by itself."""
+    found = {"plan": 1e5, "all_to_all": 2e5, "rank_dedup": 3e5, **micros}
+    kinds = {"plan": "plan", "all_to_all": "dispatch", "rank_dedup": "combine"}
+    modes = [
+        SimpleNamespace(kind=kinds[name], mode="" if name == "plan" else name, spread=SimpleNamespace(median_us=taken))
+        for name, taken in found.items()
+    ]
+    results = SimpleNamespace(environment={"process_group": "nccl"})
+    arena = SimpleNamespace(results=results, group=SimpleNamespace(world_size=world_size))
+    layer = SimpleNamespace(arena=arena, config=MODES, link_seconds=lambda modes, which: link)
+    return EndToEnd(layer=layer, setup=None, profile=SimpleNamespace(modes=modes), ep=None)  # type: ignore[arg-type]
+
+
+def entries_of(seconds: dict[str, float]) -> dict[str, Entry]:
+    return {
+        name: Entry(name=name, how="queued", shape=SHAPE, timing=Timing(rounds=(taken,)), traffic=None, bar=None)
+        for name, taken in seconds.items()
+    }
+
+
+def test_derived_by_hand() -> None:
+    found = end_to_end(link=0.5).derived(Pass.STEP, entries_of({**SECONDS, **SLOW_SECONDS}))
+    assert found.as_json() == {
+        "pass": "forward and backward",
+        "exposed_communication_us": 0.5e6,
+        "link_us": 0.5e6,
+        "over_gemms": 1.5,
+        "over_gemms_and_link": 1.2,
+        "scaling_efficiency": 0.8,
+        "over_reference": 0.25,
+    }
+    assert [line.split()[-2:] for line in derived_lines([found])[1:3]] == [["500.000", "ms"], ["500.000", "ms"]]
+    assert [line.split()[-1] for line in derived_lines([found])[3:]] == ["1.500", "1.200", "0.800", "0.250"]
+
+
+def test_derived_without_anything_beside_it() -> None:
+    found = end_to_end(link=None).derived(Pass.TRAINING, entries_of({"grouped GEMMs": 2.0, "layer": 3.0}))
+    given = {name for name, value in found.as_json().items() if value is not None}
+    assert given == {"pass", "over_gemms"}
+
+
+def test_the_breakdown_by_hand() -> None:
+    """A forward has one trip there and back, a backward one more; the plan is made once."""
+    times = entries_of(SECONDS)
+    forward = end_to_end(link=None).breakdown(Pass.TRAINING, times).as_json()
+    assert forward["parts"] == {"plan": 1e5, "dispatch": 2e5, "grouped GEMMs": 2e6, "combine": 3e5, "rest": 4e5}
+    step = end_to_end(link=None, all_to_all=1e4, rank_dedup=1e5).breakdown(Pass.STEP, times).as_json()
+    assert step["parts"] == {"plan": 1e5, "dispatch": 2e4, "grouped GEMMs": 2e6, "combine": 2e5, "rest": 6.8e5}
+    # Parts that overlap in the layer take longer one by one.
+    over = end_to_end(link=None, all_to_all=9e5).breakdown(Pass.TRAINING, times).as_json()
+    assert over["parts"]["rest"] == 0
+
+
+def test_rates_by_hand() -> None:
+    timed = Timed(which=Pass.STEP, what="layer", timing=Timing(rounds=(1.0, 2.0, 4.0)), flops=8e12, world_size=4)
+    found = timed.as_json()
+    assert (found["tflop_per_s"], found["tflop_per_s_of_group"]) == (4.0, 16.0)
+    assert (found["median_us"], found["min_us"], found["max_us"], found["rounds"]) == (2e6, 1e6, 4e6, 3)
+    uncounted = replace(timed, flops=None).as_json()
+    assert (uncounted["tflop_per_s"], uncounted["tflop_per_s_of_group"]) == (None, None)
+    lines = time_lines([timed, replace(timed, flops=None)])
+    assert lines[1].split()[-4:] == ["2000.000", "120.0%", "4.00", "16.00"]
+    assert lines[2].split()[-2:] == ["-", "-"]
+
+
+def test_what_runs_on_one_rank_is_no_group() -> None:
+    whole = end_to_end(link=None)
+    sizes = {name: whole.timed(Pass.STEP, entry).world_size for name, entry in entries_of(SECONDS).items()}
+    assert sizes == {"grouped GEMMs": 4, "layer": 4, "given routing": 4, "same rows locally": 1}
+    slow = {name: whole.timed(Pass.STEP, entry).world_size for name, entry in entries_of(SLOW_SECONDS).items()}
+    assert slow == {"layer, beside these": 4, "one GPU": 1, REFERENCE: 4}
+
+
+# The worked example of sonic_ep.plan: W*C*K = 12 rows.
+DOCUMENTED = Shape(tokens=3, hidden=8, intermediate=4, num_experts=4, top_k=2)
+DOCUMENTED_BY_HAND = LayerShape(
+    world_size=2, max_tokens=3, tokens=3, top_k=2, num_experts=4, hidden=8, intermediate=4, itemsize=2, rows=12
+)
+
+
+def memory_of(rank: Rank, shape: Shape, config: EPConfig) -> list[MemoryUse]:
+    with (
+        layer_on(rank, shape) as layer,
+        ExpertParallel(backend="fast", config=config, max_tokens_per_rank=shape.tokens) as ep,
+    ):
+        return memory_use(given_routing(layer), ep, backward=True)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
+def test_formulas_of_a_layer(cpu_pool: RankPool, again: bool) -> None:
+    config = replace(MODES, redispatch_x_in_backward=again)
+    found, others = cpu_pool.run(memory_of, DOCUMENTED, config, world_size=2)
+    assert found == others
+    assert all(use.measured is None for use in found)
+    shape, mode = DOCUMENTED_BY_HAND, DispatchMode.ALL_TO_ALL
+    pair, flag = ModePair(dispatch=mode, combine=CombineMode.RANK_DEDUP), {"redispatch_x_in_backward": again}
+    assert {use.what: use.formula for use in found} == {
+        "saved activations": saved_bytes(shape, mode, **flag).total,
+        "peak of forward, inference": forward_peak_bytes(shape, mode, training=False, **flag),
+        "peak of forward, training": forward_peak_bytes(shape, mode, training=True, **flag),
+        "peak of backward": backward_peak_bytes(shape, mode, **flag),
+        "shared memory": symmetric_bytes(shape, pair, **flag).total,
+    }
+    if not again:
+        # The docstring of sonic_ep.testing.memory_model.
+        assert (found[0].formula, found[-1].formula) == (192 + 192 + 48 + 216, 4096)
+
+
+def test_the_reference_has_no_formulas(cpu_pool: RankPool) -> None:
+    found = cpu_pool.run(memory_of_reference, world_size=2)[0]
+    assert len(found) == 4
+    assert all((use.formula, use.measured) == (None, None) for use in found)
+
+
+def memory_of_reference(rank: Rank) -> list[MemoryUse]:
+    with layer_on(rank) as layer, layer.over() as ep:
+        return memory_use(given_routing(layer), ep, backward=False)
+
+
+# Rows, tokens and weights are multiples of 2 MiB, as are the allocator's segments.
+LARGE = Shape(tokens=2048, hidden=1024, intermediate=512, num_experts=16, top_k=4)
+
+
+def memory_of_large(rank: Rank, config: EPConfig) -> list[MemoryUse]:
+    with (
+        arena_on(rank) as arena,
+        ExpertParallel(backend="fast", config=config, max_tokens_per_rank=LARGE.tokens) as ep,
+    ):
+        problem = LayerProblem(shape=LARGE, group=arena.group, device=rank.device)
+        token_T = torch.arange(LARGE.tokens, device=rank.device)
+        call = RoutedCall(
+            shape=LARGE,
+            options=problem.options,
+            x=problem.inputs.x,
+            out_grad=problem.inputs.out_grad,
+            topk_idx=(token_T[:, None] * 5 + torch.arange(LARGE.top_k, device=rank.device) * 3) % LARGE.num_experts,
+            topk_scores=torch.rand((LARGE.tokens, LARGE.top_k), device=rank.device).requires_grad_(),
+            experts=problem.inputs.experts,
+        )
+        return memory_use(call, ep, backward=True)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
+def test_what_is_measured_is_the_formula(cuda_pool: RankPool, again: bool) -> None:
+    found, others = cuda_pool.run(memory_of_large, replace(MODES, redispatch_x_in_backward=again), world_size=2)
+    assert found == others
+    saved, *peaks, shared = found
+    assert saved.formula is not None
+    assert saved.measured is not None
+    assert saved.formula <= saved.measured <= saved.formula + MOST_SAVED_TENSORS * ALLOCATED_BYTES
+    for peak in peaks:
+        assert peak.formula is not None
+        assert peak.measured is not None
+        # A product takes about 100 KB for itself while it runs.
+        assert peak.formula <= peak.measured <= peak.formula + 2**19, peak
+    assert shared.measured is None
+
+
+A2A, DEDUP = (ModePair(dispatch=DispatchMode(name), combine=CombineMode(name)) for name in ("all_to_all", "rank_dedup"))
+PASSES = (Pass.TRAINING, Pass.STEP)
+
+
+def point(seconds: dict[tuple[Pass, ModePair], float]) -> PointReport:
+    """All pairs take 4 s in a forward and 8 s with a backward, but for those of ``seconds``. Picked: A2A."""
+    times = tuple(
+        PairTime(pair=pair, which=which, how=How.QUEUED, timing=Timing(rounds=(taken,) * 3))
+        for which, usual in zip(PASSES, (4.0, 8.0), strict=True)
+        for pair in PAIRS
+        for taken in [seconds.get((which, pair), usual)]
+    )
+    profile = SimpleNamespace(config=EPConfig(A2A.dispatch, A2A.combine), as_part=dict)
+    setup = setup_of({"routing": "skewed"}, 2, "reference", SHAPE)
+    return PointReport(setup=setup, profile=profile, times=times, predicted=DEDUP)  # type: ignore[arg-type]
+
+
+def test_a_point_by_hand() -> None:
+    other = ModePair(dispatch=DispatchMode.ALL_GATHER, combine=CombineMode.ALL_TO_ALL)
+    found = point({(Pass.TRAINING, other): 2.0, (Pass.STEP, A2A): 6.0})
+    assert found.picked == A2A
+    assert (found.best(Pass.TRAINING).pair, found.best(Pass.STEP).pair) == (other, A2A)
+    assert found.over_best(A2A) == {"forward, training": 2.0, "forward and backward": 1.0}
+    assert found.over_best(DEDUP) == {"forward, training": 2.0, "forward and backward": pytest.approx(8 / 6)}
+    assert found.line() == (
+        "T=7      K=2  skewed  ; picked all_to_all+all_to_all: 2.000/1.000 of the best; "
+        "predicted rank_dedup+rank_dedup: 2.000/1.333 of the best; best all_to_all+all_to_all 6000.000 ms"
+    )
+
+
+def test_a_point_as_json() -> None:
+    document = json.loads(json.dumps(point({(Pass.STEP, A2A): 6.0}).as_json(), allow_nan=False))
+    assert document["shape"] == {"T": 7, "H": 16, "I": 8, "E": 12, "K": 2, "dtype": "bfloat16"}
+    assert document["routing"] == "skewed"
+    assert (document["picked"], document["predicted"]) == (
+        {"dispatch": "all_to_all", "combine": "all_to_all"},
+        {"dispatch": "rank_dedup", "combine": "rank_dedup"},
+    )
+    assert document["over_best"] == {"forward, training": 1.0, "forward and backward": 1.0}
+    assert document["predicted_over_best"] == {"forward, training": 1.0, "forward and backward": 1.3333}
+    assert len(document["pairs"]) == 18
+    first = {"dispatch": "all_gather", "combine": "all_to_all", "pass": "forward, training", "how": "queued"}
+    micros = dict.fromkeys(("median_us", "p10_us", "p90_us", "min_us", "max_us"), 4e6)
+    assert document["pairs"][0] == {**first, "rounds": 3, **micros}
+
+
+def sweep(rank: Rank, spoiled: DispatchMode | None) -> tuple[list[dict[str, Any]], list[str]] | str:
+    """Two points, or what is raised where rank 1 gets every output of one dispatch mode wrong."""
+    said: list[str] = []
+    settings = [{}, {"routing": "one_rank"}] if spoiled is None else [{}]
+    setups = [setup_of(setting, rank.world_size, "reference", SMALLEST) for setting in settings]
+    forward = LayerProblem.training_forward
+
+    def wrong(self: LayerProblem, ep: ExpertParallel, inputs: Any) -> Any:
+        found = forward(self, ep, inputs)
+        return replace(found, y=-found.y) if rank.rank == 1 and ep.config.dispatch is spoiled else found
+
+    with pytest.MonkeyPatch.context() as patched, arena_on(rank) as arena:
+        few_rounds(patched)
+        patched.setattr(LayerProblem, "training_forward", wrong)
+        if spoiled is not None:
+            with pytest.raises(WrongError) as raised:
+                list(run_sweep(setups, arena, said.append))
+            assert said == []
+            return str(raised.value)
+        documents = [report.as_json() for report in run_sweep(setups, arena, said.append)]
+        return documents, said
+
+
+def test_a_sweep(cpu_pool: RankPool) -> None:
+    (first, both), said = same(cpu_pool.run(sweep, None, world_size=2))
+    assert both["kind"] == "sweep"
+    assert first["points"] == both["points"][:1]
+    assert [each["routing"] for each in both["points"]] == ["uniform", "one_rank"]
+    assert len(said) == 2
+    for each in both["points"]:
+        names = [(pair["pass"], pair["dispatch"], pair["combine"]) for pair in each["pairs"]]
+        assert names == [(w.value, pair.dispatch.value, pair.combine.value) for w in PASSES for pair in PAIRS]
+        assert all(pair["median_us"] > 0 and pair["how"] == "eager" for pair in each["pairs"])
+        assert min(each["over_best"].values()) >= 1
+        chosen = choose_modes(EPConfig(), Workload(world_size=2, top_k=1, num_experts=2))
+        assert each["predicted"] == {"dispatch": chosen.dispatch.value, "combine": chosen.combine.value}
+        assert each["picked"].items() <= each["profile"]["config"].items()
+
+
+def same(found: list[Any]) -> Any:
+    assert all(of_rank == found[0] for of_rank in found)
+    return found[0]
+
+
+def test_a_sweep_with_a_wrong_pair_says_nothing_of_the_point(cpu_pool: RankPool) -> None:
+    assert same(cpu_pool.run(sweep, DispatchMode.RANK_DEDUP, world_size=2)).startswith(
+        "rank 1: rank_dedup, all_to_all: y: "
+    )
+
+
+def test_how_a_pair_is_launched() -> None:
+    gpu, cpu = (
+        SimpleNamespace(on_gpu=True, behind_work=How.QUEUED),
+        SimpleNamespace(on_gpu=False, behind_work=How.EAGER),
+    )
+    small = replace(SHAPE, tokens=MOST_SLOTS_OF_GRAPHS // 2, top_k=2)
+    large = replace(small, tokens=small.tokens + 1)
+    assert how_of(gpu, "fast", small) is How.GRAPH
+    assert how_of(gpu, "fast", large) is How.QUEUED
+    assert how_of(gpu, "reference", small) is How.QUEUED
+    assert how_of(cpu, "fast", small) is How.EAGER
+
+
+@pytest.mark.parametrize(
+    ("backend", "tokens", "few"), [("fast", 127, True), ("fast", 128, False), ("reference", 1, False)]
+)
+def test_few_tokens_are_said_to_be_few(backend: str, tokens: int, few: bool) -> None:
+    lines = setup_of({}, 2, backend, replace(SHAPE, tokens=tokens)).lines()
+    assert lines[0].startswith(f"T,H,I,E,K = {2 * tokens},")
+    assert [line.split(" are few")[0] for line in lines[2:]] == ([f"note: {tokens} tokens a rank"] if few else [])

@@ -1,0 +1,221 @@
+"""The command line as its user meets it: output, exit codes, several ranks, wrong words, Ctrl-C."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from limits import HANG_SECONDS
+
+import sonic_ep.cli.verify as verify_module
+from sonic_ep import ExpertParallel
+from sonic_ep.backend import unavailable_reasons
+from sonic_ep.cli import main
+from sonic_ep.cli.doctor import can_run
+from sonic_ep.cli.exit_codes import FAIL, INTERRUPTED, PASS, WRONG_ARGUMENTS
+from sonic_ep.cli.launch import joined_group, launched_by_torchrun
+from sonic_ep.cli.verify import CONFIGS, chosen_cases, fitting_cases
+from sonic_ep.distributed.group import EPGroup
+from sonic_ep.testing import CASES, Accuracy, Case, Errors
+
+COMMAND = [sys.executable, "-m", "sonic_ep"]
+ALONE = EPGroup(rank=0, world_size=1)
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=HANG_SECONDS)
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == PASS
+    out = capsys.readouterr().out
+    assert f"torch             {version('torch')}" in out
+    assert "backend reference can run here" in out
+    assert main(["doctor", "--backend", "reference"]) == PASS
+    reasons = unavailable_reasons("fast", ALONE)
+    assert f"backend fast      {'cannot run here:' if reasons else 'can run here'}" in out
+    assert all(f"    - {reason}" in out for reason in reasons)
+    assert main(["doctor", "--backend", "fast"]) == (FAIL if reasons else PASS)
+
+
+def test_a_machine_is_healthy_if_what_was_asked_for_can_run() -> None:
+    reasons = {"fast": ("no GPU",), "reference": ()}
+    assert [can_run(reasons, backend) for backend in (None, "fast", "reference")] == [True, False, True]
+    assert not can_run({"fast": ("no GPU",)}, None)
+
+
+def test_verify_on_one_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--case", "top_1", "--case", "uniform_bf16"]) == PASS
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines[1:5]] == [
+        ["uniform_bf16", "moe_routed", "36"],
+        ["uniform_bf16", "moe", "36"],
+        ["top_1", "moe_routed", "36"],
+        ["top_1", "moe", "36"],
+    ]
+    assert all(line.endswith("PASS") for line in lines[1:5])
+    assert lines[5].startswith("144 runs, 0 failures")
+
+
+def test_verify_on_several_ranks_and_a_given_shape() -> None:
+    done = run("verify", "--nproc", "3", "--thiek", "50,32,16,12,4", "--dtype", "bfloat16")
+    assert done.returncode == PASS, done.stderr
+    assert done.stdout.count("T50-H32-I16-E12-K4") == 2
+    assert "72 runs, 0 failures" in done.stdout
+
+
+def out_of_bounds(case: Case, ep: ExpertParallel, device: torch.device) -> list[Accuracy]:
+    bad, bound = Errors(norm=1.0, worst_row=1.0), Errors(norm=0.5, worst_row=0.5)
+    return [Accuracy(name="y", got=bad, bound=bound), Accuracy(name="dx", got=bound, bound=bound)]
+
+
+def test_verify_fails_if_one_finding_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(verify_module, "ENTRIES", {"moe": out_of_bounds})
+    assert main(["verify", "--case", "uniform", "--backend", "reference"]) == FAIL
+    _, line, first, *_, last = capsys.readouterr().out.splitlines()
+    assert line.split() == ["uniform", "moe", "36", "2.00", "y", "FAIL"]
+    assert first.startswith("    EPConfig(dispatch=")
+    assert "y: relative error 1 (at most 0.5)" in first
+    assert last.startswith("36 runs, 36 failures, ")
+
+
+def test_a_rank_set_by_somebody_else_is_not_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not launched_by_torchrun()
+    with joined_group() as place:
+        assert (place.rank, place.world_size) == (0, 1)
+
+
+def test_a_reader_that_stops_early_sees_no_traceback() -> None:
+    words = [*COMMAND, "verify", "--case", "top_1"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stderr is not None
+        writer.stdout.readline()
+        writer.stdout.close()
+        assert writer.stderr.read() == ""
+        assert writer.wait(timeout=HANG_SECONDS) == FAIL
+
+
+def test_every_mode_pair_and_flag_is_verified() -> None:
+    assert len(set(CONFIGS)) == 3 * 3 * 2 * 2
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5, 7, 8, 16])
+def test_cases_are_made_to_fit_any_number_of_ranks(world_size: int) -> None:
+    fitted = fitting_cases(world_size)
+    assert [case.name for case in fitted] == list(CASES)
+    for case in fitted:
+        assert case.num_experts % world_size == 0
+        assert 1 <= case.top_k <= case.num_experts
+    chosen = chosen_cases(argparse.Namespace(case=["top_1"], thiek=None), world_size)
+    assert [case.name for case in chosen] == ["top_1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the following arguments are required: command"),
+        (["tidy"], "invalid choice: 'tidy'"),
+        (["bench"], "invalid choice: 'bench'"),
+        (["verify", "--nproc", "0"], "got '0', expected a whole number of at least 1"),
+        (["verify", "--nproc", "two"], "got 'two', expected a whole number of at least 1"),
+        (["verify", "--thiek", "1,2,3"], "got 3 numbers in '1,2,3', expected five: T,H,I,E,K"),
+        (["verify", "--thiek", "8,8,8,4,5"], "got K=5, expected at most E=4"),
+        (["verify", "--case", "nothing"], "invalid choice: 'nothing'"),
+        (["verify", "--backend", "turbo"], "invalid choice: 'turbo'"),
+        (["verify", "--d", "bfloat16"], "unrecognized arguments: --d bfloat16"),
+    ],
+)
+def test_wrong_words(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == WRONG_ARGUMENTS
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (
+            ["--thiek", "8,8,8,4,2", "--nproc", "3"],
+            WRONG_ARGUMENTS,
+            "got E=4, expected a multiple of the 3 ranks",
+        ),
+        (
+            ["--thiek", "8,8,8,4,2", "--case", "top_1"],
+            WRONG_ARGUMENTS,
+            "got --case and --thiek, expected one or the other",
+        ),
+        pytest.param(
+            *(["--backend", "fast", "--nproc", "4"], FAIL, "backend 'fast' cannot run here: "),
+            marks=pytest.mark.skipif(not unavailable_reasons("fast", ALONE), reason="needs a machine without GPUs"),
+        ),
+    ],
+)
+def test_what_cannot_be_verified_is_said_once(
+    words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = time.monotonic()
+    assert main(["verify", *words]) == code
+    assert time.monotonic() - started < 5
+    assert capsys.readouterr().err.count(message) == 1
+
+
+def test_demo_shows_the_rows_and_verifies() -> None:
+    done = run("demo", "--nproc", "2")
+    assert done.returncode == PASS, done.stderr
+    assert "2 ranks on" in done.stdout
+    assert "tokens of rank 0 return as [0.0, 1.0, 2.0, 3.0]" in done.stdout
+    assert "0 failures" in done.stdout
+
+
+def test_ctrl_c_ends_every_rank() -> None:
+    words = [*COMMAND, "verify", "--nproc", "2"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launched:
+        assert launched.stdout is not None
+        assert "verdict" in launched.stdout.readline()
+        ranks = children(launched.pid)
+        assert len(ranks) == 2
+        launched.send_signal(signal.SIGINT)
+        assert launched.wait(timeout=20) == INTERRUPTED
+    assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(status.parent.name))
+    return found
+
+
+def test_without_triton_the_commands_of_the_reference_run() -> None:
+    """Triton has no wheels for some systems; "doctor" is what says so."""
+    program = (
+        "import importlib.metadata as metadata, sys\n"
+        "def version(name, found=metadata.version):\n"
+        "    if name == 'triton': raise metadata.PackageNotFoundError(name)\n"
+        "    return found(name)\n"
+        "metadata.version, sys.modules['triton'] = version, None\n"
+        "from sonic_ep.cli import main\n"
+        "sys.exit(main(['doctor', '--backend=reference']) or main(['profile', '--no-cache']))"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG_SECONDS, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "triton is not installed" in done.stdout
+    assert "backend reference" in done.stdout
