@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,7 +68,8 @@ class NetworkProfiler:
         self._checker.require(fits, "cache", repr(cache), "a Path, or None for no cache")
         require_rates(self._checker, rates)
         self._rounds, self._rates = rounds, rates
-        self._cache = None if cache is None or rates is not None else Cache(folder=Path(cache))
+        keeps = rates is None and ep.rank == 0
+        self._cache = Cache(folder=Path(cache)) if keeps and cache is not None else None
         self._machines: dict[torch.device, Machine] = {}
 
     def profile(
@@ -112,7 +114,13 @@ class NetworkProfiler:
 
         request = in_step(group, checked, ValueError)
         agreed = self._agreed(request)
-        return self._cached(agreed) or self._measured(request, agreed)
+        key = agreed.key(self._ep.config, self._process_group())
+        if report := gathered(group, self._cached(agreed, key))[0]:
+            return replace(report, from_cache=True)
+        report = self._measured(request, agreed)
+        if self._cache is not None:
+            self._cache.write(key, report)
+        return report
 
     def _agreed(self, request: ProfileRequest) -> GroupRequest:
         """Collective. Raises ``ValueError`` on every rank if ranks ask for different things."""
@@ -130,15 +138,12 @@ class NetworkProfiler:
         self._checker.require(some, "tokens", "none on any rank", "at least one in the group")
         return agreed
 
-    def _cached(self, agreed: GroupRequest) -> ProfileReport | None:
-        """Collective. The profile that rank 0 finds in the cache, on every rank."""
-        found = None
-        if self._cache is not None and self._ep.rank == 0:
-            config, backend = self._ep.config, self._ep.backend
-            require = partial(require_answer, shape=agreed.shape, backend=backend, config=config)
-            found = self._cache.read(agreed.key(config, self._process_group()), require)
-        report = gathered(self._ep.group, found)[0]
-        return None if report is None else replace(report, from_cache=True)
+    def _cached(self, agreed: GroupRequest, key: dict[str, Any]) -> ProfileReport | None:
+        """What rank 0 finds in the cache; None on the other ranks."""
+        if self._cache is None:
+            return None
+        require = partial(require_answer, shape=agreed.shape, backend=self._ep.backend, config=self._ep.config)
+        return self._cache.read(key, require)
 
     def _measured(self, request: ProfileRequest, agreed: GroupRequest) -> ProfileReport:
         group, device, rates = self._ep.group, request.device, self._rates
@@ -153,8 +158,6 @@ class NetworkProfiler:
 
         report = gathered(group, in_step(group, judge, AboveCeilingError))[0]
         assert report is not None
-        if self._cache is not None and self._ep.rank == 0:
-            self._cache.write(agreed.key(self._ep.config, self._process_group()), report)
         return report
 
     def _timed(self, request: ProfileRequest, agreed: GroupRequest) -> tuple[list[Timing], Answers]:
