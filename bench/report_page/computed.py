@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from schema import Document, Layer, PairTimes, Point, ShapeRecord, Suite, Sweep
 
-from report_page.load import Documents
 from report_page.selection import FORWARD, FORWARD_AND_BACKWARD, UNIFORM
 from sonic_ep.config import EPConfig, ModePair
 from sonic_ep.cost import Rates, Workload, choose_modes, combine_seconds_per_byte, dispatch_seconds_per_byte
@@ -36,37 +36,28 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Winner:
-    """What a sweep timed at one point, the fastest pair first."""
-
-    sweep: Sweep
-    shape: ShapeRecord
-    pairs: list[PairTimes]
-
-    @property
-    def best(self) -> PairTimes:
-        """The fastest."""
-        return self.pairs[0]
-
-
-@dataclass(frozen=True, kw_only=True)
 class GridCell:
-    """The pair that the cost rule chooses at one W and K, and the fastest one where it was measured."""
+    """The pair that the cost rule chooses at one W and K. measured: what a sweep timed there, the fastest pair first.
+
+    sweep, point: where it was measured; None where it was not.
+    """
 
     world_size: int
     top_k: int
     computed: ModePair
-    measured: Winner | None
+    measured: list[PairTimes]
+    sweep: Sweep | None
+    point: Point | None
 
     @property
     def shown(self) -> ModePair:
         """The measured pair where there is one."""
-        return self.computed if self.measured is None else self.measured.best.pair
+        return self.measured[0].pair if self.measured else self.computed
 
     @property
     def how_known(self) -> str:
         """Whether the shown pair was measured."""
-        return "computed" if self.measured is None else "measured"
+        return "measured" if self.measured else "computed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +99,10 @@ def identity(document: Document) -> tuple[str | None, int]:
     return document.environment.gpu, document.environment.world_size
 
 
-def machines(documents: Documents) -> list[Machine]:
+def machines(documents: Sequence[Document]) -> list[Machine]:
     """Those whose rates are known, in the order in which they first appear."""
     found: dict[tuple[str | None, int], Machine] = {}
-    for document in documents.everything:
+    for document in documents:
         rates = None if document.environment.shares_gpus else document.rates_gb_per_s.for_costs()
         known = found.get(identity(document))
         newer = known is None or document.environment.date > known.document.environment.date
@@ -141,7 +132,7 @@ def at_world_size(shape: ShapeRecord, world_size: int, rates: Rates) -> AtWorldS
     )
 
 
-def extrapolations(documents: Documents) -> list[Extrapolation]:
+def extrapolations(documents: Sequence[Document]) -> list[Extrapolation]:
     """One for each machine and each of its layer shapes."""
     return [
         _extrapolation(machine, shape) for machine in machines(documents) for shape in layer_shapes(documents, machine)
@@ -159,9 +150,9 @@ def _extrapolation(machine: Machine, shape: ShapeRecord) -> Extrapolation:
     )
 
 
-def layer_shapes(documents: Documents, machine: Machine) -> list[ShapeRecord]:
+def layer_shapes(documents: Sequence[Document], machine: Machine) -> list[ShapeRecord]:
     """Shapes of the layers timed on ``machine``; without any, those of its suites, or its largest sweep's."""
-    here = [document for document in documents.everything if identity(document) == machine.identity]
+    here = [document for document in documents if identity(document) == machine.identity]
     layers = [layer.setup.rank_shape for layer in here if isinstance(layer, Layer)]
     entries = [entry.shape for suite in here if isinstance(suite, Suite) for entry in suite.entries]
     swept = [point.shape for _, point in _uniform_points(documents, machine)]
@@ -169,7 +160,7 @@ def layer_shapes(documents: Documents, machine: Machine) -> list[ShapeRecord]:
     return list(dict.fromkeys(layers or [shape for shape in entries if shape.intermediate is not None] or largest))
 
 
-def winner_grids(documents: Documents) -> list[WinnerGrid]:
+def winner_grids(documents: Sequence[Document]) -> list[WinnerGrid]:
     """One for each machine and each E of its sweeps, or of its layers where it has no sweep."""
     grids = []
     for machine in machines(documents):
@@ -182,41 +173,34 @@ def winner_grids(documents: Documents) -> list[WinnerGrid]:
 def _grid(
     machine: Machine, num_experts: int, shapes: list[ShapeRecord], points: list[tuple[Sweep, Point]]
 ) -> WinnerGrid:
-    own = machine.world_size
-    sizes = [size for size in sorted({own, *GRID_WORLD_SIZES}) if size > 1 and num_experts % size == 0]
+    sizes = [size for size in sorted({machine.world_size, *GRID_WORLD_SIZES} - {1}) if num_experts % size == 0]
     swept = {shape.top_k for shape in shapes if shape.num_experts == num_experts}
-    cells = [
-        GridCell(
-            world_size=size,
-            top_k=top_k,
-            computed=choose_modes(
-                EPConfig(), Workload(world_size=size, top_k=top_k, num_experts=num_experts), machine.rates
-            ),
-            measured=_winner(points, num_experts, top_k) if size == own else None,
-        )
-        for top_k in sorted(swept | set(GRID_TOP_K))
-        if top_k <= num_experts
-        for size in sizes
-    ]
-    return WinnerGrid(machine=machine, num_experts=num_experts, cells=cells)
+    choices = [top_k for top_k in sorted(swept | set(GRID_TOP_K)) if top_k <= num_experts]
+    loads = [Workload(world_size=size, top_k=top_k, num_experts=num_experts) for top_k in choices for size in sizes]
+    return WinnerGrid(machine=machine, num_experts=num_experts, cells=[_cell(machine, load, points) for load in loads])
 
 
-def _winner(points: list[tuple[Sweep, Point]], num_experts: int, top_k: int) -> Winner | None:
-    """Of the largest point with this E and K: of forward and backward together where that was timed."""
-    fitting = [(s, p) for s, p in points if (p.shape.num_experts, p.shape.top_k) == (num_experts, top_k)]
-    if not fitting:
-        return None
-    sweep, point = max(fitting, key=lambda found: found[1].shape.rank_bytes)
-    pairs = point.fastest(FORWARD_AND_BACKWARD) or point.fastest(FORWARD)
-    return Winner(sweep=sweep, shape=point.shape, pairs=pairs) if pairs else None
+def _cell(machine: Machine, load: Workload, points: list[tuple[Sweep, Point]]) -> GridCell:
+    """Measured at the largest point with this W, E and K: forward and backward together where that was timed."""
+    here = (load.world_size, load.num_experts, load.top_k)
+    fitting = [(s, p) for s, p in points if (machine.world_size, p.shape.num_experts, p.shape.top_k) == here]
+    sweep, point = max(fitting, key=lambda found: found[1].shape.rank_bytes, default=(None, None))
+    return GridCell(
+        world_size=load.world_size,
+        top_k=load.top_k,
+        computed=choose_modes(EPConfig(), load, machine.rates),
+        measured=point.fastest(FORWARD_AND_BACKWARD) or point.fastest(FORWARD) if point else [],
+        sweep=sweep,
+        point=point,
+    )
 
 
-def _uniform_points(documents: Documents, machine: Machine) -> list[tuple[Sweep, Point]]:
+def _uniform_points(documents: Sequence[Document], machine: Machine) -> list[tuple[Sweep, Point]]:
     """Points that may stand beside computed cells: the cost rule is that of the fast backend and uniform routing."""
     return [
         (sweep, point)
-        for sweep in documents.of(Sweep)
-        if identity(sweep) == machine.identity
+        for sweep in documents
+        if isinstance(sweep, Sweep) and identity(sweep) == machine.identity
         for point in sweep.points
         if point.routing == UNIFORM and point.profile.backend == "fast"
     ]

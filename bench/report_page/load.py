@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-from schema import Document, Environment, Untimed, printable, read
+from schema import Document, Environment, Layer, Profile, ProfileDocument, Untimed, printable, read
 
 from sonic_ep.machine import FLATTERED_WORLD_SIZE, TWO_GPUS_NOTE
 
-DocumentT = TypeVar("DocumentT", bound=Document)
 DAY_LETTERS = len("2026-01-31")
 HASH_LETTERS, FULL_HASH_LETTERS = 10, 40
 SHARED = "Beware: ranks took turns on a GPU, these times say nothing about a GPU for each."
 NO_GPU = "Beware: measured on the CPU, these times say nothing about a GPU."
 
 
-@dataclass(frozen=True, kw_only=True)
-class Documents:
-    """The documents with times, in the order given. passed_over: names of the other files."""
+def load(paths: Sequence[Path]) -> tuple[list[Document], list[str]]:
+    """The documents with times, in the order given, and the names of the other files.
 
-    everything: tuple[Document, ...]
-    passed_over: tuple[str, ...] = ()
-
-    def of(self, kind: type[DocumentT]) -> list[DocumentT]:
-        """Those of one kind."""
-        return [document for document in self.everything if isinstance(document, kind)]
-
-
-def load(paths: Sequence[Path]) -> Documents:
-    """Reads the files. Raises ``ValueError`` for the first thing wrong, and if no document has times."""
+    Raises ``ValueError`` for the first thing wrong, and if no document has times.
+    """
     found = [read(path, name) for path, name in zip(paths, file_names(paths), strict=True)]
-    timed = tuple(document for document in found if not isinstance(document, Untimed))
+    timed = [document for document in found if not isinstance(document, Untimed)]
     if not timed:
         names = ", ".join(document.file for document in found)
         raise ValueError(f"{names}: expected a document with times: suite, profile, layer or sweep")
-    return Documents(everything=timed, passed_over=tuple(d.file for d in found if isinstance(d, Untimed)))
+    return timed, [document.file for document in found if isinstance(document, Untimed)]
 
 
 def file_names(paths: Sequence[Path]) -> list[str]:
@@ -86,3 +74,23 @@ def caveats(documents: Iterable[Document]) -> list[str]:
         NO_GPU: len(on_gpus) < len(environments),
     }
     return [text for text, so in applies.items() if so]
+
+
+def summary(documents: Sequence[Document]) -> str:
+    """How many files there are, of which machines and days."""
+    environments = [document.environment for document in documents]
+    machines = dict.fromkeys(f"{e.gpu or 'no GPU'}, W={e.world_size}" for e in environments)
+    days = sorted({e.date[:DAY_LETTERS] for e in environments})
+    files = "1 file" if len(documents) == 1 else f"{len(documents)} files"
+    span = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    return f"{files}; {'; '.join(machines)}; {span}. Times are medians over rounds of the slowest rank."
+
+
+def profiles(documents: Sequence[Document]) -> dict[Profile, list[Document]]:
+    """The documents with each profile of its own file or of a layer: the cache may give one profile to several runs."""
+    found: dict[Profile, list[Document]] = {}
+    for kind in (ProfileDocument, Layer):
+        for document in documents:
+            if isinstance(document, kind) and document.profile is not None:
+                found.setdefault(document.profile, []).append(document)
+    return found
