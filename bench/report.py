@@ -29,9 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     output: Path = options.output
-    folder: Path = options.png_folder or output.with_name(f"{output.stem}_png")
     try:
         _check(output, options.files)
+        folder: Path = options.png_folder or output.with_name(f"{output.stem}_png")
         documents, passed_over = load(options.files)
         figures = write_report(documents, output, folder)
     except ValueError as error:

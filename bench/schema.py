@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct, field
+from msgspec.structs import replace
 
 from sonic_ep.config import AUTO, CombineMode, DispatchMode, EPConfig, ModePair
 from sonic_ep.cost import Rates
@@ -452,7 +453,7 @@ KINDS: dict[str, type[Document]] = {
 def write(document: Document, path: Path) -> None:
     """As JSON; makes folders. Raises ``OSError``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n")
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(replace(document, file="")), indent=2) + b"\n")
 
 
 def read(path: Path, name: str | None = None) -> Document:

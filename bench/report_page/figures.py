@@ -86,7 +86,7 @@ def breakdown(figure: Figure, found: tuple[LayerGroup, str]) -> None:
     """One stacked bar for each layer, and marks for its time and for the GEMMs alone with the link."""
     group, pass_name = found
     bars = group.breakdowns(pass_name)
-    axes = _axes(figure, 1.2 + 0.5 * len(bars))
+    axes = _axes(figure, 1.4 + 0.5 * len(bars))
     for place, (layer, parts) in enumerate(bars.values()):
         end = 0.0
         for name, us in parts.items():
@@ -209,7 +209,7 @@ def _legend(axes: Axes) -> None:
     """Above the axes, each label once."""
     handles, names = axes.get_legend_handles_labels()
     once = dict(zip(names, handles, strict=True))
-    axes.legend(once.values(), once.keys(), loc="lower left", bbox_to_anchor=(0, 1.02), ncols=7)
+    axes.legend(once.values(), once.keys(), loc="lower left", bbox_to_anchor=(0, 1.02), ncols=4)
 
 
 def _name_bars(axes: Axes, labels: Sequence[str]) -> None:

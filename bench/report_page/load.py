@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from schema import Document, Environment, Layer, Profile, ProfileDocument, Untimed, printable, read
+from msgspec.structs import replace
+from schema import Document, Environment, Layer, Profile, ProfileDocument, RatesRecord, Untimed, printable, read
 
 from sonic_ep.machine import FLATTERED_WORLD_SIZE, TWO_GPUS_NOTE
 
@@ -92,5 +93,7 @@ def profiles(documents: Sequence[Document]) -> dict[Profile, list[Document]]:
     for kind in (ProfileDocument, Layer):
         for document in documents:
             if isinstance(document, kind) and document.profile is not None:
-                found.setdefault(document.profile, []).append(document)
+                # A file of its own names its rates as the profile's.
+                profile = replace(document.profile, rates_gb_per_s=RatesRecord())
+                found.setdefault(profile, []).append(document)
     return found

@@ -22,7 +22,6 @@ from sonic_ep.cli.doctor import Health, examine
 from sonic_ep.cli.exit_codes import GREEN, INTERRUPTED, RED, WRONG_ARGUMENTS
 from sonic_ep.cli.launch import joined_group, launch, launched_by_torchrun, ranks_of
 from sonic_ep.cli.profile import add_profile
-from sonic_ep.cli.report import add_report
 from sonic_ep.cli.sweep import add_sweep
 from sonic_ep.cli.verify import chosen_cases, verify_cases
 from sonic_ep.cli.words import DTYPES, add_nproc, thiek_word
@@ -72,7 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     add_bench(commands.add_parser("bench", help="the layer end to end: verified, profiled, then timed"))
     add_profile(commands.add_parser("profile", help="time every mode at a shape and name the fastest pair"))
     add_sweep(commands.add_parser("sweep", help="profile and layer with every pair of modes, over sizes and routings"))
-    add_report(commands.add_parser("report", help="results as one page of HTML, and its figures as PNGs"))
     _add_demo(commands.add_parser("demo", help="route a handful of tokens over four ranks and show every step"))
     return parser
 
