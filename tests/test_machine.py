@@ -9,8 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import sonic_ep.machine as module
-from sonic_ep.machine import code_digest, commit, link_types, output_of, package_version, this_machine, topology
+import sonic_ep.profiler.machine as module
+from sonic_ep.profiler.machine import (
+    code_digest,
+    commit,
+    link_types,
+    output_of,
+    package_version,
+    this_machine,
+    topology,
+)
 
 GIT = ["git", "-c", "user.name=nobody", "-c", "user.email=nobody@example.com"]
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

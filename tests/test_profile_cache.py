@@ -13,19 +13,23 @@ import torch
 from profiles import Asked, profile
 
 import sonic_ep.profiler.cache as cache_module
-import sonic_ep.profiler.measuring as measuring
 import sonic_ep.profiler.profiler as profiler_module
 from sonic_ep import DispatchMode, EPConfig, ExpertParallel, NetworkProfiler, ProfileReport
 from sonic_ep.cost import LinkCeilings
-from sonic_ep.machine import Machine
 from sonic_ep.profiler.cache import Cache
-from sonic_ep.profiler.request import Offer, key_of
+from sonic_ep.profiler.machine import Machine
+from sonic_ep.profiler.request import GroupRequest, RequestSummary
+from sonic_ep.profiler.timing import RoundTimer
 from sonic_ep.testing import Rank, RankPool
 
 KEY = {"machines": ["here"], "tokens": [5]}
 MACHINE = Machine(gpu="GPU", gpus=2, link="NVLink", torch="2", triton="3", cuda="13", nccl="2", driver="5", code="abc")
-OFFER = Offer(alike={"hidden": 16, "rounds": None}, tokens=5, machine=MACHINE, gpu="host 0", ids="1f")
+SUMMARY = RequestSummary(alike={"hidden": 16, "rounds": None}, tokens=5, machine=MACHINE, gpu="host 0", ids="1f")
 IDS = torch.tensor([[0, 1]] * 5)
+
+
+def key_of(summaries: list[RequestSummary], config: EPConfig | None = None, by: str = "nccl") -> str:
+    return json.dumps(GroupRequest(summaries=tuple(summaries)).key(config or EPConfig(), by))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,7 @@ def poisoned(patched: pytest.MonkeyPatch) -> None:
     def measure(*arguments: Any, **options: Any) -> Any:
         raise NotImplementedError("measured, although there is a profile")
 
-    patched.setattr(measuring, "measure_in_turn", measure)
+    patched.setattr(RoundTimer, "time", measure)
     patched.setattr(profiler_module, "measured_ceilings", measure)
     patched.setattr(ExpertParallel, "dispatch", measure)
 
@@ -90,23 +94,20 @@ def test_given_ids_are_part_of_the_key(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", Machine.__dataclass_fields__)
 def test_every_property_of_any_ranks_machine_is_part_of_the_key(name: str) -> None:
-    other = replace(OFFER, machine=replace(MACHINE, **{name: 3 if name == "gpus" else "another"}))
-    keys = [key_of(offers, EPConfig(), "nccl") for offers in ([OFFER, OFFER], [OFFER, other])]
-    assert keys[0] != keys[1]
+    other = replace(SUMMARY, machine=replace(MACHINE, **{name: 3 if name == "gpus" else "another"}))
+    assert key_of([SUMMARY, SUMMARY]) != key_of([SUMMARY, other])
 
 
 def test_ranks_and_how_they_are_placed_are_part_of_the_key() -> None:
-    apart = replace(OFFER, gpu="host 1")
+    apart = replace(SUMMARY, gpu="host 1")
     groups = (
-        [OFFER],
-        [OFFER, OFFER],
-        [OFFER, apart],
-        [OFFER, replace(OFFER, tokens=4)],
-        [OFFER, replace(OFFER, ids="2e")],
+        [SUMMARY],
+        [SUMMARY, SUMMARY],
+        [SUMMARY, apart],
+        [SUMMARY, replace(SUMMARY, tokens=4)],
+        [SUMMARY, replace(SUMMARY, ids="2e")],
     )
-    keys = [json.dumps(key_of(offers, EPConfig(), "nccl")) for offers in groups]
-    keys += [json.dumps(key_of([OFFER], EPConfig(combine="all_to_all"), "nccl"))]
-    keys += [json.dumps(key_of([OFFER], EPConfig(), "gloo"))]
+    keys = [*map(key_of, groups), key_of([SUMMARY], EPConfig(combine="all_to_all")), key_of([SUMMARY], by="gloo")]
     assert len(set(keys)) == len(keys)
     assert [json.loads(key)["ranks_per_gpu"] for key in keys[:3]] == [1, 2, 1]
 

@@ -13,15 +13,15 @@ from backends import both_backends
 from profiles import SIZES, Asked, profile, profile_on_rank, said_by
 
 import sonic_ep
-import sonic_ep.profiler.measuring as measuring
 import sonic_ep.profiler.profiler as profiler_module
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel, NetworkProfiler, ProfileReport
 from sonic_ep.cost import LinkCeilings
 from sonic_ep.profiler import WrongResultError, default_device
-from sonic_ep.profiler.measuring import FEWEST_ROUNDS, MOST_ROUNDS, Stage
-from sonic_ep.profiler.times import EVERY_MODE, EVERY_PAIR
+from sonic_ep.profiler.problem import ProfileInputs, ProfileTokens, draw_rows
+from sonic_ep.profiler.profiler import FEWEST_ROUNDS, MOST_ROUNDS
+from sonic_ep.profiler.report import EVERY_MODE, EVERY_PAIR, ProfileShape
+from sonic_ep.profiler.timing import AboveCeilingError, RoundTimer, Timing
 from sonic_ep.testing import Rank, RankPool
-from sonic_ep.testing.timing import AboveCeilingError, Timing
 
 CPU = torch.device("cpu")
 # Of three ranks: dropped slots, a token without any, an expert twice, and a rank without tokens.
@@ -198,7 +198,7 @@ def refuse_to_time(patched: Any, rank: int) -> None:
     def measure(*arguments: Any, **options: Any) -> Any:
         raise NotImplementedError("timed, although a result is wrong")
 
-    patched.setattr(measuring, "measure_in_turn", measure)
+    patched.setattr(RoundTimer, "time", measure)
     spoil_call("dispatch", spoil_early, patched, rank)
 
 
@@ -275,10 +275,10 @@ def profile_under_ceilings(rank: Rank) -> ProfileReport:
 
 def profile_with_own_numbers(rank: Rank) -> ProfileReport:
     """As if each rank had measured something else: on rank r, pair r is the fastest, and mode r."""
-    honest = measuring.measure_in_turn
+    honest = RoundTimer.time
 
-    def own(functions: Any, **options: Any) -> list[Timing]:
-        timings = honest(functions, **options)
+    def own(timer: RoundTimer, functions: Any, **options: Any) -> list[Timing]:
+        timings = honest(timer, functions, **options)
         modes = len(EVERY_MODE)
         fastest = (rank.rank, modes + 2 * rank.rank)
         return [
@@ -287,7 +287,7 @@ def profile_with_own_numbers(rank: Rank) -> ProfileReport:
         ]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(measuring, "measure_in_turn", own)
+        patched.setattr(RoundTimer, "time", own)
         return profile(Asked(), rank.rank, rank.device)
 
 
@@ -296,28 +296,48 @@ def test_rank_0_decides(cpu_pool: RankPool) -> None:
     assert (report.config.dispatch, report.config.combine) == EVERY_PAIR[0]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "fewest", "rounds"),
-    [(0.0, FEWEST_ROUNDS, MOST_ROUNDS), (0.125, FEWEST_ROUNDS, 12), (2.0, FEWEST_ROUNDS, FEWEST_ROUNDS), (2.0, 1, 1)],
-)
-def test_as_many_rounds_as_there_is_time_for(
-    monkeypatch: pytest.MonkeyPatch, seconds: float, fewest: int, rounds: int
-) -> None:
-    asked: list[int] = []
-    clock = iter([0.0, seconds])
-    monkeypatch.setattr(measuring, "measure_in_turn", lambda functions, **options: asked.append(options["rounds"]))
-    monkeypatch.setattr(measuring, "perf_counter", lambda: next(clock))
-    with ExpertParallel(backend="reference") as lane:
-        stage = Stage(lane=lane, device=CPU, fewest_rounds=fewest)
-        assert stage.rounds_for([]) == rounds
-    assert asked == [1]
-
-
 def test_rounds_adapt(cpu_pool: RankPool) -> None:
     report = same_everywhere(cpu_pool.run(profile_on_rank, Asked(rounds=None), world_size=2))
     rounds = {timed.spread.rounds for timed in (*report.modes, *report.pairs)}
     assert len(rounds) == 1
     assert FEWEST_ROUNDS <= rounds.pop() <= MOST_ROUNDS
+
+
+def fail_to_judge(patched: Any, rank: int) -> None:
+    """Rank 0, which alone judges, fails at it."""
+
+    def judge(*arguments: Any) -> Any:
+        raise RuntimeError("no judgement" if rank == 0 else "judged beside rank 0")
+
+    patched.setattr(profiler_module, "mode_times", judge)
+
+
+def test_an_error_in_judging_reaches_all(cpu_pool: RankPool) -> None:
+    said = cpu_pool.run(said_by, Asked(), RuntimeError, fail_to_judge, world_size=2)
+    assert said == ["rank 0 of 2: no judgement"] * 2
+
+
+def test_inputs() -> None:
+    """Rows after the valid ones are NaN, and changed inputs differ until they are restored exactly."""
+    shape = ProfileShape(tokens=(3,), hidden=16, top_k=2, num_experts=6, dtype="bfloat16", routing="given")
+    given = GIVEN[0]["routing"]
+    tokens = ProfileTokens.of(given.clone(), shape, 0)
+    with ExpertParallel(backend="reference") as ep:
+        plan = ep.plan(given, 6)
+    # A slot is dropped, so there is a place more than there are rows.
+    assert plan.row_capacity == plan.rows() + 1
+    rows_RH = draw_rows(plan, shape)
+    assert rows_RH.shape == (plan.row_capacity, 16)
+    assert rows_RH[: plan.rows()].isfinite().all()
+    assert rows_RH[plan.rows() :].isnan().all()
+    before = [tensor.clone() for tensor in (tokens.x_TH, rows_RH.view(torch.int16))]
+    with ProfileInputs(tokens=tokens, num_experts=6, plan=plan, rows_RH=rows_RH).changed():
+        assert tokens.ids_TK.tolist() == [[1, 0], [-1, 3], [4, 4]]
+        assert torch.equal(tokens.x_TH, -before[0])
+        assert (rows_RH.view(torch.int16) != before[1]).all()
+    assert torch.equal(tokens.ids_TK, given)
+    assert torch.equal(tokens.x_TH, before[0])
+    assert torch.equal(rows_RH.view(torch.int16), before[1])
 
 
 def test_exported_when_asked_for() -> None:

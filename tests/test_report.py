@@ -27,7 +27,7 @@ from report_documents import (
 )
 from report_page.page import render, write_report
 
-from sonic_ep.machine import TWO_GPUS_NOTE
+from sonic_ep.profiler.machine import TWO_GPUS_NOTE
 
 BENCH = Path(__file__).parents[1] / "bench"
 REAL = BENCH / "results" / "2xH100_suite.json"

@@ -27,7 +27,7 @@ from report_page.selection import bandwidths, labels, longest_row
 from report_page.spread import between_words, measurements, repeated
 
 from sonic_ep.config import CombineMode, DispatchMode
-from sonic_ep.machine import TWO_GPUS_NOTE
+from sonic_ep.profiler.machine import TWO_GPUS_NOTE
 
 
 def test_spread_by_hand(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from msgspec.structs import replace
 from schema import Document, Environment, Layer, Profile, ProfileDocument, RatesRecord, Untimed, printable, read
 
-from sonic_ep.machine import FLATTERED_WORLD_SIZE, TWO_GPUS_NOTE
+from sonic_ep.profiler.machine import FLATTERED_WORLD_SIZE, TWO_GPUS_NOTE
 
 DAY_LETTERS = len("2026-01-31")
 HASH_LETTERS, FULL_HASH_LETTERS = 10, 40

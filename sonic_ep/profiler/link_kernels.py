@@ -1,0 +1,165 @@
+"""Transfers over the link whose rates are the ceilings of dispatch and combine.
+
+Every rank moves one contiguous buffer from or to its next neighbour, all at once, so both directions of every link are
+busy, as they are when a layer runs. Each kind of transfer is tried in several configurations, and the fastest counts.
+"""
+# Parameters of Triton kernels carry no types.
+# ruff: noqa: ANN001, ANN201
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sonic_ep.cost import LinkCeilings
+from sonic_ep.fast.device import copy_row, launch, multiprocessors, peer_pointer
+from sonic_ep.fast.workspace import SharedBuffer, Workspace
+from sonic_ep.profiler.bandwidth import Stopwatch
+from sonic_ep.profiler.verification import expect
+
+ELEMENT = torch.int32
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineCopy:
+    """By copy engine, split over streams, each of which the driver may give an engine of its own."""
+
+    streams: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelCopy:
+    """Bytes and warps of a kernel's step, and programs of a multiprocessor; None: one program for each step."""
+
+    block_bytes: int
+    warps: int
+    programs: int | None = None
+
+
+Transfer = Callable[[EngineCopy | KernelCopy], None]
+ENGINE_COPIES = tuple(EngineCopy(streams=streams) for streams in (1, 2, 4))
+KERNEL_COPIES = (
+    *(KernelCopy(block_bytes=8192, warps=4, programs=programs) for programs in (None, 4, 8, 16)),
+    *(KernelCopy(block_bytes=16384, warps=8, programs=programs) for programs in (None, 4, 8)),
+    *(KernelCopy(block_bytes=32768, warps=8, programs=programs) for programs in (None, 4)),
+    KernelCopy(block_bytes=32768, warps=16, programs=4),
+)
+# What is moved is a multiple of this.
+LARGEST_BLOCK = max(config.block_bytes for config in KERNEL_COPIES)
+
+
+@triton.jit
+def copy_peer_kernel(sources_ptr, targets_ptr, source_rank, target_rank, like_ptr, blocks, BLOCK: tl.constexpr):
+    """Copy the source of one rank to the target of another. Of P programs, program p copies blocks p, p + P and so on.
+
+    sources_ptr, targets_ptr (W,) int64: addresses of every rank's buffer (blocks, BLOCK), of the type of ``like_ptr``.
+    """
+    source_ptr = peer_pointer(sources_ptr, source_rank, like_ptr)
+    target_ptr = peer_pointer(targets_ptr, target_rank, like_ptr)
+    for number in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        copy_row(source_ptr + number * BLOCK, target_ptr + number * BLOCK, BLOCK, BLOCK)
+
+
+class Link:
+    """Two shared buffers of ``nbytes`` on every rank, and transfers from one to the other. All methods are collective.
+
+    nbytes: a multiple of the largest block, fewer than 2**31 elements of 4 bytes.
+    """
+
+    def __init__(self, workspace: Workspace, nbytes: int) -> None:
+        if nbytes < LARGEST_BLOCK or nbytes % LARGEST_BLOCK or nbytes // ELEMENT.itemsize > 2**31 - 1:
+            raise ValueError(f"{workspace.group}: link: got {nbytes} bytes, expected a multiple of {LARGEST_BLOCK}")
+        self.nbytes = nbytes
+        self._workspace, self._group = workspace, workspace.group
+        self._source, self._target = (workspace.reserve(f"link_{name}", nbytes) for name in ("source", "target"))
+        # Zeros would move faster than real data.
+        self._elements(self._source, self._group.rank).random_()
+        self._streams: list[torch.cuda.Stream] = []
+        if workspace.device.type == "cuda":
+            self._streams = [torch.cuda.Stream(workspace.device) for _ in range(ENGINE_COPIES[-1].streams)]
+        workspace.publish()
+
+    def pull(self, way: EngineCopy | KernelCopy) -> None:
+        """The next rank's source to this rank's target."""
+        self._move(self._neighbour(1), self._group.rank, way)
+
+    def push(self, way: EngineCopy | KernelCopy) -> None:
+        """This rank's source to the next rank's target."""
+        self._move(self._group.rank, self._neighbour(1), way)
+
+    def check_pulled(self, what: str) -> None:
+        """Clear this rank's target. Raises ``AssertionError`` unless it held the next rank's source."""
+        self._check(self._neighbour(1), what)
+
+    def check_pushed(self, what: str) -> None:
+        """Clear this rank's target. Raises ``AssertionError`` unless it held the previous rank's source."""
+        self._check(self._neighbour(-1), what)
+
+    def _neighbour(self, step: int) -> int:
+        return (self._group.rank + step) % self._group.world_size
+
+    def _elements(self, buffer: SharedBuffer, rank: int) -> Tensor:
+        return buffer.rows(rank, (self.nbytes // ELEMENT.itemsize,), ELEMENT)
+
+    def _move(self, source: int, target: int, way: EngineCopy | KernelCopy) -> None:
+        source_N, target_N = self._elements(self._source, source), self._elements(self._target, target)
+        if isinstance(way, EngineCopy):
+            self._copy(source_N, target_N, way.streams)
+            return
+        device, blocks = self._workspace.device, self.nbytes // way.block_bytes
+        programs = blocks if way.programs is None else min(blocks, way.programs * multiprocessors(device))
+        addresses = (self._source.addresses, self._target.addresses)
+        constants = {"BLOCK": way.block_bytes // ELEMENT.itemsize, "num_warps": way.warps}
+        launch(copy_peer_kernel, (programs,), *addresses, source, target, source_N, blocks, device=device, **constants)
+
+    def _copy(self, source_N: Tensor, target_N: Tensor, streams: int) -> None:
+        if not self._streams:
+            target_N.copy_(source_N)
+            return
+        current, chosen = torch.cuda.current_stream(target_N.device), self._streams[:streams]
+        for stream, source, target in zip(chosen, source_N.chunk(streams), target_N.chunk(streams), strict=True):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                target.copy_(source)
+        for stream in chosen:
+            current.wait_stream(stream)
+
+    def _check(self, sender: int, what: str) -> None:
+        self._workspace.publish()
+        target_N = self._elements(self._target, self._group.rank)
+        arrived = torch.equal(target_N, self._elements(self._source, sender))
+        # No rank may begin the next transfer before all have compared and cleared.
+        self._workspace.fence()
+        target_N.zero_()
+        self._workspace.fence()
+        expect(arrived, f"{self._group}: link: {what}: what arrived is not what rank {sender} sent")
+
+
+def link_ceilings(workspace: Workspace, nbytes: int, seconds: Stopwatch) -> LinkCeilings | None:
+    """Collective. The ceilings for transfers of ``nbytes``; None on one rank.
+
+    seconds: the same answer on every rank. Raises ``AssertionError`` if a transfer did not bring what was sent.
+    """
+    if workspace.group.world_size == 1:
+        return None
+    link = Link(workspace, nbytes)
+
+    def best(move: Transfer, check: Callable[[str], None], ways: Sequence[EngineCopy | KernelCopy], what: str) -> float:
+        for way in ways:
+            move(way)
+            check(what)
+        return nbytes / min(seconds(partial(move, way)) for way in ways)
+
+    return LinkCeilings(
+        copy_engine_in=best(link.pull, link.check_pulled, ENGINE_COPIES, "copy engine in"),
+        copy_engine_out=best(link.push, link.check_pushed, ENGINE_COPIES, "copy engine out"),
+        read=best(link.pull, link.check_pulled, KERNEL_COPIES, "kernel reads"),
+        write=best(link.push, link.check_pushed, KERNEL_COPIES, "kernel writes"),
+    )
