@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from report_documents import COMBINE, DISPATCH, Json, changed, loaded, point, sweep
+from report_documents import COMBINE, DISPATCH, Json, changed, loaded, point, sweep, written
+from report_page.load import read
 from report_page.selection import FORWARD, FORWARD_AND_BACKWARD
-from schema import Document, Point, Sweep, Untimed, parse, read, write
+from schema import Document, Point, Sweep, Untimed, write
 
 from sonic_ep import EPConfig
 from sonic_ep.config import ModePair
@@ -136,8 +137,9 @@ def test_a_sweep_with_a_pair_or_a_pass_too_few_is_found(tmp_path: Path) -> None:
         ("properties", {"gpu": None, "processor": "a processor"}, None),
     ],
 )
-def test_a_document_of_unknown_origin_is_found(kind: str, environment: Json, fault: str | None) -> None:
+def test_a_document_of_unknown_origin_is_found(tmp_path: Path, kind: str, environment: Json, fault: str | None) -> None:
     document = made_up({})
     for name, value in {**environment, "kind": kind}.items():
         document = changed(document, ("kind",) if name == "kind" else ("environment", name), value)
-    assert list(faults_of_origin(parse(document, "a.json"), json.dumps(document))) == ([fault] if fault else [])
+    (path,) = written(tmp_path, a=document)
+    assert list(faults_of_origin(read(path), path.read_text())) == ([fault] if fault else [])

@@ -1,12 +1,16 @@
-"""The files of one report: their names there, where their numbers come from, and what to beware of."""
+"""Reads the files of a report, and says where their numbers come from and what to beware of."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from reprlib import repr as short
+from typing import Any
 
+import msgspec
 from msgspec.structs import replace
-from schema import Document, Environment, Layer, Profile, ProfileDocument, RatesRecord, Untimed, printable, read
+from schema import KINDS, Document, Environment, Layer, Profile, ProfileDocument, RatesRecord, Untimed
 
 from sonic_ep.profiler.machine import FLATTERED_WORLD_SIZE, TWO_GPUS_NOTE
 
@@ -27,6 +31,55 @@ def load(paths: Sequence[Path]) -> tuple[list[Document], list[str]]:
         names = ", ".join(document.file for document in found)
         raise ValueError(f"{names}: expected a document with times: suite, profile, layer or sweep")
     return timed, [document.file for document in found if isinstance(document, Untimed)]
+
+
+def read(path: Path, name: str | None = None) -> Document:
+    """The document in a file; its ``file`` is ``name``, or the file's name.
+
+    Raises ``ValueError`` that names file, place, what was expected and what was got.
+    """
+    name = name or path.name
+    try:
+        found = printable(msgspec.json.decode(path.read_bytes()))
+    except OSError as error:
+        raise ValueError(f"{path}: expected a readable file: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: expected a JSON object, got {short(found)}")
+    # The first suites did not write their kind.
+    kind = found.get("kind", "suite" if "entries" in found else None)
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"{name}: kind: expected one of {', '.join(KINDS)}, got {short(kind)}")
+    whole = {"profile": found} if kind == "profile" else found
+    whole = {**found, **whole, "kind": KINDS[kind].__struct_config__.tag, "file": name}
+    try:
+        return msgspec.convert(whole, KINDS[kind])
+    except msgspec.ValidationError as error:
+        got = _at(whole, str(error).rpartition("`$")[2].rstrip("`"))
+        raise ValueError(f"{name}: {error}, got {short(got)}") from None
+
+
+def printable(value: Any) -> Any:
+    r"""A JSON value whose strings hold no control characters or marks of direction; whitespace becomes a space.
+
+    >>> printable({"a\n": ["b\x00", 1, None]})
+    {'a ': ['b�', 1, None]}
+    """
+    if isinstance(value, str):
+        return "".join(letter if letter.isprintable() else " " if letter.isspace() else "\ufffd" for letter in value)
+    if isinstance(value, list):
+        return [printable(each) for each in value]
+    return {printable(name): printable(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+
+def _at(value: Any, path: str) -> Any:
+    """What stands at a path of msgspec; the object around it where the path does not name a key."""
+    for key, place in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", path):
+        if place == "...":
+            return value
+        value = value[int(place)] if place else value[key]
+    return value
 
 
 def file_names(paths: Sequence[Path]) -> list[str]:
