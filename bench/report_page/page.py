@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from schema import Document, pair_name
@@ -55,17 +55,10 @@ def render(documents: Sequence[Document], save: Callable[..., str]) -> str:
     """The page. save: takes drawing function, data, name, title and notes; returns the address of the image."""
     modules = {"computed": computed, "figures": figures, "load": load, "selection": selection, "spread": spread}
     of_kind = {kind: [d for d in documents if d.kind == kind] for kind in ("suite", "profile", "layer", "sweep")}
-    filters: dict[str, Any] = {"places": number, "verdict": verdict, "median": median, "pair": pair_name}
-    filters |= {
-        "measurements": spread.measurements,
-        "ratios": ratios,
-        "scientific": scientific,
-        "ms": milliseconds,
-        "mib": mebibytes,
-    }
-    TEMPLATES.filters |= filters
+    TEMPLATES.filters |= {"places": number, "median": median, "pair": pair_name, "measurements": spread.measurements}
+    TEMPLATES.globals |= {"Cell": Cell, "laid_out": laid_out, "verdict": verdict}
     template = TEMPLATES.get_template("page.html.j2")
-    return template.render(**modules, **of_kind, documents=documents, save=save, laid_out=laid_out)
+    return template.render(**modules, **of_kind, documents=documents, save=save)
 
 
 def laid_out(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> list[Column]:
@@ -85,35 +78,15 @@ def _cell(value: object) -> Cell:
     return Cell(text="" if value is None else str(value), kind="n" if isinstance(value, int) else "w")
 
 
-def number(value: float | None, places: int = 1, unit: str = "") -> Cell:
-    """With a comma between thousands; empty for None.
-
-    >>> number(26182.42).text, number(None).text, number(0.974, 2).text
-    ('26,182.4', '', '0.97')
-    """
-    return Cell(text="" if value is None else f"{value:,.{places}f}{unit}", kind="n")
-
-
-def verdict(words: str, good: bool) -> Cell:
-    """Words with the colour of good or bad; the words alone have to say which."""
+def verdict(good: bool, words: str) -> Cell:
+    """With the colour of good or bad; the words alone have to say which."""
     return Cell(text=words, kind="good" if good else "bad")
 
 
-def milliseconds(us: float, times: int = 1) -> Cell:
-    """With three places."""
-    return number(times * us / 1e3, 3)
+def number(value: float | None, places: int = 1, times: float = 1) -> Cell:
+    """``times`` the value with a comma between thousands; empty for None.
 
-
-def mebibytes(nbytes: int | None) -> Cell:
-    """With one place."""
-    return number(None if nbytes is None else nbytes / 2**20)
-
-
-def scientific(value: float) -> Cell:
-    """With two places and a power of ten."""
-    return Cell(text=f"{value:.2e}", kind="n")
-
-
-def ratios(by_pass: Mapping[str, float | None]) -> list[float]:
-    """Those that are known."""
-    return [ratio for ratio in by_pass.values() if ratio is not None]
+    >>> number(26182.42).text, number(None).text, number(974, 2, 1e-3).text
+    ('26,182.4', '', '0.97')
+    """
+    return Cell(text="" if value is None else f"{times * value:,.{places}f}", kind="n")

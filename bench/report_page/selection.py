@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from msgspec import to_builtins
 from schema import Layer, Point, SetupRecord, ShapeRecord, Sweep
 
 UNIFORM = "uniform"
@@ -52,18 +52,19 @@ def longest_row(points: Sequence[Point]) -> tuple[list[Point], str]:
             name = f"{fixed(shape)}, E={shape.num_experts}, K={shape.top_k}, {shape.dtype}"
             rows.setdefault(name, {}).setdefault(shape.rank_bytes, point)
     longest = max(rows, key=lambda name: len(rows[name]))
-    return [point for _, point in sorted(rows[longest].items(), key=lambda item: item[0])], longest
+    return [rows[longest][size] for size in sorted(rows[longest])], longest
 
 
 def _bandwidth(sweep: Sweep, kind: str, fixed: str, points: Sequence[Point]) -> Bandwidth:
     lines: dict[str, dict[int, float]] = {}
+    rates: dict[str, float] = to_builtins(sweep.rates_gb_per_s)
     ceilings: dict[str, float] = {}
     for point in points:
         for mode in point.profile.modes:
             if mode.kind == kind and mode.gb_per_s is not None:
                 lines.setdefault(mode.mode, {})[point.shape.rank_bytes] = mode.gb_per_s
-                rate = getattr(sweep.rates_gb_per_s, mode.ceiling or "", None)
-                ceilings |= {} if rate is None else {str(mode.ceiling): rate}
+                if mode.ceiling in rates:
+                    ceilings[mode.ceiling] = rates[mode.ceiling]
     return Bandwidth(sweep=sweep, kind=kind, fixed=fixed, lines=dict(sorted(lines.items())), ceilings=ceilings)
 
 
@@ -108,18 +109,13 @@ def labels(layers: Sequence[Layer]) -> list[str]:
     """Modes and flags of each, what else differs among their setups, and the file where that is not enough."""
     others = [name for name in SetupRecord.__struct_fields__ if name not in SHARED]
     differing = [name for name in others if len({getattr(layer.setup, name) for layer in layers}) > 1]
-    names = [
-        ", ".join([layer.config.named("redispatch", "cpu_sync"), *(_value(layer.setup, name) for name in differing)])
-        for layer in layers
-    ]
-    return [
-        f"{name} ({layer.file})" if names.count(name) > 1 else name for name, layer in zip(names, layers, strict=True)
-    ]
-
-
-def _value(setup: SetupRecord, name: str) -> str:
-    value: Any = getattr(setup, name)
-    return value if isinstance(value, str) else f"{name}={value}"
+    names = []
+    for layer in layers:
+        values = {name: getattr(layer.setup, name) for name in differing}
+        words = [value if isinstance(value, str) else f"{name}={value}" for name, value in values.items()]
+        names.append(", ".join([layer.config.named("redispatch", "cpu_sync"), *words]))
+    files = [layer.file for layer in layers]
+    return [f"{name} ({file})" if names.count(name) > 1 else name for name, file in zip(names, files, strict=True)]
 
 
 def limit_us(layer: Layer, pass_name: str) -> float | None:
