@@ -31,44 +31,28 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Repeated:
-    """The same thing in two or more files."""
+    """The same thing in two or more files, and its median in each. of_host: in any of them."""
 
-    measured: tuple[Measurement, ...]
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """In the order of ``measured``."""
-        return tuple(measurement.document.file for measurement in self.measured)
-
-    @property
-    def what(self) -> str:
-        """The thing."""
-        return self.measured[0].what
+    what: str
+    where: str
+    documents: list[Document]
+    medians_us: list[float]
+    of_host: bool
 
     @property
-    def where(self) -> str:
-        """Its shape or setup."""
-        return self.measured[0].where
-
-    @property
-    def least_us(self) -> float:
-        """The smallest median."""
-        return min(measurement.times.median_us for measurement in self.measured)
+    def files(self) -> list[str]:
+        """In the order of ``documents``."""
+        return [document.file for document in self.documents]
 
     @property
     def difference_percent(self) -> float:
         """How much the largest median is above the smallest, in percent of that."""
-        return 100 * (max(measurement.times.median_us for measurement in self.measured) / self.least_us - 1)
+        return 100 * (max(self.medians_us) / min(self.medians_us) - 1)
 
     @property
     def differs(self) -> bool:
         """Above 100 us, and by 5 percent or more."""
-        return self.least_us > LARGE_US and self.difference_percent >= LARGE_PERCENT
-
-    @property
-    def of_host(self) -> bool:
-        """Whether it is the host's time in any of the files."""
-        return any(measurement.of_host for measurement in self.measured)
+        return min(self.medians_us) > LARGE_US and self.difference_percent >= LARGE_PERCENT
 
 
 def repeated(documents: Sequence[Document]) -> list[Repeated]:
@@ -81,8 +65,18 @@ def repeated(documents: Sequence[Document]) -> list[Repeated]:
         machine = (document.kind, document.environment.gpu, document.environment.world_size)
         for measurement in measurements(document):
             found.setdefault((machine, measurement.key), {}).setdefault(document.file, measurement)
-    several = [Repeated(measured=tuple(files.values())) for files in found.values() if len(files) > 1]
+    several = [_compared(list(files.values())) for files in found.values() if len(files) > 1]
     return sorted(several, key=lambda again: again.difference_percent, reverse=True)
+
+
+def _compared(measured: Sequence[Measurement]) -> Repeated:
+    return Repeated(
+        what=measured[0].what,
+        where=measured[0].where,
+        documents=[measurement.document for measurement in measured],
+        medians_us=[measurement.times.median_us for measurement in measured],
+        of_host=any(measurement.of_host for measurement in measured),
+    )
 
 
 def measurements(document: Document) -> list[Measurement]:
@@ -120,7 +114,7 @@ def _times(document: Document) -> Iterator[tuple[str, str, Hashable, Times, bool
 
 def between_words(again: Sequence[Repeated]) -> str:
     """How many medians differ, how many of these are the host's time, and whether the files are of one commit."""
-    long = [found for found in again if found.least_us > LARGE_US]
+    long = [found for found in again if min(found.medians_us) > LARGE_US]
     differing = [found for found in long if found.differs]
     said = (
         f"{len(again)} medians are in more than one file. {LARGE_PERCENT:.0f}% or more apart: "
@@ -133,5 +127,5 @@ def between_words(again: Sequence[Repeated]) -> str:
             f" {of_host} of these are the host's time, eager and more than {LEAST_OF_HOST:g} times as long as behind "
             f"other work; all others above {LARGE_US:.0f} µs differ by {most:.1f}% at most."
         )
-    commits = {measurement.document.environment.commit for found in again for measurement in found.measured}
+    commits = {document.environment.commit for found in again for document in found.documents}
     return said + " The files are of different commits, so that their code differs as well." * (len(commits) > 1)
