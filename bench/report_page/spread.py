@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 
 from schema import Document, Layer, ProfileDocument, Suite, Sweep, Times
@@ -16,7 +17,7 @@ LEAST_OF_HOST = 1.5
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One time of one file. where: shape or setup. key: the same for the same thing in files of this kind.
+    """One time of one file. where: shape or setup. also: what else is equal for the same thing in another file.
 
     of_host: whether it is the host's time, and not the GPU's.
     """
@@ -24,7 +25,7 @@ class Measurement:
     document: Document
     what: str
     where: str
-    key: Hashable
+    also: Hashable = None
     times: Times
     of_host: bool = False
 
@@ -63,8 +64,8 @@ def repeated(documents: Sequence[Document]) -> list[Repeated]:
     found: dict[Hashable, dict[str, Measurement]] = {}
     for document in documents:
         machine = (document.kind, document.environment.gpu, document.environment.world_size)
-        for measurement in measurements(document):
-            found.setdefault((machine, measurement.key), {}).setdefault(document.file, measurement)
+        for one in measurements(document):
+            found.setdefault((machine, one.what, one.where, one.also), {}).setdefault(document.file, one)
     several = [_compared(list(files.values())) for files in found.values() if len(files) > 1]
     return sorted(several, key=lambda again: again.difference_percent, reverse=True)
 
@@ -81,35 +82,33 @@ def _compared(measured: Sequence[Measurement]) -> Repeated:
 
 def measurements(document: Document) -> list[Measurement]:
     """Every time in a document."""
-    return [
-        Measurement(document=document, what=what, where=where, key=(what, where, key), times=times, of_host=of_host)
-        for what, where, key, times, of_host in _times(document)
-    ]
+    return list(_measurements(document))
 
 
-def _times(document: Document) -> Iterator[tuple[str, str, Hashable, Times, bool]]:
-    """What, where, what else is the same for the same thing, its times, and whether they are the host's."""
+def _measurements(document: Document) -> Iterator[Measurement]:
+    one = partial(Measurement, document=document)
     if isinstance(document, Suite):
         queued = {(entry.name, entry.shape): entry.median_us for entry in document.entries if entry.how == "queued"}
         for entry in document.entries:
             behind_work = queued.get((entry.name, entry.shape), inf)
             of_host = entry.how == "eager" and entry.median_us > LEAST_OF_HOST * behind_work
-            yield f"{entry.name}, {entry.how}", str(entry.shape), None, entry, of_host
+            yield one(what=f"{entry.name}, {entry.how}", where=str(entry.shape), times=entry, of_host=of_host)
     if isinstance(document, ProfileDocument):
-        where = f"{document.profile.shape}, {document.profile.backend}"
-        for mode in document.profile.modes:
-            yield f"{mode.kind} {mode.mode}".strip(), where, document.profile.ranks_per_gpu, mode, False
-        for pair in document.profile.pairs:
-            yield f"{pair.pass_name}, {pair}", where, document.profile.ranks_per_gpu, pair, False
+        found = document.profile
+        here = partial(one, where=f"{found.shape}, {found.backend}", also=found.ranks_per_gpu)
+        for mode in found.modes:
+            yield here(what=f"{mode.kind} {mode.mode}".strip(), times=mode)
+        for pair in found.pairs:
+            yield here(what=f"{pair.pass_name}, {pair}", times=pair)
     if isinstance(document, Layer):
         where = f"{document.setup.rank_shape}, {document.config.named()}"
         for timed in document.times:
-            yield f"{timed.what}, {timed.pass_name}", where, document.setup, timed, False
+            yield one(what=f"{timed.what}, {timed.pass_name}", where=where, also=document.setup, times=timed)
     if isinstance(document, Sweep):
         for point in document.points:
             where = f"{point.shape}, {point.routing} routing, {point.profile.backend}"
             for pair in point.pairs:
-                yield f"layer, {pair.pass_name}, {pair}", where, None, pair, False
+                yield one(what=f"layer, {pair.pass_name}, {pair}", where=where, times=pair)
 
 
 def between_words(again: Sequence[Repeated]) -> str:
