@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 
 import matplotlib.image
 import pytest
+import report
 from limits import HANG_SECONDS
-from report import main
-from report_documents import (  # fmt: skip
+from report_documents import (
     Json,
     all_kinds,
     anchors,
@@ -30,7 +30,7 @@ from report_page.page import write_report
 
 from sonic_ep.profiler.machine import TWO_GPUS_NOTE
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(report.__file__).parent
 REAL = BENCH / "results" / "2xH100_suite.json"
 HOSTILE = "<script>alert('x')</script>\"'&amp;$\\frac{"
 ANCHORS = {
@@ -52,7 +52,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a report of every kind of document and the real results."""
     folder = tmp_path_factory.mktemp("report")
     paths = written(folder, **all_kinds())
-    assert main([*map(str, [REAL, *paths]), "-o", str(folder / "out" / "page.html")]) == 0
+    assert report.main([*map(str, [REAL, *paths]), "-o", str(folder / "out" / "page.html")]) == 0
     return folder / "out"
 
 
@@ -174,7 +174,7 @@ def test_wrong_places_are_refused_before_anything_is_written(
 ) -> None:
     written(tmp_path, a=suite(entry("x", 10.0)))
     monkeypatch.chdir(tmp_path)
-    assert main(words) == code
+    assert report.main(words) == code
     assert capsys.readouterr().err == f"report: {message}\n"
     assert [found.name for found in tmp_path.iterdir()] == ["a.json"]
 
