@@ -18,17 +18,18 @@ from typing import Any
 
 import pytest
 import torch
+from sonic_ep.ceilings import stopwatch
 
 from sonic_ep.backend import unavailable_reasons
 from sonic_ep.benchmark.arena import How, SuiteArena, Work, WrongError
 from sonic_ep.benchmark.results import Entry, Results, command_of, environment
 from sonic_ep.benchmark.steady import little_to_collect, on_own_core
 from sonic_ep.benchmark.workload import BARS, SMOKE, Problem, Shape, Sizes, bars_hold
-from sonic_ep.ceilings import measured_ceilings, memory_rate, stopwatch
 from sonic_ep.cli.launch import Place, joined_group, launched_by_torchrun
 from sonic_ep.distributed.group import resolve_group
 from sonic_ep.fast.workspace import Workspace
-from sonic_ep.testing.timing import AboveCeilingError
+from sonic_ep.profiler.bandwidth import measured_ceilings, memory_rate
+from sonic_ep.profiler.timing import AboveCeilingError
 
 
 class RecordedClock:

@@ -12,12 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sonic_ep.benchmark.place import BUSY_SECONDS
 from sonic_ep.benchmark.results import Against, Bar, Entry, MemoryTraffic, Results, Traffic
 from sonic_ep.benchmark.workload import Shape, Sizes
 from sonic_ep.ceilings import meeting
 from sonic_ep.distributed.group import EPGroup
+from sonic_ep.profiler.timing import Ceiling, Timing, captured
 from sonic_ep.testing.checks import poison
-from sonic_ep.testing.timing import BUSY_SECONDS, Ceiling, Timing, captured, measure_in_turn
+from sonic_ep.testing.timing import measure_in_turn
 
 if TYPE_CHECKING:
     # It needs triton, which the reference and most commands do without.

@@ -13,8 +13,8 @@ from sonic_ep.benchmark.setup import Setup
 from sonic_ep.config import EPConfig
 from sonic_ep.profiler import ProfileReport
 from sonic_ep.profiler.report import config_as_json
+from sonic_ep.profiler.timing import Timing
 from sonic_ep.testing.checks import Accuracy
-from sonic_ep.testing.timing import Timing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,10 @@ import torch
 
 from sonic_ep.api import ExpertParallel
 from sonic_ep.benchmark.arena import Arena
+from sonic_ep.benchmark.end_to_end import ROUNDS
 from sonic_ep.benchmark.results import Results, environment
-from sonic_ep.ceilings import ROUNDS, ROUNDS_OF_SHARED_GPUS, measured_ceilings, memory_rate, stopwatch
+from sonic_ep.ceilings import stopwatch
+from sonic_ep.profiler.bandwidth import ROUNDS_OF_SHARED_GPUS, measured_ceilings, memory_rate
 
 # A forward and backward are launched in less.
 BUSY_SECONDS = 5e-3

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from sonic_ep.benchmark.workload import Shape
 from sonic_ep.cost import LinkCeilings
-from sonic_ep.machine import FLATTERED_WORLD_SIZE, TWO_GPUS_NOTE, commit, processor, this_machine
-from sonic_ep.testing.timing import Ceiling, Timing
+from sonic_ep.profiler.machine import FLATTERED_WORLD_SIZE, TWO_GPUS_NOTE, commit, processor, this_machine
+from sonic_ep.profiler.timing import Ceiling, Timing
 
 
 @dataclass(frozen=True, kw_only=True)

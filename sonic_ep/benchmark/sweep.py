@@ -22,7 +22,7 @@ from sonic_ep.benchmark.workload import Shape
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig, ModePair
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.profiler import ProfileReport
-from sonic_ep.testing.timing import Timing
+from sonic_ep.profiler.timing import Timing
 
 Say = Callable[[str], None]
 

@@ -13,9 +13,9 @@ from sonic_ep.benchmark.place import arena_at
 from sonic_ep.benchmark.setup import Setup
 from sonic_ep.benchmark.workload import Shape
 from sonic_ep.cli.exit_codes import GREEN
-from sonic_ep.cli.measured import Run, add_output, checked_ranks, run_measured
-from sonic_ep.cli.output import say_note, write_json
-from sonic_ep.cli.words import DTYPES, Thiek, add_call, add_config, add_nproc, config_of, spellings
+from sonic_ep.cli.measured import Run, add_output, checked_ranks, run_measured, write_json
+from sonic_ep.cli.options import DTYPES, Thiek, add_call, add_config, add_nproc, config_of, spellings
+from sonic_ep.cli.output import say_note
 from sonic_ep.config import ScoreOrder
 
 # Operations of a forward and backward that a CPU does in some seconds.

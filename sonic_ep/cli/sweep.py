@@ -14,9 +14,10 @@ from sonic_ep.benchmark.setup import Setup
 from sonic_ep.benchmark.sweep import run_sweep
 from sonic_ep.benchmark.workload import Shape
 from sonic_ep.cli.exit_codes import GREEN, RED
-from sonic_ep.cli.measured import Run, add_output, checked_ranks, run_measured
-from sonic_ep.cli.output import say_note, write_json
-from sonic_ep.cli.words import DTYPES, add_nproc, count_word
+from sonic_ep.cli.measured import Run, add_output, checked_ranks, run_measured, write_json
+from sonic_ep.cli.options import DTYPES, add_nproc
+from sonic_ep.cli.output import say_note
+from sonic_ep.cli.words import count_word
 from sonic_ep.config import AUTO, EPConfig
 
 

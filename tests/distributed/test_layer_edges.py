@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sonic_ep import EPConfig, ExpertParallel
+from sonic_ep.profiler.routings import uniform
 from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise, draw
-from sonic_ep.testing.cases import uniform
 from sonic_ep.testing.differential import leaf, leaf_experts, run_routed
 
 pytestmark = pytest.mark.fast

@@ -71,8 +71,8 @@ def by_own_products(device: torch.device, dtype: torch.dtype, hidden: int) -> No
 def over_the_link(device: torch.device) -> None:
     """Collective. The kernels that measure the link, where there is one."""
     # Not at the top: triton asks whether it is to interpret when it is imported, and only ranks know.
-    from sonic_ep.fast.link import Link
     from sonic_ep.fast.workspace import Workspace
+    from sonic_ep.profiler.link_kernels import Link
 
     group = resolve_group(None)
     if group.world_size > 1:

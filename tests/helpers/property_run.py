@@ -18,10 +18,11 @@ import torch
 from backends import BACKENDS
 from random_cases import example_of
 from run_examples import Failure, failures
+from sonic_ep.cli.output import words_without_paths
 
 from sonic_ep.benchmark.results import environment
 from sonic_ep.cli.exit_codes import GREEN, RED
-from sonic_ep.cli.output import require_writable, words_without_paths, write_json
+from sonic_ep.cli.measured import require_writable, write_json
 from sonic_ep.distributed.group import device_of_rank
 from sonic_ep.testing import RankError, RankPool
 

@@ -17,8 +17,8 @@ from limits import HANG_SECONDS
 
 from sonic_ep.cost import LinkCeilings
 from sonic_ep.distributed.group import resolve_group
+from sonic_ep.profiler.timing import AboveCeilingError, Ceiling, Timing
 from sonic_ep.testing import Rank, RankPool
-from sonic_ep.testing.timing import AboveCeilingError, Ceiling, Timing
 
 ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "bench"

@@ -17,8 +17,8 @@ from sonic_ep.benchmark.layer import LayerUnderTest, Pass
 from sonic_ep.config import ModePair
 from sonic_ep.cost import LinkCeilings
 from sonic_ep.distributed.group import resolve_group
+from sonic_ep.profiler.timing import Timing
 from sonic_ep.testing import Rank, RankPool, timing
-from sonic_ep.testing.timing import Timing
 
 BENCH = Path(__file__).parents[2] / "bench"
 

@@ -20,7 +20,7 @@ from sonic_ep.benchmark.layer_report import LayerReport, accuracy_lines
 from sonic_ep.config import ScoreOrder
 from sonic_ep.cost import LinkCeilings
 from sonic_ep.profiler import WrongResultError
-from sonic_ep.profiler.times import EVERY_MODE, EVERY_PAIR
+from sonic_ep.profiler.report import EVERY_MODE, EVERY_PAIR
 from sonic_ep.testing import Rank, RankPool
 from sonic_ep.testing.cases import pairwise
 

@@ -23,6 +23,7 @@ from sonic_ep.benchmark.sweep import MOST_SLOTS_OF_GRAPHS, PAIRS, PairTime, Poin
 from sonic_ep.benchmark.workload import Shape
 from sonic_ep.config import CombineMode, DispatchMode, ModePair
 from sonic_ep.cost import Workload, choose_modes
+from sonic_ep.profiler.timing import Timing
 from sonic_ep.testing import Rank, RankPool
 from sonic_ep.testing.memory_model import (
     LayerShape,
@@ -31,7 +32,6 @@ from sonic_ep.testing.memory_model import (
     saved_bytes,
     symmetric_bytes,
 )
-from sonic_ep.testing.timing import Timing
 
 REFERENCE = "reference over nccl"
 SECONDS = {"grouped GEMMs": 2.0, "layer": 3.0, "given routing": 2.75, "same rows locally": 2.25}

@@ -15,7 +15,6 @@ import torch
 from end_to_end import few_rounds
 from limits import HANG_SECONDS
 from sonic_ep.cli.output import words_without_paths
-from sonic_ep.testing.timing import AboveCeilingError
 
 import sonic_ep.cli as cli_module
 import sonic_ep.cli.bench as bench_module
@@ -27,6 +26,7 @@ from sonic_ep.benchmark.setup import Setup
 from sonic_ep.cli import GREEN, RED, WRONG_ARGUMENTS, main
 from sonic_ep.config import ScoreOrder
 from sonic_ep.profiler import WrongResultError
+from sonic_ep.profiler.timing import AboveCeilingError
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -1,0 +1,76 @@
+"""The page: one HTML file that asks for nothing else, and a PNG of every figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from schema import Document, pair_name
+
+from report_page import computed, figures, load, selection, spread
+
+LOADER = FileSystemLoader(Path(__file__).parent)
+TEMPLATES = Environment(loader=LOADER, autoescape=True, undefined=StrictUndefined, extensions=["jinja2.ext.do"])
+TEMPLATES.trim_blocks = TEMPLATES.lstrip_blocks = True
+
+
+class Cell(NamedTuple):
+    """Text of a table's cell. kind: w for words, n for a number, good or bad for a verdict."""
+
+    text: str
+    kind: str
+
+
+def write_report(documents: Sequence[Document], output: Path, png_folder: Path) -> int:
+    """Writes the page and the PNGs, making their folders; returns how many figures. Raises ``OSError``."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    png_folder.mkdir(parents=True, exist_ok=True)
+    page = render(documents, partial(figures.save, folder=png_folder))
+    output.write_text(page, encoding="utf-8")
+    return page.count("<figure ")
+
+
+def render(documents: Sequence[Document], save: Callable[..., str]) -> str:
+    """The page. save: takes drawing function, data, name, title and notes; returns the address of the image."""
+    modules = {"computed": computed, "figures": figures, "load": load, "selection": selection, "spread": spread}
+    of_kind = {kind: [d for d in documents if d.kind == kind] for kind in ("suite", "profile", "layer", "sweep")}
+    TEMPLATES.filters |= {"places": number, "median": median, "pair": pair_name, "measurements": spread.measurements}
+    TEMPLATES.globals |= {"Cell": Cell, "laid_out": laid_out, "verdict": verdict}
+    template = TEMPLATES.get_template("page.html.j2")
+    return template.render(**modules, **of_kind, documents=documents, save=save)
+
+
+def laid_out(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> list[tuple[Cell, ...]]:
+    """Titles and rows of a table; of the columns behind the first, empty ones are left out."""
+    columns = [[_cell(value) for value in values] for values in zip(*rows, strict=True)]
+    kept: list[list[Cell]] = []
+    for title, cells in zip(titles, columns, strict=True):
+        if not kept or any(cell.text for cell in cells):
+            kept.append([Cell(text=title, kind="n" if any(cell.kind == "n" for cell in cells) else "w"), *cells])
+    return list(zip(*kept, strict=True))
+
+
+def _cell(value: object) -> Cell:
+    if isinstance(value, Cell):
+        return value
+    if isinstance(value, float):
+        return number(value)
+    return Cell(text="" if value is None else str(value), kind="n" if isinstance(value, int) else "w")
+
+
+def verdict(good: bool, words: str) -> Cell:
+    """With the colour of good or bad; the words alone have to say which."""
+    return Cell(text=words, kind="good" if good else "bad")
+
+
+def number(value: float | None, places: int = 1, times: float = 1) -> Cell:
+    """``times`` the value with a comma between thousands; empty for None.
+
+    >>> number(26182.42).text, number(None).text, number(974, 2, 1e-3).text
+    ('26,182.4', '', '0.97')
+    """
+    return Cell(text="" if value is None else f"{times * value:,.{places}f}", kind="n")
