@@ -27,7 +27,7 @@ from sonic_ep.testing import (
     assert_bitwise,
     draw,
 )
-from sonic_ep.testing.differential import compare, drawn_oracle, moe_oracle, routed_oracle, run_moe, run_routed
+from sonic_ep.testing.oracle import compare, drawn_oracle, moe_oracle, routed_oracle, run_moe, run_routed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WORLD_SIZE = 4

@@ -16,7 +16,7 @@ from sonic_ep.cli.words import Thiek
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig
 from sonic_ep.testing.cases import CASES, Case
 from sonic_ep.testing.checks import Accuracy
-from sonic_ep.testing.differential import verify_moe, verify_routed
+from sonic_ep.testing.oracle import verify_moe, verify_routed
 
 Verifier = Callable[[Case, ExpertParallel, torch.device], list[Accuracy]]
 

@@ -121,7 +121,7 @@ class Yardstick:
         # Rows that even rounding does not touch have to be exact.
         self._zero_rows = (self._truth == 0).all(dim=-1) & (plain == 0).all(dim=-1)
         self.plain_part = self.part(plain)
-        self.bound = bound_of(self._errors([self.plain_part]), plain.dtype)
+        self.bound = bound_of(_joined([self.plain_part], self._norm), plain.dtype)
 
     @property
     def norm(self) -> float:
@@ -149,41 +149,24 @@ class Yardstick:
 
     def judge(self, name: str, parts: Iterable[Part]) -> Accuracy:
         """The errors of the whole from the parts of all shares."""
-        return Accuracy(name=name, got=self._errors(list(parts)), bound=self.bound)
-
-    def _errors(self, parts: list[Part]) -> Errors:
-        distance = sum(part.square for part in parts) ** 0.5
-        return Errors(norm=_ratio(distance, self._norm), worst_row=max(part.worst_row for part in parts))
+        return Accuracy(name=name, got=_joined(parts, self._norm), bound=self.bound)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """A rank's own part of a tensor: the norm of its truth, and what is wrong with what was got and with the plain."""
-
-    norm: float
-    got: Part
-    plain: Part
-
-
-def pooled(name: str, shares: Sequence[Share], dtype: torch.dtype) -> Accuracy:
+def pooled(name: str, shares: Iterable[Sequence[Part]], dtype: torch.dtype) -> Accuracy:
     """The errors of a tensor of which every rank knows the truth of its own share alone.
 
-    Errors and sizes of all shares are summed, and the worst row of all counts, measured in its own share.
+    shares: of each rank the part of the truth itself, of what was got and of plain PyTorch. Errors and sizes of all
+    shares are summed, and the worst row of all counts, measured in its own share.
 
     >>> def part(square): return Part(square=square, worst_row=0.0)
-    >>> shares = [Share(norm=norm, got=part(9.0), plain=part(8.0)) for norm in (3.0, 4.0)]
+    >>> shares = [(part(size), part(9.0), part(8.0)) for size in (9.0, 16.0)]
     >>> found = pooled("y", shares, torch.float32)
     >>> round(found.got.norm ** 2, 6), round(found.bound.norm ** 2, 6)
     (0.72, 2.56)
     """
-    size = sum(share.norm**2 for share in shares) ** 0.5
-
-    def errors(parts: Sequence[Part]) -> Errors:
-        distance = sum(part.square for part in parts) ** 0.5
-        return Errors(norm=_ratio(distance, size), worst_row=max(part.worst_row for part in parts))
-
-    bound = bound_of(errors([share.plain for share in shares]), dtype)
-    return Accuracy(name=name, got=errors([share.got for share in shares]), bound=bound)
+    truth, got, plain = zip(*shares, strict=True)
+    size = sum(part.square for part in truth) ** 0.5
+    return Accuracy(name=name, got=_joined(got, size), bound=bound_of(_joined(plain, size), dtype))
 
 
 def bound_of(plain: Errors, dtype: torch.dtype) -> Errors:
@@ -207,6 +190,12 @@ def assert_as_accurate(got: Tensor, truth: Tensor, plain: Tensor, name: str = "t
     yardstick = Yardstick(truth, plain)
     accuracy = yardstick.judge(name, [yardstick.part(got)])
     expect(accuracy.ok, str(accuracy))
+
+
+def _joined(parts: Iterable[Part], size: float) -> Errors:
+    """The errors of all parts together, where the truth has the norm ``size``."""
+    squares, worst_rows = zip(*((part.square, part.worst_row) for part in parts), strict=True)
+    return Errors(norm=_ratio(sum(squares) ** 0.5, size), worst_row=max(worst_rows))
 
 
 def _ratio(distance: float, size: float) -> float:
