@@ -1,0 +1,288 @@
+"""Where benches run, and the one way to check and to time them: correct first, then timed, then correct still."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from schema import Baseline, Entry
+from torch import Tensor
+
+from harness.results import LinkTraffic, Results, Threshold, measured_results, micros, shape_record
+from sonic_ep.api import ExpertParallel
+from sonic_ep.group import EPGroup
+from sonic_ep.profiler.agreement import WrongResultError
+from sonic_ep.profiler.bandwidth import ROUNDS, ROUNDS_OF_SHARED_GPUS
+from sonic_ep.profiler.machine import environment
+from sonic_ep.profiler.measuring import Stage, TimedWork
+from sonic_ep.profiler.timing import Ceiling, RoundTimer, Timing
+from sonic_ep.testing.layer_problem import Shape
+
+if TYPE_CHECKING:
+    # It needs triton, which the reference does without.
+    from sonic_ep.fast.workspace import Workspace
+
+ItemT = TypeVar("ItemT")
+
+# A forward and backward are launched in less.
+BUSY_SECONDS = 5e-3
+# Below so many bytes of a rank's tokens a shape is small.
+SMALL_BYTES = 2**24
+
+
+class Method(str, Enum):
+    """How the host launches what is timed.
+
+    EAGER: as called, so the host's own time counts wherever it is the slower of the two. QUEUED: behind work that lets
+    the host get ahead, as inside a layer. GRAPH: a CUDA graph, replayed, behind such work too.
+    """
+
+    EAGER = "eager"
+    QUEUED = "queued"
+    GRAPH = "graph"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """How many rounds are timed, and how many warm up before."""
+
+    timed: int
+    warmup: int
+
+
+ROUNDS_OF_LARGE = Rounds(timed=50, warmup=5)
+# Of small shapes, and of what the host may take longer for than the GPU.
+ROUNDS_OF_SMALL = Rounds(timed=200, warmup=5)
+# Of all shapes, on the CPU.
+ROUNDS_OF_SMOKE = Rounds(timed=2, warmup=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Another case by its name, timed in turn with the one that is held against it.
+
+    link: seconds that bytes take beside it at the ceilings of the link. most: the threshold, so many times both.
+    """
+
+    name: str
+    text: str
+    link: float = 0.0
+    most: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BenchCase(TimedWork):
+    """One thing to measure. traffic: what comes over the link, where that takes the time. flops: of a rank's GEMMs."""
+
+    shape: Shape
+    traffic: LinkTraffic | None = None
+    threshold: Threshold | None = None
+    flops: float | None = None
+    compared_with: tuple[Comparison, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Finding:
+    """A case, correct before and after it was timed; the threshold is its own or that of a baseline."""
+
+    case: BenchCase
+    method: Method
+    timing: Timing
+    baselines: tuple[Baseline, ...]
+    threshold: Threshold | None
+
+    @staticmethod
+    def of(case: BenchCase, method: Method, timings: Mapping[str, Timing]) -> Finding:
+        """Compared with those of the other cases that are in ``timings``."""
+        median, baselines, threshold = timings[case.name].median, [], case.threshold
+        for other in case.compared_with:
+            if other.name in timings:
+                measured = timings[other.name].median
+                total = measured + other.link
+                times = {"measured_us": micros(measured), "link_us": micros(other.link), "sum_us": micros(total)}
+                baselines.append(Baseline(what=other.text, **times, ratio=round(median / total, 4)))
+                if other.most is not None:
+                    text = f"at most {other.most:g} times {other.text}"
+                    threshold = Threshold(text=text, seconds=other.most * total)
+        return Finding(
+            case=case, method=method, timing=timings[case.name], baselines=tuple(baselines), threshold=threshold
+        )
+
+    @cached_property
+    def entry(self) -> Entry:
+        """The record. Raises ``AboveCeilingError`` if the case was faster than its ceiling admits."""
+        case, median, limit = self.case, self.timing.median, self.threshold
+        traffic = {} if case.traffic is None else case.traffic.figures(median, f"{case.name}, {self.method.value}")
+        return Entry(
+            name=case.name,
+            how=self.method.value,
+            shape=shape_record(case.shape),
+            tflop_per_s=None if case.flops is None else round(case.flops / median / 1e12, 2),
+            baselines=self.baselines,
+            threshold=None if limit is None else limit.text,
+            threshold_us=None if limit is None else micros(limit.seconds),
+            met=None if limit is None else median <= limit.seconds,
+            **traffic,
+            **self.timing.as_json(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BenchContext:
+    """What all cases of a run share. Methods are collective. held: whether times are held against thresholds."""
+
+    timer: RoundTimer
+    results: Results
+    held: bool = False
+
+    @property
+    def group(self) -> EPGroup:
+        """All ranks of the run."""
+        return self.timer.group
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's."""
+        return self.timer.device
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether times mean anything."""
+        return self.device.type == "cuda"
+
+    @property
+    def behind_work(self) -> Method:
+        """QUEUED, or EAGER on the CPU, which has no queue."""
+        return Method.QUEUED if self.on_gpu else Method.EAGER
+
+    def run(self, case: BenchCase, method: Method) -> Finding:
+        """Check that ``case`` is right, time it, check what the last round left, and check once more.
+
+        Raises ``WrongResultError`` on every rank if it is wrong on any, and ``AboveCeilingError`` if it is too fast.
+        """
+        short = method is Method.EAGER or case.shape.tokens * case.shape.row_bytes < SMALL_BYTES
+        rounds = ROUNDS_OF_SMALL if short else ROUNDS_OF_LARGE
+        return self.record(self.alternate([case], method, rounds if self.on_gpu else ROUNDS_OF_SMOKE)[case.name])
+
+    def record(self, found: Finding | WrongResultError) -> Finding:
+        """Count ``found`` as a result. Raises it if it is an error, ``AboveCeilingError`` if it is too fast."""
+        if isinstance(found, WrongResultError):
+            raise found
+        self.results.entries.append(found.entry)
+        return found
+
+    def alternate(
+        self, cases: Sequence[BenchCase], method: Method, rounds: Rounds
+    ) -> Mapping[str, Finding | WrongResultError]:
+        """Time ``cases`` round by round in turn, each checked by itself as in ``run``: what came of each, by name.
+
+        GPUs get slower as they get warm: what is compared takes turns. A case that is wrong does not stop the others.
+        """
+        stage = Stage(timer=replace(self.timer, ahead=method is not Method.EAGER), as_graphs=method is Method.GRAPH)
+        wrong: dict[str, WrongResultError] = {}
+        with torch.no_grad():
+            works = _correct([stage.launched(case) for case in cases], stage.prove, wrong)
+            timed = stage.time(works, rounds=rounds.timed, warmup=rounds.warmup)
+            timings = {found.work.name: found.timing for found in timed}
+            works = [found.work for found in _correct(timed, stage.confirm, wrong)]
+            # The results of the last rounds.
+            del timed
+            names = {work.name for work in _correct(works, stage.prove, wrong)}
+        timings = {name: timing for name, timing in timings.items() if name in names}
+        return {**{case.name: Finding.of(case, method, timings) for case in cases if case.name in names}, **wrong}
+
+    def free_cached_memory(self) -> None:
+        """Give unused memory of PyTorch's allocator back to the GPU."""
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
+    def traffic(self, nbytes: float, ceiling: str, memory_bytes: float | None = None) -> LinkTraffic | None:
+        """Bytes over the link held against one of ``LinkCeilings``; None on one rank."""
+        ceilings = self.results.ceilings
+        if self.group.world_size == 1:
+            return None
+        return LinkTraffic(
+            nbytes=nbytes,
+            ceiling=ceilings
+            and Ceiling(name=f"the {ceiling} ceiling", bytes_per_second=getattr(ceilings, ceiling)),
+            memory_bytes=memory_bytes,
+            memory_rate=self.results.memory_rate,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The shapes of a run.
+
+    layer: with experts. plans: slots of the group, W*C*K, of the plans that are timed, at E and K of ``large``.
+    """
+
+    large: Shape
+    small: Shape
+    layer: Shape
+    plans: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SuiteContext(BenchContext):
+    """What the suites of the fast backend share besides: its shared memory, and the shapes."""
+
+    workspace: Workspace
+    sizes: Sizes
+
+
+@contextmanager
+def layer_context(device: torch.device, backend: str, commit: str | None, command: str) -> Iterator[BenchContext]:
+    """Collective: a context for the world, whose ranks meet by ``backend``; its rates are measured first."""
+    with ExpertParallel(backend=backend) as ep:
+        group = ep.group
+        shared = device.type == "cuda" and group.world_size > torch.cuda.device_count()
+        timer = RoundTimer(group=group, device=device, fence=lambda: ep.meet(device), busy_seconds=BUSY_SECONDS)
+        found = environment(device, group.world_size, commit, command)
+        results = measured_results(timer, found, rounds=ROUNDS_OF_SHARED_GPUS if shared else ROUNDS)
+        yield BenchContext(timer=timer, results=results)
+
+
+@contextmanager
+def other_inputs(*inputs: Tensor) -> Iterator[None]:
+    """The rows of each tensor in another order while this lasts, and what is no index with the other sign.
+
+    It is undone, the last first, and not copied back: that would take as much memory again. A tensor that is given
+    twice is changed once.
+    """
+    different = {id(tensor): tensor for tensor in inputs}
+    with torch.no_grad(), ExitStack() as turned:
+        for tensor in different.values():
+            turn_rows(tensor, 1)
+            turned.callback(turn_rows, tensor, -1)
+        yield
+
+
+def turn_rows(tensor: Tensor, by: int) -> None:
+    """Move the rows ``by`` rows down in place, the last to the top; floats change their sign.
+
+    >>> given = torch.tensor([1.0, 2.0, 4.0])
+    >>> turn_rows(given, 1)
+    >>> given
+    tensor([-4., -1., -2.])
+    """
+    moved = tensor.roll(by, dims=0)
+    tensor.copy_(moved.neg_() if moved.is_floating_point() else moved)
+
+
+def _correct(items: Sequence[ItemT], check: Callable[[ItemT], None], wrong: dict[str, WrongResultError]) -> list[ItemT]:
+    """The works, or what was timed of them, that pass ``check``; the errors of the others go to ``wrong``."""
+    passed = []
+    for item in items:
+        try:
+            check(item)
+            passed.append(item)
+        except WrongResultError as error:
+            # Its frames would keep graphs and their memory alive.
+            wrong[getattr(item, "work", item).name] = error.with_traceback(None)  # type: ignore[attr-defined]
+    return passed
