@@ -1,4 +1,4 @@
-"""How ranks stay in step: what one of them finds, all of them know, and raise alike."""
+"""Errors that ranks agree on: what one of them raises, all of them raise."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ ValueT = TypeVar("ValueT")
 
 
 class WrongResultError(AssertionError):
-    """A primitive gave another result than the reference on some rank; every rank raises it, and nothing is timed."""
+    """A result differs from the reference on some rank; every rank raises it."""
 
 
 def gathered(group: EPGroup, value: ValueT) -> list[ValueT]:
-    """Collective: ``value`` of every rank, in rank order. It is pickled: for a few words, never for rows."""
+    """Collective. ``value`` of every rank, pickled, in rank order."""
     if group.world_size == 1:
         return [value]
     values: list[Any] = [None] * group.world_size
@@ -27,38 +27,36 @@ def gathered(group: EPGroup, value: ValueT) -> list[ValueT]:
 
 
 def in_step(
-    group: EPGroup, function: Callable[[], ValueT], *, expected: type[Exception], raised: type[Exception]
+    group: EPGroup,
+    function: Callable[[], ValueT],
+    expected: type[Exception] = RuntimeError,
+    raised: type[Exception] | None = None,
 ) -> ValueT:
-    """Collective: what ``function`` returns; an error on one rank is one on every rank.
+    """Collective. The result of ``function``, inside which the host must not wait for other ranks.
 
-    The host must not wait for other ranks inside ``function``: what is queued on a GPU may.
-
-    Raises ``raised`` with what each rank said if ``expected`` was raised, ``RuntimeError`` for any other error.
+    Raises on every rank what any rank raised: ``raised`` (default: ``expected``) if all errors are ``expected``, else
+    ``RuntimeError``.
     """
     failure: Exception | None = None
     try:
         result = function()
     except Exception as error:
         failure = error
-    said = gathered(group, None if failure is None else (_text(group, failure), isinstance(failure, expected)))
-    failures = [words for words in said if words is not None]
+    of_ranks = gathered(group, None if failure is None else (_text(group, failure), isinstance(failure, expected)))
+    failures = [of_rank for of_rank in of_ranks if of_rank is not None]
     if not failures:
         return result
-    kind = raised if all(foreseen for _, foreseen in failures) else RuntimeError
+    kind = (raised or expected) if all(as_expected for _, as_expected in failures) else RuntimeError
     raise kind("; ".join(text for text, _ in failures)) from failure
 
 
 def require_alike(group: EPGroup, described: Sequence[Mapping[str, object]]) -> None:
-    """Raise ``ValueError`` unless all ranks, in their order in ``described``, say the same of everything.
-
-    All hold the same ``described``, so all raise alike. The message names the ranks that differ from most others.
-    """
+    """Raise ``ValueError``, naming the ranks that differ from most others, unless all of ``described`` are equal."""
     for name in described[0]:
         values = [of_rank[name] for of_rank in described]
         usual, _ = Counter(map(repr, values)).most_common(1)[0]
-        odd = [rank for rank, value in enumerate(values) if repr(value) != usual]
-        if odd:
-            got = ", ".join(f"{values[rank]!r} on rank {rank}" for rank in odd)
+        got = ", ".join(f"{value!r} on rank {rank}" for rank, value in enumerate(values) if repr(value) != usual)
+        if got:
             raise ValueError(f"{group}: {name}: got {got}, expected {usual} as on the other ranks")
 
 

@@ -5,7 +5,7 @@ A case is drawn whole, for all ranks, from its seed, on every rank alike: no ran
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from types import MappingProxyType
@@ -17,34 +17,12 @@ from torch import Tensor
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
 from sonic_ep.backend import Experts
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig, RouterOptions, ScoreOrder
-
-# Draws the experts of N tokens: (generator, N, case, W) to (N, K) int64.
-Chooser = Callable[[torch.Generator, int, "Case", int], Tensor]
-
-
-def uniform(generator: torch.Generator, tokens: int, case: Case, world_size: int) -> Tensor:
-    """K distinct experts, each set as likely as any other."""
-    return torch.rand(tokens, case.num_experts, generator=generator).argsort(dim=1)[:, : case.top_k]
-
-
-def skewed(generator: torch.Generator, tokens: int, case: Case, world_size: int) -> Tensor:
-    """K distinct experts, expert j about as likely as 1/(j + 1)."""
-    weights = 1 / torch.arange(1, case.num_experts + 1)
-    # The Gumbel trick: the K largest of log-weight plus noise are a draw without replacement.
-    noise = -(-torch.rand(tokens, case.num_experts, generator=generator).clamp(1e-9).log()).log()
-    return (weights.log() + noise).argsort(dim=1, descending=True)[:, : case.top_k]
+from sonic_ep.profiler.routings import Chooser, one_rank, skewed, uniform
 
 
 def first_experts(generator: torch.Generator, tokens: int, case: Case, world_size: int) -> Tensor:
     """Every token chooses experts 0..K-1, in an order of its own."""
     return torch.rand(tokens, case.top_k, generator=generator).argsort(dim=1)
-
-
-def one_rank(generator: torch.Generator, tokens: int, case: Case, world_size: int) -> Tensor:
-    """Every expert chosen lives on the last rank."""
-    held = case.num_experts // world_size
-    local = torch.rand(tokens, held, generator=generator).argsort(dim=1)[:, : case.top_k]
-    return case.num_experts - held + local
 
 
 def even_experts(generator: torch.Generator, tokens: int, case: Case, world_size: int) -> Tensor:

@@ -1,19 +1,24 @@
-"""What a measurement depends on: GPUs, the links between them, versions, and this package's own code."""
+"""What measurements depend on: GPUs, the links between them, versions, and the code of this package."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parent.parent
 CPU_INFORMATION = Path("/proc/cpuinfo")
 PATIENCE_SECONDS = 20
 # To be said beside every figure of two GPUs.
@@ -24,7 +29,7 @@ DIGEST_LETTERS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The machine of one rank; None where there is no GPU, or where nothing tells.
+    """The machine of one rank; None where there is no GPU or nothing reports it.
 
     gpu: its name; gpus: how many this process sees. link: between the first two of them. cuda, nccl, driver: versions.
     code: a digest of this package's source.
@@ -42,8 +47,9 @@ class Machine:
 
 
 def this_machine(device: torch.device) -> Machine:
-    """What ``device`` is, and what runs on it. Asks the driver, which takes up to a second."""
+    """``device`` and the software that runs on it. Asks the driver, which takes up to a second."""
     on_gpu = device.type == "cuda"
+    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else ""
     return Machine(
         gpu=torch.cuda.get_device_name(device) if on_gpu else None,
         gpus=torch.cuda.device_count() if on_gpu else 0,
@@ -52,13 +58,39 @@ def this_machine(device: torch.device) -> Machine:
         triton=package_version("triton"),
         cuda=torch.version.cuda,
         nccl=".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
-        driver=_driver() if on_gpu else None,
+        driver=driver.splitlines()[0].strip() if driver else None,
         code=code_digest(),
     )
 
 
+def environment(device: torch.device, world_size: int, named_commit: str | None, command: str) -> dict[str, Any]:
+    """The machine of a run as JSON. command: how to run it again."""
+    return {
+        **asdict(this_machine(device)),
+        "processor": processor(),
+        "world_size": world_size,
+        "process_group": dist.get_backend() if dist.is_initialized() else None,
+        "commit": named_commit or commit(),
+        "command": command,
+        "date": date_now(),
+        "note": _note(device.type == "cuda", world_size),
+    }
+
+
+def command_of(world_size: int, words: str, arguments: Sequence[str]) -> str:
+    """A command line: ``words`` with ``arguments``, by torchrun if this process was."""
+    launcher = f"torchrun --nproc_per_node={world_size}" if dist.is_initialized() else "python"
+    interpreter = "TRITON_INTERPRET=1 " if os.environ.get("TRITON_INTERPRET") == "1" else ""
+    return f"{interpreter}{launcher} {words} {shlex.join(arguments)}".rstrip()
+
+
+def date_now() -> str:
+    """UTC, in ISO format, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 def processor() -> str:
-    """What the processor calls itself; its architecture where it does not tell."""
+    """The model of the processor, or its architecture, and its cores."""
     try:
         lines = CPU_INFORMATION.read_text().splitlines()
     except OSError:
@@ -85,22 +117,23 @@ def code_digest(folder: Path = PACKAGE) -> str:
 
 
 def commit(folder: Path = PACKAGE) -> str | None:
-    """The commit checked out in ``folder``, and whether files differ from it; None without git.
+    """The commit checked out in ``folder``, and whether files differ from it.
 
-    None as well for an installed copy that happens to lie inside somebody's repository.
+    None without git, and for an installed copy that happens to lie inside another repository.
     """
-    if not output_of("git", "-C", str(folder), "ls-files", ".").strip():
+
+    def git(*words: str) -> str:
+        return output_of("git", "-C", str(folder), *words).strip()
+
+    if not git("ls-files", "."):
         return None
-    found = output_of("git", "-C", str(folder), "rev-parse", "HEAD").strip()
-    changed = output_of("git", "-C", str(folder), "status", "--porcelain").strip()
-    return f"{found}{' with changes' if changed else ''}" if found else None
+    found = git("rev-parse", "HEAD")
+    return f"{found}{' with changes' if git('status', '--porcelain') else ''}" if found else None
 
 
 def topology() -> str:
-    """The matrix that ``nvidia-smi topo -m`` prints; empty if it cannot be had."""
-    if not torch.cuda.is_available():
-        return ""
-    return output_of("nvidia-smi", "topo", "-m")
+    """The matrix that ``nvidia-smi topo -m`` prints; empty if there is none."""
+    return output_of("nvidia-smi", "topo", "-m") if torch.cuda.is_available() else ""
 
 
 def link_types(matrix: str) -> dict[tuple[int, int], str]:
@@ -119,16 +152,19 @@ def link_types(matrix: str) -> dict[tuple[int, int], str]:
 
 
 def output_of(*words: str) -> str:
-    """What a program prints; empty if it cannot be run or fails."""
+    """The output of a program; empty if it cannot be run or fails."""
     if shutil.which(words[0]) is None:
         return ""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=True)
+        return subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=True).stdout
     except (subprocess.SubprocessError, OSError, UnicodeDecodeError):
         return ""
-    return done.stdout
 
 
-def _driver() -> str | None:
-    found = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return found.splitlines()[0].strip() if found else None
+def _note(on_gpu: bool, world_size: int) -> str | None:
+    if not on_gpu:
+        return "on the CPU: the times mean nothing for GPUs"
+    gpus = torch.cuda.device_count()
+    if world_size > gpus:
+        return f"{world_size} ranks took turns on {gpus} GPUs: the times mean nothing for a GPU each"
+    return TWO_GPUS_NOTE if world_size == FLATTERED_WORLD_SIZE else None

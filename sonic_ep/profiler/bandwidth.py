@@ -1,0 +1,62 @@
+"""Measured bandwidth of the link between GPUs and of GPU memory: the ceilings that rates are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from sonic_ep.backend import unavailable_reasons
+from sonic_ep.cost import LinkCeilings
+from sonic_ep.group import EPGroup
+from sonic_ep.profiler.timing import RoundTimer
+from sonic_ep.profiler.verification import expect
+
+# Seconds that work takes, all ranks having entered each round together.
+Stopwatch = Callable[[Callable[[], None]], float]
+
+ROUNDS = 50
+# Where ranks share a GPU, every barrier takes milliseconds.
+ROUNDS_OF_SHARED_GPUS = 3
+# Over the link, each way.
+LINK_BYTES = 2**27
+# Ten times what a cache holds.
+COPIED_BYTES = 2**29
+
+
+def measured_ceilings(
+    group: EPGroup, device: torch.device, nbytes: int = LINK_BYTES, rounds: int = ROUNDS
+) -> LinkCeilings | None:
+    """Collective. The ceilings of the link between GPUs, for about ``nbytes`` each way.
+
+    None on one rank, on the CPU, and where GPUs cannot map each other's memory.
+    """
+    if group.world_size == 1 or device.type != "cuda" or unavailable_reasons("fast", group):
+        return None
+    # Imported here: it needs triton, which the reference does without.
+    from sonic_ep.fast.workspace import Workspace
+    from sonic_ep.profiler.link_kernels import LARGEST_BLOCK, link_ceilings
+
+    workspace = Workspace(group, device)
+    timer = RoundTimer(group=group, device=device, fence=workspace.fence)
+    whole_blocks = max(1, nbytes // LARGEST_BLOCK) * LARGEST_BLOCK
+    try:
+        return link_ceilings(workspace, whole_blocks, lambda transfer: timer.median(transfer, rounds))
+    finally:
+        workspace.close()
+
+
+def memory_rate(device: torch.device, seconds: Stopwatch, nbytes: int = COPIED_BYTES) -> float:
+    """Bytes/s that the memory of ``device`` reads and writes in a copy of ``nbytes``.
+
+    Raises ``AssertionError`` if the copy is wrong.
+    """
+    source = torch.randint(-(2**31), 2**31 - 1, (nbytes // 4,), dtype=torch.int32, device=device)
+    target = torch.zeros_like(source)
+
+    def copy() -> None:
+        target.copy_(source)
+
+    taken = seconds(copy)
+    expect(torch.equal(source, target), "memory: the copy differs from its source")
+    return (source.nbytes + target.nbytes) / taken
