@@ -10,9 +10,6 @@ import pytest
 import torch
 from bench_combine import summing
 from bench_dispatch import receiving
-from torch import Tensor
-
-from sonic_ep import CombineMode, DispatchMode, EPConfig
 from sonic_ep.benchmark.arena import How, Rounds, SuiteArena, Work
 from sonic_ep.benchmark.layer import Pass
 from sonic_ep.benchmark.layer_problem import LayerOptions, LayerProblem
@@ -20,6 +17,9 @@ from sonic_ep.benchmark.results import Entry
 from sonic_ep.benchmark.routed import RoutedUnderTest
 from sonic_ep.benchmark.routed_call import RoutedCall
 from sonic_ep.benchmark.workload import Problem, Shape
+from torch import Tensor
+
+from sonic_ep import CombineMode, DispatchMode, EPConfig
 from sonic_ep.testing import CASES, Case
 
 Run = Callable[[Work, How], None]

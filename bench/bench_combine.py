@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from torch import Tensor
-
-from sonic_ep import CombineMode
 from sonic_ep.benchmark import usual
 from sonic_ep.benchmark.arena import How, SuiteArena, Way, Work
 from sonic_ep.benchmark.results import Traffic
 from sonic_ep.benchmark.workload import Problem
+from torch import Tensor
+
+from sonic_ep import CombineMode
 from sonic_ep.cost import combine_traffic
 from sonic_ep.fast.collectives import gather_scores
 from sonic_ep.fast.combine import combine_primitives

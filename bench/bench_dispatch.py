@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import pytest
-from torch import Tensor
-
-from sonic_ep import DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.benchmark import usual
 from sonic_ep.benchmark.arena import How, SuiteArena, Way, Work
 from sonic_ep.benchmark.layer import WAY
 from sonic_ep.benchmark.results import Bar, Traffic
 from sonic_ep.benchmark.workload import Problem
+from torch import Tensor
+
+from sonic_ep import DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.cost import (
     RankCounts,
     canonical_gather_bytes,

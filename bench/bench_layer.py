@@ -13,14 +13,14 @@ from functools import cached_property
 from types import MappingProxyType
 
 import pytest
-
-from sonic_ep import CombineMode, DispatchMode, EPConfig
 from sonic_ep.benchmark.arena import Beside, How, Rounds, SuiteArena, WrongError
 from sonic_ep.benchmark.layer import LayerUnderTest, Pass
 from sonic_ep.benchmark.layer_problem import LayerOptions, LayerProblem
 from sonic_ep.benchmark.oracle import Oracle
 from sonic_ep.benchmark.products import Products
 from sonic_ep.benchmark.results import Entry
+
+from sonic_ep import CombineMode, DispatchMode, EPConfig
 from sonic_ep.config import ModePair
 
 Found = Mapping[str, Entry | WrongError]

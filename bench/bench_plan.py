@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from torch import Tensor
-
-from sonic_ep import ExpertParallel, RoutingPlan
 from sonic_ep.benchmark.arena import How, SuiteArena, Work
 from sonic_ep.benchmark.results import Bar
 from sonic_ep.benchmark.workload import Problem, Shape
+from torch import Tensor
+
+from sonic_ep import ExpertParallel, RoutingPlan
 from sonic_ep.plan import ROUTING_FIELDS
 from sonic_ep.testing import assert_bitwise
 from sonic_ep.testing.checks import expect

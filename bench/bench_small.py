@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from torch import Tensor
-
-from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.benchmark.arena import How, SuiteArena, Work
 from sonic_ep.benchmark.results import Bar
 from sonic_ep.benchmark.workload import Problem
+from torch import Tensor
+
+from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.testing import assert_bitwise
 
 Run = Callable[[Work, How], None]

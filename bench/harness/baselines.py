@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sonic_ep.api import ExpertParallel
-from sonic_ep.benchmark.arena import Work, agree
-from sonic_ep.benchmark.layer import LayerUnderTest, Pass, bitwise_work
-from sonic_ep.benchmark.layer_problem import LayerProblem, Outcome, single_rank
-from sonic_ep.benchmark.oracle import Oracle
-from sonic_ep.benchmark.routed_call import RoutedCall
+from harness.layer import CallUnderTest, LayerUnderTest, ProvenCall, oracle_of
 from sonic_ep.group import EPGroup, resolve_group
 from sonic_ep.plan import RoutingPlan
 from sonic_ep.reference.dense import dense_scores
-from sonic_ep.testing.checks import expect
+from sonic_ep.testing.oracle import LOGITS, RoutedCall
 
 
 def group_of_this_rank(group: EPGroup) -> EPGroup:
@@ -32,42 +26,31 @@ def group_of_this_rank(group: EPGroup) -> EPGroup:
 
 def given_routing(layer: LayerUnderTest) -> RoutedCall:
     """The layer's own tokens, experts and choices, without its router."""
-    problem, answer = layer.problem, layer.answer
-    chosen = problem.choices(answer.outcome)
-    scores = dense_scores(answer.outcome.logits, chosen, problem.options.router(problem.shape.top_k))
+    call, chosen = layer.problem.call, layer.choices
+    scores = dense_scores(layer.answer.outcome[LOGITS], chosen, call.options)
     return RoutedCall(
-        shape=problem.shape,
-        options=problem.options,
-        x=problem.inputs.x,
-        out_grad=problem.inputs.out_grad,
-        topk_idx=chosen,
-        topk_scores=scores.detach().requires_grad_(),
-        experts=problem.inputs.experts,
+        x=call.x, dy=call.dy, experts=call.experts, topk_idx=chosen, topk_scores=scores.detach().requires_grad_()
     )
 
 
 def same_rows(layer: LayerUnderTest) -> RoutedCall:
-    """A layer of this rank alone whose experts get as many rows as in the group: nothing but the link is missing.
+    """A call of this rank alone whose experts get as many rows as in the group: nothing but the link is missing.
 
     With ends [2, 3] of two experts and K=2 there are 3 slots, so two tokens, one slot of them dropped.
     """
-    problem, plan = layer.problem, layer.routed.plan
+    problem, plan, shape = layer.problem, layer.routing.plan, layer.shape
     generator = torch.Generator(problem.device).manual_seed(7 + problem.group.rank)
     topk_idx = experts_of_rows(plan, generator)
-    tokens, top_k = topk_idx.shape
 
     def normal(dtype: torch.dtype, width: int) -> Tensor:
-        return torch.randn((tokens, width), generator=generator, device=problem.device).to(dtype)
+        return torch.randn((topk_idx.shape[0], width), generator=generator, device=problem.device).to(dtype)
 
-    shape = replace(problem.shape, tokens=tokens, top_k=top_k, num_experts=plan.experts_per_rank)
     return RoutedCall(
-        shape=shape,
-        options=problem.options,
         x=normal(shape.dtype, shape.hidden).requires_grad_(),
-        out_grad=normal(shape.dtype, shape.hidden),
+        dy=normal(shape.dtype, shape.hidden),
+        experts=problem.call.experts,
         topk_idx=topk_idx,
-        topk_scores=normal(torch.float32, shape.top_k).softmax(dim=1).requires_grad_(),
-        experts=problem.inputs.experts,
+        topk_scores=normal(torch.float32, topk_idx.shape[1]).softmax(dim=1).requires_grad_(),
     )
 
 
@@ -85,31 +68,22 @@ def experts_of_rows(plan: RoutingPlan, generator: torch.Generator) -> Tensor:
     return slots.view(tokens, slots_of_token)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class OneGpu:
-    """A layer with all of its experts on one rank, and the outcome that was found right."""
+def prove_routed(layer: LayerUnderTest, call: RoutedCall, group: EPGroup) -> ProvenCall:
+    """Collective: a call of ``moe_routed`` over ``group`` with the backend, modes and FLOPs of the layer."""
+    (tokens, hidden), top_k = call.x.shape, call.top_k
+    experts = layer.shape.num_experts // layer.problem.group.world_size * group.world_size
+    shape = replace(layer.shape, tokens=tokens, hidden=hidden, top_k=top_k, num_experts=experts)
+    oracle = oracle_of(call, group)
+    routed = CallUnderTest(
+        context=layer.context, shape=shape, oracle=oracle, backend=layer.backend, config=layer.config
+    )
+    return routed.proven(layer.flops)
 
-    problem: LayerProblem
-    outcome: Outcome
-    flops: Mapping[Pass, float]
 
-    @staticmethod
-    def of(layer: LayerUnderTest, alone: EPGroup) -> OneGpu:
-        """Collective: with as many tokens as a rank of the group has. Raises ``WrongError`` on all if it is wrong.
+def prove_one_gpu(layer: LayerUnderTest, alone: EPGroup) -> ProvenCall:
+    """Collective: the layer with all of its experts on this rank, and as many tokens as a rank of the group has.
 
-        alone: the group of this rank. What it was held against is let go: all experts are large.
-        """
-        problem = single_rank(layer.problem, alone)
-        whole = replace(layer, arena=replace(layer.arena, group=alone), oracle=Oracle(problem=problem))
-        faults = whole.judged.faults
-        agree(layer.arena.group, lambda: expect(not faults, f"all experts on one rank: {'; '.join(faults)}"))
-        return OneGpu(
-            problem=problem,
-            outcome=whole.judged.outcome,
-            flops={which: whole.flops(which) for which in Pass},
-        )
-
-    def work(self, name: str, ep: ExpertParallel, which: Pass) -> Work:
-        """A pass of it."""
-        work = bitwise_work(name, self.problem, self.outcome, ep, which)
-        return replace(work, flops=self.flops[which])
+    Raises ``WrongResultError`` on every rank if it is wrong on any. Only the outcome is kept: all experts are large.
+    """
+    whole = LayerUnderTest.of(layer.context, layer.problem.on_one_rank(alone), layer.backend, layer.config)
+    return whole.proven(whole.flops, "all experts on one rank: ")

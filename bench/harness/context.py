@@ -208,8 +208,7 @@ class BenchContext:
             return None
         return LinkTraffic(
             nbytes=nbytes,
-            ceiling=ceilings
-            and Ceiling(name=f"the {ceiling} ceiling", bytes_per_second=getattr(ceilings, ceiling)),
+            ceiling=ceilings and Ceiling(name=f"the {ceiling} ceiling", bytes_per_second=getattr(ceilings, ceiling)),
             memory_bytes=memory_bytes,
             memory_rate=self.results.memory_rate,
         )

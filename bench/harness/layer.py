@@ -1,26 +1,30 @@
-"""A layer under test: its right answer, what it costs at the least, and each of its passes as a work to time."""
+"""A layer under test: its right answer, the least that it costs, and each of its passes as a case to time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
-from types import MappingProxyType
 
-from torch import Tensor
+import torch
 
+from harness.context import BenchCase, BenchContext, Comparison, other_inputs
+from harness.products import Products
+from harness.routing_problem import RoutingProblem
 from sonic_ep.api import ExpertParallel
-from sonic_ep.benchmark.arena import Arena, Beside, Way, Work, agree
-from sonic_ep.benchmark.layer_problem import LayerInputs, LayerProblem, Outcome, tensors_of
-from sonic_ep.benchmark.oracle import Answer, Oracle, faults_of, judged
-from sonic_ep.benchmark.products import Products
-from sonic_ep.benchmark.workload import Problem
-from sonic_ep.config import DispatchMode, EPConfig, ModePair
-from sonic_ep.cost import WAY_OF_DISPATCH, combine_traffic, dispatch_traffic
-from sonic_ep.testing.checks import assert_bitwise, expect
+from sonic_ep.config import EPConfig, ModePair
+from sonic_ep.cost import WAY_OF_COMBINE, WAY_OF_DISPATCH, combine_traffic, dispatch_traffic
+from sonic_ep.group import EPGroup
+from sonic_ep.profiler.agreement import WrongResultError, in_step
+from sonic_ep.profiler.verification import assert_bitwise, expect
+from sonic_ep.reference.router import choose_experts
+from sonic_ep.testing.checks import Accuracy, assert_as_accurate
+from sonic_ep.testing.layer_problem import LayerProblem, Shape
+from sonic_ep.testing.oracle import LOGITS, LayerCall, Oracle, Outcome, accuracies_of
 
-WAY: Mapping[DispatchMode, Way] = MappingProxyType({mode: Way(name) for mode, name in WAY_OF_DISPATCH.items()})
+# Slots that the oracle takes at a time in the wider dtype.
+MOST_SLOTS = 2**16
 
 
 class Pass(str, Enum):
@@ -32,7 +36,7 @@ class Pass(str, Enum):
 
     @property
     def times(self) -> int:
-        """How many times the products of a forward, in operations."""
+        """How many times the operations of the GEMMs of a forward."""
         return 3 if self is Pass.STEP else 1
 
     @property
@@ -40,70 +44,207 @@ class Pass(str, Enum):
         """How often rows go there and back over the link."""
         return 2 if self is Pass.STEP else 1
 
+    def run(self, call: LayerCall, ep: ExpertParallel) -> Outcome:
+        """This pass of the call."""
+        return call.run(ep, training=self is not Pass.INFERENCE, backward=self is Pass.STEP)
+
     def part_of(self, outcome: Outcome) -> Outcome:
         """What this pass gives of the outcome of a forward and backward."""
-        return outcome if self is Pass.STEP else outcome.forward
+        return (
+            outcome if self is Pass.STEP else {name: out for name, out in outcome.items() if not name.startswith("d")}
+        )
+
+
+def oracle_of(call: LayerCall, group: EPGroup) -> Oracle:
+    """The oracle of a call whose truth is in fp32, or in fp64 for fp32."""
+    wide = torch.float64 if call.x.dtype is torch.float32 else torch.float32
+    return Oracle(call=call, group=group, wide=wide, at_a_time=max(1, MOST_SLOTS // call.top_k))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LayerUnderTest:
-    """A layer drawn for this rank, and the backend and configuration whose answer is the one that counts."""
+class Answer:
+    """The outcome of one forward and backward, and what the oracle says of it.
 
-    arena: Arena
+    plain: the same by what says how accurate it has to be. accuracies: of all ranks together, the same on each.
+    same_choices: whether this rank's router has chosen what the oracle's did.
+    """
+
+    outcome: Outcome
+    plain: Outcome
+    truth: Outcome
+    accuracies: tuple[Accuracy, ...]
+    same_choices: bool = True
+
+    @property
+    def faults(self) -> list[str]:
+        """What is wrong with the answer."""
+        choices = [] if self.same_choices else ["other experts are chosen"]
+        return [*choices, *(str(accuracy) for accuracy in self.accuracies if not accuracy.ok)]
+
+
+def judge(oracle: Oracle, outcome: Outcome, reference: Outcome | None = None) -> Answer:
+    """Collective: hold the outcome of a forward and backward against the oracle.
+
+    reference: the outcome of the reference, which is held against the oracle itself before it may say how accurate
+    others have to be; None: plain PyTorch says so.
+    """
+    truth, group, top_k = oracle.truth, oracle.group, oracle.call.top_k
+    found = []
+    if reference is not None:
+        found = [
+            replace(each, name=f"reference's {each.name}")
+            for each in _accuracies(reference, truth, oracle.plain, group)
+        ]
+    plain = reference or oracle.plain
+    found += _accuracies(outcome, truth, plain, group)
+    chosen = [choose_experts(each[LOGITS], top_k).sort(dim=1).values for each in (outcome, truth) if LOGITS in each]
+    same = all(torch.equal(chosen[0], other) for other in chosen[1:])
+    return Answer(outcome=outcome, plain=plain, truth=truth, accuracies=tuple(found), same_choices=same)
+
+
+def _accuracies(outcome: Outcome, truth: Outcome, plain: Outcome, group: EPGroup) -> list[Accuracy]:
+    """With the output named as reports name it."""
+    found = accuracies_of(outcome, truth, plain, group)
+    return [replace(accuracy, name="o" if accuracy.name == "y" else accuracy.name) for accuracy in found]
+
+
+def faults_of(got: Outcome, truth: Outcome, plain: Outcome) -> list[str]:
+    """Which of y and the gradients of this rank are less accurate than twice the error of plain PyTorch."""
+    found = []
+    for name, right in truth.items():
+        try:
+            if name != LOGITS:
+                assert_as_accurate(got[name], right, plain[name], name)
+        except AssertionError as error:
+            found.append(str(error))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ProvenCall:
+    """A call and the outcome that was found right, whose bits every later call has to give."""
+
+    shape: Shape
+    call: LayerCall
+    outcome: Outcome
+    flops: Mapping[Pass, float] = field(default_factory=dict)
+
+    def case(self, name: str, ep: ExpertParallel, which: Pass) -> BenchCase:
+        """A pass of it over ``ep``."""
+        expected = which.part_of(self.outcome)
+
+        def check(got: Outcome) -> None:
+            expect(got.keys() == expected.keys(), f"got {', '.join(got)}, expected {', '.join(expected)}")
+            for part, right in expected.items():
+                assert_bitwise(got[part], right, part)
+
+        call = self.call
+        return BenchCase(
+            name=name,
+            shape=self.shape,
+            run=lambda: which.run(call, ep),
+            check=check,
+            other_inputs=lambda: other_inputs(*call.leaves.values(), call.dy),
+            flops=self.flops.get(which),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CallUnderTest:
+    """A call of this rank, and the backend and configuration whose answer counts.
+
+    context: of all ranks, which agree on what is right; the group of the oracle may be this rank alone.
+    """
+
+    context: BenchContext
+    shape: Shape
     oracle: Oracle
     backend: str
     config: EPConfig
 
-    @property
-    def problem(self) -> LayerProblem:
-        """The layer."""
-        return self.oracle.problem
-
     def over(self, config: EPConfig | None = None, backend: str | None = None) -> ExpertParallel:
-        """The layer of ``config``, by default the one that counts."""
+        """An ``ExpertParallel`` for it, by default of the configuration that counts."""
         return ExpertParallel(
-            self.arena.group.process_group,
+            self.oracle.group.process_group,
             backend=backend or self.backend,
             config=config or self.config,
-            max_tokens_per_rank=max(1, self.problem.shape.tokens),
+            max_tokens_per_rank=max(1, self.oracle.call.x.shape[0]),
         )
 
     @cached_property
     def judged(self) -> Answer:
-        """Collective: the answer, right or wrong. Memory that the oracle has taken goes back."""
+        """Collective: the answer, right or wrong."""
         with self.over() as ep:
-            outcome = self.problem.forward_backward(ep, self.problem.inputs)
-        # The oracle's own is the yardstick of the reference; its exact sizes are for what is large.
-        plain = None
-        if self.backend != "reference":
-            exact = replace(self.config, redispatch_x_in_backward=False, cpu_sync_on_runtime=True)
-            with self.over(exact, "reference") as reference:
-                plain = self.problem.forward_backward(reference, self.problem.inputs)
-        answer = judged(self.oracle, outcome, plain)
-        self.arena.give_back_memory()
+            outcome = self.oracle.call.run(ep)
+        answer = judge(self.oracle, outcome, self.reference_outcome())
+        self.context.free_cached_memory()
         return answer
+
+    def reference_outcome(self) -> Outcome | None:
+        """What says how accurate the answer has to be, if not plain PyTorch."""
+        return None
+
+    def proven(self, flops: Mapping[Pass, float], name: str = "") -> ProvenCall:
+        """Collective. Raises ``WrongResultError`` on every rank, with ``name``, if the answer is wrong on any."""
+        expect_everywhere(self.context, self.judged.faults, name)
+        return ProvenCall(shape=self.shape, call=self.oracle.call, outcome=self.judged.outcome, flops=flops)
+
+
+def expect_everywhere(context: BenchContext, faults: Sequence[str], name: str = "") -> None:
+    """Collective. Raises ``WrongResultError`` on every rank if any rank has faults."""
+    in_step(context.group, lambda: expect(not faults, name + "; ".join(faults)), AssertionError, WrongResultError)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerUnderTest(CallUnderTest):
+    """A random layer under test. The reference says how accurate other backends have to be."""
+
+    problem: LayerProblem
+
+    @staticmethod
+    def of(context: BenchContext, problem: LayerProblem, backend: str, config: EPConfig) -> LayerUnderTest:
+        """With an oracle of its own."""
+        oracle = oracle_of(problem.call, problem.group)
+        return LayerUnderTest(
+            context=context, shape=problem.shape, oracle=oracle, backend=backend, config=config, problem=problem
+        )
+
+    def reference_outcome(self) -> Outcome | None:
+        """The reference's, with exact sizes, which is for what is large."""
+        if self.backend == "reference":
+            return None
+        exact = replace(self.config, redispatch_x_in_backward=False, cpu_sync_on_runtime=True)
+        with self.over(exact, "reference") as reference:
+            return self.oracle.call.run(reference)
 
     @property
     def answer(self) -> Answer:
-        """Collective. Raises ``WrongError`` on every rank if it is wrong on any."""
-        faults = self.judged.faults
-        agree(self.arena.group, lambda: expect(not faults, "; ".join(faults)))
+        """Collective. Raises ``WrongResultError`` on every rank if it is wrong on any."""
+        expect_everywhere(self.context, self.judged.faults)
         return self.judged
 
+    @property
+    def choices(self) -> torch.Tensor:
+        """The experts that the layer's router has chosen, (T, K) int64."""
+        return choose_experts(self.judged.outcome[LOGITS], self.shape.top_k)
+
     @cached_property
-    def routed(self) -> Problem:
+    def routing(self) -> RoutingProblem:
         """Where the layer's router sends its tokens."""
-        problem, chosen_TK = self.problem, self.problem.choices(self.judged.outcome)
-        return Problem(shape=problem.shape, group=problem.group, device=problem.device, chosen_TK=chosen_TK)
+        problem = self.problem
+        return RoutingProblem(shape=problem.shape, group=problem.group, device=problem.device, chosen_TK=self.choices)
 
     def products(self) -> Products:
         """Of the rows that come here: as large as what passes through the layer, so the caller's to keep."""
-        return Products.of(self.problem, self.routed.plan.group_ends, self.routed.valid_rows)
+        return Products.of(self.problem, self.routing.plan.group_ends, self.routing.valid_rows)
 
-    def flops(self, which: Pass) -> float:
-        """Operations of a rank's matrix products, the mean over the ranks: 2 for each number of a weight and row."""
-        per_row = sum(weight[0].numel() for weight in (self.problem.inputs.w1, self.problem.inputs.w2))
-        return 2.0 * which.times * per_row * self.routed.mean_over_ranks(lambda counts: counts.rows)
+    @cached_property
+    def flops(self) -> Mapping[Pass, float]:
+        """Operations of a rank's GEMMs, the mean over the ranks: 2 for each number of a weight and row."""
+        experts = self.oracle.call.experts
+        per_row = experts.w1[0].numel() + experts.w2[0].numel()
+        rows = self.routing.mean_over_ranks(lambda counts: counts.rows)
+        return {which: 2.0 * which.times * per_row * rows for which in Pass}
 
     def link_seconds(self, modes: ModePair, which: Pass) -> float | None:
         """What the rows take at the ceilings of the link, there and back, in backward once more; None without ceilings.
@@ -111,73 +252,34 @@ class LayerUnderTest:
         Those of the busiest rank, and the least of them: ids, scores and their gradients, and x where it is gathered
         again, are not counted.
         """
-        if self.arena.group.world_size == 1:
+        if self.context.group.world_size == 1:
             return 0.0
-        row_bytes, routed = self.problem.shape.row_bytes, self.routed
-        there = routed.most_over_link(lambda counts: dispatch_traffic(counts, row_bytes)[modes.dispatch])
-        back = routed.most_over_link(lambda counts: combine_traffic(counts, row_bytes)[modes.combine])
+        row_bytes, most_over_link = self.shape.row_bytes, self.routing.most_over_link
+        there = most_over_link(lambda counts: dispatch_traffic(counts, row_bytes)[modes.dispatch])
+        back = most_over_link(lambda counts: combine_traffic(counts, row_bytes)[modes.combine])
         seconds = 0.0
-        for nbytes, way in ((there, WAY[modes.dispatch]), (back, Way.WRITE)):
-            traffic = self.arena.traffic(nbytes, way)
+        for nbytes, way in ((there, WAY_OF_DISPATCH[modes.dispatch]), (back, WAY_OF_COMBINE)):
+            traffic = self.context.traffic(nbytes, way)
             if traffic is None or traffic.floor is None:
                 return None
-            seconds += which.trips * traffic.floor.seconds
+            seconds += which.trips * traffic.floor[0]
         return seconds
 
-    def work(self, name: str, ep: ExpertParallel, which: Pass, beside: tuple[Beside, ...] = ()) -> Work:
+    def case(self, name: str, ep: ExpertParallel, which: Pass, compared_with: tuple[Comparison, ...] = ()) -> BenchCase:
         """The layer over ``ep``: the answer's very bits, or if it is another backend's, an answer as accurate."""
         answer = self.answer
-        work = replace(bitwise_work(name, self.problem, answer.outcome, ep, which), flops=self.flops(which))
-        work = replace(work, beside=beside if self.arena.on_gpu else ())
+        proven = ProvenCall(shape=self.shape, call=self.oracle.call, outcome=answer.outcome, flops=self.flops)
+        case = replace(proven.case(name, ep, which), compared_with=compared_with if self.context.on_gpu else ())
         if ep.backend == self.backend:
-            return work
+            return case
 
         def check(got: Outcome) -> None:
             faults = faults_of(got, which.part_of(answer.truth), answer.plain)
             expect(not faults, "; ".join(faults))
 
-        return replace(work, check=check)
+        return replace(case, check=check)
 
-    def products_alone(self, name: str, which: Pass, products: Products) -> Work:
-        """The matrix products, of random numbers."""
-        operands = products.operands(backward=which is Pass.STEP)
-
-        def check(got: list[Tensor]) -> None:
-            for place, (found, (left, right)) in enumerate(zip(got, operands, strict=True)):
-                products.expect_of_one_group(found, left, right, f"product {place}")
-
-        return Work(
-            name=name,
-            shape=self.problem.shape,
-            function=lambda: products.all_of(operands),
-            check=check,
-            inputs=(products.rows, products.out_grad, products.hidden_grad, products.activated),
-            flops=self.flops(which),
-        )
-
-
-def bitwise_work(name: str, problem: LayerProblem, right: Outcome, ep: ExpertParallel, which: Pass) -> Work:
-    """A pass of ``problem`` over ``ep``, whose every call has to give the bits of ``right``."""
-    inputs, run = problem.inputs, runner(problem, which)
-
-    def check(got: Outcome) -> None:
-        for part, expected in tensors_of(which.part_of(right)).items():
-            assert_bitwise(tensors_of(got)[part], expected, f"{name}: {part}")
-
-    return Work(
-        name=name,
-        shape=problem.shape,
-        function=lambda: run(ep, inputs),
-        check=check,
-        inputs=(*inputs.leaves.values(), inputs.out_grad),
-    )
-
-
-def runner(problem: LayerProblem, which: Pass) -> Callable[[ExpertParallel, LayerInputs], Outcome]:
-    """How ``problem`` runs a pass."""
-    runners = {
-        Pass.INFERENCE: problem.inference,
-        Pass.TRAINING: problem.training_forward,
-        Pass.STEP: problem.forward_backward,
-    }
-    return runners[which]
+    def products_alone(self, name: str, which: Pass, products: Products) -> BenchCase:
+        """The GEMMs, of random numbers."""
+        case = products.case(name, self.shape, backward=which is Pass.STEP)
+        return replace(case, flops=self.flops[which])

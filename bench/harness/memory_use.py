@@ -1,110 +1,83 @@
-"""What a layer allocates, measured by PyTorch's allocator, beside the formulas of ``sonic_ep.memory``."""
+"""What a layer allocates, measured by PyTorch's allocator, beside the formulas of the memory model."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from schema import MemoryUse
 
-from sonic_ep.activation import ACTIVATIONS
 from sonic_ep.api import ExpertParallel
-from sonic_ep.benchmark.routed_call import RoutedCall
 from sonic_ep.config import CombineMode, DispatchMode, ModePair
-from sonic_ep.memory import (
-    LayerShape,
-    backward_peak_bytes,
-    forward_peak_bytes,
-    saved_bytes,
-    symmetric_bytes,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryUse:
-    """Bytes of the rank with most of it; None where there is no formula, or no allocator that could be asked.
-
-    formulas are those of the fast backend.
-    """
-
-    what: str
-    formula: int | None
-    measured: int | None
-
-    def as_json(self) -> dict[str, Any]:
-        """By name."""
-        return {"what": self.what, "formula_bytes": self.formula, "measured_bytes": self.measured}
-
+from sonic_ep.memory import LayerShape, backward_peak_bytes, forward_peak_bytes, saved_bytes, symmetric_bytes
+from sonic_ep.profiler.agreement import gathered
+from sonic_ep.testing.layer_problem import Shape
+from sonic_ep.testing.oracle import RoutedCall, gradients
 
 SAVED, INFERENCE = "saved activations", "peak of forward, inference"
 FORWARD, BACKWARD, SHARED = "peak of forward, training", "peak of backward", "shared memory"
 
 
-def memory_use(call: RoutedCall, ep: ExpertParallel, *, backward: bool) -> list[MemoryUse]:
-    """Collective: what one call allocates beyond what there was, and what it should."""
-    modes = ModePair(dispatch=DispatchMode(ep.config.dispatch), combine=CombineMode(ep.config.combine))
-    formula = formulas(call, ep, modes) if ep.backend == "fast" else {}
+def memory_use(call: RoutedCall, shape: Shape, ep: ExpertParallel, *, backward: bool) -> tuple[MemoryUse, ...]:
+    """Collective: bytes that one call allocates beyond what there was, and what it should, of the rank with most.
+
+    None where there is no formula, which are those of the fast backend, or no allocator to ask.
+    """
+    formula = formulas(call, shape, ep) if ep.backend == "fast" else {}
     found = measured(call, ep, backward=backward) if call.x.device.type == "cuda" else {}
     names = [SAVED, INFERENCE, FORWARD, *([BACKWARD] if backward else []), SHARED]
-    mine = [(formula.get(name), found.get(name)) for name in names]
-    every = [mine] * ep.world_size
-    if ep.world_size > 1:
-        dist.all_gather_object(every, mine, group=ep.group.process_group)
-    return [
-        MemoryUse(
-            what=name, formula=most([rank[place][0] for rank in every]), measured=most([r[place][1] for r in every])
-        )
-        for place, name in enumerate(names)
-    ]
+    of_ranks = gathered(ep.group, (formula, found))
+    most = [{name: max(of_rank[kind][name] for of_rank in of_ranks) for name in of_ranks[0][kind]} for kind in (0, 1)]
+    return tuple(
+        MemoryUse(what=name, formula_bytes=most[0].get(name), measured_bytes=most[1].get(name)) for name in names
+    )
 
 
-def most(numbers: list[int | None]) -> int | None:
-    """The largest of them, None if there are none."""
-    return max((number for number in numbers if number is not None), default=None)
-
-
-def formulas(call: RoutedCall, ep: ExpertParallel, modes: ModePair) -> dict[str, int]:
-    """Collective: what the fast backend's formulas say of this rank."""
-    plan = ep.plan(call.topk_idx, call.shape.num_experts)
-    assert call.shape.intermediate is not None, "a shape without experts"
-    shape = LayerShape(
+def formulas(call: RoutedCall, shape: Shape, ep: ExpertParallel) -> dict[str, int]:
+    """Collective: what the fast backend's formulas give for this rank."""
+    modes = ModePair(dispatch=DispatchMode(ep.config.dispatch), combine=CombineMode(ep.config.combine))
+    plan = ep.plan(call.topk_idx, shape.num_experts)
+    layer = LayerShape(
         world_size=ep.world_size,
         capacity=plan.capacity,
         tokens=call.x.shape[0],
-        top_k=call.shape.top_k,
-        num_experts=call.shape.num_experts,
-        hidden=call.shape.hidden,
-        intermediate=call.shape.intermediate,
-        itemsize=call.shape.dtype.itemsize,
+        top_k=call.top_k,
+        num_experts=shape.num_experts,
+        hidden=shape.hidden,
+        intermediate=shape.expert_width,
+        itemsize=shape.dtype.itemsize,
         rows=plan.row_capacity,
-        gated=ACTIVATIONS[call.options.activation].gated,
-        biases=call.options.biased,
+        gated=call.experts.activation.gated,
+        biases=call.experts.b1 is not None,
     )
-    again = ep.config.redispatch_x_in_backward
+    again = {"redispatch_x_in_backward": ep.config.redispatch_x_in_backward}
     return {
-        SAVED: saved_bytes(shape, modes.dispatch, redispatch_x_in_backward=again).total,
-        INFERENCE: forward_peak_bytes(shape, modes.dispatch, training=False, redispatch_x_in_backward=again),
-        FORWARD: forward_peak_bytes(shape, modes.dispatch, training=True, redispatch_x_in_backward=again),
-        BACKWARD: backward_peak_bytes(shape, modes.dispatch, redispatch_x_in_backward=again),
-        SHARED: symmetric_bytes(shape, modes, redispatch_x_in_backward=again).total,
+        SAVED: saved_bytes(layer, modes.dispatch, **again).total,
+        INFERENCE: forward_peak_bytes(layer, modes.dispatch, training=False, **again),
+        FORWARD: forward_peak_bytes(layer, modes.dispatch, training=True, **again),
+        BACKWARD: backward_peak_bytes(layer, modes.dispatch, **again),
+        SHARED: symmetric_bytes(layer, modes, **again).total,
     }
 
 
 def measured(call: RoutedCall, ep: ExpertParallel, *, backward: bool) -> dict[str, int]:
-    """Collective: what the allocator of this rank's GPU says. Shared memory is not its own to count."""
+    """Collective: what the allocator of this rank's GPU counts. It does not own shared memory."""
     device = call.x.device
+
+    def step(outputs: Any) -> Any:
+        return gradients(outputs, call.leaves, call.output_gradients())
+
     # Kernels are compiled, and what stays is allocated.
     for _ in range(2):
-        torch.autograd.grad(call.forward(ep), call.leaves, call.out_grad)
+        step(call.forward(ep))
     with torch.no_grad():
         _, inference, _ = allocated(lambda: call.forward(ep), device)
-    y, forward, kept = allocated(lambda: call.forward(ep), device)
-    found = {SAVED: kept - y.nbytes, INFERENCE: inference, FORWARD: forward}
+    outputs, forward, kept = allocated(lambda: call.forward(ep), device)
+    found = {SAVED: kept - outputs["y"].nbytes, INFERENCE: inference, FORWARD: forward}
     if backward:
-        _, found[BACKWARD], _ = allocated(lambda: torch.autograd.grad(y, call.leaves, call.out_grad), device)
+        _, found[BACKWARD], _ = allocated(lambda: step(outputs), device)
     return found
 
 

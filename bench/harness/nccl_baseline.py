@@ -1,6 +1,6 @@
-"""The usual path: the same work by the collectives of ``torch.distributed``, with local gathers around them.
+"""The NCCL baseline: the same work by the collectives of ``torch.distributed``, with local gathers around them.
 
-All that the host has to know, splits and indices, is worked out beforehand and not timed, in its favour.
+What the host has to know, splits and indices, is computed beforehand and not timed, in its favour.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sonic_ep.benchmark.workload import Problem
-from sonic_ep.group import EPGroup
+from harness.routing_problem import RoutingProblem
 from sonic_ep.reference.plan import slot_exchange
 from sonic_ep.testing import assert_as_accurate
 
@@ -34,7 +33,7 @@ class Splits:
     receive: list[int]
 
 
-def splits(problem: Problem) -> Splits:
+def splits(problem: RoutingProblem) -> Splits:
     """The exchange of this problem's routing, in which no slot is dropped."""
     exchange = slot_exchange(problem.plan)
     return Splits(
@@ -47,7 +46,7 @@ def splits(problem: Problem) -> Splits:
     )
 
 
-def dispatch_by_all_to_all(problem: Problem) -> Callable[[], Tensor]:
+def dispatch_by_all_to_all(problem: RoutingProblem) -> Callable[[], Tensor]:
     """Rows (rows, H) in canonical order: permute, ``all_to_all_single`` of one row a slot, permute."""
     by, group = splits(problem), problem.group.process_group
 
@@ -60,7 +59,7 @@ def dispatch_by_all_to_all(problem: Problem) -> Callable[[], Tensor]:
     return dispatch
 
 
-def dispatch_by_all_gather(problem: Problem) -> Callable[[], Tensor]:
+def dispatch_by_all_gather(problem: RoutingProblem) -> Callable[[], Tensor]:
     """Rows (rows, H) in canonical order: all tokens to all ranks, then a local gather."""
     token_of_row = problem.plan.slot_of_row[: problem.valid_rows] // problem.shape.top_k
     gather = collective("all_gather_single", "all_gather_into_tensor")
@@ -74,7 +73,7 @@ def dispatch_by_all_gather(problem: Problem) -> Callable[[], Tensor]:
     return dispatch
 
 
-def combine_by_all_to_all(problem: Problem) -> Callable[[], Tensor]:
+def combine_by_all_to_all(problem: RoutingProblem) -> Callable[[], Tensor]:
     """Weighted sums (T, H): permute, ``all_to_all_single`` of one row a slot, permute, one batched product."""
     by, group, shape = splits(problem), problem.group.process_group, problem.shape
     weights = problem.scores_TK.to(shape.dtype).unsqueeze(1)
@@ -89,7 +88,7 @@ def combine_by_all_to_all(problem: Problem) -> Callable[[], Tensor]:
     return combine
 
 
-def combine_by_reduce_scatter(problem: Problem, partial_WTH: Tensor) -> Callable[[], Tensor]:
+def combine_by_reduce_scatter(problem: RoutingProblem, partial_WTH: Tensor) -> Callable[[], Tensor]:
     """Sums (T, H) of dense partial sums (W, T, H) that every rank has made beforehand."""
     scatter = collective("reduce_scatter_single", "reduce_scatter_tensor")
 
@@ -101,7 +100,7 @@ def combine_by_reduce_scatter(problem: Problem, partial_WTH: Tensor) -> Callable
     return combine
 
 
-def dense_partials(problem: Problem) -> Tensor:
+def dense_partials(problem: RoutingProblem) -> Tensor:
     """This rank's weighted sum of every token's rows here, (W, T, H), in the dtype of the rows."""
     plan = problem.plan
     slots_N = plan.slot_of_row[: problem.valid_rows].long()
@@ -111,7 +110,7 @@ def dense_partials(problem: Problem) -> Tensor:
     return total.to(problem.shape.dtype).view(plan.world_size, plan.capacity, -1)
 
 
-def exact_sums(problem: Problem) -> Tensor:
+def exact_sums(problem: RoutingProblem) -> Tensor:
     """The weighted sums of this rank's tokens in fp64, (T, H), from the rows that ``all_to_all`` brings home."""
     by, shape = splits(problem), problem.shape
     sent = problem.rows_RH.index_select(0, by.row_of_received)
@@ -124,7 +123,7 @@ def exact_sums(problem: Problem) -> Tensor:
     return total
 
 
-def expect_accurate(problem: Problem, truth: Tensor, plain: Tensor) -> Callable[[Tensor], None]:
+def expect_accurate(problem: RoutingProblem, truth: Tensor, plain: Tensor) -> Callable[[Tensor], None]:
     """A check: at most twice as far from the truth as the reference is."""
     return lambda got: assert_as_accurate(got, truth, plain, f"sums of {problem.group}")
 
@@ -133,8 +132,3 @@ def collective(name: str, older_name: str) -> Callable[..., object]:
     """A function of ``torch.distributed``: PyTorch 2.13 gave some new names and deprecated the old ones."""
     found: Callable[..., object] = getattr(dist, name if hasattr(dist, name) else older_name)
     return found
-
-
-def has_collectives(group: EPGroup) -> bool:
-    """Whether there is anybody to communicate with."""
-    return group.process_group is not None and group.world_size > 1

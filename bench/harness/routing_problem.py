@@ -1,9 +1,9 @@
-"""What the benches run on: shapes, random inputs of this rank, and the reference's answers to check against."""
+"""A random routing for this rank, with tokens, rows and scores, and the reference's answers to check against."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 
@@ -18,90 +18,15 @@ from sonic_ep.reference.collectives import Collectives, collectives_of
 from sonic_ep.reference.combine import combine_primitives
 from sonic_ep.reference.dispatch import dispatch_primitives
 from sonic_ep.reference.plan import exchange_plan, pad_tokens
+from sonic_ep.testing.layer_problem import Shape
 from sonic_ep.waits import Waits
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """T of every rank, H, E and K, and the dtype of the rows.
-
-    intermediate: I, where there are experts.
-    barred: whether times at this shape are held against the bars, which are stated for two H200.
-    """
-
-    tokens: int
-    hidden: int
-    num_experts: int
-    top_k: int
-    intermediate: int | None = None
-    dtype: torch.dtype = torch.bfloat16
-    barred: bool = False
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return self.hidden * self.dtype.itemsize
-
-    def slots(self, world_size: int) -> int:
-        """Slots of the group, W*C*K."""
-        return world_size * self.tokens * self.top_k
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """The shapes of a run: of the bars on GPUs, as small as they get under the interpreter.
-
-    layer: of the layer, with experts. plans: slots of the group, W*C*K, of the plans that are timed, at E and K of
-    ``large``.
-    """
-
-    large: Shape
-    small: Shape
-    layer: Shape
-    plans: tuple[int, ...]
-
-    def without_bars(self) -> Sizes:
-        """The same, held against nothing."""
-        large, small, layer = (replace(shape, barred=False) for shape in (self.large, self.small, self.layer))
-        return replace(self, large=large, small=small, layer=layer)
-
-
-# What the bars are stated for. An H100, for one, has the same link and slower memory.
-RANKS_OF_BARS = 2
-GPU_OF_BARS = "NVIDIA H200"
-BARS = Sizes(
-    large=Shape(tokens=16384, hidden=4096, num_experts=64, top_k=8, barred=True),
-    small=Shape(tokens=128, hidden=4096, num_experts=32, top_k=8, barred=True),
-    layer=Shape(tokens=16384, hidden=4096, intermediate=1536, num_experts=64, top_k=8, barred=True),
-    plans=(262_144, 1_048_576),
-)
-SMOKE = Sizes(
-    large=Shape(tokens=6, hidden=16, num_experts=8, top_k=2),
-    small=Shape(tokens=2, hidden=16, num_experts=8, top_k=2),
-    layer=Shape(tokens=6, hidden=16, intermediate=8, num_experts=8, top_k=2),
-    plans=(32, 96),
-)
-
-
-def bars_hold(device: torch.device, world_size: int) -> bool:
-    """Whether this is what the bars are stated for: so many GPUs of that kind, one for each rank."""
-    alone_on_its_gpu = torch.cuda.device_count() >= world_size == RANKS_OF_BARS
-    return alone_on_its_gpu and torch.cuda.get_device_name(device) == GPU_OF_BARS
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeanTraffic:
-    """Bytes into a rank over the link, and reads and writes of its memory, the mean over the ranks."""
-
-    link_in: float
-    memory: float
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Problem:
-    """One shape drawn for this rank, with ``chosen_TK`` or a random routing, and the right answers.
+class RoutingProblem:
+    """One shape drawn for this rank, with the routing ``chosen_TK`` or a random one, and the right answers.
 
-    Each of them is computed once, by all ranks together.
+    Each answer is computed once, by all ranks together.
     """
 
     shape: Shape
@@ -186,13 +111,6 @@ class Problem:
         """What each combine mode of the reference gives for the rows of x, with scores."""
         primitives = combine_primitives(self._collectives)
         return {mode: primitives[mode].combine(self.rows_of_x, self.scores_WCK, self.plan) for mode in CombineMode}
-
-    def mean_traffic(self, moved: Callable[[RankCounts], Traffic]) -> MeanTraffic:
-        """The mean over the ranks of what each of them moves."""
-        return MeanTraffic(
-            link_in=self.mean_over_ranks(lambda counts: moved(counts).link_in),
-            memory=self.mean_over_ranks(lambda counts: moved(counts).memory),
-        )
 
     def most_over_link(self, moved: Callable[[RankCounts], Traffic]) -> int:
         """Bytes that the busiest rank has to take in or give out over the link."""

@@ -9,40 +9,32 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def on_own_core(rank: int, ranks: int) -> Iterator[None]:
-    """Keep this thread on one core that no other of ``ranks`` ranks here is given.
+def own_core(rank: int, ranks: int) -> Iterator[None]:
+    """Keep this thread on one core that no other of ``ranks`` ranks here is given: a thread that moves finds cold caches.
 
-    A thread that moves finds cold caches. Threads that it starts meanwhile inherit the core; those of PyTorch and NCCL
-    that run already keep all cores, of which a rank has at least one more. Nothing where the system has no such call,
-    does not let us, or has too few cores.
+    Threads that it starts meanwhile inherit the core; those of PyTorch and NCCL that run already keep all cores. Does
+    nothing where the system has no such call, refuses it, or has too few cores.
     """
-    before = _pinned(rank, ranks)
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    core = core_of(rank, ranks, sorted(before))
+    try:
+        os.sched_setaffinity(0, before if core is None else {core})
+    except OSError:
+        core = None
     try:
         yield
     finally:
-        if before is not None:
+        if core is not None:
             os.sched_setaffinity(0, before)
 
 
-def _pinned(rank: int, ranks: int) -> set[int] | None:
-    """The cores that this thread had before it was given one, None if it was not."""
-    if not hasattr(os, "sched_setaffinity"):
-        return None
-    before = os.sched_getaffinity(0)
-    core = own_core(rank, ranks, sorted(before))
-    if core is None:
-        return None
-    try:
-        os.sched_setaffinity(0, {core})
-    except OSError:
-        return None
-    return before
-
-
-def own_core(rank: int, ranks: int, cores: Sequence[int]) -> int | None:
+def core_of(rank: int, ranks: int, cores: Sequence[int]) -> int | None:
     """The middle one of a rank's share of the cores; None if that is less than two.
 
-    >>> own_core(1, 2, [0, 1, 2, 3, 8, 9, 10, 11])
+    >>> core_of(1, 2, [0, 1, 2, 3, 8, 9, 10, 11])
     10
     """
     share = len(cores) // ranks
@@ -50,7 +42,7 @@ def own_core(rank: int, ranks: int, cores: Sequence[int]) -> int | None:
 
 
 @contextmanager
-def little_to_collect() -> Iterator[None]:
+def freeze_garbage() -> Iterator[None]:
     """Collect garbage now, and from then on look only at what is new: a round does not pay for all of PyTorch."""
     gc.collect()
     gc.freeze()

@@ -16,14 +16,11 @@ from typing import Any
 import torch
 
 from sonic_ep.backend import BACKEND_PACKAGES, choose_backend
-from sonic_ep.cli.bench import add_bench
 from sonic_ep.cli.demo import show_demo
 from sonic_ep.cli.doctor import Health, examine
 from sonic_ep.cli.exit_codes import GREEN, INTERRUPTED, RED, WRONG_ARGUMENTS
 from sonic_ep.cli.launch import joined_group, launch, launched_by_torchrun, ranks_of
 from sonic_ep.cli.profile import add_profile
-from sonic_ep.cli.report import add_report
-from sonic_ep.cli.sweep import add_sweep
 from sonic_ep.cli.verify import chosen_cases, verify_cases
 from sonic_ep.cli.words import DTYPES, add_nproc, thiek_word
 from sonic_ep.config import AUTO, BackendUnavailableError
@@ -35,21 +32,25 @@ DEMO_RANKS = 4
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(words)
+    return run_command(_parser(), sys.argv[1:] if arguments is None else arguments, ("--module", "sonic_ep"))
+
+
+def run_command(parser: argparse.ArgumentParser, words: Sequence[str], program: Sequence[str]) -> int:
+    """Run the command that ``words`` name; returns its exit code. program: how torchrun starts it on several ranks."""
+    options = parser.parse_args(words)
     logging.basicConfig(format="%(name)s: %(message)s")
     try:
         options.check(options)
         if getattr(options, "nproc", None) is not None and not launched_by_torchrun():
-            return launch(options.nproc, _without_nproc(words))
+            return launch(options.nproc, [*program, *_without_nproc(words)])
         code: int = options.command(options)
         return code
     except (ValueError, BackendUnavailableError) as error:
-        print(f"sonic-ep: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return WRONG_ARGUMENTS if isinstance(error, ValueError) else RED
     except torch.OutOfMemoryError as error:
         rank = os.environ["RANK"] if launched_by_torchrun() else "0"
-        print(f"sonic-ep: rank {rank}: {error}; expected a shape that fits: fewer tokens", file=sys.stderr)
+        print(f"{parser.prog}: rank {rank}: {error}; expected a shape that fits: fewer tokens", file=sys.stderr)
         return RED
     except BrokenPipeError:
         # Whoever read the table has seen enough; nothing may be flushed into the closed pipe at exit.
@@ -57,27 +58,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return RED
     except OSError as error:
         # A full disk behind stdout, for one.
-        print(f"sonic-ep: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return RED
     except KeyboardInterrupt:
-        print("sonic-ep: interrupted", file=sys.stderr)
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="sonic-ep", description="Expert parallelism for Mixture-of-Experts layers.")
+    parser = CommandParser(prog="sonic-ep", description="Expert parallelism for Mixture-of-Experts layers.")
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_doctor(commands.add_parser("doctor", help="versions, GPUs, links, and which backends can run here"))
     _add_verify(commands.add_parser("verify", help="run the differential cases on this machine"))
-    add_bench(commands.add_parser("bench", help="the layer end to end: verified, profiled, then timed"))
     add_profile(commands.add_parser("profile", help="time every mode at a shape and name the fastest pair"))
-    add_sweep(commands.add_parser("sweep", help="profile and layer with every pair of modes, over sizes and routings"))
-    add_report(commands.add_parser("report", help="results as one page of HTML, and its figures as PNGs"))
     _add_demo(commands.add_parser("demo", help="route a handful of tokens over four ranks and show every step"))
     return parser
 
 
-class _Parser(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
     """No abbreviations: what one rank understands, torchrun's own options must not take for theirs."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -86,7 +84,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _without_nproc(words: Sequence[str]) -> list[str]:
     """The words for the ranks themselves: torchrun would take --nproc for an abbreviation of its own options."""
-    parser = _Parser(add_help=False)
+    parser = CommandParser(add_help=False)
     parser.add_argument("--nproc")
     return parser.parse_known_args(list(words))[1]
 

@@ -49,9 +49,9 @@ def ranks_of(nproc: int | None) -> int:
 
 
 def launch(nproc: int, words: Sequence[str]) -> int:
-    """Run ``python -m sonic_ep words`` on ``nproc`` ranks of this machine.
+    """Run a script or module on ``nproc`` ranks of this machine.
 
-    words: the command line without --nproc. Returns the exit code of the rank that failed first, 0 if none did.
+    words: what torchrun is given, without --nproc. Returns the exit code of the rank that failed first, 0 if none did.
     Raises ``KeyboardInterrupt`` after Ctrl-C, when the ranks are gone.
     """
     # Imported here: the launcher is heavy, and one rank does without it.
@@ -62,7 +62,7 @@ def launch(nproc: int, words: Sequence[str]) -> int:
     # Ranks that share the processor's cores must not each take all of them.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     try:
-        torchrun(["--standalone", f"--nproc-per-node={nproc}", "--module", "sonic_ep", *words])
+        torchrun(["--standalone", f"--nproc-per-node={nproc}", *words])
     except SignalException as stopped:
         if stopped.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sonic_ep.backend import choose_backend
-from sonic_ep.benchmark.arena import WrongError
-from sonic_ep.benchmark.results import command_of
 from sonic_ep.cli.exit_codes import RED
 from sonic_ep.cli.launch import Place, joined_group, ranks_of
 from sonic_ep.cli.output import require_writable, teller, words_without_paths
 from sonic_ep.group import EPGroup
 from sonic_ep.profiler import WrongResultError
-from sonic_ep.testing.timing import AboveCeilingError
+from sonic_ep.profiler.machine import command_of
+from sonic_ep.profiler.timing import AboveCeilingError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +57,6 @@ def run_measured(options: argparse.Namespace, words: str, measure: Callable[[Run
         )
         try:
             return measure(run)
-        except (WrongError, WrongResultError, AboveCeilingError) as error:
+        except (WrongResultError, AboveCeilingError) as error:
             run.say(f"RED: {error}")
             return RED

@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sonic_ep.benchmark.results import Results
 from sonic_ep.cli.exit_codes import GREEN, RED
 from sonic_ep.cli.launch import Place
 
 # Their names are no options.
-COMMANDS = ("bench", "profile", "sweep")
+COMMANDS = ("profile",)
 
 
 def teller(place: Place) -> Callable[[str], None]:
@@ -53,13 +52,6 @@ def require_writable(path: Path | None) -> None:
         raise ValueError(
             f"--json: got {str(path)!r}, expected the path of a file that can be written: {error}"
         ) from None
-
-
-def say_note(results: Results, say: Callable[[str], None]) -> None:
-    """What has to be known of the machine beside every figure."""
-    note = results.environment["note"]
-    if note is not None:
-        say(f"note: {note}")
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -37,9 +38,11 @@ def assert_bitwise(got: Tensor, expected: Tensor, name: str = "tensor") -> None:
 
 
 def poison(result: Any) -> None:
-    """Overwrite ``result``, a tensor, several, or a dataclass of tensors, with NaN or -7."""
+    """Overwrite ``result``, a tensor, several, or a dataclass or mapping of tensors, with NaN or -7."""
     if is_dataclass(result):
         result = [getattr(result, field.name) for field in fields(result)]
+    elif isinstance(result, Mapping):
+        result = list(result.values())
     for tensor in result if isinstance(result, list | tuple) else [result]:
         if isinstance(tensor, Tensor):
             tensor.fill_(float("nan") if tensor.is_floating_point() else POISON)

@@ -3,8 +3,9 @@
 The library itself never imports this package.
 """
 
+from sonic_ep.profiler.verification import assert_bitwise
 from sonic_ep.testing.cases import CASES, Case, Inputs, OptionTrial, draw, option_trials, pairwise
-from sonic_ep.testing.checks import Accuracy, Errors, Yardstick, assert_as_accurate, assert_bitwise
+from sonic_ep.testing.checks import Accuracy, Errors, Yardstick, assert_as_accurate
 from sonic_ep.testing.oracle import verify_moe, verify_routed
 from sonic_ep.testing.ranks import Rank, RankError, RankPool
 

@@ -1,53 +1,18 @@
-"""What equal and accurate mean, as assertions. Nothing here has a tolerance of its own: every bound is derived."""
+"""What accurate means, as assertions. Nothing here has a tolerance of its own: every bound is derived."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from math import inf
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from sonic_ep.profiler.verification import expect
+
 # An implementation may be this much less accurate than plain PyTorch in the same dtype.
 ACCURACY_FACTOR = 2.0
-# No id, no row and no count.
-SPOILED = -7
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def expect(holds: bool, message: str) -> None:
-    """Raise ``AssertionError`` unless ``holds``, also where ``python -O`` drops assert statements."""
-    if not holds:
-        raise AssertionError(message)
-
-
-def assert_bitwise(got: Tensor, expected: Tensor, name: str = "tensor") -> None:
-    """The same shape, dtype and bits (NaN equals NaN of the same bits, +0 differs from -0).
-
-    Raises ``AssertionError`` that counts the differing elements and shows the first.
-    """
-    expect(got.dtype == expected.dtype, f"{name}: got {got.dtype}, expected {expected.dtype}")
-    expect(got.shape == expected.shape, f"{name}: got shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
-    bits = _BITS[got.element_size()]
-    differs = got.detach().contiguous().view(bits) != expected.detach().contiguous().view(bits)
-    if differs.any():
-        first = tuple(differs.nonzero()[0].tolist())
-        raise AssertionError(
-            f"{name}: {int(differs.sum())} of {differs.numel()} elements differ, the first at {first}: "
-            f"got {got[first].item()!r}, expected {expected[first].item()!r}"
-        )
-
-
-def spoil(result: Any) -> None:
-    """Nothing right is left in ``result``: a tensor, several, or a dataclass of tensors."""
-    if is_dataclass(result):
-        result = [getattr(result, of_result.name) for of_result in fields(result)]
-    for tensor in result if isinstance(result, list | tuple) else [result]:
-        if isinstance(tensor, Tensor):
-            tensor.fill_(float("nan") if tensor.is_floating_point() else SPOILED)
 
 
 @dataclass(frozen=True, kw_only=True)
