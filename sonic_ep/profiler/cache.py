@@ -1,4 +1,4 @@
-"""Profiles kept on disk, so that the next start at the same shape on the same machine measures nothing."""
+"""Profiles on disk: the next start at the same shape on the same machine measures nothing."""
 
 from __future__ import annotations
 
@@ -12,32 +12,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sonic_ep.fields import Fields
 from sonic_ep.profiler.report import ProfileReport
 
 logger = logging.getLogger("sonic_ep")
 
 HOME = "~"
 DEFAULT_FOLDER = Path(HOME, ".cache", "sonic_ep", "profiles")
-# Raised whenever what stands in a file changes its meaning.
+# Incremented whenever a file changes its meaning.
 FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cache:
-    """A folder of profiles, one file for each key; "~" in front means the home of the user.
+    """A folder of profiles, one file for each key; "~" in front means the user's home.
 
-    Nothing that is wrong with the folder or a file is an error, for other ranks would wait for the one that raises it:
-    a line is logged, and the profile is measured anew.
+    A folder or file that cannot be used is logged, not raised: other ranks would wait for the one that raises.
     """
 
     folder: Path
 
     def read(self, key: Mapping[str, Any], require: Callable[[ProfileReport], None]) -> ProfileReport | None:
-        """The profile of ``key``; None if there is none that can be used.
-
-        require: raises what is wrong with the one that is there.
-        """
+        """The profile of ``key`` that ``require`` does not refuse, or None."""
         try:
             report = _report_in(self._path(key).read_text(encoding="utf-8"), key)
             require(report)
@@ -49,7 +44,7 @@ class Cache:
         return report
 
     def write(self, key: Mapping[str, Any], report: ProfileReport) -> None:
-        """Keep ``report``, whole or not at all, whoever else writes the same file meanwhile."""
+        """Keep ``report``, whole or not at all, even if another process writes the same file."""
         try:
             path = self._path(key)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +54,7 @@ class Cache:
             self._log("not kept", error)
 
     def _log(self, what: str, error: Exception) -> None:
-        """One line, of letters that every log can take."""
+        """One line, in characters that every log can encode."""
         line = " ".join(f"profile cache: {what}, for {self.folder}: {error}".split())
         logger.warning("%s", line.encode("utf-8", "backslashreplace").decode())
 
@@ -76,10 +71,10 @@ def _full(key: Mapping[str, Any]) -> dict[str, Any]:
 
 def _report_in(text: str, key: Mapping[str, Any]) -> ProfileReport:
     """The report of a file's ``text``. Raises ``ValueError`` if it is none, or one of another key."""
-    found = Fields.of("file", json.loads(text))
-    if found.value("key") != _full(key):
+    found = json.loads(text)
+    if not isinstance(found, dict) or found.get("key") != _full(key):
         raise ValueError("file.key: got that of another profile, expected the one asked for")
-    return ProfileReport.from_json(found.value("profile"))
+    return ProfileReport.from_json(found.get("profile"))
 
 
 def _replace(path: Path, text: str) -> None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
-from pathlib import Path
-from types import MappingProxyType
+from typing import Any
 
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig, ModePair
 from sonic_ep.cost import (
@@ -24,33 +20,15 @@ from sonic_ep.cost import (
     exchange_link_bytes,
     reference_dispatch_link_bytes,
 )
-from sonic_ep.machine import commit
-from sonic_ep.profiler.problem import REFERENCE, dtype_of
-from sonic_ep.profiler.report import ProfileReport
-from sonic_ep.profiler.times import (
-    COMBINE,
-    DISPATCH,
-    EVERY_MODE,
-    PLAN,
-    ModeTime,
-    Origin,
-    PairTime,
-    ProfileShape,
-    Spread,
-)
-from sonic_ep.testing.timing import Ceiling, Timing
+from sonic_ep.profiler.report import EVERY_MODE, REFERENCE, ModeTime, PairTime, ProfileReport, ProfileShape, Spread
+from sonic_ep.profiler.timing import Ceiling, Timing
 
-# Ranks whose traffic differs by no more are taken for equally busy.
+# Ranks whose traffic differs by no more count as equally busy.
 BALANCED = 1.1
-# Two pairs closer than this are taken for equally fast.
+# Two pairs closer than this count as equally fast.
 TIE = 0.01
-WAYS: Mapping[str, str | None] = MappingProxyType(
-    {
-        PLAN: None,
-        **{f"{DISPATCH} {mode.value}": way for mode, way in WAY_OF_DISPATCH.items()},
-        **{f"{COMBINE} {mode.value}": WAY_OF_COMBINE for mode in CombineMode},
-    }
-)
+# The ceiling of each mode, in the order of a report; none of the plan.
+WAYS = (None, *(WAY_OF_DISPATCH[mode] for mode in DispatchMode), *(WAY_OF_COMBINE for _ in CombineMode))
 
 
 def pick(pairs: Sequence[PairTime], config: EPConfig, load: Workload) -> ModePair:
@@ -58,17 +36,13 @@ def pick(pairs: Sequence[PairTime], config: EPConfig, load: Workload) -> ModePai
 
     Of those within ``TIE`` of the fastest, the one that ``sonic_ep.cost`` predicts, or else the first.
     """
-    kept = [pair for pair in pairs if _keeps(config, pair)]
+    fixed = _fixed_modes(config)
+    kept = [pair for pair in pairs if all(getattr(pair, name) is mode for name, mode in fixed.items())]
     best = min(pair.spread.median_us for pair in kept)
     tied = [pair for pair in kept if pair.spread.median_us <= best * (1 + TIE)]
     modes = [ModePair(dispatch=pair.dispatch, combine=pair.combine) for pair in tied]
     predicted = choose_modes(config, load)
     return predicted if predicted in modes else modes[0]
-
-
-def _keeps(config: EPConfig, pair: PairTime) -> bool:
-    fixed = ((config.dispatch, DispatchMode, pair.dispatch), (config.combine, CombineMode, pair.combine))
-    return all(mode == measured for mode, modes, measured in fixed if isinstance(mode, modes))
 
 
 def config_of(pairs: Sequence[PairTime], config: EPConfig, shape: ProfileShape) -> EPConfig:
@@ -80,17 +54,18 @@ def config_of(pairs: Sequence[PairTime], config: EPConfig, shape: ProfileShape) 
 
 def require_answer(report: ProfileReport, *, shape: ProfileShape, backend: str, config: EPConfig) -> None:
     """Raise ``ValueError`` unless ``report`` is what a profile of ``shape`` by ``backend`` and ``config`` may find."""
-    found = report.config
-    open_modes = {
-        name: getattr(found, name)
-        for name, modes in (("dispatch", DispatchMode), ("combine", CombineMode))
-        if not isinstance(getattr(config, name), modes)
-    }
-    asked = {"shape": shape, "backend": backend, "config": replace(config, **open_modes)}
+    picked = replace(config, dispatch=report.config.dispatch, combine=report.config.combine)
+    asked = {"shape": shape, "backend": backend, "config": replace(picked, **_fixed_modes(config))}
     for name, expected in asked.items():
         got = getattr(report, name)
         if got != expected:
             raise ValueError(f"{name}: got a profile of {got}, expected {expected}")
+
+
+def _fixed_modes(config: EPConfig) -> Mapping[str, Any]:
+    """The modes of ``config`` that are not "auto"."""
+    modes = {"dispatch": config.dispatch, "combine": config.combine}
+    return {name: mode for name, mode in modes.items() if isinstance(mode, DispatchMode | CombineMode)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +77,7 @@ class LinkLoad:
 
     @property
     def busiest(self) -> int:
-        """Into the rank that most comes to."""
+        """Into the rank that receives most."""
         return max(self.into)
 
     @property
@@ -113,15 +88,15 @@ class LinkLoad:
 
     @property
     def under_ceiling(self) -> float:
-        """What has to stay under a ceiling that was measured with both directions of every rank busy.
+        """The bytes that the ceiling limits: of the busiest rank if ``balanced``, else of the mean rank.
 
-        Traffic in one direction may be faster than that; the mean over the ranks may not.
+        The ceiling was measured with both directions busy, and traffic in one direction may be faster.
         """
         return self.busiest if self.balanced else sum(self.into) / len(self.into)
 
 
 def link_loads(shape: ProfileShape, backend: str, counts: Sequence[RankCounts]) -> list[LinkLoad]:
-    """What the plan and each mode bring over the link, in the order of a report."""
+    """The load of the plan and of each mode, in the order of a report."""
     per_rank = [_traffic(shape, backend, of_rank) for of_rank in counts]
     return [
         LinkLoad(into=tuple(t.link_in for t in of_mode), out_of=tuple(t.link_out for t in of_mode))
@@ -131,68 +106,53 @@ def link_loads(shape: ProfileShape, backend: str, counts: Sequence[RankCounts]) 
 
 def _traffic(shape: ProfileShape, backend: str, counts: RankCounts) -> list[Traffic]:
     """Of one rank; memory is not counted."""
-    row_bytes = shape.hidden * dtype_of(shape).itemsize
+    row_bytes = shape.hidden * shape.row_dtype.itemsize
     exchange = {"world_size": shape.world_size, "capacity": shape.capacity, "top_k": shape.top_k}
     ids, both = (exchange_link_bytes(**exchange, with_scores=scores) for scores in (False, True))
     dispatched = dict(dispatch_traffic(counts, row_bytes))
     if backend == REFERENCE:
-        # It plainly sends one row a slot.
-        sent = counts.slots_out * row_bytes
+        # It sends one row for each slot.
         received = reference_dispatch_link_bytes(counts, row_bytes)[DispatchMode.ALL_TO_ALL]
+        sent = counts.slots_out * row_bytes
         dispatched[DispatchMode.ALL_TO_ALL] = Traffic(link_in=received, link_out=sent, memory=0)
-    combined = combine_traffic(counts, row_bytes)
+    combined, scores = combine_traffic(counts, row_bytes), both - ids
     return [
         Traffic(link_in=ids, link_out=ids, memory=0),
         *(dispatched[mode] for mode in DispatchMode),
-        *(_with(combined[mode], both - ids) for mode in CombineMode),
+        *(
+            replace(combined[mode], link_in=combined[mode].link_in + scores, link_out=combined[mode].link_out + scores)
+            for mode in CombineMode
+        ),
     ]
-
-
-def _with(traffic: Traffic, nbytes: int) -> Traffic:
-    """``nbytes`` more in each direction."""
-    return replace(traffic, link_in=traffic.link_in + nbytes, link_out=traffic.link_out + nbytes)
 
 
 def mode_times(
     timings: Sequence[Timing], loads: Sequence[LinkLoad], ceilings: LinkCeilings | None
 ) -> tuple[ModeTime, ...]:
     """The plan and each mode, in the order of a report. Raises ``AboveCeilingError`` if the link cannot be so fast."""
-    named = zip(EVERY_MODE, timings, loads, strict=True)
-    return tuple(_mode_time(kind, mode, timing, load, ceilings) for (kind, mode), timing, load in named)
-
-
-def _mode_time(kind: str, mode: str, timing: Timing, load: LinkLoad, ceilings: LinkCeilings | None) -> ModeTime:
-    name = f"{kind} {mode}".strip()
-    way = None if ceilings is None else WAYS[name]
-    # A clock too coarse for the work tells no rate.
-    rate = load.busiest / timing.median if timing.median > 0 else None
-    percent = None
-    if way is not None and rate is not None:
-        ceiling = Ceiling(name=f"the {way} ceiling", bytes_per_second=getattr(ceilings, way))
-        ceiling.share_of(load.under_ceiling, timing.median, name)
-        percent = _to_six_digits(100 * rate / ceiling.bytes_per_second)
-    return ModeTime(
-        kind=kind,
-        mode=mode,
-        spread=Spread.of(timing),
-        link_bytes=float(load.busiest),
-        gb_per_s=None if rate is None else _to_six_digits(rate / 1e9),
-        ceiling=way,
-        percent=percent,
-    )
+    found = []
+    for (kind, mode), way, timing, load in zip(EVERY_MODE, WAYS, timings, loads, strict=True):
+        # A clock too coarse for the work measures no rate.
+        rate = load.busiest / timing.median if timing.median > 0 else None
+        percent = None
+        if ceilings is not None and way is not None and rate is not None:
+            ceiling = Ceiling(name=f"the {way} ceiling", bytes_per_second=getattr(ceilings, way))
+            ceiling.share_of(load.under_ceiling, timing.median, f"{kind} {mode}")
+            percent = _to_six_digits(100 * rate / ceiling.bytes_per_second)
+        found.append(
+            ModeTime(
+                kind=kind,
+                mode=mode,
+                spread=Spread.of(timing),
+                link_bytes=float(load.busiest),
+                gb_per_s=None if rate is None else _to_six_digits(rate / 1e9),
+                ceiling=None if ceilings is None else way,
+                percent=percent,
+            )
+        )
+    return tuple(found)
 
 
 def _to_six_digits(value: float) -> float:
-    """A rate of a few bytes is not zero: 0.0000254321 stays 2.54321e-05."""
+    """Significant ones: a rate of a few bytes is not zero."""
     return float(f"{value:.6g}")
-
-
-def origin_now(process_group: str | None) -> Origin:
-    """Where and when this is."""
-    program = Path(sys.argv[0]).name if sys.argv else ""
-    return Origin(
-        process_group=process_group,
-        commit=commit(),
-        command=shlex.join([program, *sys.argv[1:]]),
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    )

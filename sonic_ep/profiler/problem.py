@@ -1,10 +1,10 @@
-"""What is timed: the plan, every mode and every pair of modes, on random data, each with its right answer."""
+"""What a profile times: the plan, every mode and every pair of modes, on random data, with the reference's results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -16,11 +16,11 @@ from sonic_ep.api import ExpertParallel
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig
 from sonic_ep.cost import RankCounts, rank_counts
 from sonic_ep.plan import NO_ROW, ROUTING_FIELDS, RoutingPlan
-from sonic_ep.profiler.times import COMBINE, DISPATCH, EVERY_PAIR, PLAN, ProfileShape
-from sonic_ep.testing.checks import assert_bitwise, expect
+from sonic_ep.profiler.measuring import TimedWork
+from sonic_ep.profiler.report import COMBINE, DISPATCH, EVERY_PAIR, PLAN, ProfileShape
+from sonic_ep.profiler.verification import assert_bitwise, expect
 
-REFERENCE = "reference"
-# Of random numbers, by what they are for; ranks draw apart.
+# Seeds of x, scores and rows, to which ranks add their number.
 X_SEED, SCORES_SEED, ROWS_SEED = 1_000_003, 2_000_003, 3_000_017
 
 
@@ -39,9 +39,9 @@ class Lanes:
 
 @contextmanager
 def open_lanes(ep: ExpertParallel, backend: str, config: EPConfig, capacity: int) -> Iterator[Lanes]:
-    """Collective: lanes over the group of ``ep``, closed at the end. Three serve, each a dispatch and a combine mode.
+    """Collective. Three lanes over the group of ``ep``, each for a dispatch and a combine mode, closed at the end.
 
-    config: the flags. Bounds of rows are left out: a profile must not fail where a layer would not.
+    config: the flags. ``max_rows`` is left out: a profile must not fail where a layer would not.
     """
     group = ep.group.process_group
     dispatch: dict[DispatchMode, ExpertParallel] = {}
@@ -55,54 +55,76 @@ def open_lanes(ep: ExpertParallel, backend: str, config: EPConfig, capacity: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Drawn:
-    """Random inputs of this rank: ids (T, K) int64, x (T, H), scores (T, K) fp32."""
+class ProfileTokens:
+    """Random tokens of this rank: ids (T, K) int64, x (T, H), scores (T, K) fp32."""
 
     ids_TK: Tensor
     x_TH: Tensor
     scores_TK: Tensor
 
     @staticmethod
-    def of(ids_TK: Tensor, shape: ProfileShape, rank: int) -> Drawn:
+    def of(ids_TK: Tensor, shape: ProfileShape, rank: int) -> ProfileTokens:
         """Around ``ids_TK``, on its device."""
-        device, tokens = ids_TK.device, ids_TK.shape[0]
-        x_TH = torch.randn((tokens, shape.hidden), generator=_generator(device, X_SEED + rank), device=device)
+        device, sizes = ids_TK.device, (ids_TK.shape[0], shape.hidden)
+        x_TH = torch.randn(sizes, generator=_generator(device, X_SEED + rank), device=device)
         scores_TK = torch.rand(ids_TK.shape, generator=_generator(device, SCORES_SEED + rank), device=device)
-        return Drawn(ids_TK=ids_TK, x_TH=x_TH.to(dtype_of(shape)), scores_TK=scores_TK + 0.05)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Inputs:
-    """What the works are called with.
-
-    num_experts: E. plan: of ``drawn``, by the lanes that are timed. rows (R, H): what experts give, of their own
-    random numbers, so that rows of one token differ; NaN behind the valid ones.
-    """
-
-    drawn: Drawn
-    num_experts: int
-    plan: RoutingPlan
-    rows_RH: Tensor
-
-    def others(self) -> Inputs:
-        """Of the same sizes, wrong everywhere: what comes of them is no answer to these."""
-        ids_TK, x_TH, scores_TK = self.drawn.ids_TK, self.drawn.x_TH, self.drawn.scores_TK
-        moved_TK = ((ids_TK + 1) % self.num_experts).where(ids_TK >= 0, NO_ROW)
-        others = Drawn(ids_TK=moved_TK, x_TH=-x_TH.roll(1, 0), scores_TK=scores_TK.roll(1, 0))
-        return replace(self, drawn=others, rows_RH=self.rows_RH.roll(1, 0).neg_())
+        return ProfileTokens(ids_TK=ids_TK, x_TH=x_TH.to(shape.row_dtype), scores_TK=scores_TK + 0.05)
 
 
 def draw_rows(plan: RoutingPlan, shape: ProfileShape) -> Tensor:
-    """Normally distributed rows (R, H) of this rank's experts, NaN behind the valid ones."""
+    """Normally distributed rows (R, H) of this rank's experts, NaN after the valid ones."""
     device = plan.slot_of_row.device
-    rows_RH = torch.full((plan.row_capacity, shape.hidden), float("nan"), dtype=dtype_of(shape), device=device)
+    rows_RH = torch.full((plan.row_capacity, shape.hidden), float("nan"), dtype=shape.row_dtype, device=device)
     rows_RH[: plan.rows()].normal_(generator=_generator(device, ROWS_SEED + plan.rank))
     return rows_RH
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class ProfileInputs:
+    """What works read. plan: of ``tokens``. rows (R, H): of experts, drawn apart so that a token's rows differ."""
+
+    tokens: ProfileTokens
+    num_experts: int
+    plan: RoutingPlan
+    rows_RH: Tensor
+
+    @contextmanager
+    def changed(self) -> Iterator[None]:
+        """Other inputs in the same memory: each expert one further, x and rows negated, undone exactly at the end."""
+        self._change(1)
+        try:
+            yield
+        finally:
+            self._change(-1)
+
+    def _change(self, step: int) -> None:
+        ids_TK = self.tokens.ids_TK
+        ids_TK.copy_(((ids_TK + step) % self.num_experts).where(ids_TK >= 0, NO_ROW))
+        self.tokens.x_TH.neg_()
+        self.rows_RH.neg_()
+
+    def plan_by(self, lane: ExpertParallel) -> RoutingPlan:
+        """Collective. The plan of the ids."""
+        return lane.plan(self.tokens.ids_TK, self.num_experts)
+
+    def dispatch_by(self, lane: ExpertParallel) -> Tensor:
+        """Collective. x, dispatched."""
+        return lane.dispatch(self.tokens.x_TH, self.plan)
+
+    def combine_by(self, lane: ExpertParallel) -> Tensor:
+        """Collective. ``rows_RH``, combined."""
+        return lane.combine(self.rows_RH, self.tokens.scores_TK, self.plan)
+
+    def round_trip_by(self, dispatch: ExpertParallel, combine: ExpertParallel) -> Tensor:
+        """Collective. Plan, dispatch and combine of x."""
+        plan = self.plan_by(dispatch)
+        rows_RH = dispatch.dispatch(self.tokens.x_TH, plan)
+        return combine.combine(rows_RH, self.tokens.scores_TK, plan)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Answers:
-    """The reference's: its plan, the valid rows of x, the sums of ``Inputs.rows_RH`` and those of the rows of x."""
+    """The reference's plan, valid rows of x, sums of ``ProfileInputs.rows_RH``, and sums of the rows of x."""
 
     plan: RoutingPlan
     rows_of_x: Tensor
@@ -110,29 +132,27 @@ class Answers:
     round_trips: Mapping[CombineMode, Tensor]
 
     @staticmethod
-    def of(inputs: Inputs, lanes: Lanes) -> Answers:
+    def of(inputs: ProfileInputs, lanes: Lanes) -> Answers:
         """Collective. lanes: of the reference, with exact sizes."""
-        scores_TK = inputs.drawn.scores_TK
-        lane = lanes.dispatch[DispatchMode.ALL_TO_ALL]
-        plan = lane.plan(inputs.drawn.ids_TK, inputs.num_experts)
-        rows_of_x = lane.dispatch(inputs.drawn.x_TH, plan)
-        rows = inputs.rows_RH[: plan.rows()]
-        return Answers(
-            plan=plan,
-            rows_of_x=rows_of_x,
-            sums={mode: lane.combine(rows, scores_TK, plan) for mode, lane in lanes.combine.items()},
-            round_trips={mode: lane.combine(rows_of_x, scores_TK, plan) for mode, lane in lanes.combine.items()},
-        )
+        tokens, lane = inputs.tokens, lanes.dispatch[DispatchMode.ALL_TO_ALL]
+        plan = inputs.plan_by(lane)
+        rows_of_x = lane.dispatch(tokens.x_TH, plan)
+
+        def sums(rows_RH: Tensor) -> Mapping[CombineMode, Tensor]:
+            return {mode: lane.combine(rows_RH, tokens.scores_TK, plan) for mode, lane in lanes.combine.items()}
+
+        rows_RH = inputs.rows_RH[: plan.rows()]
+        return Answers(plan=plan, rows_of_x=rows_of_x, sums=sums(rows_RH), round_trips=sums(rows_of_x))
 
     def check_plan(self, got: RoutingPlan) -> None:
-        """Every field, and no more of ``slot_of_row`` than is valid."""
+        """Every field, and of ``slot_of_row`` the valid part."""
         for name in ROUTING_FIELDS:
-            right, found = getattr(self.plan, name), getattr(got, name)
-            if isinstance(right, Tensor):
-                valid = right.shape[0] if name == "slot_of_row" else None
-                assert_bitwise(found[:valid], right, name)
+            expected, found = getattr(self.plan, name), getattr(got, name)
+            if isinstance(expected, Tensor):
+                valid = expected.shape[0] if name == "slot_of_row" else None
+                assert_bitwise(found[:valid], expected, name)
             else:
-                expect(found == right, f"{name}: got {found}, expected {right}")
+                expect(found == expected, f"{name}: got {found}, expected {expected}")
 
     def check_rows(self, got: Tensor) -> None:
         """The valid rows."""
@@ -149,83 +169,33 @@ class Answers:
         ]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Work:
-    """One thing that is timed. last: what its last round gave."""
+def works_of(inputs: ProfileInputs, lanes: Lanes, answers: Answers) -> list[TimedWork]:
+    """The plan, modes in the order of a report, pairs in the order of a report."""
 
-    name: str
-    run: Callable[[Inputs], Any]
-    check: Callable[[Any], None]
-    last: list[Any] = field(default_factory=list)
+    def work(name: str, run: Callable[[], Any], check: Callable[[Any], None]) -> TimedWork:
+        return TimedWork(name=name, run=run, check=check, other_inputs=inputs.changed)
 
-    def keep_last(self, inputs: Inputs) -> None:
-        """One round. What the round before gave is let go first: its memory is used again."""
-        self.last.clear()
-        self.last.append(self.run(inputs))
+    def sums(expected: Tensor) -> Callable[[Tensor], None]:
+        return partial(assert_bitwise, expected=expected, name="sums")
 
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Works:
-    """Everything that is timed: the plan, modes in the order of a report, pairs in the order of a report."""
-
-    modes: list[Work]
-    pairs: list[Work]
-
-    @property
-    def all(self) -> list[Work]:
-        """In the order in which they take turns."""
-        return [*self.modes, *self.pairs]
-
-
-def works_of(lanes: Lanes, answers: Answers) -> Works:
-    """The works that go through ``lanes``."""
-    plan = Work(name=PLAN, run=partial(_plan, lanes.first), check=answers.check_plan)
+    plan = work(PLAN, partial(inputs.plan_by, lanes.first), answers.check_plan)
     dispatches = [
-        Work(name=f"{DISPATCH} by {mode.value}", run=partial(_dispatch, lane), check=answers.check_rows)
+        work(f"{DISPATCH} by {mode.value}", partial(inputs.dispatch_by, lane), answers.check_rows)
         for mode, lane in lanes.dispatch.items()
     ]
     combines = [
-        Work(
-            name=f"{COMBINE} by {mode.value}",
-            run=partial(_combine, lane),
-            check=partial(assert_bitwise, expected=answers.sums[mode], name="sums"),
-        )
+        work(f"{COMBINE} by {mode.value}", partial(inputs.combine_by, lane), sums(answers.sums[mode]))
         for mode, lane in lanes.combine.items()
     ]
     pairs = [
-        Work(
-            name=f"{DISPATCH} by {dispatch.value} and {COMBINE} by {combine.value}",
-            run=partial(_round_trip, lanes.dispatch[dispatch], lanes.combine[combine]),
-            check=partial(assert_bitwise, expected=answers.round_trips[combine], name="sums"),
+        work(
+            f"{DISPATCH} by {dispatch.value} and {COMBINE} by {combine.value}",
+            partial(inputs.round_trip_by, lanes.dispatch[dispatch], lanes.combine[combine]),
+            sums(answers.round_trips[combine]),
         )
         for dispatch, combine in EVERY_PAIR
     ]
-    return Works(modes=[plan, *dispatches, *combines], pairs=pairs)
-
-
-def dtype_of(shape: ProfileShape) -> torch.dtype:
-    """The dtype of the rows."""
-    dtype = getattr(torch, shape.dtype)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
-def _plan(lane: ExpertParallel, inputs: Inputs) -> RoutingPlan:
-    return lane.plan(inputs.drawn.ids_TK, inputs.num_experts)
-
-
-def _dispatch(lane: ExpertParallel, inputs: Inputs) -> Tensor:
-    return lane.dispatch(inputs.drawn.x_TH, inputs.plan)
-
-
-def _combine(lane: ExpertParallel, inputs: Inputs) -> Tensor:
-    return lane.combine(inputs.rows_RH, inputs.drawn.scores_TK, inputs.plan)
-
-
-def _round_trip(dispatch: ExpertParallel, combine: ExpertParallel, inputs: Inputs) -> Tensor:
-    plan = dispatch.plan(inputs.drawn.ids_TK, inputs.num_experts)
-    rows_RH = dispatch.dispatch(inputs.drawn.x_TH, plan)
-    return combine.combine(rows_RH, inputs.drawn.scores_TK, plan)
+    return [plan, *dispatches, *combines, *pairs]
 
 
 def _generator(device: torch.device, seed: int) -> torch.Generator:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shlex
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,66 +16,64 @@ from torch import Tensor
 
 from sonic_ep.api import ExpertParallel
 from sonic_ep.backend import choose_backend
-from sonic_ep.ceilings import ROUNDS, ROUNDS_OF_SHARED_GPUS, measured_ceilings
 from sonic_ep.config import AUTO, ClosedError
 from sonic_ep.cost import LinkCeilings
-from sonic_ep.machine import Machine, this_machine
 from sonic_ep.profiler.agreement import gathered, in_step, require_alike
+from sonic_ep.profiler.bandwidth import ROUNDS, ROUNDS_OF_SHARED_GPUS, measured_ceilings
 from sonic_ep.profiler.cache import DEFAULT_FOLDER, Cache
-from sonic_ep.profiler.choice import config_of, link_loads, mode_times, origin_now, require_answer
-from sonic_ep.profiler.measuring import FEWEST_ROUNDS, MOST_BYTES_OF_GRAPHS, Stage
-from sonic_ep.profiler.problem import REFERENCE, Answers, Drawn, Inputs, Work, draw_rows, open_lanes, works_of
-from sonic_ep.profiler.report import ProfileReport, whole_bytes
+from sonic_ep.profiler.choice import config_of, link_loads, mode_times, require_answer
+from sonic_ep.profiler.machine import Machine, commit, date_now, this_machine
+from sonic_ep.profiler.measuring import Stage, TimedWork
+from sonic_ep.profiler.problem import Answers, ProfileInputs, ProfileTokens, draw_rows, open_lanes, works_of
+from sonic_ep.profiler.report import (
+    EVERY_PAIR,
+    REFERENCE,
+    Origin,
+    PairTime,
+    ProfileReport,
+    ProfileShape,
+    Spread,
+    whole_numbers,
+)
 from sonic_ep.profiler.request import (
-    Offer,
-    Request,
+    ProfileRequest,
+    RequestSummary,
     agreed_shape,
     key_of,
     most_ranks_of_a_gpu,
     read_request,
     require_rates,
 )
-from sonic_ep.profiler.times import EVERY_PAIR, PairTime, ProfileShape, Spread
-from sonic_ep.testing.timing import AboveCeilingError, Timing
+from sonic_ep.profiler.timing import AboveCeilingError, RoundTimer, Timing
 from sonic_ep.validation import Edge
 
-ValueT = TypeVar("ValueT")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Measured:
-    """What the ranks have measured. rates: of the link; None where there is none to measure."""
-
-    timings: Sequence[Timing]
-    answers: Answers
-    rates: LinkCeilings | None
+# The timed rounds of a profile take so long together, so that the start of a training run does not wait for them.
+SECONDS_OF_ROUNDS = 1.5
+FEWEST_ROUNDS, MOST_ROUNDS = 3, 50
+# Rows up to so many bytes make works that are timed in graphs.
+MOST_BYTES_OF_GRAPHS = 2**28
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class AgreedProfile:
     """What all ranks have agreed to profile: the same on each of them."""
 
     shape: ProfileShape
-    offers: tuple[Offer, ...]
-
-    @property
-    def ranks_per_gpu(self) -> int | None:
-        """How many ranks share a GPU; None on the CPU."""
-        return most_ranks_of_a_gpu(self.offers)
+    machine: Machine
+    ranks_per_gpu: int | None
+    key: dict[str, Any]
 
 
 class NetworkProfiler:
     """Times all dispatch and combine modes of a group at a caller's shape, and picks the fastest pair.
 
-    ep: gives the group, the backend, the flags, and the modes that are not to be chosen: those of its config that are
-        not "auto". It may be used before and afterwards.
+    ep: its group, backend and flags are profiled; modes of its config that are not "auto" stay.
     rounds: how often each mode is timed; None for as many as take about 1.5 s, between 3 and 50.
     cache: the folder that keeps profiles, None for none. Rank 0 reads and writes it.
-    rates: ceilings of the link that all ranks have measured in this run already, the same on every rank; None: each
-        profile measures them. With ``rates`` the cache is neither read nor written: what another run measured may be
-        above them, and what this run measures was not held against ceilings of the profile's own.
+    rates: ceilings of the link that all ranks have measured in this run already, the same on every rank. None: each
+        profile measures them. With ``rates`` the cache is neither read nor written.
 
-    Raises ``TypeError`` or ``ValueError`` for wrong arguments: here, a rank raises what is wrong with its own.
+    Raises ``TypeError`` or ``ValueError`` for wrong arguments, on the rank that passes them.
     """
 
     def __init__(
@@ -109,34 +108,25 @@ class NetworkProfiler:
         routing: str | Tensor = "uniform",
         device: torch.device | None = None,
     ) -> ProfileReport:
-        """Collective: the times of every mode and every pair at this shape, and the config that follows.
+        """Collective. The times of every mode and every pair at this shape, and the config that follows.
 
         tokens: T of this rank; differs from rank to rank and may be 0. All else is the same on every rank.
         routing: "uniform", "skewed" (expert j about as likely as 1/(j+1)), "one_rank" (all to the last rank), each
             drawn for this rank; or this rank's own ids (T, K), int32 or int64, -1 for a dropped slot.
         device: where rows live; None for the current CUDA device, or for the CPU where there is none.
 
-        A dispatch is timed up to rows in expert order. A layer runs the same grouped GEMMs whatever the mode: what a
-        mode implies for them is how their rows come into that order, which is part of the dispatch that is timed
-        (``all_to_all`` writes it as rows arrive, the others gather into it afterwards).
+        A dispatch is timed up to rows in expert order. Rates are those of the rank that receives most. Results are
+        compared bit for bit with the reference before and after they are timed.
 
-        Rates are those of the busiest rank, the one that most comes to. A rate above the ceiling is refused: that of
-        the busiest rank where all ranks receive and send about as much (within 10%), that of the mean over the ranks
-        where they do not, because traffic in one direction may be faster than a ceiling that was measured with both
-        directions busy.
-
-        Results are held bit for bit against the reference before and after they are timed. These errors are raised on
-        every rank: ``ClosedError`` if ``ep`` is closed on any, ``ValueError`` for wrong arguments and for ranks that
-        disagree, ``WrongResultError`` for a wrong result, ``AboveCeilingError`` for a rate that the link cannot have
-        carried, ``RuntimeError`` for what goes wrong between the primitives: drawing, capturing, checking, judging, and
-        what ``ep`` has flagged before. A rank that fails inside a primitive or in measuring the link (out of memory,
-        say) raises alone, and the timeout of the process group, or the fast backend's own, ends the wait of the others.
+        Raises on every rank: ``ClosedError`` if ``ep`` is closed on any, ``ValueError`` for wrong arguments and for
+        ranks that disagree, ``WrongResultError`` for a wrong result, ``AboveCeilingError`` for a rate above the
+        ceiling (of the busiest rank where traffic is balanced within 10%, else of the mean rank), ``RuntimeError`` for
+        errors between the primitives. A rank that fails inside a primitive raises alone, and the others time out.
         """
         group = self._ep.group
-        # Nothing is exchanged by it.
-        in_step(group, self._ep.check, expected=ClosedError, raised=ClosedError)
+        in_step(group, self._ep.check, ClosedError)
 
-        def read() -> tuple[Request, Offer]:
+        def read() -> tuple[ProfileRequest, RequestSummary]:
             request = read_request(
                 self._edge,
                 tokens=tokens,
@@ -147,17 +137,22 @@ class NetworkProfiler:
                 routing=routing,
                 device=default_device(self._ep) if device is None else device,
             )
-            return request, Offer.of(request, self._ep, self._rounds, self._rates, self._machine_of(request.device))
+            machine = self._machine_of(request.device)
+            return request, RequestSummary.of(request, self._ep, self._rounds, self._rates, machine)
 
-        request, offer = in_step(group, read, expected=ValueError, raised=ValueError)
-        setting = self._agreed(gathered(group, offer))
-        kept = self._kept(setting)
-        return self._measured(request, setting) if kept is None else kept
+        request, summary = in_step(group, read, ValueError)
+        agreed = self._agreed(gathered(group, summary))
+        return self._cached(agreed) or self._measured(request, agreed)
 
-    def _agreed(self, offers: Sequence[Offer]) -> Setting:
-        """What all ranks ask for. Raises ``ValueError`` on every rank if they ask for different things."""
-        require_alike(self._ep.group, [offer.alike for offer in offers])
-        return Setting(shape=agreed_shape(self._edge, offers), offers=tuple(offers))
+    def _agreed(self, summaries: list[RequestSummary]) -> AgreedProfile:
+        """Raises ``ValueError`` on every rank if ranks ask for different things."""
+        require_alike(self._ep.group, [summary.alike for summary in summaries])
+        return AgreedProfile(
+            shape=agreed_shape(self._edge, summaries),
+            machine=summaries[0].machine,
+            ranks_per_gpu=most_ranks_of_a_gpu(summaries),
+            key=key_of(summaries, self._ep.config, self._process_group()),
+        )
 
     def _machine_of(self, device: torch.device) -> Machine:
         """Asked for once: the driver takes its time to answer."""
@@ -165,92 +160,90 @@ class NetworkProfiler:
             self._machines[device] = this_machine(device)
         return self._machines[device]
 
-    def _kept(self, setting: Setting) -> ProfileReport | None:
+    def _cached(self, agreed: AgreedProfile) -> ProfileReport | None:
         """The profile that rank 0 finds in the cache, on every rank."""
         found = None
         if self._cache is not None and self._ep.rank == 0:
             config, backend = self._ep.config, self._ep.backend
-            require = partial(require_answer, shape=setting.shape, backend=backend, config=config)
-            found = self._cache.read(self._key(setting), require)
-        kept = gathered(self._ep.group, found)[0]
-        return None if kept is None else replace(kept, from_cache=True)
+            require = partial(require_answer, shape=agreed.shape, backend=backend, config=config)
+            found = self._cache.read(agreed.key, require)
+        report = gathered(self._ep.group, found)[0]
+        return None if report is None else replace(report, from_cache=True)
 
-    def _key(self, setting: Setting) -> dict[str, Any]:
-        return key_of(setting.offers, self._ep.config, self._process_group())
-
-    def _measured(self, request: Request, setting: Setting) -> ProfileReport:
-        group, on_gpu = self._ep.group, request.device.type == "cuda"
-        with torch.no_grad(), torch.cuda.device(request.device) if on_gpu else nullcontext():
-            measured = self._run(request, setting)
+    def _measured(self, request: ProfileRequest, agreed: AgreedProfile) -> ProfileReport:
+        group, device = self._ep.group, request.device
+        rates = self._rates
+        with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            if rates is None:
+                shared = (agreed.ranks_per_gpu or 1) > 1
+                rates = measured_ceilings(group, device, rounds=ROUNDS_OF_SHARED_GPUS if shared else ROUNDS)
+            timings, answers = self._run(request, agreed.shape)
 
         def judge() -> ProfileReport | None:
-            return None if group.rank else self._judged(setting, measured)
+            return None if group.rank else self._judged(agreed, timings, answers, rates)
 
-        judged = in_step(group, judge, expected=AboveCeilingError, raised=AboveCeilingError)
-        report = gathered(group, judged)[0]
+        report = gathered(group, in_step(group, judge, AboveCeilingError))[0]
         assert report is not None
         if self._cache is not None and self._ep.rank == 0:
-            self._cache.write(self._key(setting), report)
+            self._cache.write(agreed.key, report)
         return report
 
-    def _run(self, request: Request, setting: Setting) -> Measured:
-        """Collective: draw, prove, time, prove again."""
-        group, shape, device = self._ep.group, setting.shape, request.device
-        rates = self._rates or self._measured_rates(setting, device)
-        drawn = self._drawn(lambda: Drawn.of(request.draw_ids(group.rank, group.world_size), shape, group.rank))
-        with open_lanes(self._ep, self._ep.backend, self._ep.config, shape.capacity) as lanes:
-            plan = lanes.first.plan(drawn.ids_TK, shape.num_experts)
-            rows_RH = self._drawn(lambda: draw_rows(plan, shape))
-            inputs = Inputs(drawn=drawn, num_experts=shape.num_experts, plan=plan, rows_RH=rows_RH)
-            exact = replace(self._ep.config, cpu_sync_on_runtime=True)
-            with open_lanes(self._ep, REFERENCE, exact, shape.capacity) as right:
-                answers = Answers.of(inputs, right)
-            works = works_of(lanes, answers).all
-            # Interpreted kernels take seconds a round.
-            interpreted = self._ep.backend != REFERENCE and device.type == "cpu"
-            fewest = 1 if interpreted else FEWEST_ROUNDS
+    def _run(self, request: ProfileRequest, shape: ProfileShape) -> tuple[list[Timing], Answers]:
+        """Collective. Draw, prove, time, confirm."""
+        group, config, device = self._ep.group, self._ep.config, request.device
+        tokens = in_step(
+            group, lambda: ProfileTokens.of(request.draw_ids(group.rank, group.world_size), shape, group.rank)
+        )
+        with open_lanes(self._ep, self._ep.backend, config, shape.capacity) as lanes:
+            plan = lanes.first.plan(tokens.ids_TK, shape.num_experts)
+            rows_RH = in_step(group, lambda: draw_rows(plan, shape))
+            inputs = ProfileInputs(tokens=tokens, num_experts=shape.num_experts, plan=plan, rows_RH=rows_RH)
+            with open_lanes(self._ep, REFERENCE, replace(config, cpu_sync_on_runtime=True), shape.capacity) as exact:
+                answers = Answers.of(inputs, exact)
             # A read on the host cannot be captured, and the reference reads everywhere.
-            fits = rows_RH.nbytes <= MOST_BYTES_OF_GRAPHS and not self._ep.config.cpu_sync_on_runtime
-            as_graphs = device.type == "cuda" and self._ep.backend != REFERENCE and fits
-            stage = Stage(lane=lanes.first, device=device, fewest_rounds=fewest, as_graphs=as_graphs)
-            timings = self._timed(stage, works, inputs)
-        return Measured(timings=timings, answers=answers, rates=rates)
+            captures = device.type == "cuda" and self._ep.backend != REFERENCE and not config.cpu_sync_on_runtime
+            stage = Stage(
+                timer=RoundTimer(group=group, device=device, fence=partial(lanes.first.meet, device)),
+                as_graphs=captures and rows_RH.nbytes <= MOST_BYTES_OF_GRAPHS,
+            )
+            return self._timed(stage, works_of(inputs, lanes, answers)), answers
 
-    def _drawn(self, draw: Callable[[], ValueT]) -> ValueT:
-        """Collective. What ``draw`` gives; a rank without memory for it is an error on every rank."""
-        return in_step(self._ep.group, draw, expected=RuntimeError, raised=RuntimeError)
+    def _timed(self, stage: Stage, works: list[TimedWork]) -> list[Timing]:
+        """Correct first, then timed, then correct still."""
+        launched = [stage.launched(work) for work in works]
+        for work in launched:
+            stage.prove(work)
+        # Interpreted kernels take seconds a round.
+        interpreted = self._ep.backend != REFERENCE and stage.timer.device.type == "cpu"
+        fewest = 1 if interpreted else FEWEST_ROUNDS
+        fitting = stage.rounds_within(launched, SECONDS_OF_ROUNDS, fewest=fewest, most=MOST_ROUNDS)
+        results = stage.time(launched, rounds=self._rounds or fitting)
+        for result in results:
+            stage.confirm(result)
+        return [result.timing for result in results]
 
-    def _measured_rates(self, setting: Setting, device: torch.device) -> LinkCeilings | None:
-        shared = (setting.ranks_per_gpu or 1) > 1
-        rounds = ROUNDS_OF_SHARED_GPUS if shared else ROUNDS
-        return measured_ceilings(self._ep.group, device, rounds=rounds)
-
-    def _timed(self, stage: Stage, works: Sequence[Work], inputs: Inputs) -> list[Timing]:
-        """Right first, then timed, then right still."""
-        stage.prove(works, inputs)
-        timings = stage.time(works, inputs, rounds=self._rounds)
-        stage.prove_last(works)
-        return timings
-
-    def _judged(self, setting: Setting, measured: Measured) -> ProfileReport:
-        """What is made of the numbers. Raises ``AboveCeilingError`` if a rate is above its ceiling."""
-        rates, shape = measured.rates, setting.shape
-        loads = link_loads(shape, self._ep.backend, measured.answers.counts(shape.tokens))
-        of_modes, of_pairs = measured.timings[: len(loads)], measured.timings[len(loads) :]
+    def _judged(
+        self, agreed: AgreedProfile, timings: list[Timing], answers: Answers, rates: LinkCeilings | None
+    ) -> ProfileReport:
+        """The report. Raises ``AboveCeilingError`` if a rate is above its ceiling."""
+        shape, config = agreed.shape, self._ep.config
+        loads = link_loads(shape, self._ep.backend, answers.counts(shape.tokens))
         pairs = tuple(
             PairTime(dispatch=dispatch, combine=combine, spread=Spread.of(timing))
-            for (dispatch, combine), timing in zip(EVERY_PAIR, of_pairs, strict=True)
+            for (dispatch, combine), timing in zip(EVERY_PAIR, timings[len(loads) :], strict=True)
         )
+        command = shlex.join([Path(sys.argv[0]).name if sys.argv else "", *sys.argv[1:]])
+        origin = Origin(process_group=self._process_group(), commit=commit(), command=command, date=date_now())
         return ProfileReport(
-            config=config_of(pairs, self._ep.config, shape),
-            modes=mode_times(of_modes, loads, rates),
+            config=config_of(pairs, config, shape),
+            modes=mode_times(timings[: len(loads)], loads, rates),
             pairs=pairs,
             shape=shape,
-            machine=setting.offers[0].machine,
-            rates=None if rates is None else whole_bytes(rates),
+            machine=agreed.machine,
+            rates=None if rates is None else whole_numbers(rates),
             backend=self._ep.backend,
-            ranks_per_gpu=setting.ranks_per_gpu,
-            origin=origin_now(self._process_group()),
+            ranks_per_gpu=agreed.ranks_per_gpu,
+            origin=origin,
         )
 
     def _process_group(self) -> str | None:
@@ -260,11 +253,9 @@ class NetworkProfiler:
 
 def default_device(ep: ExpertParallel) -> torch.device:
     """Where the backend of ``ep`` runs here: the current CUDA device, or the CPU."""
-    # "auto" passes the fast backend over where its kernels are interpreted, and nowhere else.
+    # "auto" passes the fast backend over only where its kernels are interpreted.
     interpreted = ep.backend != REFERENCE and choose_backend(AUTO, ep.group).name == REFERENCE
-    if interpreted or not torch.cuda.is_available():
-        return torch.device("cpu")
     movable = ep.group.device_types()
-    if movable is not None and "cuda" not in movable:
+    if interpreted or not torch.cuda.is_available() or (movable is not None and "cuda" not in movable):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())

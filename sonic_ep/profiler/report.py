@@ -1,25 +1,152 @@
-"""What a profile found: times of every mode and of every pair of modes, and the config that follows from them."""
+"""The report of a profile: times of every mode and of every pair of modes, and the config that follows from them."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from sonic_ep.config import CombineMode, DispatchMode, EPConfig
-from sonic_ep.cost import LinkCeilings
-from sonic_ep.fields import Fields
-from sonic_ep.machine import Machine
-from sonic_ep.profiler.table import table_of
-from sonic_ep.profiler.times import EVERY_MODE, EVERY_PAIR, Findings, ModeTime, Origin, PairTime, ProfileShape
+import torch
 
-KIND = "profile"
+from sonic_ep.config import CombineMode, DispatchMode, EPConfig, ModePair
+from sonic_ep.cost import LinkCeilings
+from sonic_ep.profiler.machine import FLATTERED_WORLD_SIZE, TWO_GPUS_NOTE, Machine
+from sonic_ep.profiler.record import IN_LINE, OMITTED, named, read, written
+from sonic_ep.profiler.table import table_of
+from sonic_ep.profiler.timing import Timing
+
+REFERENCE = "reference"
+PLAN, DISPATCH, COMBINE = "plan", "dispatch", "combine"
+EVERY_MODE = [
+    (PLAN, ""),
+    *((DISPATCH, mode.value) for mode in DispatchMode),
+    *((COMBINE, mode.value) for mode in CombineMode),
+]
+EVERY_PAIR = [(dispatch, combine) for dispatch in DispatchMode for combine in CombineMode]
+KIND, ROOT, RATES = "profile", "profile", "rates_gb_per_s"
 BYTES_OF_GB = 1e9
-ROOT = "profile"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfileReport(Findings):
-    """What ``NetworkProfiler.profile`` found, as text and as JSON."""
+class ProfileShape:
+    """What was profiled. tokens: T of each rank. routing: its name, or "given" for the caller's own ids."""
+
+    tokens: tuple[int, ...]
+    hidden: int
+    top_k: int
+    num_experts: int
+    dtype: str
+    routing: str
+
+    @property
+    def world_size(self) -> int:
+        """W."""
+        return len(self.tokens)
+
+    @property
+    def capacity(self) -> int:
+        """C, the most tokens of a rank."""
+        return max(self.tokens)
+
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """The dtype of the rows."""
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Microseconds over the rounds, those of the slowest rank in each of them."""
+
+    rounds: int
+    median_us: float
+    p10_us: float
+    p90_us: float
+    min_us: float
+    max_us: float
+
+    @staticmethod
+    def of(timing: Timing) -> Spread:
+        """Rounded to nanoseconds."""
+        micros = timing.as_json(digits=3)
+        return Spread(rounds=int(micros.pop("rounds")), **micros)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModeTime:
+    """One mode alone, its barriers and exchanges included.
+
+    kind: "plan", "dispatch" or "combine". mode: its name, empty for the plan. link_bytes: into the busiest rank over
+    the link; gb_per_s: of that rank at the median, None if the median is 0. ceiling: the field of ``LinkCeilings``
+    that limits it, None where none was measured. percent: ``gb_per_s`` of it, which may exceed 100 where traffic is
+    not balanced: ceilings are measured with both directions busy.
+    """
+
+    kind: str
+    mode: str
+    spread: Spread = field(metadata=IN_LINE)
+    link_bytes: float
+    gb_per_s: float | None
+    ceiling: str | None
+    percent: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairTime:
+    """Exchange of ids, plan, dispatch and combine in sequence, through two modes."""
+
+    dispatch: DispatchMode
+    combine: CombineMode
+    spread: Spread = field(metadata=IN_LINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where and when a profile was made. process_group: "gloo" or "nccl"; commit: of the package, if there is git."""
+
+    process_group: str | None
+    commit: str | None
+    command: str
+    date: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileReport:
+    """What ``NetworkProfiler.profile`` found, the same on every rank of the group.
+
+    config: the caller's, with the fastest pair of modes. modes: the plan, then each dispatch and each combine mode.
+    pairs: all nine. machine: that of rank 0. rates: the ceilings of the link in bytes/s, None where none was measured.
+    ranks_per_gpu: None on the CPU. from_cache: nothing was measured now.
+    """
+
+    config: EPConfig
+    modes: tuple[ModeTime, ...]
+    pairs: tuple[PairTime, ...]
+    shape: ProfileShape
+    machine: Machine = field(metadata=named("environment"))
+    rates: LinkCeilings | None = field(metadata=named(RATES))
+    backend: str
+    ranks_per_gpu: int | None
+    origin: Origin = field(metadata=named("environment"))
+    from_cache: bool = field(default=False, metadata=OMITTED)
+
+    @property
+    def picked(self) -> ModePair:
+        """The modes of the config."""
+        assert isinstance(self.config.dispatch, DispatchMode)
+        assert isinstance(self.config.combine, CombineMode)
+        return ModePair(dispatch=self.config.dispatch, combine=self.config.combine)
+
+    @property
+    def note(self) -> str | None:
+        """What readers of the times have to know; None if nothing."""
+        if self.machine.gpu is None:
+            how = "under Triton's interpreter" if self.backend == "fast" else "in plain PyTorch"
+            return f"on the CPU, {how}: the times mean nothing for GPUs"
+        if self.ranks_per_gpu is not None and self.ranks_per_gpu > 1:
+            return f"{self.ranks_per_gpu} ranks take turns on one GPU: the times mean nothing for a GPU each"
+        return TWO_GPUS_NOTE if self.shape.world_size == FLATTERED_WORLD_SIZE else None
 
     def table(self) -> list[str]:
         """Modes, pairs and the pick as lines of aligned text."""
@@ -30,18 +157,16 @@ class ProfileReport(Findings):
 
     def as_json(self) -> dict[str, Any]:
         """A document of kind "profile": times in microseconds, rates in GB/s, sizes in bytes."""
-        rates = {} if self.rates is None else asdict(self.rates)
         world_size = {"world_size": self.shape.world_size}
+        rates = {} if self.rates is None else asdict(self.rates)
         return {
             "kind": KIND,
             "environment": {**asdict(self.machine), **world_size, **asdict(self.origin), "note": self.note},
-            "rates_gb_per_s": {name: rate / BYTES_OF_GB for name, rate in rates.items()},
-            "shape": {**asdict(self.shape), "tokens": list(self.shape.tokens)},
-            "backend": self.backend,
-            "ranks_per_gpu": self.ranks_per_gpu,
-            "modes": [mode.as_json() for mode in self.modes],
-            "pairs": [pair.as_json() for pair in self.pairs],
-            "config": config_as_json(self.config),
+            RATES: {name: rate / BYTES_OF_GB for name, rate in rates.items()},
+            **{
+                name: written(getattr(self, name))
+                for name in ("shape", "backend", "ranks_per_gpu", "modes", "pairs", "config")
+            },
         }
 
     def as_part(self) -> dict[str, Any]:
@@ -50,75 +175,32 @@ class ProfileReport(Findings):
 
     @staticmethod
     def from_json(document: object) -> ProfileReport:
-        """What ``as_json`` gave. Raises ``ValueError`` that names the field that is missing or wrong."""
-        found = Fields.of(ROOT, document)
-        if found.value("kind") != KIND:
-            raise ValueError(f"{ROOT}.kind: got {found.value('kind')!r}, expected {KIND!r}")
-        return ProfileReport(
-            config=_read_config(found.part("config")),
-            modes=_read_modes(found),
-            pairs=_read_pairs(found),
-            shape=ProfileShape.read(found.part("shape")),
-            machine=_read_machine(found.part("environment")),
-            rates=_read_rates(found.part("rates_gb_per_s")),
-            backend=found.text("backend"),
-            ranks_per_gpu=found.count_or_none("ranks_per_gpu"),
-            origin=Origin.read(found.part("environment")),
-        )
+        """From what ``as_json`` returned. Raises ``ValueError`` that names the field that is missing or wrong."""
+        kind = document.get("kind") if isinstance(document, dict) else None
+        if not isinstance(document, dict) or kind != KIND:
+            raise ValueError(f"{ROOT}.kind: got {kind!r}, expected {KIND!r}")
+        no_rates = {RATES: None} if document.get(RATES) == {} else {}
+        report = read(ProfileReport, {**document, **no_rates}, ROOT)
+        _require_complete(report)
+        if report.rates is None:
+            return report
+        return replace(report, rates=whole_numbers(report.rates, BYTES_OF_GB))
 
 
-def config_as_json(config: EPConfig) -> dict[str, Any]:
-    """Modes by their names, and the flags."""
-    names = {name: str(getattr(mode, "value", mode)) for name, mode in _modes(config).items()}
-    return {**asdict(config), **names}
+def _require_complete(report: ProfileReport) -> None:
+    """Raise ``ValueError`` unless every mode and every pair is there, in order, under ceilings that exist."""
+    modes = [(mode.kind, mode.mode) for mode in report.modes]
+    if modes != EVERY_MODE:
+        raise ValueError(f"{ROOT}.modes: got {modes}, expected {EVERY_MODE}")
+    if [(pair.dispatch, pair.combine) for pair in report.pairs] != EVERY_PAIR:
+        raise ValueError(f"{ROOT}.pairs: got {len(report.pairs)}, expected every dispatch with every combine mode")
+    ceilings = [ceiling.name for ceiling in fields(LinkCeilings)]
+    for place, mode in enumerate(report.modes):
+        if mode.ceiling not in (None, *ceilings):
+            expected = f"null or one of {', '.join(ceilings)}"
+            raise ValueError(f"{ROOT}.modes[{place}].ceiling: got {mode.ceiling!r}, expected {expected}")
 
 
-def _modes(config: EPConfig) -> dict[str, object]:
-    return {"dispatch": config.dispatch, "combine": config.combine}
-
-
-def _read_config(found: Fields) -> EPConfig:
-    return EPConfig(
-        dispatch=found.choice("dispatch", DispatchMode),
-        combine=found.choice("combine", CombineMode),
-        redispatch_x_in_backward=found.flag("redispatch_x_in_backward"),
-        cpu_sync_on_runtime=found.flag("cpu_sync_on_runtime"),
-        max_rows=found.count_or_none("max_rows"),
-    )
-
-
-def _read_modes(found: Fields) -> tuple[ModeTime, ...]:
-    modes = tuple(ModeTime.read(mode) for mode in found.parts("modes"))
-    got = [(mode.kind, mode.mode) for mode in modes]
-    if got != EVERY_MODE:
-        raise ValueError(f"{found.where}.modes: got {got}, expected {EVERY_MODE}")
-    return modes
-
-
-def _read_pairs(found: Fields) -> tuple[PairTime, ...]:
-    pairs = tuple(PairTime.read(pair) for pair in found.parts("pairs"))
-    got = [(pair.dispatch, pair.combine) for pair in pairs]
-    if got != EVERY_PAIR:
-        raise ValueError(f"{found.where}.pairs: got {got}, expected every dispatch with every combine mode")
-    return pairs
-
-
-def _read_machine(found: Fields) -> Machine:
-    names = ("gpu", "link", "triton", "cuda", "nccl", "driver")
-    return Machine(
-        gpus=found.count("gpus", least=0),
-        torch=found.text("torch"),
-        code=found.text("code"),
-        **{name: found.text_or_none(name) for name in names},
-    )
-
-
-def _read_rates(found: Fields) -> LinkCeilings | None:
-    if not found.values:
-        return None
-    return whole_bytes(LinkCeilings(**{f.name: found.number(f.name) * BYTES_OF_GB for f in fields(LinkCeilings)}))
-
-
-def whole_bytes(rates: LinkCeilings) -> LinkCeilings:
-    """In whole bytes/s, so that GB/s lead back to them."""
-    return LinkCeilings(**{name: float(round(rate)) for name, rate in asdict(rates).items()})
+def whole_numbers(rates: LinkCeilings, factor: float = 1.0) -> LinkCeilings:
+    """``rates`` times ``factor`` in whole bytes/s, so that they survive the way to GB/s and back."""
+    return LinkCeilings(**{name: float(round(rate * factor)) for name, rate in asdict(rates).items()})

@@ -1,4 +1,4 @@
-"""What a caller asks to have profiled: checked, and compared over the ranks."""
+"""The arguments of a profile: checked, and compared over the ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,21 +16,20 @@ from torch import Tensor
 from sonic_ep.api import ExpertParallel
 from sonic_ep.config import EPConfig
 from sonic_ep.cost import LinkCeilings
-from sonic_ep.machine import Machine
 from sonic_ep.once import as_kernels_read
 from sonic_ep.plan import NO_ROW
-from sonic_ep.profiler.report import config_as_json
-from sonic_ep.profiler.times import ProfileShape
-from sonic_ep.testing.cases import Case, Chooser, one_rank, skewed, uniform
-from sonic_ep.validation import INDEX_DTYPES, ROW_DTYPES, Edge, check_experts_divide
+from sonic_ep.profiler.machine import Machine
+from sonic_ep.profiler.record import written
+from sonic_ep.profiler.report import ProfileShape
+from sonic_ep.profiler.routings import ROUTINGS
+from sonic_ep.validation import INDEX_DTYPES, Edge, check_experts_divide
 
-ROUTINGS: Mapping[str, Chooser] = MappingProxyType({"uniform": uniform, "skewed": skewed, "one_rank": one_rank})
 GIVEN = "given"
 SEED = 7919
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Request:
+class ProfileRequest:
     """What one rank asks for. tokens: T of this rank. given_TK: the caller's own ids, if ``routing`` is "given"."""
 
     tokens: int
@@ -44,17 +42,16 @@ class Request:
     device: torch.device
 
     def draw_ids(self, rank: int, world_size: int) -> Tensor:
-        """Experts of this rank's tokens, (T, K) int64, on the device."""
+        """Experts of this rank's tokens, (T, K) int64, on the device, in memory of its own."""
         if self.given_TK is not None:
-            return self.given_TK.to(self.device, torch.int64).contiguous()
+            return self.given_TK.to(self.device, torch.int64, copy=True).contiguous()
         generator = torch.Generator().manual_seed(SEED + rank)
-        case = Case(name=self.routing, num_experts=self.num_experts, top_k=self.top_k)
-        return ROUTINGS[self.routing](generator, self.tokens, case, world_size).to(self.device)
+        return ROUTINGS[self.routing](generator, self.tokens, self, world_size).to(self.device)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Offer:
-    """What one rank tells the others before anything is drawn.
+class RequestSummary:
+    """What one rank tells the others of its request.
 
     alike: what has to be the same on all ranks. gpu: host and GPU of the rank, None on the CPU. ids: a digest of the
     routing, if it is given.
@@ -68,28 +65,23 @@ class Offer:
 
     @staticmethod
     def of(
-        request: Request, ep: ExpertParallel, rounds: int | None, rates: LinkCeilings | None, machine: Machine
-    ) -> Offer:
-        """What this rank tells."""
+        request: ProfileRequest, ep: ExpertParallel, rounds: int | None, rates: LinkCeilings | None, machine: Machine
+    ) -> RequestSummary:
+        """Of this rank."""
+        device, given_TK = request.device, request.given_TK
         alike = {
-            "hidden": request.hidden,
-            "top_k": request.top_k,
-            "num_experts": request.num_experts,
-            "dtype": _name(request.dtype),
-            "routing": request.routing,
+            **{name: getattr(request, name) for name in ("hidden", "top_k", "num_experts", "routing")},
+            "dtype": str(request.dtype).removeprefix("torch."),
             "backend": ep.backend,
-            "kind of device": request.device.type,
+            "kind of device": device.type,
             "rounds": rounds,
             "rates": None if rates is None else asdict(rates),
-            **{f"{name} of the config": value for name, value in config_as_json(ep.config).items()},
+            **{f"{name} of the config": value for name, value in written(ep.config).items()},
         }
-        return Offer(
-            alike=alike,
-            tokens=request.tokens,
-            machine=machine,
-            gpu=_gpu(request.device),
-            ids=None if request.given_TK is None else _digest(request.given_TK),
-        )
+        on_gpu = device.type == "cuda"
+        gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}" if on_gpu else None
+        ids = None if given_TK is None else _digest(given_TK)
+        return RequestSummary(alike=alike, tokens=request.tokens, machine=machine, gpu=gpu, ids=ids)
 
 
 def read_request(
@@ -102,21 +94,18 @@ def read_request(
     dtype: object,
     routing: object,
     device: object,
-) -> Request:
+) -> ProfileRequest:
     """The request, each argument checked. Raises ``ValueError`` with what was got and what is expected."""
     sizes = {"hidden": hidden, "top_k": top_k, "num_experts": num_experts}
     counts = {"tokens": _count(edge, "tokens", tokens, least=0)}
     counts |= {name: _count(edge, name, size, least=1) for name, size in sizes.items()}
     check_experts_divide(edge, counts["num_experts"])
     edge.require(counts["top_k"] <= counts["num_experts"], "top_k", top_k, f"at most E={num_experts}")
-    edge.require(dtype in ROW_DTYPES, "dtype", dtype, " or ".join(map(str, ROW_DTYPES)))
-    assert isinstance(dtype, torch.dtype)
-    given_TK = _read_routing(edge, routing, (counts["tokens"], counts["top_k"]), counts["num_experts"])
-    return Request(
+    return ProfileRequest(
         **counts,
-        dtype=dtype,
+        dtype=edge.dtype("dtype", dtype),
         routing=routing if isinstance(routing, str) else GIVEN,
-        given_TK=given_TK,
+        given_TK=_read_routing(edge, routing, (counts["tokens"], counts["top_k"]), counts["num_experts"]),
         device=_read_device(edge, device),
     )
 
@@ -144,7 +133,7 @@ def _read_routing(edge: Edge, routing: object, shape: tuple[int, int], num_exper
     """The ids, if ``routing`` is a tensor; None if it is one of the names."""
     if isinstance(routing, Tensor):
         edge.require(routing.device.type != "meta", "device of routing", routing.device, "a device that holds data")
-        # On any device: the ids are brought to where rows live.
+        # On any device: the ids are copied to where rows live.
         routing = edge.tensor("routing", routing, INDEX_DTYPES, like=routing)
         edge.shape("routing", routing, shape, "(T, K)")
         routing = as_kernels_read(routing)
@@ -172,49 +161,32 @@ def require_rates(edge: Edge, rates: object) -> None:
         edge.require(fits, f"{name} of rates", repr(rate), "a finite rate above 0, in bytes/s")
 
 
-def agreed_shape(edge: Edge, offers: Sequence[Offer]) -> ProfileShape:
-    """The shape of the group from what each rank asks for. Raises ``ValueError`` if there is no token at all."""
-    tokens = tuple(offer.tokens for offer in offers)
+def agreed_shape(edge: Edge, summaries: Sequence[RequestSummary]) -> ProfileShape:
+    """The shape of the group. Raises ``ValueError`` if there is no token at all."""
+    tokens = tuple(summary.tokens for summary in summaries)
     edge.require(max(tokens) > 0, "tokens", "none on any rank", "at least one in the group")
-    alike = offers[0].alike
-    return ProfileShape(
-        tokens=tokens,
-        hidden=alike["hidden"],
-        top_k=alike["top_k"],
-        num_experts=alike["num_experts"],
-        dtype=alike["dtype"],
-        routing=alike["routing"],
-    )
+    alike = {name: summaries[0].alike[name] for name in ("hidden", "top_k", "num_experts", "dtype", "routing")}
+    return ProfileShape(tokens=tokens, **alike)
 
 
-def most_ranks_of_a_gpu(offers: Sequence[Offer]) -> int | None:
+def most_ranks_of_a_gpu(summaries: Sequence[RequestSummary]) -> int | None:
     """How many ranks share the GPU that most of them share; None on the CPU."""
-    gpus = Counter(offer.gpu for offer in offers if offer.gpu is not None)
+    gpus = Counter(summary.gpu for summary in summaries if summary.gpu is not None)
     return max(gpus.values(), default=None)
 
 
-def key_of(offers: Sequence[Offer], config: EPConfig, process_group: str | None) -> dict[str, Any]:
+def key_of(summaries: Sequence[RequestSummary], config: EPConfig, process_group: str | None) -> dict[str, Any]:
     """All that a profile depends on, as JSON."""
     return {
-        "machines": [asdict(offer.machine) for offer in offers],
-        "ranks_per_gpu": most_ranks_of_a_gpu(offers),
+        "machines": [asdict(summary.machine) for summary in summaries],
+        "ranks_per_gpu": most_ranks_of_a_gpu(summaries),
         "process_group": process_group,
-        "call": dict(offers[0].alike),
-        "config": config_as_json(config),
-        "tokens": [offer.tokens for offer in offers],
-        "ids": [offer.ids for offer in offers],
+        "call": dict(summaries[0].alike),
+        "config": written(config),
+        "tokens": [summary.tokens for summary in summaries],
+        "ids": [summary.ids for summary in summaries],
     }
 
 
 def _digest(ids_TK: Tensor) -> str:
     return hashlib.sha256(ids_TK.to("cpu", torch.int64).contiguous().numpy().tobytes()).hexdigest()
-
-
-def _gpu(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return None
-    return f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

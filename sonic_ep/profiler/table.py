@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from sonic_ep.config import CombineMode, DispatchMode
-from sonic_ep.profiler.times import Findings, ModeTime, PairTime, ProfileShape, Spread
+
+if TYPE_CHECKING:
+    from sonic_ep.profiler.report import ModeTime, PairTime, ProfileReport, ProfileShape, Spread
 
 MOST_TOKENS_SHOWN = 8
-PICKED = "<"
 
 
-def table_of(report: Findings) -> list[str]:
+def table_of(report: ProfileReport) -> list[str]:
     """The lines: what was profiled, every mode, every pair with the pick marked, and the pick."""
     return [
         *_heading(report),
@@ -24,16 +27,16 @@ def table_of(report: Findings) -> list[str]:
     ]
 
 
-def _heading(report: Findings) -> list[str]:
+def _heading(report: ProfileReport) -> list[str]:
     machine, shape = report.machine, report.shape
-    where = "the CPU" if machine.gpu is None else machine.gpu
     linked = "" if machine.link is None else f", {machine.link}"
     sizes = f"H={shape.hidden}, E={shape.num_experts}, K={shape.top_k}, {shape.dtype}, {shape.routing} routing"
-    rounds = report.pairs[0].spread.rounds
     lines = [
-        f"backend {report.backend}, {shape.world_size} rank{'s' * (shape.world_size > 1)} on {where}{linked}",
+        f"backend {report.backend}, {shape.world_size} rank{'s' * (shape.world_size > 1)} on "
+        f"{machine.gpu or 'the CPU'}{linked}",
         f"{_tokens(shape)}, {sizes}",
-        f"rounds in turn: {rounds}; the median over them of the slowest rank; GB/s over the link into the busiest rank",
+        f"{report.pairs[0].spread.rounds} alternating rounds; the median over them of the slowest rank; GB/s over the "
+        "link into the busiest rank",
         _ceilings(report),
     ]
     notes = [] if report.note is None else [f"note: {report.note}"]
@@ -50,7 +53,7 @@ def _tokens(shape: ProfileShape) -> str:
     return f"T={min(shape.tokens)} to {max(shape.tokens)}"
 
 
-def _ceilings(report: Findings) -> str:
+def _ceilings(report: ProfileReport) -> str:
     if report.rates is not None:
         rates = report.rates
         figures = {"copy engine": rates.copy_engine_in, "reads": rates.read, "writes": rates.write}
@@ -65,31 +68,26 @@ def _ceilings(report: Findings) -> str:
 def _mode_line(mode: ModeTime) -> str:
     rate = "-" if mode.gb_per_s is None else f"{mode.gb_per_s:.3g}" if mode.gb_per_s < 1 else f"{mode.gb_per_s:.1f}"
     percent = "-" if mode.percent is None else f"{mode.percent:.1f}"
-    times = f"{_milliseconds(mode.spread):>10} {_spread(mode.spread):>9}"
-    return f"{mode.kind:<9} {mode.mode:<15} {times} {rate:>8} {percent:>13}"
-
-
-def _spread(spread: Spread) -> str:
-    """From p10 to p90, in percent of the median."""
-    return f"{(spread.p90_us - spread.p10_us) / spread.median_us:.1%}" if spread.median_us else "-"
+    spread = mode.spread
+    width = f"{(spread.p90_us - spread.p10_us) / spread.median_us:.1%}" if spread.median_us else "-"
+    return f"{mode.kind:<9} {mode.mode:<15} {_milliseconds(spread):>10} {width:>9} {rate:>8} {percent:>13}"
 
 
 def _milliseconds(spread: Spread) -> str:
     return f"{spread.median_us / 1e3:.4f}"
 
 
-def _pair_lines(report: Findings) -> list[str]:
-    corner = "dispatch \\ combine"
-    times = {(pair.dispatch, pair.combine): _pair_cell(report, pair) for pair in report.pairs}
-    header = f"{corner:<20}" + "".join(f"{combine.value:>16}" for combine in CombineMode)
+def _pair_lines(report: ProfileReport) -> list[str]:
+    cells = {(pair.dispatch, pair.combine): _pair_cell(report, pair) for pair in report.pairs}
+    header = f"{'dispatch / combine':<20}" + "".join(f"{combine.value:>16}" for combine in CombineMode)
     rows = [
-        f"{dispatch.value:<20}" + "".join(f"{times[dispatch, combine]:>16}" for combine in CombineMode)
+        f"{dispatch.value:<20}" + "".join(f"{cells[dispatch, combine]:>16}" for combine in CombineMode)
         for dispatch in DispatchMode
     ]
-    return [header.rstrip(), *(row.rstrip() for row in rows)]
+    return [line.rstrip() for line in (header, *rows)]
 
 
-def _pair_cell(report: Findings, pair: PairTime) -> str:
-    """A time, and behind it a mark or the place of one, so that the digits stand in line."""
+def _pair_cell(report: ProfileReport, pair: PairTime) -> str:
+    """A time, and a mark or the space of one, so that the digits are aligned."""
     picked = (pair.dispatch, pair.combine) == (report.picked.dispatch, report.picked.combine)
-    return f"{_milliseconds(pair.spread)} {PICKED if picked else ' '}"
+    return f"{_milliseconds(pair.spread)} {'<' if picked else ' '}"
