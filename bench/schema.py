@@ -240,6 +240,14 @@ class PairTimes(Times, frozen=True, kw_only=True, omit_defaults=True):
         """The modes."""
         return ModePair(dispatch=self.dispatch, combine=self.combine)
 
+    def __str__(self) -> str:
+        return pair_name(self.pair)
+
+
+def pair_name(pair: ModePair) -> str:
+    """Both modes in words."""
+    return f"{pair.dispatch.value} + {pair.combine.value}"
+
 
 Pairs = Annotated[tuple[PairTimes, ...], Meta(min_length=1)]
 
@@ -350,11 +358,6 @@ class MemoryUse(Record, frozen=True, kw_only=True):
     formula_bytes: CountOrZero | None = None
     measured_bytes: CountOrZero | None = None
 
-    @property
-    def is_known(self) -> bool:
-        """Whether either is known: the reference has no formula, the CPU no allocator to ask."""
-        return self.formula_bytes is not None or self.measured_bytes is not None
-
 
 class PassTimes(Times, frozen=True, kw_only=True):
     """One thing timed in one pass; TFLOP/s of one rank and of all."""
@@ -397,6 +400,11 @@ class Layer(Document, frozen=True, kw_only=True, tag="layer", eq=False):
     derived: tuple[Derived, ...]
     breakdown: tuple[Breakdown, ...]
 
+    @property
+    def known_memory(self) -> list[MemoryUse]:
+        """Uses of which a number is known: the reference has no formula, the CPU no allocator to ask."""
+        return [use for use in self.memory if (use.formula_bytes, use.measured_bytes) != (None, None)]
+
 
 class Point(Record, frozen=True, kw_only=True):
     """One shape and routing of a sweep. picked: by the profiler; predicted: by the cost rule.
@@ -427,22 +435,17 @@ class Sweep(Document, frozen=True, kw_only=True, tag="sweep", eq=False):
     points: tuple[Point, ...]
 
 
-class Soak(Document, frozen=True, kw_only=True, tag="soak", eq=False):
-    """A long run of the training example; what it checked is not read here."""
+class Untimed(Document, frozen=True, kw_only=True, tag="untimed", eq=False):
+    """What a soak or a run of the property tests checked: all but where it ran is for other readers."""
 
 
-class Properties(Document, frozen=True, kw_only=True, tag="properties", eq=False):
-    """A long run of the property tests; what it checked is not read here."""
-
-
-UNTIMED = ("properties", "soak")
 KINDS: dict[str, type[Document]] = {
     "suite": Suite,
     "profile": ProfileDocument,
     "layer": Layer,
     "sweep": Sweep,
-    "properties": Properties,
-    "soak": Soak,
+    "properties": Untimed,
+    "soak": Untimed,
 }
 
 
@@ -474,11 +477,13 @@ def parse(found: Any, name: str) -> Document:
     kind = found.get("kind", "suite" if "entries" in found else None)
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{name}: kind: expected one of {', '.join(KINDS)}, got {_short(kind)}")
-    nested = {"profile": found} if KINDS[kind] is ProfileDocument else {}
+    form = KINDS[kind]
+    nested = {"profile": found} if form is ProfileDocument else {}
+    whole = {**found, **nested, "kind": form.__struct_config__.tag, "file": name}
     try:
-        return msgspec.convert({**found, **nested, "file": name}, KINDS[kind])
+        return msgspec.convert(whole, form)
     except msgspec.ValidationError as error:
-        got = _at({**found, **nested}, str(error).rpartition("`$")[2].rstrip("`"))
+        got = _at(whole, str(error).rpartition("`$")[2].rstrip("`"))
         raise ValueError(f"{name}: {error}, got {_short(got)}") from None
 
 

@@ -1,0 +1,59 @@
+"""Results as one page of HTML with figures, and the figures as PNGs: ``python bench/report.py FILE... -o report.html``.
+
+Exit codes: 0; 1 where something cannot be written or a library is missing; 2 for wrong files and arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+try:
+    from report_page.load import file_names, load
+    from report_page.page import write_report
+except ModuleNotFoundError as error:
+    sys.exit(f"report: {error}: pip install 'sonic-ep[bench]'")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The page and its PNGs; an exit code."""
+    parser = argparse.ArgumentParser(prog="report.py", description="Results as one page of HTML.", allow_abbrev=False)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="suites, profiles, layers, sweeps")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("report.html"), metavar="PATH", help="the page (default: report.html)"
+    )
+    parser.add_argument(
+        "--png-folder", type=Path, metavar="PATH", help="where PNGs go (default: beside the page, its name and _png)"
+    )
+    options = parser.parse_args(arguments)
+    output: Path = options.output
+    folder: Path = options.png_folder or output.with_name(f"{output.stem}_png")
+    try:
+        _check(output, options.files)
+        documents = load(options.files)
+        figures = write_report(documents, output, folder)
+    except ValueError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 1
+    for name in documents.passed_over:
+        print(f"{name}: passed over, it records no times")
+    print(f"{output}: {len(documents.everything)} files, {len(figures)} figures, also as PNG in {folder}")
+    return 0
+
+
+def _check(output: Path, files: Sequence[Path]) -> None:
+    """Raises ``ValueError`` before anything is read."""
+    file_names(files)
+    if output.is_dir():
+        raise ValueError(f"--output: expected the path of a file, got the folder {output}")
+    if output.resolve() in [path.resolve() for path in files]:
+        raise ValueError(f"--output: expected the path of a page, got {output}, one of the results")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
