@@ -19,7 +19,7 @@ from harness.context import BenchContext, Method, layer_context
 from harness.end_to_end import modes_of, predicted_modes, profiled, rounds_of, say_note, with_modes
 from harness.layer import LayerUnderTest, Pass
 from harness.layer_report import Setup
-from harness.results import shape_record
+from harness.results import shape_record, time_fields
 from schema import PairTimes, Point, Profile, Sweep
 
 from sonic_ep.api import ExpertParallel
@@ -182,7 +182,7 @@ def pairs_in_turn(
             combine=pair.combine,
             pass_name=which.value,
             how=method.value,
-            **context.record(found[case.name]).timing.as_json(),
+            **time_fields(context.record(found[case.name]).timing),
         )
         for pair, case in zip(PAIRS, cases, strict=True)
     ]

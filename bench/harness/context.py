@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
@@ -13,7 +13,7 @@ import torch
 from schema import Baseline, Entry
 from torch import Tensor
 
-from harness.results import LinkTraffic, Results, Threshold, measured_results, micros, shape_record
+from harness.results import LinkTraffic, Results, Threshold, measured_results, micros, shape_record, time_fields
 from sonic_ep.api import ExpertParallel
 from sonic_ep.group import EPGroup
 from sonic_ep.profiler.agreement import WrongResultError
@@ -51,15 +51,15 @@ class Method(str, Enum):
 class Rounds:
     """How many rounds are timed, and how many warm up before."""
 
-    timed: int
+    rounds: int
     warmup: int
 
 
-ROUNDS_OF_LARGE = Rounds(timed=50, warmup=5)
+ROUNDS_OF_LARGE = Rounds(rounds=50, warmup=5)
 # Of small shapes, and of what the host may take longer for than the GPU.
-ROUNDS_OF_SMALL = Rounds(timed=200, warmup=5)
+ROUNDS_OF_SMALL = Rounds(rounds=200, warmup=5)
 # Of all shapes, on the CPU.
-ROUNDS_OF_SMOKE = Rounds(timed=2, warmup=0)
+ROUNDS_OF_SMOKE = Rounds(rounds=2, warmup=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ class Finding:
             threshold_us=None if limit is None else micros(limit.seconds),
             met=None if limit is None else median <= limit.seconds,
             **traffic,
-            **self.timing.as_json(),
+            **time_fields(self.timing),
         )
 
 
@@ -186,15 +186,15 @@ class BenchContext:
         stage = Stage(timer=replace(self.timer, ahead=method is not Method.EAGER), as_graphs=method is Method.GRAPH)
         wrong: dict[str, WrongResultError] = {}
         with torch.no_grad():
-            works = _correct([stage.launched(case) for case in cases], stage.prove, wrong)
-            timed = stage.time(works, rounds=rounds.timed, warmup=rounds.warmup)
-            timings = {found.work.name: found.timing for found in timed}
-            works = [found.work for found in _correct(timed, stage.confirm, wrong)]
-            # The results of the last rounds.
+            works = _passing({case.name: stage.launched(case) for case in cases}, stage.prove, wrong)
+            timed = dict(zip(works, stage.time([*works.values()], **asdict(rounds)), strict=True))
+            timings = {name: found.timing for name, found in timed.items()}
+            works = {name: found.work for name, found in _passing(timed, stage.confirm, wrong).items()}
+            # The results of the last rounds are freed.
             del timed
-            names = {work.name for work in _correct(works, stage.prove, wrong)}
-        timings = {name: timing for name, timing in timings.items() if name in names}
-        return {**{case.name: Finding.of(case, method, timings) for case in cases if case.name in names}, **wrong}
+            works = _passing(works, stage.prove, wrong)
+        timings = {name: timings[name] for name in works}
+        return {**{case.name: Finding.of(case, method, timings) for case in cases if case.name in works}, **wrong}
 
     def free_cached_memory(self) -> None:
         """Give unused memory of PyTorch's allocator back to the GPU."""
@@ -206,9 +206,10 @@ class BenchContext:
         ceilings = self.results.ceilings
         if self.group.world_size == 1:
             return None
+        rate = None if ceilings is None else getattr(ceilings, ceiling)
         return LinkTraffic(
             nbytes=nbytes,
-            ceiling=ceilings and Ceiling(name=f"the {ceiling} ceiling", bytes_per_second=getattr(ceilings, ceiling)),
+            ceiling=rate and Ceiling(name=f"the {ceiling} ceiling", bytes_per_second=rate),
             memory_bytes=memory_bytes,
             memory_rate=self.results.memory_rate,
         )
@@ -274,14 +275,16 @@ def turn_rows(tensor: Tensor, by: int) -> None:
     tensor.copy_(moved.neg_() if moved.is_floating_point() else moved)
 
 
-def _correct(items: Sequence[ItemT], check: Callable[[ItemT], None], wrong: dict[str, WrongResultError]) -> list[ItemT]:
-    """The works, or what was timed of them, that pass ``check``; the errors of the others go to ``wrong``."""
-    passed = []
-    for item in items:
+def _passing(
+    items: Mapping[str, ItemT], check: Callable[[ItemT], None], wrong: dict[str, WrongResultError]
+) -> dict[str, ItemT]:
+    """The items that pass ``check``; the errors of the others go to ``wrong``."""
+    passed = {}
+    for name, item in items.items():
         try:
             check(item)
-            passed.append(item)
+            passed[name] = item
         except WrongResultError as error:
             # Its frames would keep graphs and their memory alive.
-            wrong[getattr(item, "work", item).name] = error.with_traceback(None)  # type: ignore[attr-defined]
+            wrong[name] = error.with_traceback(None)
     return passed

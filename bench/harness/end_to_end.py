@@ -18,7 +18,7 @@ from harness.context import BenchCase, BenchContext, Finding, Rounds
 from harness.layer import LayerUnderTest, Pass
 from harness.layer_report import Setup, accuracy_lines, accuracy_record, report_lines
 from harness.memory_use import memory_use
-from harness.results import micros
+from harness.results import micros, time_fields
 from sonic_ep.api import ExpertParallel
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig, ModePair
 from sonic_ep.cost import Workload, choose_modes
@@ -35,9 +35,9 @@ LOCAL, ONE_GPU = "same rows locally", "one GPU"
 # The layer once more, where it takes turns with what takes much longer.
 BESIDE = "layer, beside these"
 
-ROUNDS, ROUNDS_OF_SLOW = Rounds(timed=12, warmup=2), Rounds(timed=6, warmup=1)
+ROUNDS, ROUNDS_OF_SLOW = Rounds(rounds=12, warmup=2), Rounds(rounds=6, warmup=1)
 # Where ranks share a GPU, a barrier takes milliseconds; on the CPU times mean nothing.
-ROUNDS_SHARED = ROUNDS_ON_CPU = Rounds(timed=3, warmup=1)
+ROUNDS_SHARED = ROUNDS_ON_CPU = Rounds(rounds=3, warmup=1)
 
 
 def rounds_of(context: BenchContext, on_gpus: Rounds = ROUNDS) -> Rounds:
@@ -73,7 +73,7 @@ def run_end_to_end(setup: Setup, context: BenchContext, say: Say) -> Layer:
 
 
 def verified(layer: LayerUnderTest, say: Say) -> LayerUnderTest:
-    """Collective: the layer, its errors told, found right. Raises ``WrongResultError`` on every rank if wrong on any."""
+    """Collective: the layer, its errors told, found right. Raises ``WrongResultError`` on every rank if it is not."""
     say(f"verifying {config_words(layer.config)} on backend {layer.backend}")
     for line in accuracy_lines(layer.judged.accuracies):
         say(line)
@@ -182,7 +182,7 @@ class EndToEnd:
         return ExpertParallel(alone.process_group, self.layer.backend, self.layer.config)
 
     def in_every_pass(self, cases: Sequence[CaseOfPass], rounds: Rounds) -> Mapping[Pass, Found]:
-        """Collective: what each took in turn, pass by pass. Raises ``WrongResultError`` on all ranks if one is wrong."""
+        """Collective: what each took in turn, by pass. Raises ``WrongResultError`` on every rank if one is wrong."""
         found = {}
         for which in self.passes:
             batch = self.context.alternate([case(which) for case in cases], self.context.behind_work, rounds)
@@ -204,7 +204,7 @@ class EndToEnd:
             what=name,
             tflop_per_s=rounded(rate, 3),
             tflop_per_s_of_group=None if rate is None else rounded(rate * ranks, 3),
-            **found.timing.as_json(),
+            **time_fields(found.timing),
         )
 
     def derived(self, which: Pass, found: Found) -> Derived:

@@ -12,7 +12,7 @@ from schema import GIGA, Entry, Environment, RatesRecord, ShapeRecord, Suite
 
 from sonic_ep.cost import LinkCeilings
 from sonic_ep.profiler.bandwidth import LINK_BYTES, ROUNDS, measured_ceilings, memory_rate
-from sonic_ep.profiler.timing import Ceiling, RoundTimer
+from sonic_ep.profiler.timing import Ceiling, RoundTimer, Timing
 from sonic_ep.testing.layer_problem import Shape
 
 # Marks of the table's last column.
@@ -132,6 +132,11 @@ def measured_results(
 def micros(seconds: float) -> float:
     """Microseconds, rounded as records have them."""
     return round(seconds * 1e6, 2)
+
+
+def time_fields(timing: Timing) -> dict[str, Any]:
+    """Those of ``Times``."""
+    return {**timing.as_json()}
 
 
 def shape_record(shape: Shape) -> ShapeRecord:
