@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from sonic_ep.profiler.report import ProfileReport
 
@@ -48,8 +47,13 @@ class Cache:
         try:
             path = self._path(key)
             path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"key": _full(key), "profile": report.as_json()}, indent=1) + "\n"
-            _replace(path, text)
+            temporary = path.with_name(f".{uuid4().hex}.tmp")
+            try:
+                document = {"key": _full(key), "profile": report.as_json()}
+                temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
         except Exception as error:
             self._log("not kept", error)
 
@@ -75,15 +79,3 @@ def _report_in(text: str, key: Mapping[str, Any]) -> ProfileReport:
     if not isinstance(found, dict) or found.get("key") != _full(key):
         raise ValueError("file.key: got that of another profile, expected the one asked for")
     return ProfileReport.from_json(found.get("profile"))
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:8]}-", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -31,7 +31,7 @@ TIE = 0.01
 WAYS = (None, *(WAY_OF_DISPATCH[mode] for mode in DispatchMode), *(WAY_OF_COMBINE for _ in CombineMode))
 
 
-def pick(pairs: Sequence[PairTime], config: EPConfig, load: Workload) -> ModePair:
+def pick(pairs: Sequence[PairTime], config: EPConfig, shape: ProfileShape) -> ModePair:
     """The fastest of ``pairs`` that keeps the modes which ``config`` fixes.
 
     Of those within ``TIE`` of the fastest, the one that ``sonic_ep.cost`` predicts, or else the first.
@@ -41,15 +41,9 @@ def pick(pairs: Sequence[PairTime], config: EPConfig, load: Workload) -> ModePai
     best = min(pair.spread.median_us for pair in kept)
     tied = [pair for pair in kept if pair.spread.median_us <= best * (1 + TIE)]
     modes = [ModePair(dispatch=pair.dispatch, combine=pair.combine) for pair in tied]
+    load = Workload(world_size=shape.world_size, top_k=shape.top_k, num_experts=shape.num_experts)
     predicted = choose_modes(config, load)
     return predicted if predicted in modes else modes[0]
-
-
-def config_of(pairs: Sequence[PairTime], config: EPConfig, shape: ProfileShape) -> EPConfig:
-    """``config`` with the pair that is picked."""
-    load = Workload(world_size=shape.world_size, top_k=shape.top_k, num_experts=shape.num_experts)
-    picked = pick(pairs, config, load)
-    return replace(config, dispatch=picked.dispatch, combine=picked.combine)
 
 
 def require_answer(report: ProfileReport, *, shape: ProfileShape, backend: str, config: EPConfig) -> None:

@@ -1,18 +1,17 @@
-# Parameters of Triton kernels carry no types.
-# ruff: noqa: ANN001, ANN201
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 """Transfers over the link whose rates are the ceilings of dispatch and combine.
 
 Every rank moves one contiguous buffer from or to its next neighbour, all at once, so both directions of every link are
 busy, as they are when a layer runs. Each kind of transfer is tried in several configurations, and the fastest counts.
 """
+# Parameters of Triton kernels carry no types.
+# ruff: noqa: ANN001, ANN201
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import triton
@@ -23,14 +22,20 @@ from sonic_ep.cost import LinkCeilings
 from sonic_ep.fast.device import copy_row, launch, multiprocessors, peer_pointer
 from sonic_ep.fast.workspace import SharedBuffer, Workspace
 from sonic_ep.profiler.bandwidth import Stopwatch
+from sonic_ep.profiler.verification import expect
 
 ELEMENT = torch.int32
-# A copy is split over so many streams, each of which the driver may give an engine of its own.
-STREAMS = (1, 2, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CopyConfig:
+class EngineCopy:
+    """By copy engine, split over streams, each of which the driver may give an engine of its own."""
+
+    streams: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelCopy:
     """Bytes and warps of a kernel's step, and programs of a multiprocessor; None: one program for each step."""
 
     block_bytes: int
@@ -38,34 +43,26 @@ class CopyConfig:
     programs: int | None = None
 
 
-LAUNCHES = (
-    *(CopyConfig(block_bytes=8192, warps=4, programs=programs) for programs in (None, 4, 8, 16)),
-    *(CopyConfig(block_bytes=16384, warps=8, programs=programs) for programs in (None, 4, 8)),
-    *(CopyConfig(block_bytes=32768, warps=8, programs=programs) for programs in (None, 4)),
-    CopyConfig(block_bytes=32768, warps=16, programs=4),
+Transfer = Callable[[EngineCopy | KernelCopy], None]
+ENGINE_COPIES = tuple(EngineCopy(streams=streams) for streams in (1, 2, 4))
+KERNEL_COPIES = (
+    *(KernelCopy(block_bytes=8192, warps=4, programs=programs) for programs in (None, 4, 8, 16)),
+    *(KernelCopy(block_bytes=16384, warps=8, programs=programs) for programs in (None, 4, 8)),
+    *(KernelCopy(block_bytes=32768, warps=8, programs=programs) for programs in (None, 4)),
+    KernelCopy(block_bytes=32768, warps=16, programs=4),
 )
 # What is moved is a multiple of this.
-LARGEST_BLOCK = max(config.block_bytes for config in LAUNCHES)
+LARGEST_BLOCK = max(config.block_bytes for config in KERNEL_COPIES)
 
 
 @triton.jit
-def read_peer_kernel(sources_ptr, target_ptr, peer, blocks, BLOCK: tl.constexpr):
-    """Copy the buffer of ``peer`` here. Any grid: of P programs, program p copies blocks p, p + P, p + 2P and so on.
+def copy_peer_kernel(sources_ptr, targets_ptr, source_rank, target_rank, like_ptr, blocks, BLOCK: tl.constexpr):
+    """Copy the source of one rank to the target of another. Of P programs, program p copies blocks p, p + P and so on.
 
-    sources_ptr (W,) int64: addresses of every rank's buffer; target_ptr (blocks, BLOCK).
+    sources_ptr, targets_ptr (W,) int64: addresses of every rank's buffer (blocks, BLOCK), of the type of ``like_ptr``.
     """
-    source_ptr = peer_pointer(sources_ptr, peer, target_ptr)
-    for number in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        copy_row(source_ptr + number * BLOCK, target_ptr + number * BLOCK, BLOCK, BLOCK)
-
-
-@triton.jit
-def write_peer_kernel(source_ptr, targets_ptr, peer, blocks, BLOCK: tl.constexpr):
-    """Copy this rank's buffer to that of ``peer``. Any grid, as above.
-
-    source_ptr (blocks, BLOCK); targets_ptr (W,) int64: addresses of every rank's buffer.
-    """
-    target_ptr = peer_pointer(targets_ptr, peer, source_ptr)
+    source_ptr = peer_pointer(sources_ptr, source_rank, like_ptr)
+    target_ptr = peer_pointer(targets_ptr, target_rank, like_ptr)
     for number in range(tl.program_id(0), blocks, tl.num_programs(0)):
         copy_row(source_ptr + number * BLOCK, target_ptr + number * BLOCK, BLOCK, BLOCK)
 
@@ -76,78 +73,73 @@ class Link:
     nbytes: a multiple of the largest block, fewer than 2**31 elements of 4 bytes.
     """
 
-    def __init__(self, workspace: Workspace, nbytes: int, launches: tuple[CopyConfig, ...] = LAUNCHES) -> None:
-        largest = max(config.block_bytes for config in launches)
-        if nbytes < largest or nbytes % largest or nbytes // ELEMENT.itemsize > 2**31 - 1:
-            raise ValueError(f"{workspace.group}: link: got {nbytes} bytes, expected a multiple of {largest}")
-        group = workspace.group
+    def __init__(self, workspace: Workspace, nbytes: int) -> None:
+        if nbytes < LARGEST_BLOCK or nbytes % LARGEST_BLOCK or nbytes // ELEMENT.itemsize > 2**31 - 1:
+            raise ValueError(f"{workspace.group}: link: got {nbytes} bytes, expected a multiple of {LARGEST_BLOCK}")
         self.nbytes = nbytes
-        self.launches = launches
-        self._workspace = workspace
-        self._rank = group.rank
-        self._next, self._previous = ((group.rank + step) % group.world_size for step in (1, -1))
+        self._workspace, self._group = workspace, workspace.group
         self._source, self._target = (workspace.reserve(f"link_{name}", nbytes) for name in ("source", "target"))
         # Zeros would move faster than real data.
-        self._elements(self._source, self._rank).random_()
-        on_gpu = workspace.device.type == "cuda"
-        self._streams = [torch.cuda.Stream(workspace.device) for _ in range(max(STREAMS) if on_gpu else 0)]
+        self._elements(self._source, self._group.rank).random_()
+        self._streams: list[torch.cuda.Stream] = []
+        if workspace.device.type == "cuda":
+            self._streams = [torch.cuda.Stream(workspace.device) for _ in range(ENGINE_COPIES[-1].streams)]
         workspace.publish()
 
-    def copy_in(self, streams: int) -> None:
-        """The next rank's source to this rank's target, by copy engine."""
-        self._copy(self._elements(self._target, self._rank), self._elements(self._source, self._next), streams)
+    def pull(self, way: EngineCopy | KernelCopy) -> None:
+        """The next rank's source to this rank's target."""
+        self._move(self._neighbour(1), self._group.rank, way)
 
-    def copy_out(self, streams: int) -> None:
-        """This rank's source to the next rank's target, by copy engine."""
-        self._copy(self._elements(self._target, self._next), self._elements(self._source, self._rank), streams)
+    def push(self, way: EngineCopy | KernelCopy) -> None:
+        """This rank's source to the next rank's target."""
+        self._move(self._group.rank, self._neighbour(1), way)
 
-    def read(self, config: CopyConfig) -> None:
-        """The next rank's source to this rank's target, by a kernel that reads it."""
-        self._launch(read_peer_kernel, self._source.addresses, self._elements(self._target, self._rank), config)
+    def check_pulled(self, what: str) -> None:
+        """Clear this rank's target. Raises ``AssertionError`` unless it held the next rank's source."""
+        self._check(self._neighbour(1), what)
 
-    def write(self, config: CopyConfig) -> None:
-        """This rank's source to the next rank's target, by a kernel that writes it."""
-        self._launch(write_peer_kernel, self._elements(self._source, self._rank), self._target.addresses, config)
+    def check_pushed(self, what: str) -> None:
+        """Clear this rank's target. Raises ``AssertionError`` unless it held the previous rank's source."""
+        self._check(self._neighbour(-1), what)
 
-    def expect_next(self, what: str) -> None:
-        """Raise ``AssertionError`` unless this rank's target holds the next rank's source."""
-        self._expect(what, self._next)
-
-    def expect_last(self, what: str) -> None:
-        """Raise ``AssertionError`` unless this rank's target holds the source of the rank before."""
-        self._expect(what, self._previous)
+    def _neighbour(self, step: int) -> int:
+        return (self._group.rank + step) % self._group.world_size
 
     def _elements(self, buffer: SharedBuffer, rank: int) -> Tensor:
         return buffer.rows(rank, (self.nbytes // ELEMENT.itemsize,), ELEMENT)
 
-    def _launch(self, kernel: Any, first: Tensor, second: Tensor, config: CopyConfig) -> None:
-        device, blocks = self._workspace.device, self.nbytes // config.block_bytes
-        programs = blocks if config.programs is None else min(blocks, config.programs * multiprocessors(device))
-        constants = {"BLOCK": config.block_bytes // ELEMENT.itemsize, "num_warps": config.warps}
-        launch(kernel, (programs,), first, second, self._next, blocks, device=device, **constants)
-
-    def _copy(self, target: Tensor, source: Tensor, streams: int) -> None:
-        if not self._streams:
-            target.copy_(source)
+    def _move(self, source: int, target: int, way: EngineCopy | KernelCopy) -> None:
+        source_N, target_N = self._elements(self._source, source), self._elements(self._target, target)
+        if isinstance(way, EngineCopy):
+            self._copy(source_N, target_N, way.streams)
             return
-        current, chosen = torch.cuda.current_stream(target.device), self._streams[:streams]
-        for stream, to, of in zip(chosen, target.chunk(streams), source.chunk(streams), strict=True):
+        device, blocks = self._workspace.device, self.nbytes // way.block_bytes
+        programs = blocks if way.programs is None else min(blocks, way.programs * multiprocessors(device))
+        addresses = (self._source.addresses, self._target.addresses)
+        constants = {"BLOCK": way.block_bytes // ELEMENT.itemsize, "num_warps": way.warps}
+        launch(copy_peer_kernel, (programs,), *addresses, source, target, source_N, blocks, device=device, **constants)
+
+    def _copy(self, source_N: Tensor, target_N: Tensor, streams: int) -> None:
+        if not self._streams:
+            target_N.copy_(source_N)
+            return
+        current, chosen = torch.cuda.current_stream(target_N.device), self._streams[:streams]
+        for stream, source, target in zip(chosen, source_N.chunk(streams), target_N.chunk(streams), strict=True):
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
-                to.copy_(of)
+                target.copy_(source)
         for stream in chosen:
             current.wait_stream(stream)
 
-    def _expect(self, what: str, sender: int) -> None:
+    def _check(self, sender: int, what: str) -> None:
         self._workspace.publish()
-        target = self._elements(self._target, self._rank)
-        arrived = torch.equal(target, self._elements(self._source, sender))
+        target_N = self._elements(self._target, self._group.rank)
+        arrived = torch.equal(target_N, self._elements(self._source, sender))
         # No rank may begin the next transfer before all have compared and cleared.
         self._workspace.fence()
-        target.zero_()
+        target_N.zero_()
         self._workspace.fence()
-        if not arrived:
-            raise AssertionError(f"{self._workspace.group}: link: {what}: what arrived is not what rank {sender} sent")
+        expect(arrived, f"{self._group}: link: {what}: what arrived is not what rank {sender} sent")
 
 
 def link_ceilings(workspace: Workspace, nbytes: int, seconds: Stopwatch) -> LinkCeilings | None:
@@ -159,15 +151,15 @@ def link_ceilings(workspace: Workspace, nbytes: int, seconds: Stopwatch) -> Link
         return None
     link = Link(workspace, nbytes)
 
-    def best(ways: list[Callable[[], None]], expect: Callable[[str], None], what: str) -> float:
+    def best(move: Transfer, check: Callable[[str], None], ways: Sequence[EngineCopy | KernelCopy], what: str) -> float:
         for way in ways:
-            way()
-            expect(what)
-        return nbytes / min(map(seconds, ways))
+            move(way)
+            check(what)
+        return nbytes / min(seconds(partial(move, way)) for way in ways)
 
     return LinkCeilings(
-        copy_engine_in=best([partial(link.copy_in, n) for n in STREAMS], link.expect_next, "copy engine in"),
-        copy_engine_out=best([partial(link.copy_out, n) for n in STREAMS], link.expect_last, "copy engine out"),
-        read=best([partial(link.read, config) for config in link.launches], link.expect_next, "kernel reads"),
-        write=best([partial(link.write, config) for config in link.launches], link.expect_last, "kernel writes"),
+        copy_engine_in=best(link.pull, link.check_pulled, ENGINE_COPIES, "copy engine in"),
+        copy_engine_out=best(link.push, link.check_pushed, ENGINE_COPIES, "copy engine out"),
+        read=best(link.pull, link.check_pulled, KERNEL_COPIES, "kernel reads"),
+        write=best(link.push, link.check_pushed, KERNEL_COPIES, "kernel writes"),
     )

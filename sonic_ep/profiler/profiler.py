@@ -5,10 +5,9 @@ from __future__ import annotations
 import shlex
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,29 +20,12 @@ from sonic_ep.cost import LinkCeilings
 from sonic_ep.profiler.agreement import gathered, in_step, require_alike
 from sonic_ep.profiler.bandwidth import ROUNDS, ROUNDS_OF_SHARED_GPUS, measured_ceilings
 from sonic_ep.profiler.cache import DEFAULT_FOLDER, Cache
-from sonic_ep.profiler.choice import config_of, link_loads, mode_times, require_answer
+from sonic_ep.profiler.choice import link_loads, mode_times, pick, require_answer
 from sonic_ep.profiler.machine import Machine, commit, date_now, this_machine
 from sonic_ep.profiler.measuring import Stage, TimedWork
 from sonic_ep.profiler.problem import Answers, ProfileInputs, ProfileTokens, draw_rows, open_lanes, works_of
-from sonic_ep.profiler.report import (
-    EVERY_PAIR,
-    REFERENCE,
-    Origin,
-    PairTime,
-    ProfileReport,
-    ProfileShape,
-    Spread,
-    whole_numbers,
-)
-from sonic_ep.profiler.request import (
-    ProfileRequest,
-    RequestSummary,
-    agreed_shape,
-    key_of,
-    most_ranks_of_a_gpu,
-    read_request,
-    require_rates,
-)
+from sonic_ep.profiler.report import EVERY_PAIR, REFERENCE, Origin, PairTime, ProfileReport, Spread, whole_numbers
+from sonic_ep.profiler.request import GroupRequest, ProfileRequest, RequestSummary, require_rates
 from sonic_ep.profiler.timing import AboveCeilingError, RoundTimer, Timing
 from sonic_ep.validation import Edge
 
@@ -52,16 +34,6 @@ SECONDS_OF_ROUNDS = 1.5
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 50
 # Rows up to so many bytes make works that are timed in graphs.
 MOST_BYTES_OF_GRAPHS = 2**28
-
-
-@dataclass(frozen=True, kw_only=True)
-class AgreedProfile:
-    """What all ranks have agreed to profile: the same on each of them."""
-
-    shape: ProfileShape
-    machine: Machine
-    ranks_per_gpu: int | None
-    key: dict[str, Any]
 
 
 class NetworkProfiler:
@@ -126,9 +98,8 @@ class NetworkProfiler:
         group = self._ep.group
         in_step(group, self._ep.check, ClosedError)
 
-        def read() -> tuple[ProfileRequest, RequestSummary]:
-            request = read_request(
-                self._edge,
+        def checked() -> ProfileRequest:
+            return ProfileRequest(
                 tokens=tokens,
                 hidden=hidden,
                 top_k=top_k,
@@ -136,48 +107,45 @@ class NetworkProfiler:
                 dtype=dtype,
                 routing=routing,
                 device=default_device(self._ep) if device is None else device,
-            )
-            machine = self._machine_of(request.device)
-            return request, RequestSummary.of(request, self._ep, self._rounds, self._rates, machine)
+            ).checked(self._edge)
 
-        request, summary = in_step(group, read, ValueError)
-        agreed = self._agreed(gathered(group, summary))
+        request = in_step(group, checked, ValueError)
+        agreed = self._agreed(request)
         return self._cached(agreed) or self._measured(request, agreed)
 
-    def _agreed(self, summaries: list[RequestSummary]) -> AgreedProfile:
-        """Raises ``ValueError`` on every rank if ranks ask for different things."""
-        require_alike(self._ep.group, [summary.alike for summary in summaries])
-        return AgreedProfile(
-            shape=agreed_shape(self._edge, summaries),
-            machine=summaries[0].machine,
-            ranks_per_gpu=most_ranks_of_a_gpu(summaries),
-            key=key_of(summaries, self._ep.config, self._process_group()),
-        )
+    def _agreed(self, request: ProfileRequest) -> GroupRequest:
+        """Collective. Raises ``ValueError`` on every rank if ranks ask for different things."""
+        group, device = self._ep.group, request.device
 
-    def _machine_of(self, device: torch.device) -> Machine:
-        """Asked for once: the driver takes its time to answer."""
-        if device not in self._machines:
-            self._machines[device] = this_machine(device)
-        return self._machines[device]
+        def summarize() -> RequestSummary:
+            if device not in self._machines:
+                # The driver takes its time to answer.
+                self._machines[device] = this_machine(device)
+            return RequestSummary.of(request, self._ep, self._rounds, self._rates, self._machines[device])
 
-    def _cached(self, agreed: AgreedProfile) -> ProfileReport | None:
-        """The profile that rank 0 finds in the cache, on every rank."""
+        agreed = GroupRequest(summaries=tuple(gathered(group, in_step(group, summarize))))
+        require_alike(group, [summary.alike for summary in agreed.summaries])
+        some = max(agreed.shape.tokens) > 0
+        self._edge.require(some, "tokens", "none on any rank", "at least one in the group")
+        return agreed
+
+    def _cached(self, agreed: GroupRequest) -> ProfileReport | None:
+        """Collective. The profile that rank 0 finds in the cache, on every rank."""
         found = None
         if self._cache is not None and self._ep.rank == 0:
             config, backend = self._ep.config, self._ep.backend
             require = partial(require_answer, shape=agreed.shape, backend=backend, config=config)
-            found = self._cache.read(agreed.key, require)
+            found = self._cache.read(agreed.key(config, self._process_group()), require)
         report = gathered(self._ep.group, found)[0]
         return None if report is None else replace(report, from_cache=True)
 
-    def _measured(self, request: ProfileRequest, agreed: AgreedProfile) -> ProfileReport:
-        group, device = self._ep.group, request.device
-        rates = self._rates
+    def _measured(self, request: ProfileRequest, agreed: GroupRequest) -> ProfileReport:
+        group, device, rates = self._ep.group, request.device, self._rates
         with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             if rates is None:
                 shared = (agreed.ranks_per_gpu or 1) > 1
                 rates = measured_ceilings(group, device, rounds=ROUNDS_OF_SHARED_GPUS if shared else ROUNDS)
-            timings, answers = self._run(request, agreed.shape)
+            timings, answers = self._timed(request, agreed)
 
         def judge() -> ProfileReport | None:
             return None if group.rank else self._judged(agreed, timings, answers, rates)
@@ -185,15 +153,17 @@ class NetworkProfiler:
         report = gathered(group, in_step(group, judge, AboveCeilingError))[0]
         assert report is not None
         if self._cache is not None and self._ep.rank == 0:
-            self._cache.write(agreed.key, report)
+            self._cache.write(agreed.key(self._ep.config, self._process_group()), report)
         return report
 
-    def _run(self, request: ProfileRequest, shape: ProfileShape) -> tuple[list[Timing], Answers]:
-        """Collective. Draw, prove, time, confirm."""
-        group, config, device = self._ep.group, self._ep.config, request.device
-        tokens = in_step(
-            group, lambda: ProfileTokens.of(request.draw_ids(group.rank, group.world_size), shape, group.rank)
-        )
+    def _timed(self, request: ProfileRequest, agreed: GroupRequest) -> tuple[list[Timing], Answers]:
+        """Collective. Draw inputs, get the reference's answers, and time all works."""
+        group, config, shape, device = self._ep.group, self._ep.config, agreed.shape, request.device
+
+        def draw_tokens() -> ProfileTokens:
+            return ProfileTokens.of(request.draw_ids(group.rank, group.world_size), shape, group.rank)
+
+        tokens = in_step(group, draw_tokens)
         with open_lanes(self._ep, self._ep.backend, config, shape.capacity) as lanes:
             plan = lanes.first.plan(tokens.ids_TK, shape.num_experts)
             rows_RH = in_step(group, lambda: draw_rows(plan, shape))
@@ -206,10 +176,10 @@ class NetworkProfiler:
                 timer=RoundTimer(group=group, device=device, fence=partial(lanes.first.meet, device)),
                 as_graphs=captures and rows_RH.nbytes <= MOST_BYTES_OF_GRAPHS,
             )
-            return self._timed(stage, works_of(inputs, lanes, answers)), answers
+            return self._timings(stage, works_of(inputs, lanes, answers)), answers
 
-    def _timed(self, stage: Stage, works: list[TimedWork]) -> list[Timing]:
-        """Correct first, then timed, then correct still."""
+    def _timings(self, stage: Stage, works: list[TimedWork]) -> list[Timing]:
+        """Collective. Correct first, then timed, then correct still."""
         launched = [stage.launched(work) for work in works]
         for work in launched:
             stage.prove(work)
@@ -223,27 +193,27 @@ class NetworkProfiler:
         return [result.timing for result in results]
 
     def _judged(
-        self, agreed: AgreedProfile, timings: list[Timing], answers: Answers, rates: LinkCeilings | None
+        self, agreed: GroupRequest, timings: list[Timing], answers: Answers, rates: LinkCeilings | None
     ) -> ProfileReport:
         """The report. Raises ``AboveCeilingError`` if a rate is above its ceiling."""
-        shape, config = agreed.shape, self._ep.config
-        loads = link_loads(shape, self._ep.backend, answers.counts(shape.tokens))
+        shape, backend = agreed.shape, self._ep.backend
+        loads = link_loads(shape, backend, answers.counts(shape.tokens))
         pairs = tuple(
             PairTime(dispatch=dispatch, combine=combine, spread=Spread.of(timing))
             for (dispatch, combine), timing in zip(EVERY_PAIR, timings[len(loads) :], strict=True)
         )
+        picked = pick(pairs, self._ep.config, shape)
         command = shlex.join([Path(sys.argv[0]).name if sys.argv else "", *sys.argv[1:]])
-        origin = Origin(process_group=self._process_group(), commit=commit(), command=command, date=date_now())
         return ProfileReport(
-            config=config_of(pairs, config, shape),
+            config=replace(self._ep.config, dispatch=picked.dispatch, combine=picked.combine),
             modes=mode_times(timings[: len(loads)], loads, rates),
             pairs=pairs,
             shape=shape,
-            machine=agreed.machine,
+            machine=agreed.summaries[0].machine,
             rates=None if rates is None else whole_numbers(rates),
-            backend=self._ep.backend,
+            backend=backend,
             ranks_per_gpu=agreed.ranks_per_gpu,
-            origin=origin,
+            origin=Origin(process_group=self._process_group(), commit=commit(), command=command, date=date_now()),
         )
 
     def _process_group(self) -> str | None:

@@ -6,8 +6,8 @@ import hashlib
 import socket
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -30,23 +30,65 @@ SEED = 7919
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ProfileRequest:
-    """What one rank asks for. tokens: T of this rank. given_TK: the caller's own ids, if ``routing`` is "given"."""
+    """What one rank asks for. tokens: T of this rank. routing: a name, or this rank's ids (T, K)."""
 
     tokens: int
     hidden: int
     top_k: int
     num_experts: int
     dtype: torch.dtype
-    routing: str
-    given_TK: Tensor | None
+    routing: str | Tensor
     device: torch.device
+
+    def checked(self, edge: Edge) -> ProfileRequest:
+        """With ids as kernels read them and a device with its index. Raises ``ValueError`` for a wrong argument."""
+        edge.count("tokens", self.tokens, least=0)
+        for name in ("hidden", "top_k", "num_experts"):
+            edge.count(name, getattr(self, name))
+        check_experts_divide(edge, self.num_experts)
+        edge.require(self.top_k <= self.num_experts, "top_k", self.top_k, f"at most E={self.num_experts}")
+        edge.dtype("dtype", self.dtype)
+        return replace(self, routing=self._checked_routing(edge), device=_checked_device(edge, self.device))
 
     def draw_ids(self, rank: int, world_size: int) -> Tensor:
         """Experts of this rank's tokens, (T, K) int64, on the device, in memory of its own."""
-        if self.given_TK is not None:
-            return self.given_TK.to(self.device, torch.int64, copy=True).contiguous()
+        if isinstance(self.routing, Tensor):
+            return self.routing.to(self.device, torch.int64, copy=True).contiguous()
         generator = torch.Generator().manual_seed(SEED + rank)
         return ROUTINGS[self.routing](generator, self.tokens, self, world_size).to(self.device)
+
+    def _checked_routing(self, edge: Edge) -> str | Tensor:
+        if isinstance(self.routing, Tensor):
+            return self._checked_ids(edge, self.routing)
+        expected = f"{', '.join(map(repr, ROUTINGS))} or a tensor"
+        known = isinstance(self.routing, str) and self.routing in ROUTINGS
+        edge.require(known, "routing", repr(self.routing), expected)
+        held = self.num_experts // edge.group.world_size
+        fits = self.routing != "one_rank" or self.top_k <= held
+        edge.require(fits, "top_k for routing 'one_rank'", self.top_k, f"at most E/W={held}")
+        return self.routing
+
+    def _checked_ids(self, edge: Edge, ids: Tensor) -> Tensor:
+        """On any device: the ids are copied to where rows live."""
+        edge.require(ids.device.type != "meta", "device of routing", ids.device, "a device that holds data")
+        ids = edge.tensor("routing", ids, INDEX_DTYPES, like=ids)
+        edge.shape("routing", ids, (self.tokens, self.top_k), "(T, K)")
+        ids = as_kernels_read(ids)
+        least, most = (int(bound) for bound in ids.aminmax()) if ids.numel() else (0, 0)
+        fits = least >= NO_ROW and most < self.num_experts
+        edge.require(fits, "expert ids of routing", f"{least} to {most}", f"0 to {self.num_experts - 1}, or -1")
+        return ids
+
+
+def _checked_device(edge: Edge, device: object) -> torch.device:
+    edge.require(isinstance(device, torch.device), "device", repr(device), "a torch.device, or None")
+    assert isinstance(device, torch.device)
+    kinds = {"cpu", "cuda"} & (edge.group.device_types() or {"cpu", "cuda"})
+    edge.require(device.type in kinds, "device", device, f"one that the group moves: {', '.join(sorted(kinds))}")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    edge.require(torch.cuda.is_available(), "device", device, "the CPU: there is no CUDA device")
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +110,11 @@ class RequestSummary:
         request: ProfileRequest, ep: ExpertParallel, rounds: int | None, rates: LinkCeilings | None, machine: Machine
     ) -> RequestSummary:
         """Of this rank."""
-        device, given_TK = request.device, request.given_TK
+        device, ids = request.device, request.routing if isinstance(request.routing, Tensor) else None
         alike = {
-            **{name: getattr(request, name) for name in ("hidden", "top_k", "num_experts", "routing")},
+            **{name: getattr(request, name) for name in ("hidden", "top_k", "num_experts")},
             "dtype": str(request.dtype).removeprefix("torch."),
+            "routing": GIVEN if ids is not None else request.routing,
             "backend": ep.backend,
             "kind of device": device.type,
             "rounds": rounds,
@@ -80,73 +123,40 @@ class RequestSummary:
         }
         on_gpu = device.type == "cuda"
         gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}" if on_gpu else None
-        ids = None if given_TK is None else _digest(given_TK)
-        return RequestSummary(alike=alike, tokens=request.tokens, machine=machine, gpu=gpu, ids=ids)
+        digest = None if ids is None else hashlib.sha256(ids.to("cpu", torch.int64).numpy().tobytes()).hexdigest()
+        return RequestSummary(alike=alike, tokens=request.tokens, machine=machine, gpu=gpu, ids=digest)
 
 
-def read_request(
-    edge: Edge,
-    *,
-    tokens: object,
-    hidden: object,
-    top_k: object,
-    num_experts: object,
-    dtype: object,
-    routing: object,
-    device: object,
-) -> ProfileRequest:
-    """The request, each argument checked. Raises ``ValueError`` with what was got and what is expected."""
-    sizes = {"hidden": hidden, "top_k": top_k, "num_experts": num_experts}
-    counts = {"tokens": _count(edge, "tokens", tokens, least=0)}
-    counts |= {name: _count(edge, name, size, least=1) for name, size in sizes.items()}
-    check_experts_divide(edge, counts["num_experts"])
-    edge.require(counts["top_k"] <= counts["num_experts"], "top_k", top_k, f"at most E={num_experts}")
-    return ProfileRequest(
-        **counts,
-        dtype=edge.dtype("dtype", dtype),
-        routing=routing if isinstance(routing, str) else GIVEN,
-        given_TK=_read_routing(edge, routing, (counts["tokens"], counts["top_k"]), counts["num_experts"]),
-        device=_read_device(edge, device),
-    )
+@dataclass(frozen=True, kw_only=True)
+class GroupRequest:
+    """The summaries of all ranks, in rank order; the same on each of them."""
 
+    summaries: tuple[RequestSummary, ...]
 
-def _count(edge: Edge, name: str, value: object, *, least: int) -> int:
-    edge.count(name, value, least=least)
-    assert isinstance(value, int)
-    return value
+    @property
+    def shape(self) -> ProfileShape:
+        """T of each rank, and what is alike."""
+        alike = self.summaries[0].alike
+        sizes = {name: alike[name] for name in ("hidden", "top_k", "num_experts", "dtype", "routing")}
+        return ProfileShape(tokens=tuple(summary.tokens for summary in self.summaries), **sizes)
 
+    @property
+    def ranks_per_gpu(self) -> int | None:
+        """How many ranks share the GPU that most of them share; None on the CPU."""
+        gpus = Counter(summary.gpu for summary in self.summaries if summary.gpu is not None)
+        return max(gpus.values(), default=None)
 
-def _read_device(edge: Edge, device: object) -> torch.device:
-    """With the index that tensors there have."""
-    edge.require(isinstance(device, torch.device), "device", repr(device), "a torch.device, or None")
-    assert isinstance(device, torch.device)
-    movable = edge.group.device_types()
-    kinds = {"cpu", "cuda"} if movable is None else {"cpu", "cuda"} & movable
-    edge.require(device.type in kinds, "device", device, f"one that the group moves: {', '.join(sorted(kinds))}")
-    if device.type == "cpu":
-        return torch.device("cpu")
-    edge.require(torch.cuda.is_available(), "device", device, "the CPU: there is no CUDA device")
-    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-
-
-def _read_routing(edge: Edge, routing: object, shape: tuple[int, int], num_experts: int) -> Tensor | None:
-    """The ids, if ``routing`` is a tensor; None if it is one of the names."""
-    if isinstance(routing, Tensor):
-        edge.require(routing.device.type != "meta", "device of routing", routing.device, "a device that holds data")
-        # On any device: the ids are copied to where rows live.
-        routing = edge.tensor("routing", routing, INDEX_DTYPES, like=routing)
-        edge.shape("routing", routing, shape, "(T, K)")
-        routing = as_kernels_read(routing)
-        least, most = (int(id_) for id_ in routing.aminmax()) if routing.numel() else (0, 0)
-        fits = least >= NO_ROW and most < num_experts
-        edge.require(fits, "expert ids of routing", f"{least} to {most}", f"0 to {num_experts - 1}, or -1")
-        return routing
-    names = ", ".join(map(repr, ROUTINGS))
-    edge.require(isinstance(routing, str) and routing in ROUTINGS, "routing", repr(routing), f"{names} or a tensor")
-    held = num_experts // edge.group.world_size
-    if routing == "one_rank":
-        edge.require(shape[1] <= held, "top_k for routing 'one_rank'", shape[1], f"at most E/W={held}")
-    return None
+    def key(self, config: EPConfig, process_group: str | None) -> dict[str, Any]:
+        """All that a profile depends on, as JSON."""
+        return {
+            "machines": [asdict(summary.machine) for summary in self.summaries],
+            "ranks_per_gpu": self.ranks_per_gpu,
+            "process_group": process_group,
+            "call": dict(self.summaries[0].alike),
+            "config": written(config),
+            "tokens": [summary.tokens for summary in self.summaries],
+            "ids": [summary.ids for summary in self.summaries],
+        }
 
 
 def require_rates(edge: Edge, rates: object) -> None:
@@ -159,34 +169,3 @@ def require_rates(edge: Edge, rates: object) -> None:
         number = isinstance(rate, float | int) and not isinstance(rate, bool)
         fits = number and 0 < rate <= sys.float_info.max
         edge.require(fits, f"{name} of rates", repr(rate), "a finite rate above 0, in bytes/s")
-
-
-def agreed_shape(edge: Edge, summaries: Sequence[RequestSummary]) -> ProfileShape:
-    """The shape of the group. Raises ``ValueError`` if there is no token at all."""
-    tokens = tuple(summary.tokens for summary in summaries)
-    edge.require(max(tokens) > 0, "tokens", "none on any rank", "at least one in the group")
-    alike = {name: summaries[0].alike[name] for name in ("hidden", "top_k", "num_experts", "dtype", "routing")}
-    return ProfileShape(tokens=tokens, **alike)
-
-
-def most_ranks_of_a_gpu(summaries: Sequence[RequestSummary]) -> int | None:
-    """How many ranks share the GPU that most of them share; None on the CPU."""
-    gpus = Counter(summary.gpu for summary in summaries if summary.gpu is not None)
-    return max(gpus.values(), default=None)
-
-
-def key_of(summaries: Sequence[RequestSummary], config: EPConfig, process_group: str | None) -> dict[str, Any]:
-    """All that a profile depends on, as JSON."""
-    return {
-        "machines": [asdict(summary.machine) for summary in summaries],
-        "ranks_per_gpu": most_ranks_of_a_gpu(summaries),
-        "process_group": process_group,
-        "call": dict(summaries[0].alike),
-        "config": written(config),
-        "tokens": [summary.tokens for summary in summaries],
-        "ids": [summary.ids for summary in summaries],
-    }
-
-
-def _digest(ids_TK: Tensor) -> str:
-    return hashlib.sha256(ids_TK.to("cpu", torch.int64).contiguous().numpy().tobytes()).hexdigest()
