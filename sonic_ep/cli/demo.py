@@ -10,7 +10,8 @@ import torch
 from sonic_ep.api import ExpertParallel
 from sonic_ep.cli.verify import verify_cases
 from sonic_ep.plan import RoutingPlan
-from sonic_ep.testing.cases import CASES, Case, draw, uniform
+from sonic_ep.profiler.routings import uniform
+from sonic_ep.testing.cases import CASES, Case, draw
 
 TOKENS = 4
 EXPERTS_PER_RANK = 2

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from sonic_ep.backend import BACKEND_PACKAGES, unavailable_reasons
 from sonic_ep.fast.availability import symmetric_memory_reasons
 from sonic_ep.group import EPGroup
-from sonic_ep.machine import link_types, package_version, topology
+from sonic_ep.profiler.machine import link_types, package_version, topology
 
 PACKAGES = ("sonic-ep", "torch", "triton", "einops", "numpy", "matplotlib")
 

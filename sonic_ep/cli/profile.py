@@ -15,7 +15,7 @@ from sonic_ep.cli.output import write_json
 from sonic_ep.cli.words import DTYPES, Thiek, add_call, add_config, add_nproc, config_of, spellings
 from sonic_ep.profiler import NetworkProfiler, ProfileReport, default_device
 from sonic_ep.profiler.cache import DEFAULT_FOLDER
-from sonic_ep.profiler.request import ROUTINGS
+from sonic_ep.profiler.routings import ROUTINGS
 
 SHAPE_ON_GPUS = Thiek(tokens=32768, hidden=4096, intermediate=1536, num_experts=64, top_k=8)
 SHAPE_ON_CPU = Thiek(tokens=64, hidden=32, intermediate=16, num_experts=8, top_k=2)
