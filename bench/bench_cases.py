@@ -10,11 +10,12 @@ import pytest
 import torch
 from bench_combine import combine_case
 from bench_dispatch import receive_case
+from harness.baselines import prove_call
 from harness.context import BenchCase, Finding, Method, Rounds, SuiteContext
-from harness.layer import CallUnderTest, Pass, oracle_of
+from harness.layer import Pass
 from harness.routing_problem import RoutingProblem
 
-from sonic_ep import CombineMode, DispatchMode, EPConfig
+from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.testing import CASES, Case
 from sonic_ep.testing.layer_problem import LayerProblem, Shape
 from sonic_ep.testing.oracle import RoutedCall
@@ -87,9 +88,8 @@ def bench_layer_of_case(
         topk_idx=problem.topk_idx_TK,
         topk_scores=problem.scores_TK.clone().requires_grad_(),
     )
-    oracle = oracle_of(call, context.group)
-    layer = CallUnderTest(context=context, shape=problem.shape, oracle=oracle, backend="fast", config=CONFIG)
-    with layer.over() as ep:
-        bench_case = layer.proven({}).case(f"{case.name}: layer, {Pass.STEP.value}", ep, Pass.STEP)
-        found = context.alternate([bench_case], context.behind_work, ROUNDS if context.on_gpu else ROUNDS_INTERPRETED)
-    tell(context.record(found[bench_case.name]))
+    with ExpertParallel(backend="fast", config=CONFIG, max_tokens_per_rank=problem.shape.tokens) as ep:
+        proven = prove_call(context, problem.shape, call, ep)
+        timed = proven.case(f"{case.name}: layer, {Pass.STEP.value}", ep, Pass.STEP)
+        found = context.alternate([timed], context.behind_work, ROUNDS if context.on_gpu else ROUNDS_INTERPRETED)
+    tell(context.record(found[timed.name]))

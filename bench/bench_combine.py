@@ -43,14 +43,13 @@ def bench_nccl_combine(context: SuiteContext, large: RoutingProblem, run: Run, c
     """Sums by ``torch.distributed``: NCCL on GPUs. Before ``reduce_scatter`` each rank has summed what it holds."""
     if context.group.world_size == 1:
         pytest.skip("one rank has nobody to communicate with")
+    exchange = nccl_baseline.SlotExchange(large)
     if collective == "all_to_all_single":
-        mode, function = CombineMode.ALL_TO_ALL, nccl_baseline.combine_by_all_to_all(large)
-        done = "gathers, sums and link"
+        mode, function, done = CombineMode.ALL_TO_ALL, exchange.combine, "gathers, sums and link"
     else:
-        partial_WTH = nccl_baseline.dense_partials(large)
-        mode, function = CombineMode.REDUCE_SCATTER, nccl_baseline.combine_by_reduce_scatter(large, partial_WTH)
+        mode, function = CombineMode.REDUCE_SCATTER, nccl_baseline.combine_by_reduce_scatter(large)
         done = "link, sums beforehand"
-    truth, plain = nccl_baseline.exact_sums(large), large.sums[mode, True]
+    truth, plain = exchange.exact_sums(), large.sums[mode, True]
     case = BenchCase(
         name=f"usual combine, {collective}: {done}",
         shape=large.shape,
@@ -86,7 +85,7 @@ def combine_case(
 def sums_in(context: SuiteContext, problem: RoutingProblem, mode: CombineMode, *, weighted: bool) -> LinkTraffic | None:
     """What a combine brings to a rank over the link: rows or sums, and the other ranks' scores."""
     shape = problem.shape
-    link_in = problem.mean_over_ranks(lambda counts: combine_traffic(counts, shape.row_bytes)[mode].link_in)
-    memory = problem.mean_over_ranks(lambda counts: combine_traffic(counts, shape.row_bytes)[mode].memory)
+    link_in = problem.mean(lambda counts: combine_traffic(counts, shape.row_bytes)[mode].link_in)
+    memory = problem.mean(lambda counts: combine_traffic(counts, shape.row_bytes)[mode].memory)
     scores = (context.group.world_size - 1) * shape.tokens * shape.top_k * SCORE_BYTES if weighted else 0
     return context.traffic(link_in + scores, WAY_OF_COMBINE, memory)

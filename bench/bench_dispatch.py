@@ -41,7 +41,7 @@ each_mode = pytest.mark.parametrize("mode", list(DispatchMode), ids=lambda mode:
 @each_mode
 def bench_link(context: SuiteContext, large: RoutingProblem, run: Run, method: Method, mode: DispatchMode) -> None:
     """The tokens stand in shared memory already: the barrier behind that, and the way over the link."""
-    staged = large.mean_over_ranks(lambda counts: staging_bytes(counts, large.shape.row_bytes))
+    staged = large.mean(lambda counts: staging_bytes(counts, large.shape.row_bytes))
     traffic = rows_in(context, large, mode, more_memory=-staged)
     case = BenchCase(
         name=f"dispatch {mode.value}: barrier and link",
@@ -70,7 +70,7 @@ def bench_ids_to_rows(
     ids = exchange_link_bytes(
         world_size=context.group.world_size, capacity=shape.tokens, top_k=shape.top_k, with_scores=False
     )
-    gathered = large.mean_over_ranks(lambda counts: canonical_gather_bytes(counts, shape.row_bytes)[mode])
+    gathered = large.mean(lambda counts: canonical_gather_bytes(counts, shape.row_bytes)[mode])
     traffic = rows_in(context, large, mode, more_bytes=ids, more_memory=gathered)
     held = context.held and mode is DispatchMode.ALL_TO_ALL
     config = EPConfig(dispatch=mode)
@@ -79,7 +79,7 @@ def bench_ids_to_rows(
             name=f"ids to rows, {mode.value}: plan and dispatch",
             shape=shape,
             run=lambda: ep.dispatch(large.x_TH, ep.plan(large.topk_idx_TK, shape.num_experts)),
-            check=lambda got: expect_rows(got, large),
+            check=lambda got: expect_received(got, large, DispatchMode.ALL_TO_ALL),
             other_inputs=lambda: other_inputs(large.x_TH, large.topk_idx_TK),
             traffic=traffic,
             threshold=traffic.at_most(MOST_TIMES_FROM_IDS) if traffic and held else None,
@@ -93,15 +93,15 @@ def bench_nccl_dispatch(context: SuiteContext, large: RoutingProblem, run: Run, 
     if context.group.world_size == 1:
         pytest.skip("one rank has nobody to communicate with")
     if collective == "all_to_all_single":
-        function, rows = nccl_baseline.dispatch_by_all_to_all(large), large.mean_over_ranks(lambda c: c.slots_in)
+        function, rows = nccl_baseline.SlotExchange(large).dispatch, large.mean(lambda counts: counts.slots_in)
     else:
         function = nccl_baseline.dispatch_by_all_gather(large)
-        rows = large.mean_over_ranks(lambda counts: counts.remote_ranks * counts.tokens)
+        rows = large.mean(lambda counts: counts.remote_ranks * counts.tokens)
     case = BenchCase(
         name=f"usual dispatch, {collective}: gathers and link",
         shape=large.shape,
         run=function,
-        check=lambda got: expect_rows(got, large),
+        check=lambda got: expect_received(got, large, DispatchMode.ALL_TO_ALL),
         other_inputs=lambda: other_inputs(large.x_TH),
         traffic=context.traffic(rows * large.shape.row_bytes, WAY_OF_COMBINE),
     )
@@ -149,8 +149,8 @@ def rows_in(
 ) -> LinkTraffic | None:
     """What a dispatch with its staging brings to a rank over the link and moves in its memory, and more of either."""
     row_bytes = problem.shape.row_bytes
-    link_in = problem.mean_over_ranks(lambda counts: dispatch_traffic(counts, row_bytes)[mode].link_in)
-    memory = problem.mean_over_ranks(lambda counts: dispatch_traffic(counts, row_bytes)[mode].memory)
+    link_in = problem.mean(lambda counts: dispatch_traffic(counts, row_bytes)[mode].link_in)
+    memory = problem.mean(lambda counts: dispatch_traffic(counts, row_bytes)[mode].memory)
     return context.traffic(link_in + more_bytes, WAY_OF_DISPATCH[mode], memory + more_memory)
 
 
@@ -158,8 +158,3 @@ def expect_received(got: Tensor, problem: RoutingProblem, mode: DispatchMode) ->
     """Raise ``AssertionError`` unless these are the bits that the reference receives."""
     expected = problem.received[mode]
     assert_bitwise(got[: expected.shape[0]], expected, f"received by {mode.value}")
-
-
-def expect_rows(got: Tensor, problem: RoutingProblem) -> None:
-    """Raise ``AssertionError`` unless these are the bits of x in canonical order."""
-    assert_bitwise(got[: problem.valid_rows], problem.rows_of_x, "rows in canonical order")

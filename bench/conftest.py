@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -51,25 +52,9 @@ SMOKE = Sizes(
 )
 
 
-class RecordedClock:
-    """A clock that only ``advance`` moves."""
-
-    def __init__(self) -> None:
-        self._now = 0.0
-
-    def read(self) -> float:
-        """Seconds."""
-        return self._now
-
-    def advance(self, seconds: float) -> None:
-        """Let ``seconds`` pass."""
-        self._now += seconds
-
-
-CLOCK = pytest.StashKey[RecordedClock]()
+CLOCK = pytest.StashKey[SimpleNamespace]()
 RESULTS = pytest.StashKey[Results]()
 HELD_BACK = pytest.StashKey[io.StringIO]()
-STATUS = pytest.StashKey[int]()
 
 
 def rank() -> int:
@@ -96,7 +81,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Ranks other than 0 hold their output back, unless they fail."""
-    config.stash[CLOCK] = RecordedClock()
+    config.stash[CLOCK] = SimpleNamespace(now=0.0)
     loud = config.pluginmanager.get_plugin("terminalreporter")
     if rank() > 0 and loud is not None:
         config.stash[HELD_BACK] = io.StringIO()
@@ -113,7 +98,8 @@ def pytest_report_header() -> str:
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """pytest-benchmark reads the clock that the measured rounds move."""
-    item.add_marker(pytest.mark.benchmark(timer=item.config.stash[CLOCK].read))
+    clock = item.config.stash[CLOCK]
+    item.add_marker(pytest.mark.benchmark(timer=lambda: clock.now))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -126,23 +112,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Whether a rank has to print what it held back."""
-    session.config.stash[STATUS] = int(exitstatus)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """The table of what was found."""
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
+    """The table of what was found, and what a failed rank held back."""
     results = config.stash.get(RESULTS, None)
     if results is not None:
         terminalreporter.section("sonic_ep: median over rounds of the slowest rank")
         for line in results.table():
             terminalreporter.write_line(line)
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """What a failed rank held back."""
-    if HELD_BACK in config.stash and config.stash.get(STATUS, 1) not in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
+    if HELD_BACK in config.stash and exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         print(f"--- rank {rank()} ---\n{config.stash[HELD_BACK].getvalue()}", file=sys.stderr)
 
 
@@ -209,10 +186,13 @@ def tell(context: SuiteContext, benchmark: Any, request: pytest.FixtureRequest) 
     """Write the results so far, and tell pytest-benchmark what each round of the last one took."""
     clock, path = request.config.stash[CLOCK], request.config.getoption("--results")
 
+    def advance(seconds: float) -> None:
+        clock.now += seconds
+
     def write_and_tell(found: Finding) -> None:
         rounds = iter(found.timing.rounds)
         benchmark.extra_info.update(msgspec.to_builtins(found.entry))
-        benchmark.pedantic(clock.advance, setup=lambda: ((next(rounds),), {}), rounds=len(found.timing.rounds))
+        benchmark.pedantic(advance, setup=lambda: ((next(rounds),), {}), rounds=len(found.timing.rounds))
         # After every entry, so that a run that is cut short leaves what it found.
         if path is not None and context.group.rank == 0:
             schema.write(context.results.suite, path)

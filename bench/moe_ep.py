@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 
-import schema
 import torch
-from harness.context import layer_context
-from harness.end_to_end import run_end_to_end, say_note
+from harness.context import layer_context, run_script
+from harness.end_to_end import run_end_to_end
 from harness.layer_report import Setup
+from schema import Layer
 
 from sonic_ep.activation import ACTIVATIONS
 from sonic_ep.cli import CommandParser, run_command
-from sonic_ep.cli.exit_codes import GREEN
-from sonic_ep.cli.measured import Run, add_output, checked_ranks, run_measured
+from sonic_ep.cli.measured import Run, add_output, checked_ranks
 from sonic_ep.cli.words import DTYPES, Thiek, add_call, add_config, add_nproc, config_of, spellings
 from sonic_ep.config import ScoreOrder
 from sonic_ep.testing.layer_problem import LayerOptions, RoutingKind, Shape
@@ -61,20 +61,16 @@ def check(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> int:
     """Collective: verify, profile, time, tell, write."""
 
-    def measure(run: Run) -> int:
+    def documents(run: Run) -> Iterator[Layer]:
         world_size = run.place.world_size
         shape, note = chosen_shape(options.thiek, world_size)
         setup = setup_of(options, shape, world_size, run.backend)
         for line in [*([] if note is None else [note]), *setup.lines()]:
             run.say(line)
-        with layer_context(run.place.device, run.backend, options.commit, run.command) as context:
-            say_note(context, run.say)
-            document = run_end_to_end(setup, context, run.say)
-        if options.json is not None and run.place.rank == 0:
-            schema.write(document, options.json)
-        return GREEN
+        with layer_context(run, options.commit) as context:
+            yield run_end_to_end(setup, context, run.say)
 
-    return run_measured(options, "bench/moe_ep.py", measure)
+    return run_script(options, "bench/moe_ep.py", documents)
 
 
 def chosen_shape(asked: Thiek | None, world_size: int) -> tuple[Thiek, str | None]:

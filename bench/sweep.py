@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-import schema
 import torch
-from harness.context import BenchContext, Method, layer_context
-from harness.end_to_end import modes_of, predicted_modes, profiled, rounds_of, say_note, with_modes
+from harness.context import BenchContext, Method, layer_context, run_script
+from harness.end_to_end import modes_of, predicted_modes, profiled, rounds_of, with_modes
 from harness.layer import LayerUnderTest, Pass
 from harness.layer_report import Setup
 from harness.results import shape_record, time_fields
@@ -25,8 +24,7 @@ from schema import PairTimes, Point, Profile, Sweep
 from sonic_ep.api import ExpertParallel
 from sonic_ep.backend import BACKEND_PACKAGES
 from sonic_ep.cli import CommandParser, run_command
-from sonic_ep.cli.exit_codes import GREEN
-from sonic_ep.cli.measured import Run, add_output, checked_ranks, run_measured
+from sonic_ep.cli.measured import Run, add_output, checked_ranks
 from sonic_ep.cli.words import DTYPES, add_nproc, count_word
 from sonic_ep.config import AUTO, CombineMode, DispatchMode, EPConfig, ModePair
 from sonic_ep.profiler import ProfileReport
@@ -92,18 +90,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Collective: sweep, tell, and write after every point, so that a run that is cut short leaves what it found."""
+    """Collective: sweep, tell, and write after every point."""
 
-    def measure(run: Run) -> int:
+    def documents(run: Run) -> Iterator[Sweep]:
         setups = setups_of(options, run.place.world_size, run.backend)
-        with layer_context(run.place.device, run.backend, options.commit, run.command) as context:
-            say_note(context, run.say)
-            for document in run_sweep(setups, context, run.say):
-                if options.json is not None and run.place.rank == 0:
-                    schema.write(document, options.json)
-        return GREEN
+        with layer_context(run, options.commit) as context:
+            yield from run_sweep(setups, context, run.say)
 
-    return run_measured(options, "bench/sweep.py", measure)
+    return run_script(options, "bench/sweep.py", documents)
 
 
 def setups_of(options: argparse.Namespace, world_size: int, backend: str) -> list[Setup]:

@@ -8,10 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.layer import CallUnderTest, LayerUnderTest, ProvenCall, oracle_of
+from harness.context import BenchContext
+from harness.layer import LayerUnderTest, ProvenCall, expect_everywhere, judge, oracle_of
+from sonic_ep.api import ExpertParallel
 from sonic_ep.group import EPGroup, resolve_group
 from sonic_ep.plan import RoutingPlan
 from sonic_ep.reference.dense import dense_scores
+from sonic_ep.testing.layer_problem import Shape
 from sonic_ep.testing.oracle import LOGITS, RoutedCall
 
 
@@ -70,14 +73,18 @@ def experts_of_rows(plan: RoutingPlan, generator: torch.Generator) -> Tensor:
 
 def prove_routed(layer: LayerUnderTest, call: RoutedCall, group: EPGroup) -> ProvenCall:
     """Collective: a call of ``moe_routed`` over ``group`` with the backend, modes and FLOPs of the layer."""
-    (tokens, hidden), top_k = call.x.shape, call.top_k
     experts = layer.shape.num_experts // layer.problem.group.world_size * group.world_size
-    shape = replace(layer.shape, tokens=tokens, hidden=hidden, top_k=top_k, num_experts=experts)
-    oracle = oracle_of(call, group)
-    routed = CallUnderTest(
-        context=layer.context, shape=shape, oracle=oracle, backend=layer.backend, config=layer.config
-    )
-    return routed.proven(layer.flops)
+    shape = replace(layer.shape, tokens=call.x.shape[0], top_k=call.top_k, num_experts=experts)
+    with ExpertParallel(group.process_group, layer.backend, layer.config) as ep:
+        return replace(prove_call(layer.context, shape, call, ep), flops=layer.flops)
+
+
+def prove_call(context: BenchContext, shape: Shape, call: RoutedCall, ep: ExpertParallel) -> ProvenCall:
+    """Collective: hold a call against the oracle. Raises ``WrongResultError`` on every rank if it is wrong on any."""
+    answer = judge(oracle_of(call, ep.group), call.run(ep))
+    context.free_cached_memory()
+    expect_everywhere(context, answer.faults)
+    return ProvenCall(shape=shape, call=call, outcome=answer.outcome)
 
 
 def prove_one_gpu(layer: LayerUnderTest, alone: EPGroup) -> ProvenCall:
@@ -86,4 +93,5 @@ def prove_one_gpu(layer: LayerUnderTest, alone: EPGroup) -> ProvenCall:
     Raises ``WrongResultError`` on every rank if it is wrong on any. Only the outcome is kept: all experts are large.
     """
     whole = LayerUnderTest.of(layer.context, layer.problem.on_one_rank(alone), layer.backend, layer.config)
-    return whole.proven(whole.flops, "all experts on one rank: ")
+    expect_everywhere(layer.context, whole.judged.faults, "all experts on one rank: ")
+    return ProvenCall(shape=whole.shape, call=whole.problem.call, outcome=whole.judged.outcome, flops=whole.flops)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import argparse
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
@@ -10,11 +11,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from schema import Baseline, Entry
+from schema import Baseline, Document, Entry, write
 from torch import Tensor
 
 from harness.results import LinkTraffic, Results, Threshold, measured_results, micros, shape_record, time_fields
 from sonic_ep.api import ExpertParallel
+from sonic_ep.cli.exit_codes import GREEN
+from sonic_ep.cli.measured import Run, run_measured
 from sonic_ep.group import EPGroup
 from sonic_ep.profiler.agreement import WrongResultError
 from sonic_ep.profiler.bandwidth import ROUNDS, ROUNDS_OF_SHARED_GPUS
@@ -237,15 +240,30 @@ class SuiteContext(BenchContext):
 
 
 @contextmanager
-def layer_context(device: torch.device, backend: str, commit: str | None, command: str) -> Iterator[BenchContext]:
-    """Collective: a context for the world, whose ranks meet by ``backend``; its rates are measured first."""
-    with ExpertParallel(backend=backend) as ep:
+def layer_context(run: Run, commit: str | None) -> Iterator[BenchContext]:
+    """Collective: a context for the world, whose ranks meet by the backend of ``run``; its rates are measured first."""
+    device = run.place.device
+    with ExpertParallel(backend=run.backend) as ep:
         group = ep.group
         shared = device.type == "cuda" and group.world_size > torch.cuda.device_count()
         timer = RoundTimer(group=group, device=device, fence=lambda: ep.meet(device), busy_seconds=BUSY_SECONDS)
-        found = environment(device, group.world_size, commit, command)
-        results = measured_results(timer, found, rounds=ROUNDS_OF_SHARED_GPUS if shared else ROUNDS)
+        machine = environment(device, group.world_size, commit, run.command)
+        if machine["note"] is not None:
+            run.say(f"note: {machine['note']}")
+        results = measured_results(timer, machine, rounds=ROUNDS_OF_SHARED_GPUS if shared else ROUNDS)
         yield BenchContext(timer=timer, results=results)
+
+
+def run_script(options: argparse.Namespace, path: str, documents: Callable[[Run], Iterable[Document]]) -> int:
+    """Collective: an exit code. Writes each document, so that a run that is cut short leaves what it found."""
+
+    def measure(run: Run) -> int:
+        for document in documents(run):
+            if options.json is not None and run.place.rank == 0:
+                write(document, options.json)
+        return GREEN
+
+    return run_measured(options, path, measure)
 
 
 @contextmanager

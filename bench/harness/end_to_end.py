@@ -47,13 +47,6 @@ def rounds_of(context: BenchContext, on_gpus: Rounds = ROUNDS) -> Rounds:
     return ROUNDS_SHARED if context.group.world_size > torch.cuda.device_count() else on_gpus
 
 
-def say_note(context: BenchContext, say: Say) -> None:
-    """What has to be known of the machine beside every figure."""
-    note = context.results.environment.note
-    if note is not None:
-        say(f"note: {note}")
-
-
 def run_end_to_end(setup: Setup, context: BenchContext, say: Say) -> Layer:
     """Collective: everything, told to ``say`` as it comes; the document is the same on every rank.
 

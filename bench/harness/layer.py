@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 
@@ -127,7 +127,7 @@ class ProvenCall:
     shape: Shape
     call: LayerCall
     outcome: Outcome
-    flops: Mapping[Pass, float] = field(default_factory=dict)
+    flops: Mapping[Pass, float] | None = None
 
     def case(self, name: str, ep: ExpertParallel, which: Pass) -> BenchCase:
         """A pass of it over ``ep``."""
@@ -145,77 +145,62 @@ class ProvenCall:
             run=lambda: which.run(call, ep),
             check=check,
             other_inputs=lambda: other_inputs(*call.leaves.values(), call.dy),
-            flops=self.flops.get(which),
+            flops=self.flops and self.flops[which],
         )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CallUnderTest:
-    """A call of this rank, and the backend and configuration whose answer counts.
-
-    context: of all ranks, which agree on what is right; the group of the oracle may be this rank alone.
-    """
-
-    context: BenchContext
-    shape: Shape
-    oracle: Oracle
-    backend: str
-    config: EPConfig
-
-    def over(self, config: EPConfig | None = None, backend: str | None = None) -> ExpertParallel:
-        """An ``ExpertParallel`` for it, by default of the configuration that counts."""
-        return ExpertParallel(
-            self.oracle.group.process_group,
-            backend=backend or self.backend,
-            config=config or self.config,
-            max_tokens_per_rank=max(1, self.oracle.call.x.shape[0]),
-        )
-
-    @cached_property
-    def judged(self) -> Answer:
-        """Collective: the answer, right or wrong."""
-        with self.over() as ep:
-            outcome = self.oracle.call.run(ep)
-        answer = judge(self.oracle, outcome, self.reference_outcome())
-        self.context.free_cached_memory()
-        return answer
-
-    def reference_outcome(self) -> Outcome | None:
-        """What says how accurate the answer has to be, if not plain PyTorch."""
-        return None
-
-    def proven(self, flops: Mapping[Pass, float], name: str = "") -> ProvenCall:
-        """Collective. Raises ``WrongResultError`` on every rank, with ``name``, if the answer is wrong on any."""
-        expect_everywhere(self.context, self.judged.faults, name)
-        return ProvenCall(shape=self.shape, call=self.oracle.call, outcome=self.judged.outcome, flops=flops)
 
 
 def expect_everywhere(context: BenchContext, faults: Sequence[str], name: str = "") -> None:
-    """Collective. Raises ``WrongResultError`` on every rank if any rank has faults."""
+    """Collective. Raises ``WrongResultError`` on every rank of the context if any of them has faults."""
     in_step(context.group, lambda: expect(not faults, name + "; ".join(faults)), AssertionError, WrongResultError)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LayerUnderTest(CallUnderTest):
-    """A random layer under test. The reference says how accurate other backends have to be."""
+class LayerUnderTest:
+    """A random layer, and the backend and configuration whose answer counts.
 
+    context: of all ranks, which agree on what is right; the group of the problem may be this rank alone.
+    """
+
+    context: BenchContext
     problem: LayerProblem
+    oracle: Oracle
+    backend: str
+    config: EPConfig
 
     @staticmethod
     def of(context: BenchContext, problem: LayerProblem, backend: str, config: EPConfig) -> LayerUnderTest:
         """With an oracle of its own."""
         oracle = oracle_of(problem.call, problem.group)
-        return LayerUnderTest(
-            context=context, shape=problem.shape, oracle=oracle, backend=backend, config=config, problem=problem
+        return LayerUnderTest(context=context, problem=problem, oracle=oracle, backend=backend, config=config)
+
+    @property
+    def shape(self) -> Shape:
+        """T of this rank, H, I, E and K."""
+        return self.problem.shape
+
+    def over(self, config: EPConfig | None = None, backend: str | None = None) -> ExpertParallel:
+        """An ``ExpertParallel`` for the layer, by default of the configuration that counts."""
+        return ExpertParallel(
+            self.problem.group.process_group,
+            backend=backend or self.backend,
+            config=config or self.config,
+            max_tokens_per_rank=max(1, self.shape.tokens),
         )
 
-    def reference_outcome(self) -> Outcome | None:
-        """The reference's, with exact sizes, which is for what is large."""
-        if self.backend == "reference":
-            return None
-        exact = replace(self.config, redispatch_x_in_backward=False, cpu_sync_on_runtime=True)
-        with self.over(exact, "reference") as reference:
-            return self.oracle.call.run(reference)
+    @cached_property
+    def judged(self) -> Answer:
+        """Collective: the answer, right or wrong. The reference says how accurate other backends have to be."""
+        reference = None
+        with self.over() as ep:
+            outcome = self.problem.call.run(ep)
+        if self.backend != "reference":
+            # Exact sizes are for what is large.
+            exact = replace(self.config, redispatch_x_in_backward=False, cpu_sync_on_runtime=True)
+            with self.over(exact, "reference") as ep:
+                reference = self.problem.call.run(ep)
+        answer = judge(self.oracle, outcome, reference)
+        self.context.free_cached_memory()
+        return answer
 
     @property
     def answer(self) -> Answer:
@@ -241,9 +226,9 @@ class LayerUnderTest(CallUnderTest):
     @cached_property
     def flops(self) -> Mapping[Pass, float]:
         """Operations of a rank's GEMMs, the mean over the ranks: 2 for each number of a weight and row."""
-        experts = self.oracle.call.experts
+        experts = self.problem.call.experts
         per_row = experts.w1[0].numel() + experts.w2[0].numel()
-        rows = self.routing.mean_over_ranks(lambda counts: counts.rows)
+        rows = self.routing.mean(lambda counts: counts.rows)
         return {which: 2.0 * which.times * per_row * rows for which in Pass}
 
     def link_seconds(self, modes: ModePair, which: Pass) -> float | None:
@@ -254,11 +239,12 @@ class LayerUnderTest(CallUnderTest):
         """
         if self.context.group.world_size == 1:
             return 0.0
-        row_bytes, most_over_link = self.shape.row_bytes, self.routing.most_over_link
-        there = most_over_link(lambda counts: dispatch_traffic(counts, row_bytes)[modes.dispatch])
-        back = most_over_link(lambda counts: combine_traffic(counts, row_bytes)[modes.combine])
+        row_bytes, counts = self.shape.row_bytes, self.routing.counts
+        there = [dispatch_traffic(of_rank, row_bytes)[modes.dispatch] for of_rank in counts]
+        back = [combine_traffic(of_rank, row_bytes)[modes.combine] for of_rank in counts]
         seconds = 0.0
-        for nbytes, way in ((there, WAY_OF_DISPATCH[modes.dispatch]), (back, WAY_OF_COMBINE)):
+        for moved, way in ((there, WAY_OF_DISPATCH[modes.dispatch]), (back, WAY_OF_COMBINE)):
+            nbytes = max(max(of_rank.link_in, of_rank.link_out) for of_rank in moved)
             traffic = self.context.traffic(nbytes, way)
             if traffic is None or traffic.floor is None:
                 return None
@@ -268,7 +254,7 @@ class LayerUnderTest(CallUnderTest):
     def case(self, name: str, ep: ExpertParallel, which: Pass, compared_with: tuple[Comparison, ...] = ()) -> BenchCase:
         """The layer over ``ep``: the answer's very bits, or if it is another backend's, an answer as accurate."""
         answer = self.answer
-        proven = ProvenCall(shape=self.shape, call=self.oracle.call, outcome=answer.outcome, flops=self.flops)
+        proven = ProvenCall(shape=self.shape, call=self.problem.call, outcome=answer.outcome, flops=self.flops)
         case = replace(proven.case(name, ep, which), compared_with=compared_with if self.context.on_gpu else ())
         if ep.backend == self.backend:
             return case

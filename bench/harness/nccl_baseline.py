@@ -6,7 +6,6 @@ What the host has to know, splits and indices, is computed beforehand and not ti
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,49 +13,49 @@ from torch import Tensor
 
 from harness.routing_problem import RoutingProblem
 from sonic_ep.reference.plan import slot_exchange
-from sonic_ep.testing import assert_as_accurate
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Splits:
-    """An exchange of one row a slot, as index_select and ``all_to_all_single`` want it; rows are in canonical order.
+class SlotExchange:
+    """One row a slot by ``all_to_all_single``, of a routing in which no slot is dropped."""
 
-    token_of_sent (N,): this rank's token of each row sent, by receiver. sent_of_slot (T*K,): its inverse, by slot.
-    received_of_row, row_of_received (rows,): canonical order from the order of arrival, and back.
-    """
+    def __init__(self, problem: RoutingProblem) -> None:
+        exchange = slot_exchange(problem.plan)
+        self._problem = problem
+        # This rank's token of each row sent, by receiver, and the place of each slot (T*K,) among them.
+        self._token_of_sent = exchange.slots // problem.plan.top_k
+        self._sent_of_slot = exchange.slots.argsort()
+        # Canonical order from the order of arrival, and back.
+        self._received_of_row, self._row_of_received = exchange.rows.argsort(), exchange.rows
+        self._send, self._receive = exchange.send_splits, exchange.receive_splits
+        self._weights_T1K = problem.scores_TK.to(problem.shape.dtype).unsqueeze(1)
 
-    token_of_sent: Tensor
-    sent_of_slot: Tensor
-    received_of_row: Tensor
-    row_of_received: Tensor
-    send: list[int]
-    receive: list[int]
+    def dispatch(self) -> Tensor:
+        """Rows (rows, H) in canonical order: permute, exchange, permute."""
+        sent = self._problem.x_TH.index_select(0, self._token_of_sent)
+        return self._exchange(sent, self._send, self._receive).index_select(0, self._received_of_row)
 
+    def combine(self) -> Tensor:
+        """Weighted sums (T, H): permute, exchange, permute, one batched product."""
+        return torch.bmm(self._weights_T1K, self._rows_of_slots()).squeeze(1)
 
-def splits(problem: RoutingProblem) -> Splits:
-    """The exchange of this problem's routing, in which no slot is dropped."""
-    exchange = slot_exchange(problem.plan)
-    return Splits(
-        token_of_sent=exchange.slots // problem.plan.top_k,
-        sent_of_slot=exchange.slots.argsort(),
-        received_of_row=exchange.rows.argsort(),
-        row_of_received=exchange.rows,
-        send=exchange.send_splits,
-        receive=exchange.receive_splits,
-    )
+    def exact_sums(self) -> Tensor:
+        """The weighted sums of this rank's tokens in fp64, (T, H)."""
+        scores_TK, rows_TKH = self._problem.scores_TK.double(), self._rows_of_slots()
+        total_TH = torch.zeros_like(rows_TKH[:, 0], dtype=torch.float64)
+        for k in range(scores_TK.shape[1]):
+            total_TH += rows_TKH[:, k].double() * scores_TK[:, k, None]
+        return total_TH
 
+    def _rows_of_slots(self) -> Tensor:
+        """The rows of this rank's slots, (T, K, H)."""
+        shape, sent = self._problem.shape, self._problem.rows_RH.index_select(0, self._row_of_received)
+        by_slot = self._exchange(sent, self._receive, self._send).index_select(0, self._sent_of_slot)
+        return by_slot.view(shape.tokens, shape.top_k, shape.hidden)
 
-def dispatch_by_all_to_all(problem: RoutingProblem) -> Callable[[], Tensor]:
-    """Rows (rows, H) in canonical order: permute, ``all_to_all_single`` of one row a slot, permute."""
-    by, group = splits(problem), problem.group.process_group
-
-    def dispatch() -> Tensor:
-        sent = problem.x_TH.index_select(0, by.token_of_sent)
-        arrived = sent.new_empty((problem.valid_rows, problem.shape.hidden))
-        dist.all_to_all_single(arrived, sent, by.receive, by.send, group=group)
-        return arrived.index_select(0, by.received_of_row)
-
-    return dispatch
+    def _exchange(self, sent: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        arrived = sent.new_empty((sum(receive), sent.shape[1]))
+        dist.all_to_all_single(arrived, sent, receive, send, group=self._problem.group.process_group)
+        return arrived
 
 
 def dispatch_by_all_gather(problem: RoutingProblem) -> Callable[[], Tensor]:
@@ -73,59 +72,26 @@ def dispatch_by_all_gather(problem: RoutingProblem) -> Callable[[], Tensor]:
     return dispatch
 
 
-def combine_by_all_to_all(problem: RoutingProblem) -> Callable[[], Tensor]:
-    """Weighted sums (T, H): permute, ``all_to_all_single`` of one row a slot, permute, one batched product."""
-    by, group, shape = splits(problem), problem.group.process_group, problem.shape
-    weights = problem.scores_TK.to(shape.dtype).unsqueeze(1)
-
-    def combine() -> Tensor:
-        sent = problem.rows_RH.index_select(0, by.row_of_received)
-        arrived = sent.new_empty((shape.tokens * shape.top_k, shape.hidden))
-        dist.all_to_all_single(arrived, sent, by.send, by.receive, group=group)
-        by_slot = arrived.index_select(0, by.sent_of_slot)
-        return torch.bmm(weights, by_slot.view(shape.tokens, shape.top_k, shape.hidden)).squeeze(1)
-
-    return combine
-
-
-def combine_by_reduce_scatter(problem: RoutingProblem, partial_WTH: Tensor) -> Callable[[], Tensor]:
-    """Sums (T, H) of dense partial sums (W, T, H) that every rank has made beforehand."""
+def combine_by_reduce_scatter(problem: RoutingProblem) -> Callable[[], Tensor]:
+    """Sums (T, H) of dense partial sums (W*T, H) that every rank has made beforehand."""
     scatter = collective("reduce_scatter_single", "reduce_scatter_tensor")
+    partial_NH = dense_partials(problem)
 
     def combine() -> Tensor:
         out_TH = torch.empty_like(problem.x_TH)
-        scatter(out_TH, partial_WTH.view(-1, problem.shape.hidden), group=problem.group.process_group)
+        scatter(out_TH, partial_NH, group=problem.group.process_group)
         return out_TH
 
     return combine
 
 
 def dense_partials(problem: RoutingProblem) -> Tensor:
-    """This rank's weighted sum of every token's rows here, (W, T, H), in the dtype of the rows."""
+    """This rank's weighted sum of every token's rows here, (W*T, H), in the dtype of the rows."""
     plan = problem.plan
     slots_N = plan.slot_of_row[: problem.valid_rows].long()
     weighted_NH = problem.rows_RH[: problem.valid_rows].float() * problem.scores_WCK.flatten()[slots_N, None]
     total = weighted_NH.new_zeros((plan.world_size * plan.capacity, problem.shape.hidden))
-    total.index_add_(0, slots_N // plan.top_k, weighted_NH)
-    return total.to(problem.shape.dtype).view(plan.world_size, plan.capacity, -1)
-
-
-def exact_sums(problem: RoutingProblem) -> Tensor:
-    """The weighted sums of this rank's tokens in fp64, (T, H), from the rows that ``all_to_all`` brings home."""
-    by, shape = splits(problem), problem.shape
-    sent = problem.rows_RH.index_select(0, by.row_of_received)
-    arrived = sent.new_empty((shape.tokens * shape.top_k, shape.hidden))
-    dist.all_to_all_single(arrived, sent, by.send, by.receive, group=problem.group.process_group)
-    slot_of_token_TK = by.sent_of_slot.view(shape.tokens, shape.top_k)
-    total = torch.zeros((shape.tokens, shape.hidden), dtype=torch.float64, device=problem.device)
-    for k in range(shape.top_k):
-        total += arrived[slot_of_token_TK[:, k]].double() * problem.scores_TK[:, k, None].double()
-    return total
-
-
-def expect_accurate(problem: RoutingProblem, truth: Tensor, plain: Tensor) -> Callable[[Tensor], None]:
-    """A check: at most twice as far from the truth as the reference is."""
-    return lambda got: assert_as_accurate(got, truth, plain, f"sums of {problem.group}")
+    return total.index_add_(0, slots_N // plan.top_k, weighted_NH).to(problem.shape.dtype)
 
 
 def collective(name: str, older_name: str) -> Callable[..., object]:

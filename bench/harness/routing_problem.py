@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig
-from sonic_ep.cost import RankCounts, Traffic, rank_counts
+from sonic_ep.cost import RankCounts, rank_counts
 from sonic_ep.group import EPGroup
 from sonic_ep.plan import RoutingPlan
 from sonic_ep.reference.collectives import Collectives, collectives_of
@@ -74,15 +75,10 @@ class RoutingProblem:
 
     @cached_property
     def received(self) -> Mapping[DispatchMode, Tensor]:
-        """What each dispatch mode of the reference receives, without what is unspecified behind it."""
+        """What each dispatch mode of the reference receives; by all_to_all the valid rows of x in canonical order."""
         primitives = dispatch_primitives(self._collectives)
         received = {mode: primitives[mode].receive(self.x_TH, self.plan) for mode in DispatchMode}
         return {**received, DispatchMode.ALL_TO_ALL: received[DispatchMode.ALL_TO_ALL][: self.valid_rows].clone()}
-
-    @property
-    def rows_of_x(self) -> Tensor:
-        """Rows of x in canonical order, the valid ones."""
-        return self.received[DispatchMode.ALL_TO_ALL]
 
     @cached_property
     def rows_RH(self) -> Tensor:
@@ -109,37 +105,27 @@ class RoutingProblem:
     @cached_property
     def round_trips(self) -> Mapping[CombineMode, Tensor]:
         """What each combine mode of the reference gives for the rows of x, with scores."""
-        primitives = combine_primitives(self._collectives)
-        return {mode: primitives[mode].combine(self.rows_of_x, self.scores_WCK, self.plan) for mode in CombineMode}
+        primitives, rows_of_x = combine_primitives(self._collectives), self.received[DispatchMode.ALL_TO_ALL]
+        return {mode: primitives[mode].combine(rows_of_x, self.scores_WCK, self.plan) for mode in CombineMode}
 
-    def most_over_link(self, moved: Callable[[RankCounts], Traffic]) -> int:
-        """Bytes that the busiest rank has to take in or give out over the link."""
-        traffic = [moved(self._counts(rank)) for rank in range(self.group.world_size)]
-        return max(max(of_rank.link_in, of_rank.link_out) for of_rank in traffic)
+    @cached_property
+    def counts(self) -> list[RankCounts]:
+        """Of every rank, the same on each of them."""
+        ranks = range(self.group.world_size)
+        pair_slots = [[int((owner_CK == owner).sum()) for owner in ranks] for owner_CK in self.plan.owner_of_slot()]
+        tokens, pair_tokens = self.shape.tokens, self.plan.pair_tokens.tolist()
+        return [
+            rank_counts(rank, capacity=tokens, tokens=tokens, pair_tokens=pair_tokens, pair_slots=pair_slots)
+            for rank in ranks
+        ]
 
-    def mean_over_ranks(self, count: Callable[[RankCounts], int]) -> float:
+    def mean(self, count: Callable[[RankCounts], int]) -> float:
         """The mean over the ranks of what ``count`` makes of each one's counts."""
-        counts = [self._counts(rank) for rank in range(self.group.world_size)]
-        return sum(count(of_rank) for of_rank in counts) / len(counts)
+        return fmean(map(count, self.counts))
 
     @cached_property
     def _collectives(self) -> Collectives:
         return collectives_of(Waits(self.group))
-
-    @cached_property
-    def _pair_slots(self) -> list[list[int]]:
-        owner_WF = self.plan.owner_of_slot().flatten(1)
-        ranks = range(self.group.world_size)
-        return [[int((owner_WF[source] == owner).sum()) for owner in ranks] for source in ranks]
-
-    def _counts(self, rank: int) -> RankCounts:
-        return rank_counts(
-            rank,
-            capacity=self.shape.tokens,
-            tokens=self.shape.tokens,
-            pair_tokens=self.plan.pair_tokens.tolist(),
-            pair_slots=self._pair_slots,
-        )
 
     def _generator(self, stream: int) -> torch.Generator:
         """Random numbers of this rank for one of its tensors."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from schema import Document, Environment, Untimed, printable, read
+
 from sonic_ep.profiler.machine import FLATTERED_WORLD_SIZE, TWO_GPUS_NOTE
 
 DocumentT = TypeVar("DocumentT", bound=Document)
