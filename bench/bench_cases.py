@@ -13,12 +13,12 @@ from bench_dispatch import receive_case
 from harness.baselines import prove_call
 from harness.context import BenchCase, Finding, Method, Rounds, SuiteContext
 from harness.layer import Pass
-from harness.routing_problem import RoutingProblem
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.testing import CASES, Case
 from sonic_ep.testing.layer_problem import LayerProblem, Shape
 from sonic_ep.testing.oracle import RoutedCall
+from sonic_ep.testing.routing_problem import RoutingProblem
 
 Run = Callable[[BenchCase, Method], None]
 ProblemOf = Callable[[Case, Shape], RoutingProblem]

@@ -9,7 +9,6 @@ import pytest
 from harness import nccl_baseline
 from harness.context import BenchCase, Method, SuiteContext, other_inputs
 from harness.results import LinkTraffic
-from harness.routing_problem import RoutingProblem
 from torch import Tensor
 
 from sonic_ep import CombineMode
@@ -18,6 +17,7 @@ from sonic_ep.fast.collectives import gather_scores
 from sonic_ep.fast.combine import combine_primitives
 from sonic_ep.profiler.verification import assert_bitwise
 from sonic_ep.testing import assert_as_accurate
+from sonic_ep.testing.routing_problem import RoutingProblem
 
 Run = Callable[[BenchCase, Method], None]
 

@@ -8,7 +8,6 @@ import pytest
 from harness import nccl_baseline
 from harness.context import BenchCase, Method, SuiteContext, other_inputs
 from harness.results import LinkTraffic
-from harness.routing_problem import RoutingProblem
 from torch import Tensor
 
 from sonic_ep import DispatchMode, EPConfig, ExpertParallel
@@ -26,6 +25,7 @@ from sonic_ep.fast.dispatch.all_to_all import pull_to_rows
 from sonic_ep.fast.dispatch.rank_dedup import pull_packed
 from sonic_ep.fast.staging import TOKENS, stage_tokens
 from sonic_ep.profiler.verification import assert_bitwise
+from sonic_ep.testing.routing_problem import RoutingProblem
 
 Run = Callable[[BenchCase, Method], None]
 

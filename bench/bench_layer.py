@@ -72,6 +72,11 @@ TOGETHER_INTERPRETED = ((BASE, BOTH),)
 TOGETHER_AS_GRAPHS = ((BASE, AGAIN), (BY_RANK, GATHERED))
 
 
+# The names of cases.
+PRODUCTS, LAYER, REFERENCE = "grouped_mm of a layer: {}", "layer {}: {}", "reference layer: {}"
+BESIDE = f"layer {BASE}, beside the reference: {{}}"
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerBatches:
     """All that is measured of one layer, each alternation once, by all ranks together."""
@@ -104,22 +109,22 @@ class LayerBatches:
 
     def _alternation(self, settings: Sequence[Setting], which: Pass, method: Method) -> Found:
         held = self.context.held and method is Method.QUEUED
-        cases = [self.layer.products_alone(products_name(which), which, self.products)]
+        cases = [self.layer.products_alone(PRODUCTS.format(which.value), which, self.products)]
         with ExitStack() as stack:
             for setting in settings:
                 ep = stack.enter_context(self.layer.over(setting.config))
                 compared_with = self._comparisons(setting, which, held=held)
-                cases.append(self.layer.case(layer_name(setting, which), ep, which, compared_with))
+                cases.append(self.layer.case(LAYER.format(setting, which.value), ep, which, compared_with))
             return self.context.alternate(cases, method, self._rounds(ROUNDS))
 
     def _beside_reference(self, which: Pass, method: Method) -> Found:
         """The reference has exact sizes, in its favour."""
         most = MOST_OF_REFERENCE if self.context.held else None
-        against = Comparison(name=reference_name(which), text="the reference", most=most)
+        against = Comparison(name=REFERENCE.format(which.value), text="the reference", most=most)
         with self.layer.over(SYNC.config, "reference") as reference, self.layer.over() as fast:
             cases = [
-                self.layer.case(reference_name(which), reference, which),
-                self.layer.case(beside_name(which), fast, which, (against,)),
+                self.layer.case(REFERENCE.format(which.value), reference, which),
+                self.layer.case(BESIDE.format(which.value), fast, which, (against,)),
             ]
             return self.context.alternate(cases, method, self._rounds(ROUNDS_BESIDE_REFERENCE))
 
@@ -129,31 +134,11 @@ class LayerBatches:
         link = self.layer.link_seconds(ModePair(dispatch=setting.dispatch, combine=COMBINE), which)
         if link is not None:
             most = MOST[which] if held and setting == BASE else None
-            found.append(Comparison(name=products_name(which), text="products and bytes", link=link, most=most))
+            found.append(Comparison(name=PRODUCTS.format(which.value), text="products and bytes", link=link, most=most))
         if setting.again or setting.sync:
             most = MOST_WITH_X_AGAIN if held and setting == AGAIN else None
-            found.append(Comparison(name=layer_name(BASE, which), text="that without flags", most=most))
+            found.append(Comparison(name=LAYER.format(BASE, which.value), text="that without flags", most=most))
         return tuple(found)
-
-
-def products_name(which: Pass) -> str:
-    """The name of the GEMMs alone."""
-    return f"grouped_mm of a layer: {which.value}"
-
-
-def layer_name(setting: Setting, which: Pass) -> str:
-    """The name of a layer."""
-    return f"layer {setting}: {which.value}"
-
-
-def reference_name(which: Pass) -> str:
-    """The name of the reference's layer."""
-    return f"reference layer: {which.value}"
-
-
-def beside_name(which: Pass) -> str:
-    """The name of the layer that takes turns with the reference's."""
-    return f"layer {BASE}, beside the reference: {which.value}"
 
 
 def together_with(context: SuiteContext, setting: Setting, which: Pass, method: Method) -> tuple[Setting, ...]:
@@ -193,7 +178,7 @@ each_pass = pytest.mark.parametrize("which", PASSES, ids=lambda which: which.nam
 def bench_products(context: SuiteContext, batches: LayerBatches, tell: Tell, method: Method, which: Pass) -> None:
     """The GEMMs of the layer alone: two forward, and four more in backward."""
     found = batches.measured(together_with(context, BASE, which, method), which, method)
-    tell(context.record(found[products_name(which)]))
+    tell(context.record(found[PRODUCTS.format(which.value)]))
 
 
 @each_pass
@@ -203,18 +188,16 @@ def bench_layer(
 ) -> None:
     """``ep.moe``. Every setting gives the same bits, eager and as a graph."""
     found = batches.measured(together_with(context, setting, which, method), which, method)
-    tell(context.record(found[layer_name(setting, which)]))
+    tell(context.record(found[LAYER.format(setting, which.value)]))
 
 
 @each_pass
-@pytest.mark.parametrize("name", [reference_name, beside_name], ids=["reference", "fast"])
-def bench_reference(
-    context: SuiteContext, batches: LayerBatches, tell: Tell, name: Callable[[Pass], str], which: Pass
-) -> None:
+@pytest.mark.parametrize("name", [REFERENCE, BESIDE], ids=["reference", "fast"])
+def bench_reference(context: SuiteContext, batches: LayerBatches, tell: Tell, name: str, which: Pass) -> None:
     """``ep.moe`` of the reference backend, over NCCL on GPUs, and that of the fast one."""
     if which is Pass.STEP:
         skip_if_interpreted(context)
-    tell(context.record(batches.measured((), which, context.behind_work)[name(which)]))
+    tell(context.record(batches.measured((), which, context.behind_work)[name.format(which.value)]))
 
 
 @each_pass
@@ -222,4 +205,4 @@ def bench_biased(context: SuiteContext, biased_batches: LayerBatches, tell: Tell
     """``ep.moe`` with biases."""
     skip_if_interpreted(context)
     found = biased_batches.measured((BIASED,), which, context.behind_work)
-    tell(context.record(found[layer_name(BIASED, which)]))
+    tell(context.record(found[LAYER.format(BIASED, which.value)]))

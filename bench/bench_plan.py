@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 from harness.context import BenchCase, Method, SuiteContext, other_inputs
 from harness.results import Threshold
-from harness.routing_problem import RoutingProblem
 from torch import Tensor
 
 from sonic_ep import ExpertParallel, RoutingPlan
 from sonic_ep.plan import ROUTING_FIELDS
 from sonic_ep.profiler.verification import assert_bitwise, expect
+from sonic_ep.testing.routing_problem import RoutingProblem
 
 # Slots of the group, and the microseconds that a plan of them may take.
 MOST_MICROS = {262_144: 80, 1_048_576: 150}

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 from harness.context import BenchCase, Method, SuiteContext, other_inputs
 from harness.results import Threshold
-from harness.routing_problem import RoutingProblem
 from torch import Tensor
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.profiler.verification import assert_bitwise
+from sonic_ep.testing.routing_problem import RoutingProblem
 
 Run = Callable[[BenchCase, Method], None]
 

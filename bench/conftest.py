@@ -23,7 +23,6 @@ import schema
 import torch
 from harness.context import BenchCase, Finding, Method, Sizes, SuiteContext
 from harness.results import Results, measured_results
-from harness.routing_problem import RoutingProblem
 from harness.steady import freeze_garbage, own_core
 
 from sonic_ep.backend import unavailable_reasons
@@ -34,6 +33,7 @@ from sonic_ep.profiler.agreement import WrongResultError
 from sonic_ep.profiler.machine import command_of, environment
 from sonic_ep.profiler.timing import AboveCeilingError, RoundTimer
 from sonic_ep.testing.layer_problem import Shape
+from sonic_ep.testing.routing_problem import RoutingProblem
 
 # What the thresholds are stated for. An H100, for one, has the same link and slower memory.
 RANKS_OF_THRESHOLDS = 2

@@ -11,20 +11,16 @@ import torch
 
 from harness.context import BenchCase, BenchContext, Comparison, other_inputs
 from harness.products import Products
-from harness.routing_problem import RoutingProblem
 from sonic_ep.api import ExpertParallel
 from sonic_ep.config import EPConfig, ModePair
 from sonic_ep.cost import WAY_OF_COMBINE, WAY_OF_DISPATCH, combine_traffic, dispatch_traffic
-from sonic_ep.group import EPGroup
 from sonic_ep.profiler.agreement import WrongResultError, in_step
 from sonic_ep.profiler.verification import assert_bitwise, expect
 from sonic_ep.reference.router import choose_experts
-from sonic_ep.testing.checks import Accuracy, assert_as_accurate
+from sonic_ep.testing.answer import Answer, faults_of, judge, oracle_of
 from sonic_ep.testing.layer_problem import LayerProblem, Shape
-from sonic_ep.testing.oracle import LOGITS, LayerCall, Oracle, Outcome, accuracies_of
-
-# Slots that the oracle takes at a time in the wider dtype.
-MOST_SLOTS = 2**16
+from sonic_ep.testing.oracle import LOGITS, LayerCall, Oracle, Outcome
+from sonic_ep.testing.routing_problem import RoutingProblem
 
 
 class Pass(str, Enum):
@@ -55,71 +51,6 @@ class Pass(str, Enum):
         )
 
 
-def oracle_of(call: LayerCall, group: EPGroup) -> Oracle:
-    """The oracle of a call whose truth is in fp32, or in fp64 for fp32."""
-    wide = torch.float64 if call.x.dtype is torch.float32 else torch.float32
-    return Oracle(call=call, group=group, wide=wide, at_a_time=max(1, MOST_SLOTS // call.top_k))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Answer:
-    """The outcome of one forward and backward, and what the oracle says of it.
-
-    plain: the same by what says how accurate it has to be. accuracies: of all ranks together, the same on each.
-    same_choices: whether this rank's router has chosen what the oracle's did.
-    """
-
-    outcome: Outcome
-    plain: Outcome
-    truth: Outcome
-    accuracies: tuple[Accuracy, ...]
-    same_choices: bool = True
-
-    @property
-    def faults(self) -> list[str]:
-        """What is wrong with the answer."""
-        choices = [] if self.same_choices else ["other experts are chosen"]
-        return [*choices, *(str(accuracy) for accuracy in self.accuracies if not accuracy.ok)]
-
-
-def judge(oracle: Oracle, outcome: Outcome, reference: Outcome | None = None) -> Answer:
-    """Collective: hold the outcome of a forward and backward against the oracle.
-
-    reference: the outcome of the reference, which is held against the oracle itself before it may say how accurate
-    others have to be; None: plain PyTorch says so.
-    """
-    truth, group, top_k = oracle.truth, oracle.group, oracle.call.top_k
-    found = []
-    if reference is not None:
-        found = [
-            replace(each, name=f"reference's {each.name}")
-            for each in _accuracies(reference, truth, oracle.plain, group)
-        ]
-    plain = reference or oracle.plain
-    found += _accuracies(outcome, truth, plain, group)
-    chosen = [choose_experts(each[LOGITS], top_k).sort(dim=1).values for each in (outcome, truth) if LOGITS in each]
-    same = all(torch.equal(chosen[0], other) for other in chosen[1:])
-    return Answer(outcome=outcome, plain=plain, truth=truth, accuracies=tuple(found), same_choices=same)
-
-
-def _accuracies(outcome: Outcome, truth: Outcome, plain: Outcome, group: EPGroup) -> list[Accuracy]:
-    """With the output named as reports name it."""
-    found = accuracies_of(outcome, truth, plain, group)
-    return [replace(accuracy, name="o" if accuracy.name == "y" else accuracy.name) for accuracy in found]
-
-
-def faults_of(got: Outcome, truth: Outcome, plain: Outcome) -> list[str]:
-    """Which of y and the gradients of this rank are less accurate than twice the error of plain PyTorch."""
-    found = []
-    for name, right in truth.items():
-        try:
-            if name != LOGITS:
-                assert_as_accurate(got[name], right, plain[name], name)
-        except AssertionError as error:
-            found.append(str(error))
-    return found
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ProvenCall:
     """A call and the outcome that was found right, whose bits every later call has to give."""
@@ -145,7 +76,7 @@ class ProvenCall:
             run=lambda: which.run(call, ep),
             check=check,
             other_inputs=lambda: other_inputs(*call.leaves.values(), call.dy),
-            flops=self.flops and self.flops[which],
+            flops=None if self.flops is None else self.flops[which],
         )
 
 

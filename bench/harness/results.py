@@ -51,17 +51,17 @@ class LinkTraffic:
 
     def at_least(self, share: float) -> Threshold | None:
         """The threshold of ``share`` of the ceiling; None without a ceiling."""
-        if self.ceiling is None:
-            return None
-        bound = self.nbytes / (share * self.ceiling.bytes_per_second)
-        return Threshold(text=f"at least {share:.0%} of {self.ceiling.name}", seconds=bound)
+        return self._threshold(1 / share, f"at least {share:.0%} of")
 
     def at_most(self, times: float) -> Threshold | None:
         """The threshold of ``times`` what the bytes take at the ceiling; None without a ceiling."""
+        return self._threshold(times, f"at most {times:g} times the bytes at")
+
+    def _threshold(self, times: float, text: str) -> Threshold | None:
         if self.ceiling is None:
             return None
-        bound = times * self.nbytes / self.ceiling.bytes_per_second
-        return Threshold(text=f"at most {times:g} times the bytes at {self.ceiling.name}", seconds=bound)
+        seconds = times * self.nbytes / self.ceiling.bytes_per_second
+        return Threshold(text=f"{text} {self.ceiling.name}", seconds=seconds)
 
     def figures(self, median: float, name: str) -> dict[str, Any]:
         """Fields of an ``Entry`` with this median. Raises ``AboveCeilingError`` if it is above the ceiling."""
