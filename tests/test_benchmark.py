@@ -8,21 +8,22 @@ from functools import partial
 from itertools import count
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from end_to_end import MANY, SHAPE, SMALLEST, Kept, run_on_rank, said_before, watched_on_rank
+from harness.layer import Pass
+from harness.layer_report import accuracy_lines
+from schema import Layer
 
 from sonic_ep import CombineMode, DispatchMode, ExpertParallel
-from sonic_ep.benchmark.arena import WrongError
-from sonic_ep.benchmark.layer import Pass
-from sonic_ep.benchmark.layer_problem import LayerProblem
-from sonic_ep.benchmark.layer_report import LayerReport, accuracy_lines
 from sonic_ep.config import ScoreOrder
 from sonic_ep.cost import LinkCeilings
 from sonic_ep.profiler import WrongResultError
 from sonic_ep.profiler.report import EVERY_MODE, EVERY_PAIR
 from sonic_ep.testing import Rank, RankPool
 from sonic_ep.testing.cases import pairwise
+from sonic_ep.testing.oracle import LayerCall
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "dispatch": ("auto", *DispatchMode),
@@ -39,6 +40,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "backward": (True, False),
 }
 SETTINGS = pairwise(OPTIONS)
+NO_GRADIENTS = {"training": False, "backward": False}
 QUANTILES = ["min_us", "p10_us", "median_us", "p90_us", "max_us"]
 ENTRY = {"rounds", *QUANTILES}
 TOP_LEVEL = {"kind", "environment", "rates_gb_per_s", "setup", "config", "accuracy", "profile", "memory", "times"}
@@ -53,11 +55,12 @@ def trials() -> Iterator[Any]:
             yield pytest.param(setting, world_size, marks=() if everyday else pytest.mark.thorough)
 
 
-def same_everywhere(found: list[tuple[LayerReport, list[str]]]) -> tuple[LayerReport, list[str]]:
-    documents = [report.as_json() for report, _ in found]
+def same_everywhere(found: list[tuple[Layer, list[str]]]) -> tuple[dict[str, Any], list[str]]:
+    """The document and what was said, on every rank the same."""
+    documents = [json.loads(msgspec.json.encode(document)) for document, _ in found]
     assert all(document == documents[0] for document in documents)
-    assert all(report.config == found[0][0].config for report, _ in found)
-    return found[0]
+    assert all(said == found[0][1] for _, said in found)
+    return documents[0], found[0][1]
 
 
 def passes_of(setting: dict[str, Any]) -> list[str]:
@@ -138,7 +141,7 @@ def check_times(document: dict[str, Any], passes: list[str], names: list[str]) -
 
 def check_derived(document: dict[str, Any], passes: list[str], backend: str, world_size: int) -> None:
     assert [each["pass"] for each in document["derived"]] == passes
-    alone, link_known = world_size == 1, world_size == 1 or bool(document["rates_gb_per_s"])
+    alone, link_known = world_size == 1, world_size == 1 or "rates_gb_per_s" in document
     for each in document["derived"]:
         there = {name for name, value in each.items() if value is not None}
         assert there == {
@@ -168,11 +171,11 @@ def check_memory(document: dict[str, Any], backend: str, on_gpu: bool, backward:
 def check_said(said: list[str], document: dict[str, Any]) -> None:
     """Every figure has its line, and the accuracies stand before the first of them."""
     text = "\n".join(said)
-    green = [line for line in said if line.endswith("green")]
-    assert len(green) == len(document["accuracy"]) * text.count("verifying ")
-    assert "RED" not in text
+    passed = [line for line in said if line.endswith("PASS")]
+    assert len(passed) == len(document["accuracy"]) * text.count("verifying ")
+    assert "FAIL" not in text
     assert f"picked: dispatch {document['config']['dispatch']}, combine {document['config']['combine']}" in text
-    assert text.index("green") < text.index("picked: ") < text.index("memory, MiB") < text.index("TFLOP/s a rank")
+    assert text.index("PASS") < text.index("picked: ") < text.index("memory, MiB") < text.index("TFLOP/s a rank")
     for each in document["times"]:
         assert sum(line.startswith(f"{each['pass']:<22} {each['what']} ") for line in said) == 1
     for each in document["memory"]:
@@ -185,16 +188,16 @@ def check_said(said: list[str], document: dict[str, Any]) -> None:
 
 
 def check(
-    found: list[tuple[LayerReport, list[str]]], setting: dict[str, Any], backend: str, device_type: str
+    found: list[tuple[Layer, list[str]]], setting: dict[str, Any], backend: str, device_type: str
 ) -> dict[str, Any]:
     """What holds of every run: the document."""
-    report, said = same_everywhere(found)
-    document = json.loads(json.dumps(report.as_json(), allow_nan=False))
+    document, said = same_everywhere(found)
     world_size, passes = len(found), passes_of(setting)
     by = document["environment"]["process_group"]
-    assert set(document) == TOP_LEVEL | {"derived", "breakdown"}
+    # Rates that were not measured are left out.
+    assert {"rates_gb_per_s", *document} == TOP_LEVEL | {"derived", "breakdown"}
     assert document["kind"] == "layer"
-    assert document["setup"]["thiek"][0] == world_size * report.setup.shape.tokens
+    assert document["setup"]["thiek"][0] == sum(document["profile"]["shape"]["tokens"])
     assert (document["setup"]["world_size"], document["setup"]["backend"]) == (world_size, backend)
     check_numbers(document)
     check_accuracy(document, setting.get("biased", False))
@@ -204,8 +207,6 @@ def check(
     check_derived(document, passes, backend, world_size)
     check_memory(document, backend, device_type == "cuda", setting.get("backward", True))
     check_said(said, document)
-    # Rank 0 writes what rank 0 is told; the others are told the same.
-    assert all(lines == said for _, lines in found)
     return document
 
 
@@ -228,20 +229,20 @@ def test_a_report_of_the_fast_backend_is_complete(pool: RankPool, setting: dict[
 def test_the_fast_backend_beside_the_reference(cpu_pool: RankPool, backend: str) -> None:
     setting = {"dispatch": DispatchMode.RANK_DEDUP, "combine": CombineMode.RANK_DEDUP, "backward": False}
     found = cpu_pool.run(watched_on_rank, setting, backend, SMALLEST, world_size=2)
-    document = check([(report, said) for report, said, _ in found], setting, backend, "cpu")
+    document = check([(document, said) for document, said, _ in found], setting, backend, "cpu")
     assert any(each["what"] == "reference over gloo" for each in document["times"])
-    assert [kept for _, _, kept in found] == [Kept(stay=[], open=[], exact=True)] * 2
+    assert [kept for _, _, kept in found] == [Kept(alive=[], open=[], exact=True)] * 2
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_what_the_layer_was_held_against_is_let_go(cpu_pool: RankPool, world_size: int) -> None:
     found = cpu_pool.run(watched_on_rank, {}, "reference", SHAPE, world_size=world_size)
-    assert [kept for _, _, kept in found] == [Kept(stay=[], open=[], exact=True)] * world_size
+    assert [kept for _, _, kept in found] == [Kept(alive=[], open=[], exact=True)] * world_size
 
 
 def test_a_rank_may_have_fewer_experts_than_a_token_chooses(cpu_pool: RankPool) -> None:
-    for report, _ in cpu_pool.run(run_on_rank, {}, "reference", replace(SHAPE, num_experts=4, top_k=4), world_size=2):
-        assert {"same rows locally", "one GPU"} <= {timed.what for timed in report.times}
+    for document, _ in cpu_pool.run(run_on_rank, {}, "reference", replace(SHAPE, num_experts=4, top_k=4), world_size=2):
+        assert {"same rows locally", "one GPU"} <= {timed.what for timed in document.times}
 
 
 def test_with_ceilings_the_link_is_counted(cpu_pool: RankPool) -> None:
@@ -252,33 +253,34 @@ def test_with_ceilings_the_link_is_counted(cpu_pool: RankPool) -> None:
     assert [each["ceiling"] for each in document["profile"]["modes"]].count("write") == 3
 
 
-def times_of(field: str, factor: float, calls: int, pass_name: str, patched: pytest.MonkeyPatch, rank: Rank) -> None:
-    """Let ``field`` of rank 1's outcome of a pass be ``factor`` times what it is, in its call number ``calls``."""
-    honest, counted = getattr(LayerProblem, pass_name), count()
+def times_of(part: str, factor: float, calls: int, backward: bool, patched: pytest.MonkeyPatch, rank: Rank) -> None:
+    """Let ``part`` of rank 1's outcome of a pass be ``factor`` times what it is, in its call number ``calls``."""
+    honest, counted = LayerCall.run, count()
 
-    def spoiled(self: LayerProblem, *arguments: Any) -> Any:
-        found = honest(self, *arguments)
+    def spoiled(self: LayerCall, ep: ExpertParallel, **which: bool) -> Any:
+        found = honest(self, ep, **which)
+        # Of the layer, not of its baselines.
+        if "router_logits" not in found or (which != NO_GRADIENTS) != backward:
+            return found
         wrong = next(counted) == calls and rank.rank == 1
-        return replace(found, **{field: getattr(found, field) * factor}) if wrong else found
+        return {**found, part: found[part] * factor} if wrong else found
 
-    patched.setattr(LayerProblem, pass_name, spoiled)
+    patched.setattr(LayerCall, "run", spoiled)
 
 
-@pytest.mark.parametrize(
-    ("field", "name"), [("w1_grad", "dw1"), ("y", "o"), ("router_w_grad", "drouter_w"), ("x_grad", "dx")]
-)
-def test_a_wrong_layer_is_red_and_has_no_times(cpu_pool: RankPool, field: str, name: str) -> None:
-    spoil = partial(times_of, field, 1.1, 0, "forward_backward")
-    found = cpu_pool.run(said_before, WrongError, spoil, world_size=2)
+@pytest.mark.parametrize(("part", "name"), [("dw1", "dw1"), ("y", "o"), ("drouter_w", "drouter_w"), ("dx", "dx")])
+def test_a_wrong_layer_fails_and_has_no_times(cpu_pool: RankPool, part: str, name: str) -> None:
+    spoil = partial(times_of, part, 1.1, 0, True)
+    found = cpu_pool.run(said_before, WrongResultError, spoil, world_size=2)
     assert found[0] == found[1]
     message, said, entries = found[0]
-    assert message.startswith(f"rank 0: {name}: relative error ")
-    assert f"; rank 1: {name}: relative error " in message
+    assert message.startswith(f"rank 0 of 2: {name}: relative error ")
+    assert f"; rank 1 of 2: {name}: relative error " in message
     assert entries == 0
     assert said[0].startswith("verifying ")
     assert said[1] == accuracy_lines([])[0]
     assert [line.split()[0] for line in said[2:]] == ["o", "dx", "drouter_w", "dw1", "dw2"]
-    assert [line.split()[0] for line in said if line.endswith("RED")] == [name]
+    assert [line.split()[0] for line in said if line.endswith("FAIL")] == [name]
 
 
 def spoil_dispatch(patched: pytest.MonkeyPatch, rank: Rank) -> None:
@@ -296,11 +298,11 @@ def only_the_accuracies(said: list[str]) -> bool:
     """Nothing but one table of accuracies, or two, was said."""
     tables = [said[place : place + 7] for place in range(0, len(said), 7)]
     return all(
-        table[0].startswith("verifying ") and all(line.endswith("green") for line in table[2:]) for table in tables
+        table[0].startswith("verifying ") and all(line.endswith("PASS") for line in table[2:]) for table in tables
     )
 
 
-def test_a_wrong_primitive_is_red_and_has_no_times(cpu_pool: RankPool) -> None:
+def test_a_wrong_primitive_fails_and_has_no_times(cpu_pool: RankPool) -> None:
     found = cpu_pool.run(said_before, WrongResultError, spoil_dispatch, world_size=2)
     assert found[0] == found[1]
     message, said, entries = found[0]
@@ -312,9 +314,9 @@ def test_a_wrong_primitive_is_red_and_has_no_times(cpu_pool: RankPool) -> None:
 # Of the passes that come first there are two calls that prove it, one round that is timed, two that prove it again.
 @pytest.mark.parametrize("calls", [1, 2, 4], ids=["before", "timed", "after"])
 def test_a_pass_that_is_wrong_once_is_found(cpu_pool: RankPool, calls: int) -> None:
-    found = cpu_pool.run(said_before, WrongError, partial(times_of, "y", -1, calls, "inference"), world_size=2)
+    found = cpu_pool.run(said_before, WrongResultError, partial(times_of, "y", -1, calls, False), world_size=2)
     assert found[0] == found[1]
     message, said, _ = found[0]
-    assert message.startswith("rank 1: layer: y: ")
+    assert message.startswith("rank 1 of 2: layer: y: ")
     assert "rank 0" not in message
     assert only_the_accuracies(said)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
-from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -91,18 +90,21 @@ class BenchCase(TimedWork):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Finding:
-    """A case, correct before and after it was timed; the threshold is its own or that of a baseline."""
+    """What came of a case that was correct before and after it was timed."""
 
-    case: BenchCase
-    method: Method
+    entry: Entry
     timing: Timing
-    baselines: tuple[Baseline, ...]
-    threshold: Threshold | None
+    flops: float | None
 
     @staticmethod
     def of(case: BenchCase, method: Method, timings: Mapping[str, Timing]) -> Finding:
-        """Compared with those of the other cases that are in ``timings``."""
-        median, baselines, threshold = timings[case.name].median, [], case.threshold
+        """Compared with those of the other cases that are in ``timings``; keeps none of their functions.
+
+        The threshold is the case's own or that of a comparison. Raises ``AboveCeilingError`` if the case was faster
+        than its ceiling admits.
+        """
+        timing, baselines, limit = timings[case.name], [], case.threshold
+        median = timing.median
         for other in case.compared_with:
             if other.name in timings:
                 measured = timings[other.name].median
@@ -110,29 +112,19 @@ class Finding:
                 times = {"measured_us": micros(measured), "link_us": micros(other.link), "sum_us": micros(total)}
                 baselines.append(Baseline(what=other.text, **times, ratio=round(median / total, 4)))
                 if other.most is not None:
-                    text = f"at most {other.most:g} times {other.text}"
-                    threshold = Threshold(text=text, seconds=other.most * total)
-        return Finding(
-            case=case, method=method, timing=timings[case.name], baselines=tuple(baselines), threshold=threshold
-        )
-
-    @cached_property
-    def entry(self) -> Entry:
-        """The record. Raises ``AboveCeilingError`` if the case was faster than its ceiling admits."""
-        case, median, limit = self.case, self.timing.median, self.threshold
-        traffic = {} if case.traffic is None else case.traffic.figures(median, f"{case.name}, {self.method.value}")
-        return Entry(
+                    limit = Threshold(text=f"at most {other.most:g} times {other.text}", seconds=other.most * total)
+        traffic = {} if case.traffic is None else case.traffic.figures(median, f"{case.name}, {method.value}")
+        entry = Entry(
             name=case.name,
-            how=self.method.value,
+            how=method.value,
             shape=shape_record(case.shape),
             tflop_per_s=None if case.flops is None else round(case.flops / median / 1e12, 2),
-            baselines=self.baselines,
-            threshold=None if limit is None else limit.text,
-            threshold_us=None if limit is None else micros(limit.seconds),
-            met=None if limit is None else median <= limit.seconds,
+            baselines=tuple(baselines),
             **traffic,
-            **time_fields(self.timing),
+            **({} if limit is None else limit.fields(median)),
+            **time_fields(timing),
         )
+        return Finding(entry=entry, timing=timing, flops=case.flops)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -173,7 +165,7 @@ class BenchContext:
         return self.record(self.alternate([case], method, rounds if self.on_gpu else ROUNDS_OF_SMOKE)[case.name])
 
     def record(self, found: Finding | WrongResultError) -> Finding:
-        """Count ``found`` as a result. Raises it if it is an error, ``AboveCeilingError`` if it is too fast."""
+        """Count ``found`` as a result. Raises it if it is an error."""
         if isinstance(found, WrongResultError):
             raise found
         self.results.entries.append(found.entry)

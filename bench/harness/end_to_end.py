@@ -189,7 +189,7 @@ class EndToEnd:
 
     def timed(self, which: Pass, found: Finding) -> PassTimes:
         """For the report."""
-        name, flops = found.case.name, found.case.flops
+        name, flops = found.entry.name, found.flops
         ranks = 1 if name in (LOCAL, ONE_GPU) else self.context.group.world_size
         rate = None if flops is None else flops / found.timing.median / 1e12
         return PassTimes(

@@ -26,6 +26,10 @@ class Threshold:
     text: str
     seconds: float
 
+    def fields(self, median: float) -> dict[str, Any]:
+        """Those of an ``Entry``."""
+        return {"threshold": self.text, "threshold_us": micros(self.seconds), "met": median <= self.seconds}
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinkTraffic:
