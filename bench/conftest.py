@@ -21,7 +21,7 @@ import msgspec
 import pytest
 import schema
 import torch
-from harness.context import BenchCase, Finding, Method, Sizes, SuiteContext
+from harness.context import SMOKE, BenchCase, Finding, Method, Sizes, SuiteContext, thresholds_hold
 from harness.results import Results, measured_results
 from harness.steady import freeze_garbage, own_core
 
@@ -35,22 +35,12 @@ from sonic_ep.profiler.timing import AboveCeilingError, RoundTimer
 from sonic_ep.testing.layer_problem import Shape
 from sonic_ep.testing.routing_problem import RoutingProblem
 
-# What the thresholds are stated for. An H100, for one, has the same link and slower memory.
-RANKS_OF_THRESHOLDS = 2
-GPU_OF_THRESHOLDS = "NVIDIA H200"
 SIZES_ON_GPUS = Sizes(
     large=Shape(tokens=16384, hidden=4096, num_experts=64, top_k=8),
     small=Shape(tokens=128, hidden=4096, num_experts=32, top_k=8),
     layer=Shape(tokens=16384, hidden=4096, intermediate=1536, num_experts=64, top_k=8),
     plans=(262_144, 1_048_576),
 )
-SMOKE = Sizes(
-    large=Shape(tokens=6, hidden=16, num_experts=8, top_k=2),
-    small=Shape(tokens=2, hidden=16, num_experts=8, top_k=2),
-    layer=Shape(tokens=6, hidden=16, intermediate=8, num_experts=8, top_k=2),
-    plans=(32, 96),
-)
-
 
 CLOCK = pytest.StashKey[SimpleNamespace]()
 RESULTS = pytest.StashKey[Results]()
@@ -149,7 +139,7 @@ def context(place: Place, request: pytest.FixtureRequest) -> Iterator[SuiteConte
     machine = environment(place.device, group.world_size, options.commit, command)
     results = measured_results(timer, machine, sizes.large.tokens * sizes.large.row_bytes)
     request.config.stash[RESULTS] = results
-    held = options.thek is None and thresholds_hold(place)
+    held = options.thek is None and thresholds_hold(place.device, place.world_size)
     yield SuiteContext(timer=timer, results=results, held=held, workspace=workspace, sizes=sizes)
     workspace.close()
 
@@ -198,12 +188,6 @@ def tell(context: SuiteContext, benchmark: Any, request: pytest.FixtureRequest) 
             schema.write(context.results.suite, path)
 
     return write_and_tell
-
-
-def thresholds_hold(place: Place) -> bool:
-    """Whether this is what the thresholds are stated for: so many GPUs of that kind, one for each rank."""
-    own_gpus = torch.cuda.device_count() >= place.world_size == RANKS_OF_THRESHOLDS
-    return own_gpus and torch.cuda.get_device_name(place.device) == GPU_OF_THRESHOLDS
 
 
 def chosen_sizes(place: Place, thek: str | None) -> Sizes:

@@ -33,6 +33,9 @@ ItemT = TypeVar("ItemT")
 
 # A forward and backward are launched in less.
 BUSY_SECONDS = 5e-3
+# What the thresholds are stated for. An H100, for one, has the same link and slower memory.
+RANKS_OF_THRESHOLDS = 2
+GPU_OF_THRESHOLDS = "NVIDIA H200"
 # Below so many bytes of a rank's tokens a shape is small.
 SMALL_BYTES = 2**24
 
@@ -221,6 +224,20 @@ class Sizes:
     small: Shape
     layer: Shape
     plans: tuple[int, ...]
+
+
+SMOKE = Sizes(
+    large=Shape(tokens=6, hidden=16, num_experts=8, top_k=2),
+    small=Shape(tokens=2, hidden=16, num_experts=8, top_k=2),
+    layer=Shape(tokens=6, hidden=16, intermediate=8, num_experts=8, top_k=2),
+    plans=(32, 96),
+)
+
+
+def thresholds_hold(device: torch.device, world_size: int) -> bool:
+    """Whether this is what the thresholds are stated for: so many GPUs of that kind, one for each rank."""
+    own_gpus = torch.cuda.device_count() >= world_size == RANKS_OF_THRESHOLDS
+    return own_gpus and torch.cuda.get_device_name(device) == GPU_OF_THRESHOLDS
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
