@@ -36,9 +36,7 @@ LARGEST_NUMBER = torch.finfo(torch.bfloat16).max
 CEILINGS = LinkCeilings(copy_engine_in=1e9, copy_engine_out=2e9, read=3e9, write=4e9)
 
 
-def case_of(
-    name: str = "work", calls: list[str] | None = None, wrong_from: int | None = None, **more: Any
-) -> BenchCase:
+def case_of(name: str = "work", calls: list[str] | None = None, wrong_from: float = math.inf, **more: Any) -> BenchCase:
     """A case that notes its calls in ``calls``, and is wrong from one of its own on."""
     noted: list[str] = [] if calls is None else calls
 
