@@ -18,9 +18,9 @@ from lm_training import Recipe
 
 from sonic_ep import BackendUnavailableError, CombineMode, DispatchMode, EPConfig
 from sonic_ep.backend import BACKEND_PACKAGES, choose_backend
-from sonic_ep.benchmark.results import command_of
 from sonic_ep.config import AUTO
 from sonic_ep.group import resolve_group
+from sonic_ep.profiler.machine import command_of
 
 RANKS = 4
 STEPS = 200

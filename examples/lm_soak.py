@@ -17,7 +17,7 @@ from lm_report import Outcome
 from lm_runs import Recorded, choices
 from torch import Tensor
 
-from sonic_ep.benchmark.results import environment
+from sonic_ep.profiler.machine import environment
 
 # Of each so many parts of a run, the document keeps the step that came closest to its bound.
 KEPT_STEPS = 100

@@ -13,15 +13,15 @@ import torch
 from limits import HANG_SECONDS
 
 import sonic_ep.cli.verify as verify_module
-from sonic_ep import EPConfig, ExpertParallel
+from sonic_ep import ExpertParallel
 from sonic_ep.backend import unavailable_reasons
-from sonic_ep.cli import GREEN, INTERRUPTED, RED, WRONG_ARGUMENTS, main
-from sonic_ep.cli.doctor import BackendHealth, Health
+from sonic_ep.cli import main
+from sonic_ep.cli.doctor import can_run
+from sonic_ep.cli.exit_codes import FAIL, INTERRUPTED, PASS, WRONG_ARGUMENTS
 from sonic_ep.cli.launch import joined_group, launched_by_torchrun
-from sonic_ep.cli.verify import Trial, chosen_cases, configurations, fitting_cases, run_trials
+from sonic_ep.cli.verify import CONFIGS, chosen_cases, fitting_cases
 from sonic_ep.group import EPGroup
-from sonic_ep.testing import CASES, Accuracy, Case
-from sonic_ep.testing.checks import Errors
+from sonic_ep.testing import CASES, Accuracy, Case, Errors
 
 COMMAND = [sys.executable, "-m", "sonic_ep"]
 ALONE = EPGroup(rank=0, world_size=1)
@@ -32,27 +32,25 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor"]) == GREEN
+    assert main(["doctor"]) == PASS
     out = capsys.readouterr().out
     assert f"torch             {version('torch')}" in out
     assert "backend reference can run here" in out
-    assert main(["doctor", "--backend", "reference"]) == GREEN
+    assert main(["doctor", "--backend", "reference"]) == PASS
     reasons = unavailable_reasons("fast", ALONE)
     assert f"backend fast      {'cannot run here:' if reasons else 'can run here'}" in out
     assert all(f"    - {reason}" in out for reason in reasons)
-    assert main(["doctor", "--backend", "fast"]) == (RED if reasons else GREEN)
+    assert main(["doctor", "--backend", "fast"]) == (FAIL if reasons else PASS)
 
 
-def test_health_is_the_health_of_what_was_asked() -> None:
-    sick = BackendHealth(name="fast", reasons=("no GPU",))
-    well = BackendHealth(name="reference", reasons=())
-    both = Health(lines=(), backends=(sick, well))
-    assert (both.can_run(None), both.can_run("fast"), both.can_run("reference")) == (True, False, True)
-    assert not Health(lines=(), backends=(sick,)).can_run(None)
+def test_a_machine_is_healthy_if_what_was_asked_for_can_run() -> None:
+    reasons = {"fast": ("no GPU",), "reference": ()}
+    assert [can_run(reasons, backend) for backend in (None, "fast", "reference")] == [True, False, True]
+    assert not can_run({"fast": ("no GPU",)}, None)
 
 
 def test_verify_on_one_rank(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", "--case", "top_1", "--case", "uniform_bf16"]) == GREEN
+    assert main(["verify", "--case", "top_1", "--case", "uniform_bf16"]) == PASS
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines[1:5]] == [
         ["uniform_bf16", "moe_routed", "36"],
@@ -60,15 +58,15 @@ def test_verify_on_one_rank(capsys: pytest.CaptureFixture[str]) -> None:
         ["top_1", "moe_routed", "36"],
         ["top_1", "moe", "36"],
     ]
-    assert all(line.endswith("green") for line in lines[1:5])
-    assert lines[5].startswith("144 runs, 0 red findings")
+    assert all(line.endswith("PASS") for line in lines[1:5])
+    assert lines[5].startswith("144 runs, 0 failures")
 
 
 def test_verify_on_several_ranks_and_a_given_shape() -> None:
     done = run("verify", "--nproc", "3", "--thiek", "50,32,16,12,4", "--dtype", "bfloat16")
-    assert done.returncode == GREEN, done.stderr
+    assert done.returncode == PASS, done.stderr
     assert done.stdout.count("T50-H32-I16-E12-K4") == 2
-    assert "72 runs, 0 red findings" in done.stdout
+    assert "72 runs, 0 failures" in done.stdout
 
 
 def out_of_bounds(case: Case, ep: ExpertParallel, device: torch.device) -> list[Accuracy]:
@@ -76,19 +74,14 @@ def out_of_bounds(case: Case, ep: ExpertParallel, device: torch.device) -> list[
     return [Accuracy(name="y", got=bad, bound=bound), Accuracy(name="dx", got=bound, bound=bound)]
 
 
-def test_verify_is_red_if_one_finding_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    trial = Trial(case=CASES["uniform"], entry="moe", verifier=out_of_bounds, config=EPConfig())
-    begun: list[int] = []
-    verdict = run_trials([trial], "reference", torch.device("cpu"), begun.append)
-    assert begun == [1]
-    assert (verdict.worst.name, verdict.worst.ratio) == ("y", 2.0)
-    assert len(verdict.reds) == 1
-    assert "y: relative error 1 (at most 0.5)" in verdict.reds[0]
-    monkeypatch.setattr(verify_module, "trials", lambda cases: iter([[trial]]))
-    assert main(["verify", "--case", "uniform"]) == RED
-    out = capsys.readouterr().out
-    assert "RED" in out
-    assert "1 runs, 1 red findings" in out
+def test_verify_fails_if_one_finding_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(verify_module, "ENTRIES", {"moe": out_of_bounds})
+    assert main(["verify", "--case", "uniform", "--backend", "reference"]) == FAIL
+    _, line, first, *_, last = capsys.readouterr().out.splitlines()
+    assert line.split() == ["uniform", "moe", "36", "2.00", "y", "FAIL"]
+    assert first.startswith("    EPConfig(dispatch=")
+    assert "y: relative error 1 (at most 0.5)" in first
+    assert last.startswith("36 runs, 36 failures, ")
 
 
 def test_a_rank_set_by_somebody_else_is_not_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,11 +100,11 @@ def test_a_reader_that_stops_early_sees_no_traceback() -> None:
         writer.stdout.readline()
         writer.stdout.close()
         assert writer.stderr.read() == ""
-        assert writer.wait(timeout=HANG_SECONDS) == RED
+        assert writer.wait(timeout=HANG_SECONDS) == FAIL
 
 
 def test_every_mode_pair_and_flag_is_verified() -> None:
-    assert len(set(configurations())) == 3 * 3 * 2 * 2
+    assert len(set(CONFIGS)) == 3 * 3 * 2 * 2
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5, 7, 8, 16])
@@ -130,6 +123,7 @@ def test_cases_are_made_to_fit_any_number_of_ranks(world_size: int) -> None:
     [
         ([], "the following arguments are required: command"),
         (["tidy"], "invalid choice: 'tidy'"),
+        (["bench"], "invalid choice: 'bench'"),
         (["verify", "--nproc", "0"], "got '0', expected a whole number of at least 1"),
         (["verify", "--nproc", "two"], "got 'two', expected a whole number of at least 1"),
         (["verify", "--thiek", "1,2,3"], "got 3 numbers in '1,2,3', expected five: T,H,I,E,K"),
@@ -160,7 +154,7 @@ def test_wrong_words(words: list[str], message: str, capsys: pytest.CaptureFixtu
             "got --case and --thiek, expected one or the other",
         ),
         pytest.param(
-            *(["--backend", "fast", "--nproc", "4"], RED, "backend 'fast' cannot run here: "),
+            *(["--backend", "fast", "--nproc", "4"], FAIL, "backend 'fast' cannot run here: "),
             marks=pytest.mark.skipif(not unavailable_reasons("fast", ALONE), reason="needs a machine without GPUs"),
         ),
     ],
@@ -176,10 +170,10 @@ def test_what_cannot_be_verified_is_said_once(
 
 def test_demo_shows_the_rows_and_verifies() -> None:
     done = run("demo", "--nproc", "2")
-    assert done.returncode == GREEN, done.stderr
+    assert done.returncode == PASS, done.stderr
     assert "2 ranks on" in done.stdout
-    assert "tokens of rank 0 come home as [0.0, 1.0, 2.0, 3.0]" in done.stdout
-    assert "0 red findings" in done.stdout
+    assert "tokens of rank 0 return as [0.0, 1.0, 2.0, 3.0]" in done.stdout
+    assert "0 failures" in done.stdout
 
 
 def test_ctrl_c_ends_every_rank() -> None:
@@ -215,7 +209,7 @@ def test_without_triton_the_commands_of_the_reference_run() -> None:
         "    return found(name)\n"
         "metadata.version, sys.modules['triton'] = version, None\n"
         "from sonic_ep.cli import main\n"
-        "sys.exit(main(['doctor', '--backend=reference']) or main(['bench', '--skip-bench-bwd']))"
+        "sys.exit(main(['doctor', '--backend=reference']) or main(['profile', '--no-cache']))"
     )
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

@@ -14,6 +14,8 @@ import pytest
 import torch
 from end_to_end import few_rounds
 from limits import HANG_SECONDS
+from sonic_ep.cli.output import words_without_paths
+from sonic_ep.testing.timing import AboveCeilingError
 
 import sonic_ep.cli as cli_module
 import sonic_ep.cli.bench as bench_module
@@ -23,10 +25,8 @@ from sonic_ep.benchmark.arena import WrongError
 from sonic_ep.benchmark.layer_problem import LayerProblem, RoutingKind
 from sonic_ep.benchmark.setup import Setup
 from sonic_ep.cli import GREEN, RED, WRONG_ARGUMENTS, main
-from sonic_ep.cli.output import words_without_paths
 from sonic_ep.config import ScoreOrder
 from sonic_ep.profiler import WrongResultError
-from sonic_ep.testing.timing import AboveCeilingError
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

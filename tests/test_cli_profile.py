@@ -10,11 +10,10 @@ import torch
 
 import sonic_ep.cli.profile as command
 from sonic_ep import EPConfig, ProfileReport
-from sonic_ep.cli.exit_codes import GREEN, RED
-from sonic_ep.cli.launch import Place
-from sonic_ep.cli.words import config_of
+from sonic_ep.cli.exit_codes import FAIL, PASS
+from sonic_ep.cli.words import Thiek, config_of
 from sonic_ep.profiler import WrongResultError
-from sonic_ep.testing.timing import AboveCeilingError
+from sonic_ep.profiler.timing import AboveCeilingError
 
 CPU = torch.device("cpu")
 SMALL = ["--thiek", "6,16,1,4,2", "--backend", "reference", "--no-cache"]
@@ -39,7 +38,7 @@ def test_a_table_and_a_file(
     path = tmp_path / "results" / "profile.json"
     words = [*SMALL, "--json", str(path), "--combine-mode", "rank_dedup"]
     monkeypatch.setattr(sys, "argv", ["sonic-ep", "profile", *words])
-    assert run(*words) == GREEN
+    assert run(*words) == PASS
     document = json.loads(path.read_text())
     report = ProfileReport.from_json(document)
     assert capsys.readouterr().out == f"{report}\n"
@@ -68,13 +67,12 @@ def test_what_is_profiled_if_nothing_is_said(capsys: pytest.CaptureFixture[str])
     assert str(command.default_shape(CPU, 2)) == "64,32,16,8,2"
     assert command.default_shape(CPU, 3).num_experts == 9
     if not torch.cuda.is_available():
-        assert run("--backend", "reference", "--no-cache") == GREEN
+        assert run("--backend", "reference", "--no-cache") == PASS
         assert capsys.readouterr().out.startswith("no --thiek was given: --thiek 64,32,16,8,2\n")
 
 
 def test_tokens_are_spread() -> None:
-    places = [Place(rank=rank, world_size=3, device=CPU) for rank in range(3)]
-    assert [command.tokens_of_rank(5, place) for place in places] == [2, 2, 1]
+    assert Thiek(tokens=5, hidden=1, intermediate=1, num_experts=3, top_k=1).tokens_of_ranks(3) == (2, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -101,15 +99,15 @@ def test_a_profile_that_is_refused_is_red(
         raise error
 
     monkeypatch.setattr(command, "_report", refuse)
-    assert run(*SMALL) == RED
-    assert capsys.readouterr().out == f"RED: {error}\n"
+    assert run(*SMALL) == FAIL
+    assert capsys.readouterr().out == f"FAIL: {error}\n"
 
 
 def test_the_commit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "profile.json"
     words = [*SMALL, "--json", str(path), "--commit", "abc of mine"]
     monkeypatch.setattr(sys, "argv", ["sonic-ep", "profile", *words])
-    assert run(*words) == GREEN
+    assert run(*words) == PASS
     environment = json.loads(path.read_text())["environment"]
     assert environment["commit"] == "abc of mine"
     assert "abc" not in environment["command"]

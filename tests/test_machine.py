@@ -9,55 +9,49 @@ from pathlib import Path
 import pytest
 import torch
 
-import sonic_ep.machine as module
-from sonic_ep.machine import code_digest, commit, link_types, output_of, package_version, this_machine, topology
+import sonic_ep.profiler.machine as module
+from sonic_ep.profiler.machine import (
+    TWO_GPUS_NOTE,
+    code_digest,
+    command_of,
+    commit,
+    environment,
+    link_types,
+    output_of,
+    package_version,
+    this_machine,
+    topology,
+)
 
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GIT = ["git", "-c", "user.name=nobody", "-c", "user.email=nobody@example.com"]
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 
 
-@pytest.fixture
-def code(tmp_path: Path) -> Path:
-    """A small package."""
-    folder = tmp_path / "package"
-    (folder / "inside").mkdir(parents=True)
-    (folder / "one.py").write_text("a = 1\n")
-    (folder / "inside" / "two.py").write_text("b = 2\n")
-    return folder
-
-
-def test_the_digest_is_that_of_the_code(code: Path, tmp_path: Path) -> None:
-    digest = code_digest(code)
-    assert len(digest) == 12
-    moved = tmp_path / "elsewhere" / "another_name"
+def test_the_digest_is_that_of_names_and_content_of_the_code(tmp_path: Path) -> None:
+    code, moved = tmp_path / "package", tmp_path / "elsewhere" / "another_name"
+    (code / "inside").mkdir(parents=True)
+    (code / "one.py").write_text("a = 1\n")
+    (code / "inside" / "two.py").write_text("b = 2\n")
+    digests = [code_digest(code)]
+    assert len(digests[0]) == 12
     shutil.copytree(code, moved)
-    # Bytecode, data and words about it are no code.
+    # Bytecode, data and prose are no code.
     (moved / "__pycache__").mkdir()
     (moved / "__pycache__" / "one.cpython-311.pyc").write_bytes(b"bytes")
     (moved / "words.md").write_text("words")
-    assert code_digest(moved) == digest
-
-
-def test_the_digest_changes_with_content_and_names(code: Path) -> None:
-    digests = [code_digest(code)]
-    (code / "inside" / "two.py").write_text("b = 3\n")
-    digests.append(code_digest(code))
-    (code / "one.py").rename(code / "won.py")
-    digests.append(code_digest(code))
-    (code / "inside" / "two.py").rename(code / "two.py")
-    digests.append(code_digest(code))
-    (code / "empty.py").write_text("")
-    digests.append(code_digest(code))
+    assert code_digest(moved) == digests[0]
+    for change in (
+        lambda: (code / "inside" / "two.py").write_text("b = 3\n"),
+        lambda: (code / "one.py").rename(code / "won.py"),
+        lambda: (code / "inside" / "two.py").rename(code / "two.py"),
+        lambda: (code / "empty.py").write_text(""),
+        # The same bytes in sequence, cut at another place.
+        lambda: [(code / name).write_text(text) for name, text in (("two.py", ""), ("won.py", "b = 3\na = 1\n"))],
+    ):
+        change()
+        digests.append(code_digest(code))
     assert len(set(digests)) == len(digests)
-
-
-def test_what_moves_from_one_file_to_the_next_changes_the_digest(tmp_path: Path) -> None:
-    """The same bytes one behind the other, cut at another place."""
-    for folder, first, second in (("a", "x = 1\ny = 2\n", ""), ("b", "x = 1\n", "y = 2\n")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "p.py").write_text(first)
-        (tmp_path / folder / "q.py").write_text(second)
-    assert code_digest(tmp_path / "a") != code_digest(tmp_path / "b")
 
 
 def repository(folder: Path) -> str:
@@ -65,9 +59,7 @@ def repository(folder: Path) -> str:
     (folder / "file.py").write_text("a = 1\n")
     for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=first"]):
         subprocess.run([*GIT, "-C", str(folder), *words], check=True, capture_output=True)
-    return subprocess.run(
-        [*GIT, "-C", str(folder), "rev-parse", "HEAD"], check=True, capture_output=True, text=True
-    ).stdout.strip()
+    return output_of(*GIT, "-C", str(folder), "rev-parse", "HEAD").strip()
 
 
 @needs_git
@@ -81,6 +73,11 @@ def test_the_commit_and_whether_files_differ(tmp_path: Path) -> None:
     assert commit(tmp_path) == name
     (tmp_path / "new.py").write_text("")
     assert commit(tmp_path) == f"{name} with changes"
+    # A copy that happens to lie in the repository is not of its commit.
+    copy = tmp_path / "environment" / "package"
+    copy.mkdir(parents=True)
+    (copy / "module.py").write_text("")
+    assert commit(copy) is None
 
 
 @needs_git
@@ -92,15 +89,6 @@ def test_no_commit_without_a_repository(tmp_path: Path, monkeypatch: pytest.Monk
     assert commit(tmp_path) is None
 
 
-@needs_git
-def test_no_commit_of_the_repository_that_a_copy_happens_to_lie_in(tmp_path: Path) -> None:
-    repository(tmp_path)
-    copy = tmp_path / "environment" / "package"
-    copy.mkdir(parents=True)
-    (copy / "module.py").write_text("")
-    assert commit(copy) is None
-
-
 def test_no_commit_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert commit() is None
@@ -110,7 +98,7 @@ def test_no_commit_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_output_of_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     assert output_of(sys.executable, "-c", "print('words')") == "words\n"
     assert output_of("no_such_program_here") == ""
-    # What a failing program has printed is not to be trusted.
+    # The output of a failing program is not to be trusted.
     assert output_of(sys.executable, "-c", "print('words'); raise SystemExit(3)") == ""
     monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.3)
     started = time.monotonic()
@@ -118,41 +106,63 @@ def test_output_of_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.monotonic() - started < 20
 
 
-def test_links_of_a_machine_without_nvlink() -> None:
-    matrix = "\tGPU0\tGPU1\tNIC0\nGPU0\t X \tSYS\tPIX\nGPU1\tSYS\t X \tPIX\nNIC0\tPIX\tPIX\t X \n"
-    assert link_types(matrix) == {(0, 1): "SYS (no NVLink)", (1, 0): "SYS (no NVLink)"}
-    assert link_types("") == {}
-
-
-def test_links_of_a_machine_with_both() -> None:
+def test_links_of_a_machine_with_and_without_nvlink() -> None:
     matrix = (
         "\tGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\n"
         "GPU0\t X \tNV12\tSYS\tPIX\t0-31\n"
         "GPU1\tNV12\t X \tPHB\tPIX\t0-31\n"
         "GPU2\tSYS\tPHB\t X \tPIX\t32-63\n"
+        "NIC0\tPIX\tPIX\tPIX\t X \n"
     )
     found = link_types(matrix)
     assert len(found) == 6
     assert found[0, 1] == found[1, 0] == "NVLink, 12 links (NV12)"
     assert (found[0, 2], found[1, 2], found[2, 0]) == ("SYS (no NVLink)", "PHB (no NVLink)", "SYS (no NVLink)")
+    assert link_types("") == {}
 
 
 def test_this_machine_without_a_gpu() -> None:
-    found = this_machine(torch.device("cpu"))
+    found = this_machine(CPU)
     assert (found.gpu, found.gpus, found.link, found.nccl, found.driver) == (None, 0, None, None, None)
     assert found.torch == torch.__version__
     assert found.code == code_digest()
+    assert package_version("pytest") == pytest.__version__
+    assert package_version("no-such-package-here") is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_this_machine_with_a_gpu() -> None:
-    found = this_machine(torch.device("cuda", 0))
+    found = this_machine(GPU)
     assert found.gpu == torch.cuda.get_device_name(0)
     assert found.gpus == torch.cuda.device_count()
     assert found.driver
     assert (found.link is not None) == (found.gpus > 1)
 
 
-def test_versions_of_packages() -> None:
-    assert package_version("pytest") == pytest.__version__
-    assert package_version("no-such-package-here") is None
+@pytest.mark.parametrize(
+    ("device", "world_size", "note"),
+    [
+        (CPU, 2, "on the CPU: the times mean nothing for GPUs"),
+        (GPU, 3, "3 ranks took turns on 2 GPUs: the times mean nothing for a GPU each"),
+        (GPU, 2, TWO_GPUS_NOTE),
+        (GPU, 1, None),
+    ],
+)
+def test_the_environment_of_a_run(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, world_size: int, note: str | None
+) -> None:
+    here = this_machine(CPU)
+    monkeypatch.setattr(module, "this_machine", lambda device: here)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = environment(device, world_size, "a name", "python program.py")
+    assert (found["note"], found["commit"], found["command"]) == (note, "a name", "python program.py")
+    assert (found["world_size"], found["process_group"], found["code"]) == (world_size, None, here.code)
+    assert "cores" in found["processor"]
+
+
+def test_the_command_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert (
+        command_of(2, "program.py", ["--name", "two words"])
+        == "TRITON_INTERPRET=1 python program.py --name 'two words'"
+    )

@@ -2,8 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,25 @@ import torch
 from profiles import Asked, profile
 
 import sonic_ep.profiler.cache as cache_module
-import sonic_ep.profiler.measuring as measuring
 import sonic_ep.profiler.profiler as profiler_module
 from sonic_ep import DispatchMode, EPConfig, ExpertParallel, NetworkProfiler, ProfileReport
 from sonic_ep.cost import LinkCeilings
-from sonic_ep.machine import Machine
 from sonic_ep.profiler.cache import Cache
-from sonic_ep.profiler.request import Offer, key_of
+from sonic_ep.profiler.machine import Machine
+from sonic_ep.profiler.request import GroupRequest, RequestSummary
+from sonic_ep.profiler.timing import RoundTimer
 from sonic_ep.testing import Rank, RankPool
 
 KEY = {"machines": ["here"], "tokens": [5]}
+FULL_KEY = {**KEY, "format": 1}
 MACHINE = Machine(gpu="GPU", gpus=2, link="NVLink", torch="2", triton="3", cuda="13", nccl="2", driver="5", code="abc")
-OFFER = Offer(alike={"hidden": 16, "rounds": None}, tokens=5, machine=MACHINE, gpu="host 0", ids="1f")
+SUMMARY = RequestSummary(alike={"hidden": 16, "rounds": None}, tokens=5, machine=MACHINE, gpu="host 0", ids="1f")
 IDS = torch.tensor([[0, 1]] * 5)
+SMALL = {"tokens": 3, "hidden": 4, "top_k": 1, "num_experts": 2, "device": torch.device("cpu")}
+
+
+def key_of(*summaries: RequestSummary, config: EPConfig | None = None, by: str = "nccl") -> str:
+    return json.dumps(GroupRequest(summaries=summaries).key(config or EPConfig(), by))
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +38,11 @@ def report() -> ProfileReport:
     return profile(Asked())
 
 
-def accept(report: ProfileReport) -> None:
-    """Whatever it is."""
-
-
-def poisoned(patched: pytest.MonkeyPatch) -> None:
-    """Whoever measures now fails."""
-
+def forbid_measuring(patched: pytest.MonkeyPatch) -> None:
     def measure(*arguments: Any, **options: Any) -> Any:
         raise NotImplementedError("measured, although there is a profile")
 
-    patched.setattr(measuring, "measure_in_turn", measure)
+    patched.setattr(RoundTimer, "time", measure)
     patched.setattr(profiler_module, "measured_ceilings", measure)
     patched.setattr(ExpertParallel, "dispatch", measure)
 
@@ -52,12 +51,11 @@ def test_a_hit_measures_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     asked = Asked(cache=tmp_path / "new" / "folder")
     measured = profile(asked)
     assert not measured.from_cache
-    poisoned(monkeypatch)
+    forbid_measuring(monkeypatch)
     found = profile(asked)
     assert found == replace(measured, from_cache=True)
-    assert "nothing was measured now" in str(found)
-    assert "nothing was measured now" not in str(measured)
-    # Read by nobody else by accident, and nothing half written is left.
+    assert ["nothing was measured now" in str(each) for each in (found, measured)] == [True, False]
+    # Nothing half written is left.
     assert [path.suffix for path in (tmp_path / "new" / "folder").iterdir()] == [".json"]
 
 
@@ -90,33 +88,24 @@ def test_given_ids_are_part_of_the_key(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", Machine.__dataclass_fields__)
 def test_every_property_of_any_ranks_machine_is_part_of_the_key(name: str) -> None:
-    other = replace(OFFER, machine=replace(MACHINE, **{name: 3 if name == "gpus" else "another"}))
-    keys = [key_of(offers, EPConfig(), "nccl") for offers in ([OFFER, OFFER], [OFFER, other])]
-    assert keys[0] != keys[1]
+    other = replace(SUMMARY, machine=replace(MACHINE, **{name: 3 if name == "gpus" else "another"}))
+    assert key_of(SUMMARY, SUMMARY) != key_of(SUMMARY, other)
 
 
 def test_ranks_and_how_they_are_placed_are_part_of_the_key() -> None:
-    apart = replace(OFFER, gpu="host 1")
-    groups = (
-        [OFFER],
-        [OFFER, OFFER],
-        [OFFER, apart],
-        [OFFER, replace(OFFER, tokens=4)],
-        [OFFER, replace(OFFER, ids="2e")],
-    )
-    keys = [json.dumps(key_of(offers, EPConfig(), "nccl")) for offers in groups]
-    keys += [json.dumps(key_of([OFFER], EPConfig(combine="all_to_all"), "nccl"))]
-    keys += [json.dumps(key_of([OFFER], EPConfig(), "gloo"))]
+    changed = [replace(SUMMARY, **{name: value}) for name, value in (("gpu", "host 1"), ("tokens", 4), ("ids", "2e"))]
+    keys = [key_of(SUMMARY), key_of(SUMMARY, SUMMARY), *(key_of(SUMMARY, other) for other in changed)]
+    keys += [key_of(SUMMARY, config=EPConfig(combine="all_to_all")), key_of(SUMMARY, by="gloo")]
     assert len(set(keys)) == len(keys)
     assert [json.loads(key)["ranks_per_gpu"] for key in keys[:3]] == [1, 2, 1]
 
 
 def profile_twice(rank: Rank, folder: Path) -> tuple[ProfileReport, ProfileReport]:
-    """Only rank 0 has the folder. The second time nobody may measure."""
+    """Only rank 0 has the folder; measuring is forbidden the second time."""
     asked = Asked(cache=folder if rank.rank == 0 else Path("/dev/null/none"))
     first = profile(asked, rank.rank, rank.device)
     with pytest.MonkeyPatch.context() as patched:
-        poisoned(patched)
+        forbid_measuring(patched)
         return first, profile(asked, rank.rank, rank.device)
 
 
@@ -127,81 +116,68 @@ def test_all_ranks_have_what_rank_0_finds(cpu_pool: RankPool, tmp_path: Path) ->
     assert second == replace(first, from_cache=True)
 
 
-def spoilt_files(report: ProfileReport) -> dict[str, bytes]:
-    key = {**KEY, "format": 1}
-    whole = {"key": key, "profile": report.as_json()}
-    text = json.dumps(whole).encode()
-    return {
-        "empty": b"",
-        "binary": b"\xff\xfe\x00",
-        "torn": text[: len(text) // 2],
-        "no object": b"[1, 2]",
-        "deep": b"[" * 100_000,
-        "no profile": json.dumps({"key": key}).encode(),
-        "foreign": json.dumps({**whole, "key": {**key, "tokens": [6]}}).encode(),
-        "older": json.dumps({**whole, "key": {**key, "format": 0}}).encode(),
-        # Too large for a float, and longer than Python makes numbers of.
-        "huge": text.replace(b'"median_us": ', b'"median_us": 1' + b"0" * 400, 1),
-        "endless": text.replace(b'"median_us": ', b'"median_us": 1' + b"0" * 5000, 1),
-        "wrong field": json.dumps({**whole, "profile": {**whole["profile"], "pairs": []}}).encode(),
-    }
+def document_of(report: ProfileReport, **changes: Any) -> bytes:
+    return json.dumps({"key": FULL_KEY, "profile": report.as_json(), **changes}).encode()
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        *("empty", "binary", "torn", "no object", "deep", "no profile", "foreign", "older", "huge", "endless"),
-        "wrong field",
-    ],
-)
+UNUSABLE: dict[str, Callable[[ProfileReport], bytes]] = {
+    "empty": lambda report: b"",
+    "binary": lambda report: b"\xff\xfe\x00",
+    "torn": lambda report: document_of(report)[:1000],
+    "no object": lambda report: b"[1, 2]",
+    "deep": lambda report: b"[" * 100_000,
+    "no profile": lambda report: json.dumps({"key": FULL_KEY}).encode(),
+    "foreign": lambda report: document_of(report, key={**FULL_KEY, "tokens": [6]}),
+    "older": lambda report: document_of(report, key={**FULL_KEY, "format": 0}),
+    # Too large for a float, and longer than Python makes numbers of.
+    "huge": lambda report: document_of(report).replace(b'"median_us": ', b'"median_us": 1' + b"0" * 400, 1),
+    "endless": lambda report: document_of(report).replace(b'"median_us": ', b'"median_us": 1' + b"0" * 5000, 1),
+    "wrong field": lambda report: document_of(report, profile={**report.as_json(), "pairs": []}),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
 def test_a_file_that_cannot_be_used_is_overwritten(
     kind: str, report: ProfileReport, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = Cache(folder=tmp_path)
+
+    def read() -> ProfileReport | None:
+        return cache.read(KEY, lambda report: None)
+
     cache.write(KEY, report)
     (path,) = tmp_path.iterdir()
-    assert cache.read(KEY, accept) == report
+    assert read() == report
     assert not caplog.records
-    path.write_bytes(spoilt_files(report)[kind])
-    assert cache.read(KEY, accept) is None
+    path.write_bytes(UNUSABLE[kind](report))
+    assert read() is None
     (line,) = caplog.messages
     assert line.startswith(f"profile cache: measuring anew, for {tmp_path}: ")
     assert "\n" not in line
     cache.write(KEY, report)
-    assert cache.read(KEY, accept) == report
+    assert read() == report
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_profile_that_cannot_be_used_is_measured_anew(tmp_path: Path) -> None:
-    asked = Asked(cache=tmp_path)
-    profile(asked)
-    (path,) = tmp_path.iterdir()
-    path.write_text("{")
-    assert [profile(asked).from_cache for _ in range(2)] == [False, True]
-
-
-def profile_of_kept(rank: Rank, folder: Path) -> tuple[bool, list[str]]:
+def profile_of_kept(
+    rank: Rank, folder: Path, patch: Callable[[pytest.MonkeyPatch], None] | None = None
+) -> tuple[bool, list[str]]:
     """Whether the cache served, and what was logged."""
-    with lines_of_log() as lines:
-        found = profile(Asked(cache=folder), rank.rank, rank.device)
-    return found.from_cache, lines
-
-
-@contextmanager
-def lines_of_log() -> Iterator[list[str]]:
-    """What the package warns of meanwhile."""
     lines: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("sonic_ep")
     logger.addHandler(handler)
     try:
-        yield lines
+        with pytest.MonkeyPatch.context() as patched:
+            if patch is not None:
+                patch(patched)
+            return profile(Asked(cache=folder), rank.rank, rank.device).from_cache, lines
     finally:
         logger.removeHandler(handler)
 
 
-def spoil_profile(folder: Path, path: tuple[str | int, ...], value: object) -> None:
+def change_profile(folder: Path, path: tuple[str | int, ...], value: object) -> None:
     """Put ``value`` where ``path`` leads in the one profile of ``folder``, whose key stays."""
     (file,) = folder.iterdir()
     document = json.loads(file.read_text())
@@ -228,11 +204,9 @@ def test_a_profile_of_something_else_is_measured_anew_by_all(
     cpu_pool: RankPool, tmp_path: Path, path: tuple[str | int, ...], value: object
 ) -> None:
     assert cpu_pool.run(profile_of_kept, tmp_path, world_size=2) == [(False, [])] * 2
-    spoil_profile(tmp_path, path, value)
+    change_profile(tmp_path, path, value)
     (first, lines), (second, silence) = cpu_pool.run(profile_of_kept, tmp_path, world_size=2)
-    assert not first
-    assert not second
-    assert silence == []
+    assert (first, second, silence) == (False, False, [])
     assert [line.startswith("profile cache: measuring anew, for ") for line in lines] == [True]
     assert cpu_pool.run(profile_of_kept, tmp_path, world_size=2) == [(True, [])] * 2
 
@@ -240,7 +214,7 @@ def test_a_profile_of_something_else_is_measured_anew_by_all(
 def test_a_kept_profile_has_the_modes_that_are_fixed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     asked = Asked(cache=tmp_path, config=EPConfig(dispatch="rank_dedup"))
     profile(asked)
-    spoil_profile(tmp_path, ("config", "dispatch"), "all_gather")
+    change_profile(tmp_path, ("config", "dispatch"), "all_gather")
     found = profile(asked)
     assert not found.from_cache
     assert found.config.dispatch is DispatchMode.RANK_DEDUP
@@ -248,36 +222,30 @@ def test_a_kept_profile_has_the_modes_that_are_fixed(tmp_path: Path, caplog: pyt
     assert "config: got a profile of EPConfig(dispatch=<DispatchMode.ALL_GATHER" in line
 
 
-def break_reading(patched: Any) -> None:
-    """Reading fails in a way that nobody has thought of."""
-
+def break_reading(patched: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any) -> Any:
         raise OverflowError("int too large\nto convert")
 
     patched.setattr(cache_module, "_report_in", fail)
 
 
-def profile_without_reading(rank: Rank, folder: Path) -> tuple[bool, list[str]]:
-    with pytest.MonkeyPatch.context() as patched:
-        break_reading(patched)
-        return profile_of_kept(rank, folder)
-
-
-def test_whatever_goes_wrong_in_reading_leaves_nobody_waiting(cpu_pool: RankPool, tmp_path: Path) -> None:
+def test_unforeseen_errors_of_reading_leave_no_rank_waiting(cpu_pool: RankPool, tmp_path: Path) -> None:
     cpu_pool.run(profile_of_kept, tmp_path, world_size=2)
-    answers = cpu_pool.run(profile_without_reading, tmp_path, world_size=2)
+    answers = cpu_pool.run(profile_of_kept, tmp_path, break_reading, world_size=2)
     line = f"profile cache: measuring anew, for {tmp_path}: int too large to convert"
     assert answers == [(False, [line]), (False, [])]
 
 
-@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
-def test_a_path_that_no_file_has_is_a_line_in_the_log(
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b", "file/folder"])
+def test_a_folder_that_cannot_be_made_is_a_line_in_the_log(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    (tmp_path / "file").write_text("")
     assert not profile(Asked(cache=tmp_path / name)).from_cache
     what = [line.split(", for ")[0] for line in caplog.messages]
     assert what == ["profile cache: measuring anew", "profile cache: not kept"]
     assert all(line.encode() for line in caplog.messages)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
 
 
 def test_with_rates_the_cache_is_left_alone(tmp_path: Path) -> None:
@@ -286,29 +254,9 @@ def test_with_rates_the_cache_is_left_alone(tmp_path: Path) -> None:
     before = path.read_bytes()
     rates = LinkCeilings(copy_engine_in=1e15, copy_engine_out=1e15, read=1e15, write=1e15)
     found = profile(Asked(cache=tmp_path, rates=rates))
-    assert not found.from_cache
-    assert found.rates == rates
+    assert (found.from_cache, found.rates) == (False, rates)
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == before
-
-
-def test_a_folder_that_cannot_be_made_is_a_line_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "file").write_text("")
-    measured = profile(Asked(cache=tmp_path / "file" / "folder"))
-    assert not measured.from_cache
-    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
-    assert all("profile cache: " in line for line in caplog.messages)
-
-
-def test_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def nowhere() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "home", nowhere)
-    with ExpertParallel(backend="reference") as ep:
-        measured = NetworkProfiler(ep).profile(tokens=3, hidden=4, top_k=1, num_experts=2, device=torch.device("cpu"))
-    assert not measured.from_cache
-    assert len(caplog.messages) == 2
 
 
 def test_what_could_not_be_put_in_place_is_removed(
@@ -323,18 +271,21 @@ def test_what_could_not_be_put_in_place_is_removed(
     assert caplog.messages == [f"profile cache: not kept, for {tmp_path}: read-only file system"]
 
 
-def test_the_default_folder_is_in_the_home(
-    report: ProfileReport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    with ExpertParallel(backend="reference") as ep:
-        profiler = NetworkProfiler(ep)
-        asked = {"tokens": 3, "hidden": 4, "top_k": 1, "num_experts": 2, "device": torch.device("cpu")}
-        assert [profiler.profile(**asked).from_cache for _ in range(2)] == [False, True]
-    assert len(list((tmp_path / ".cache" / "sonic_ep" / "profiles").glob("*.json"))) == 1
-
-
-def test_no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_default_folder_is_in_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     assert [profile(Asked()).from_cache for _ in range(2)] == [False, False]
     assert list(tmp_path.iterdir()) == []
+    with ExpertParallel(backend="reference") as ep:
+        profiler = NetworkProfiler(ep)
+        assert [profiler.profile(**SMALL).from_cache for _ in range(2)] == [False, True]
+    assert len(list((tmp_path / ".cache" / "sonic_ep" / "profiles").glob("*.json"))) == 1
+
+
+def test_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    with ExpertParallel(backend="reference") as ep:
+        assert not NetworkProfiler(ep).profile(**SMALL).from_cache
+    assert len(caplog.messages) == 2

@@ -10,11 +10,11 @@ from profiles import Asked, profile
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ProfileReport
 from sonic_ep.config import ModePair
-from sonic_ep.cost import LinkCeilings, Workload
-from sonic_ep.machine import TWO_GPUS_NOTE
+from sonic_ep.cost import LinkCeilings
 from sonic_ep.profiler.choice import LinkLoad, mode_times, pick
-from sonic_ep.profiler.times import EVERY_MODE, ModeTime, PairTime, Spread
-from sonic_ep.testing.timing import MOST_ABOVE_CEILING, AboveCeilingError, Timing
+from sonic_ep.profiler.machine import TWO_GPUS_NOTE
+from sonic_ep.profiler.report import EVERY_MODE, ModeTime, PairTime, ProfileShape, Spread
+from sonic_ep.profiler.timing import MOST_ABOVE_CEILING, AboveCeilingError, Timing
 
 
 def pairs_of(medians: dict[tuple[str, str], float], other: float) -> list[PairTime]:
@@ -27,8 +27,8 @@ def pairs_of(medians: dict[tuple[str, str], float], other: float) -> list[PairTi
     ]
 
 
-# Predicted at this load: all_to_all and rank_dedup.
-LOAD = Workload(world_size=2, top_k=8, num_experts=64)
+# Predicted at this shape: all_to_all and rank_dedup.
+SHAPE = ProfileShape(tokens=(1, 1), hidden=1, top_k=8, num_experts=64, dtype="bfloat16", routing="uniform")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ LOAD = Workload(world_size=2, top_k=8, num_experts=64)
     ],
 )
 def test_the_pick(medians: dict[tuple[str, str], float], config: EPConfig, expected: tuple[str, str]) -> None:
-    picked = pick(pairs_of(medians, 100.0), config, LOAD)
+    picked = pick(pairs_of(medians, 100.0), config, SHAPE)
     assert picked == ModePair(dispatch=DispatchMode(expected[0]), combine=CombineMode(expected[1]))
 
 

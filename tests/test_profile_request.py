@@ -55,7 +55,7 @@ def another_backend(patched: Any, rank: int) -> None:
 def another_device(patched: Any, rank: int) -> None:
     """The rows of the last of two ranks live on another kind of device."""
     if rank:
-        patched.setattr(request, "_read_device", lambda *arguments: torch.device("meta"))
+        patched.setattr(request, "_checked_device", lambda *arguments: torch.device("meta"))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def fail_to_draw(patched: Any, rank: int) -> None:
         raise MemoryError("no memory left")
 
     if rank:
-        patched.setattr(problem.Drawn, "of", draw)
+        patched.setattr(problem, "_generator", draw)
 
 
 def test_an_error_in_drawing_on_one_rank_is_one_on_every_rank(cpu_pool: RankPool) -> None:
@@ -112,7 +112,7 @@ def test_an_error_in_drawing_on_one_rank_is_one_on_every_rank(cpu_pool: RankPool
         ({"top_k": 7}, "top_k: got 7, expected at most E=6"),
         ({"num_experts": None}, "num_experts: got None"),
         ({"dtype": torch.float64}, "dtype: got torch.float64, expected torch.bfloat16 or torch.float16 or"),
-        ({"dtype": "bfloat16"}, "dtype: got bfloat16"),
+        ({"dtype": "bfloat16"}, "dtype: got 'bfloat16'"),
         ({"routing": "even"}, "routing: got 'even', expected 'uniform', 'skewed', 'one_rank' or a tensor"),
         ({"routing": None}, "routing: got None"),
         ({"routing": torch.zeros(5, 3).int()}, r"shape of routing: got \(5, 3\), expected \(5, 2\) = \(T, K\)"),

@@ -13,15 +13,15 @@ from backends import both_backends
 from profiles import SIZES, Asked, profile, profile_on_rank, said_by
 
 import sonic_ep
-import sonic_ep.profiler.measuring as measuring
 import sonic_ep.profiler.profiler as profiler_module
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel, NetworkProfiler, ProfileReport
 from sonic_ep.cost import LinkCeilings
 from sonic_ep.profiler import WrongResultError, default_device
-from sonic_ep.profiler.measuring import FEWEST_ROUNDS, MOST_ROUNDS, Stage
-from sonic_ep.profiler.times import EVERY_MODE, EVERY_PAIR
+from sonic_ep.profiler.problem import ProfileInputs
+from sonic_ep.profiler.profiler import FEWEST_ROUNDS, MOST_ROUNDS
+from sonic_ep.profiler.report import EVERY_MODE, EVERY_PAIR, ProfileShape
+from sonic_ep.profiler.timing import AboveCeilingError, RoundTimer, Timing
 from sonic_ep.testing import Rank, RankPool
-from sonic_ep.testing.timing import AboveCeilingError, Timing
 
 CPU = torch.device("cpu")
 # Of three ranks: dropped slots, a token without any, an expert twice, and a rank without tokens.
@@ -198,7 +198,7 @@ def refuse_to_time(patched: Any, rank: int) -> None:
     def measure(*arguments: Any, **options: Any) -> Any:
         raise NotImplementedError("timed, although a result is wrong")
 
-    patched.setattr(measuring, "measure_in_turn", measure)
+    patched.setattr(RoundTimer, "time", measure)
     spoil_call("dispatch", spoil_early, patched, rank)
 
 
@@ -236,6 +236,14 @@ def test_a_rate_above_the_ceiling_is_refused_on_every_rank(cpu_pool: RankPool, t
     assert list(tmp_path.iterdir()) == []
 
 
+def profile_with_rates(rank: Rank, rate: float) -> ProfileReport:
+    """None are measured beside those that are given."""
+    rates = LinkCeilings(copy_engine_in=rate, copy_engine_out=rate, read=rate, write=rate)
+    with pytest.MonkeyPatch.context() as patched:
+        with_ceilings(1.0, patched, rank.rank)
+        return profile(Asked(rates=rates), rank.rank, rank.device)
+
+
 def test_rates_that_were_measured_before_are_used(cpu_pool: RankPool) -> None:
     report = same_everywhere(cpu_pool.run(profile_with_rates, 1e15, world_size=2))
     assert report.rates == LinkCeilings(copy_engine_in=1e15, copy_engine_out=1e15, read=1e15, write=1e15)
@@ -246,39 +254,27 @@ def test_rates_that_were_measured_before_are_used(cpu_pool: RankPool) -> None:
     assert said[0].startswith("rank 0 of 2: dispatch all_to_all: got ")
 
 
-def profile_with_rates(rank: Rank, rate: float) -> ProfileReport:
-    """None are measured beside those that are given."""
-    rates = LinkCeilings(copy_engine_in=rate, copy_engine_out=rate, read=rate, write=rate)
-    with pytest.MonkeyPatch.context() as patched:
-        with_ceilings(1.0, patched, rank.rank)
-        return profile(Asked(rates=rates), rank.rank, rank.device)
-
-
-def test_shares_of_the_ceilings(cpu_pool: RankPool) -> None:
-    report = same_everywhere(cpu_pool.run(profile_under_ceilings, world_size=2))
-    ceilings = [mode.ceiling for mode in report.modes]
-    assert ceilings == [None, "copy_engine_in", "read", "read", "write", "write", "write"]
-    assert report.rates == LinkCeilings(copy_engine_in=1e9, copy_engine_out=1e9, read=2e9, write=4e9)
-    for mode in report.modes[1:]:
-        assert mode.ceiling is not None
-        share = mode.link_bytes / (mode.spread.median_us / 1e6) / getattr(report.rates, mode.ceiling)
-        assert mode.percent == pytest.approx(100 * share, rel=1e-3)
-    assert ProfileReport.from_json(report.as_json()) == report
-    assert "ceilings of the link in GB/s: copy engine 1.0, reads 2.0, writes 4.0" in str(report)
-
-
 def profile_under_ceilings(rank: Rank) -> ProfileReport:
     with pytest.MonkeyPatch.context() as patched:
         with_ceilings(1e9, patched, rank.rank)
         return profile(Asked(), rank.rank, rank.device)
 
 
+def test_shares_of_the_ceilings(cpu_pool: RankPool) -> None:
+    report = same_everywhere(cpu_pool.run(profile_under_ceilings, world_size=2))
+    check_report(report, Asked(), 2)
+    ceilings = [mode.ceiling for mode in report.modes]
+    assert ceilings == [None, "copy_engine_in", "read", "read", "write", "write", "write"]
+    assert report.rates == LinkCeilings(copy_engine_in=1e9, copy_engine_out=1e9, read=2e9, write=4e9)
+    assert "ceilings of the link in GB/s: copy engine 1.0, reads 2.0, writes 4.0" in str(report)
+
+
 def profile_with_own_numbers(rank: Rank) -> ProfileReport:
     """As if each rank had measured something else: on rank r, pair r is the fastest, and mode r."""
-    honest = measuring.measure_in_turn
+    honest = RoundTimer.time
 
-    def own(functions: Any, **options: Any) -> list[Timing]:
-        timings = honest(functions, **options)
+    def own(timer: RoundTimer, functions: Any, **options: Any) -> list[Timing]:
+        timings = honest(timer, functions, **options)
         modes = len(EVERY_MODE)
         fastest = (rank.rank, modes + 2 * rank.rank)
         return [
@@ -287,7 +283,7 @@ def profile_with_own_numbers(rank: Rank) -> ProfileReport:
         ]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(measuring, "measure_in_turn", own)
+        patched.setattr(RoundTimer, "time", own)
         return profile(Asked(), rank.rank, rank.device)
 
 
@@ -296,28 +292,47 @@ def test_rank_0_decides(cpu_pool: RankPool) -> None:
     assert (report.config.dispatch, report.config.combine) == EVERY_PAIR[0]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "fewest", "rounds"),
-    [(0.0, FEWEST_ROUNDS, MOST_ROUNDS), (0.125, FEWEST_ROUNDS, 12), (2.0, FEWEST_ROUNDS, FEWEST_ROUNDS), (2.0, 1, 1)],
-)
-def test_as_many_rounds_as_there_is_time_for(
-    monkeypatch: pytest.MonkeyPatch, seconds: float, fewest: int, rounds: int
-) -> None:
-    asked: list[int] = []
-    clock = iter([0.0, seconds])
-    monkeypatch.setattr(measuring, "measure_in_turn", lambda functions, **options: asked.append(options["rounds"]))
-    monkeypatch.setattr(measuring, "perf_counter", lambda: next(clock))
-    with ExpertParallel(backend="reference") as lane:
-        stage = Stage(lane=lane, device=CPU, fewest_rounds=fewest)
-        assert stage.rounds_for([]) == rounds
-    assert asked == [1]
-
-
 def test_rounds_adapt(cpu_pool: RankPool) -> None:
     report = same_everywhere(cpu_pool.run(profile_on_rank, Asked(rounds=None), world_size=2))
     rounds = {timed.spread.rounds for timed in (*report.modes, *report.pairs)}
     assert len(rounds) == 1
     assert FEWEST_ROUNDS <= rounds.pop() <= MOST_ROUNDS
+
+
+def fail_to_judge(patched: Any, rank: int) -> None:
+    """Rank 0, which alone judges, fails at it."""
+
+    def judge(*arguments: Any) -> Any:
+        raise RuntimeError("no judgement" if rank == 0 else "judged beside rank 0")
+
+    patched.setattr(profiler_module, "mode_times", judge)
+
+
+def test_an_error_in_judging_reaches_all(cpu_pool: RankPool) -> None:
+    said = cpu_pool.run(said_by, Asked(), RuntimeError, fail_to_judge, world_size=2)
+    assert said == ["rank 0 of 2: no judgement"] * 2
+
+
+def test_inputs() -> None:
+    """Rows after the valid ones are NaN, and changed inputs differ until they are restored exactly."""
+    shape = ProfileShape(tokens=(3,), hidden=16, top_k=2, num_experts=6, dtype="bfloat16", routing="given")
+    given = GIVEN[0]["routing"]
+    with ExpertParallel(backend="reference") as ep:
+        inputs = ProfileInputs.drawn(given.clone, shape, ep)
+    x_TH, rows_RH, rows = inputs.x_TH, inputs.rows_RH, inputs.plan.rows()
+    # A slot is dropped, so there is a place more than there are rows.
+    assert inputs.plan.row_capacity == rows + 1
+    assert rows_RH.shape == (rows + 1, 16)
+    assert rows_RH[:rows].isfinite().all()
+    assert rows_RH[rows:].isnan().all()
+    before = [tensor.clone() for tensor in (x_TH, rows_RH.view(torch.int16))]
+    with inputs.changed():
+        assert inputs.ids_TK.tolist() == [[1, 0], [-1, 3], [4, 4]]
+        assert torch.equal(x_TH, -before[0])
+        assert (rows_RH.view(torch.int16) != before[1]).all()
+    assert torch.equal(inputs.ids_TK, given)
+    assert torch.equal(x_TH, before[0])
+    assert torch.equal(rows_RH.view(torch.int16), before[1])
 
 
 def test_exported_when_asked_for() -> None:

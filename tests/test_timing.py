@@ -1,83 +1,97 @@
-"""Times over all ranks, rates under their ceilings, and the ceilings themselves."""
+"""Times over all ranks, rates under their ceilings, and the engine that proves, times and confirms."""
 
+from contextlib import nullcontext
 from functools import partial
 from time import sleep
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import sonic_ep.profiler.measuring as measuring
+import sonic_ep.profiler.timing as module
 from sonic_ep.group import EPGroup, resolve_group
-from sonic_ep.testing import Rank, RankPool
-from sonic_ep.testing.timing import (
+from sonic_ep.profiler import WrongResultError
+from sonic_ep.profiler.agreement import in_step
+from sonic_ep.profiler.measuring import Stage, TimedWork
+from sonic_ep.profiler.timing import (
+    BUSY_SECONDS,
+    WARMUP,
     AboveCeilingError,
-    Captured,
     Ceiling,
+    RoundTimer,
     Timing,
     captured,
     keep_busy,
-    measure,
-    slowest_rank,
 )
+from sonic_ep.testing import Rank, RankPool
 
 ALONE = EPGroup(rank=0, world_size=1)
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SLOW, BRIEF = 0.03, 0.002
-LINK_BYTES = 32768
-
-
-def test_a_round_takes_as_long_as_its_slowest_rank() -> None:
-    timing = slowest_rank([[1.0, 9.0, 2.0, 4.0], [3.0, 1.0, 2.0, 5.0]])
-    assert timing.rounds == (3.0, 9.0, 2.0, 5.0)
-    assert timing.median == 4.0
+TIMER = RoundTimer(group=ALONE, device=CPU, fence=lambda: None)
 
 
 def test_quantiles() -> None:
     timing = Timing(rounds=tuple(float(number) for number in (50, 10, 30, 20, 40)))
     assert [timing.quantile(share) for share in (0.0, 0.1, 0.5, 0.9, 1.0)] == [10.0, 14.0, 30.0, 46.0, 50.0]
     assert Timing(rounds=(7.0,)).quantile(0.9) == 7.0
-
-
-def test_ranks_that_measured_different_rounds_are_an_error() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        slowest_rank([[1.0, 2.0], [1.0]])
+    assert Timing(rounds=(3.0, 9.0, 2.0, 5.0)).median == 4.0
 
 
 def test_a_share_of_the_ceiling() -> None:
     ceiling = Ceiling(name="the read ceiling", bytes_per_second=200e9)
     assert ceiling.share_of(100e9, 1.0, "work") == 0.5
     assert ceiling.share_of(203e9, 1.0, "work") == pytest.approx(1.015)
-
-
-def test_a_rate_above_the_ceiling_is_an_error_that_names_both() -> None:
-    ceiling = Ceiling(name="the read ceiling", bytes_per_second=200e9)
     with pytest.raises(AboveCeilingError, match=r"dispatch: got 205\.0 GB/s.*200\.0 GB/s \(the read ceiling\)"):
         ceiling.share_of(205e9, 1.0, "dispatch")
 
 
-def test_what_enters_a_round_is_not_timed() -> None:
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_device_is_kept_busy_before_ranks_enter_a_round(monkeypatch: pytest.MonkeyPatch, ahead: bool) -> None:
+    done: list[object] = []
+    monkeypatch.setattr(module, "keep_busy", lambda device, seconds: done.append((device, seconds)))
+    timer = RoundTimer(group=ALONE, device=GPU, fence=lambda: done.append("fence"), ahead=ahead, busy_seconds=0.25)
+    assert done == []
+    timer.enter()
+    timer.enter()
+    assert done == ([(GPU, 0.25), "fence"] if ahead else ["fence"]) * 2
+    assert TIMER.busy_seconds == BUSY_SECONDS
+    keep_busy(CPU)
+
+
+def test_what_enters_a_round_is_not_timed_and_functions_alternate() -> None:
     calls: list[str] = []
 
-    def enter() -> None:
-        calls.append("enter")
+    def fence() -> None:
+        calls.append("fence")
         sleep(SLOW)
 
-    timing = measure(partial(calls.append, "work"), rounds=3, warmup=2, device=CPU, group=ALONE, enter=enter)
-    assert calls == ["enter", "work"] * 5
-    assert len(timing.rounds) == 3
-    assert timing.quantile(1.0) < SLOW
-
-
-def test_no_rounds_are_an_error() -> None:
+    timer = RoundTimer(group=ALONE, device=CPU, fence=fence)
+    timings = timer.time([partial(calls.append, name) for name in "ab"], rounds=3, warmup=2)
+    assert calls == ["fence", "a", "fence", "b"] * 5
+    assert [len(timing.rounds) for timing in timings] == [3, 3]
+    assert all(timing.quantile(1.0) < SLOW for timing in timings)
+    assert timer.time([], rounds=3) == []
     with pytest.raises(ValueError, match=r"rank 0 of 1: rounds: got 0, expected at least 1"):
-        measure(lambda: None, rounds=0, warmup=0, device=CPU, group=ALONE, enter=lambda: None)
+        timer.time([], rounds=0)
+
+
+def test_a_median_comes_after_a_few_rounds_of_warm_up() -> None:
+    takes = iter([0.0] * 3 + [0.08, 0.005, 0.02])
+    assert 0.02 <= TIMER.median(lambda: sleep(next(takes)), rounds=3) < 0.08
+    assert not list(takes)
+    calls: list[int] = []
+    TIMER.median(lambda: calls.append(1), rounds=WARMUP + 1)
+    assert len(calls) == 2 * WARMUP + 1
 
 
 def timed_with_one_slow_rank(rank: Rank) -> Timing:
-    """The last rank is slow, in the work and not in the meeting."""
+    """The last rank is slow in the work, not in the fence."""
     seconds = SLOW if rank.rank == rank.world_size - 1 else BRIEF
-    group = resolve_group(None)
-    return measure(lambda: sleep(seconds), rounds=3, warmup=1, device=CPU, group=group, enter=dist.barrier)
+    timer = RoundTimer(group=resolve_group(None), device=CPU, fence=dist.barrier)
+    return timer.time([lambda: sleep(seconds)], rounds=3, warmup=1)[0]
 
 
 def test_all_ranks_get_the_time_of_the_slow_one(cpu_pool: RankPool) -> None:
@@ -93,90 +107,110 @@ def timed_on_the_stream(rank: Rank) -> tuple[Timing, bool]:
     workspace = Workspace(resolve_group(None), rank.device)
     numbers = torch.zeros(1000, device=rank.device)
     replayed = captured(lambda: numbers.add_(1), rank.device)
-    assert isinstance(replayed, Captured)
-
-    def enter() -> None:
-        keep_busy(rank.device)
-        workspace.fence()
-
     before = float(numbers[0])
-    timing = measure(replayed, rounds=4, warmup=1, device=rank.device, group=workspace.group, enter=enter)
+    timer = RoundTimer(group=workspace.group, device=rank.device, fence=workspace.fence)
+    (timing,) = timer.time([replayed], rounds=4, warmup=1)
     workspace.close()
     return timing, float(numbers[0]) == before + 5
 
 
-@pytest.mark.fast
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 CUDA devices")
-def test_graphs_are_timed_by_events(pool: RankPool, request: pytest.FixtureRequest) -> None:
-    if request.node.callspec.params["pool"] == "cpu":
-        pytest.skip("graphs need a GPU")
-    answers = pool.run(timed_on_the_stream, world_size=2)
+def test_graphs_are_timed_by_events(cuda_pool: RankPool) -> None:
+    answers = cuda_pool.run(timed_on_the_stream, world_size=2)
     assert answers[0] == answers[1]
     timing, ran = answers[0]
     assert ran
-    # The spin of a millisecond before each round is not part of it.
+    # The spin of milliseconds before each round is not part of it.
     assert 0 < timing.median < 0.5e-3
 
 
-def test_nothing_to_keep_busy_on_the_cpu() -> None:
-    keep_busy(CPU)
+def work_of(results: list[float], **changes: Any) -> TimedWork:
+    """A work whose calls return ``results`` one by one, of which 1.0 is correct."""
+
+    def check(result: torch.Tensor) -> None:
+        assert float(result) == 1.0, f"got {float(result)}"
+
+    found = iter(results)
+    arguments = {"run": lambda: torch.tensor(next(found)), "check": check, "other_inputs": nullcontext, **changes}
+    return TimedWork(name="work", **arguments)
 
 
-def ceilings_of_counted_transfers(rank: Rank) -> tuple[object, int]:
-    """Ceilings by a stopwatch that runs a transfer once and says 2 seconds; and how often it was asked."""
-    from sonic_ep.fast.link import link_ceilings
-    from sonic_ep.fast.workspace import Workspace
+def test_works_are_proved_on_inputs_after_others_have_been_poisoned() -> None:
+    memory, seen = torch.ones(2), []
 
-    workspace = Workspace(resolve_group(None), rank.device)
-    asked = []
+    def run() -> torch.Tensor:
+        seen.append(memory.tolist())
+        return memory.fill_(1.0)
 
-    def stopwatch(transfer: object) -> float:
-        transfer()
-        workspace.publish()
-        asked.append(transfer)
-        return 2.0
-
-    ceilings = link_ceilings(workspace, LINK_BYTES, stopwatch)
-    workspace.close()
-    return ceilings, len(asked)
+    Stage(timer=TIMER).prove(work_of([], run=run, check=lambda result: None))
+    assert seen[0] == [1.0, 1.0]
+    assert str(seen[1]) == str(memory.tolist()) == "[nan, nan]"
 
 
-@pytest.mark.fast
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_every_transfer_over_the_link_brings_what_was_sent(pool: RankPool, world_size: int) -> None:
-    from sonic_ep.fast.link import LAUNCHES, STREAMS, LinkCeilings
-
-    rate = LINK_BYTES / 2
-    expected = LinkCeilings(copy_engine_in=rate, copy_engine_out=rate, read=rate, write=rate)
-    for ceilings, asked in pool.run(ceilings_of_counted_transfers, world_size=world_size):
-        assert ceilings == expected
-        assert asked == 2 * len(STREAMS) + 2 * len(LAUNCHES)
-
-
-@pytest.mark.fast
-def test_one_rank_has_no_link(cpu_pool: RankPool) -> None:
-    assert cpu_pool.run(ceilings_of_counted_transfers, world_size=1) == [(None, 0)]
+def test_wrong_results_are_refused_before_and_after_they_are_timed() -> None:
+    stage = Stage(timer=TIMER)
+    with pytest.raises(WrongResultError, match="rank 0 of 1: work: got 2"):
+        stage.prove(work_of([1.0, 2.0]))
+    timed = stage.time([work_of([1.0, 2.0, 3.0]), work_of([3.0, 2.0, 1.0])], rounds=2, warmup=1)
+    assert [float(result.last) for result in timed] == [3.0, 1.0]
+    with pytest.raises(WrongResultError, match="rank 0 of 1: work: got 3"):
+        stage.confirm(timed[0])
+    stage.confirm(timed[1])
 
 
-def transfers_that_fail(rank: Rank) -> list[str]:
-    """What is said of a transfer that brought nothing, and of sizes that no launch fits."""
-    from sonic_ep.fast.link import Link
-    from sonic_ep.fast.workspace import Workspace
-
-    workspace = Workspace(resolve_group(None), rank.device)
-    said = []
-    for nbytes in (0, 1000):
-        with pytest.raises(ValueError, match="expected a multiple of") as refused:
-            Link(workspace, nbytes)
-        said.append(str(refused.value))
-    with pytest.raises(AssertionError, match="what arrived is not what") as wrong:
-        Link(workspace, LINK_BYTES).expect_next("nothing at all")
-    workspace.close()
-    return [*said, str(wrong.value)]
+@pytest.mark.parametrize(("seconds", "fewest", "rounds"), [(0.0, 3, 50), (0.125, 3, 12), (2.0, 3, 3), (2.0, 1, 1)])
+def test_as_many_rounds_as_there_is_time_for(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, fewest: int, rounds: int
+) -> None:
+    clock = iter([0.0, seconds])
+    monkeypatch.setattr(measuring, "perf_counter", lambda: next(clock))
+    calls: list[int] = []
+    work = work_of([], run=lambda: calls.append(1))
+    assert Stage(timer=TIMER).rounds_within([work], 1.5, fewest=fewest, most=50) == rounds
+    assert calls == [1]
 
 
-@pytest.mark.fast
-def test_a_transfer_that_brings_something_else_is_an_error(cpu_pool: RankPool) -> None:
-    said = cpu_pool.run(transfers_that_fail, world_size=2)[1]
-    assert said[0] == "rank 1 of 2: link: got 0 bytes, expected a multiple of 32768"
-    assert said[2] == "rank 1 of 2: link: nothing at all: what arrived is not what rank 0 sent"
+def capture_on_rank_0(rank: Rank) -> str:
+    """The error where only rank 0 has memory for a graph."""
+
+    def capture(function: Any, device: torch.device) -> Any:
+        if rank.rank:
+            raise torch.OutOfMemoryError("no memory left")
+        return function
+
+    stage = Stage(timer=RoundTimer(group=resolve_group(None), device=CPU, fence=dist.barrier), as_graphs=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(measuring, "captured", capture)
+        with pytest.raises(RuntimeError) as raised:
+            stage.launched(work_of([]))
+    return str(raised.value)
+
+
+def test_a_rank_that_cannot_capture_stops_all(cpu_pool: RankPool) -> None:
+    assert cpu_pool.run(capture_on_rank_0, world_size=2) == ["rank 1 of 2: no memory left"] * 2
+
+
+def told_in_step(rank: Rank, errors: dict[int, Exception]) -> tuple[str, str]:
+    """Kind and text of what this rank raises, if ranks fail with ``errors`` where a ValueError is expected."""
+
+    def fail() -> None:
+        if rank.rank in errors:
+            raise errors[rank.rank]
+
+    with pytest.raises(Exception) as raised:  # noqa: PT011
+        in_step(resolve_group(None), fail, ValueError, WrongResultError)
+    return type(raised.value).__name__, str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("errors", "kind"),
+    [
+        ({1: ValueError("bad")}, "WrongResultError"),
+        ({1: KeyError("bad")}, "RuntimeError"),
+        ({0: KeyError("bad"), 1: ValueError("bad")}, "RuntimeError"),
+    ],
+)
+def test_only_what_is_expected_is_raised_as_such(cpu_pool: RankPool, errors: dict[int, Exception], kind: str) -> None:
+    told = cpu_pool.run(told_in_step, errors, world_size=2)
+    assert told[0] == told[1]
+    assert told[0][0] == kind
+    assert all(f"rank {rank} of 2: " in told[0][1] for rank in errors)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from harness.results import LinkTraffic, Results, Threshold, measured_results, micros, shape_record, time_fields
 from sonic_ep.api import ExpertParallel
-from sonic_ep.cli.exit_codes import GREEN
+from sonic_ep.cli.exit_codes import PASS
 from sonic_ep.cli.measured import Run, run_measured
 from sonic_ep.group import EPGroup
 from sonic_ep.profiler.agreement import WrongResultError
@@ -270,7 +270,7 @@ def run_script(options: argparse.Namespace, path: str, documents: Callable[[Run]
         for document in documents(run):
             if options.json is not None and run.place.rank == 0:
                 write(document, options.json)
-        return GREEN
+        return PASS
 
     return run_measured(options, path, measure)
 

@@ -1,67 +1,57 @@
-"""A handful of tokens through the whole layer, every step shown: what ``sonic-ep demo`` prints."""
+"""``sonic-ep demo``: a handful of tokens through the whole layer, every step shown."""
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
-from typing import TextIO
 
 import torch
 
 from sonic_ep.api import ExpertParallel
+from sonic_ep.cli.exit_codes import FAIL, PASS
+from sonic_ep.cli.launch import Place, joined_group
 from sonic_ep.cli.verify import verify_cases
+from sonic_ep.cli.words import add_nproc
 from sonic_ep.plan import RoutingPlan
-from sonic_ep.profiler.routings import uniform
 from sonic_ep.testing.cases import CASES, Case, draw
 
-TOKENS = 4
-EXPERTS_PER_RANK = 2
+RANKS, TOKENS, EXPERTS_PER_RANK = 4, 4, 2
 
 
-def show_demo(device: torch.device, out: TextIO | None) -> bool:
-    """Collective: show a plan, follow the rows through dispatch and combine, and verify two cases.
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    """The options of ``sonic-ep demo``."""
+    add_nproc(parser, default=RANKS)
+    parser.set_defaults(command=_demo)
 
-    out: None on the ranks that print nothing. Returns whether everything is as it should be.
-    """
-    with ExpertParallel() as ep:
-        _say(out, f"{ep.world_size} ranks on {device.type}, backend {ep.backend} ({ep.why})\n")
-        right = _follow_rows(ep, device, out)
+
+def _demo(options: argparse.Namespace) -> int:
+    with joined_group() as place, ExpertParallel() as ep:
+        place.say(f"{ep.world_size} ranks on {place.device.type}, backend {ep.backend} ({ep.why})\n")
+        followed = _follow_rows(ep, place)
         few = [replace(CASES[name], num_experts=6 * ep.world_size) for name in ("uniform", "dropped_slots")]
-        _say(out, "\nThe layer against the dense oracle, every mode pair and flag, forward and every gradient:")
-        return verify_cases(few, ep.backend, device, out) and right
+        place.say("\nThe layer against the dense oracle, every mode pair and flag, forward and every gradient:")
+        return PASS if verify_cases(few, ep.backend, place) and followed else FAIL
 
 
-def _follow_rows(ep: ExpertParallel, device: torch.device, out: TextIO | None) -> bool:
-    """Dispatch tokens that hold their own number, combine them again with scores that sum to one."""
-    case = Case(name="demo", tokens=(TOKENS,), num_experts=EXPERTS_PER_RANK * ep.world_size, top_k=2, choose=uniform)
-    inputs = draw(case, ep.world_size, device)
-    mine = inputs.tokens_of(ep.rank)
-    numbers = torch.arange(mine.start, mine.stop, dtype=torch.float32, device=device)
-    x = numbers[:, None].expand(TOKENS, case.hidden)
-    plan = ep.plan(inputs.topk_idx[mine], case.num_experts)
-    rows = ep.dispatch(x, plan)
-    _show_plan(plan, rows[: plan.rows(), 0], out)
-    scores = torch.full((TOKENS, case.top_k), 1 / case.top_k, device=device)
-    home = ep.combine(rows, scores, plan)
-    back = torch.equal(home, x)
-    _say(out, f"combine with scores of 1/{case.top_k}: tokens of rank 0 come home as {home[:, 0].tolist()}")
-    return back
+def _follow_rows(ep: ExpertParallel, place: Place) -> bool:
+    """Dispatch tokens that hold their own number, and combine them with scores that sum to one."""
+    case = Case(name="demo", tokens=(TOKENS,), num_experts=EXPERTS_PER_RANK * ep.world_size, top_k=2)
+    inputs = draw(case, ep.world_size, place.device)
+    own = inputs.tokens_of(ep.rank)
+    numbers = torch.arange(own.start, own.stop, dtype=torch.float32, device=place.device)
+    x_TH = numbers[:, None].expand(TOKENS, case.hidden)
+    plan = ep.plan(inputs.topk_idx[own], case.num_experts)
+    rows_RH = ep.dispatch(x_TH, plan)
+    _show_plan(plan, rows_RH[: plan.rows(), 0], place)
+    y_TH = ep.combine(rows_RH, torch.full((TOKENS, case.top_k), 1 / case.top_k, device=place.device), plan)
+    place.say(f"combine with scores of 1/{case.top_k}: tokens of rank 0 return as {y_TH[:, 0].tolist()}")
+    return torch.equal(y_TH, x_TH)
 
 
-def _show_plan(plan: RoutingPlan, token_of_row: torch.Tensor, out: TextIO | None) -> None:
-    _say(
-        out,
-        f"each of the {plan.capacity} tokens of a rank chooses {plan.top_k} of {plan.num_experts} experts:",
-    )
+def _show_plan(plan: RoutingPlan, token_of_row: torch.Tensor, place: Place) -> None:
+    place.say(f"each of the {plan.capacity} tokens of a rank chooses {plan.top_k} of {plan.num_experts} experts:")
     for rank in range(plan.world_size):
-        _say(out, f"  rank {rank} chooses {plan.expert_ids[rank].tolist()}")
-    _say(out, f"slots of each expert: {plan.counts.tolist()}")
-    _say(out, f"rank 0 holds experts 0..{plan.experts_per_rank - 1} and receives {plan.rows()} rows,")
-    _say(
-        out,
-        f"  of tokens {[int(token) for token in token_of_row.tolist()]}, experts end at {plan.group_ends.tolist()}",
-    )
-
-
-def _say(out: TextIO | None, line: str) -> None:
-    if out is not None:
-        print(line, file=out, flush=True)
+        place.say(f"  rank {rank} chooses {plan.expert_ids[rank].tolist()}")
+    place.say(f"slots of each expert: {plan.counts.tolist()}")
+    place.say(f"rank 0 holds experts 0..{plan.experts_per_rank - 1} and receives {plan.rows()} rows,")
+    place.say(f"  of tokens {token_of_row.int().tolist()}, experts end at {plan.group_ends.tolist()}")

@@ -1,49 +1,46 @@
-"""What this machine can run, and why not: the findings behind ``sonic-ep doctor``."""
+"""``sonic-ep doctor``: what this machine can run, and why not."""
 
 from __future__ import annotations
 
+import argparse
 import platform
-from dataclasses import dataclass
+from collections.abc import Mapping
 from itertools import combinations
 
 import torch
 import torch.distributed as dist
 
 from sonic_ep.backend import BACKEND_PACKAGES, unavailable_reasons
+from sonic_ep.cli.exit_codes import FAIL, PASS
 from sonic_ep.fast.availability import symmetric_memory_reasons
 from sonic_ep.group import EPGroup
 from sonic_ep.profiler.machine import link_types, package_version, topology
 
-PACKAGES = ("sonic-ep", "torch", "triton", "einops", "numpy", "matplotlib")
+PACKAGES = ("sonic-ep", "torch", "triton", "einops", "numpy")
 
 
-@dataclass(frozen=True, kw_only=True)
-class BackendHealth:
-    """One backend and every reason why it cannot run here."""
-
-    name: str
-    reasons: tuple[str, ...]
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    """The options of ``sonic-ep doctor``."""
+    parser.add_argument("--backend", choices=tuple(BACKEND_PACKAGES), help="exit 1 unless this one can run here")
+    parser.set_defaults(command=_doctor)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Health:
-    """Everything the doctor found, as (subject, finding) lines, and the backends."""
-
-    lines: tuple[tuple[str, str], ...]
-    backends: tuple[BackendHealth, ...]
-
-    def can_run(self, backend: str | None) -> bool:
-        """Whether ``backend`` can run here, or any at all if None."""
-        return any(not found.reasons for found in self.backends if backend in (None, found.name))
-
-
-def examine() -> Health:
-    """Look at this machine. Starts no process group and allocates nothing on a GPU."""
+def _doctor(options: argparse.Namespace) -> int:
+    """Starts no process group and allocates nothing on a GPU."""
+    for subject, finding in (*_versions(), *_gpus(), *_links(), _symmetric_memory(), _process_groups()):
+        print(f"{subject:<17} {finding}")
     group = EPGroup(rank=0, world_size=1)
-    return Health(
-        lines=(*_versions(), *_gpus(), *_links(), _symmetric_memory(), _process_groups()),
-        backends=tuple(BackendHealth(name=name, reasons=unavailable_reasons(name, group)) for name in BACKEND_PACKAGES),
-    )
+    found = {name: unavailable_reasons(name, group) for name in BACKEND_PACKAGES}
+    for name, reasons in found.items():
+        print(f"backend {name:<9} {'cannot run here:' if reasons else 'can run here'}")
+        for reason in reasons:
+            print(f"    - {reason}")
+    return PASS if can_run(found, options.backend) else FAIL
+
+
+def can_run(reasons: Mapping[str, tuple[str, ...]], backend: str | None) -> bool:
+    """Whether ``backend``, or any if None, has no reasons against it."""
+    return any(not against for name, against in reasons.items() if backend in (None, name))
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -55,12 +52,11 @@ def _versions() -> list[tuple[str, str]]:
 def _gpus() -> list[tuple[str, str]]:
     if not torch.cuda.is_available():
         return [("GPUs", "none")]
-    lines = []
-    for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
-        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
-        lines.append((f"GPU {index}", f"{gpu.name}, {memory}, compute capability {gpu.major}.{gpu.minor}"))
-    return lines
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [
+        (f"GPU {index}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}")
+        for index, gpu in enumerate(gpus)
+    ]
 
 
 def _links() -> list[tuple[str, str]]:

@@ -1,3 +1,3 @@
-"""What a command's exit code means."""
+"""Exit codes of the commands."""
 
-GREEN, RED, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
+PASS, FAIL, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130

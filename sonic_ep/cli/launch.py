@@ -1,4 +1,4 @@
-"""Several ranks from one command line: ``torch.distributed.run`` starts them, each joins the group."""
+"""Several ranks from one command line: ``torch.distributed.run`` starts them, and each joins the group."""
 
 from __future__ import annotations
 
@@ -12,22 +12,31 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from sonic_ep.cli.exit_codes import FAIL, PASS
 from sonic_ep.group import device_of_rank
 
-FAILED = 1
 ENDED_BY_SIGNAL = 128
-
-# What torchrun tells its processes and others that set RANK may not.
+# Other launchers set RANK as well, but not all of these.
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """This process among those that were started, and its device."""
+    """This process among the ranks, and its device."""
 
     rank: int
     world_size: int
     device: torch.device
+
+    def say(self, line: str) -> None:
+        """Print on rank 0."""
+        if self.rank == 0:
+            print(line, flush=True)
+
+    def show_progress(self, line: str) -> None:
+        """Print on rank 0, if that has a terminal, a line that the next one replaces."""
+        if self.rank == 0 and sys.stdout.isatty():
+            print(f"\r\x1b[K{line}", end="", flush=True)
 
 
 def launched_by_torchrun() -> bool:
@@ -38,7 +47,7 @@ def launched_by_torchrun() -> bool:
 def ranks_of(nproc: int | None) -> int:
     """How many ranks a command runs on: those of torchrun, or ``nproc``, or one.
 
-    Raises ``ValueError`` if torchrun has started others than are asked for.
+    Raises ``ValueError`` if torchrun has started another number than ``nproc``.
     """
     if not launched_by_torchrun():
         return nproc or 1
@@ -51,8 +60,8 @@ def ranks_of(nproc: int | None) -> int:
 def launch(nproc: int, words: Sequence[str]) -> int:
     """Run a script or module on ``nproc`` ranks of this machine.
 
-    words: what torchrun is given, without --nproc. Returns the exit code of the rank that failed first, 0 if none did.
-    Raises ``KeyboardInterrupt`` after Ctrl-C, when the ranks are gone.
+    words: arguments of torchrun. Returns the exit code of the rank that failed first, 0 if none did. Raises
+    ``KeyboardInterrupt`` after Ctrl-C, when the ranks have ended.
     """
     # Imported here: the launcher is heavy, and one rank does without it.
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -69,40 +78,35 @@ def launch(nproc: int, words: Sequence[str]) -> int:
         return ENDED_BY_SIGNAL + int(stopped.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        # A rank that failed by its own word has said why; one that a signal ended has not.
-        if failure.exitcode < 0:
-            print(f"sonic-ep: rank {rank} was ended by {failure.signal_name()}", file=sys.stderr)
-            return FAILED
-        return failure.exitcode
-    return 0
+        if failure.exitcode >= 0:
+            return failure.exitcode
+        # A rank that a signal ended has not said why.
+        print(f"sonic-ep: rank {rank} was ended by {failure.signal_name()}", file=sys.stderr)
+        return FAIL
+    return PASS
 
 
 @contextmanager
 def joined_group() -> Iterator[Place]:
-    """The world that torchrun made, joined for as long as the context lasts; without torchrun, one rank and no group.
+    """The world that torchrun made, joined while the context lasts; without torchrun, one rank and no group.
 
     NCCL if every rank of this machine has a GPU of its own, else gloo.
     """
+    device = device_of_rank(int(os.environ["LOCAL_RANK"]) if launched_by_torchrun() else 0)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if not launched_by_torchrun():
-        yield Place(rank=0, world_size=1, device=_claim(device_of_rank(0)))
+        yield Place(rank=0, world_size=1, device=device)
         return
-    # Whoever sits in a collective would not notice an exception.
+    # A rank inside a collective would not notice an exception.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    local_rank, local_size = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    device = _claim(device_of_rank(local_rank))
-    own_device = device.type == "cuda" and local_size <= torch.cuda.device_count()
+    own_device = device.type == "cuda" and int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()
     dist.init_process_group("nccl" if own_device else "gloo")
     try:
         yield Place(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
     except BaseException:
-        # A farewell to NCCL waits for ranks that have not failed; gloo aborts a process that leaves without one.
+        # NCCL would wait here for ranks that have not failed; gloo aborts a process that keeps its group.
         if not own_device:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
-
-
-def _claim(device: torch.device) -> torch.device:
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device

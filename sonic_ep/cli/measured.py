@@ -1,17 +1,18 @@
-"""What the commands that measure share: their output's options, what is checked before, and how a red run ends."""
+"""What commands that measure share: the options of their output, early checks, and failures that all ranks raise."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sonic_ep.backend import choose_backend
-from sonic_ep.cli.exit_codes import RED
+from sonic_ep.cli.exit_codes import FAIL, PASS
 from sonic_ep.cli.launch import Place, joined_group, ranks_of
-from sonic_ep.cli.output import require_writable, teller, words_without_paths
 from sonic_ep.group import EPGroup
 from sonic_ep.profiler import WrongResultError
 from sonic_ep.profiler.machine import command_of
@@ -29,13 +30,13 @@ class Run:
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """Where results go, and what they are called."""
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write what was found, for sonic-ep report")
-    parser.add_argument("--commit", metavar="NAME", help="the commit to name in it where git cannot tell")
+    """Where results go, and the commit that they name."""
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results")
+    parser.add_argument("--commit", metavar="NAME", help="the commit to name in them where git cannot tell")
 
 
 def checked_ranks(options: argparse.Namespace) -> int:
-    """How many ranks there will be. Raises ``ValueError`` for what fails alike on every rank, before any is started."""
+    """The number of ranks. Raises ``ValueError`` before any is started for what would fail alike on all of them."""
     ranks = ranks_of(options.nproc)
     require_writable(options.json)
     choose_backend(options.backend, EPGroup(rank=0, world_size=ranks))
@@ -43,20 +44,48 @@ def checked_ranks(options: argparse.Namespace) -> int:
 
 
 def run_measured(options: argparse.Namespace, words: str, measure: Callable[[Run], int]) -> int:
-    """Collective: ``measure``, and its exit code; red if what it measures is wrong or impossible.
+    """Collective. The exit code of ``measure``, or ``FAIL`` if a result is wrong or impossibly fast.
 
-    words: how the command is started. Every rank raises what makes a run red, so nobody is left waiting.
+    words: how the command is started. ``measure`` raises these errors on every rank, so no rank waits.
     """
     with joined_group() as place:
-        group = EPGroup(rank=place.rank, world_size=place.world_size)
-        run = Run(
-            place=place,
-            backend=choose_backend(options.backend, group).name,
-            command=command_of(place.world_size, words, words_without_paths(sys.argv)),
-            say=teller(place),
-        )
+        backend = choose_backend(options.backend, EPGroup(rank=place.rank, world_size=place.world_size)).name
+        command = command_of(place.world_size, words, words_without_paths(sys.argv))
         try:
-            return measure(run)
+            return measure(Run(place=place, backend=backend, command=command, say=place.say))
         except (WrongResultError, AboveCeilingError) as error:
-            run.say(f"RED: {error}")
-            return RED
+            place.say(f"FAIL: {error}")
+            return FAIL
+
+
+def words_without_paths(arguments: list[str]) -> list[str]:
+    """The options of a command line, less paths and commits, which mean nothing to others."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_output(parser)
+    return [word for word in parser.parse_known_args(arguments[1:])[1] if word != "profile"]
+
+
+def require_writable(path: Path | None) -> None:
+    """Raise ``ValueError``, before a run and not after it, if ``path`` cannot be written. Folders are made."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
+        path.open("a").close()
+        if not existed:
+            path.unlink()
+    except (OSError, ValueError) as error:
+        expected = f"the path of a file that can be written: {error}"
+        raise ValueError(f"--json: got {str(path)!r}, expected {expected}") from None
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> int:
+    """Write ``document``; returns an exit code and prints the error if there is one."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=2) + "\n")
+    except OSError as error:
+        print(f"sonic-ep: --json: {error}", file=sys.stderr)
+        return FAIL
+    return PASS

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from sonic_ep.api import ExpertParallel
-from sonic_ep.cli.exit_codes import GREEN
+from sonic_ep.cli.exit_codes import PASS
 from sonic_ep.cli.launch import Place
-from sonic_ep.cli.measured import Run, add_output, checked_ranks, run_measured
-from sonic_ep.cli.output import write_json
+from sonic_ep.cli.measured import Run, add_output, checked_ranks, run_measured, write_json
 from sonic_ep.cli.words import DTYPES, Thiek, add_call, add_config, add_nproc, config_of, spellings
 from sonic_ep.profiler import NetworkProfiler, ProfileReport, default_device
 from sonic_ep.profiler.cache import DEFAULT_FOLDER
@@ -28,61 +27,46 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument(*spellings("no_cache"), action="store_true", help="measure, whatever was measured before")
     add_output(parser)
-    parser.set_defaults(command=_profile, check=_check_profile)
-
-
-def tokens_of_rank(tokens: int, place: Place) -> int:
-    """T of this rank, where ``tokens`` of the group are spread as evenly as they go."""
-    share, rest = divmod(tokens, place.world_size)
-    return share + (place.rank < rest)
+    parser.set_defaults(command=_profile, check=_check)
 
 
 def default_shape(device: torch.device, world_size: int) -> Thiek:
-    """What is profiled if nothing is said; E becomes the multiple of W next above, if it is none."""
+    """The shape that is profiled if none is given; E is rounded up to a multiple of W, at least K a rank."""
     chosen = SHAPE_ON_GPUS if device.type == "cuda" else SHAPE_ON_CPU
-    experts = max(-(-chosen.num_experts // world_size), chosen.top_k) * world_size
-    return Thiek(
-        tokens=chosen.tokens,
-        hidden=chosen.hidden,
-        intermediate=chosen.intermediate,
-        num_experts=experts,
-        top_k=chosen.top_k,
-    )
+    held = max(-(-chosen.num_experts // world_size), chosen.top_k)
+    return replace(chosen, num_experts=held * world_size)
 
 
-def _check_profile(options: argparse.Namespace) -> None:
-    """What would fail alike on every rank fails here, once, before any is started."""
+def _check(options: argparse.Namespace) -> None:
+    """Raise once, before any rank is started, what would fail alike on all of them."""
     ranks = checked_ranks(options)
-    found = options.thiek
-    if found is None:
-        return
-    found.require_experts_divide(ranks)
-    found.require_fits_one_rank(ranks, options.routing)
+    if options.thiek is not None:
+        options.thiek.require_experts_divide(ranks)
+        options.thiek.require_fits_one_rank(ranks, options.routing)
 
 
 def _profile(options: argparse.Namespace) -> int:
     def measure(run: Run) -> int:
-        report = _report(options, run.place, run.say)
+        report = _report(options, run.place)
         run.say(str(report))
         if run.place.rank or options.json is None:
-            return GREEN
+            return PASS
         document = report.as_json()
-        environment = document["environment"]
-        environment["command"] = run.command
-        environment["commit"] = options.commit or environment["commit"]
+        named = options.commit or report.origin.commit
+        document["environment"] |= {"command": run.command, "commit": named}
         return write_json(options.json, document)
 
     return run_measured(options, "-m sonic_ep profile", measure)
 
 
-def _report(options: argparse.Namespace, place: Place, say: Callable[[str], None]) -> ProfileReport:
+def _report(options: argparse.Namespace, place: Place) -> ProfileReport:
     with ExpertParallel(backend=options.backend, config=config_of(options)) as ep:
         chosen = options.thiek
         if chosen is None:
             chosen = default_shape(default_device(ep), place.world_size)
-            say(f"no --thiek was given: --thiek {chosen}")
+            place.say(f"no --thiek was given: --thiek {chosen}")
         return NetworkProfiler(ep, cache=None if options.no_cache else DEFAULT_FOLDER).profile(
-            tokens=tokens_of_rank(chosen.tokens, place),
+            tokens=chosen.tokens_of_ranks(place.world_size)[place.rank],
             hidden=chosen.hidden,
             top_k=chosen.top_k,
             num_experts=chosen.num_experts,

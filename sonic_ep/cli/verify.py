@@ -1,59 +1,68 @@
-"""The differential cases on this very machine, as a table: what ``sonic-ep verify`` runs."""
+"""``sonic-ep verify``: the differential cases on this machine, as a table."""
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
-from typing import TextIO
+from types import MappingProxyType
 
 import torch
 
 from sonic_ep.api import ExpertParallel
-from sonic_ep.cli.words import Thiek
-from sonic_ep.config import CombineMode, DispatchMode, EPConfig
-from sonic_ep.testing.cases import CASES, Case
-from sonic_ep.testing.checks import Accuracy
-from sonic_ep.testing.oracle import verify_moe, verify_routed
+from sonic_ep.backend import BACKEND_PACKAGES, choose_backend
+from sonic_ep.cli.exit_codes import FAIL, PASS
+from sonic_ep.cli.launch import Place, joined_group, ranks_of
+from sonic_ep.cli.words import DTYPES, Thiek, add_nproc, thiek_word
+from sonic_ep.config import AUTO, CombineMode, DispatchMode, EPConfig
+from sonic_ep.group import EPGroup
+from sonic_ep.testing import CASES, Accuracy, Case, verify_moe, verify_routed
 
 Verifier = Callable[[Case, ExpertParallel, torch.device], list[Accuracy]]
+ENTRIES: Mapping[str, Verifier] = MappingProxyType({"moe_routed": verify_routed, "moe": verify_moe})
+# Every mode pair with every setting of the flags.
+CONFIGS = tuple(EPConfig(*settings) for settings in product(DispatchMode, CombineMode, (False, True), (False, True)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
-    """One case through one entry of the API under one configuration."""
+class CaseOutcome:
+    """All runs of one case through one entry of the API. worst: the error closest to its bound, or farthest above."""
 
-    case: Case
-    entry: str
-    verifier: Verifier
-    config: EPConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What came of all trials of one case and entry. ``worst``: the finding whose error is closest to its bound."""
-
-    case: str
-    entry: str
-    trials: int
     worst: Accuracy
-    reds: tuple[str, ...]
+    failures: tuple[str, ...]
 
 
-def case_of(shape: Thiek, world_size: int, dtype: torch.dtype) -> Case:
-    """Uniform routing at this shape; the tokens are spread as evenly as they go."""
-    share, rest = divmod(shape.tokens, world_size)
-    return Case(
-        name=f"T{shape.tokens}-H{shape.hidden}-I{shape.intermediate}-E{shape.num_experts}-K{shape.top_k}",
-        tokens=tuple(share + (rank < rest) for rank in range(world_size)),
-        hidden=shape.hidden,
-        intermediate=shape.intermediate,
-        num_experts=shape.num_experts,
-        top_k=shape.top_k,
-        dtype=dtype,
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    """The options of ``sonic-ep verify``."""
+    add_nproc(parser)
+    parser.add_argument("--backend", choices=(AUTO, *BACKEND_PACKAGES), default=AUTO, help="which one to verify")
+    parser.add_argument("--case", action="append", choices=tuple(CASES), help="only this case; may be repeated")
+    parser.add_argument(
+        "--thiek",
+        type=thiek_word,
+        metavar="T,H,I,E,K",
+        help="a shape instead of the named cases: tokens of the whole group, hidden, intermediate, experts, top-k",
     )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of --thiek")
+    parser.set_defaults(command=_verify, check=_check)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise once, before any rank is started, what would fail alike on all of them."""
+    ranks = ranks_of(options.nproc)
+    choose_backend(options.backend, EPGroup(rank=0, world_size=ranks))
+    _chosen_cases(options, ranks)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    with joined_group() as place:
+        return PASS if verify_cases(_chosen_cases(options, place.world_size), options.backend, place) else FAIL
+
+
+def _chosen_cases(options: argparse.Namespace, world_size: int) -> list[Case]:
+    return chosen_cases(world_size, options.case, options.thiek, DTYPES[options.dtype])
 
 
 def chosen_cases(world_size: int, names: Sequence[str] | None, shape: Thiek | None, dtype: torch.dtype) -> list[Case]:
@@ -66,19 +75,20 @@ def chosen_cases(world_size: int, names: Sequence[str] | None, shape: Thiek | No
     if names is not None:
         raise ValueError("got --case and --thiek, expected one or the other")
     shape.require_experts_divide(world_size)
-    return [case_of(shape, world_size, dtype)]
-
-
-def configurations() -> list[EPConfig]:
-    """Every mode pair with every setting of the flags."""
-    return [
-        EPConfig(dispatch=dispatch, combine=combine, redispatch_x_in_backward=again, cpu_sync_on_runtime=exact)
-        for dispatch, combine, again, exact in product(DispatchMode, CombineMode, (False, True), (False, True))
-    ]
+    case = Case(
+        name=f"T{shape.tokens}-H{shape.hidden}-I{shape.intermediate}-E{shape.num_experts}-K{shape.top_k}",
+        tokens=shape.tokens_of_ranks(world_size),
+        hidden=shape.hidden,
+        intermediate=shape.intermediate,
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        dtype=dtype,
+    )
+    return [case]
 
 
 def fitting_cases(world_size: int) -> list[Case]:
-    """The named cases for a group of this size: E becomes the multiple of W next above, if it is none."""
+    """The named cases for a group of this size: E is rounded up to a multiple of W."""
     fitted = []
     for case in CASES.values():
         experts = -(-case.num_experts // world_size) * world_size
@@ -89,70 +99,32 @@ def fitting_cases(world_size: int) -> list[Case]:
     return fitted
 
 
-def trials(cases: Sequence[Case]) -> Iterator[list[Trial]]:
-    """The trials, one list for each case and entry."""
-    entries: dict[str, Verifier] = {"moe_routed": verify_routed, "moe": verify_moe}
-    for case, (entry, verifier) in product(cases, entries.items()):
-        yield [Trial(case=case, entry=entry, verifier=verifier, config=config) for config in configurations()]
+def verify_cases(cases: Sequence[Case], backend: str, place: Place) -> bool:
+    """Collective. Run every case through every entry and configuration, print a table, and tell whether all pass."""
+    started, failures = time.monotonic(), 0
+    place.say(f"{'case':<28} {'entry':<11} {'runs':>4}  {'error/bound':>11}  {'in':<13} verdict")
+    groups = list(product(cases, ENTRIES))
+    for number, (case, entry) in enumerate(groups, start=1):
+        outcome = verify_case(case, entry, backend, place, label=f"[{number}/{len(groups)}] {case.name}")
+        worst = f"{outcome.worst.ratio:>11.2f}  {outcome.worst.name:<13}"
+        verdict = "FAIL" if outcome.failures else "PASS"
+        place.say(f"{case.name:<28} {entry:<11} {len(CONFIGS):>4}  {worst} {verdict}")
+        for failure in outcome.failures:
+            place.say(f"    {failure}")
+        failures += len(outcome.failures)
+    seconds = time.monotonic() - started
+    place.say(f"{len(groups) * len(CONFIGS)} runs, {failures} failures, {seconds:.0f} s")
+    return failures == 0
 
 
-def run_trials(
-    group_of_trials: Sequence[Trial], backend: str, device: torch.device, begin: Callable[[int], None]
-) -> Verdict:
-    """Collective: all trials of one case and entry. The same verdict on every rank.
-
-    begin: told the number of each trial before it runs.
-    """
-    findings, reds = [], []
-    for number, trial in enumerate(group_of_trials, start=1):
-        begin(number)
-        with ExpertParallel(backend=backend, config=trial.config) as ep:
-            for finding in trial.verifier(trial.case, ep, device):
-                findings.append(finding)
-                if not finding.ok:
-                    reds.append(f"{trial.config}: {finding}")
-    first = group_of_trials[0]
-    worst = max(findings, key=lambda finding: finding.ratio)
-    return Verdict(case=first.case.name, entry=first.entry, trials=len(group_of_trials), worst=worst, reds=tuple(reds))
-
-
-def verify_cases(cases: Sequence[Case], backend: str, device: torch.device, out: TextIO | None) -> bool:
-    """Collective: run every trial of every case, print a table to ``out`` as it grows, and tell whether all is green.
-
-    out: None on the ranks that print nothing.
-    """
-    groups = list(trials(cases))
-    started, reds = time.monotonic(), 0
-    _say(out, f"{'case':<28} {'entry':<11} {'runs':>4}  {'error/bound':>11}  {'in':<13} verdict")
-    for number, group_of_trials in enumerate(groups, start=1):
-        label = f"[{number}/{len(groups)}] {group_of_trials[0].case.name}"
-        verdict = run_trials(group_of_trials, backend, device, partial(_begin, out, label))
-        _progress(out, "")
-        _say(out, _table_line(verdict))
-        for red in verdict.reds:
-            _say(out, f"    {red}")
-        reds += len(verdict.reds)
-    runs = sum(map(len, groups))
-    _say(out, f"{runs} runs, {reds} red findings, {time.monotonic() - started:.0f} s")
-    return reds == 0
-
-
-def _begin(out: TextIO | None, label: str, run: int) -> None:
-    _progress(out, f"{label}: run {run} ...")
-
-
-def _table_line(verdict: Verdict) -> str:
-    state = "RED" if verdict.reds else "green"
-    worst = f"{verdict.worst.ratio:>11.2f}  {verdict.worst.name:<13}"
-    return f"{verdict.case:<28} {verdict.entry:<11} {verdict.trials:>4}  {worst} {state}"
-
-
-def _say(out: TextIO | None, line: str) -> None:
-    if out is not None:
-        print(line, file=out, flush=True)
-
-
-def _progress(out: TextIO | None, line: str) -> None:
-    """A line that the next one replaces, on a terminal only."""
-    if out is not None and out.isatty():
-        print(f"\r\x1b[K{line}", end="", file=out, flush=True)
+def verify_case(case: Case, entry: str, backend: str, place: Place, label: str) -> CaseOutcome:
+    """Collective. One case through one entry under every configuration; the same outcome on every rank."""
+    findings, failures = [], []
+    for number, config in enumerate(CONFIGS, start=1):
+        place.show_progress(f"{label}: run {number} ...")
+        with ExpertParallel(backend=backend, config=config) as ep:
+            found = ENTRIES[entry](case, ep, place.device)
+        findings += found
+        failures += [f"{config}: {finding}" for finding in found if not finding.ok]
+    place.show_progress("")
+    return CaseOutcome(worst=max(findings, key=lambda finding: finding.ratio), failures=tuple(failures))

@@ -1,10 +1,10 @@
-"""The words of the command line that several commands share."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from types import MappingProxyType
 
 import torch
@@ -19,7 +19,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class Thiek:
-    """A shape of a layer: T over the whole group, H, I, E, K."""
+    """A shape of a layer: T over the whole group, H, I, E, K. The checks raise ``ValueError``."""
 
     tokens: int
     hidden: int
@@ -28,20 +28,25 @@ class Thiek:
     top_k: int
 
     def __str__(self) -> str:
-        return ",".join(map(str, (self.tokens, self.hidden, self.intermediate, self.num_experts, self.top_k)))
+        return ",".join(map(str, astuple(self)))
+
+    def tokens_of_ranks(self, world_size: int) -> tuple[int, ...]:
+        """T of each rank, divided as evenly as possible."""
+        share, rest = divmod(self.tokens, world_size)
+        return tuple(share + (rank < rest) for rank in range(world_size))
 
     def require_experts_divide(self, world_size: int) -> None:
-        """Raise ``ValueError`` unless every rank gets as many experts."""
+        """Every rank has as many experts."""
         if self.num_experts % world_size:
             raise ValueError(f"--thiek: got E={self.num_experts}, expected a multiple of the {world_size} ranks")
 
     def require_tokens_divide(self, world_size: int) -> None:
-        """Raise ``ValueError`` unless every rank gets as many tokens."""
+        """Every rank has as many tokens."""
         if self.tokens % world_size:
             raise ValueError(f"--thiek: got T={self.tokens}, expected a multiple of the {world_size} ranks")
 
     def require_fits_one_rank(self, world_size: int, routing: str) -> None:
-        """Raise ``ValueError`` if ``routing`` is "one_rank" and a rank has too few experts for that."""
+        """A rank has enough experts, if ``routing`` is "one_rank"."""
         held = self.num_experts // world_size
         if routing == "one_rank" and self.top_k > held:
             raise ValueError(f"--thiek: got K={self.top_k}, expected at most the {held} experts of a rank for one_rank")
@@ -77,19 +82,14 @@ def spellings(name: str, *more: str) -> tuple[str, ...]:
 
 def add_nproc(parser: argparse.ArgumentParser, default: int | None = None) -> None:
     """``--nproc N``; None leaves the ranks to torchrun, or is one rank."""
-    parser.add_argument(
-        "--nproc", type=count_word, default=default, metavar="N", help=f"ranks to start (default: {default or 1})"
-    )
+    text = f"ranks to start (default: {default or 1})"
+    parser.add_argument("--nproc", type=count_word, default=default, metavar="N", help=text)
 
 
 def add_call(parser: argparse.ArgumentParser, routings: tuple[str, ...]) -> None:
-    """What is run: shape, dtype, routing and backend."""
-    parser.add_argument(
-        "--thiek",
-        type=thiek_word,
-        metavar="T,H,I,E,K",
-        help="tokens of the whole group, hidden, intermediate, experts, top-k",
-    )
+    """Shape, dtype, routing and backend."""
+    sizes = "tokens of the whole group, hidden, intermediate, experts, top-k"
+    parser.add_argument("--thiek", type=thiek_word, metavar="T,H,I,E,K", help=sizes)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of tokens and weights")
     parser.add_argument("--routing", choices=routings, default="uniform", help="how experts are chosen")
     parser.add_argument("--backend", choices=(AUTO, *BACKEND_PACKAGES), default=AUTO, help="which one is run")
@@ -97,9 +97,9 @@ def add_call(parser: argparse.ArgumentParser, routings: tuple[str, ...]) -> None
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Modes, of which those that are not "auto" stay, and flags."""
-    dispatch, combine = ((AUTO, *(mode.value for mode in modes)) for modes in (DispatchMode, CombineMode))
-    parser.add_argument(*spellings("dispatch_mode"), choices=dispatch, default=AUTO, help="auto: the fastest here")
-    parser.add_argument(*spellings("combine_mode"), choices=combine, default=AUTO, help="auto: the fastest here")
+    for name, modes in (("dispatch_mode", DispatchMode), ("combine_mode", CombineMode)):
+        choices = (AUTO, *(mode.value for mode in modes))
+        parser.add_argument(*spellings(name), choices=choices, default=AUTO, help="auto: the fastest here")
     again = spellings("redispatch_x_in_backward")
     exact = spellings("cpu_sync_on_runtime", "CPU_sync_on_runtime")
     parser.add_argument(*again, action="store_true", help="keep only x for backward, and gather it again there")
@@ -107,7 +107,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def config_of(options: argparse.Namespace) -> EPConfig:
-    """What ``add_config`` read."""
+    """The config of the options of ``add_config``."""
     return EPConfig(
         dispatch=options.dispatch_mode,
         combine=options.combine_mode,

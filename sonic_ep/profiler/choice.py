@@ -75,18 +75,13 @@ class LinkLoad:
         return max(self.into)
 
     @property
-    def balanced(self) -> bool:
-        """All ranks are about equally busy, in both directions."""
-        both = (*self.into, *self.out_of)
-        return max(both) <= BALANCED * min(both)
-
-    @property
     def under_ceiling(self) -> float:
-        """The bytes that the ceiling limits: of the busiest rank if ``balanced``, else of the mean rank.
+        """The bytes that the ceiling limits: of the busiest rank if traffic is balanced, else of the mean rank.
 
         The ceiling was measured with both directions busy, and traffic in one direction may be faster.
         """
-        return self.busiest if self.balanced else sum(self.into) / len(self.into)
+        both = (*self.into, *self.out_of)
+        return self.busiest if max(both) <= BALANCED * min(both) else sum(self.into) / len(self.into)
 
 
 def link_loads(shape: ProfileShape, backend: str, counts: Sequence[RankCounts]) -> list[LinkLoad]:

@@ -9,7 +9,7 @@ busy, as they are when a layer runs. Each kind of transfer is tried in several c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,13 +28,6 @@ ELEMENT = torch.int32
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineCopy:
-    """By copy engine, split over streams, each of which the driver may give an engine of its own."""
-
-    streams: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class KernelCopy:
     """Bytes and warps of a kernel's step, and programs of a multiprocessor; None: one program for each step."""
 
@@ -43,8 +36,9 @@ class KernelCopy:
     programs: int | None = None
 
 
-Transfer = Callable[[EngineCopy | KernelCopy], None]
-ENGINE_COPIES = tuple(EngineCopy(streams=streams) for streams in (1, 2, 4))
+# By copy engine over so many streams, each of which the driver may give an engine of its own; or by kernel.
+Way = int | KernelCopy
+ENGINE_COPIES = (1, 2, 4)
 KERNEL_COPIES = (
     *(KernelCopy(block_bytes=8192, warps=4, programs=programs) for programs in (None, 4, 8, 16)),
     *(KernelCopy(block_bytes=16384, warps=8, programs=programs) for programs in (None, 4, 8)),
@@ -83,41 +77,34 @@ class Link:
         self._elements(self._source, self._group.rank).random_()
         self._streams: list[torch.cuda.Stream] = []
         if workspace.device.type == "cuda":
-            self._streams = [torch.cuda.Stream(workspace.device) for _ in range(ENGINE_COPIES[-1].streams)]
+            self._streams = [torch.cuda.Stream(workspace.device) for _ in range(max(ENGINE_COPIES))]
         workspace.publish()
 
-    def pull(self, way: EngineCopy | KernelCopy) -> None:
-        """The next rank's source to this rank's target."""
-        self._move(self._neighbour(1), self._group.rank, way)
-
-    def push(self, way: EngineCopy | KernelCopy) -> None:
-        """This rank's source to the next rank's target."""
-        self._move(self._group.rank, self._neighbour(1), way)
-
-    def check_pulled(self, what: str) -> None:
-        """Clear this rank's target. Raises ``AssertionError`` unless it held the next rank's source."""
-        self._check(self._neighbour(1), what)
-
-    def check_pushed(self, what: str) -> None:
-        """Clear this rank's target. Raises ``AssertionError`` unless it held the previous rank's source."""
-        self._check(self._neighbour(-1), what)
-
-    def _neighbour(self, step: int) -> int:
-        return (self._group.rank + step) % self._group.world_size
-
-    def _elements(self, buffer: SharedBuffer, rank: int) -> Tensor:
-        return buffer.rows(rank, (self.nbytes // ELEMENT.itemsize,), ELEMENT)
-
-    def _move(self, source: int, target: int, way: EngineCopy | KernelCopy) -> None:
+    def move(self, source: int, target: int, way: Way) -> None:
+        """The source of rank ``source`` to the target of rank ``target``, one of which is this rank."""
         source_N, target_N = self._elements(self._source, source), self._elements(self._target, target)
-        if isinstance(way, EngineCopy):
-            self._copy(source_N, target_N, way.streams)
+        if isinstance(way, int):
+            self._copy(source_N, target_N, streams=way)
             return
         device, blocks = self._workspace.device, self.nbytes // way.block_bytes
         programs = blocks if way.programs is None else min(blocks, way.programs * multiprocessors(device))
         addresses = (self._source.addresses, self._target.addresses)
         constants = {"BLOCK": way.block_bytes // ELEMENT.itemsize, "num_warps": way.warps}
         launch(copy_peer_kernel, (programs,), *addresses, source, target, source_N, blocks, device=device, **constants)
+
+    def check(self, sender: int, what: str) -> None:
+        """Clear this rank's target. Raises ``AssertionError`` unless it held the source of rank ``sender``."""
+        self._workspace.publish()
+        target_N = self._elements(self._target, self._group.rank)
+        arrived = torch.equal(target_N, self._elements(self._source, sender))
+        # No rank may begin the next transfer before all have compared and cleared.
+        self._workspace.fence()
+        target_N.zero_()
+        self._workspace.fence()
+        expect(arrived, f"{self._group}: link: {what}: what arrived is not what rank {sender} sent")
+
+    def _elements(self, buffer: SharedBuffer, rank: int) -> Tensor:
+        return buffer.rows(rank, (self.nbytes // ELEMENT.itemsize,), ELEMENT)
 
     def _copy(self, source_N: Tensor, target_N: Tensor, streams: int) -> None:
         if not self._streams:
@@ -131,16 +118,6 @@ class Link:
         for stream in chosen:
             current.wait_stream(stream)
 
-    def _check(self, sender: int, what: str) -> None:
-        self._workspace.publish()
-        target_N = self._elements(self._target, self._group.rank)
-        arrived = torch.equal(target_N, self._elements(self._source, sender))
-        # No rank may begin the next transfer before all have compared and cleared.
-        self._workspace.fence()
-        target_N.zero_()
-        self._workspace.fence()
-        expect(arrived, f"{self._group}: link: {what}: what arrived is not what rank {sender} sent")
-
 
 def link_ceilings(workspace: Workspace, nbytes: int, seconds: Stopwatch) -> LinkCeilings | None:
     """Collective. The ceilings for transfers of ``nbytes``; None on one rank.
@@ -149,17 +126,18 @@ def link_ceilings(workspace: Workspace, nbytes: int, seconds: Stopwatch) -> Link
     """
     if workspace.group.world_size == 1:
         return None
-    link = Link(workspace, nbytes)
+    link, own, ranks = Link(workspace, nbytes), workspace.group.rank, workspace.group.world_size
+    following, previous = (own + 1) % ranks, (own - 1) % ranks
 
-    def best(move: Transfer, check: Callable[[str], None], ways: Sequence[EngineCopy | KernelCopy], what: str) -> float:
+    def best(what: str, source: int, target: int, ways: Sequence[Way]) -> float:
         for way in ways:
-            move(way)
-            check(what)
-        return nbytes / min(seconds(partial(move, way)) for way in ways)
+            link.move(source, target, way)
+            link.check(source if target == own else previous, what)
+        return nbytes / min(seconds(partial(link.move, source, target, way)) for way in ways)
 
     return LinkCeilings(
-        copy_engine_in=best(link.pull, link.check_pulled, ENGINE_COPIES, "copy engine in"),
-        copy_engine_out=best(link.push, link.check_pushed, ENGINE_COPIES, "copy engine out"),
-        read=best(link.pull, link.check_pulled, KERNEL_COPIES, "kernel reads"),
-        write=best(link.push, link.check_pushed, KERNEL_COPIES, "kernel writes"),
+        copy_engine_in=best("copy engine in", following, own, ENGINE_COPIES),
+        copy_engine_out=best("copy engine out", own, following, ENGINE_COPIES),
+        read=best("kernel reads", following, own, KERNEL_COPIES),
+        write=best("kernel writes", own, following, KERNEL_COPIES),
     )

@@ -65,6 +65,13 @@ def this_machine(device: torch.device) -> Machine:
 
 def environment(device: torch.device, world_size: int, named_commit: str | None, command: str) -> dict[str, Any]:
     """The machine of a run as JSON. command: how to run it again."""
+    gpus, note = torch.cuda.device_count(), None
+    if device.type != "cuda":
+        note = "on the CPU: the times mean nothing for GPUs"
+    elif world_size > gpus:
+        note = f"{world_size} ranks took turns on {gpus} GPUs: the times mean nothing for a GPU each"
+    elif world_size == FLATTERED_WORLD_SIZE:
+        note = TWO_GPUS_NOTE
     return {
         **asdict(this_machine(device)),
         "processor": processor(),
@@ -73,7 +80,7 @@ def environment(device: torch.device, world_size: int, named_commit: str | None,
         "commit": named_commit or commit(),
         "command": command,
         "date": date_now(),
-        "note": _note(device.type == "cuda", world_size),
+        "note": note,
     }
 
 
@@ -85,7 +92,7 @@ def command_of(world_size: int, words: str, arguments: Sequence[str]) -> str:
 
 
 def date_now() -> str:
-    """UTC, in ISO format, to the second."""
+    """UTC, ISO format."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
@@ -159,12 +166,3 @@ def output_of(*words: str) -> str:
         return subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=True).stdout
     except (subprocess.SubprocessError, OSError, UnicodeDecodeError):
         return ""
-
-
-def _note(on_gpu: bool, world_size: int) -> str | None:
-    if not on_gpu:
-        return "on the CPU: the times mean nothing for GPUs"
-    gpus = torch.cuda.device_count()
-    if world_size > gpus:
-        return f"{world_size} ranks took turns on {gpus} GPUs: the times mean nothing for a GPU each"
-    return TWO_GPUS_NOTE if world_size == FLATTERED_WORLD_SIZE else None

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from sonic_ep.api import ExpertParallel
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig
 from sonic_ep.cost import RankCounts, rank_counts
 from sonic_ep.plan import NO_ROW, ROUTING_FIELDS, RoutingPlan
+from sonic_ep.profiler.agreement import in_step
 from sonic_ep.profiler.measuring import TimedWork
 from sonic_ep.profiler.report import COMBINE, DISPATCH, EVERY_PAIR, PLAN, ProfileShape
 from sonic_ep.profiler.verification import assert_bitwise, expect
@@ -33,8 +33,8 @@ class Lanes:
 
     @property
     def first(self) -> ExpertParallel:
-        """One of them, for what does not depend on the mode."""
-        return next(iter(self.dispatch.values()))
+        """For what does not depend on the mode."""
+        return self.dispatch[DispatchMode.ALL_GATHER]
 
 
 @contextmanager
@@ -43,50 +43,59 @@ def open_lanes(ep: ExpertParallel, backend: str, config: EPConfig, capacity: int
 
     config: the flags. ``max_rows`` is left out: a profile must not fail where a layer would not.
     """
-    group = ep.group.process_group
-    dispatch: dict[DispatchMode, ExpertParallel] = {}
-    combine: dict[CombineMode, ExpertParallel] = {}
     with ExitStack() as opened:
-        for dispatch_mode, combine_mode in zip(DispatchMode, CombineMode, strict=True):
-            modes = replace(config, dispatch=dispatch_mode, combine=combine_mode, max_rows=None)
-            lane = opened.enter_context(ExpertParallel(group, backend, modes, max_tokens_per_rank=capacity))
-            dispatch[dispatch_mode] = combine[combine_mode] = lane
-        yield Lanes(dispatch=MappingProxyType(dispatch), combine=MappingProxyType(combine))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ProfileTokens:
-    """Random tokens of this rank: ids (T, K) int64, x (T, H), scores (T, K) fp32."""
-
-    ids_TK: Tensor
-    x_TH: Tensor
-    scores_TK: Tensor
-
-    @staticmethod
-    def of(ids_TK: Tensor, shape: ProfileShape, rank: int) -> ProfileTokens:
-        """Around ``ids_TK``, on its device."""
-        device, sizes = ids_TK.device, (ids_TK.shape[0], shape.hidden)
-        x_TH = torch.randn(sizes, generator=_generator(device, X_SEED + rank), device=device)
-        scores_TK = torch.rand(ids_TK.shape, generator=_generator(device, SCORES_SEED + rank), device=device)
-        return ProfileTokens(ids_TK=ids_TK, x_TH=x_TH.to(shape.row_dtype), scores_TK=scores_TK + 0.05)
-
-
-def draw_rows(plan: RoutingPlan, shape: ProfileShape) -> Tensor:
-    """Normally distributed rows (R, H) of this rank's experts, NaN after the valid ones."""
-    device = plan.slot_of_row.device
-    rows_RH = torch.full((plan.row_capacity, shape.hidden), float("nan"), dtype=shape.row_dtype, device=device)
-    rows_RH[: plan.rows()].normal_(generator=_generator(device, ROWS_SEED + plan.rank))
-    return rows_RH
+        lanes = []
+        for dispatch, combine in zip(DispatchMode, CombineMode, strict=True):
+            modes = replace(config, dispatch=dispatch, combine=combine, max_rows=None)
+            lane = ExpertParallel(ep.group.process_group, backend, modes, max_tokens_per_rank=capacity)
+            lanes.append(opened.enter_context(lane))
+        yield Lanes(
+            dispatch=dict(zip(DispatchMode, lanes, strict=True)), combine=dict(zip(CombineMode, lanes, strict=True))
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ProfileInputs:
-    """What works read. plan: of ``tokens``. rows (R, H): of experts, drawn apart so that a token's rows differ."""
+    """Random inputs of this rank: ids (T, K) int64, x (T, H), scores (T, K) fp32, the plan of the ids, rows (R, H).
 
-    tokens: ProfileTokens
+    Rows are drawn apart, so that those of one token differ, and NaN after the valid ones.
+    """
+
     num_experts: int
+    ids_TK: Tensor
+    x_TH: Tensor
+    scores_TK: Tensor
     plan: RoutingPlan
     rows_RH: Tensor
+
+    @staticmethod
+    def drawn(draw_ids: Callable[[], Tensor], shape: ProfileShape, lane: ExpertParallel) -> ProfileInputs:
+        """Collective. Around the ids of ``draw_ids``, on their device; an error in drawing is one on every rank."""
+        dtype, rank = shape.row_dtype, lane.rank
+
+        def tokens() -> tuple[Tensor, Tensor, Tensor]:
+            ids_TK = draw_ids()
+            device, sizes = ids_TK.device, (ids_TK.shape[0], shape.hidden)
+            x_TH = torch.randn(sizes, generator=_generator(device, X_SEED + rank), device=device)
+            scores_TK = torch.rand(ids_TK.shape, generator=_generator(device, SCORES_SEED + rank), device=device)
+            return ids_TK, x_TH.to(dtype), scores_TK + 0.05
+
+        ids_TK, x_TH, scores_TK = in_step(lane.group, tokens)
+        plan = lane.plan(ids_TK, shape.num_experts)
+
+        def rows() -> Tensor:
+            rows_RH = torch.full((plan.row_capacity, shape.hidden), float("nan"), dtype=dtype, device=ids_TK.device)
+            rows_RH[: plan.rows()].normal_(generator=_generator(ids_TK.device, ROWS_SEED + rank))
+            return rows_RH
+
+        return ProfileInputs(
+            num_experts=shape.num_experts,
+            ids_TK=ids_TK,
+            x_TH=x_TH,
+            scores_TK=scores_TK,
+            plan=plan,
+            rows_RH=in_step(lane.group, rows),
+        )
 
     @contextmanager
     def changed(self) -> Iterator[None]:
@@ -98,28 +107,14 @@ class ProfileInputs:
             self._change(-1)
 
     def _change(self, step: int) -> None:
-        ids_TK = self.tokens.ids_TK
-        ids_TK.copy_(((ids_TK + step) % self.num_experts).where(ids_TK >= 0, NO_ROW))
-        self.tokens.x_TH.neg_()
+        self.ids_TK.copy_(((self.ids_TK + step) % self.num_experts).where(self.ids_TK >= 0, NO_ROW))
+        self.x_TH.neg_()
         self.rows_RH.neg_()
 
-    def plan_by(self, lane: ExpertParallel) -> RoutingPlan:
-        """Collective. The plan of the ids."""
-        return lane.plan(self.tokens.ids_TK, self.num_experts)
-
-    def dispatch_by(self, lane: ExpertParallel) -> Tensor:
-        """Collective. x, dispatched."""
-        return lane.dispatch(self.tokens.x_TH, self.plan)
-
-    def combine_by(self, lane: ExpertParallel) -> Tensor:
-        """Collective. ``rows_RH``, combined."""
-        return lane.combine(self.rows_RH, self.tokens.scores_TK, self.plan)
-
-    def round_trip_by(self, dispatch: ExpertParallel, combine: ExpertParallel) -> Tensor:
+    def round_trip(self, dispatch: ExpertParallel, combine: ExpertParallel) -> Tensor:
         """Collective. Plan, dispatch and combine of x."""
-        plan = self.plan_by(dispatch)
-        rows_RH = dispatch.dispatch(self.tokens.x_TH, plan)
-        return combine.combine(rows_RH, self.tokens.scores_TK, plan)
+        plan = dispatch.plan(self.ids_TK, self.num_experts)
+        return combine.combine(dispatch.dispatch(self.x_TH, plan), self.scores_TK, plan)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -134,12 +129,12 @@ class Answers:
     @staticmethod
     def of(inputs: ProfileInputs, lanes: Lanes) -> Answers:
         """Collective. lanes: of the reference, with exact sizes."""
-        tokens, lane = inputs.tokens, lanes.dispatch[DispatchMode.ALL_TO_ALL]
-        plan = inputs.plan_by(lane)
-        rows_of_x = lane.dispatch(tokens.x_TH, plan)
+        lane = lanes.dispatch[DispatchMode.ALL_TO_ALL]
+        plan = lane.plan(inputs.ids_TK, inputs.num_experts)
+        rows_of_x = lane.dispatch(inputs.x_TH, plan)
 
         def sums(rows_RH: Tensor) -> Mapping[CombineMode, Tensor]:
-            return {mode: lane.combine(rows_RH, tokens.scores_TK, plan) for mode, lane in lanes.combine.items()}
+            return {mode: lane.combine(rows_RH, inputs.scores_TK, plan) for mode, lane in lanes.combine.items()}
 
         rows_RH = inputs.rows_RH[: plan.rows()]
         return Answers(plan=plan, rows_of_x=rows_of_x, sums=sums(rows_RH), round_trips=sums(rows_of_x))
@@ -178,19 +173,23 @@ def works_of(inputs: ProfileInputs, lanes: Lanes, answers: Answers) -> list[Time
     def sums(expected: Tensor) -> Callable[[Tensor], None]:
         return partial(assert_bitwise, expected=expected, name="sums")
 
-    plan = work(PLAN, partial(inputs.plan_by, lanes.first), answers.check_plan)
+    plan = work(PLAN, partial(lanes.first.plan, inputs.ids_TK, inputs.num_experts), answers.check_plan)
     dispatches = [
-        work(f"{DISPATCH} by {mode.value}", partial(inputs.dispatch_by, lane), answers.check_rows)
+        work(f"{DISPATCH} by {mode.value}", partial(lane.dispatch, inputs.x_TH, inputs.plan), answers.check_rows)
         for mode, lane in lanes.dispatch.items()
     ]
     combines = [
-        work(f"{COMBINE} by {mode.value}", partial(inputs.combine_by, lane), sums(answers.sums[mode]))
+        work(
+            f"{COMBINE} by {mode.value}",
+            partial(lane.combine, inputs.rows_RH, inputs.scores_TK, inputs.plan),
+            sums(answers.sums[mode]),
+        )
         for mode, lane in lanes.combine.items()
     ]
     pairs = [
         work(
             f"{DISPATCH} by {dispatch.value} and {COMBINE} by {combine.value}",
-            partial(inputs.round_trip_by, lanes.dispatch[dispatch], lanes.combine[combine]),
+            partial(inputs.round_trip, lanes.dispatch[dispatch], lanes.combine[combine]),
             sums(answers.round_trips[combine]),
         )
         for dispatch, combine in EVERY_PAIR

@@ -23,7 +23,7 @@ from sonic_ep.profiler.cache import DEFAULT_FOLDER, Cache
 from sonic_ep.profiler.choice import link_loads, mode_times, pick, require_answer
 from sonic_ep.profiler.machine import Machine, commit, date_now, this_machine
 from sonic_ep.profiler.measuring import Stage, TimedWork
-from sonic_ep.profiler.problem import Answers, ProfileInputs, ProfileTokens, draw_rows, open_lanes, works_of
+from sonic_ep.profiler.problem import Answers, ProfileInputs, open_lanes, works_of
 from sonic_ep.profiler.report import EVERY_PAIR, REFERENCE, Origin, PairTime, ProfileReport, Spread, whole_numbers
 from sonic_ep.profiler.request import GroupRequest, ProfileRequest, RequestSummary, require_rates
 from sonic_ep.profiler.timing import AboveCeilingError, RoundTimer, Timing
@@ -160,21 +160,16 @@ class NetworkProfiler:
         """Collective. Draw inputs, get the reference's answers, and time all works."""
         group, config, shape, device = self._ep.group, self._ep.config, agreed.shape, request.device
 
-        def draw_tokens() -> ProfileTokens:
-            return ProfileTokens.of(request.draw_ids(group.rank, group.world_size), shape, group.rank)
-
-        tokens = in_step(group, draw_tokens)
+        draw_ids = partial(request.draw_ids, group.rank, group.world_size)
         with open_lanes(self._ep, self._ep.backend, config, shape.capacity) as lanes:
-            plan = lanes.first.plan(tokens.ids_TK, shape.num_experts)
-            rows_RH = in_step(group, lambda: draw_rows(plan, shape))
-            inputs = ProfileInputs(tokens=tokens, num_experts=shape.num_experts, plan=plan, rows_RH=rows_RH)
+            inputs = ProfileInputs.drawn(draw_ids, shape, lanes.first)
             with open_lanes(self._ep, REFERENCE, replace(config, cpu_sync_on_runtime=True), shape.capacity) as exact:
                 answers = Answers.of(inputs, exact)
             # A read on the host cannot be captured, and the reference reads everywhere.
             captures = device.type == "cuda" and self._ep.backend != REFERENCE and not config.cpu_sync_on_runtime
             stage = Stage(
                 timer=RoundTimer(group=group, device=device, fence=partial(lanes.first.meet, device)),
-                as_graphs=captures and rows_RH.nbytes <= MOST_BYTES_OF_GRAPHS,
+                as_graphs=captures and inputs.rows_RH.nbytes <= MOST_BYTES_OF_GRAPHS,
             )
             return self._timings(stage, works_of(inputs, lanes, answers)), answers
 

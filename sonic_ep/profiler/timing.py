@@ -161,21 +161,11 @@ def keep_busy(device: torch.device, seconds: float = BUSY_SECONDS) -> None:
         torch.cuda._sleep(int(seconds * CYCLES_PER_SECOND))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Captured:
-    """A function in a CUDA graph. A call replays it and returns ``result``, which every replay overwrites."""
+def captured(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """``function`` in a CUDA graph: a call replays it and returns its result, which every replay overwrites.
 
-    graph: torch.cuda.CUDAGraph
-    result: Any
-
-    def __call__(self) -> Any:
-        """Replay."""
-        self.graph.replay()
-        return self.result
-
-
-def captured(function: Callable[[], Any], device: torch.device) -> Captured:
-    """``function`` in a CUDA graph, after a few calls on a side stream. All ranks capture collective work together."""
+    Called a few times first, on a side stream. All ranks capture collective work together.
+    """
     current = torch.cuda.current_stream(device)
     side = torch.cuda.Stream(device)
     side.wait_stream(current)
@@ -187,4 +177,9 @@ def captured(function: Callable[[], Any], device: torch.device) -> Captured:
     # Other threads, NCCL's watchdog for one, may query the driver meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = function()
-    return Captured(graph=graph, result=result)
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
