@@ -29,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     output: Path = options.output
-    folder: Path = options.png_folder or output.with_name(f"{output.stem}_png")
     try:
         _check(output, options.files)
-        documents = load(options.files)
+        folder: Path = options.png_folder or output.with_name(f"{output.stem}_png")
+        documents, passed_over = load(options.files)
         figures = write_report(documents, output, folder)
     except ValueError as error:
         print(f"report: {error}", file=sys.stderr)
@@ -40,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"report: {error}", file=sys.stderr)
         return 1
-    for name in documents.passed_over:
+    for name in passed_over:
         print(f"{name}: passed over, it records no times")
-    print(f"{output}: {len(documents.everything)} files, {len(figures)} figures, also as PNG in {folder}")
+    print(f"{output}: {len(documents)} files, {figures} figures, also as PNG in {folder}")
     return 0
 
 

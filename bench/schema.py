@@ -5,18 +5,16 @@ Times are in microseconds, rates in GB/s, sizes in bytes. Fields that older docu
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Hashable, Iterable
 from pathlib import Path
-from reprlib import Repr
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct, field
+from msgspec.structs import replace
 
-from sonic_ep.config import AUTO, CombineMode, DispatchMode, EPConfig, ModePair
+from sonic_ep.config import CombineMode, DispatchMode, EPConfig, ModePair
 from sonic_ep.cost import Rates
 from sonic_ep.profiler import ProfileReport
 
@@ -31,14 +29,11 @@ Experts = Annotated[int, Meta(ge=1, le=2**16)]
 Number = Annotated[float, Meta(ge=0, le=MOST)]
 # Quotients of two such numbers are finite.
 Positive = Annotated[float, Meta(ge=1e-9, le=MOST)]
-Difference = Annotated[float, Meta(ge=-MOST, le=MOST)]
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Routing = Literal["uniform", "skewed", "one_rank", "given"]
 
 BYTES_OF_DTYPE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 GIGA = 1e9
-IDS_TO_ROWS = "ids to combined rows"
-LETTERS_OF_VALUE = 60
 
 
 class Record(Struct, frozen=True, kw_only=True):
@@ -46,10 +41,7 @@ class Record(Struct, frozen=True, kw_only=True):
 
 
 class Environment(Record, frozen=True, kw_only=True):
-    """The machine, the versions and the command of one run; None where unknown. code: digest of the package's source.
-
-    gpus: how many one process sees.
-    """
+    """The machine, the versions and the command of one run. gpus: of one process. code: digest of the source."""
 
     gpu: str | None = None
     gpus: CountOrZero
@@ -85,10 +77,9 @@ class RatesRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
 
     def for_costs(self) -> Rates | None:
         """In bytes/s; None unless every rate that ``sonic_ep.cost`` takes is known."""
-        engine, read, write, memory = self.copy_engine_in, self.read, self.write, self.memory
-        if engine is None or read is None or write is None or memory is None:
-            return None
-        return Rates(copy_engine=engine * GIGA, link_read=read * GIGA, link_write=write * GIGA, memory=memory * GIGA)
+        named = {"copy_engine": self.copy_engine_in, "link_read": self.read, "link_write": self.write}
+        known = {name: rate * GIGA for name, rate in {**named, "memory": self.memory}.items() if rate is not None}
+        return Rates(**known) if len(known) == 4 else None
 
 
 class Document(Record, frozen=True, kw_only=True, omit_defaults=True, eq=False, tag_field="kind"):
@@ -101,7 +92,7 @@ class Document(Record, frozen=True, kw_only=True, omit_defaults=True, eq=False, 
     @property
     def kind(self) -> str:
         """The value of ``kind`` in JSON."""
-        return str(type(self).__struct_config__.tag)
+        return str(self.__struct_config__.tag)
 
 
 class Times(Record, frozen=True, kw_only=True):
@@ -115,10 +106,8 @@ class Times(Record, frozen=True, kw_only=True):
     max_us: Positive
 
     def __post_init__(self) -> None:
-        ascending = ("min_us", "p10_us", "median_us", "p90_us", "max_us")
-        for lower, upper in pairwise(ascending):
-            least, got = getattr(self, lower), getattr(self, upper)
-            _require(got >= least, f"Expected `{upper}` >= `{lower}`, {least}, got {got}")
+        found = [self.min_us, self.p10_us, self.median_us, self.p90_us, self.max_us]
+        _require(found == sorted(found), f"Expected min, p10, median, p90 and max to ascend, got {found}")
 
     @property
     def spread_percent(self) -> float:
@@ -137,8 +126,7 @@ class ShapeRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
     dtype: Dtype
 
     def __post_init__(self) -> None:
-        sizes = f"T={self.tokens}, H={self.hidden}"
-        _require(self.rank_bytes <= MOST, f"Expected T*H elements of at most {MOST} bytes, got {sizes}")
+        _require(self.rank_bytes <= MOST, f"Expected T*H elements of at most {MOST} bytes, got {self}")
 
     @property
     def rank_bytes(self) -> int:
@@ -151,10 +139,7 @@ class ShapeRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Baseline(Record, frozen=True, kw_only=True):
-    """What a suite compares an entry with, and the entry's time over its.
-
-    measured_us: other work timed in turn with the entry; link_us: what bytes take beside it; sum_us: both.
-    """
+    """What an entry is compared with: work timed in turn with it, and bytes beside it. ratio: the entry over both."""
 
     what: str
     measured_us: Number | None = None
@@ -164,10 +149,7 @@ class Baseline(Record, frozen=True, kw_only=True):
 
 
 class Entry(Times, frozen=True, kw_only=True, omit_defaults=True):
-    """One line of a suite. floor_us: what the link or the memory needs at its measured rate, named by ``floor_by``.
-
-    threshold: what the median is held against, in words.
-    """
+    """One line of a suite. floor_us: what the link or the memory needs. threshold: what the median is held against."""
 
     name: str
     how: str
@@ -203,22 +185,20 @@ class ProfileShapeRecord(Record, frozen=True, kw_only=True):
     routing: Routing
 
     def __str__(self) -> str:
-        tokens = str(self.tokens[0]) if len(set(self.tokens)) == 1 else "/".join(map(str, self.tokens))
+        tokens = "/".join(map(str, self.tokens if len(set(self.tokens)) > 1 else self.tokens[:1]))
         sizes = f"T={tokens}, H={self.hidden}, E={self.num_experts}, K={self.top_k}"
         return f"{sizes}, {self.dtype}, {self.routing} routing"
 
 
 class ModeTimes(Times, frozen=True, kw_only=True):
-    """One mode alone; mode: empty for the plan. link_bytes: over the link into the busiest rank.
-
-    percent: of the ceiling; traffic one way alone may pass a ceiling measured both ways.
-    """
+    """One mode alone. mode: empty for the plan. link_bytes: over the link into the busiest rank."""
 
     kind: Literal["plan", "dispatch", "combine"]
     mode: str
     link_bytes: Number
     gb_per_s: Number | None = None
     ceiling: str | None = None
+    # Traffic one way alone may pass a ceiling that was measured both ways.
     percent: Annotated[float, Meta(ge=0, le=2 * MOST_PERCENT)] | None = None
 
     def __post_init__(self) -> None:
@@ -228,11 +208,11 @@ class ModeTimes(Times, frozen=True, kw_only=True):
 
 
 class PairTimes(Times, frozen=True, kw_only=True, omit_defaults=True):
-    """Both modes together, in a pass of the layer or from ids to combined rows; how: the way it was launched."""
+    """Both modes together. pass_name: of the layer, or the path without experts. how: the way it was launched."""
 
     dispatch: DispatchMode
     combine: CombineMode
-    pass_name: str = field(name="pass", default=IDS_TO_ROWS)
+    pass_name: str = field(name="pass", default="ids to combined rows")
     how: str | None = None
 
     @property
@@ -249,9 +229,6 @@ def pair_name(pair: ModePair) -> str:
     return f"{pair.dispatch.value} + {pair.combine.value}"
 
 
-Pairs = Annotated[tuple[PairTimes, ...], Meta(min_length=1)]
-
-
 class Settings(Record, frozen=True, kw_only=True):
     """Modes, which may be "auto", and flags."""
 
@@ -262,9 +239,8 @@ class Settings(Record, frozen=True, kw_only=True):
     max_rows: Count | None = None
 
     def __post_init__(self) -> None:
-        for mode, modes in ((self.dispatch, DispatchMode), (self.combine, CombineMode)):
-            names = [AUTO, *(each.value for each in modes)]
-            _require(mode in names, f"Expected one of {', '.join(names)}, got {mode!r}")
+        # Raises where a mode is none.
+        EPConfig(dispatch=self.dispatch, combine=self.combine)
 
     @staticmethod
     def of(config: EPConfig) -> Settings:
@@ -274,24 +250,24 @@ class Settings(Record, frozen=True, kw_only=True):
     def named(self, redispatch: str = "redispatch_x_in_backward", cpu_sync: str = "cpu_sync_on_runtime") -> str:
         """Both modes and the flags that are set, by these names."""
         flags = {redispatch: self.redispatch_x_in_backward, cpu_sync: self.cpu_sync_on_runtime}
-        bound = [] if self.max_rows is None else [f"max_rows={self.max_rows}"]
-        return ", ".join([f"{self.dispatch} + {self.combine}", *(name for name, on in flags.items() if on), *bound])
+        flags |= {f"max_rows={self.max_rows}": self.max_rows is not None}
+        return ", ".join([f"{self.dispatch} + {self.combine}", *(name for name, on in flags.items() if on)])
 
 
 class Profile(Record, frozen=True, kw_only=True):
     """What the profiler measured and chose."""
 
+    rates_gb_per_s: RatesRecord = RatesRecord()
     shape: ProfileShapeRecord
     backend: str
     ranks_per_gpu: Count | None = None
     modes: Annotated[tuple[ModeTimes, ...], Meta(min_length=1)]
-    pairs: Pairs
+    pairs: Annotated[tuple[PairTimes, ...], Meta(min_length=1)]
     config: Settings
-    rates_gb_per_s: RatesRecord = RatesRecord()
 
     def __post_init__(self) -> None:
         _require_distinct((mode.kind, mode.mode) for mode in self.modes)
-        _require_distinct((pair.dispatch.value, pair.combine.value) for pair in self.pairs)
+        _require_distinct(map(str, self.pairs))
 
     @staticmethod
     def of(report: ProfileReport) -> Profile:
@@ -300,7 +276,7 @@ class Profile(Record, frozen=True, kw_only=True):
 
 
 class ProfileDocument(Document, frozen=True, kw_only=True, tag="profile", eq=False):
-    """A file of ``ProfileReport.as_json``, which has the fields of the profile at the top; ``parse`` nests them."""
+    """A file of ``ProfileReport.as_json``, which has the fields of the profile at the top; reading nests them."""
 
     profile: Profile
 
@@ -320,20 +296,15 @@ class SetupRecord(Record, frozen=True, kw_only=True):
     backend: str
 
     def __post_init__(self) -> None:
-        self.rank_shape  # noqa: B018  raises where T*H is out of range
+        # Raises where T*H is too large.
+        _ = self.rank_shape
 
     @property
     def rank_shape(self) -> ShapeRecord:
         """With the tokens of one rank, rounded up."""
-        tokens, hidden, intermediate, num_experts, top_k = self.thiek
-        return ShapeRecord(
-            tokens=-(-tokens // self.world_size),
-            hidden=hidden,
-            intermediate=intermediate,
-            num_experts=num_experts,
-            top_k=top_k,
-            dtype=self.dtype,
-        )
+        t, h, i, e, k = self.thiek
+        tokens = -(-t // self.world_size)
+        return ShapeRecord(tokens=tokens, hidden=h, intermediate=i, num_experts=e, top_k=k, dtype=self.dtype)
 
 
 class AccuracyRecord(Record, frozen=True, kw_only=True):
@@ -372,8 +343,7 @@ class Derived(Record, frozen=True, kw_only=True):
     """What follows from the times of one pass; ratios: the layer's time over that of what they name."""
 
     pass_name: str = field(name="pass")
-    # A difference of two medians may be negative.
-    exposed_communication_us: Difference | None = None
+    exposed_communication_us: float | None = None
     link_us: Number | None = None
     over_gemms: Number | None = None
     over_gemms_and_link: Number | None = None
@@ -409,20 +379,20 @@ class Layer(Document, frozen=True, kw_only=True, tag="layer", eq=False):
 class Point(Record, frozen=True, kw_only=True):
     """One shape and routing of a sweep. picked: by the profiler; predicted: by the cost rule.
 
-    pairs: the layer end to end. over_best, predicted_over_best: by pass, the choice's median over the best pair's.
+    over_best, predicted_over_best: by pass, the layer's median with that pair over the best pair's.
     """
 
     shape: ShapeRecord
     routing: Routing
     profile: Profile
-    pairs: Pairs
+    pairs: Annotated[tuple[PairTimes, ...], Meta(min_length=1)]
     picked: ModePair
     predicted: ModePair
     over_best: dict[str, Number | None]
     predicted_over_best: dict[str, Number | None]
 
     def __post_init__(self) -> None:
-        _require_distinct((pair.dispatch.value, pair.combine.value, pair.pass_name) for pair in self.pairs)
+        _require_distinct(f"{pair}, {pair.pass_name}" for pair in self.pairs)
 
     def fastest(self, pass_name: str) -> list[PairTimes]:
         """The pairs timed in a pass, the fastest first."""
@@ -439,80 +409,14 @@ class Untimed(Document, frozen=True, kw_only=True, tag="untimed", eq=False):
     """What a soak or a run of the property tests checked: all but where it ran is for other readers."""
 
 
-KINDS: dict[str, type[Document]] = {
-    "suite": Suite,
-    "profile": ProfileDocument,
-    "layer": Layer,
-    "sweep": Sweep,
-    "properties": Untimed,
-    "soak": Untimed,
-}
+KINDS: dict[str, type[Document]] = {"suite": Suite, "profile": ProfileDocument, "layer": Layer, "sweep": Sweep}
+KINDS |= {"soak": Untimed, "properties": Untimed}
 
 
 def write(document: Document, path: Path) -> None:
     """As JSON; makes folders. Raises ``OSError``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n")
-
-
-def read(path: Path, name: str | None = None) -> Document:
-    """The document in a file; its ``file`` is ``name``, or the file's name.
-
-    Raises ``ValueError`` that names file, field, what was expected and what was got.
-    """
-    try:
-        found = printable(msgspec.json.decode(path.read_bytes()))
-    except OSError as error:
-        raise ValueError(f"{path}: expected a readable file: {error.strerror or error}") from None
-    except (ValueError, msgspec.DecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from None
-    return parse(found, name or path.name)
-
-
-def parse(found: Any, name: str) -> Document:
-    """The document in a decoded JSON value. Raises ``ValueError`` as ``read`` does."""
-    if not isinstance(found, dict):
-        raise ValueError(f"{name}: expected a JSON object, got {_short(found)}")
-    # The first suites did not write their kind.
-    kind = found.get("kind", "suite" if "entries" in found else None)
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"{name}: kind: expected one of {', '.join(KINDS)}, got {_short(kind)}")
-    form = KINDS[kind]
-    nested = {"profile": found} if form is ProfileDocument else {}
-    whole = {**found, **nested, "kind": form.__struct_config__.tag, "file": name}
-    try:
-        return msgspec.convert(whole, form)
-    except msgspec.ValidationError as error:
-        got = _at(whole, str(error).rpartition("`$")[2].rstrip("`"))
-        raise ValueError(f"{name}: {error}, got {_short(got)}") from None
-
-
-def printable(value: Any) -> Any:
-    r"""A JSON value whose strings hold no control characters or marks of direction; whitespace becomes a space.
-
-    >>> printable({"a\n": ["b\x00", 1, None]})
-    {'a ': ['b�', 1, None]}
-    """
-    if isinstance(value, str):
-        return "".join(letter if letter.isprintable() else " " if letter.isspace() else "\ufffd" for letter in value)
-    if isinstance(value, list):
-        return [printable(each) for each in value]
-    return {printable(name): printable(each) for name, each in value.items()} if isinstance(value, dict) else value
-
-
-def _at(value: Any, path: str) -> Any:
-    """What stands at a path of msgspec; the object around it where the path does not name a key."""
-    for key, place in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", path):
-        if place == "...":
-            return value
-        value = value[int(place)] if place else value[key]
-    return value
-
-
-def _short(value: object) -> str:
-    short = Repr()
-    short.maxstring = short.maxother = LETTERS_OF_VALUE
-    return short.repr(value)
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(replace(document, file="")), indent=2) + b"\n")
 
 
 def _require(holds: bool, message: str) -> None:
@@ -522,5 +426,5 @@ def _require(holds: bool, message: str) -> None:
 
 
 def _require_distinct(found: Iterable[Hashable]) -> None:
-    again: Sequence[Hashable] = [each for each, times in Counter(found).items() if times > 1]
+    again = [each for each, times in Counter(found).items() if times > 1]
     _require(not again, f"Expected every mode and pair once, got {again[:1]} again")

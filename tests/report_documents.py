@@ -2,13 +2,14 @@
 
 import copy
 import json
+import re
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from report_page.load import load
+
 from sonic_ep.config import CombineMode, DispatchMode
-from sonic_ep.report.documents import Documents
-from sonic_ep.report.load import load
 
 DISPATCH = tuple(mode.value for mode in DispatchMode)
 COMBINE = tuple(mode.value for mode in CombineMode)
@@ -138,8 +139,13 @@ def written(folder: Path, **documents: Json) -> list[Path]:
     return paths
 
 
-def loaded(folder: Path, **documents: Json) -> Documents:
-    return load(written(folder, **documents))
+def loaded(folder: Path, **documents: Json) -> list[Any]:
+    return load(written(folder, **documents))[0]
+
+
+def anchors(page: str) -> set[str]:
+    """Ids of its sections."""
+    return set(re.findall(r'<section id="(\w+)"', page))
 
 
 def all_kinds() -> dict[str, Json]:

@@ -1,5 +1,6 @@
 """What the report computes and compares: spread, winners, extrapolation, rows of sizes, names of layers."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from report_documents import (
     DISPATCH,
     RATES,
     Json,
+    anchors,
     document,
     entry,
     layer,
@@ -18,14 +20,14 @@ from report_documents import (
     sweep,
     times,
 )
+from report_page.computed import extrapolations, machines, winner_grids
+from report_page.load import NO_GPU, SHARED, caveats
+from report_page.page import render
+from report_page.selection import bandwidths, labels, longest_row
+from report_page.spread import between_words, measurements, repeated
 
 from sonic_ep.config import CombineMode, DispatchMode
-from sonic_ep.machine import TWO_GPUS_NOTE
-from sonic_ep.report.computed import extrapolations, machines, winner_grids
-from sonic_ep.report.origin import NO_GPU, SHARED, caveats
-from sonic_ep.report.sections import between_words, sections
-from sonic_ep.report.selection import bandwidths, labels, longest_row
-from sonic_ep.report.spread import repeated, within_runs
+from sonic_ep.profiler.machine import TWO_GPUS_NOTE
 
 
 def test_spread_by_hand(tmp_path: Path) -> None:
@@ -34,13 +36,15 @@ def test_spread_by_hand(tmp_path: Path) -> None:
     second = suite(entry("a", 210.0), entry("b", 100.0), entry("c", 100.5), entry("a", 300.0, how="graph"))
     documents = loaded(tmp_path, first=first, second=second)
     again = repeated(documents)
-    assert [found.measured[0].what for found in again] == ["b, queued", "a, queued", "c, queued"]
+    assert [found.what for found in again] == ["b, queued", "a, queued", "c, queued"]
     assert [found.difference_percent for found in again] == pytest.approx([100.0, 5.0, 3.4826], abs=1e-3)
     assert [found.differs for found in again] == [False, True, False]
     assert between_words(again) == ("3 medians are in more than one file. 5% or more apart: 1 of the 2 above 100 µs.")
-    widths = within_runs(loaded(tmp_path, one=suite({**entry("a", 100.0), **times(100.0, wide=0.04)}, entry("b", 9.0))))
-    assert widths[0].typical_percent == pytest.approx(2.5)
-    assert widths[0].widest.times.spread_percent == pytest.approx(4.0)
+    (one,) = loaded(tmp_path, one=suite({**entry("a", 100.0), **times(100.0, wide=0.04)}, entry("b", 9.0)))
+    assert [found.times.spread_percent for found in measurements(one)] == pytest.approx([4.0, 1.0])
+    page = render([one], lambda *_, **__: "")
+    # In the middle of 4 and 1, and the widest.
+    assert '<td class="n">2</td><td class="n">2.50</td><td class="n">4.0</td>' in re.sub(r">\s+<", "><", page)
 
 
 def test_the_time_of_the_host_is_called_so(tmp_path: Path) -> None:
@@ -49,7 +53,7 @@ def test_the_time_of_the_host_is_called_so(tmp_path: Path) -> None:
     first = suite(entry("a", 310.0, "eager"), entry("b", 300.0, "eager"), entry("c", 600.0, "eager"), *rest)
     second = suite(entry("a", 150.0, "eager"), entry("b", 240.0, "eager"), entry("c", 480.0, "eager"), *rest)
     again = repeated(loaded(tmp_path, first=first, second=second))
-    assert [found.measured[0].what for found in again if found.of_host] == ["a, eager", "d, eager"]
+    assert [found.what for found in again if found.of_host] == ["a, eager", "d, eager"]
     assert between_words(again) == (
         "7 medians are in more than one file. 5% or more apart: 3 of the 7 above 100 µs. 1 of these are the host's "
         "time, eager and more than 1.5 times as long as behind other work; all others above 100 µs differ by 25.0% at "
@@ -82,54 +86,53 @@ def test_extrapolation_by_hand(tmp_path: Path) -> None:
     content["rates_gb_per_s"] = {"copy_engine_in": 400, "copy_engine_out": 1, "read": 200, "write": 100, "memory": 2000}
     (found,) = extrapolations(loaded(tmp_path, a=content))
     assert [step.world_size for step in found.steps] == [2, 4, 8]
-    assert found.left_out == (16,)
+    assert found.left_out == [16]
     step = found.steps[1]
     # 1000 tokens of 500 bf16 are 10^6 bytes: 5 us at 200 GB/s, 10 at 100, 2.5 at 400; 2*10^6 bytes of memory 1 us.
-    assert step.dispatch_us[DispatchMode.ALL_TO_ALL] == pytest.approx(0.75 * 5)
-    assert step.dispatch_us[DispatchMode.RANK_DEDUP] == pytest.approx(0.75 * 5 + 1)
-    assert step.dispatch_us[DispatchMode.ALL_GATHER] == pytest.approx(3 * 2.5 + 1)
-    assert step.combine_us[CombineMode.ALL_TO_ALL] == pytest.approx(0.75 * 10)
-    assert step.combine_us[CombineMode.REDUCE_SCATTER] == pytest.approx(3 * 10)
-    assert (step.forward_us, step.forward_and_backward_us) == pytest.approx((11.25, 22.5))
+    assert step.dispatch_us["all_to_all"] == pytest.approx(0.75 * 5)
+    assert step.dispatch_us["rank_dedup"] == pytest.approx(0.75 * 5 + 1)
+    assert step.dispatch_us["all_gather"] == pytest.approx(3 * 2.5 + 1)
+    assert step.combine_us["all_to_all"] == pytest.approx(0.75 * 10)
+    assert step.combine_us["reduce_scatter"] == pytest.approx(3 * 10)
+    assert step.forward_us == pytest.approx(11.25)
 
 
 def test_winners_are_measured_at_the_sweeps_own_world_size_alone(tmp_path: Path) -> None:
     (grid,) = winner_grids(loaded(tmp_path, a=sweep(point(1024, fastest=0), point(4096, fastest=8))))
-    measured = {(cell.world_size, cell.top_k): cell.measured for cell in grid.cells if cell.measured is not None}
-    assert set(measured) == {(2, 8)}
-    won = measured[2, 8]
-    assert (won.shape.tokens, won.best.what) == (4096, "forward and backward")
-    assert (won.best.pair.dispatch, won.best.pair.combine) == (DispatchMode.RANK_DEDUP, CombineMode.RANK_DEDUP)
+    (won,) = [cell for cell in grid.cells if cell.measured]
+    assert (won.world_size, won.top_k, won.point and won.point.shape.tokens) == (2, 8, 4096)
+    assert won.measured[0].pass_name == "forward and backward"
+    assert (won.shown.dispatch, won.shown.combine) == (DispatchMode.RANK_DEDUP, CombineMode.RANK_DEDUP)
     assert {cell.world_size for cell in grid.cells} == {2, 4, 8, 16}
 
 
 def test_bandwidth_keeps_to_one_row_of_sizes(tmp_path: Path) -> None:
     points = [point(2048), point(512), point(512, top_k=2), point(1024, routing="one_rank")]
-    (swept,) = loaded(tmp_path, a=sweep(*points)).sweeps
+    (swept,) = loaded(tmp_path, a=sweep(*points))
     row, fixed = longest_row([found for found in swept.points if found.routing == "uniform"])
     assert ([found.shape.tokens for found in row], fixed) == ([512, 2048], "H=4096, E=64, K=8, bfloat16")
-    dispatch, combine = bandwidths(swept)
-    assert [line.mode for line in dispatch.lines] == sorted(DISPATCH)
-    assert {ceiling.name: ceiling.gb_per_s for ceiling in dispatch.ceilings} == {"copy_engine_in": 350.0, "read": 330.0}
-    assert [ceiling.name for ceiling in combine.ceilings] == ["write"]
+    dispatch, combine = bandwidths([swept])
+    assert list(dispatch.lines) == sorted(DISPATCH)
+    assert dispatch.ceilings == {"copy_engine_in": 350.0, "read": 330.0}
+    assert list(combine.ceilings) == ["write"]
 
 
 def test_layers_are_called_by_what_differs(tmp_path: Path) -> None:
     same = loaded(tmp_path, a=layer(), b=layer(), c=layer({"add_bias": True}))
-    assert labels(same.layers) == (
+    assert labels(same) == [
         "all_to_all + rank_dedup, add_bias=False (a.json)",
         "all_to_all + rank_dedup, add_bias=False (b.json)",
         "all_to_all + rank_dedup, add_bias=True",
-    )
+    ]
 
 
 def test_a_sweep_of_the_reference_wins_nothing(tmp_path: Path) -> None:
     """The cost rule is that of the fast backend: a larger sweep of the other one stands beside none of its cells."""
     fast, reference = sweep(point(1024, fastest=0)), sweep(point(4096, fastest=8, backend="reference"))
     (grid,) = winner_grids(loaded(tmp_path, fast=fast, reference=reference))
-    (won,) = [cell.measured for cell in grid.cells if cell.measured is not None]
-    assert (won.source.file, won.shape.tokens) == ("fast.json", 1024)
-    assert winner_grids(loaded(tmp_path, a=reference)) == ()
+    (won,) = [cell for cell in grid.cells if cell.measured]
+    assert (won.sweep and won.sweep.file, won.point and won.point.shape.tokens) == ("fast.json", 1024)
+    assert winner_grids(loaded(tmp_path, a=reference)) == []
 
 
 SLOW = {name: rate / 2 for name, rate in RATES.items()}
@@ -143,21 +146,21 @@ def test_the_newest_rates_of_a_machine_win(tmp_path: Path, newest_first: bool) -
     )
     documents = {"new": new, "old": old} if newest_first else {"old": old, "new": new}
     (found,) = machines(loaded(tmp_path, **documents))
-    assert found.source.file == "new.json"
+    assert found.document.file == "new.json"
     assert found.rates.link_read == SLOW["read"] * 1e9
 
 
 def test_rates_that_are_not_all_there_do_not_win(tmp_path: Path) -> None:
     new = {**layer(date="2027-01-01T00:00:00+00:00"), "rates_gb_per_s": {"read": 1.0}}
     (found,) = machines(loaded(tmp_path, old=layer(), new=new))
-    assert found.source.file == "old.json"
+    assert found.document.file == "old.json"
 
 
 def test_rates_of_ranks_that_share_gpus_compute_nothing(tmp_path: Path) -> None:
     """With four ranks on two GPUs; with as many ranks as GPUs the same file computes."""
     shared = loaded(tmp_path, a=layer(world_size=4, gpus=2), b=sweep(point(1024), world_size=4, gpus=2))
-    assert (machines(shared), extrapolations(shared), winner_grids(shared)) == ((), (), ())
-    assert {section.anchor for section in sections(shared)}.isdisjoint({"extrapolation", "winners"})
+    assert (machines(shared), extrapolations(shared), winner_grids(shared)) == ([], [], [])
+    assert {"extrapolation", "winners"}.isdisjoint(anchors(render(shared, lambda *_, **__: "")))
     own = loaded(tmp_path, a=layer(world_size=4, gpus=4), b=sweep(point(1024), world_size=4, gpus=4))
     assert len(machines(own)) == len(extrapolations(own)) == len(winner_grids(own)) == 1
 
@@ -173,12 +176,12 @@ def test_rates_of_ranks_that_share_gpus_compute_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_caveats(tmp_path: Path, changes: Json, expected: list[str]) -> None:
-    (found,) = loaded(tmp_path, a=layer(**changes)).layers
-    assert list(caveats([found.source])) == expected
-    assert found.source.environment.shares_gpus == (SHARED in expected)
+    (found,) = loaded(tmp_path, a=layer(**changes))
+    assert list(caveats([found])) == expected
+    assert found.environment.shares_gpus == (SHARED in expected)
     # One that needs none beside it takes nothing away.
-    (other,) = loaded(tmp_path, b=layer(world_size=8, gpus=8)).layers
-    assert list(caveats([found.source, other.source])) == expected
+    (other,) = loaded(tmp_path, b=layer(world_size=8, gpus=8))
+    assert list(caveats([found, other])) == expected
 
 
 def test_what_the_caveats_say() -> None:

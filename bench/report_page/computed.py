@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from schema import Document, Layer, PairTimes, Point, ShapeRecord, Suite, Sweep
 
-from report_page.load import Documents
 from report_page.selection import FORWARD, FORWARD_AND_BACKWARD, UNIFORM
 from sonic_ep.config import EPConfig, ModePair
 from sonic_ep.cost import Rates, Workload, choose_modes, combine_seconds_per_byte, dispatch_seconds_per_byte
@@ -15,6 +15,7 @@ COMPUTED = "computed, not measured"
 EXTRAPOLATED_WORLD_SIZES = (4, 8, 16)
 GRID_WORLD_SIZES = (2, 4, 8, 16)
 GRID_TOP_K = (1, 2, 4, 8)
+Points = Sequence[tuple[Sweep, Point]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,51 +23,33 @@ class Machine:
     """One kind of GPU in a group of one size, with the rates of its latest file that has them all."""
 
     document: Document
+    world_size: int
     rates: Rates
-
-    @property
-    def identity(self) -> tuple[str | None, int]:
-        """GPU and W: files that share both may stand together."""
-        return identity(self.document)
-
-    @property
-    def world_size(self) -> int:
-        """W."""
-        return self.document.environment.world_size
-
-
-@dataclass(frozen=True, kw_only=True)
-class Winner:
-    """What a sweep timed at one point, the fastest pair first."""
-
-    sweep: Sweep
-    shape: ShapeRecord
-    pairs: list[PairTimes]
-
-    @property
-    def best(self) -> PairTimes:
-        """The fastest."""
-        return self.pairs[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridCell:
-    """The pair that the cost rule chooses at one W and K, and the fastest one where it was measured."""
+    """The pair that the cost rule chooses at one W and K. measured: what a sweep timed there, the fastest pair first.
+
+    sweep, point: where it was measured; None where it was not.
+    """
 
     world_size: int
     top_k: int
     computed: ModePair
-    measured: Winner | None
+    measured: list[PairTimes]
+    sweep: Sweep | None
+    point: Point | None
 
     @property
     def shown(self) -> ModePair:
         """The measured pair where there is one."""
-        return self.computed if self.measured is None else self.measured.best.pair
+        return self.measured[0].pair if self.measured else self.computed
 
     @property
     def how_known(self) -> str:
         """Whether the shown pair was measured."""
-        return "computed" if self.measured is None else "measured"
+        return "measured" if self.measured else "computed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,17 +63,13 @@ class WinnerGrid:
 
 @dataclass(frozen=True, kw_only=True)
 class AtWorldSize:
-    """Microseconds of one dispatch and one combine by mode, and the cheapest pair."""
+    """Microseconds of one dispatch and one combine by mode, and of both with the cheapest pair."""
 
     world_size: int
     dispatch_us: dict[str, float]
     combine_us: dict[str, float]
     cheapest: ModePair
-
-    @property
-    def forward_us(self) -> float:
-        """One dispatch and one combine of the cheapest pair; backward takes as much again."""
-        return self.dispatch_us[self.cheapest.dispatch.value] + self.combine_us[self.cheapest.combine.value]
+    forward_us: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,19 +83,20 @@ class Extrapolation:
 
 
 def identity(document: Document) -> tuple[str | None, int]:
-    """GPU and W of a file."""
+    """GPU and W of a file: those that share both may stand together."""
     return document.environment.gpu, document.environment.world_size
 
 
-def machines(documents: Documents) -> list[Machine]:
+def machines(documents: Sequence[Document]) -> list[Machine]:
     """Those whose rates are known, in the order in which they first appear."""
     found: dict[tuple[str | None, int], Machine] = {}
-    for document in documents.everything:
+    for document in documents:
         rates = None if document.environment.shares_gpus else document.rates_gb_per_s.for_costs()
         known = found.get(identity(document))
         newer = known is None or document.environment.date > known.document.environment.date
         if rates is not None and newer:
-            found[identity(document)] = Machine(document=document, rates=rates)
+            world_size = document.environment.world_size
+            found[identity(document)] = Machine(document=document, world_size=world_size, rates=rates)
     return list(found.values())
 
 
@@ -131,92 +111,71 @@ def at_world_size(shape: ShapeRecord, world_size: int, rates: Rates) -> AtWorldS
     16384.0
     """
     load = Workload(world_size=world_size, top_k=shape.top_k, num_experts=shape.num_experts)
-    scale = shape.rank_bytes * 1e6
-    dispatch, combine = dispatch_seconds_per_byte(load, rates), combine_seconds_per_byte(load, rates)
+    scale, cheapest = shape.rank_bytes * 1e6, choose_modes(EPConfig(), load, rates)
+    dispatch = {mode: seconds * scale for mode, seconds in dispatch_seconds_per_byte(load, rates).items()}
+    combine = {mode: seconds * scale for mode, seconds in combine_seconds_per_byte(load, rates).items()}
     return AtWorldSize(
         world_size=world_size,
-        dispatch_us={mode.value: seconds * scale for mode, seconds in dispatch.items()},
-        combine_us={mode.value: seconds * scale for mode, seconds in combine.items()},
-        cheapest=choose_modes(EPConfig(), load, rates),
+        dispatch_us={mode.value: us for mode, us in dispatch.items()},
+        combine_us={mode.value: us for mode, us in combine.items()},
+        cheapest=cheapest,
+        forward_us=dispatch[cheapest.dispatch] + combine[cheapest.combine],
     )
 
 
-def extrapolations(documents: Documents) -> list[Extrapolation]:
+def extrapolations(documents: Sequence[Document]) -> list[Extrapolation]:
     """One for each machine and each of its layer shapes."""
-    return [
-        _extrapolation(machine, shape) for machine in machines(documents) for shape in layer_shapes(documents, machine)
-    ]
+    found = []
+    for machine in machines(documents):
+        sizes = sorted({*EXTRAPOLATED_WORLD_SIZES, machine.world_size} - {1})
+        for shape in layer_shapes(documents, machine):
+            steps = [at_world_size(shape, size, machine.rates) for size in sizes if shape.num_experts % size == 0]
+            left_out = [size for size in sizes if shape.num_experts % size]
+            found.append(Extrapolation(machine=machine, shape=shape, steps=steps, left_out=left_out))
+    return found
 
 
-def _extrapolation(machine: Machine, shape: ShapeRecord) -> Extrapolation:
-    sizes = sorted({*EXTRAPOLATED_WORLD_SIZES, machine.world_size} - {1})
-    fitting = [size for size in sizes if shape.num_experts % size == 0]
-    return Extrapolation(
-        machine=machine,
-        shape=shape,
-        steps=[at_world_size(shape, size, machine.rates) for size in fitting],
-        left_out=[size for size in sizes if size not in fitting],
-    )
-
-
-def layer_shapes(documents: Documents, machine: Machine) -> list[ShapeRecord]:
+def layer_shapes(documents: Sequence[Document], machine: Machine) -> list[ShapeRecord]:
     """Shapes of the layers timed on ``machine``; without any, those of its suites, or its largest sweep's."""
-    here = [document for document in documents.everything if identity(document) == machine.identity]
+    here = [document for document in documents if identity(document) == identity(machine.document)]
     layers = [layer.setup.rank_shape for layer in here if isinstance(layer, Layer)]
     entries = [entry.shape for suite in here if isinstance(suite, Suite) for entry in suite.entries]
-    swept = [point.shape for _, point in _uniform_points(documents, machine)]
-    largest = sorted(swept, key=lambda shape: shape.rank_bytes)[-1:]
-    return list(dict.fromkeys(layers or [shape for shape in entries if shape.intermediate is not None] or largest))
+    swept = sorted((point.shape for _, point in _uniform_points(here)), key=lambda shape: shape.rank_bytes)
+    return list(dict.fromkeys(layers or [shape for shape in entries if shape.intermediate is not None] or swept[-1:]))
 
 
-def winner_grids(documents: Documents) -> list[WinnerGrid]:
+def winner_grids(documents: Sequence[Document]) -> list[WinnerGrid]:
     """One for each machine and each E of its sweeps, or of its layers where it has no sweep."""
     grids = []
     for machine in machines(documents):
-        points = _uniform_points(documents, machine)
+        points = _uniform_points([d for d in documents if identity(d) == identity(machine.document)])
         shapes = [point.shape for _, point in points] or layer_shapes(documents, machine)
-        grids += [_grid(machine, experts, shapes, points) for experts in sorted({s.num_experts for s in shapes})]
+        for experts in sorted({shape.num_experts for shape in shapes}):
+            sizes = [size for size in sorted({machine.world_size, *GRID_WORLD_SIZES} - {1}) if experts % size == 0]
+            choices = {shape.top_k for shape in shapes if shape.num_experts == experts} | set(GRID_TOP_K)
+            places = [(top_k, size) for top_k in sorted(choices) if top_k <= experts for size in sizes]
+            loads = [Workload(world_size=size, top_k=top_k, num_experts=experts) for top_k, size in places]
+            cells = [_cell(machine, load, points) for load in loads]
+            grids.append(WinnerGrid(machine=machine, num_experts=experts, cells=cells))
     return [grid for grid in grids if grid.cells]
 
 
-def _grid(
-    machine: Machine, num_experts: int, shapes: list[ShapeRecord], points: list[tuple[Sweep, Point]]
-) -> WinnerGrid:
-    own = machine.world_size
-    sizes = [size for size in sorted({own, *GRID_WORLD_SIZES}) if size > 1 and num_experts % size == 0]
-    swept = {shape.top_k for shape in shapes if shape.num_experts == num_experts}
-    cells = [
-        GridCell(
-            world_size=size,
-            top_k=top_k,
-            computed=choose_modes(
-                EPConfig(), Workload(world_size=size, top_k=top_k, num_experts=num_experts), machine.rates
-            ),
-            measured=_winner(points, num_experts, top_k) if size == own else None,
-        )
-        for top_k in sorted(swept | set(GRID_TOP_K))
-        if top_k <= num_experts
-        for size in sizes
-    ]
-    return WinnerGrid(machine=machine, num_experts=num_experts, cells=cells)
+def _cell(machine: Machine, load: Workload, points: Points) -> GridCell:
+    """Measured at the largest point with this W, E and K: forward and backward together where that was timed."""
+    here = (load.world_size, load.num_experts, load.top_k)
+    fitting = [(s, p) for s, p in points if (machine.world_size, p.shape.num_experts, p.shape.top_k) == here]
+    sweep, point = max(fitting, key=lambda found: found[1].shape.rank_bytes, default=(None, None))
+    return GridCell(
+        world_size=load.world_size,
+        top_k=load.top_k,
+        computed=choose_modes(EPConfig(), load, machine.rates),
+        measured=point.fastest(FORWARD_AND_BACKWARD) or point.fastest(FORWARD) if point else [],
+        sweep=sweep,
+        point=point,
+    )
 
 
-def _winner(points: list[tuple[Sweep, Point]], num_experts: int, top_k: int) -> Winner | None:
-    """Of the largest point with this E and K: of forward and backward together where that was timed."""
-    fitting = [(s, p) for s, p in points if (p.shape.num_experts, p.shape.top_k) == (num_experts, top_k)]
-    if not fitting:
-        return None
-    sweep, point = max(fitting, key=lambda found: found[1].shape.rank_bytes)
-    pairs = point.fastest(FORWARD_AND_BACKWARD) or point.fastest(FORWARD)
-    return Winner(sweep=sweep, shape=point.shape, pairs=pairs) if pairs else None
-
-
-def _uniform_points(documents: Documents, machine: Machine) -> list[tuple[Sweep, Point]]:
+def _uniform_points(documents: Sequence[Document]) -> Points:
     """Points that may stand beside computed cells: the cost rule is that of the fast backend and uniform routing."""
-    return [
-        (sweep, point)
-        for sweep in documents.of(Sweep)
-        if identity(sweep) == machine.identity
-        for point in sweep.points
-        if point.routing == UNIFORM and point.profile.backend == "fast"
-    ]
+    found = [(sweep, point) for sweep in documents if isinstance(sweep, Sweep) for point in sweep.points]
+    return [(sweep, point) for sweep, point in found if (point.routing, point.profile.backend) == (UNIFORM, "fast")]

@@ -1,43 +1,85 @@
-"""The files of one report: their names there, where their numbers come from, and what to beware of."""
+"""Reads the files of a report, and says where their numbers come from and what to beware of."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from reprlib import repr as short
+from typing import Any
 
-from schema import Document, Environment, Untimed, printable, read
+import msgspec
+from msgspec.structs import replace
+from schema import KINDS, Document, Environment, Layer, Profile, ProfileDocument, RatesRecord, Untimed
 
 from sonic_ep.profiler.machine import FLATTERED_WORLD_SIZE, TWO_GPUS_NOTE
 
-DocumentT = TypeVar("DocumentT", bound=Document)
 DAY_LETTERS = len("2026-01-31")
 HASH_LETTERS, FULL_HASH_LETTERS = 10, 40
 SHARED = "Beware: ranks took turns on a GPU, these times say nothing about a GPU for each."
 NO_GPU = "Beware: measured on the CPU, these times say nothing about a GPU."
 
 
-@dataclass(frozen=True, kw_only=True)
-class Documents:
-    """The documents with times, in the order given. passed_over: names of the other files."""
+def load(paths: Sequence[Path]) -> tuple[list[Document], list[str]]:
+    """The documents with times, in the order given, and the names of the other files.
 
-    everything: tuple[Document, ...]
-    passed_over: tuple[str, ...] = ()
-
-    def of(self, kind: type[DocumentT]) -> list[DocumentT]:
-        """Those of one kind."""
-        return [document for document in self.everything if isinstance(document, kind)]
-
-
-def load(paths: Sequence[Path]) -> Documents:
-    """Reads the files. Raises ``ValueError`` for the first thing wrong, and if no document has times."""
+    Raises ``ValueError`` for the first thing wrong, and if no document has times.
+    """
     found = [read(path, name) for path, name in zip(paths, file_names(paths), strict=True)]
-    timed = tuple(document for document in found if not isinstance(document, Untimed))
+    timed = [document for document in found if not isinstance(document, Untimed)]
     if not timed:
         names = ", ".join(document.file for document in found)
         raise ValueError(f"{names}: expected a document with times: suite, profile, layer or sweep")
-    return Documents(everything=timed, passed_over=tuple(d.file for d in found if isinstance(d, Untimed)))
+    return timed, [document.file for document in found if isinstance(document, Untimed)]
+
+
+def read(path: Path, name: str | None = None) -> Document:
+    """The document in a file; its ``file`` is ``name``, or the file's name.
+
+    Raises ``ValueError`` that names file, place, what was expected and what was got.
+    """
+    name = name or path.name
+    try:
+        found = printable(msgspec.json.decode(path.read_bytes()))
+    except OSError as error:
+        raise ValueError(f"{path}: expected a readable file: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: expected a JSON object, got {short(found)}")
+    # The first suites did not write their kind.
+    kind = found.get("kind", "suite" if "entries" in found else None)
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"{name}: kind: expected one of {', '.join(KINDS)}, got {short(kind)}")
+    whole = {"profile": found} if kind == "profile" else found
+    whole = {**found, **whole, "kind": KINDS[kind].__struct_config__.tag, "file": name}
+    try:
+        return msgspec.convert(whole, KINDS[kind])
+    except msgspec.ValidationError as error:
+        got = _at(whole, str(error).rpartition("`$")[2].rstrip("`"))
+        raise ValueError(f"{name}: {error}, got {short(got)}") from None
+
+
+def printable(value: Any) -> Any:
+    r"""A JSON value whose strings hold no control characters or marks of direction; whitespace becomes a space.
+
+    >>> printable({"a\n": ["b\x00", 1, None]})
+    {'a ': ['b�', 1, None]}
+    """
+    if isinstance(value, str):
+        return "".join(letter if letter.isprintable() else " " if letter.isspace() else "\ufffd" for letter in value)
+    if isinstance(value, list):
+        return [printable(each) for each in value]
+    return {printable(name): printable(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+
+def _at(value: Any, path: str) -> Any:
+    """What stands at a path of msgspec; the object around it where the path does not name a key."""
+    for key, place in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", path):
+        if place == "...":
+            return value
+        value = value[int(place)] if place else value[key]
+    return value
 
 
 def file_names(paths: Sequence[Path]) -> list[str]:
@@ -86,3 +128,25 @@ def caveats(documents: Iterable[Document]) -> list[str]:
         NO_GPU: len(on_gpus) < len(environments),
     }
     return [text for text, so in applies.items() if so]
+
+
+def summary(documents: Sequence[Document]) -> str:
+    """How many files there are, of which machines and days."""
+    environments = [document.environment for document in documents]
+    machines = dict.fromkeys(f"{e.gpu or 'no GPU'}, W={e.world_size}" for e in environments)
+    days = sorted({e.date[:DAY_LETTERS] for e in environments})
+    files = "1 file" if len(documents) == 1 else f"{len(documents)} files"
+    span = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    return f"{files}; {'; '.join(machines)}; {span}. Times are medians over rounds of the slowest rank."
+
+
+def profiles(documents: Sequence[Document]) -> dict[Profile, list[Document]]:
+    """The documents with each profile of its own file or of a layer: the cache may give one profile to several runs."""
+    found: dict[Profile, list[Document]] = {}
+    for kind in (ProfileDocument, Layer):
+        for document in documents:
+            if isinstance(document, kind) and document.profile is not None:
+                # A file of its own names its rates as the profile's.
+                profile = replace(document.profile, rates_gb_per_s=RatesRecord())
+                found.setdefault(profile, []).append(document)
+    return found

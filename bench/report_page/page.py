@@ -2,44 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from schema import Document
+from schema import Document, pair_name
 
-from report_page.drawing import Picture
-from report_page.load import DAY_LETTERS, Documents
-from report_page.sections import sections
+from report_page import computed, figures, load, selection, spread
 
-TEMPLATES = Path(__file__).parent
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    extensions=["jinja2.ext.do"],
+)
 
 
-def write_report(documents: Documents, output: Path, png_folder: Path) -> list[str]:
-    """Writes the page and the PNGs, making their folders; returns the names of the figures. Raises ``OSError``."""
-    found = sections(documents)
+class Cell(NamedTuple):
+    """Text of a table's cell. kind: w for words, n for a number, good or bad for a verdict."""
+
+    text: str
+    kind: str
+
+
+class Column(NamedTuple):
+    """A column of a table with its title."""
+
+    title: str
+    cells: list[Cell]
+
+    @property
+    def kind(self) -> str:
+        """``n`` where any cell is a number."""
+        return "n" if any(cell.kind == "n" for cell in self.cells) else "w"
+
+
+def write_report(documents: Sequence[Document], output: Path, png_folder: Path) -> int:
+    """Writes the page and the PNGs, making their folders; returns how many figures. Raises ``OSError``."""
     output.parent.mkdir(parents=True, exist_ok=True)
     png_folder.mkdir(parents=True, exist_ok=True)
-    pictures = [part for section in found for part in section.parts if isinstance(part, Picture)]
-    drawings = {picture.name: picture.save(png_folder) for picture in pictures}
-    templates = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = templates.get_template("page.html.j2")
-    words = {"summary": summary(documents.everything), "sections": found, "drawings": drawings}
-    output.write_text(page.render(words), encoding="utf-8")
-    return list(drawings)
+    page = render(documents, partial(figures.save, folder=png_folder))
+    output.write_text(page, encoding="utf-8")
+    return page.count("<figure ")
 
 
-def summary(documents: Sequence[Document]) -> str:
-    """How many files there are, of which machines and days."""
-    environments = [document.environment for document in documents]
-    machines = dict.fromkeys(f"{e.gpu or 'no GPU'}, W={e.world_size}" for e in environments)
-    days = sorted({e.date[:DAY_LETTERS] for e in environments})
-    files = "1 file" if len(documents) == 1 else f"{len(documents)} files"
-    span = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    return f"{files}; {'; '.join(machines)}; {span}. Times are medians over rounds of the slowest rank."
+def render(documents: Sequence[Document], save: Callable[..., str]) -> str:
+    """The page. save: takes drawing function, data, name, title and notes; returns the address of the image."""
+    modules = {"computed": computed, "figures": figures, "load": load, "selection": selection, "spread": spread}
+    of_kind = {kind: [d for d in documents if d.kind == kind] for kind in ("suite", "profile", "layer", "sweep")}
+    TEMPLATES.filters |= {"places": number, "median": median, "pair": pair_name, "measurements": spread.measurements}
+    TEMPLATES.globals |= {"Cell": Cell, "laid_out": laid_out, "verdict": verdict}
+    template = TEMPLATES.get_template("page.html.j2")
+    return template.render(**modules, **of_kind, documents=documents, save=save)
+
+
+def laid_out(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> list[Column]:
+    """The columns of a table; of those behind the first, empty ones are left out."""
+    columns = [
+        Column(title=title, cells=[_cell(value) for value in values])
+        for title, values in zip(titles, zip(*rows, strict=True), strict=True)
+    ]
+    return [column for place, column in enumerate(columns) if place == 0 or any(cell.text for cell in column.cells)]
+
+
+def _cell(value: object) -> Cell:
+    if isinstance(value, Cell):
+        return value
+    if isinstance(value, float):
+        return number(value)
+    return Cell(text="" if value is None else str(value), kind="n" if isinstance(value, int) else "w")
+
+
+def verdict(good: bool, words: str) -> Cell:
+    """With the colour of good or bad; the words alone have to say which."""
+    return Cell(text=words, kind="good" if good else "bad")
+
+
+def number(value: float | None, places: int = 1, times: float = 1) -> Cell:
+    """``times`` the value with a comma between thousands; empty for None.
+
+    >>> number(26182.42).text, number(None).text, number(974, 2, 1e-3).text
+    ('26,182.4', '', '0.97')
+    """
+    return Cell(text="" if value is None else f"{times * value:,.{places}f}", kind="n")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from msgspec import to_builtins
 from schema import Layer, Point, SetupRecord, ShapeRecord, Sweep
 
 UNIFORM = "uniform"
@@ -28,11 +28,18 @@ class Bandwidth:
     lines: dict[str, dict[int, float]]
     ceilings: dict[str, float]
 
+    @property
+    def sizes(self) -> list[int]:
+        """Of all points, ascending."""
+        return sorted({size for line in self.lines.values() for size in line})
 
-def bandwidths(sweep: Sweep) -> list[Bandwidth]:
-    """Dispatch and combine over the longest row of sizes with uniform routing; none without any rate."""
-    points, fixed = longest_row([point for point in sweep.points if point.routing == UNIFORM])
-    found = [_bandwidth(sweep, kind, fixed, points) for kind in ("dispatch", "combine")]
+
+def bandwidths(sweeps: Sequence[Sweep]) -> list[Bandwidth]:
+    """Dispatch and combine over the longest row of sizes with uniform routing of each sweep; none without any rate."""
+    found = []
+    for sweep in sweeps:
+        points, fixed = longest_row([point for point in sweep.points if point.routing == UNIFORM])
+        found += [_bandwidth(sweep, kind, fixed, points) for kind in ("dispatch", "combine")]
     return [bandwidth for bandwidth in found if bandwidth.lines]
 
 
@@ -45,18 +52,19 @@ def longest_row(points: Sequence[Point]) -> tuple[list[Point], str]:
             name = f"{fixed(shape)}, E={shape.num_experts}, K={shape.top_k}, {shape.dtype}"
             rows.setdefault(name, {}).setdefault(shape.rank_bytes, point)
     longest = max(rows, key=lambda name: len(rows[name]))
-    return [point for _, point in sorted(rows[longest].items(), key=lambda item: item[0])], longest
+    return [rows[longest][size] for size in sorted(rows[longest])], longest
 
 
 def _bandwidth(sweep: Sweep, kind: str, fixed: str, points: Sequence[Point]) -> Bandwidth:
     lines: dict[str, dict[int, float]] = {}
+    rates: dict[str, float] = to_builtins(sweep.rates_gb_per_s)
     ceilings: dict[str, float] = {}
     for point in points:
         for mode in point.profile.modes:
             if mode.kind == kind and mode.gb_per_s is not None:
                 lines.setdefault(mode.mode, {})[point.shape.rank_bytes] = mode.gb_per_s
-                rate = getattr(sweep.rates_gb_per_s, mode.ceiling or "", None)
-                ceilings |= {} if rate is None else {str(mode.ceiling): rate}
+                if mode.ceiling in rates:
+                    ceilings[mode.ceiling] = rates[mode.ceiling]
     return Bandwidth(sweep=sweep, kind=kind, fixed=fixed, lines=dict(sorted(lines.items())), ceilings=ceilings)
 
 
@@ -72,12 +80,26 @@ class LayerGroup:
         setup = next(iter(self.layers.values())).setup
         return f"{setup.rank_shape}, W={setup.world_size}"
 
+    def breakdowns(self, pass_name: str) -> dict[str, tuple[Layer, dict[str, float]]]:
+        """By label, the layers whose pass was taken apart, and its parts."""
+        parts = {label: {b.pass_name: b.parts for b in layer.breakdown} for label, layer in self.layers.items()}
+        return {name: (self.layers[name], of[pass_name]) for name, of in parts.items() if pass_name in of}
 
-def layer_groups(layers: Sequence[Layer], wanted: Callable[[Layer], object]) -> list[LayerGroup]:
-    """Groups of the layers for which ``wanted`` gives anything, in the order of the files."""
+
+def breakdowns(layers: Sequence[Layer]) -> list[tuple[LayerGroup, str]]:
+    """Each group with each pass that was taken apart in any of its layers."""
+    return [
+        (group, pass_name)
+        for group in layer_groups(layers, "breakdown")
+        for pass_name in dict.fromkeys(b.pass_name for layer in group.layers.values() for b in layer.breakdown)
+    ]
+
+
+def layer_groups(layers: Sequence[Layer], wanted: str) -> list[LayerGroup]:
+    """Groups of the layers whose attribute ``wanted`` holds anything, in the order of the files."""
     found: dict[Hashable, list[Layer]] = {}
     for layer in layers:
-        if wanted(layer):
+        if getattr(layer, wanted):
             shared = tuple(getattr(layer.setup, name) for name in SHARED)
             found.setdefault((layer.environment.gpu, shared), []).append(layer)
     return [LayerGroup(layers=dict(zip(labels(group), group, strict=True))) for group in found.values()]
@@ -87,18 +109,13 @@ def labels(layers: Sequence[Layer]) -> list[str]:
     """Modes and flags of each, what else differs among their setups, and the file where that is not enough."""
     others = [name for name in SetupRecord.__struct_fields__ if name not in SHARED]
     differing = [name for name in others if len({getattr(layer.setup, name) for layer in layers}) > 1]
-    names = [
-        ", ".join([layer.config.named("redispatch", "cpu_sync"), *(_value(layer.setup, name) for name in differing)])
-        for layer in layers
-    ]
-    return [
-        f"{name} ({layer.file})" if names.count(name) > 1 else name for name, layer in zip(names, layers, strict=True)
-    ]
-
-
-def _value(setup: SetupRecord, name: str) -> str:
-    value: Any = getattr(setup, name)
-    return value if isinstance(value, str) else f"{name}={value}"
+    names = []
+    for layer in layers:
+        values = {name: getattr(layer.setup, name) for name in differing}
+        words = [value if isinstance(value, str) else f"{name}={value}" for name, value in values.items()]
+        names.append(", ".join([layer.config.named("redispatch", "cpu_sync"), *words]))
+    files = [layer.file for layer in layers]
+    return [f"{name} ({file})" if names.count(name) > 1 else name for name, file in zip(names, files, strict=True)]
 
 
 def limit_us(layer: Layer, pass_name: str) -> float | None:
@@ -106,6 +123,11 @@ def limit_us(layer: Layer, pass_name: str) -> float | None:
     gemms = median_us(layer, pass_name, GEMMS)
     link = next((d.link_us for d in layer.derived if d.pass_name == pass_name and d.link_us is not None), None)
     return None if gemms is None or link is None else gemms + link
+
+
+def total_us(layer: Layer, pass_name: str, parts: Mapping[str, float]) -> float:
+    """What the layer took; the sum of its parts where that is unknown."""
+    return median_us(layer, pass_name, LAYER) or sum(parts.values())
 
 
 def median_us(layer: Layer, pass_name: str, what: str) -> float | None:

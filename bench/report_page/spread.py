@@ -1,15 +1,12 @@
-"""How far times differ from run to run, and within one run."""
+"""How far times of the same thing differ from run to run."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
-from statistics import median
 
 from schema import Document, Layer, ProfileDocument, Suite, Sweep, Times
-
-from report_page.load import Documents
 
 LARGE_US = 100.0
 LARGE_PERCENT = 5.0
@@ -19,7 +16,7 @@ LEAST_OF_HOST = 1.5
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One time of one file. where: shape or setup. key: equal for the same thing in files of the same kind.
+    """One time of one file. where: shape or setup. key: the same for the same thing in files of this kind.
 
     of_host: whether it is the host's time, and not the GPU's.
     """
@@ -30,12 +27,6 @@ class Measurement:
     key: Hashable
     times: Times
     of_host: bool = False
-
-    @property
-    def identity(self) -> Hashable:
-        """Equal for what may be compared: the same thing on the same GPU with the same W."""
-        environment = self.document.environment
-        return self.document.kind, environment.gpu, environment.world_size, self.key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +39,16 @@ class Repeated:
     def files(self) -> tuple[str, ...]:
         """In the order of ``measured``."""
         return tuple(measurement.document.file for measurement in self.measured)
+
+    @property
+    def what(self) -> str:
+        """The thing."""
+        return self.measured[0].what
+
+    @property
+    def where(self) -> str:
+        """Its shape or setup."""
+        return self.measured[0].where
 
     @property
     def least_us(self) -> float:
@@ -70,75 +71,67 @@ class Repeated:
         return any(measurement.of_host for measurement in self.measured)
 
 
-@dataclass(frozen=True, kw_only=True)
-class WithinRun:
-    """p10 to p90 in percent of the median, over the times of one file."""
-
-    document: Document
-    measured: tuple[Measurement, ...]
-
-    @property
-    def typical_percent(self) -> float:
-        """The median over all times."""
-        return median(measurement.times.spread_percent for measurement in self.measured)
-
-    @property
-    def widest(self) -> Measurement:
-        """The one with the widest spread."""
-        return max(self.measured, key=lambda measurement: measurement.times.spread_percent)
-
-
-def within_runs(documents: Documents) -> list[WithinRun]:
-    """One for each file that has any times."""
-    runs = [WithinRun(document=document, measured=tuple(measurements(document))) for document in documents.everything]
-    return [run for run in runs if run.measured]
-
-
-def repeated(documents: Documents) -> list[Repeated]:
+def repeated(documents: Sequence[Document]) -> list[Repeated]:
     """What more than one file has, the largest difference first. Where a file has it twice, its first counts.
 
     Profiles within layers and sweeps are left out: the profiler's cache may give one measurement to several files.
     """
     found: dict[Hashable, dict[str, Measurement]] = {}
-    for document in documents.everything:
+    for document in documents:
+        machine = (document.kind, document.environment.gpu, document.environment.world_size)
         for measurement in measurements(document):
-            found.setdefault(measurement.identity, {}).setdefault(document.file, measurement)
+            found.setdefault((machine, measurement.key), {}).setdefault(document.file, measurement)
     several = [Repeated(measured=tuple(files.values())) for files in found.values() if len(files) > 1]
     return sorted(several, key=lambda again: again.difference_percent, reverse=True)
 
 
-def measurements(document: Document) -> Iterator[Measurement]:
+def measurements(document: Document) -> list[Measurement]:
     """Every time in a document."""
-    found = _times(document)
-    for what, where, key, times, of_host in found:
-        yield Measurement(document=document, what=what, where=where, key=key, times=times, of_host=of_host)
+    return [
+        Measurement(document=document, what=what, where=where, key=(what, where, key), times=times, of_host=of_host)
+        for what, where, key, times, of_host in _times(document)
+    ]
 
 
 def _times(document: Document) -> Iterator[tuple[str, str, Hashable, Times, bool]]:
+    """What, where, what else is the same for the same thing, its times, and whether they are the host's."""
     if isinstance(document, Suite):
         queued = {(entry.name, entry.shape): entry.median_us for entry in document.entries if entry.how == "queued"}
         for entry in document.entries:
-            of_host = entry.how == "eager" and entry.median_us > LEAST_OF_HOST * queued.get(
-                (entry.name, entry.shape), inf
-            )
-            key = (entry.name, entry.how, entry.shape)
-            yield f"{entry.name}, {entry.how}", str(entry.shape), key, entry, of_host
+            behind_work = queued.get((entry.name, entry.shape), inf)
+            of_host = entry.how == "eager" and entry.median_us > LEAST_OF_HOST * behind_work
+            yield f"{entry.name}, {entry.how}", str(entry.shape), None, entry, of_host
     if isinstance(document, ProfileDocument):
-        profile = document.profile
-        setup, where = (profile.shape, profile.backend, profile.ranks_per_gpu), f"{profile.shape}, {profile.backend}"
-        for mode in profile.modes:
-            yield f"{mode.kind} {mode.mode}".strip(), where, (setup, mode.kind, mode.mode), mode, False
-        for pair in profile.pairs:
-            yield f"{pair.pass_name}, {pair}", where, (setup, pair.pair), pair, False
+        where = f"{document.profile.shape}, {document.profile.backend}"
+        for mode in document.profile.modes:
+            yield f"{mode.kind} {mode.mode}".strip(), where, document.profile.ranks_per_gpu, mode, False
+        for pair in document.profile.pairs:
+            yield f"{pair.pass_name}, {pair}", where, document.profile.ranks_per_gpu, pair, False
     if isinstance(document, Layer):
+        where = f"{document.setup.rank_shape}, {document.config.named()}"
         for timed in document.times:
-            key_of_layer = (document.setup, document.config, timed.pass_name, timed.what)
-            where = f"{document.setup.rank_shape}, {document.config.named()}"
-            yield f"{timed.what}, {timed.pass_name}", where, key_of_layer, timed, False
+            yield f"{timed.what}, {timed.pass_name}", where, document.setup, timed, False
     if isinstance(document, Sweep):
         for point in document.points:
-            setup_of_point = (point.shape, point.routing, point.profile.backend)
             where = f"{point.shape}, {point.routing} routing, {point.profile.backend}"
             for pair in point.pairs:
-                key_of_pair = (setup_of_point, pair.pair, pair.pass_name)
-                yield f"layer, {pair.pass_name}, {pair}", where, key_of_pair, pair, False
+                yield f"layer, {pair.pass_name}, {pair}", where, None, pair, False
+
+
+def between_words(again: Sequence[Repeated]) -> str:
+    """How many medians differ, how many of these are the host's time, and whether the files are of one commit."""
+    long = [found for found in again if found.least_us > LARGE_US]
+    differing = [found for found in long if found.differs]
+    said = (
+        f"{len(again)} medians are in more than one file. {LARGE_PERCENT:.0f}% or more apart: "
+        f"{len(differing)} of the {len(long)} above {LARGE_US:.0f} µs."
+    )
+    of_host = sum(found.of_host for found in differing)
+    if of_host:
+        most = max((found.difference_percent for found in long if not found.of_host), default=0.0)
+        said += (
+            f" {of_host} of these are the host's time, eager and more than {LEAST_OF_HOST:g} times as long as behind "
+            f"other work; all others above {LARGE_US:.0f} µs differ by {most:.1f}% at most."
+        )
+    commits = {measurement.document.environment.commit for found in again for measurement in found.measured}
+    return said + " The files are of different commits, so that their code differs as well." * (len(commits) > 1)
