@@ -30,16 +30,11 @@ PAIRS = (
 @pytest.mark.parametrize("planned", [True, False], ids=["planned", "with_plan"])
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0].value}-{pair[1].value}")
 def bench_small(
-    context: SuiteContext,
-    small: RoutingProblem,
-    run: Run,
-    method: Method,
-    pair: tuple[DispatchMode, CombineMode],
-    *,
-    planned: bool,
+    context: SuiteContext, run: Run, method: Method, pair: tuple[DispatchMode, CombineMode], *, planned: bool
 ) -> None:
     """``ep.dispatch``, then ``ep.combine`` of the rows as they are; ``planned``: by a plan that was made before."""
     dispatch, combine = pair
+    small = RoutingProblem(shape=context.sizes.small, group=context.group, device=context.device)
     held = context.held and planned and method is Method.GRAPH and pair == PAIRS[0]
     config = EPConfig(dispatch=dispatch, combine=combine)
     with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=small.shape.tokens) as ep:

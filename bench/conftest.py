@@ -150,12 +150,6 @@ def large(context: SuiteContext) -> RoutingProblem:
     return RoutingProblem(shape=context.sizes.large, group=context.group, device=context.device)
 
 
-@pytest.fixture(scope="session")
-def small(context: SuiteContext) -> RoutingProblem:
-    """The small shape, drawn."""
-    return RoutingProblem(shape=context.sizes.small, group=context.group, device=context.device)
-
-
 @pytest.fixture(params=list(Method), ids=lambda method: method.value)
 def method(context: SuiteContext, request: pytest.FixtureRequest) -> Method:
     """Each way to launch that there is on this device."""

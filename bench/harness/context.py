@@ -41,11 +41,7 @@ SMALL_BYTES = 2**24
 
 
 class Method(str, Enum):
-    """How the host launches what is timed.
-
-    EAGER: as called, so the host's own time counts wherever it is the slower of the two. QUEUED: behind work that lets
-    the host get ahead, as inside a layer. GRAPH: a CUDA graph, replayed, behind such work too.
-    """
+    """The host launches as called; behind work that lets it get ahead; or a CUDA graph, replayed behind such work."""
 
     EAGER = "eager"
     QUEUED = "queued"
@@ -69,10 +65,7 @@ ROUNDS_OF_SMOKE = Rounds(rounds=2, warmup=0)
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Another case by its name, timed in turn with the one that is held against it.
-
-    link: seconds that bytes take beside it at the ceilings of the link. most: the threshold, so many times both.
-    """
+    """Another case that takes turns, by its name, and seconds of link beside it. most: the threshold, times both."""
 
     name: str
     text: str
@@ -101,11 +94,7 @@ class Finding:
 
     @staticmethod
     def of(case: BenchCase, method: Method, timings: Mapping[str, Timing]) -> Finding:
-        """Compared with those of the other cases that are in ``timings``; keeps none of their functions.
-
-        The threshold is the case's own or that of a comparison. Raises ``AboveCeilingError`` if the case was faster
-        than its ceiling admits.
-        """
+        """Compared with the other cases in ``timings``; keeps no function. Raises ``AboveCeilingError`` if too fast."""
         timing, baselines, limit = timings[case.name], [], case.threshold
         median = timing.median
         for other in case.compared_with:
@@ -159,10 +148,7 @@ class BenchContext:
         return Method.QUEUED if self.on_gpu else Method.EAGER
 
     def run(self, case: BenchCase, method: Method) -> Finding:
-        """Check that ``case`` is right, time it, check what the last round left, and check once more.
-
-        Raises ``WrongResultError`` on every rank if it is wrong on any, and ``AboveCeilingError`` if it is too fast.
-        """
+        """Check, time, check again, record. Raises ``WrongResultError`` on every rank, or ``AboveCeilingError``."""
         short = method is Method.EAGER or case.shape.tokens * case.shape.row_bytes < SMALL_BYTES
         rounds = ROUNDS_OF_SMALL if short else ROUNDS_OF_LARGE
         return self.record(self.alternate([case], method, rounds if self.on_gpu else ROUNDS_OF_SMOKE)[case.name])
@@ -177,9 +163,9 @@ class BenchContext:
     def alternate(
         self, cases: Sequence[BenchCase], method: Method, rounds: Rounds
     ) -> Mapping[str, Finding | WrongResultError]:
-        """Time ``cases`` round by round in turn, each checked by itself as in ``run``: what came of each, by name.
+        """Time ``cases`` round by round in turn, each checked before and after; one that is wrong stops no other.
 
-        GPUs get slower as they get warm: what is compared takes turns. A case that is wrong does not stop the others.
+        GPUs get slower as they get warm: what is compared takes turns.
         """
         stage = Stage(timer=replace(self.timer, ahead=method is not Method.EAGER), as_graphs=method is Method.GRAPH)
         wrong: dict[str, WrongResultError] = {}
@@ -215,10 +201,7 @@ class BenchContext:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """The shapes of a run.
-
-    layer: with experts. plans: slots of the group, W*C*K, of the plans that are timed, at E and K of ``large``.
-    """
+    """The shapes of a run. plans: slots of the group, W*C*K, of the plans that are timed, at E and K of ``large``."""
 
     large: Shape
     small: Shape
@@ -277,10 +260,9 @@ def run_script(options: argparse.Namespace, path: str, documents: Callable[[Run]
 
 @contextmanager
 def other_inputs(*inputs: Tensor) -> Iterator[None]:
-    """The rows of each tensor in another order while this lasts, and what is no index with the other sign.
+    """The rows of each tensor in another order while this lasts, floats with the other sign.
 
-    It is undone, the last first, and not copied back: that would take as much memory again. A tensor that is given
-    twice is changed once.
+    It is undone, the last first, and not copied back: that would take as much memory again.
     """
     different = {id(tensor): tensor for tensor in inputs}
     with torch.no_grad(), ExitStack() as turned:

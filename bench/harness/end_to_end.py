@@ -93,19 +93,13 @@ def profiled(layer: LayerUnderTest, setup: Setup) -> ProfileReport:
 class EndToEnd:
     """A verified layer, and all that is measured of it, by all ranks together.
 
-    What it is held against is made, found right, timed in every pass and freed, one batch of cases after the other:
-    together they would not fit beside a layer that fills a GPU.
+    Its baselines are made, proven, timed and freed in two batches: together they would not fit beside a large layer.
     """
 
     layer: LayerUnderTest
     setup: Setup
     profile: ProfileReport
     ep: ExpertParallel
-
-    @property
-    def context(self) -> BenchContext:
-        """Where it runs."""
-        return self.layer.context
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -115,7 +109,7 @@ class EndToEnd:
     @cached_property
     def alone(self) -> EPGroup | None:
         """This rank's own group; None where there is no other rank."""
-        return None if self.context.group.world_size == 1 else group_of_this_rank(self.context.group)
+        return None if self.layer.context.group.world_size == 1 else group_of_this_rank(self.layer.context.group)
 
     def document(self) -> Layer:
         """Collective: measure everything."""
@@ -123,7 +117,7 @@ class EndToEnd:
         slow = self.with_slow()
         # The floor stands first.
         found = {which: {GEMMS: usual[which][GEMMS], **usual[which], **slow[which]} for which in self.passes}
-        results = self.context.results
+        results = self.layer.context.results
         return Layer(
             environment=results.environment,
             rates_gb_per_s=results.rates,
@@ -138,10 +132,10 @@ class EndToEnd:
         )
 
     def with_its_own_rows(self) -> tuple[tuple[MemoryUse, ...], Mapping[Pass, Found]]:
-        """Collective: the layer beside its GEMMs, its routing given, and its rows without a link; what it takes."""
+        """Collective: memory; and the layer beside its GEMMs, its routing given, and its rows without a link."""
         layer = self.layer
         call = given_routing(layer)
-        given = prove_routed(layer, call, self.context.group)
+        given = prove_routed(layer, call, self.layer.context.group)
         cases: list[CaseOfPass] = [partial(layer.case, LAYER, self.ep), partial(given.case, GIVEN, self.ep)]
         with ExitStack() as opened:
             if self.alone is not None:
@@ -150,11 +144,11 @@ class EndToEnd:
             memory = memory_use(call, layer.shape, self.ep, backward=self.setup.backward)
             # At the end: what they leave is the largest, and so lies beside nobody's round.
             cases.append(partial(layer.products_alone, GEMMS, products=layer.products()))
-            return memory, self.in_every_pass(cases, rounds_of(self.context))
+            return memory, self.in_every_pass(cases, rounds_of(self.layer.context))
 
     def with_slow(self) -> Mapping[Pass, Found]:
         """Collective: the layer beside all experts on one GPU, and beside the reference."""
-        self.context.free_cached_memory()
+        self.layer.context.free_cached_memory()
         layer = self.layer
         cases: list[CaseOfPass] = []
         with ExitStack() as opened:
@@ -168,7 +162,7 @@ class EndToEnd:
                 cases.append(partial(layer.case, self.reference_name, reference))
             if cases:
                 cases.insert(0, partial(layer.case, BESIDE, self.ep))
-            return self.in_every_pass(cases, rounds_of(self.context, ROUNDS_OF_SLOW))
+            return self.in_every_pass(cases, rounds_of(self.layer.context, ROUNDS_OF_SLOW))
 
     def over_alone(self, alone: EPGroup) -> ExpertParallel:
         """The layer's backend and configuration on this rank alone."""
@@ -178,25 +172,27 @@ class EndToEnd:
         """Collective: what each took in turn, by pass. Raises ``WrongResultError`` on every rank if one is wrong."""
         found = {}
         for which in self.passes:
-            batch = self.context.alternate([case(which) for case in cases], self.context.behind_work, rounds)
-            found[which] = {name: self.context.record(finding) for name, finding in batch.items()}
+            batch = self.layer.context.alternate(
+                [case(which) for case in cases], self.layer.context.behind_work, rounds
+            )
+            found[which] = {name: self.layer.context.record(finding) for name, finding in batch.items()}
         return found
 
     @property
     def reference_name(self) -> str:
         """The reference, and what it communicates by."""
-        return f"reference over {self.context.results.environment.process_group or 'one rank'}"
+        return f"reference over {self.layer.context.results.environment.process_group or 'one rank'}"
 
     def timed(self, which: Pass, found: Finding) -> PassTimes:
         """For the report."""
         name, flops = found.entry.name, found.flops
-        ranks = 1 if name in (LOCAL, ONE_GPU) else self.context.group.world_size
+        ranks = 1 if name in (LOCAL, ONE_GPU) else self.layer.context.group.world_size
         rate = None if flops is None else flops / found.timing.median / 1e12
         return PassTimes(
             pass_name=which.value,
             what=name,
-            tflop_per_s=rounded(rate, 3),
-            tflop_per_s_of_group=None if rate is None else rounded(rate * ranks, 3),
+            tflop_per_s=None if rate is None else round(rate, 3),
+            tflop_per_s_of_group=None if rate is None else round(rate * ranks, 3),
             **time_fields(found.timing),
         )
 
@@ -213,7 +209,7 @@ class EndToEnd:
             exposed_communication_us=micros(median[GIVEN] - median[LOCAL]) if LOCAL in median else None,
             link_us=None if link is None else micros(link),
             over_gemms=ratio(LAYER, GEMMS),
-            over_gemms_and_link=None if link is None else rounded(median[LAYER] / (median[GEMMS] + link), 4),
+            over_gemms_and_link=None if link is None else round(median[LAYER] / (median[GEMMS] + link), 4),
             scaling_efficiency=ratio(ONE_GPU, BESIDE),
             over_reference=ratio(BESIDE, self.reference_name),
         )
@@ -255,8 +251,3 @@ def config_words(config: EPConfig) -> str:
     modes = modes_of(config)
     flags = [name for name in ("redispatch_x_in_backward", "cpu_sync_on_runtime") if getattr(config, name)]
     return ", ".join([f"{modes.dispatch.value} dispatch", f"{modes.combine.value} combine", *flags])
-
-
-def rounded(value: float | None, digits: int) -> float | None:
-    """To so many digits behind the point."""
-    return None if value is None else round(value, digits)

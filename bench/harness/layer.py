@@ -31,11 +31,6 @@ class Pass(str, Enum):
     STEP = "forward and backward"
 
     @property
-    def times(self) -> int:
-        """How many times the operations of the GEMMs of a forward."""
-        return 3 if self is Pass.STEP else 1
-
-    @property
     def trips(self) -> int:
         """How often rows go there and back over the link."""
         return 2 if self is Pass.STEP else 1
@@ -87,10 +82,7 @@ def expect_everywhere(context: BenchContext, faults: Sequence[str], name: str = 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerUnderTest:
-    """A random layer, and the backend and configuration whose answer counts.
-
-    context: of all ranks, which agree on what is right; the group of the problem may be this rank alone.
-    """
+    """A random layer, and the backend and configuration whose answer counts; its group may be this rank alone."""
 
     context: BenchContext
     problem: LayerProblem
@@ -156,17 +148,16 @@ class LayerUnderTest:
 
     @cached_property
     def flops(self) -> Mapping[Pass, float]:
-        """Operations of a rank's GEMMs, the mean over the ranks: 2 for each number of a weight and row."""
+        """Operations of a rank's GEMMs, the mean over the ranks: 2 for each number of a weight and row, 3 passes."""
         experts = self.problem.call.experts
         per_row = experts.w1[0].numel() + experts.w2[0].numel()
         rows = self.routing.mean(lambda counts: counts.rows)
-        return {which: 2.0 * which.times * per_row * rows for which in Pass}
+        return {which: (6.0 if which is Pass.STEP else 2.0) * per_row * rows for which in Pass}
 
     def link_seconds(self, modes: ModePair, which: Pass) -> float | None:
-        """What the rows take at the ceilings of the link, there and back, in backward once more; None without ceilings.
+        """What the busiest rank's rows take at the ceilings, there and back, in backward once more; None without any.
 
-        Those of the busiest rank, and the least of them: ids, scores and their gradients, and x where it is gathered
-        again, are not counted.
+        Ids, scores and their gradients, and x where it is gathered again, are not counted.
         """
         if self.context.group.world_size == 1:
             return 0.0

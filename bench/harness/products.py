@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -20,10 +21,7 @@ ROW_MULTIPLE = 16
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Products:
-    """The GEMMs of a layer by ``grouped_mm``, at the rows that its routing sends here; random numbers.
-
-    ends (e,) int32. rows, out_grad (R, H); hidden_grad (R, 2I or I); activated (R, I), with R = ends[-1].
-    """
+    """Random operands: ends (e,) int32; rows, out_grad (R, H); hidden_grad (R, 2I or I); activated (R, I)."""
 
     ends: Tensor
     rows: Tensor
@@ -70,10 +68,7 @@ class Products:
         )
 
     def operands(self, *, backward: bool) -> list[tuple[Tensor, Tensor]]:
-        """Left (R, .) and right of the two of a forward, or of all six.
-
-        Rows are multiplied by a right of (e, ., .); of one of (R, .) the products with rows are summed, by expert.
-        """
+        """Left (R, .) and right of the two of a forward, or of all six; a right of (R, .) is summed over rows."""
         forward = [(self.rows, self.w1.transpose(1, 2)), (self.activated, self.w2.transpose(1, 2))]
         if not backward:
             return forward
@@ -84,12 +79,8 @@ class Products:
         """Each of the products, in order."""
         widths = (self.rows.shape[1], self.hidden_grad.shape[1], self.activated.shape[1])
         refused = any(width * self.rows.element_size() % ROW_MULTIPLE for width in widths)
-        multiply = self.one_by_one if refused else self.grouped
+        multiply = self.one_by_one if refused else partial(F.grouped_mm, offs=self.ends)
         return [multiply(left if right.ndim == 3 else left.t(), right) for left, right in operands]
-
-    def grouped(self, left: Tensor, right: Tensor) -> Tensor:
-        """One product by the library."""
-        return F.grouped_mm(left, right, offs=self.ends)
 
     def one_by_one(self, left: Tensor, right: Tensor) -> Tensor:
         """The same in plain PyTorch, for rows that ``grouped_mm`` refuses. Reads the host."""

@@ -15,7 +15,6 @@ from sonic_ep.profiler.bandwidth import LINK_BYTES, ROUNDS, measured_ceilings, m
 from sonic_ep.profiler.timing import Ceiling, RoundTimer, Timing
 from sonic_ep.testing.layer_problem import Shape
 
-# Marks of the table's last column.
 MET = {True: "met", False: "MISSED"}
 
 
@@ -33,10 +32,9 @@ class Threshold:
 
 @dataclass(frozen=True, kw_only=True)
 class LinkTraffic:
-    """Bytes that come to a rank over the link, the mean over the ranks, and the ceiling of that kind of transfer.
+    """Bytes that come to a rank over the link, the mean over the ranks, and what its memory moves meanwhile.
 
-    memory_bytes: reads and writes of a rank's memory meanwhile, where counted, and memory_rate: that of a large copy,
-    in bytes/s. Accesses that a cache answers count too, so a time can be a little below what the memory would need.
+    memory_rate: that of a large copy, in bytes/s. A cache can answer faster, so a time can be a little below the floor.
     """
 
     nbytes: float
@@ -84,10 +82,7 @@ class LinkTraffic:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """What one run found. entries grow as it goes on.
-
-    memory_rate: reads and writes of a rank's memory in a large copy, in bytes/s.
-    """
+    """What one run found so far. memory_rate: reads and writes of a large copy, in bytes/s."""
 
     environment: Environment
     ceilings: LinkCeilings | None
@@ -167,5 +162,5 @@ def _judgement(entry: Entry) -> str:
     """The threshold, and how many times its baselines the entry took."""
     words = [f"{baseline.ratio:.3f} times {baseline.what}" for baseline in entry.baselines]
     if entry.met is not None:
-        words = [f"{MET[entry.met]}: {entry.threshold} ({entry.threshold_us:.1f} us)", *words]
+        words.insert(0, f"{MET[entry.met]}: {entry.threshold} ({entry.threshold_us:.1f} us)")
     return "; ".join(words)

@@ -10,10 +10,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def own_core(rank: int, ranks: int) -> Iterator[None]:
-    """Keep this thread on one core that no other of ``ranks`` ranks is given: a thread that moves finds cold caches.
+    """Keep this thread, and those it starts, on a core of its own: a thread that moves finds cold caches.
 
-    Threads that it starts meanwhile inherit the core; those of PyTorch and NCCL that run already keep all cores. Does
-    nothing where the system has no such call, refuses it, or has too few cores.
+    Does nothing where the system has no such call, refuses it, or has too few cores.
     """
     if not hasattr(os, "sched_setaffinity"):
         yield
