@@ -1,7 +1,5 @@
 """The end-to-end benchmark: complete where the layer is right, red and without a time where it is not."""
 
-import json
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -13,7 +11,7 @@ import pytest
 import torch
 from end_to_end import MANY, SHAPE, SMALLEST, Kept, run_on_rank, said_before, watched_on_rank
 from harness.layer import Pass
-from harness.layer_report import accuracy_lines
+from harness.layer_report import RATIOS, accuracy_lines
 from schema import Layer
 
 from sonic_ep import CombineMode, DispatchMode, ExpertParallel
@@ -41,9 +39,6 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 SETTINGS = pairwise(OPTIONS)
 NO_GRADIENTS = {"training": False, "backward": False}
-QUANTILES = ["min_us", "p10_us", "median_us", "p90_us", "max_us"]
-ENTRY = {"rounds", *QUANTILES}
-TOP_LEVEL = {"kind", "environment", "rates_gb_per_s", "setup", "config", "accuracy", "profile", "memory", "times"}
 FAST_LINK = LinkCeilings(copy_engine_in=1e15, copy_engine_out=1e15, read=1e15, write=1e15)
 
 
@@ -55,155 +50,110 @@ def trials() -> Iterator[Any]:
             yield pytest.param(setting, world_size, marks=() if everyday else pytest.mark.thorough)
 
 
-def same_everywhere(found: list[tuple[Layer, list[str]]]) -> tuple[dict[str, Any], list[str]]:
-    """The document and what was said, on every rank the same."""
-    documents = [json.loads(msgspec.json.encode(document)) for document, _ in found]
-    assert all(document == documents[0] for document in documents)
-    assert all(said == found[0][1] for _, said in found)
-    return documents[0], found[0][1]
-
-
 def passes_of(setting: dict[str, Any]) -> list[str]:
     return [which.value for which in Pass if which is not Pass.STEP or setting.get("backward", True)]
 
 
 def timed_of(backend: str, world_size: int, by: str | None) -> list[str]:
     """What is timed in each pass."""
-    found = ["grouped GEMMs", "layer", "given routing"]
-    alone = world_size == 1
-    slow = [
-        *([] if alone else ["one GPU"]),
-        *([] if backend == "reference" else [f"reference over {by or 'one rank'}"]),
-    ]
-    return [*found, *([] if alone else ["same rows locally"]), *(["layer, beside these", *slow] if slow else [])]
+    slow = [] if world_size == 1 else ["one GPU"]
+    slow += [] if backend == "reference" else [f"reference over {by or 'one rank'}"]
+    local = [] if world_size == 1 else ["same rows locally"]
+    return ["grouped GEMMs", "layer", "given routing", *local, *(["layer, beside these", *slow] if slow else [])]
 
 
-def check_numbers(found: Any) -> None:
-    """Nothing that JSON does not know, and nothing below zero but what one time takes beyond another."""
-    if isinstance(found, dict):
-        for name, value in found.items():
-            if name != "exposed_communication_us":
-                check_numbers(value)
-    elif isinstance(found, list):
-        for value in found:
-            check_numbers(value)
-    elif isinstance(found, int | float):
-        assert math.isfinite(found)
-        assert found >= 0
-
-
-def check_accuracy(document: dict[str, Any], biased: bool) -> None:
-    biases = ["db1", "db2"] if biased else []
-    names = ["o", "dx", "drouter_w", "dw1", "dw2", *biases]
+def check_accuracy(document: Layer, biased: bool) -> None:
+    names = ["o", "dx", "drouter_w", "dw1", "dw2", *(["db1", "db2"] if biased else [])]
     # Who may say how accurate another has to be is judged before.
-    of_reference = [f"reference's {name}" for name in names] if document["setup"]["backend"] == "fast" else []
-    assert [each["name"] for each in document["accuracy"]] == [*of_reference, *names]
-    for each in document["accuracy"]:
-        assert each["ok"] is True
+    of_reference = [f"reference's {name}" for name in names] if document.setup.backend == "fast" else []
+    assert [each.name for each in document.accuracy] == [*of_reference, *names]
+    for each in document.accuracy:
+        assert each.ok
         # The one score of a token does not depend on the router.
-        constant = each["name"].endswith("drouter_w") and document["setup"]["thiek"][-1] == 1
-        assert (each["error"] == 0) == constant
-        assert each["error"] <= each["bound"]
-        assert each["worst_row"] <= each["worst_row_bound"]
+        constant = each.name.endswith("drouter_w") and document.setup.thiek[-1] == 1
+        assert (each.error == 0) == constant
 
 
-def check_config(document: dict[str, Any], setting: dict[str, Any]) -> None:
+def check_config(document: Layer, setting: dict[str, Any]) -> None:
     """What was asked for is kept, and nothing is left to be chosen."""
-    config = document["config"]
-    assert config == document["profile"]["config"]
+    assert document.profile is not None
+    config = document.config
+    assert config == document.profile.config
     for name in ("redispatch_x_in_backward", "cpu_sync_on_runtime"):
-        assert config[name] == setting.get(name, False)
+        assert getattr(config, name) == setting.get(name, False)
     for name, modes in (("dispatch", DispatchMode), ("combine", CombineMode)):
-        asked = setting.get(name, "auto")
-        assert config[name] in [mode.value for mode in modes] if asked == "auto" else config[name] == asked.value
+        asked, got = setting.get(name, "auto"), getattr(config, name)
+        assert got in [mode.value for mode in modes] if asked == "auto" else got == asked.value
 
 
-def check_profile(profile: dict[str, Any], backend: str, world_size: int) -> None:
-    assert [(each["kind"], each["mode"]) for each in profile["modes"]] == EVERY_MODE
-    assert [(each["dispatch"], each["combine"]) for each in profile["pairs"]] == EVERY_PAIR
-    assert profile["backend"] == backend
-    assert len(profile["shape"]["tokens"]) == world_size
-    assert profile["shape"]["routing"] == "given"
-    for each in (*profile["modes"], *profile["pairs"]):
-        assert each.keys() >= ENTRY
-        assert 0 < each["min_us"] <= each["p10_us"] <= each["median_us"] <= each["p90_us"] <= each["max_us"]
+def check_profile(document: Layer, backend: str, world_size: int) -> None:
+    profile = document.profile
+    assert profile is not None
+    assert [(each.kind, each.mode) for each in profile.modes] == EVERY_MODE
+    assert [(each.dispatch, each.combine) for each in profile.pairs] == EVERY_PAIR
+    assert (profile.backend, profile.shape.routing) == (backend, "given")
+    assert document.setup.thiek[0] == sum(profile.shape.tokens)
+    assert len(profile.shape.tokens) == world_size
 
 
-def check_times(document: dict[str, Any], passes: list[str], names: list[str]) -> None:
-    assert [(each["pass"], each["what"]) for each in document["times"]] == [(p, n) for p in passes for n in names]
-    for each in document["times"]:
-        assert each.keys() == ENTRY | {"pass", "what", "tflop_per_s", "tflop_per_s_of_group"}
-        quantiles = [each[name] for name in QUANTILES]
-        assert quantiles[0] > 0
-        assert quantiles == sorted(quantiles)
-        assert (each["tflop_per_s"] is None) == (each["tflop_per_s_of_group"] is None)
-
-
-def check_derived(document: dict[str, Any], passes: list[str], backend: str, world_size: int) -> None:
-    assert [each["pass"] for each in document["derived"]] == passes
-    alone, link_known = world_size == 1, world_size == 1 or "rates_gb_per_s" in document
-    for each in document["derived"]:
-        there = {name for name, value in each.items() if value is not None}
+def check_derived(document: Layer, passes: list[str], backend: str, world_size: int) -> None:
+    assert [each.pass_name for each in document.derived] == passes
+    alone, link_known = world_size == 1, world_size == 1 or document.rates_gb_per_s.read is not None
+    for each in document.derived:
+        there = {name for name, value in msgspec.structs.asdict(each).items() if value is not None}
         assert there == {
-            *("pass", "over_gemms"),
+            *("pass_name", "over_gemms"),
             *(() if alone else ("exposed_communication_us", "scaling_efficiency")),
             *(("link_us", "over_gemms_and_link") if link_known else ()),
             *(() if backend == "reference" else ("over_reference",)),
         }
-        assert all(each[name] > 0 for name in there & {"over_gemms", "over_gemms_and_link", "scaling_efficiency"})
-        assert not alone or each["link_us"] == 0
-    assert [each["pass"] for each in document["breakdown"]] == passes
-    for each in document["breakdown"]:
-        assert list(each["parts"]) == ["plan", "dispatch", "grouped GEMMs", "combine", "rest"]
-        assert all(part > 0 for name, part in each["parts"].items() if name != "rest")
+        assert all(getattr(each, name) > 0 for name in there & {"over_gemms", "scaling_efficiency"})
+        assert not alone or each.link_us == 0
+    assert [each.pass_name for each in document.breakdown] == passes
+    for each in document.breakdown:
+        assert list(each.parts) == ["plan", "dispatch", "grouped GEMMs", "combine", "rest"]
+        assert all(part > 0 for name, part in each.parts.items() if name != "rest")
 
 
-def check_memory(document: dict[str, Any], backend: str, on_gpu: bool, backward: bool) -> None:
+def check_memory(document: Layer, backend: str, on_gpu: bool, backward: bool) -> None:
     names = ["saved activations", "peak of forward, inference", "peak of forward, training", "peak of backward"]
-    expected = [*(names if backward else names[:-1]), "shared memory"]
-    assert [each["what"] for each in document["memory"]] == expected
-    for each in document["memory"]:
-        assert (each["formula_bytes"] is None) == (backend == "reference")
-        measured = on_gpu and each["what"] != "shared memory"
-        assert (each["measured_bytes"] is not None) == measured
+    assert [each.what for each in document.memory] == [*(names if backward else names[:-1]), "shared memory"]
+    for each in document.memory:
+        assert (each.formula_bytes is None) == (backend == "reference")
+        assert (each.measured_bytes is not None) == (on_gpu and each.what != "shared memory")
 
 
-def check_said(said: list[str], document: dict[str, Any]) -> None:
+def check_said(said: list[str], document: Layer) -> None:
     """Every figure has its line, and the accuracies stand before the first of them."""
     text = "\n".join(said)
     passed = [line for line in said if line.endswith("PASS")]
-    assert len(passed) == len(document["accuracy"]) * text.count("verifying ")
+    assert len(passed) == len(document.accuracy) * text.count("verifying ")
     assert "FAIL" not in text
-    assert f"picked: dispatch {document['config']['dispatch']}, combine {document['config']['combine']}" in text
+    assert f"picked: dispatch {document.config.dispatch}, combine {document.config.combine}" in text
     assert text.index("PASS") < text.index("picked: ") < text.index("memory, MiB") < text.index("TFLOP/s a rank")
-    for each in document["times"]:
-        assert sum(line.startswith(f"{each['pass']:<22} {each['what']} ") for line in said) == 1
-    for each in document["memory"]:
-        assert sum(line.startswith(f"{each['what']} ") for line in said) == 1
-    of_figures = ["over the GEMMs alone", "over GEMMs and link", "scaling efficiency", "over the reference"]
-    fields = ["over_gemms", "over_gemms_and_link", "scaling_efficiency", "over_reference"]
-    for figure, field in zip(of_figures, fields, strict=True):
-        lines = [line for line in said if line.strip().startswith(figure)]
-        assert len(lines) == sum(each[field] is not None for each in document["derived"])
+    for start in [
+        *(f"{each.pass_name:<22} {each.what} " for each in document.times),
+        *(f"{each.what} " for each in document.memory),
+    ]:
+        assert sum(line.startswith(start) for line in said) == 1
+    for name, figure in RATIOS.items():
+        lines = [line for line in said if line.strip().startswith(f"{figure} ")]
+        assert len(lines) == sum(getattr(each, name) is not None for each in document.derived)
 
 
-def check(
-    found: list[tuple[Layer, list[str]]], setting: dict[str, Any], backend: str, device_type: str
-) -> dict[str, Any]:
-    """What holds of every run: the document."""
-    document, said = same_everywhere(found)
-    world_size, passes = len(found), passes_of(setting)
-    by = document["environment"]["process_group"]
-    # Rates that were not measured are left out.
-    assert {"rates_gb_per_s", *document} == TOP_LEVEL | {"derived", "breakdown"}
-    assert document["kind"] == "layer"
-    assert document["setup"]["thiek"][0] == sum(document["profile"]["shape"]["tokens"])
-    assert (document["setup"]["world_size"], document["setup"]["backend"]) == (world_size, backend)
-    check_numbers(document)
+def check(found: list[tuple[Layer, list[str]]], setting: dict[str, Any], backend: str, device_type: str) -> Layer:
+    """What holds of every run: the document, which is the same on every rank and a valid one."""
+    said, world_size, passes = found[0][1], len(found), passes_of(setting)
+    assert all(
+        (msgspec.json.encode(other), lines) == (msgspec.json.encode(found[0][0]), said) for other, lines in found
+    )
+    document = msgspec.json.decode(msgspec.json.encode(found[0][0]), type=Layer)
+    names = timed_of(backend, world_size, document.environment.process_group)
+    assert (document.setup.world_size, document.setup.backend) == (world_size, backend)
+    assert [(each.pass_name, each.what) for each in document.times] == [(p, n) for p in passes for n in names]
     check_accuracy(document, setting.get("biased", False))
     check_config(document, setting)
-    check_profile(document["profile"], backend, world_size)
-    check_times(document, passes, timed_of(backend, world_size, by))
+    check_profile(document, backend, world_size)
     check_derived(document, passes, backend, world_size)
     check_memory(document, backend, device_type == "cuda", setting.get("backward", True))
     check_said(said, document)
@@ -230,7 +180,7 @@ def test_the_fast_backend_beside_the_reference(cpu_pool: RankPool, backend: str)
     setting = {"dispatch": DispatchMode.RANK_DEDUP, "combine": CombineMode.RANK_DEDUP, "backward": False}
     found = cpu_pool.run(watched_on_rank, setting, backend, SMALLEST, world_size=2)
     document = check([(document, said) for document, said, _ in found], setting, backend, "cpu")
-    assert any(each["what"] == "reference over gloo" for each in document["times"])
+    assert any(each.what == "reference over gloo" for each in document.times)
     assert [kept for _, _, kept in found] == [Kept(alive=[], open=[], exact=True)] * 2
 
 
@@ -248,9 +198,10 @@ def test_a_rank_may_have_fewer_experts_than_a_token_chooses(cpu_pool: RankPool) 
 def test_with_ceilings_the_link_is_counted(cpu_pool: RankPool) -> None:
     found = cpu_pool.run(run_on_rank, {"backward": False}, "reference", SHAPE, FAST_LINK, world_size=2)
     document = check(found, {"backward": False}, "reference", "cpu")
-    assert all(each["over_gemms_and_link"] <= each["over_gemms"] for each in document["derived"])
-    assert document["rates_gb_per_s"]["read"] == 1e6
-    assert [each["ceiling"] for each in document["profile"]["modes"]].count("write") == 3
+    assert all((each.over_gemms_and_link or 0) <= (each.over_gemms or 0) for each in document.derived)
+    assert document.rates_gb_per_s.read == 1e6
+    assert document.profile is not None
+    assert [each.ceiling for each in document.profile.modes].count("write") == 3
 
 
 def times_of(part: str, factor: float, calls: int, backward: bool, patched: pytest.MonkeyPatch, rank: Rank) -> None:
