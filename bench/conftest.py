@@ -7,6 +7,7 @@ clock that stands still but for the seconds that each round took.
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import sys
@@ -57,7 +58,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sonic_ep benches")
     group.addoption("--results", type=Path, metavar="PATH", help="write what was found as JSON, bench/results/*.json")
     group.addoption("--commit", metavar="NAME", help="the commit to name in the results where git cannot tell")
-    group.addoption("--thek", metavar="T,H,E,K", help="a large shape without thresholds: T of each rank, ...")
+    text = "a large shape without thresholds: T of each rank, ..."
+    group.addoption("--thek", type=thek_word, metavar="T,H,E,K", help=text)
 
 
 def pytest_cmdline_main(config: pytest.Config) -> None:
@@ -184,20 +186,19 @@ def tell(context: SuiteContext, benchmark: Any, request: pytest.FixtureRequest) 
     return write_and_tell
 
 
-def chosen_sizes(place: Place, thek: str | None) -> Sizes:
-    """The sizes for this place, the large shape replaced by ``thek``, if given. Raises ``pytest.UsageError``."""
+def chosen_sizes(place: Place, large: Shape | None) -> Sizes:
+    """The sizes for this place, the large shape replaced by the one that is given."""
     sizes = SIZES_ON_GPUS if place.device.type == "cuda" else SMOKE
-    if thek is None:
+    if large is None:
         return sizes
-    large = shape_of(thek)
     layer = replace(large, intermediate=sizes.layer.intermediate)
     return replace(sizes, large=large, layer=layer, plans=(place.world_size * large.tokens * large.top_k,))
 
 
-def shape_of(thek: str) -> Shape:
-    """The shape that four numbers name. Raises ``pytest.UsageError``."""
+def thek_word(text: str) -> Shape:
+    """T,H,E,K."""
     try:
-        tokens, hidden, num_experts, top_k = (int(word) for word in thek.split(","))
+        tokens, hidden, num_experts, top_k = map(int, text.split(","))
     except ValueError:
-        raise pytest.UsageError(f"--thek: got {thek!r}, expected four whole numbers, T,H,E,K") from None
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected four whole numbers, T,H,E,K") from None
     return Shape(tokens=tokens, hidden=hidden, num_experts=num_experts, top_k=top_k)

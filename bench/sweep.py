@@ -147,16 +147,10 @@ def run_point(setup: Setup, context: BenchContext) -> Point:
     layers = {mode: by_slots if mode is CombineMode.ALL_TO_ALL else by_ranks for mode in CombineMode}
     profile = profiled(layers[predicted.combine], setup)
     with ExitStack() as opened:
-        over = [opened.enter_context(layer_over(layers, pair)) for pair in PAIRS]
+        over = [opened.enter_context(layers[pair.combine].over(with_modes(setup.config, pair))) for pair in PAIRS]
         times = [found for which in PASSES for found in pairs_in_turn(layers, over, which)]
     context.free_cached_memory()
     return point_of(setup, profile, times, predicted)
-
-
-def layer_over(layers: Mapping[CombineMode, LayerUnderTest], pair: ModePair) -> ExpertParallel:
-    """The layer with these modes."""
-    layer = layers[pair.combine]
-    return layer.over(with_modes(layer.config, pair))
 
 
 def pairs_in_turn(
