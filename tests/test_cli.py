@@ -1,5 +1,6 @@
 """The command line as its user meets it: output, exit codes, several ranks, wrong words, Ctrl-C."""
 
+import argparse
 import os
 import signal
 import subprocess
@@ -114,8 +115,8 @@ def test_cases_are_made_to_fit_any_number_of_ranks(world_size: int) -> None:
     for case in fitted:
         assert case.num_experts % world_size == 0
         assert 1 <= case.top_k <= case.num_experts
-    shape = chosen_cases(world_size, ["top_1"], None, torch.float32)
-    assert [case.name for case in shape] == ["top_1"]
+    chosen = chosen_cases(argparse.Namespace(case=["top_1"], thiek=None), world_size)
+    assert [case.name for case in chosen] == ["top_1"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import torch
 import sonic_ep.cli.profile as command
 from sonic_ep import EPConfig, ProfileReport
 from sonic_ep.cli.exit_codes import FAIL, PASS
-from sonic_ep.cli.words import Thiek, config_of
+from sonic_ep.cli.measured import arguments_without_paths
+from sonic_ep.cli.options import Thiek, config_of
 from sonic_ep.profiler import WrongResultError
 from sonic_ep.profiler.timing import AboveCeilingError
 
@@ -69,6 +70,11 @@ def test_what_is_profiled_if_nothing_is_said(capsys: pytest.CaptureFixture[str])
     if not torch.cuda.is_available():
         assert run("--backend", "reference", "--no-cache") == PASS
         assert capsys.readouterr().out.startswith("no --thiek was given: --thiek 64,32,16,8,2\n")
+
+
+def test_paths_and_commits_are_not_repeated() -> None:
+    arguments = ["sonic-ep", "profile", "--json", "a", "--json=b", "--commit", "c", "--dtype", "float16", "--commit=d"]
+    assert arguments_without_paths(arguments) == ["--dtype", "float16"]
 
 
 def test_tokens_are_spread() -> None:

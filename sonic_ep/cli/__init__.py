@@ -35,15 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(parser, sys.argv[1:] if arguments is None else arguments, ("--module", "sonic_ep"))
 
 
-def run_command(parser: argparse.ArgumentParser, words: Sequence[str], program: Sequence[str]) -> int:
-    """Run the command that ``words`` name; returns its exit code. program: how torchrun starts it on several ranks."""
-    options = parser.parse_args(words)
+def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str], program: Sequence[str]) -> int:
+    """Run the command in ``arguments``; returns its exit code. program: how torchrun starts it on several ranks."""
+    options = parser.parse_args(arguments)
     logging.basicConfig(format="%(name)s: %(message)s")
     try:
         if "check" in options:
             options.check(options)
         if getattr(options, "nproc", None) is not None and not launched_by_torchrun():
-            return launch(options.nproc, [*program, *_without_nproc(words)])
+            return launch(options.nproc, [*program, *_without_nproc(arguments)])
         code: int = options.command(options)
         return code
     except KeyboardInterrupt:
@@ -69,7 +69,7 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(*arguments, **{**options, "allow_abbrev": False})
 
 
-def _without_nproc(words: Sequence[str]) -> list[str]:
+def _without_nproc(arguments: Sequence[str]) -> list[str]:
     parser = CommandParser(add_help=False)
     parser.add_argument("--nproc")
-    return parser.parse_known_args(list(words))[1]
+    return parser.parse_known_args(list(arguments))[1]

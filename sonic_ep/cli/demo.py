@@ -10,8 +10,8 @@ import torch
 from sonic_ep.api import ExpertParallel
 from sonic_ep.cli.exit_codes import FAIL, PASS
 from sonic_ep.cli.launch import Place, joined_group
+from sonic_ep.cli.options import add_nproc
 from sonic_ep.cli.verify import verify_cases
-from sonic_ep.cli.words import add_nproc
 from sonic_ep.plan import RoutingPlan
 from sonic_ep.testing.cases import CASES, Case, draw
 

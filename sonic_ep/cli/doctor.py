@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import combinations
 
 import torch
@@ -27,7 +27,7 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
 
 def _doctor(options: argparse.Namespace) -> int:
     """Starts no process group and allocates nothing on a GPU."""
-    for subject, finding in (*_versions(), *_gpus(), *_links(), _symmetric_memory(), _process_groups()):
+    for subject, finding in _findings():
         print(f"{subject:<17} {finding}")
     group = EPGroup(rank=0, world_size=1)
     found = {name: unavailable_reasons(name, group) for name in BACKEND_PACKAGES}
@@ -43,40 +43,27 @@ def can_run(reasons: Mapping[str, tuple[str, ...]], backend: str | None) -> bool
     return any(not against for name, against in reasons.items() if backend in (None, name))
 
 
-def _versions() -> list[tuple[str, str]]:
-    python = ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    packages = [(package, package_version(package) or "not installed") for package in PACKAGES]
-    return [python, *packages, ("torch's CUDA", torch.version.cuda or "none: a CPU build")]
-
-
-def _gpus() -> list[tuple[str, str]]:
+def _findings() -> Iterator[tuple[str, str]]:
+    """Subjects, and what is found of each."""
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    for package in PACKAGES:
+        yield package, package_version(package) or "not installed"
+    yield "torch's CUDA", torch.version.cuda or "none: a CPU build"
     if not torch.cuda.is_available():
-        return [("GPUs", "none")]
-    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return [
-        (f"GPU {index}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}")
-        for index, gpu in enumerate(gpus)
-    ]
-
-
-def _links() -> list[tuple[str, str]]:
-    """Peer access and link of every pair of GPUs."""
+        yield "GPUs", "none"
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        yield f"GPU {index}", f"{gpu.name}, {memory}, compute capability {gpu.major}.{gpu.minor}"
     types = link_types(topology())
-    lines = []
     for a, b in combinations(range(torch.cuda.device_count()), 2):
         peers = torch.cuda.can_device_access_peer(a, b) and torch.cuda.can_device_access_peer(b, a)
         link = types.get((a, b), "link unknown: nvidia-smi does not tell")
-        lines.append((f"GPU {a} - GPU {b}", f"{'peer access' if peers else 'no peer access'}, {link}"))
-    return lines
-
-
-def _symmetric_memory() -> tuple[str, str]:
+        yield f"GPU {a} - GPU {b}", f"{'peer access' if peers else 'no peer access'}, {link}"
     reasons = symmetric_memory_reasons()
-    return "symmetric memory", "no: " + "; ".join(reasons) if reasons else "yes"
-
-
-def _process_groups() -> tuple[str, str]:
+    yield "symmetric memory", "no: " + "; ".join(reasons) if reasons else "yes"
     if not dist.is_available():
-        return "process groups", "none: this PyTorch was built without torch.distributed"
-    names = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
-    return "process groups", ", ".join(name for name, here in names.items() if here) or "none"
+        yield "process groups", "none: this PyTorch was built without torch.distributed"
+        return
+    backends = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
+    yield "process groups", ", ".join(name for name, here in backends.items() if here) or "none"

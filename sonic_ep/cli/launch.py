@@ -57,10 +57,10 @@ def ranks_of(nproc: int | None) -> int:
     return started
 
 
-def launch(nproc: int, words: Sequence[str]) -> int:
+def launch(nproc: int, arguments: Sequence[str]) -> int:
     """Run a script or module on ``nproc`` ranks of this machine.
 
-    words: arguments of torchrun. Returns the exit code of the rank that failed first, 0 if none did. Raises
+    arguments: of torchrun. Returns the exit code of the rank that failed first, 0 if none did. Raises
     ``KeyboardInterrupt`` after Ctrl-C, when the ranks have ended.
     """
     # Imported here: the launcher is heavy, and one rank does without it.
@@ -71,7 +71,7 @@ def launch(nproc: int, words: Sequence[str]) -> int:
     # Ranks that share the processor's cores must not each take all of them.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     try:
-        torchrun(["--standalone", f"--nproc-per-node={nproc}", *words])
+        torchrun(["--standalone", f"--nproc-per-node={nproc}", *arguments])
     except SignalException as stopped:
         if stopped.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None

@@ -43,14 +43,14 @@ def checked_ranks(options: argparse.Namespace) -> int:
     return ranks
 
 
-def run_measured(options: argparse.Namespace, words: str, measure: Callable[[Run], int]) -> int:
+def run_measured(options: argparse.Namespace, program: str, measure: Callable[[Run], int]) -> int:
     """Collective. The exit code of ``measure``, or ``FAIL`` if a result is wrong or impossibly fast.
 
-    words: how the command is started. ``measure`` raises these errors on every rank, so no rank waits.
+    program: how the command is started. ``measure`` raises these errors on every rank, so no rank waits.
     """
     with joined_group() as place:
         backend = choose_backend(options.backend, EPGroup(rank=place.rank, world_size=place.world_size)).name
-        command = command_of(place.world_size, words, words_without_paths(sys.argv))
+        command = command_of(place.world_size, program, arguments_without_paths(sys.argv))
         try:
             return measure(Run(place=place, backend=backend, command=command, say=place.say))
         except (WrongResultError, AboveCeilingError) as error:
@@ -58,11 +58,11 @@ def run_measured(options: argparse.Namespace, words: str, measure: Callable[[Run
             return FAIL
 
 
-def words_without_paths(arguments: list[str]) -> list[str]:
+def arguments_without_paths(arguments: list[str]) -> list[str]:
     """The options of a command line, less paths and commits, which mean nothing to others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_output(parser)
-    return [word for word in parser.parse_known_args(arguments[1:])[1] if word != "profile"]
+    return [kept for kept in parser.parse_known_args(arguments[1:])[1] if kept != "profile"]
 
 
 def require_writable(path: Path | None) -> None:

@@ -11,7 +11,7 @@ from sonic_ep.api import ExpertParallel
 from sonic_ep.cli.exit_codes import PASS
 from sonic_ep.cli.launch import Place
 from sonic_ep.cli.measured import Run, add_output, checked_ranks, run_measured, write_json
-from sonic_ep.cli.words import DTYPES, Thiek, add_call, add_config, add_nproc, config_of, spellings
+from sonic_ep.cli.options import DTYPES, Thiek, add_call, add_config, add_nproc, config_of, spellings
 from sonic_ep.profiler import NetworkProfiler, ProfileReport, default_device
 from sonic_ep.profiler.cache import DEFAULT_FOLDER
 from sonic_ep.profiler.routings import ROUTINGS

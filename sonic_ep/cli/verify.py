@@ -15,7 +15,7 @@ from sonic_ep.api import ExpertParallel
 from sonic_ep.backend import BACKEND_PACKAGES, choose_backend
 from sonic_ep.cli.exit_codes import FAIL, PASS
 from sonic_ep.cli.launch import Place, joined_group, ranks_of
-from sonic_ep.cli.words import DTYPES, Thiek, add_nproc, thiek_word
+from sonic_ep.cli.options import DTYPES, Thiek, add_nproc, parse_thiek
 from sonic_ep.config import AUTO, CombineMode, DispatchMode, EPConfig
 from sonic_ep.group import EPGroup
 from sonic_ep.testing import CASES, Accuracy, Case, verify_moe, verify_routed
@@ -41,7 +41,7 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", action="append", choices=tuple(CASES), help="only this case; may be repeated")
     parser.add_argument(
         "--thiek",
-        type=thiek_word,
+        type=parse_thiek,
         metavar="T,H,I,E,K",
         help="a shape instead of the named cases: tokens of the whole group, hidden, intermediate, experts, top-k",
     )
@@ -53,26 +53,23 @@ def _check(options: argparse.Namespace) -> None:
     """Raise once, before any rank is started, what would fail alike on all of them."""
     ranks = ranks_of(options.nproc)
     choose_backend(options.backend, EPGroup(rank=0, world_size=ranks))
-    _chosen_cases(options, ranks)
+    chosen_cases(options, ranks)
 
 
 def _verify(options: argparse.Namespace) -> int:
     with joined_group() as place:
-        return PASS if verify_cases(_chosen_cases(options, place.world_size), options.backend, place) else FAIL
+        return PASS if verify_cases(chosen_cases(options, place.world_size), options.backend, place) else FAIL
 
 
-def _chosen_cases(options: argparse.Namespace, world_size: int) -> list[Case]:
-    return chosen_cases(world_size, options.case, options.thiek, DTYPES[options.dtype])
+def chosen_cases(options: argparse.Namespace, world_size: int) -> list[Case]:
+    """The case of ``--thiek`` if that is given, else the named cases, or those of ``--case``.
 
-
-def chosen_cases(world_size: int, names: Sequence[str] | None, shape: Thiek | None, dtype: torch.dtype) -> list[Case]:
-    """The case of ``shape`` if one is given, else the named cases, or those of them in ``names``.
-
-    Raises ``ValueError`` if the ranks do not divide the experts of ``shape``, or if both kinds are asked for.
+    Raises ``ValueError`` if the ranks do not divide the experts of ``--thiek``, or if both are given.
     """
+    shape: Thiek | None = options.thiek
     if shape is None:
-        return [case for case in fitting_cases(world_size) if names is None or case.name in names]
-    if names is not None:
+        return [case for case in fitting_cases(world_size) if case.name in (options.case or CASES)]
+    if options.case is not None:
         raise ValueError("got --case and --thiek, expected one or the other")
     shape.require_experts_divide(world_size)
     case = Case(
@@ -82,7 +79,7 @@ def chosen_cases(world_size: int, names: Sequence[str] | None, shape: Thiek | No
         intermediate=shape.intermediate,
         num_experts=shape.num_experts,
         top_k=shape.top_k,
-        dtype=dtype,
+        dtype=DTYPES[options.dtype],
     )
     return [case]
 

@@ -84,11 +84,11 @@ def environment(device: torch.device, world_size: int, named_commit: str | None,
     }
 
 
-def command_of(world_size: int, words: str, arguments: Sequence[str]) -> str:
-    """A command line: ``words`` with ``arguments``, by torchrun if this process was."""
+def command_of(world_size: int, program: str, arguments: Sequence[str]) -> str:
+    """A command line: ``program`` with ``arguments``, by torchrun if this process was."""
     launcher = f"torchrun --nproc_per_node={world_size}" if dist.is_initialized() else "python"
     interpreter = "TRITON_INTERPRET=1 " if os.environ.get("TRITON_INTERPRET") == "1" else ""
-    return f"{interpreter}{launcher} {words} {shlex.join(arguments)}".rstrip()
+    return f"{interpreter}{launcher} {program} {shlex.join(arguments)}".rstrip()
 
 
 def date_now() -> str:
@@ -129,8 +129,8 @@ def commit(folder: Path = PACKAGE) -> str | None:
     None without git, and for an installed copy that happens to lie inside another repository.
     """
 
-    def git(*words: str) -> str:
-        return output_of("git", "-C", str(folder), *words).strip()
+    def git(*arguments: str) -> str:
+        return output_of("git", "-C", str(folder), *arguments).strip()
 
     if not git("ls-files", "."):
         return None
@@ -152,17 +152,17 @@ def link_types(matrix: str) -> dict[tuple[int, int], str]:
     rows = [line.split() for line in matrix.splitlines() if line.startswith("GPU")]
     found = {}
     for a, row in enumerate(rows):
-        for b, word in enumerate(row[1 : len(rows) + 1]):
+        for b, link in enumerate(row[1 : len(rows) + 1]):
             if a != b:
-                found[a, b] = f"NVLink, {word[2:]} links ({word})" if word.startswith("NV") else f"{word} (no NVLink)"
+                found[a, b] = f"NVLink, {link[2:]} links ({link})" if link.startswith("NV") else f"{link} (no NVLink)"
     return found
 
 
-def output_of(*words: str) -> str:
+def output_of(*command: str) -> str:
     """The output of a program; empty if it cannot be run or fails."""
-    if shutil.which(words[0]) is None:
+    if shutil.which(command[0]) is None:
         return ""
     try:
-        return subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=True).stdout
     except (subprocess.SubprocessError, OSError, UnicodeDecodeError):
         return ""

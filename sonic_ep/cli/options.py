@@ -52,19 +52,19 @@ class Thiek:
             raise ValueError(f"--thiek: got K={self.top_k}, expected at most the {held} experts of a rank for one_rank")
 
 
-def count_word(text: str) -> int:
+def parse_count(text: str) -> int:
     """A whole number of at least 1."""
     if not (text.isascii() and text.isdigit() and int(text) >= 1):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
     return int(text)
 
 
-def thiek_word(text: str) -> Thiek:
+def parse_thiek(text: str) -> Thiek:
     """T,H,I,E,K: five whole numbers of at least 1, T of the whole group."""
     parts = text.split(",")
     if len(parts) != 5:
         raise argparse.ArgumentTypeError(f"got {len(parts)} numbers in {text!r}, expected five: T,H,I,E,K")
-    tokens, hidden, intermediate, num_experts, top_k = (count_word(part.strip()) for part in parts)
+    tokens, hidden, intermediate, num_experts, top_k = (parse_count(part.strip()) for part in parts)
     if top_k > num_experts:
         raise argparse.ArgumentTypeError(f"got K={top_k}, expected at most E={num_experts}")
     return Thiek(tokens=tokens, hidden=hidden, intermediate=intermediate, num_experts=num_experts, top_k=top_k)
@@ -76,20 +76,20 @@ def spellings(name: str, *more: str) -> tuple[str, ...]:
     >>> spellings("cpu_sync", "CPU_sync")
     ('--cpu_sync', '--cpu-sync', '--CPU_sync', '--CPU-sync')
     """
-    spelt = [f"--{word}" for option in (name, *more) for word in (option, option.replace("_", "-"))]
+    spelt = [f"--{spelling}" for option in (name, *more) for spelling in (option, option.replace("_", "-"))]
     return tuple(dict.fromkeys(spelt))
 
 
 def add_nproc(parser: argparse.ArgumentParser, default: int | None = None) -> None:
     """``--nproc N``; None leaves the ranks to torchrun, or is one rank."""
     text = f"ranks to start (default: {default or 1})"
-    parser.add_argument("--nproc", type=count_word, default=default, metavar="N", help=text)
+    parser.add_argument("--nproc", type=parse_count, default=default, metavar="N", help=text)
 
 
 def add_call(parser: argparse.ArgumentParser, routings: tuple[str, ...]) -> None:
     """Shape, dtype, routing and backend."""
     sizes = "tokens of the whole group, hidden, intermediate, experts, top-k"
-    parser.add_argument("--thiek", type=thiek_word, metavar="T,H,I,E,K", help=sizes)
+    parser.add_argument("--thiek", type=parse_thiek, metavar="T,H,I,E,K", help=sizes)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of tokens and weights")
     parser.add_argument("--routing", choices=routings, default="uniform", help="how experts are chosen")
     parser.add_argument("--backend", choices=(AUTO, *BACKEND_PACKAGES), default=AUTO, help="which one is run")
