@@ -21,38 +21,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The page and its PNGs; an exit code."""
     parser = argparse.ArgumentParser(prog="report.py", description="Results as one page of HTML.", allow_abbrev=False)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="suites, profiles, layers, sweeps")
-    parser.add_argument(
-        "-o", "--output", type=Path, default=Path("report.html"), metavar="PATH", help="the page (default: report.html)"
-    )
-    parser.add_argument(
-        "--png-folder", type=Path, metavar="PATH", help="where PNGs go (default: beside the page, its name and _png)"
-    )
+    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page (%(default)s)")
+    parser.add_argument("--png-folder", type=Path, help="where PNGs go (beside the page, its name and _png)")
     options = parser.parse_args(arguments)
-    output: Path = options.output
     try:
-        _check(output, options.files)
-        folder: Path = options.png_folder or output.with_name(f"{output.stem}_png")
-        documents, passed_over = load(options.files)
-        figures = write_report(documents, output, folder)
-    except ValueError as error:
+        print("\n".join(report(options.files, options.output, options.png_folder)))
+    except (ValueError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 1
-    for name in passed_over:
-        print(f"{name}: passed over, it records no times")
-    print(f"{output}: {len(documents)} files, {figures} figures, also as PNG in {folder}")
+        return 2 if isinstance(error, ValueError) else 1
     return 0
 
 
-def _check(output: Path, files: Sequence[Path]) -> None:
-    """Raises ``ValueError`` before anything is read."""
+def report(files: Sequence[Path], output: Path, png_folder: Path | None) -> list[str]:
+    """What was done, in lines. Raises ``ValueError`` before anything is written, ``OSError`` where that fails."""
     file_names(files)
     if output.is_dir():
         raise ValueError(f"--output: expected the path of a file, got the folder {output}")
     if output.resolve() in [path.resolve() for path in files]:
         raise ValueError(f"--output: expected the path of a page, got {output}, one of the results")
+    folder = png_folder or output.with_name(f"{output.stem}_png")
+    documents, passed_over = load(files)
+    figures = write_report(documents, output, folder)
+    done = f"{output}: {len(documents)} files, {figures} figures, also as PNG in {folder}"
+    return [*(f"{name}: passed over, it records no times" for name in passed_over), done]
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from report_page.load import load
+from report_page.page import render
 
 from sonic_ep.config import CombineMode, DispatchMode
 
@@ -141,6 +142,11 @@ def written(folder: Path, **documents: Json) -> list[Path]:
 
 def loaded(folder: Path, **documents: Json) -> list[Any]:
     return load(written(folder, **documents))[0]
+
+
+def shown(documents: list[Any]) -> str:
+    """The page without drawings."""
+    return render(documents, lambda *_, **__: "")
 
 
 def anchors(page: str) -> set[str]:

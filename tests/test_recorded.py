@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import schema
 from report_documents import COMBINE, DISPATCH, Json, changed, loaded, point, sweep, written
 from report_page.load import read
 from report_page.selection import FORWARD, FORWARD_AND_BACKWARD
@@ -15,7 +16,7 @@ from sonic_ep import EPConfig
 from sonic_ep.config import ModePair
 from sonic_ep.cost import Workload, choose_modes
 
-RESULTS = Path(__file__).parent.parent / "bench" / "results"
+RESULTS = Path(schema.__file__).parent / "results"
 # What make bench writes is somebody's own.
 RECORDED = sorted(path for path in RESULTS.glob("*.json") if path.name != "latest.json")
 EVERY_PAIR = {(dispatch, combine) for dispatch in DISPATCH for combine in COMBINE}

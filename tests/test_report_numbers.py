@@ -1,7 +1,9 @@
 """What the report computes and compares: spread, winners, extrapolation, rows of sizes, names of layers."""
 
+import doctest
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from report_documents import (
@@ -16,13 +18,14 @@ from report_documents import (
     point,
     profile,
     settings,
+    shown,
     suite,
     sweep,
     times,
 )
+from report_page import computed, figures, load, page
 from report_page.computed import extrapolations, machines, winner_grids
 from report_page.load import NO_GPU, SHARED, caveats
-from report_page.page import render
 from report_page.selection import bandwidths, labels, longest_row
 from report_page.spread import between_words, measurements, repeated
 
@@ -42,9 +45,9 @@ def test_spread_by_hand(tmp_path: Path) -> None:
     assert between_words(again) == ("3 medians are in more than one file. 5% or more apart: 1 of the 2 above 100 µs.")
     (one,) = loaded(tmp_path, one=suite({**entry("a", 100.0), **times(100.0, wide=0.04)}, entry("b", 9.0)))
     assert [found.times.spread_percent for found in measurements(one)] == pytest.approx([4.0, 1.0])
-    page = render([one], lambda *_, **__: "")
+    text = shown([one])
     # In the middle of 4 and 1, and the widest.
-    assert '<td class="n">2</td><td class="n">2.50</td><td class="n">4.0</td>' in re.sub(r">\s+<", "><", page)
+    assert '<td class="n">2</td><td class="n">2.50</td><td class="n">4.0</td>' in re.sub(r">\s+<", "><", text)
 
 
 def test_the_time_of_the_host_is_called_so(tmp_path: Path) -> None:
@@ -160,7 +163,7 @@ def test_rates_of_ranks_that_share_gpus_compute_nothing(tmp_path: Path) -> None:
     """With four ranks on two GPUs; with as many ranks as GPUs the same file computes."""
     shared = loaded(tmp_path, a=layer(world_size=4, gpus=2), b=sweep(point(1024), world_size=4, gpus=2))
     assert (machines(shared), extrapolations(shared), winner_grids(shared)) == ([], [], [])
-    assert {"extrapolation", "winners"}.isdisjoint(anchors(render(shared, lambda *_, **__: "")))
+    assert {"extrapolation", "winners"}.isdisjoint(anchors(shown(shared)))
     own = loaded(tmp_path, a=layer(world_size=4, gpus=4), b=sweep(point(1024), world_size=4, gpus=4))
     assert len(machines(own)) == len(extrapolations(own)) == len(winner_grids(own)) == 1
 
@@ -182,6 +185,13 @@ def test_caveats(tmp_path: Path, changes: Json, expected: list[str]) -> None:
     # One that needs none beside it takes nothing away.
     (other,) = loaded(tmp_path, b=layer(world_size=8, gpus=8))
     assert list(caveats([found, other])) == expected
+
+
+@pytest.mark.parametrize("module", [computed, figures, load, page], ids=lambda module: module.__name__)
+def test_examples_in_docstrings(module: ModuleType) -> None:
+    found = doctest.testmod(module)
+    assert found.attempted
+    assert not found.failed
 
 
 def test_what_the_caveats_say() -> None:

@@ -177,7 +177,7 @@ def between_runs(figure: Figure, again: Sequence[Repeated]) -> None:
     for differs, colour, words in ((False, BLUE, "all others"), (True, ORANGE, "above 100 µs and 5% or more")):
         found = [one for one in again if one.differs == differs]
         if found:
-            x, y = [one.least_us for one in found], [one.difference_percent for one in found]
+            x, y = [min(one.medians_us) for one in found], [one.difference_percent for one in found]
             axes.scatter(x, y, s=18, alpha=0.7, color=colour, label=f"{words}: {len(found)}")
     axes.axhline(LARGE_PERCENT, color=QUIET, linestyle="--", linewidth=1)
     axes.axvline(LARGE_US, color=QUIET, linestyle="--", linewidth=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -83,23 +84,17 @@ def _at(value: Any, path: str) -> Any:
 
 
 def file_names(paths: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as many as tell the files apart. Raises ``ValueError`` for a file given twice.
+    """Each path below the folder that all share. Raises ``ValueError`` for a file given twice.
 
-    >>> file_names([Path("a/mine.json"), Path("b/mine.json"), Path("b/other.json")])
-    ['a/mine.json', 'b/mine.json', 'other.json']
+    >>> file_names([Path("a/mine.json"), Path("b/mine.json")])
+    ['a/mine.json', 'b/mine.json']
     """
     places = [path.resolve() for path in paths]
     for path, place in zip(paths, places, strict=True):
         if places.count(place) > 1:
             raise ValueError(f"{path}: expected each file once, got it twice")
-    return [printable(_shortest(path, paths)) for path in paths]
-
-
-def _shortest(path: Path, paths: Sequence[Path]) -> str:
-    for length in range(1, len(path.parts)):
-        if sum(other.parts[-length:] == path.parts[-length:] for other in paths) == 1:
-            return str(Path(*path.parts[-length:]))
-    return str(path)
+    folder = os.path.commonpath([place.parent for place in places])
+    return [printable(str(place.relative_to(folder))) for place in places]
 
 
 def short_commit(environment: Environment) -> str:

@@ -13,14 +13,9 @@ from schema import Document, pair_name
 
 from report_page import computed, figures, load, selection, spread
 
-TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    extensions=["jinja2.ext.do"],
-)
+LOADER = FileSystemLoader(Path(__file__).parent)
+TEMPLATES = Environment(loader=LOADER, autoescape=True, undefined=StrictUndefined, extensions=["jinja2.ext.do"])
+TEMPLATES.trim_blocks = TEMPLATES.lstrip_blocks = True
 
 
 class Cell(NamedTuple):
@@ -28,18 +23,6 @@ class Cell(NamedTuple):
 
     text: str
     kind: str
-
-
-class Column(NamedTuple):
-    """A column of a table with its title."""
-
-    title: str
-    cells: list[Cell]
-
-    @property
-    def kind(self) -> str:
-        """``n`` where any cell is a number."""
-        return "n" if any(cell.kind == "n" for cell in self.cells) else "w"
 
 
 def write_report(documents: Sequence[Document], output: Path, png_folder: Path) -> int:
@@ -61,13 +44,14 @@ def render(documents: Sequence[Document], save: Callable[..., str]) -> str:
     return template.render(**modules, **of_kind, documents=documents, save=save)
 
 
-def laid_out(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> list[Column]:
-    """The columns of a table; of those behind the first, empty ones are left out."""
-    columns = [
-        Column(title=title, cells=[_cell(value) for value in values])
-        for title, values in zip(titles, zip(*rows, strict=True), strict=True)
-    ]
-    return [column for place, column in enumerate(columns) if place == 0 or any(cell.text for cell in column.cells)]
+def laid_out(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> list[tuple[Cell, ...]]:
+    """Titles and rows of a table; of the columns behind the first, empty ones are left out."""
+    columns = [[_cell(value) for value in values] for values in zip(*rows, strict=True)]
+    kept: list[list[Cell]] = []
+    for title, cells in zip(titles, columns, strict=True):
+        if not kept or any(cell.text for cell in cells):
+            kept.append([Cell(text=title, kind="n" if any(cell.kind == "n" for cell in cells) else "w"), *cells])
+    return list(zip(*kept, strict=True))
 
 
 def _cell(value: object) -> Cell:
