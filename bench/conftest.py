@@ -59,7 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--results", type=Path, metavar="PATH", help="write what was found as JSON, bench/results/*.json")
     group.addoption("--commit", metavar="NAME", help="the commit to name in the results where git cannot tell")
     text = "a large shape without thresholds: T of each rank, ..."
-    group.addoption("--thek", type=thek_word, metavar="T,H,E,K", help=text)
+    group.addoption("--thek", type=parse_thek, metavar="T,H,E,K", help=text)
 
 
 def pytest_cmdline_main(config: pytest.Config) -> None:
@@ -195,7 +195,7 @@ def chosen_sizes(place: Place, large: Shape | None) -> Sizes:
     return replace(sizes, large=large, layer=layer, plans=(place.world_size * large.tokens * large.top_k,))
 
 
-def thek_word(text: str) -> Shape:
+def parse_thek(text: str) -> Shape:
     """T,H,E,K."""
     try:
         tokens, hidden, num_experts, top_k = map(int, text.split(","))

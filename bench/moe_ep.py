@@ -18,7 +18,7 @@ from schema import Layer
 from sonic_ep.activation import ACTIVATIONS
 from sonic_ep.cli import CommandParser, run_command
 from sonic_ep.cli.measured import Run, add_output, checked_ranks
-from sonic_ep.cli.words import DTYPES, Thiek, add_call, add_config, add_nproc, config_of, spellings
+from sonic_ep.cli.options import DTYPES, Thiek, add_call, add_config, add_nproc, config_of, spellings
 from sonic_ep.config import ScoreOrder
 from sonic_ep.testing.layer_problem import LayerOptions, RoutingKind, Shape
 

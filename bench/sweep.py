@@ -25,7 +25,7 @@ from sonic_ep.api import ExpertParallel
 from sonic_ep.backend import BACKEND_PACKAGES
 from sonic_ep.cli import CommandParser, run_command
 from sonic_ep.cli.measured import Run, add_output, checked_ranks
-from sonic_ep.cli.words import DTYPES, add_nproc, count_word
+from sonic_ep.cli.options import DTYPES, add_nproc, parse_count
 from sonic_ep.config import AUTO, CombineMode, DispatchMode, EPConfig, ModePair
 from sonic_ep.profiler import ProfileReport
 from sonic_ep.testing.layer_problem import LayerOptions, LayerProblem, RoutingKind, Shape
@@ -45,18 +45,18 @@ class GridPoint:
     routing: RoutingKind
 
 
-def point_word(text: str) -> GridPoint:
+def parse_point(text: str) -> GridPoint:
     """T,K,routing."""
     parts = text.split(",")
     if len(parts) != 3 or parts[2] not in {kind.value for kind in RoutingKind}:
         kinds = "|".join(kind.value for kind in RoutingKind)
         raise argparse.ArgumentTypeError(f"got {text!r}, expected T,K,{kinds}")
-    return GridPoint(tokens=count_word(parts[0]), top_k=count_word(parts[1]), routing=RoutingKind(parts[2]))
+    return GridPoint(tokens=parse_count(parts[0]), top_k=parse_count(parts[1]), routing=RoutingKind(parts[2]))
 
 
-def hie_word(text: str) -> tuple[int, int, int]:
+def parse_hie(text: str) -> tuple[int, int, int]:
     """H,I,E."""
-    parts = [count_word(part) for part in text.split(",")]
+    parts = [parse_count(part) for part in text.split(",")]
     if len(parts) != 3:
         raise argparse.ArgumentTypeError(f"got {len(parts)} numbers in {text!r}, expected three: H,I,E")
     return parts[0], parts[1], parts[2]
@@ -80,8 +80,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add_nproc(found)
     text = "tokens of each rank, top-k, routing; may be repeated (default: a grid)"
-    found.add_argument("--point", action="append", type=point_word, metavar="T,K,ROUTING", help=text)
-    found.add_argument("--hie", type=hie_word, metavar="H,I,E", help="hidden, intermediate, experts")
+    found.add_argument("--point", action="append", type=parse_point, metavar="T,K,ROUTING", help=text)
+    found.add_argument("--hie", type=parse_hie, metavar="H,I,E", help="hidden, intermediate, experts")
     found.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of tokens and weights")
     found.add_argument("--backend", choices=(AUTO, *BACKEND_PACKAGES), default=AUTO, help="which one is run")
     add_output(found)
@@ -106,7 +106,7 @@ def setups_of(options: argparse.Namespace, world_size: int, backend: str) -> lis
     hidden, intermediate, experts = options.hie or (HIE_ON_GPUS if on_gpu else HIE_ON_CPU)
     if experts % world_size:
         raise ValueError(f"--hie: got E={experts}, expected a multiple of the {world_size} ranks")
-    points = options.point or [point_word(text) for text in (POINTS_ON_GPUS if on_gpu else POINTS_ON_CPU)]
+    points = options.point or [parse_point(text) for text in (POINTS_ON_GPUS if on_gpu else POINTS_ON_CPU)]
     for point in points:
         held = experts // world_size if point.routing is RoutingKind.ONE_RANK else experts
         if point.top_k > held:
