@@ -48,10 +48,7 @@ def rounds_of(context: BenchContext, on_gpus: Rounds = ROUNDS) -> Rounds:
 
 
 def run_end_to_end(setup: Setup, context: BenchContext, say: Say) -> Layer:
-    """Collective: everything, told to ``say`` as it comes; the document is the same on every rank.
-
-    Raises ``WrongResultError`` on every rank if the layer is wrong on any: then nothing was timed, or nothing told.
-    """
+    """Collective: everything, told to ``say`` as it comes. Raises ``WrongResultError`` on every rank if one is wrong."""
     problem = LayerProblem(shape=setup.shape, group=context.group, device=context.device, options=setup.options)
     first = with_modes(setup.config, predicted_modes(setup))
     layer = verified(LayerUnderTest.of(context, problem, setup.backend, first), say)

@@ -174,7 +174,7 @@ class LayerUnderTest:
         return seconds
 
     def case(self, name: str, ep: ExpertParallel, which: Pass, compared_with: tuple[Comparison, ...] = ()) -> BenchCase:
-        """The layer over ``ep``: the answer's very bits, or if it is another backend's, an answer as accurate."""
+        """A pass over ``ep``: the answer's very bits, or if it is another backend's, an answer as accurate."""
         answer = self.answer
         proven = ProvenCall(shape=self.shape, call=self.problem.call, outcome=answer.outcome, flops=self.flops)
         case = replace(proven.case(name, ep, which), compared_with=compared_with if self.context.on_gpu else ())

@@ -104,8 +104,8 @@ class Yardstick:
         if got.numel() == 0:
             return Part(square=0.0, worst_row=0.0)
         difference = got.detach().double() - truth
-        stray = bool((got.detach()[self._zero_rows[share]] != 0).any())
-        if stray or not bool(difference.isfinite().all()):
+        nonzero = bool((got.detach()[self._zero_rows[share]] != 0).any())
+        if nonzero or not bool(difference.isfinite().all()):
             return Part(square=inf, worst_row=inf)
         distance = torch.linalg.vector_norm(difference, dim=-1)
         # A scale of zero means a truth of zeros only; a difference from that is infinitely wrong.
