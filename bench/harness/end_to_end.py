@@ -48,7 +48,7 @@ def rounds_of(context: BenchContext, on_gpus: Rounds = ROUNDS) -> Rounds:
 
 
 def run_end_to_end(setup: Setup, context: BenchContext, say: Say) -> Layer:
-    """Collective: everything, told to ``say`` as it comes. Raises ``WrongResultError`` on every rank if one is wrong."""
+    """Collective: everything, told to ``say`` as it comes. Raises ``WrongResultError`` if it is wrong."""
     problem = LayerProblem(shape=setup.shape, group=context.group, device=context.device, options=setup.options)
     first = with_modes(setup.config, predicted_modes(setup))
     layer = verified(LayerUnderTest.of(context, problem, setup.backend, first), say)
@@ -166,7 +166,7 @@ class EndToEnd:
         return ExpertParallel(alone.process_group, self.layer.backend, self.layer.config)
 
     def in_every_pass(self, cases: Sequence[CaseOfPass], rounds: Rounds) -> Mapping[Pass, Found]:
-        """Collective: what each took in turn, by pass. Raises ``WrongResultError`` on every rank if one is wrong."""
+        """Collective: what each took in turn, by pass. Raises ``WrongResultError`` if it is wrong."""
         found = {}
         for which in self.passes:
             batch = self.layer.context.alternate(
