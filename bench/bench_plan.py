@@ -6,57 +6,52 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from harness.context import BenchCase, Method, SuiteContext, other_inputs
+from harness.results import Threshold
 from torch import Tensor
 
 from sonic_ep import ExpertParallel, RoutingPlan
-from sonic_ep.benchmark.arena import How, SuiteArena, Work
-from sonic_ep.benchmark.results import Bar
-from sonic_ep.benchmark.workload import Problem, Shape
 from sonic_ep.plan import ROUTING_FIELDS
-from sonic_ep.testing import assert_bitwise
-from sonic_ep.testing.checks import expect
+from sonic_ep.profiler.verification import assert_bitwise, expect
+from sonic_ep.testing.routing_problem import RoutingProblem
 
 # Slots of the group, and the microseconds that a plan of them may take.
-BARS_OF_SLOTS = ((262_144, 80), (1_048_576, 150))
+MOST_MICROS = {262_144: 80, 1_048_576: 150}
 
 
-def expect_plan(expected: RoutingPlan) -> Callable[[RoutingPlan], None]:
-    """A check: every field equal."""
-
-    def check(got: RoutingPlan) -> None:
-        for name in ROUTING_FIELDS:
-            value, right = getattr(got, name), getattr(expected, name)
-            if isinstance(right, Tensor):
-                assert_bitwise(value, right, name)
-            else:
-                expect(value == right, f"{name}: got {value}, expected {right}")
-
-    return check
+def expect_plan(got: RoutingPlan, expected: RoutingPlan) -> None:
+    """Raise ``AssertionError`` unless every field is equal."""
+    for name in ROUTING_FIELDS:
+        value, right = getattr(got, name), getattr(expected, name)
+        if isinstance(right, Tensor):
+            assert_bitwise(value, right, name)
+        else:
+            expect(value == right, f"{name}: got {value}, expected {right}")
 
 
-def bar_of(slots: int, shape: Shape) -> Bar | None:
-    """The bar of a plan of ``slots`` slots, where there is one."""
-    micros = dict(BARS_OF_SLOTS).get(slots)
-    if micros is None or not shape.barred:
+def threshold_of(slots: int, context: SuiteContext) -> Threshold | None:
+    """The threshold of a plan of ``slots`` slots, where there is one."""
+    micros = MOST_MICROS.get(slots)
+    if micros is None or not context.held:
         return None
-    return Bar(text=f"at most {micros} us at {slots} slots", seconds=micros / 1e6)
+    return Threshold(text=f"at most {micros} us at {slots} slots", seconds=micros / 1e6)
 
 
 @pytest.mark.parametrize("size", [0, 1])
-def bench_plan(arena: SuiteArena, run: Callable[[Work, How], None], how: How, size: int) -> None:
+def bench_plan(context: SuiteContext, run: Callable[[BenchCase, Method], None], method: Method, size: int) -> None:
     """``ep.plan`` through the public API."""
-    if size >= len(arena.sizes.plans):
+    if size >= len(context.sizes.plans):
         pytest.skip("one plan only at a shape of the caller's")
-    large, world_size = arena.sizes.large, arena.group.world_size
-    shape = replace(large, tokens=arena.sizes.plans[size] // (world_size * large.top_k))
-    problem = Problem(shape=shape, group=arena.group, device=arena.device)
+    large, world_size, slots = context.sizes.large, context.group.world_size, context.sizes.plans[size]
+    shape = replace(large, tokens=slots // (world_size * large.top_k))
+    problem = RoutingProblem(shape=shape, group=context.group, device=context.device)
     with ExpertParallel(backend="fast", max_tokens_per_rank=shape.tokens) as ep:
-        work = Work(
+        case = BenchCase(
             name="plan",
             shape=shape,
-            function=lambda: ep.plan(problem.topk_idx_TK, shape.num_experts),
-            check=expect_plan(problem.plan),
-            inputs=(problem.topk_idx_TK,),
-            bar=bar_of(shape.slots(world_size), shape),
+            run=lambda: ep.plan(problem.topk_idx_TK, shape.num_experts),
+            check=lambda got: expect_plan(got, problem.plan),
+            other_inputs=lambda: other_inputs(problem.topk_idx_TK),
+            threshold=threshold_of(world_size * shape.tokens * shape.top_k, context),
         )
-        run(work, how)
+        run(case, method)

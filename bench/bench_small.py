@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from harness.context import BenchCase, Method, SuiteContext, other_inputs
+from harness.results import Threshold
 from torch import Tensor
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
-from sonic_ep.benchmark.arena import How, SuiteArena, Work
-from sonic_ep.benchmark.results import Bar
-from sonic_ep.benchmark.workload import Problem
-from sonic_ep.testing import assert_bitwise
+from sonic_ep.profiler.verification import assert_bitwise
+from sonic_ep.testing.routing_problem import RoutingProblem
 
-Run = Callable[[Work, How], None]
+Run = Callable[[BenchCase, Method], None]
 
-MOST_SECONDS = 60e-6
+# Of the first pair in a graph, with a plan that was made before.
+MOST = Threshold(text="at most 60 us", seconds=60e-6)
 # A plan is made once a layer, or once for several: it is timed in and out.
 PAIRS = (
     (DispatchMode.ALL_TO_ALL, CombineMode.RANK_DEDUP),
@@ -29,25 +30,27 @@ PAIRS = (
 @pytest.mark.parametrize("planned", [True, False], ids=["planned", "with_plan"])
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0].value}-{pair[1].value}")
 def bench_small(
-    arena: SuiteArena, small: Problem, run: Run, how: How, pair: tuple[DispatchMode, CombineMode], *, planned: bool
+    context: SuiteContext, run: Run, method: Method, pair: tuple[DispatchMode, CombineMode], *, planned: bool
 ) -> None:
     """``ep.dispatch``, then ``ep.combine`` of the rows as they are; ``planned``: by a plan that was made before."""
-    config = EPConfig(dispatch=pair[0], combine=pair[1])
+    dispatch, combine = pair
+    small = RoutingProblem(shape=context.sizes.small, group=context.group, device=context.device)
+    held = context.held and planned and method is Method.GRAPH and pair == PAIRS[0]
+    config = EPConfig(dispatch=dispatch, combine=combine)
     with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=small.shape.tokens) as ep:
-        words = "dispatch and combine" if planned else "plan, dispatch and combine"
-        work = Work(
-            name=f"small {pair[0].value}, {pair[1].value}: {words}",
+        case = BenchCase(
+            name=f"small {dispatch.value}, {combine.value}: {'' if planned else 'plan, '}dispatch and combine",
             shape=small.shape,
-            function=round_trip(ep, small, planned=planned),
-            check=lambda got: assert_bitwise(got, small.round_trips[pair[1]], "sums"),
-            inputs=(small.x_TH, small.scores_TK),
-            bar=bar_of(small, how, pair) if planned else None,
+            run=round_trip(ep, small, planned=planned),
+            check=lambda got: assert_bitwise(got, small.round_trips[combine], "sums"),
+            other_inputs=lambda: other_inputs(small.x_TH, small.scores_TK),
+            threshold=MOST if held else None,
         )
-        run(work, how)
+        run(case, method)
 
 
-def round_trip(ep: ExpertParallel, problem: Problem, *, planned: bool) -> Callable[[], Tensor]:
-    """X (T, H) to the ranks of its experts and back."""
+def round_trip(ep: ExpertParallel, problem: RoutingProblem, *, planned: bool) -> Callable[[], Tensor]:
+    """Tokens (T, H) to the ranks of their experts and back."""
     made = ep.plan(problem.topk_idx_TK, problem.shape.num_experts)
 
     def function() -> Tensor:
@@ -55,10 +58,3 @@ def round_trip(ep: ExpertParallel, problem: Problem, *, planned: bool) -> Callab
         return ep.combine(ep.dispatch(problem.x_TH, plan), problem.scores_TK, plan)
 
     return function
-
-
-def bar_of(problem: Problem, how: How, pair: tuple[DispatchMode, CombineMode]) -> Bar | None:
-    """The bar of the first pair in a graph."""
-    if how is not How.GRAPH or pair != PAIRS[0] or not problem.shape.barred:
-        return None
-    return Bar(text="at most 60 us", seconds=MOST_SECONDS)

@@ -54,7 +54,7 @@ def this_machine(device: torch.device) -> Machine:
         gpu=torch.cuda.get_device_name(device) if on_gpu else None,
         gpus=torch.cuda.device_count() if on_gpu else 0,
         link=link_types(topology()).get((0, 1)) if on_gpu else None,
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         triton=package_version("triton"),
         cuda=torch.version.cuda,
         nccl=".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,

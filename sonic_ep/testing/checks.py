@@ -1,53 +1,18 @@
-"""What equal and accurate mean, as assertions. Nothing here has a tolerance of its own: every bound is derived."""
+"""What accurate means, as assertions. Nothing here has a tolerance of its own: every bound is derived."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from math import inf
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from sonic_ep.profiler.verification import expect
+
 # An implementation may be this much less accurate than plain PyTorch in the same dtype.
 ACCURACY_FACTOR = 2.0
-# No id, no row and no count.
-SPOILED = -7
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def expect(holds: bool, message: str) -> None:
-    """Raise ``AssertionError`` unless ``holds``, also where ``python -O`` drops assert statements."""
-    if not holds:
-        raise AssertionError(message)
-
-
-def assert_bitwise(got: Tensor, expected: Tensor, name: str = "tensor") -> None:
-    """The same shape, dtype and bits (NaN equals NaN of the same bits, +0 differs from -0).
-
-    Raises ``AssertionError`` that counts the differing elements and shows the first.
-    """
-    expect(got.dtype == expected.dtype, f"{name}: got {got.dtype}, expected {expected.dtype}")
-    expect(got.shape == expected.shape, f"{name}: got shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
-    bits = _BITS[got.element_size()]
-    differs = got.detach().contiguous().view(bits) != expected.detach().contiguous().view(bits)
-    if differs.any():
-        first = tuple(differs.nonzero()[0].tolist())
-        raise AssertionError(
-            f"{name}: {int(differs.sum())} of {differs.numel()} elements differ, the first at {first}: "
-            f"got {got[first].item()!r}, expected {expected[first].item()!r}"
-        )
-
-
-def poison(result: Any) -> None:
-    """Nothing right is left in ``result``: a tensor, several, or a dataclass of tensors."""
-    if is_dataclass(result):
-        result = [getattr(result, of_result.name) for of_result in fields(result)]
-    for tensor in result if isinstance(result, list | tuple) else [result]:
-        if isinstance(tensor, Tensor):
-            tensor.fill_(float("nan") if tensor.is_floating_point() else SPOILED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +86,7 @@ class Yardstick:
         # Rows that even rounding does not touch have to be exact.
         self._zero_rows = (self._truth == 0).all(dim=-1) & (plain == 0).all(dim=-1)
         self.plain_part = self.part(plain)
-        self.bound = bound_of(self._errors([self.plain_part]), plain.dtype)
+        self.bound = bound_of(_joined([self.plain_part], self._norm), plain.dtype)
 
     @property
     def norm(self) -> float:
@@ -139,8 +104,8 @@ class Yardstick:
         if got.numel() == 0:
             return Part(square=0.0, worst_row=0.0)
         difference = got.detach().double() - truth
-        mark_failed = bool((got.detach()[self._zero_rows[share]] != 0).any())
-        if mark_failed or not bool(difference.isfinite().all()):
+        nonzero = bool((got.detach()[self._zero_rows[share]] != 0).any())
+        if nonzero or not bool(difference.isfinite().all()):
             return Part(square=inf, worst_row=inf)
         distance = torch.linalg.vector_norm(difference, dim=-1)
         # A scale of zero means a truth of zeros only; a difference from that is infinitely wrong.
@@ -149,41 +114,24 @@ class Yardstick:
 
     def judge(self, name: str, parts: Iterable[Part]) -> Accuracy:
         """The errors of the whole from the parts of all shares."""
-        return Accuracy(name=name, got=self._errors(list(parts)), bound=self.bound)
-
-    def _errors(self, parts: list[Part]) -> Errors:
-        distance = sum(part.square for part in parts) ** 0.5
-        return Errors(norm=_ratio(distance, self._norm), worst_row=max(part.worst_row for part in parts))
+        return Accuracy(name=name, got=_joined(parts, self._norm), bound=self.bound)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """A rank's own part of a tensor: the norm of its truth, and what is wrong with what was got and with the plain."""
-
-    norm: float
-    got: Part
-    plain: Part
-
-
-def pooled(name: str, shares: Sequence[Share], dtype: torch.dtype) -> Accuracy:
+def pooled(name: str, shares: Iterable[Sequence[Part]], dtype: torch.dtype) -> Accuracy:
     """The errors of a tensor of which every rank knows the truth of its own share alone.
 
-    Errors and sizes of all shares are summed, and the worst row of all counts, measured in its own share.
+    shares: of each rank the part of the truth itself, of what was got and of plain PyTorch. Errors and sizes of all
+    shares are summed, and the worst row of all counts, measured in its own share.
 
     >>> def part(square): return Part(square=square, worst_row=0.0)
-    >>> shares = [Share(norm=norm, got=part(9.0), plain=part(8.0)) for norm in (3.0, 4.0)]
+    >>> shares = [(part(size), part(9.0), part(8.0)) for size in (9.0, 16.0)]
     >>> found = pooled("y", shares, torch.float32)
     >>> round(found.got.norm ** 2, 6), round(found.bound.norm ** 2, 6)
     (0.72, 2.56)
     """
-    size = sum(share.norm**2 for share in shares) ** 0.5
-
-    def errors(parts: Sequence[Part]) -> Errors:
-        distance = sum(part.square for part in parts) ** 0.5
-        return Errors(norm=_ratio(distance, size), worst_row=max(part.worst_row for part in parts))
-
-    bound = bound_of(errors([share.plain for share in shares]), dtype)
-    return Accuracy(name=name, got=errors([share.got for share in shares]), bound=bound)
+    truth, got, plain = zip(*shares, strict=True)
+    size = sum(part.square for part in truth) ** 0.5
+    return Accuracy(name=name, got=_joined(got, size), bound=bound_of(_joined(plain, size), dtype))
 
 
 def bound_of(plain: Errors, dtype: torch.dtype) -> Errors:
@@ -207,6 +155,12 @@ def assert_as_accurate(got: Tensor, truth: Tensor, plain: Tensor, name: str = "t
     yardstick = Yardstick(truth, plain)
     accuracy = yardstick.judge(name, [yardstick.part(got)])
     expect(accuracy.ok, str(accuracy))
+
+
+def _joined(parts: Iterable[Part], size: float) -> Errors:
+    """The errors of all parts together, where the truth has the norm ``size``."""
+    squares, worst_rows = zip(*((part.square, part.worst_row) for part in parts), strict=True)
+    return Errors(norm=_ratio(sum(squares) ** 0.5, size), worst_row=max(worst_rows))
 
 
 def _ratio(distance: float, size: float) -> float:

@@ -16,7 +16,7 @@ import sonic_ep
 from sonic_ep import EPConfig, ExpertParallel, RoutingPlan
 from sonic_ep.reference.experts import apply_experts
 from sonic_ep.testing import CASES, Rank, RankPool, assert_bitwise, draw
-from sonic_ep.testing.differential import leaf_experts
+from sonic_ep.testing.oracle import leaf_experts
 
 
 def test_the_backend_that_was_chosen_and_why(caplog: pytest.LogCaptureFixture) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from sonic_ep import EPConfig, ExpertParallel
 from sonic_ep.testing import Case, Inputs, Rank, RankPool, assert_bitwise, draw
 from sonic_ep.testing.cases import dropping, repeating
-from sonic_ep.testing.differential import Outcome, run_moe, run_routed
+from sonic_ep.testing.oracle import Outcome, run_moe, run_routed
 
 # Of two inputs that take turns, half of them each.
 REPETITIONS, FEW = 200, 8

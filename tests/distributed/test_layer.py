@@ -30,7 +30,7 @@ from sonic_ep.testing import (
     verify_moe,
     verify_routed,
 )
-from sonic_ep.testing.differential import Outcome, run_moe, run_routed
+from sonic_ep.testing.oracle import Outcome, run_moe, run_routed
 
 WORLD_SIZES = [1, 2, 3, 4, 8]
 OPTION_TRIALS = {trial.case.name: trial for trial in option_trials()}

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from sonic_ep import EPConfig, ExpertParallel
 from sonic_ep.profiler.routings import uniform
 from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise, draw
-from sonic_ep.testing.differential import leaf, leaf_experts, run_routed
+from sonic_ep.testing.oracle import leaf, leaf_experts, run_routed
 
 pytestmark = pytest.mark.fast
 HIDDEN = 8

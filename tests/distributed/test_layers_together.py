@@ -14,7 +14,7 @@ from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.reference.dense import dense_moe
 from sonic_ep.testing import CASES, Case, Inputs, Rank, RankPool, assert_bitwise, draw
 from sonic_ep.testing.checks import Yardstick
-from sonic_ep.testing.differential import gather_parts, leaf, leaf_experts
+from sonic_ep.testing.oracle import gather_parts, leaf, leaf_experts
 
 pytestmark = pytest.mark.fast
 LAYERS = 4

@@ -13,7 +13,7 @@ from torch import Tensor
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.testing import Case, Inputs, Rank, RankPool, assert_bitwise, draw
 from sonic_ep.testing.cases import dropping
-from sonic_ep.testing.differential import Outcome, run_moe, run_routed
+from sonic_ep.testing.oracle import Outcome, run_moe, run_routed
 
 VALUES = (float("nan"), float("inf"), -float("inf"))
 SMALL = Case(name="non-finite", tokens=(2, 5), hidden=8, intermediate=8, num_experts=12, top_k=2, seed=30)

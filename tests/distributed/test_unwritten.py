@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise, draw
-from sonic_ep.testing.differential import leaf, leaf_experts
+from sonic_ep.testing.oracle import leaf, leaf_experts
 
 by_world = pytest.mark.parametrize("world_size", [1, 2])
 MODES = [

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sonic_ep import EPConfig, ExpertParallel
 from sonic_ep.testing import CASES, Case, Inputs, Rank, RankPool, assert_bitwise, draw
-from sonic_ep.testing.differential import leaf, leaf_experts
+from sonic_ep.testing.oracle import leaf, leaf_experts
 
 CASE = replace(CASES["dropped_slots"], tokens=(4, 2), hidden=8, intermediate=4, num_experts=6, top_k=2)
 NAMES = ("x", "router_w", "w1", "w2", "b1", "b2")

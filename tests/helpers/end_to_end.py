@@ -6,25 +6,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import harness.end_to_end as module
 import pytest
+import schema
 import torch
 import torch.distributed as dist
+from harness.context import BenchContext, Rounds
+from harness.layer import LayerUnderTest
+from harness.layer_report import Setup
+from harness.products import Products
+from harness.results import Results
 
-import sonic_ep.benchmark.end_to_end as module
-import sonic_ep.profiler.measuring as measuring
 from sonic_ep import EPConfig, ExpertParallel
-from sonic_ep.benchmark.arena import Arena, Rounds
-from sonic_ep.benchmark.beside import OneGpu
-from sonic_ep.benchmark.layer import LayerUnderTest
-from sonic_ep.benchmark.layer_problem import LayerOptions, LayerProblem, RoutingKind
-from sonic_ep.benchmark.layer_report import LayerReport
-from sonic_ep.benchmark.oracle import Oracle
-from sonic_ep.benchmark.products import Products
-from sonic_ep.benchmark.results import Results
-from sonic_ep.benchmark.setup import Setup
-from sonic_ep.benchmark.workload import Shape
 from sonic_ep.cost import LinkCeilings
+from sonic_ep.profiler import profiler
+from sonic_ep.profiler.timing import RoundTimer
 from sonic_ep.testing import Rank
+from sonic_ep.testing.layer_problem import LayerOptions, LayerProblem, RoutingKind, Shape
 
 SHAPE = Shape(tokens=7, hidden=16, intermediate=8, num_experts=12, top_k=2)
 # So many tokens that nobody's error is luck; on GPUs.
@@ -37,28 +35,32 @@ CONFIG_NAMES = ("dispatch", "combine", "redispatch_x_in_backward", "cpu_sync_on_
 
 def few_rounds(patched: pytest.MonkeyPatch) -> None:
     """One round of each on the CPU, where times mean nothing, and few on GPUs."""
-    patched.setattr(module, "ROUNDS_ON_CPU", Rounds(timed=1, warmup=0))
-    patched.setattr(measuring, "SECONDS_OF_ROUNDS", 0.0)
+    patched.setattr(module, "ROUNDS_ON_CPU", Rounds(rounds=1, warmup=0))
+    patched.setattr(profiler, "SECONDS_OF_ROUNDS", 0.0)
+
+
+def results_of(ceilings: LinkCeilings | None = None, **more: Any) -> Results:
+    """Results of a machine without GPUs."""
+    machine = schema.Environment(gpus=0, torch="2", world_size=1, command="python", date="today", **more)
+    return Results(environment=machine, ceilings=ceilings)
 
 
 @contextmanager
-def arena_on(rank: Rank, ceilings: LinkCeilings | None = None) -> Iterator[Arena]:
-    """An arena for the world of ``rank``."""
+def context_on(rank: Rank, ceilings: LinkCeilings | None = None) -> Iterator[BenchContext]:
+    """A context for the world of ``rank``."""
     with ExpertParallel(backend="reference") as ep:
-        by = dist.get_backend() if rank.world_size > 1 else None
-        results = Results(environment={"process_group": by}, ceilings=ceilings)
-        yield Arena(
-            group=ep.group, device=rank.device, barrier_before_write=lambda: ep.meet(rank.device), results=results
-        )
+        results = results_of(ceilings, process_group=dist.get_backend() if rank.world_size > 1 else None)
+        timer = RoundTimer(group=ep.group, device=rank.device, barrier_before_write=lambda: ep.meet(rank.device))
+        yield BenchContext(timer=timer, results=results)
 
 
 @contextmanager
 def layer_on(rank: Rank, shape: Shape = SHAPE, options: LayerOptions | None = None) -> Iterator[LayerUnderTest]:
     """A layer of the reference."""
-    with arena_on(rank) as arena:
-        given = options or LayerOptions()
-        problem = LayerProblem(shape=shape, group=arena.group, device=rank.device, options=given)
-        yield LayerUnderTest(arena=arena, oracle=Oracle(problem=problem), backend="reference", config=MODES)
+    with context_on(rank) as context:
+        options = options or LayerOptions()
+        problem = LayerProblem(shape=shape, group=context.group, device=rank.device, options=options)
+        yield LayerUnderTest.of(context, problem, "reference", MODES)
 
 
 def setup_of(setting: dict[str, Any], world_size: int, backend: str, shape: Shape) -> Setup:
@@ -83,40 +85,40 @@ def run_on_rank(
     backend: str = "reference",
     shape: Shape = SHAPE,
     ceilings: LinkCeilings | None = None,
-) -> tuple[LayerReport, list[str]]:
-    """The report, and all that was said."""
+) -> tuple[schema.Layer, list[str]]:
+    """The document, and all that was said."""
     said: list[str] = []
     setup = setup_of(setting, rank.world_size, backend, shape)
-    with pytest.MonkeyPatch.context() as patched, arena_on(rank, ceilings) as arena:
+    with pytest.MonkeyPatch.context() as patched, context_on(rank, ceilings) as context:
         few_rounds(patched)
-        return module.run_end_to_end(setup, arena, said.append), said
+        return module.run_end_to_end(setup, context, said.append), said
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """What a benchmark let go of. stay: what is alive when the second company of works begins, and in the end.
+    """What a benchmark did not free. alive: when the second batch of cases begins, and in the end.
 
     open: backends of layers that are not closed; exact: whether every layer of the reference beside a fast one had
     exact sizes.
     """
 
-    stay: list[str]
+    alive: list[str]
     open: list[str]
     exact: bool
 
 
 def watched_on_rank(
     rank: Rank, setting: dict[str, Any], backend: str, shape: Shape
-) -> tuple[LayerReport, list[str], Kept]:
+) -> tuple[schema.Layer, list[str], Kept]:
     """``run_on_rank``, and what was kept meanwhile."""
     made: list[ExpertParallel] = []
-    stay: list[str] = []
+    alive: list[str] = []
     watched: list[weakref.ref[Any]] = []
 
     def look() -> None:
-        stay.extend(type(found).__name__ for found in (each() for each in watched) if found is not None)
+        alive.extend(type(found).__name__ for found in (each() for each in watched) if found is not None)
 
-    def watching(function: Callable[..., Any], *, at_once: bool) -> Callable[..., Any]:
+    def watching(function: Callable[..., Any], *, at_once: bool = False) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
             if at_once:
                 look()
@@ -133,26 +135,26 @@ def watched_on_rank(
     honest = ExpertParallel.__init__
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(ExpertParallel, "__init__", start)
-        patched.setattr(module.EndToEnd, "routed", watching(module.EndToEnd.routed, at_once=False))
-        patched.setattr(Products, "of", watching(Products.of, at_once=False))
-        patched.setattr(OneGpu, "of", watching(OneGpu.of, at_once=True))
-        report, said = run_on_rank(rank, setting, backend, shape)
+        patched.setattr(module, "prove_routed", watching(module.prove_routed))
+        patched.setattr(Products, "of", watching(Products.of))
+        patched.setattr(module, "prove_one_gpu", watching(module.prove_one_gpu, at_once=True))
+        document, said = run_on_rank(rank, setting, backend, shape)
     seen = len(watched)
     look()
     assert seen == (4 if rank.world_size > 1 else 2), "the benchmark makes other things than those that are watched"
     references = [ep.config.cpu_sync_on_runtime for ep in made if ep.backend == "reference" and backend == "fast"]
-    # The arena's own is closed when the benchmark has ended.
+    # The context's own is closed when the benchmark has ended.
     still_open = [ep.backend for ep in made[1:] if not ep._call_guard.closed]
-    return report, said, Kept(stay=stay, open=still_open, exact=all(references[1:]))
+    return document, said, Kept(alive=alive, open=still_open, exact=all(references[1:]))
 
 
 def said_before(rank: Rank, error: type[Exception], poison: Callable[[Any, Rank], None]) -> tuple[str, list[str], int]:
     """What a benchmark raises after ``poison`` has patched something, what it has said, and entries of results."""
     said: list[str] = []
-    with pytest.MonkeyPatch.context() as patched, arena_on(rank) as arena:
+    with pytest.MonkeyPatch.context() as patched, context_on(rank) as context:
         few_rounds(patched)
         poison(patched, rank)
         with pytest.raises(error) as raised:
-            module.run_end_to_end(setup_of({}, rank.world_size, "reference", SHAPE), arena, said.append)
+            module.run_end_to_end(setup_of({}, rank.world_size, "reference", SHAPE), context, said.append)
         assert type(raised.value) is error
-        return str(raised.value), said, len(arena.results.entries)
+        return str(raised.value), said, len(context.results.entries)

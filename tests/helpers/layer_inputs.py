@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from sonic_ep.testing import Case, Rank, draw
-from sonic_ep.testing.differential import leaf, leaf_experts
+from sonic_ep.testing.oracle import leaf, leaf_experts
 
 
 def layer_inputs(rank: Rank, case: Case) -> tuple[Tensor, list[Tensor], Tensor]:

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from limits import HANG_SECONDS
 
 from sonic_ep.distributed.group import device_of_rank
-from sonic_ep.testing import Rank, install_interpreter
+from sonic_ep.testing import Rank
+from sonic_ep.testing.interpreted import install_interpreter
 from sonic_ep.testing.ranks import SETTINGS, starting_context
 
 

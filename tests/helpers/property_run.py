@@ -1,4 +1,4 @@
-"""Many examples of the property tests, or one again: ``python tests/helpers/property_run.py --examples 10000 --seed 1``.
+"""Many examples of the property tests, or one again: ``property_run.py --examples 10000 --seed 1``.
 
 Example i has the seed ``--seed`` + i, and runs on one backend or on both. Ends with 1 and the seeds if any is wrong.
 """
@@ -18,12 +18,11 @@ import torch
 from backends import BACKENDS
 from random_cases import example_of
 from run_examples import Failure, failures
-from sonic_ep.cli.output import words_without_paths
 
-from sonic_ep.benchmark.results import environment
-from sonic_ep.cli.exit_codes import GREEN, RED
-from sonic_ep.cli.measured import require_writable, write_json
+from sonic_ep.cli.exit_codes import FAIL, PASS
+from sonic_ep.cli.measured import arguments_without_paths, require_writable, write_json
 from sonic_ep.distributed.group import device_of_rank
+from sonic_ep.profiler.machine import environment
 from sonic_ep.testing import RankError, RankPool
 
 BATCH = 50
@@ -48,8 +47,8 @@ def main(arguments: Sequence[str] | None = None, live: RankPool | None = None) -
     if options.json is not None:
         words = sys.argv[1:] if arguments is None else list(arguments)
         document = _document(options, words, backends, found, time.monotonic() - started)
-        return max(write_json(options.json, document), RED if found else GREEN)
-    return RED if found else GREEN
+        return max(write_json(options.json, document), FAIL if found else PASS)
+    return FAIL if found else PASS
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -86,7 +85,7 @@ def _document(
 ) -> dict[str, Any]:
     examples = [example_of(seed) for seed in range(options.seed, options.seed + options.examples)]
     device = device_of_rank(0) if options.device == "cuda" else torch.device("cpu")
-    command = " ".join(["python tests/helpers/property_run.py", *words_without_paths(["", *words])])
+    command = " ".join(["python tests/helpers/property_run.py", *arguments_without_paths(["", *words])])
     most = max(example.world_size for example in examples)
     return {
         "kind": "properties",

@@ -15,7 +15,7 @@ from torch import Tensor
 from sonic_ep import ExpertParallel
 from sonic_ep.plan import row_ceiling
 from sonic_ep.testing import Inputs, Rank, RankPool, draw, verify_moe, verify_routed
-from sonic_ep.testing.differential import Outcome, moe_oracle, routed_oracle, run_moe, run_routed
+from sonic_ep.testing.oracle import Outcome, moe_oracle, routed_oracle, run_moe, run_routed
 
 # What a rank holds of each result: the tokens, unless it is named here.
 OF_EXPERTS = ("dw1", "dw2", "db1", "db2")

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sonic_ep import EPConfig, ExpertParallel, MoE
 from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise
-from sonic_ep.testing.differential import leaf
+from sonic_ep.testing.oracle import leaf
 
 FLAGS = [
     {"redispatch_x_in_backward": again, "cpu_sync_on_runtime": exact}

@@ -1,28 +1,27 @@
 """The end-to-end benchmark: complete where the layer is right, red and without a time where it is not."""
 
-import json
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from end_to_end import MANY, SHAPE, SMALLEST, Kept, run_on_rank, said_before, watched_on_rank
+from harness.layer import Pass
+from harness.layer_report import RATIOS, accuracy_lines
+from schema import Layer
 
 from sonic_ep import CombineMode, DispatchMode, ExpertParallel
-from sonic_ep.benchmark.arena import WrongError
-from sonic_ep.benchmark.layer import Pass
-from sonic_ep.benchmark.layer_problem import LayerProblem
-from sonic_ep.benchmark.layer_report import LayerReport, accuracy_lines
 from sonic_ep.config import ScoreOrder
 from sonic_ep.cost import LinkCeilings
 from sonic_ep.profiler import WrongResultError
 from sonic_ep.profiler.report import EVERY_MODE, EVERY_PAIR
 from sonic_ep.testing import Rank, RankPool
 from sonic_ep.testing.cases import pairwise
+from sonic_ep.testing.oracle import LayerCall
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "dispatch": ("auto", *DispatchMode),
@@ -39,9 +38,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "backward": (True, False),
 }
 SETTINGS = pairwise(OPTIONS)
-QUANTILES = ["min_us", "p10_us", "median_us", "p90_us", "max_us"]
-ENTRY = {"rounds", *QUANTILES}
-TOP_LEVEL = {"kind", "environment", "rates_gb_per_s", "setup", "config", "accuracy", "profile", "memory", "times"}
+NO_GRADIENTS = {"training": False, "backward": False}
 FAST_LINK = LinkCeilings(copy_engine_in=1e15, copy_engine_out=1e15, read=1e15, write=1e15)
 
 
@@ -53,159 +50,113 @@ def trials() -> Iterator[Any]:
             yield pytest.param(setting, world_size, marks=() if everyday else pytest.mark.thorough)
 
 
-def same_everywhere(found: list[tuple[LayerReport, list[str]]]) -> tuple[LayerReport, list[str]]:
-    documents = [report.as_json() for report, _ in found]
-    assert all(document == documents[0] for document in documents)
-    assert all(report.config == found[0][0].config for report, _ in found)
-    return found[0]
-
-
 def passes_of(setting: dict[str, Any]) -> list[str]:
     return [which.value for which in Pass if which is not Pass.STEP or setting.get("backward", True)]
 
 
 def timed_of(backend: str, world_size: int, by: str | None) -> list[str]:
     """What is timed in each pass."""
-    found = ["grouped GEMMs", "layer", "given routing"]
-    alone = world_size == 1
-    slow = [
-        *([] if alone else ["one GPU"]),
-        *([] if backend == "reference" else [f"reference over {by or 'one rank'}"]),
-    ]
-    return [*found, *([] if alone else ["same rows locally"]), *(["layer, beside these", *slow] if slow else [])]
+    slow = [] if world_size == 1 else ["one GPU"]
+    slow += [] if backend == "reference" else [f"reference over {by or 'one rank'}"]
+    local = [] if world_size == 1 else ["same rows locally"]
+    return ["grouped GEMMs", "layer", "given routing", *local, *(["layer, beside these", *slow] if slow else [])]
 
 
-def check_numbers(found: Any) -> None:
-    """Nothing that JSON does not know, and nothing below zero but what one time takes beyond another."""
-    if isinstance(found, dict):
-        for name, value in found.items():
-            if name != "exposed_communication_us":
-                check_numbers(value)
-    elif isinstance(found, list):
-        for value in found:
-            check_numbers(value)
-    elif isinstance(found, int | float):
-        assert math.isfinite(found)
-        assert found >= 0
-
-
-def check_accuracy(document: dict[str, Any], biased: bool) -> None:
-    biases = ["db1", "db2"] if biased else []
-    names = ["o", "dx", "drouter_w", "dw1", "dw2", *biases]
+def check_accuracy(document: Layer, biased: bool) -> None:
+    names = ["o", "dx", "drouter_w", "dw1", "dw2", *(["db1", "db2"] if biased else [])]
     # Who may say how accurate another has to be is judged before.
-    of_reference = [f"reference's {name}" for name in names] if document["setup"]["backend"] == "fast" else []
-    assert [each["name"] for each in document["accuracy"]] == [*of_reference, *names]
-    for each in document["accuracy"]:
-        assert each["ok"] is True
+    of_reference = [f"reference's {name}" for name in names] if document.setup.backend == "fast" else []
+    assert [each.name for each in document.accuracy] == [*of_reference, *names]
+    for each in document.accuracy:
+        assert each.ok
         # The one score of a token does not depend on the router.
-        constant = each["name"].endswith("drouter_w") and document["setup"]["thiek"][-1] == 1
-        assert (each["error"] == 0) == constant
-        assert each["error"] <= each["bound"]
-        assert each["worst_row"] <= each["worst_row_bound"]
+        constant = each.name.endswith("drouter_w") and document.setup.thiek[-1] == 1
+        assert (each.error == 0) == constant
 
 
-def check_config(document: dict[str, Any], setting: dict[str, Any]) -> None:
+def check_config(document: Layer, setting: dict[str, Any]) -> None:
     """What was asked for is kept, and nothing is left to be chosen."""
-    config = document["config"]
-    assert config == document["profile"]["config"]
+    assert document.profile is not None
+    config = document.config
+    assert config == document.profile.config
     for name in ("redispatch_x_in_backward", "cpu_sync_on_runtime"):
-        assert config[name] == setting.get(name, False)
+        assert getattr(config, name) == setting.get(name, False)
     for name, modes in (("dispatch", DispatchMode), ("combine", CombineMode)):
-        asked = setting.get(name, "auto")
-        assert config[name] in [mode.value for mode in modes] if asked == "auto" else config[name] == asked.value
+        asked, got = setting.get(name, "auto"), getattr(config, name)
+        assert got in [mode.value for mode in modes] if asked == "auto" else got == asked.value
 
 
-def check_profile(profile: dict[str, Any], backend: str, world_size: int) -> None:
-    assert [(each["kind"], each["mode"]) for each in profile["modes"]] == EVERY_MODE
-    assert [(each["dispatch"], each["combine"]) for each in profile["pairs"]] == EVERY_PAIR
-    assert profile["backend"] == backend
-    assert len(profile["shape"]["tokens"]) == world_size
-    assert profile["shape"]["routing"] == "given"
-    for each in (*profile["modes"], *profile["pairs"]):
-        assert each.keys() >= ENTRY
-        assert 0 < each["min_us"] <= each["p10_us"] <= each["median_us"] <= each["p90_us"] <= each["max_us"]
+def check_profile(document: Layer, backend: str, world_size: int) -> None:
+    profile = document.profile
+    assert profile is not None
+    assert [(each.kind, each.mode) for each in profile.modes] == EVERY_MODE
+    assert [(each.dispatch, each.combine) for each in profile.pairs] == EVERY_PAIR
+    assert (profile.backend, profile.shape.routing) == (backend, "given")
+    assert document.setup.thiek[0] == sum(profile.shape.tokens)
+    assert len(profile.shape.tokens) == world_size
 
 
-def check_times(document: dict[str, Any], passes: list[str], names: list[str]) -> None:
-    assert [(each["pass"], each["what"]) for each in document["times"]] == [(p, n) for p in passes for n in names]
-    for each in document["times"]:
-        assert each.keys() == ENTRY | {"pass", "what", "tflop_per_s", "tflop_per_s_of_group"}
-        quantiles = [each[name] for name in QUANTILES]
-        assert quantiles[0] > 0
-        assert quantiles == sorted(quantiles)
-        assert (each["tflop_per_s"] is None) == (each["tflop_per_s_of_group"] is None)
-
-
-def check_derived(document: dict[str, Any], passes: list[str], backend: str, world_size: int) -> None:
-    assert [each["pass"] for each in document["derived"]] == passes
-    alone, link_known = world_size == 1, world_size == 1 or bool(document["rates_gb_per_s"])
-    for each in document["derived"]:
-        there = {name for name, value in each.items() if value is not None}
+def check_derived(document: Layer, passes: list[str], backend: str, world_size: int) -> None:
+    assert [each.pass_name for each in document.derived] == passes
+    alone, link_known = world_size == 1, world_size == 1 or document.rates_gb_per_s.read is not None
+    for each in document.derived:
+        there = {name for name, value in msgspec.structs.asdict(each).items() if value is not None}
         assert there == {
-            *("pass", "over_gemms"),
+            *("pass_name", "over_gemms"),
             *(() if alone else ("exposed_communication_us", "scaling_efficiency")),
             *(("link_us", "over_gemms_and_link") if link_known else ()),
             *(() if backend == "reference" else ("over_reference",)),
         }
-        assert all(each[name] > 0 for name in there & {"over_gemms", "over_gemms_and_link", "scaling_efficiency"})
-        assert not alone or each["link_us"] == 0
-    assert [each["pass"] for each in document["breakdown"]] == passes
-    for each in document["breakdown"]:
-        assert list(each["parts"]) == ["plan", "dispatch", "grouped GEMMs", "combine", "rest"]
-        assert all(part > 0 for name, part in each["parts"].items() if name != "rest")
+        assert all(getattr(each, name) > 0 for name in there & {"over_gemms", "scaling_efficiency"})
+        assert not alone or each.link_us == 0
+    assert [each.pass_name for each in document.breakdown] == passes
+    for each in document.breakdown:
+        assert list(each.parts) == ["plan", "dispatch", "grouped GEMMs", "combine", "rest"]
+        assert all(part > 0 for name, part in each.parts.items() if name != "rest")
 
 
-def check_memory(document: dict[str, Any], backend: str, on_gpu: bool, backward: bool) -> None:
+def check_memory(document: Layer, backend: str, on_gpu: bool, backward: bool) -> None:
     names = ["saved activations", "peak of forward, inference", "peak of forward, training", "peak of backward"]
-    expected = [*(names if backward else names[:-1]), "shared memory"]
-    assert [each["what"] for each in document["memory"]] == expected
-    for each in document["memory"]:
-        assert (each["formula_bytes"] is None) == (backend == "reference")
-        measured = on_gpu and each["what"] != "shared memory"
-        assert (each["measured_bytes"] is not None) == measured
+    assert [each.what for each in document.memory] == [*(names if backward else names[:-1]), "shared memory"]
+    for each in document.memory:
+        assert (each.formula_bytes is None) == (backend == "reference")
+        assert (each.measured_bytes is not None) == (on_gpu and each.what != "shared memory")
 
 
-def check_said(said: list[str], document: dict[str, Any]) -> None:
+def check_said(said: list[str], document: Layer) -> None:
     """Every figure has its line, and the accuracies stand before the first of them."""
     text = "\n".join(said)
-    green = [line for line in said if line.endswith("green")]
-    assert len(green) == len(document["accuracy"]) * text.count("verifying ")
-    assert "RED" not in text
-    assert f"picked: dispatch {document['config']['dispatch']}, combine {document['config']['combine']}" in text
-    assert text.index("green") < text.index("picked: ") < text.index("memory, MiB") < text.index("TFLOP/s a rank")
-    for each in document["times"]:
-        assert sum(line.startswith(f"{each['pass']:<22} {each['what']} ") for line in said) == 1
-    for each in document["memory"]:
-        assert sum(line.startswith(f"{each['what']} ") for line in said) == 1
-    of_figures = ["over the GEMMs alone", "over GEMMs and link", "scaling efficiency", "over the reference"]
-    fields = ["over_gemms", "over_gemms_and_link", "scaling_efficiency", "over_reference"]
-    for figure, field in zip(of_figures, fields, strict=True):
-        lines = [line for line in said if line.strip().startswith(figure)]
-        assert len(lines) == sum(each[field] is not None for each in document["derived"])
+    passed = [line for line in said if line.endswith("PASS")]
+    assert len(passed) == len(document.accuracy) * text.count("verifying ")
+    assert "FAIL" not in text
+    assert f"picked: dispatch {document.config.dispatch}, combine {document.config.combine}" in text
+    assert text.index("PASS") < text.index("picked: ") < text.index("memory, MiB") < text.index("TFLOP/s a rank")
+    for start in [
+        *(f"{each.pass_name:<22} {each.what} " for each in document.times),
+        *(f"{each.what} " for each in document.memory),
+    ]:
+        assert sum(line.startswith(start) for line in said) == 1
+    for name, figure in RATIOS.items():
+        lines = [line for line in said if line.strip().startswith(f"{figure} ")]
+        assert len(lines) == sum(getattr(each, name) is not None for each in document.derived)
 
 
-def check(
-    found: list[tuple[LayerReport, list[str]]], setting: dict[str, Any], backend: str, device_type: str
-) -> dict[str, Any]:
-    """What holds of every run: the document."""
-    report, said = same_everywhere(found)
-    document = json.loads(json.dumps(report.as_json(), allow_nan=False))
-    world_size, passes = len(found), passes_of(setting)
-    by = document["environment"]["process_group"]
-    assert set(document) == TOP_LEVEL | {"derived", "breakdown"}
-    assert document["kind"] == "layer"
-    assert document["setup"]["thiek"][0] == world_size * report.setup.shape.tokens
-    assert (document["setup"]["world_size"], document["setup"]["backend"]) == (world_size, backend)
-    check_numbers(document)
+def check(found: list[tuple[Layer, list[str]]], setting: dict[str, Any], backend: str, device_type: str) -> Layer:
+    """What holds of every run: the document, which is the same on every rank and a valid one."""
+    said, world_size, passes = found[0][1], len(found), passes_of(setting)
+    assert all(
+        (msgspec.json.encode(other), lines) == (msgspec.json.encode(found[0][0]), said) for other, lines in found
+    )
+    document = msgspec.json.decode(msgspec.json.encode(found[0][0]), type=Layer)
+    names = timed_of(backend, world_size, document.environment.process_group)
+    assert (document.setup.world_size, document.setup.backend) == (world_size, backend)
+    assert [(each.pass_name, each.what) for each in document.times] == [(p, n) for p in passes for n in names]
     check_accuracy(document, setting.get("biased", False))
     check_config(document, setting)
-    check_profile(document["profile"], backend, world_size)
-    check_times(document, passes, timed_of(backend, world_size, by))
+    check_profile(document, backend, world_size)
     check_derived(document, passes, backend, world_size)
     check_memory(document, backend, device_type == "cuda", setting.get("backward", True))
     check_said(said, document)
-    # Rank 0 writes what rank 0 is told; the others are told the same.
-    assert all(lines == said for _, lines in found)
     return document
 
 
@@ -228,57 +179,59 @@ def test_a_report_of_the_fast_backend_is_complete(pool: RankPool, setting: dict[
 def test_the_fast_backend_beside_the_reference(cpu_pool: RankPool, backend: str) -> None:
     setting = {"dispatch": DispatchMode.RANK_DEDUP, "combine": CombineMode.RANK_DEDUP, "backward": False}
     found = cpu_pool.run(watched_on_rank, setting, backend, SMALLEST, world_size=2)
-    document = check([(report, said) for report, said, _ in found], setting, backend, "cpu")
-    assert any(each["what"] == "reference over gloo" for each in document["times"])
-    assert [kept for _, _, kept in found] == [Kept(stay=[], open=[], exact=True)] * 2
+    document = check([(document, said) for document, said, _ in found], setting, backend, "cpu")
+    assert any(each.what == "reference over gloo" for each in document.times)
+    assert [kept for _, _, kept in found] == [Kept(alive=[], open=[], exact=True)] * 2
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_what_the_layer_was_held_against_is_let_go(cpu_pool: RankPool, world_size: int) -> None:
     found = cpu_pool.run(watched_on_rank, {}, "reference", SHAPE, world_size=world_size)
-    assert [kept for _, _, kept in found] == [Kept(stay=[], open=[], exact=True)] * world_size
+    assert [kept for _, _, kept in found] == [Kept(alive=[], open=[], exact=True)] * world_size
 
 
 def test_a_rank_may_have_fewer_experts_than_a_token_chooses(cpu_pool: RankPool) -> None:
-    for report, _ in cpu_pool.run(run_on_rank, {}, "reference", replace(SHAPE, num_experts=4, top_k=4), world_size=2):
-        assert {"same rows locally", "one GPU"} <= {timed.what for timed in report.times}
+    for document, _ in cpu_pool.run(run_on_rank, {}, "reference", replace(SHAPE, num_experts=4, top_k=4), world_size=2):
+        assert {"same rows locally", "one GPU"} <= {timed.what for timed in document.times}
 
 
 def test_with_ceilings_the_link_is_counted(cpu_pool: RankPool) -> None:
     found = cpu_pool.run(run_on_rank, {"backward": False}, "reference", SHAPE, FAST_LINK, world_size=2)
     document = check(found, {"backward": False}, "reference", "cpu")
-    assert all(each["over_gemms_and_link"] <= each["over_gemms"] for each in document["derived"])
-    assert document["rates_gb_per_s"]["read"] == 1e6
-    assert [each["ceiling"] for each in document["profile"]["modes"]].count("write") == 3
+    assert all((each.over_gemms_and_link or 0) <= (each.over_gemms or 0) for each in document.derived)
+    assert document.rates_gb_per_s.read == 1e6
+    assert document.profile is not None
+    assert [each.ceiling for each in document.profile.modes].count("write") == 3
 
 
-def times_of(field: str, factor: float, calls: int, pass_name: str, patched: pytest.MonkeyPatch, rank: Rank) -> None:
-    """Let ``field`` of rank 1's outcome of a pass be ``factor`` times what it is, in its call number ``calls``."""
-    honest, counted = getattr(LayerProblem, pass_name), count()
+def times_of(part: str, factor: float, calls: int, backward: bool, patched: pytest.MonkeyPatch, rank: Rank) -> None:
+    """Let ``part`` of rank 1's outcome of a pass be ``factor`` times what it is, in its call number ``calls``."""
+    honest, counted = LayerCall.run, count()
 
-    def spoiled(self: LayerProblem, *arguments: Any) -> Any:
-        found = honest(self, *arguments)
+    def spoiled(self: LayerCall, ep: ExpertParallel, **which: bool) -> Any:
+        found = honest(self, ep, **which)
+        # Of the layer, not of its baselines.
+        if "router_logits" not in found or (which != NO_GRADIENTS) != backward:
+            return found
         wrong = next(counted) == calls and rank.rank == 1
-        return replace(found, **{field: getattr(found, field) * factor}) if wrong else found
+        return {**found, part: found[part] * factor} if wrong else found
 
-    patched.setattr(LayerProblem, pass_name, spoiled)
+    patched.setattr(LayerCall, "run", spoiled)
 
 
-@pytest.mark.parametrize(
-    ("field", "name"), [("w1_grad", "dw1"), ("y", "o"), ("router_w_grad", "drouter_w"), ("x_grad", "dx")]
-)
-def test_a_wrong_layer_is_red_and_has_no_times(cpu_pool: RankPool, field: str, name: str) -> None:
-    poison = partial(times_of, field, 1.1, 0, "forward_backward")
-    found = cpu_pool.run(said_before, WrongError, poison, world_size=2)
+@pytest.mark.parametrize(("part", "name"), [("dw1", "dw1"), ("y", "o"), ("drouter_w", "drouter_w"), ("dx", "dx")])
+def test_a_wrong_layer_fails_and_has_no_times(cpu_pool: RankPool, part: str, name: str) -> None:
+    poison = partial(times_of, part, 1.1, 0, True)
+    found = cpu_pool.run(said_before, WrongResultError, poison, world_size=2)
     assert found[0] == found[1]
     message, said, entries = found[0]
-    assert message.startswith(f"rank 0: {name}: relative error ")
-    assert f"; rank 1: {name}: relative error " in message
+    assert message.startswith(f"rank 0 of 2: {name}: relative error ")
+    assert f"; rank 1 of 2: {name}: relative error " in message
     assert entries == 0
     assert said[0].startswith("verifying ")
     assert said[1] == accuracy_lines([])[0]
     assert [line.split()[0] for line in said[2:]] == ["o", "dx", "drouter_w", "dw1", "dw2"]
-    assert [line.split()[0] for line in said if line.endswith("RED")] == [name]
+    assert [line.split()[0] for line in said if line.endswith("FAIL")] == [name]
 
 
 def spoil_dispatch(patched: pytest.MonkeyPatch, rank: Rank) -> None:
@@ -296,11 +249,11 @@ def only_the_accuracies(said: list[str]) -> bool:
     """Nothing but one table of accuracies, or two, was said."""
     tables = [said[place : place + 7] for place in range(0, len(said), 7)]
     return all(
-        table[0].startswith("verifying ") and all(line.endswith("green") for line in table[2:]) for table in tables
+        table[0].startswith("verifying ") and all(line.endswith("PASS") for line in table[2:]) for table in tables
     )
 
 
-def test_a_wrong_primitive_is_red_and_has_no_times(cpu_pool: RankPool) -> None:
+def test_a_wrong_primitive_fails_and_has_no_times(cpu_pool: RankPool) -> None:
     found = cpu_pool.run(said_before, WrongResultError, spoil_dispatch, world_size=2)
     assert found[0] == found[1]
     message, said, entries = found[0]
@@ -312,9 +265,9 @@ def test_a_wrong_primitive_is_red_and_has_no_times(cpu_pool: RankPool) -> None:
 # Of the passes that come first there are two calls that prove it, one round that is timed, two that prove it again.
 @pytest.mark.parametrize("calls", [1, 2, 4], ids=["before", "timed", "after"])
 def test_a_pass_that_is_wrong_once_is_found(cpu_pool: RankPool, calls: int) -> None:
-    found = cpu_pool.run(said_before, WrongError, partial(times_of, "y", -1, calls, "inference"), world_size=2)
+    found = cpu_pool.run(said_before, WrongResultError, partial(times_of, "y", -1, calls, False), world_size=2)
     assert found[0] == found[1]
     message, said, _ = found[0]
-    assert message.startswith("rank 1: layer: y: ")
+    assert message.startswith("rank 1 of 2: layer: y: ")
     assert "rank 0" not in message
     assert only_the_accuracies(said)

@@ -1,30 +1,31 @@
 """Figures of the end-to-end benchmark and of the sweep, by hand from made-up times; memory beside its formulas."""
 
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
-from end_to_end import MODES, SHAPE, SMALLEST, arena_on, few_rounds, layer_on, setup_of
+from end_to_end import MODES, SHAPE, SMALLEST, context_on, few_rounds, layer_on, setup_of
+from harness.baselines import given_routing
+from harness.context import BenchCase, Finding, Method
+from harness.end_to_end import EndToEnd
+from harness.layer import Pass
+from harness.layer_report import derived_lines, time_lines
+from harness.memory_use import memory_use
+from harness.results import time_fields
+from schema import MemoryUse, PairTimes, Point
+from sweep import MOST_SLOTS_OF_GRAPHS, PAIRS, method_of, over_best, point_line, point_of, run_sweep
 
 from sonic_ep import EPConfig, ExpertParallel
-from sonic_ep.benchmark.arena import How, WrongError
-from sonic_ep.benchmark.beside import given_routing
-from sonic_ep.benchmark.end_to_end import EndToEnd
-from sonic_ep.benchmark.layer import Pass
-from sonic_ep.benchmark.layer_problem import LayerProblem
-from sonic_ep.benchmark.layer_report import Timed, derived_lines, time_lines
-from sonic_ep.benchmark.memory_use import MemoryUse, memory_use
-from sonic_ep.benchmark.results import Entry
-from sonic_ep.benchmark.routed_call import RoutedCall
-from sonic_ep.benchmark.sweep import MOST_SLOTS_OF_GRAPHS, PAIRS, PairTime, PointReport, how_of, run_sweep
-from sonic_ep.benchmark.workload import Shape
 from sonic_ep.config import CombineMode, DispatchMode, ModePair
 from sonic_ep.cost import Workload, choose_modes
+from sonic_ep.profiler import NetworkProfiler
+from sonic_ep.profiler.agreement import WrongResultError
 from sonic_ep.profiler.timing import Timing
 from sonic_ep.testing import Rank, RankPool
+from sonic_ep.testing.layer_problem import LayerProblem, Shape
 from sonic_ep.testing.memory_model import (
     LayerShape,
     backward_peak_bytes,
@@ -32,6 +33,7 @@ from sonic_ep.testing.memory_model import (
     saved_bytes,
     symmetric_bytes,
 )
+from sonic_ep.testing.oracle import LayerCall, RoutedCall
 
 REFERENCE = "reference over nccl"
 SECONDS = {"grouped GEMMs": 2.0, "layer": 3.0, "given routing": 2.75, "same rows locally": 2.25}
@@ -49,22 +51,21 @@ def end_to_end(link: float | None, world_size: int = 4, **micros: float) -> EndT
         SimpleNamespace(kind=kinds[name], mode="" if name == "plan" else name, spread=SimpleNamespace(median_us=taken))
         for name, taken in found.items()
     ]
-    results = SimpleNamespace(environment={"process_group": "nccl"})
-    arena = SimpleNamespace(results=results, group=SimpleNamespace(world_size=world_size))
-    layer = SimpleNamespace(arena=arena, config=MODES, link_seconds=lambda modes, which: link)
+    results = SimpleNamespace(environment=SimpleNamespace(process_group="nccl"))
+    context = SimpleNamespace(results=results, group=SimpleNamespace(world_size=world_size))
+    layer = SimpleNamespace(context=context, config=MODES, link_seconds=lambda modes, which: link)
     return EndToEnd(layer=layer, setup=None, profile=SimpleNamespace(modes=modes), ep=None)  # type: ignore[arg-type]
 
 
-def entries_of(seconds: dict[str, float]) -> dict[str, Entry]:
-    return {
-        name: Entry(name=name, how="queued", shape=SHAPE, timing=Timing(rounds=(taken,)), traffic=None, bar=None)
-        for name, taken in seconds.items()
-    }
+def findings_of(seconds: dict[str, float], **more: Any) -> dict[str, Finding]:
+    timings = {name: Timing(rounds=(taken,)) for name, taken in seconds.items()}
+    given = {"shape": SHAPE, "run": None, "check": None, "other_inputs": None, **more}
+    return {name: Finding.of(BenchCase(name=name, **given), Method.QUEUED, timings) for name in seconds}
 
 
 def test_derived_by_hand() -> None:
-    found = end_to_end(link=0.5).derived(Pass.STEP, entries_of({**SECONDS, **SLOW_SECONDS}))
-    assert found.as_json() == {
+    found = end_to_end(link=0.5).derived(Pass.STEP, findings_of({**SECONDS, **SLOW_SECONDS}))
+    assert msgspec.to_builtins(found) == {
         "pass": "forward and backward",
         "exposed_communication_us": 0.5e6,
         "link_us": 0.5e6,
@@ -78,41 +79,42 @@ def test_derived_by_hand() -> None:
 
 
 def test_derived_without_anything_beside_it() -> None:
-    found = end_to_end(link=None).derived(Pass.TRAINING, entries_of({"grouped GEMMs": 2.0, "layer": 3.0}))
-    given = {name for name, value in found.as_json().items() if value is not None}
+    found = end_to_end(link=None).derived(Pass.TRAINING, findings_of({"grouped GEMMs": 2.0, "layer": 3.0}))
+    given = {name for name, value in msgspec.to_builtins(found).items() if value is not None}
     assert given == {"pass", "over_gemms"}
 
 
 def test_the_breakdown_by_hand() -> None:
     """A forward has one trip there and back, a backward one more; the plan is made once."""
-    times = entries_of(SECONDS)
-    forward = end_to_end(link=None).breakdown(Pass.TRAINING, times).as_json()
-    assert forward["parts"] == {"plan": 1e5, "dispatch": 2e5, "grouped GEMMs": 2e6, "combine": 3e5, "rest": 4e5}
-    step = end_to_end(link=None, all_to_all=1e4, rank_dedup=1e5).breakdown(Pass.STEP, times).as_json()
-    assert step["parts"] == {"plan": 1e5, "dispatch": 2e4, "grouped GEMMs": 2e6, "combine": 2e5, "rest": 6.8e5}
+    times = findings_of(SECONDS)
+    forward = end_to_end(link=None).breakdown(Pass.TRAINING, times)
+    assert forward.parts == {"plan": 1e5, "dispatch": 2e5, "grouped GEMMs": 2e6, "combine": 3e5, "rest": 4e5}
+    step = end_to_end(link=None, all_to_all=1e4, rank_dedup=1e5).breakdown(Pass.STEP, times)
+    assert step.parts == {"plan": 1e5, "dispatch": 2e4, "grouped GEMMs": 2e6, "combine": 2e5, "rest": 6.8e5}
     # Parts that overlap in the layer take longer one by one.
-    over = end_to_end(link=None, all_to_all=9e5).breakdown(Pass.TRAINING, times).as_json()
-    assert over["parts"]["rest"] == 0
+    over = end_to_end(link=None, all_to_all=9e5).breakdown(Pass.TRAINING, times)
+    assert over.parts["rest"] == 0
 
 
 def test_rates_by_hand() -> None:
-    timed = Timed(which=Pass.STEP, what="layer", timing=Timing(rounds=(1.0, 2.0, 4.0)), flops=8e12, world_size=4)
-    found = timed.as_json()
-    assert (found["tflop_per_s"], found["tflop_per_s_of_group"]) == (4.0, 16.0)
-    assert (found["median_us"], found["min_us"], found["max_us"], found["rounds"]) == (2e6, 1e6, 4e6, 3)
-    uncounted = replace(timed, flops=None).as_json()
-    assert (uncounted["tflop_per_s"], uncounted["tflop_per_s_of_group"]) == (None, None)
-    lines = time_lines([timed, replace(timed, flops=None)])
+    (counted,) = findings_of({"layer": 2.0}, flops=8e12).values()
+    (uncounted,) = findings_of({"layer": 2.0}).values()
+    counted = replace(counted, timing=Timing(rounds=(1.0, 2.0, 4.0)))
+    timed, without = (end_to_end(link=None).timed(Pass.STEP, found) for found in (counted, uncounted))
+    assert (timed.tflop_per_s, timed.tflop_per_s_of_group) == (4.0, 16.0)
+    assert (timed.median_us, timed.min_us, timed.max_us, timed.rounds) == (2e6, 1e6, 4e6, 3)
+    assert (without.tflop_per_s, without.tflop_per_s_of_group) == (None, None)
+    lines = time_lines([timed, without])
     assert lines[1].split()[-4:] == ["2000.000", "120.0%", "4.00", "16.00"]
     assert lines[2].split()[-2:] == ["-", "-"]
 
 
 def test_what_runs_on_one_rank_is_no_group() -> None:
-    whole = end_to_end(link=None)
-    sizes = {name: whole.timed(Pass.STEP, entry).world_size for name, entry in entries_of(SECONDS).items()}
-    assert sizes == {"grouped GEMMs": 4, "layer": 4, "given routing": 4, "same rows locally": 1}
-    slow = {name: whole.timed(Pass.STEP, entry).world_size for name, entry in entries_of(SLOW_SECONDS).items()}
-    assert slow == {"layer, beside these": 4, "one GPU": 1, REFERENCE: 4}
+    found = findings_of({**SECONDS, **SLOW_SECONDS}, flops=1e12)
+    timed = [end_to_end(link=None).timed(Pass.STEP, finding) for finding in found.values()]
+    ranks = {each.what: round((each.tflop_per_s_of_group or 0) / (each.tflop_per_s or 1)) for each in timed}
+    alone = {"same rows locally": 1, "one GPU": 1}
+    assert ranks == {**dict.fromkeys(found, 4), **alone}
 
 
 # The worked example of sonic_ep.plan: W*C*K = 12 rows.
@@ -127,7 +129,7 @@ def memory_of(rank: Rank, shape: Shape, config: EPConfig) -> list[MemoryUse]:
         layer_on(rank, shape) as layer,
         ExpertParallel(backend="fast", config=config, max_tokens_per_rank=shape.tokens) as ep,
     ):
-        return memory_use(given_routing(layer), ep, backward=True)
+        return list(memory_use(given_routing(layer), layer.shape, ep, backward=True))
 
 
 @pytest.mark.fast
@@ -136,10 +138,10 @@ def test_formulas_of_a_layer(cpu_pool: RankPool, again: bool) -> None:
     config = replace(MODES, redispatch_x_in_backward=again)
     found, others = cpu_pool.run(memory_of, DOCUMENTED, config, world_size=2)
     assert found == others
-    assert all(use.measured is None for use in found)
+    assert all(use.measured_bytes is None for use in found)
     shape, mode = DOCUMENTED_BY_HAND, DispatchMode.ALL_TO_ALL
     pair, flag = ModePair(dispatch=mode, combine=CombineMode.RANK_DEDUP), {"redispatch_x_in_backward": again}
-    assert {use.what: use.formula for use in found} == {
+    assert {use.what: use.formula_bytes for use in found} == {
         "saved activations": saved_bytes(shape, mode, **flag).total,
         "peak of forward, inference": forward_peak_bytes(shape, mode, training=False, **flag),
         "peak of forward, training": forward_peak_bytes(shape, mode, training=True, **flag),
@@ -148,18 +150,18 @@ def test_formulas_of_a_layer(cpu_pool: RankPool, again: bool) -> None:
     }
     if not again:
         # The docstring of sonic_ep.testing.memory_model.
-        assert (found[0].formula, found[-1].formula) == (192 + 192 + 48 + 216, 4096)
+        assert (found[0].formula_bytes, found[-1].formula_bytes) == (192 + 192 + 48 + 216, 4096)
 
 
 def test_the_reference_has_no_formulas(cpu_pool: RankPool) -> None:
     found = cpu_pool.run(memory_of_reference, world_size=2)[0]
     assert len(found) == 4
-    assert all((use.formula, use.measured) == (None, None) for use in found)
+    assert all((use.formula_bytes, use.measured_bytes) == (None, None) for use in found)
 
 
 def memory_of_reference(rank: Rank) -> list[MemoryUse]:
     with layer_on(rank) as layer, layer.over() as ep:
-        return memory_use(given_routing(layer), ep, backward=False)
+        return list(memory_use(given_routing(layer), layer.shape, ep, backward=False))
 
 
 # Rows, tokens and weights are multiples of 2 MiB, as are the allocator's segments.
@@ -168,21 +170,19 @@ LARGE = Shape(tokens=2048, hidden=1024, intermediate=512, num_experts=16, top_k=
 
 def memory_of_large(rank: Rank, config: EPConfig) -> list[MemoryUse]:
     with (
-        arena_on(rank) as arena,
+        context_on(rank) as context,
         ExpertParallel(backend="fast", config=config, max_tokens_per_rank=LARGE.tokens) as ep,
     ):
-        problem = LayerProblem(shape=LARGE, group=arena.group, device=rank.device)
+        random = LayerProblem(shape=LARGE, group=context.group, device=rank.device).call
         token_T = torch.arange(LARGE.tokens, device=rank.device)
         call = RoutedCall(
-            shape=LARGE,
-            options=problem.options,
-            x=problem.inputs.x,
-            out_grad=problem.inputs.out_grad,
+            x=random.x,
+            dy=random.dy,
+            experts=random.experts,
             topk_idx=(token_T[:, None] * 5 + torch.arange(LARGE.top_k, device=rank.device) * 3) % LARGE.num_experts,
             topk_scores=torch.rand((LARGE.tokens, LARGE.top_k), device=rank.device).requires_grad_(),
-            experts=problem.inputs.experts,
         )
-        return memory_use(call, ep, backward=True)
+        return list(memory_use(call, LARGE, ep, backward=True))
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
@@ -190,60 +190,67 @@ def test_what_is_measured_is_the_formula(cuda_pool: RankPool, again: bool) -> No
     found, others = cuda_pool.run(memory_of_large, replace(MODES, redispatch_x_in_backward=again), world_size=2)
     assert found == others
     saved, *peaks, shared = found
-    assert saved.formula is not None
-    assert saved.measured is not None
-    assert saved.formula <= saved.measured <= saved.formula + MOST_SAVED_TENSORS * ALLOCATED_BYTES
-    for peak in peaks:
-        assert peak.formula is not None
-        assert peak.measured is not None
+    most = [(saved, MOST_SAVED_TENSORS * ALLOCATED_BYTES), *((peak, 2**19) for peak in peaks)]
+    for use, more in most:
         # A product takes about 100 KB for itself while it runs.
-        assert peak.formula <= peak.measured <= peak.formula + 2**19, peak
-    assert shared.measured is None
+        assert 0 <= (use.measured_bytes or 0) - (use.formula_bytes or 0) <= more, use
+        assert use.formula_bytes is not None
+    assert shared.measured_bytes is None
 
 
 A2A, DEDUP = (ModePair(dispatch=DispatchMode(name), combine=CombineMode(name)) for name in ("all_to_all", "rank_dedup"))
 PASSES = (Pass.TRAINING, Pass.STEP)
+TRAINING, STEP = (which.value for which in PASSES)
 
 
-def point(seconds: dict[tuple[Pass, ModePair], float]) -> PointReport:
-    """All pairs take 4 s in a forward and 8 s with a backward, but for those of ``seconds``. Picked: A2A."""
-    times = tuple(
-        PairTime(pair=pair, which=which, how=How.QUEUED, timing=Timing(rounds=(taken,) * 3))
+@pytest.fixture(scope="module")
+def made_up(cpu_pool: RankPool) -> Point:
+    """All pairs take 4 s in a forward and 8 s with a backward, but for those named here. Picked: A2A."""
+    other = ModePair(dispatch=DispatchMode.ALL_GATHER, combine=CombineMode.ALL_TO_ALL)
+    seconds = {(Pass.TRAINING, other): 2.0, (Pass.STEP, A2A): 6.0}
+    times = [
+        PairTimes(
+            dispatch=pair.dispatch,
+            combine=pair.combine,
+            pass_name=which.value,
+            how="queued",
+            **time_fields(Timing(rounds=(seconds.get((which, pair), usual),) * 3)),
+        )
         for which, usual in zip(PASSES, (4.0, 8.0), strict=True)
         for pair in PAIRS
-        for taken in [seconds.get((which, pair), usual)]
-    )
-    profile = SimpleNamespace(config=EPConfig(A2A.dispatch, A2A.combine), as_part=dict)
-    setup = setup_of({"routing": "skewed"}, 2, "reference", SHAPE)
-    return PointReport(setup=setup, profile=profile, times=times, predicted=DEDUP)  # type: ignore[arg-type]
+    ]
+    (profile,) = cpu_pool.run(profile_of_sweep, world_size=1)
+    profile = replace(profile, config=EPConfig(A2A.dispatch, A2A.combine))
+    return point_of(setup_of({"routing": "skewed"}, 1, "reference", SHAPE), profile, times, DEDUP)
 
 
-def test_a_point_by_hand() -> None:
-    other = ModePair(dispatch=DispatchMode.ALL_GATHER, combine=CombineMode.ALL_TO_ALL)
-    found = point({(Pass.TRAINING, other): 2.0, (Pass.STEP, A2A): 6.0})
-    assert found.picked == A2A
-    assert (found.best(Pass.TRAINING).pair, found.best(Pass.STEP).pair) == (other, A2A)
-    assert found.over_best(A2A) == {"forward, training": 2.0, "forward and backward": 1.0}
-    assert found.over_best(DEDUP) == {"forward, training": 2.0, "forward and backward": pytest.approx(8 / 6)}
-    assert found.line() == (
+def profile_of_sweep(rank: Rank) -> Any:
+    with ExpertParallel(backend="reference") as ep:
+        profiler = NetworkProfiler(ep, cache=None, rounds=1)
+        return profiler.profile(tokens=2, hidden=8, top_k=1, num_experts=2, dtype=torch.bfloat16)
+
+
+def test_a_point_by_hand(made_up: Point) -> None:
+    assert made_up.picked == A2A
+    assert made_up.over_best == {TRAINING: 2.0, STEP: 1.0}
+    assert made_up.predicted_over_best == over_best(made_up.pairs, DEDUP) == {TRAINING: 2.0, STEP: 1.3333}
+    assert point_line(made_up) == (
         "T=7      K=2  skewed  ; picked all_to_all+all_to_all: 2.000/1.000 of the best; "
         "predicted rank_dedup+rank_dedup: 2.000/1.333 of the best; best all_to_all+all_to_all 6000.000 ms"
     )
 
 
-def test_a_point_as_json() -> None:
-    document = json.loads(json.dumps(point({(Pass.STEP, A2A): 6.0}).as_json(), allow_nan=False))
+def test_a_point_as_json(made_up: Point) -> None:
+    document = msgspec.to_builtins(made_up)
     assert document["shape"] == {"T": 7, "H": 16, "I": 8, "E": 12, "K": 2, "dtype": "bfloat16"}
     assert document["routing"] == "skewed"
     assert (document["picked"], document["predicted"]) == (
         {"dispatch": "all_to_all", "combine": "all_to_all"},
         {"dispatch": "rank_dedup", "combine": "rank_dedup"},
     )
-    assert document["over_best"] == {"forward, training": 1.0, "forward and backward": 1.0}
-    assert document["predicted_over_best"] == {"forward, training": 1.0, "forward and backward": 1.3333}
     assert len(document["pairs"]) == 18
-    first = {"dispatch": "all_gather", "combine": "all_to_all", "pass": "forward, training", "how": "queued"}
-    micros = dict.fromkeys(("median_us", "p10_us", "p90_us", "min_us", "max_us"), 4e6)
+    first = {"dispatch": "all_gather", "combine": "all_to_all", "pass": TRAINING, "how": "queued"}
+    micros = dict.fromkeys(("median_us", "p10_us", "p90_us", "min_us", "max_us"), 2e6)
     assert document["pairs"][0] == {**first, "rounds": 3, **micros}
 
 
@@ -252,21 +259,22 @@ def sweep(rank: Rank, spoiled: DispatchMode | None) -> tuple[list[dict[str, Any]
     said: list[str] = []
     settings = [{}, {"routing": "one_rank"}] if spoiled is None else [{}]
     setups = [setup_of(setting, rank.world_size, "reference", SMALLEST) for setting in settings]
-    forward = LayerProblem.training_forward
+    honest = LayerCall.run
 
-    def wrong(self: LayerProblem, ep: ExpertParallel, inputs: Any) -> Any:
-        found = forward(self, ep, inputs)
-        return replace(found, y=-found.y) if rank.rank == 1 and ep.config.dispatch is spoiled else found
+    def wrong(self: LayerCall, ep: ExpertParallel, **which: bool) -> Any:
+        found = honest(self, ep, **which)
+        fault = rank.rank == 1 and ep.config.dispatch is spoiled and which == {"training": True, "backward": False}
+        return {**found, "y": -found["y"]} if fault else found
 
-    with pytest.MonkeyPatch.context() as patched, arena_on(rank) as arena:
+    with pytest.MonkeyPatch.context() as patched, context_on(rank) as context:
         few_rounds(patched)
-        patched.setattr(LayerProblem, "training_forward", wrong)
+        patched.setattr(LayerCall, "run", wrong)
         if spoiled is not None:
-            with pytest.raises(WrongError) as raised:
-                list(run_sweep(setups, arena, said.append))
+            with pytest.raises(WrongResultError) as raised:
+                list(run_sweep(setups, context, said.append))
             assert said == []
             return str(raised.value)
-        documents = [report.as_json() for report in run_sweep(setups, arena, said.append)]
+        documents = [msgspec.to_builtins(document) for document in run_sweep(setups, context, said.append)]
         return documents, said
 
 
@@ -293,21 +301,18 @@ def same(found: list[Any]) -> Any:
 
 def test_a_sweep_with_a_wrong_pair_says_nothing_of_the_point(cpu_pool: RankPool) -> None:
     assert same(cpu_pool.run(sweep, DispatchMode.RANK_DEDUP, world_size=2)).startswith(
-        "rank 1: rank_dedup, all_to_all: y: "
+        "rank 1 of 2: rank_dedup, all_to_all: y: "
     )
 
 
 def test_how_a_pair_is_launched() -> None:
-    gpu, cpu = (
-        SimpleNamespace(on_gpu=True, behind_work=How.QUEUED),
-        SimpleNamespace(on_gpu=False, behind_work=How.EAGER),
-    )
+    gpu = SimpleNamespace(on_gpu=True, behind_work=Method.QUEUED)
+    cpu = SimpleNamespace(on_gpu=False, behind_work=Method.EAGER)
     small = replace(SHAPE, tokens=MOST_SLOTS_OF_GRAPHS // 2, top_k=2)
     large = replace(small, tokens=small.tokens + 1)
-    assert how_of(gpu, "fast", small) is How.GRAPH
-    assert how_of(gpu, "fast", large) is How.QUEUED
-    assert how_of(gpu, "reference", small) is How.QUEUED
-    assert how_of(cpu, "fast", small) is How.EAGER
+    assert method_of(gpu, "fast", small) is Method.GRAPH
+    assert method_of(gpu, "fast", large) is method_of(gpu, "reference", small) is Method.QUEUED
+    assert method_of(cpu, "fast", small) is Method.EAGER
 
 
 @pytest.mark.parametrize(

@@ -6,46 +6,48 @@ from typing import Any
 
 import pytest
 import torch
-from end_to_end import MODES, SHAPE, arena_on, layer_on
+from end_to_end import MODES, SHAPE, context_on, layer_on
+from harness.baselines import experts_of_rows, given_routing, group_of_this_rank, prove_one_gpu, prove_routed, same_rows
+from harness.products import Products
 from near import assert_near
 from torch import Tensor
 
 from sonic_ep import ExpertParallel
 from sonic_ep.autograd_utils import release_of
-from sonic_ep.benchmark.arena import WrongError
-from sonic_ep.benchmark.beside import OneGpu, experts_of_rows, given_routing, group_of_this_rank, same_rows
-from sonic_ep.benchmark.layer import LayerUnderTest
-from sonic_ep.benchmark.layer_problem import (
-    LayerInputs,
-    LayerOptions,
-    LayerProblem,
-    Outcome,
-    RoutingKind,
-    single_rank,
-    tensors_of,
-)
-from sonic_ep.benchmark.oracle import Answer, Oracle, dense_outcome, gathered, judged
-from sonic_ep.benchmark.products import Products
-from sonic_ep.benchmark.routed import RoutedUnderTest
-from sonic_ep.benchmark.routed_call import RoutedCall
 from sonic_ep.config import ScoreOrder
-from sonic_ep.distributed.group import EPGroup
+from sonic_ep.profiler.agreement import WrongResultError
 from sonic_ep.testing import Rank, RankPool, assert_bitwise
+from sonic_ep.testing.answer import Answer, faults_of, judge, oracle_of
+from sonic_ep.testing.layer_problem import LayerOptions, LayerProblem, RoutingKind, near_ties
+from sonic_ep.testing.oracle import (
+    ALONE,
+    LOGITS,
+    LayerCall,
+    Oracle,
+    Outcome,
+    RouterCall,
+    dense_outcome,
+    gathered_experts,
+    with_weights,
+)
 
 CPU = torch.device("cpu")
-ALONE = EPGroup(rank=0, world_size=1)
 BIASED = LayerOptions(biased=True)
 UNITS = 16
+NAMES = ["y", "dx", "drouter_w", "dw1", "dw2", "db1", "db2"]
+
+
+def alone(**more: Any) -> LayerProblem:
+    """A layer of one rank."""
+    return LayerProblem(shape=replace(SHAPE, **more), group=ALONE, device=CPU)
 
 
 def chosen_by_router(rank: Rank, kind: RoutingKind) -> tuple[list[int], float, float]:
     """Slots of each expert from this rank's tokens, and sums of the router and of the tokens."""
     shape = replace(SHAPE, tokens=400, hidden=64)
-    with layer_on(rank, shape, LayerOptions(routing=kind)) as layer, layer.over() as ep:
-        inputs = layer.problem.inputs
-        outcome = layer.problem.inference(ep, inputs)
-        slots = layer.problem.choices(outcome).flatten().bincount(minlength=shape.num_experts)
-        return slots.tolist(), inputs.router_w.sum().item(), inputs.x.sum().item()
+    with layer_on(rank, shape, LayerOptions(routing=kind)) as layer:
+        call, slots = layer.problem.call, layer.choices.flatten().bincount(minlength=shape.num_experts)
+        return slots.tolist(), call.router_w.sum().item(), call.x.sum().item()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -71,9 +73,18 @@ def test_routers_choose_as_the_routing_says(cpu_pool: RankPool, world_size: int)
 def test_a_router_that_cannot_tell_experts_apart_is_refused() -> None:
     """With H=1 all tokens are alike where they all go to one rank."""
     options = LayerOptions(routing=RoutingKind.ONE_RANK)
-    problem = LayerProblem(shape=replace(SHAPE, hidden=1), group=ALONE, device=CPU, options=options)
-    with pytest.raises(ValueError, match="H: got 1, expected so many that the logits of 12 experts can be told apart"):
-        problem.inputs  # noqa: B018
+    problem = replace(alone(hidden=1), options=options)
+    with pytest.raises(ValueError, match="H: got 1, expected so many that the logits of 12 experts differ: 7 of 7"):
+        problem.call  # noqa: B018
+
+
+def test_routers_have_no_near_ties() -> None:
+    call = alone(tokens=4000).call
+    largest = (call.x.float() @ call.router_w.float().t()).detach().sort(dim=1, descending=True).values
+    assert float((largest[:, 1] - largest[:, 2]).min()) >= 1e-3
+    # Drawn only once there are some.
+    drawn = torch.randn(4000, SHAPE.hidden, generator=torch.Generator().manual_seed(100_000)).bfloat16()
+    assert bool(near_ties(drawn.float() @ call.router_w.float().t(), 2).any())
 
 
 def plan_of(ends: list[int], top_k: int) -> Any:
@@ -99,11 +110,10 @@ def ends_beside(rank: Rank, kind: RoutingKind) -> tuple[list[int], list[int], in
     """Ends of the groups of this rank's rows in the group, and of those that a layer of its own gets."""
     with layer_on(rank, options=LayerOptions(routing=kind)) as layer:
         call, held = same_rows(layer), SHAPE.num_experts // rank.world_size
-        with ExpertParallel(group_of_this_rank(layer.arena.group).process_group, "reference", MODES) as alone:
+        with ExpertParallel(group_of_this_rank(layer.context.group).process_group, "reference", MODES) as alone:
             assert alone.world_size == 1
             found = alone.plan(call.topk_idx, held)
-        assert call.shape.num_experts == held
-        return layer.routed.plan.group_ends.tolist(), found.group_ends.tolist(), call.x.shape[0]
+        return layer.routing.plan.group_ends.tolist(), found.group_ends.tolist(), call.x.shape[0]
 
 
 @pytest.mark.parametrize("kind", [RoutingKind.SKEWED, RoutingKind.ONE_RANK])
@@ -117,20 +127,11 @@ def test_same_rows_are_as_many(cpu_pool: RankPool, world_size: int, kind: Routin
 
 def outcomes_of_both(rank: Rank, options: LayerOptions) -> None:
     with layer_on(rank, options=options) as layer, layer.over() as ep:
-        call, right = given_routing(layer), layer.answer.outcome
-        found = dict(
-            zip(
-                ["y", "x", "scores", *layer.problem.inputs.experts],
-                call.run(ep, training=True, backward=True),
-                strict=True,
-            )
-        )
-        assert_bitwise(found["y"], right.y, "y")
-        for name in layer.problem.inputs.experts:
-            assert_bitwise(found[name], tensors_of(right)[f"{name}_grad"], name)
+        found, right = given_routing(layer).run(ep), layer.answer.outcome
+        for name in ("y", "dw1", "dw2", "db1", "db2"):
+            assert_bitwise(found[name], right[name], name)
         # The router has its own share of it.
-        assert right.x_grad is not None
-        assert not torch.equal(found["x"], right.x_grad)
+        assert not torch.equal(found["dx"], right["dx"])
 
 
 @pytest.mark.parametrize("order", ScoreOrder)
@@ -140,93 +141,80 @@ def test_given_routing_is_the_layer(cpu_pool: RankPool, order: ScoreOrder, norm:
     cpu_pool.run(outcomes_of_both, options, world_size=2)
 
 
-def routed_layer(layer: LayerUnderTest, call: RoutedCall, group: EPGroup) -> RoutedUnderTest:
-    return RoutedUnderTest(arena=layer.arena, group=group, call=call, backend="reference", config=MODES)
-
-
-def wrong_results(rank: Rank, place: int, alone: bool) -> str:
-    """What is said where one result of ``moe_routed`` is a tenth too large on rank 1."""
+def wrong_on_rank_1(rank: Rank, prove: Any, *results: str) -> list[str]:
+    """What ``prove`` says of a layer, where one of ``results`` after the other is a tenth too large on rank 1."""
+    said: list[str] = []
     with layer_on(rank, options=BIASED) as layer:
-        group = group_of_this_rank(layer.arena.group) if alone else layer.arena.group
-        call, run = same_rows(layer) if alone else given_routing(layer), RoutedCall.run
-        assert len(routed_layer(layer, call, group).answer) == 7
+        outcome, honest = prove(layer).outcome, LayerCall.run
+        assert outcome.keys() >= set(results)
+        assert layer.judged.faults == []
+        for name in results:
 
-        def faulted_run(self: RoutedCall, ep: Any, **which: bool) -> list[Tensor]:
-            found = run(self, ep, **which)
-            return [r * 1.1 if rank.rank == 1 and at == place else r for at, r in enumerate(found)]
+            def faulted(self: LayerCall, ep: Any, name: str = name) -> Outcome:
+                found = honest(self, ep)
+                return {**found, name: found[name] * 1.1} if rank.rank == 1 else found
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(RoutedCall, "run", faulted_run)
-            with pytest.raises(WrongError) as wrong:
-                _ = routed_layer(layer, call, group).answer
-        return str(wrong.value)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(LayerCall, "run", faulted)
+                with pytest.raises(WrongResultError) as wrong:
+                    prove(layer)
+            said.append(str(wrong.value))
+    return said
 
 
-@pytest.mark.parametrize("alone", [False, True], ids=["over the group", "alone"])
-@pytest.mark.parametrize("place", range(7))
-def test_every_result_of_a_given_routing_is_held_against_the_oracle(
-    cpu_pool: RankPool, place: int, alone: bool
+def prove_given(layer: Any) -> Any:
+    return prove_routed(layer, given_routing(layer), layer.context.group)
+
+
+def prove_local(layer: Any) -> Any:
+    return prove_routed(layer, same_rows(layer), group_of_this_rank(layer.context.group))
+
+
+def prove_whole(layer: Any) -> Any:
+    return prove_one_gpu(layer, group_of_this_rank(layer.context.group))
+
+
+ROUTED = ["y", "dx", "dscores", "dw1", "dw2", "db1", "db2"]
+
+
+@pytest.mark.parametrize(
+    ("prove", "names", "prefix"),
+    [(prove_given, ROUTED, ""), (prove_local, ROUTED, ""), (prove_whole, NAMES, "all experts on one rank: ")],
+)
+def test_every_result_of_a_baseline_is_held_against_the_oracle(
+    cpu_pool: RankPool, prove: Any, names: list[str], prefix: str
 ) -> None:
-    name = ["o", "dx", "dscores", "dw1", "dw2", "db1", "db2"][place]
-    for said in cpu_pool.run(wrong_results, place, alone, world_size=2):
-        # Of a group both ranks know what all of them got; alone, each its own.
-        assert f"rank 1: {name}: relative error" in said
-        assert ("rank 0" in said) != alone
+    for said in cpu_pool.run(wrong_on_rank_1, prove, *names, world_size=2):
+        for name, message in zip(names, said, strict=True):
+            fault = f"rank 1 of 2: {prefix}{name.replace('y', 'o')}: relative error"
+            assert fault in message
+            # Of a group both ranks know what all of them got; alone, each its own.
+            assert ("rank 0" in message) == (prove is prove_given)
 
 
-def wrong_on_one_gpu(rank: Rank) -> str:
-    """All experts on one rank: the gradient of w2 is wrong on rank 1."""
-    with layer_on(rank) as layer:
-        alone, step = group_of_this_rank(layer.arena.group), LayerProblem.forward_backward
+def put_together(problem: LayerProblem) -> RouterCall:
+    """The call with the tokens and experts of all ranks, on one rank."""
+    call, group = problem.call, problem.group
 
-        def doubled(self: LayerProblem, ep: Any, inputs: LayerInputs) -> Outcome:
-            found = step(self, ep, inputs)
-            assert found.w2_grad is not None
-            return replace(found, w2_grad=found.w2_grad * 2) if rank.rank == 1 else found
+    def whole(tensor: Tensor) -> Tensor:
+        return gathered_experts(tensor, group).requires_grad_(tensor.requires_grad)
 
-        assert OneGpu.of(layer, alone).outcome.y.shape == layer.answer.outcome.y.shape
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(LayerProblem, "forward_backward", doubled)
-            with pytest.raises(WrongError) as wrong:
-                OneGpu.of(layer, alone)
-        return str(wrong.value)
-
-
-def test_a_wrong_layer_on_one_gpu_is_an_error_on_every_rank(cpu_pool: RankPool) -> None:
-    for said in cpu_pool.run(wrong_on_one_gpu, world_size=2):
-        assert said.startswith("rank 1: all experts on one rank: dw2: relative error")
-
-
-def put_together(problem: LayerProblem) -> LayerProblem:
-    """The layer with the tokens and experts of all ranks, on one rank."""
-    whole, group = single_rank(problem, ALONE), problem.group
-    together = {name: gathered(tensor, group) for name, tensor in tensors_of(problem.inputs).items()}
-    together["router_w"] = problem.inputs.router_w.detach()
-    leaves = {name: tensor.requires_grad_(name != "out_grad") for name, tensor in together.items()}
-    vars(whole)["inputs"] = LayerInputs(**{"b1": None, "b2": None, **leaves})
-    return whole
-
-
-def share_of(whole: Outcome, rank: int, tokens: int, held: int) -> dict[str, Tensor]:
-    """A rank's share of the outcome of all."""
-    by_token, by_expert = slice(rank * tokens, (rank + 1) * tokens), slice(rank * held, (rank + 1) * held)
-    parts = {name: by_token if name in ("y", "logits", "x_grad") else by_expert for name in tensors_of(whole)}
-    parts["router_w_grad"] = slice(None)
-    return {name: tensor[parts[name]] for name, tensor in tensors_of(whole).items()}
+    weights = {name: whole(weight) for name, weight in call.weights.items() if name != "router_w"}
+    return replace(call, x=whole(call.x), dy=whole(call.dy), experts=with_weights(call.experts, weights))
 
 
 def check_oracle(rank: Rank) -> None:
-    with arena_on(rank) as arena:
-        problem = LayerProblem(shape=SHAPE, group=arena.group, device=rank.device, options=BIASED)
-        found = tensors_of(dense_outcome(problem, torch.float32, at_a_time=SHAPE.tokens))
-        whole = dense_outcome(put_together(problem), torch.float32, at_a_time=100)
-        right = share_of(whole, rank.rank, SHAPE.tokens, SHAPE.num_experts // rank.world_size)
-        assert set(found) == set(right) == {"logits", *tensors_of(whole)}
-        for name in found:
-            assert_near(found[name], right[name], UNITS)
-        for at_a_time in (1, 3):
-            for name, tensor in tensors_of(dense_outcome(problem, torch.float32, at_a_time=at_a_time)).items():
-                assert_near(tensor, found[name], UNITS)
+    with context_on(rank) as context:
+        problem = LayerProblem(shape=SHAPE, group=context.group, device=rank.device, options=BIASED)
+        found = dense_outcome(problem.call, context.group, torch.float32)
+        whole = dense_outcome(put_together(problem), ALONE, torch.float32)
+        assert set(found) == set(whole) == {LOGITS, *NAMES}
+        for name, got in found.items():
+            # This rank's tokens or experts; all of the router.
+            share = slice(None) if name == "drouter_w" else slice(rank.rank * len(got), (rank.rank + 1) * len(got))
+            assert_near(got, whole[name][share], UNITS)
+            for at_a_time in (1, 3):
+                assert_near(dense_outcome(problem.call, context.group, torch.float32, at_a_time)[name], got, UNITS)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -234,21 +222,25 @@ def test_the_oracle_knows_no_ranks(cpu_pool: RankPool, world_size: int) -> None:
     cpu_pool.run(check_oracle, world_size=world_size)
 
 
+def oracle_on(rank: Rank, context: Any, options: LayerOptions = BIASED, **more: Any) -> Oracle:
+    shape = replace(SHAPE, **more)
+    problem = LayerProblem(shape=shape, group=context.group, device=rank.device, options=options)
+    return oracle_of(problem.call, context.group)
+
+
 def faulted(outcome: Outcome, name: str, factor: float) -> Outcome:
-    return replace(outcome, **{name: (tensors_of(outcome)[name].float() * factor).to(outcome.y.dtype)})
+    return {**outcome, name: (outcome[name].float() * factor).to(outcome["y"].dtype)}
 
 
-def reds(rank: Rank, dtype: torch.dtype, factor: float, wrong_ranks: tuple[int, ...]) -> dict[str, list[str]]:
+def faults(rank: Rank, dtype: torch.dtype, factor: float, wrong_ranks: tuple[int, ...]) -> dict[str, list[str]]:
     """By what is wrong on ``wrong_ranks``, what is found to be."""
-    with arena_on(rank) as arena:
-        shape = replace(SHAPE, dtype=dtype)
-        oracle = Oracle(problem=LayerProblem(shape=shape, group=arena.group, device=rank.device, options=BIASED))
-        assert judged(oracle, oracle.plain).faults == ()
+    with context_on(rank) as context:
+        oracle = oracle_on(rank, context, dtype=dtype)
+        assert judge(oracle, oracle.plain).faults == []
         found = {}
-        for name in tensors_of(oracle.plain):
-            if name != "logits":
-                bad = faulted(oracle.plain, name, factor) if rank.rank in wrong_ranks else oracle.plain
-                found[name] = [each.name for each in judged(oracle, bad).accuracies if not each.ok]
+        for name in NAMES:
+            bad = faulted(oracle.plain, name, factor) if rank.rank in wrong_ranks else oracle.plain
+            found[name] = [each.name for each in judge(oracle, bad).accuracies if not each.ok]
         return found
 
 
@@ -271,61 +263,62 @@ def reds(rank: Rank, dtype: torch.dtype, factor: float, wrong_ranks: tuple[int, 
 def test_every_faulted_gradient_is_red(
     cpu_pool: RankPool, dtype: torch.dtype, factor: float, wrong_ranks: tuple[int, ...]
 ) -> None:
-    names = {"y": "o", "x_grad": "dx", "router_w_grad": "drouter_w"}
-    names |= {f"{name}_grad": f"d{name}" for name in ("w1", "w2", "b1", "b2")}
-    for found in cpu_pool.run(reds, dtype, factor, wrong_ranks, world_size=2):
-        assert found == {name: [said] for name, said in names.items()}
+    for found in cpu_pool.run(faults, dtype, factor, wrong_ranks, world_size=2):
+        assert found == {name: ["o" if name == "y" else name] for name in NAMES}
 
 
 def an_error_that_both_make(rank: Rank) -> list[str]:
     """What is found where the layer and the reference it is held against have the same wrong gradient on rank 1."""
-    with arena_on(rank) as arena:
-        oracle = Oracle(problem=LayerProblem(shape=SHAPE, group=arena.group, device=rank.device))
-        assert judged(oracle, oracle.plain, oracle.plain).faults == ()
-        bad = faulted(oracle.plain, "w1_grad", 1.1) if rank.rank == 1 else oracle.plain
-        return [each.name for each in judged(oracle, bad, bad).accuracies if not each.ok]
+    with context_on(rank) as context:
+        oracle = oracle_on(rank, context)
+        assert judge(oracle, oracle.plain, oracle.plain).faults == []
+        bad = faulted(oracle.plain, "dw1", 1.1) if rank.rank == 1 else oracle.plain
+        return [each.name for each in judge(oracle, bad, bad).accuracies if not each.ok]
 
 
 def test_the_reference_is_held_against_the_oracle_too(cpu_pool: RankPool) -> None:
-    for found in cpu_pool.run(an_error_that_both_make, world_size=2):
-        assert found == ["reference's dw1"]
+    assert cpu_pool.run(an_error_that_both_make, world_size=2) == [["reference's dw1"]] * 2
 
 
 def other_choice(rank: Rank) -> Answer:
     """Rank 1's router sends its first token elsewhere, and the answer is right otherwise."""
-    with arena_on(rank) as arena:
-        oracle = Oracle(problem=LayerProblem(shape=SHAPE, group=arena.group, device=rank.device))
-        outcome = oracle.plain
+    with context_on(rank) as context:
+        oracle = oracle_on(rank, context)
+        logits = oracle.plain[LOGITS].clone()
         if rank.rank == 1:
-            logits = outcome.logits.clone()
             logits[0, logits[0].argmin()] = 100.0
-            outcome = replace(outcome, logits=logits)
-        return judged(oracle, outcome)
+        return judge(oracle, {**oracle.plain, LOGITS: logits})
 
 
 def test_a_router_that_chooses_otherwise_is_found(cpu_pool: RankPool) -> None:
     answers = cpu_pool.run(other_choice, world_size=2)
-    assert [answer.alike for answer in answers] == [True, False]
-    assert [answer.faults for answer in answers] == [(), ("other experts are chosen",)]
+    assert [answer.same_choices for answer in answers] == [True, False]
+    assert [answer.faults for answer in answers] == [[], ["other experts are chosen"]]
+
+
+def test_every_gradient_is_held_against_the_truth() -> None:
+    oracle = oracle_of(alone().call, ALONE)
+    assert faults_of(oracle.plain, oracle.truth, oracle.plain) == []
+    for name in NAMES[:5]:
+        (fault,) = faults_of(faulted(oracle.plain, name, 1.1), oracle.truth, oracle.plain)
+        assert fault.startswith(f"{name}: relative error")
 
 
 def test_truth_is_wider() -> None:
     for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.double)):
-        problem = LayerProblem(shape=replace(SHAPE, dtype=dtype), group=ALONE, device=CPU)
-        truth = Oracle(problem=problem).truth
-        assert {tensor.dtype for tensor in tensors_of(truth).values()} == {wide}
+        truth = oracle_of(alone(dtype=dtype).call, ALONE).truth
+        assert {tensor.dtype for tensor in truth.values()} == {wide}
 
 
 def test_products_of_plain_pytorch_are_those_of_the_library() -> None:
-    problem = LayerProblem(shape=SHAPE, group=ALONE, device=CPU)
     # Experts without a row, at the start, in the middle and at the end.
     ends = torch.tensor([0, 3, 3, 9, 9, *[10] * 6, 10], dtype=torch.int32)
-    products = Products.of(problem, ends, 10)
+    products = Products.of(alone(), ends, 10)
     operands = products.operands(backward=True)
     by_library = products.all_of(operands)
     assert len(by_library) == 6
     for place, ((left, right), found) in enumerate(zip(operands, by_library, strict=True)):
-        plain = products._one_by_one(left if right.ndim == 3 else left.t(), right)
+        plain = products.one_by_one(left if right.ndim == 3 else left.t(), right)
         assert plain.shape == found.shape
         assert_near(found, plain, 1)
         products.expect_of_one_group(found, left, right, f"product {place}")
@@ -334,8 +327,7 @@ def test_products_of_plain_pytorch_are_those_of_the_library() -> None:
 
 
 def test_products_of_rows_that_the_library_refuses() -> None:
-    problem = LayerProblem(shape=replace(SHAPE, hidden=10, intermediate=3), group=ALONE, device=CPU)
-    products = Products.of(problem, torch.arange(1, 13, dtype=torch.int32), 12)
+    products = Products.of(alone(hidden=10, intermediate=3), torch.arange(1, 13, dtype=torch.int32), 12)
     forward = products.all_of(products.operands(backward=False))
     assert [tuple(found.shape) for found in forward] == [(12, 6), (12, 10)]
     assert_near(forward[0][3], products.w1[3].float() @ products.rows[3].float(), 2)

@@ -1,4 +1,4 @@
-"""``sonic-ep bench``, ``bench/moe_ep.py`` and ``sonic-ep sweep``: words, exit codes, tables and files."""
+"""``bench/moe_ep.py`` and ``bench/sweep.py``: options, exit codes, tables and files."""
 
 import argparse
 import json
@@ -6,33 +6,33 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import moe_ep
 import pytest
+import sweep
 import torch
 from end_to_end import few_rounds
+from harness.layer_report import Setup
 from limits import HANG_SECONDS
-from sonic_ep.cli.output import words_without_paths
 
 import sonic_ep.cli as cli_module
-import sonic_ep.cli.bench as bench_module
-import sonic_ep.cli.sweep as sweep_module
 from sonic_ep import EPConfig
-from sonic_ep.benchmark.arena import WrongError
-from sonic_ep.benchmark.layer_problem import LayerProblem, RoutingKind
-from sonic_ep.benchmark.setup import Setup
-from sonic_ep.cli import GREEN, RED, WRONG_ARGUMENTS, main
+from sonic_ep.cli import run_command
+from sonic_ep.cli.exit_codes import FAIL, PASS, WRONG_ARGUMENTS
 from sonic_ep.config import ScoreOrder
-from sonic_ep.profiler import WrongResultError
+from sonic_ep.profiler.agreement import WrongResultError
 from sonic_ep.profiler.timing import AboveCeilingError
+from sonic_ep.testing.layer_problem import RoutingKind
+from sonic_ep.testing.oracle import LayerCall
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parent.parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 README_SHAPE = "131072,4096,1536,128,8"
 SMALL = ["--thiek", "6,16,8,4,2", "--backend", "reference"]
-TINY_SWEEP = ["sweep", "--backend", "reference", "--hie", "16,8,4"]
+TINY_SWEEP = ["--backend", "reference", "--hie", "16,8,4"]
+EACH_SCRIPT = pytest.mark.parametrize(("script", "words"), [(moe_ep, SMALL), (sweep, TINY_SWEEP)])
 without_gpus = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without GPUs")
 
 
@@ -53,18 +53,18 @@ def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, cwd=ROOT, env=environment)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    """``sonic-ep`` in this process, with few rounds."""
+def run(monkeypatch: pytest.MonkeyPatch, script: Any, *words: str) -> int:
+    """A script in this process, with few rounds."""
     few_rounds(monkeypatch)
-    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/sonic-ep", *words])
-    return main(words)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bench/script.py", *words])
+    return run_command(script.parser(), words, [script.__file__])
 
 
 def test_the_line_of_the_readme_on_a_machine_without_gpus(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "layer.json"
     asked = ["--thiek", README_SHAPE, "--skip_bench_bwd", "--commit", "a name"]
     done = torchrun("bench/moe_ep.py", *asked, "--json", str(path))
-    assert done.returncode == GREEN, done.stderr
+    assert done.returncode == PASS, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"no GPU, and --thiek {README_SHAPE} takes 1.2e+14 operations, expected at most 2e+10")
     assert "the small default 64,64,32,8,2 instead, whose times mean nothing for GPUs" in lines[0]
@@ -84,7 +84,7 @@ def test_the_line_of_the_readme_on_a_machine_without_gpus(tmp_path: Path) -> Non
 def check_table(lines: list[str], names: list[str]) -> None:
     for part in ("T,H,I,E,K = ", "verifying ", "picked: ", "memory, MiB", "pass  ", "    over the GEMMs alone"):
         assert any(line.startswith(part) for line in lines), part
-    assert not any("RED" in line for line in lines)
+    assert not any("FAIL" in line for line in lines)
     for name in names:
         assert any(line.startswith(f"forward, training      {name} ") for line in lines), name
 
@@ -94,7 +94,7 @@ def test_a_small_default_without_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "layer.json"
-    assert run(monkeypatch, "bench", f"--json={path}", "--backend=reference", "--add-bias") == GREEN
+    assert run(monkeypatch, moe_ep, f"--json={path}", "--backend=reference", "--add-bias") == PASS
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "no GPU: the small default 32,64,32,4,2 on the CPU, whose times mean nothing for GPUs"
     check_table(lines, ["layer", "given routing", "grouped GEMMs"])
@@ -106,29 +106,27 @@ def test_a_small_default_without_a_gpu(
 @without_gpus
 def test_a_shape_that_a_cpu_does_in_seconds_is_run() -> None:
     asked = parsed(*SMALL).thiek
-    shape, note = bench_module.chosen_shape(asked, 2)
+    shape, note = moe_ep.chosen_shape(asked, 2)
     assert (shape, note) == (asked, "no GPU: on the CPU, whose times mean nothing for GPUs")
     # 12 rows of tokens and one of each of 4 experts, the router, and loops over the experts.
-    assert bench_module.operations(asked) == 18 * (12 + 4) * 16 * 8 + 6 * 6 * 4 * 16 + 4e7
-    assert str(bench_module.chosen_shape(None, 8)[0]) == "256,64,32,32,2"
+    assert moe_ep.operations(asked) == 18 * (12 + 4) * 16 * 8 + 6 * 6 * 4 * 16 + 4e7
+    assert str(moe_ep.chosen_shape(None, 8)[0]) == "256,64,32,32,2"
 
 
 def test_what_is_run_on_gpus_if_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert str(bench_module.chosen_shape(None, 8)[0]) == "131072,4096,1536,64,8"
+    assert str(moe_ep.chosen_shape(None, 8)[0]) == "131072,4096,1536,64,8"
     asked = parsed("--thiek", README_SHAPE).thiek
-    assert bench_module.chosen_shape(asked, 8) == (asked, None)
+    assert moe_ep.chosen_shape(asked, 8) == (asked, None)
 
 
 def parsed(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    bench_module.add_bench(parser)
-    return parser.parse_args(words)
+    return moe_ep.parser().parse_args(words)
 
 
 def setup_for(*words: str) -> Setup:
     options = parsed(*words)
-    return bench_module.setup_of(options, bench_module.chosen_shape(options.thiek, 2)[0], 2, "reference")
+    return moe_ep.setup_of(options, moe_ep.chosen_shape(options.thiek, 2)[0], 2, "reference")
 
 
 def dashed(words: list[str]) -> list[str]:
@@ -154,7 +152,7 @@ def test_every_spelling(exact: str) -> None:
         assert (options.biased, options.norm_topk_probs, options.gate_layout) == (True, True, "concat")
         assert (options.score_order, options.routing) == (ScoreOrder.SOFTMAX_THEN_TOPK, RoutingKind.ONE_RANK)
         assert (options.activation, setup.shape.dtype) == ("relu_sq", torch.float16)
-        assert (setup.thiek, setup.shape.tokens) == ((6, 16, 8, 4, 2), 3)
+        assert (setup.record.thiek, setup.shape.tokens) == ((6, 16, 8, 4, 2), 3)
 
 
 def test_what_is_run_if_nothing_is_said() -> None:
@@ -173,28 +171,28 @@ ONE_RANK = ["--routing", "one_rank", "--nproc", "2"]
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["bench", "--thiek", "6,8,8,4,2", "--nproc", "3"], "--thiek: got E=4, expected a multiple of the 3 ranks"),
-        (["bench", "--thiek", "7,8,8,4,2", "--nproc", "2"], "--thiek: got T=7, expected a multiple of the 2 ranks"),
-        (["bench", "--thiek", "6,8,8,4,3", *ONE_RANK], "--thiek: got K=3, expected at most the 2 experts of a rank"),
-        (["bench", "--thiek", "6,8,8,4,5"], "got K=5, expected at most E=4"),
-        (["bench", "--thiek", "6,8,8,4"], "got 4 numbers in '6,8,8,4', expected five"),
-        (["bench", "--dispatch_mode", "broadcast"], "invalid choice: 'broadcast'"),
-        (["bench", "--combine-mode", "all_gather"], "invalid choice: 'all_gather'"),
-        (["bench", "--redispatch"], "unrecognized arguments: --redispatch"),
-        (["sweep", "--point", "8,2"], "got '8,2', expected T,K,uniform|skewed|one_rank"),
-        (["sweep", "--point", "8,2,even"], "got '8,2,even', expected T,K,uniform|skewed|one_rank"),
-        (["sweep", "--point", "0,2,uniform"], "got '0', expected a whole number of at least 1"),
-        (["sweep", "--hie", "16,8"], "got 2 numbers in '16,8', expected three: H,I,E"),
-        (["sweep", "--hie", "16,8,4", "--nproc", "3"], "--hie: got E=4, expected a multiple of the 3 ranks"),
-        (["sweep", "--hie", "16,8,4", "--point", "8,5,uniform"], "--point: got K=5, expected at most 4 for uniform"),
+        ([moe_ep, "--thiek", "6,8,8,4,2", "--nproc", "3"], "--thiek: got E=4, expected a multiple of the 3 ranks"),
+        ([moe_ep, "--thiek", "7,8,8,4,2", "--nproc", "2"], "--thiek: got T=7, expected a multiple of the 2 ranks"),
+        ([moe_ep, "--thiek", "6,8,8,4,3", *ONE_RANK], "--thiek: got K=3, expected at most the 2 experts of a rank"),
+        ([moe_ep, "--thiek", "6,8,8,4,5"], "got K=5, expected at most E=4"),
+        ([moe_ep, "--thiek", "6,8,8,4"], "got 4 numbers in '6,8,8,4', expected five"),
+        ([moe_ep, "--dispatch_mode", "broadcast"], "invalid choice: 'broadcast'"),
+        ([moe_ep, "--combine-mode", "all_gather"], "invalid choice: 'all_gather'"),
+        ([moe_ep, "--redispatch"], "unrecognized arguments: --redispatch"),
+        ([sweep, "--point", "8,2"], "got '8,2', expected T,K,uniform|skewed|one_rank"),
+        ([sweep, "--point", "8,2,even"], "got '8,2,even', expected T,K,uniform|skewed|one_rank"),
+        ([sweep, "--point", "0,2,uniform"], "got '0', expected a whole number of at least 1"),
+        ([sweep, "--hie", "16,8"], "got 2 numbers in '16,8', expected three: H,I,E"),
+        ([sweep, "--hie", "16,8,4", "--nproc", "3"], "--hie: got E=4, expected a multiple of the 3 ranks"),
+        ([sweep, "--hie", "16,8,4", "--point", "8,5,uniform"], "--point: got K=5, expected at most 4 for uniform"),
         (
-            ["sweep", "--hie", "16,8,4", "--nproc", "2", "--point", "8,3,one_rank"],
+            [sweep, "--hie", "16,8,4", "--nproc", "2", "--point", "8,3,one_rank"],
             "--point: got K=3, expected at most 2 for one_rank",
         ),
     ],
 )
 def test_wrong_words_are_told_once(
-    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[Any], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
         code = run(monkeypatch, *words, "--backend", "reference")
@@ -205,39 +203,50 @@ def test_wrong_words_are_told_once(
     assert len(told) == 1
 
 
-def test_a_wrong_layer_is_red(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@EACH_SCRIPT
+def test_a_wrong_layer_fails(
+    script: Any,
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    honest = LayerProblem.forward_backward
+    honest = LayerCall.run
 
-    def wrong(self: LayerProblem, *arguments: Any) -> Any:
-        found = honest(self, *arguments)
-        return replace(found, w2_grad=found.w2_grad * 1.1)
+    def wrong(self: LayerCall, *arguments: Any, **options: Any) -> Any:
+        found = honest(self, *arguments, **options)
+        return {**found, "dw2": found["dw2"] * 1.1}
 
-    monkeypatch.setattr(LayerProblem, "forward_backward", wrong)
-    path = tmp_path / "layer.json"
-    assert run(monkeypatch, "bench", *SMALL, "--json", str(path)) == RED
+    monkeypatch.setattr(LayerCall, "run", wrong)
+    path = tmp_path / "found.json"
+    assert run(monkeypatch, script, *words, "--json", str(path)) == FAIL
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].startswith("RED: rank 0: dw2: relative error ")
-    assert [line.split()[0] for line in lines if line.endswith(" RED")] == ["dw2"]
-    assert not path.exists()
-    assert run(monkeypatch, *TINY_SWEEP, "--point", "4,1,uniform", "--json", str(path)) == RED
-    assert capsys.readouterr().out.splitlines()[-1].startswith("RED: rank 0: dw2: ")
+    assert lines[-1].startswith("FAIL: rank 0 of 1: dw2: relative error ")
+    assert [line.split()[0] for line in lines if line.endswith(" FAIL")] == (["dw2"] if script is moe_ep else [])
     assert not path.exists()
 
 
-@pytest.mark.parametrize("error", [WrongError("y"), WrongResultError("rows"), AboveCeilingError("too fast")])
-@pytest.mark.parametrize("words", [["bench", *SMALL], TINY_SWEEP])
-def test_whatever_is_refused_is_red(
-    words: list[str], error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refuse(*arguments: Any) -> Any:
+def refuse(monkeypatch: pytest.MonkeyPatch, script: Any, error: Exception) -> None:
+    """Let what the script runs raise ``error``."""
+
+    def run_nothing(*arguments: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(bench_module, "run_end_to_end", refuse)
-    monkeypatch.setattr(sweep_module, "run_sweep", refuse)
-    assert run(monkeypatch, *words) == RED
-    assert capsys.readouterr().out.splitlines()[-1] == f"RED: {error}"
+    monkeypatch.setattr(script, "run_end_to_end" if script is moe_ep else "run_sweep", run_nothing)
+
+
+@pytest.mark.parametrize("error", [WrongResultError("rows"), AboveCeilingError("too fast")])
+@EACH_SCRIPT
+def test_whatever_is_refused_fails(
+    script: Any,
+    words: list[str],
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    refuse(monkeypatch, script, error)
+    assert run(monkeypatch, script, *words) == FAIL
+    assert capsys.readouterr().out.splitlines()[-1] == f"FAIL: {error}"
 
 
 def test_a_sweep_of_two_points(
@@ -245,14 +254,14 @@ def test_a_sweep_of_two_points(
 ) -> None:
     path = tmp_path / "folder" / "sweep.json"
     words = [*TINY_SWEEP, "--point", "4,2,skewed", "--point=3,1,one_rank", "--dtype", "float32"]
-    assert run(monkeypatch, *words, "--commit=a name", "--json", str(path)) == GREEN
+    assert run(monkeypatch, sweep, *words, "--commit=a name", "--json", str(path)) == PASS
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "note: on the CPU: the times mean nothing for GPUs"
     assert [line.split(";")[0].split() for line in lines[1:]] == [["T=4", "K=2", "skewed"], ["T=3", "K=1", "one_rank"]]
     document = json.loads(path.read_text())
     assert document["kind"] == "sweep"
     assert document["environment"]["commit"] == "a name"
-    command = "python -m sonic_ep sweep --backend reference --hie 16,8,4 --point 4,2,skewed --point=3,1,one_rank"
+    command = "python bench/sweep.py --backend reference --hie 16,8,4 --point 4,2,skewed --point=3,1,one_rank"
     assert document["environment"]["command"].endswith(f"{command} --dtype float32")
     assert str(tmp_path) not in path.read_text()
     assert [point["shape"] for point in document["points"]] == [
@@ -262,23 +271,19 @@ def test_a_sweep_of_two_points(
     assert all(len(point["pairs"]) == 18 for point in document["points"])
 
 
-def test_words_without_paths() -> None:
-    words = ["/root/bin/sonic-ep", "bench", "--json", "/tmp/a.json", "--commit=b", "--dtype", "float16", "--json=c"]
-    assert words_without_paths(words) == ["--dtype", "float16"]
-
-
 @pytest.mark.parametrize("rank", ["0", "3"])
-@pytest.mark.parametrize("words", [["bench", *SMALL], TINY_SWEEP])
+@EACH_SCRIPT
 def test_what_does_not_fit_is_said_in_one_line(
-    words: list[str], rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: Any,
+    words: list[str],
+    rank: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fill_the_gpu(*arguments: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.85 GiB.")
-
-    monkeypatch.setattr(bench_module, "run_end_to_end", fill_the_gpu)
-    monkeypatch.setattr(sweep_module, "run_sweep", fill_the_gpu)
+    said = "CUDA out of memory. Tried to allocate 7.85 GiB."
+    refuse(monkeypatch, script, torch.OutOfMemoryError(said))
     monkeypatch.setattr(cli_module, "launched_by_torchrun", lambda: rank != "0")
     monkeypatch.setenv("RANK", rank)
-    assert run(monkeypatch, *words) == RED
-    said = "CUDA out of memory. Tried to allocate 7.85 GiB."
-    assert capsys.readouterr().err == f"sonic-ep: rank {rank}: {said}; expected a shape that fits: fewer tokens\n"
+    assert run(monkeypatch, script, *words) == FAIL
+    name = Path(script.__file__).name
+    assert capsys.readouterr().err == f"{name}: rank {rank}: {said}; expected a shape that fits: fewer tokens\n"

@@ -7,14 +7,13 @@ from itertools import pairwise
 from threading import Thread
 
 import pytest
-
-from sonic_ep.benchmark.steady import little_to_collect, on_own_core, own_core
+from harness.steady import core_of, freeze_garbage, own_core
 
 
 @pytest.mark.parametrize(("cores", "ranks"), [(32, 2), (33, 2), (16, 8), (4, 2), (2, 1)])
 def test_no_two_ranks_share_a_core_or_a_neighbour(cores: int, ranks: int) -> None:
     there = list(range(10, 10 + cores))
-    given = [own_core(rank, ranks, there) for rank in range(ranks)]
+    given = [core_of(rank, ranks, there) for rank in range(ranks)]
     assert set(given) <= set(there)
     assert len(set(given)) == ranks
     assert all(after - before >= 2 for before, after in pairwise(given) if before is not None and after is not None)
@@ -22,8 +21,8 @@ def test_no_two_ranks_share_a_core_or_a_neighbour(cores: int, ranks: int) -> Non
 
 
 @pytest.mark.parametrize(("cores", "ranks"), [(2, 2), (3, 2), (1, 1), (4, 8)])
-def test_who_has_no_second_core_is_left_alone(cores: int, ranks: int) -> None:
-    assert [own_core(rank, ranks, range(cores)) for rank in range(ranks)] == [None] * ranks
+def test_a_rank_that_has_no_second_core_runs_on_all(cores: int, ranks: int) -> None:
+    assert [core_of(rank, ranks, range(cores)) for rank in range(ranks)] == [None] * ranks
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs os.sched_setaffinity, which Linux has")
@@ -43,22 +42,15 @@ def test_a_thread_keeps_to_its_core_and_gets_the_others_back(monkeypatch: pytest
         started.join()
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), on_own_core(0, 1):
+    with pytest.raises(ZeroDivisionError), own_core(0, 1):
         look_and_fail()
-    assert seen == [{own_core(0, 1, sorted(before))}] * 2
+    assert seen == [{core_of(0, 1, sorted(before))}] * 2
     assert os.sched_getaffinity(0) == before
-    with on_own_core(0, len(before)):
+    with own_core(0, len(before)):
         assert os.sched_getaffinity(0) == before
     monkeypatch.delattr(os, "sched_setaffinity")
-    with on_own_core(0, 1):
+    with own_core(0, 1):
         assert os.sched_getaffinity(0) == before
-
-
-def test_the_collector_looks_only_at_what_is_new() -> None:
-    with little_to_collect():
-        assert gc.get_freeze_count() > 1000
-        assert gc.isenabled()
-    assert gc.get_freeze_count() == 0
 
 
 class Cycle:
@@ -68,24 +60,26 @@ class Cycle:
         self.itself = self
 
 
-def test_garbage_is_gone_before_and_nothing_is_kept_from_the_collector_after() -> None:
+def test_garbage_is_gone_before_and_only_what_is_new_is_looked_at() -> None:
     gone = weakref.ref(Cycle())
 
     def look_and_fail() -> None:
         assert gone() is None
+        assert gc.get_freeze_count() > 1000
+        assert gc.isenabled()
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), little_to_collect():
+    with pytest.raises(ZeroDivisionError), freeze_garbage():
         look_and_fail()
     assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs os.sched_setaffinity, which Linux has")
-def test_who_may_not_choose_a_core_runs_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_may_not_choose_a_core_runs_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise PermissionError("not here")
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
     monkeypatch.setattr(os, "sched_setaffinity", refuse)
-    with on_own_core(0, 2):
+    with own_core(0, 2):
         pass

@@ -1,4 +1,4 @@
-"""The harness must bite: each kind of wrong answer is fed to it, and has to come out red."""
+"""The harness must bite: each kind of wrong answer is fed to it, and has to fail."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ from sonic_ep.testing import (
     assert_bitwise,
     draw,
 )
-from sonic_ep.testing.differential import compare, drawn_oracle, moe_oracle, routed_oracle, run_moe, run_routed
+from sonic_ep.testing.oracle import compare, drawn_oracle, moe_oracle, routed_oracle, run_moe, run_routed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WORLD_SIZE = 4
@@ -80,21 +80,13 @@ def sign_flipped(y: Tensor, inputs: Inputs) -> Tensor:
     return y
 
 
-WRONGS: list[Callable[[Tensor, Inputs], Tensor]] = [
-    all_zero,
-    swapped_row,
-    dropped_score,
-    shifted_rank,
-    stale_buffer,
-    one_nan,
-    sign_flipped,
-]
+WRONGS = [all_zero, swapped_row, dropped_score, shifted_rank, stale_buffer, one_nan, sign_flipped]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("wrong", WRONGS, ids=lambda wrong: wrong.__name__)
 @pytest.mark.parametrize("case", ["uniform", "uneven_tokens", "prime_tokens"])
-def test_wrong_answers_are_red(case: str, wrong: Callable[[Tensor, Inputs], Tensor], dtype: torch.dtype) -> None:
+def test_wrong_answers_fail(case: str, wrong: Callable[[Tensor, Inputs], Tensor], dtype: torch.dtype) -> None:
     inputs, truth, plain, right = accurate(case, dtype)
     assert_as_accurate(right, truth, plain, "y")
     assert_as_accurate(plain, truth, plain, "y")
@@ -106,28 +98,19 @@ def test_wrong_answers_are_red(case: str, wrong: Callable[[Tensor, Inputs], Tens
 def test_small_outputs_get_no_benefit(small: float) -> None:
     """Where an absolute tolerance would let zeros pass."""
     truth = torch.randn(10, 8, dtype=torch.float64) * small
-    plain = truth.bfloat16()
     with pytest.raises(AssertionError):
-        assert_as_accurate(torch.zeros_like(plain), truth, plain)
+        assert_as_accurate(torch.zeros(10, 8).bfloat16(), truth, truth.bfloat16())
 
 
-def test_one_wrong_row_among_many_is_red() -> None:
+def test_one_wrong_row_among_many_and_a_zero_that_is_none_are_wrong() -> None:
     truth = torch.randn(100_000, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    plain = truth.bfloat16()
-    wrong = plain.clone()
-    wrong[77] *= 1.02
-    with pytest.raises(AssertionError):
-        assert_as_accurate(wrong, truth, plain)
-
-
-def test_exact_zeros_have_to_be_exact() -> None:
-    truth = torch.randn(4, 8, dtype=torch.float64)
     truth[2] = 0
-    plain = truth.float()
-    wrong = plain.clone()
-    wrong[2, 3] = 1e-30
-    with pytest.raises(AssertionError):
-        assert_as_accurate(wrong, truth, plain)
+    row, zero = truth.bfloat16(), truth.bfloat16()
+    row[77] *= 1.02
+    zero[2, 3] = 1e-30
+    for wrong in (row, zero):
+        with pytest.raises(AssertionError):
+            assert_as_accurate(wrong, truth, truth.bfloat16())
 
 
 def test_twice_the_error_is_the_limit() -> None:
@@ -183,12 +166,12 @@ def test_optimised_python_checks_as_well() -> None:
         "calls = lambda: assert_as_accurate(zeros, truth, truth.float()), lambda: assert_bitwise(zeros.int(), zeros)\n"
         "for call in calls:\n"
         "    try: call()\n"
-        "    except AssertionError: print('red')"
+        "    except AssertionError: print('fails')"
     )
     done = subprocess.run(
         [sys.executable, "-O", "-c", program], capture_output=True, text=True, timeout=HANG_SECONDS, check=True
     )
-    assert done.stdout.split() == ["red", "red"]
+    assert done.stdout.split() == ["fails", "fails"]
 
 
 def wrong_on_rank_1(rank: Rank, name: str) -> list[str]:
@@ -207,7 +190,7 @@ def wrong_on_rank_1(rank: Rank, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["y", "dx", "router_logits", "drouter_w", "dw1", "counts"])
-def test_what_is_wrong_on_one_rank_is_red_on_all(cpu_pool: RankPool, name: str) -> None:
+def test_what_is_wrong_on_one_rank_fails_on_all(cpu_pool: RankPool, name: str) -> None:
     assert cpu_pool.run(wrong_on_rank_1, name, world_size=3) == [[name]] * 3
 
 
@@ -241,5 +224,5 @@ def test_every_tensor_of_the_layer_is_held(name: str) -> None:
         assert all(finding.ok for finding in compare(outcome, oracle, inputs, ep))
         outcome[name] = outcome[name].clone()
         outcome[name][0] *= 1.001
-        reds = [finding.name for finding in compare(outcome, oracle, inputs, ep) if not finding.ok]
-    assert reds == [name]
+        failed = [finding.name for finding in compare(outcome, oracle, inputs, ep) if not finding.ok]
+    assert failed == [name]

@@ -10,7 +10,7 @@ from sonic_ep.backend import Experts
 from sonic_ep.config import RouterOptions, ScoreOrder
 from sonic_ep.reference.dense import dense_moe, dense_scores
 from sonic_ep.testing import CASES, Inputs, draw
-from sonic_ep.testing.differential import leaf_experts
+from sonic_ep.testing.oracle import leaf_experts
 
 WIDE = torch.float64
 

@@ -1,18 +1,19 @@
-"""The matrix products of a layer by themselves: the least that its experts take."""
+"""The GEMMs of a layer by themselves: the least that its experts take."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sonic_ep.benchmark.layer_problem import LayerProblem
-from sonic_ep.benchmark.oracle import wider
-from sonic_ep.testing import assert_as_accurate
+from harness.context import BenchCase, other_inputs
+from sonic_ep.testing.checks import assert_as_accurate
+from sonic_ep.testing.layer_problem import LayerProblem, Shape
 
 # Bytes that a row has to be a multiple of for ``grouped_mm``.
 ROW_MULTIPLE = 16
@@ -20,10 +21,7 @@ ROW_MULTIPLE = 16
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Products:
-    """The matrix products of a layer by ``grouped_mm``, at the rows that its routing sends here; random numbers.
-
-    ends (e,) int32. rows, out_grad (R, H); hidden_grad (R, 2I or I); activated (R, I), with R = ends[-1].
-    """
+    """Random operands: ends (e,) int32; rows, out_grad (R, H); hidden_grad (R, 2I or I); activated (R, I)."""
 
     ends: Tensor
     rows: Tensor
@@ -36,7 +34,7 @@ class Products:
     @staticmethod
     def of(problem: LayerProblem, ends_e: Tensor, rows: int) -> Products:
         """Drawn for ``rows`` rows."""
-        w1, w2 = problem.inputs.w1.detach(), problem.inputs.w2.detach()
+        w1, w2 = problem.call.experts.w1.detach(), problem.call.experts.w2.detach()
         generator = torch.Generator(w1.device).manual_seed(problem.group.rank)
 
         def normal(width: int) -> Tensor:
@@ -53,11 +51,24 @@ class Products:
             w2=w2,
         )
 
-    def operands(self, *, backward: bool) -> list[tuple[Tensor, Tensor]]:
-        """Left (R, .) and right of the two of a forward, or of all six.
+    def case(self, name: str, shape: Shape, *, backward: bool) -> BenchCase:
+        """The two of a forward, or all six."""
+        operands = self.operands(backward=backward)
 
-        Rows are multiplied by a right of (e, ., .); of one of (R, .) the products with rows are summed, by expert.
-        """
+        def check(got: list[Tensor]) -> None:
+            for place, (found, (left, right)) in enumerate(zip(got, operands, strict=True)):
+                self.expect_of_one_group(found, left, right, f"product {place}")
+
+        return BenchCase(
+            name=name,
+            shape=shape,
+            run=lambda: self.all_of(operands),
+            check=check,
+            other_inputs=lambda: other_inputs(self.rows, self.out_grad, self.hidden_grad, self.activated),
+        )
+
+    def operands(self, *, backward: bool) -> list[tuple[Tensor, Tensor]]:
+        """Left (R, .) and right of the two of a forward, or of all six; a right of (R, .) is summed over rows."""
         forward = [(self.rows, self.w1.transpose(1, 2)), (self.activated, self.w2.transpose(1, 2))]
         if not backward:
             return forward
@@ -65,16 +76,13 @@ class Products:
         return [*forward, *of_rows, (self.out_grad, self.activated), (self.hidden_grad, self.rows)]
 
     def all_of(self, operands: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Each of the products, one behind the other."""
-        return [self._product(left if right.ndim == 3 else left.t(), right) for left, right in operands]
-
-    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+        """Each of the products, in order."""
         widths = (self.rows.shape[1], self.hidden_grad.shape[1], self.activated.shape[1])
-        if any(width * self.rows.element_size() % ROW_MULTIPLE for width in widths):
-            return self._one_by_one(left, right)
-        return F.grouped_mm(left, right, offs=self.ends)
+        refused = any(width * self.rows.element_size() % ROW_MULTIPLE for width in widths)
+        multiply = self.one_by_one if refused else partial(F.grouped_mm, offs=self.ends)
+        return [multiply(left if right.ndim == 3 else left.t(), right) for left, right in operands]
 
-    def _one_by_one(self, left: Tensor, right: Tensor) -> Tensor:
+    def one_by_one(self, left: Tensor, right: Tensor) -> Tensor:
         """The same in plain PyTorch, for rows that ``grouped_mm`` refuses. Reads the host."""
         starts_and_ends = list(pairwise([0, *self.ends.tolist()]))
         if right.ndim == 3:
@@ -89,5 +97,5 @@ class Products:
         rows = slice(end - int(sizes[group]), end)
         by_rows = right.ndim == 3
         a, b = (left[rows], right[group]) if by_rows else (left[rows].t(), right[rows])
-        truth = a.to(wider(a.dtype)) @ b.to(wider(b.dtype))
-        assert_as_accurate(found[rows] if by_rows else found[group], truth, a @ b, name)
+        wide = torch.float64 if a.dtype is torch.float32 else torch.float32
+        assert_as_accurate(found[rows] if by_rows else found[group], a.to(wide) @ b.to(wide), a @ b, name)

@@ -1,0 +1,166 @@
+"""What a run of the suites found: thresholds, traffic and floors, the entries, and their table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import msgspec
+import torch
+from schema import GIGA, Entry, Environment, RatesRecord, ShapeRecord, Suite
+
+from sonic_ep.cost import LinkCeilings
+from sonic_ep.profiler.bandwidth import LINK_BYTES, ROUNDS, measured_ceilings, memory_rate
+from sonic_ep.profiler.timing import Ceiling, RoundTimer, Timing
+from sonic_ep.testing.layer_problem import Shape
+
+MET = {True: "met", False: "MISSED"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """The time in seconds that the median is held against, and where it comes from."""
+
+    text: str
+    seconds: float
+
+    def fields(self, median: float) -> dict[str, Any]:
+        """Those of an ``Entry``."""
+        return {"threshold": self.text, "threshold_us": micros(self.seconds), "met": median <= self.seconds}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkTraffic:
+    """Bytes that come to a rank over the link, the mean over the ranks, and what its memory moves meanwhile.
+
+    memory_rate: that of a large copy, in bytes/s. A cache can answer faster, so a time can be a little below the floor.
+    """
+
+    nbytes: float
+    ceiling: Ceiling | None
+    memory_bytes: float | None = None
+    memory_rate: float | None = None
+
+    @property
+    def floor(self) -> tuple[float, str] | None:
+        """Seconds that the link or the memory needs, whichever is more, and which; None without a ceiling."""
+        if self.ceiling is None:
+            return None
+        link = self.nbytes / self.ceiling.bytes_per_second
+        memory = self.memory_bytes / self.memory_rate if self.memory_bytes and self.memory_rate else 0.0
+        return (memory, "memory") if memory > link else (link, "link")
+
+    def at_least(self, share: float) -> Threshold | None:
+        """The threshold of ``share`` of the ceiling; None without a ceiling."""
+        return self._threshold(1 / share, f"at least {share:.0%} of")
+
+    def at_most(self, times: float) -> Threshold | None:
+        """The threshold of ``times`` what the bytes take at the ceiling; None without a ceiling."""
+        return self._threshold(times, f"at most {times:g} times the bytes at")
+
+    def _threshold(self, times: float, text: str) -> Threshold | None:
+        if self.ceiling is None:
+            return None
+        seconds = times * self.nbytes / self.ceiling.bytes_per_second
+        return Threshold(text=f"{text} {self.ceiling.name}", seconds=seconds)
+
+    def figures(self, median: float, name: str) -> dict[str, Any]:
+        """Fields of an ``Entry`` with this median. Raises ``AboveCeilingError`` if it is above the ceiling."""
+        found: dict[str, Any] = {
+            "remote_bytes": round(self.nbytes),
+            "gb_per_s": round(self.nbytes / median / GIGA, 2),
+            "memory_bytes": None if self.memory_bytes is None else round(self.memory_bytes),
+        }
+        if self.ceiling is not None and self.floor is not None:
+            share = self.ceiling.share_of(self.nbytes, median, name)
+            seconds, by = self.floor
+            found |= {"ceiling": self.ceiling.name, "percent": round(100 * share, 2)}
+            found |= {"floor_us": micros(seconds), "floor_by": by}
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What one run found so far. memory_rate: reads and writes of a large copy, in bytes/s."""
+
+    environment: Environment
+    ceilings: LinkCeilings | None
+    memory_rate: float | None = None
+    entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def suite(self) -> Suite:
+        """The document."""
+        return Suite(environment=self.environment, rates_gb_per_s=self.rates, entries=tuple(self.entries))
+
+    @property
+    def rates(self) -> RatesRecord:
+        """Every rate that was measured, in GB/s."""
+        link = {} if self.ceilings is None else asdict(self.ceilings)
+        rates = link if self.memory_rate is None else {**link, "memory": self.memory_rate}
+        return RatesRecord(**{name: round(rate / GIGA, 2) for name, rate in rates.items()})
+
+    def table(self) -> list[str]:
+        """One line for each entry, below the ceilings."""
+        names = [f"{entry.name}, T={entry.shape.tokens}" for entry in self.entries]
+        width = max((len(name) for name in names), default=0)
+        columns = f"{'median us':>10} {'p10':>9} {'p90':>9} {'GB/s':>6} {'%':>5} {'TF/s':>6} {'floor us':>9} {'by':<6}"
+        rates = ", ".join(f"{name} {rate:.1f}" for name, rate in msgspec.to_builtins(self.rates).items())
+        return [
+            *([] if self.ceilings else ["no ceilings: no link between GPUs was measured"]),
+            *([f"rates in GB/s: {rates}"] if rates else []),
+            f"{'what':<{width}} {'how':<6} {columns}  threshold",
+            *(f"{name:<{width}} {_figures(entry)}" for name, entry in zip(names, self.entries, strict=True)),
+        ]
+
+
+def measured_results(
+    timer: RoundTimer, environment: Mapping[str, Any], nbytes: int = LINK_BYTES, rounds: int = ROUNDS
+) -> Results:
+    """Collective: no entries yet, and the ceilings, measured now. nbytes: over the link, each way."""
+    device = timer.device
+    with torch.no_grad():
+        return Results(
+            environment=msgspec.convert(environment, Environment),
+            ceilings=measured_ceilings(timer.group, device, nbytes, rounds),
+            memory_rate=memory_rate(device, lambda copy: timer.median(copy, rounds)) if device.type == "cuda" else None,
+        )
+
+
+def micros(seconds: float) -> float:
+    """Microseconds, rounded as records have them."""
+    return round(seconds * 1e6, 2)
+
+
+def time_fields(timing: Timing) -> dict[str, Any]:
+    """Those of ``Times``."""
+    return {**timing.as_json()}
+
+
+def shape_record(shape: Shape) -> ShapeRecord:
+    """For a document."""
+    return ShapeRecord(**{**asdict(shape), "dtype": dtype_name(shape)})
+
+
+def dtype_name(shape: Shape) -> Any:
+    """Without its module."""
+    return str(shape.dtype).removeprefix("torch.")
+
+
+def _figures(entry: Entry) -> str:
+    """The columns of an entry behind its name."""
+    rate, share, tflops = (
+        "" if value is None else f"{value:.1f}" for value in (entry.gb_per_s, entry.percent, entry.tflop_per_s)
+    )
+    floor = "" if entry.floor_us is None else f"{entry.floor_us:.1f}"
+    figures = f"{entry.median_us:>10.1f} {entry.p10_us:>9.1f} {entry.p90_us:>9.1f} {rate:>6} {share:>5} {tflops:>6}"
+    return f"{entry.how:<6} {figures} {floor:>9} {entry.floor_by or '':<6}  {_judgement(entry)}"
+
+
+def _judgement(entry: Entry) -> str:
+    """The threshold, and how many times its baselines the entry took."""
+    words = [f"{baseline.ratio:.3f} times {baseline.what}" for baseline in entry.baselines]
+    if entry.met is not None:
+        words.insert(0, f"{MET[entry.met]}: {entry.threshold} ({entry.threshold_us:.1f} us)")
+    return "; ".join(words)

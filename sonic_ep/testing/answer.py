@@ -1,0 +1,80 @@
+"""The answer of a layer, judged: how far it is from the truth on all ranks, and how far it may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from sonic_ep.distributed.group import EPGroup
+from sonic_ep.reference.router import choose_experts
+from sonic_ep.testing.checks import Accuracy, assert_as_accurate
+from sonic_ep.testing.oracle import LOGITS, LayerCall, Oracle, Outcome, accuracies_of
+
+# Slots that the oracle takes at a time in the wider dtype.
+MOST_SLOTS = 2**16
+
+
+def oracle_of(call: LayerCall, group: EPGroup) -> Oracle:
+    """The oracle of a call whose truth is in fp32, or in fp64 for fp32."""
+    wide = torch.float64 if call.x.dtype is torch.float32 else torch.float32
+    return Oracle(call=call, group=group, wide=wide, at_a_time=max(1, MOST_SLOTS // call.top_k))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answer:
+    """The outcome of one forward and backward, and what the oracle says of it.
+
+    plain: the same by what says how accurate it has to be. accuracies: of all ranks together, the same on each.
+    same_choices: whether this rank's router has chosen what the oracle's did.
+    """
+
+    outcome: Outcome
+    plain: Outcome
+    truth: Outcome
+    accuracies: tuple[Accuracy, ...]
+    same_choices: bool = True
+
+    @property
+    def faults(self) -> list[str]:
+        """What is wrong with the answer."""
+        choices = [] if self.same_choices else ["other experts are chosen"]
+        return [*choices, *(str(accuracy) for accuracy in self.accuracies if not accuracy.ok)]
+
+
+def judge(oracle: Oracle, outcome: Outcome, reference: Outcome | None = None) -> Answer:
+    """Collective: hold the outcome of a forward and backward against the oracle.
+
+    reference: the outcome of the reference, which is held against the oracle itself before it may say how accurate
+    others have to be; None: plain PyTorch says so.
+    """
+    truth, group, top_k = oracle.truth, oracle.group, oracle.call.top_k
+    found = []
+    if reference is not None:
+        found = [
+            replace(each, name=f"reference's {each.name}")
+            for each in _accuracies(reference, truth, oracle.plain, group)
+        ]
+    plain = reference or oracle.plain
+    found += _accuracies(outcome, truth, plain, group)
+    chosen = [choose_experts(each[LOGITS], top_k).sort(dim=1).values for each in (outcome, truth) if LOGITS in each]
+    same = all(torch.equal(chosen[0], other) for other in chosen[1:])
+    return Answer(outcome=outcome, plain=plain, truth=truth, accuracies=tuple(found), same_choices=same)
+
+
+def _accuracies(outcome: Outcome, truth: Outcome, plain: Outcome, group: EPGroup) -> list[Accuracy]:
+    """With the output named as reports name it."""
+    found = accuracies_of(outcome, truth, plain, group)
+    return [replace(accuracy, name="o" if accuracy.name == "y" else accuracy.name) for accuracy in found]
+
+
+def faults_of(got: Outcome, truth: Outcome, plain: Outcome) -> list[str]:
+    """Which of y and the gradients of this rank are less accurate than twice the error of plain PyTorch."""
+    found = []
+    for name, right in truth.items():
+        try:
+            if name != LOGITS:
+                assert_as_accurate(got[name], right, plain[name], name)
+        except AssertionError as error:
+            found.append(str(error))
+    return found
