@@ -72,16 +72,17 @@ def over_the_link(device: torch.device) -> None:
     """Collective. The kernels that measure the link, where there is one."""
     # Not at the top: triton asks whether it is to interpret when it is imported, and only ranks know.
     from sonic_ep.fast.workspace import Workspace
-    from sonic_ep.profiler.link_kernels import Link
+    from sonic_ep.profiler.link_kernels import KERNEL_COPIES, Link
 
     group = resolve_group(None)
     if group.world_size > 1:
         workspace = Workspace(group, device)
         link = Link(workspace, LINK_BYTES)
-        link.read(link.launches[0])
-        link.expect_next("kernel reads")
-        link.write(link.launches[0])
-        link.expect_last("kernel writes")
+        following = (group.rank + 1) % group.world_size
+        link.move(following, group.rank, KERNEL_COPIES[0])
+        link.check(following, "kernel reads")
+        link.move(group.rank, following, KERNEL_COPIES[0])
+        link.check((group.rank - 1) % group.world_size, "kernel writes")
         workspace.close()
 
 
