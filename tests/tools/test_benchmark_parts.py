@@ -11,7 +11,7 @@ from near import assert_near
 from torch import Tensor
 
 from sonic_ep import ExpertParallel
-from sonic_ep.autograd_utils import release_of
+from sonic_ep.compat import release_of
 from sonic_ep.benchmark.arena import WrongError
 from sonic_ep.benchmark.beside import OneGpu, experts_of_rows, given_routing, group_of_this_rank, same_rows
 from sonic_ep.benchmark.layer import LayerUnderTest
