@@ -78,7 +78,9 @@ def rendezvous_number(rendezvous: Callable[[Any], object]) -> int:
     github.com/pytorch/pytorch/issues/196082.
     """
     store = dist.HashStore()  # type: ignore[attr-defined]
-    _register_process_group(LONE_GROUP, dist.ProcessGroup(store, 0, 1))
+    # The registry does not keep it alive.
+    alone = dist.ProcessGroup(store, 0, 1)
+    _register_process_group(LONE_GROUP, alone)
     try:
         rendezvous(LONE_GROUP)
     finally:

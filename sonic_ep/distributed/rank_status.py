@@ -97,7 +97,9 @@ class StatusStore:
         return f"sonic_ep/statuses/{self.number}/{rank}"
 
     def _count(self, amount: int) -> int | None:
-        return self._answer(lambda: int(self._store.add(f"sonic_ep/objects/{self._group.rank}", amount)))
+        key = f"sonic_ep/objects/{self._group.rank}"
+        answer: int | None = self._answer(lambda: self._store.add(key, amount))
+        return answer
 
     def _answer(self, ask: Callable[[], AnswerT]) -> AnswerT | None:
         """The answer of the store; None if it does not come in time."""

@@ -24,25 +24,13 @@ WRONG_MOE: dict[str, tuple[dict[str, Any], str]] = {
         {"x": torch.zeros(1, 1).expand(5, 2**21 + 1)},
         "hidden size H: got 2097153, expected at most 2097152",
     ),
-    "x of integers": (
-        {"x": torch.ones(5, 8, dtype=torch.int32)},
-        "dtype of x: got torch.int32, expected torch.bf",
-    ),
+    "x of integers": ({"x": torch.ones(5, 8, dtype=torch.int32)}, "dtype of x: got torch.int32, expected torch.bf"),
     "x of fp64": ({"x": torch.randn(5, 8, dtype=torch.float64)}, "dtype of x: got torch.float64"),
     "x on meta": ({"x": torch.randn(5, 8, device="meta")}, "device of x: got meta"),
-    "x sparse": (
-        {"x": torch.randn(5, 8).to_sparse()},
-        "layout of x: got torch.sparse_coo, expected torch.strided",
-    ),
-    "router_w too wide": (
-        {"router_w": torch.randn(4, 9)},
-        r"shape of router_w: got \(4, 9\), expected \(E, 8\)",
-    ),
+    "x sparse": ({"x": torch.randn(5, 8).to_sparse()}, "layout of x: got torch.sparse_coo, expected torch.strided"),
+    "router_w too wide": ({"router_w": torch.randn(4, 9)}, r"shape of router_w: got \(4, 9\), expected \(E, 8\)"),
     "router_w of no expert": ({"router_w": torch.randn(0, 8)}, r"shape of router_w: got \(0, 8\)"),
-    "router_w in another half": (
-        {"router_w": torch.randn(4, 8).half()},
-        "dtype of router_w: got torch.float16",
-    ),
+    "router_w in another half": ({"router_w": torch.randn(4, 8).half()}, "dtype of router_w: got torch.float16"),
     "w1 on meta": ({"w1": torch.randn(4, 8, 8, device="meta")}, "device of w1: got meta, expected cpu"),
     "w1 not gated": (
         {"w1": torch.randn(4, 4, 8)},
@@ -56,10 +44,7 @@ WRONG_MOE: dict[str, tuple[dict[str, Any], str]] = {
         {"w1": torch.randn(4, 8, 8).bfloat16()},
         "dtype of w1: got torch.bfloat16, expected torch.f",
     ),
-    "w2 transposed": (
-        {"w2": torch.randn(4, 4, 8)},
-        r"shape of w2: got \(4, 4, 8\), expected \(4, 8, 8\)",
-    ),
+    "w2 transposed": ({"w2": torch.randn(4, 4, 8)}, r"shape of w2: got \(4, 4, 8\), expected \(4, 8, 8\)"),
     "w2 of two dimensions": ({"w2": torch.randn(8, 4)}, r"shape of w2: got \(8, 4\), expected \(e, 8, I\)"),
     "experts of another number": (
         {"router_w": torch.randn(6, 8)},
@@ -79,44 +64,26 @@ WRONG_MOE: dict[str, tuple[dict[str, Any], str]] = {
         r"shape of b2: got \(3, 8\), expected \(4, 8\)",
     ),
     "activation": ({"activation": "tanh"}, "activation: got 'tanh', expected one of 'swiglu', 'geglu'"),
-    "gate layout": (
-        {"gate_layout": "split"},
-        "gate_layout: got 'split', expected one of 'interleaved', 'concat'",
-    ),
+    "gate layout": ({"gate_layout": "split"}, "gate_layout: got 'split', expected one of 'interleaved', 'concat'"),
     "norm": ({"norm_topk_probs": "no"}, "norm_topk_probs: got 'no', expected True or False"),
     "score order": ({"score_order": "none"}, "score_order: got 'none', expected one of 'topk_then_softmax'"),
 }
 
 WRONG_ROUTED: dict[str, tuple[dict[str, Any], str]] = {
-    "ids of floats": (
-        {"topk_idx": torch.zeros(5, 2)},
-        "dtype of topk_idx: got torch.float32, expected torch.int32 or",
-    ),
-    "ids of one dimension": (
-        {"topk_idx": torch.zeros(5, dtype=torch.int64)},
-        r"shape of topk_idx: got \(5,\)",
-    ),
+    "ids of floats": ({"topk_idx": torch.zeros(5, 2)}, "dtype of topk_idx: got torch.float32, expected torch.int32 or"),
+    "ids of one dimension": ({"topk_idx": torch.zeros(5, dtype=torch.int64)}, r"shape of topk_idx: got \(5,\)"),
     "ids for other tokens": (
         {"topk_idx": torch.zeros(4, 2, dtype=torch.int64)},
         "tokens of topk_idx: got 4, expected T=5",
     ),
-    "no choice": (
-        {"topk_idx": torch.zeros(5, 0, dtype=torch.int64)},
-        "K of topk_idx: got 0, expected 1 to E=4",
-    ),
-    "K above E": (
-        {"topk_idx": torch.zeros(5, 5, dtype=torch.int64)},
-        "K of topk_idx: got 5, expected 1 to E=4",
-    ),
+    "no choice": ({"topk_idx": torch.zeros(5, 0, dtype=torch.int64)}, "K of topk_idx: got 0, expected 1 to E=4"),
+    "K above E": ({"topk_idx": torch.zeros(5, 5, dtype=torch.int64)}, "K of topk_idx: got 5, expected 1 to E=4"),
     "id too large": (
         {"topk_idx": torch.tensor([[0, 4]] * 5)},
         "topk_idx: got expert ids from 0 to 4, expected 0 to 3, or -1 for a dropped slot",
     ),
     "id too small": ({"topk_idx": torch.tensor([[0, -2]] * 5)}, "topk_idx: got expert ids from -2 to 0"),
-    "id beyond int32": (
-        {"topk_idx": torch.tensor([[0, 2**32]] * 5)},
-        "topk_idx: got expert ids from 0 to 4294967296",
-    ),
+    "id beyond int32": ({"topk_idx": torch.tensor([[0, 2**32]] * 5)}, "topk_idx: got expert ids from 0 to 4294967296"),
     "scores of integers": (
         {"topk_scores": torch.ones(5, 2, dtype=torch.int64)},
         "dtype of topk_scores: got torch.int64",
@@ -154,10 +121,7 @@ def test_wrong_arguments_of_moe_routed(name: str) -> None:
 
 @pytest.mark.parametrize("argument", ["x", "router_w", "w1", "w2", "b1"])
 def test_what_is_no_tensor(argument: str) -> None:
-    with (
-        ExpertParallel() as ep,
-        pytest.raises(TypeError, match=f"rank 0 of 1: {argument}: got list, expected a torch"),
-    ):
+    with ExpertParallel() as ep, pytest.raises(TypeError, match=f"rank 0 of 1: {argument}: got list, expected a torch"):
         ep.moe(**good_call(**{"b2": torch.randn(EXPERTS, HIDDEN), "b1": torch.randn(EXPERTS, 8), argument: [1.0]}))
 
 
@@ -212,11 +176,7 @@ def nothing_moves(rank: Rank) -> None:
     """A wrong call on one rank alone neither sends nor waits: the others never notice."""
     with ExpertParallel(backend="reference") as ep:
         if rank.rank == 0:
-            for wrong in (
-                good_call(b1=torch.randn(2, 8)),
-                good_call(top_k=9),
-                good_call(w1=torch.randn(1, 8, 8)),
-            ):
+            for wrong in (good_call(b1=torch.randn(2, 8)), good_call(top_k=9), good_call(w1=torch.randn(1, 8, 8))):
                 with pytest.raises(ValueError, match="rank 0 of 2"):
                     ep.moe(**wrong)
             for ids in ([[0, 99]], [[0, -7]]):
@@ -248,10 +208,7 @@ CALLS = {
         "ep.plan(torch.zeros(4, 5, dtype=torch.int64), num_experts=4)",
         "K of topk_idx: got 5, expected 1 to",
     ),
-    "id out of range": (
-        "ep.plan(torch.full((4, 1), 4), num_experts=4)",
-        "topk_idx: got expert ids from 4 to 4",
-    ),
+    "id out of range": ("ep.plan(torch.full((4, 1), 4), num_experts=4)", "topk_idx: got expert ids from 4 to 4"),
     "tokens above C": (
         "ep.plan(torch.zeros(5, 1, dtype=torch.int64), num_experts=4)",
         "tokens T: got 5, expected at most",
@@ -269,14 +226,7 @@ def test_a_wrong_program_ends_within_five_seconds_and_leaves_nothing(name: str, 
     call, message = CALLS[name]
     script = tmp_path / f"wrong_{name.replace(' ', '_')}.py"
     script.write_text(SCRIPT.format(call=call))
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(script),
-    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     done = subprocess.run(launcher, capture_output=True, text=True, timeout=HANG_SECONDS)
     ended = time.time()
     called = float(done.stdout.split("calling ")[1].split()[0])
