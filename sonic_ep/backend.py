@@ -86,7 +86,6 @@ class Backend(Protocol):
 
     def meet(self, device: torch.device) -> None:
         """Collective. A barrier: on the current stream of ``device``, or on the host if that is the CPU."""
-        ...
 
     def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
         """Logits, choices and scores of this rank's tokens. Collective in backward, and in forward on ``fast``."""
@@ -108,31 +107,24 @@ class Backend(Protocol):
 
     def check(self) -> None:
         """Raise what the device has flagged since the last host sync."""
-        ...
 
     def explain(self, error: RuntimeError) -> None:
         """Raise, from ``error``, the error of a kernel's wait that caused it; nothing if there is none."""
-        ...
 
     def leave(self) -> None:
         """This rank makes no further call: end the waits of other ranks' kernels for it."""
-        ...
 
     def holds_memory(self) -> bool:
         """Whether there is something that ``close`` gives back."""
-        ...
 
     def raise_in_backward(self) -> None:
         """No call will follow: what a backward finds, it has to raise itself."""
-        ...
 
     def detach(self) -> None:
         """Hold nothing any more; graphs keep what their backward needs."""
-        ...
 
     def close(self) -> None:
         """Give back what the backend holds. A backward that is still to come is refused."""
-        ...
 
 
 class BackendModule(Protocol):

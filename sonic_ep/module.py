@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,6 @@ from sonic_ep.api import ExpertParallel, MoEOutput
 from sonic_ep.checks import ROW_DTYPES, ArgumentChecker, check_experts_divide, check_top_k
 from sonic_ep.config import ScoreOrder, parse_choice
 
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
-
 SEEDS = 2**62
 EXPERT_WEIGHTS = ("w1", "w2", "b1", "b2")
 
@@ -23,10 +20,8 @@ EXPERT_WEIGHTS = ("w1", "w2", "b1", "b2")
 def weight_of(path: str) -> str:
     """The ``MoE`` weight that the parameter at ``path`` is part of; ``torch.nn.utils`` may have split it into several.
 
-    >>> [weight_of(path) for path in ("w1", "parametrizations.w1.original", "parametrizations.w1.0.down", "w1_orig")]
-    ['w1', 'w1', 'w1', 'w1']
-    >>> weight_of("router_w"), weight_of("parametrizations.router_w.original")
-    ('router_w', 'router_w')
+    >>> weight_of("w1"), weight_of("w1_orig"), weight_of("parametrizations.w1.0.down"), weight_of("router_w")
+    ('w1', 'w1', 'w1', 'router_w')
     """
     name = path.removeprefix("parametrizations.").split(".")[0]
     return name.split("_")[0] if name.split("_")[0] in EXPERT_WEIGHTS else name
@@ -68,10 +63,7 @@ class MoE(nn.Module):
         checker.count("num_experts", num_experts)
         check_experts_divide(checker, num_experts)
         check_top_k(checker, top_k, num_experts)
-        self.ep = ep
-        self.top_k = top_k
-        self.activation = activation
-        self.gate_layout = gate_layout
+        self.ep, self.top_k, self.activation, self.gate_layout = ep, top_k, activation, gate_layout
         self.score_order = parse_choice(f"{ep.group}: score_order", score_order, ScoreOrder)
         self.norm_topk_probs = checker.flag("norm_topk_probs", norm_topk_probs)
         self.reduce_router_grad = checker.flag("reduce_router_grad", reduce_router_grad)
@@ -152,26 +144,23 @@ class MoE(nn.Module):
 
     def _held(self, name: str) -> Tensor:
         """The weight called ``name``, or the original that it is computed from."""
-        paths = (name, f"parametrizations.{name}.original", f"{name}_orig")
         held = dict(self.named_parameters())
-        for path in paths:
+        for path in (name, f"parametrizations.{name}.original", f"{name}_orig"):
             if path in held:
                 return held[path]
         raise TypeError(f"{self.ep.group}: {name}: got a weight computed from several tensors, expected one original")
 
     def _fill_experts(self, weight: Tensor, seed: int) -> None:
-        held = weight.shape[0]
-        for expert in range(held):
-            _fill(weight[expert], seed + 2 * (self.ep.rank * held + expert))
+        first = self.ep.rank * len(weight)
+        for expert in range(len(weight)):
+            _fill(weight[expert], seed + 2 * (first + expert))
 
-    def _check_placements(self, name: str, parameter: Tensor) -> None:
-        if not _is_dtensor(parameter):
-            return
-        from torch.distributed.tensor import Replicate, Shard
-
-        if not all(type(placement) in (Shard, Replicate) for placement in parameter.placements):
-            got = f"got {parameter.placements}, expected Shard and Replicate only"
-            raise TypeError(f"{self.ep.group}: placements of {name}: {got}")
+    def _check_placements(self, name: str, parameter: Any) -> None:
+        placements = getattr(parameter, "placements", ())
+        if any(type(placement).__name__ not in ("Shard", "Replicate") for placement in placements):
+            raise TypeError(
+                f"{self.ep.group}: placements of {name}: got {placements}, expected Shard and Replicate only"
+            )
 
 
 def _fill(weight: Tensor, seed: int) -> None:
@@ -179,20 +168,12 @@ def _fill(weight: Tensor, seed: int) -> None:
     weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
 
 
-def _is_dtensor(parameter: Tensor) -> TypeGuard[DTensor]:
-    # The import takes long, and a plain parameter does not need it.
-    if type(parameter) is nn.Parameter:
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(parameter, DTensor)
-
-
-def _write(parameter: Tensor, fill: Callable[[Tensor], None]) -> None:
+def _write(parameter: Any, fill: Callable[[Tensor], None]) -> None:
     """``fill`` the parameter; for a DTensor, a whole tensor, of which this rank then keeps its shard."""
-    if not _is_dtensor(parameter):
+    if not hasattr(parameter, "placements"):
         fill(parameter)
         return
+    # Not at the top: it takes half as long to import as PyTorch.
     from torch.distributed.tensor import distribute_tensor
 
     whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)

@@ -37,7 +37,7 @@ are 0 3 10 11 | 2 7 | 1 5 6 | 4 9; the first six become rows of rank 0, the last
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -131,12 +131,9 @@ class RoutingPlan:
 
     def check(self) -> None:
         """Check every field against its definition, by host reads. ``PlanError`` names the first wrong one."""
-        _check_form(self)
-        valid_WCK = self.expert_ids >= 0
-        _expect("expert_ids", bool((self.expert_ids < self.num_experts).all() & (self.expert_ids >= -1).all()))
-        _check_counts(self, valid_WCK)
-        _check_rows(self, valid_WCK)
-        _check_tokens(self)
+        for field, holds in _definitions(self):
+            if not holds:
+                raise PlanError(f"routing plan: {field} contradicts its definition")
 
 
 # All but what made the plan.
@@ -211,11 +208,6 @@ def room_for_rows(where: object, config: EPConfig, *, rank: int, ceiling: int, r
     return ceiling if config.max_rows is None else min(ceiling, config.max_rows)
 
 
-def _expect(field: str, holds: bool) -> None:
-    if not holds:
-        raise PlanError(f"routing plan: {field} contradicts its definition")
-
-
 def _is_readable(tensor: object) -> bool:
     """Whether kernels can read ``tensor`` in place, as contiguous int32."""
     return (
@@ -246,44 +238,36 @@ def _misshapen_field(plan: RoutingPlan) -> str | None:
     return None if is_count(plan.num_tokens) and plan.num_tokens <= max_tokens else "num_tokens"
 
 
-def _check_form(plan: RoutingPlan) -> None:
+def _definitions(plan: RoutingPlan) -> Iterator[tuple[str, bool]]:
+    """Each field with whether it meets its definition; every check relies on those before it."""
     malformed = malformed_field(plan)
-    _expect(f"form of {malformed}", malformed is None)
-    _expect("rank", 0 <= plan.rank < plan.world_size)
-    _expect("num_tokens", not bool((plan.expert_ids[plan.rank, plan.num_tokens :] >= 0).any()))
-
-
-def _check_counts(plan: RoutingPlan, valid_WCK: Tensor) -> None:
-    ids_N = plan.expert_ids[valid_WCK].long()
-    _expect("counts", torch.equal(plan.counts.long(), torch.bincount(ids_N, minlength=plan.num_experts)))
-    first = plan.rank * plan.experts_per_rank
-    here_e = plan.counts[first : first + plan.experts_per_rank]
-    _expect("group_ends", torch.equal(plan.group_ends.long(), here_e.long().cumsum(0)))
-
-
-def _check_rows(plan: RoutingPlan, valid_WCK: Tensor) -> None:
-    _expect("row_of_slot", torch.equal(plan.row_of_slot >= 0, valid_WCK))
-    owner_F = plan.owner_of_slot().flatten()
+    yield f"form of {malformed}", malformed is None
+    yield "rank", 0 <= plan.rank < plan.world_size
+    yield "num_tokens", not bool((plan.expert_ids[plan.rank, plan.num_tokens :] >= 0).any())
+    yield "expert_ids", bool((plan.expert_ids < plan.num_experts).all() & (plan.expert_ids >= NO_ROW).all())
+    valid_WCK = plan.expert_ids >= 0
+    counts_E = torch.bincount(plan.expert_ids[valid_WCK].long(), minlength=plan.num_experts)
+    yield "counts", torch.equal(plan.counts.long(), counts_E)
+    here_e = counts_E.view(plan.world_size, plan.experts_per_rank)[plan.rank]
+    yield "group_ends", torch.equal(plan.group_ends.long(), here_e.cumsum(0))
+    yield "row_of_slot", torch.equal(plan.row_of_slot >= 0, valid_WCK)
+    owner_WCK, ids_F, row_F = plan.owner_of_slot(), plan.expert_ids.flatten().long(), plan.row_of_slot.flatten().long()
     for rank in range(plan.world_size):
-        slots_N = (owner_F == rank).nonzero().squeeze(1)
-        by_row_N = slots_N[plan.row_of_slot.flatten()[slots_N].long().argsort()]
-        rows_N = plan.row_of_slot.flatten()[by_row_N].long()
-        _expect("row_of_slot", torch.equal(rows_N, torch.arange(len(rows_N), device=rows_N.device)))
+        slots_N = (owner_WCK.flatten() == rank).nonzero().squeeze(1)
+        by_row_N = slots_N[row_F[slots_N].argsort()]
+        yield "row_of_slot", _counts_up(row_F[by_row_N])
         # Canonical order sorts by expert, then by slot: a slot's number orders rank, token and k.
-        sort_key_N = plan.expert_ids.flatten()[by_row_N].long() * owner_F.numel() + by_row_N
-        _expect("row_of_slot", bool((sort_key_N.diff() > 0).all()))
-        if rank == plan.rank:
-            _expect("slot_of_row", len(by_row_N) <= plan.row_capacity)
-            _expect("slot_of_row", torch.equal(plan.slot_of_row[: len(by_row_N)].long(), by_row_N))
-            _expect("slot_of_row", bool((plan.slot_of_row[len(by_row_N) :] == NO_ROW).all()))
-
-
-def _check_tokens(plan: RoutingPlan) -> None:
-    owner_WCK = plan.owner_of_slot()
-    for rank in range(plan.world_size):
+        yield "row_of_slot", bool(((ids_F[by_row_N] * ids_F.numel() + by_row_N).diff() > 0).all())
         present_WC = (owner_WCK == rank).any(dim=2)
-        _expect("pair_tokens", torch.equal(plan.pair_tokens[:, rank].long(), present_WC.sum(dim=1)))
+        yield "pair_tokens", torch.equal(plan.pair_tokens[:, rank].long(), present_WC.sum(dim=1))
         if rank == plan.rank:
-            packed_N = plan.packed_of_token[present_WC].long()
-            _expect("packed_of_token", torch.equal(packed_N, torch.arange(len(packed_N), device=packed_N.device)))
-            _expect("packed_of_token", bool((plan.packed_of_token[~present_WC] == NO_ROW).all()))
+            rows = len(by_row_N)
+            yield "slot_of_row", rows <= plan.row_capacity and torch.equal(plan.slot_of_row[:rows].long(), by_row_N)
+            yield "slot_of_row", bool((plan.slot_of_row[rows:] == NO_ROW).all())
+            yield "packed_of_token", _counts_up(plan.packed_of_token[present_WC])
+            yield "packed_of_token", bool((plan.packed_of_token[~present_WC] == NO_ROW).all())
+
+
+def _counts_up(values_N: Tensor) -> bool:
+    """Whether the values are 0, 1, 2, ..."""
+    return torch.equal(values_N.long(), torch.arange(len(values_N), device=values_N.device))
