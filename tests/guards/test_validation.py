@@ -145,7 +145,7 @@ def test_wrong_on_all_ranks_is_refused_before_any_communication(rank: Rank) -> N
 
 
 @on_ranks(2, pool="cpu_pool")
-def test_a_wrong_call_on_one_rank_communicates_nothing(rank: Rank) -> None:
+def test_a_wrong_call_communicates_nothing(rank: Rank) -> None:
     """The other ranks do not notice, before a right call or after it."""
     right = torch.tensor([[rank.rank]])
     with ExpertParallel(backend="reference") as ep:
