@@ -10,8 +10,8 @@ Backward::
 
     dy (T,H) --dispatch--> rows (R,H) --> dw2, dw1, d(scores) --> rows (R,H) --combine--> dx (T,H)
 
-``backend="reference"`` is plain PyTorch over ``torch.distributed``, on any machine; it defines what is right.
-``backend="fast"`` gives the same results near the speed of the link.
+``backend="reference"`` is plain PyTorch over ``torch.distributed``; it runs anywhere and defines what is right.
+``backend="fast"`` gives the same results near the speed of the link and the GEMMs.
 """
 
 import importlib
@@ -63,16 +63,13 @@ __all__ = [
     "moe",
 ]
 
-# Loaded when they are asked for: whoever only runs a layer needs neither the profiler nor the tools it measures with.
-_OF_PROFILER = ("NetworkProfiler", "ProfileReport")
-
 
 def __getattr__(name: str) -> object:
-    if name not in _OF_PROFILER:
+    # Imported on first use: running a layer needs no profiler.
+    if name not in ("NetworkProfiler", "ProfileReport"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    profiler = importlib.import_module("sonic_ep.profiler")
-    return getattr(profiler, name)
+    return getattr(importlib.import_module("sonic_ep.profiler"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_OF_PROFILER})
+    return sorted({*globals(), *__all__})

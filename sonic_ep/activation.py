@@ -1,6 +1,6 @@
-"""Activations of the experts, and the two layouts of a gated up-projection, as objects.
+"""The experts' activations, and the two layouts of a gated up-projection.
 
-Arithmetic is in fp32 (fp64 for fp64 input), with one rounding to the dtype of the input at the end.
+Computed in fp32 (fp64 for fp64 input) and rounded once, to the dtype of the input.
 """
 
 from __future__ import annotations
@@ -17,10 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class GateLayout:
-    """How gate and up columns share the 2I outputs of the up-projection.
-
-    pattern: the einops pattern that takes (..., 2I) to (2, ..., I), gate first.
-    """
+    """Where gate and up lie in the 2I outputs of the up-projection: an einops pattern, (..., 2I) to (2, ..., I)."""
 
     name: str
     pattern: str
@@ -39,7 +36,7 @@ class GateLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class Activation:
-    """One activation: pointwise, or gated as ``up * pointwise(gate)``."""
+    """``pointwise(hidden)`` or, if gated, ``up * pointwise(gate)``."""
 
     name: str
     gated: bool
@@ -50,7 +47,7 @@ class Activation:
         return 2 * intermediate_size if self.gated else intermediate_size
 
     def __call__(self, hidden: Tensor, layout: GateLayout) -> Tensor:
-        """(..., 2I or I) to (..., I), in the dtype of ``hidden``. ``layout`` matters to gated activations only."""
+        """(..., 2I or I) to (..., I), in the dtype of ``hidden``. ``layout`` is used by gated activations only."""
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         if not self.gated:
             return self.pointwise(wide).to(hidden.dtype)
@@ -66,11 +63,7 @@ def _relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-def _named(*activations: Activation) -> Mapping[str, Activation]:
-    return MappingProxyType({activation.name: activation for activation in activations})
-
-
-ACTIVATIONS: Mapping[str, Activation] = _named(
+_ALL = (
     Activation(name="swiglu", gated=True, pointwise=F.silu),
     Activation(name="geglu", gated=True, pointwise=_gelu_tanh),
     Activation(name="reglu", gated=True, pointwise=F.relu),
@@ -79,6 +72,7 @@ ACTIVATIONS: Mapping[str, Activation] = _named(
     Activation(name="relu", gated=False, pointwise=F.relu),
     Activation(name="relu_sq", gated=False, pointwise=_relu_squared),
 )
+ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({activation.name: activation for activation in _ALL})
 
 GATE_LAYOUTS: Mapping[str, GateLayout] = MappingProxyType(
     {

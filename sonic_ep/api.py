@@ -1,4 +1,4 @@
-"""The public API: validate, choose the backend, call. No arithmetic."""
+"""The public API: check the arguments, call the backend. No arithmetic."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from sonic_ep.autograd_utils import for_kernels, runs_eagerly
+from sonic_ep.autograd_utils import for_kernels, joined, runs_eagerly
 from sonic_ep.backend import Experts, Slots, choose_backend
 from sonic_ep.call_guard import CallGuard
 from sonic_ep.checks import (
@@ -38,10 +38,10 @@ logger = logging.getLogger("sonic_ep")
 
 
 class MoEOutput(NamedTuple):
-    """What ``moe`` returns. A tuple, so that hooks of modules, FSDP and reentrant checkpointing find its tensors.
+    """What ``moe`` returns. A tuple, so that module hooks, FSDP and reentrant checkpointing find the tensors.
 
-    y: the layer's output, shape and dtype of x. router_logits: (T, E) fp32, differentiable.
-    tokens_per_expert: (E,) int32, slots of each expert over the whole group; the same on every rank.
+    y: shape and dtype of x. router_logits: (T, E) fp32, differentiable.
+    tokens_per_expert: (E,) int32, slots of each expert over the group; the same on every rank.
     """
 
     y: Tensor
@@ -50,24 +50,23 @@ class MoEOutput(NamedTuple):
 
 
 class ExpertParallel:
-    """The experts of a group of ranks, as one layer. Every method that moves data is collective.
+    """The experts of a group of ranks. Every method that moves data is collective and may raise ``PeerError``.
 
     group: a ``ProcessGroup``, a 1-D ``DeviceMesh``, or None for the world (one rank if there is no process group).
-    backend: "reference", "fast", or "auto" for the fastest that can run here; ``.backend`` and ``.why`` tell, and
-        rank 0 logs one line.
+    backend: "reference", "fast", or "auto" for the fastest that runs here. ``.backend`` and ``.why`` report the choice.
     config: modes and flags, the same on every rank.
-    max_tokens_per_rank: C, the most tokens that any rank brings to any call, the same on every rank. None: the most
-        that a rank brings to the first call, agreed there; on one rank, whatever a call brings.
-    timeout: seconds that a rank waits for another before it raises ``PeerTimeoutError``, which names that rank.
-    check_collective: compare the arguments of every call over the ranks first, in words; costs two exchanges on the
-        host. Without it, ranks that differ are found as well, but not what they differ in.
+    max_tokens_per_rank: C, the most tokens of any rank in any call, the same on every rank. None: the largest T of the
+        first call, agreed on there; on one rank, no limit.
+    timeout: seconds to wait for another rank before raising ``PeerTimeoutError``, which names it.
+    check_collective: before each call compare its arguments across ranks and report what differs, for two exchanges on
+        the host. Without it a difference is still found, but not named.
 
-    Every method may raise ``PeerError`` when another rank has not done its part. Ranks of a group make the same objects
-    in the same order. Calls are made one after the other, in the process that made the object. An object that holds
-    memory and is let go without ``close()`` warns.
+    Ranks create the same objects in the same order, and call them one call at a time, in the process that created
+    them. A context manager: leaving it calls ``close()``. Warns if it is garbage-collected without ``close()`` while
+    it holds memory.
 
-    Raises ``ValueError`` for wrong arguments and ``BackendUnavailableError`` with every reason if ``backend`` cannot
-    run here. A context manager; ``close()`` gives back what it holds.
+    Raises ``ValueError`` for wrong arguments and ``BackendUnavailableError``, with every reason, if ``backend`` cannot
+    run here.
     """
 
     def __init__(
@@ -81,18 +80,16 @@ class ExpertParallel:
     ) -> None:
         self.group = resolve_group(group)
         self._checker = ArgumentChecker(group=self.group)
-        if config is not None and not isinstance(config, EPConfig):
-            raise TypeError(f"{self.group}: config: got {type(config).__name__}, expected an EPConfig")
+        self.config = self._checker.instance(
+            "config", EPConfig() if config is None else config, EPConfig, "an EPConfig"
+        )
         if max_tokens_per_rank is not None:
             self._checker.count("max_tokens_per_rank", max_tokens_per_rank)
         self._checker.seconds("timeout", timeout)
         self._checker.flag("check_collective", check_collective)
-        self.config = config or EPConfig()
         choice = choose_backend(backend, self.group)
-        self.backend = choice.name
-        self.why = choice.why
+        self.backend, self.why = choice.name, choice.why
         self._max_tokens = max_tokens_per_rank
-        self._capacity_given = max_tokens_per_rank is not None
         self._collectives = BoundedCollectives(self.group, float(timeout))
         self._backend = choice.module.create(self._collectives, self.config)
         common = {"backend": self.backend, "config": self.config, "max_tokens_per_rank": max_tokens_per_rank}
@@ -102,12 +99,12 @@ class ExpertParallel:
 
     @property
     def rank(self) -> int:
-        """This rank's place in the group."""
+        """This rank within the group."""
         return self.group.rank
 
     @property
     def world_size(self) -> int:
-        """W, the ranks of the group."""
+        """W."""
         return self.group.world_size
 
     @runs_eagerly
@@ -126,33 +123,34 @@ class ExpertParallel:
         norm_topk_probs: bool = False,
         reduce_router_grad: bool = True,
     ) -> MoEOutput:
-        """Route x to ``top_k`` of E experts each, apply them, and return the weighted sums. Collective.
+        """Route each token to ``top_k`` of E experts, apply them, and return the weighted sums. Collective.
 
         x (T, H) or (..., H), bf16, fp16 or fp32; T differs from rank to rank and may be 0.
         router_w (E, H), as x or fp32, the same on every rank. w1 (e, 2I, H) for gated activations, else (e, I, H);
         w2 (e, H, I); b1 (e, 2I or I) and b2 (e, H), both or neither: this rank's experts, in the dtype of x.
-        gate_layout: rows of w1 alternate gate, up ("interleaved") or hold all gates, then all ups ("concat").
-        score_order, norm_topk_probs: see ``RouterOptions``. Scores are fp32, and so are the logits returned.
+        gate_layout: rows of w1 alternate gate and up ("interleaved"), or all gates come first ("concat").
+        score_order, norm_topk_probs: see ``RouterOptions``. Scores and the returned logits are fp32.
 
-        Gradients: expert weights and biases get the sum over all tokens of the group, undivided; so does router_w,
+        Gradients of expert weights and biases are sums over all tokens of the group, undivided; so is that of router_w
         unless ``reduce_router_grad`` is False. Raises ``ValueError`` before any communication.
         """
         with self._call_guard.one():
-            given = check_tokens(self._checker, x)
+            x_any = check_tokens(self._checker, x)
             options = RouterOptions(
                 top_k=top_k,
                 score_order=parse_choice(f"{self.group}: score_order", score_order, ScoreOrder),
                 norm_topk_probs=self._checker.flag("norm_topk_probs", norm_topk_probs),
                 reduce_router_grad=self._checker.flag("reduce_router_grad", reduce_router_grad),
             )
-            router_w_EH = check_router(self._checker, given, router_w, options)
-            written = ExpertArguments(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, gate_layout=gate_layout)
-            experts = check_experts(self._checker, given, written, router_w_EH.shape[0])
-            self._check_tokens_fit(tokens_of(given))
-            x_TH, router_w_EH = rows_of_tokens(given), for_kernels(router_w_EH)
-            experts = experts_as_read(experts)
+            router_w_EH = check_router(self._checker, x_any, router_w, options)
+            given = ExpertArguments(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, gate_layout=gate_layout)
+            experts = check_experts(self._checker, x_any, given, router_w_EH.shape[0])
+            self._check_tokens_fit(tokens_of(x_any))
+            x_TH, router_w_EH, experts = rows_of_tokens(x_any), for_kernels(router_w_EH), experts_as_read(experts)
+            x_TH = self._joined_without_tokens(x_TH, experts, router_w_EH)
             trained = router_w_EH.requires_grad and options.reduce_router_grad
-            self._call_guard.begin("moe", **facts_of(x_TH, experts), router=options, **{"router_w trained": trained})
+            facts = {**facts_of(x_TH, experts), "router": options, "router_w trained": trained}
+            self._call_guard.begin("moe", facts, x_trained=is_trained(x_TH))
             max_tokens = self._agreed_max_tokens(x_TH)
             routing = self._backend.route(x_TH, router_w_EH, options)
             slots = Slots(
@@ -174,39 +172,41 @@ class ExpertParallel:
         activation: str = "swiglu",
         gate_layout: str = "interleaved",
     ) -> Tensor:
-        """``moe`` with the caller's own routing: the weighted sums, shape and dtype of x. Collective.
+        """``moe`` with the caller's routing: the weighted sums, shape and dtype of x. Collective.
 
-        topk_idx (T, K), int32 or int64: experts 0..E-1 with E = W*e; -1 drops a slot; an expert may appear twice.
-        topk_scores (T, K), any float, used in fp32; differentiable. Scores of dropped slots are not read.
+        topk_idx (T, K), int32 or int64: experts 0..E-1 with E = W*e; -1 drops the slot; an expert may appear twice.
+        topk_scores (T, K), any float, used in fp32, differentiable. Scores of dropped slots are not read.
         """
         with self._call_guard.one():
-            given = check_tokens(self._checker, x)
-            written = ExpertArguments(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, gate_layout=gate_layout)
-            experts = check_experts(self._checker, given, written, None)
+            x_any = check_tokens(self._checker, x)
+            given = ExpertArguments(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, gate_layout=gate_layout)
+            experts = check_experts(self._checker, x_any, given, None)
             num_experts = experts.w1.shape[0] * self.group.world_size
-            idx_TK = check_routing(self._checker, topk_idx, num_experts, given)
-            scores_TK = check_scores(self._checker, topk_scores, (idx_TK.shape[0], idx_TK.shape[1]), given)
+            idx_TK = check_routing(self._checker, topk_idx, num_experts, x_any)
+            scores_TK = check_scores(self._checker, topk_scores, (idx_TK.shape[0], idx_TK.shape[1]), x_any)
             self._check_tokens_fit(idx_TK.shape[0])
-            x_TH, experts = rows_of_tokens(given), experts_as_read(experts)
+            x_TH, experts = rows_of_tokens(x_any), experts_as_read(experts)
             idx_TK, scores_TK = for_kernels(idx_TK), for_kernels(scores_TK)
             self._backend.check_expert_ids(idx_TK, num_experts)
-            self._call_guard.begin("moe_routed", **facts_of(x_TH, experts), K=idx_TK.shape[1])
+            x_TH = self._joined_without_tokens(x_TH, experts)
+            facts = {**facts_of(x_TH, experts), "K": idx_TK.shape[1]}
+            self._call_guard.begin("moe_routed", facts, x_trained=is_trained(x_TH))
             max_tokens = self._agreed_max_tokens(idx_TK)
             slots = Slots(topk_idx=idx_TK, topk_scores=scores_TK, max_tokens=max_tokens, distinct=False)
             return self._backend.layer(x_TH, slots, experts, x.shape).y
 
     @runs_eagerly
     def plan(self, topk_idx: Tensor, num_experts: int) -> RoutingPlan:
-        """Where every slot of the group goes. Collective.
+        """The plan for ``topk_idx`` (T, K) as in ``moe_routed``. Collective.
 
-        topk_idx (T, K) as in ``moe_routed``. The plan may be used for any number of dispatches and combines.
+        It serves any number of dispatches and combines.
         """
         with self._call_guard.one():
             idx_TK = check_routing(self._checker, topk_idx, num_experts)
             self._check_tokens_fit(idx_TK.shape[0])
             idx_TK = for_kernels(idx_TK)
             self._backend.check_expert_ids(idx_TK, num_experts)
-            self._call_guard.begin("plan", E=num_experts, K=idx_TK.shape[1], device=idx_TK.device.type)
+            self._call_guard.begin("plan", {"E": num_experts, "K": idx_TK.shape[1], "device": idx_TK.device.type})
             max_tokens = self._agreed_max_tokens(idx_TK)
             plan = self._backend.plan(idx_TK, num_experts=num_experts, max_tokens=max_tokens, distinct=False)
             return replace(
@@ -217,71 +217,66 @@ class ExpertParallel:
     def dispatch(self, x: Tensor, plan: RoutingPlan) -> Tensor:
         """Rows (R, H) in canonical order: expert, source rank, token, k. Collective, differentiable in x.
 
-        ``plan.group_ends`` delimits the experts. Rows past the last of its entries are unspecified: don't read them.
+        ``plan.group_ends`` is where each expert's rows end. Rows past its last entry are unspecified: do not read them.
         """
         with self._call_guard.one():
             checked = check_plan(self._checker, plan)
             x_TH = rows_of_tokens(check_tokens_of_plan(self._checker, x, checked))
-            self._call_guard.begin("dispatch", **facts_of(x_TH), plan=identity_of(checked))
+            self._call_guard.begin("dispatch", {**facts_of(x_TH), "plan": identity_of(checked)})
             return self._backend.dispatch(x_TH, checked)
 
     @runs_eagerly
     def combine(self, rows: Tensor, topk_scores: Tensor, plan: RoutingPlan) -> Tensor:
-        """(T, H): the sum over k of score * row for each token. Collective, differentiable in rows and scores.
+        """(T, H): each token's sum over k of score * row. Collective, differentiable in rows and scores.
 
-        rows (R, H) in canonical order; those past the valid ones are not read. topk_scores (T, K), any float.
+        rows (R, H) in canonical order; rows past the valid ones are not read. topk_scores (T, K), any float.
         """
         with self._call_guard.one():
             checked = check_plan(self._checker, plan)
             rows_RH = check_rows_of_plan(self._checker, rows, checked)
             scores_TK = check_scores(self._checker, topk_scores, (checked.num_tokens, checked.top_k), rows_RH)
             rows_RH, scores_TK = for_kernels(rows_RH), for_kernels(scores_TK)
-            self._call_guard.begin("combine", **facts_of(rows_RH), plan=identity_of(checked))
+            self._call_guard.begin("combine", {**facts_of(rows_RH), "plan": identity_of(checked)})
             return self._backend.combine(rows_RH, scores_TK, checked)
 
     @runs_eagerly
     def agree(self, number: int, device: torch.device) -> int:
-        """Rank 0's ``number``, on every rank. Collective; goes over ``device`` if the group moves its tensors."""
+        """Rank 0's ``number``, on every rank. Collective; travels over ``device`` if the group moves its tensors."""
         with self._call_guard.one():
             self._checker.whole("number", number)
-            self._checker.torch_device(device)
+            device = self._checker.device("device", device)
             self._call_guard.begin("agree")
             return self._collectives.numbers(number, device)[0]
 
     @runs_eagerly
     def meet(self, device: torch.device) -> None:
-        """Collective. All ranks meet, on the current stream of ``device``, or on the host if that is the CPU.
-
-        What is timed begins with it: a rank alone would measure how long it waits for the others.
-        """
+        """Collective. A barrier, to begin timing with: on the current stream of ``device``, on the host for the CPU."""
         with self._call_guard.one():
-            self._checker.torch_device(device)
-            aligned_contiguous = self.group.device_types() or ("cpu", "cuda")
-            self._checker.require(
-                device.type in aligned_contiguous, "device", device, f"one of {', '.join(sorted(aligned_contiguous))}"
-            )
+            device = self._checker.device("device", device)
+            self._checker.movable("device", device)
             self._call_guard.begin("meet")
             self._backend.meet(device)
 
     @runs_eagerly
     def check(self) -> None:
-        """Collective. Raise what the device has flagged since the last host sync, on every rank alike.
+        """Collective. Raise, on every rank, the errors that devices have flagged since the last check.
 
-        Raises ``ValueError`` for expert ids out of range, ``RowOverflowError`` for more rows than ``max_rows``,
-        ``PeerTimeoutError`` if a rank has waited in vain.
+        ``ValueError`` for expert ids out of range, ``RowOverflowError`` for more rows than ``max_rows``,
+        ``PeerError`` if a kernel's wait for another rank failed.
         """
-        with self._call_guard.one():
+        with self._call_guard.one(begun=True):
             self._backend.check()
 
     @runs_eagerly
     def close(self) -> None:
-        """Give back what is held, then raise what ``check`` would. Later calls raise; closing again does nothing."""
+        """Release what is held, then raise what ``check`` would. Later calls raise; closing again does nothing."""
         if self._call_guard.closed:
             return
         try:
-            self.check()
+            if not self._call_guard.ended:
+                self.check()
         except BaseException:
-            # What giving back the memory of a lost GPU would raise says less.
+            # Releasing memory of a lost GPU may raise, too: the first error says more.
             with suppress(RuntimeError):
                 self._call_guard.close()
             raise
@@ -293,28 +288,32 @@ class ExpertParallel:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # What went wrong before is what the caller has to see.
+        # After an error the caller has to see that one, not another from close().
         if error is None:
             self.close()
         else:
             self._call_guard.leave(error)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertParallel:
-        """Itself: copies of a module (an EMA, say) share the group and what is allocated for it."""
+        """Itself: copies of a module (such as an EMA) share the group and its memory."""
         return self
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an ExpertParallel belongs to its process and cannot be pickled; save a module's state_dict()")
 
+    def _joined_without_tokens(self, x_TH: Tensor, experts: Experts, router_w_EH: Tensor | None = None) -> Tensor:
+        """x, requiring a gradient if it has no tokens while a weight is trained: as other ranks' x usually does."""
+        weights = (experts.w1, experts.w2, experts.b1, experts.b2, router_w_EH)
+        trained = any(weight is not None and weight.requires_grad for weight in weights)
+        return joined(x_TH, self.world_size) if trained and x_TH.shape[0] == 0 else x_TH
+
     def _check_tokens_fit(self, tokens: int) -> None:
-        if self._max_tokens is not None:
-            source = "max_tokens_per_rank" if self._capacity_given else "the most that a rank brought to the first call"
+        if self._max_tokens is not None and tokens > self._max_tokens:
             remedy = f"construct ExpertParallel with max_tokens_per_rank of at least {tokens}, the same on every rank"
-            expected = f"at most C={self._max_tokens} ({source}): {remedy}"
-            self._checker.require(tokens <= self._max_tokens, "tokens T", tokens, expected)
+            self._checker.require(False, "tokens T", tokens, f"at most C={self._max_tokens}: {remedy}")
 
     def _agreed_max_tokens(self, tokens: Tensor) -> int:
-        """C. Agreed by all ranks on the first call that brings a token, if the caller has not set it."""
+        """C; if the caller has not set it, agreed on by all ranks in the first call in which any rank has a token."""
         if self._max_tokens is not None:
             return self._max_tokens
         if self.world_size == 1:
@@ -325,12 +324,12 @@ class ExpertParallel:
 
 
 def facts_of(x_NH: Tensor, experts: Experts | None = None) -> dict[str, object]:
-    """What has to be the same on every rank of a call with these rows, and with these experts if there are any."""
-    of_rows = {"H": x_NH.shape[1], "dtype": x_NH.dtype, "device": x_NH.device.type}
+    """What has to be the same on every rank of a call with these rows and experts."""
+    facts: dict[str, object] = {"H": x_NH.shape[1], "dtype": x_NH.dtype, "device": x_NH.device.type}
     if experts is None:
-        return of_rows
+        return facts
     return {
-        **of_rows,
+        **facts,
         "w1": tuple(experts.w1.shape),
         "w1 trained": experts.w1.requires_grad,
         "biases": experts.b1 is not None,
@@ -339,8 +338,13 @@ def facts_of(x_NH: Tensor, experts: Experts | None = None) -> dict[str, object]:
     }
 
 
+def is_trained(tensor: Tensor) -> bool:
+    """Whether a backward may ask for its gradient."""
+    return torch.is_grad_enabled() and tensor.requires_grad
+
+
 def identity_of(plan: RoutingPlan) -> tuple[int, ...]:
-    """What has to be the same on every rank that uses a plan: who made it, in which call, and (W, C, K)."""
+    """What has to be the same on every rank that uses a plan: the object and call that made it, and (W, C, K)."""
     return (plan.object_number, plan.step, *plan.expert_ids.shape)
 
 
@@ -360,19 +364,19 @@ def moe(
 ) -> MoEOutput:
     """``ExpertParallel.moe`` as a function: over ``ep``, or over one made for ``group``, ``backend`` and ``config``.
 
-    ``options`` are the further keywords of ``ExpertParallel.moe``.
+    options: further keywords of ``ExpertParallel.moe``.
     """
-    if ep is not None and (group is not None or config is not None or backend != AUTO):
-        raise ValueError("moe: got ep together with group, backend or config, expected one or the other")
-    if ep is not None and not isinstance(ep, ExpertParallel):
-        raise TypeError(f"moe: ep: got {type(ep).__name__}, expected an ExpertParallel")
     if ep is not None:
+        if group is not None or config is not None or backend != AUTO:
+            raise ValueError("moe: got ep together with group, backend or config, expected one or the other")
+        if not isinstance(ep, ExpertParallel):
+            raise TypeError(f"moe: ep: got {type(ep).__name__}, expected an ExpertParallel")
         return ep.moe(x, router_w, w1, w2, top_k, **options)  # type: ignore[arg-type]
     for_once = ExpertParallel(group, backend, config)
     try:
         out = for_once.moe(x, router_w, w1, w2, top_k, **options)  # type: ignore[arg-type]
         if for_once.config.max_rows is not None:
-            # Nobody else will ask whether there was room.
+            # An overflow would otherwise be raised by a later call, and there is none.
             for_once.check()
         return out
     finally:

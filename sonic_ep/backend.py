@@ -1,4 +1,4 @@
-"""What a backend is: the protocols that both implement, and the registry that loads one on demand."""
+"""The protocols that both backends implement, and the registry that imports a backend on demand."""
 
 from __future__ import annotations
 
@@ -21,10 +21,7 @@ from sonic_ep.plan import RoutingPlan
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Experts:
-    """This rank's experts: weights, biases and what lies between the two projections.
-
-    w1 (e, 2I or I, H), w2 (e, H, I), b1 (e, 2I or I) and b2 (e, H) or both None; all in the dtype of x.
-    """
+    """This rank's experts: w1 (e, 2I or I, H), w2 (e, H, I), and b1 (e, 2I or I), b2 (e, H) or both None."""
 
     w1: Tensor
     w2: Tensor
@@ -36,7 +33,7 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Routing:
-    """A router's answer: logits (T, E) fp32, topk_idx (T, K) int64, topk_scores (T, K) fp32."""
+    """What a router returns: logits (T, E) fp32, topk_idx (T, K) int64, topk_scores (T, K) fp32."""
 
     logits: Tensor
     topk_idx: Tensor
@@ -45,9 +42,9 @@ class Routing:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Slots:
-    """Where this rank's tokens go: topk_idx (T, K), int32 or int64, and topk_scores (T, K), any float.
+    """The routing of this rank's tokens: topk_idx (T, K), int32 or int64, and topk_scores (T, K), any float.
 
-    capacity: C. distinct: no token has an expert twice, and every id is in range, by the router's construction.
+    max_tokens: C. distinct: the router guarantees ids in range, no expert twice in a token.
     """
 
     topk_idx: Tensor
@@ -58,122 +55,98 @@ class Slots:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerOutput:
-    """What the experts of the group made of this rank's tokens: y (..., H), and counts (E,) int32 of the plan."""
+    """y (..., H) of this rank's tokens, and the plan's counts (E,) int32."""
 
     y: Tensor
     counts: Tensor
 
 
 class DispatchPrimitive(Protocol):
-    """Moves rows of tokens to the ranks of their experts. Outputs are the same bits in both backends."""
+    """Moves rows of tokens to the ranks of their experts, with the same bits in both backends."""
 
     def receive(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
-        """Collective. What this rank receives, in the mode's own layout."""
-        ...
+        """Collective. The rows that this rank receives, in the mode's own layout."""
 
     def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
-        """Which received row each valid canonical row is a copy of; None if rows arrive in canonical order.
+        """Which received row each canonical row is a copy of, int32 or int64; None if they arrive in canonical order.
 
-        (rows,), or (R,) with anything behind the valid rows; int32 or int64.
+        (rows,), or (R,) with unspecified entries past the valid rows.
         """
-        ...
 
 
 class CombinePrimitive(Protocol):
-    """Moves rows of experts home and sums them, in the order and with the rounding points of its mode."""
+    """Returns rows of experts to their tokens and sums them, in the order and with the rounding of its mode."""
 
     def combine(self, rows_RH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
-        """Collective. The sum over k of score * row for each token, (T, H); every score is 1 if there are none."""
-        ...
+        """Collective. Each token's sum over k of score * row, (T, H). Without scores each is 1."""
 
 
 class Backend(Protocol):
-    """One way to run the layer. Shapes and dtypes are validated already; methods that move data are collective."""
+    """One implementation of the layer. Arguments are checked already; methods that move data are collective."""
 
     def meet(self, device: torch.device) -> None:
-        """Collective. All ranks meet: on the current stream of ``device``, or on the host if that is the CPU."""
-        ...
+        """Collective. A barrier: on the current stream of ``device``, or on the host if that is the CPU."""
 
     def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
-        """Logits, choices and scores of this rank's tokens. Collective in backward, and where memory is shared."""
-        ...
+        """Logits, choices and scores of this rank's tokens. Collective in backward, and in forward on ``fast``."""
 
     def check_expert_ids(self, topk_idx_TK: Tensor, num_experts: int) -> None:
-        """Raise ``ValueError`` for ids out of -1..E-1, or flag them on the device. Not collective."""
-        ...
+        """Raise ``ValueError`` for ids outside -1..E-1, or flag them on the device. Not collective."""
 
     def plan(self, topk_idx_TK: Tensor, *, num_experts: int, max_tokens: int, distinct: bool) -> RoutingPlan:
-        """The plan of this routing. ``distinct``: no token has an expert twice, by the router's construction."""
-        ...
+        """The plan of this routing; ``distinct`` as in ``Slots``."""
 
     def dispatch(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
         """(R, H) in canonical row order; rows past the valid ones are unspecified. Differentiable."""
-        ...
 
     def combine(self, rows_RH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan) -> Tensor:
-        """(T, H). Differentiable in rows and scores; never reads rows past the valid ones."""
-        ...
+        """(T, H). Differentiable in rows and scores. Does not read rows past the valid ones."""
 
     def layer(self, x_TH: Tensor, slots: Slots, experts: Experts, shape: torch.Size) -> LayerOutput:
-        """Plan, dispatch, experts, combine. Honours every flag of the config. ``shape``: (..., H), of y."""
-        ...
+        """Plan, dispatch, experts, combine. ``shape``: of y, (..., H)."""
 
     def check(self) -> None:
         """Raise what the device has flagged since the last host sync."""
-        ...
 
     def explain(self, error: RuntimeError) -> None:
-        """Raise, from ``error``, what a kernel has waited for in vain; nothing if that is not why."""
-        ...
-
-    def mark_failed(self) -> None:
-        """A call or a backward has ended in an error on this rank: the others may be anywhere in it, or past it."""
-        ...
+        """Raise, from ``error``, the error of a kernel's wait that caused it; nothing if there is none."""
 
     def leave(self) -> None:
         """This rank makes no further call: end the waits of other ranks' kernels for it."""
-        ...
 
     def holds_memory(self) -> bool:
         """Whether there is something that ``close`` gives back."""
-        ...
 
     def raise_in_backward(self) -> None:
-        """No call will follow that could: a backward raises itself what it finds."""
-        ...
+        """No call will follow: what a backward finds, it has to raise itself."""
 
     def detach(self) -> None:
-        """Hold nothing any more; a backward that is still to come keeps what it needs."""
-        ...
+        """Hold nothing any more; graphs keep what their backward needs."""
 
     def close(self) -> None:
         """Give back what the backend holds. A backward that is still to come is refused."""
-        ...
 
 
 class BackendModule(Protocol):
-    """What the package of a backend offers to the registry."""
+    """The functions that a backend's package exports."""
 
     def unavailable_reasons(self, group: EPGroup) -> tuple[str, ...]:
         """Every reason why the backend cannot run here; empty if it can."""
-        ...
 
     def auto_reasons(self) -> tuple[str, ...]:
-        """Why ``"auto"`` passes the backend over, although it can run when it is asked for by name."""
-        ...
+        """Why ``"auto"`` skips the backend although it runs when requested by name."""
 
     def create(self, collectives: BoundedCollectives, config: EPConfig) -> Backend:
-        """The backend for the group of ``collectives``. What it runs is of the step that ``collectives`` is told of."""
-        ...
+        """The backend for the group of ``collectives``, which also knows the current step."""
 
 
-# In the order in which "auto" prefers them. Packages are imported when asked for, so the reference needs no triton.
+# In the order of preference of "auto". Imported on demand, so that the reference needs no triton.
 BACKEND_PACKAGES: Mapping[str, str] = MappingProxyType({"fast": "sonic_ep.fast", "reference": "sonic_ep.reference"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackendChoice:
-    """The backend that was chosen, and why those before it in preference were not."""
+    """The chosen backend, and why those preferred to it were not chosen."""
 
     name: str
     why: str
@@ -186,9 +159,9 @@ def unavailable_reasons(name: str, group: EPGroup) -> tuple[str, ...]:
 
 
 def choose_backend(name: str, group: EPGroup) -> BackendChoice:
-    """The backend called ``name``, or for ``"auto"`` the first that can run here.
+    """The backend called ``name``; for ``"auto"`` the first that can run here.
 
-    Raises ``ValueError`` for an unknown name and ``BackendUnavailableError`` with every reason otherwise.
+    Raises ``ValueError`` for an unknown name, ``BackendUnavailableError`` with every reason if none can run.
     """
     if name not in (AUTO, *BACKEND_PACKAGES):
         expected = ", ".join(repr(word) for word in (AUTO, *BACKEND_PACKAGES))

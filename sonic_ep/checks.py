@@ -1,44 +1,44 @@
-"""The public edge: every argument is held against what the call expects, before any communication.
+"""Every argument of a public call is checked here, before any communication.
 
-Each finding is a ``ValueError`` (``TypeError`` for what is no tensor at all) that names the rank, the argument, what
-was got and what was expected. Tensors come back as they are: nothing is copied before all shapes of a call are right,
-and then ``rows_of_tokens``, ``experts_as_read`` and ``for_kernels`` make of them what kernels read. Values on a
-device are not read here.
+A wrong one raises ``ValueError`` (``TypeError`` if it is of the wrong type) with the rank, the argument, what was got
+and what is expected. Tensors are returned as they came: only when all shapes of a call are right, ``rows_of_tokens``,
+``experts_as_read`` and ``for_kernels`` copy what kernels cannot read in place. Values on a device are not read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
-from sonic_ep.autograd_utils import for_kernels, has_tangent, raise_if_freed
+from sonic_ep.autograd_utils import for_kernels, raise_if_freed
 from sonic_ep.backend import Experts
+from sonic_ep.compat import has_tangent
 from sonic_ep.config import RouterOptions, is_count
 from sonic_ep.distributed.group import EPGroup
-from sonic_ep.plan import INDEX_DTYPE, RoutingPlan, malformed_field
+from sonic_ep.plan import RoutingPlan, malformed_field
 
 ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-INDEX_DTYPES = (torch.int32, torch.int64)
-# A month.
-MOST_SECONDS = 30 * 24 * 3600
 SCORE_DTYPES = (*ROW_DTYPES, torch.float64)
-# Every rank counts the slots of all of them.
+INDEX_DTYPES = (torch.int32, torch.int64)
+# Every rank counts the slots of every expert.
 MOST_EXPERTS = 2**16
-# Maximum of H and of the rows of w1 for each expert: int32 offsets in a tile of 256 rows, and grids of at most 65535
-# blocks of 64 columns.
+# Of H, and of an expert's rows of w1: int32 offsets in a tile of 256 rows, and grids of at most 65535 blocks of 64
+# columns.
 MOST_WIDTH = 2**21
+# 30 days.
+MOST_SECONDS = 30 * 24 * 3600
 
 ObjectT = TypeVar("ObjectT")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertArguments:
-    """The experts of a call, as its caller wrote them."""
+    """The experts of a call as the caller passed them."""
 
     w1: object
     w2: object
@@ -50,7 +50,7 @@ class ExpertArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class ArgumentChecker:
-    """Checks one argument at a time and says whose it was."""
+    """Checks one argument at a time; messages begin with this rank."""
 
     group: EPGroup
 
@@ -59,87 +59,53 @@ class ArgumentChecker:
         if not holds:
             raise ValueError(f"{self.group}: {name}: got {got}, expected {expected}")
 
+    def instance(self, name: str, value: object, kind: type[ObjectT], expected: str) -> ObjectT:
+        """``value``, or ``TypeError`` if it is no ``kind``."""
+        if not isinstance(value, kind):
+            raise TypeError(f"{self.group}: {name}: got {type(value).__name__}, expected {expected}")
+        return value
+
     def count(self, name: str, value: object, *, least: int = 1) -> None:
         """A whole number of at least ``least``."""
         self.require(is_count(value, least=least), name, repr(value), f"a whole number of at least {least}")
 
     def whole(self, name: str, value: object) -> None:
-        """A whole number that an int64 holds."""
+        """A whole number that fits int64."""
         holds = isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
         self.require(holds, name, repr(value), "a whole number of 64 bits")
 
     def seconds(self, name: str, value: object) -> None:
-        """A number of seconds above zero that every clock can count."""
+        """A positive number of seconds."""
         holds = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MOST_SECONDS
         self.require(holds, name, repr(value), f"a number of seconds above 0, at most {MOST_SECONDS}")
 
-    def torch_device(self, value: object) -> None:
-        """A ``torch.device``."""
-        if not isinstance(value, torch.device):
-            raise TypeError(f"{self.group}: device: got {type(value).__name__}, expected a torch.device")
-
     def flag(self, name: str, value: object) -> bool:
-        """True or False, and nothing that merely counts as one."""
+        """A bool, not just something with a truth value."""
         self.require(isinstance(value, bool), name, repr(value), "True or False")
         return bool(value)
 
-    def dtype(self, name: str, value: object) -> torch.dtype:
-        """One of ``ROW_DTYPES``."""
-        found = value if isinstance(value, torch.dtype) and value in ROW_DTYPES else None
-        self.require(found is not None, name, repr(value), " or ".join(map(str, ROW_DTYPES)))
-        assert found is not None
-        return found
-
-    def device(self, name: str, value: object) -> torch.device | None:
-        """A device, or its name, or None."""
-        if value is None or isinstance(value, torch.device):
-            return value
-        if not isinstance(value, str):
-            raise TypeError(f"{self.group}: {name}: got {type(value).__name__}, expected a torch.device or its name")
-        try:
-            return torch.device(value)
-        except RuntimeError:
-            raise ValueError(f"{self.group}: {name}: got {value!r}, expected the name of a device") from None
-
     def named(self, name: str, value: object, choices: Mapping[str, ObjectT]) -> ObjectT:
-        """The object that ``value`` names."""
+        """The entry of ``choices`` called ``value``."""
         found = choices.get(value) if isinstance(value, str) else None
         self.require(found is not None, name, repr(value), f"one of {', '.join(map(repr, choices))}")
         assert found is not None
         return found
 
-    def tensor(self, name: str, value: object, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> Tensor:
-        """A dense tensor of one of ``dtypes``, on the device of ``like`` or else on one that the group can move.
+    def device(self, name: str, value: object) -> torch.device:
+        """A device or its name."""
+        if not isinstance(value, str):
+            return self.instance(name, value, torch.device, "a torch.device or its name")
+        try:
+            return torch.device(value)
+        except RuntimeError:
+            raise ValueError(f"{self.group}: {name}: got {value!r}, expected the name of a device") from None
 
-        Comes back as it is, of PyTorch's own class. Raises ``NotImplementedError`` for one with a tangent.
-        """
-        value = self._own_tensor(name, value)
-        self.require(not value.is_nested, f"layout of {name}", "a nested tensor", torch.strided)
-        self.require(value.layout == torch.strided, f"layout of {name}", value.layout, torch.strided)
-        self.require(value.dtype in dtypes, f"dtype of {name}", value.dtype, " or ".join(map(str, dtypes)))
-        if like is None:
-            self._movable(name, value)
-        else:
-            self.same_device(name, value, like)
-        if has_tangent(value):
-            raise NotImplementedError(
-                f"{self.group}: {name}: got a tensor with a tangent of forward-mode differentiation, expected none: "
-                "only backward is differentiated"
-            )
-        raise_if_freed(self.group, name, value)
-        return value
-
-    def _own_tensor(self, name: str, value: object) -> Tensor:
-        """``value`` as PyTorch's own class: what a class of the caller's makes of a function does not count here."""
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{self.group}: {name}: got {type(value).__name__}, expected a torch.Tensor")
-        kind = type(value)
-        if kind in (Tensor, nn.Parameter):
-            return value
-        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            # Its values are elsewhere, or none: a FakeTensor, a MaskedTensor, a DTensor.
-            raise TypeError(f"{self.group}: {name}: got {kind.__name__}, expected a torch.Tensor that holds its values")
-        return value.as_subclass(Tensor)
+    def movable(self, name: str, device: torch.device) -> None:
+        """A device whose tensors the process group moves; without a process group, any that holds data."""
+        self.require(device.type != "meta", name, device, "a device that holds data")
+        kinds = self.group.device_types()
+        if kinds is not None and device.type not in kinds:
+            self.require(False, name, device, f"one that the process group moves: {', '.join(sorted(kinds))}")
 
     def same_device(self, name: str, tensor: Tensor, like: Tensor) -> None:
         """On the device of ``like``."""
@@ -150,13 +116,37 @@ class ArgumentChecker:
         got = tuple(tensor.shape)
         self.require(got == expected, f"shape of {name}", got, f"{expected} = {letters}")
 
-    def _movable(self, name: str, tensor: Tensor) -> None:
-        device = tensor.device
-        self.require(device.type != "meta", f"device of {name}", device, "a device that holds data")
-        aligned_contiguous = self.group.device_types()
-        if aligned_contiguous is not None:
-            moves = f"one that the process group moves: {', '.join(sorted(aligned_contiguous))}"
-            self.require(device.type in aligned_contiguous, f"device of {name}", device, moves)
+    def tensor(self, name: str, value: object, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> Tensor:
+        """A dense tensor of one of ``dtypes``, on the device of ``like`` or else on one that the group moves.
+
+        Returned uncopied, as a plain ``torch.Tensor``. Raises ``NotImplementedError`` for a forward-mode tangent.
+        """
+        tensor = self._plain_tensor(name, value)
+        self.require(not tensor.is_nested, f"layout of {name}", "a nested tensor", torch.strided)
+        self.require(tensor.layout == torch.strided, f"layout of {name}", tensor.layout, torch.strided)
+        self.require(tensor.dtype in dtypes, f"dtype of {name}", tensor.dtype, " or ".join(map(str, dtypes)))
+        if like is None:
+            self.movable(f"device of {name}", tensor.device)
+        else:
+            self.same_device(name, tensor, like)
+        if has_tangent(tensor):
+            raise NotImplementedError(
+                f"{self.group}: {name}: got a tensor with a tangent of forward-mode differentiation, expected none: "
+                "only backward is differentiated"
+            )
+        raise_if_freed(self.group, name, tensor)
+        return tensor
+
+    def _plain_tensor(self, name: str, value: object) -> Tensor:
+        """``value`` without its subclass, whose ``__torch_function__`` must not change what is computed."""
+        tensor = self.instance(name, value, Tensor, "a torch.Tensor")
+        kind = type(tensor)
+        if kind in (Tensor, nn.Parameter):
+            return tensor
+        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            # A FakeTensor, MaskedTensor or DTensor: its values are elsewhere, or there are none.
+            raise TypeError(f"{self.group}: {name}: got {kind.__name__}, expected a torch.Tensor that holds its values")
+        return tensor.as_subclass(Tensor)
 
 
 def check_tokens(checker: ArgumentChecker, x: object) -> Tensor:
@@ -164,7 +154,7 @@ def check_tokens(checker: ArgumentChecker, x: object) -> Tensor:
     tensor = checker.tensor("x", x, ROW_DTYPES)
     shape = tuple(tensor.shape)
     checker.require(tensor.ndim >= 2 and shape[-1] >= 1, "shape of x", shape, "(T, H) or (..., H), H at least 1")
-    checker.require(shape[-1] <= MOST_WIDTH, "hidden size H", shape[-1], f"at most {MOST_WIDTH}")
+    _check_width(checker, "hidden size H", shape[-1])
     return tensor
 
 
@@ -174,45 +164,50 @@ def tokens_of(x: Tensor) -> int:
 
 
 def rows_of_tokens(x: Tensor) -> Tensor:
-    """``x`` as kernels read it: (T, H)."""
+    """``x`` as kernels read it: (T, H), contiguous."""
     return for_kernels(x).flatten(0, -2)
 
 
+def _check_width(checker: ArgumentChecker, name: str, width: int) -> None:
+    checker.require(width <= MOST_WIDTH, name, width, f"at most {MOST_WIDTH}")
+
+
 def check_experts_divide(checker: ArgumentChecker, num_experts: int) -> None:
-    """W divides E, which is no larger than can be counted."""
+    """E is a multiple of W, and at most ``MOST_EXPERTS``."""
     world_size = checker.group.world_size
     checker.require(num_experts <= MOST_EXPERTS, "number of experts E", num_experts, f"at most {MOST_EXPERTS}")
     divides = num_experts % world_size == 0
     checker.require(divides, "number of experts E", num_experts, f"a multiple of the group's W={world_size} ranks")
 
 
+def check_top_k(checker: ArgumentChecker, top_k: int, num_experts: int) -> None:
+    """1 <= K <= E."""
+    checker.count("top_k", top_k)
+    checker.require(top_k <= num_experts, "top_k", top_k, f"at most E={num_experts}")
+
+
 def check_router(checker: ArgumentChecker, x: Tensor, router_w: object, options: RouterOptions) -> Tensor:
-    """``router_w`` (E, H) in fp32 or as x, with W a divisor of E and 1 <= K <= E."""
+    """``router_w`` (E, H) in fp32 or in the dtype of x."""
     dtypes = tuple(dict.fromkeys((x.dtype, torch.float32)))
     weight_EH = checker.tensor("router_w", router_w, dtypes, x)
-    shape = tuple(weight_EH.shape)
-    hidden = x.shape[-1]
+    shape, hidden = tuple(weight_EH.shape), x.shape[-1]
     fits = weight_EH.ndim == 2 and shape[0] >= 1 and shape[1] == hidden
     checker.require(fits, "shape of router_w", shape, f"(E, {hidden}) = (E, H), E at least 1")
     check_experts_divide(checker, shape[0])
-    checker.count("top_k", options.top_k)
-    checker.require(options.top_k <= shape[0], "top_k", options.top_k, f"at most E={shape[0]}")
+    check_top_k(checker, options.top_k, shape[0])
     return weight_EH
 
 
-def check_routing(checker: ArgumentChecker, topk_idx: object, num_experts: int, like: Tensor | None = None) -> Tensor:
-    """``topk_idx`` (T, K) with W a divisor of E and 1 <= K <= E, of the tokens of x ``like`` if there is one.
-
-    The backend checks the ids themselves.
-    """
-    idx_TK = checker.tensor("topk_idx", topk_idx, INDEX_DTYPES, like)
+def check_routing(checker: ArgumentChecker, topk_idx: object, num_experts: int, x: Tensor | None = None) -> Tensor:
+    """``topk_idx`` (T, K), for the tokens of ``x`` if given. The ids themselves are checked by the backend."""
+    idx_TK = checker.tensor("topk_idx", topk_idx, INDEX_DTYPES, x)
     shape = tuple(idx_TK.shape)
     checker.require(idx_TK.ndim == 2, "shape of topk_idx", shape, "(T, K)")
     checker.count("number of experts E", num_experts)
     check_experts_divide(checker, num_experts)
     checker.require(1 <= shape[1] <= num_experts, "K of topk_idx", shape[1], f"1 to E={num_experts}")
-    if like is not None:
-        checker.require(shape[0] == tokens_of(like), "tokens of topk_idx", shape[0], f"T={tokens_of(like)}, as x")
+    if x is not None:
+        checker.require(shape[0] == tokens_of(x), "tokens of topk_idx", shape[0], f"T={tokens_of(x)}, as x")
     return idx_TK
 
 
@@ -223,12 +218,12 @@ def check_scores(checker: ArgumentChecker, topk_scores: object, shape: tuple[int
     return scores_TK
 
 
-def check_experts(checker: ArgumentChecker, x: Tensor, arguments: ExpertArguments, num_experts: int | None) -> Experts:
-    """This rank's experts, of shapes that fit x, each other, and the router's E if there is one."""
-    activation = checker.named("activation", arguments.activation, ACTIVATIONS)
-    layout = checker.named("gate_layout", arguments.gate_layout, GATE_LAYOUTS)
-    w1 = checker.tensor("w1", arguments.w1, (x.dtype,), x)
-    w2 = checker.tensor("w2", arguments.w2, (x.dtype,), x)
+def check_experts(checker: ArgumentChecker, x: Tensor, given: ExpertArguments, num_experts: int | None) -> Experts:
+    """This rank's experts, with shapes that fit x, each other, and the router's E if there is a router."""
+    activation = checker.named("activation", given.activation, ACTIVATIONS)
+    layout = checker.named("gate_layout", given.gate_layout, GATE_LAYOUTS)
+    w1 = checker.tensor("w1", given.w1, (x.dtype,), x)
+    w2 = checker.tensor("w2", given.w2, (x.dtype,), x)
     hidden = x.shape[-1]
     checker.require(w2.ndim == 3, "shape of w2", tuple(w2.shape), f"(e, {hidden}, I) = (e, H, I)")
     held = w2.shape[0] if num_experts is None else num_experts // checker.group.world_size
@@ -236,23 +231,12 @@ def check_experts(checker: ArgumentChecker, x: Tensor, arguments: ExpertArgument
     checker.require(held >= 1, "shape of w2", tuple(w2.shape), "at least one expert on this rank")
     checker.shape("w2", w2, (held, hidden, w2.shape[2]), "(e, H, I)")
     checker.shape("w1", w1, (held, width, hidden), "(e, 2I, H)" if activation.gated else "(e, I, H)")
-    checker.require(width <= MOST_WIDTH, "2I of w1" if activation.gated else "I of w1", width, f"at most {MOST_WIDTH}")
-    given = [name for name in ("b1", "b2") if getattr(arguments, name) is not None]
-    checker.require(len(given) != 1, "biases", f"{given} alone", "b1 and b2, or neither")
-    b1 = _check_bias(checker, x, "b1", arguments.b1, (held, width))
-    b2 = _check_bias(checker, x, "b2", arguments.b2, (held, hidden))
+    _check_width(checker, "2I of w1" if activation.gated else "I of w1", width)
+    biases = [name for name in ("b1", "b2") if getattr(given, name) is not None]
+    checker.require(len(biases) != 1, "biases", f"{biases} alone", "b1 and b2, or neither")
+    b1 = _check_bias(checker, x, "b1", given.b1, (held, width))
+    b2 = _check_bias(checker, x, "b2", given.b2, (held, hidden))
     return Experts(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, layout=layout)
-
-
-def experts_as_read(experts: Experts) -> Experts:
-    """``experts`` as kernels read them."""
-    return replace(
-        experts,
-        w1=for_kernels(experts.w1),
-        w2=for_kernels(experts.w2),
-        b1=None if experts.b1 is None else for_kernels(experts.b1),
-        b2=None if experts.b2 is None else for_kernels(experts.b2),
-    )
 
 
 def _check_bias(checker: ArgumentChecker, x: Tensor, name: str, bias: object, shape: tuple[int, int]) -> Tensor | None:
@@ -263,51 +247,46 @@ def _check_bias(checker: ArgumentChecker, x: Tensor, name: str, bias: object, sh
     return tensor
 
 
-def check_plan(checker: ArgumentChecker, plan: object) -> RoutingPlan:
-    """A plan that was made for this rank of a group of this size, its fields held as they were made.
+def experts_as_read(experts: Experts) -> Experts:
+    """``experts`` with tensors that kernels can read."""
+    b1, b2 = (None if bias is None else for_kernels(bias) for bias in (experts.b1, experts.b2))
+    return replace(experts, w1=for_kernels(experts.w1), w2=for_kernels(experts.w2), b1=b1, b2=b2)
 
-    That is kind, dtype, form in memory, device and shape of each. Their values are not read: who changes those gets
-    other numbers, or reads memory that is not a plan's.
-    """
-    if not isinstance(plan, RoutingPlan):
-        raise TypeError(f"{checker.group}: plan: got {type(plan).__name__}, expected a RoutingPlan")
+
+def check_plan(checker: ArgumentChecker, plan: object) -> RoutingPlan:
+    """A plan of this rank and group whose tensors have kept dtype, layout, device and shape. Values are not read."""
+    plan = checker.instance("plan", plan, RoutingPlan, "a RoutingPlan")
     malformed = malformed_field(plan)
     if malformed is not None:
-        _refuse_field(checker, malformed, getattr(plan, malformed))
+        checker.require(False, f"{malformed} of plan", _described(getattr(plan, malformed)), "it as the plan was made")
     if (plan.rank, plan.world_size) != (checker.group.rank, checker.group.world_size):
         checker.require(False, "plan", f"a plan for rank {plan.rank} of {plan.world_size}", f"one for {checker.group}")
     return plan
 
 
-def _refuse_field(checker: ArgumentChecker, name: str, got: object) -> NoReturn:
-    if name == "num_tokens":
-        raise ValueError(f"{checker.group}: num_tokens of plan: got {got!r}, expected a whole number of 0 to C")
-    if type(got) is not Tensor:
-        raise TypeError(f"{checker.group}: {name} of plan: got {type(got).__name__}, expected a torch.Tensor")
-    # Of a nested one there is no shape, and of a sparse one no stride.
-    form = "nested" if got.is_nested else f"{got.layout} {tuple(got.shape)}"
-    raise ValueError(
-        f"{checker.group}: {name} of plan: got {got.dtype} {form} on {got.device}, expected contiguous {INDEX_DTYPE} "
-        "of the shape and on the device that belong to the other fields, as the plan was made"
-    )
+def _described(value: object) -> str:
+    if type(value) is not Tensor:
+        return repr(value)[:80]
+    # Nested tensors have no shape.
+    form = "nested" if value.is_nested else f"{value.layout} {tuple(value.shape)}"
+    return f"{value.dtype} {form} on {value.device}"
 
 
 def check_tokens_of_plan(checker: ArgumentChecker, x: object, plan: RoutingPlan) -> Tensor:
-    """``x`` (T, H) or (..., H), of as many tokens as the plan has here."""
+    """``x`` (T, H) or (..., H), with as many tokens as the plan has on this rank."""
     tensor = check_tokens(checker, x)
     checker.same_device("x", tensor, plan.slot_of_row)
     tokens = tokens_of(tensor)
-    if tokens != plan.num_tokens:
-        checker.require(False, "tokens of x", tokens, f"T={plan.num_tokens} of the plan")
+    checker.require(tokens == plan.num_tokens, "tokens of x", tokens, f"T={plan.num_tokens} of the plan")
     return tensor
 
 
 def check_rows_of_plan(checker: ArgumentChecker, rows: object, plan: RoutingPlan) -> Tensor:
-    """``rows`` (R, H) in the plan's canonical order."""
+    """``rows`` (R, H) of the plan."""
     rows_RH = checker.tensor("rows", rows, ROW_DTYPES)
     checker.same_device("rows", rows_RH, plan.slot_of_row)
     shape = tuple(rows_RH.shape)
     fits = rows_RH.ndim == 2 and shape[0] == plan.row_capacity and shape[1] >= 1
     checker.require(fits, "shape of rows", shape, f"({plan.row_capacity}, H) = (R, H)")
-    checker.require(shape[1] <= MOST_WIDTH, "hidden size H", shape[1], f"at most {MOST_WIDTH}")
+    _check_width(checker, "hidden size H", shape[1])
     return rows_RH

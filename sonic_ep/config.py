@@ -1,8 +1,4 @@
-"""What a caller chooses, as frozen values, and the errors that the library raises.
-
-Every choice is parsed once, at the public edge, into an enum or a frozen dataclass; inside the library nothing
-compares strings.
-"""
+"""What a caller chooses: parsed once into enums and frozen dataclasses, so nothing inside compares strings."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TypeVar
 
+AUTO = "auto"
 ChoiceT = TypeVar("ChoiceT", bound=Enum)
 
 
@@ -22,7 +19,7 @@ class DispatchMode(str, Enum):
 
 
 class CombineMode(str, Enum):
-    """How expert outputs travel home, and in which order they are summed and rounded."""
+    """How expert outputs return to their tokens, and in which order they are summed and rounded."""
 
     ALL_TO_ALL = "all_to_all"
     REDUCE_SCATTER = "reduce_scatter"
@@ -30,19 +27,16 @@ class CombineMode(str, Enum):
 
 
 class ScoreOrder(str, Enum):
-    """Softmax over the K chosen logits, or softmax over all E logits and then the choice."""
+    """Softmax over the K chosen logits, or over all E logits before the choice."""
 
     TOPK_THEN_SOFTMAX = "topk_then_softmax"
     SOFTMAX_THEN_TOPK = "softmax_then_topk"
 
 
-AUTO = "auto"
-
-
 def parse_choice(name: str, value: object, choices: type[ChoiceT], *, also: tuple[str, ...] = ()) -> ChoiceT:
-    """The member of ``choices`` that ``value`` (a member or its string) names.
+    """The member of ``choices`` that ``value``, a member or its string, names; else ``ValueError``.
 
-    Raises ``ValueError`` with what was got and what is expected; ``also`` names further words to list there.
+    also: strings that the caller accepts besides, for the message.
     """
     try:
         return choices(value)
@@ -51,22 +45,20 @@ def parse_choice(name: str, value: object, choices: type[ChoiceT], *, also: tupl
         raise ValueError(f"{name}: got {value!r}, expected one of {expected}") from None
 
 
-def _parse_mode(name: str, value: object, choices: type[ChoiceT]) -> ChoiceT | None:
-    return None if value == AUTO else parse_choice(name, value, choices, also=(AUTO,))
+def is_count(value: object, *, least: int = 0) -> bool:
+    """Whether ``value`` is an int (not a bool) of at least ``least``."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 @dataclass(frozen=True)
 class EPConfig:
-    """Modes and flags of one ``ExpertParallel``. The same on every rank of the group.
+    """Modes and flags of one ``ExpertParallel``, the same on every rank. No flag changes a bit of any result.
 
-    dispatch, combine: a mode, its name, or ``"auto"``: the pair that ``sonic_ep.cost`` predicts cheapest.
-    redispatch_x_in_backward: keep only x (T, H) for backward and gather it again there, instead of keeping the
-        rows that dispatch received.
-    cpu_sync_on_runtime: size the buffers of rows exactly, for one read on the host, instead of at their ceiling.
-    max_rows: an upper bound of the rows that one rank receives, if the caller knows one below the ceiling. When it
-        is passed, ``RowOverflowError`` names the rows needed.
-
-    No flag changes a bit of any result.
+    dispatch, combine: a mode, its name, or ``"auto"``: the modes that ``sonic_ep.cost`` predicts cheapest.
+    redispatch_x_in_backward: save x (T, H) for backward and dispatch it again there, instead of saving the received
+        rows.
+    cpu_sync_on_runtime: size row buffers exactly, at the price of one host read, instead of for the worst case.
+    max_rows: the most rows that any rank receives, if known. Exceeding it raises ``RowOverflowError``.
     """
 
     dispatch: DispatchMode | str = AUTO
@@ -76,8 +68,11 @@ class EPConfig:
     max_rows: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dispatch", _parse_mode("dispatch", self.dispatch, DispatchMode) or AUTO)
-        object.__setattr__(self, "combine", _parse_mode("combine", self.combine, CombineMode) or AUTO)
+        modes: dict[str, type[Enum]] = {"dispatch": DispatchMode, "combine": CombineMode}
+        for name, choices in modes.items():
+            value = getattr(self, name)
+            if value != AUTO:
+                object.__setattr__(self, name, parse_choice(name, value, choices, also=(AUTO,)))
         for name in ("redispatch_x_in_backward", "cpu_sync_on_runtime"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected True or False")
@@ -85,14 +80,9 @@ class EPConfig:
             raise ValueError(f"max_rows: got {self.max_rows!r}, expected a whole number of at least 1, or None")
 
 
-def is_count(value: object, *, least: int = 0) -> bool:
-    """Whether ``value`` is an int (no bool) of at least ``least``."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModePair:
-    """The dispatch and the combine mode of one call, none of them ``"auto"`` any more."""
+    """The dispatch and the combine mode of a call, with ``"auto"`` resolved."""
 
     dispatch: DispatchMode
     combine: CombineMode
@@ -102,8 +92,7 @@ class ModePair:
 class RouterOptions:
     """How logits become choices and scores.
 
-    norm_topk_probs: divide the K scores of a token by their sum. Scores of ``TOPK_THEN_SOFTMAX`` sum to one already,
-        so it changes nothing there.
+    norm_topk_probs: divide the K scores of a token by their sum (``TOPK_THEN_SOFTMAX`` scores sum to 1 already).
     reduce_router_grad: sum the gradient of the router's weight over the group.
     """
 

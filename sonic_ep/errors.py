@@ -4,35 +4,35 @@ from __future__ import annotations
 
 
 class BackendUnavailableError(RuntimeError):
-    """The backend asked for cannot run here; the message lists every reason."""
+    """The requested backend cannot run here; the message lists every reason."""
 
 
 class RowOverflowError(RuntimeError):
-    """More rows were routed to a rank than ``EPConfig.max_rows`` admits; names the rows needed and the bound."""
+    """More rows were routed to a rank than ``EPConfig.max_rows``; the message gives both numbers."""
 
 
 class PeerError(RuntimeError):
-    """Another rank did not do its part; the message names that rank, and the phase and the step of this one."""
+    """Another rank failed or is missing; the message names it, and this rank's phase and step."""
 
 
 class PeerTimeoutError(PeerError):
-    """A rank waited for another in vain, for the whole ``timeout`` of its ``ExpertParallel``."""
+    """A rank did not arrive within the ``timeout`` of its ``ExpertParallel``."""
 
 
 class PeerLostError(PeerError):
-    """A rank has gone while another waited for it."""
+    """A rank died or left while another waited for it."""
 
 
 class CollectiveMismatchError(PeerError):
-    """Ranks came to one meeting from different places, or with different calls."""
+    """Ranks made different calls, or the same calls in different order."""
 
 
 class SharedMemoryError(RuntimeError):
-    """Memory for all ranks cannot be had: it is used up on the rank that the message names, or sizes differ."""
+    """Shared memory could not be allocated: a rank, named in the message, is out of memory, or sizes differ."""
 
 
 class RecomputeError(RuntimeError):
-    """Tokens were routed in one way in forward, and in another when activation checkpointing ran it again."""
+    """Activation checkpointing ran forward again and tokens were routed differently."""
 
 
 class ClosedError(ValueError):
@@ -40,8 +40,8 @@ class ClosedError(ValueError):
 
 
 class PlanError(AssertionError):
-    """A plan contradicts its own definition: a defect of the library, never of its caller."""
+    """A plan contradicts its own definition: a bug in this library."""
 
 
 class ConcurrentCallError(RuntimeError):
-    """It is not the caller's turn."""
+    """Another thread is inside a call, or the object belongs to another process."""

@@ -1,34 +1,27 @@
-"""The layer as an ``nn.Module`` that holds its own parameters."""
+"""The layer as an ``nn.Module`` with its own parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
 from sonic_ep.api import ExpertParallel, MoEOutput
-from sonic_ep.checks import ArgumentChecker, check_experts_divide
+from sonic_ep.checks import ROW_DTYPES, ArgumentChecker, check_experts_divide, check_top_k
 from sonic_ep.config import ScoreOrder, parse_choice
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 SEEDS = 2**62
 EXPERT_WEIGHTS = ("w1", "w2", "b1", "b2")
 
 
 def weight_of(path: str) -> str:
-    """Name of the ``MoE`` weight that the parameter at ``path`` belongs to.
+    """The ``MoE`` weight that the parameter at ``path`` is part of; ``torch.nn.utils`` may have split it into several.
 
-    ``torch.nn.utils`` splits a weight into an original and adapters, magnitude and direction, or original and mask.
-
-    >>> [weight_of(path) for path in ("w1", "parametrizations.w1.original", "parametrizations.w1.0.down", "w1_orig")]
-    ['w1', 'w1', 'w1', 'w1']
-    >>> weight_of("router_w"), weight_of("parametrizations.router_w.original")
-    ('router_w', 'router_w')
+    >>> weight_of("w1"), weight_of("w1_orig"), weight_of("parametrizations.w1.0.down"), weight_of("router_w")
+    ('w1', 'w1', 'w1', 'router_w')
     """
     name = path.removeprefix("parametrizations.").split(".")[0]
     return name.split("_")[0] if name.split("_")[0] in EXPERT_WEIGHTS else name
@@ -37,13 +30,12 @@ def weight_of(path: str) -> str:
 class MoE(nn.Module):
     """A Mixture-of-Experts layer whose experts are spread over the ranks of ``ep``. Construction is collective.
 
-    hidden_size H, intermediate_size I, num_experts E (a multiple of W), top_k K; the further options are those of
-    ``ExpertParallel.moe``. ``bias`` adds b1 and b2.
+    hidden_size H, intermediate_size I, num_experts E (a multiple of W), top_k K; ``bias`` adds b1 and b2; the other
+    options are those of ``ExpertParallel.moe``.
 
-    Parameters: router_w (E, H), the same on every rank; w1, w2, b1, b2 of this rank's e experts. Their first values
-    come from rank 0's default generator and from the number of an expert, not from W: the same seed gives the same
-    layer on any number of ranks. Gradients arrive summed over the group, for ``expert_parameters`` and, unless
-    ``reduce_router_grad`` is False, for router_w: reduce neither again within the group.
+    Parameters: router_w (E, H), the same on every rank; w1, w2, b1, b2 of this rank's e experts. Initial values depend
+    on rank 0's seed and on the expert's number, not on W: one seed gives one layer, on any number of ranks. Gradients
+    are summed over the group, that of router_w unless ``reduce_router_grad`` is False: do not reduce them again.
     """
 
     def __init__(
@@ -66,24 +58,19 @@ class MoE(nn.Module):
         if not isinstance(ep, ExpertParallel):
             raise TypeError(f"MoE: ep: got {type(ep).__name__}, expected an ExpertParallel")
         checker = ArgumentChecker(group=ep.group)
-        sizes = {
-            "hidden_size": hidden_size,
-            "intermediate_size": intermediate_size,
-            "num_experts": num_experts,
-        }
-        for name, value in {**sizes, "top_k": top_k}.items():
-            checker.count(name, value)
+        checker.count("hidden_size", hidden_size)
+        checker.count("intermediate_size", intermediate_size)
+        checker.count("num_experts", num_experts)
         check_experts_divide(checker, num_experts)
-        checker.require(top_k <= num_experts, "top_k", top_k, f"at most E={num_experts}")
-        self.ep = ep
-        self.top_k = top_k
-        self.activation = activation
-        self.gate_layout = gate_layout
+        check_top_k(checker, top_k, num_experts)
+        self.ep, self.top_k, self.activation, self.gate_layout = ep, top_k, activation, gate_layout
         self.score_order = parse_choice(f"{ep.group}: score_order", score_order, ScoreOrder)
         self.norm_topk_probs = checker.flag("norm_topk_probs", norm_topk_probs)
         self.reduce_router_grad = checker.flag("reduce_router_grad", reduce_router_grad)
-        dtype = checker.dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
-        device = checker.device("device", device)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        known = isinstance(dtype, torch.dtype) and dtype in ROW_DTYPES
+        checker.require(known, "dtype", repr(dtype), " or ".join(map(str, ROW_DTYPES)))
+        device = None if device is None else checker.device("device", device)
         checker.named("gate_layout", gate_layout, GATE_LAYOUTS)
         width = checker.named("activation", activation, ACTIVATIONS).up_width(intermediate_size)
         held = num_experts // ep.world_size
@@ -100,14 +87,12 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Collective. Weights normal with variance 1/fan_in, biases zero, by a seed that rank 0 draws.
+        """Collective. Weights normal with variance 1/fan_in, biases zero, from a seed that rank 0 draws.
 
-        On the meta device there is nothing to fill: call it again after ``to_empty``.
-
-        Parameters that ``fully_shard`` has made DTensors get this rank's shards of what a layer that is not sharded
-        gets from the seed: give ranks that share one layer the same seed. Meanwhile that takes memory for one whole
-        parameter and a shard of it. Of a parametrized or pruned weight the original is filled. TypeError if a weight is
-        computed from several tensors, or if a DTensor has placements other than Shard and Replicate.
+        Does nothing on the meta device: call it again after ``to_empty``. Of a parametrized or pruned weight it fills
+        the original. After ``fully_shard`` each rank gets its shard of the unsharded layer of that seed, at a peak of
+        one whole parameter; ranks that share a layer need the same seed. Raises ``TypeError`` if a weight is computed
+        from several tensors, or a DTensor has placements other than Shard and Replicate.
         """
         if self.router_w.is_meta:
             return
@@ -123,17 +108,17 @@ class MoE(nn.Module):
                 held[name].zero_()
 
     def expert_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of this rank's experts: w1, w2, b1, b2. Every rank of the group holds different ones.
+        """The parameters of this rank's experts: w1, w2, b1, b2.
 
-        For a parametrized weight (LoRA): its original and the adapter's parameters. For ``prune`` and ``weight_norm``:
-        the parameters from which the weight is computed (``w1_orig``; ``w1_g``, ``w1_v``).
+        Where ``torch.nn.utils`` computes one, what it is computed from: the original and an adapter (LoRA), ``w1_orig``
+        (``prune``), ``w1_g`` and ``w1_v`` (``weight_norm``).
         """
-        # Also an adapter that the router's weight shares, which would come under that name alone.
+        # With duplicates: an adapter shared with router_w would be listed under that name only.
         paths = self.named_parameters(remove_duplicate=False)
         return iter({id(found): found for path, found in paths if weight_of(path) in EXPERT_WEIGHTS}.values())
 
     def forward(self, x: Tensor) -> MoEOutput:
-        """From x, (T, H) or (..., H), to ``MoEOutput``; ``.y`` has the shape of x. Collective."""
+        """x, (T, H) or (..., H), to ``MoEOutput``. Collective."""
         return self.ep.moe(
             x,
             self.router_w,
@@ -150,7 +135,7 @@ class MoE(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Sizes, for ``print(layer)``."""
+        """The sizes, for ``print(layer)``."""
         experts, hidden = self.router_w.shape
         return (
             f"hidden_size={hidden}, intermediate_size={self.w2.shape[2]}, num_experts={experts} "
@@ -158,29 +143,24 @@ class MoE(nn.Module):
         )
 
     def _held(self, name: str) -> Tensor:
-        """The parameter that ``reset_parameters`` fills: the weight, or the original that it is computed from."""
-        paths = (name, f"parametrizations.{name}.original", f"{name}_orig")
+        """The weight called ``name``, or the original that it is computed from."""
         held = dict(self.named_parameters())
-        found = next((held[path] for path in paths if path in held), None)
-        if found is None:
-            raise TypeError(
-                f"{self.ep.group}: {name}: got a weight computed from several tensors, expected one original"
-            )
-        return found
+        for path in (name, f"parametrizations.{name}.original", f"{name}_orig"):
+            if path in held:
+                return held[path]
+        raise TypeError(f"{self.ep.group}: {name}: got a weight computed from several tensors, expected one original")
 
     def _fill_experts(self, weight: Tensor, seed: int) -> None:
-        held = weight.shape[0]
-        for place in range(held):
-            _fill(weight[place], seed + 2 * (self.ep.rank * held + place))
+        first = self.ep.rank * len(weight)
+        for expert in range(len(weight)):
+            _fill(weight[expert], seed + 2 * (first + expert))
 
-    def _check_placements(self, name: str, parameter: Tensor) -> None:
-        if not _is_dtensor(parameter):
-            return
-        from torch.distributed.tensor import Replicate, Shard
-
-        if not all(type(placement) in (Shard, Replicate) for placement in parameter.placements):
-            got = f"got {parameter.placements}, expected Shard and Replicate only"
-            raise TypeError(f"{self.ep.group}: placements of {name}: {got}")
+    def _check_placements(self, name: str, parameter: Any) -> None:
+        placements = getattr(parameter, "placements", ())
+        if any(type(placement).__name__ not in ("Shard", "Replicate") for placement in placements):
+            raise TypeError(
+                f"{self.ep.group}: placements of {name}: got {placements}, expected Shard and Replicate only"
+            )
 
 
 def _fill(weight: Tensor, seed: int) -> None:
@@ -188,25 +168,16 @@ def _fill(weight: Tensor, seed: int) -> None:
     weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
 
 
-def _is_dtensor(parameter: Tensor) -> TypeGuard[DTensor]:
-    # Only who shards pays for the import.
-    if type(parameter) is nn.Parameter:
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(parameter, DTensor)
-
-
-def _write(parameter: Tensor, fill: Callable[[Tensor], None]) -> None:
-    """``fill`` the parameter or, if it is a DTensor, a whole tensor of which it then takes this rank's shard."""
-    if not _is_dtensor(parameter):
+def _write(parameter: Any, fill: Callable[[Tensor], None]) -> None:
+    """``fill`` the parameter; for a DTensor, a whole tensor, of which this rank then keeps its shard."""
+    if not hasattr(parameter, "placements"):
         fill(parameter)
         return
-    from torch.distributed.tensor import DTensor, Replicate
+    # Not at the top: it takes half as long to import as PyTorch.
+    from torch.distributed.tensor import distribute_tensor
 
     whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
     fill(whole)
-    # Every rank has the whole, so nothing is sent.
-    mesh = parameter.device_mesh
-    held_by_all = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    parameter.to_local().copy_(held_by_all.redistribute(mesh, parameter.placements).to_local())
+    # Without a source rank nothing is sent: every rank has the whole.
+    shard = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.to_local().copy_(shard.to_local())

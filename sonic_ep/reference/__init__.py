@@ -14,14 +14,13 @@ __all__ = ["auto_reasons", "create", "unavailable_reasons"]
 
 
 def unavailable_reasons(group: EPGroup) -> tuple[str, ...]:
-    """Why the backend cannot run here: only a PyTorch without torch.distributed stands in its way."""
-    if group.world_size > 1 and not dist.is_available():
-        return ("this PyTorch was built without torch.distributed",)
-    return ()
+    """Every reason why the backend cannot run here."""
+    unavailable = group.world_size > 1 and not dist.is_available()
+    return ("this PyTorch was built without torch.distributed",) if unavailable else ()
 
 
 def auto_reasons() -> tuple[str, ...]:
-    """None: it runs wherever it can."""
+    """None: ``"auto"`` takes it wherever it runs."""
     return ()
 
 

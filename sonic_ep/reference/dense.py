@@ -1,7 +1,7 @@
-"""The oracle: the whole Mixture-of-Experts layer on one device, a loop over experts, in any floating dtype.
+"""The oracle: the Mixture-of-Experts layer on one device, as a loop over experts, in any floating dtype.
 
-It shares only the activations with the backends, and has no ranks, no plan and no rows. In fp64 it is the truth; in
-the dtype of a test it is "plain PyTorch", whose error is the yardstick for everything else.
+The reference shares its scores and activations, and nothing else. In fp64 it is the truth; in the dtype of a test it is
+"plain PyTorch", whose error bounds that of the backends.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sonic_ep.config import RouterOptions, ScoreOrder
 
 
 def dense_scores(logits_TE: Tensor, topk_idx_TK: Tensor, options: RouterOptions) -> Tensor:
-    """Scores (T, K) of the experts chosen, in the dtype of the logits."""
+    """Scores (T, K) of the chosen experts, in the dtype of the logits."""
     if options.score_order is ScoreOrder.SOFTMAX_THEN_TOPK:
         scores_TK = F.softmax(logits_TE, dim=1).gather(1, topk_idx_TK)
     else:
@@ -26,14 +26,12 @@ def dense_scores(logits_TE: Tensor, topk_idx_TK: Tensor, options: RouterOptions)
 def dense_moe(x_TH: Tensor, topk_idx_TK: Tensor, topk_scores_TK: Tensor, experts: Experts) -> Tensor:
     """``y[t] = sum over k of score[t, k] * expert(idx[t, k])(x[t])``, (T, H) in the dtype of x.
 
-    ``experts`` holds all E experts. The sum is in fp32, or fp64 for fp64 scores; a slot of -1 is dropped.
+    ``experts``: all E of them. The sum is in fp32, or fp64 for fp64 scores. An id of -1 drops the slot.
     """
     total_TH = x_TH.new_zeros(x_TH.shape, dtype=torch.promote_types(topk_scores_TK.dtype, torch.float32))
-    # Taken apart at once: the gradient of one of E is as large as that of all.
+    # Unbound once: indexing would make a gradient of the size of all experts for each of them.
     w1, w2 = experts.w1.unbind(), experts.w2.unbind()
-    none = (None,) * len(w1)
-    b1 = none if experts.b1 is None else experts.b1.unbind()
-    b2 = none if experts.b2 is None else experts.b2.unbind()
+    b1, b2 = ([None] * len(w1) if bias is None else bias.unbind() for bias in (experts.b1, experts.b2))
     for expert in range(len(w1)):
         token_N, choice_N = (topk_idx_TK == expert).nonzero(as_tuple=True)
         hidden = F.linear(x_TH[token_N], w1[expert], b1[expert])

@@ -11,35 +11,35 @@ from sonic_ep.backend import Experts
 
 
 def apply_experts(rows_RH: Tensor, group_ends_e: Tensor, experts: Experts) -> Tensor:
-    """``y = act(rows . w1 + b1) . w2 + b2`` of each row by its own expert, (R, H); zeros past the valid rows.
+    """``act(rows . w1 + b1) . w2 + b2`` of each row by its own expert, (R, H); zeros past the valid rows.
 
-    rows_RH (R, H) in canonical order, group_ends_e (e,). Reads the host. Rows past ``group_ends_e[-1]`` are not read.
+    Rows are in canonical order; those past ``group_ends_e[-1]`` are not read. Reads the host.
     """
     return apply_second_half(grouped_linear(rows_RH, group_ends_e, experts.w1, experts.b1), group_ends_e, experts)
 
 
 def apply_second_half(hidden_RF: Tensor, group_ends_e: Tensor, experts: Experts) -> Tensor:
-    """Activation and down-projection of what the up-projection gave, (R, 2I or I) to (R, H)."""
+    """Activation and down-projection, (R, 2I or I) to (R, H)."""
     return grouped_linear(experts.activation(hidden_RF, experts.layout), group_ends_e, experts.w2, experts.b2)
 
 
 def grouped_linear(rows_RH: Tensor, group_ends_e: Tensor, weight_eFH: Tensor, bias_eF: Tensor | None) -> Tensor:
-    """Each row times the weight of its own expert, (R, F); zeros past the valid rows.
+    """Each row times the weight of its own expert, (R, F); zeros past the valid rows. Reads the host.
 
-    Expert i takes rows group_ends_e[i-1] up to group_ends_e[i]: with ends [2, 2, 5] expert 1 has none, and the gradient
-    of its weight is exact zeros. Reads the host.
+    Expert i has rows group_ends_e[i-1] to group_ends_e[i]: with ends [2, 2, 5], expert 1 has none and its weight's
+    gradient is exact zeros.
     """
     sizes = sizes_of_groups(group_ends_e)
-    behind = rows_RH.shape[0] - sum(sizes)
-    groups = rows_RH.split([*sizes, behind])[:-1]
+    unused = rows_RH.shape[0] - sum(sizes)
+    groups = rows_RH.split([*sizes, unused])[:-1]
     biases = [None] * len(groups) if bias_eF is None else list(bias_eF)
     outputs = [F.linear(*operands) for operands in zip(groups, weight_eFH, biases, strict=True)]
-    # New zeros, not the rows behind the valid ones: those may hold anything.
-    return torch.cat([*outputs, rows_RH.new_zeros(behind, weight_eFH.shape[1])])
+    # Zeros of our own: rows past the valid ones may hold anything.
+    return torch.cat([*outputs, rows_RH.new_zeros(unused, weight_eFH.shape[1])])
 
 
 @outside_selective_checkpoint
 def sizes_of_groups(group_ends_e: Tensor) -> list[int]:
-    """Rows of each expert: ends [2, 2, 5] are of 2, 0 and 3 rows. Reads the host."""
+    """Rows of each expert: ends [2, 2, 5] mean 2, 0 and 3 rows. Reads the host."""
     sizes: list[int] = torch.diff(group_ends_e, prepend=group_ends_e.new_zeros(1)).tolist()
     return sizes

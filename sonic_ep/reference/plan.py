@@ -1,4 +1,4 @@
-"""The routing plan in plain torch, and the uneven exchanges that follow from it.
+"""The routing plan in plain torch, and the uneven exchanges that it implies.
 
 The worked example of ``sonic_ep.plan``:
 
@@ -24,7 +24,7 @@ from sonic_ep.plan import INDEX_DTYPE, NO_ROW, RoutingPlan, check_slots, room_fo
 
 
 def check_expert_ids(topk_idx_TK: Tensor, num_experts: int, group: EPGroup) -> None:
-    """Raise ``ValueError`` if an id is out of -1..E-1. Reads the host, before any communication."""
+    """Raise ``ValueError`` if an id is outside -1..E-1. Reads the host, before any communication."""
     if topk_idx_TK.numel() == 0:
         return
     least, most = (int(value) for value in topk_idx_TK.aminmax())
@@ -36,7 +36,7 @@ def check_expert_ids(topk_idx_TK: Tensor, num_experts: int, group: EPGroup) -> N
 
 
 def pad_tokens(tokens: Tensor, max_tokens: int, fill: float) -> Tensor:
-    """(T, ...) to (C, ...), rows of ``fill`` behind the tokens."""
+    """(T, ...) to (C, ...), padded with ``fill``."""
     padded = tokens.new_full((max_tokens, *tokens.shape[1:]), fill)
     padded[: tokens.shape[0]] = tokens
     return padded
@@ -51,29 +51,36 @@ def exchange_plan(
     config: EPConfig,
     collectives: BoundedCollectives,
 ) -> RoutingPlan:
-    """Collective: gather the ids of all ranks and build this rank's plan from them.
+    """Collective. Gather the ids of all ranks and build this rank's plan.
 
     Raises ``RowOverflowError`` on all ranks if one has more rows than ``config.max_rows``.
     """
-    group = collectives.group
-    check_slots(group, world_size=group.world_size, max_tokens=max_tokens, top_k=topk_idx_TK.shape[1])
+    group, (num_tokens, top_k) = collectives.group, topk_idx_TK.shape
+    check_slots(group, world_size=group.world_size, max_tokens=max_tokens, top_k=top_k)
     expert_ids_WCK = collectives.all_gather(pad_tokens(topk_idx_TK.to(INDEX_DTYPE), max_tokens, NO_ROW))
+    rows_W = _slots_of_expert(expert_ids_WCK, num_experts).view(group.world_size, -1).sum(dim=1).tolist()
+    ceiling = row_ceiling(
+        world_size=group.world_size,
+        max_tokens=max_tokens,
+        top_k=top_k,
+        experts_per_rank=num_experts // group.world_size,
+        distinct=distinct,
+    )
     return build_plan(
         expert_ids_WCK,
         rank=group.rank,
-        num_tokens=topk_idx_TK.shape[0],
+        num_tokens=num_tokens,
         num_experts=num_experts,
-        row_capacity=_row_capacity(expert_ids_WCK, num_experts, distinct, config, group),
+        row_capacity=room_for_rows(group, config, rank=group.rank, ceiling=ceiling, rows_W=rows_W),
     )
 
 
 def build_plan(
     expert_ids_WCK: Tensor, *, rank: int, num_tokens: int, num_experts: int, row_capacity: int
 ) -> RoutingPlan:
-    """The plan of ``rank`` from the ids of all ranks; the formulas are those of ``RoutingPlan``, in its order."""
+    """The plan of ``rank`` from the ids of all ranks, by the formulas of ``RoutingPlan``."""
     experts_per_rank = num_experts // expert_ids_WCK.shape[0]
     counts_E = _slots_of_expert(expert_ids_WCK, num_experts)
-    first, last = rank * experts_per_rank, (rank + 1) * experts_per_rank
     row_of_slot_WCK = _rows_of_slots(expert_ids_WCK, counts_E, experts_per_rank)
     owner_WCK = torch.where(expert_ids_WCK >= 0, expert_ids_WCK // experts_per_rank, NO_ROW)
     ranks_W = torch.arange(expert_ids_WCK.shape[0], device=expert_ids_WCK.device)
@@ -84,7 +91,7 @@ def build_plan(
         expert_ids=expert_ids_WCK,
         counts=counts_E.to(INDEX_DTYPE),
         row_of_slot=row_of_slot_WCK,
-        group_ends=counts_E[first:last].cumsum(0).to(INDEX_DTYPE),
+        group_ends=counts_E.view(-1, experts_per_rank)[rank].cumsum(0).to(INDEX_DTYPE),
         slot_of_row=_slots_of_rows(row_of_slot_WCK, owner_WCK == rank, row_capacity),
         pair_tokens=present_WCW.sum(dim=1).to(INDEX_DTYPE),
         packed_of_token=_packed_places(present_WCW[:, :, rank]),
@@ -92,15 +99,15 @@ def build_plan(
 
 
 def _slots_of_expert(expert_ids_WCK: Tensor, num_experts: int) -> Tensor:
-    """Counts (E,) int64, without the dropped slots."""
+    """Slots of each expert, (E,) int64."""
     return torch.bincount(expert_ids_WCK[expert_ids_WCK >= 0].long(), minlength=num_experts)
 
 
 def _rows_of_slots(expert_ids_WCK: Tensor, counts_E: Tensor, experts_per_rank: int) -> Tensor:
-    """Place of each slot in the stable sort by expert, minus the owner's first place; (W, C, K) int32."""
+    """Position of each slot in the stable sort by expert, minus that of its owner's first; (W, C, K) int32."""
     ids_F = expert_ids_WCK.flatten().long()
     valid_F = ids_F >= 0
-    # Dropped slots sort behind all experts and take no part.
+    # Dropped slots sort last.
     order_F = torch.where(valid_F, ids_F, len(counts_E)).argsort(stable=True)
     place_F = torch.empty_like(order_F)
     place_F[order_F] = torch.arange(len(order_F), device=order_F.device)
@@ -111,7 +118,7 @@ def _rows_of_slots(expert_ids_WCK: Tensor, counts_E: Tensor, experts_per_rank: i
 
 
 def _slots_of_rows(row_of_slot_WCK: Tensor, here_WCK: Tensor, row_capacity: int) -> Tensor:
-    """The slot in each row of this rank, (R,) int32, -1 behind the last."""
+    """The slot of each row of this rank, (R,) int32; -1 past the last."""
     slots_N = here_WCK.flatten().nonzero().squeeze(1)
     slot_of_row_R = row_of_slot_WCK.new_full((row_capacity,), NO_ROW)
     slot_of_row_R[row_of_slot_WCK.flatten()[slots_N].long()] = slots_N.to(INDEX_DTYPE)
@@ -119,33 +126,17 @@ def _slots_of_rows(row_of_slot_WCK: Tensor, here_WCK: Tensor, row_capacity: int)
 
 
 def _packed_places(present_WC: Tensor) -> Tensor:
-    """Running number of the tokens that are present, -1 for the others; (W, C) int32."""
-    place_WC = present_WC.flatten().cumsum(0).view_as(present_WC) - 1
-    return torch.where(present_WC, place_WC, NO_ROW).to(INDEX_DTYPE)
-
-
-def _row_capacity(expert_ids_WCK: Tensor, num_experts: int, distinct: bool, config: EPConfig, group: EPGroup) -> int:
-    """R. Every rank sees the rows of all ranks."""
-    world_size, max_tokens, top_k = expert_ids_WCK.shape
-    rows_W = _slots_of_expert(expert_ids_WCK, num_experts).view(world_size, -1).sum(dim=1).tolist()
-    ceiling = row_ceiling(
-        world_size=world_size,
-        max_tokens=max_tokens,
-        top_k=top_k,
-        experts_per_rank=num_experts // world_size,
-        distinct=distinct,
-    )
-    return room_for_rows(group, config, rank=group.rank, ceiling=ceiling, rows_W=rows_W)
+    """Running number of the tokens that are present, (W, C) int32; -1 for the others."""
+    number_WC = present_WC.flatten().cumsum(0).view_as(present_WC) - 1
+    return torch.where(present_WC, number_WC, NO_ROW).to(INDEX_DTYPE)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SlotExchange:
     """One row for each slot, from the rank of its token to the rank of its expert.
 
-    Pieces are in canonical order: what rank p sends to rank q is sorted by the row it takes there.
-
-    slots (N,) int64: this rank's slots t*K + k in the order of sending. send_splits[q]: how many go to rank q.
-    rows (rows,) int64: the row that each received slot takes here. receive_splits[p]: how many come from rank p.
+    slots (N,) int64: this rank's slots t*K + k in sending order: by receiver, then by row there. send_splits[q]: how
+    many go to rank q. rows (rows,) int64: the row of each received slot. receive_splits[p]: how many come from rank p.
     """
 
     slots: Tensor
@@ -155,32 +146,29 @@ class SlotExchange:
 
 
 def slot_exchange(plan: RoutingPlan) -> SlotExchange:
-    """The exchange of one row a slot. Reads the host."""
-    owner_WF = plan.owner_of_slot().flatten(1)
-    row_WF = plan.row_of_slot.flatten(1).long()
-    sent = [_slots_by_row(owner_WF[plan.rank], row_WF[plan.rank], rank) for rank in range(plan.world_size)]
-    from_rank = [
-        row_WF[source][_slots_by_row(owner_WF[source], row_WF[source], plan.rank)] for source in range(plan.world_size)
-    ]
+    """The exchange of one row for each slot. Reads the host."""
+    ranks = range(plan.world_size)
+    owner_WF, row_WF = plan.owner_of_slot().flatten(1), plan.row_of_slot.flatten(1).long()
+
+    def slots_by_row(source: int, owner: int) -> Tensor:
+        slots_N = (owner_WF[source] == owner).nonzero().squeeze(1)
+        return slots_N[row_WF[source, slots_N].argsort()]
+
+    sent = [slots_by_row(plan.rank, owner) for owner in ranks]
+    received = [row_WF[source, slots_by_row(source, plan.rank)] for source in ranks]
     return SlotExchange(
         slots=torch.cat(sent),
         send_splits=[len(slots_N) for slots_N in sent],
-        rows=torch.cat(from_rank),
-        receive_splits=[len(rows_N) for rows_N in from_rank],
+        rows=torch.cat(received),
+        receive_splits=[len(rows_N) for rows_N in received],
     )
-
-
-def _slots_by_row(owner_F: Tensor, row_F: Tensor, rank: int) -> Tensor:
-    """The slots that live on ``rank``, ordered by their row there."""
-    slots_N = (owner_F == rank).nonzero().squeeze(1)
-    return slots_N[row_F[slots_N].argsort()]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PairExchange:
-    """One row for each distinct (token, rank) pair; what arrives is in the order of ``packed_of_token``.
+    """One row for each distinct (token, rank) pair, received in the order of ``packed_of_token``.
 
-    tokens (N,) int64: this rank's tokens in the order of sending, ascending for each receiver.
+    tokens (N,) int64: this rank's tokens in sending order: by receiver, then ascending.
     send_splits[q]: how many go to rank q. receive_splits[p]: how many come from rank p.
     """
 
@@ -190,7 +178,7 @@ class PairExchange:
 
 
 def pair_exchange(plan: RoutingPlan) -> PairExchange:
-    """The exchange of one row a distinct (token, rank) pair. Reads the host."""
+    """The exchange of one row for each distinct pair. Reads the host."""
     owner_CK = plan.owner_of_slot()[plan.rank]
     sent = [(owner_CK == rank).any(dim=1).nonzero().squeeze(1) for rank in range(plan.world_size)]
     return PairExchange(

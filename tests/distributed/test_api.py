@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -10,12 +9,13 @@ import torch.distributed as dist
 from backends import both_backends
 from calls import EXPERTS, HIDDEN, good_call, good_routed_call
 from near import assert_near
+from on_ranks import on_ranks
 from torch import Tensor
 
 import sonic_ep
-from sonic_ep import EPConfig, ExpertParallel, RoutingPlan
+from sonic_ep import EPConfig, ExpertParallel
 from sonic_ep.reference.experts import apply_experts
-from sonic_ep.testing import CASES, Rank, RankPool, assert_bitwise, draw
+from sonic_ep.testing import CASES, Rank, assert_bitwise, draw
 from sonic_ep.testing.oracle import leaf_experts
 
 
@@ -28,27 +28,20 @@ def test_the_backend_that_was_chosen_and_why(caplog: pytest.LogCaptureFixture) -
         assert ep.why == "asked for by name"
 
 
-def same_call(ep: ExpertParallel, arguments: dict[str, Any]) -> Tensor:
-    return ep.moe(**arguments).y
-
-
 def test_leading_dimensions_strides_and_index_dtypes() -> None:
     arguments = good_call(x=torch.randn(6, HIDDEN))
     with ExpertParallel() as ep:
-        flat = same_call(ep, arguments)
-        deep = same_call(ep, {**arguments, "x": arguments["x"].view(2, 3, HIDDEN)})
+        flat = ep.moe(**arguments).y
+        deep = ep.moe(**{**arguments, "x": arguments["x"].view(2, 3, HIDDEN)}).y
         assert_bitwise(deep, flat.view(2, 3, HIDDEN))
         strided = {
             name: value.transpose(0, 1).contiguous().transpose(0, 1) if isinstance(value, Tensor) else value
             for name, value in arguments.items()
         }
         assert not strided["x"].is_contiguous()
-        assert_bitwise(same_call(ep, strided), flat)
+        assert_bitwise(ep.moe(**strided).y, flat)
         routed = good_routed_call()
-        by_dtype = [
-            ep.moe_routed(**{**routed, "topk_idx": routed["topk_idx"].to(d)}) for d in (torch.int32, torch.int64)
-        ]
-        assert_bitwise(*by_dtype)
+        assert_bitwise(ep.moe_routed(**{**routed, "topk_idx": routed["topk_idx"].int()}), ep.moe_routed(**routed))
 
 
 def test_router_weight_may_be_wider_than_x() -> None:
@@ -80,7 +73,8 @@ def test_the_functional_form() -> None:
             sonic_ep.moe(**arguments, activaton="geglu")
 
 
-def misused_plans(rank: Rank) -> None:
+@on_ranks(2, pool="cpu_pool")
+def test_a_plan_is_held_against_the_call(rank: Rank) -> None:
     with ExpertParallel(backend="reference") as ep:
         plan = ep.plan(torch.tensor([[0], [3]]), num_experts=EXPERTS)
         rows = torch.zeros(plan.row_capacity, HIDDEN)
@@ -100,12 +94,9 @@ def misused_plans(rank: Rank) -> None:
                 single.dispatch(torch.zeros(2, HIDDEN), plan)
 
 
-def test_a_plan_is_held_against_the_call(cpu_pool: RankPool) -> None:
-    cpu_pool.run(misused_plans, world_size=2)
-
-
-def moved_by_hand(rank: Rank) -> None:
-    """plan, dispatch and combine in a user's hands give moe_routed, bit for bit."""
+@on_ranks(3, pool="cpu_pool")
+def test_plan_dispatch_and_combine_make_the_layer(rank: Rank) -> None:
+    """In a user's hands they give ``moe_routed``, bit for bit."""
     case = CASES["uneven_tokens"]
     inputs = draw(case, rank.world_size)
     tokens = inputs.tokens_of(rank.rank)
@@ -119,21 +110,14 @@ def moved_by_hand(rank: Rank) -> None:
     assert_bitwise(y, whole)
 
 
-def test_plan_dispatch_and_combine_make_the_layer(cpu_pool: RankPool) -> None:
-    cpu_pool.run(moved_by_hand, world_size=3)
-
-
-def nothing_at_first(rank: Rank, backend: str) -> None:
-    """C is agreed when the first token comes, not before."""
+@on_ranks(2, pool="cpu_pool")
+@both_backends
+def test_a_first_call_without_tokens_bounds_nothing(rank: Rank, backend: str) -> None:
+    """C is agreed on when the first token comes, not before."""
     with ExpertParallel(backend=backend) as ep:
         idx = torch.zeros((4 * rank.rank, 1), dtype=torch.int64)
         assert ep.plan(idx[:0], rank.world_size).counts.tolist() == [0, 0]
         assert ep.plan(idx, rank.world_size).counts.tolist() == [4, 0]
-
-
-@both_backends
-def test_a_first_call_without_tokens_bounds_nothing(cpu_pool: RankPool, backend: str) -> None:
-    cpu_pool.run(nothing_at_first, backend, world_size=2)
 
 
 def test_one_rank_alone_takes_any_number_of_tokens() -> None:
@@ -152,25 +136,14 @@ def test_a_plan_of_another_device_is_refused() -> None:
             ep.combine(torch.zeros(2, HIDDEN), torch.ones(2, 1), elsewhere)
 
 
+@on_ranks(2, pool="cpu_pool")
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_the_routers_own_choices_are_distinct_and_need_fewer_rows(top_k: int, cpu_pool: RankPool) -> None:
-    for rows in cpu_pool.run(rows_of_moe, top_k, world_size=2):
-        # Two ranks of five tokens, two experts on each rank.
-        assert rows == 2 * 5 * min(top_k, 2)
-
-
-def rows_of_moe(rank: Rank, top_k: int) -> int:
-    """R of the plan that ``moe`` makes."""
-    held = EXPERTS // rank.world_size
-    seen = []
+def test_the_routers_own_choices_are_distinct_and_need_fewer_rows(rank: Rank, top_k: int) -> None:
+    held, plans = EXPERTS // rank.world_size, []
+    whole = good_call(top_k=top_k)
     with ExpertParallel(backend="reference") as ep:
         make = ep._backend.plan
-
-        def watched(*arguments: Any, **options: Any) -> RoutingPlan:
-            seen.append(make(*arguments, **options))
-            return seen[-1]
-
-        ep._backend.plan = watched  # type: ignore[method-assign]
-        whole = good_call(top_k=top_k)
+        ep._backend.plan = lambda *given, **options: plans.append(make(*given, **options)) or plans[-1]  # type: ignore[method-assign]
         ep.moe(**{**whole, "w1": whole["w1"][:held], "w2": whole["w2"][:held]})
-    return seen[0].row_capacity
+    # Two ranks of five tokens, two experts on each rank.
+    assert [plan.row_capacity for plan in plans] == [2 * 5 * min(top_k, 2)]

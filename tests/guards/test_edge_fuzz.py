@@ -1,4 +1,4 @@
-"""Any argument of any public call is right or refused: bit for bit, or a ``ValueError`` or ``TypeError`` at once."""
+"""Any argument of any public call is right, bit for bit, or refused at once by ``ValueError`` or ``TypeError``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from edge_calls import (
     ONES,
     SIZES,
     Arguments,
-    Call,
     Outcome,
     assert_same,
     complaint,
@@ -28,88 +27,83 @@ from edge_calls import (
 from hostile import NO_TENSORS, THINGS, WAYS
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from on_ranks import on_ranks
 
 from sonic_ep import EPConfig, ExpertParallel, MoE
 from sonic_ep.testing import Rank, RankPool
 
 Complaints = list[str]
-# It has a say only where there is one token, one expert and one choice.
+every_call = pytest.mark.parametrize("name", CALLS)
+# Only where there is one token, one expert and one choice is this another way.
 OF_ONES = "odd strides of one"
 
 
-def in_every_way(rank: Rank, backend: str, call_name: str) -> Complaints:
+@on_ranks(1)
+@every_call
+@both_backends
+def test_values_count_and_not_how_they_are_held(rank: Rank, backend: str, name: str) -> None:
     """All tensors of a call held in the same way."""
-    call, found = CALLS[call_name], []
+    call, found = CALLS[name], []
     for sizes, ways in ((SIZES, set(WAYS) - {OF_ONES}), (ONES, {OF_ONES})):
         with ExpertParallel(backend=backend) as ep:
             arguments = leaves(call.arguments(ep, rank.device, sizes))
             base = call.outcome(ep, arguments)
             for way in sorted(ways):
-                changes = {name: WAYS[way](plain(arguments[name])) for name in tensors_of(arguments)}
+                changes = {tensor: WAYS[way](plain(arguments[tensor])) for tensor in tensors_of(arguments)}
                 said = complaint(ep, call, arguments, changes, base)
-                found += [f"{call_name} with all {way}: {said}"] if said else []
+                found += [f"all {way}: {said}"] if said else []
+    assert found == []
+
+
+def one_at_a_time(
+    ep: ExpertParallel, rank: Rank, name: str, makers: dict[str, Callable[[torch.Tensor], Any]], values_count: bool
+) -> Complaints:
+    """Each tensor of a call as everything that ``makers`` make of it, the others as they should be."""
+    call, found = CALLS[name], []
+    arguments = leaves(call.arguments(ep, rank.device, SIZES))
+    base = call.outcome(ep, arguments) if values_count else []
+    for tensor in tensors_of(arguments):
+        for what, make in makers.items():
+            # Rows of any width are right where no weight says which.
+            if what != "of immense rows" or (name, tensor) not in {("dispatch", "x"), ("combine", "rows")}:
+                said = complaint(ep, call, arguments, {tensor: make(plain(arguments[tensor]))}, base)
+                found += [f"{tensor} {what}: {said}"] if said else []
     return found
 
 
-@pytest.mark.parametrize("call", CALLS)
+@on_ranks(1)
+@every_call
 @both_backends
-def test_values_count_and_not_how_they_are_held(pool: RankPool, backend: str, call: str) -> None:
-    assert pool.run(in_every_way, backend, call, world_size=1) == [[]]
-
-
-def one_at_a_time(rank: Rank, backend: str, call_name: str) -> Complaints:
-    """Each tensor of a call as everything that it may be, the others as they should be."""
-    call, found = CALLS[call_name], []
+def test_any_thing_for_a_tensor_is_right_or_refused(rank: Rank, backend: str, name: str) -> None:
+    makers = {**THINGS, **(WAYS if backend == "reference" else {})}
     with ExpertParallel(backend=backend) as ep:
-        arguments = leaves(call.arguments(ep, rank.device, SIZES))
-        base = call.outcome(ep, arguments)
-        for name in tensors_of(arguments):
-            for what, make in {**THINGS, **(WAYS if backend == "reference" else {})}.items():
-                said = complaint(ep, call, arguments, {name: make(plain(arguments[name]))}, base)
-                found += [f"{call_name}: {name} {what}: {said}"] if said else []
-    return found
-
-
-@pytest.mark.parametrize("call", CALLS)
-@both_backends
-def test_any_thing_for_a_tensor_is_right_or_refused(pool: RankPool, backend: str, call: str) -> None:
-    assert pool.run(one_at_a_time, backend, call, world_size=1) == [[]]
+        assert one_at_a_time(ep, rank, name, makers, values_count=True) == []
 
 
 # Elements of which no memory holds a copy.
 IMMENSE = 2**45
-IMMENSE_SHAPES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+IMMENSE_SHAPES: dict[str, Callable[[torch.Tensor], Any]] = {
     "of immense rows": lambda tensor: tensor.flatten()[:1].expand(*tensor.shape[:-1], IMMENSE),
     "of immensely many rows": lambda tensor: tensor[:1].expand(IMMENSE, *tensor.shape[1:]),
     # Two dimensions that are one only after a copy.
     "of immensely many rows twice": lambda tensor: tensor[:2, None].expand(2, IMMENSE // 2, *tensor.shape[1:]),
 }
-# There any H is right.
-ANY_WIDTH = {("dispatch", "x"), ("combine", "rows")}
 
 
-def immense_one_at_a_time(rank: Rank, backend: str, call_name: str) -> Complaints:
-    """Each tensor of a call as one number, or one row, that is repeated to a wrong shape."""
-    call, found = CALLS[call_name], []
-    with ExpertParallel(backend=backend, max_tokens_per_rank=SIZES.tokens) as ep:
-        arguments = leaves(call.arguments(ep, rank.device, SIZES))
-        for name in tensors_of(arguments):
-            for what, make in IMMENSE_SHAPES.items():
-                if what == "of immense rows" and (call_name, name) in ANY_WIDTH:
-                    continue
-                said = complaint(ep, call, arguments, {name: make(plain(arguments[name]))}, [])
-                found += [f"{call_name}: {name} {what}: {said}"] if said else []
-    return found
-
-
-@pytest.mark.parametrize("call", CALLS)
+@on_ranks(1)
+@every_call
 @both_backends
-def test_nothing_is_copied_before_all_shapes_are_right(pool: RankPool, backend: str, call: str) -> None:
-    assert pool.run(immense_one_at_a_time, backend, call, world_size=1) == [[]]
+def test_nothing_is_copied_before_all_shapes_are_right(rank: Rank, backend: str, name: str) -> None:
+    """One number, or one row, that is repeated to a wrong shape."""
+    with ExpertParallel(backend=backend, max_tokens_per_rank=SIZES.tokens) as ep:
+        assert one_at_a_time(ep, rank, name, IMMENSE_SHAPES, values_count=False) == []
 
 
-def gradients_in_every_way(rank: Rank, backend: str, call_name: str) -> Complaints:
-    call, found = CALLS[call_name], []
+@on_ranks(1)
+@pytest.mark.parametrize("name", ["moe", "moe_routed", "dispatch", "combine"])
+@both_backends
+def test_gradients_that_come_in_may_be_held_in_any_way(rank: Rank, backend: str, name: str) -> None:
+    call, found = CALLS[name], []
     with ExpertParallel(backend=backend) as ep:
         arguments = leaves(call.arguments(ep, rank.device, SIZES))
         base = call.outcome(ep, arguments)
@@ -121,31 +115,19 @@ def gradients_in_every_way(rank: Rank, backend: str, call_name: str) -> Complain
                 )
                 assert_same(call.outcome(ep, arguments, hold), expected)
             except (AssertionError, RuntimeError) as error:
-                found.append(f"{call_name}, gradients {way}: {error!r}")
-    return found
-
-
-@pytest.mark.parametrize("call", ["moe", "moe_routed", "dispatch", "combine"])
-@both_backends
-def test_gradients_that_come_in_may_be_held_in_any_way(pool: RankPool, backend: str, call: str) -> None:
-    assert pool.run(gradients_in_every_way, backend, call, world_size=1) == [[]]
+                found.append(f"gradients {way}: {error!r}")
+    assert found == []
 
 
 # What of NO_TENSORS an argument may be.
-FLAGS = {"True", "False"}
+FLAG, NONE = {"True", "False"}, {"None"}
 MAY_BE: dict[str, set[str]] = {
-    "group": {"None"},
-    "config": {"None"},
+    **dict.fromkeys(("redispatch_x_in_backward", "cpu_sync_on_runtime", "check_collective", "bias"), FLAG),
+    **dict.fromkeys(("norm_topk_probs", "reduce_router_grad"), FLAG),
+    **dict.fromkeys(("group", "config", "device"), NONE),
     "max_tokens_per_rank": {"None", "a huge number"},
-    "timeout": {"a half", "two, a float", "a huge number"},
-    "check_collective": FLAGS,
-    "redispatch_x_in_backward": FLAGS,
-    "cpu_sync_on_runtime": FLAGS,
     "max_rows": {"None", "a huge number"},
-    "norm_topk_probs": FLAGS,
-    "reduce_router_grad": FLAGS,
-    "bias": FLAGS,
-    "device": {"None"},
+    "timeout": {"a half", "two, a float", "a huge number"},
     "dtype": {"None", "a dtype"},
 }
 
@@ -153,41 +135,35 @@ MAY_BE: dict[str, set[str]] = {
 def no_tensors_refused(make: Callable[..., Any], right: Arguments, names: list[str]) -> Complaints:
     """What is wrong with ``make`` when one argument is no tensor of any kind."""
     found = []
-    for name in names:
-        for what, value in NO_TENSORS.items():
-            started, taken, said = time.process_time(), False, ""
-            try:
-                made = make(**{**right, name: value})
-                taken = True
-            except (ValueError, TypeError):
-                took = time.process_time() - started
-                said = f"refused after {took:.1f} s" if took > MOST_SECONDS else ""
-            except Exception as error:
-                said = f"raised {error!r}"[:200]
-            if taken and what not in MAY_BE.get(name, set()):
-                said = "was taken"
-            if taken and isinstance(made, ExpertParallel):
+    for name, (what, value) in ((name, item) for name in names for item in NO_TENSORS.items()):
+        started, said = time.process_time(), ""
+        try:
+            made = make(**{**right, name: value})
+            said = "" if what in MAY_BE.get(name, set()) else "was taken"
+            if isinstance(made, ExpertParallel):
                 made.close()
-            found += [f"{name} {what}: {said}"] if said else []
+        except (ValueError, TypeError):
+            took = time.process_time() - started
+            said = f"refused after {took:.1f} s" if took > MOST_SECONDS else ""
+        except Exception as error:
+            said = f"raised {error!r}"[:200]
+        found += [f"{name} {what}: {said}"] if said else []
     return found
 
 
-def numbers_and_names(rank: Rank, backend: str) -> Complaints:
+@on_ranks(1)
+@both_backends
+def test_numbers_and_names_are_right_or_refused(rank: Rank, backend: str) -> None:
     """Every argument of every call that is no tensor."""
     with ExpertParallel(backend=backend) as ep:
         found = []
         for call in CALLS.values():
             arguments = call.arguments(ep, rank.device, SIZES)
-            names = [name for name in inspect.signature(getattr(ep, call.name)).parameters if name not in THINGS]
-            names = [name for name in names if name not in tensors_of(arguments) and name not in ("b1", "b2")]
+            tensors = {*THINGS, *tensors_of(arguments), "b1", "b2"}
+            names = [name for name in inspect.signature(getattr(ep, call.name)).parameters if name not in tensors]
             found += no_tensors_refused(lambda call=call, **given: call.run(ep, given), arguments, names)
         layer = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 2, "top_k": 1, "ep": ep}
-        return found + no_tensors_refused(MoE, layer, list(inspect.signature(MoE).parameters))
-
-
-@both_backends
-def test_numbers_and_names_are_right_or_refused(pool: RankPool, backend: str) -> None:
-    assert pool.run(numbers_and_names, backend, world_size=1) == [[]]
+        assert found + no_tensors_refused(MoE, layer, list(inspect.signature(MoE).parameters)) == []
 
 
 @pytest.mark.parametrize("make", [EPConfig, ExpertParallel])
@@ -204,16 +180,16 @@ def several_at_a_time(rank: Rank, backend: str, drawn: list[tuple[str, list[tupl
     found: Complaints = []
     bases: dict[str, Outcome] = {}
     with ExpertParallel(backend=backend) as ep:
-        for call_name, changed in drawn:
-            call: Call = CALLS[call_name]
+        for name, changed in drawn:
+            call = CALLS[name]
             arguments = leaves(call.arguments(ep, rank.device, SIZES))
-            if call_name not in bases:
-                bases[call_name] = call.outcome(ep, arguments)
-            names = tensors_of(arguments)
-            whats = {names[place % len(names)]: what for place, what in changed}
-            changes = {name: WHATEVER[what](plain(arguments[name])) for name, what in whats.items()}
-            said = complaint(ep, call, arguments, changes, bases[call_name])
-            found += [f"{call_name} with {whats}: {said}"] if said else []
+            if name not in bases:
+                bases[name] = call.outcome(ep, arguments)
+            tensors = tensors_of(arguments)
+            whats = {tensors[place % len(tensors)]: what for place, what in changed}
+            changes = {tensor: WHATEVER[what](plain(arguments[tensor])) for tensor, what in whats.items()}
+            said = complaint(ep, call, arguments, changes, bases[name])
+            found += [f"{name} with {whats}: {said}"] if said else []
     return found
 
 

@@ -11,7 +11,7 @@ from sonic_ep.testing import Rank, RankPool
 def test_memory_that_runs_out_is_told_with_the_place() -> None:
     with ExpertParallel(backend="reference") as ep:
         ep.plan(torch.zeros(1, 1, dtype=torch.int64), EXPERTS)
-        expected = "rank 0 of 1: ExpertParallel: out of memory in phase exchange of step 1: tried to allocate 2.00 GiB"
+        expected = "rank 0 of 1: out of memory in phase exchange of step 1: tried to allocate 2.00 GiB"
         with pytest.raises(torch.OutOfMemoryError, match=expected), ep._call_guard.one():
             raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
         ep.moe(**good_call())
@@ -35,7 +35,7 @@ def out_of_memory_in_backward(rank: Rank, backend: str, exchange: str) -> None:
     with ExpertParallel(backend=backend) as ep:
         ep.moe(**arguments)
         y = ep.moe(**arguments).y
-        expected = "rank 0 of 1: ExpertParallel: out of memory in phase .* of step 2: tried to allocate 2.00 GiB"
+        expected = "rank 0 of 1: out of memory in phase .* of step 2: tried to allocate 2.00 GiB"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(f"{exchange}.Exchange.rows", memory_short)
             with pytest.raises(torch.OutOfMemoryError, match=expected):
@@ -64,13 +64,13 @@ def out_of_gpu_memory(rank: Rank, backend: str) -> str:
 @pytest.mark.parametrize("backend", ["reference", "fast"])
 def test_gpu_memory_that_runs_out_is_told_with_rank_and_place(cuda_pool: RankPool, backend: str) -> None:
     (said,) = cuda_pool.run(out_of_gpu_memory, backend, world_size=1)
-    assert said.startswith("rank 0 of 1: ExpertParallel: out of memory in phase ")
+    assert said.startswith("rank 0 of 1: out of memory in phase ")
     assert " of step 3: CUDA out of memory" in said
 
 
 def test_memory_of_the_cpu_that_runs_out_is_told_with_the_place() -> None:
     with ExpertParallel(backend="reference") as ep:
         x = torch.zeros(1, HIDDEN).expand(2**44, HIDDEN)
-        with pytest.raises(torch.OutOfMemoryError, match="rank 0 of 1: ExpertParallel: out of memory in phase"):
+        with pytest.raises(torch.OutOfMemoryError, match="rank 0 of 1: out of memory in phase"):
             ep.moe(**{**good_call(), "x": x})
         ep.moe(**good_call())

@@ -1,4 +1,4 @@
-"""What the device has found and no call has come to raise is told all the same."""
+"""What the device has found and no call has raised is printed."""
 
 import gc
 import io
@@ -111,7 +111,7 @@ def test_a_forked_child_does_not_tell_what_its_parent_will(cpu_pool: RankPool) -
 def closed_behind_a_lost_gpu(rank: Rank) -> None:
     """Who was waited for is what close() raises, not what comes of giving back the memory."""
     ep = after_a_wait_in_vain(rank)
-    with lost_gpu(ep), pytest.raises(PeerTimeoutError, match="waited 60 s for rank 1 in phase meeting of step 1"):
+    with lost_gpu(ep), pytest.raises(PeerTimeoutError, match="waited 60 s for rank 1 in phase sync of step 1"):
         ep.close()
 
 
@@ -165,7 +165,7 @@ def test_what_nobody_asked_for_is_printed(pool: RankPool, use: Callable[[Rank], 
 @pytest.mark.fast
 def test_who_was_waited_for_is_printed_where_an_error_of_pytorchs_ends_the_program(cpu_pool: RankPool) -> None:
     for rank, words in enumerate(cpu_pool.run(printed, waited_in_vain, world_size=2)):
-        said = f"sonic_ep: PeerTimeoutError: rank {rank} of 2: waited 60 s for rank 1 in phase meeting of step 1"
+        said = f"sonic_ep: PeerTimeoutError: rank {rank} of 2: waited 60 s for rank 1 in phase sync of step 1"
         assert words.count(said) == 1
 
 

@@ -1,11 +1,10 @@
-"""The public calls as fuzzing sees them: right arguments, what a call gives, and whether it took what it should not."""
+"""The public calls for fuzzing: right arguments, what a call returns, and whether it took what it should refuse."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from sonic_ep import ExpertParallel, RoutingPlan
 from sonic_ep.testing import assert_bitwise
 
-# Of this process alone, so that what else runs on its cores does not count.
+# CPU time of this process: other load on its cores does not count.
 MOST_SECONDS = 1.0
 Arguments = dict[str, Any]
 Outcome = list[Tensor]
@@ -38,11 +37,16 @@ ONES = Sizes(tokens=1, num_experts=1, top_k=1)
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """A public call. arguments: right ones. run: gives a tensor, several, or a plan."""
+    """A public call, and what makes right arguments for it."""
 
     name: str
     arguments: Callable[[ExpertParallel, torch.device, Sizes], Arguments]
-    run: Callable[[ExpertParallel, Arguments], Any]
+
+    def run(self, ep: ExpertParallel, arguments: Arguments) -> Any:
+        """A tensor, several, or a plan."""
+        found = getattr(ep, self.name)(**arguments)
+        # Rows past the valid ones may hold anything.
+        return found[: arguments["plan"].rows()] if self.name == "dispatch" else found
 
     def outcome(
         self, ep: ExpertParallel, arguments: Arguments, hold: Callable[[Tensor], Tensor] = torch.clone
@@ -149,11 +153,7 @@ def _drawn(device: torch.device, sizes: Sizes) -> Arguments:
 
 
 def _these(*names: str) -> Callable[[ExpertParallel, torch.device, Sizes], Arguments]:
-    def take(ep: ExpertParallel, device: torch.device, sizes: Sizes) -> Arguments:
-        found = _drawn(device, sizes)
-        return {name: found[name] for name in names}
-
-    return take
+    return lambda _, device, sizes: {name: value for name, value in _drawn(device, sizes).items() if name in names}
 
 
 def _of_dispatch(ep: ExpertParallel, device: torch.device, sizes: Sizes) -> Arguments:
@@ -168,38 +168,15 @@ def _of_combine(ep: ExpertParallel, device: torch.device, sizes: Sizes) -> Argum
     return {"rows": rows, "topk_scores": found["topk_scores"], "plan": plan}
 
 
-def _run_moe(ep: ExpertParallel, arguments: Arguments) -> tuple[Tensor, ...]:
-    out = ep.moe(**arguments)
-    return out.y, out.router_logits, out.tokens_per_expert
-
-
-def _run_dispatch(ep: ExpertParallel, arguments: Arguments) -> Tensor:
-    rows = ep.dispatch(**arguments)
-    # Those behind may hold anything.
-    return rows[: arguments["plan"].rows()]
-
-
-EXPERTS = ("w1", "w2", "b1", "b2")
-CALLS: Mapping[str, Call] = MappingProxyType(
-    {
-        call.name: call
-        for call in (
-            Call(name="moe", arguments=_these("x", "router_w", *EXPERTS, "top_k", "activation"), run=_run_moe),
-            Call(
-                name="moe_routed",
-                arguments=_these("x", "topk_idx", "topk_scores", *EXPERTS, "activation"),
-                run=lambda ep, arguments: ep.moe_routed(**arguments),
-            ),
-            Call(
-                name="plan",
-                arguments=_these("topk_idx", "num_experts"),
-                run=lambda ep, arguments: ep.plan(**arguments),
-            ),
-            Call(name="dispatch", arguments=_of_dispatch, run=_run_dispatch),
-            Call(name="combine", arguments=_of_combine, run=lambda ep, arguments: ep.combine(**arguments)),
-        )
-    }
-)
+OF_EXPERTS = ("w1", "w2", "b1", "b2", "activation")
+ARGUMENTS: dict[str, Callable[[ExpertParallel, torch.device, Sizes], Arguments]] = {
+    "moe": _these("x", "router_w", "top_k", *OF_EXPERTS),
+    "moe_routed": _these("x", "topk_idx", "topk_scores", *OF_EXPERTS),
+    "plan": _these("topk_idx", "num_experts"),
+    "dispatch": _of_dispatch,
+    "combine": _of_combine,
+}
+CALLS = {name: Call(name=name, arguments=arguments) for name, arguments in ARGUMENTS.items()}
 
 
 def tensors_of(arguments: Arguments) -> list[str]:

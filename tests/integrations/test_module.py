@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from backends import both_backends
+from on_ranks import on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -85,7 +86,8 @@ def test_built_on_the_meta_device_and_filled_later() -> None:
         assert_bitwise(layer.state_dict()[name], value, name)
 
 
-def sharded_and_filled_later(rank: Rank) -> None:
+@on_ranks(4, pool="cpu_pool")
+def test_sharded_on_the_meta_device_and_filled_later(rank: Rank) -> None:
     """Two ranks share each half of the experts, three of them: one rank holds two, the other one."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor, Partial, Shard
@@ -108,10 +110,6 @@ def sharded_and_filled_later(rank: Rank) -> None:
         expected.w2 = nn.Parameter(DTensor.from_local(expected.w2.detach(), mesh["data"], [Partial()]))
         with pytest.raises(TypeError, match=r"placements of w2: got \(Partial\(sum\),\), expected Shard and Replicate"):
             expected.reset_parameters()
-
-
-def test_sharded_on_the_meta_device_and_filled_later(cpu_pool: RankPool) -> None:
-    cpu_pool.run(sharded_and_filled_later, world_size=4)
 
 
 def test_what_is_no_expert_parallel() -> None:
@@ -166,7 +164,9 @@ class Lora(nn.Module):
         return weight + self.up @ self.down
 
 
-def adapted(rank: Rank, backend: str) -> None:
+@on_ranks(1, 2)
+@both_backends
+def test_adapters_of_experts_are_held_by_this_rank_alone(rank: Rank, backend: str) -> None:
     """Adapters of experts train, and DDP leaves them and the originals alone where it is told to."""
     torch.manual_seed(rank.rank)
     with ExpertParallel(backend=backend) as ep:
@@ -179,7 +179,7 @@ def adapted(rank: Rank, backend: str) -> None:
         assert all(isinstance(parameter, nn.Parameter) for parameter in layer.expert_parameters())
         before = [parameter.detach().clone() for parameter in own]
         if rank.world_size > 1:
-            held = {id(parameter) for parameter in layer.expert_parameters()}
+            held = {id(p) for p in own}
             ignored = [name for name, parameter in layer.named_parameters() if id(parameter) in held]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(layer, ignored)
             DistributedDataParallel(layer)
@@ -190,12 +190,6 @@ def adapted(rank: Rank, backend: str) -> None:
         optimizer.step()
         for parameter, was in zip(own, before, strict=True):
             assert not torch.equal(parameter.detach(), was)
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-@both_backends
-def test_adapters_of_experts_are_held_by_this_rank_alone(pool: RankPool, backend: str, world_size: int) -> None:
-    pool.run(adapted, backend, world_size=world_size)
 
 
 def test_weights_that_hooks_compute_are_of_the_experts_too() -> None:

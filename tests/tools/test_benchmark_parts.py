@@ -13,7 +13,7 @@ from near import assert_near
 from torch import Tensor
 
 from sonic_ep import ExpertParallel
-from sonic_ep.autograd_utils import release_of
+from sonic_ep.compat import release_of
 from sonic_ep.config import ScoreOrder
 from sonic_ep.profiler.agreement import WrongResultError
 from sonic_ep.testing import Rank, RankPool, assert_bitwise

@@ -1,8 +1,8 @@
 """Predicted costs against counting, and what "auto" makes of them; counted traffic against moving every row."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import pytest
@@ -28,10 +28,12 @@ from sonic_ep.cost import (
 from sonic_ep.reference.plan import build_plan
 from sonic_ep.testing import CASES, Case, draw
 
+COMBINATIONS = [(2, 3, 8), (4, 2, 8), (3, 4, 9)]
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+up_to_four_ranks = pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 
-@pytest.mark.parametrize(
-    ("world_size", "top_k", "num_experts"), [(2, 3, 8), (4, 2, 8), (3, 4, 9), (1, 2, 4), (2, 4, 4)]
-)
+
+@pytest.mark.parametrize(("world_size", "top_k", "num_experts"), [*COMBINATIONS, (1, 2, 4), (2, 4, 4)])
 def test_expected_pairs_by_counting_every_choice(world_size: int, top_k: int, num_experts: int) -> None:
     held = num_experts // world_size
     choices = list(combinations(range(num_experts), top_k))
@@ -66,9 +68,7 @@ def test_auto_takes_the_cheapest() -> None:
     fast_engine = replace(H200_NVLINK, copy_engine=1e15, memory=1e15)
     assert choose_modes(EPConfig(), load, slow_memory).dispatch is DispatchMode.ALL_TO_ALL
     assert choose_modes(EPConfig(), load, fast_engine).dispatch is DispatchMode.ALL_GATHER
-
-
-def test_partial_sums_win_where_a_token_has_several_slots_on_a_rank() -> None:
+    # Partial sums win where a token has several slots on a rank.
     chosen = choose_modes(EPConfig(), Workload(world_size=2, top_k=8, num_experts=64))
     assert chosen.combine is CombineMode.RANK_DEDUP
 
@@ -81,8 +81,8 @@ class Drawn:
     owners: list[list[list[int]]]
 
     @property
-    def world_size(self) -> int:
-        return len(self.owners)
+    def ranks(self) -> range:
+        return range(len(self.owners))
 
     @property
     def tokens(self) -> list[int]:
@@ -97,111 +97,71 @@ class Drawn:
         return [(p, q, slots.count(q)) for p, tokens in enumerate(self.owners) for slots in tokens for q in set(slots)]
 
 
-@dataclass(kw_only=True)
-class Ledger:
-    """One row at a time: whose memory is touched, and by whom."""
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """One row of the memory of rank ``at``, read or written by rank ``by``."""
 
-    link_in: Counter[int] = field(default_factory=Counter)
-    link_out: Counter[int] = field(default_factory=Counter)
-    memory: Counter[int] = field(default_factory=Counter)
-
-    def read(self, memory: int, *, by: int) -> None:
-        self.memory[memory] += 1
-        if memory != by:
-            self.link_out[memory] += 1
-            self.link_in[by] += 1
-
-    def write(self, memory: int, *, by: int) -> None:
-        self.memory[memory] += 1
-        if memory != by:
-            self.link_out[by] += 1
-            self.link_in[memory] += 1
-
-    def traffic(self, rank: int, row_bytes: int) -> Traffic:
-        link_in, link_out, memory = (rows[rank] * row_bytes for rows in (self.link_in, self.link_out, self.memory))
-        return Traffic(link_in=link_in, link_out=link_out, memory=memory)
+    at: int
+    by: int
+    reads: bool
 
 
-def stage(drawn: Drawn, ledger: Ledger) -> None:
-    for rank, tokens in enumerate(drawn.tokens):
-        for _ in range(tokens if drawn.world_size > 1 else 0):
-            ledger.read(rank, by=rank)
-            ledger.write(rank, by=rank)
+def read(at: int, *, by: int, times: int = 1) -> list[Access]:
+    return [Access(at=at, by=by, reads=True)] * times
 
 
-def gather_all(drawn: Drawn, ledger: Ledger) -> None:
-    stage(drawn, ledger)
+def write(at: int, *, by: int, times: int = 1) -> list[Access]:
+    return [Access(at=at, by=by, reads=False)] * times
+
+
+def dispatched(drawn: Drawn, mode: DispatchMode) -> Iterator[Access]:
+    """Tokens are staged where they are; owners read them there and write what they receive."""
     for source, tokens in enumerate(drawn.tokens):
-        for owner in range(drawn.world_size):
-            for _ in range(tokens if source == owner else drawn.max_tokens):
-                ledger.read(source, by=owner)
-                ledger.write(owner, by=owner)
+        staged = tokens if len(drawn.ranks) > 1 else 0
+        yield from read(source, by=source, times=staged) + write(source, by=source, times=staged)
+        for owner in drawn.ranks if mode is DispatchMode.ALL_GATHER else ():
+            rows = tokens if source == owner else drawn.max_tokens
+            yield from read(source, by=owner, times=rows) + write(owner, by=owner, times=rows)
+    for source, owner, slots in drawn.pairs() if mode is not DispatchMode.ALL_GATHER else ():
+        yield from read(source, by=owner)
+        yield from write(owner, by=owner, times=slots if mode is DispatchMode.ALL_TO_ALL else 1)
 
 
-def scatter_slots(drawn: Drawn, ledger: Ledger) -> None:
-    stage(drawn, ledger)
-    for source, owner, slots in drawn.pairs():
-        ledger.read(source, by=owner)
-        for _ in range(slots):
-            ledger.write(owner, by=owner)
-
-
-def pack_pairs(drawn: Drawn, ledger: Ledger) -> None:
-    stage(drawn, ledger)
-    for source, owner, _ in drawn.pairs():
-        ledger.read(source, by=owner)
-        ledger.write(owner, by=owner)
-
-
-def return_to_origin(sent: Sequence[tuple[int, int]], drawn: Drawn, ledger: Ledger) -> None:
-    """Owners read their rows, (home, owner) of ``sent`` travel, homes read them and write their tokens."""
+def combined(drawn: Drawn, mode: CombineMode) -> Iterator[Access]:
+    """Owners read their rows and write what they send; origins read that and write their tokens."""
+    sent = {
+        CombineMode.ALL_TO_ALL: drawn.slots(),
+        CombineMode.REDUCE_SCATTER: [(p, q) for p in drawn.ranks for _ in drawn.owners[p] for q in drawn.ranks],
+        CombineMode.RANK_DEDUP: [(origin, owner) for origin, owner, _ in drawn.pairs()],
+    }[mode]
     for _, owner in drawn.slots():
-        ledger.read(owner, by=owner)
-    for home, owner in sent:
-        if home != owner:
-            ledger.write(home, by=owner)
-            ledger.read(home, by=home)
-    for home, tokens in enumerate(drawn.tokens):
-        for _ in range(tokens):
-            ledger.write(home, by=home)
+        yield from read(owner, by=owner)
+    for origin, owner in sent:
+        if origin != owner:
+            yield from write(origin, by=owner) + read(origin, by=origin)
+    for origin, tokens in enumerate(drawn.tokens):
+        yield from write(origin, by=origin, times=tokens)
+        for owner in set(drawn.ranks) - {origin} if mode is CombineMode.REDUCE_SCATTER else ():
+            yield from write(origin, by=owner, times=drawn.max_tokens - tokens)
 
 
-def return_slots(drawn: Drawn, ledger: Ledger) -> None:
-    return_to_origin(drawn.slots(), drawn, ledger)
-
-
-def return_dense(drawn: Drawn, ledger: Ledger) -> None:
-    ranks = range(drawn.world_size)
-    return_to_origin([(home, owner) for home in ranks for _ in drawn.owners[home] for owner in ranks], drawn, ledger)
-    for home, tokens in enumerate(drawn.tokens):
-        for owner in set(ranks) - {home}:
-            for _ in range(tokens, drawn.max_tokens):
-                ledger.write(home, by=owner)
-
-
-def return_pairs(drawn: Drawn, ledger: Ledger) -> None:
-    return_to_origin([(home, owner) for home, owner, _ in drawn.pairs()], drawn, ledger)
-
-
-Mover = Callable[[Drawn, Ledger], None]
-DISPATCH_BY_ROW: dict[DispatchMode, Mover] = {
-    DispatchMode.ALL_GATHER: gather_all,
-    DispatchMode.ALL_TO_ALL: scatter_slots,
-    DispatchMode.RANK_DEDUP: pack_pairs,
-}
-COMBINE_BY_ROW: dict[CombineMode, Mover] = {
-    CombineMode.ALL_TO_ALL: return_slots,
-    CombineMode.REDUCE_SCATTER: return_dense,
-    CombineMode.RANK_DEDUP: return_pairs,
-}
+def by_row(accesses: Iterator[Access], world_size: int, row_bytes: int) -> list[Traffic]:
+    """The traffic of each rank, one access at a time."""
+    memory, link_in, link_out = Counter[int](), Counter[int](), Counter[int]()
+    for access in accesses:
+        memory[access.at] += row_bytes
+        if access.at != access.by:
+            source, target = (access.at, access.by) if access.reads else (access.by, access.at)
+            link_out[source] += row_bytes
+            link_in[target] += row_bytes
+    return [Traffic(link_in=link_in[r], link_out=link_out[r], memory=memory[r]) for r in range(world_size)]
 
 
 def plans_of(case: Case, world_size: int) -> list[RoutingPlan]:
     """The plan of every rank. C exceeds every T, so that no test takes one for the other."""
     inputs = draw(case, world_size)
     tokens = [case.tokens_of_rank(rank) for rank in range(world_size)]
-    max_tokens = max(tokens) + 2
-    ids_WCK = torch.full((world_size, max_tokens, case.top_k), -1, dtype=torch.int32)
+    ids_WCK = torch.full((world_size, max(tokens) + 2, case.top_k), -1, dtype=torch.int32)
     for rank, ids_TK in enumerate(inputs.topk_idx.split(tokens)):
         ids_WCK[rank, : len(ids_TK)] = ids_TK
     return [
@@ -222,83 +182,59 @@ def drawn_of(plans: Sequence[RoutingPlan]) -> Drawn:
 
 def counts_of(plans: Sequence[RoutingPlan]) -> list[RankCounts]:
     """As a caller obtains them, each rank from its own plan."""
-    ranks = range(len(plans))
     return [
         rank_counts(
             plan.rank,
             max_tokens=plan.max_tokens,
             tokens=plan.num_tokens,
             pair_tokens=plan.pair_tokens.tolist(),
-            pair_slots=[[int((owner_CK == owner).sum()) for owner in ranks] for owner_CK in plan.owner_of_slot()],
+            pair_slots=[[int((owner == q).sum()) for q in range(len(plans))] for owner in plan.owner_of_slot()],
         )
         for plan in plans
     ]
 
 
-def by_row(mover: Mover, drawn: Drawn, row_bytes: int) -> list[Traffic]:
-    ledger = Ledger()
-    mover(drawn, ledger)
-    return [ledger.traffic(rank, row_bytes) for rank in range(drawn.world_size)]
-
-
-def worked_counts() -> list[RankCounts]:
-    """Both ranks of the worked example of ``sonic_ep.plan``."""
-    return [
-        rank_counts(rank, max_tokens=3, tokens=3, pair_tokens=[[2, 2], [2, 2]], pair_slots=[[3, 3], [3, 2]])
-        for rank in range(2)
-    ]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@up_to_four_ranks
+@every_case
 def test_traffic_by_moving_every_row(case: Case, world_size: int) -> None:
     plans = plans_of(case, world_size)
     counts, drawn = counts_of(plans), drawn_of(plans)
     row_bytes = case.hidden * case.dtype.itemsize
-    dispatched = [dispatch_traffic(count, row_bytes) for count in counts]
-    combined = [combine_traffic(count, row_bytes) for count in counts]
-    assert [traffic.keys() for traffic in dispatched] == [DISPATCH_BY_ROW.keys()] * world_size
-    assert [traffic.keys() for traffic in combined] == [COMBINE_BY_ROW.keys()] * world_size
-    for dispatch, mover in DISPATCH_BY_ROW.items():
-        assert [traffic[dispatch] for traffic in dispatched] == by_row(mover, drawn, row_bytes), dispatch
-    for combine, mover in COMBINE_BY_ROW.items():
-        assert [traffic[combine] for traffic in combined] == by_row(mover, drawn, row_bytes), combine
+    dispatches = [dispatch_traffic(count, row_bytes) for count in counts]
+    combines = [combine_traffic(count, row_bytes) for count in counts]
+    assert all(set(traffic) == set(DispatchMode) for traffic in dispatches)
+    assert all(set(traffic) == set(CombineMode) for traffic in combines)
+    moved = [(str(mode), [t[mode] for t in dispatches], dispatched(drawn, mode)) for mode in DispatchMode]
+    moved += [(str(mode), [t[mode] for t in combines], combined(drawn, mode)) for mode in CombineMode]
+    for mode, counted, accesses in moved:
+        assert counted == by_row(accesses, world_size, row_bytes), mode
+        # What one rank sends another receives, and one rank alone uses no link.
+        assert sum(rank.link_in for rank in counted) == sum(rank.link_out for rank in counted)
+        assert world_size > 1 or (counted[0].link_in, counted[0].link_out) == (0, 0)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_what_one_rank_sends_another_receives(case: Case, world_size: int) -> None:
-    counts = counts_of(plans_of(case, world_size))
-    for mode in DispatchMode:
-        traffic = [dispatch_traffic(count, 6)[mode] for count in counts]
-        assert sum(rank.link_in for rank in traffic) == sum(rank.link_out for rank in traffic)
-    for mode in CombineMode:
-        traffic = [combine_traffic(count, 6)[mode] for count in counts]
-        assert sum(rank.link_in for rank in traffic) == sum(rank.link_out for rank in traffic)
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_counts_agree_with_the_plan(case: Case) -> None:
-    plans = plans_of(case, 3)
-    for plan, counts in zip(plans, counts_of(plans), strict=True):
-        assert (counts.world_size, counts.max_tokens, counts.tokens) == (3, plan.max_tokens, plan.num_tokens)
-        assert (counts.rows, counts.packed_rows) == (plan.rows(), plan.packed_rows())
-        gather = canonical_gather_bytes(counts, 10)
-        read_and_written = 2 * plan.rows() * 10
-        assert gather[DispatchMode.ALL_GATHER] == gather[DispatchMode.RANK_DEDUP] == read_and_written
-        assert gather[DispatchMode.ALL_TO_ALL] == 0
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_the_reference_sends_a_row_for_each_slot(case: Case, world_size: int) -> None:
+@up_to_four_ranks
+@every_case
+def test_counts_agree_with_the_plan(case: Case, world_size: int) -> None:
     plans = plans_of(case, world_size)
     slots = drawn_of(plans).slots()
-    for rank, counts in enumerate(counts_of(plans)):
+    for plan, counts in zip(plans, counts_of(plans), strict=True):
+        assert (counts.world_size, counts.max_tokens, counts.tokens) == (world_size, plan.max_tokens, plan.num_tokens)
+        assert (counts.rows, counts.packed_rows) == (plan.rows(), plan.packed_rows())
+        gather = 2 * plan.rows() * 10
+        expected = {DispatchMode.ALL_GATHER: gather, DispatchMode.ALL_TO_ALL: 0, DispatchMode.RANK_DEDUP: gather}
+        assert canonical_gather_bytes(counts, 10) == expected
+        # The reference sends a row for each slot.
         link_in = reference_dispatch_link_bytes(counts, 6)
-        assert link_in[DispatchMode.ALL_TO_ALL] == 6 * sum(q == rank != p for p, q in slots)
+        assert link_in[DispatchMode.ALL_TO_ALL] == 6 * sum(q == plan.rank != p for p, q in slots)
         for mode in (DispatchMode.ALL_GATHER, DispatchMode.RANK_DEDUP):
             assert link_in[mode] == dispatch_traffic(counts, 6)[mode].link_in
+
+
+def worked_counts() -> list[RankCounts]:
+    """Both ranks of the worked example of ``sonic_ep.plan``."""
+    matrices = {"pair_tokens": [[2, 2], [2, 2]], "pair_slots": [[3, 3], [3, 2]]}
+    return [rank_counts(rank, max_tokens=3, tokens=3, **matrices) for rank in range(2)]
 
 
 def test_worked_example() -> None:
@@ -323,34 +259,25 @@ def test_worked_example() -> None:
 
 
 def test_rows_that_stay_cross_no_link() -> None:
-    # Every token keeps its slots at home: the sparse modes send nothing, the dense ones what they always send.
-    home = replace(worked_counts()[0], slots_in=0, slots_out=0, pairs_in=0, pairs_out=0)
-    sparse = [dispatch_traffic(home, 1)[mode] for mode in (DispatchMode.ALL_TO_ALL, DispatchMode.RANK_DEDUP)]
-    sparse += [combine_traffic(home, 1)[mode] for mode in (CombineMode.ALL_TO_ALL, CombineMode.RANK_DEDUP)]
+    # Every token keeps its slots on its rank: the sparse modes send nothing, the dense ones what they always send.
+    kept = replace(worked_counts()[0], slots_in=0, slots_out=0, pairs_in=0, pairs_out=0)
+    sparse = [dispatch_traffic(kept, 1)[mode] for mode in (DispatchMode.ALL_TO_ALL, DispatchMode.RANK_DEDUP)]
+    sparse += [combine_traffic(kept, 1)[mode] for mode in (CombineMode.ALL_TO_ALL, CombineMode.RANK_DEDUP)]
     assert all((traffic.link_in, traffic.link_out) == (0, 0) for traffic in sparse)
-    more = replace(home, slots_kept=home.slots_kept + 5, pairs_kept=home.pairs_kept + 1)
+    more = replace(kept, slots_kept=kept.slots_kept + 5, pairs_kept=kept.pairs_kept + 1)
     for traffic in (dispatch_traffic, combine_traffic):
-        before, after = traffic(home, 1), traffic(more, 1)
+        before, after = traffic(kept, 1), traffic(more, 1)
         assert [(t.link_in, t.link_out) for t in before.values()] == [(t.link_in, t.link_out) for t in after.values()]
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_one_rank_alone_uses_no_link(case: Case) -> None:
-    (counts,) = counts_of(plans_of(case, 1))
-    for traffic in (*dispatch_traffic(counts, 8).values(), *combine_traffic(counts, 8).values()):
-        assert (traffic.link_in, traffic.link_out) == (0, 0)
-    assert exchange_link_bytes(world_size=1, max_tokens=counts.max_tokens, top_k=case.top_k, with_scores=True) == 0
-
-
-@pytest.mark.parametrize(("world_size", "top_k", "num_experts"), [(2, 3, 8), (4, 2, 8), (3, 4, 9)])
+@pytest.mark.parametrize(("world_size", "top_k", "num_experts"), COMBINATIONS)
 def test_counted_rows_are_those_predicted_when_every_choice_is_made_once(
     world_size: int, top_k: int, num_experts: int
 ) -> None:
-    held = num_experts // world_size
+    held, ranks = num_experts // world_size, range(world_size)
     choices = [[expert // held for expert in chosen] for chosen in combinations(range(num_experts), top_k)]
     drawn = Drawn(max_tokens=len(choices), owners=[choices] * world_size)
     slots, pairs = Counter(drawn.slots()), Counter((source, owner) for source, owner, _ in drawn.pairs())
-    ranks = range(world_size)
     counts = rank_counts(
         0,
         max_tokens=drawn.max_tokens,
@@ -359,24 +286,29 @@ def test_counted_rows_are_those_predicted_when_every_choice_is_made_once(
         pair_slots=[[slots[source, owner] for owner in ranks] for source in ranks],
     )
     load = Workload(world_size=world_size, top_k=top_k, num_experts=num_experts)
-    dispatch, combine = dispatch_traffic(counts, 1), combine_traffic(counts, 1)
-    per_token = 1 / len(choices)
-    for mode in (DispatchMode.ALL_TO_ALL, DispatchMode.RANK_DEDUP):
-        assert dispatch[mode].link_in * per_token == pytest.approx(load.remote_pairs)
-    assert dispatch[DispatchMode.ALL_GATHER].link_in * per_token == pytest.approx(load.remote_ranks)
-    assert combine[CombineMode.RANK_DEDUP].link_in * per_token == pytest.approx(load.remote_pairs)
-    assert combine[CombineMode.REDUCE_SCATTER].link_in * per_token == pytest.approx(load.remote_ranks)
-    assert combine[CombineMode.ALL_TO_ALL].link_in * per_token == pytest.approx(load.remote_slots)
+    assert {mode: t.link_in / len(choices) for mode, t in dispatch_traffic(counts, 1).items()} == pytest.approx(
+        {
+            DispatchMode.ALL_TO_ALL: load.remote_pairs,
+            DispatchMode.RANK_DEDUP: load.remote_pairs,
+            DispatchMode.ALL_GATHER: load.remote_ranks,
+        }
+    )
+    assert {mode: t.link_in / len(choices) for mode, t in combine_traffic(counts, 1).items()} == pytest.approx(
+        {
+            CombineMode.RANK_DEDUP: load.remote_pairs,
+            CombineMode.REDUCE_SCATTER: load.remote_ranks,
+            CombineMode.ALL_TO_ALL: load.remote_slots,
+        }
+    )
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@every_case
+@up_to_four_ranks
 def test_bytes_of_the_exchange_are_those_of_the_tensors(case: Case, world_size: int) -> None:
     plan = plans_of(case, world_size)[0]
-    ids_WCK = plan.expert_ids
-    remote = [ids_WCK[rank] for rank in range(world_size) if rank != plan.rank]
+    remote = [ids_CK for rank, ids_CK in enumerate(plan.expert_ids) if rank != plan.rank]
     ids_bytes = sum(ids_CK.nbytes for ids_CK in remote)
+    scores_bytes = sum(ids_CK.float().nbytes for ids_CK in remote)
     shape = {"world_size": world_size, "max_tokens": plan.max_tokens, "top_k": plan.top_k}
     assert exchange_link_bytes(**shape, with_scores=False) == ids_bytes
-    scores_bytes = sum(ids_CK.float().nbytes for ids_CK in remote)
     assert exchange_link_bytes(**shape, with_scores=True) == ids_bytes + scores_bytes

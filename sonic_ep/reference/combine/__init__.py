@@ -1,4 +1,4 @@
-"""Combine: rows of experts back to the ranks of their tokens, weighted and summed."""
+"""Combine: rows of experts return to the ranks of their tokens, weighted and summed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sum that every combine mode is made of: a fixed order, fp32, one rounding."""
+"""The sum in every combine mode: a fixed order, fp32, one rounding."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from torch import Tensor
 def ordered_sum(rows_NH: Tensor, index_MK: Tensor, weight_MK: Tensor | None = None) -> Tensor:
     """``out[m] = round(sum over k of weight[m, k] * rows[index[m, k]])``, in the dtype of the rows, (M, H).
 
-    k ascends; products and sums are in fp32, each rounded (no fused multiply-add); one rounding to the dtype at the
-    end. Terms whose index is -1 are absent. The sum starts at +0 and so never is -0: adding +0 for an absent term
-    leaves every bit as it is.
+    k ascends. Products and sums are fp32, each rounded (no fused multiply-add), with one rounding to the dtype at the
+    end. Terms with index -1 are absent; as the sum starts at +0 and is never -0, adding +0 for them changes no bit.
 
     rows_NH (N, H) float; index_MK (M, K) int; weight_MK (M, K) fp32, or None where every weight is 1.
 

@@ -1,4 +1,4 @@
-"""Combine without repetition: one partial sum for each distinct (token, rank) pair goes home."""
+"""Combine without repetition: one partial sum for each distinct (token, rank) pair returns."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.plan import NO_ROW, RoutingPlan
 from sonic_ep.reference.combine.ordered_sum import ordered_sum
-from sonic_ep.reference.plan import PairExchange, pair_exchange
+from sonic_ep.reference.plan import pair_exchange
 
 
 class RankDedupCombine:
-    """The sums of ``ReduceScatterCombine`` with absent ranks skipped: equal to it bit for bit."""
+    """The sums of ``ReduceScatterCombine``, bit for bit, without those of ranks that have no slot of the token."""
 
     def __init__(self, collectives: BoundedCollectives) -> None:
         self._collectives = collectives
@@ -24,14 +24,9 @@ class RankDedupCombine:
         weights_MK = None if scores_WCK is None else scores_WCK.flatten(0, 1)[packed_M]
         partial_PH = ordered_sum(rows_RH, here_WCK.flatten(0, 1)[packed_M], weights_MK)
         exchange = pair_exchange(plan)
-        home_NH = self._collectives.all_to_all_rows(partial_PH, exchange.receive_splits, exchange.send_splits)
-        return ordered_sum(home_NH, _places(exchange, plan))
-
-
-def _places(exchange: PairExchange, plan: RoutingPlan) -> Tensor:
-    """Where the partial sum of token t from rank q stands among those received, (T, W) int64; -1 if there is none."""
-    place_TW = exchange.tokens.new_full((plan.num_tokens, plan.world_size), NO_ROW)
-    splits_W = torch.tensor(exchange.send_splits, device=place_TW.device)
-    rank_N = torch.arange(plan.world_size, device=place_TW.device).repeat_interleave(splits_W)
-    place_TW[exchange.tokens, rank_N] = torch.arange(len(rank_N), device=place_TW.device)
-    return place_TW
+        received_NH = self._collectives.all_to_all_rows(partial_PH, exchange.receive_splits, exchange.send_splits)
+        place_TW = exchange.tokens.new_full((plan.num_tokens, plan.world_size), NO_ROW)
+        splits_W = torch.tensor(exchange.send_splits, device=place_TW.device)
+        rank_N = torch.arange(plan.world_size, device=place_TW.device).repeat_interleave(splits_W)
+        place_TW[exchange.tokens, rank_N] = torch.arange(len(rank_N), device=place_TW.device)
+        return ordered_sum(received_NH, place_TW)

@@ -1,4 +1,4 @@
-"""Combine by reduce-scatter: every rank sums what it owns of every token, and the partial sums go home."""
+"""Combine by reduce-scatter: every rank sums its rows of every token, and the partial sums return."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ReduceScatterCombine:
         weights_MK = None if scores_WCK is None else scores_WCK.flatten(0, 1)
         partial_MH = ordered_sum(rows_RH, here_WCK.flatten(0, 1), weights_MK)
         even = [plan.max_tokens] * plan.world_size
-        home_WCH = self._collectives.all_to_all_rows(partial_MH, even, even)
+        received_MH = self._collectives.all_to_all_rows(partial_MH, even, even)
         first_of_rank_W = torch.arange(plan.world_size, device=rows_RH.device) * plan.max_tokens
         tokens_T = torch.arange(plan.num_tokens, device=rows_RH.device)
-        return ordered_sum(home_WCH, tokens_T[:, None] + first_of_rank_W)
+        return ordered_sum(received_MH, tokens_T[:, None] + first_of_rank_W)

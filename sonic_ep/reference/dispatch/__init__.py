@@ -1,4 +1,4 @@
-"""Dispatch: rows of tokens to the ranks of their experts."""
+"""Dispatch: rows of tokens travel to the ranks of their experts."""
 
 from __future__ import annotations
 

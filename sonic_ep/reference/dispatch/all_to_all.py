@@ -19,9 +19,10 @@ class AllToAllDispatch:
         """(R, H) in canonical row order; zeros past the valid rows."""
         exchange = slot_exchange(plan)
         sent_NH = x_TH[exchange.slots // plan.top_k]
-        arrived_NH = self._collectives.all_to_all_rows(sent_NH, exchange.send_splits, exchange.receive_splits)
         rows_RH = x_TH.new_zeros((plan.row_capacity, *x_TH.shape[1:]))
-        rows_RH[exchange.rows] = arrived_NH
+        rows_RH[exchange.rows] = self._collectives.all_to_all_rows(
+            sent_NH, exchange.send_splits, exchange.receive_splits
+        )
         return rows_RH
 
     def source_of_row(self, plan: RoutingPlan) -> Tensor | None:

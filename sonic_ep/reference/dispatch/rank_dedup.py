@@ -16,11 +16,11 @@ class RankDedupDispatch:
         self._collectives = collectives
 
     def receive(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
-        """(P, H): the tokens of the group that have a slot here, in the order of ``packed_of_token``."""
+        """(P, H): the tokens with a slot on this rank, in the order of ``packed_of_token``."""
         exchange = pair_exchange(plan)
         return self._collectives.all_to_all_rows(x_TH[exchange.tokens], exchange.send_splits, exchange.receive_splits)
 
     def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
-        """Packed place of the row's token: with K=2 and ``packed_of_token`` [0, -1, 1], slot 5 is of place 1."""
+        """The place of each row's token: with K=2 and ``packed_of_token`` [0, -1, 1], slot 5 is at place 1."""
         token_of_row_N = plan.slot_of_row[: plan.rows()].long() // plan.top_k
         return plan.packed_of_token.flatten()[token_of_row_N].long()
