@@ -128,7 +128,7 @@ class Planner:
         )
         check_slots(self._group, world_size=shape.world_size, max_tokens=max_tokens, top_k=shape.top_k)
         if max_tokens == 0:
-            plan = empty_plan(shape, topk_idx_TK)
+            plan = empty_plan(shape, topk_idx_TK.device)
             scores_WCK = None if scores_TK is None else scores_TK.new_empty(plan.expert_ids.shape)
             return PendingPlan(plan=plan, scores_WCK=scores_WCK, counted=False)
         step = self._workspace.step.number
