@@ -168,10 +168,10 @@ def activate_backward_kernel(
 ):
     """Everything between the GEMMs of backward, in one pass. Grid as of ``activate_kernel``.
 
-    hidden_ptr (R, F). grad_ptr (R, I): dA = d(out) . w2 of each row, not yet weighted; overwritten by A' = round(score *
-    A), from which the gradient of w2 is taken. hidden_grad_ptr (R, F): dH = round(score * dA * d(act)/dh). dots_ptr (R,)
-    fp32: the sum over I of dA * A, the gradient of the row's score. scores_ptr (W*C*K,) fp32. The activation A is
-    computed again, in type WIDE.
+    hidden_ptr (R, F); scores_ptr (W*C*K,) fp32. The activation A is computed again, in type WIDE.
+    grad_ptr (R, I): dA = d(out) . w2 of each row, not yet weighted; overwritten by A' = round(score * A), from which
+    the gradient of w2 is taken. hidden_grad_ptr (R, F): dH = round(score * dA * d(act)/dh). dots_ptr (R,) fp32: the
+    sum over I of dA * A, the gradient of the row's score.
     """
     WIDE: tl.constexpr = tl.float64 if hidden_ptr.dtype.element_ty == tl.float32 else tl.float32
     rows = valid_rows(group_ends_ptr, experts_per_rank, row_capacity)

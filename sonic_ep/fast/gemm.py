@@ -1,4 +1,4 @@
-"""Grouped products over the experts of one rank, without a read on the host: PyTorch's where they serve, or two kernels.
+"""Grouped products over the experts of one rank, with no read on the host: PyTorch's where they serve, or two kernels.
 
 ``rows`` multiplies each row by the matrix of its expert, ``weights`` sums products of rows, expert by expert. Both sum
 in fp32, or in fp64 for fp32 operands (Hopper's tensor cores take fp64 at the rate of plain fp32), and round once.

@@ -66,8 +66,8 @@ def choose_kernel(
 ):
     """The K best experts of each token, best first, and their softmax. Grid (ceil(T / TOKENS),).
 
-    logits_ptr (T, E) fp32; topk_idx_ptr (T, K) int64; scores_ptr (T, K) fp32: exp(logit - best), divided by its sum over
-    all E experts if OVER_ALL, else over the K chosen. The K experts are distinct whatever the logits are.
+    logits_ptr (T, E) fp32; topk_idx_ptr (T, K) int64; scores_ptr (T, K) fp32: exp(logit - best), over its sum over all
+    E experts if OVER_ALL, else over the K chosen. The K experts are distinct whatever the logits are.
 
     Logits 0 ln2 0 of one token, K=2: experts 1 0, scores 2/4 1/4 over all and 2/3 1/3 over the chosen.
     """
@@ -114,7 +114,7 @@ def logits_gradient_kernel(
     """d(logits) from d(scores), through the softmax. Grid (ceil(T / TOKENS),).
 
     logits_ptr (T, E), scores_ptr and scores_grad_ptr (T, K), out_ptr (T, E): fp32; topk_idx_ptr (T, K) int64.
-    With scores s, their gradient g and G = sum over k of g * s, a chosen logit gets s * (g - G); if OVER_ALL, the others
+    With scores s, their gradient g and G = sum over k of g * s, a chosen logit gets s * (g - G); if OVER_ALL, others
     get -p * G, p being their share of the softmax. Scores 2/4 1/4 of three experts, OVER_ALL, g = 1 0: the chosen get
     1/4 -1/8, the other -1/8.
     """
