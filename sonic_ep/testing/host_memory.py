@@ -79,19 +79,14 @@ class HostSharedMemory:
         """Collective. Each rank makes a file and maps those of all."""
         rank = self._collectives.group.rank
         with ExitStack() as stack:
-            offers = agreed(self._collectives, self._offer(nbytes, stack))
+            try:
+                offer = Offer(nbytes=nbytes, path=str(stack.enter_context(shared_file(nbytes))))
+            except OSError as error:
+                offer = Offer(nbytes=nbytes, error=str(error))
+            offers = agreed(self._collectives, offer)
             paths = [str(offer.path) for offer in offers]
             by_rank = tuple(torch.from_file(p, shared=True, size=nbytes, dtype=torch.uint8) for p in paths)
             by_rank[rank].fill_(byte)
             self._collectives.objects("mapped and filled", Phase.MEMORY)
         addresses = torch.tensor([tensor.data_ptr() for tensor in by_rank], dtype=torch.int64, device="cpu")
         return SharedBuffer(rank=rank, by_rank=by_rank, addresses=addresses)
-
-    @staticmethod
-    def _offer(nbytes: int, stack: ExitStack) -> Offer:
-        """A file that lasts as long as ``stack``, or why there is none."""
-        try:
-            path = stack.enter_context(shared_file(nbytes))
-        except OSError as error:
-            return Offer(nbytes=nbytes, error=str(error))
-        return Offer(nbytes=nbytes, path=str(path))

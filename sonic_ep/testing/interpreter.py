@@ -19,19 +19,15 @@ import numpy as np
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
-# Operations of Triton that are NumPy's, and the types of operands for which they are.
 ARITHMETIC = {"int32": np.int32, "int64": np.int64, "fp32": np.float32}
 LOGIC = {"int1": np.bool_, "int32": np.int32, "int64": np.int64}
-ARITHMETIC_OPERATIONS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
-LOGIC_OPERATIONS = {"and_": np.bitwise_and, "or_": np.bitwise_or}
-COMPARISONS = {
-    "less_than": np.less,
-    "less_equal": np.less_equal,
-    "greater_than": np.greater,
-    "greater_equal": np.greater_equal,
-    "equal": np.equal,
-    "not_equal": np.not_equal,
-}
+# Operations of Triton that are NumPy's, the types of operands for which they are, and the element type of results.
+OPERATIONS = (
+    ({"add": np.add, "sub": np.subtract, "mul": np.multiply}, ARITHMETIC, None),
+    ({"and_": np.bitwise_and, "or_": np.bitwise_or}, LOGIC, None),
+    ({"less_than": np.less, "less_equal": np.less_equal, "equal": np.equal}, ARITHMETIC, tl.int1),
+    ({"greater_than": np.greater, "greater_equal": np.greater_equal, "not_equal": np.not_equal}, ARITHMETIC, tl.int1),
+)
 
 
 class OncePerLaunch:
@@ -149,13 +145,8 @@ def constant(number: float, numpy_type: Any) -> Any:
     return np.array([number], dtype=numpy_type)
 
 
-def on_numpy(
-    operation: Callable[..., Any], numpy_operation: Any, types: dict[str, Any], result: Any = None
-) -> Callable[..., Any]:
-    """Triton's ``operation``, done by NumPy for two operands of one of ``types``.
-
-    result: the element type of results, by default that of the operands.
-    """
+def on_numpy(operation: Callable[..., Any], numpy_operation: Any, types: dict[str, Any], result: Any) -> Any:
+    """Triton's ``operation``, done by NumPy for two operands of one of ``types``. result: None for their own type."""
 
     @wraps(operation)
     def computed(semantic: Any, one: Any, other: Any, *how: Any, **named: Any) -> Any:
@@ -217,10 +208,6 @@ def hasten() -> None:
     interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
     semantic = interpreter.TritonSemantic
     semantic.add = on_addresses(semantic.add)
-    for operations, types, result in (
-        (ARITHMETIC_OPERATIONS, ARITHMETIC, None),
-        (LOGIC_OPERATIONS, LOGIC, None),
-        (COMPARISONS, ARITHMETIC, tl.int1),
-    ):
+    for operations, types, result in OPERATIONS:
         for name, numpy_operation in operations.items():
             setattr(semantic, name, on_numpy(getattr(semantic, name), numpy_operation, types, result))

@@ -64,30 +64,16 @@ class LayerShape:
         """Bytes of a tensor of these extents in int32 or fp32: "WCK" is one number of each slot of the group."""
         return self._elements(letters) * INDEX_BYTES
 
-    def bias(self, letters: str) -> int:
-        """Bytes of a bias, and of its gradient; 0 without biases."""
-        return self.values(letters) if self.biases else 0
-
     @property
     def plan(self) -> int:
-        """Bytes of the plan's fields: expert_ids, row_of_slot, packed_of_token, slot_of_row, group_ends, pair_tokens."""
-        fields = sum(self.numbers(letters) for letters in ("WCK", "WCK", "WC", "R", "e", "WW"))
-        # And counts, the start of a tensor of E + W.
-        return fields + self.numbers("E") + self.numbers("W")
+        """Bytes of the plan."""
+        # expert_ids, row_of_slot, packed_of_token, slot_of_row, group_ends, pair_tokens; counts, the start of E + W.
+        return sum(self.numbers(letters) for letters in ("WCK", "WCK", "WC", "R", "e", "WW", "E", "W"))
 
     def _elements(self, letters: str) -> int:
-        extents = {
-            "W": self.world_size,
-            "C": self.max_tokens,
-            "T": self.tokens,
-            "K": self.top_k,
-            "R": self.rows,
-            "E": self.num_experts,
-            "e": self.num_experts // self.world_size,
-            "H": self.hidden,
-            "I": self.intermediate,
-            "F": self.intermediate * (2 if self.gated else 1),
-        }
+        extents = {"W": self.world_size, "C": self.max_tokens, "T": self.tokens, "K": self.top_k, "R": self.rows}
+        extents |= {"E": self.num_experts, "e": self.num_experts // self.world_size}
+        extents |= {"H": self.hidden, "I": self.intermediate, "F": self.intermediate * (2 if self.gated else 1)}
         return math.prod(extents[letter] for letter in letters)
 
 
@@ -156,9 +142,10 @@ def backward_steps(
     before_order = 0 if to_all_rows else shape.values("WCH") + shape.numbers("R")
     again = shape.values("WCH") if redispatch_x_in_backward else 0
     between = rows + again + shape.values("RI") + shape.values("RF") + shape.numbers("R")
-    w2_grads = shape.values("eHI") + shape.bias("eH")
+    b1, b2 = (shape.values("eF"), shape.values("eH")) if shape.biases else (0, 0)
+    w2_grads = shape.values("eHI") + b2
     # By then the rows of d(out) and A' are freed, and there are the gradients of w2, biases and scores.
-    behind = again + shape.values("RF") + shape.numbers("R") + w2_grads + shape.bias("eF") + shape.numbers("TK")
+    behind = again + shape.values("RF") + shape.numbers("R") + w2_grads + b1 + shape.numbers("TK")
     x_rows = 0 if to_all_rows and not redispatch_x_in_backward else rows
     return {
         "dispatch": before_order + rows,
@@ -169,17 +156,14 @@ def backward_steps(
     }
 
 
-def forward_peak_bytes(
-    shape: LayerShape, dispatch: DispatchMode, *, training: bool, redispatch_x_in_backward: bool = False
-) -> int:
+def forward_peak_bytes(shape: LayerShape, dispatch: DispatchMode, *, training: bool, **options: bool) -> int:
     """The most of ``forward_steps``."""
-    steps = forward_steps(shape, dispatch, training=training, redispatch_x_in_backward=redispatch_x_in_backward)
-    return max(steps.values())
+    return max(forward_steps(shape, dispatch, training=training, **options).values())
 
 
-def backward_peak_bytes(shape: LayerShape, dispatch: DispatchMode, *, redispatch_x_in_backward: bool = False) -> int:
+def backward_peak_bytes(shape: LayerShape, dispatch: DispatchMode, **options: bool) -> int:
     """The most of ``backward_steps``."""
-    return max(backward_steps(shape, dispatch, redispatch_x_in_backward=redispatch_x_in_backward).values())
+    return max(backward_steps(shape, dispatch, **options).values())
 
 
 @dataclass(frozen=True, kw_only=True)
