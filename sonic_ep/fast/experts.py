@@ -62,54 +62,47 @@ def slope(x, POINTWISE: tl.constexpr):
 
 @triton.jit
 def load_split(
-    row_ptr,
-    there,
-    first,
-    width,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr,
+    row_ptr, there, first, I, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr
 ):
     """Gate and up, (ROWS, COLUMNS) of type WIDE, of columns first, first + 1, ... of rows; zeros outside.
 
-    row_ptr (ROWS,): where each row begins, of 2 * width elements, or of ``width`` if not gated: then both are the gate.
+    row_ptr (ROWS,): where each row begins, of 2I elements, or of I if not gated: then both are the gate.
     there (ROWS,): which rows exist. An interleaved row is loaded as it lies, then split: of g0 u0 g1 u1, columns 0 and
     1 are g0 g1 and u0 u1.
     """
     if GATED and INTERLEAVED:
         both = 2 * first + tl.arange(0, 2 * COLUMNS)
-        inside = there[:, None] & (both < 2 * width)[None, :]
+        inside = there[:, None] & (both < 2 * I)[None, :]
         pairs = tl.load(row_ptr[:, None] + both[None, :], mask=inside, other=0.0).to(WIDE)
         gate, up = tl.split(tl.reshape(pairs, (row_ptr.shape[0], COLUMNS, 2)))
     else:
         column = first + tl.arange(0, COLUMNS)
-        inside = there[:, None] & (column < width)[None, :]
+        inside = there[:, None] & (column < I)[None, :]
         place_ptr = row_ptr[:, None] + column[None, :]
         gate = tl.load(place_ptr, mask=inside, other=0.0).to(WIDE)
         up = gate
         if GATED:
-            up = tl.load(place_ptr + width, mask=inside, other=0.0).to(WIDE)
+            up = tl.load(place_ptr + I, mask=inside, other=0.0).to(WIDE)
     return gate, up
 
 
 @triton.jit
 def store_split(
-    row_ptr, there, first, width, gate, up, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, COLUMNS: tl.constexpr
+    row_ptr, there, first, I, gate, up, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """The inverse of ``load_split``, rounded."""
     if GATED and INTERLEAVED:
         both = 2 * first + tl.arange(0, 2 * COLUMNS)
-        inside = there[:, None] & (both < 2 * width)[None, :]
+        inside = there[:, None] & (both < 2 * I)[None, :]
         pairs = tl.reshape(tl.join(gate, up), (row_ptr.shape[0], 2 * COLUMNS))
         tl.store(row_ptr[:, None] + both[None, :], rounded(pairs.to(tl.float32), row_ptr), mask=inside)
     else:
         column = first + tl.arange(0, COLUMNS)
-        inside = there[:, None] & (column < width)[None, :]
+        inside = there[:, None] & (column < I)[None, :]
         place_ptr = row_ptr[:, None] + column[None, :]
         tl.store(place_ptr, rounded(gate.to(tl.float32), row_ptr), mask=inside)
         if GATED:
-            tl.store(place_ptr + width, rounded(up.to(tl.float32), row_ptr), mask=inside)
+            tl.store(place_ptr + I, rounded(up.to(tl.float32), row_ptr), mask=inside)
 
 
 @triton.jit(do_not_specialize=["row_capacity"])

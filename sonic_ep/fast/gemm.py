@@ -189,11 +189,9 @@ class GroupedGemm(Protocol):
 
         The bias is added before the one rounding. Unspecified past ``group_ends_e[-1]``.
         """
-        ...
 
     def weights(self, a_RM: Tensor, b_RN: Tensor, group_ends_e: Tensor) -> Tensor:
         """(e, M, N): of each group ``a^T . b`` over its rows, both contiguous. Exact zeros for a group without rows."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,11 +99,6 @@ def copy_constants(rows_NH: Tensor) -> dict[str, int]:
     return {"INTS": width, "BLOCK": block_size(width, rows_NH.element_size()), "num_warps": ROW_WARPS}
 
 
-def columns(width: int) -> int:
-    """Columns that a program computes at a time, of rows of ``width``: a power of two."""
-    return min(triton.next_power_of_2(width), MOST_COLUMNS)
-
-
 def column_constants(width: int) -> dict[str, int]:
-    """Constants of a kernel that computes over rows of ``width``."""
-    return {"H": width, "COLUMNS": columns(width), "num_warps": ROW_WARPS}
+    """Constants of a kernel that computes over rows of ``width``: a power of two of COLUMNS at a time."""
+    return {"H": width, "COLUMNS": min(triton.next_power_of_2(width), MOST_COLUMNS), "num_warps": ROW_WARPS}

@@ -7,6 +7,7 @@ of the tiles before each tile, one gives every slot its row. A tile holds whole 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -334,6 +335,27 @@ def stage_ids(topk_idx_TK: Tensor, shape: PlanShape, staged: SharedBuffer) -> No
     launch(stage_ids_kernel, grid, topk_idx_TK, target, *sizes, device=topk_idx_TK.device, BLOCK=STAGE_BLOCK)
 
 
+def new_plan(
+    counts: TileCounts, shape: PlanShape, *, num_tokens: int, row_capacity: int, new: Callable[..., Tensor]
+) -> RoutingPlan:
+    """This rank's plan with the ids and counts of ``counts``, and its other fields made by ``new``."""
+
+    def field(*sizes: int) -> Tensor:
+        return new(sizes, dtype=INDEX_DTYPE, device=counts.totals.device)
+
+    return RoutingPlan(
+        rank=shape.rank,
+        num_tokens=num_tokens,
+        expert_ids=counts.expert_ids,
+        counts=counts.totals[: shape.num_experts],
+        row_of_slot=field(*counts.expert_ids.shape),
+        group_ends=field(shape.experts_per_rank),
+        slot_of_row=field(row_capacity),
+        pair_tokens=field(shape.world_size, shape.world_size),
+        packed_of_token=field(shape.world_size, shape.max_tokens),
+    )
+
+
 def placed_plan(
     counts: TileCounts, shape: PlanShape, *, num_tokens: int, row_capacity: int, max_rows: int, device_errors: Tensor
 ) -> RoutingPlan:
@@ -341,23 +363,8 @@ def placed_plan(
 
     max_rows: rows of one rank above which ``device_errors`` says so.
     """
-    device = counts.totals.device
-
-    def empty(*sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=INDEX_DTYPE, device=device)
-
-    plan = RoutingPlan(
-        rank=shape.rank,
-        num_tokens=num_tokens,
-        expert_ids=counts.expert_ids,
-        counts=counts.totals[: shape.num_experts],
-        row_of_slot=empty(*counts.expert_ids.shape),
-        group_ends=empty(shape.experts_per_rank),
-        slot_of_row=empty(row_capacity),
-        pair_tokens=empty(shape.world_size, shape.world_size),
-        packed_of_token=empty(shape.world_size, shape.max_tokens),
-    )
-    scanned = (counts.before, counts.totals)
+    plan = new_plan(counts, shape, num_tokens=num_tokens, row_capacity=row_capacity, new=torch.empty)
+    scanned, device = (counts.before, counts.totals), counts.totals.device
     pointers = (plan.expert_ids, *scanned, plan.row_of_slot, plan.slot_of_row, plan.packed_of_token)
     sizes = (shape.rank, shape.max_tokens, *shape.sizes, row_capacity)
     constants = shape.tile_constants() | {"COMPARED": COMPARED_SLOTS, "num_warps": PLACE_WARPS}
@@ -370,18 +377,7 @@ def placed_plan(
 
 def empty_plan(shape: PlanShape, device: torch.device) -> RoutingPlan:
     """The plan of a group in which no rank has a token."""
-
-    def zeros(*sizes: int) -> Tensor:
-        return torch.zeros(sizes, dtype=INDEX_DTYPE, device=device)
-
-    return RoutingPlan(
-        rank=shape.rank,
-        num_tokens=0,
-        expert_ids=zeros(shape.world_size, 0, shape.top_k),
-        counts=zeros(shape.num_experts),
-        row_of_slot=zeros(shape.world_size, 0, shape.top_k),
-        group_ends=zeros(shape.experts_per_rank),
-        slot_of_row=zeros(0),
-        pair_tokens=zeros(shape.world_size, shape.world_size),
-        packed_of_token=zeros(shape.world_size, 0),
-    )
+    none_WCK = torch.zeros((shape.world_size, 0, shape.top_k), dtype=INDEX_DTYPE, device=device)
+    totals = torch.zeros(shape.bins, dtype=INDEX_DTYPE, device=device)
+    counts = TileCounts(expert_ids=none_WCK, before=totals.new_zeros((0, shape.bins)), totals=totals, scores=None)
+    return new_plan(counts, shape, num_tokens=0, row_capacity=0, new=torch.zeros)

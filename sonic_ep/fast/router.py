@@ -259,22 +259,33 @@ def choose_experts(logits_TE: Tensor, options: RouterOptions) -> Choices:
 
     logits: fp32, contiguous; NaN is larger than any number. Logits 0.5 2.0 0.5 2.0 with K=3 choose 1 3 0.
     """
-    num_tokens, device, tile = logits_TE.shape[0], logits_TE.device, LogitsTile.of(logits_TE, options)
-    topk_idx_TK = torch.empty(num_tokens, options.top_k, dtype=torch.int64, device=device)
-    scores_TK = logits_TE.new_empty(num_tokens, options.top_k)
-    pointers = (logits_TE, topk_idx_TK, scores_TK)
-    launch(choose_kernel, tile.grid(num_tokens), *pointers, num_tokens, device=device, **tile.constants())
+    num_tokens, top_k = logits_TE.shape[0], options.top_k
+    topk_idx_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits_TE.device)
+    scores_TK = logits_TE.new_empty(num_tokens, top_k)
+    _over_tokens(choose_kernel, (logits_TE, topk_idx_TK, scores_TK), options)
     return Choices(topk_idx=topk_idx_TK, scores=scores_TK)
 
 
 def logits_gradient(routing: Routing, scores_grad_TK: Tensor, options: RouterOptions) -> Tensor:
     """d(logits) from the gradient of the scores, (T, E) fp32."""
     grad_TE = torch.empty_like(routing.logits)
-    num_tokens, tile = grad_TE.shape[0], LogitsTile.of(grad_TE, options)
-    pointers = (routing.logits, routing.topk_idx, routing.topk_scores, scores_grad_TK.contiguous(), grad_TE)
-    grid, constants = tile.grid(num_tokens), tile.constants()
-    launch(logits_gradient_kernel, grid, *pointers, num_tokens, device=grad_TE.device, **constants)
+    given = (routing.logits, routing.topk_idx, routing.topk_scores, scores_grad_TK.contiguous())
+    _over_tokens(logits_gradient_kernel, (*given, grad_TE), options)
     return grad_TE
+
+
+def _over_tokens(kernel: Any, pointers: tuple[Tensor, ...], options: RouterOptions) -> None:
+    """Launch ``kernel`` over tiles of tokens; its first argument is the logits (T, E)."""
+    (num_tokens, num_experts), device = pointers[0].shape, pointers[0].device
+    experts, k = triton.next_power_of_2(num_experts), triton.next_power_of_2(options.top_k)
+    tokens = max(1, TILE_LOGITS // experts)
+    # Shares of all experts, divided by the sum of those of the chosen, are shares of the chosen.
+    over_all = options.score_order is ScoreOrder.SOFTMAX_THEN_TOPK and not options.norm_topk_probs
+    constants = {"E": num_experts, "K": options.top_k, "OVER_ALL": over_all}
+    padded = {"TOKENS": tokens, "EXPERTS_PADDED": experts, "K_PADDED": k}
+    warps = min(max(4, tokens * experts // TILE_LOGITS), MOST_WARPS)
+    grid = (triton.cdiv(num_tokens, tokens),)
+    launch(kernel, grid, *pointers, num_tokens, device=device, num_warps=warps, **constants, **padded)
 
 
 def bf16_parts(grad_TE: Tensor) -> Tensor:
@@ -318,39 +329,3 @@ def product(left_MK: Tensor, right_KN: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == left_MK.dtype:
         return torch.mm(left_MK, right_KN)
     return torch.mm(left_MK, right_KN, out_dtype=dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogitsTile:
-    """How the kernels cut logits (T, E) into programs, and their constants.
-
-    over_all: whether scores are shares of all E experts, not of the K chosen. Shares of all, divided by the sum of
-    those of the chosen, are shares of the chosen.
-    """
-
-    num_experts: int
-    top_k: int
-    over_all: bool
-
-    @staticmethod
-    def of(logits_TE: Tensor, options: RouterOptions) -> LogitsTile:
-        """For these logits and options."""
-        over_all = options.score_order is ScoreOrder.SOFTMAX_THEN_TOPK and not options.norm_topk_probs
-        return LogitsTile(num_experts=logits_TE.shape[1], top_k=options.top_k, over_all=over_all)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one program."""
-        return max(1, TILE_LOGITS // triton.next_power_of_2(self.num_experts))
-
-    def grid(self, num_tokens: int) -> tuple[int]:
-        """Programs for T = ``num_tokens``."""
-        return (triton.cdiv(num_tokens, self.tokens),)
-
-    def constants(self) -> dict[str, Any]:
-        """Compile-time constants of both kernels."""
-        experts_padded, k_padded = triton.next_power_of_2(self.num_experts), triton.next_power_of_2(self.top_k)
-        warps = min(max(4, self.tokens * experts_padded // TILE_LOGITS), MOST_WARPS)
-        padded = {"EXPERTS_PADDED": experts_padded, "K_PADDED": k_padded}
-        sizes = {"E": self.num_experts, "K": self.top_k, "TOKENS": self.tokens}
-        return {**sizes, **padded, "OVER_ALL": self.over_all, "num_warps": warps}
