@@ -79,7 +79,7 @@ class CopyEngineGather:
 
     def stage(self, x_TH: Tensor, max_tokens: int) -> SharedBuffer:
         """Collective. The first half of ``start``."""
-        # The last gather's copies end before the barrier lets peers overwrite their source, whoever waited for them.
+        # The last gather's copies have to end before the barrier, after which peers overwrite their source.
         self._last.wait_before_next(self._workspace.device)
         return stage_tokens(x_TH, max_tokens, self._workspace, self._name)
 

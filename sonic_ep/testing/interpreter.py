@@ -43,17 +43,15 @@ class OncePerLaunch:
         if self._patched is not None and seen <= self._patched:
             return SimpleNamespace(restore=lambda: None)
         outermost, scope = self._patched is None, self._patch(function)
-        self._patched = seen | (self._patched or frozenset())
-        if outermost:
-            scope.restore = self._forgetting(scope.restore)
-        return scope
+        self._patched, restore = seen | (self._patched or frozenset()), scope.restore
 
-    def _forgetting(self, restore: Callable[[], None]) -> Callable[[], None]:
-        def restored() -> None:
+        def restore_and_forget() -> None:
             self._patched = None
             restore()
 
-        return restored
+        if outermost:
+            scope.restore = restore_and_forget
+        return scope
 
 
 @cache
@@ -86,7 +84,7 @@ def patch_functions(package: Any, builder: Any, scope: Any) -> None:
 def construct_once(construct: Callable[..., None], key: Callable[..., Hashable], varying: str = "") -> Any:
     """A constructor of two arguments that computes its attributes once for each ``key`` of them.
 
-    varying: the attribute that is the first argument itself, whatever the key.
+    varying: the attribute that is the first argument itself.
     """
     known: dict[Hashable, dict[str, Any]] = {}
 

@@ -27,9 +27,7 @@ from dataclasses import astuple, dataclass
 
 from sonic_ep.config import CombineMode, DispatchMode, ModePair
 
-# Of an int32 of the plan, and of an fp32 score.
-INDEX_BYTES = 4
-TAG_BYTES = 8
+INDEX_BYTES, TAG_BYTES = 4, 8
 # Shared buffers are whole blocks of this, at least one; what combine receives at a time has a bound.
 SHARED_BLOCK_BYTES = 512
 MOST_RECEIVED_BYTES = 2**29
@@ -96,7 +94,7 @@ class SavedMemory:
 
 
 def received_bytes(shape: LayerShape, dispatch: DispatchMode) -> int:
-    """What a dispatch brings: (R, H) in canonical order, or room for each token of the group once, (W*C, H)."""
+    """Bytes that dispatch receives: (R, H) in canonical order, or room for each token of the group once, (W*C, H)."""
     return shape.values("RH" if dispatch is DispatchMode.ALL_TO_ALL else "WCH")
 
 
@@ -145,14 +143,14 @@ def backward_steps(
     b1, b2 = (shape.values("eF"), shape.values("eH")) if shape.biases else (0, 0)
     w2_grads = shape.values("eHI") + b2
     # By then the rows of d(out) and A' are freed, and there are the gradients of w2, biases and scores.
-    behind = again + shape.values("RF") + shape.numbers("R") + w2_grads + b1 + shape.numbers("TK")
+    later = again + shape.values("RF") + shape.numbers("R") + w2_grads + b1 + shape.numbers("TK")
     x_rows = 0 if to_all_rows and not redispatch_x_in_backward else rows
     return {
         "dispatch": before_order + rows,
         "activate": between,
         "w2": between + w2_grads,
-        "combine": behind + rows + shape.values("TH"),
-        "w1": behind + shape.values("TH") + x_rows + shape.values("eFH"),
+        "combine": later + rows + shape.values("TH"),
+        "w1": later + shape.values("TH") + x_rows + shape.values("eFH"),
     }
 
 

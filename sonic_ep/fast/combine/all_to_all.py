@@ -61,7 +61,7 @@ def exchange_rows_kernel(
         k = tl.arange(0, K_PADDED)
         experts = tl.load(expert_ids_ptr + first_slot + k, mask=k < K, other=-1)
         first_expert = rank * experts_per_rank
-        behind = first_expert + experts_per_rank
+        next_expert = first_expert + experts_per_rank
         received = peer_pointer(received_ptr, origin, out_ptr) + group.to(tl.int64) * K * H
         if origin == rank:
             await_receive_slots(
@@ -74,8 +74,8 @@ def exchange_rows_kernel(
                     for choice in range(K):
                         expert = tl.load(expert_ids_ptr + first_slot + choice)
                         row = tl.load(row_of_slot_ptr + first_slot + choice).to(tl.int64)
-                        own = (expert >= first_expert) & (expert < behind) & (row < row_capacity)
-                        remote = ((expert >= 0) & (expert < first_expert)) | (expert >= behind)
+                        own = (expert >= first_expert) & (expert < next_expert) & (row < row_capacity)
+                        remote = ((expert >= 0) & (expert < first_expert)) | (expert >= next_expert)
                         term = tl.load(rows_ptr + row * H + column, mask=column < tl.where(own, H, 0), other=0.0)
                         there = column < tl.where(remote, H, 0)
                         place = received + tl.cast(choice, tl.int64) * H + column
@@ -90,7 +90,7 @@ def exchange_rows_kernel(
             for choice in range(K):
                 expert = tl.load(expert_ids_ptr + first_slot + choice)
                 row = tl.load(row_of_slot_ptr + first_slot + choice).to(tl.int64)
-                if (expert >= first_expert) & (expert < behind) & (row < row_capacity):
+                if (expert >= first_expert) & (expert < next_expert) & (row < row_capacity):
                     for first in range(0, H, COLUMNS):
                         column = first + tl.arange(0, COLUMNS)
                         value = tl.load(rows_ptr + row * H + column, mask=column < H)

@@ -2,8 +2,8 @@
 
 A combine is one kernel. Its programs come in groups of W, one group a token: W - 1 send this rank's rows of that token
 of each other rank, and one sums the own token ``LAG_TOKENS`` groups earlier, once its senders have raised their flags.
-Senders wait for nobody, and a sum waits only for senders that precede its group on every rank; so programs that start
-in order all finish.
+Senders never wait, and a sum waits only for senders that precede its group on every rank; so programs that start in
+order all finish.
 
 The C tokens of a rank are sent in chunks that fit the receive buffer, with a barrier before each chunk.
 """

@@ -29,7 +29,7 @@ def pull_packed_kernel(
     """Read one token of the group if it has a slot on this rank. Grid (W * C,): ``rank_and_token``.
 
     own_ptr (T, INTS); staged_ptr (W,) int64: addresses of all ranks' (C, INTS); packed_of_token_ptr (W, C).
-    packed_ptr (W * C, INTS): places 0 -1 1 of three tokens bring tokens 0 and 2 to its first two rows.
+    packed_ptr (W * C, INTS): with places 0 -1 1 of three tokens, its first two rows are tokens 0 and 2.
     """
     source, token = rank_and_token(tl.program_id(0), rank, world_size)
     token = token.to(tl.int64)
