@@ -32,26 +32,26 @@ class GatherEvents:
             self.wait(device)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class GatherInFlight:
-    """An all-gather that has been started. Call ``wait()`` on each stream that uses the result."""
+    """An all-gather (W, C, H) that has been started. Call ``wait()`` on each stream that uses the result."""
 
-    def __init__(self, gathered_WCH: Tensor, events: GatherEvents) -> None:
-        self._gathered = gathered_WCH
-        self._events = events
+    gathered: Tensor
+    events: GatherEvents
 
     def wait(self) -> Tensor:
         """(W*C, H), the tokens by source rank; unspecified past the T tokens of each.
 
         The current stream waits, the host does not.
         """
-        self._events.wait(self._gathered.device)
-        return self._gathered.flatten(0, 1)
+        self.events.wait(self.gathered.device)
+        return self.gathered.flatten(0, 1)
 
     def addresses(self) -> Tensor:
         """(W,) int64, on the device: where the tokens of each rank begin."""
-        block_bytes = self._gathered[0].numel() * self._gathered.element_size()
-        ranks_W = torch.arange(self._gathered.shape[0], dtype=torch.int64, device=self._gathered.device)
-        return ranks_W * block_bytes + self._gathered.data_ptr()
+        block_bytes = self.gathered[0].numel() * self.gathered.element_size()
+        ranks_W = torch.arange(self.gathered.shape[0], dtype=torch.int64, device=self.gathered.device)
+        return ranks_W * block_bytes + self.gathered.data_ptr()
 
 
 class CopyEngineGather:
@@ -97,7 +97,7 @@ class CopyEngineGather:
             gathered_WCH[group.rank, : x_TH.shape[0]].copy_(x_TH)
         # Only the events: the caller decides how long the result lives.
         self._last = GatherEvents(events=tuple(events), captured=_capturing(self._workspace.device))
-        return GatherInFlight(gathered_WCH, self._last)
+        return GatherInFlight(gathered=gathered_WCH, events=self._last)
 
     def _copy(self, target_CH: Tensor, source_CH: Tensor, peer: int) -> list[torch.cuda.Event]:
         if not self._streams:

@@ -354,12 +354,6 @@ def _rows_at_once(columns_at_once: int, device: torch.device) -> int:
 def _activation_constants(experts: Experts, device: torch.device) -> dict[str, int | bool | str]:
     intermediate = experts.w2.shape[2]
     columns_at_once = min(triton.next_power_of_2(intermediate), MOST_ACTIVATED)
-    return {
-        "GATED": experts.activation.gated,
-        "INTERLEAVED": experts.layout.name == "interleaved",
-        "POINTWISE": POINTWISE[experts.activation.name],
-        "I": intermediate,
-        "ROWS": _rows_at_once(columns_at_once, device),
-        "COLUMNS": columns_at_once,
-        "num_warps": ROW_WARPS,
-    }
+    activation = {"GATED": experts.activation.gated, "POINTWISE": POINTWISE[experts.activation.name]}
+    tile = {"I": intermediate, "ROWS": _rows_at_once(columns_at_once, device), "COLUMNS": columns_at_once}
+    return {**activation, **tile, "INTERLEAVED": experts.layout.name == "interleaved", "num_warps": ROW_WARPS}

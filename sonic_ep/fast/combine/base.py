@@ -106,15 +106,9 @@ class PushedCombine(ABC):
         pointers = (rows_RH, scores, out_TH, plan.expert_ids, plan.row_of_slot)
         addresses = (shared.received.addresses, shared.flags.addresses)
         sizes = (plan.world_size, plan.max_tokens, plan.num_tokens, plan.experts_per_rank, plan.row_capacity)
-        constants = {
-            "HAS_SCORES": scores_WCK is not None,
-            "K": plan.top_k,
-            "K_PADDED": triton.next_power_of_2(plan.top_k),
-            "H": hidden,
-            "COLUMNS": min(triton.next_power_of_2(hidden), COLUMNS),
-            "num_warps": SUM_WARPS,
-            **self._constants,
-        }
+        constants = {"K": plan.top_k, "K_PADDED": triton.next_power_of_2(plan.top_k), **self._constants}
+        constants |= {"H": hidden, "COLUMNS": min(triton.next_power_of_2(hidden), COLUMNS), "num_warps": SUM_WARPS}
+        constants["HAS_SCORES"] = scores_WCK is not None
         for first_token, tokens in shared.chunks():
             lag = min(tokens, LAG_TOKENS) if plan.world_size > 1 else 0
             grid, of_chunk = ((tokens + lag) * plan.world_size,), (first_token, tokens, lag, shared.chunk)
