@@ -6,13 +6,7 @@ from sonic_ep.backend import Backend
 from sonic_ep.config import EPConfig
 from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.distributed.group import EPGroup
-from sonic_ep.fast.capabilities import (
-    auto_reasons,
-    device_reasons,
-    interpreted,
-    interpreter_reasons,
-    software_reasons,
-)
+from sonic_ep.fast.capabilities import auto_reasons, device_reasons, interpreted, interpreter_reasons, software_reasons
 
 __all__ = ["auto_reasons", "create", "unavailable_reasons"]
 
@@ -20,14 +14,14 @@ __all__ = ["auto_reasons", "create", "unavailable_reasons"]
 def unavailable_reasons(group: EPGroup) -> tuple[str, ...]:
     """Every reason why the backend cannot run here, all at once."""
     missing = software_reasons()
-    # Only an installed triton can tell whether its interpreter does without a GPU.
+    # Only an installed triton says whether it interprets, and so needs no GPU.
     if not missing and interpreted():
         return interpreter_reasons()
     return (*missing, *device_reasons())
 
 
 def create(collectives: BoundedCollectives, config: EPConfig) -> Backend:
-    """The fast backend for the group of ``collectives``. Not collective: memory is shared on the first call."""
+    """The fast backend for the group of ``collectives``. Not collective: the first call allocates shared memory."""
     from sonic_ep.fast.backend import FastBackend
 
     return FastBackend(collectives, config)

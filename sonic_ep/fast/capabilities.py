@@ -1,4 +1,4 @@
-"""What the fast backend needs of a machine, each need as a reason when it is not met."""
+"""Requirements of the fast backend on a machine, as reasons why it cannot run."""
 
 from __future__ import annotations
 
@@ -14,42 +14,40 @@ MINIMUM_CAPABILITY = (9, 0)
 
 
 def software_reasons() -> tuple[str, ...]:
-    """What is missing of Python packages."""
+    """Python packages that are missing or too old."""
     try:
-        triton_version = version("triton")
+        found = version("triton")
     except PackageNotFoundError:
         return ("triton is not installed",)
-    if _leading_numbers(triton_version) < MINIMUM_TRITON:
-        return (f"triton {triton_version} is installed, expected {_dotted(MINIMUM_TRITON)} or newer",)
-    return ()
+    old = f"triton {found} is installed, expected {_dotted(MINIMUM_TRITON)} or newer"
+    return (old,) if _leading_numbers(found) < MINIMUM_TRITON else ()
 
 
 def interpreter_reasons() -> tuple[str, ...]:
-    """What keeps Triton's interpreter from running kernels on tensors of the CPU."""
+    """Why Triton's interpreter cannot run kernels on CPU tensors."""
     missing = software_reasons()
     if missing:
         return missing
-    found = {name: version(name) for name in ("triton", "numpy")}
+    triton, numpy = version("triton"), version("numpy")
+    wanted = "expected triton 3.7 or newer, or numpy older than 2.4"
     # Before 3.7 it calls int() on arrays of one element, which numpy refuses since 2.4.
-    if _leading_numbers(found["triton"]) < (3, 7) and _leading_numbers(found["numpy"]) >= (2, 4):
-        wanted = "expected triton 3.7 or newer, or numpy older than 2.4"
-        return (f"the interpreter of triton {found['triton']} fails with numpy {found['numpy']}: {wanted}",)
-    return ()
+    fails = _leading_numbers(triton) < (3, 7) and _leading_numbers(numpy) >= (2, 4)
+    return (f"the interpreter of triton {triton} fails with numpy {numpy}: {wanted}",) if fails else ()
 
 
 def interpreted() -> bool:
-    """Whether kernels run under Triton's interpreter, on tensors of the CPU. Triton has to be installed."""
+    """Whether kernels run under Triton's interpreter, on CPU tensors. Needs triton."""
     return bool(importlib.import_module("triton").knobs.runtime.interpret)
 
 
 def auto_reasons() -> tuple[str, ...]:
-    """Why "auto" does not take this backend where it can run."""
+    """Why "auto" does not choose this backend where it can run."""
     slow = ("Triton's interpreter runs its kernels, which is for tests: thousands of times slower",)
     return slow if interpreted() else ()
 
 
 def device_reasons() -> tuple[str, ...]:
-    """What is missing of GPUs."""
+    """Why the GPUs of this machine do not suffice."""
     if not torch.cuda.is_available():
         hint = "for tests on the CPU, set TRITON_INTERPRET=1 before Python starts"
         return (f"no CUDA device: torch.cuda.is_available() is False ({hint})",)
@@ -57,7 +55,7 @@ def device_reasons() -> tuple[str, ...]:
 
 
 def symmetric_memory_reasons() -> tuple[str, ...]:
-    """Why GPUs of this machine cannot map each other's memory; empty if they can."""
+    """Why the GPUs of this machine cannot map each other's memory; empty if they can."""
     if not torch.cuda.is_available():
         return ("no CUDA device",)
     if importlib.util.find_spec("torch.distributed._symmetric_memory") is None:

@@ -1,11 +1,12 @@
-"""What experts do to rows between their GEMMs: the activation, its gradients, and those of biases.
+"""What experts compute between their GEMMs: the activation, its gradients, and those of biases.
 
-Every function takes rows in canonical order and leaves those behind ``plan.group_ends[-1]`` unspecified.
+Rows are in canonical order; results past row ``plan.group_ends[-1]`` are unspecified.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -14,8 +15,7 @@ from torch import Tensor
 
 from sonic_ep.backend import Experts
 from sonic_ep.fast.device_functions import rounded, valid_rows
-from sonic_ep.fast.launch import ROW_WARPS, launch, programs_over
-from sonic_ep.fast.permute import columns
+from sonic_ep.fast.launch import ROW_WARPS, column_constants, launch, programs_over
 from sonic_ep.plan import RoutingPlan
 
 
@@ -27,7 +27,7 @@ def sigmoid(x):
 
 @triton.jit
 def pointwise(x, POINTWISE: tl.constexpr):
-    """The activation of x (fp32), NaN for NaN; gelu by its tanh approximation, x * sigmoid(2u) in other words."""
+    """The activation of x, NaN for NaN. gelu is the tanh approximation: x * sigmoid(2u), u as in ``slope``."""
     if POINTWISE == "silu":
         return x * sigmoid(x)
     elif POINTWISE == "gelu":
@@ -42,7 +42,7 @@ def pointwise(x, POINTWISE: tl.constexpr):
 
 @triton.jit
 def slope(x, POINTWISE: tl.constexpr):
-    """The derivative of ``pointwise`` at x (fp32)."""
+    """The derivative of ``pointwise`` at x."""
     if POINTWISE == "silu":
         gate = sigmoid(x)
         return gate * (1.0 + x * (1.0 - gate))
@@ -50,7 +50,7 @@ def slope(x, POINTWISE: tl.constexpr):
         gate = sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
         # Twice the derivative of u = sqrt(2/pi) * (x + 0.044715 x^3).
         inner = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-        # Where the gate is open or closed altogether, the square of x may be infinite.
+        # Where the gate is exactly 0 or 1, x * x may be infinite.
         curved = gate * (1.0 - gate)
         return gate + tl.where(curved == 0, 0.0, x * curved * inner)
     elif POINTWISE == "relu":
@@ -62,54 +62,47 @@ def slope(x, POINTWISE: tl.constexpr):
 
 @triton.jit
 def load_split(
-    row_ptr,
-    there,
-    first,
-    width,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr,
+    row_ptr, there, first, I, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr
 ):
-    """Gate and up, (ROWS, COLUMNS) of type WIDE, of columns first, first + 1, ... of rows; zeros where there is none.
+    """Gate and up, (ROWS, COLUMNS) of type WIDE, of columns first, first + 1, ... of rows; zeros outside.
 
-    row_ptr (ROWS,): where each row of 2 * width begins, or of ``width`` if not gated: then it is the gate, twice.
-    there (ROWS,): which rows exist. Interleaved, they are loaded as they lie and taken apart after: columns 0 and 1 of
-    the row g0 u0 g1 u1 are g0 g1 and u0 u1.
+    row_ptr (ROWS,): where each row begins, of 2I elements, or of I if not gated: then both are the gate.
+    there (ROWS,): which rows exist. An interleaved row is loaded as it lies, then split: of g0 u0 g1 u1, columns 0 and
+    1 are g0 g1 and u0 u1.
     """
     if GATED and INTERLEAVED:
         both = 2 * first + tl.arange(0, 2 * COLUMNS)
-        inside = there[:, None] & (both < 2 * width)[None, :]
+        inside = there[:, None] & (both < 2 * I)[None, :]
         pairs = tl.load(row_ptr[:, None] + both[None, :], mask=inside, other=0.0).to(WIDE)
         gate, up = tl.split(tl.reshape(pairs, (row_ptr.shape[0], COLUMNS, 2)))
     else:
         column = first + tl.arange(0, COLUMNS)
-        inside = there[:, None] & (column < width)[None, :]
+        inside = there[:, None] & (column < I)[None, :]
         place_ptr = row_ptr[:, None] + column[None, :]
         gate = tl.load(place_ptr, mask=inside, other=0.0).to(WIDE)
         up = gate
         if GATED:
-            up = tl.load(place_ptr + width, mask=inside, other=0.0).to(WIDE)
+            up = tl.load(place_ptr + I, mask=inside, other=0.0).to(WIDE)
     return gate, up
 
 
 @triton.jit
 def store_split(
-    row_ptr, there, first, width, gate, up, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, COLUMNS: tl.constexpr
+    row_ptr, there, first, I, gate, up, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """The inverse of ``load_split``, rounded."""
     if GATED and INTERLEAVED:
         both = 2 * first + tl.arange(0, 2 * COLUMNS)
-        inside = there[:, None] & (both < 2 * width)[None, :]
+        inside = there[:, None] & (both < 2 * I)[None, :]
         pairs = tl.reshape(tl.join(gate, up), (row_ptr.shape[0], 2 * COLUMNS))
         tl.store(row_ptr[:, None] + both[None, :], rounded(pairs.to(tl.float32), row_ptr), mask=inside)
     else:
         column = first + tl.arange(0, COLUMNS)
-        inside = there[:, None] & (column < width)[None, :]
+        inside = there[:, None] & (column < I)[None, :]
         place_ptr = row_ptr[:, None] + column[None, :]
         tl.store(place_ptr, rounded(gate.to(tl.float32), row_ptr), mask=inside)
         if GATED:
-            tl.store(place_ptr + width, rounded(up.to(tl.float32), row_ptr), mask=inside)
+            tl.store(place_ptr + I, rounded(up.to(tl.float32), row_ptr), mask=inside)
 
 
 @triton.jit(do_not_specialize=["row_capacity"])
@@ -144,9 +137,8 @@ def activate_kernel(
                 value = up * value
             column = first + tl.arange(0, COLUMNS)
             place = row.to(tl.int64)[:, None] * I + column[None, :]
-            tl.store(
-                out_ptr + place, rounded(value.to(tl.float32), out_ptr), mask=there[:, None] & (column < I)[None, :]
-            )
+            inside = there[:, None] & (column < I)[None, :]
+            tl.store(out_ptr + place, rounded(value.to(tl.float32), out_ptr), mask=inside)
 
 
 @triton.jit(do_not_specialize=["row_capacity"])
@@ -167,12 +159,12 @@ def activate_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """All there is between the GEMMs of backward, in one pass. Any grid, as above.
+    """Everything between the GEMMs of backward, in one pass. Grid as of ``activate_kernel``.
 
-    hidden_ptr (R, F). grad_ptr (R, I): dA = d(out) . w2 of each row, not yet weighted, and on return
-    in its place A' = round(score * A), what the gradient of w2 is made of. hidden_grad_ptr (R, F): dH = round(score *
-    dA * d(act)/dh). dots_ptr (R,) fp32: the sum over I of dA * A, the gradient of the row's score.
-    scores_ptr (W*C*K,) fp32. The activation A is computed again, in fp32.
+    hidden_ptr (R, F); scores_ptr (W*C*K,) fp32. The activation A is computed again, in type WIDE.
+    grad_ptr (R, I): dA = d(out) . w2 of each row, not yet weighted; overwritten by A' = round(score * A), from which
+    the gradient of w2 is taken. hidden_grad_ptr (R, F): dH = round(score * dA * d(act)/dh). dots_ptr (R,) fp32: the
+    sum over I of dA * A, the gradient of the row's score.
     """
     WIDE: tl.constexpr = tl.float64 if hidden_ptr.dtype.element_ty == tl.float32 else tl.float32
     rows = valid_rows(group_ends_ptr, experts_per_rank, row_capacity)
@@ -206,7 +198,7 @@ def activate_backward_kernel(
 
 @triton.jit
 def experts_of_rows(row, group_ends_ptr, experts_per_rank, EXPERTS_PADDED: tl.constexpr):
-    """Which of a rank's experts each of the rows (ROWS,) belongs to: with ends 2 2 5, rows 1 and 2 are of 0 and 2."""
+    """The rank's expert of each row (ROWS,): with ends 2 2 5, rows 1 and 2 are of experts 0 and 2."""
     expert = tl.arange(0, EXPERTS_PADDED)
     ends = tl.load(group_ends_ptr + expert, mask=expert < experts_per_rank, other=2147483647)
     return tl.sum((ends[None, :] <= row[:, None]).to(tl.int32), axis=1)
@@ -225,11 +217,11 @@ def add_bias_dots_kernel(
     COLUMNS: tl.constexpr,
     EXPERTS_PADDED: tl.constexpr,
 ):
-    """Add to dots the sum over H of row * bias of its expert: what the bias adds to the gradient of a score. Any grid.
+    """Add to each dot the sum over H of row * bias of its expert: the bias's share of the score's gradient.
 
-    rows_ptr (R, H): d(out) of each row's token. bias_ptr (e, H). dots_ptr (R,) fp32.
+    rows_ptr (R, H): d(out) of each row's token. bias_ptr (e, H). dots_ptr (R,) fp32. Grid as of ``activate_kernel``.
     """
-    # As the rest of the score's gradient is summed.
+    # The type in which ``activate_backward_kernel`` sums the rest of that gradient.
     WIDE: tl.constexpr = tl.float64 if rows_ptr.dtype.element_ty == tl.float32 else tl.float32
     rows = valid_rows(group_ends_ptr, experts_per_rank, row_capacity)
     for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
@@ -261,16 +253,16 @@ def sum_groups_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The sum of each expert's rows, weighted with their scores or not. Grid (e, ceil(width / COLUMNS)).
+    """The sum of each expert's rows, each times its score if HAS_SCORES. Grid (e, ceil(width / COLUMNS)).
 
-    rows_ptr (R, width); scores_ptr (W*C*K,) fp32; sums_ptr (e, width): rounded once, zeros where there is no row. Ends
-    2 2 5 sum rows 0 1, none, and rows 2 3 4. Rows are taken ROWS at a time, so the order of summation is fixed.
+    rows_ptr (R, width); scores_ptr (W*C*K,) fp32; sums_ptr (e, width): rounded once, zeros for an expert without rows.
+    Ends 2 2 5 sum rows 0 1, none, and rows 2 3 4. ROWS at a time, so the order of summation is fixed.
     """
     group = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     start = tl.load(group_ends_ptr + group - 1, mask=group > 0, other=0)
     end = tl.minimum(tl.load(group_ends_ptr + group), row_capacity)
-    # A sum in fp32 of fp32 rows would add an error as large as that of the rows themselves.
+    # An fp32 sum of fp32 rows would add an error as large as that of the rows themselves.
     ACCUMULATOR: tl.constexpr = tl.float64 if rows_ptr.dtype.element_ty == tl.float32 else tl.float32
     total = tl.zeros((ROWS, COLUMNS), dtype=ACCUMULATOR)
     for first in range(start, end, ROWS):
@@ -288,28 +280,20 @@ def sum_groups_kernel(
 
 # Columns of an activation that a program takes at a time: 4 of each half a thread.
 MOST_ACTIVATED = 512
-# Elements of the rows that an interpreted program takes at a time: its steps are what takes the time, not their size.
-# On a GPU it takes one row, whose columns are enough.
+# Elements that an interpreted program takes at a time: its time goes by operations, not by their size. On a GPU a
+# program takes one row, whose columns are enough.
 INTERPRETED_TILE = 4096
-# A tile of the sums over experts: long enough in columns for whole sectors, in rows for loads in flight.
+# A tile of ``sum_groups``: long enough in columns for whole sectors, in rows for loads in flight.
 SUMMED_ROWS, SUMMED_COLUMNS = 64, 64
-# The pointwise part of each activation, by the name that kernels know.
-POINTWISE = {
-    "swiglu": "silu",
-    "geglu": "gelu",
-    "reglu": "relu",
-    "silu": "silu",
-    "gelu": "gelu",
-    "relu": "relu",
-    "relu_sq": "relu_sq",
-}
+# The pointwise part of each activation, as kernels name it.
+POINTWISE = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"} | {n: n for n in ("silu", "gelu", "relu", "relu_sq")}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HiddenGradient:
-    """What backward makes of dA between its GEMMs.
+    """Results of ``activate_backward``.
 
-    hidden: dH (R, F). weighted: A' = score * A (R, I), which takes the memory of dA. dots: (R,) fp32, <dA, A>.
+    hidden: dH (R, F). weighted: A' = score * A (R, I), in the memory of dA. dots: (R,) fp32, <dA, A>.
     """
 
     hidden: Tensor
@@ -320,15 +304,7 @@ class HiddenGradient:
 def activate(hidden_RF: Tensor, experts: Experts, plan: RoutingPlan) -> Tensor:
     """``act(h)``, (R, I), of the pre-activation (R, F)."""
     out_RI = hidden_RF.new_empty((hidden_RF.shape[0], experts.w2.shape[2]))
-    launch(
-        activate_kernel,
-        (programs_over(hidden_RF.shape[0], hidden_RF.device),),
-        hidden_RF,
-        out_RI,
-        *_bounds(plan),
-        device=hidden_RF.device,
-        **_activation_constants(experts, hidden_RF.device),
-    )
+    _over_rows(activate_kernel, (hidden_RF, out_RI), plan, _activation_constants(experts, hidden_RF.device))
     return out_RI
 
 
@@ -338,74 +314,37 @@ def activate_backward(
     """Gradients through score and activation. ``grad_RI``, dA before its weight, is overwritten."""
     hidden_grad_RF = torch.empty_like(hidden_RF)
     dots_R = hidden_RF.new_empty(hidden_RF.shape[0], dtype=torch.float32)
-    launch(
-        activate_backward_kernel,
-        (programs_over(hidden_RF.shape[0], hidden_RF.device),),
-        hidden_RF,
-        grad_RI,
-        scores_WCK,
-        plan.slot_of_row,
-        hidden_grad_RF,
-        dots_R,
-        *_bounds(plan),
-        device=hidden_RF.device,
-        **_activation_constants(experts, hidden_RF.device),
-    )
+    pointers = (hidden_RF, grad_RI, scores_WCK, plan.slot_of_row, hidden_grad_RF, dots_R)
+    _over_rows(activate_backward_kernel, pointers, plan, _activation_constants(experts, hidden_RF.device))
     return HiddenGradient(hidden=hidden_grad_RF, weighted=grad_RI, dots=dots_R)
 
 
 def add_bias_dots(out_grad_RH: Tensor, bias_eH: Tensor, dots_R: Tensor, plan: RoutingPlan) -> None:
-    """Add to each row's score gradient what the bias of its expert contributes, ``<d(out), bias>``, in place."""
-    launch(
-        add_bias_dots_kernel,
-        (programs_over(dots_R.shape[0], dots_R.device),),
-        out_grad_RH,
-        bias_eH,
-        dots_R,
-        *_bounds(plan),
-        device=dots_R.device,
-        **_row_constants(bias_eH),
-    )
+    """Add the share of its expert's bias, ``<d(out), bias>``, to each row's score gradient, in place."""
+    held, width = bias_eH.shape
+    constants = column_constants(width) | {"EXPERTS_PADDED": triton.next_power_of_2(held)}
+    constants["ROWS"] = _rows_at_once(constants["COLUMNS"], bias_eH.device)
+    _over_rows(add_bias_dots_kernel, (out_grad_RH, bias_eH, dots_R), plan, constants)
 
 
 def sum_groups(rows_RF: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
-    """The sum of each expert's rows, (e, F), each weighted with its score if there are scores; exact zeros for none."""
+    """The sum of each expert's rows, (e, F), each times its score if there are scores; exact zeros without rows."""
     width = rows_RF.shape[1]
     sums_eF = rows_RF.new_empty((plan.experts_per_rank, width))
-    launch(
-        sum_groups_kernel,
-        (plan.experts_per_rank, triton.cdiv(width, SUMMED_COLUMNS)),
-        rows_RF,
-        # Without scores the pointer is not read.
-        rows_RF if scores_WCK is None else scores_WCK,
-        plan.slot_of_row,
-        sums_eF,
-        plan.group_ends,
-        plan.row_capacity,
-        width,
-        device=rows_RF.device,
-        HAS_SCORES=scores_WCK is not None,
-        ROWS=SUMMED_ROWS,
-        COLUMNS=SUMMED_COLUMNS,
-        num_warps=ROW_WARPS,
-    )
+    # Without scores their pointer is not read.
+    scores = rows_RF if scores_WCK is None else scores_WCK
+    grid, sizes = (plan.experts_per_rank, triton.cdiv(width, SUMMED_COLUMNS)), (plan.row_capacity, width)
+    pointers = (rows_RF, scores, plan.slot_of_row, sums_eF, plan.group_ends)
+    tile = {"ROWS": SUMMED_ROWS, "COLUMNS": SUMMED_COLUMNS, "HAS_SCORES": scores_WCK is not None}
+    launch(sum_groups_kernel, grid, *pointers, *sizes, device=rows_RF.device, num_warps=ROW_WARPS, **tile)
     return sums_eF
 
 
-def _bounds(plan: RoutingPlan) -> tuple[Tensor, int, int]:
-    """What ``valid_rows`` takes."""
-    return plan.group_ends, plan.experts_per_rank, plan.row_capacity
-
-
-def _row_constants(bias_eH: Tensor) -> dict[str, int]:
-    held, width = bias_eH.shape
-    return {
-        "H": width,
-        "ROWS": _rows_at_once(columns(width), bias_eH.device),
-        "COLUMNS": columns(width),
-        "EXPERTS_PADDED": triton.next_power_of_2(held),
-        "num_warps": ROW_WARPS,
-    }
+def _over_rows(kernel: Any, pointers: tuple[Tensor, ...], plan: RoutingPlan, constants: dict[str, Any]) -> None:
+    """Launch ``kernel`` over R rows; its last arguments are those of ``valid_rows``."""
+    (rows, *_), device = pointers[0].shape, pointers[0].device
+    bounds = (plan.group_ends, plan.experts_per_rank, plan.row_capacity)
+    launch(kernel, (programs_over(rows, device),), *pointers, *bounds, device=device, **constants)
 
 
 def _rows_at_once(columns_at_once: int, device: torch.device) -> int:
@@ -415,12 +354,6 @@ def _rows_at_once(columns_at_once: int, device: torch.device) -> int:
 def _activation_constants(experts: Experts, device: torch.device) -> dict[str, int | bool | str]:
     intermediate = experts.w2.shape[2]
     columns_at_once = min(triton.next_power_of_2(intermediate), MOST_ACTIVATED)
-    return {
-        "GATED": experts.activation.gated,
-        "INTERLEAVED": experts.layout.name == "interleaved",
-        "POINTWISE": POINTWISE[experts.activation.name],
-        "I": intermediate,
-        "ROWS": _rows_at_once(columns_at_once, device),
-        "COLUMNS": columns_at_once,
-        "num_warps": ROW_WARPS,
-    }
+    activation = {"GATED": experts.activation.gated, "POINTWISE": POINTWISE[experts.activation.name]}
+    tile = {"I": intermediate, "ROWS": _rows_at_once(columns_at_once, device), "COLUMNS": columns_at_once}
+    return {**activation, **tile, "INTERLEAVED": experts.layout.name == "interleaved", "num_warps": ROW_WARPS}

@@ -1,8 +1,7 @@
-"""Products over the experts of one rank, without a read on the host: PyTorch's own where they serve, else two kernels.
+"""Grouped products over the experts of one rank, with no read on the host: PyTorch's where they serve, or two kernels.
 
-``rows`` multiplies each row with the matrix of its own expert, ``weights`` sums products of rows, expert by expert.
-Both accumulate in fp32, or in fp64 for fp32 operands (Hopper's tensor cores take fp64 at the rate of plain fp32), and
-round once.
+``rows`` multiplies each row by the matrix of its expert, ``weights`` sums products of rows, expert by expert. Both sum
+in fp32, or in fp64 for fp32 operands (Hopper's tensor cores take fp64 at the rate of plain fp32), and round once.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from torch import Tensor
 from sonic_ep.fast.device_functions import rounded
 from sonic_ep.fast.launch import INTERPRETED, launch
 
-# Tiles of rows that take their turns together: neighbours in time then share rows and weights in the second cache.
+# Tiles of rows that are computed together: neighbours in time then share rows and weights in the second-level cache.
 BAND: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
 def tile_in_bands(program, row_tiles, column_tiles):
-    """Row and column of the tile that a program takes, of ``row_tiles`` times ``column_tiles``: down, then right.
+    """Row and column of a program's tile, of ``row_tiles`` times ``column_tiles``: down ``BAND`` tiles, then right.
 
-    But no further down than ``BAND`` tiles. With 9 and 2, programs 0 to 7 take column 0 of rows 0 to 7, programs 8 to
-    15 column 1 of those, and programs 16 and 17 both columns of row 8.
+    With 9 and 2, programs 0 to 7 take column 0 of rows 0 to 7, programs 8 to 15 column 1 of those, and programs 16 and
+    17 both columns of row 8.
     """
     first = program // (BAND * column_tiles) * BAND
     height = tl.minimum(row_tiles - first, BAND)
@@ -41,15 +40,15 @@ def tile_in_bands(program, row_tiles, column_tiles):
 def group_of_tile(tile, group_ends_ptr, experts, rows, EXPERTS: tl.constexpr, HEIGHT: tl.constexpr):
     """Group of a tile of ``HEIGHT`` rows, its first row, and the row where its group ends.
 
-    Every group begins a tile of its own; a tile past the last has no group: at least ``experts``. Groups that end at
-    rows 20 20 25, in tiles of 16: tiles 0 and 1 begin at rows 0 and 16 of group 0, tile 2 at row 20 of group 2.
+    Every group begins a new tile; for a tile past the last the group is ``experts`` or more. Groups that end at rows
+    20 20 25, in tiles of 16: tiles 0 and 1 begin at rows 0 and 16 of group 0, tile 2 at row 20 of group 2.
     """
     group = tl.arange(0, EXPERTS)
     held = group < experts
     end = tl.minimum(tl.load(group_ends_ptr + group, mask=held, other=0), rows)
     begin = tl.minimum(tl.load(group_ends_ptr + group - 1, mask=held & (group > 0), other=0), rows)
     tiles = tl.where(held, (end - begin + HEIGHT - 1) // HEIGHT, 0)
-    # A tile belongs to the first group with which more tiles have begun than are before it.
+    # The first group up to which more tiles have begun than are before this one.
     mine = tl.sum((tl.cumsum(tiles, axis=0) <= tile).to(tl.int32), axis=0)
     before = tl.sum(tl.where(group < mine, tiles, 0), axis=0)
     first = tl.sum(tl.where(group == mine, begin, 0), axis=0) + (tile - before) * HEIGHT
@@ -58,10 +57,8 @@ def group_of_tile(tile, group_ends_ptr, experts, rows, EXPERTS: tl.constexpr, HE
 
 @triton.jit
 def add_product(a, b, total):
-    """``total + a . b``, products and sums in the type of total: fp32, or fp64, where products of fp32 are exact.
-
-    The interpreter would take bf16 for integers, and sum fp16 as fp16.
-    """
+    """``total + a . b``, products and sums in the type of total: fp32, or fp64, where products of fp32 are exact."""
+    # The interpreter would take bf16 for integers, and sum fp16 in fp16.
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -95,9 +92,8 @@ def rows_kernel(
 ):
     """Rows times the matrix of their group. Grid (row_tiles * ceil(N / WIDTH),); tiles past the last do nothing.
 
-    a_ptr (R, K); b_ptr (e, K, N) of the strides given; bias_ptr (e, N) if HAS_BIAS; out_ptr (R, N); group_ends_ptr (e,)
-    int32, cut at ``rows`` = R.
-    Rows past the last group are left as they are.
+    a_ptr (R, K); b_ptr (e, K, N) of the strides given; bias_ptr (e, N) if HAS_BIAS; out_ptr (R, N), not written past
+    the last group; group_ends_ptr (e,) int32, clamped to ``rows`` = R.
     """
     tile, column_tile = tile_in_bands(tl.program_id(0), row_tiles, tl.cdiv(N, WIDTH))
     group, first, end = group_of_tile(tile, group_ends_ptr, experts, rows, EXPERTS, HEIGHT)
@@ -107,12 +103,12 @@ def rows_kernel(
         step = tl.arange(0, DEPTH)
         row_inside = first + row < end
         column_inside = column_tile * WIDTH + column < N
-        # Offsets inside a tile fit in int32 (``validation.MOST_WIDTH``); the offset of the tile itself is int64.
+        # Offsets inside a tile fit in int32 (``checks.MOST_WIDTH``); the offset of the tile itself is int64.
         first_row = tl.cast(first, tl.int64)
         first_column = tl.cast(column_tile, tl.int64) * WIDTH
         a_ptr += first_row * K
         b_ptr += tl.cast(group, tl.int64) * STRIDE_E + first_column * STRIDE_N
-        # Long sums of fp32 in fp32 would be less exact than PyTorch's, which are cut up as well.
+        # Long fp32 sums of fp32 products would be less exact than PyTorch's, which sums in parts.
         total = tl.zeros((HEIGHT, WIDTH), dtype=tl.float64 if a_ptr.dtype.element_ty == tl.float32 else tl.float32)
         for k in tl.range(0, K, DEPTH, num_stages=STAGES):
             inside = k + step < K
@@ -142,10 +138,9 @@ def weights_kernel(
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Of each group the sum of products of its rows. Grid (e * ceil(M / HEIGHT) * ceil(N / WIDTH),).
+    """Of each group the sum of products of its rows. Grid (e * ceil(M / HEIGHT) * ceil(N / WIDTH),), group by group.
 
-    a_ptr (R, M); b_ptr (R, N); out_ptr (e, M, N); group_ends_ptr (e,) int32, cut at ``rows`` = R. Groups in their
-    order, the tiles of each in bands.
+    a_ptr (R, M); b_ptr (R, N); out_ptr (e, M, N); group_ends_ptr (e,) int32, clamped to ``rows`` = R.
     """
     row_tiles = tl.cdiv(M, HEIGHT)
     column_tiles = tl.cdiv(N, WIDTH)
@@ -162,7 +157,7 @@ def weights_kernel(
     first_column = tl.cast(column_tile, tl.int64) * WIDTH
     total = tl.zeros((HEIGHT, WIDTH), dtype=tl.float64 if a_ptr.dtype.element_ty == tl.float32 else tl.float32)
     for r in tl.range(begin, end, DEPTH, num_stages=STAGES):
-        # Not a number times nothing would still be none, so both sides are zero past the group.
+        # Both factors are 0 past the group, since NaN * 0 is NaN.
         inside = r + step < end
         a_tile = a_ptr + tl.cast(r, tl.int64) * M + first_row + step[None, :] * M + row[:, None]
         b_tile = b_ptr + tl.cast(r, tl.int64) * N + first_column + step[:, None] * N + column[None, :]
@@ -176,39 +171,35 @@ def weights_kernel(
 
 # Tensor cores take no smaller tiles.
 LEAST_EXTENT = 16
-
-# What PyTorch's products ask of addresses and strides, and of the number of groups.
-ALIGNED_BYTES = 16
-MOST_GROUPS = 1023
-# Older GPUs get PyTorch's loop, which reads the host; on newer ones an empty group's weights are not zero
-# (pytorch issue 172439).
+# PyTorch's requirements on addresses and strides, and on the number of groups.
+ALIGNED_BYTES, MOST_GROUPS = 16, 1023
+# On older GPUs PyTorch loops and reads on the host; on newer ones an empty group's weights are not zero
+# (github.com/pytorch/pytorch/issues/172439).
 HOPPER = 9
 
 
 class GroupedGemm(Protocol):
-    """Both products. group_ends_e (e,) int32: group j has the rows from group_ends_e[j-1] up to group_ends_e[j].
+    """Both products. group_ends_e (e,) int32: group j has rows group_ends_e[j-1] up to group_ends_e[j].
 
     Rows past ``group_ends_e[-1]`` are never read. Results have the dtype of ``a``: bf16, fp16 or fp32.
     """
 
     def rows(self, a_RK: Tensor, b_eKN: Tensor, group_ends_e: Tensor, bias_eN: Tensor | None = None) -> Tensor:
-        """(R, N): each row of ``a``, contiguous, times its own group's matrix, of any strides, plus its group's bias.
+        """(R, N): each row of ``a``, contiguous, times the matrix (any strides) of its group, plus the group's bias.
 
-        The bias is added in fp32, before the one rounding. Unspecified past ``group_ends_e[-1]``.
+        The bias is added before the one rounding. Unspecified past ``group_ends_e[-1]``.
         """
-        ...
 
     def weights(self, a_RM: Tensor, b_RN: Tensor, group_ends_e: Tensor) -> Tensor:
         """(e, M, N): of each group ``a^T . b`` over its rows, both contiguous. Exact zeros for a group without rows."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class LibraryGemm:
-    """PyTorch's own products. For operands as ``library_serves`` wants them, and ``group_ends_e[-1] <= R``.
+    """PyTorch's grouped products, for operands that ``library_serves`` and ``group_ends_e[-1] <= R``.
 
-    They take no bias. With one, the own kernel is faster than PyTorch's and a pass over the rows after it.
-    rows_per_group: as of ``TritonGemm``.
+    They take no bias: with one, our kernel is faster than PyTorch's and a pass over the rows. rows_per_group: see
+    ``TritonGemm``.
     """
 
     rows_per_group: int | None = None
@@ -230,9 +221,9 @@ class LibraryGemm:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopGemm:
-    """PyTorch's plain products, group by group, for the CPU: there the host has nothing to wait for.
+    """PyTorch's plain products, group by group, for the CPU, where the host waits for nothing.
 
-    Summed as ``TritonGemm`` does, fp32 in fp64 and all else in fp32, and rounded once.
+    Summed as ``TritonGemm`` does: fp32 in fp64, all else in fp32, rounded once.
     """
 
     def rows(self, a_RK: Tensor, b_eKN: Tensor, group_ends_e: Tensor, bias_eN: Tensor | None = None) -> Tensor:
@@ -250,21 +241,21 @@ class LoopGemm:
 
 
 def rows_of_groups(group_ends_e: Tensor) -> list[slice]:
-    """Where the rows of each group stand. A read on the host. Ends 2 2 5 are rows 0 and 1, none, and rows 2 to 4."""
+    """The rows of each group, read on the host. Ends 2 2 5 are rows 0 and 1, none, and rows 2 to 4."""
     ends = group_ends_e.tolist()
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """In the type that its products are summed in."""
+    """The tensor in the type in which its products are summed."""
     return tensor.double() if tensor.dtype == torch.float32 else tensor.float()
 
 
 @dataclass(frozen=True, kw_only=True)
 class TileShape:
-    """How a product is cut up: a program computes (height, width) of the result, summing over ``depth`` at a time.
+    """A program computes (height, width) of the result, summing over ``depth`` at a time, ``stages`` steps in flight.
 
-    All three are powers of two, at least ``LEAST_EXTENT``. stages: steps of the sum that are on their way at once.
+    The extents are powers of two, at least ``LEAST_EXTENT``.
     """
 
     height: int
@@ -274,46 +265,41 @@ class TileShape:
     stages: int
 
     def constants(self) -> dict[str, int]:
-        """What a kernel is compiled with."""
+        """Compile-time constants of both kernels."""
         extents = {"HEIGHT": self.height, "WIDTH": self.width, "DEPTH": self.depth}
         return extents | {"STAGES": self.stages, "num_warps": self.warps}
 
 
-# Per element size: 144 KiB of shared memory at 2 bytes. At 4 bytes sums are fp64: registers decide.
+# By element size. 2 bytes: 144 KiB of shared memory. 4 bytes: sums are fp64, so registers decide.
 LARGEST = {
     2: TileShape(height=128, width=256, depth=64, warps=8, stages=3),
     4: TileShape(height=64, width=64, depth=32, warps=4, stages=3),
 }
-# For tiles of less than the largest height and width.
+# For tiles smaller than the largest height and width.
 FEWER_WARPS = 4
-# The interpreter's time goes by programs, not by elements.
+# Interpreted, time goes by programs, not by elements.
 LARGEST_INTERPRETED = TileShape(height=256, width=256, depth=256, warps=4, stages=1)
 
 
 def tile_shape(dtype: torch.dtype, height: int, width: int, depth: int) -> TileShape:
     """Tiles for a product of (height, depth) with (depth, width): the largest, or less where the product has less."""
     largest = LARGEST_INTERPRETED if INTERPRETED.value else LARGEST[dtype.itemsize]
-    shape = replace(
-        largest,
-        height=_extent(height, largest.height),
-        width=_extent(width, largest.width),
-        depth=_extent(depth, largest.depth),
-    )
-    whole = (shape.height, shape.width) == (largest.height, largest.width)
-    return shape if whole else replace(shape, warps=FEWER_WARPS)
-
-
-def _extent(size: int, largest: int) -> int:
-    return min(max(triton.next_power_of_2(size), LEAST_EXTENT), largest)
+    given = {"height": height, "width": width, "depth": depth}
+    extents = {
+        name: min(max(triton.next_power_of_2(size), LEAST_EXTENT), getattr(largest, name))
+        for name, size in given.items()
+    }
+    whole = (extents["height"], extents["width"]) == (largest.height, largest.width)
+    return replace(largest, **extents, warps=largest.warps if whole else FEWER_WARPS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TritonGemm:
-    """The products by own kernels: any sizes, strides of ``b`` and addresses. Group ends past R count as R.
+    """Our kernels: any sizes, strides of ``b`` and addresses. Group ends past R count as R.
 
     tiles: of both products; None: chosen by ``tile_shape`` for each.
-    rows_per_group: rows of a group to choose tiles for; None: the mean of those there is room for. How a sum is cut up
-        decides its last bits, so what may not change them may not change this either.
+    rows_per_group: rows of a group to choose tiles for; None: the mean of R. Tiles decide the last bits of a sum, so
+        this must not depend on what may not change them.
     """
 
     tiles: TileShape | None = None
@@ -321,35 +307,20 @@ class TritonGemm:
 
     def rows(self, a_RK: Tensor, b_eKN: Tensor, group_ends_e: Tensor, bias_eN: Tensor | None = None) -> Tensor:
         """See ``GroupedGemm``."""
-        rows, (experts, depth, width) = a_RK.shape[0], b_eKN.shape
+        rows, (experts, depth, width), device = a_RK.shape[0], b_eKN.shape, a_RK.device
         out_RN = a_RK.new_empty((rows, width))
         if rows == 0:
             return out_RN
         tiles = self.tiles or tile_shape(a_RK.dtype, self._expected(rows, experts), width, depth)
-        # Each of the groups that have rows, of which there are at most R, leaves one tile not full.
+        # Each of the groups that have rows, at most R of them, leaves one tile not full.
         row_tiles = triton.cdiv(rows, tiles.height) + min(experts, rows) - 1
-        launch(
-            rows_kernel,
-            (row_tiles * triton.cdiv(width, tiles.width),),
-            a_RK,
-            b_eKN,
-            # Without a bias the pointer is not read.
-            a_RK if bias_eN is None else bias_eN,
-            out_RN,
-            group_ends_e,
-            experts,
-            rows,
-            row_tiles,
-            device=a_RK.device,
-            K=depth,
-            N=width,
-            STRIDE_E=b_eKN.stride(0),
-            STRIDE_K=b_eKN.stride(1),
-            STRIDE_N=b_eKN.stride(2),
-            HAS_BIAS=bias_eN is not None,
-            EXPERTS=triton.next_power_of_2(experts),
-            **tiles.constants(),
-        )
+        grid = (row_tiles * triton.cdiv(width, tiles.width),)
+        # Without a bias its pointer is not read.
+        pointers = (a_RK, b_eKN, a_RK if bias_eN is None else bias_eN, out_RN, group_ends_e)
+        strides = dict(zip(("STRIDE_E", "STRIDE_K", "STRIDE_N"), b_eKN.stride(), strict=True))
+        sizes = {"K": depth, "N": width, "EXPERTS": triton.next_power_of_2(experts), "HAS_BIAS": bias_eN is not None}
+        constants = sizes | strides | tiles.constants()
+        launch(rows_kernel, grid, *pointers, experts, rows, row_tiles, device=device, **constants)
         return out_RN
 
     def weights(self, a_RM: Tensor, b_RN: Tensor, group_ends_e: Tensor) -> Tensor:
@@ -359,19 +330,9 @@ class TritonGemm:
             return a_RM.new_zeros((experts, height, width))
         out_eMN = a_RM.new_empty((experts, height, width))
         tiles = self.tiles or tile_shape(a_RM.dtype, height, width, self._expected(rows, experts))
-        launch(
-            weights_kernel,
-            (experts * triton.cdiv(height, tiles.height) * triton.cdiv(width, tiles.width),),
-            a_RM,
-            b_RN,
-            out_eMN,
-            group_ends_e,
-            rows,
-            device=a_RM.device,
-            M=height,
-            N=width,
-            **tiles.constants(),
-        )
+        grid = (experts * triton.cdiv(height, tiles.height) * triton.cdiv(width, tiles.width),)
+        constants = {"M": height, "N": width} | tiles.constants()
+        launch(weights_kernel, grid, a_RM, b_RN, out_eMN, group_ends_e, rows, device=a_RM.device, **constants)
         return out_eMN
 
     def _expected(self, rows: int, experts: int) -> int:
@@ -379,9 +340,9 @@ class TritonGemm:
 
 
 def grouped_gemm(operands: Sequence[Tensor], rows_per_group: int | None = None) -> GroupedGemm:
-    """The way for a layer of these operands: rows (R, H) and weights (e, F, H), (e, H, I).
+    """The products for a layer of these operands: rows (R, H) and weights (e, F, H), (e, H, I).
 
-    What lies between the products is fresh and contiguous, of the widths of these. rows_per_group: see ``TritonGemm``.
+    Operands between the products have to be contiguous and of these widths. rows_per_group: see ``TritonGemm``.
     """
     if not library_serves(operands):
         return TritonGemm(rows_per_group=rows_per_group)
@@ -391,23 +352,19 @@ def grouped_gemm(operands: Sequence[Tensor], rows_per_group: int | None = None) 
 def library_serves(operands: Sequence[Tensor]) -> bool:
     """Whether PyTorch multiplies these, and contiguous rows of their widths, without a read on the host.
 
-    It asks for sizes and strides of whole 16 bytes, for addresses likewise, and on GPUs for bf16 on Hopper and fewer
-    than 1024 groups.
+    It takes sizes, strides and addresses that are multiples of 16 bytes, and on GPUs bf16 on Hopper, under 1024 groups.
     """
-    return _device_serves(operands[0]) and all(_aligned(operand) for operand in operands)
-
-
-def _device_serves(operand: Tensor) -> bool:
-    if operand.device.type == "cpu":
-        return True
-    return operand.dtype == torch.bfloat16 and torch.cuda.get_device_capability(operand.device)[0] == HOPPER
+    first = operands[0]
+    on_hopper = first.device.type == "cuda" and torch.cuda.get_device_capability(first.device)[0] == HOPPER
+    device_serves = first.device.type == "cpu" or (first.dtype == torch.bfloat16 and on_hopper)
+    return device_serves and all(_aligned(operand) for operand in operands)
 
 
 def _aligned(operand: Tensor) -> bool:
-    """Whether an operand, rows or matrices, has its address, strides and widths at whole 16 bytes."""
+    """Whether address, strides and widths of an operand, rows or matrices, are multiples of 16 bytes."""
     *groups, height, width = operand.shape
     *jumps, row, column = operand.stride()
-    # The longer of the last two strides, and what it has to reach over.
+    # The longer of the last two strides, and the extent that it has to span.
     leading, extent = (row, width) if column == 1 else (column, height)
     widths = [height, width] if groups else [width]
     return (

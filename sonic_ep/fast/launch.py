@@ -1,4 +1,4 @@
-"""How a kernel is launched, and over how much at a time."""
+"""How a kernel is launched, and how rows are cut up for it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Whether kernels run under Triton's interpreter, on the CPU; Triton itself decides when it is imported.
+# Whether kernels run under Triton's interpreter, on the CPU: Triton decides it when it is imported.
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
-# A row is moved in pieces of this many bytes: one piece is 16 bytes for each of 4 warps, four times over.
-PIECE_BYTES = 8192
+# A row is copied in blocks of this many bytes: 16 bytes for each thread of 4 warps, four times over.
+BLOCK_BYTES = 8192
+MOST_COLUMNS = 4096
 ROW_WARPS = 4
 # Programs of ROW_WARPS warps that fill a multiprocessor.
 PROGRAMS_PER_MULTIPROCESSOR = 16
@@ -24,8 +25,9 @@ ONE_LAUNCH = threading.Lock()
 
 @contextmanager
 def alone_in_this_process() -> Iterator[None]:
-    """Raises ``RuntimeError`` while another thread's kernel is interpreted: the grid, and what stands in for Triton's
-    language, are the process's. Nobody waits: the other kernel may be waiting for this rank.
+    """Raises ``RuntimeError`` while another thread interprets a kernel: Triton patches its language per process.
+
+    It does not wait: the other kernel may be waiting for this rank.
     """
     if not ONE_LAUNCH.acquire(blocking=False):
         raise RuntimeError("Triton's interpreter: got a kernel while another thread runs one, expected one thread")
@@ -36,9 +38,9 @@ def alone_in_this_process() -> Iterator[None]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, **constants: Any) -> None:
-    """Run ``kernel`` over ``grid`` on the current stream of ``device``; an empty grid is no launch.
+    """Run ``kernel`` over ``grid`` on the current stream of ``device``; an empty grid launches nothing.
 
-    Products and sums are rounded one by one, as in plain PyTorch: no fused multiply-add.
+    As in plain PyTorch, products and sums are rounded one by one: no fused multiply-add.
     """
     if min(grid) == 0:
         return
@@ -53,8 +55,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.de
 
 
 def host_ints(count: int, device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:
-    """Zeros on the host, for kernels on ``device`` to write and the host to read: pinned for a GPU."""
-    # What is made in inference mode could not be written outside of it.
+    """Zeros on the host, (count,), that kernels on ``device`` write and the host reads: pinned for a GPU."""
+    # A tensor made in inference mode could not be written outside of it.
     with torch.inference_mode(False):
         return torch.zeros(count, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
 
@@ -65,29 +67,38 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def programs_over(rows: int, device: torch.device) -> int:
-    """Programs that share ``rows`` rows, of which few may be valid: as many as a GPU has room for, at most one a row.
+    """Programs that share ``rows`` rows: as many as the GPU runs at a time, at most one a row.
 
-    A program for each row would cost more where most of them find nothing to do: with W ranks, a rank has room for up
-    to W times the rows that it receives on average.
+    Most rows may be invalid, since a rank has room for up to W times its average share: one program a row would cost
+    more.
     """
     return min(rows, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device))
 
 
-def as_int_view(rows: Tensor) -> Tensor:
-    """The same memory as integers of 4 bytes, or of 2 where a row (N, H) has no whole number of 4."""
-    whole = rows.shape[-1] * rows.element_size() % 4 == 0
-    return rows.view(torch.int32 if whole else torch.int16)
+def as_int_view(rows_NH: Tensor) -> Tensor:
+    """The same memory as int32, or as int16 where a row (N, H) is no multiple of 4 bytes."""
+    whole = rows_NH.shape[-1] * rows_NH.element_size() % 4 == 0
+    return rows_NH.view(torch.int32 if whole else torch.int16)
 
 
 def aligned_contiguous(rows_NH: Tensor) -> Tensor:
-    """The same rows, contiguous, and aligned as ``as_int_view`` needs it: a view may begin at any element.
-
-    Of one row or none any strides count as contiguous; ``as_int_view`` minds them all the same.
-    """
+    """The same rows, contiguous and aligned to 4 bytes, as ``as_int_view`` needs them."""
+    # Flattened, because any strides count as contiguous for one row or none, but not for ``view``.
     rows_NH = rows_NH.contiguous().flatten().view(rows_NH.shape)
     return rows_NH.clone() if rows_NH.data_ptr() % 4 else rows_NH
 
 
-def block_size(words_per_row: int, word_bytes: int) -> int:
-    """Words of a row that one program moves at a time: a power of two, at most ``PIECE_BYTES``."""
-    return min(triton.next_power_of_2(words_per_row), PIECE_BYTES // word_bytes)
+def block_size(width: int, itemsize: int) -> int:
+    """Integers of a row that a program copies at a time: a power of two, at most ``BLOCK_BYTES``."""
+    return min(triton.next_power_of_2(width), BLOCK_BYTES // itemsize)
+
+
+def copy_constants(rows_NH: Tensor) -> dict[str, int]:
+    """Constants of a kernel that copies rows, given ``as_int_view``: integers of a row, and at a time."""
+    width = rows_NH.shape[1]
+    return {"INTS": width, "BLOCK": block_size(width, rows_NH.element_size()), "num_warps": ROW_WARPS}
+
+
+def column_constants(width: int) -> dict[str, int]:
+    """Constants of a kernel that computes over rows of ``width``: a power of two of COLUMNS at a time."""
+    return {"H": width, "COLUMNS": min(triton.next_power_of_2(width), MOST_COLUMNS), "num_warps": ROW_WARPS}

@@ -1,4 +1,4 @@
-"""Kernels over the rows of one rank: received rows into canonical order, and the gradient of the weighted sum."""
+"""Kernels over the rows of one rank: into canonical order, gradients of the weighted sum, NaN after an overflow."""
 
 from __future__ import annotations
 
@@ -8,15 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sonic_ep.fast.device_functions import copy_row, rounded, valid_rows
-from sonic_ep.fast.launch import ROW_WARPS, as_int_view, block_size, launch, programs_over
+from sonic_ep.fast.launch import as_int_view, column_constants, copy_constants, launch, programs_over
 from sonic_ep.plan import RoutingPlan
-
-MOST_COLUMNS = 4096
-
-
-def columns(width: int) -> int:
-    """Columns that a program takes at a time, of rows of ``width``: a power of two."""
-    return min(triton.next_power_of_2(width), MOST_COLUMNS)
 
 
 @triton.jit(do_not_specialize=["row_capacity"])
@@ -27,45 +20,32 @@ def gather_rows_kernel(
     group_ends_ptr,
     experts_per_rank,
     row_capacity,
-    WORDS: tl.constexpr,
-    PIECE: tl.constexpr,
+    INTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Row i of the result is row ``source[i]`` of what was received. Any grid: of P programs, p takes p, p + P, ...
 
-    source_ptr (R,) int32; rows behind the valid ones are left as they are. Sources 2 0 of two valid rows take rows 2
-    and 0.
+    source_ptr (R,) int32; rows past the valid ones are not written. Sources 2 0 of two valid rows take rows 2 and 0.
     """
     rows = valid_rows(group_ends_ptr, experts_per_rank, row_capacity)
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = tl.cast(index, tl.int64)
         source = tl.load(source_ptr + row).to(tl.int64)
-        copy_row(received_ptr + source * WORDS, out_ptr + row * WORDS, WORDS, PIECE)
+        copy_row(received_ptr + source * INTS, out_ptr + row * INTS, INTS, BLOCK)
 
 
 def gather_rows(received_NH: Tensor, source_R: Tensor, group_ends_e: Tensor) -> Tensor:
-    """(R, H): the received row of each canonical row; unspecified behind ``group_ends_e[-1]``."""
+    """(R, H): the received row of each canonical row; unspecified past ``group_ends_e[-1]``."""
     rows_RH = received_NH.new_empty((source_R.shape[0], received_NH.shape[1]))
     received, out = as_int_view(received_NH), as_int_view(rows_RH)
-    width = out.shape[1]
-    launch(
-        gather_rows_kernel,
-        (programs_over(out.shape[0], out.device),),
-        received,
-        source_R,
-        out,
-        group_ends_e,
-        group_ends_e.shape[0],
-        out.shape[0],
-        device=out.device,
-        WORDS=width,
-        PIECE=block_size(width, out.element_size()),
-        num_warps=ROW_WARPS,
-    )
+    grid, sizes = (programs_over(out.shape[0], out.device),), (group_ends_e.shape[0], out.shape[0])
+    pointers = (received, source_R, out, group_ends_e)
+    launch(gather_rows_kernel, grid, *pointers, *sizes, device=out.device, **copy_constants(out))
     return rows_RH
 
 
 def token_of_row(plan: RoutingPlan) -> Tensor:
-    """(R,) int32: which of the group's W*C tokens each row is of, -1 behind the valid rows: slot 5 of K=2 is of 2."""
+    """(R,) int32: the row's token among the group's W*C, -1 past the valid rows. With K=2, slot 5 is of token 2."""
     return torch.div(plan.slot_of_row, plan.top_k, rounding_mode="floor")
 
 
@@ -86,8 +66,8 @@ def weigh_rows_kernel(
     """Gradient of a weighted row, and of its weight. Any grid: of P programs, p takes rows p, p + P, ...
 
     out_grad_ptr (R, H): d(out) of each row's token; rows_ptr (R, H): the rows that were weighted; scores_ptr (W*C*K,)
-    fp32. grad_ptr (R, H) = round(score * d(out)), zeros behind the valid rows: autograd passes on all R rows.
-    dots_ptr (R,) fp32 = sum over H of d(out) * row, left as it is behind the valid rows.
+    fp32. grad_ptr (R, H) = round(score * d(out)), zeros past the valid rows, since autograd passes on all R.
+    dots_ptr (R,) fp32 = sum over H of d(out) * row, not written past the valid rows.
     """
     rows = valid_rows(group_ends_ptr, experts_per_rank, row_capacity)
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
@@ -113,24 +93,10 @@ def weigh_rows(out_grad_RH: Tensor, rows_RH: Tensor, scores_WCK: Tensor, plan: R
     """Gradients of the rows (R, H), zeros past the valid ones, and of each row's score (R,) fp32, unspecified there."""
     grad_RH = torch.empty_like(out_grad_RH)
     dots_R = out_grad_RH.new_empty(out_grad_RH.shape[0], dtype=torch.float32)
-    width = out_grad_RH.shape[1]
-    launch(
-        weigh_rows_kernel,
-        (programs_over(plan.row_capacity, grad_RH.device),),
-        out_grad_RH,
-        rows_RH,
-        scores_WCK,
-        plan.slot_of_row,
-        grad_RH,
-        dots_R,
-        plan.group_ends,
-        plan.experts_per_rank,
-        plan.row_capacity,
-        device=grad_RH.device,
-        H=width,
-        COLUMNS=columns(width),
-        num_warps=ROW_WARPS,
-    )
+    pointers = (out_grad_RH, rows_RH, scores_WCK, plan.slot_of_row, grad_RH, dots_R, plan.group_ends)
+    grid, sizes = (programs_over(plan.row_capacity, grad_RH.device),), (plan.experts_per_rank, plan.row_capacity)
+    constants = column_constants(grad_RH.shape[1])
+    launch(weigh_rows_kernel, grid, *pointers, *sizes, device=grad_RH.device, **constants)
     return grad_RH, dots_R
 
 
@@ -167,20 +133,8 @@ def poison_kernel(
 
 def poison_if_overflowed(rows_NH: Tensor, plan: RoutingPlan, max_rows: int) -> Tensor:
     """``rows_NH`` (N, H), all NaN if a rank of the plan is routed more than ``max_rows``. No read on the host."""
-    width = rows_NH.shape[1]
-    launch(
-        poison_kernel,
-        (programs_over(rows_NH.shape[0], rows_NH.device),),
-        rows_NH,
-        plan.counts,
-        rows_NH.shape[0],
-        max_rows,
-        plan.num_experts,
-        plan.experts_per_rank,
-        device=rows_NH.device,
-        H=width,
-        COLUMNS=columns(width),
-        EXPERTS=triton.next_power_of_2(plan.experts_per_rank),
-        num_warps=ROW_WARPS,
-    )
+    grid = (programs_over(rows_NH.shape[0], rows_NH.device),)
+    sizes = (rows_NH.shape[0], max_rows, plan.num_experts, plan.experts_per_rank)
+    constants = column_constants(rows_NH.shape[1]) | {"EXPERTS": triton.next_power_of_2(plan.experts_per_rank)}
+    launch(poison_kernel, grid, rows_NH, plan.counts, *sizes, device=rows_NH.device, **constants)
     return rows_NH

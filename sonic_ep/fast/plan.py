@@ -1,13 +1,13 @@
 """The routing plan in Triton: a stable counting sort over all slots of the group, with no read on the host.
 
-Ids, and scores where the caller has them by then, travel in one exchange: every rank stages its own in shared memory,
-all meet, and every rank reads those of all.
-Then three kernels: one counts each tile of slots by expert (and its tokens by rank), one sums the counts of the tiles
-before each tile, one gives every slot its row. A tile holds whole tokens of one rank, in the order of their slots.
+Every rank stages its ids, and its scores where the caller has them by then, in shared memory, and after a barrier reads
+those of all. Then three kernels: one counts each tile of slots by expert (and its tokens by rank), one sums the counts
+of the tiles before each tile, one gives every slot its row. A tile holds whole tokens of one rank, in slot order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,18 +20,18 @@ from sonic_ep.fast.device_functions import peer_pointer
 from sonic_ep.fast.launch import launch
 from sonic_ep.fast.symmetric_memory import SharedBuffer
 from sonic_ep.fast.workspace import Workspace
-from sonic_ep.plan import INDEX_DTYPE, NO_ROW, RoutingPlan
+from sonic_ep.plan import INDEX_DTYPE, RoutingPlan
 
-# Stands for an id out of range until the plan is built, where it counts as dropped.
+# Staged in place of an id out of range; the plan counts it as dropped.
 OUT_OF_RANGE: tl.constexpr = tl.constexpr(-2)
 
 
 @triton.jit(do_not_specialize=["given", "room"])
 def stage_ids_kernel(ids_ptr, staged_ptr, given, room, num_experts, BLOCK: tl.constexpr):
-    """This rank's ids, int32 or int64, to shared memory as int32. Grid (ceil(room / BLOCK),).
+    """Copy this rank's ids, int32 or int64, to shared memory as int32. Grid (ceil(room / BLOCK),).
 
-    ids_ptr (T*K,); staged_ptr (C*K,) int32: -1 behind the ``given`` = T*K ids, ``OUT_OF_RANGE`` for ids that are
-    neither -1 nor of one of the experts.
+    ids_ptr (T*K,); staged_ptr (C*K,) int32: -1 past the ``given`` = T*K ids, ``OUT_OF_RANGE`` for an id that is neither
+    -1 nor an expert.
     """
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert = tl.load(ids_ptr + place, mask=place < given, other=-1)
@@ -59,7 +59,7 @@ def count_kernel(
     """Gather the ids of one tile and count them. Grid (tiles,).
 
     staged_ptr (W,) int64: addresses of the ids that each rank staged, (C, K) int32. expert_ids_ptr (W, C, K) int32.
-    counts_ptr (tiles, E + W) int32: slots of each expert, then tokens with a slot on each rank. verdict_ptr: see
+    counts_ptr (tiles, E + W) int32: slots of each expert, then tokens with a slot on each rank. errors_ptr: see
     ``DeviceErrors``; its first entry becomes p + 1 where rank p has an id out of range.
 
     Two tokens with the experts 0 2 and 1 0 of four, on two ranks, count 2 1 1 0, then 2 1.
@@ -128,7 +128,7 @@ def place_kernel(
 ):
     """Row of every slot of one tile, and packed place of every token. Grid (tiles,).
 
-    before_ptr, totals_ptr: what ``scan_kernel`` left. The other pointers are fields of ``RoutingPlan``.
+    before_ptr, totals_ptr: results of ``scan_kernel``. The other pointers are fields of ``RoutingPlan``.
 
     The row of a slot is the owner's first row of its expert, plus the slots of that expert in tiles before, plus those
     before it in its tile. Four slots of a tile with experts 1 0 1 0 have 0 0 1 1 before them.
@@ -161,11 +161,8 @@ def place_kernel(
         here = (expert >= mine) & (expert < mine + experts_per_rank) & (row < row_capacity)
         tl.store(slot_of_row_ptr + row, slot, mask=here)
         # There are at least as many slots as rows: each slot's number also stands for one row that may be free.
-        tl.store(
-            slot_of_row_ptr + slot,
-            tl.full((COMPARED,), -1, tl.int32),
-            mask=_free(slot, inside, rows_here, row_capacity),
-        )
+        none = tl.full((COMPARED,), -1, tl.int32)
+        tl.store(slot_of_row_ptr + slot, none, mask=inside & (slot >= rows_here) & (slot < row_capacity))
         next_row += tl.histogram(tl.where(expert < 0, num_experts, expert), EXPERTS_PADDED)
 
     token = first_token + tl.arange(0, TOKENS)
@@ -176,11 +173,6 @@ def place_kernel(
     packed = tl.load(before_ptr + num_experts + rank) + tl.cumsum(present, axis=0) - present
     packed = tl.where(present == 1, packed, -1)
     tl.store(packed_of_token_ptr + source * max_tokens + token, packed, mask=token < max_tokens)
-
-
-@triton.jit
-def _free(row, inside, rows_here, row_capacity):
-    return inside & (row >= rows_here) & (row < row_capacity)
 
 
 @triton.jit(do_not_specialize=["tiles_per_rank", "max_rows"])
@@ -201,8 +193,8 @@ def totals_kernel(
 ):
     """The small fields of the plan. Grid (W,): program p writes row p of pair_tokens, program 0 also the others.
 
-    verdict_ptr: see ``DeviceErrors``; the rank with most rows, plus one, and its rows, where they pass ``max_rows``.
-    Tiles that begin with 0 3 tokens before them, and a total of 5, hold 3 2.
+    errors_ptr: see ``DeviceErrors``; the rank with most rows, plus one, and its rows, where they pass ``max_rows``.
+    Ranks whose first tiles have 0 and 3 tokens before them hold, of a total of 5, 3 and 2.
     """
     source = tl.program_id(0)
     bins = num_experts + world_size
@@ -215,11 +207,8 @@ def totals_kernel(
     is_last = source == world_size - 1
     next_tile = tile + tiles_per_rank
     next_begin = tl.load(before_ptr + next_tile * bins + column, mask=exists & (not is_last), other=0)
-    tl.store(
-        pair_tokens_ptr + source * world_size + rank_of,
-        tl.where(is_last, total_tokens, next_begin) - begin,
-        mask=exists,
-    )
+    tokens_ptr = pair_tokens_ptr + source * world_size + rank_of
+    tl.store(tokens_ptr, tl.where(is_last, total_tokens, next_begin) - begin, mask=exists)
     if source == 0:
         bin_of = tl.arange(0, EXPERTS_PADDED)
         total = tl.load(totals_ptr + bin_of, mask=bin_of < num_experts, other=0)
@@ -241,13 +230,12 @@ def totals_kernel(
             tl.store(errors_ptr + 2, most_rows)
 
 
-# Slots of a tile, those compared with each other at a time, and tiles and bins that the scan takes at a time. Placing
+# Slots of a tile, slots compared with each other at a time, and tiles and bins that the scan takes at a time. Placing
 # is a chain of short steps, one warp wide: more lanes would compare more pairs, more warps would wait for each other.
 TILE_SLOTS = 512
 COMPARED_SLOTS = 32
 PLACE_WARPS = 1
-SCAN_TILES = 512
-SCAN_BINS = 4
+SCAN_TILES, SCAN_BINS = 512, 4
 STAGE_BLOCK = 1024
 
 
@@ -267,14 +255,9 @@ class PlanShape:
         return self.num_experts // self.world_size
 
     @property
-    def padded_k(self) -> int:
-        """K, to a power of two."""
-        return triton.next_power_of_2(self.top_k)
-
-    @property
     def tile_tokens(self) -> int:
         """Tokens of a tile, a power of two."""
-        return max(1, TILE_SLOTS // self.padded_k)
+        return max(1, TILE_SLOTS // triton.next_power_of_2(self.top_k))
 
     @property
     def tiles_per_rank(self) -> int:
@@ -288,13 +271,23 @@ class PlanShape:
 
     @property
     def bins(self) -> int:
-        """What is counted in each tile: slots of E experts, then tokens of W ranks."""
+        """Counts of each tile: slots of E experts, then tokens of W ranks."""
         return self.num_experts + self.world_size
 
     @property
     def padded_experts(self) -> int:
         """A power of two with room for E and one more, where dropped slots are counted."""
         return triton.next_power_of_2(self.num_experts + 1)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """What the kernels take alike: tiles of a rank, E, e and W."""
+        return self.tiles_per_rank, self.num_experts, self.experts_per_rank, self.world_size
+
+    def tile_constants(self) -> dict[str, int]:
+        """Constants of the kernels that go over tiles."""
+        padded_k, experts = triton.next_power_of_2(self.top_k), self.padded_experts
+        return {"K": self.top_k, "K_PADDED": padded_k, "TOKENS": self.tile_tokens, "EXPERTS_PADDED": experts}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -313,39 +306,54 @@ class TileCounts:
 def gathered_counts(
     topk_idx_TK: Tensor, shape: PlanShape, workspace: Workspace, device_errors: Tensor, scores_TK: Tensor | None = None
 ) -> TileCounts:
-    """Collective. Exchange the ids, and scores if there are any, and count, up to the totals of experts and pairs."""
+    """Collective. Exchange the ids, and scores if there are any, and count: all up to the totals."""
     device = topk_idx_TK.device
     staged = workspace.reserve("ids", shape.max_tokens * shape.top_k * INDEX_DTYPE.itemsize)
     staged_scores = None if scores_TK is None else reserve_scores(shape.max_tokens, shape.top_k, workspace)
     workspace.barrier_before_write()
-    _stage(topk_idx_TK.contiguous(), shape, staged)
+    stage_ids(topk_idx_TK.contiguous(), shape, staged)
     if scores_TK is not None and staged_scores is not None:
         stage_scores(scores_TK, staged_scores)
     workspace.barrier_after_write()
     expert_ids_WCK = torch.empty((shape.world_size, shape.max_tokens, shape.top_k), dtype=INDEX_DTYPE, device=device)
     before = torch.empty((shape.tiles, shape.bins), dtype=INDEX_DTYPE, device=device)
     totals = torch.empty(shape.bins, dtype=INDEX_DTYPE, device=device)
-    launch(
-        count_kernel,
-        (shape.tiles,),
-        staged.addresses,
-        expert_ids_WCK,
-        before,
-        device_errors,
-        shape.max_tokens,
-        shape.tiles_per_rank,
-        shape.num_experts,
-        shape.experts_per_rank,
-        shape.world_size,
-        device=device,
-        **_tile_constants(shape),
-    )
-    scan_grid = (triton.cdiv(shape.bins, SCAN_BINS),)
-    launch(
-        scan_kernel, scan_grid, before, totals, shape.tiles, shape.bins, device=device, TILES=SCAN_TILES, BINS=SCAN_BINS
-    )
+    pointers = (staged.addresses, expert_ids_WCK, before, device_errors)
+    constants = shape.tile_constants()
+    launch(count_kernel, (shape.tiles,), *pointers, shape.max_tokens, *shape.sizes, device=device, **constants)
+    grid, sizes = (triton.cdiv(shape.bins, SCAN_BINS),), (shape.tiles, shape.bins)
+    launch(scan_kernel, grid, before, totals, *sizes, device=device, TILES=SCAN_TILES, BINS=SCAN_BINS)
     scores_WCK = None if staged_scores is None else gather_staged_scores(staged_scores, expert_ids_WCK)
     return TileCounts(expert_ids=expert_ids_WCK, before=before, totals=totals, scores=scores_WCK)
+
+
+def stage_ids(topk_idx_TK: Tensor, shape: PlanShape, staged: SharedBuffer) -> None:
+    """Copy this rank's ids to shared memory; needs a barrier before and after."""
+    room = shape.max_tokens * shape.top_k
+    grid, target = (triton.cdiv(room, STAGE_BLOCK),), staged.rows(shape.rank, (room,), INDEX_DTYPE)
+    sizes = (topk_idx_TK.numel(), room, shape.num_experts)
+    launch(stage_ids_kernel, grid, topk_idx_TK, target, *sizes, device=topk_idx_TK.device, BLOCK=STAGE_BLOCK)
+
+
+def new_plan(
+    counts: TileCounts, shape: PlanShape, *, num_tokens: int, row_capacity: int, new: Callable[..., Tensor]
+) -> RoutingPlan:
+    """This rank's plan with the ids and counts of ``counts``, and its other fields made by ``new``."""
+
+    def field(*sizes: int) -> Tensor:
+        return new(sizes, dtype=INDEX_DTYPE, device=counts.totals.device)
+
+    return RoutingPlan(
+        rank=shape.rank,
+        num_tokens=num_tokens,
+        expert_ids=counts.expert_ids,
+        counts=counts.totals[: shape.num_experts],
+        row_of_slot=field(*counts.expert_ids.shape),
+        group_ends=field(shape.experts_per_rank),
+        slot_of_row=field(row_capacity),
+        pair_tokens=field(shape.world_size, shape.world_size),
+        packed_of_token=field(shape.world_size, shape.max_tokens),
+    )
 
 
 def placed_plan(
@@ -353,99 +361,23 @@ def placed_plan(
 ) -> RoutingPlan:
     """This rank's plan with R = ``row_capacity``, from the counts. Not collective; no read on the host.
 
-    max_rows: rows of one rank past which ``device_errors`` says so.
+    max_rows: rows of one rank above which ``device_errors`` says so.
     """
-    device = counts.totals.device
-
-    def empty(*sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=INDEX_DTYPE, device=device)
-
-    plan = RoutingPlan(
-        rank=shape.rank,
-        num_tokens=num_tokens,
-        expert_ids=counts.expert_ids,
-        counts=counts.totals[: shape.num_experts],
-        row_of_slot=empty(*counts.expert_ids.shape),
-        group_ends=empty(shape.experts_per_rank),
-        slot_of_row=empty(row_capacity),
-        pair_tokens=empty(shape.world_size, shape.world_size),
-        packed_of_token=empty(shape.world_size, shape.max_tokens),
-    )
-    sizes = (shape.tiles_per_rank, shape.num_experts, shape.experts_per_rank, shape.world_size)
-    launch(
-        place_kernel,
-        (shape.tiles,),
-        plan.expert_ids,
-        counts.before,
-        counts.totals,
-        plan.row_of_slot,
-        plan.slot_of_row,
-        plan.packed_of_token,
-        shape.rank,
-        shape.max_tokens,
-        *sizes,
-        row_capacity,
-        device=device,
-        COMPARED=COMPARED_SLOTS,
-        num_warps=PLACE_WARPS,
-        **_tile_constants(shape),
-    )
-    launch(
-        totals_kernel,
-        (shape.world_size,),
-        counts.before,
-        counts.totals,
-        plan.group_ends,
-        plan.pair_tokens,
-        device_errors,
-        shape.rank,
-        *sizes,
-        max_rows,
-        device=device,
-        EXPERTS_PADDED=shape.padded_experts,
-        RANKS_PADDED=triton.next_power_of_2(shape.world_size),
-    )
+    plan = new_plan(counts, shape, num_tokens=num_tokens, row_capacity=row_capacity, new=torch.empty)
+    scanned, device = (counts.before, counts.totals), counts.totals.device
+    pointers = (plan.expert_ids, *scanned, plan.row_of_slot, plan.slot_of_row, plan.packed_of_token)
+    sizes = (shape.rank, shape.max_tokens, *shape.sizes, row_capacity)
+    constants = shape.tile_constants() | {"COMPARED": COMPARED_SLOTS, "num_warps": PLACE_WARPS}
+    launch(place_kernel, (shape.tiles,), *pointers, *sizes, device=device, **constants)
+    small = (*scanned, plan.group_ends, plan.pair_tokens, device_errors)
+    padded = {"EXPERTS_PADDED": shape.padded_experts, "RANKS_PADDED": triton.next_power_of_2(shape.world_size)}
+    launch(totals_kernel, (shape.world_size,), *small, shape.rank, *shape.sizes, max_rows, device=device, **padded)
     return plan
 
 
-def empty_plan(shape: PlanShape, topk_idx_TK: Tensor) -> RoutingPlan:
+def empty_plan(shape: PlanShape, device: torch.device) -> RoutingPlan:
     """The plan of a group in which no rank has a token."""
-
-    def filled(value: int, *sizes: int) -> Tensor:
-        return torch.full(sizes, value, dtype=INDEX_DTYPE, device=topk_idx_TK.device)
-
-    return RoutingPlan(
-        rank=shape.rank,
-        num_tokens=0,
-        expert_ids=filled(NO_ROW, shape.world_size, 0, shape.top_k),
-        counts=filled(0, shape.num_experts),
-        row_of_slot=filled(NO_ROW, shape.world_size, 0, shape.top_k),
-        group_ends=filled(0, shape.experts_per_rank),
-        slot_of_row=filled(NO_ROW, 0),
-        pair_tokens=filled(0, shape.world_size, shape.world_size),
-        packed_of_token=filled(NO_ROW, shape.world_size, 0),
-    )
-
-
-def _tile_constants(shape: PlanShape) -> dict[str, int]:
-    return {
-        "K": shape.top_k,
-        "K_PADDED": shape.padded_k,
-        "TOKENS": shape.tile_tokens,
-        "EXPERTS_PADDED": shape.padded_experts,
-    }
-
-
-def _stage(topk_idx_TK: Tensor, shape: PlanShape, staged: SharedBuffer) -> None:
-    room = shape.max_tokens * shape.top_k
-    launch(
-        stage_ids_kernel,
-        (triton.cdiv(room, STAGE_BLOCK),),
-        topk_idx_TK,
-        staged.rows(shape.rank, (room,), INDEX_DTYPE),
-        topk_idx_TK.numel(),
-        room,
-        shape.num_experts,
-        device=topk_idx_TK.device,
-        BLOCK=STAGE_BLOCK,
-    )
+    none_WCK = torch.zeros((shape.world_size, 0, shape.top_k), dtype=INDEX_DTYPE, device=device)
+    totals = torch.zeros(shape.bins, dtype=INDEX_DTYPE, device=device)
+    counts = TileCounts(expert_ids=none_WCK, before=totals.new_zeros((0, shape.bins)), totals=totals, scores=None)
+    return new_plan(counts, shape, num_tokens=0, row_capacity=0, new=torch.zeros)

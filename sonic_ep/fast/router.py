@@ -1,8 +1,8 @@
 """The router: one GEMM and one kernel forward, at most two kernels and two GEMMs backward, nothing read on the host.
 
-Logits and scores are those of the reference to fp32 rounding, choices follow from the logits exactly. A GEMM with fp32
-in it and bf16 weights or tokens would be slow, or copy them to fp32; instead the gradient of the logits is cut into
-three bf16 parts, whose 3 x 8 bits hold all 24 of an fp32 number, and tensor cores sum their exact products in fp32.
+Logits and scores are those of the reference to fp32 rounding; choices follow exactly from the logits. A GEMM of the
+logits' fp32 gradient with bf16 weights or tokens would be slow, or need fp32 copies. So the gradient is cut into three
+bf16 parts, whose 3 x 8 bits hold the 24 of an fp32 number, and tensor cores sum their exact products in fp32.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sonic_ep.fast.device_functions import exact_exp, rounded
 from sonic_ep.fast.launch import launch
 from sonic_ep.fast.workspace import Workspace
 
-# Below the key of any logit: stands for experts that do not exist, and for those that are chosen already.
+# Below the key of any logit: for experts that do not exist or are chosen already.
 NO_CHOICE: tl.constexpr = tl.constexpr(-(2**63))
 # The bits of a NaN, above those of infinity; as a mask, all bits of an fp32 number but the sign's.
 ALL_BUT_SIGN: tl.constexpr = tl.constexpr(0x7FFFFFFF)
@@ -32,11 +32,11 @@ ALL_BUT_SIGN: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 
 @triton.jit
 def key_of(logit, expert, E: tl.constexpr):
-    """An int64 that orders experts of one token, best first largest: by logit, then lower expert first.
+    """An int64 key that orders the experts of a token: the larger logit first, then the lower expert.
 
-    logit fp32, expert int32. The high half holds the logit: bits of fp32 numbers ascend with them where the sign is
-    clear and descend where it is set. The low half holds E-1-expert. All NaN are one, above infinity; -0 is 0. Of four
-    experts with logits 1.0 2.0 1.0 NaN the order is 3 1 0 2.
+    logit fp32, expert int32. The high half holds the logit: the bits of fp32 numbers ascend with them where the sign is
+    clear and descend where it is set. The low half holds E-1-expert. Every NaN is the same, above infinity; -0 is 0.
+    Logits 1.0 2.0 1.0 NaN of four experts order them 3 1 0 2.
     """
     bits = tl.where(logit == 0, 0.0, logit).to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ ALL_BUT_SIGN, bits)
@@ -46,7 +46,7 @@ def key_of(logit, expert, E: tl.constexpr):
 
 @triton.jit
 def logit_of(key):
-    """The logit that ``key_of`` was given, except that all NaN are one and -0 is 0."""
+    """The logit of a key of ``key_of``, where every NaN is the same and -0 is 0."""
     ordered = (key >> 32).to(tl.int32)
     return tl.where(ordered < 0, ordered ^ ALL_BUT_SIGN, ordered).to(tl.float32, bitcast=True)
 
@@ -66,8 +66,8 @@ def choose_kernel(
 ):
     """The K best experts of each token, best first, and their softmax. Grid (ceil(T / TOKENS),).
 
-    logits_ptr (T, E) fp32; topk_idx_ptr (T, K) int64; scores_ptr (T, K) fp32: exp(logit - best) over the sum of that
-    over all E experts if OVER_ALL, else over the K chosen. Whatever the logits are, the K experts are distinct.
+    logits_ptr (T, E) fp32; topk_idx_ptr (T, K) int64; scores_ptr (T, K) fp32: exp(logit - best), over its sum over all
+    E experts if OVER_ALL, else over the K chosen. The K experts are distinct whatever the logits are.
 
     Logits 0 ln2 0 of one token, K=2: experts 1 0, scores 2/4 1/4 over all and 2/3 1/3 over the chosen.
     """
@@ -114,9 +114,9 @@ def logits_gradient_kernel(
     """d(logits) from d(scores), through the softmax. Grid (ceil(T / TOKENS),).
 
     logits_ptr (T, E), scores_ptr and scores_grad_ptr (T, K), out_ptr (T, E): fp32; topk_idx_ptr (T, K) int64.
-    With s the scores, g their gradient and G the sum of g * s over k, a chosen logit gets s * (g - G); if OVER_ALL,
-    the others get -p * G, p being their own share of the softmax. Scores 2/4 1/4 over all three, g = 1 0: the chosen
-    get 1/4 -1/8, the other -1/8.
+    With scores s, their gradient g and G = sum over k of g * s, a chosen logit gets s * (g - G); if OVER_ALL, others
+    get -p * G, p being their share of the softmax. Scores 2/4 1/4 of three experts, OVER_ALL, g = 1 0: the chosen get
+    1/4 -1/8, the other -1/8.
     """
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     there = token < tokens
@@ -136,7 +136,7 @@ def logits_gradient_kernel(
             own = tl.load(scores_ptr + token * K + k, mask=there, other=0.0) * (own - total)
         grad = tl.where(expert[None, :] == chosen[:, None], own[:, None], grad)
     if OVER_ALL:
-        # The best logit's own share is 1 over the sum that all shares have in common.
+        # The best logit's share is 1 over the sum that divides every share.
         best = tl.load(topk_idx_ptr + token * K, mask=there, other=0)
         top = tl.load(logits_ptr + token * E + best, mask=there, other=0.0)
         unit = tl.load(scores_ptr + token * K, mask=there, other=0.0)
@@ -149,8 +149,8 @@ def logits_gradient_kernel(
 def parts_kernel(grad_ptr, out_ptr, numbers, E: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """Cut fp32 numbers into parts that sum to them. Grid (ceil(numbers / BLOCK),).
 
-    grad_ptr (T, E) fp32, ``numbers`` = T*E; out_ptr (T, PARTS, E): each part the rounding, to the dtype of out, of what
-    the parts before have left over. Of 1 + 2^-9 + 2^-20 in bf16 the parts are 1, 2^-9 and 2^-20.
+    grad_ptr (T, E) fp32, ``numbers`` = T*E; out_ptr (T, PARTS, E): each part is the remainder after the parts before,
+    rounded to the dtype of out. In bf16 the parts of 1 + 2^-9 + 2^-20 are 1, 2^-9 and 2^-20.
     """
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < numbers
@@ -160,11 +160,11 @@ def parts_kernel(grad_ptr, out_ptr, numbers, E: tl.constexpr, PARTS: tl.constexp
         rounding = rounded(grad, out_ptr)
         tl.store(out_ptr + part * E, rounding, mask=inside)
         taken = rounding.to(tl.float32)
-        # Infinity leaves nothing over; less itself it would leave NaN.
+        # Infinity has no remainder; minus itself it would be NaN.
         grad = tl.where(tl.abs(taken) == float("inf"), 0.0, grad - taken)
 
 
-# Logits that one program holds, unless one token has more; the more there are for each warp, the more registers.
+# Logits that one program holds, unless one token has more: more for each warp take more registers.
 TILE_LOGITS = 1024
 MOST_WARPS = 16
 BF16_PARTS = 3
@@ -175,11 +175,11 @@ HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 def route(x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions, workspace: Workspace) -> Routing:
     """Logits (T, E) of this rank's tokens, the K largest of each, and their scores.
 
-    ``logits = x . router_w`` in fp32. Choices descend by logit; equal logits go to the lower expert first. Collective
-    where shared memory for the sum of the weight's gradient has to grow, and in backward, where it is summed.
+    ``logits = x . router_w`` in fp32. Choices descend by logit, equal logits ascend by expert. Collective where shared
+    memory for the sum of the weight's gradient has to grow, and in backward, which sums it.
     """
     if options.reduce_router_grad and router_w_EH.requires_grad:
-        # Also where gradients are off: under reentrant checkpointing a backward will come of it.
+        # Also where gradients are off: under reentrant checkpointing a backward follows all the same.
         reserve_sum(workspace, router_w_EH.numel())
     if torch.is_grad_enabled():
         x_TH = savable(x_TH)
@@ -192,8 +192,8 @@ class RouterLogits(torch.autograd.Function):
     """x (T, H) and router_w (E, H) to logits (T, E) fp32.
 
     Backward: gradients in the dtypes of x and router_w; that of router_w is summed over the group if the options ask
-    for it. Separate from ``Choose``: up to PyTorch 2.12 a split backward mixes up the gradients of a function with a
-    weight and several results.
+    for it. Separate from ``Choose`` because a split backward, up to PyTorch 2.12, mixes up the gradients of a function
+    with a weight and several results.
     """
 
     @staticmethod
@@ -262,63 +262,53 @@ def choose_experts(logits_TE: Tensor, options: RouterOptions) -> Choices:
     num_tokens, top_k = logits_TE.shape[0], options.top_k
     topk_idx_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits_TE.device)
     scores_TK = logits_TE.new_empty(num_tokens, top_k)
-    tile = Tile.of(logits_TE, options)
-    launch(
-        choose_kernel,
-        (triton.cdiv(num_tokens, tile.tokens),),
-        logits_TE,
-        topk_idx_TK,
-        scores_TK,
-        num_tokens,
-        device=logits_TE.device,
-        **tile.constants(),
-    )
+    _over_tokens(choose_kernel, (logits_TE, topk_idx_TK, scores_TK), options)
     return Choices(topk_idx=topk_idx_TK, scores=scores_TK)
 
 
 def logits_gradient(routing: Routing, scores_grad_TK: Tensor, options: RouterOptions) -> Tensor:
     """d(logits) from the gradient of the scores, (T, E) fp32."""
-    logits_TE = routing.logits
-    grad_TE = torch.empty_like(logits_TE)
-    tile = Tile.of(logits_TE, options)
-    launch(
-        logits_gradient_kernel,
-        (triton.cdiv(logits_TE.shape[0], tile.tokens),),
-        logits_TE,
-        routing.topk_idx,
-        routing.topk_scores,
-        scores_grad_TK.contiguous(),
-        grad_TE,
-        logits_TE.shape[0],
-        device=logits_TE.device,
-        **tile.constants(),
-    )
+    grad_TE = torch.empty_like(routing.logits)
+    given = (routing.logits, routing.topk_idx, routing.topk_scores, scores_grad_TK.contiguous())
+    _over_tokens(logits_gradient_kernel, (*given, grad_TE), options)
     return grad_TE
+
+
+def _over_tokens(kernel: Any, pointers: tuple[Tensor, ...], options: RouterOptions) -> None:
+    """Launch ``kernel`` over tiles of tokens; its first argument is the logits (T, E)."""
+    (num_tokens, num_experts), device = pointers[0].shape, pointers[0].device
+    experts, k = triton.next_power_of_2(num_experts), triton.next_power_of_2(options.top_k)
+    tokens = max(1, TILE_LOGITS // experts)
+    # Shares of all experts, divided by the sum of those of the chosen, are shares of the chosen.
+    over_all = options.score_order is ScoreOrder.SOFTMAX_THEN_TOPK and not options.norm_topk_probs
+    constants = {"E": num_experts, "K": options.top_k, "OVER_ALL": over_all}
+    padded = {"TOKENS": tokens, "EXPERTS_PADDED": experts, "K_PADDED": k}
+    warps = min(max(4, tokens * experts // TILE_LOGITS), MOST_WARPS)
+    grid = (triton.cdiv(num_tokens, tokens),)
+    launch(kernel, grid, *pointers, num_tokens, device=device, num_warps=warps, **constants, **padded)
 
 
 def bf16_parts(grad_TE: Tensor) -> Tensor:
     """Three bf16 numbers that sum to each of ``grad_TE`` (T, E) fp32, (T, 3, E)."""
     grad_TE = grad_TE.contiguous()
-    num_tokens, num_experts = grad_TE.shape
+    (num_tokens, num_experts), numbers = grad_TE.shape, grad_TE.numel()
     out_TPE = grad_TE.new_empty((num_tokens, BF16_PARTS, num_experts), dtype=torch.bfloat16)
+    constants = {"E": num_experts, "PARTS": BF16_PARTS, "BLOCK": PARTS_BLOCK}
     launch(
         parts_kernel,
-        (triton.cdiv(grad_TE.numel(), PARTS_BLOCK),),
+        (triton.cdiv(numbers, PARTS_BLOCK),),
         grad_TE,
         out_TPE,
-        grad_TE.numel(),
+        numbers,
         device=grad_TE.device,
-        E=num_experts,
-        PARTS=BF16_PARTS,
-        BLOCK=PARTS_BLOCK,
+        **constants,
     )
     return out_TPE
 
 
 def gradient_of_x(grad_TPE: Tensor, router_w_EH: Tensor, dtype: torch.dtype) -> Tensor:
     """d(x) = d(logits) . router_w, (T, H), from d(logits) in P parts: one product over all P * E of them."""
-    parts = grad_TPE.shape[1]
-    return product(grad_TPE.flatten(1), router_w_EH.repeat(parts, 1), dtype)
+    return product(grad_TPE.flatten(1), router_w_EH.repeat(grad_TPE.shape[1], 1), dtype)
 
 
 def gradient_of_weight(grad_TPE: Tensor, x_TH: Tensor) -> Tensor:
@@ -329,50 +319,13 @@ def gradient_of_weight(grad_TPE: Tensor, x_TH: Tensor) -> Tensor:
 
 
 def product(left_MK: Tensor, right_KN: Tensor, dtype: torch.dtype) -> Tensor:
-    """(M, N) in ``dtype``, which is fp32 or that of a factor: products exact, or of fp32 factors, and fp32 sums."""
+    """``left . right``, (M, N), summed in fp32, in ``dtype``: fp32 or that of a factor."""
     if left_MK.numel() == 0:
         return left_MK.new_zeros((left_MK.shape[0], right_KN.shape[1]), dtype=dtype)
     alike = left_MK.dtype == right_KN.dtype and left_MK.dtype in HALF_PRECISIONS
-    # On the CPU there is no product of halves whose sums can be had in fp32.
+    # On the CPU PyTorch has no product of half precision with an fp32 result.
     if left_MK.device.type != "cuda" or not alike:
         return torch.mm(left_MK.float(), right_KN.float()).to(dtype)
     if dtype == left_MK.dtype:
         return torch.mm(left_MK, right_KN)
     return torch.mm(left_MK, right_KN, out_dtype=dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tile:
-    """How the kernels cut logits (T, E) into programs, and what they are compiled for.
-
-    over_all: whether scores are shares of all E experts, not of the K chosen. Shares of all, divided by the sum of
-    those of the chosen, are shares of the chosen.
-    """
-
-    num_experts: int
-    top_k: int
-    over_all: bool
-
-    @staticmethod
-    def of(logits_TE: Tensor, options: RouterOptions) -> Tile:
-        """For these logits and options."""
-        over_all = options.score_order is ScoreOrder.SOFTMAX_THEN_TOPK and not options.norm_topk_probs
-        return Tile(num_experts=logits_TE.shape[1], top_k=options.top_k, over_all=over_all)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one program."""
-        return max(1, TILE_LOGITS // triton.next_power_of_2(self.num_experts))
-
-    def constants(self) -> dict[str, Any]:
-        """Compile-time constants of both kernels."""
-        experts_padded = triton.next_power_of_2(self.num_experts)
-        return {
-            "E": self.num_experts,
-            "K": self.top_k,
-            "OVER_ALL": self.over_all,
-            "TOKENS": self.tokens,
-            "EXPERTS_PADDED": experts_padded,
-            "K_PADDED": triton.next_power_of_2(self.top_k),
-            "num_warps": min(max(4, self.tokens * experts_padded // TILE_LOGITS), MOST_WARPS),
-        }

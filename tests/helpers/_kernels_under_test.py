@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from sonic_ep.fast.combine.base import origin_and_group, receive_slot_of
-from sonic_ep.fast.device_functions import rounded, turn_of
+from sonic_ep.fast.device_functions import rank_and_token, rounded
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def arrivals_kernel(senders_ptr, places_ptr, home, group, world_size, chunk):
 def turns_kernel(turns_ptr, rank, world_size):
     """Which rank and token each program of a dispatch takes."""
     program = tl.program_id(0)
-    source, token = turn_of(program, rank, world_size)
+    source, token = rank_and_token(program, rank, world_size)
     tl.store(turns_ptr + 2 * program, source)
     tl.store(turns_ptr + 2 * program + 1, token)
 

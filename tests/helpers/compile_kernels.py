@@ -42,7 +42,7 @@ def compiled(launch: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": launch["name"],
         "constants": launch["constants"],
-        "moves_rows": bool({"WORDS", "COLUMNS"} & constants.keys()) and launch["name"] not in NARROW,
+        "moves_rows": bool({"INTS", "WORDS", "COLUMNS"} & constants.keys()) and launch["name"] not in NARROW,
         "wide_loads": len(re.findall(r"ld\.global[.:\w]*\.v4\.b32", ptx)),
         "wide_stores": len(re.findall(r"st\.global[.:\w]*\.v4\.b32", ptx)),
         "single_elements": len(re.findall(r"(?:ld|st)\.global[.:\w]*(?<!\.v[24])\.b16", ptx)),

@@ -96,7 +96,7 @@ def examples_of_rows(rank: Rank) -> None:
     tokens = torch.arange(12, dtype=torch.int32, device=rank.device).view(3, 4)
     addresses = torch.zeros(1, dtype=torch.int64, device=rank.device)
     places = index(rank, 0, -1, 1)
-    launch(pull_packed_kernel, (3,), tokens, addresses, packed, places, 0, 1, 3, device=rank.device, WORDS=4, PIECE=4)
+    launch(pull_packed_kernel, (3,), tokens, addresses, packed, places, 0, 1, 3, device=rank.device, INTS=4, BLOCK=4)
     assert packed.tolist() == [tokens[0].tolist(), tokens[2].tolist(), [-1] * 4]
 
 
@@ -337,8 +337,13 @@ def test_every_kernel_compiles_for_hopper(cpu_pool: RankPool, tmp_path: Path, dt
     compiled = json.loads(done.stdout)
     names = {entry["name"] for entry in compiled}
     assert names >= {"barrier_kernel", "count_kernel", "place_kernel", "pull_to_rows_kernel", "pull_packed_kernel"}
-    assert names >= {"exchange_rows_kernel", "exchange_partial_sums_kernel", "weigh_rows_kernel", "send_home_kernel"}
-    assert names >= {"read_peer_kernel", "write_peer_kernel", "spoil_kernel", "take_rows_kernel", "collect_kernel"}
+    assert names >= {
+        "exchange_rows_kernel",
+        "exchange_partial_sums_kernel",
+        "weigh_rows_kernel",
+        "return_to_origin_kernel",
+    }
+    assert names >= {"read_peer_kernel", "write_peer_kernel", "poison_kernel", "gather_rows_kernel", "collect_kernel"}
     assert names >= {"choose_kernel", "logits_gradient_kernel", "activate_kernel", "activate_backward_kernel"}
     assert names >= {"add_bias_dots_kernel", "sum_groups_kernel", "rows_kernel", "weights_kernel", "sum_ranks_kernel"}
     for entry in compiled:

@@ -167,7 +167,7 @@ def saved_tensors(rank: Rank, case: Case, config: EPConfig) -> tuple[dict[str, i
         expected = {
             "all but the plan": formula.received + formula.hidden + formula.scores,
             "plan": formula.plan,
-            "x": call.shape.tokens_TH if again else 0,
+            "x": call.shape.values("TH") if again else 0,
         }
         return found, expected
 
@@ -234,7 +234,7 @@ def live_peaks_as_on_gpus(rank: Rank, case: Case, config: EPConfig) -> list[Meas
         # The first call allocates what is shared.
         call.forward()
         # While rows are exact, the slots of the ceiling's rows are there until forward ends.
-        queued = call.shape.slots_WCK if config.cpu_sync_on_runtime else 0
+        queued = call.shape.numbers("WCK") if config.cpu_sync_on_runtime else 0
         with torch.no_grad(), LiveMemory() as inference:
             call.forward()
         with LiveMemory() as forward:
@@ -253,7 +253,7 @@ def beside_formulas(shape: LayerShape, config: EPConfig, found: list[int], slack
     formula = {
         "peak of inference": forward_peak_bytes(shape, dispatch, training=False, **again),
         "peak of forward": forward_peak_bytes(shape, dispatch, training=True, **again),
-        "saved, and y": saved_bytes(shape, dispatch, **again).total + shape.tokens_TH,
+        "saved, and y": saved_bytes(shape, dispatch, **again).total + shape.values("TH"),
         "peak of backward": backward_peak_bytes(shape, dispatch, **again),
     }
     return [

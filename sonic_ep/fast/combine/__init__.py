@@ -1,9 +1,8 @@
-"""Combine: rows of experts back to the ranks of their tokens. Owners push, and homes sum what has arrived."""
+"""Combine: rows of experts back to the origin ranks of their tokens. Owners push, origin ranks sum."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from sonic_ep.config import CombineMode
 from sonic_ep.fast.combine.all_to_all import AllToAllCombine
@@ -16,10 +15,8 @@ FastCombine = AllToAllCombine | ReduceScatterCombine | RankDedupCombine
 
 def combine_primitives(workspace: Workspace) -> Mapping[CombineMode, FastCombine]:
     """Every combine mode over ``workspace``."""
-    return MappingProxyType(
-        {
-            CombineMode.ALL_TO_ALL: AllToAllCombine(workspace),
-            CombineMode.REDUCE_SCATTER: ReduceScatterCombine(workspace),
-            CombineMode.RANK_DEDUP: RankDedupCombine(workspace),
-        }
-    )
+    return {
+        CombineMode.ALL_TO_ALL: AllToAllCombine(workspace),
+        CombineMode.REDUCE_SCATTER: ReduceScatterCombine(workspace),
+        CombineMode.RANK_DEDUP: RankDedupCombine(workspace),
+    }

@@ -1,4 +1,4 @@
-"""Combine by all-to-all: one row for each remote slot goes home and is summed there."""
+"""Combine by all-to-all: one row for each remote slot goes to its origin rank and is summed there."""
 
 from __future__ import annotations
 
@@ -46,36 +46,26 @@ def exchange_rows_kernel(
     H: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Send the rows of every other rank's tokens, and sum the home tokens. Grid ((tokens + lag) * W,).
+    """Send the rows of other ranks' tokens, sum this rank's tokens. Grid ((tokens + lag) * W,): ``combine.base``.
 
     rows_ptr (R, H), canonical order; scores_ptr (W, C, K) fp32; out_ptr (T, H). received_ptr, flags_ptr (W,) int64:
-    addresses of (chunk, K, H) rows and (W - 1, chunk) flags of each rank; see ``sonic_ep.fast.combine.base``.
+    addresses of (chunk, K, H) rows and (W - 1, chunk) flags of each rank.
 
     Rounding point: out = round(sum over k, ascending, of score * row), products and sum in fp32.
-    The row of choice 1 of the chunk's token 5 arrives, with K=2, in row 11.
+    With K=2, the row of choice 1 of the chunk's token 5 is received in row 11.
     """
-    home, group = origin_and_group(tl.program_id(0), rank, world_size, lag)
+    origin, group = origin_and_group(tl.program_id(0), rank, world_size, lag)
     if (group >= 0) & (group < tokens):
         token = first_token + group
-        first_slot = (home.to(tl.int64) * max_tokens + token) * K
+        first_slot = (origin.to(tl.int64) * max_tokens + token) * K
         k = tl.arange(0, K_PADDED)
         experts = tl.load(expert_ids_ptr + first_slot + k, mask=k < K, other=-1)
         first_expert = rank * experts_per_rank
-        behind = first_expert + experts_per_rank
-        received = peer_pointer(received_ptr, home, out_ptr) + group.to(tl.int64) * K * H
-        if home == rank:
+        next_expert = first_expert + experts_per_rank
+        received = peer_pointer(received_ptr, origin, out_ptr) + group.to(tl.int64) * K * H
+        if origin == rank:
             await_receive_slots(
-                flags_ptr,
-                experts,
-                group,
-                chunk,
-                world_size,
-                experts_per_rank,
-                wait_errors_ptr,
-                rank,
-                tag,
-                limit,
-                False,
+                flags_ptr, experts, group, chunk, world_size, experts_per_rank, wait_errors_ptr, rank, tag, limit, False
             )
             if token < own_tokens:
                 for first in range(0, H, COLUMNS):
@@ -84,18 +74,14 @@ def exchange_rows_kernel(
                     for choice in range(K):
                         expert = tl.load(expert_ids_ptr + first_slot + choice)
                         row = tl.load(row_of_slot_ptr + first_slot + choice).to(tl.int64)
-                        own = (expert >= first_expert) & (expert < behind) & (row < row_capacity)
-                        remote = ((expert >= 0) & (expert < first_expert)) | (expert >= behind)
+                        own = (expert >= first_expert) & (expert < next_expert) & (row < row_capacity)
+                        remote = ((expert >= 0) & (expert < first_expert)) | (expert >= next_expert)
                         term = tl.load(rows_ptr + row * H + column, mask=column < tl.where(own, H, 0), other=0.0)
                         there = column < tl.where(remote, H, 0)
-                        # Past the first-level cache, which knows nothing of what peers write meanwhile.
-                        arrived = tl.load(
-                            received + tl.cast(choice, tl.int64) * H + column,
-                            mask=there,
-                            other=0.0,
-                            cache_modifier=".cg",
-                        )
-                        term = tl.where(there, arrived, term).to(tl.float32)
+                        place = received + tl.cast(choice, tl.int64) * H + column
+                        # Past the first-level cache, which does not see what peers write meanwhile.
+                        pushed = tl.load(place, mask=there, other=0.0, cache_modifier=".cg")
+                        term = tl.where(there, pushed, term).to(tl.float32)
                         if HAS_SCORES:
                             term = term * tl.load(scores_ptr + first_slot + choice, mask=expert >= 0, other=0.0)
                         total += term
@@ -104,12 +90,12 @@ def exchange_rows_kernel(
             for choice in range(K):
                 expert = tl.load(expert_ids_ptr + first_slot + choice)
                 row = tl.load(row_of_slot_ptr + first_slot + choice).to(tl.int64)
-                if (expert >= first_expert) & (expert < behind) & (row < row_capacity):
+                if (expert >= first_expert) & (expert < next_expert) & (row < row_capacity):
                     for first in range(0, H, COLUMNS):
                         column = first + tl.arange(0, COLUMNS)
                         value = tl.load(rows_ptr + row * H + column, mask=column < H)
                         tl.store(received + tl.cast(choice, tl.int64) * H + column, value, mask=column < H)
-            signal_receive_slot(flags_ptr, home, receive_slot_of(rank, home, group, world_size, chunk), tag)
+            signal_receive_slot(flags_ptr, origin, receive_slot_of(rank, origin, group, world_size, chunk), tag)
 
 
 class AllToAllCombine(PushedCombine):

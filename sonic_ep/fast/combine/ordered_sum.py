@@ -1,6 +1,6 @@
-"""The sum that every combine mode is made of: a fixed order, fp32, one rounding. And the exchange of partial sums.
+"""The exchange of partial sums: each in a fixed order, in fp32, rounded once.
 
-All sums start at +0 and so never are -0: a term of +0, which stands for an absent one, leaves every bit as it is.
+Sums start at +0 and so are never -0: a term of +0, in place of an absent one, leaves every bit unchanged.
 """
 
 from __future__ import annotations
@@ -50,35 +50,25 @@ def exchange_partial_sums_kernel(
     H: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Send this rank's partial sum of every other rank's token, and sum the home tokens. Grid ((tokens + lag) * W,).
+    """Send partial sums of other ranks' tokens, sum this rank's tokens. Grid ((tokens + lag) * W,): ``combine.base``.
 
     rows_ptr (R, H), canonical order; scores_ptr (W, C, K) fp32; out_ptr (T, H). received_ptr, flags_ptr (W,) int64:
-    addresses of (W - 1, chunk, H) partial sums and (W - 1, chunk) flags of each rank; see ``combine.base``.
-    DENSE: a partial sum for every token, also where this rank has no slot of it.
+    addresses of (W - 1, chunk, H) partial sums and (W - 1, chunk) flags of each rank. DENSE: send a partial sum also
+    where this rank has no slot of the token.
 
     Rounding points: p_q = round(sum over k on q), out = round(sum over q of p_q), both sums in fp32 and ascending.
-    With W=3, rank 0 finds what rank 1 pushed for token t at (0, t), and what rank 2 pushed at (1, t).
+    With W=3, rank 0 receives the partial sum of token t from rank 1 at (0, t), from rank 2 at (1, t).
     """
-    home, group = origin_and_group(tl.program_id(0), rank, world_size, lag)
+    origin, group = origin_and_group(tl.program_id(0), rank, world_size, lag)
     if (group >= 0) & (group < tokens):
         token = first_token + group
-        first_slot = (home.to(tl.int64) * max_tokens + token) * K
+        first_slot = (origin.to(tl.int64) * max_tokens + token) * K
         k = tl.arange(0, K_PADDED)
         experts = tl.load(expert_ids_ptr + first_slot + k, mask=k < K, other=-1)
         first_expert = rank * experts_per_rank
-        if home == rank:
+        if origin == rank:
             await_receive_slots(
-                flags_ptr,
-                experts,
-                group,
-                chunk,
-                world_size,
-                experts_per_rank,
-                wait_errors_ptr,
-                rank,
-                tag,
-                limit,
-                DENSE,
+                flags_ptr, experts, group, chunk, world_size, experts_per_rank, wait_errors_ptr, rank, tag, limit, DENSE
             )
             takes_part = token < own_tokens
         else:
@@ -87,44 +77,43 @@ def exchange_partial_sums_kernel(
             for first in range(0, H, COLUMNS):
                 column = first + tl.arange(0, COLUMNS)
                 partial = tl.zeros((COLUMNS,), dtype=tl.float32)
-                # Each row is read once: the cache is for what peers have pushed and nobody has summed yet.
+                # Each row is read once: the cache is for pushed sums that are not summed yet.
                 for choice in tl.static_range(0, K):
                     expert = tl.load(expert_ids_ptr + first_slot + choice)
                     row = tl.load(row_of_slot_ptr + first_slot + choice).to(tl.int64)
                     here = (expert >= first_expert) & (expert < first_expert + experts_per_rank) & (row < row_capacity)
                     inside = column < tl.where(here, H, 0)
-                    term = tl.load(
-                        rows_ptr + row * H + column, mask=inside, other=0.0, eviction_policy="evict_first"
-                    ).to(tl.float32)
+                    place = rows_ptr + row * H + column
+                    term = tl.load(place, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
                     if HAS_SCORES:
                         term = term * tl.load(scores_ptr + first_slot + choice, mask=here, other=0.0)
                     partial += term
-                # Rounded where it was summed, also if that is the home itself.
+                # Rounded where it was summed, also on the origin rank.
                 own = rounded(partial, out_ptr)
-                if home == rank:
+                if origin == rank:
                     total = tl.zeros((COLUMNS,), dtype=tl.float32)
                     for sender in range(world_size):
                         if sender == rank:
                             total += own.to(tl.float32)
-                        # Not an elif: in a nested branch Triton 3.6 loses the alignment and loads single elements.
+                        # No elif: in a nested branch Triton 3.6 loses the alignment and loads single elements.
                         pushed = has_slot(experts, sender * experts_per_rank, experts_per_rank) | DENSE
                         if (sender != rank) & pushed:
-                            arrival = receive_slot_of(sender, rank, group, world_size, chunk).to(tl.int64)
-                            source_ptr = peer_pointer(received_ptr, rank, out_ptr) + arrival * H + column
-                            # Past the first-level cache, which knows nothing of what peers write meanwhile.
-                            arrived = tl.load(source_ptr, mask=column < H, other=0.0, cache_modifier=".cg")
-                            total += arrived.to(tl.float32)
+                            slot = receive_slot_of(sender, rank, group, world_size, chunk).to(tl.int64)
+                            source_ptr = peer_pointer(received_ptr, rank, out_ptr) + slot * H + column
+                            # Past the first-level cache, which does not see what peers write meanwhile.
+                            pushed_sum = tl.load(source_ptr, mask=column < H, other=0.0, cache_modifier=".cg")
+                            total += pushed_sum.to(tl.float32)
                     tl.store(out_ptr + token.to(tl.int64) * H + column, rounded(total, out_ptr), mask=column < H)
                 else:
-                    arrival = receive_slot_of(rank, home, group, world_size, chunk).to(tl.int64)
-                    target_ptr = peer_pointer(received_ptr, home, out_ptr) + arrival * H + column
+                    slot = receive_slot_of(rank, origin, group, world_size, chunk).to(tl.int64)
+                    target_ptr = peer_pointer(received_ptr, origin, out_ptr) + slot * H + column
                     tl.store(target_ptr, own, mask=column < H)
-            if home != rank:
-                signal_receive_slot(flags_ptr, home, receive_slot_of(rank, home, group, world_size, chunk), tag)
+            if origin != rank:
+                signal_receive_slot(flags_ptr, origin, receive_slot_of(rank, origin, group, world_size, chunk), tag)
 
 
 class PartialSums(PushedCombine):
-    """A combine mode made of one partial sum of each token from each rank, of those with a slot of it or of all."""
+    """A combine mode by one partial sum for each token and rank: ranks with a slot of it, or all if DENSE."""
 
     _kernel = exchange_partial_sums_kernel
 

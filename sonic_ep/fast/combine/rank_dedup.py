@@ -1,4 +1,4 @@
-"""Combine without repetition: one partial sum for each distinct (token, rank) pair goes home."""
+"""Combine without repetition: one partial sum for each distinct (token, rank) pair goes to the token's origin rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Combine by reduce-scatter: every rank sums what it owns of every token, and the partial sums go home."""
+"""Combine by reduce-scatter: every rank sends a partial sum of every token to its origin rank."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Dispatch: rows of tokens to the ranks of their experts. Every rank stages its tokens, and all pull what they need."""
+"""Dispatch: tokens to the ranks of their experts. Every rank stages its tokens and pulls those that it needs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from sonic_ep.config import DispatchMode
 from sonic_ep.fast.dispatch.all_gather import AllGatherDispatch
@@ -16,10 +15,8 @@ FastDispatch = AllGatherDispatch | AllToAllDispatch | RankDedupDispatch
 
 def dispatch_primitives(workspace: Workspace) -> Mapping[DispatchMode, FastDispatch]:
     """Every dispatch mode over ``workspace``."""
-    return MappingProxyType(
-        {
-            DispatchMode.ALL_GATHER: AllGatherDispatch(workspace),
-            DispatchMode.ALL_TO_ALL: AllToAllDispatch(workspace),
-            DispatchMode.RANK_DEDUP: RankDedupDispatch(workspace),
-        }
-    )
+    return {
+        DispatchMode.ALL_GATHER: AllGatherDispatch(workspace),
+        DispatchMode.ALL_TO_ALL: AllToAllDispatch(workspace),
+        DispatchMode.RANK_DEDUP: RankDedupDispatch(workspace),
+    }

@@ -14,20 +14,20 @@ from sonic_ep.plan import RoutingPlan
 
 
 class AllGatherDispatch(PulledDispatch):
-    """Every rank receives the C tokens of every rank; experts read through ``slot_of_row // K``."""
+    """Every rank receives the C tokens of every rank."""
 
     def __init__(self, workspace: Workspace) -> None:
         super().__init__(workspace)
         self._gather = CopyEngineGather(workspace, TOKENS)
 
     def stage(self, x_TH: Tensor, max_tokens: int) -> SharedBuffer:
-        """As every dispatch, after the copies of the last gather."""
+        """Collective. As every dispatch, after the copies of the last gather."""
         return self._gather.stage(x_TH, max_tokens)
 
     def pull(self, x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan, rows: int) -> Tensor:
-        """(W*C, H): tokens by source rank; unspecified behind the T tokens that a rank has."""
+        """(W*C, H): tokens by source rank; unspecified past the T tokens of each."""
         return self._gather.bring(x_TH, staged, plan.max_tokens).wait()
 
     def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
-        """Slot f belongs to token f // K of the gathered ones: with K=2, slots 5 and 9 are of tokens 2 and 4."""
+        """Token f // K of each row's slot f: with K=2, slots 5 and 9 are of tokens 2 and 4."""
         return token_of_row(plan)

@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.fast.device_functions import peer_pointer, turn_of
+from sonic_ep.fast.device_functions import peer_pointer, rank_and_token
 from sonic_ep.fast.dispatch.base import PulledDispatch
-from sonic_ep.fast.launch import ROW_WARPS, as_int_view, block_size, launch
+from sonic_ep.fast.launch import as_int_view, copy_constants, launch
 from sonic_ep.fast.symmetric_memory import SharedBuffer
 from sonic_ep.plan import RoutingPlan
 
@@ -27,15 +27,15 @@ def pull_to_rows_kernel(
     row_capacity,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,
-    WORDS: tl.constexpr,
-    PIECE: tl.constexpr,
+    INTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Read one token of the group once and store it to each of its rows on this rank. Grid (W * C,): ``turn_of``.
+    """Read one token of the group once, store it to each of its rows on this rank. Grid (W * C,): ``rank_and_token``.
 
-    own_ptr (T, WORDS): this rank's tokens; staged_ptr (W,) int64: addresses of all ranks' (C, WORDS).
-    rows_ptr (R, WORDS), canonical order. expert_ids_ptr, row_of_slot_ptr (W, C, K).
+    own_ptr (T, INTS): this rank's tokens; staged_ptr (W,) int64: addresses of all ranks' (C, INTS).
+    rows_ptr (R, INTS), canonical order. expert_ids_ptr, row_of_slot_ptr (W, C, K).
     """
-    source, token = turn_of(tl.program_id(0), rank, world_size)
+    source, token = rank_and_token(tl.program_id(0), rank, world_size)
     token = token.to(tl.int64)
     first_slot = (source * max_tokens + token) * K
     first_expert = rank * experts_per_rank
@@ -46,15 +46,15 @@ def pull_to_rows_kernel(
         token_ptr = own_ptr
         if source != rank:
             token_ptr = peer_pointer(staged_ptr, source, own_ptr)
-        for first in tl.static_range(0, WORDS, PIECE):
-            column = first + tl.arange(0, PIECE)
-            inside = column < WORDS
-            word = tl.load(token_ptr + token * WORDS + column, mask=inside)
+        for first in tl.static_range(0, INTS, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            inside = column < INTS
+            value = tl.load(token_ptr + token * INTS + column, mask=inside)
             for choice in range(K):
                 expert = tl.load(expert_ids_ptr + first_slot + choice)
                 row = tl.load(row_of_slot_ptr + first_slot + choice).to(tl.int64)
                 if (expert >= first_expert) & (expert < first_expert + experts_per_rank) & (row < row_capacity):
-                    tl.store(rows_ptr + row * WORDS + column, word, mask=inside)
+                    tl.store(rows_ptr + row * INTS + column, value, mask=inside)
 
 
 class AllToAllDispatch(PulledDispatch):
@@ -67,36 +67,20 @@ class AllToAllDispatch(PulledDispatch):
         return pull_to_rows(x_TH, staged.addresses, plan, rows)
 
     def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
-        """None: rows arrive in canonical order."""
+        """None: received rows are in canonical order."""
         return None
 
 
 def pull_to_rows(x_TH: Tensor, addresses_W: Tensor, plan: RoutingPlan, rows: int) -> Tensor:
-    """(R, H) in canonical row order, R = ``rows``: this rank's tokens from x, those of others from where theirs begin.
+    """(R, H) in canonical row order, R = ``rows``: this rank's tokens from x, the others' from ``addresses_W``.
 
     addresses_W (W,) int64: of (C, H) tokens of each rank, in memory of any rank; this rank's own is not read.
     """
     rows_RH = x_TH.new_empty((rows, x_TH.shape[1]))
     own, out = as_int_view(x_TH), as_int_view(rows_RH)
-    width = out.shape[1]
-    launch(
-        pull_to_rows_kernel,
-        (plan.world_size * plan.max_tokens,),
-        own,
-        addresses_W,
-        out,
-        plan.expert_ids,
-        plan.row_of_slot,
-        plan.rank,
-        plan.world_size,
-        plan.max_tokens,
-        plan.experts_per_rank,
-        rows,
-        device=out.device,
-        K=plan.top_k,
-        K_PADDED=triton.next_power_of_2(plan.top_k),
-        WORDS=width,
-        PIECE=block_size(width, out.element_size()),
-        num_warps=ROW_WARPS,
-    )
+    pointers = (own, addresses_W, out, plan.expert_ids, plan.row_of_slot)
+    sizes = (plan.rank, plan.world_size, plan.max_tokens, plan.experts_per_rank, rows)
+    constants = copy_constants(out) | {"K": plan.top_k, "K_PADDED": triton.next_power_of_2(plan.top_k)}
+    grid = (plan.world_size * plan.max_tokens,)
+    launch(pull_to_rows_kernel, grid, *pointers, *sizes, device=out.device, **constants)
     return rows_RH

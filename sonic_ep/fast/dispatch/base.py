@@ -1,4 +1,4 @@
-"""Tokens in shared memory, where peers can read them: the first half of every dispatch."""
+"""The common half of every dispatch: tokens in shared memory, where peers read them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sonic_ep.plan import RoutingPlan
 
 
 class PulledDispatch(ABC):
-    """A dispatch mode: every rank stages its tokens, then pulls what it needs of all.
+    """A dispatch mode: every rank stages its tokens, then pulls those that it needs.
 
-    The two halves may be apart, so that what does not need the plan, or its size, is queued before that is known.
-    sized_by_rows: whether what is received has R rows, so that R has to be known first.
+    ``stage`` needs no plan, so it can be queued before the plan's size is known.
+    sized_by_rows: whether ``pull`` returns R rows, so that R has to be known first.
     """
 
     sized_by_rows: ClassVar[bool] = False
@@ -30,16 +30,20 @@ class PulledDispatch(ABC):
         reserve_tokens(self._workspace, max_tokens, row_bytes)
 
     def stage(self, x_TH: Tensor, max_tokens: int) -> SharedBuffer:
-        """Collective. The first half of ``receive``: x (T, H) of every rank where all can read it."""
+        """Collective. The first half of ``receive``: x (T, H) of every rank to shared memory."""
         return stage_tokens(x_TH, max_tokens, self._workspace)
 
     @abstractmethod
     def pull(self, x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan, rows: int) -> Tensor:
-        """The second half of ``receive``: what this rank needs of ``staged``, its own tokens from x.
+        """The second half of ``receive``: this rank's rows, of other ranks' tokens from ``staged``, of its own from x.
 
-        rows: R, which may be less than the plan has room for, but not less than there are.
+        rows: R, at least the valid rows, at most ``plan.row_capacity``.
         """
 
+    @abstractmethod
+    def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
+        """(R,) int32: the received row of each canonical row; None if ``pull`` returns canonical order."""
+
     def receive(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
-        """Collective. What this rank receives, in the mode's own layout; see ``pull``."""
+        """Collective. The rows that this rank receives, in the mode's own layout; see ``pull``."""
         return self.pull(x_TH, self.stage(x_TH, plan.max_tokens), plan, plan.row_capacity)

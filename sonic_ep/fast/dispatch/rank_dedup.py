@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.fast.device_functions import copy_row, peer_pointer, turn_of
+from sonic_ep.fast.device_functions import copy_row, peer_pointer, rank_and_token
 from sonic_ep.fast.dispatch.base import PulledDispatch
-from sonic_ep.fast.launch import ROW_WARPS, as_int_view, block_size, launch
+from sonic_ep.fast.launch import as_int_view, copy_constants, launch
 from sonic_ep.fast.permute import token_of_row
 from sonic_ep.fast.symmetric_memory import SharedBuffer
 from sonic_ep.plan import RoutingPlan
@@ -23,55 +23,45 @@ def pull_packed_kernel(
     rank,
     world_size,
     max_tokens,
-    WORDS: tl.constexpr,
-    PIECE: tl.constexpr,
+    INTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Read one token of the group if it has a slot on this rank. Grid (W * C,): ``turn_of``.
+    """Read one token of the group if it has a slot on this rank. Grid (W * C,): ``rank_and_token``.
 
-    own_ptr (T, WORDS); staged_ptr (W,) int64: addresses of all ranks' (C, WORDS); packed_of_token_ptr (W, C).
-    packed_ptr (W * C, WORDS): places 0 -1 1 of three tokens bring tokens 0 and 2 to its first two rows.
+    own_ptr (T, INTS); staged_ptr (W,) int64: addresses of all ranks' (C, INTS); packed_of_token_ptr (W, C).
+    packed_ptr (W * C, INTS): with places 0 -1 1 of three tokens, its first two rows are tokens 0 and 2.
     """
-    source, token = turn_of(tl.program_id(0), rank, world_size)
+    source, token = rank_and_token(tl.program_id(0), rank, world_size)
     token = token.to(tl.int64)
     place = tl.load(packed_of_token_ptr + source * max_tokens + token).to(tl.int64)
     if place >= 0:
         token_ptr = own_ptr
         if source != rank:
             token_ptr = peer_pointer(staged_ptr, source, own_ptr)
-        copy_row(token_ptr + token * WORDS, packed_ptr + place * WORDS, WORDS, PIECE)
+        copy_row(token_ptr + token * INTS, packed_ptr + place * INTS, INTS, BLOCK)
 
 
 class RankDedupDispatch(PulledDispatch):
     """Every rank receives each token that has a slot on it once, packed by source rank, then token."""
 
     def pull(self, x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan, rows: int) -> Tensor:
-        """(W*C, H): first the P tokens with a slot here, in the order of ``packed_of_token``; the rest unspecified."""
+        """(W*C, H): first the tokens with a slot here, in the order of ``packed_of_token``; the rest unspecified."""
         return pull_packed(x_TH, staged, plan)
 
     def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
         """Packed place of the row's token: with K=2 and ``packed_of_token`` [0, -1, 1], slot 5 is of place 1."""
-        # Behind the valid rows it is -1, the last token, of which nothing is read.
+        # Token -1, past the valid rows, indexes the last token; no row of it is read.
         return plan.packed_of_token.flatten()[token_of_row(plan)]
 
 
 def pull_packed(x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan) -> Tensor:
-    """(W*C, H), packed, from what every rank has staged."""
+    """(W*C, H), packed, of the tokens that every rank has staged."""
     packed_PH = x_TH.new_empty((plan.world_size * plan.max_tokens, x_TH.shape[1]))
     own, packed = as_int_view(x_TH), as_int_view(packed_PH)
-    width = packed.shape[1]
-    launch(
-        pull_packed_kernel,
-        (packed.shape[0],),
-        own,
-        staged.addresses,
-        packed,
-        plan.packed_of_token,
-        plan.rank,
-        plan.world_size,
-        plan.max_tokens,
-        device=packed.device,
-        WORDS=width,
-        PIECE=block_size(width, packed.element_size()),
-        num_warps=ROW_WARPS,
+    pointers, sizes = (
+        (own, staged.addresses, packed, plan.packed_of_token),
+        (plan.rank, plan.world_size, plan.max_tokens),
     )
+    grid, constants = (packed.shape[0],), copy_constants(packed)
+    launch(pull_packed_kernel, grid, *pointers, *sizes, device=packed.device, **constants)
     return packed_PH
