@@ -1,0 +1,67 @@
+"""``@on_ranks(1, 2, 3)``: a test whose body runs on live ranks.
+
+@on_ranks(1, 2, 3)
+@both_backends
+def test_rows_arrive(rank: Rank, backend: str) -> None: ...
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from sonic_ep.testing import Rank
+
+POOLS = ("pool", "cpu_pool", "cuda_pool")
+SIZE = "world_size"
+Test = Callable[..., None]
+
+
+def on_ranks(*world_sizes: Any, pool: str = "pool") -> Callable[[Test], Test]:
+    """Makes a test of a function that takes a ``Rank`` first: every rank calls it with the test's other arguments.
+
+    world_sizes: numbers of ranks, or ``pytest.param`` of one; none where a parameter of the test is ``world_size``.
+    pool: the fixture: "pool" (the CPU, and GPUs where there are any), "cpu_pool" or "cuda_pool".
+    Arguments travel by pickle, the body by name: it has to be at the top level of its module, and returns nothing.
+    """
+    if pool not in POOLS:
+        raise ValueError(f"pool: got {pool!r}, expected one of {', '.join(POOLS)}")
+
+    def decorate(body: Test) -> Test:
+        others = parameters_of(body)[1:]
+        named = {parameter.name for parameter in others}
+
+        @functools.wraps(body)
+        def test(**given: Any) -> None:
+            size = given[SIZE]
+            arguments = {name: given[name] for name in named}
+            given[pool].run(call_body, body.__module__, body.__qualname__, arguments, world_size=size)
+
+        behind = [name for name in (pool, SIZE) if name not in named]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        asked = [*behind, *(parameter.name for parameter in others)]
+        test.__signature__ = inspect.Signature([inspect.Parameter(name, keyword) for name in asked])  # type: ignore[attr-defined]
+        test.body = body  # type: ignore[attr-defined]
+        return pytest.mark.parametrize(SIZE, world_sizes)(test) if world_sizes else test
+
+    return decorate
+
+
+def parameters_of(body: Test) -> list[inspect.Parameter]:
+    """The parameters of a body. Raises ``TypeError`` unless the first is ``rank`` and none is a pool."""
+    found = list(inspect.signature(body).parameters.values())
+    names = [parameter.name for parameter in found]
+    if names[:1] != ["rank"] or set(names) & set(POOLS):
+        raise TypeError(f"{body.__qualname__}: got parameters {names}, expected 'rank' first and no pool")
+    return found
+
+
+def call_body(rank: Rank, module: str, name: str, arguments: Mapping[str, Any]) -> None:
+    """On a rank: the body of a test that ``on_ranks`` has decorated."""
+    test = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    returned = test.body(rank, **arguments)  # type: ignore[attr-defined]
+    if returned is not None:
+        raise TypeError(f"{name}: got a body that returns {type(returned).__name__}, expected one that asserts")
