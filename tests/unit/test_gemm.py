@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,8 +13,25 @@ from torch import Tensor
 
 from sonic_ep.testing import Rank, assert_as_accurate, assert_bitwise
 
-if TYPE_CHECKING:
-    from sonic_ep.fast.gemm import GroupedGemm, TileShape
+# Only ranks launch anything: this process need not interpret.
+pytest.importorskip("triton")
+import triton
+
+from sonic_ep.fast.gemm import (
+    LARGEST,
+    LARGEST_INTERPRETED,
+    LEAST_EXTENT,
+    GroupedGemm,
+    LibraryGemm,
+    LoopGemm,
+    TileShape,
+    TritonGemm,
+    grouped_gemm,
+    library_serves,
+    rows_kernel,
+    tile_shape,
+)
+from sonic_ep.fast.launch import launch
 
 pytestmark = pytest.mark.fast
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -31,13 +47,7 @@ GROUPS = {
 # Widths of a, b and the third operand: ODD has none that is a multiple of 16 bytes in any dtype.
 ODD, WHOLE = (33, 7, 5), (32, 8, 24)
 NAN = float("nan")
-
-
-def small_tiles() -> "TileShape":
-    # Not at the top of the module: triton reads at import whether it interprets, and only ranks have that setting.
-    from sonic_ep.fast.gemm import TileShape
-
-    return TileShape(height=16, width=16, depth=16, warps=4, stages=2)
+SMALL_TILES = TileShape(height=16, width=16, depth=16, warps=4, stages=2)
 
 
 def random(rank: Rank, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -52,11 +62,14 @@ def ends(device: torch.device, sizes: Sequence[int]) -> Tensor:
     return torch.tensor(sizes, device=device).cumsum(0).to(torch.int32)
 
 
-def by_loop(kind: str, a: Tensor, b: Tensor, sizes: Sequence[int]) -> Tensor:
-    """kind: "rows", (R, K) by (e, K, N), or "weights", (R, M) by (R, N)."""
-    of_group = zip(a.split(list(sizes)), b if kind == "rows" else b.split(list(sizes)), strict=True)
-    products = [rows @ other if kind == "rows" else rows.t() @ other for rows, other in of_group]
-    return torch.cat(products) if kind == "rows" else torch.stack(products)
+def by_loop(kind: str, a: Tensor, b: Tensor, sizes: Sequence[int], bias: Tensor | None = None) -> Tensor:
+    """kind: "rows", (R, K) by (e, K, N), plus a bias (e, N); or "weights", (R, M) by (R, N)."""
+    rows = a.split(list(sizes))
+    if kind == "weights":
+        return torch.stack([one.t() @ other for one, other in zip(rows, b.split(list(sizes)), strict=True)])
+    if bias is not None:
+        return torch.cat([F.linear(one, matrix.t(), own) for one, matrix, own in zip(rows, b, bias, strict=True)])
+    return torch.cat([one @ matrix for one, matrix in zip(rows, b, strict=True)])
 
 
 @contextmanager
@@ -72,52 +85,50 @@ def no_host_synchronization(device: torch.device) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def check(gemm: "GroupedGemm", kind: str, a: Tensor, b: Tensor, sizes: Sequence[int]) -> None:
+def check(gemm: GroupedGemm, kind: str, a: Tensor, b: Tensor, sizes: Sequence[int], behind: int = 3) -> None:
     """a, and b of "weights": the valid rows only; NaN rows are put behind them."""
-    given, group_ends = (with_nan_behind(a), b if kind == "rows" else with_nan_behind(b)), ends(a.device, sizes)
+    given = with_nan_behind(a, behind), b if kind == "rows" else with_nan_behind(b, behind)
+    group_ends = ends(a.device, sizes)
     with no_host_synchronization(a.device):
         found = getattr(gemm, kind)(*given, group_ends)
     truth, plain = by_loop(kind, a.double(), b.double(), sizes), by_loop(kind, a, b, sizes)
-    assert_as_accurate(found[: len(truth)], truth, plain, f"{kind} {sizes} {gemm}")
     if kind == "rows":
         assert found.shape == (given[0].shape[0], b.shape[2])
-    else:
+        found = found[: len(truth)]
+    assert_as_accurate(found, truth, plain, f"{kind} {sizes} {gemm}")
+    if kind == "weights":
         assert [bool((of_group == 0).all()) for of_group in found] == [size == 0 for size in sizes]
 
 
 def check_products(
-    rank: Rank, gemm: "GroupedGemm", sizes: Sequence[int], widths: Sequence[int], dtype: torch.dtype
+    rank: Rank, gemm: GroupedGemm, sizes: Sequence[int], widths: Sequence[int], dtype: torch.dtype, behind: int = 3
 ) -> None:
     """Both products; that of rows with contiguous and with transposed matrices."""
     k, n, m = widths
     a, b, rows = (random(rank, dtype, *shape) for shape in ((sum(sizes), k), (len(sizes), k, n), (sum(sizes), m)))
-    check(gemm, "rows", a, b, sizes)
-    check(gemm, "rows", a, random(rank, dtype, len(sizes), n, k).transpose(1, 2), sizes)
-    check(gemm, "weights", rows, a, sizes)
+    check(gemm, "rows", a, b, sizes, behind)
+    check(gemm, "rows", a, random(rank, dtype, len(sizes), n, k).transpose(1, 2), sizes, behind)
+    check(gemm, "weights", rows, a, sizes, behind)
 
 
 @on_ranks(1)
 @by_dtype
-@pytest.mark.parametrize("groups", GROUPS)
-def test_products_match_a_loop(rank: Rank, groups: str, dtype: torch.dtype) -> None:
-    from sonic_ep.fast.gemm import LibraryGemm, LoopGemm, TritonGemm, library_serves
-
-    sizes = GROUPS[groups]
-    check_products(rank, TritonGemm(), sizes, ODD, dtype)
+@pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS.keys())
+def test_products_match_a_loop(rank: Rank, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     serves = library_serves([random(rank, dtype, 8, 8)])
     assert serves or rank.device.type == "cuda"
-    if serves:
-        check_products(rank, LibraryGemm(), sizes, WHOLE, dtype)
-    if rank.device.type == "cpu":
-        check_products(rank, LoopGemm(), sizes, ODD, dtype)
+    for behind in (3, 0):
+        check_products(rank, TritonGemm(), sizes, ODD, dtype, behind)
+        if serves:
+            check_products(rank, LibraryGemm(), sizes, WHOLE, dtype, behind)
+        if rank.device.type == "cpu":
+            check_products(rank, LoopGemm(), sizes, ODD, dtype, behind)
 
 
 @on_ranks(1)
 @by_dtype
 def test_products_of_many_tiles(rank: Rank, dtype: torch.dtype) -> None:
-    from sonic_ep.fast.gemm import TritonGemm
-
-    gemm = TritonGemm(tiles=small_tiles())
+    gemm = TritonGemm(tiles=SMALL_TILES)
     check_products(rank, gemm, (35, 0, 20), (33, 40, 37), dtype)
     # More tiles of rows than a band holds, and matrices whose rows and experts are not contiguous.
     wide, many = torch.full((1, 20, 100), NAN, dtype=dtype, device=rank.device), (9 * 16 + 1,)
@@ -128,8 +139,6 @@ def test_products_of_many_tiles(rank: Rank, dtype: torch.dtype) -> None:
 @on_ranks(1)
 @by_dtype
 def test_products_of_the_largest_tiles(rank: Rank, dtype: torch.dtype) -> None:
-    from sonic_ep.fast.gemm import TritonGemm, tile_shape
-
     widths = (260, 264, 272)
     tiles = tile_shape(dtype, 285, *widths[:2])
     assert all(extent < 260 for extent in (tiles.height, tiles.width, tiles.depth))
@@ -139,8 +148,6 @@ def test_products_of_the_largest_tiles(rank: Rank, dtype: torch.dtype) -> None:
 @on_ranks(1)
 @by_dtype
 def test_a_product_of_one_term_is_rounded_to_the_nearest(rank: Rank, dtype: torch.dtype) -> None:
-    from sonic_ep.fast.gemm import TritonGemm
-
     a, b = random(rank, dtype, 20, 1), random(rank, dtype, 1, 30)
     expected = (a.float() * b.float()).to(dtype)
     assert_bitwise(TritonGemm().rows(a, b[None], ends(rank.device, (20,))), expected)
@@ -150,8 +157,6 @@ def test_a_product_of_one_term_is_rounded_to_the_nearest(rank: Rank, dtype: torc
 @on_ranks(1)
 def test_fp32_products_round_once(rank: Rank) -> None:
     """A score's gradient is one number: no other errors would average its own out."""
-    from sonic_ep.fast.gemm import LoopGemm, TritonGemm
-
     dtype, sizes = torch.float32, (40, 30)
     a, b, groups = random(rank, dtype, 70, 90), random(rank, dtype, 2, 90, 50), ends(rank.device, sizes)
     for gemm in (TritonGemm(), LoopGemm()):
@@ -160,21 +165,9 @@ def test_fp32_products_round_once(rank: Rank) -> None:
 
 
 @on_ranks(1)
-def test_products_without_rows(rank: Rank) -> None:
-    from sonic_ep.fast.gemm import LibraryGemm, TritonGemm
-
-    a, b, empty = random(rank, torch.bfloat16, 0, 16), random(rank, torch.bfloat16, 2, 16, 8), ends(rank.device, (0, 0))
-    for gemm in (LibraryGemm(), TritonGemm()):
-        assert_bitwise(gemm.rows(a, b, empty), a[:, :8])
-        assert_bitwise(gemm.weights(a, a[:, :8], empty), torch.zeros_like(b))
-
-
-@on_ranks(1)
 @pytest.mark.parametrize("sizes", [(4, 9, 20), (4, 60, 3), (60, 0, 3)], ids=str)
 def test_groups_that_end_past_the_last_row(rank: Rank, sizes: tuple[int, ...]) -> None:
-    from sonic_ep.fast.gemm import TritonGemm
-
-    dtype, gemm, groups = torch.float32, TritonGemm(tiles=small_tiles()), ends(rank.device, sizes)
+    dtype, gemm, groups = torch.float32, TritonGemm(tiles=SMALL_TILES), ends(rank.device, sizes)
     a, b = random(rank, dtype, 21, 5), random(rank, dtype, 3, 5, 7)
     fitting = torch.diff(groups.clamp(max=21), prepend=groups.new_zeros(1)).tolist()
     rows = with_nan_behind(a, behind=60)[:21]
@@ -185,11 +178,6 @@ def test_groups_that_end_past_the_last_row(rank: Rank, sizes: tuple[int, ...]) -
 
 def written(rank: Rank, programs: int, rows: int, group_ends: Sequence[int], columns: int) -> Tensor:
     """Rows by columns that the first programs of a product write: 1 + the group of each, 0 where none wrote."""
-    import triton
-
-    from sonic_ep.fast.gemm import rows_kernel
-    from sonic_ep.fast.launch import launch
-
     experts = len(group_ends)
     a = torch.ones(rows, 16, device=rank.device)
     b = (torch.arange(experts, dtype=torch.float32, device=rank.device) + 1).view(-1, 1, 1).repeat(1, 16, columns) / 16
@@ -205,7 +193,7 @@ def written(rank: Rank, programs: int, rows: int, group_ends: Sequence[int], col
         **dict(zip(("STRIDE_E", "STRIDE_K", "STRIDE_N"), b.stride(), strict=True)),
         HAS_BIAS=False,
         EXPERTS=triton.next_power_of_2(experts),
-        **small_tiles().constants(),
+        **SMALL_TILES.constants(),
     )
     assert not out[rows:].any(), "nothing is written past the last row"
     return out[:rows].int().cpu()
@@ -232,8 +220,6 @@ def test_order_of_tiles(rank: Rank) -> None:
 @on_ranks(1)
 @by_dtype
 def test_tiles_are_no_larger_than_needed(rank: Rank, dtype: torch.dtype) -> None:
-    from sonic_ep.fast.gemm import LARGEST, LARGEST_INTERPRETED, LEAST_EXTENT, tile_shape
-
     largest = LARGEST[dtype.itemsize]
     # A program has at most 227 KiB of shared memory on Hopper.
     assert (largest.height + largest.width) * largest.depth * largest.stages * dtype.itemsize <= 227 * 2**10
@@ -257,8 +243,6 @@ def odd_views(operand: Tensor) -> list[Tensor]:
 @on_ranks(1)
 @by_dtype
 def test_choice_of_the_implementation(rank: Rank, dtype: torch.dtype) -> None:
-    from sonic_ep.fast.gemm import LibraryGemm, LoopGemm, TritonGemm, grouped_gemm
-
     on_cpu = rank.device.type == "cpu"
     hopper = not on_cpu and torch.cuda.get_device_capability(rank.device)[0] == 9
     best = LoopGemm() if on_cpu else LibraryGemm() if hopper and dtype == torch.bfloat16 else TritonGemm()
@@ -280,23 +264,18 @@ def test_choice_of_the_implementation(rank: Rank, dtype: torch.dtype) -> None:
     assert grouped_gemm((x, many)) == TritonGemm()
 
 
-def with_bias_by_loop(a: Tensor, b: Tensor, bias: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
-    groups = zip(a.to(dtype).split(list(sizes)), b.to(dtype), bias.to(dtype), strict=True)
-    return torch.cat([F.linear(rows, matrix.t(), own) for rows, matrix, own in groups])
-
-
 @on_ranks(1)
 @by_dtype
 def test_a_bias_is_added_before_the_rounding(rank: Rank, dtype: torch.dtype) -> None:
-    from sonic_ep.fast.gemm import LibraryGemm, LoopGemm, TritonGemm
-
     sizes = (3, 0, 18)
     library = LibraryGemm() if rank.device.type == "cuda" else LoopGemm()
-    for (depth, width), gemm in product(((33, 21), (32, 24)), (TritonGemm(tiles=small_tiles()), TritonGemm(), library)):
+    for (depth, width), gemm in product(((33, 21), (32, 24)), (TritonGemm(tiles=SMALL_TILES), TritonGemm(), library)):
         a, b = random(rank, dtype, sum(sizes), depth), random(rank, dtype, len(sizes), depth, width)
         bias = random(rank, dtype, len(sizes), width)
         found = gemm.rows(with_nan_behind(a), b, ends(rank.device, sizes), bias)[: sum(sizes)]
-        truth, plain = (with_bias_by_loop(a, b, bias, sizes, kind) for kind in (torch.float64, dtype))
+        truth, plain = (
+            by_loop("rows", a.to(kind), b.to(kind), sizes, bias.to(kind)) for kind in (torch.float64, dtype)
+        )
         assert_as_accurate(found, truth, plain)
 
 
@@ -306,8 +285,6 @@ def test_a_bias_is_added_before_the_rounding(rank: Rank, dtype: torch.dtype) -> 
 def test_the_chosen_implementation_serves_all_products_of_a_layer(
     rank: Rank, widths: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
-    from sonic_ep.fast.gemm import grouped_gemm
-
     sizes, (_, up, inner) = (2, 3), widths
     operands = layer_operands(rank, dtype, *widths)
     for x, w1, w2 in (operands, map(shifted, operands)):

@@ -1,4 +1,4 @@
-"""The router of both backends: choices, ties, scores, and their gradients against fp64 formulas."""
+"""The router of both backends: choices, ties, scores, and their gradients against fp64 formulas and over ranks."""
 
 from dataclasses import replace
 from itertools import product
@@ -11,9 +11,12 @@ from near import assert_near
 from on_ranks import on_ranks
 from routers import randn, routed
 from torch import Tensor
+from workspaces import new_workspace, workspace_of
 
 from sonic_ep.backend import Routing
 from sonic_ep.config import RouterOptions, ScoreOrder
+from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.group import resolve_group
 from sonic_ep.reference.router import choose_experts
 from sonic_ep.testing import Rank, assert_as_accurate, assert_bitwise
 
@@ -86,6 +89,7 @@ def test_scores_are_fp32_softmax(rank: Rank, backend: str, dtype: torch.dtype) -
         options = RouterOptions(top_k=3, score_order=order, norm_topk_probs=norm)
         routing = routed(rank, backend, x, weight, options)
         assert routing.logits.dtype == routing.topk_scores.dtype == torch.float32
+        assert not routing.topk_idx.requires_grad
         assert_near(routing.logits, logits, 4)
         assert_near(routing.topk_scores, expected_scores(logits, routing.topk_idx, order, norm), 100)
         by_setting[order, norm] = routing.topk_scores
@@ -108,17 +112,6 @@ def test_scores_at_the_ends_of_the_range(rank: Rank, order: ScoreOrder, norm: bo
     expected = of_all if over_all else logits.gather(1, found.topk_idx).softmax(dim=1)
     assert torch.equal(found.scores.isnan(), expected.isnan())
     assert_near(found.scores.nan_to_num(7.0), expected.nan_to_num(7.0), 16)
-
-
-@on_ranks(1)
-@both_backends
-def test_logits_carry_gradients_to_x_and_weight(rank: Rank, backend: str) -> None:
-    x, weight = inputs(rank)
-    routing = routed(rank, backend, x, weight, TOP_2)
-    assert not routing.topk_idx.requires_grad
-    routing.logits.sum().backward()
-    assert_near(x.grad, weight.detach().sum(dim=0).expand(6, 16), 16)
-    assert_near(weight.grad, x.detach().sum(dim=0).expand(8, 16), 16)
 
 
 @on_ranks(1)
@@ -252,3 +245,87 @@ def test_autocast_changes_no_bit(rank: Rank) -> None:
         bits.append((routing.logits, routing.topk_scores, x.grad, weight.grad))
     for plain, under_autocast in zip(*bits, strict=True):
         assert_bitwise(under_autocast, plain)
+
+
+@pytest.mark.fast
+@on_ranks(3)
+def test_ranks_are_summed_in_ascending_order(rank: Rank) -> None:
+    from sonic_ep.fast.collectives import reserve_sum, sum_over_ranks
+
+    with workspace_of(rank) as workspace:
+        reserve_sum(workspace, 5000)
+        summands = [1e8, 1.0, -1e8]
+        mine = torch.tensor([summands[rank.rank], summands[::-1][rank.rank]], device=rank.device)
+        assert sum_over_ranks(mine, workspace).tolist() == [0.0, 0.0]
+        # In the order of the ranks 1e8 - 1e8 + 1 is 1.
+        mine = torch.tensor([[1e8, -1e8, 1.0][rank.rank]], device=rank.device)
+        assert sum_over_ranks(mine, workspace).tolist() == [1.0]
+        mine = torch.arange(5000, device=rank.device).view(2, 2500) + 10_000.0 * rank.rank
+        # Integers below 2^24 are exact.
+        expected = 3.0 * torch.arange(5000, device=rank.device).view(2, 2500) + 30_000.0
+        for _ in range(2):
+            assert_bitwise(sum_over_ranks(mine, workspace), expected)
+
+
+@pytest.mark.fast
+@on_ranks(1)
+def test_a_sum_over_one_rank_needs_no_shared_memory(rank: Rank) -> None:
+    from sonic_ep.fast.collectives import reserve_sum, sum_over_ranks
+
+    with workspace_of(rank) as workspace:
+        values = randn(rank, 3, 4)
+        assert reserve_sum(workspace, 12) is None
+        assert sum_over_ranks(values, workspace) is values
+
+
+@on_ranks(3)
+@both_backends
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_weight_gradient_is_summed_in_rank_order_or_not_at_all(
+    rank: Rank, backend: str, dtype: torch.dtype
+) -> None:
+    """In fp32 one rank has no tokens."""
+    weight = randn(rank, 8, 16)
+    tokens = 0 if rank.rank == 1 and dtype == torch.float32 else 5
+    x = randn(rank, tokens, 16, seed=rank.rank).to(dtype)
+
+    def gradient(reduce: bool) -> Tensor:
+        own = weight.clone().requires_grad_()
+        routing = routed(rank, backend, x, own, RouterOptions(top_k=2, reduce_router_grad=reduce))
+        (routing.topk_scores.square().sum() + routing.logits.square().sum()).backward()
+        return own.grad
+
+    own = gradient(reduce=False)
+    by_rank = BoundedCollectives(resolve_group(None)).all_gather(own)
+    expected = by_rank[0].clone()
+    for other in by_rank[1:]:
+        expected += other
+    assert_bitwise(gradient(reduce=True), expected)
+    assert not torch.equal(own, expected)
+
+
+@pytest.mark.fast
+@on_ranks(2)
+def test_shared_memory_is_allocated_in_forward_where_backward_may_follow(rank: Rank) -> None:
+    from sonic_ep.fast.router import route
+    from sonic_ep.fast.symmetric_memory import transport_of
+
+    group, allocated = resolve_group(None), []
+
+    class CountingTransport:
+        def allocate(self, nbytes: int, byte: int) -> object:
+            allocated.append(nbytes)
+            return transport_of(BoundedCollectives(group), rank.device).allocate(nbytes, byte)
+
+    workspace = new_workspace(rank, transport=CountingTransport())
+    assert len(allocated) == 1
+    x, weight, options = randn(rank, 5, 16).requires_grad_(), randn(rank, 8, 16), RouterOptions(top_k=2)
+    route(x, weight, options, workspace).logits.sum().backward()
+    assert len(allocated) == 1, "a frozen router"
+    # Under reentrant checkpointing forward runs without gradients, and a backward follows.
+    with torch.no_grad():
+        route(x, weight.clone().requires_grad_(), options, workspace)
+    assert len(allocated) == 2
+    route(x, weight.requires_grad_(), options, workspace).logits.sum().backward()
+    assert len(allocated) == 2
+    workspace.close()
