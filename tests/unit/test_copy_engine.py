@@ -1,7 +1,8 @@
 """The all-gather by copy engine: its asynchronous handle, and on GPUs that no kernel takes part."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -49,56 +50,62 @@ def test_tokens_of_all_ranks_are_gathered(rank: Rank, skip_waits: bool) -> None:
             assert_bitwise(handle.wait(), found.flatten(0, 1))
 
 
+@contextmanager
+def occupied(started: Tensor) -> Iterator[Callable[[], bool]]:
+    """A kernel occupies every multiprocessor until the end; yields whether it still runs. started: (1,) int32, zero."""
+    from _kernels_under_test import occupy_kernel
+
+    from sonic_ep.fast.launch import launch
+
+    # As many one-warp programs as a multiprocessor holds blocks, on every one of them.
+    programs = 32 * torch.cuda.get_device_properties(started.device).multi_processor_count
+    state = torch.zeros(2, dtype=torch.int32, pin_memory=True)
+    finished = torch.cuda.Event()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        launch(occupy_kernel, (programs,), state, started, programs, device=started.device, num_warps=1)
+        finished.record()
+    try:
+        expect_soon(lambda: int(state[1]) == 1, "the kernel occupies all multiprocessors")
+        yield lambda: not finished.query()
+    finally:
+        state[0] = 1
+
+
 @on_ranks(2, pool="cuda_pool")
 def test_copies_need_no_multiprocessor(rank: Rank) -> None:
     """The copies complete while a kernel occupies every multiprocessor; another kernel would find no room to run."""
-    from _kernels_under_test import occupy_kernel
-
     from sonic_ep.fast.collectives import stage_tokens
     from sonic_ep.fast.copy_engine import CopyEngineGather
-    from sonic_ep.fast.launch import launch
 
     max_tokens = 4096
-    with workspace_of(rank) as workspace:
+    with workspace_of(rank) as workspace, pytest.MonkeyPatch.context() as patch:
         gather = CopyEngineGather(workspace, "gathered")
         x = torch.full((max_tokens, 4096), float(rank.rank + 1), device=rank.device, dtype=torch.bfloat16)
         workspace.enter()
         gather.start(x, max_tokens).wait()
         staged = stage_tokens(x, max_tokens, workspace, "gathered")
         # The result's memory comes from the allocator's cache and is not filled: neither needs a kernel.
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        busy, side = torch.cuda.Stream(), torch.cuda.Stream()
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+        side, copied = torch.cuda.Stream(), torch.cuda.Event()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             gather.bring(x[:0], staged, max_tokens).wait()
+        started = torch.zeros(1, dtype=torch.int32, device=rank.device)
         torch.cuda.synchronize()
-        # As many one-warp programs as a multiprocessor holds blocks, on every one of them.
-        programs = 32 * torch.cuda.get_device_properties(rank.device).multi_processor_count
-        state = torch.zeros(2, dtype=torch.int32, pin_memory=True)
-        running = torch.zeros(1, dtype=torch.int32, device=rank.device)
-        copied, finished = torch.cuda.Event(), torch.cuda.Event()
         # The profiler waits for the GPU when it stops, so the kernel has to end before.
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            with torch.cuda.stream(busy):
-                launch(occupy_kernel, (programs,), state, running, programs, device=rank.device, num_warps=1)
-                finished.record()
-            try:
-                expect_soon(lambda: int(state[1]) == 1, "the kernel occupies all multiprocessors")
-                with torch.cuda.stream(side):
-                    found = gather.bring(x[:0], staged, max_tokens).wait()
-                    copied.record()
-                expect_soon(copied.query, "the copies complete")
-                assert not finished.query(), "the kernel is still running"
-            finally:
-                state[0] = 1
-                torch.utils.deterministic.fill_uninitialized_memory = True
+        with profile(activities=[ProfilerActivity.CUDA]) as seen, occupied(started) as running:
+            with torch.cuda.stream(side):
+                found = gather.bring(x[:0], staged, max_tokens).wait()
+                copied.record()
+            expect_soon(copied.query, "the copies complete")
+            assert running()
         torch.cuda.synchronize()
         theirs = found.view(rank.world_size, max_tokens, 4096)[1 - rank.rank]
         assert bool((theirs == 2 - rank.rank).all())
-        names = {event.name for event in seen.events() if event.device_type == DeviceType.CUDA}
-        copies = {name for name in names if name.startswith("Memcpy")}
-        assert copies, names
-        assert names - copies == {"occupy_kernel"}, names
+    names = {event.name for event in seen.events() if event.device_type == DeviceType.CUDA}
+    copies = {name for name in names if name.startswith("Memcpy")}
+    assert copies, names
+    assert names - copies == {"occupy_kernel"}, names
 
 
 def expect_soon(holds: Callable[[], bool], what: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fast_kernels import each_launch, jit_functions, kernels
 from on_ranks import on_ranks
-from there_and_back import MODES
+from there_and_back import MODES, Modes
 from torch import Tensor
 
 from sonic_ep import EPConfig, ExpertParallel
@@ -113,26 +113,32 @@ def train(ep: ExpertParallel, rank: Rank, tokens: int, *, biases: bool) -> None:
     ep.combine(ep.dispatch(x, plan).square(), scores, plan).square().sum().backward()
 
 
-CONFIGS = {
-    **{
-        f"{pair[0].value}+{pair[1].value}": EPConfig(dispatch=pair[0], combine=pair[1], max_rows=10_000)
-        for pair in MODES
-    },
-    # Another number of rows in each call and on each rank.
-    "exact rows": EPConfig(
-        dispatch=MODES[0][0], combine=MODES[0][1], cpu_sync_on_runtime=True, redispatch_x_in_backward=True
-    ),
-}
+BOUNDED = {"max_rows": 10_000}
+# Another number of rows in each call and on each rank.
+EXACT = {"cpu_sync_on_runtime": True, "redispatch_x_in_backward": True}
+STEPS = [(1, MODES[0], BOUNDED), (2, MODES[1], BOUNDED), (2, MODES[2], BOUNDED), (2, MODES[0], EXACT)]
+MORE_STEPS = [(2, MODES[0], BOUNDED), (1, MODES[1], BOUNDED), (1, MODES[2], BOUNDED), (1, MODES[0], EXACT)]
 
 
-@on_ranks(1, 2)
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_no_number_of_tokens_or_rows_compiles_a_kernel(rank: Rank, config: EPConfig) -> None:
+def name_of(value: Any) -> str:
+    return str(value) if isinstance(value, int) else "+".join(getattr(part, "value", part) for part in value)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "modes", "flags"),
+    [*STEPS, *(pytest.param(*step, marks=pytest.mark.thorough) for step in MORE_STEPS)],
+    ids=name_of,
+)
+@on_ranks()
+def test_no_number_of_tokens_or_rows_compiles_a_kernel(
+    rank: Rank, world_size: int, modes: Modes, flags: dict[str, Any]
+) -> None:
     """After a step of C tokens, steps of fewer tokens, which differ from rank to rank."""
-    several = rank.world_size > 1
+    several = world_size > 1
     most, fewer = TOKENS[rank.device.type]
     # On one rank C is T, and changes with it; so does the height of tiles there, where products end in a bias.
     max_tokens = most if several else None
+    config = EPConfig(dispatch=modes[0], combine=modes[1], **flags)
     with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=max_tokens) as ep, variants(rank) as so_far:
         train(ep, rank, most, biases=several)
         before = so_far()
