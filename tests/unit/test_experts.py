@@ -1,8 +1,6 @@
 """Experts: each row by its own expert, exact zeros for empty ones, rows past the valid ones unread; their kernels."""
 
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -84,54 +82,36 @@ GROUP_ENDS = [3, 3, 40, 50, ROWS]
 FLOATS = (torch.float32, torch.bfloat16)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Between:
+def between(rank: Rank, name: str, layout: str, dtype: torch.dtype) -> SimpleNamespace:
     """Rows between the two products, NaN behind the valid ones: h, dA, and scores by slot."""
-
-    hidden: Tensor
-    grad: Tensor
-    scores: Tensor
-    plan: Any
-    experts: Experts
-
-    @property
-    def score_of_row(self) -> Tensor:
-        """(ROWS, 1) fp64."""
-        return self.scores[self.plan.slot_of_row[:ROWS].long()].double()[:, None]
-
-    @property
-    def expert_of_row(self) -> Tensor:
-        """(ROWS,)."""
-        return torch.searchsorted(self.plan.group_ends, torch.arange(ROWS, device=self.scores.device), right=True)
-
-
-def between(rank: Rank, name: str, layout: str, dtype: torch.dtype) -> Between:
-    generator = torch.Generator().manual_seed(0)
+    generator, activation = torch.Generator().manual_seed(0), ACTIVATIONS[name]
 
     def rows(width: int) -> Tensor:
         valid = torch.randn(ROWS, width, generator=generator, dtype=torch.float64)
         return torch.cat([valid, torch.full((BEHIND, width), NAN)]).to(rank.device, dtype)
 
-    slots = torch.cat([torch.randperm(100, generator=generator)[:ROWS], torch.full((BEHIND,), -1)])
-    index = {"dtype": torch.int32, "device": rank.device}
-    plan = SimpleNamespace(
-        group_ends=torch.tensor(GROUP_ENDS, **index),
-        experts_per_rank=len(GROUP_ENDS),
-        row_capacity=ROWS + BEHIND,
-        slot_of_row=slots.to(**index),
-    )
-    activation = ACTIVATIONS[name]
+    slots = torch.randperm(100, generator=generator)[:ROWS].to(rank.device)
+    hidden, grad = rows(activation.up_width(WIDTH)), rows(WIDTH)
+    scores = torch.rand(100, generator=generator).to(rank.device)
+    group_ends = torch.tensor(GROUP_ENDS, dtype=torch.int32, device=rank.device)
     unused = torch.empty(len(GROUP_ENDS), 5, WIDTH, device=rank.device, dtype=dtype)
-    return Between(
-        hidden=rows(activation.up_width(WIDTH)),
-        grad=rows(WIDTH),
-        scores=torch.rand(100, generator=generator).to(rank.device),
-        plan=plan,
+    return SimpleNamespace(
+        hidden=hidden,
+        grad=grad,
+        scores=scores,
+        score_of_row=scores[slots].double()[:, None],
+        expert_of_row=torch.searchsorted(group_ends, torch.arange(ROWS, device=rank.device), right=True),
+        plan=SimpleNamespace(
+            group_ends=group_ends,
+            experts_per_rank=len(GROUP_ENDS),
+            row_capacity=ROWS + BEHIND,
+            slot_of_row=torch.cat([slots, slots.new_full((BEHIND,), -1)]).int(),
+        ),
         experts=Experts(w1=unused, w2=unused, b1=None, b2=None, activation=activation, layout=GATE_LAYOUTS[layout]),
     )
 
 
-def by_autograd(given: Between, dtype: torch.dtype) -> dict[str, Tensor]:
+def by_autograd(given: SimpleNamespace, dtype: torch.dtype) -> dict[str, Tensor]:
     """Activation and gradients in ``dtype``, by PyTorch."""
     hidden = given.hidden[:ROWS].to(dtype).requires_grad_()
     activated = given.experts.activation(hidden, given.experts.layout)

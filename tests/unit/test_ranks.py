@@ -29,20 +29,14 @@ def pid_rank_and_sum(rank: Rank) -> tuple[int, int, int]:
     return os.getpid(), rank.rank, int(total)
 
 
-def fails_on_1(rank: Rank) -> None:
-    if rank.rank == 1:
+def fails_on_1(rank: Rank, how: str) -> None:
+    if rank.rank == 1 and how == "error":
         raise KeyError("the message of rank 1")
-    dist.barrier()
-
-
-def dies_on_1(rank: Rank) -> None:
-    if rank.rank == 1:
+    if rank.rank == 1 and how == "death":
         os.kill(os.getpid(), signal.SIGKILL)
-    dist.barrier()
-
-
-def sleeps_on_1(rank: Rank) -> None:
-    if rank.rank == 1:
+    if how != "silence":
+        dist.barrier()
+    elif rank.rank == 1:
         time.sleep(600)
 
 
@@ -85,33 +79,29 @@ def test_uninitialized_memory_is_poisoned(rank: Rank) -> None:
     assert torch.empty_like(floats).isnan().all()
 
 
-def test_an_error_names_its_rank_and_stops_the_others(own_pool: RankPool) -> None:
+@pytest.mark.parametrize(
+    ("how", "timeout", "parts"),
+    [
+        ("error", None, ("rank 1 of 3 failed", "the message of rank 1", "in fails_on_1", "ranks [0, 2]")),
+        # The connections of its peers fail, but it is named.
+        ("death", None, ("the process died, exit code -9", "--- rank 1 of 3 ---")),
+        ("silence", 3.0, ("no answer within 3 s from ranks [1] of 3",)),
+    ],
+    ids=["error", "death", "silence"],
+)
+def test_a_failure_names_its_rank_and_stops_the_others(
+    own_pool: RankPool, how: str, timeout: float | None, parts: tuple[str, ...]
+) -> None:
     pids = [pid for pid, _, _ in own_pool.run(pid_rank_and_sum, world_size=3)]
     started = time.monotonic()
-    with pytest.raises(RankError, match="rank 1 of 3 failed") as raised:
-        own_pool.run(fails_on_1, world_size=3)
-    assert time.monotonic() - started < 5
+    with pytest.raises(RankError) as raised:
+        own_pool.run(fails_on_1, how, world_size=3, timeout=timeout)
+    assert time.monotonic() - started < 60
     assert raised.value.rank == 1
-    for part in ("the message of rank 1", "in fails_on_1", "ranks [0, 2]"):
-        assert part in str(raised.value)
+    assert all(part in str(raised.value) for part in parts), raised.value
     assert not any(map(alive, pids))
     # The next call finds fresh ranks.
     assert len(own_pool.run(pid_rank_and_sum, world_size=3)) == 3
-
-
-def test_a_dead_rank_is_named(own_pool: RankPool) -> None:
-    own_pool.run(pid_rank_and_sum, world_size=2)
-    with pytest.raises(RankError, match="the process died, exit code -9") as raised:
-        own_pool.run(dies_on_1, world_size=2)
-    assert "--- rank 1 of 2 ---" in str(raised.value)
-    # Not its peers, whose connections fail.
-    assert raised.value.rank == 1
-
-
-def test_a_rank_without_an_answer_is_named(own_pool: RankPool) -> None:
-    own_pool.run(pid_rank_and_sum, world_size=2)
-    with pytest.raises(RankError, match=r"no answer within 3 s from ranks \[1\] of 2"):
-        own_pool.run(sleeps_on_1, world_size=2, timeout=3.0)
 
 
 def test_a_rank_that_died_between_calls_is_named_and_replaced(own_pool: RankPool) -> None:
@@ -153,13 +143,13 @@ PARENT = """
 import signal, sys
 sys.path[:0] = {path!r}
 from sonic_ep.testing import RankPool
-from test_ranks import pid_rank_and_sum, sleeps_on_1
+from test_ranks import fails_on_1, pid_rank_and_sum
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     pool = RankPool()
     pool.run(pid_rank_and_sum, world_size=2)
     print(*pool.pids(), flush=True)
-    pool.run(sleeps_on_1, world_size=2)
+    pool.run(fails_on_1, "silence", world_size=2)
 """
 
 
