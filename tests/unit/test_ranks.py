@@ -15,9 +15,9 @@ from on_ranks import on_ranks
 from sonic_ep.testing import Rank, RankError, RankPool
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def own_pool() -> Iterator[RankPool]:
-    """A pool for this test alone, whose ranks it may end."""
+    """A pool for these tests alone, whose ranks they may end."""
     with RankPool() as pool:
         yield pool
 
@@ -127,10 +127,11 @@ def test_ranks_are_forked_from_a_process_of_one_thread(own_pool: RankPool) -> No
     assert own_pool.run(threads_of_parent, world_size=2) == [1, 1]
 
 
-def test_a_closed_pool_refuses_calls(own_pool: RankPool) -> None:
-    own_pool.close()
+def test_a_closed_pool_refuses_calls() -> None:
+    pool = RankPool()
+    pool.close()
     with pytest.raises(RuntimeError, match=r"got a call after close\(\), expected an open pool"):
-        own_pool.run(pid_rank_and_sum, world_size=2)
+        pool.run(pid_rank_and_sum, world_size=2)
 
 
 def test_a_result_that_cannot_be_pickled_is_an_error_and_no_hang(own_pool: RankPool) -> None:
