@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from on_ranks import on_ranks
+from there_and_back import Modes, by_modes
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -240,10 +241,8 @@ def test_peaks(rank: Rank, case: Case, config: EPConfig) -> None:
 
 @on_ranks(1, 2, pool="cpu_pool")
 @by_again
-@pytest.mark.parametrize(
-    "modes", zip(DispatchMode, CombineMode, strict=True), ids=lambda pair: "+".join(mode.value for mode in pair)
-)
-def test_shared_buffers(rank: Rank, modes: tuple[DispatchMode, CombineMode], again: bool) -> None:
+@by_modes
+def test_shared_buffers(rank: Rank, modes: Modes, again: bool) -> None:
     assert (ALIGNMENT_BYTES, MOST_RECEIVED) == (SHARED_BLOCK_BYTES, MOST_RECEIVED_BYTES)
     # Longer than a block of shared memory, and not a multiple of one.
     case, flags = replace(SMALL, hidden=36), {"redispatch_x_in_backward": again}
