@@ -13,7 +13,7 @@ import pytest
 import torch
 from backends import dispatch_primitives_of
 from combine_by_hand import BY_HAND, HIDDEN, canonical, expert_rows, owners_of_slots
-from matrix import DIAGONAL, SIZES, Cell, matrix
+from matrix import DIAGONAL, FLAGS, SIZES, Cell, matrix
 from near import assert_near
 from on_ranks import on_ranks
 from promises import promise
@@ -35,10 +35,6 @@ from sonic_ep.testing import (
 from sonic_ep.testing.differential import run_moe, run_routed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FLAGS = [
-    {"redispatch_x_in_backward": again, "cpu_sync_on_runtime": exact}
-    for again, exact in product((False, True), repeat=2)
-]
 OPTION_TRIALS = {trial.case.name: trial for trial in option_trials()}
 
 
@@ -90,9 +86,7 @@ def flags_everyday(cell: Cell) -> bool:
     dispatch=DispatchMode,
     combine=CombineMode,
 )
-def test_flags_change_no_bit(
-    rank: Rank, backend: str, case: str, dispatch: DispatchMode, combine: CombineMode
-) -> None:
+def test_flags_change_no_bit(rank: Rank, backend: str, case: str, dispatch: DispatchMode, combine: CombineMode) -> None:
     inputs = draw(CASES[case], rank.world_size, rank.device)
     outcomes = []
     for flags in FLAGS:
@@ -205,9 +199,7 @@ def test_order_and_roundings(rank: Rank, backend: str, case: str, dtype: torch.d
 
 
 @on_ranks()
-@matrix(
-    world_size=(2, 4), case=("uniform", "dropped_slots", "repeated_experts"), dtype=DTYPES, dispatch=DispatchMode
-)
+@matrix(world_size=(2, 4), case=("uniform", "dropped_slots", "repeated_experts"), dtype=DTYPES, dispatch=DispatchMode)
 def test_gradients_of_rows_and_scores(
     rank: Rank, backend: str, case: str, dtype: torch.dtype, dispatch: DispatchMode
 ) -> None:

@@ -6,18 +6,15 @@ import pytest
 import torch
 from backends import both_backends
 from layer_inputs import layer_inputs, routing_of
+from matrix import DIAGONAL
+from on_ranks import on_ranks
+from promises import promise
 from torch import Tensor
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise, draw
 from sonic_ep.testing.differential import leaf, leaf_experts
 
-by_world = pytest.mark.parametrize("world_size", [1, 2])
-MODES = [
-    (DispatchMode.ALL_TO_ALL, CombineMode.ALL_TO_ALL),
-    (DispatchMode.ALL_GATHER, CombineMode.REDUCE_SCATTER),
-    (DispatchMode.RANK_DEDUP, CombineMode.RANK_DEDUP),
-]
 FLAGS = [
     {},
     {"redispatch_x_in_backward": True},
@@ -32,7 +29,10 @@ def small(case: Case) -> Case:
     return replace(case, tokens=tokens, hidden=8, intermediate=4, num_experts=8, top_k=2)
 
 
-def dropped(rank: Rank, backend: str) -> None:
+@promise("written")
+@on_ranks(1, 2)
+@both_backends
+def test_rows_without_a_slot_have_the_gradient_zero(rank: Rank, backend: str) -> None:
     """One token of which one slot is dropped, so that one of two rows is valid."""
     with ExpertParallel(backend=backend) as ep:
         idx = torch.tensor([[0, -1]], device=rank.device)
@@ -45,12 +45,6 @@ def dropped(rank: Rank, backend: str) -> None:
         expected[: plan.rows()] = 1
         assert_bitwise(rows.grad, expected)
         assert scores.grad.tolist() == [[4.0, 0.0]] * tokens
-
-
-@by_world
-@both_backends
-def test_rows_without_a_slot_have_the_gradient_zero(pool: RankPool, backend: str, world_size: int) -> None:
-    pool.run(dropped, backend, world_size=world_size)
 
 
 def scaled_and_shifted(rank: Rank, case: Case, backend: str, config: EPConfig) -> list[Tensor]:
@@ -69,9 +63,10 @@ def scaled_and_shifted(rank: Rank, case: Case, backend: str, config: EPConfig) -
     return [scale.grad.cpu(), bias.grad.cpu()]
 
 
+@promise("written")
 @pytest.mark.fast
-@pytest.mark.parametrize("modes", MODES, ids=lambda modes: modes[1].value)
-@by_world
+@pytest.mark.parametrize("modes", DIAGONAL, ids=lambda modes: modes[1].value)
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_sums_over_all_rows_are_those_of_the_reference(
     pool: RankPool, world_size: int, modes: tuple[DispatchMode, CombineMode]
 ) -> None:
@@ -130,6 +125,6 @@ def everything(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
 @both_backends
 def test_everything_handed_out_is_written(pool: RankPool, backend: str, case: str) -> None:
     for number, flags in enumerate(FLAGS):
-        dispatch, combine = MODES[number % len(MODES)]
+        dispatch, combine = DIAGONAL[number % len(DIAGONAL)]
         config = EPConfig(dispatch=dispatch, combine=combine, **flags)
         pool.run(everything, small(CASES[case]), backend, config, world_size=2)

@@ -14,8 +14,26 @@ Cell = Mapping[str, Any]
 Axes = Mapping[str, Sequence[Any]]
 
 SIZES = (1, 2, 3, 4, 8)
-DIAGONAL = tuple(zip(DispatchMode, CombineMode, strict=True))
 MOST_INTERPRETED = 4
+DIAGONAL = tuple(zip(DispatchMode, CombineMode, strict=True))
+FLAGS = [
+    {"redispatch_x_in_backward": again, "cpu_sync_on_runtime": exact}
+    for again, exact in product((False, True), repeat=2)
+]
+NO_FLAGS, BOTH_FLAGS = FLAGS[0], FLAGS[-1]
+# No flag changes a bit (test_matrix); interpreted, the setting with both runs every day.
+by_backend_and_flags = pytest.mark.parametrize(
+    ("backend", "flags"),
+    [
+        pytest.param(
+            backend,
+            flags,
+            marks=pytest.mark.thorough if backend == "fast" and flags != BOTH_FLAGS else (),
+            id="-".join([backend, *(name for name, on in flags.items() if on)]),
+        )
+        for backend, flags in product(BACKENDS, FLAGS)
+    ],
+)
 
 
 def matrix(everyday: Callable[[Cell], bool] | None = None, **axes: Iterable[Any]) -> pytest.MarkDecorator:
@@ -53,4 +71,6 @@ def _in_turn(axes: Axes, *names: str, **fixed: Any) -> Iterator[Cell]:
 
 
 def _name(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "+".join(map(_name, value))
     return str(getattr(value, "value", value)).removeprefix("torch.")
