@@ -15,14 +15,7 @@ DEVICE_TYPES = ["cpu", "cuda"] if torch.cuda.device_count() >= GPUS_NEEDED else 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How much is run where there is no GPU."""
-    parser.addoption("--thorough", action="store_true", help="interpreted, too, what takes minutes without a GPU")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Marks of this suite."""
-    config.addinivalue_line("markers", "thorough: for GPUs; on the CPU only with --thorough")
-    config.addinivalue_line("markers", "promise(word, ...): keeps these promises of docs/guarantees.md")
+    parser.addoption("--thorough", action="store_true", help="run tests marked thorough on the CPU, too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
