@@ -57,7 +57,7 @@ def test_six_iterations_over_reused_memory(rank: Rank, late: bool, modes: Modes)
             assert_same(outcome_of(fast, inputs, rank.rank), expected, f"in iteration {iteration}")
 
 
-@promise("after-errors")
+@promise("mismatch")
 @on_ranks(2)
 @by_modes
 def test_receive_flags_of_an_earlier_step_are_not_taken(rank: Rank, modes: Modes) -> None:
