@@ -87,11 +87,11 @@ def wait_error(words: Tensor, collectives: BoundedCollectives) -> PeerError | No
     if not why:
         return None
     group, peer, sync_tag, shown = collectives.group, peer - 1, SyncTag.decode(here), SyncTag.decode(there)
-    reason = collectives.why_left(peer)
-    if reason or (why == ELSEWHERE and shown.phase is Phase.LEFT):
-        return PeerLostError(f"{group}: {left(peer, reason or 'see its own output for the error', sync_tag)}")
-    if why == ELSEWHERE:
+    if why == ELSEWHERE and shown.phase is not Phase.LEFT:
         return CollectiveMismatchError(f"{group}: {mismatch(sync_tag, peer, shown)}")
+    reason = collectives.why_left(peer)
+    if reason or why == ELSEWHERE:
+        return PeerLostError(f"{group}: {left(peer, reason or 'see its own output for the error', sync_tag)}")
     return PeerTimeoutError(f"{group}: {timed_out(collectives.timeout, f'rank {peer}', sync_tag)}")
 
 
