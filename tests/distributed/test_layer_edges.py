@@ -6,7 +6,6 @@ import pytest
 import torch
 from on_ranks import on_ranks
 from same import assert_same_bits
-from there_and_back import delay
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -141,27 +140,3 @@ def test_products_are_told_of_no_row_past_the_bound(rank: Rank, dtype: torch.dty
                 ep.check()
     assert len(told) == 6
     assert all(ends <= rows == 9 for ends, rows in told)
-
-
-@on_ranks(2)
-def test_all_wait_to_hear_what_one_wants(rank: Rank) -> None:
-    """A rank that wants something may say so late: all wait to hear it."""
-    from sonic_ep.distributed.group import resolve_group
-    from sonic_ep.fast.collectives import any_rank_wants, reserve_wants
-    from sonic_ep.fast.workspace import Workspace
-
-    workspace = Workspace(resolve_group(None), rank.device)
-    reserve_wants(workspace)
-    barrier_before_write = workspace.barrier_before_write
-
-    def late() -> None:
-        barrier_before_write()
-        delay(rank)
-
-    for is_late in (False, True, False, True):
-        assert not bool(any_rank_wants(False, workspace))
-        with pytest.MonkeyPatch.context() as patch:
-            if is_late and rank.rank == 1:
-                patch.setattr(workspace, "barrier_before_write", late)
-            assert bool(any_rank_wants(rank.rank == 1, workspace))
-    workspace.close()

@@ -96,51 +96,51 @@ def test_micro_batches_add_up_with_inference_between(rank: Rank, flags: dict[str
 
 
 @contextmanager
-def recorded_products() -> Iterator[list[str]]:
-    """Names of the grouped products that have rows to work on, while this lasts."""
+def recorded() -> Iterator[list[str]]:
+    """Names of the grouped products and combines that are queued while this lasts."""
+    from sonic_ep.fast.exchange import Exchange
     from sonic_ep.fast.gemm import grouped_gemm
 
     seen: list[str] = []
+    products = product((grouped_gemm.LibraryGemm, grouped_gemm.LoopGemm, grouped_gemm.TritonGemm), ("rows", "weights"))
     with pytest.MonkeyPatch.context() as patch:
-        for kind in (grouped_gemm.LibraryGemm, grouped_gemm.LoopGemm, grouped_gemm.TritonGemm):
-            for name in ("rows", "weights"):
-                patch.setattr(kind, name, noting(getattr(kind, name), name, seen))
+        for kind, name in [*products, (Exchange, "sums")]:
+            patch.setattr(kind, name, noting(getattr(kind, name), name, seen))
         yield seen
 
 
-def noting(product: Callable[..., Tensor], name: str, seen: list[str]) -> Callable[..., Tensor]:
-    def noted(self: object, a: Tensor, b: Tensor, ends: Tensor, *more: Tensor) -> Tensor:
-        if int(ends[-1]) > 0:
-            seen.append(name)
-        return product(self, a, b, ends, *more)
+def noting(method: Callable[..., Tensor], name: str, seen: list[str]) -> Callable[..., Tensor]:
+    def noted(*arguments: object) -> Tensor:
+        seen.append(name)
+        return method(*arguments)
 
     return noted
 
 
+@promise("x-gradient")
 @on_ranks(2)
 @pytest.mark.parametrize(
-    ("need", "products"),
+    ("need", "calls"),
     [
-        # dA, dw2, dw1; the product for dx finds no row on any rank.
+        # dA, dw2, dw1.
         ("experts", ["rows", "weights", "weights"]),
-        # dA, and the rows of dx.
-        ("x", ["rows", "rows"]),
-        ("rank 0's x", ["rows", "rows"]),
+        # dA, the rows of dx, and their combine.
+        ("x", ["rows", "rows", "sums"]),
     ],
 )
-def test_only_what_some_rank_requires_is_computed(rank: Rank, need: str, products: list[str]) -> None:
-    """Products of a backward in which no rank wants dx, or none wants gradients of experts."""
+def test_only_what_is_required_is_computed(rank: Rank, need: str, calls: list[str]) -> None:
+    """Products and combines of a backward in which no rank wants dx, or none wants gradients of experts."""
     case = CASES["uniform"]
     x, (router_w, w1, w2), dy = layer_inputs(rank, case)
-    wanted = {"experts": (w1, w2), "x": (x,), "rank 0's x": (x,) if rank.rank == 0 else ()}[need]
+    wanted = {"experts": (w1, w2), "x": (x,)}[need]
     for tensor in (x, router_w, w1, w2):
         tensor.requires_grad_(any(tensor is want for want in wanted))
     with ExpertParallel(backend="fast") as ep:
         y = ep.moe(x, router_w, w1, w2, case.top_k).y
-        with recorded_products() as seen:
+        with recorded() as seen:
             y.backward(dy)
-    assert seen == products
-    assert (x.grad is not None) == any(x is want for want in wanted)
+    assert seen == calls
+    assert (x.grad is not None) == (need == "x")
 
 
 def step_of(ep: ExpertParallel, case: Case, x: Tensor, weights: list[Tensor], dy: Tensor) -> Callable[[], list[Tensor]]:
