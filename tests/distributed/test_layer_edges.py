@@ -114,7 +114,7 @@ def test_tokens_made_in_inference_mode_train_experts(rank: Rank) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_products_are_told_of_no_row_past_the_bound(rank: Rank, dtype: torch.dtype) -> None:
     """No product is told of more rows than it is given: PyTorch's read past the end of what they are given."""
-    from sonic_ep.fast.gemm import grouped_gemm
+    from sonic_ep.fast import gemm
 
     case = replace(CASES["uniform"], hidden=64, intermediate=32, bias=False, dtype=dtype)
     inputs = draw(case, rank.world_size, rank.device)
@@ -127,7 +127,7 @@ def test_products_are_told_of_no_row_past_the_bound(rank: Rank, dtype: torch.dty
         return product(self, a, b, ends, *more)
 
     with pytest.MonkeyPatch.context() as patch:
-        for kind in (grouped_gemm.LibraryGemm, grouped_gemm.LoopGemm, grouped_gemm.TritonGemm):
+        for kind in (gemm.LibraryGemm, gemm.LoopGemm, gemm.TritonGemm):
             for name in ("rows", "weights"):
                 product = getattr(kind, name)
                 patch.setattr(kind, name, lambda self, *a, product=product: noted(product, self, *a))

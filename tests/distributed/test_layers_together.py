@@ -99,10 +99,10 @@ def test_micro_batches_add_up_with_inference_between(rank: Rank, flags: dict[str
 def recorded() -> Iterator[list[str]]:
     """Names of the grouped products and combines that are queued while this lasts."""
     from sonic_ep.fast.exchange import Exchange
-    from sonic_ep.fast.gemm import grouped_gemm
+    from sonic_ep.fast import gemm
 
     seen: list[str] = []
-    products = product((grouped_gemm.LibraryGemm, grouped_gemm.LoopGemm, grouped_gemm.TritonGemm), ("rows", "weights"))
+    products = product((gemm.LibraryGemm, gemm.LoopGemm, gemm.TritonGemm), ("rows", "weights"))
     with pytest.MonkeyPatch.context() as patch:
         for kind, name in [*products, (Exchange, "sums")]:
             patch.setattr(kind, name, noting(getattr(kind, name), name, seen))
