@@ -11,7 +11,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from sonic_ep.autograd_utils import for_kernels, runs_eagerly
+from sonic_ep.autograd_utils import for_kernels, joined, runs_eagerly
 from sonic_ep.backend import Experts, Slots, choose_backend
 from sonic_ep.call_guard import CallGuard
 from sonic_ep.checks import (
@@ -151,8 +151,10 @@ class ExpertParallel:
             self._check_tokens_fit(tokens_of(given))
             x_TH, router_w_EH = rows_of_tokens(given), for_kernels(router_w_EH)
             experts = experts_as_read(experts)
+            x_TH = self._joined_without_tokens(x_TH, experts, router_w_EH)
             trained = router_w_EH.requires_grad and options.reduce_router_grad
-            self._call_guard.begin("moe", **facts_of(x_TH, experts), router=options, **{"router_w trained": trained})
+            facts = {**facts_of(x_TH, experts), "router": options, "router_w trained": trained}
+            self._call_guard.begin("moe", facts, x_trained=is_trained(x_TH))
             max_tokens = self._agreed_max_tokens(x_TH)
             routing = self._backend.route(x_TH, router_w_EH, options)
             slots = Slots(
@@ -190,7 +192,9 @@ class ExpertParallel:
             x_TH, experts = rows_of_tokens(given), experts_as_read(experts)
             idx_TK, scores_TK = for_kernels(idx_TK), for_kernels(scores_TK)
             self._backend.check_expert_ids(idx_TK, num_experts)
-            self._call_guard.begin("moe_routed", **facts_of(x_TH, experts), K=idx_TK.shape[1])
+            x_TH = self._joined_without_tokens(x_TH, experts)
+            facts = {**facts_of(x_TH, experts), "K": idx_TK.shape[1]}
+            self._call_guard.begin("moe_routed", facts, x_trained=is_trained(x_TH))
             max_tokens = self._agreed_max_tokens(idx_TK)
             slots = Slots(topk_idx=idx_TK, topk_scores=scores_TK, max_tokens=max_tokens, distinct=False)
             return self._backend.layer(x_TH, slots, experts, x.shape).y
@@ -206,7 +210,7 @@ class ExpertParallel:
             self._check_tokens_fit(idx_TK.shape[0])
             idx_TK = for_kernels(idx_TK)
             self._backend.check_expert_ids(idx_TK, num_experts)
-            self._call_guard.begin("plan", E=num_experts, K=idx_TK.shape[1], device=idx_TK.device.type)
+            self._call_guard.begin("plan", {"E": num_experts, "K": idx_TK.shape[1], "device": idx_TK.device.type})
             max_tokens = self._agreed_max_tokens(idx_TK)
             plan = self._backend.plan(idx_TK, num_experts=num_experts, max_tokens=max_tokens, distinct=False)
             return replace(
@@ -222,7 +226,7 @@ class ExpertParallel:
         with self._call_guard.one():
             checked = check_plan(self._checker, plan)
             x_TH = rows_of_tokens(check_tokens_of_plan(self._checker, x, checked))
-            self._call_guard.begin("dispatch", **facts_of(x_TH), plan=identity_of(checked))
+            self._call_guard.begin("dispatch", {**facts_of(x_TH), "plan": identity_of(checked)})
             return self._backend.dispatch(x_TH, checked)
 
     @runs_eagerly
@@ -236,7 +240,7 @@ class ExpertParallel:
             rows_RH = check_rows_of_plan(self._checker, rows, checked)
             scores_TK = check_scores(self._checker, topk_scores, (checked.num_tokens, checked.top_k), rows_RH)
             rows_RH, scores_TK = for_kernels(rows_RH), for_kernels(scores_TK)
-            self._call_guard.begin("combine", **facts_of(rows_RH), plan=identity_of(checked))
+            self._call_guard.begin("combine", {**facts_of(rows_RH), "plan": identity_of(checked)})
             return self._backend.combine(rows_RH, scores_TK, checked)
 
     @runs_eagerly
@@ -250,9 +254,9 @@ class ExpertParallel:
 
     @runs_eagerly
     def meet(self, device: torch.device) -> None:
-        """Collective. All ranks meet, on the current stream of ``device``, or on the host if that is the CPU.
+        """Collective. A barrier, on the current stream of ``device``, or on the host if that is the CPU.
 
-        What is timed begins with it: a rank alone would measure how long it waits for the others.
+        Begin what is timed with it, or a rank measures how long it waits for the others.
         """
         with self._call_guard.one():
             self._checker.torch_device(device)
@@ -268,9 +272,9 @@ class ExpertParallel:
         """Collective. Raise what the device has flagged since the last host sync, on every rank alike.
 
         Raises ``ValueError`` for expert ids out of range, ``RowOverflowError`` for more rows than ``max_rows``,
-        ``PeerTimeoutError`` if a rank has waited in vain.
+        ``PeerError`` if a kernel's wait for another rank has failed.
         """
-        with self._call_guard.one():
+        with self._call_guard.one(begun=True):
             self._backend.check()
 
     @runs_eagerly
@@ -279,7 +283,8 @@ class ExpertParallel:
         if self._call_guard.closed:
             return
         try:
-            self.check()
+            if not self._call_guard.ended:
+                self.check()
         except BaseException:
             # What giving back the memory of a lost GPU would raise says less.
             with suppress(RuntimeError):
@@ -305,6 +310,12 @@ class ExpertParallel:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an ExpertParallel belongs to its process and cannot be pickled; save a module's state_dict()")
+
+    def _joined_without_tokens(self, x_TH: Tensor, experts: Experts, router_w_EH: Tensor | None = None) -> Tensor:
+        """x, requiring a gradient if it has no tokens while a weight is trained: as other ranks' x usually does."""
+        weights = (experts.w1, experts.w2, experts.b1, experts.b2, router_w_EH)
+        trained = any(weight is not None and weight.requires_grad for weight in weights)
+        return joined(x_TH, self.world_size) if trained and x_TH.shape[0] == 0 else x_TH
 
     def _check_tokens_fit(self, tokens: int) -> None:
         if self._max_tokens is not None:
@@ -337,6 +348,11 @@ def facts_of(x_NH: Tensor, experts: Experts | None = None) -> dict[str, object]:
         "activation": experts.activation.name,
         "gate_layout": experts.layout.name,
     }
+
+
+def is_trained(tensor: Tensor) -> bool:
+    """Whether a backward may ask for its gradient."""
+    return torch.is_grad_enabled() and tensor.requires_grad
 
 
 def identity_of(plan: RoutingPlan) -> tuple[int, ...]:

@@ -91,7 +91,7 @@ class Backend(Protocol):
     """One way to run the layer. Shapes and dtypes are validated already; methods that move data are collective."""
 
     def meet(self, device: torch.device) -> None:
-        """Collective. All ranks meet: on the current stream of ``device``, or on the host if that is the CPU."""
+        """Collective. A barrier: on the current stream of ``device``, or on the host if that is the CPU."""
         ...
 
     def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
@@ -123,11 +123,7 @@ class Backend(Protocol):
         ...
 
     def explain(self, error: RuntimeError) -> None:
-        """Raise, from ``error``, what a kernel has waited for in vain; nothing if that is not why."""
-        ...
-
-    def mark_failed(self) -> None:
-        """A call or a backward has ended in an error on this rank: the others may be anywhere in it, or past it."""
+        """Raise, from ``error``, the error of a kernel's wait that caused it; nothing if there is none."""
         ...
 
     def leave(self) -> None:
@@ -139,11 +135,11 @@ class Backend(Protocol):
         ...
 
     def raise_in_backward(self) -> None:
-        """No call will follow that could: a backward raises itself what it finds."""
+        """No call will follow: what a backward finds, it has to raise itself."""
         ...
 
     def detach(self) -> None:
-        """Hold nothing any more; a backward that is still to come keeps what it needs."""
+        """Hold nothing any more; graphs keep what their backward needs."""
         ...
 
     def close(self) -> None:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
-from sonic_ep.autograd_utils import for_kernels, has_tangent, raise_if_freed
+from sonic_ep.autograd_utils import for_kernels, raise_if_freed
 from sonic_ep.backend import Experts
+from sonic_ep.compat import has_tangent
 from sonic_ep.config import RouterOptions, is_count
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.plan import INDEX_DTYPE, RoutingPlan, malformed_field

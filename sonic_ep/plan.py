@@ -43,6 +43,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from sonic_ep.compat import is_zero_without_memory
 from sonic_ep.config import EPConfig, is_count
 from sonic_ep.errors import PlanError, RecomputeError, RowOverflowError
 
@@ -237,7 +238,7 @@ def _is_well_held(tensor: object) -> bool:
         and not tensor.is_nested
         and tensor.is_contiguous()
         and not tensor.is_neg()
-        and not tensor._is_zerotensor()
+        and not is_zero_without_memory(tensor)
         # It may have been freed.
         and tensor.untyped_storage().nbytes() >= INDEX_BYTES * (tensor.storage_offset() + tensor.numel())
     )

@@ -1,4 +1,4 @@
-"""One thread at a time, in one process, until it ends."""
+"""One thread at a time, in one process, until the object is closed or has ended by an error."""
 
 from __future__ import annotations
 
@@ -10,43 +10,39 @@ from contextlib import contextmanager
 from sonic_ep.errors import ClosedError, ConcurrentCallError
 
 
-def _nothing_to_do(error: BaseException) -> None:
-    """The error says it all."""
-
-
 class CallLock:
-    """What one thread at a time may do; from within, the same thread may do more of it. name: of the object.
+    """Admits one thread at a time to the calls and backwards of one object; that thread may nest them.
 
-    It belongs to the process that makes it, and ends with ``end``. begun: whether what the turn is for has passed its
-    checks, so that other ranks are in it too.
+    name: begins every message. begun: whether the call has passed its checks, so that other ranks are in it too.
+    ended: why nothing is admitted any more; None as long as it is.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._process = os.getpid()
         self._lock = threading.RLock()
-        self._ended = False
         self._depth = 0
         self._waiting = False
+        self._after_error: Callable[[BaseException], None] = lambda error: None
         self.begun = False
-        self._failed: Callable[[BaseException], None] = _nothing_to_do
+        self.ended: str | None = None
 
-    def after_errors(self, failed: Callable[[BaseException], None]) -> None:
-        """``failed`` is given the error that ends a turn, and may raise one that says more."""
-        self._failed = failed
+    def after_error(self, handle: Callable[[BaseException], None]) -> None:
+        """Call ``handle`` with the error that ends an outermost call; it may raise a clearer one."""
+        self._after_error = handle
 
-    def end(self) -> None:
-        """Nobody has a turn any more."""
-        self._ended = True
+    def end(self, why: str) -> None:
+        """Admit nothing from now on. The first ``why`` is the one that later calls raise."""
+        self.ended = self.ended or f"{self._name}: this ExpertParallel {why}"
 
     @property
     def is_of_this_process(self) -> bool:
-        """False in a process that was forked from the one that made it."""
+        """False in a process forked from the one that made it."""
         return self._process == os.getpid()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Within this turn, the host waits for other ranks."""
+        """Within a call, the host waits for other ranks: a signal handler may not call."""
         before, self._waiting = self._waiting, True
         try:
             yield
@@ -55,34 +51,31 @@ class CallLock:
 
     @contextmanager
     def taken(self, *, begun: bool = False, last: bool = False) -> Iterator[None]:
-        """Raises ``ConcurrentCallError`` in a forked process, while another thread is in a call, and in a wait, as from
-        a signal's handler: nobody waits for a turn, as ranks would come to differ. Raises ``ClosedError`` after
-        ``end``. last: nobody has to hear of an error in it, and it has to be the outermost.
+        """Hold the lock. last: to close the object, also one that has ended; only from outside of any call.
+
+        Raises ``ClosedError`` after ``end``. Raises ``ConcurrentCallError`` in a forked process, while another thread
+        is in a call, and during a wait: calls do not queue, or the order of calls would differ over ranks.
         """
         if not self.is_of_this_process:
             raise ConcurrentCallError(
-                f"{self._name}: got a call in process {os.getpid()}, forked from process {self._process} "
-                "that made it, expected one made in this process: what ranks share cannot be inherited"
+                f"{self._name}: got a call in process {os.getpid()}, forked from process {self._process} that made "
+                "this ExpertParallel: shared memory and connections cannot be inherited, make one in this process"
             )
-        if self._ended:
-            raise ClosedError(f"{self._name}: got a call or a backward after close(), expected none")
+        if self.ended and not last:
+            raise ClosedError(self.ended)
         if not self._lock.acquire(blocking=False):
-            raise ConcurrentCallError(
-                f"{self._name}: got a call while another thread is in one, expected one after the other"
-            )
+            raise ConcurrentCallError(f"{self._name}: got a call while another thread is in one: make one at a time")
         if self._waiting or (last and self._depth):
             self._lock.release()
             what = "close()" if last else "a call"
-            raise ConcurrentCallError(
-                f"{self._name}: got {what} in the middle of a call of the same thread, expected it after"
-            )
+            raise ConcurrentCallError(f"{self._name}: got {what} in the middle of a call of the same thread")
         self._depth += 1
         self.begun = begun or (self.begun and self._depth > 1)
         try:
             yield
         except BaseException as error:
             if self._depth == 1 and not last:
-                self._failed(error)
+                self._after_error(error)
             raise
         finally:
             self._depth -= 1

@@ -1,7 +1,7 @@
-"""Where a rank is when it meets others: the step, the phase of it, and which call it is making. One number says it all.
+"""One number for where a rank is: the step, its phase and which call it makes.
 
-Ranks that meet show each other that number. So whoever skips a call, makes another or comes in another order is found
-at the first meeting, instead of taking for its own what was meant for something else.
+Ranks compare tags whenever they synchronize. A rank that skips a call, makes another or changes the order is found
+there, and no rank takes data meant for another step.
 """
 
 from __future__ import annotations
@@ -10,27 +10,28 @@ import zlib
 from dataclasses import dataclass
 from enum import IntEnum
 
-# The bits of a tag, from the lowest: step, phase, backward, publish, call.
+# The bits of a tag, from the lowest: step, phase, backward, after_write, call.
 STEP_BITS = 32
 PHASE_BITS = 5
 CALL_BITS = 24
 _BACKWARD = 1 << (STEP_BITS + PHASE_BITS)
-_PUBLISH = _BACKWARD << 1
+_AFTER_WRITE = _BACKWARD << 1
 _CALL_SHIFT = STEP_BITS + PHASE_BITS + 2
+# The lowest bit of a call's number: whether x requires a gradient.
+_X_TRAINED = 1
 
 
 class Phase(IntEnum):
-    """What ranks meet for. UNKNOWN: something that is none of ours. LEFT: this rank has left and meets no more."""
+    """What ranks synchronize for. UNKNOWN: no phase of this package. LEFT: the rank has left and comes no more."""
 
     UNKNOWN = 0
-    AGREEMENT = 1
     CHECK = 2
     MEMORY = 3
     ROUTER = 4
     EXCHANGE = 5
     DISPATCH = 6
     COMBINE = 7
-    MEETING = 8
+    SYNC = 8
     LEFT = 9
 
     @classmethod
@@ -43,10 +44,7 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One collective call of an ``ExpertParallel``.
-
-    number: counted from 1, the same on every rank. call: what is called and how, as ``call_digest``.
-    """
+    """One collective call of an object. number: counted from 1 on every rank. call: its ``call_digest``."""
 
     number: int = 0
     call: int = 0
@@ -66,7 +64,7 @@ class SyncTag:
 
     @property
     def tag(self) -> int:
-        """The meeting as a number below 2^63, never 0, and above 2^32.
+        """The tag as a number below 2^63, never 0, and above 2^32.
 
         Step 3 with call 1 in phase dispatch (6), forward: 3 + 6 * 2^32 + 1 * 2^39.
         """
@@ -75,10 +73,10 @@ class SyncTag:
 
     @staticmethod
     def decode(tag: int) -> SyncTag:
-        """The meeting of a ``tag``, or of its ``after_write``; any other number is one of phase ``UNKNOWN``.
+        """The ``SyncTag`` of a ``tag``, or of its ``after_write``; any other number is of phase ``UNKNOWN``.
 
-        >>> here = Meeting(step=Step(number=3, call=1), phase=Phase.DISPATCH)
-        >>> here.tag == 3 + 6 * 2**32 + 1 * 2**39, Meeting.of_tag(published(here.tag)) == here
+        >>> here = SyncTag(step=Step(number=3, call=1), phase=Phase.DISPATCH)
+        >>> here.tag == 3 + 6 * 2**32 + 1 * 2**39, SyncTag.decode(after_write(here.tag)) == here
         (True, True)
         """
         step = Step(number=tag % (1 << STEP_BITS), call=tag >> _CALL_SHIFT)
@@ -86,19 +84,24 @@ class SyncTag:
 
 
 def after_write(tag: int) -> int:
-    """The tag of the second of two meetings in one phase, in which ranks say that they have written."""
-    return tag | _PUBLISH
+    """The tag of the second of two barriers in one phase, which says that ranks have written."""
+    return tag | _AFTER_WRITE
 
 
-def call_digest(facts: str) -> int:
-    """A number of 24 bits that is the same on every rank whose ``facts`` are, and hardly ever where they are not."""
-    return zlib.crc32(facts.encode()) & (1 << CALL_BITS) - 1
+def call_digest(facts: str, *, x_trained: bool = False) -> int:
+    """A hash of 23 bits that ranks with equal ``facts`` share, and one bit for whether x requires a gradient."""
+    hashed = zlib.crc32(facts.encode()) << 1 & (1 << CALL_BITS) - 1
+    return hashed | _X_TRAINED if x_trained else hashed
 
 
 def mismatch(here: SyncTag, peer: int, there: SyncTag) -> str:
-    """How a ``peer`` that came from ``there`` to a meeting ``here`` is told."""
+    """What is wrong where this rank is at ``here`` and ``peer`` at ``there``."""
     same_place = (here.step.number, here.phase, here.backward) == (there.step.number, there.phase, there.backward)
-    if same_place and here.step.call != there.step.call:
-        what = "shapes, dtypes, options, config or the number of ExpertParallel objects before differ"
-        return f"rank {peer} came to {there} with another call: {what} (check_collective=True tells which)"
-    return f"rank {peer} came to {there}, expected {here}: did it skip a call or a backward, or change their order?"
+    if not same_place:
+        return f"rank {peer} came to {there}, expected {here}: did it skip a call or a backward, or change their order?"
+    if here.step.call ^ there.step.call == _X_TRAINED:
+        trained = "requires" if there.step.call & _X_TRAINED else "does not require"
+        what = f"x {trained} a gradient there, unlike here (an x without tokens counts as requiring one)"
+        return f"rank {peer} came to {there} with another call: {what}: x.requires_grad_() on every rank or on none"
+    what = "shapes, dtypes, options, config or the number of ExpertParallel objects before differ"
+    return f"rank {peer} came to {there} with another call: {what} (check_collective=True tells which)"

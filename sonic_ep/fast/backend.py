@@ -1,8 +1,7 @@
 """The fast backend: the layer and its parts over shared memory.
 
-Where gradients are on, dispatch and combine take part in backward on every rank of a group of several, whether or not
-this rank's own tensors need a gradient: a backward that communicates has to run on all ranks or on none, and to ask the
-others which tensors need one would cost a read on the host in every call.
+Where gradients are on, every rank of several takes part in every backward, whether or not its own tensors need a
+gradient: a backward that communicates runs on all ranks or on none, and to ask them would cost a read on the host.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sonic_ep.autograd_utils import apply_function, autocast_disabled, outside_selective_checkpoint, savable
+from sonic_ep.autograd_utils import apply_function, autocast_disabled, joined, outside_selective_checkpoint
 from sonic_ep.backend import Experts, LayerOutput, Routing, Slots
 from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
@@ -29,7 +28,7 @@ from sonic_ep.plan import RoutingPlan
 
 
 class FastBackend:
-    """The backend protocol over shared memory. Holds a workspace for each device that a call has come with."""
+    """The backend protocol over shared memory. Holds a context for each device that calls have used."""
 
     def __init__(self, collectives: BoundedCollectives, config: EPConfig) -> None:
         self._collectives = collectives
@@ -40,7 +39,7 @@ class FastBackend:
     def meet(self, device: torch.device) -> None:
         """On the current stream: the host waits for nothing."""
         workspace = self._context(device).workspace
-        workspace.enter(Phase.MEETING)
+        workspace.enter(Phase.SYNC)
         workspace.barrier_before_write()
 
     @outside_selective_checkpoint
@@ -72,17 +71,15 @@ class FastBackend:
 
     @outside_selective_checkpoint
     def layer(self, x_TH: Tensor, slots: Slots, experts: Experts, shape: torch.Size) -> LayerOutput:
-        """Plan, dispatch, experts, combine. x is staged while the plan runs, and where the host waits for R meanwhile.
+        """Plan, dispatch, experts, combine. x is staged while the plan runs, and while the host waits for R.
 
-        Where x is to be gathered again in backward, w1 has to require a gradient on every rank or on none.
+        x has to require a gradient on every rank or on none, and so has w1 where x is gathered again in backward.
         """
         with autocast_disabled(x_TH.device):
             context = self._context(x_TH.device)
-            given = (x_TH, slots.topk_scores, experts.w1, experts.w2, experts.b1, experts.b2)
-            wants_x = x_TH.requires_grad
-            several = self._group.world_size > 1
-            training = torch.is_grad_enabled() and (several or any(t is not None and t.requires_grad for t in given))
-            x_TH, scores_TK = self._joined(aligned_contiguous(x_TH)), self._joined(slots.topk_scores.float())
+            x_TH, scores_TK = aligned_contiguous(x_TH), self._joined(slots.topk_scores.float())
+            given = (x_TH, scores_TK, experts.w1, experts.w2, experts.b1, experts.b2)
+            training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
             pending = context.planner.begin(
                 slots.topk_idx,
                 num_experts=experts.w1.shape[0] * self._group.world_size,
@@ -100,7 +97,6 @@ class FastBackend:
                 layout=experts.layout,
                 gather=gather,
                 training=training,
-                wants_x=wants_x,
                 begun=StagedInputs(staged=exchange.stage(x_TH.detach()), pending=pending, planner=context.planner),
             )
             y = apply_function(MoEFunction, x_TH, scores_TK, experts.w1, experts.w2, experts.b1, experts.b2, call)
@@ -115,14 +111,9 @@ class FastBackend:
             context.planner.device_errors.raise_all()
 
     def explain(self, error: RuntimeError) -> None:
-        """Raise what a kernel of any device has waited for in vain, from the error that PyTorch made of its trap."""
+        """Raise the failed wait of a kernel, on any device, from the error that PyTorch made of its trap."""
         for context in self._contexts.values():
             context.workspace.wait_errors.raise_if_any(error)
-
-    def mark_failed(self) -> None:
-        """Kernels see where the others are whenever they meet, but not which of two runs of one backward it is."""
-        for context in self._contexts.values():
-            context.workspace.mark_failed()
 
     def leave(self) -> None:
         """End the waits of other ranks' kernels for this rank, on every device."""
@@ -134,22 +125,22 @@ class FastBackend:
         return bool(self._contexts)
 
     def raise_in_backward(self) -> None:
-        """The host reads at once whether a recompute has gone astray."""
+        """The host reads at once whether a recompute routed otherwise."""
         for context in self._contexts.values():
             context.planner.device_errors.host_reads = True
 
     def detach(self) -> None:
-        """Shared memory goes with the last who needs it."""
+        """Shared memory is freed with the last graph that needs it."""
         self._contexts.clear()
 
     def close(self) -> None:
-        """Give the shared memory back."""
+        """Free the shared memory."""
         for context in self._contexts.values():
             context.workspace.close()
         self._contexts.clear()
 
     def _context(self, device: torch.device) -> DeviceContext:
-        """What this group holds on ``device``. Collective on the first call with it."""
+        """The context of ``device``. Collective on the first call with it."""
         if device not in self._contexts:
             if interpreted() == (device.type == "cuda"):
                 where = "the CPU under Triton's interpreter" if interpreted() else "CUDA devices"
@@ -159,18 +150,12 @@ class FastBackend:
         return self._contexts[device]
 
     def _joined(self, tensor: Tensor) -> Tensor:
-        """The tensor, requiring a gradient if there may be a backward that other ranks take part in."""
-        if not torch.is_grad_enabled():
-            return tensor
-        tensor = savable(tensor)
-        if self._group.world_size == 1 or tensor.requires_grad:
-            return tensor
-        return tensor.detach().requires_grad_()
+        return joined(tensor, self._group.world_size)
 
     def _reserved_gather(self, x_TH: Tensor, w1: Tensor, max_tokens: int) -> CopyEngineGather | None:
-        """Collective. What brings x again in backward, if the config asks for it, with its memory allocated.
+        """Collective. The gather of x in backward, if the config asks for it, with its memory allocated.
 
-        Also where gradients are off: under reentrant checkpointing this is the forward of which a backward will come.
+        Also where gradients are off: reentrant checkpointing runs the first forward so.
         """
         if not (self._config.redispatch_x_in_backward and w1.requires_grad):
             return None
@@ -196,5 +181,5 @@ class FastBackend:
 
 
 def rows_per_group(plan: RoutingPlan) -> int:
-    """Rows of an expert where all have as many. No flag changes it, and so none changes how products are cut up."""
+    """Rows of an expert where all have equally many. No flag changes it, so none changes how products are tiled."""
     return triton.cdiv(plan.world_size * plan.max_tokens * plan.top_k, plan.num_experts)

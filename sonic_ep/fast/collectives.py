@@ -11,13 +11,12 @@ from sonic_ep.fast.device_functions import peer_pointer
 from sonic_ep.fast.launch import launch
 from sonic_ep.fast.symmetric_memory import SharedBuffer
 from sonic_ep.fast.workspace import Workspace
-from sonic_ep.plan import INDEX_DTYPE, RoutingPlan
+from sonic_ep.plan import RoutingPlan
 
 BLOCK = 1024
 TOKENS = "tokens"
 SCORES = "scores"
 VALUES = "values_of_slots"
-WANTS = "wants"
 
 
 @triton.jit(do_not_specialize=["numbers"])
@@ -173,23 +172,6 @@ def return_to_origin(value_of_row_R: Tensor, plan: RoutingPlan, workspace: Works
         BLOCK=BLOCK,
     )
     return out_TK
-
-
-def reserve_wants(workspace: Workspace) -> SharedBuffer:
-    """Collective. Shared memory for one word of each rank: whether it wants something."""
-    return workspace.reserve(WANTS, INDEX_DTYPE.itemsize)
-
-
-def any_rank_wants(here: bool, workspace: Workspace) -> Tensor:
-    """Collective. Whether any rank does, a bool () on the device; ``here``: whether this one does."""
-    group = workspace.group
-    staged = reserve_wants(workspace)
-    workspace.barrier_before_write()
-    staged.rows(group.rank, (1,), INDEX_DTYPE).fill_(int(here))
-    workspace.barrier_after_write()
-    wants_W = torch.empty(group.world_size, dtype=INDEX_DTYPE, device=workspace.device)
-    launch(gather_kernel, (1, group.world_size), staged.addresses, wants_W, 1, device=workspace.device, BLOCK=1)
-    return wants_W.any()
 
 
 BLOCK = 1024

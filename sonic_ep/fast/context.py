@@ -1,4 +1,4 @@
-"""What a backend holds on one device: shared memory, the primitives over it, and the planner."""
+"""What the fast backend holds on one device: shared memory, the primitives over it, and the planner."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOKENS_AGAIN = "tokens_again"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DeviceContext:
-    """What a backend holds on one device: the workspace, every primitive over it, and who makes the plans."""
+    """The workspace of one device, every primitive over it, and the planner."""
 
     workspace: Workspace
     planner: Planner

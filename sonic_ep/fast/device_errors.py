@@ -1,4 +1,4 @@
-"""Errors that kernels find and the host raises: a wait that timed out, bad ids, too many rows, another recompute."""
+"""Errors that kernels find and the host raises: a wait that failed, bad ids, too many rows, another recompute."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.collectives import BoundedCollectives, left, timed_out
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.distributed.sync_tag import Phase, SyncTag, mismatch
 from sonic_ep.errors import CollectiveMismatchError, PeerError, PeerLostError, PeerTimeoutError
@@ -22,82 +22,73 @@ from sonic_ep.fast.launch import host_ints
 from sonic_ep.fast.sync import ELSEWHERE
 from sonic_ep.plan import overflow_error, recompute_error
 
-
-def report_at_exit(owner: Any, find: Callable[[], Exception | None]) -> weakref.finalize[..., Any]:
-    """Print what ``find`` finds, if anything, once ``owner`` is let go. ``find`` must not hold it. To be detached."""
-    return weakref.finalize(owner, _tell, find, os.getpid())
-
-
-def _tell(find: Callable[[], Exception | None], process: int) -> None:
-    # What a forked child has of it is its parent's to tell.
-    found = find() if process == os.getpid() else None
-    if found is not None:
-        print(f"sonic_ep: {type(found).__name__}: {found}", file=sys.stderr, flush=True)
-
-
-WORDS = 4
-
-
-class WaitErrors:
-    """What waiting kernels of one workspace write when they give up, and the host reads.
-
-    words (4,) int64, on the host: why (0: nothing happened; see ``sonic_ep.fast.sync``), the peer plus one, the tag
-    of this rank's meeting, and what the peer showed instead. On a GPU the kernel traps as well, and PyTorch's own
-    error, which names nobody, may be all that the program sees: so what is here is printed at the latest when the
-    process ends.
-    """
-
-    def __init__(self, collectives: BoundedCollectives, device: torch.device) -> None:
-        self._collectives = collectives
-        # The host reads it while kernels run, so on a GPU it is pinned memory that kernels write through the bus.
-        self.words = host_ints(WORDS, device, torch.int64)
-        self._untold = report_at_exit(
-            self, partial(found_in, self.words, collectives.group, collectives.timeout, collectives.why_left)
-        )
-
-    def found(self) -> PeerError | None:
-        """What a kernel has written, if any. No wait for the GPU."""
-        return found_in(self.words, self._collectives.group, self._collectives.timeout)
-
-    def raise_if_any(self, cause: RuntimeError | None = None) -> None:
-        """Raise ``PeerTimeoutError``, ``PeerLostError`` or ``CollectiveMismatchError``, from ``cause``.
-
-        Does not wait for the GPU. Reads the error of a rank that left from the store of the process group.
-        """
-        found = found_in(self.words, self._collectives.group, self._collectives.timeout, self._collectives.why_left)
-        if found is not None:
-            self._untold.detach()
-            try:
-                raise found from cause
-            finally:
-                # Its traceback holds this frame, and would hold it for good through its own name.
-                del found
-
-
-def found_in(
-    words: Tensor, group: EPGroup, timeout: float, why_left: Callable[[int], str | None] = lambda rank: None
-) -> PeerError | None:
-    """The error that ``words`` encode, or None. why_left: rank to the error it left with, None if unknown."""
-    why, peer, here, there = words.tolist()
-    if not why:
-        return None
-    sync_tag = SyncTag.decode(here)
-    if why == ELSEWHERE and SyncTag.decode(there).phase is Phase.LEFT:
-        reason = why_left(peer - 1) or "see its own output for the error"
-        return PeerLostError(f"{group}: rank {peer - 1} left ({reason}) while it was waited for in {sync_tag}")
-    if why == ELSEWHERE:
-        return CollectiveMismatchError(f"{group}: {mismatch(sync_tag, peer - 1, SyncTag.decode(there))}")
-    return PeerTimeoutError(
-        f"{group}: waited {timeout:g} s for rank {peer - 1} in {sync_tag}; did it fail, or make another call?"
-    )
-
-
-# Error words, int32: rank with an id out of range, plus 1; rank with more rows than R, plus 1; its rows; the last step
-# whose recompute routed differently. 0: no error.
+# Of a failed wait, int64: why (0: none has; see ``sonic_ep.fast.sync``), the peer + 1, this rank's tag, its flag.
+# Of a plan, int32: rank with an id out of range + 1; rank with more rows than R + 1; its rows; the last step whose
+# recompute routed differently.
 WORDS = 4
 # Plans that the host may queue ahead of the device: the error of plan n is raised by plan n + PLANS_AHEAD.
 PLANS_AHEAD = 8
 MOST_STEP = 2**31 - 1
+
+
+def report_at_exit(owner: Any, find: Callable[[], Exception | None]) -> weakref.finalize[..., Any]:
+    """Print what ``find`` finds, if anything, once ``owner`` is freed. ``find`` must not hold it."""
+    process = os.getpid()
+
+    def report() -> None:
+        # In a forked child it is the parent that reports.
+        found = find() if process == os.getpid() else None
+        if found is not None:
+            print(f"sonic_ep: {type(found).__name__}: {found}", file=sys.stderr, flush=True)
+
+    return weakref.finalize(owner, report)
+
+
+def raise_found(found: Exception | None, cause: RuntimeError | None = None) -> None:
+    """Raise ``found`` from ``cause``, if there is any."""
+    if found is not None:
+        try:
+            raise found from cause
+        finally:
+            # Its traceback holds this frame, which would hold it for good.
+            del found
+
+
+class WaitErrors:
+    """Failed waits of the kernels of one workspace. words (WORDS,) int64: pinned, read while kernels run.
+
+    On a GPU the kernel traps as well, and PyTorch's own error, which names no rank, may be all that the program sees:
+    so an error that was not raised is printed at the end.
+    """
+
+    def __init__(self, collectives: BoundedCollectives, device: torch.device) -> None:
+        self.words = host_ints(WORDS, device, torch.int64)
+        self._find = partial(wait_error, self.words, collectives)
+        self._unraised = report_at_exit(self, self._find)
+
+    def found(self) -> bool:
+        """Whether a wait has failed. Does not wait for the GPU."""
+        return bool(self.words[0])
+
+    def raise_if_any(self, cause: RuntimeError | None = None) -> None:
+        """Raise the ``PeerError`` of a failed wait, from ``cause``. Does not wait for the GPU."""
+        if self.found():
+            self._unraised.detach()
+            raise_found(self._find(), cause)
+
+
+def wait_error(words: Tensor, collectives: BoundedCollectives) -> PeerError | None:
+    """The error that the words of a failed wait encode; None if none has failed."""
+    why, peer, here, there = words.tolist()
+    if not why:
+        return None
+    group, peer, sync_tag, shown = collectives.group, peer - 1, SyncTag.decode(here), SyncTag.decode(there)
+    if why == ELSEWHERE and shown.phase is not Phase.LEFT:
+        return CollectiveMismatchError(f"{group}: {mismatch(sync_tag, peer, shown)}")
+    reason = collectives.why_left(peer)
+    if reason or why == ELSEWHERE:
+        return PeerLostError(f"{group}: {left(peer, reason or 'see its own output for the error', sync_tag)}")
+    return PeerTimeoutError(f"{group}: {timed_out(collectives.timeout, f'rank {peer}', sync_tag)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +101,9 @@ class Limits:
 
 
 class Record:
-    """Error words of one plan, (WORDS,) int32, the same on every rank, since every rank sees the ids of all.
+    """Error words of one plan, (WORDS,) int32, the same on every rank, since every rank reads the ids of all.
 
-    own: written by the plan's kernels; on a GPU, pinned memory of the host. gathered: copy of the words that graphs and
-    backwards had set when the plan ran; None before any could.
+    own: pinned, written by the plan's kernels. gathered: a copy of what graphs and backwards had written by then.
     """
 
     def __init__(self, group: EPGroup, device: torch.device) -> None:
@@ -129,46 +119,41 @@ class Record:
             self.written.synchronize()
 
     def error(self) -> Exception | None:
-        """``ValueError``, ``RowOverflowError`` or ``RecomputeError``, if there is one to tell."""
-        found = self._meaning(self.own, self.limits)
-        if found is None and self.gathered is not None:
-            found = self._meaning(self.gathered, self.gathered_limits)
-        return found
+        """``ValueError``, ``RowOverflowError`` or ``RecomputeError``, if there is one."""
+        gathered = None if self.gathered is None else self._error_of(self.gathered, self.gathered_limits)
+        return self._error_of(self.own, self.limits) or gathered
 
-    def _meaning(self, words: Tensor, limits: Limits) -> Exception | None:
+    def _error_of(self, words: Tensor, limits: Limits) -> Exception | None:
         bad_rank, full_rank, rows, rerouted = words.tolist()
+        more = f" (in step {limits.step})"
         if bad_rank:
             return ValueError(
                 f"{self._group}: topk_idx: got expert ids out of range on rank {bad_rank - 1}, "
-                f"expected 0 to {limits.num_experts - 1}, or -1 for a dropped slot (in step {limits.step})"
+                f"expected 0 to {limits.num_experts - 1}, or -1 for a dropped slot{more}"
             )
         if full_rank:
-            more = f" (in step {limits.step})"
             return overflow_error(self._group, max_rows=limits.max_rows, rank=full_rank - 1, rows=rows, more=more)
         return recompute_error(self._group, rerouted) if rerouted else None
 
 
 def first_error(records: Iterable[Record]) -> Exception | None:
     """The first error in ``records``, or None. Waits for their kernels, except in graph capture."""
+    in_capture = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     for record in records:
-        in_capture = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        found = None
-        # A lost GPU raises here; in graph capture the host must not synchronize.
+        on_device = record.gathered is not None and record.gathered.is_cuda
+        # A lost GPU raises here. In graph capture the host must not synchronize.
         with suppress(RuntimeError):
             if not in_capture:
                 record.wait()
-            if not (in_capture and record.gathered is not None and record.gathered.is_cuda):
-                found = record.error()
-        if found is not None:
-            return found
+            if not (in_capture and on_device) and (found := record.error()) is not None:
+                return found
     return None
 
 
 class DeviceErrors:
-    """Raises device errors ``PLANS_AHEAD`` plans later, or when ``check`` asks.
+    """Raises the error of a plan ``PLANS_AHEAD`` plans later, or in ``raise_all``: in the same call on every rank.
 
-    All ranks raise in the same call: a record is read only when its kernels have run and its turn has come. Errors that
-    no call raised are printed when this object is freed. host_reads: whether ``compare`` reads its result and raises.
+    Errors that no call has raised are printed when this object is freed. host_reads: whether ``compare`` raises.
     """
 
     def __init__(self, group: EPGroup, device: torch.device, *, host_reads: bool = False) -> None:
@@ -177,8 +162,7 @@ class DeviceErrors:
         self._device = device
         self._on_gpu = device.type == "cuda"
         self._records = [Record(group, device) for _ in range(PLANS_AHEAD)]
-        # Graphs and backwards set these words at any time. Once they may have, each plan copies them in stream order,
-        # the same on all ranks; ``raise_all`` reads what no later plan copied.
+        # Written by graphs and backwards at any time. From then on each plan copies them, in stream order.
         with torch.inference_mode(False):
             self._gathered = torch.zeros(WORDS, dtype=torch.int32, device=device)
         self._latest = Record(group, device)
@@ -191,10 +175,7 @@ class DeviceErrors:
         return self._gathered if self._capturing() else self._current.own
 
     def begin(self) -> None:
-        """Collective. Start a plan, and raise the error of the plan ``PLANS_AHEAD`` before. No-op in graph capture.
-
-        Waits for that plan's kernels only.
-        """
+        """Collective. Start a plan; wait for the plan ``PLANS_AHEAD`` before, and raise its error. No-op in capture."""
         if not self._capturing():
             self._plans += 1
             self._raise(self._current)
@@ -224,10 +205,7 @@ class DeviceErrors:
             current.written.record(torch.cuda.current_stream(self._device))
 
     def compare(self, expert_ids_WCK: Tensor, again_WCK: Tensor, step: int) -> Tensor:
-        """Whether the ids of a forward and of its recompute differ, bool () on the device. If so it is told later.
-
-        Raises ``RecomputeError`` at once where the host reads what it needs: other ids are other sizes there.
-        """
+        """Whether the ids of a forward and of its recompute differ, bool () on the device; ``RecomputeError`` if so."""
         differs = (expert_ids_WCK != again_WCK).any()
         if self.host_reads and bool(differs):
             raise recompute_error(self._group, step)
@@ -237,7 +215,7 @@ class DeviceErrors:
         return differs
 
     def raise_current(self) -> None:
-        """Wait for the plan queued last, and raise its error, on every rank alike."""
+        """Wait for the plan queued last, and raise its error."""
         self._raise(self._current)
 
     def raise_all(self) -> None:
@@ -257,22 +235,17 @@ class DeviceErrors:
 
     def _raise(self, record: Record) -> None:
         record.wait()
-        found = record.error()
-        if found is not None:
-            self._forget(record)
-            try:
-                raise found
-            finally:
-                # Its traceback holds this frame, and would hold it for good through its own name.
-                del found
+        raise_found(self._taken(record))
 
-    def _forget(self, record: Record) -> None:
-        """Clear what was raised: the record's own words, or every copy of the gathered ones."""
-        if record.own.any():
+    def _taken(self, record: Record) -> Exception | None:
+        """The error of ``record``, cleared from it, or from every copy of the gathered words."""
+        found = record.error()
+        if found is not None and record.own.any():
             record.own.zero_()
-            return
-        if self._on_gpu:
-            torch.cuda.synchronize(self._device)
-        for copied in (*self._records, self._latest):
-            if copied.gathered is not None:
-                copied.gathered.zero_()
+        elif found is not None:
+            if self._on_gpu:
+                torch.cuda.synchronize(self._device)
+            for copied in (*self._records, self._latest):
+                if copied.gathered is not None:
+                    copied.gathered.zero_()
+        return found

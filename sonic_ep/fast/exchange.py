@@ -1,4 +1,4 @@
-"""Rows of one plan on their way: what dispatch and combine do, and their adjoints.
+"""Dispatch and combine of one plan, and their gradients.
 
 Dispatch and combine are each other's adjoints, as in the reference: the gradient of dispatch is a combine without
 scores in the configured combine mode, the gradient of combine dispatches d(out) in the configured dispatch mode.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sonic_ep.autograd_utils import once_differentiable, savable, unpack_saved
 from sonic_ep.distributed.sync_tag import Phase, Step
-from sonic_ep.fast.collectives import any_rank_wants, gather_scores, reserve_values, reserve_wants, return_to_origin
+from sonic_ep.fast.collectives import gather_scores, reserve_values, return_to_origin
 from sonic_ep.fast.combine import FastCombine
 from sonic_ep.fast.device_errors import DeviceErrors
 from sonic_ep.fast.dispatch import FastDispatch
@@ -23,16 +23,15 @@ from sonic_ep.fast.launch import aligned_contiguous
 from sonic_ep.fast.permute import gather_rows, poison_if_overflowed, weigh_rows
 from sonic_ep.fast.symmetric_memory import SharedBuffer
 from sonic_ep.fast.workspace import Workspace
-from sonic_ep.plan import NO_ROW, RoutingPlan, raise_if_malformed
+from sonic_ep.plan import RoutingPlan, raise_if_malformed
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Exchange:
     """One plan with the primitives that move rows by it, as the autograd functions need them.
 
-    max_rows: the caller's bound, past which only the device knows that a rank was routed more; None where there is no
-        bound, or the host has held it already.
-    step: the call that this is of. backward: whether it is its gradient's turn.
+    max_rows: the bound on rows that the device has to check; None where there is none, or the host has checked it.
+    step: the call that this is part of. backward: whether for its gradient.
     """
 
     plan: RoutingPlan
@@ -57,7 +56,6 @@ class Exchange:
         self.dispatch.reserve(self.plan.max_tokens, row_bytes)
         self.combine.reserve(self.plan, row_bytes)
         reserve_values(self.plan, self.workspace)
-        reserve_wants(self.workspace)
 
     @property
     def group_ends(self) -> Tensor:
@@ -91,34 +89,15 @@ class Exchange:
         y_TH = self.combine.combine(rows_RH.contiguous(), scores_WCK, self.plan)
         return self._poisoned(y_TH)
 
-    def home(self, value_of_row_R: Tensor) -> Tensor:
-        """Collective. One fp32 value of each valid row to its slot's home, (T, K); zero for dropped slots."""
+    def to_origin(self, value_of_row_R: Tensor) -> Tensor:
+        """Collective. One fp32 value of each valid row back to its slot's token, (T, K); zero for dropped slots."""
         self.enter(Phase.EXCHANGE)
         return self._poisoned(return_to_origin(value_of_row_R, self.plan, self.workspace))
-
-    def where_wanted(self, *, here: bool) -> Exchange:
-        """Collective. Itself where any rank wants what is to be sent, else with a plan that sends nothing.
-
-        here: whether this rank wants it, which the host knows; of the others only the device does. So whatever is
-        launched by the result is launched on every rank alike, and has no row to work on where nobody wants it.
-        """
-        if self.workspace.group.world_size == 1:
-            return self
-        self.enter(Phase.AGREEMENT)
-        wanted = any_rank_wants(here, self.workspace)
-        if here:
-            return self
-        plan = replace(
-            self.plan,
-            expert_ids=self.plan.expert_ids.where(wanted, NO_ROW),
-            group_ends=self.plan.group_ends * wanted,
-        )
-        return replace(self, plan=plan)
 
     def checked(self, grad_NH: Tensor, expert_ids_WCK: Tensor) -> Tensor:
         """The gradient, all NaN if forward was run again, by activation checkpointing, and found other ids than then.
 
-        expert_ids_WCK: what autograd has kept of the plan's; not themselves if forward was run again.
+        expert_ids_WCK: of the plan, as autograd saved them; other memory than the plan's if forward was run again.
         """
         if expert_ids_WCK.data_ptr() == self.plan.expert_ids.data_ptr():
             return grad_NH
@@ -154,7 +133,7 @@ class Combine(torch.autograd.Function):
     """rows (R, H) and scores (T, K) fp32 to (T, H). Backward: d(out) is dispatched to the rows.
 
     d(row) = round(score * d(out)), d(score) = the sum over H of d(out) * row in fp32, both on the rank of the expert;
-    the score's gradient then goes home, one float a slot.
+    the score's gradient then returns to the rank of its token, one float a slot.
     """
 
     @staticmethod
@@ -176,4 +155,4 @@ class Combine(torch.autograd.Function):
         raise_if_malformed(exchange.workspace.group, exchange.plan)
         out_grad_RH = exchange.rows(exchange.checked(grad_TH, expert_ids_WCK))
         grad_RH, dots_R = weigh_rows(out_grad_RH, rows_RH, scores_WCK, exchange.plan)
-        return grad_RH, exchange.home(dots_R), None
+        return grad_RH, exchange.to_origin(dots_R), None

@@ -4,8 +4,8 @@
     backward   d(out) dispatched ─ w2 ─ dA ─ one pass over h and dA: dH, A' = score * A, <dA, A> ─ dw2 ─ w1 ─ combine ─
                dx; and dw1 last, so that where x is gathered again, it comes behind all of that
 
-Kept for backward: what dispatch received, or x alone where it is gathered again; the pre-activation h (R, F); the
-group's scores; the plan. Outputs of experts are never kept: <d(out), y> is taken as <dA, A> + <d(out), b2>.
+Saved for backward: what dispatch received, or x alone where it is gathered again; the pre-activation h (R, F); the
+group's scores; the plan. Outputs of experts are never saved: <d(out), y> is computed as <dA, A> + <d(out), b2>.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SAVED = ("x", "hidden", "scores", "expert_ids of plan", "w1", "w2", None, "b2")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StagedInputs:
-    """What is queued when forward starts: x of every rank, staged, and the plan, with the scores of the group."""
+    """What is queued when forward starts: x of every rank, staged, and the plan with the scores of the group."""
 
     staged: SharedBuffer
     pending: PendingPlan
@@ -44,11 +44,11 @@ class StagedInputs:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Call:
-    """One call of the layer, but for the tensors that autograd knows.
+    """One call of the layer, without the tensors that autograd tracks.
 
-    shape: (..., H), of the result. exchange: in forward by a plan whose R may still have to be cut to size. begun: for
-    forward only. gather: brings x again in backward; None where what was received is kept. training: whether a backward
-    may come. wants_x: whether this rank wants the gradient of x.
+    shape: (..., H), of the result. exchange: in forward its plan may still have room for more rows than arrive. begun:
+    for forward only. gather: gathers x again in backward; None where the rows received are saved. training: whether a
+    backward may come.
     """
 
     shape: torch.Size
@@ -58,7 +58,6 @@ class Call:
     layout: GateLayout
     gather: CopyEngineGather | None
     training: bool
-    wants_x: bool
     begun: StagedInputs | None
 
     def experts(self, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Experts:
@@ -80,7 +79,7 @@ class MoEFunction(torch.autograd.Function):
         b2: Tensor | None,
         call: Call,
     ) -> Tensor:
-        """Pull what is staged, apply the experts, send home and sum. ``scores_TK`` is there for its gradient."""
+        """Pull what is staged, apply the experts, combine. ``scores_TK`` is there for its gradient."""
         assert call.begun is not None
         exchange, received = _pulled(x_TH, call.exchange, call.begun)
         scores_WCK = call.begun.pending.scores_WCK
@@ -92,7 +91,7 @@ class MoEFunction(torch.autograd.Function):
             ids_WCK = exchange.plan.expert_ids
             ctx.save_for_backward(kept, hidden_RF, scores_WCK, ids_WCK, w1, w2, b1, b2)
             del source, kept
-        # Each is let go as soon as the next is there: they are the largest tensors of the layer.
+        # Each is freed as soon as the next is there: they are the largest tensors of the layer.
         del received
         activated_RI = activate(hidden_RF, call.experts(w1, w2, b1, b2), exchange.plan)
         del hidden_RF
@@ -105,7 +104,7 @@ class MoEFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x (T, H), scores (T, K), w1, w2, b1 and b2; None for those that are not required."""
-        # First of all: under activation checkpointing this is what runs forward again, on every rank.
+        # First of all: under activation checkpointing this runs forward again, on every rank.
         kept, hidden_RF, scores_WCK, ids_WCK, *weights = unpack_saved(ctx, ctx.call.exchange.workspace.group, SAVED)
         out_grad_TH = out_grad.reshape(ctx.call.exchange.plan.num_tokens, out_grad.shape[-1])
         saved = Saved(kept=kept, hidden=hidden_RF, scores=scores_WCK, experts=ctx.call.experts(*weights))
@@ -117,7 +116,7 @@ class MoEFunction(torch.autograd.Function):
 def _pulled(x_TH: Tensor, exchange: Exchange, begun: StagedInputs) -> tuple[Exchange, Tensor]:
     """The exchange with a plan of its final R, and what this rank receives.
 
-    Where the host has to wait for R, what does not need it is queued first, and what does right behind the wait.
+    Where the host has to wait for R, what does not need it is queued first.
     """
     planner, pending = begun.planner, begun.pending
     if exchange.dispatch.sized_by_rows:
@@ -143,7 +142,7 @@ class Needs:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Saved:
-    """What forward kept: rows received, or x, or None where the gradient of w1 is not required; h; scores; weights."""
+    """What forward saved: rows received, or x, or None where the gradient of w1 is not required; h; scores; weights."""
 
     kept: Tensor | None
     hidden: Tensor
@@ -160,17 +159,17 @@ def _gradients(out_grad_TH: Tensor, saved: Saved, needs: Needs, call: Call) -> t
     w2_grad = call.gemm.weights(out_grad_RH, between.weighted, exchange.group_ends) if needs.w2 else None
     b2_grad = sum_groups(out_grad_RH, saved.scores, exchange.plan) if needs.b2 else None
     hidden_grad_RF, dots_R = between.hidden, between.dots
-    # What is not needed any more makes room for the gradients of the rows.
+    # Freed, to make room for the gradients of the rows.
     del out_grad_RH, between
     b1_grad = sum_groups(hidden_grad_RF, None, exchange.plan) if needs.b1 else None
-    scores_grad_TK = exchange.home(dots_R) if needs.scores else None
+    scores_grad_TK = exchange.to_origin(dots_R) if needs.scores else None
     x_grad_TH = _x_gradient(hidden_grad_RF, experts.w1, call) if needs.x else None
     w1_grad = _w1_gradient(hidden_grad_RF, saved, in_flight, call)
     return x_grad_TH, scores_grad_TK, w1_grad, w2_grad, b1_grad, b2_grad
 
 
 def _gather_again(saved: Saved, call: Call) -> GatherInFlight | None:
-    """Collective where x was kept. Start to bring it again, behind what is queued."""
+    """Collective where x was saved. Start to gather it again, behind what is queued."""
     if call.gather is None or saved.kept is None:
         return None
     call.exchange.enter(Phase.DISPATCH)
@@ -187,15 +186,13 @@ def _between(out_grad_RH: Tensor, saved: Saved, needs: Needs, call: Call) -> Hid
     return between
 
 
-def _x_gradient(hidden_grad_RF: Tensor, w1: Tensor, call: Call) -> Tensor | None:
-    """Collective. Gradient of x, (T, H), where this rank wants it; nothing is computed where none does."""
-    exchange = call.exchange.where_wanted(here=call.wants_x)
-    x_grad_TH = exchange.sums(call.gemm.rows(hidden_grad_RF, w1, exchange.group_ends), None)
-    return x_grad_TH if call.wants_x else None
+def _x_gradient(hidden_grad_RF: Tensor, w1: Tensor, call: Call) -> Tensor:
+    """Collective. Gradient of x, (T, H)."""
+    return call.exchange.sums(call.gemm.rows(hidden_grad_RF, w1, call.exchange.group_ends), None)
 
 
 def _w1_gradient(hidden_grad_RF: Tensor, saved: Saved, in_flight: GatherInFlight | None, call: Call) -> Tensor | None:
-    """Gradient of w1 from the rows that were kept, or that come again; None where it is not required."""
+    """Gradient of w1 from the rows that were saved, or are gathered again; None where it is not required."""
     exchange = call.exchange
     if saved.kept is None:
         return None

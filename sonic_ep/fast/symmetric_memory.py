@@ -7,27 +7,23 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
-from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 
-from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.compat import rendezvous_number
+from sonic_ep.distributed.collectives import BoundedCollectives, differing
 from sonic_ep.distributed.sync_tag import Phase
 from sonic_ep.errors import BackendUnavailableError, SharedMemoryError
 
 ALIGNMENT_BYTES = 512
-LONE_GROUP: Any = "sonic_ep_lone_rank"
-RENDEZVOUS_KEY = "CUDASymmetricMemory/{}/0"
-MOST_RENDEZVOUS = 100_000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SharedBuffer:
     """One buffer of equal size on every rank.
 
-    by_rank: each rank's bytes as this process sees them, W tensors (bytes,) uint8. addresses (W,) int64, on the device:
-    where they start. keep: whatever has to live as long as the buffer.
+    by_rank: each rank's bytes as this process maps them, W tensors (bytes,) uint8. addresses (W,) int64, on the device:
+    where they start. keep: what has to live as long as the buffer.
     """
 
     rank: int
@@ -52,16 +48,16 @@ class SharedBuffer:
 
 
 class Transport(Protocol):
-    """How ranks come to see each other's memory."""
+    """How ranks map each other's memory."""
 
     def allocate(self, nbytes: int, byte: int) -> SharedBuffer:
-        """Collective. ``nbytes`` on every rank, each byte ``byte`` on all of them before anyone returns."""
+        """Collective. ``nbytes`` on every rank, all of them ``byte`` on all ranks before it returns on any."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
-    """What a rank brings to an allocation. path: of its file, if it has one. error: why it has nothing."""
+    """What a rank brings to an allocation. path: of its file, if it has one. error: why it has no memory."""
 
     nbytes: int
     path: str | None = None
@@ -69,16 +65,13 @@ class Offer:
 
 
 def agreed(collectives: BoundedCollectives, own: Offer) -> list[Offer]:
-    """Collective. What every rank offers. Raises ``SharedMemoryError`` on all if one has nothing, or sizes differ."""
+    """Collective. Every rank's offer. Raises ``SharedMemoryError`` on all if one has no memory, or sizes differ."""
     offers = collectives.objects(own, Phase.MEMORY)
     short = [f"rank {rank}: {offer.error}" for rank, offer in enumerate(offers) if offer.error is not None]
     if short:
         raise SharedMemoryError(f"{collectives.group}: shared memory: got no {own.nbytes} bytes on {'; '.join(short)}")
-    sizes = [offer.nbytes for offer in offers]
-    if len(set(sizes)) > 1:
-        raise SharedMemoryError(
-            f"{collectives.group}: shared memory: got {sizes} bytes by rank, expected the same on all"
-        )
+    if sizes := differing([offer.nbytes for offer in offers]):
+        raise SharedMemoryError(f"{collectives.group}: shared memory: bytes differ: {sizes}")
     return offers
 
 
@@ -102,21 +95,17 @@ class OneRank:
 def keep_in_step(collectives: BoundedCollectives, next_number: Callable[[], int]) -> None:
     """Collective. Take numbers until the last one that each rank has taken is the same on all.
 
-    next_number: a counter of this process, which steps as far on every rank. Where ranks take 4 8 6 first, and go two
-    at a time, the first takes 6 and 8 too and the third 8. Raises ``RuntimeError`` where they cannot meet.
+    next_number: a counter of this process, with the same stride on every rank. Where ranks take 4 8 6 first, with
+    stride 2, the first takes 6 and 8 too and the third 8. Raises ``RuntimeError`` where no number is common.
     """
     taken = next_number()
     numbers = collectives.objects(taken, Phase.MEMORY)
-    if len(set(numbers)) == 1:
+    if not differing(numbers):
         return
     while taken < max(numbers):
         taken = next_number()
-    reached = collectives.objects(taken, Phase.MEMORY)
-    if len(set(reached)) > 1:
-        raise RuntimeError(
-            f"{collectives.group}: symmetric memory: ranks that had made {numbers} rendezvous came to {reached}, "
-            "expected the same"
-        )
+    if reached := differing(collectives.objects(taken, Phase.MEMORY)):
+        raise RuntimeError(f"{collectives.group}: symmetric memory: numbers of rendezvous differ: {reached}")
 
 
 class CudaSymmetricMemory:
@@ -126,17 +115,15 @@ class CudaSymmetricMemory:
         self._collectives, self._device = collectives, device
 
     def allocate(self, nbytes: int, byte: int) -> SharedBuffer:
-        """Every rank fills its own bytes before it meets the others, so all are filled when they have met."""
+        """Every rank fills its own bytes before the exchange of offers, so after it all are filled."""
         local, error = self._filled(nbytes, byte)
         agreed(self._collectives, Offer(nbytes=nbytes, error=error))
         assert local is not None
         group = self._collectives.group
         process_group = group.process_group
         assert process_group is not None
-        # PyTorch up to 2.13 numbers the rendezvous of a process, not those of a group, and looks for peers under the
-        # number: ranks that shared memory in different groups before would wait for each other without end
-        # (github.com/pytorch/pytorch/issues/196082).
-        keep_in_step(self._collectives, self._lone_rendezvous)
+        # Else ranks that shared memory in different groups before would wait for each other forever.
+        keep_in_step(self._collectives, lambda: rendezvous_number(self._rendezvous_alone))
         handle = symmetric_memory.rendezvous(local, group=process_group)
         return SharedBuffer(
             rank=group.rank,
@@ -155,18 +142,9 @@ class CudaSymmetricMemory:
             return None, str(error).splitlines()[0]
         return local, None
 
-    def _lone_rendezvous(self) -> int:
-        """The number of a rendezvous with nobody; -1 where PyTorch keeps it under a name that is not known here."""
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        alone = dist.ProcessGroup(store, 0, 1)
-        _register_process_group(LONE_GROUP, alone)
-        try:
-            memory = symmetric_memory.empty(ALIGNMENT_BYTES, dtype=torch.uint8, device=self._device)
-            symmetric_memory.rendezvous(memory, LONE_GROUP)
-        finally:
-            _unregister_process_group(LONE_GROUP)
-        numbers = (number for number in range(MOST_RENDEZVOUS) if store.check([RENDEZVOUS_KEY.format(number)]))
-        return next(numbers, -1)
+    def _rendezvous_alone(self, group: Any) -> None:
+        memory = symmetric_memory.empty(ALIGNMENT_BYTES, dtype=torch.uint8, device=self._device)
+        symmetric_memory.rendezvous(memory, group)
 
 
 def transport_of(collectives: BoundedCollectives, device: torch.device) -> Transport:

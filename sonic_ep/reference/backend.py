@@ -37,8 +37,8 @@ class ReferenceBackend:
         self._combine = combine_primitives(self._collectives)
 
     def meet(self, device: torch.device) -> None:
-        """A number of every rank to every rank."""
-        self._collectives.sync(self._meeting(Phase.MEETING), device)
+        """An exchange of tags."""
+        self._collectives.sync(self._sync_tag(Phase.SYNC), device)
 
     def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
         """See ``sonic_ep.reference.router``."""
@@ -54,7 +54,7 @@ class ReferenceBackend:
     @outside_selective_checkpoint
     def plan(self, topk_idx_TK: Tensor, *, num_experts: int, max_tokens: int, distinct: bool) -> RoutingPlan:
         """See ``sonic_ep.reference.plan``."""
-        self._collectives.sync(self._meeting(Phase.EXCHANGE), topk_idx_TK.device)
+        self._collectives.sync(self._sync_tag(Phase.EXCHANGE), topk_idx_TK.device)
         return exchange_plan(
             topk_idx_TK,
             num_experts=num_experts,
@@ -94,14 +94,10 @@ class ReferenceBackend:
         """Nothing is ever pending: this backend raises where it finds."""
 
     def explain(self, error: RuntimeError) -> None:
-        """Nothing waits but the host, which names what it has waited for."""
-
-    def mark_failed(self) -> None:
-        """What moves between ranks carries no tag: the next call finds out first where they are."""
-        self._collectives.mark_failed()
+        """Only the host waits, and it names the rank itself."""
 
     def leave(self) -> None:
-        """Nothing to do: hosts that wait read the store."""
+        """Nothing to do: hosts read the store."""
 
     def holds_memory(self) -> bool:
         """Never."""
@@ -146,7 +142,7 @@ class ReferenceBackend:
         hidden_RF = apply_function(up, x_TH.detach(), rows_RH, experts.w1, experts.b1, self._exchange(plan))
         return apply_second_half(hidden_RF, plan.group_ends, experts)
 
-    def _meeting(self, phase: Phase) -> SyncTag:
+    def _sync_tag(self, phase: Phase) -> SyncTag:
         return SyncTag(step=self._collectives.step, phase=phase)
 
     def _exchange(self, plan: RoutingPlan) -> Exchange:

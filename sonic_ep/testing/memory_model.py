@@ -16,7 +16,7 @@ SavedMemory(received=0, hidden=96, scores=48, plan=192)
 >>> forward_peak_bytes(exact, modes.dispatch, training=True), backward_peak_bytes(exact, modes.dispatch)
 (576, 576)
 >>> symmetric_bytes(ceiling, modes).total
-4096
+3584
 """
 
 from __future__ import annotations
@@ -242,12 +242,12 @@ def backward_peak_bytes(shape: LayerShape, dispatch: DispatchMode, *, redispatch
 class SymmetricMemory:
     """Bytes that a group shares on each rank, by buffer; they stay for its lifetime, and all calls use the same.
 
-    meeting: the flags that ranks meet by. ids, scores: of the slots of a rank, on their way to all. tokens: x, where
+    barrier: the flags of barriers. ids, scores: of the slots of a rank, on their way to all. tokens: x, where
     peers read it; tokens_again: likewise in backward. received, received_flags: what combine receives at a time.
-    values_of_slots: gradients of scores on their way home. wants: whether a rank wants the gradient of x.
+    values_of_slots: gradients of scores on their way to the rank of their token.
     """
 
-    sync_tag: int
+    barrier: int
     ids: int
     scores: int
     tokens: int
@@ -255,7 +255,6 @@ class SymmetricMemory:
     received: int
     received_flags: int
     values_of_slots: int
-    wants: int
 
     @property
     def total(self) -> int:
@@ -277,7 +276,7 @@ def symmetric_bytes(shape: LayerShape, modes: ModePair, *, redispatch_x_in_backw
     token_bytes = max(1, rows_per_token * shape.hidden * shape.itemsize)
     tokens_at_a_time = max(1, min(shape.max_tokens, MOST_RECEIVED_BYTES // token_bytes))
     return SymmetricMemory(
-        sync_tag=_in_blocks(shape.world_size * TAG_BYTES),
+        barrier=_in_blocks(shape.world_size * TAG_BYTES),
         ids=_in_blocks(slots),
         scores=_in_blocks(slots),
         tokens=_in_blocks(tokens),
@@ -285,7 +284,6 @@ def symmetric_bytes(shape: LayerShape, modes: ModePair, *, redispatch_x_in_backw
         received=_in_blocks(tokens_at_a_time * token_bytes),
         received_flags=_in_blocks(max(1, shape.world_size - 1) * tokens_at_a_time * TAG_BYTES),
         values_of_slots=_in_blocks(slots),
-        wants=_in_blocks(INDEX_BYTES),
     )
 
 

@@ -1,21 +1,22 @@
-"""Calls: the same on every rank or told which is not and in what, one at a time, in one process, with its place."""
+"""Calls are the same on every rank, or the odd rank and what it differs in are named; threads make one at a time."""
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from backends import both_backends
 from calls import HELD, HIDDEN, INTERMEDIATE, call_of, good_call, with_trained_experts
+from on_ranks import on_ranks
 
 import sonic_ep
-from sonic_ep import CollectiveMismatchError, EPConfig, ExpertParallel
-from sonic_ep.distributed.group import resolve_group
-from sonic_ep.errors import PeerError
-from sonic_ep.testing import Rank, RankPool, assert_bitwise
+from sonic_ep import ClosedError, CollectiveMismatchError, EPConfig, ExpertParallel
+from sonic_ep.testing import Rank, assert_bitwise
 
 ODD = 1
 # An exchange of words on a busy machine.
@@ -79,149 +80,168 @@ ODDITIES = {
 }
 
 
-def refused(rank: Rank, group: dist.ProcessGroup, oddity: Oddity, check: bool) -> str:
-    """What is said of a call that is odd on one rank."""
+@contextmanager
+def calls_of_a_group(rank: Rank, **options: Any) -> Iterator[ExpertParallel]:
+    """Collective. An object of a group of its own, which may come to no good."""
+    group = dist.new_group(list(range(rank.world_size)))
+    ep = ExpertParallel(group, **options)
+    yield ep
+    ep.close()
+    dist.barrier()
+    dist.destroy_process_group(group)
+
+
+def refused(rank: Rank, oddity: Oddity, check: bool) -> str:
+    """The error of a call that is odd on one rank."""
     odd = rank.rank == ODD
     common = {"backend": "reference", "max_tokens_per_rank": 8, "check_collective": check}
-    ep = ExpertParallel(group, **{**common, **(oddity.ep if odd else {})})
-    arguments = call_of(rank.world_size, **(oddity.call if odd else {}))
-    began = time.monotonic()
-    with pytest.raises(CollectiveMismatchError) as raised:
-        oddity.method(ep, arguments) if odd and oddity.method else ep.moe(**arguments)
-    assert time.monotonic() - began < AT_ONCE_SECONDS
-    ep.close()
+    with calls_of_a_group(rank, **{**common, **(oddity.ep if odd else {})}) as ep:
+        arguments = call_of(rank.world_size, **(oddity.call if odd else {}))
+        began = time.monotonic()
+        with pytest.raises(CollectiveMismatchError) as raised:
+            oddity.method(ep, arguments) if odd and oddity.method else ep.moe(**arguments)
+        assert time.monotonic() - began < AT_ONCE_SECONDS
+        if check:
+            # Every rank has raised it, so all may go on.
+            return f"{raised.value}"
+        with pytest.raises(ClosedError, match="has ended: CollectiveMismatchError"):
+            ep.moe(**arguments)
     return str(raised.value)
 
 
-def all_refused(rank: Rank, check: bool) -> dict[str, str]:
-    """Of every oddity, one after the other: all ranks hear of each, so they stay in step."""
-    torch.manual_seed(rank.rank)
-    group = dist.new_group(list(range(rank.world_size)))
-    said = {name: refused(rank, group, oddity, check) for name, oddity in ODDITIES.items()}
-    with ExpertParallel(group, backend="reference", check_collective=check) as ep:
-        # As many tokens as a rank likes, and calls that nobody makes otherwise.
-        out = ep.moe(**call_of(rank.world_size, x=torch.randn(rank.rank, HIDDEN)))
+@pytest.mark.fast
+@on_ranks(2, 3, pool="cpu_pool")
+def test_compared_calls_are_told_apart_in_words(rank: Rank, world_size: int) -> None:
+    others = f"rank{'s' if world_size > 2 else ''} " + ", ".join(str(r) for r in range(world_size) if r != ODD)
+    for name, oddity in ODDITIES.items():
+        said = refused(rank, oddity, True)
+        where = f"rank {rank.rank} of {world_size}: step 1"
+        assert said.startswith(f"{where}: calls have to be the same on every rank, and differ in "), said
+        facts = dict(part.split(": ", 1) for part in said.split(" differ in ")[1].split("; "))
+        assert oddity.odd in facts[oddity.fact].split(f" on rank {ODD}")[0], said
+        assert oddity.usual in facts[oddity.fact], said
+        assert f" on rank {ODD}" in facts[oddity.fact]
+        assert f" on {others}" in facts[oddity.fact]
+        # The odd rank comes first, where most agree.
+        assert world_size == 2 or facts[oddity.fact].startswith(oddity.odd), name
+
+
+@pytest.mark.fast
+@on_ranks(3, pool="cpu_pool")
+def test_calls_that_are_not_compared_are_told_apart_all_the_same(rank: Rank) -> None:
+    other = 0 if rank.rank == ODD else ODD
+    for name, oddity in ODDITIES.items():
+        said = refused(rank, oddity, False)
+        assert said.startswith(f"rank {rank.rank} of 3: rank {other} came to phase "), (name, said)
+        assert "check_collective=True tells which" in said or "did it skip a call" in said, (name, said)
+
+
+@on_ranks(3, pool="cpu_pool")
+def test_calls_that_were_told_apart_leave_all_usable(rank: Rank) -> None:
+    """A rank may bring as many tokens as it likes."""
+    with ExpertParallel(backend="reference", check_collective=True) as ep:
+        arguments = call_of(rank.world_size, x=torch.randn(rank.rank, HIDDEN))
+        with pytest.raises(CollectiveMismatchError, match="differ in router"):
+            ep.moe(**{**arguments, "top_k": 1 if rank.rank == ODD else 2})
+        out = ep.moe(**arguments)
         assert out.y.shape == (rank.rank, HIDDEN)
         assert int(out.tokens_per_expert.sum()) == 2 * sum(range(rank.world_size))
-    dist.destroy_process_group(group)
-    return said
 
 
-@pytest.mark.fast
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_compared_calls_are_told_apart_in_words(cpu_pool: RankPool, world_size: int) -> None:
-    others = " ".join(str(rank) for rank in range(world_size) if rank != ODD)
-    for rank, said in enumerate(cpu_pool.run(all_refused, True, world_size=world_size)):
-        for name, oddity in ODDITIES.items():
-            assert said[name].startswith(f"rank {rank} of {world_size}: step 1: got calls that differ in ")
-            facts = dict(part.split(": ", 1) for part in said[name].split(" differ in ")[1].split("; "))
-            assert oddity.odd in facts[oddity.fact].split(f" on rank {ODD}")[0], said
-            assert oddity.usual in facts[oddity.fact], said
-            assert f" on rank {ODD}" in facts[oddity.fact]
-            assert f" on rank{'s' if world_size > 2 else ''} {others}" in facts[oddity.fact]
-            # Whoever is odd comes first, where most agree.
-            assert world_size == 2 or facts[oddity.fact].startswith(oddity.odd)
-            assert said[name].endswith(", expected the same call")
+@on_ranks(2, pool="cpu_pool")
+def test_that_one_rank_alone_compares_is_found(rank: Rank) -> None:
+    places = ("phase sync of step 1", "phase check of step 1")
+    with calls_of_a_group(rank, backend="reference", check_collective=rank.rank == ODD) as ep:
+        here, there = places[rank.rank], places[1 - rank.rank]
+        words = f"rank {rank.rank} of 2: rank {1 - rank.rank} came to {there}, expected {here}"
+        with pytest.raises(CollectiveMismatchError, match=words):
+            planned(ep, call_of(rank.world_size))
 
 
-@pytest.mark.fast
-def test_calls_that_are_not_compared_are_told_apart_all_the_same(cpu_pool: RankPool) -> None:
-    for rank, said in enumerate(cpu_pool.run(all_refused, False, world_size=3)):
-        other = 0 if rank == ODD else ODD
-        for name, words in said.items():
-            assert words.startswith(f"rank {rank} of 3: rank {other} came to phase "), (name, words)
-            assert "check_collective=True tells which" in words or "did it skip a call" in words, (name, words)
+def x_trained_on(rank: Rank, trained: bool, **changes: Any) -> dict[str, Any]:
+    arguments = call_of(rank.world_size, **changes)
+    return {**arguments, "x": arguments["x"].requires_grad_(trained)}
 
 
-def one_compares(rank: Rank) -> str:
-    ep = ExpertParallel(backend="reference", check_collective=rank.rank == ODD)
-    with pytest.raises(CollectiveMismatchError) as raised:
-        planned(ep, call_of(rank.world_size))
-    return str(raised.value)
+@pytest.mark.parametrize("routed", [False, True])
+@both_backends
+@on_ranks(2, pool="cpu_pool")
+def test_x_requires_a_gradient_on_every_rank_or_on_none(rank: Rank, backend: str, routed: bool) -> None:
+    with calls_of_a_group(rank, backend=backend) as ep:
+        arguments = x_trained_on(rank, rank.rank == ODD)
+        if routed:
+            arguments |= {"topk_idx": torch.zeros(5, 1, dtype=torch.int64), "topk_scores": torch.ones(5, 1)}
+            del arguments["router_w"], arguments["top_k"]
+        requires = "does not require" if rank.rank == ODD else "requires"
+        words = rf"x {requires} a gradient there, unlike here .*: x.requires_grad_\(\) on every rank or on none"
+        call = ep.moe_routed if routed else ep.moe
+        with torch.no_grad():
+            call(**arguments)
+        with pytest.raises(CollectiveMismatchError, match=words):
+            call(**arguments)
 
 
-def test_that_one_rank_alone_compares_is_found(cpu_pool: RankPool) -> None:
-    said = cpu_pool.run(one_compares, world_size=2)
-    assert said[0].startswith("rank 0 of 2: rank 1 came to phase check of step 1, expected phase meeting of step 1")
-    assert said[1].startswith("rank 1 of 2: rank 0 came to phase meeting of step 1, expected phase check of step 1")
+@both_backends
+@on_ranks(2, pool="cpu_pool")
+def test_an_x_without_tokens_counts_as_trained_where_a_weight_is(rank: Rank, backend: str) -> None:
+    """And where none is, as what it is: calls without any gradient are never refused."""
+    empty = {"x": torch.randn(0, HIDDEN)} if rank.rank == ODD else {}
+    with ExpertParallel(backend=backend) as ep:
+        ep.moe(**call_of(rank.world_size, **empty))
+        arguments = with_trained_experts(x_trained_on(rank, rank.rank != ODD, **empty))
+        ep.moe(**arguments).y.sum().backward()
+        assert (arguments["x"].grad is not None) == (rank.rank != ODD)
+        assert arguments["w1"].grad is not None
 
 
-def too_many_on_one(rank: Rank, backend: str) -> tuple[str, list[int]]:
-    """A rank that brought too many tokens calls again with fewer, while the others wait for it."""
-    said = ""
+@both_backends
+@on_ranks(2)
+def test_who_brings_too_many_tokens_may_call_again(rank: Rank, backend: str) -> None:
+    """With fewer, while the others wait for it; and the same with the router."""
     with ExpertParallel(backend=backend, max_tokens_per_rank=4) as ep:
         idx = torch.full((4 + (rank.rank == ODD), 1), rank.rank, device=rank.device)
-        try:
-            counts = ep.plan(idx, rank.world_size).counts
-        except ValueError as error:
-            said = str(error)
-            counts = ep.plan(idx[:3], rank.world_size).counts
-        again = ep.plan(idx[:2], rank.world_size).counts
-        assert again.tolist() == [2] * rank.world_size
-        routed_again(ep, rank)
-        return said, counts.tolist()
-
-
-def routed_again(ep: ExpertParallel, rank: Rank) -> None:
-    """The same with the router."""
-    arguments = call_of(rank.world_size)
-    on_device = {k: v.to(rank.device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
-    tokens = on_device.pop("x")[:1]
-    if rank.rank == ODD:
-        with pytest.raises(ValueError, match="tokens T: got 5, expected at most C=4"):
-            ep.moe(tokens.expand(5, -1), **on_device)
-    assert ep.moe(tokens, **on_device).tokens_per_expert.sum() == on_device["top_k"] * rank.world_size
-
-
-@pytest.mark.parametrize("backend", ["reference", pytest.param("fast", marks=pytest.mark.fast)])
-def test_who_brings_too_many_tokens_may_call_again(pool: RankPool, backend: str) -> None:
-    found = pool.run(too_many_on_one, backend, world_size=2)
-    assert [said for said, _ in found] == [
-        "",
-        "rank 1 of 2: tokens T: got 5, expected at most C=4 (max_tokens_per_rank): construct ExpertParallel with "
-        "max_tokens_per_rank of at least 5, the same on every rank",
-    ]
-    assert [counts for _, counts in found] == [[4, 3]] * 2
-
-
-def other_gradients(rank: Rank, backend: str, wanted: list[str]) -> str:
-    """The odd rank asks for fewer gradients, so its backward meets the others less often; then it goes on."""
-    group = dist.new_group(list(range(rank.world_size)))
-    ep = ExpertParallel(group, backend=backend, timeout=5.0)
-    arguments = call_of(rank.world_size)
-    leaves = {name: value.requires_grad_() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-
-    def use() -> None:
-        y = ep.moe(**arguments).y
-        torch.autograd.grad(y.sum(), [leaves[name] for name in (wanted if rank.rank == ODD else leaves)])
-        ep.plan(torch.zeros(1, 1, dtype=torch.int64), rank.world_size)
-
-    with pytest.raises(PeerError) as raised:
-        use()
-    ep._call_guard.detach()
-    dist.barrier()
-    return f"{raised.type.__name__}: {raised.value}"
+        if rank.rank == ODD:
+            words = r"rank 1 of 2: tokens T: got 5, expected at most C=4 \(max_tokens_per_rank\): construct Expert"
+            with pytest.raises(ValueError, match=words):
+                ep.plan(idx, rank.world_size)
+            idx = idx[:3]
+        assert ep.plan(idx, rank.world_size).counts.tolist() == [4, 3]
+        assert ep.plan(idx[:2], rank.world_size).counts.tolist() == [2] * rank.world_size
+        arguments = call_of(rank.world_size)
+        on_device = {k: v.to(rank.device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        tokens = on_device.pop("x")[:1]
+        if rank.rank == ODD:
+            with pytest.raises(ValueError, match="tokens T: got 5, expected at most C=4"):
+                ep.moe(tokens.expand(5, -1), **on_device)
+        assert ep.moe(tokens, **on_device).tokens_per_expert.sum() == on_device["top_k"] * rank.world_size
 
 
 @pytest.mark.parametrize(
     ("backend", "wanted", "phase"),
-    [
-        ("reference", ["w2"], "combine"),
-        ("reference", ["w1", "w2"], "combine"),
-        pytest.param("fast", ["w2"], "router", marks=pytest.mark.fast),
-    ],
+    [("reference", ["w2"], "combine"), ("reference", ["w1", "w2"], "combine"), ("fast", ["w2"], "router")],
 )
-def test_a_rank_that_asks_for_fewer_gradients_is_found(
-    cpu_pool: RankPool, backend: str, wanted: list[str], phase: str
-) -> None:
-    said = cpu_pool.run(other_gradients, backend, wanted, world_size=2)
-    for rank, words in enumerate(said):
-        assert words.startswith(f"CollectiveMismatchError: rank {rank} of 2: rank {1 - rank} came to phase ")
-    assert f"expected phase backward ({phase}) of step 1" in said[0]
+@on_ranks(2, pool="cpu_pool")
+def test_a_rank_that_asks_for_fewer_gradients_is_found(rank: Rank, backend: str, wanted: list[str], phase: str) -> None:
+    """Its backward has fewer phases than that of the others; then it goes on."""
+    with calls_of_a_group(rank, backend=backend, timeout=20.0) as ep:
+        arguments = call_of(rank.world_size)
+        leaves = {name: value.requires_grad_() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+        y = ep.moe(**arguments).y
+
+        def go_on() -> None:
+            torch.autograd.grad(y.sum(), [leaves[name] for name in (wanted if rank.rank == ODD else leaves)])
+            ep.plan(torch.zeros(1, 1, dtype=torch.int64), rank.world_size)
+
+        words = rf"rank {rank.rank} of 2: rank {1 - rank.rank} came to phase "
+        words += rf".* expected phase backward \({phase}\) of step 1" if rank.rank != ODD else ""
+        with pytest.raises(CollectiveMismatchError, match=words):
+            go_on()
 
 
-def all_but_the_routers_weight(rank: Rank, backend: str) -> None:
-    """The odd rank asks for no gradient of router_w; its backward sums it all the same, with that of x."""
+@both_backends
+@on_ranks(2, pool="cpu_pool")
+def test_a_rank_need_not_ask_for_the_gradient_of_the_router(rank: Rank, backend: str) -> None:
+    """Its backward sums it all the same, with that of x."""
     arguments = call_of(rank.world_size)
     leaves = {name: value.requires_grad_() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     wanted = [name for name in leaves if name != "router_w" or rank.rank != ODD]
@@ -232,58 +252,47 @@ def all_but_the_routers_weight(rank: Rank, backend: str) -> None:
         assert_bitwise(gradient, dict(zip(leaves, expected, strict=True))[name], name)
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("fast", marks=pytest.mark.fast)])
-def test_a_rank_need_not_ask_for_the_gradient_of_the_router(cpu_pool: RankPool, backend: str) -> None:
-    cpu_pool.run(all_but_the_routers_weight, backend, world_size=2)
+def in_another_thread(*calls: Callable[[], object]) -> list[str]:
+    """What ``calls`` raise there, one after the other."""
+    errors: list[str] = []
 
-
-class Meanwhile:
-    """A second thread and what its calls came to, one after the other, while the first is in a call."""
-
-    def __init__(self, *calls: Callable[[], object]) -> None:
-        self.errors: list[str] = []
-        self._call_guard = calls
-
-    def __call__(self) -> None:
-        thread = threading.Thread(target=self._run)
-        thread.start()
-        thread.join()
-
-    def _run(self) -> None:
-        for call in self._call_guard:
+    def run() -> None:
+        for call in calls:
             try:
                 call()
             except RuntimeError as error:
-                self.errors.append(str(error))
+                errors.append(str(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return errors
 
 
-def in_two_threads(rank: Rank, backend: str) -> list[str]:
+@both_backends
+@on_ranks(2)
+def test_a_second_thread_is_refused_and_the_first_unharmed(rank: Rank, backend: str) -> None:
     x = torch.ones(2, HIDDEN, device=rank.device)
     idx = torch.full((2, 1), rank.rank, device=rank.device)
+    errors: list[str] = []
     with ExpertParallel(backend=backend, max_tokens_per_rank=4) as ep:
-        meanwhile = Meanwhile(lambda: ep.plan(idx, rank.world_size), lambda: ep.check(), lambda: ep.close())
         make = ep._backend.plan
 
         def interrupted(*arguments: Any, **options: Any) -> object:
-            meanwhile()
+            errors.extend(in_another_thread(lambda: ep.plan(idx, rank.world_size), ep.check, ep.close))
             return make(*arguments, **options)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ep._backend, "plan", interrupted)
             plan = ep.plan(idx, rank.world_size)
         assert torch.equal(ep.dispatch(x, plan)[: plan.rows()], x)
-    return meanwhile.errors
+    expected = f"rank {rank.rank} of 2: got a call while another thread is in one"
+    assert [error.startswith(expected) for error in errors] == [True] * 3
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("fast", marks=pytest.mark.fast)])
-def test_a_second_thread_is_refused_and_the_first_unharmed(pool: RankPool, backend: str) -> None:
-    for rank, errors in enumerate(pool.run(in_two_threads, backend, world_size=2)):
-        expected = f"rank {rank} of 2: ExpertParallel: got a call while another thread is in one"
-        assert [error.startswith(expected) for error in errors] == [True] * 3
-
-
-def threads_take_turns(rank: Rank) -> None:
-    """Objects and groups of their own in threads of their own; and one object, one thread after another."""
+@on_ranks(2, pool="cpu_pool")
+def test_threads_with_objects_of_their_own(rank: Rank) -> None:
+    """On groups of their own; and one object, one thread after another."""
     groups = [dist.new_group(list(range(rank.world_size))) for _ in range(2)]
     found: dict[int, list[int]] = {}
 
@@ -300,66 +309,36 @@ def threads_take_turns(rank: Rank) -> None:
         thread.join()
     assert found == {0: [1, 1], 1: [2, 2]}
     with ExpertParallel(backend="reference") as ep:
-        meanwhile = Meanwhile(lambda: ep.plan(torch.full((1, 1), rank.rank), rank.world_size))
-        meanwhile()
-        meanwhile()
-        assert meanwhile.errors == []
-        assert resolve_group(None).rank == rank.rank
+        for _ in range(2):
+            assert in_another_thread(lambda: ep.plan(torch.full((1, 1), rank.rank), rank.world_size)) == []
 
 
-def test_threads_with_objects_of_their_own(cpu_pool: RankPool) -> None:
-    cpu_pool.run(threads_take_turns, world_size=2)
-
-
-def plans_of_one_shape(rank: Rank, backend: str) -> str:
-    """Two plans of one shape, of which the odd rank takes the other."""
-    with ExpertParallel(backend=backend) as ep:
-        plans = [ep.plan(torch.full((3, 1), to, device=rank.device), rank.world_size) for to in (0, 1)]
-        x = torch.ones(3, 8, device=rank.device)
-        assert ep.dispatch(x, plans[0]).shape == ep.dispatch(x, plans[1]).shape
-        with pytest.raises(CollectiveMismatchError) as raised:
-            ep.dispatch(x, plans[rank.rank == ODD])
-        ep._call_guard.detach()
-    return str(raised.value)
-
-
-def plans_of_two_objects(rank: Rank, backend: str) -> str:
-    """Two objects' first plans, of one shape, of which the odd rank takes the other's."""
-    objects = [ExpertParallel(backend=backend) for _ in range(2)]
-    plans = [ep.plan(torch.full((3, 1), to, device=rank.device), rank.world_size) for to, ep in enumerate(objects)]
+@pytest.mark.parametrize("objects", [1, 2])
+@both_backends
+@on_ranks(2, pool="cpu_pool")
+def test_ranks_that_use_different_plans_are_found(rank: Rank, backend: str, objects: int) -> None:
+    """Two plans of one shape, of one object or of two, of which the odd rank takes the other."""
+    made = [ExpertParallel(backend=backend, timeout=20) for _ in range(objects)]
+    first = made[0]
+    plans = [made[to % objects].plan(torch.full((3, 1), to, device=rank.device), rank.world_size) for to in (0, 1)]
     x = torch.ones(3, 8, device=rank.device)
-    assert objects[0].dispatch(x, plans[0]).shape == objects[0].dispatch(x, plans[1]).shape
-    with pytest.raises(CollectiveMismatchError) as raised:
-        objects[0].dispatch(x, plans[rank.rank == ODD])
-    for ep in objects:
-        ep._call_guard.detach()
-    return str(raised.value)
+    assert first.dispatch(x, plans[0]).shape == first.dispatch(x, plans[1]).shape
+    step = 5 if objects == 1 else 4
+    words = f"rank {rank.rank} of 2: rank {1 - rank.rank} came to phase dispatch of step {step} with another call"
+    with pytest.raises(CollectiveMismatchError, match=words):
+        first.dispatch(x, plans[rank.rank == ODD])
+    for ep in made:
+        ep.close()
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("fast", marks=pytest.mark.fast)])
-def test_ranks_that_use_plans_of_different_objects_are_found(cpu_pool: RankPool, backend: str) -> None:
-    for rank, said in enumerate(cpu_pool.run(plans_of_two_objects, backend, world_size=2)):
-        assert said.startswith(f"rank {rank} of 2: rank {1 - rank} came to phase dispatch of step 4 with another call")
-
-
-@pytest.mark.parametrize("backend", ["reference", pytest.param("fast", marks=pytest.mark.fast)])
-def test_ranks_that_use_different_plans_are_found(cpu_pool: RankPool, backend: str) -> None:
-    for rank, said in enumerate(cpu_pool.run(plans_of_one_shape, backend, world_size=2)):
-        assert said.startswith(f"rank {rank} of 2: rank {1 - rank} came to phase dispatch of step 5 with another call")
-
-
-def functional_retried(rank: Rank, backend: str) -> list[int]:
-    """A functional call that is refused on one rank counts for nothing."""
+@on_ranks(2, pool="cpu_pool")
+def test_a_functional_call_that_is_refused_counts_for_nothing(rank: Rank) -> None:
     arguments = call_of(rank.world_size)
     if rank.rank == ODD:
         with pytest.raises(ValueError, match="top_k"):
-            sonic_ep.moe(**{**arguments, "top_k": 0}, backend=backend)
-    return sonic_ep.moe(**arguments, backend=backend).tokens_per_expert.tolist()
-
-
-def test_a_functional_call_that_is_refused_counts_for_nothing(cpu_pool: RankPool) -> None:
-    first, second = cpu_pool.run(functional_retried, "reference", world_size=2)
-    assert first == second
+            sonic_ep.moe(**{**arguments, "top_k": 0}, backend="reference")
+    counts = sonic_ep.moe(**arguments, backend="reference").tokens_per_expert
+    assert int(counts.sum()) == rank.world_size * len(arguments["x"]) * arguments["top_k"]
 
 
 def test_every_fact_of_a_call_is_in_its_digest() -> None:
@@ -385,6 +364,7 @@ def test_every_fact_of_a_call_is_in_its_digest() -> None:
             lambda: ep.combine(rows, torch.ones(1, 2), plans[1]),
             lambda: ep.moe(**good_call()),
             lambda: ep.moe(**good_call(router_w=trained)),
+            lambda: ep.moe(**good_call(x=torch.zeros(5, HIDDEN, requires_grad=True))),
             lambda: ep.moe(**good_call(top_k=1)),
             lambda: ep.moe_routed(**routed, **one),
             lambda: ep.moe_routed(**routed, **two),

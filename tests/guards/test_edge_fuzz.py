@@ -28,6 +28,7 @@ from edge_calls import (
 from hostile import NO_TENSORS, THINGS, WAYS
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from on_ranks import on_ranks
 
 from sonic_ep import EPConfig, ExpertParallel, MoE
 from sonic_ep.testing import Rank, RankPool
@@ -37,7 +38,10 @@ Complaints = list[str]
 OF_ONES = "odd strides of one"
 
 
-def in_every_way(rank: Rank, backend: str, call_name: str) -> Complaints:
+@pytest.mark.parametrize("call_name", CALLS)
+@both_backends
+@on_ranks(1)
+def test_values_count_and_not_how_they_are_held(rank: Rank, backend: str, call_name: str) -> None:
     """All tensors of a call held in the same way."""
     call, found = CALLS[call_name], []
     for sizes, ways in ((SIZES, set(WAYS) - {OF_ONES}), (ONES, {OF_ONES})):
@@ -48,16 +52,13 @@ def in_every_way(rank: Rank, backend: str, call_name: str) -> Complaints:
                 changes = {name: WAYS[way](plain(arguments[name])) for name in tensors_of(arguments)}
                 said = complaint(ep, call, arguments, changes, base)
                 found += [f"{call_name} with all {way}: {said}"] if said else []
-    return found
+    assert found == []
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call_name", CALLS)
 @both_backends
-def test_values_count_and_not_how_they_are_held(pool: RankPool, backend: str, call: str) -> None:
-    assert pool.run(in_every_way, backend, call, world_size=1) == [[]]
-
-
-def one_at_a_time(rank: Rank, backend: str, call_name: str) -> Complaints:
+@on_ranks(1)
+def test_any_thing_for_a_tensor_is_right_or_refused(rank: Rank, backend: str, call_name: str) -> None:
     """Each tensor of a call as everything that it may be, the others as they should be."""
     call, found = CALLS[call_name], []
     with ExpertParallel(backend=backend) as ep:
@@ -67,13 +68,7 @@ def one_at_a_time(rank: Rank, backend: str, call_name: str) -> Complaints:
             for what, make in {**THINGS, **(WAYS if backend == "reference" else {})}.items():
                 said = complaint(ep, call, arguments, {name: make(plain(arguments[name]))}, base)
                 found += [f"{call_name}: {name} {what}: {said}"] if said else []
-    return found
-
-
-@pytest.mark.parametrize("call", CALLS)
-@both_backends
-def test_any_thing_for_a_tensor_is_right_or_refused(pool: RankPool, backend: str, call: str) -> None:
-    assert pool.run(one_at_a_time, backend, call, world_size=1) == [[]]
+    assert found == []
 
 
 # Elements of which no memory holds a copy.
@@ -88,7 +83,10 @@ IMMENSE_SHAPES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 ANY_WIDTH = {("dispatch", "x"), ("combine", "rows")}
 
 
-def immense_one_at_a_time(rank: Rank, backend: str, call_name: str) -> Complaints:
+@pytest.mark.parametrize("call_name", CALLS)
+@both_backends
+@on_ranks(1)
+def test_nothing_is_copied_before_all_shapes_are_right(rank: Rank, backend: str, call_name: str) -> None:
     """Each tensor of a call as one number, or one row, that is repeated to a wrong shape."""
     call, found = CALLS[call_name], []
     with ExpertParallel(backend=backend, max_tokens_per_rank=SIZES.tokens) as ep:
@@ -99,16 +97,13 @@ def immense_one_at_a_time(rank: Rank, backend: str, call_name: str) -> Complaint
                     continue
                 said = complaint(ep, call, arguments, {name: make(plain(arguments[name]))}, [])
                 found += [f"{call_name}: {name} {what}: {said}"] if said else []
-    return found
+    assert found == []
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call_name", ["moe", "moe_routed", "dispatch", "combine"])
 @both_backends
-def test_nothing_is_copied_before_all_shapes_are_right(pool: RankPool, backend: str, call: str) -> None:
-    assert pool.run(immense_one_at_a_time, backend, call, world_size=1) == [[]]
-
-
-def gradients_in_every_way(rank: Rank, backend: str, call_name: str) -> Complaints:
+@on_ranks(1)
+def test_gradients_that_come_in_may_be_held_in_any_way(rank: Rank, backend: str, call_name: str) -> None:
     call, found = CALLS[call_name], []
     with ExpertParallel(backend=backend) as ep:
         arguments = leaves(call.arguments(ep, rank.device, SIZES))
@@ -122,13 +117,7 @@ def gradients_in_every_way(rank: Rank, backend: str, call_name: str) -> Complain
                 assert_same(call.outcome(ep, arguments, hold), expected)
             except (AssertionError, RuntimeError) as error:
                 found.append(f"{call_name}, gradients {way}: {error!r}")
-    return found
-
-
-@pytest.mark.parametrize("call", ["moe", "moe_routed", "dispatch", "combine"])
-@both_backends
-def test_gradients_that_come_in_may_be_held_in_any_way(pool: RankPool, backend: str, call: str) -> None:
-    assert pool.run(gradients_in_every_way, backend, call, world_size=1) == [[]]
+    assert found == []
 
 
 # What of NO_TENSORS an argument may be.
@@ -172,7 +161,9 @@ def no_tensors_refused(make: Callable[..., Any], right: Arguments, names: list[s
     return found
 
 
-def numbers_and_names(rank: Rank, backend: str) -> Complaints:
+@both_backends
+@on_ranks(1)
+def test_numbers_and_names_are_right_or_refused(rank: Rank, backend: str) -> None:
     """Every argument of every call that is no tensor."""
     with ExpertParallel(backend=backend) as ep:
         found = []
@@ -182,12 +173,8 @@ def numbers_and_names(rank: Rank, backend: str) -> Complaints:
             names = [name for name in names if name not in tensors_of(arguments) and name not in ("b1", "b2")]
             found += no_tensors_refused(lambda call=call, **given: call.run(ep, given), arguments, names)
         layer = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 2, "top_k": 1, "ep": ep}
-        return found + no_tensors_refused(MoE, layer, list(inspect.signature(MoE).parameters))
-
-
-@both_backends
-def test_numbers_and_names_are_right_or_refused(pool: RankPool, backend: str) -> None:
-    assert pool.run(numbers_and_names, backend, world_size=1) == [[]]
+        found += no_tensors_refused(MoE, layer, list(inspect.signature(MoE).parameters))
+    assert found == []
 
 
 @pytest.mark.parametrize("make", [EPConfig, ExpertParallel])

@@ -1,20 +1,33 @@
-"""Guards of the fast backend that neighbours would stand in for: each by itself, with what it keeps away in reach."""
+"""Guards of the fast backend one by one, each with what it keeps away in reach: others would hide that it is gone."""
 
+import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from on_ranks import on_ranks
 from there_and_back import MODES, Modes, by_modes
 from torch import Tensor
 
 from sonic_ep import EPConfig, ExpertParallel, RoutingPlan, RowOverflowError
 from sonic_ep.distributed.group import resolve_group
-from sonic_ep.testing import CASES, Inputs, Rank, RankPool, assert_bitwise, draw
+from sonic_ep.testing import CASES, Inputs, Rank, assert_bitwise, draw
 
 pytestmark = pytest.mark.fast
+
+
+@contextmanager
+def workspace_of(rank: Rank) -> Iterator[Any]:
+    """Collective. A workspace of the world."""
+    from sonic_ep.fast.workspace import Workspace
+
+    workspace = Workspace(resolve_group(None), rank.device)
+    yield workspace
+    workspace.close()
 
 
 def late_reader(patch: pytest.MonkeyPatch, rank: Rank, module: object, kernel: object) -> None:
@@ -29,7 +42,58 @@ def late_reader(patch: pytest.MonkeyPatch, rank: Rank, module: object, kernel: o
     patch.setattr(module, "launch", slow)
 
 
-def plans_in_a_row(rank: Rank) -> None:
+def one_slot_each(rank: Rank) -> RoutingPlan:
+    """Two tokens a rank, of which one goes to each of two ranks."""
+    with ExpertParallel(backend="reference", max_tokens_per_rank=2) as ep:
+        return ep.plan(torch.tensor([[0], [1]], device=rank.device), num_experts=2)
+
+
+def scores_with_ids(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
+    """The group's scores, each of them ``number``, as they come with the ids of ``plan``."""
+    from sonic_ep.fast.plan import PlanShape, gathered_counts
+
+    sizes = {"max_tokens": plan.max_tokens, "top_k": plan.top_k, "num_experts": plan.num_experts}
+    shape = PlanShape(rank=plan.rank, world_size=plan.world_size, **sizes)
+    errors, ids = plan.counts.new_zeros(3), plan.expert_ids[plan.rank, : plan.num_tokens]
+    scores = torch.full((plan.num_tokens, plan.top_k), number, device=plan.counts.device)
+    found = gathered_counts(ids, shape, workspace, errors, scores).scores
+    assert found is not None
+    return found
+
+
+def scores_alone(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
+    from sonic_ep.fast.collectives import gather_scores
+
+    return gather_scores(torch.full((2, 1), number, device=plan.counts.device), plan, workspace)
+
+
+def values_of_rows(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
+    from sonic_ep.fast.collectives import return_to_origin
+
+    return return_to_origin(torch.full((plan.row_capacity,), number, device=plan.counts.device), plan, workspace)
+
+
+@pytest.mark.parametrize(
+    ("call", "late_kernel"),
+    [(scores_alone, "gather_kernel"), (scores_with_ids, "gather_kernel"), (values_of_rows, "collect_kernel")],
+)
+@on_ranks(2)
+def test_a_late_reader_finds_what_was_written_for_it(
+    rank: Rank, call: Callable[[float, RoutingPlan, Any], Tensor], late_kernel: str
+) -> None:
+    """``call`` of a number, four times with a late reader, gives that number everywhere."""
+    from sonic_ep.fast import collectives as module
+
+    with workspace_of(rank) as workspace, pytest.MonkeyPatch.context() as patch:
+        plan = one_slot_each(rank)
+        late_reader(patch, rank, module, getattr(module, late_kernel))
+        for number in range(4):
+            workspace.enter()
+            assert bool((call(float(number), plan, workspace) == number).all())
+
+
+@on_ranks(2)
+def test_a_late_reader_finds_the_ids_of_its_plan(rank: Rank) -> None:
     from sonic_ep.fast import plan as module
 
     with pytest.MonkeyPatch.context() as patch, ExpertParallel(backend="fast", max_tokens_per_rank=2) as ep:
@@ -39,121 +103,41 @@ def plans_in_a_row(rank: Rank) -> None:
             assert plan.expert_ids.flatten().tolist() == [number] * 4
 
 
-def in_a_row(rank: Rank, late_kernel: str, call: Callable[[float, RoutingPlan, Any], Tensor]) -> None:
-    """``call`` of a number, four times with a late reader, gives that number everywhere."""
-    from sonic_ep.fast import collectives as module
-    from sonic_ep.fast.workspace import Workspace
-
-    plan, workspace = one_slot_each(rank), Workspace(resolve_group(None), rank.device)
-    with pytest.MonkeyPatch.context() as patch:
-        late_reader(patch, rank, module, getattr(module, late_kernel))
+@pytest.mark.parametrize(
+    ("mode", "kernel"), [("all_to_all", "pull_to_rows_kernel"), ("rank_dedup", "pull_packed_kernel")]
+)
+@on_ranks(2)
+def test_a_late_reader_finds_the_tokens_of_its_dispatch(rank: Rank, mode: str, kernel: str) -> None:
+    module = importlib.import_module(f"sonic_ep.fast.dispatch.{mode}")
+    config = EPConfig(dispatch=mode)
+    with pytest.MonkeyPatch.context() as patch, ExpertParallel(backend="fast", config=config) as ep:
+        late_reader(patch, rank, module, getattr(module, kernel))
+        plan = ep.plan(torch.tensor([[0], [1]], device=rank.device), num_experts=2)
         for number in range(4):
-            workspace.enter()
-            assert bool((call(float(number), plan, workspace) == number).all())
-    workspace.close()
+            rows = ep.dispatch(torch.full((2, 4), float(number), device=rank.device), plan)
+            assert bool((rows[: plan.rows()] == number).all())
 
 
-def scores_in_a_row(rank: Rank) -> None:
-    from sonic_ep.fast.collectives import gather_scores
-
-    def gathered(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
-        return gather_scores(torch.full((2, 1), number, device=rank.device), plan, workspace)
-
-    in_a_row(rank, "gather_kernel", gathered)
-
-
-def scores_with_ids(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
-    """The group's scores, each of them ``number``, as they come with the ids of ``plan``."""
-    from sonic_ep.fast.plan import PlanShape, gathered_counts
-
-    sizes = {"max_tokens": plan.max_tokens, "top_k": plan.top_k, "num_experts": plan.num_experts}
-    shape = PlanShape(rank=plan.rank, world_size=plan.world_size, **sizes)
-    device_errors = plan.counts.new_zeros(3)
-    scores = torch.full((plan.num_tokens, plan.top_k), number, device=plan.counts.device)
-    found = gathered_counts(
-        plan.expert_ids[plan.rank, : plan.num_tokens], shape, workspace, device_errors, scores
-    ).scores
-    assert found is not None
-    return found
-
-
-def scores_with_ids_in_a_row(rank: Rank) -> None:
-    in_a_row(rank, "gather_kernel", scores_with_ids)
-
-
-def scores_staged_late(rank: Rank) -> None:
-    """One rank comes late to staging; nobody reads before it has."""
+@on_ranks(2)
+def test_scores_are_read_after_a_late_rank_has_staged_them(rank: Rank) -> None:
     from sonic_ep.fast import plan as module
-    from sonic_ep.fast.workspace import Workspace
 
-    plan, workspace, stage = one_slot_each(rank), Workspace(resolve_group(None), rank.device), module.stage_scores
+    stage = module.stage_scores
 
     def slow(scores: Tensor, staged: Any) -> None:
         time.sleep(0.2 * rank.rank)
         stage(scores, staged)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with workspace_of(rank) as workspace, pytest.MonkeyPatch.context() as patch:
+        plan = one_slot_each(rank)
         patch.setattr(module, "stage_scores", slow)
         for number in range(2):
             workspace.enter()
             assert bool((scores_with_ids(float(number), plan, workspace) == number).all())
-    workspace.close()
-
-
-def tokens_in_a_row(rank: Rank) -> None:
-    from sonic_ep.fast.dispatch import all_to_all, rank_dedup
-
-    idx = torch.tensor([[0], [1]], device=rank.device)
-    for module, kernel in ((all_to_all, "pull_to_rows_kernel"), (rank_dedup, "pull_packed_kernel")):
-        config = EPConfig(dispatch=module.__name__.split(".")[-1])
-        with pytest.MonkeyPatch.context() as patch, ExpertParallel(backend="fast", config=config) as ep:
-            late_reader(patch, rank, module, getattr(module, kernel))
-            plan = ep.plan(idx, num_experts=2)
-            for number in range(4):
-                rows = ep.dispatch(torch.full((2, 4), float(number), device=rank.device), plan)
-                assert bool((rows[: plan.rows()] == number).all())
-
-
-def values_in_a_row(rank: Rank) -> None:
-    from sonic_ep.fast.collectives import return_to_origin
-
-    def sent(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
-        return return_to_origin(torch.full((plan.row_capacity,), number, device=rank.device), plan, workspace)
-
-    in_a_row(rank, "collect_kernel", sent)
-
-
-def one_slot_each(rank: Rank) -> RoutingPlan:
-    """Two tokens a rank, of which one goes to each of two ranks."""
-    with ExpertParallel(backend="reference", max_tokens_per_rank=2) as ep:
-        return ep.plan(torch.tensor([[0], [1]], device=rank.device), num_experts=2)
-
-
-IN_A_ROW = [plans_in_a_row, scores_in_a_row, scores_with_ids_in_a_row, values_in_a_row, tokens_in_a_row]
-
-
-@pytest.mark.parametrize("calls", [*IN_A_ROW, scores_staged_late])
-def test_a_late_reader_finds_what_was_written_for_it(pool: RankPool, calls: Callable[[Rank], None]) -> None:
-    pool.run(calls, world_size=2)
 
 
 # Wider than what a kernel spoils or weighs at a time.
 WIDE = 4100
-
-
-def at_the_bound(rank: Rank, experts: list[list[int]], bound: int, said: str | None) -> None:
-    """Ids by rank, one a token; ``said`` of them where they pass the bound."""
-    idx = torch.tensor(experts[rank.rank], device=rank.device)[:, None]
-    ep = ExpertParallel(backend="fast", config=EPConfig(max_rows=bound))
-    plan = ep.plan(idx, num_experts=rank.world_size)
-    rows = ep.dispatch(torch.ones(len(idx), WIDE, device=rank.device), plan)
-    if said is None:
-        assert bool((rows[: plan.rows()] == 1).all())
-        ep.close()
-        return
-    assert bool(rows.isnan().all())
-    with pytest.raises(RowOverflowError, match=said):
-        ep.close()
 
 
 @pytest.mark.parametrize(
@@ -167,18 +151,26 @@ def at_the_bound(rank: Rank, experts: list[list[int]], bound: int, said: str | N
     ],
     ids=["fits", "first rank", "tie that fits", "tie", "middle rank"],
 )
-def test_the_bound_and_who_passes_it(pool: RankPool, experts: list[list[int]], bound: int, said: str | None) -> None:
-    pool.run(at_the_bound, experts, bound, said, world_size=3)
+@on_ranks(3)
+def test_the_bound_and_who_passes_it(rank: Rank, experts: list[list[int]], bound: int, said: str | None) -> None:
+    """Ids by rank, one a token; ``said`` of them where they pass the bound."""
+    idx = torch.tensor(experts[rank.rank], device=rank.device)[:, None]
+    ep = ExpertParallel(backend="fast", config=EPConfig(max_rows=bound))
+    plan = ep.plan(idx, num_experts=rank.world_size)
+    rows = ep.dispatch(torch.ones(len(idx), WIDE, device=rank.device), plan)
+    assert bool((rows[: plan.rows()] == 1).all() if said is None else rows.isnan().all())
+    with nullcontext() if said is None else pytest.raises(RowOverflowError, match=said):
+        ep.close()
 
 
 CANARY = 7.0
 
 
-def behind_the_rows(rank: Rank) -> None:
+@on_ranks(1, 2)
+def test_nothing_behind_the_rows_is_read(rank: Rank) -> None:
     """More rows are routed here than there are; what lies behind them in memory is never read."""
     from sonic_ep.fast.collectives import return_to_origin
     from sonic_ep.fast.combine import combine_primitives
-    from sonic_ep.fast.workspace import Workspace
 
     room = 3
     idx = torch.zeros(8, 1, dtype=torch.int64, device=rank.device)
@@ -191,45 +183,36 @@ def behind_the_rows(rank: Rank) -> None:
     rows = torch.full((40, 8), CANARY, device=rank.device)
     values = torch.full((40,), CANARY, device=rank.device)
     rows[:room], values[:room] = 1, 1
-    workspace = Workspace(resolve_group(None), rank.device)
     scores = torch.ones(rank.world_size, 8, 1, device=rank.device)
-    for primitive in combine_primitives(workspace).values():
-        for given in (None, scores):
-            workspace.enter()
-            assert not bool((primitive.combine(rows[:room], given, plan) == CANARY).any())
-    workspace.enter()
-    assert not bool((return_to_origin(values[:room], plan, workspace) == CANARY).any())
-    workspace.close()
+    with workspace_of(rank) as workspace:
+        for primitive in combine_primitives(workspace).values():
+            for given in (None, scores):
+                workspace.enter()
+                assert not bool((primitive.combine(rows[:room], given, plan) == CANARY).any())
+        workspace.enter()
+        assert not bool((return_to_origin(values[:room], plan, workspace) == CANARY).any())
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_nothing_behind_the_rows_is_read(pool: RankPool, world_size: int) -> None:
-    pool.run(behind_the_rows, world_size=world_size)
-
-
-def sized_for_all(rank: Rank) -> None:
+@on_ranks(3, pool="cpu_pool")
+def test_shared_memory_is_sized_for_all_tokens(rank: Rank) -> None:
     """Room for every token of every rank, also of those that this rank does not have; blocks hide what is short."""
     from sonic_ep.fast.collectives import SCORES
     from sonic_ep.fast.combine.base import receiver
-    from sonic_ep.fast.workspace import TAG_BYTES, Workspace
+    from sonic_ep.fast.workspace import TAG_BYTES
 
     max_tokens = 600
     with ExpertParallel(backend="reference", max_tokens_per_rank=max_tokens) as ep:
         plan = ep.plan(torch.zeros(2, 1, dtype=torch.int64, device=rank.device), num_experts=rank.world_size)
-    workspace = Workspace(resolve_group(None), rank.device)
-    shared = receiver(workspace, plan, rows_per_token=2, row_bytes=8, most_bytes=2**20)
-    assert shared.flags.nbytes >= (rank.world_size - 1) * max_tokens * TAG_BYTES
-    assert shared.received.nbytes >= max_tokens * 2 * 8
-    scores_with_ids(1.0, plan, workspace)
-    assert workspace.reserve(SCORES, 1).nbytes >= max_tokens * torch.float32.itemsize
-    workspace.close()
+    with workspace_of(rank) as workspace:
+        shared = receiver(workspace, plan, rows_per_token=2, row_bytes=8, most_bytes=2**20)
+        assert shared.flags.nbytes >= (rank.world_size - 1) * max_tokens * TAG_BYTES
+        assert shared.received.nbytes >= max_tokens * 2 * 8
+        scores_with_ids(1.0, plan, workspace)
+        assert workspace.reserve(SCORES, 1).nbytes >= max_tokens * torch.float32.itemsize
 
 
-def test_shared_memory_is_sized_for_all_tokens(cpu_pool: RankPool) -> None:
-    cpu_pool.run(sized_for_all, world_size=3)
-
-
-def only_where_there_is_a_slot(rank: Rank) -> None:
+@on_ranks(2, 3)
+def test_nothing_is_sent_without_a_slot(rank: Rank) -> None:
     """A partial sum arrives from each rank that has a slot of the token, and from no other."""
     from sonic_ep.fast.combine.base import RECEIVED
     from sonic_ep.fast.combine.rank_dedup import RankDedupCombine
@@ -255,11 +238,6 @@ def only_where_there_is_a_slot(rank: Rank) -> None:
     workspace.close()
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_nothing_is_sent_without_a_slot(pool: RankPool, world_size: int) -> None:
-    pool.run(only_where_there_is_a_slot, world_size=world_size)
-
-
 def gradients(ep: ExpertParallel, inputs: Inputs, tokens: slice, wanted: tuple[bool, bool]) -> list[Tensor | None]:
     """Those of x and scores, where wanted."""
     x, scores = inputs.x[tokens].clone(), inputs.topk_scores[tokens].clone()
@@ -275,7 +253,9 @@ def gradients(ep: ExpertParallel, inputs: Inputs, tokens: slice, wanted: tuple[b
     return [x.grad, scores.grad]
 
 
-def wanted_by_one(rank: Rank, modes: Modes) -> None:
+@by_modes
+@on_ranks(3)
+def test_ranks_may_need_different_gradients(rank: Rank, modes: Modes) -> None:
     """x, scores or both need a gradient on rank 0 alone; and backward shares no new memory."""
     inputs = draw(CASES["uneven_tokens"], rank.world_size, rank.device)
     tokens = inputs.tokens_of(rank.rank)
@@ -289,11 +269,6 @@ def wanted_by_one(rank: Rank, modes: Modes) -> None:
             assert [grad is not None for grad in found] == list(mine)
             if mine[0]:
                 assert_bitwise(found[0], expected[0], "dx")
-
-
-@by_modes
-def test_ranks_may_need_different_gradients(pool: RankPool, modes: Modes) -> None:
-    pool.run(wanted_by_one, modes, world_size=3)
 
 
 def test_modes_cover_every_primitive() -> None:

@@ -1,0 +1,126 @@
+"""Every private API of PyTorch that the package uses, behind public names. ``test_compat.py`` says what each needs."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.utils.checkpoint
+from torch import Tensor
+from torch._C._distributed_c10d import (
+    AllgatherOptions,
+    AllToAllOptions,
+    _register_process_group,
+    _unregister_process_group,
+)
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _pop_mode, _push_mode
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
+
+LONE_GROUP: Any = "sonic_ep_lone_rank"
+RENDEZVOUS_KEY = "CUDASymmetricMemory/{}/0"
+MOST_RENDEZVOUS = 100_000
+# The modes of selective activation checkpointing, in forward and in recompute.
+CHECKPOINT_MODES = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+# Ends a recompute early, on all ranks alike: no error. Absent before it was introduced.
+STOP_RECOMPUTATION: Any = getattr(torch.utils.checkpoint, "_StopRecomputationError", ())
+
+
+def release_of(version: str) -> tuple[int, ...]:
+    """Major and minor number.
+
+    >>> release_of("2.11.0+cu130"), release_of("2.13.0a0+git1")
+    ((2, 11), (2, 13))
+    """
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+# Since 2.13 PyTorch keeps the node of a Python autograd function alive between the halves of a split backward.
+KEEPS_NODES = release_of(torch.__version__) >= (2, 13)
+
+
+def all_gather(group: dist.ProcessGroup, gathered: Tensor, own: Tensor, timeout: timedelta) -> dist.Work:
+    """Start an all-gather into flat ``gathered``. The public function takes no timeout."""
+    options = AllgatherOptions()
+    options.timeout = timeout
+    return group._allgather_base(gathered, own, options)
+
+
+def all_to_all(
+    group: dist.ProcessGroup,
+    received: Tensor,
+    own: Tensor,
+    receive_splits: list[int],
+    send_splits: list[int],
+    timeout: timedelta,
+) -> dist.Work:
+    """Start an all-to-all of rows. The public function takes no timeout."""
+    options = AllToAllOptions()
+    options.timeout = timeout
+    return group.alltoall_base(received, own, receive_splits, send_splits, options)
+
+
+def unwrapped(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+    """``group`` without the wrapper of ``TORCH_DISTRIBUTED_DEBUG=DETAIL``, which waits for ranks by its own clock."""
+    return getattr(group._get_backend(device), "wrapped_pg", group)
+
+
+def rendezvous_number(rendezvous: Callable[[Any], object]) -> int:
+    """The number that PyTorch gives to ``rendezvous(name of a group of this rank alone)``; -1 if it is not found.
+
+    Up to 2.13 PyTorch numbers the rendezvous of a process, and peers look for each other under that number:
+    github.com/pytorch/pytorch/issues/196082.
+    """
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    # The registry does not keep it alive.
+    alone = dist.ProcessGroup(store, 0, 1)
+    _register_process_group(LONE_GROUP, alone)
+    try:
+        rendezvous(LONE_GROUP)
+    finally:
+        _unregister_process_group(LONE_GROUP)
+    numbers = (number for number in range(MOST_RENDEZVOUS) if store.check([RENDEZVOUS_KEY.format(number)]))
+    return next(numbers, -1)
+
+
+def keep_forever(kept: object) -> None:
+    """Never free ``kept``: not even at exit, where module globals are freed."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation would go through it. Outside of its levels the answer costs nothing."""
+    # PyTorch sets the level as it begins and ends; ``unpack_dual`` takes ten times as long.
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def is_zero_without_memory(tensor: Tensor) -> bool:
+    """Whether it is one of autograd's zeros, which have no memory. No public API tells."""
+    return tensor._is_zerotensor()
+
+
+def dispatch_modes_active() -> bool:
+    """Whether any ``TorchDispatchMode`` is."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+@contextmanager
+def without_dispatch_modes(kinds: tuple[type, ...]) -> Iterator[None]:
+    """Modes of these ``kinds`` are off. The public ``__exit__`` removes only the innermost mode."""
+    before = [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
+    for mode in reversed(before):
+        if not isinstance(mode, kinds):
+            _push_mode(mode)
+    try:
+        yield
+    finally:
+        while torch._C._len_torch_dispatch_stack():
+            _pop_mode()
+        for mode in reversed(before):
+            _push_mode(mode)

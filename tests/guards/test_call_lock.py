@@ -1,0 +1,158 @@
+"""One thread at a time: in a call, or in a backward; and recompute calls from within."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from backends import both_backends
+from layer_inputs import layer_inputs
+from on_ranks import on_ranks
+
+from sonic_ep import ClosedError, ExpertParallel
+from sonic_ep.distributed.call_lock import CallLock
+from sonic_ep.errors import ConcurrentCallError
+from sonic_ep.testing import CASES, Rank
+
+
+def in_another_thread(work: Callable[[], object]) -> list[str]:
+    """What ``work`` raises there."""
+    said: list[str] = []
+
+    def run() -> None:
+        try:
+            work()
+        except RuntimeError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return said
+
+
+def test_the_lock_refuses_threads_waits_and_an_early_close() -> None:
+    lock = CallLock("an object")
+
+    def once(*, last: bool = False) -> None:
+        with lock.taken(last=last):
+            return
+
+    with lock.taken():
+        once()
+        refused = ["an object: got a call while another thread is in one: make one at a time"]
+        assert in_another_thread(once) == refused
+        with lock.waiting(), pytest.raises(ConcurrentCallError, match="an object: got a call in the middle of a call"):
+            once()
+        once()
+        with pytest.raises(ConcurrentCallError, match=r"got close\(\) in the middle of a call of the same thread"):
+            once(last=True)
+    assert in_another_thread(once) == []
+    with pytest.raises(KeyError), lock.taken():
+        raise KeyError
+    assert in_another_thread(once) == []
+    lock.end("has ended: the first")
+    lock.end("is closed")
+    with pytest.raises(ClosedError, match="an object: this ExpertParallel has ended: the first"):
+        once()
+    once(last=True)
+
+
+def test_an_error_of_the_outermost_call_is_handled_once() -> None:
+    lock, seen = CallLock("an object"), []
+    lock.after_error(lambda error: seen.append((type(error), lock.begun)))
+    with pytest.raises(KeyError), lock.taken(begun=True), lock.taken():
+        raise KeyError
+    with pytest.raises(KeyError), lock.taken():
+        raise KeyError
+    assert seen == [(KeyError, True), (KeyError, False)]
+
+
+@both_backends
+@on_ranks(2, pool="cpu_pool")
+def test_a_signals_handler_that_calls_is_refused_and_harms_nothing(rank: Rank, backend: str) -> None:
+    """It calls while this rank waits for the other, which then comes."""
+    ids = torch.zeros((1, 1), dtype=torch.int64)
+    with ExpertParallel(backend=backend, max_tokens_per_rank=1, timeout=60) as ep:
+        ep.plan(ids, rank.world_size)
+        refused: list[str] = []
+
+        def handler(*_: object) -> None:
+            with pytest.raises(ConcurrentCallError) as raised:
+                ep.plan(ids, rank.world_size)
+            refused.append(str(raised.value))
+
+        if rank.rank == 0:
+            before = signal.signal(signal.SIGALRM, handler)
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+        else:
+            time.sleep(1.5)
+        assert ep.plan(ids, rank.world_size).counts.tolist() == [2, 0]
+        if rank.rank == 0:
+            signal.signal(signal.SIGALRM, before)
+            assert "got a call in the middle of a call of the same thread" in refused[0]
+
+
+@both_backends
+@on_ranks(1)
+def test_a_backward_takes_the_lock(rank: Rank, backend: str) -> None:
+    """A backward in another thread, while this one is in a call, and when it is not any more."""
+    x, weights, dy = layer_inputs(rank, CASES["uneven_tokens"])
+    with ExpertParallel(backend=backend) as ep:
+        y = ep.moe(x, *weights, CASES["uneven_tokens"].top_k).y
+        with ep._call_guard.one():
+            (refused,) = in_another_thread(lambda: y.backward(dy, retain_graph=True))
+        assert "got a call while another thread is in one" in refused
+        assert in_another_thread(lambda: y.backward(dy)) == []
+
+
+@pytest.mark.fast
+@on_ranks(1, pool="cpu_pool")
+def test_the_interpreter_runs_the_kernel_of_one_thread(rank: Rank) -> None:
+    """A kernel of another object, while one is interpreted."""
+    from sonic_ep.fast.launch import alone_in_this_process
+
+    idx = torch.zeros((1, 1), dtype=torch.int64)
+    with ExpertParallel(backend="fast") as ep:
+        with alone_in_this_process():
+            (refused,) = in_another_thread(lambda: ep.plan(idx, 1))
+        assert refused.startswith("Triton's interpreter: got a kernel while another thread runs one")
+        assert in_another_thread(lambda: ep.plan(idx, 1)) == []
+
+
+class SpeechlessError(Exception):
+    """An error that has no text."""
+
+    def __str__(self) -> str:
+        raise KeyError("no words")
+
+
+def test_an_error_without_text_is_not_hidden_either() -> None:
+    with pytest.raises(SpeechlessError), ExpertParallel(backend="reference"):
+        raise SpeechlessError
+
+
+def test_an_error_is_not_hidden_by_another_threads_call() -> None:
+    """Whoever leaves by an error sees it, also where another thread is in a call."""
+    ep = ExpertParallel(backend="reference")
+    entered, left = threading.Event(), threading.Event()
+
+    def busy() -> None:
+        with ep._call_guard.one():
+            entered.set()
+            left.wait(10)
+
+    thread = threading.Thread(target=busy)
+
+    def fail() -> None:
+        with ep:
+            thread.start()
+            entered.wait(10)
+            raise KeyError("the caller's own")
+
+    with pytest.raises(KeyError, match="the caller's own"):
+        fail()
+    left.set()
+    thread.join()

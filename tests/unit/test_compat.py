@@ -1,0 +1,156 @@
+"""What each private API behind ``sonic_ep.compat`` needs of the installed PyTorch; each fails by its name."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from on_ranks import on_ranks
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    _CachedTorchDispatchMode,
+    _CachingTorchDispatchMode,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from sonic_ep import compat
+from sonic_ep.testing import Rank
+
+CPU, SOON = torch.device("cpu"), timedelta(seconds=60)
+
+
+@on_ranks(2, pool="cpu_pool")
+def test_collectives_take_a_timeout(rank: Rank) -> None:
+    """``_allgather_base``, ``alltoall_base`` and their options; the work that they return can be waited for."""
+    group, gathered = dist.group.WORLD, torch.empty(2)
+    assert group is not None
+    compat.all_gather(group, gathered, torch.full((1,), float(rank.rank)), SOON).wait(SOON)
+    assert gathered.tolist() == [0, 1]
+    compat.all_to_all(group, gathered, torch.tensor([1.0, 2.0]) + rank.rank, [1, 1], [1, 1], SOON).wait(SOON)
+    assert gathered.tolist() == [1 + rank.rank, 2 + rank.rank]
+
+
+@on_ranks(2, pool="cpu_pool")
+def test_the_wrapper_of_debug_mode_comes_off(rank: Rank) -> None:
+    """``_get_backend`` and ``wrapped_pg``."""
+    level = dist.get_debug_level()
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    try:
+        group = dist.new_group([0, 1])
+    finally:
+        dist.set_debug_level(level)
+    assert "Wrapper" in type(group._get_backend(CPU)).__name__
+    assert "Wrapper" not in type(compat.unwrapped(group, CPU)).__name__
+    assert dist.group.WORLD is not None
+    assert "Wrapper" not in type(compat.unwrapped(dist.group.WORLD, CPU)).__name__
+
+
+@pytest.mark.parametrize("kept_under", [compat.RENDEZVOUS_KEY, "another/{}"])
+def test_the_number_of_a_rendezvous_is_read_from_its_store(kept_under: str) -> None:
+    """``_register_process_group`` gives a group a name, under which the rendezvous finds its store."""
+    from torch._C._distributed_c10d import _resolve_process_group
+
+    def rendezvous(name: str) -> None:
+        _resolve_process_group(name).get_group_store().set(kept_under.format(7), "a handle")
+
+    assert compat.rendezvous_number(rendezvous) == (7 if kept_under == compat.RENDEZVOUS_KEY else -1)
+    with pytest.raises(RuntimeError):
+        _resolve_process_group(compat.LONE_GROUP)
+
+
+class Noted:
+    freed = False
+
+    def __del__(self) -> None:
+        Noted.freed = True
+
+
+def test_what_is_kept_forever_is_not_freed() -> None:
+    """``Py_IncRef``."""
+    kept = Noted()
+    compat.keep_forever(kept)
+    del kept
+    assert not Noted.freed
+
+
+def test_a_tangent_is_found_inside_of_a_level() -> None:
+    """``forward_ad._current_level`` is below 0 outside of any level."""
+    x = torch.ones(2)
+    assert forward_ad._current_level < 0
+    with forward_ad.dual_level():
+        assert forward_ad._current_level >= 0
+        assert compat.has_tangent(forward_ad.make_dual(x, x))
+        assert not compat.has_tangent(x)
+    assert not compat.has_tangent(x)
+
+
+def test_zeros_without_memory_are_known() -> None:
+    """``Tensor._is_zerotensor``."""
+    assert compat.is_zero_without_memory(torch._efficientzerotensor((2,)))
+    assert not compat.is_zero_without_memory(torch.zeros(2))
+
+
+def test_a_recompute_that_stops_early_raises_the_known_error() -> None:
+    """``_StopRecomputationError`` leaves the function, once the last saved tensor has been computed."""
+    left: list[type[BaseException]] = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        try:
+            return x.exp().sum() * 1
+        except BaseException as error:
+            left.append(type(error))
+            raise
+
+    checkpoint(function, torch.ones(2, requires_grad=True), use_reentrant=False).backward()
+    assert left == [compat.STOP_RECOMPUTATION]
+
+
+class Watching(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.seen.append(str(function))
+        return function(*arguments, **(keywords or {}))
+
+
+def test_modes_of_selective_checkpointing_are_off_and_others_on() -> None:
+    """``_push_mode``, ``_pop_mode``, ``_len_torch_dispatch_stack``; the types that checkpointing uses."""
+    caching, cached = create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.MUST_SAVE)
+    assert [type(mode) for mode in (caching, cached)] == [_CachingTorchDispatchMode, _CachedTorchDispatchMode]
+    assert (_CachingTorchDispatchMode, _CachedTorchDispatchMode) == compat.CHECKPOINT_MODES
+    assert not compat.dispatch_modes_active()
+    with Watching() as watching, caching, Watching() as inner:
+        with compat.without_dispatch_modes(compat.CHECKPOINT_MODES):
+            assert torch._C._len_torch_dispatch_stack() == 2
+            torch.ones(1).exp()
+        assert torch._C._len_torch_dispatch_stack() == 3
+    assert watching.seen == inner.seen
+    assert "aten.exp.default" in watching.seen
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return 2 * grad
+
+
+def test_python_objects_keep_their_nodes_where_the_gate_says_so() -> None:
+    """What ``torch.distributed.pipelining`` reads of a node between the halves of a backward, the result being gone."""
+    result = Twice.apply(torch.ones(2, requires_grad=True))
+    node = result.grad_fn
+    del result
+    try:
+        kept = len(node._input_metadata) == 1
+    except RuntimeError:
+        kept = False
+    assert kept == compat.KEEPS_NODES
