@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest lint types format bench sanitize clean
+.PHONY: demo test test-thorough test-oldest lint types format bench sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m sonic_ep doctor
@@ -15,13 +15,19 @@ demo: $(INSTALLED)
 
 # Two at a time: a test's ranks seldom keep more than one core busy. JOBS=0 is one after the other, in this process.
 JOBS ?= 2
+PYTEST = python -m pytest --numprocesses=$(JOBS) --dist=worksteal $(PYTEST_FLAGS)
 
+# Every push: some minutes on two cores. On two GPUs it runs everything there.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=worksteal $(PYTEST_FLAGS)
+	$(BIN)/$(PYTEST)
 
-# The same with the oldest supported PyTorch and Triton.
+# All of it, with the interpreted tests that take minutes each: hours on two cores.
+test-thorough: $(INSTALLED)
+	$(BIN)/$(PYTEST) --thorough
+
+# As test, with the oldest supported PyTorch and Triton.
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest --numprocesses=$(JOBS) --dist=worksteal $(PYTEST_FLAGS)
+	$(OLDEST)/bin/$(PYTEST)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

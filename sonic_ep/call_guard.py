@@ -118,7 +118,7 @@ class CallGuard:
             self._collectives.call_lock.begun = False
             words = "; ".join(f"{name}: {values}" for name, values in found.items() if values)
             where = f"{self._collectives.group}: step {step.number}"
-            raise CollectiveMismatchError(f"{where}: calls differ in {words}; all ranks have to make the same")
+            raise CollectiveMismatchError(f"{where}: calls have to be the same on every rank, and differ in {words}")
 
 
 def _digest_of(common: Facts, told: Facts, x_trained: bool) -> int:
@@ -139,9 +139,9 @@ def _report(error: BaseException, backend: Backend | None, collectives: BoundedC
     text = _text_of(error)
     collectives.call_lock.end(f"has ended: {text}; make a new one after the process group is rebuilt")
     collectives.leave(text)
-    # On a lost GPU the kernel cannot run.
-    with suppress(RuntimeError):
-        if backend is not None:
+    # Kernels of other ranks find a mismatch themselves: by this rank's tag. On a lost GPU no kernel can run.
+    if backend is not None and not isinstance(error, CollectiveMismatchError):
+        with suppress(RuntimeError):
             backend.leave()
 
 

@@ -15,28 +15,27 @@ DEVICE_TYPES = ["cpu", "cuda"] if torch.cuda.device_count() >= GPUS_NEEDED else 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How much is run where there is no GPU."""
-    parser.addoption("--thorough", action="store_true", help="interpreted, too, what takes minutes without a GPU")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Marks of this suite."""
-    config.addinivalue_line("markers", "thorough: for GPUs; interpreted on the CPU only with --thorough")
+    parser.addoption("--thorough", action="store_true", help="run tests marked thorough on the CPU, too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what would take minutes, unless it is asked for."""
     if config.getoption("--thorough"):
         return
-    left_out = [item for item in items if item.get_closest_marker("thorough") and device_of(item) == "cpu"]
+    left_out = [item for item in items if item.get_closest_marker("thorough") and not on_gpus(item)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
 
 
-def device_of(item: pytest.Item) -> str | None:
-    """The type of device that a test's ranks run on, if it has any."""
-    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    return params.get("pool")
+def parameters_of(item: pytest.Item) -> dict[str, object]:
+    return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+
+
+def on_gpus(item: pytest.Item) -> bool:
+    """Whether a test's ranks run on GPUs."""
+    params = parameters_of(item)
+    named = "cuda" in (params.get("pool"), params.get("device_type"))
+    return named or "cuda_pool" in getattr(item, "fixturenames", ())
 
 
 def pytest_report_header() -> str:
@@ -47,13 +46,8 @@ def pytest_report_header() -> str:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """On the CPU the fast backend needs an interpreter that works, which not every machine has."""
-    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    fast = item.get_closest_marker("fast") is not None or params.get("backend") == "fast"
-    on_gpus = "cuda_pool" in getattr(item, "fixturenames", ()) or "cuda" in (
-        params.get("pool"),
-        params.get("device_type"),
-    )
-    reasons = interpreter_reasons() if fast and not on_gpus else ()
+    fast = item.get_closest_marker("fast") is not None or parameters_of(item).get("backend") == "fast"
+    reasons = interpreter_reasons() if fast and not on_gpus(item) else ()
     if reasons:
         pytest.skip("; ".join(reasons))
 

@@ -1,8 +1,18 @@
-"""The house rules that a reader relies on: imports go down, stems are mirrored, primitives have one signature."""
+"""The house that docs/architecture.md describes: its parts, which of them imports which, its words and its sizes."""
+
+from __future__ import annotations
 
 import ast
 import importlib
 import inspect
+import io
+import re
+import statistics
+import subprocess
+import sys
+import tokenize
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,141 +22,132 @@ import sonic_ep
 from sonic_ep.backend import CombinePrimitive, DispatchPrimitive
 
 PACKAGE = Path(sonic_ep.__file__).parent
-TESTS = Path(__file__).parent
-LEAVES = {
-    *{"config", "plan", "activation", "cost", "memory", "group", "machine", "fields"},
-    *{"meeting", "board", "turn", "waits", "once", "precision", "eager", "split_backward"},
-}
+ROOT = Path(__file__).parents[1]
 
-# What each part may import of the package. A part is a module or a folder right below sonic_ep.
-MAY_IMPORT = {
-    **{leaf: {"config"} for leaf in LEAVES},
-    "config": set(),
-    "board": {"group"},
-    "once": {"precision"},
-    "split_backward": {"eager"},
-    "waits": {"config", "eager", "group", "meeting", "board", "turn"},
-    "backend": LEAVES,
-    "validation": {*LEAVES, "backend"},
-    "reference": {*LEAVES, "backend"},
-    "fast": {*LEAVES, "backend"},
-    "calls": {*LEAVES, "backend"},
-    "api": {*LEAVES, "backend", "validation", "calls"},
-    "module": {*LEAVES, "api", "validation"},
-    "testing": {*LEAVES, "backend", "api", "module", "reference"},
-    "ceilings": {*LEAVES, "backend", "testing", "fast"},
-    "profiler": {*LEAVES, "backend", "api", "validation", "testing", "ceilings"},
-    "benchmark": {*LEAVES, "backend", "api", "testing", "reference", "fast", "ceilings", "profiler"},
-    "report": LEAVES,
-    "cli": {*LEAVES, "backend", "api", "testing", "fast", "ceilings", "profiler", "benchmark", "report"},
-    "__init__": {*LEAVES, "api", "module", "profiler"},
-    "__main__": {"cli"},
-}
-# Stems of one backend that the other need not have.
-FAST_ALONE = {
-    # Shared memory and what stands on it.
-    *{"workspace", "shared_files", "expiry", "device", "staging", "receiving", "copy_engine", "link"},
-    # What only a backend that never reads the host has: kernels of the plan and of rows, and what the device found.
-    *{"availability", "plan_kernels", "planner", "rows", "verdict", "unheard"},
-    # Kernels of the router and the experts, their products, and the autograd functions around both.
-    *{"router_kernels", "activation_kernels", "bias_kernels", "grouped_gemm", "grouped_gemm_kernels"},
-    *{"exchange", "expert_layer", "rank_sum", "interpreter"},
-}
+# A part is a module or a folder right below sonic_ep. It imports parts of the rows above its own, and no other.
+LAYERS = [
+    {"errors", "compat"},
+    {"config", "autograd_utils"},
+    {"activation", "cost", "plan"},
+    {"distributed"},
+    {"backend"},
+    {"checks", "call_guard", "reference", "fast"},
+    {"api"},
+    {"module"},
+    {"profiler"},
+    {"__init__", "testing"},
+    {"cli"},
+    {"__main__"},
+]
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+LIBRARY = LEVEL.keys() - {"testing", "cli", "__main__"}
+TRITON = {"profiler/link_kernels.py", "testing/interpreter.py"}
+SYMMETRIC_MEMORY = {"fast/symmetric_memory.py"}
+# What `import sonic_ep` and the reference need not load.
+HEAVY = ("triton", "matplotlib", "sonic_ep.testing", "sonic_ep.cli", "schema", "harness", "report_page")
+
 # What a primitive of the fast backend has besides the protocol: it allocates beforehand, and dispatch has two halves.
 FAST_METHODS = {"dispatch": {"reserve", "stage", "pull"}, "combine": {"reserve"}}
-REFERENCE_ALONE = {"dense", "collectives"}
+
+# Words that earlier versions used; docs/architecture.md has those of the field. A name is split at _ and at capitals.
+FORMER_WORDS = {
+    *{"meeting", "meetings", "board", "notice", "notices", "waits", "fence", "fences", "publish", "verdict", "expiry"},
+    *{"unheard", "stray", "strayed", "spoil", "spoils", "movable", "arena", "arenas", "ceilings", "pieces", "beside"},
+    *{"arrival", "arrivals", "home", "homes"},
+}
+FORMER_NAMES = {
+    *{"Turn", "TurnError", "turn", "Calls", "Edge", "Kit", "Bar", "usual", "company", "GREEN", "RED"},
+    *{"let_go", "take_rows", "power_of_two"},
+}
+FORMER_MODULES = {
+    *{"calls", "group", "once", "precision", "eager", "split_backward", "fields", "words", "memory", "machine"},
+    *{"layer", "expert_layer", "device", "availability", "rows", "staging", "receiving", "grouped_gemm", "rank_sum"},
+    *{"router_kernels", "activation_kernels", "bias_kernels", "plan_kernels", "shared_files", "validation", "link"},
+}
+# Modules whose place makes the word right, and names that other libraries give.
+GOOD_MODULES = {"distributed/group.py", "profiler/machine.py"}
+NOT_OURS = {"home", "HOME"}
+
+MOST_LINES, MOST_LINES_OF_FUNCTION, USUAL_LINES = 450, 100, 40
 
 
-def modules(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
+def files(*folders: Path) -> list[Path]:
+    return sorted(path for folder in folders for path in folder.rglob("*.py"))
+
+
+SOURCES = files(PACKAGE)
+ALL = files(PACKAGE, ROOT / "bench")
+every_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+every_file = pytest.mark.parametrize("path", ALL, ids=lambda path: path.relative_to(path.parents[1]).as_posix())
 
 
 def part_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+def nodes(path: Path, *kinds: type[ast.AST]) -> Iterator[ast.AST]:
+    return (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds))
+
+
 def imported(path: Path) -> set[str]:
     """Full names of everything that a file imports, at its top or inside a function."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path, ast.Import, ast.ImportFrom):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        else:
+            assert isinstance(node, ast.ImportFrom)
             assert node.level == 0, f"{path}: a relative import hides where an arrow goes"
-            assert node.module is not None
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def test_the_parts_are_those_we_know() -> None:
-    assert {part_of(path) for path in modules(PACKAGE)} == set(MAY_IMPORT)
+def test_the_parts_are_those_of_the_layers() -> None:
+    assert {part_of(path) for path in SOURCES} == LEVEL.keys()
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == {"distributed", "reference", "fast", "profiler", "testing", "cli"}
 
 
-@pytest.mark.parametrize("path", modules(PACKAGE), ids=lambda path: str(path.relative_to(PACKAGE)))
+@every_source
 def test_arrows_go_down_only(path: Path) -> None:
-    own = [name for name in imported(path) if name.startswith("sonic_ep.")]
-    parts = {name.split(".")[1] for name in own} - {part_of(path)}
-    assert parts <= MAY_IMPORT[part_of(path)]
+    parts = {name.split(".")[1] for name in imported(path) if name.startswith("sonic_ep.")} - {part_of(path)}
+    # What `from sonic_ep import ...` names is a part, or comes from the top.
+    parts = {part if part in LEVEL else "__init__" for part in parts}
+    assert {part for part in parts if LEVEL[part] >= LEVEL[part_of(path)]} == set()
 
 
-@pytest.mark.parametrize("path", modules(PACKAGE), ids=lambda path: str(path.relative_to(PACKAGE)))
+@every_source
 def test_heavy_imports_stay_where_they_belong(path: Path) -> None:
-    names = imported(path)
-    triton = {name for name in names if name.split(".")[0] == "triton"}
-    assert not triton or part_of(path) == "fast", "only the fast backend imports triton"
-    symmetric = {name for name in names if "_symmetric_memory" in name}
-    assert not symmetric or path == PACKAGE / "fast" / "workspace.py"
+    names, place = imported(path), path.relative_to(PACKAGE).as_posix()
+    if any(name.split(".")[0] == "triton" for name in names):
+        assert place in TRITON or part_of(path) == "fast"
+    if any(name.startswith("torch.distributed._symmetric_memory") for name in names):
+        assert place in SYMMETRIC_MEMORY
+    if part_of(path) in LIBRARY:
+        assert not [name for name in names if name.startswith(("sonic_ep.testing", "sonic_ep.cli"))]
 
 
-def stems(backend: str) -> set[str]:
-    """Stems of a backend's modules, those of a folder as folder/stem."""
-    folder = PACKAGE / backend
-    names = {str(path.relative_to(folder).with_suffix("")) for path in modules(folder)}
-    return {name for name in names if not name.endswith("__init__")}
+def test_importing_the_package_and_running_the_reference_loads_nothing_heavy() -> None:
+    program = (
+        "import sys, torch, sonic_ep; sonic_ep.ExpertParallel(backend='reference').plan(torch.zeros(1, 1).int(), 2);"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, check=True)
+    assert done.stdout.strip() == "[]"
 
 
-def test_stems_of_the_backends_are_mirrored() -> None:
-    assert stems("fast") - FAST_ALONE <= stems("reference")
-    for kind in ("dispatch/", "combine/"):
-        assert {stem for stem in stems("fast") if stem.startswith(kind)} == {
-            stem for stem in stems("reference") if stem.startswith(kind)
-        }
-    assert stems("reference") >= REFERENCE_ALONE
-
-
-def test_every_stem_has_its_tests() -> None:
-    tested = {path.stem.removeprefix("test_") for path in TESTS.glob("test_*.py")}
-    tops = {part_of(path) for path in modules(PACKAGE)} - {"__init__", "__main__"}
-    inside = {name.split("/")[0] for name in stems("reference")}
-    # A folder of the package is covered by the tests of what it holds.
-    expected = (tops - {"reference", "fast", "testing"}) | inside | {"checks", "cases", "ranks", "timing"}
-    assert expected <= tested
-
-
-def is_kernel(function: ast.FunctionDef) -> bool:
-    return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
-
-
-@pytest.mark.parametrize("path", modules(PACKAGE / "fast"), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_all_but_kernels_have_types(path: Path) -> None:
-    """Linter and type checker look away in this folder, because of its kernels; here nothing else slips through."""
-    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
-    for function in functions:
-        if not is_kernel(function):
-            assert function.returns is not None, function.name
-            parameters = [*function.args.args, *function.args.kwonlyargs]
-            assert all(p.annotation is not None for p in parameters if p.arg != "self"), function.name
+def stems(backend: str, kind: str) -> set[str]:
+    return {path.stem for path in (PACKAGE / backend / kind).glob("[a-z]*.py")} - {"base"}
 
 
 def primitives(backend: str, kind: str) -> list[type]:
     """The classes of a backend that move rows, one in each module of its folder ``kind``."""
     found = []
-    for path in sorted((PACKAGE / backend / kind).glob("[a-z]*.py")):
-        module = importlib.import_module(f"sonic_ep.{backend}.{kind}.{path.stem}")
-        own = [
-            value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__
-        ]
-        found += [value for value in own if value.__name__.endswith(kind.capitalize())]
+    for stem in sorted(stems(backend, kind)):
+        module = importlib.import_module(f"sonic_ep.{backend}.{kind}.{stem}")
+        own = [value for value in vars(module).values() if inspect.isclass(value)]
+        found += [c for c in own if c.__module__ == module.__name__ and c.__name__.endswith(kind.capitalize())]
     return found
 
 
@@ -157,28 +158,77 @@ def signatures(kind: type) -> dict[str, str]:
 
 @pytest.mark.parametrize("backend", ["reference", "fast"])
 @pytest.mark.parametrize(("kind", "protocol"), [("dispatch", DispatchPrimitive), ("combine", CombinePrimitive)])
-def test_primitives_of_both_backends_have_one_signature(backend: str, kind: str, protocol: type) -> None:
+def test_modes_are_mirrored_and_have_one_signature(backend: str, kind: str, protocol: type) -> None:
+    assert stems("fast", kind) == stems("reference", kind)
     found = primitives(backend, kind)
     assert len(found) == 3
+    assert {p.__name__ for p in found} == {p.__name__ for p in primitives("reference", kind)}
     own = FAST_METHODS[kind] if backend == "fast" else set()
     for primitive in found:
         methods = signatures(primitive)
         assert {name: methods[name] for name in methods.keys() - own} == signatures(protocol), primitive
         assert own <= methods.keys()
-    names = {primitive.__name__ for primitive in found}
-    assert names == {primitive.__name__ for primitive in primitives("reference", kind)}
 
 
-def test_the_library_never_needs_its_tests_or_triton() -> None:
-    """A fresh interpreter that imports the package and runs the reference has loaded neither."""
-    import subprocess
-    import sys
+def test_no_class_has_the_name_of_another() -> None:
+    """But where backends mirror each other."""
+    places = defaultdict(list)
+    for path in ALL:
+        owner = part_of(path) if path.is_relative_to(PACKAGE) else "bench"
+        for node in nodes(path, ast.ClassDef):
+            assert isinstance(node, ast.ClassDef)
+            places[node.name].append(owner)
+    twice = {name: owners for name, owners in places.items() if len(owners) > 1}
+    assert {name: owners for name, owners in twice.items() if sorted(owners) != ["fast", "reference"]} == {}
 
-    program = (
-        "import sys, torch, sonic_ep; sonic_ep.ExpertParallel(backend='reference').plan(torch.zeros(1, 1).int(), 2);"
-        "print([name for name in ('triton', 'sonic_ep.testing', 'sonic_ep.cli', 'matplotlib') if name in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG_SECONDS, check=True
-    )
-    assert done.stdout.strip() == "[]"
+
+def words_of(name: str) -> set[str]:
+    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
+
+
+def test_names_are_split_into_words() -> None:
+    assert words_of("_at_HTTPMeeting_of2") == {"at", "http", "meeting", "of"}
+
+
+@every_file
+def test_names_are_those_of_the_field(path: Path) -> None:
+    tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
+    names = {token.string for token in tokens if token.type == tokenize.NAME} - NOT_OURS
+    assert {name for name in names | {path.stem} if name in FORMER_NAMES or words_of(name) & FORMER_WORDS} == set()
+    if path.is_relative_to(PACKAGE) and path.relative_to(PACKAGE).as_posix() not in GOOD_MODULES:
+        assert path.stem not in FORMER_MODULES
+
+
+@every_file
+def test_files_and_functions_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MOST_LINES
+    lengths = function_lengths(path)
+    assert {name: length for name, length in lengths.items() if length > MOST_LINES_OF_FUNCTION} == {}
+
+
+def test_nine_functions_of_ten_are_read_at_a_glance() -> None:
+    lengths = [length for path in ALL for length in function_lengths(path).values()]
+    assert statistics.quantiles(lengths, n=10)[-1] <= USUAL_LINES
+
+
+def function_lengths(path: Path) -> dict[str, int]:
+    return {
+        f"{node.name}:{node.lineno}": node.end_lineno - node.lineno + 1
+        for node in nodes(path, ast.FunctionDef)
+        if isinstance(node, ast.FunctionDef) and node.end_lineno is not None
+    }
+
+
+def is_kernel(function: ast.FunctionDef) -> bool:
+    return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+@pytest.mark.parametrize("path", files(PACKAGE / "fast"), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_all_but_kernels_have_types(path: Path) -> None:
+    """Linter and type checker look away in this folder, because of its kernels; here nothing else slips through."""
+    for function in nodes(path, ast.FunctionDef):
+        assert isinstance(function, ast.FunctionDef)
+        if not is_kernel(function):
+            assert function.returns is not None, function.name
+            parameters = [*function.args.args, *function.args.kwonlyargs]
+            assert all(p.annotation is not None for p in parameters if p.arg != "self"), function.name

@@ -44,7 +44,7 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One collective call of an ``ExpertParallel``. number: counted from 1 on every rank. call: its ``call_digest``."""
+    """One collective call of an object. number: counted from 1 on every rank. call: its ``call_digest``."""
 
     number: int = 0
     call: int = 0

@@ -1,6 +1,6 @@
 """A call repeated gives the same bits, whoever is late, whatever memory held before, and whatever ran in between.
 
-That modes and flags change no bit either stands in test_layer: test_modes_agree_bit_for_bit, test_flags_change_no_bit.
+That modes and flags change no bit either stands in test_matrix: test_modes_agree_bit_for_bit, test_flags_change_no_bit.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from random import Random
 
 import pytest
 import torch
-from limits import HANG_SECONDS
+from on_ranks import on_ranks
+from promises import promise
 from torch import Tensor
 
 from sonic_ep import EPConfig, ExpertParallel
-from sonic_ep.testing import Case, Inputs, Rank, RankPool, assert_bitwise, draw
+from sonic_ep.testing import Case, Inputs, Rank, assert_bitwise, draw
 from sonic_ep.testing.cases import dropping, repeating
 from sonic_ep.testing.oracle import Outcome, run_moe, run_routed
 
@@ -68,39 +69,15 @@ def assert_repeatable(
     for outcome in first:
         for name, tensor in outcome.items():
             assert tensor.isfinite().all(), name
-    for repetition, call_lock in product(range(1, times), range(len(calls))):
+    for repetition, turn in product(range(1, times), range(len(calls))):
         disturb()
-        for name, tensor in calls[call_lock]().items():
-            assert_bitwise(tensor, first[call_lock][name], f"{name} of repetition {repetition}")
+        for name, tensor in calls[turn]().items():
+            assert_bitwise(tensor, first[turn][name], f"{name} of repetition {repetition}")
 
 
 def drawn_twice(rank: Rank, case: Case) -> list[Inputs]:
     """Two inputs of the same shapes: what one call leaves behind is wrong for the next."""
     return [draw(replace(case, seed=case.seed + more), rank.world_size, rank.device) for more in range(2)]
-
-
-def repeated(rank: Rank, backend: str, config: EPConfig, times: int) -> None:
-    """The layer with a routing of the caller's; now and then another layer, and another shape, in between."""
-    inputs = drawn_twice(rank, case_on(rank))
-    others = draw(replace(case_on(rank), tokens=(1, 2), choose=dropping, seed=45), rank.world_size, rank.device)
-    disturb, call_lock = Disturbance(rank), count()
-    with ExpertParallel(backend=backend, config=config) as ep, ExpertParallel(backend=backend) as another:
-
-        def between() -> None:
-            disturb()
-            if next(call_lock) % OTHERS_EVERY == 1:
-                run_moe(others, another)
-                run_routed(others, ep)
-                disturb()
-
-        assert_repeatable([lambda: run_routed(inputs[0], ep), lambda: run_routed(inputs[1], ep)], between, times // 2)
-
-
-def repeated_with_its_router(rank: Rank, backend: str, config: EPConfig, times: int) -> None:
-    inputs = drawn_twice(rank, case_on(rank))
-    with ExpertParallel(backend=backend, config=config) as ep:
-        calls = [lambda: run_moe(inputs[0], ep), lambda: run_moe(inputs[1], ep)]
-        assert_repeatable(calls, Disturbance(rank), times // 2)
 
 
 BOTH_FLAGS = EPConfig(
@@ -118,14 +95,29 @@ SETTINGS = [
 ]
 
 
+@promise("same-bits")
+@on_ranks()
 @pytest.mark.parametrize(("backend", "world_size", "config", "times"), SETTINGS)
-def test_repetitions_have_the_same_bits(
-    pool: RankPool, backend: str, world_size: int, config: EPConfig, times: int
-) -> None:
-    pool.run(repeated, backend, config, times, world_size=world_size, timeout=HANG_SECONDS)
+def test_repetitions_have_the_same_bits(rank: Rank, backend: str, config: EPConfig, times: int) -> None:
+    """The layer with a routing of the caller's; now and then another layer, and another shape, in between."""
+    inputs = drawn_twice(rank, case_on(rank))
+    others = draw(replace(case_on(rank), tokens=(1, 2), choose=dropping, seed=45), rank.world_size, rank.device)
+    disturb, turn = Disturbance(rank), count()
+    with ExpertParallel(backend=backend, config=config) as ep, ExpertParallel(backend=backend) as another:
+
+        def between() -> None:
+            disturb()
+            if next(turn) % OTHERS_EVERY == 1:
+                run_moe(others, another)
+                run_routed(others, ep)
+                disturb()
+
+        assert_repeatable([lambda: run_routed(inputs[0], ep), lambda: run_routed(inputs[1], ep)], between, times // 2)
 
 
 # A sum of two is the same in either order; of three it is not.
+@promise("same-bits")
+@on_ranks()
 @pytest.mark.parametrize(
     ("backend", "world_size", "times"),
     [
@@ -134,10 +126,11 @@ def test_repetitions_have_the_same_bits(
         pytest.param("fast", 3, REPETITIONS, marks=pytest.mark.thorough, id="fast"),
     ],
 )
-def test_repetitions_with_the_router_have_the_same_bits(
-    pool: RankPool, backend: str, world_size: int, times: int
-) -> None:
-    pool.run(repeated_with_its_router, backend, NO_FLAGS, times, world_size=world_size, timeout=HANG_SECONDS)
+def test_repetitions_with_the_router_have_the_same_bits(rank: Rank, backend: str, times: int) -> None:
+    inputs = drawn_twice(rank, case_on(rank))
+    with ExpertParallel(backend=backend, config=NO_FLAGS) as ep:
+        calls = [lambda: run_moe(inputs[0], ep), lambda: run_moe(inputs[1], ep)]
+        assert_repeatable(calls, Disturbance(rank), times // 2)
 
 
 def summed_as_they_arrive(random: Random) -> Tensor:

@@ -4,16 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from on_ranks import on_ranks
 from there_and_back import MODES, Modes, assert_same, both, by_modes, changing, delay, outcome_of
 from torch import Tensor
 
 from sonic_ep import ExpertParallel
-from sonic_ep.testing import Inputs, Rank, RankPool, assert_bitwise, draw
+from sonic_ep.testing import Inputs, Rank, assert_bitwise, draw
 
 pytestmark = pytest.mark.fast
 
 
-def replayed(rank: Rank, modes: Modes) -> None:
+@on_ranks(1, 2, pool="cuda_pool")
+@by_modes
+def test_graphs_replayed_among_eager_calls(rank: Rank, modes: Modes) -> None:
     """Three graphs, each replayed three times with new inputs, and eager calls of other shapes in between."""
     drawn = [draw(changing(0), rank.world_size, rank.device)]
     drawn += [draw(replace(drawn[0].case, seed=seed), rank.world_size, rank.device) for seed in (7, 8, 9)]
@@ -44,13 +47,8 @@ def replayed(rank: Rank, modes: Modes) -> None:
         fast.check()
 
 
-@by_modes
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_graphs_replayed_among_eager_calls(cuda_pool: RankPool, world_size: int, modes: Modes) -> None:
-    cuda_pool.run(replayed, modes, world_size=world_size)
-
-
-def replayed_after_growth(rank: Rank) -> None:
+@on_ranks(2, pool="cuda_pool")
+def test_a_graph_outlives_growth(rank: Rank) -> None:
     """A graph keeps the shared memory that it was captured with, also when a larger call has replaced it since."""
     modes = MODES[2]
     inputs = draw(changing(0), rank.world_size, rank.device)
@@ -76,11 +74,9 @@ def outcome_without_gradients(ep: ExpertParallel, inputs: Inputs, rank: int) -> 
     return ep.combine(ep.dispatch(inputs.x[tokens], plan), inputs.topk_scores[tokens], plan)
 
 
-def test_a_graph_outlives_growth(cuda_pool: RankPool) -> None:
-    cuda_pool.run(replayed_after_growth, world_size=2)
-
-
-def on_changing_streams(rank: Rank, modes: Modes) -> None:
+@on_ranks(2, pool="cuda_pool")
+@by_modes
+def test_calls_on_changing_streams(rank: Rank, modes: Modes) -> None:
     inputs = draw(changing(0), rank.world_size, rank.device)
     streams = [torch.cuda.Stream() for _ in range(2)]
     with both(modes) as (fast, reference):
@@ -96,15 +92,12 @@ def on_changing_streams(rank: Rank, modes: Modes) -> None:
         assert_same(found, expected, "on changing streams")
 
 
+@on_ranks(1, 2, pool="cuda_pool")
 @by_modes
-def test_calls_on_changing_streams(cuda_pool: RankPool, modes: Modes) -> None:
-    cuda_pool.run(on_changing_streams, modes, world_size=2)
-
-
-def growing_on_changing_streams(rank: Rank, modes: Modes) -> None:
+def test_growth_on_changing_streams(rank: Rank, modes: Modes) -> None:
     """Wider rows on every call, so that memory is replaced while calls on another stream still use it.
 
-    Every other call is late on one rank, so that the next one, which grows, finds its meetings under way.
+    Every other call is late on one rank, so that the next one, which grows, finds its barriers under way.
     """
     inputs = draw(changing(0), rank.world_size, rank.device)
     tokens = inputs.tokens_of(rank.rank)
@@ -121,22 +114,16 @@ def growing_on_changing_streams(rank: Rank, modes: Modes) -> None:
             workspace = fast._backend._context(rank.device).workspace
             barrier_before_write = workspace.barrier_before_write
 
-            def late_fence() -> None:
+            def late_barrier() -> None:
                 delay(rank)
                 barrier_before_write()
                 delay(rank)
 
             for iteration, x in enumerate(wide):
                 late = iteration % 2 == 0 and rank.rank == rank.world_size - 1
-                patch.setattr(workspace, "fence", late_fence if late else barrier_before_write)
+                patch.setattr(workspace, "barrier_before_write", late_barrier if late else barrier_before_write)
                 with torch.cuda.stream(streams[iteration % 2]):
                     found.append(fast.dispatch(x, plan))
             torch.cuda.synchronize()
         for iteration, rows in enumerate(found):
             assert_bitwise(rows[: len(expected[iteration])], expected[iteration], f"in call {iteration}")
-
-
-@by_modes
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_growth_on_changing_streams(cuda_pool: RankPool, world_size: int, modes: Modes) -> None:
-    cuda_pool.run(growing_on_changing_streams, modes, world_size=world_size)

@@ -11,23 +11,17 @@ import torch
 import torch.distributed as dist
 from backends import ON_GPUS
 from far_memory import skip_without_memory
+from matrix import DIAGONAL, matrix
 from near import assert_near
-from there_and_back import (
-    Modes,
-    assert_same,
-    both,
-    by_modes,
-    changing,
-    delay,
-    outcome_of,
-    there_and_back,
-)
+from on_ranks import on_ranks
+from promises import promise
+from there_and_back import Modes, assert_same, both, by_modes, changing, delay, outcome_of, there_and_back
 from torch import Tensor
 
 from sonic_ep import CombineMode, EPConfig, ExpertParallel
 from sonic_ep.distributed.group import resolve_group
 from sonic_ep.plan import RoutingPlan
-from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise, draw
+from sonic_ep.testing import CASES, Case, Rank, assert_bitwise, draw
 
 pytestmark = pytest.mark.fast
 
@@ -37,7 +31,23 @@ def for_gpus(*values: int) -> Any:
     return pytest.param(*values, marks=pytest.mark.thorough)
 
 
-def six_iterations(rank: Rank, modes: Modes, late: bool) -> None:
+def assert_like_the_reference(rank: Rank, case: Case, modes: Modes) -> None:
+    inputs = draw(case, rank.world_size, rank.device)
+    with both(modes) as (fast, reference):
+        assert_same(outcome_of(fast, inputs, rank.rank), outcome_of(reference, inputs, rank.rank), "")
+
+
+@on_ranks()
+@by_modes
+@pytest.mark.parametrize(
+    ("world_size", "late"),
+    [
+        *[(1, False), (2, False), for_gpus(4, False), *((size, False) for size in ON_GPUS)],
+        *[(2, True), for_gpus(3, True), *((size, True) for size in ON_GPUS)],
+    ],
+)
+def test_six_iterations_over_reused_memory(rank: Rank, late: bool, modes: Modes) -> None:
+    """late: in each iteration another rank comes late."""
     with both(modes) as (fast, reference):
         for iteration in range(6):
             inputs = draw(changing(iteration), rank.world_size, rank.device)
@@ -47,20 +57,11 @@ def six_iterations(rank: Rank, modes: Modes, late: bool) -> None:
             assert_same(outcome_of(fast, inputs, rank.rank), expected, f"in iteration {iteration}")
 
 
+@promise("mismatch")
+@on_ranks(2)
 @by_modes
-@pytest.mark.parametrize("world_size", [1, 2, for_gpus(4), *ON_GPUS])
-def test_six_iterations_over_reused_memory(pool: RankPool, world_size: int, modes: Modes) -> None:
-    pool.run(six_iterations, modes, False, world_size=world_size)
-
-
-@by_modes
-@pytest.mark.parametrize("world_size", [2, for_gpus(3), *ON_GPUS])
-def test_a_rank_that_comes_late(pool: RankPool, world_size: int, modes: Modes) -> None:
-    pool.run(six_iterations, modes, True, world_size=world_size)
-
-
-def after_a_combine_that_ended_early(rank: Rank, modes: Modes) -> None:
-    """Every flag is still up from an earlier step, in which nobody took it, and who sends is late."""
+def test_receive_flags_of_an_earlier_step_are_not_taken(rank: Rank, modes: Modes) -> None:
+    """Every flag is still up from an earlier step, in which no rank took it, and the rank that sends is late."""
     from sonic_ep.fast.combine.base import FLAGS
 
     inputs = draw(changing(0), rank.world_size, rank.device)
@@ -82,17 +83,13 @@ def after_a_combine_that_ended_early(rank: Rank, modes: Modes) -> None:
             if rank.rank == 0:
                 patch.setattr(workspace, "run_waiting", late)
             other = draw(replace(changing(0), seed=7), rank.world_size, rank.device)
-            assert_same(
-                outcome_of(fast, other, rank.rank), outcome_of(reference, other, rank.rank), "with flags left up"
-            )
+            expected = outcome_of(reference, other, rank.rank)
+            assert_same(outcome_of(fast, other, rank.rank), expected, "with flags left up")
 
 
+@on_ranks(1, 2, for_gpus(3))
 @by_modes
-def test_arrivals_of_an_earlier_step_are_not_taken(pool: RankPool, modes: Modes) -> None:
-    pool.run(after_a_combine_that_ended_early, modes, world_size=2)
-
-
-def interleaved(rank: Rank, modes: Modes) -> None:
+def test_two_workspaces_interleaved(rank: Rank, modes: Modes) -> None:
     """Two objects over one group, step by step in turn, of different shapes and dtypes."""
     cases = [changing(0), replace(changing(1, torch.float32), hidden=40, top_k=2)]
     drawn = [draw(case, rank.world_size, rank.device) for case in cases]
@@ -106,13 +103,10 @@ def interleaved(rank: Rank, modes: Modes) -> None:
                 assert_same(found, wanted, "of two interleaved")
 
 
+@promise("nothing-shared")
+@on_ranks(2, for_gpus(3))
 @by_modes
-@pytest.mark.parametrize("world_size", [1, 2, for_gpus(3)])
-def test_two_workspaces_interleaved(pool: RankPool, world_size: int, modes: Modes) -> None:
-    pool.run(interleaved, modes, world_size=world_size)
-
-
-def two_forwards(rank: Rank, modes: Modes) -> None:
+def test_nothing_that_backward_needs_is_in_shared_memory(rank: Rank, modes: Modes) -> None:
     """Two forwards of one object before either backward, and the backwards in the other order."""
     drawn = [draw(changing(iteration), rank.world_size, rank.device) for iteration in (0, 3)]
     with both(modes) as (fast, reference):
@@ -125,13 +119,10 @@ def two_forwards(rank: Rank, modes: Modes) -> None:
             assert_same(next(step), wanted, "of two forwards before one backward")
 
 
+@on_ranks()
 @by_modes
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_nothing_that_backward_needs_is_in_shared_memory(pool: RankPool, world_size: int, modes: Modes) -> None:
-    pool.run(two_forwards, modes, world_size=world_size)
-
-
-def in_subgroups(rank: Rank, members: int, modes: Modes) -> None:
+@pytest.mark.parametrize(("world_size", "members"), [(4, 2), for_gpus(8, 4)])
+def test_subgroups_side_by_side(rank: Rank, members: int, modes: Modes) -> None:
     for first in range(0, rank.world_size, members):
         group = dist.new_group(list(range(first, first + members)))
         if first <= rank.rank < first + members:
@@ -144,42 +135,38 @@ def in_subgroups(rank: Rank, members: int, modes: Modes) -> None:
             assert_same(found, expected, f"in a subgroup, iteration {iteration}")
 
 
+@on_ranks(3, for_gpus(5), for_gpus(6))
 @by_modes
-@pytest.mark.parametrize(("world_size", "members"), [(4, 2), for_gpus(8, 4)])
-def test_subgroups_side_by_side(pool: RankPool, world_size: int, members: int, modes: Modes) -> None:
-    pool.run(in_subgroups, members, modes, world_size=world_size)
-
-
-def one_call(rank: Rank, case: Case, modes: Modes) -> None:
-    inputs = draw(case, rank.world_size, rank.device)
-    with both(modes) as (fast, reference):
-        assert_same(outcome_of(fast, inputs, rank.rank), outcome_of(reference, inputs, rank.rank), "")
-
-
-@by_modes
-@pytest.mark.parametrize("world_size", [3, 5, for_gpus(6)])
-def test_groups_of_no_power_of_two(pool: RankPool, world_size: int, modes: Modes) -> None:
+def test_groups_of_no_power_of_two(rank: Rank, modes: Modes) -> None:
     case = replace(CASES["uneven_tokens"], num_experts=30, dtype=torch.bfloat16, hidden=12, tokens=(4, 1, 3, 0))
-    pool.run(one_call, case, modes, world_size=world_size)
+    assert_like_the_reference(rank, case, modes)
 
 
-@by_modes
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("hidden", [1, 7, 8, 33, 100])
-def test_rows_of_any_width(pool: RankPool, hidden: int, dtype: torch.dtype, modes: Modes) -> None:
+@on_ranks()
+@matrix(
+    backend=("fast",),
+    world_size=(2,),
+    hidden=(1, 7, 8, 33, 100),
+    dtype=(torch.float32, torch.float16, torch.bfloat16),
+    modes=DIAGONAL,
+)
+def test_rows_of_any_width(rank: Rank, backend: str, hidden: int, dtype: torch.dtype, modes: Modes) -> None:
     case = replace(CASES["dropped_slots"], hidden=hidden, dtype=dtype, tokens=(5, 3))
-    pool.run(one_call, case, modes, world_size=2)
+    assert_like_the_reference(rank, case, modes)
 
 
+@on_ranks(2)
 @by_modes
-def test_rows_wider_than_a_block(pool: RankPool, modes: Modes) -> None:
+def test_rows_wider_than_a_block(rank: Rank, modes: Modes) -> None:
     """Wider than what any kernel takes at a time, in forward and backward."""
     case = replace(CASES["dropped_slots"], hidden=4100, dtype=torch.bfloat16, top_k=2, tokens=(3, 2))
-    pool.run(one_call, case, modes, world_size=2)
+    assert_like_the_reference(rank, case, modes)
 
 
-def strided(rank: Rank, modes: Modes) -> None:
-    """Arguments that are views: every second column, every second row, an odd offset."""
+@on_ranks(2)
+@by_modes
+def test_views_as_arguments(rank: Rank, modes: Modes) -> None:
+    """Every second column, every second row, an odd offset."""
     inputs = draw(changing(0), rank.world_size, rank.device)
     wide = torch.empty(2 * len(inputs.x) + 1, 2 * inputs.x.shape[1] + 1, dtype=inputs.x.dtype, device=rank.device)
     view = wide[1::2, 1::2]
@@ -199,14 +186,11 @@ def strided(rank: Rank, modes: Modes) -> None:
         assert_near(scores.grad.float(), expected["dscores"], 100)
 
 
-@by_modes
-def test_views_as_arguments(pool: RankPool, modes: Modes) -> None:
-    pool.run(strided, modes, world_size=2)
-
-
-def sized_exactly(rank: Rank, case: Case) -> None:
+@on_ranks(1, 3)
+@pytest.mark.parametrize("case", ["one_rank", "dropped_slots"])
+def test_exact_sizes_on_every_rank(rank: Rank, case: str) -> None:
     """Exact sizes differ from rank to rank; neither they nor a bound that holds spoil anything."""
-    inputs = draw(case, rank.world_size, rank.device)
+    inputs = draw(replace(CASES[case], hidden=12, tokens=(4, 2)), rank.world_size, rank.device)
     with ExpertParallel(backend="reference") as reference:
         expected = outcome_of(reference, inputs, rank.rank)
     for config in (EPConfig(cpu_sync_on_runtime=True), EPConfig(cpu_sync_on_runtime=True, max_rows=1000)):
@@ -215,18 +199,16 @@ def sized_exactly(rank: Rank, case: Case) -> None:
             fast.check()
 
 
-@pytest.mark.parametrize("case", ["one_rank", "dropped_slots"])
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_exact_sizes_on_every_rank(pool: RankPool, world_size: int, case: str) -> None:
-    pool.run(sized_exactly, replace(CASES[case], hidden=12, tokens=(4, 2)), world_size=world_size)
-
-
-def in_small_chunks(rank: Rank, case: Case, most_bytes: int) -> None:
+# Bytes for one token, for some, and for all but one.
+@on_ranks(1, 2, for_gpus(3))
+@pytest.mark.parametrize("most_bytes", [1, 400, 6 * 5 * 8 * 4])
+def test_chunks_of_the_receive_buffer(rank: Rank, most_bytes: int) -> None:
     """A receive buffer for few tokens: they take their turn in chunks, also the last that is not full."""
     from sonic_ep.fast.collectives import gather_scores
     from sonic_ep.fast.combine import AllToAllCombine, RankDedupCombine, ReduceScatterCombine
     from sonic_ep.fast.workspace import Workspace
 
+    case = replace(CASES["repeated_experts"], tokens=(7, 4), hidden=8)
     inputs = draw(case, rank.world_size, rank.device)
     tokens = inputs.tokens_of(rank.rank)
     workspace = Workspace(resolve_group(None), rank.device)
@@ -247,14 +229,6 @@ def in_small_chunks(rank: Rank, case: Case, most_bytes: int) -> None:
     workspace.close()
 
 
-# Bytes for one token, for some, and for all but one.
-@pytest.mark.parametrize("most_bytes", [1, 400, 6 * 5 * 8 * 4])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_chunks_of_the_receive_buffer(pool: RankPool, world_size: int, most_bytes: int) -> None:
-    case = replace(CASES["repeated_experts"], tokens=(7, 4), hidden=8)
-    pool.run(in_small_chunks, case, most_bytes, world_size=world_size)
-
-
 # More elements than 32 bits can count, in rows so wide that few programs reach them all.
 WIDE = 2**16
 TALL = 2**31 // WIDE + 3
@@ -269,7 +243,14 @@ def far_rows_one_by_one(rows_RH: Tensor, x_TH: Tensor) -> None:
     assert_bitwise(taken[[TALL - 1, TALL - 2]], x_TH)
 
 
-def far_rows(rank: Rank) -> None:
+@pytest.fixture
+def memory_for_far_rows(request: pytest.FixtureRequest) -> None:
+    skip_without_memory(request.node.callspec.params["pool"], 3 * WIDE * TALL * 2)
+
+
+@on_ranks(1)
+@pytest.mark.usefixtures("memory_for_far_rows")
+def test_offsets_past_32_bits(rank: Rank) -> None:
     """A plan whose rows lie at the end of a tensor of more than 2**31 elements, moved there and back."""
     from sonic_ep.fast.combine.all_to_all import AllToAllCombine
     from sonic_ep.fast.combine.rank_dedup import RankDedupCombine
@@ -308,8 +289,3 @@ def far_rows(rank: Rank) -> None:
             assert_bitwise(combine(workspace).combine(rows_RH, None, plan), x_TH)
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = True
-
-
-def test_offsets_past_32_bits(pool: RankPool, request: pytest.FixtureRequest) -> None:
-    skip_without_memory(request.node.callspec.params["pool"], 3 * WIDE * TALL * 2)
-    pool.run(far_rows, world_size=1)

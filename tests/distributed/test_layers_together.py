@@ -8,19 +8,22 @@ from itertools import product
 import pytest
 import torch
 from layer_inputs import layer_inputs
+from matrix import BOTH_FLAGS, NO_FLAGS
+from on_ranks import on_ranks
+from promises import promise
+from same import assert_same_bits
 from torch import Tensor
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.reference.dense import dense_moe
-from sonic_ep.testing import CASES, Case, Inputs, Rank, RankPool, assert_bitwise, draw
+from sonic_ep.testing import CASES, Case, Inputs, Rank, assert_bitwise, draw
 from sonic_ep.testing.checks import Yardstick
 from sonic_ep.testing.oracle import gather_parts, leaf, leaf_experts
 
 pytestmark = pytest.mark.fast
 LAYERS = 4
-BOTH_FLAGS = {"redispatch_x_in_backward": True, "cpu_sync_on_runtime": True}
-# Interpreted with both flags; that no flag changes a bit is shown in test_layer.
-FLAGS = [pytest.param({}, marks=pytest.mark.thorough), BOTH_FLAGS]
+# No flag changes a bit (test_matrix); interpreted, the setting with both runs every day.
+FLAGS = [pytest.param(NO_FLAGS, marks=pytest.mark.thorough), BOTH_FLAGS]
 # bf16 in sizes of whole 16 bytes: what captures in a graph by PyTorch's own products, and here by ours.
 GRAPHED = replace(CASES["uniform_bf16"], hidden=64, intermediate=32, bias=False)
 
@@ -49,10 +52,13 @@ def dense_stack(drawn: list[Inputs], dtype: torch.dtype) -> list[Tensor]:
     return [y.detach(), x.grad, *(w.grad for own in experts for w in (own.w1, own.w2))]
 
 
-def stacked(rank: Rank, case: Case, config: EPConfig) -> list[str]:
-    """What is not as accurate as plain PyTorch."""
+@promise("nothing-shared")
+@on_ranks(2)
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_four_layers_of_one_shape_share_memory(rank: Rank, flags: dict[str, bool]) -> None:
+    case = CASES["uneven_tokens"]
     drawn = [draw(replace(case, seed=seed), rank.world_size, rank.device) for seed in range(LAYERS)]
-    with ExpertParallel(backend="fast", config=config) as ep:
+    with ExpertParallel(backend="fast", config=EPConfig(**flags)) as ep:
         found = stack_on_ranks(drawn, ep)
         shares = [drawn[0].tokens_of(ep.rank)] * 2 + [drawn[0].experts_of(ep.rank)] * (2 * LAYERS)
         truths, plains = dense_stack(drawn, torch.float64), dense_stack(drawn, case.dtype)
@@ -60,19 +66,17 @@ def stacked(rank: Rank, case: Case, config: EPConfig) -> list[str]:
         parts = [stick.part(got, share) for stick, got, share in zip(sticks, found, shares, strict=True)]
         by_rank = gather_parts(parts, ep, rank.device)
     judged = [stick.judge(str(place), [of[place] for of in by_rank]) for place, stick in enumerate(sticks)]
-    return [str(accuracy) for accuracy in judged if not accuracy.ok]
+    assert not (wrong := [str(accuracy) for accuracy in judged if not accuracy.ok]), wrong
 
 
+@on_ranks(2)
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
-def test_four_layers_of_one_shape_share_memory(pool: RankPool, flags: dict[str, bool]) -> None:
-    assert pool.run(stacked, CASES["uneven_tokens"], EPConfig(**flags), world_size=2) == [[]] * 2
-
-
-def accumulated(rank: Rank, case: Case, config: EPConfig) -> None:
+def test_micro_batches_add_up_with_inference_between(rank: Rank, flags: dict[str, bool]) -> None:
     """Gradients of two micro-batches add up in the parameters, whether or not inference comes between."""
+    case = CASES["uneven_tokens"]
     x, weights, dy = layer_inputs(rank, case)
     other = leaf(x.detach().flip(0) * 2)
-    with ExpertParallel(backend="fast", config=config) as ep:
+    with ExpertParallel(backend="fast", config=EPConfig(**flags)) as ep:
 
         def gradients(x: Tensor) -> list[Tensor]:
             return list(torch.autograd.grad(ep.moe(x, *weights, case.top_k).y, weights, dy))
@@ -88,64 +92,55 @@ def accumulated(rank: Rank, case: Case, config: EPConfig) -> None:
                 with quiet:
                     assert_bitwise(ep.moe(other, *weights, case.top_k).y, inferred)
                 y.backward(dy)
-            for weight, grad in zip(weights, expected, strict=True):
-                assert_bitwise(weight.grad, grad)
-
-
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
-def test_micro_batches_add_up_with_inference_between(pool: RankPool, flags: dict[str, bool]) -> None:
-    pool.run(accumulated, CASES["uneven_tokens"], EPConfig(**flags), world_size=2)
-
-
-def frozen_everywhere(rank: Rank, case: Case, need: str) -> tuple[list[str], bool]:
-    """Kernels and products of a backward in which no rank wants dx, or none wants gradients of experts."""
-    x, (router_w, w1, w2), dy = layer_inputs(rank, case)
-    wanted = {"experts": (w1, w2), "x": (x,), "rank 0's x": (x,) if rank.rank == 0 else ()}[need]
-    for tensor in (x, router_w, w1, w2):
-        tensor.requires_grad_(any(tensor is want for want in wanted))
-    with ExpertParallel(backend="fast") as ep:
-        y = ep.moe(x, router_w, w1, w2, case.top_k).y
-        with recorded_products() as products:
-            y.backward(dy)
-    return products, x.grad is not None
+            assert_same_bits([weight.grad for weight in weights], expected)
 
 
 @contextmanager
-def recorded_products() -> Iterator[list[str]]:
-    """Names of the grouped products that have rows to work on, while this lasts."""
-    from sonic_ep.fast.gemm import grouped_gemm
+def recorded() -> Iterator[list[str]]:
+    """Names of the grouped products and combines that are queued while this lasts."""
+    from sonic_ep.fast.exchange import Exchange
+    from sonic_ep.fast import gemm
 
     seen: list[str] = []
+    products = product((gemm.LibraryGemm, gemm.LoopGemm, gemm.TritonGemm), ("rows", "weights"))
     with pytest.MonkeyPatch.context() as patch:
-        for kind in (grouped_gemm.LibraryGemm, grouped_gemm.LoopGemm, grouped_gemm.TritonGemm):
-            for name in ("rows", "weights"):
-                patch.setattr(kind, name, noting(getattr(kind, name), name, seen))
+        for kind, name in [*products, (Exchange, "sums")]:
+            patch.setattr(kind, name, noting(getattr(kind, name), name, seen))
         yield seen
 
 
-def noting(product: Callable[..., Tensor], name: str, seen: list[str]) -> Callable[..., Tensor]:
-    def noted(self: object, a: Tensor, b: Tensor, ends: Tensor, *more: Tensor) -> Tensor:
-        if int(ends[-1]) > 0:
-            seen.append(name)
-        return product(self, a, b, ends, *more)
+def noting(method: Callable[..., Tensor], name: str, seen: list[str]) -> Callable[..., Tensor]:
+    def noted(*arguments: object) -> Tensor:
+        seen.append(name)
+        return method(*arguments)
 
     return noted
 
 
+@promise("x-gradient")
+@on_ranks(2)
 @pytest.mark.parametrize(
-    ("need", "products"),
+    ("need", "calls"),
     [
-        # dA, dw2, dw1; the product for dx finds no row on any rank.
+        # dA, dw2, dw1.
         ("experts", ["rows", "weights", "weights"]),
-        # dA, and the rows of dx.
-        ("x", ["rows", "rows"]),
-        ("rank 0's x", ["rows", "rows"]),
+        # dA, the rows of dx, and their combine.
+        ("x", ["rows", "rows", "sums"]),
     ],
 )
-def test_only_what_some_rank_requires_is_computed(pool: RankPool, need: str, products: list[str]) -> None:
-    found = pool.run(frozen_everywhere, CASES["uniform"], need, world_size=2)
-    assert [seen for seen, _ in found] == [products] * 2
-    assert [has_grad for _, has_grad in found] == [need != "experts", need == "x"]
+def test_only_what_is_required_is_computed(rank: Rank, need: str, calls: list[str]) -> None:
+    """Products and combines of a backward in which no rank wants dx, or none wants gradients of experts."""
+    case = CASES["uniform"]
+    x, (router_w, w1, w2), dy = layer_inputs(rank, case)
+    wanted = {"experts": (w1, w2), "x": (x,)}[need]
+    for tensor in (x, router_w, w1, w2):
+        tensor.requires_grad_(any(tensor is want for want in wanted))
+    with ExpertParallel(backend="fast") as ep:
+        y = ep.moe(x, router_w, w1, w2, case.top_k).y
+        with recorded() as seen:
+            y.backward(dy)
+    assert seen == calls
+    assert (x.grad is not None) == (need == "x")
 
 
 def step_of(ep: ExpertParallel, case: Case, x: Tensor, weights: list[Tensor], dy: Tensor) -> Callable[[], list[Tensor]]:
@@ -158,8 +153,17 @@ def step_of(ep: ExpertParallel, case: Case, x: Tensor, weights: list[Tensor], dy
     return step
 
 
-def replayed_steps(rank: Rank, case: Case, config: EPConfig) -> None:
-    """Forward and backward in one graph: replays with new inputs equal eager steps bit for bit, eager ones between."""
+@promise("graphs")
+@on_ranks(1, 2, pool="cuda_pool")
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("pair", list(product(DispatchMode, CombineMode)), ids=lambda p: f"{p[0].value}+{p[1].value}")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_graph_of_a_step_equals_eager_bit_for_bit(
+    rank: Rank, dtype: torch.dtype, pair: tuple[DispatchMode, CombineMode], again: bool
+) -> None:
+    """Forward and backward in one graph: replays with new inputs, eager steps between."""
+    config = EPConfig(dispatch=pair[0], combine=pair[1], redispatch_x_in_backward=again)
+    case = replace(GRAPHED, dtype=dtype)
     x, weights, dy = layer_inputs(rank, case)
     with ExpertParallel(backend="fast", config=config) as ep:
         step = step_of(ep, case, x, weights, dy)
@@ -179,24 +183,17 @@ def replayed_steps(rank: Rank, case: Case, config: EPConfig) -> None:
                     tensor.copy_(torch.randn(tensor.shape, generator=fresh, device=rank.device) * 0.2)
             graph.replay()
             replay = [tensor.clone() for tensor in captured]
-            for found, expected in zip(replay, step(), strict=True):
-                assert_bitwise(found, expected, f"replay {seed}")
+            assert_same_bits(replay, step(), f"of replay {seed}")
         ep.check()
 
 
+@on_ranks(2, pool="cuda_pool")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("pair", list(product(DispatchMode, CombineMode)), ids=lambda p: f"{p[0].value}+{p[1].value}")
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_graph_of_a_step_equals_eager_bit_for_bit(
-    cuda_pool: RankPool, dtype: torch.dtype, world_size: int, pair: tuple[DispatchMode, CombineMode], again: bool
-) -> None:
-    config = EPConfig(dispatch=pair[0], combine=pair[1], redispatch_x_in_backward=again)
-    cuda_pool.run(replayed_steps, replace(GRAPHED, dtype=dtype), config, world_size=world_size)
-
-
-def without_host_reads(rank: Rank, case: Case, config: EPConfig) -> None:
+def test_no_read_on_the_host(rank: Rank, again: bool, dtype: torch.dtype, bias: bool) -> None:
     """A step in which PyTorch raises wherever the host would wait for the GPU."""
+    case, config = replace(GRAPHED, dtype=dtype, bias=bias), EPConfig(redispatch_x_in_backward=again)
     x, weights, dy = layer_inputs(rank, case)
     with ExpertParallel(backend="fast", config=config) as ep:
         step = step_of(ep, case, x, weights, dy)
@@ -207,19 +204,12 @@ def without_host_reads(rank: Rank, case: Case, config: EPConfig) -> None:
             found = step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        for got, want in zip(found, expected, strict=True):
-            assert_bitwise(got, want)
+        assert_same_bits(found, expected)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("again", [False, True])
-def test_no_read_on_the_host(cuda_pool: RankPool, again: bool, dtype: torch.dtype, bias: bool) -> None:
-    case = replace(GRAPHED, dtype=dtype, bias=bias)
-    cuda_pool.run(without_host_reads, case, EPConfig(redispatch_x_in_backward=again), world_size=2)
-
-
-def captured_with_a_read(rank: Rank, case: Case) -> None:
+@on_ranks(1, pool="cuda_pool")
+def test_exact_sizes_are_refused_in_a_graph_by_name(rank: Rank) -> None:
+    case = GRAPHED
     x, weights, dy = layer_inputs(rank, case)
     with ExpertParallel(backend="fast", config=EPConfig(cpu_sync_on_runtime=True)) as ep:
         step = step_of(ep, case, x, weights, dy)
@@ -228,19 +218,17 @@ def captured_with_a_read(rank: Rank, case: Case) -> None:
         with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
             step()
         torch.cuda.synchronize()
-        for got, want in zip(step(), expected, strict=True):
-            assert_bitwise(got, want)
+        assert_same_bits(step(), expected)
 
 
-def test_exact_sizes_are_refused_in_a_graph_by_name(cuda_pool: RankPool) -> None:
-    cuda_pool.run(captured_with_a_read, GRAPHED, world_size=1)
-
-
-def overflowed(rank: Rank, case: Case, sync: bool) -> None:
+@promise("overflow")
+@on_ranks(2)
+@pytest.mark.parametrize("sync", [False, True])
+def test_overflow_is_loud_and_leaves_the_group_usable(rank: Rank, sync: bool) -> None:
     """More rows than the bound: NaN and an error, or the error at once; and the next call is right again."""
     from sonic_ep.fast.device_errors import PLANS_AHEAD
 
-    inputs = draw(case, rank.world_size, rank.device)
+    inputs = draw(CASES["uniform"], rank.world_size, rank.device)
     tokens, held = inputs.tokens_of(rank.rank), inputs.experts_of(rank.rank)
     experts = leaf_experts(inputs.experts, held)
     arguments = (inputs.topk_scores[tokens], experts.w1, experts.w2, experts.b1, experts.b2)
@@ -267,8 +255,3 @@ def overflowed(rank: Rank, case: Case, sync: bool) -> None:
             with pytest.raises(RuntimeError, match="max_rows: got 9, expected at least"):
                 ep.moe_routed(x, few, *arguments)
         assert_bitwise(ep.moe_routed(x, few, *arguments), expected)
-
-
-@pytest.mark.parametrize("sync", [False, True])
-def test_overflow_is_loud_and_leaves_the_group_usable(pool: RankPool, sync: bool) -> None:
-    pool.run(overflowed, CASES["uniform"], sync, world_size=2)

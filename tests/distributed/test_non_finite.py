@@ -8,10 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 from backends import both_backends
+from matrix import DIAGONAL
+from on_ranks import on_ranks
+from promises import promise
+from same import assert_same_bits
 from torch import Tensor
 
-from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
-from sonic_ep.testing import Case, Inputs, Rank, RankPool, assert_bitwise, draw
+from sonic_ep import EPConfig, ExpertParallel
+from sonic_ep.testing import Case, Inputs, Rank, assert_bitwise, draw
 from sonic_ep.testing.cases import dropping
 from sonic_ep.testing.oracle import Outcome, run_moe, run_routed
 
@@ -26,7 +30,7 @@ OF_EXPERTS = ("dw1", "dw2", "db1", "db2")
 
 def parallels(backend: str) -> Iterator[ExpertParallel]:
     """One for each combine mode, and with each another dispatch mode."""
-    for dispatch, combine in zip(DispatchMode, CombineMode, strict=True):
+    for dispatch, combine in DIAGONAL:
         with ExpertParallel(backend=backend, config=EPConfig(dispatch=dispatch, combine=combine)) as ep:
             yield ep
 
@@ -57,7 +61,10 @@ def assert_others_keep_their_bits(found: Outcome, clean: Outcome, inputs: Inputs
     assert not found["y"][~others].isfinite().any()
 
 
-def poisoned_and_routed(rank: Rank, backend: str) -> None:
+@promise("non-finite")
+@on_ranks(2)
+@both_backends
+def test_a_poisoned_token_or_score_touches_its_own_experts_alone(rank: Rank, backend: str) -> None:
     inputs = draw(SMALL, rank.world_size, rank.device)
     touched = set(inputs.topk_idx[poisoned_tokens(inputs)].flatten().tolist())
     hits = [expert in touched for expert in range(SMALL.num_experts)[inputs.experts_of(rank.rank)]]
@@ -75,11 +82,6 @@ def poisoned_and_routed(rank: Rank, backend: str) -> None:
             assert name != "x" or finite == [not hit for hit in hits]
 
 
-@both_backends
-def test_a_poisoned_token_or_score_touches_its_own_experts_alone(pool: RankPool, backend: str) -> None:
-    pool.run(poisoned_and_routed, backend, world_size=2)
-
-
 def whole_numbers(inputs: Inputs) -> Inputs:
     """Inputs of which nothing is rounded: how many rows a product has then changes none of its bits."""
     names = ("x", "dy", "router_w", "dlogits")
@@ -88,7 +90,18 @@ def whole_numbers(inputs: Inputs) -> Inputs:
     return replace(inputs, **rounded, experts=replace(inputs.experts, **weights))
 
 
-def poisoned_before_the_router(rank: Rank, backend: str, case: Case) -> None:
+@promise("non-finite")
+@on_ranks(2)
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    [
+        pytest.param("reference", ONE_CHOICE, id="reference-K=1"),
+        pytest.param("reference", SMALL, id="reference-K=2"),
+        pytest.param("fast", ONE_CHOICE, id="fast-K=1"),
+        pytest.param("fast", SMALL, marks=pytest.mark.thorough, id="fast-K=2"),
+    ],
+)
+def test_poisoned_tokens_before_the_router_change_no_other(rank: Rank, backend: str, case: Case) -> None:
     """The tokens may go to any experts, but to K of them, each once, and all of them are there."""
     inputs = whole_numbers(draw(case, rank.world_size, rank.device))
     for ep in parallels(backend):
@@ -105,20 +118,10 @@ def poisoned_before_the_router(rank: Rank, backend: str, case: Case) -> None:
         assert int((counts - clean["tokens_per_expert"]).abs().max()) <= len(VALUES)
 
 
-@pytest.mark.parametrize(
-    ("backend", "case"),
-    [
-        pytest.param("reference", ONE_CHOICE, id="reference-K=1"),
-        pytest.param("reference", SMALL, id="reference-K=2"),
-        pytest.param("fast", ONE_CHOICE, id="fast-K=1"),
-        pytest.param("fast", SMALL, marks=pytest.mark.thorough, id="fast-K=2"),
-    ],
-)
-def test_poisoned_tokens_before_the_router_change_no_other(pool: RankPool, backend: str, case: Case) -> None:
-    pool.run(poisoned_before_the_router, backend, case, world_size=2)
-
-
-def nowhere(rank: Rank, backend: str) -> None:
+@promise("nowhere")
+@on_ranks(2)
+@both_backends
+def test_what_is_routed_nowhere_yields_exact_zeros_whatever_it_is(rank: Rank, backend: str) -> None:
     """Whatever stands in what is dropped, and in the gradients that come in for it."""
     inputs = draw(DROPPED, rank.world_size, rank.device)
     dropped = inputs.topk_idx < 0
@@ -135,13 +138,7 @@ def nowhere(rank: Rank, backend: str) -> None:
     )
     for ep in parallels(backend):
         clean, found = run_routed(inputs, ep), run_routed(filled, ep)
-        for name, tensor in found.items():
-            assert_bitwise(tensor, clean[name], name)
+        assert_same_bits(found, clean)
         for name in ("y", "dx", "dscores"):
             assert_bitwise(clean[name][gone[mine]], torch.zeros_like(clean[name][gone[mine]]), name)
         assert_bitwise(clean["dscores"][dropped[mine]], torch.zeros_like(clean["dscores"][dropped[mine]]), "dscores")
-
-
-@both_backends
-def test_what_is_routed_nowhere_yields_exact_zeros_whatever_it_is(pool: RankPool, backend: str) -> None:
-    pool.run(nowhere, backend, world_size=2)

@@ -3,18 +3,19 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-import pytest
 import torch
 from backends import both_backends
 from layer_inputs import layer_inputs, routing_of
+from on_ranks import on_ranks
+from promises import promise
+from same import assert_same_bits
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from sonic_ep import ExpertParallel, MoE, MoEOutput
-from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise
+from sonic_ep.testing import CASES, Case, Rank, assert_bitwise
 
-by_world = pytest.mark.parametrize("world_size", [1, 2])
 SIZES = (8, 4, 4, 2)
 CASE = replace(CASES["uneven_tokens"], tokens=(4, 2), hidden=8, intermediate=4, num_experts=6, top_k=2)
 
@@ -32,8 +33,12 @@ def outputs(ep: ExpertParallel, rank: Rank, case: Case) -> dict[str, Callable[[T
     }
 
 
-def written_in_place(rank: Rank, case: Case, backend: str) -> None:
+@promise("outputs")
+@on_ranks(1, 2)
+@both_backends
+def test_an_output_may_be_written_in_place(rank: Rank, backend: str) -> None:
     """What follows an output in place has the gradients of what follows it out of place, and hooks at it are called."""
+    case = CASE
     x, weights, _ = layer_inputs(rank, case)
     with ExpertParallel(backend=backend) as ep:
         valid = ep.plan(routing_of(rank, case)[0], case.num_experts).rows()
@@ -52,16 +57,7 @@ def written_in_place(rank: Rank, case: Case, backend: str) -> None:
             y *= 3
             found = torch.autograd.grad(loss(y), leaves, allow_unused=True)
             assert len(seen) == 1, f"a hook at what {name} returned is called once"
-            for got, want in zip(found, expected, strict=True):
-                assert (got is None) == (want is None)
-                if want is not None:
-                    assert_bitwise(got, want, name)
-
-
-@by_world
-@both_backends
-def test_an_output_may_be_written_in_place(pool: RankPool, backend: str, world_size: int) -> None:
-    pool.run(written_in_place, CASE, backend, world_size=world_size)
+            assert_same_bits(found, expected, f"of {name}")
 
 
 def layer_of(rank: Rank, ep: ExpertParallel) -> tuple[MoE, Tensor]:
@@ -73,12 +69,16 @@ def gradients_of(layer: nn.Module, x: Tensor) -> list[Tensor]:
     """Gradients that a backward has left, which are taken away again."""
     leaves = [x, *layer.parameters()]
     found = [leaf.grad for leaf in leaves]
+    assert all(grad is not None for grad in found)
     for leaf in leaves:
         leaf.grad = None
     return found
 
 
-def as_a_tuple(rank: Rank, backend: str) -> None:
+@promise("outputs")
+@on_ranks(1, 2)
+@both_backends
+def test_an_output_is_a_tuple_of_its_tensors(rank: Rank, backend: str) -> None:
     with ExpertParallel(backend=backend) as ep:
         layer, x = layer_of(rank, ep)
         out = layer(x)
@@ -90,13 +90,10 @@ def as_a_tuple(rank: Rank, backend: str) -> None:
         assert int(tokens_per_expert.sum()) == 5 * 2 * rank.world_size
 
 
-@by_world
+@promise("outputs")
+@on_ranks(1, 2)
 @both_backends
-def test_an_output_is_a_tuple_of_its_tensors(pool: RankPool, backend: str, world_size: int) -> None:
-    pool.run(as_a_tuple, backend, world_size=world_size)
-
-
-def checkpointed(rank: Rank, backend: str) -> None:
+def test_checkpointing_the_layer_itself_trains_it(rank: Rank, backend: str) -> None:
     """``checkpoint`` of the layer itself: reentrant, it hands on the fields without their names."""
     with ExpertParallel(backend=backend) as ep:
         layer, x = layer_of(rank, ep)
@@ -107,18 +104,13 @@ def checkpointed(rank: Rank, backend: str) -> None:
             y, router_logits, tokens_per_expert = checkpoint(layer, x, use_reentrant=reentrant)
             assert torch.equal(tokens_per_expert, out.tokens_per_expert)
             (y.square().sum() + router_logits.square().sum()).backward()
-            for got, want in zip(gradients_of(layer, x), expected, strict=True):
-                assert got is not None, "nothing was trained"
-                assert_bitwise(got, want)
+            assert_same_bits(gradients_of(layer, x), expected)
 
 
-@by_world
+@promise("outputs")
+@on_ranks(1, 2)
 @both_backends
-def test_checkpointing_the_layer_itself_trains_it(pool: RankPool, backend: str, world_size: int) -> None:
-    pool.run(checkpointed, backend, world_size=world_size)
-
-
-def hooked(rank: Rank, backend: str) -> None:
+def test_full_backward_hooks_are_called(rank: Rank, backend: str) -> None:
     """Hooks of the module see its gradients, and leave them as they are."""
     with ExpertParallel(backend=backend) as ep:
         layer, x = layer_of(rank, ep)
@@ -135,11 +127,4 @@ def hooked(rank: Rank, backend: str) -> None:
         assert_bitwise(before[0], out)
         found = gradients_of(layer, x)
         assert_bitwise(into, found[0])
-        for got, want in zip(found, expected, strict=True):
-            assert_bitwise(got, want)
-
-
-@by_world
-@both_backends
-def test_full_backward_hooks_are_called(pool: RankPool, backend: str, world_size: int) -> None:
-    pool.run(hooked, backend, world_size=world_size)
+        assert_same_bits(found, expected)

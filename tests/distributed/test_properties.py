@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from itertools import count, islice
 from pathlib import Path
+from random import Random
 
 import property_run
 import pytest
 import torch
 from exact_inputs import exact_inputs
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+from promises import promise
 from property_run import main
 from random_cases import Kind, example_of
 from run_examples import AGAIN, Failure, differences, failures
@@ -29,11 +29,8 @@ from sonic_ep.testing.oracle import moe_oracle, routed_oracle
 # Examples in a call of live ranks, and calls. Interpreted, an example takes some ten times as long.
 BATCH = 40
 BATCHES = {"reference": 12, "fast": 4}
+EVERYDAY = {"reference": 6, "fast": 2}
 MOST_SEEDS = 2**31
-
-
-def any_seed(seed: int) -> bool:
-    return True
 
 
 def soon_interpreted(seed: int) -> bool:
@@ -44,46 +41,25 @@ def soon_interpreted(seed: int) -> bool:
     return example.kind.exact and every is not None and seed % every == 0
 
 
-def drawn_batches(batches: int, which: Callable[[int], bool]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Runs a test with ``batches`` lists of seeds, always the same ones, of those that ``which`` takes.
-
-    Hypothesis need not shrink: of a batch the smallest example that fails is named first, and runs alone.
-    """
-    seeds = st.lists(st.integers(0, MOST_SEEDS - 1).filter(which), min_size=BATCH, max_size=BATCH, unique=True)
-    limits = settings(
-        max_examples=batches,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=[
-            HealthCheck.too_slow,
-            HealthCheck.data_too_large,
-            HealthCheck.large_base_example,
-            HealthCheck.filter_too_much,
-        ],
-    )
-
-    def decorate(test: Callable[..., None]) -> Callable[..., None]:
-        return limits(given(seeds=seeds)(test))
-
-    return decorate
+def seeds_of(backend: str, batch: int) -> list[int]:
+    """The seeds of one batch, always the same ones."""
+    random = Random(f"{backend} {batch}")
+    drawn = (random.randrange(MOST_SEEDS) for _ in count())
+    return list(islice(drawn if backend == "reference" else filter(soon_interpreted, drawn), BATCH))
 
 
-def assert_right(pool: RankPool, backend: str, seeds: list[int]) -> None:
-    found = failures(pool, backend, seeds)
+@promise("exact")
+@pytest.mark.parametrize(
+    ("backend", "batch"),
+    [
+        pytest.param(backend, batch, marks=() if batch < EVERYDAY[backend] else pytest.mark.thorough)
+        for backend, batches in BATCHES.items()
+        for batch in range(batches)
+    ],
+)
+def test_any_example(pool: RankPool, backend: str, batch: int) -> None:
+    found = failures(pool, backend, seeds_of(backend, batch))
     assert not found, "\n".join(map(str, found))
-
-
-@drawn_batches(BATCHES["reference"], any_seed)
-def test_any_example_on_the_reference(pool: RankPool, seeds: list[int]) -> None:
-    assert_right(pool, "reference", seeds)
-
-
-@pytest.mark.fast
-@drawn_batches(BATCHES["fast"], soon_interpreted)
-def test_any_example_on_the_fast_backend(pool: RankPool, seeds: list[int]) -> None:
-    assert_right(pool, "fast", seeds)
 
 
 def test_examples_are_of_every_kind() -> None:

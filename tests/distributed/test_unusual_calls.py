@@ -5,12 +5,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from on_ranks import on_ranks
+from promises import promise
 from there_and_back import assert_same, outcome_of
 from torch import Tensor
 
 from sonic_ep import ClosedError, EPConfig, ExpertParallel, RowOverflowError
 from sonic_ep.distributed.group import resolve_group
-from sonic_ep.testing import CASES, Rank, RankPool, assert_bitwise, draw
+from sonic_ep.testing import CASES, Rank, assert_bitwise, draw
 
 pytestmark = pytest.mark.fast
 
@@ -41,7 +43,8 @@ def on_both(call: Callable[[ExpertParallel], Tensor], config: EPConfig | None = 
         assert_bitwise(found.detach(), call(ep).detach(), "like the reference")
 
 
-def inference_before_training(rank: Rank) -> None:
+@on_ranks(1, 2)
+def test_inference_before_training(rank: Rank) -> None:
     x, idx, scores = drawn(rank)
     wide = x.repeat(1, 200)
 
@@ -66,23 +69,16 @@ def inference_before_training(rank: Rank) -> None:
         ep.check()
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_inference_before_training(pool: RankPool, world_size: int) -> None:
-    pool.run(inference_before_training, world_size=world_size)
-
-
-def tensors_of_inference_mode(rank: Rank) -> None:
+@on_ranks(1, 2)
+def test_tensors_made_in_inference_mode(rank: Rank) -> None:
     with torch.inference_mode():
         x, idx, scores = drawn(rank)
     on_both(lambda ep: there_and_back(ep, x, idx, scores))
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_tensors_made_in_inference_mode(pool: RankPool, world_size: int) -> None:
-    pool.run(tensors_of_inference_mode, world_size=world_size)
-
-
-def at_an_odd_offset(rank: Rank, dispatch: str) -> None:
+@on_ranks(1, 2)
+@pytest.mark.parametrize("dispatch", ["all_gather", "all_to_all", "rank_dedup"])
+def test_rows_at_an_odd_offset(rank: Rank, dispatch: str) -> None:
     """Rows of 16 bytes that begin at 2 bytes, in forward, and in backward behind a ``torch.cat``."""
     x, idx, scores = drawn(rank)
     shifted = torch.cat([x.new_zeros(1), x.flatten()]).bfloat16()[1:].view(TOKENS, HIDDEN)
@@ -98,13 +94,8 @@ def at_an_odd_offset(rank: Rank, dispatch: str) -> None:
     on_both(call, EPConfig(dispatch=dispatch, combine="rank_dedup"))
 
 
-@pytest.mark.parametrize("dispatch", ["all_gather", "all_to_all", "rank_dedup"])
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_rows_at_an_odd_offset(pool: RankPool, world_size: int, dispatch: str) -> None:
-    pool.run(at_an_odd_offset, dispatch, world_size=world_size)
-
-
-def past_the_bound(rank: Rank) -> None:
+@on_ranks(2, 3)
+def test_nothing_finite_comes_back_past_the_bound(rank: Rank) -> None:
     """All gradients are NaN, also those of scores whose rows had room, and nothing of the step before is left."""
     inputs = draw(CASES["uniform"], rank.world_size, rank.device)
     tokens = inputs.tokens_of(rank.rank)
@@ -131,11 +122,6 @@ def past_the_bound(rank: Rank) -> None:
         ep.plan(crowded, experts)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_nothing_finite_comes_back_past_the_bound(pool: RankPool, world_size: int) -> None:
-    pool.run(past_the_bound, world_size=world_size)
-
-
 def drawn_with_wrong_ids(rank: Rank) -> tuple[Tensor, Tensor, Tensor]:
     x, idx, scores = drawn(rank)
     if rank.rank == rank.world_size - 1:
@@ -143,33 +129,25 @@ def drawn_with_wrong_ids(rank: Rank) -> tuple[Tensor, Tensor, Tensor]:
     return x, idx, scores
 
 
-def wrong_ids_at_the_hosts_read(rank: Rank) -> str:
-    _, idx, _ = drawn_with_wrong_ids(rank)
-    config = EPConfig(cpu_sync_on_runtime=True)
-    with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=TOKENS) as ep:
-        with pytest.raises(ValueError, match="out of range") as raised:
-            ep.plan(idx, EXPERTS_PER_RANK * rank.world_size)
-        return str(raised.value)
-
-
-def wrong_ids_at_the_end(rank: Rank) -> str:
+@promise("device-flags")
+@on_ranks(1, 2)
+@pytest.mark.parametrize("exact", [True, False])
+def test_wrong_ids_do_not_pass(rank: Rank, exact: bool) -> None:
+    """They are found where the host reads sizes, or at the end."""
     x, idx, scores = drawn_with_wrong_ids(rank)
-    with (
-        pytest.raises(ValueError, match="out of range") as raised,
-        ExpertParallel(backend="fast", max_tokens_per_rank=TOKENS) as ep,
-    ):
-        there_and_back(ep, x, idx, scores)
-    return str(raised.value)
+    size, last = rank.world_size, rank.world_size - 1
+    said = f"rank {rank.rank} of {size}: topk_idx: got expert ids out of range on rank {last}"
+    ep = ExpertParallel(backend="fast", config=EPConfig(cpu_sync_on_runtime=exact), max_tokens_per_rank=TOKENS)
+    if exact:
+        with ep, pytest.raises(ValueError, match=said):
+            ep.plan(idx, EXPERTS_PER_RANK * size)
+    else:
+        with pytest.raises(ValueError, match=said), ep:
+            there_and_back(ep, x, idx, scores)
 
 
-@pytest.mark.parametrize("when", [wrong_ids_at_the_hosts_read, wrong_ids_at_the_end])
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_wrong_ids_do_not_pass(pool: RankPool, world_size: int, when: Callable[[Rank], str]) -> None:
-    for rank, said in enumerate(pool.run(when, world_size=world_size)):
-        assert f"rank {rank} of {world_size}: topk_idx: got expert ids out of range on rank {world_size - 1}" in said
-
-
-def an_error_before_the_end(rank: Rank) -> None:
+@on_ranks(2)
+def test_an_error_of_the_callers_comes_through(rank: Rank) -> None:
     """What the caller sees is his own error, not what the plan has found."""
     _, idx, _ = drawn_with_wrong_ids(rank)
     ep = ExpertParallel(backend="fast", max_tokens_per_rank=TOKENS)
@@ -185,11 +163,8 @@ def an_error_before_the_end(rank: Rank) -> None:
         ep.check()
 
 
-def test_an_error_of_the_callers_comes_through(pool: RankPool) -> None:
-    pool.run(an_error_before_the_end, world_size=2)
-
-
-def backward_after_closing(rank: Rank) -> None:
+@on_ranks(1, 2)
+def test_backward_after_closing_is_refused(rank: Rank) -> None:
     x, idx, scores = drawn(rank)
     with ExpertParallel(backend="fast", max_tokens_per_rank=TOKENS) as ep:
         y = there_and_back(ep, x.requires_grad_(), idx, scores)
@@ -197,12 +172,8 @@ def backward_after_closing(rank: Rank) -> None:
         y.sum().backward()
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_backward_after_closing_is_refused(pool: RankPool, world_size: int) -> None:
-    pool.run(backward_after_closing, world_size=world_size)
-
-
-def with_a_default_device(rank: Rank) -> None:
+@on_ranks(1, 2)
+def test_a_default_device_changes_nothing(rank: Rank) -> None:
     inputs = draw(CASES["uniform"], rank.world_size, rank.device)
     expected = {}
     for backend in ("reference", "fast"):
@@ -218,23 +189,16 @@ def with_a_default_device(rank: Rank) -> None:
         ep.close()
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_default_device_changes_nothing(pool: RankPool, world_size: int) -> None:
-    pool.run(with_a_default_device, world_size=world_size)
-
-
-def bounded_hugely(rank: Rank) -> None:
+@on_ranks(2)
+def test_a_huge_bound_is_none(rank: Rank) -> None:
     x, idx, scores = drawn(rank)
     for exact in (False, True):
         on_both(lambda ep: there_and_back(ep, x, idx, scores), EPConfig(max_rows=2**70, cpu_sync_on_runtime=exact))
 
 
-def test_a_huge_bound_is_none(pool: RankPool) -> None:
-    pool.run(bounded_hugely, world_size=2)
-
-
-def gathered_and_dropped(rank: Rank) -> int:
-    """How many tensors of the size of a gathered x are alive after their user has dropped them."""
+@on_ranks(2)
+def test_what_was_gathered_is_the_callers_to_drop(rank: Rank) -> None:
+    """No tensor of the size of a gathered x is alive after its user has dropped it."""
     x, idx, _ = drawn(rank)
     size = (TOKENS * rank.world_size, HIDDEN)
     config = EPConfig(dispatch="all_gather")
@@ -246,14 +210,11 @@ def gathered_and_dropped(rank: Rank) -> int:
     before = alive()
     with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=TOKENS) as ep, torch.no_grad():
         ep.dispatch(x, ep.plan(idx, EXPERTS_PER_RANK * rank.world_size))
-        return alive() - before
+        assert alive() == before
 
 
-def test_what_was_gathered_is_the_callers_to_drop(pool: RankPool) -> None:
-    assert pool.run(gathered_and_dropped, world_size=2) == [0, 0]
-
-
-def awaited_on_two_streams(rank: Rank) -> None:
+@on_ranks(2, pool="cuda_pool")
+def test_a_gather_can_be_awaited_on_several_streams(rank: Rank) -> None:
     """Each stream that waits gets the whole result, also if another has waited before."""
     from sonic_ep.fast.copy_engine import CopyEngineGather
     from sonic_ep.fast.workspace import Workspace
@@ -275,7 +236,3 @@ def awaited_on_two_streams(rank: Rank) -> None:
         for means in found:
             assert_bitwise(means, expected, f"in round {round_number}")
     workspace.close()
-
-
-def test_a_gather_can_be_awaited_on_several_streams(cuda_pool: RankPool) -> None:
-    cuda_pool.run(awaited_on_two_streams, world_size=2)

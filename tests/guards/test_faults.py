@@ -137,7 +137,7 @@ def test_a_process_group_that_has_ended_is_told_as_such(tmp_path: Path) -> None:
     program = Program(body=destroyed, arguments=(), world_size=2, device_type="cpu", folder=tmp_path, odd=ODD)
     for rank, ended in enumerate(program.run()):
         assert ended.code == 0, ended
-        assert f"rank {rank} of 2: process group: got one that was destroyed, expected a live one" in ended.said
+        assert f"rank {rank} of 2: the process group has been destroyed" in ended.said
 
 
 @pytest.mark.parametrize("fault", ["killed", "hangs"])

@@ -6,19 +6,21 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 from layer_inputs import layer_inputs, routing_of
+from matrix import by_backend_and_flags
+from on_ranks import on_ranks
+from promises import promise
+from same import assert_same_bits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from sonic_ep import EPConfig, ExpertParallel
-from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise
+from sonic_ep.testing import CASES, Rank
 
 Policy = Callable[..., CheckpointPolicy]
 CASE = replace(CASES["uneven_tokens"], tokens=(4, 2), hidden=8, intermediate=4, num_experts=6, top_k=2)
-BOTH_FLAGS = {"redispatch_x_in_backward": True, "cpu_sync_on_runtime": True}
 SAVE, RUN_AGAIN = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -64,7 +66,11 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 INTERPRETED = ["everything", "copies"]
 
 
-def selectively(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
+@promise("selective-checkpoint")
+@on_ranks(2)
+@by_backend_and_flags
+def test_gradients_are_the_same_whatever_a_policy_saves(rank: Rank, backend: str, flags: dict[str, bool]) -> None:
+    case, config = CASE, EPConfig(**flags)
     x, weights, dy = layer_inputs(rank, case)
     idx, scores = routing_of(rank, case)
     scores = scores.clone().requires_grad_()
@@ -82,22 +88,7 @@ def selectively(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
         for name in INTERPRETED if backend == "fast" and rank.device.type == "cpu" else POLICIES:
             context = partial(create_selective_checkpoint_contexts, POLICIES[name]())
             y = checkpoint(layer, x, scores, use_reentrant=False, context_fn=context)
-            for got, want in zip(torch.autograd.grad(y, leaves, dy), expected, strict=True):
-                assert_bitwise(got, want, f"saving {name}")
-
-
-@pytest.mark.parametrize(
-    ("backend", "flags"),
-    [
-        ("reference", {}),
-        ("reference", BOTH_FLAGS),
-        pytest.param("fast", {}, marks=pytest.mark.thorough),
-        ("fast", BOTH_FLAGS),
-    ],
-    ids=str,
-)
-def test_gradients_are_the_same_whatever_a_policy_saves(pool: RankPool, backend: str, flags: dict[str, bool]) -> None:
-    pool.run(selectively, CASE, backend, EPConfig(**flags), world_size=2)
+            assert_same_bits(torch.autograd.grad(y, leaves, dy), expected, f"saving {name}")
 
 
 class Products(TorchDispatchMode):
@@ -112,8 +103,11 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def counted(rank: Rank, case: Case) -> list[int]:
-    """Products of a forward, and of backwards where a policy saves all of them and where it saves none."""
+@promise("selective-checkpoint")
+@on_ranks(2, pool="cpu_pool")
+def test_products_of_the_reference_are_saved_where_a_policy_says_so(rank: Rank) -> None:
+    """The reference's own products are ordinary operations: a policy need not compute them again."""
+    case = CASE
     x, weights, dy = layer_inputs(rank, case)
     counts = []
     with ExpertParallel(backend="reference") as ep:
@@ -130,11 +124,6 @@ def counted(rank: Rank, case: Case) -> list[int]:
             with Products() as products:
                 y.backward(dy)
             counts.append(products.count)
-    return counts
-
-
-def test_products_of_the_reference_are_saved_where_a_policy_says_so(cpu_pool: RankPool) -> None:
-    """The reference's own products are ordinary operations: a policy need not compute them again."""
-    for forward, saved, run_again in cpu_pool.run(counted, CASE, world_size=2):
-        assert forward > 0
-        assert run_again == saved + forward
+    forward, saved, run_again = counts
+    assert forward > 0
+    assert run_again == saved + forward

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from promises import promise
 from training_example import module_of_example, no_launcher, train
 
 from sonic_ep.testing import RankPool
@@ -132,6 +133,7 @@ def test_a_soak_of_two_ranks(recorded: Any, judge: Judge) -> None:
     assert "memory of rank 1 flat" in words
 
 
+@promise("steady-steps")
 @pytest.mark.parametrize("backend", ["reference", pytest.param("fast", marks=pytest.mark.thorough)])
 def test_nothing_is_left_between_steps(pool: RankPool, backend: str) -> None:
     """On a GPU its memory too, to the byte."""
@@ -155,6 +157,7 @@ def test_tokens_in_another_order_are_red(recorded: Any) -> None:
     assert not module_of_example("lm_runs").train_densely(settings_of("--nproc=2", *SOAK), turned, CPU).logits.ok
 
 
+@promise("steady-steps")
 def test_memory_that_grows_is_red(recorded: Any, judge: Judge) -> None:
     growing = (held(samples()), held(samples(allocated=[7, 7, 8, 9]), rank=1))
     code, document, words = judge(replace(recorded, held=growing))

@@ -10,22 +10,32 @@ import torch
 import torch.distributed as dist
 from backends import both_backends
 from layer_inputs import layer_inputs
+from on_ranks import on_ranks
+from promises import promise
+from same import assert_same_bits
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
 
 from sonic_ep import ExpertParallel, MoE
-from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise
+from sonic_ep.testing import CASES, Rank, assert_bitwise
 
 TOKENS, HIDDEN, EXPERTS = 6, 8, 4
 CASE = replace(CASES["uniform"], tokens=(4, 2), hidden=8, intermediate=4, num_experts=6, top_k=3)
 LOSS = nn.MSELoss(reduction="sum")
 
 
-def in_two_halves(rank: Rank, case: Case, top_k: int, backend: str, balanced: bool) -> None:
-    """balanced: whether the loss has a share of the logits, as one that balances experts has."""
-    x, weights, dy = layer_inputs(rank, case)
+@promise("split-backward")
+@on_ranks(1, 2)
+@pytest.mark.parametrize(("top_k", "balanced"), [(3, False), (6, True)])
+@both_backends
+def test_backward_in_two_halves(rank: Rank, backend: str, top_k: int, balanced: bool) -> None:
+    """Fewer choices than experts, and all of them: then gradients of logits and of scores have one shape.
+
+    balanced: whether the loss has a share of the logits, as one that balances experts has.
+    """
+    x, weights, dy = layer_inputs(rank, CASE)
     with ExpertParallel(backend=backend) as ep:
 
         def loss() -> Tensor:
@@ -37,19 +47,13 @@ def in_two_halves(rank: Rank, case: Case, top_k: int, backend: str, balanced: bo
         (dx,), groups = stage_backward_input(outputs, None, [x], iter(weights))
         assert_bitwise(dx, expected[0])
         stage_backward_weight(iter(weights), groups)
-        for weight, want in zip(weights, expected[1:], strict=True):
-            assert_bitwise(weight.grad, want)
+        assert_same_bits([weight.grad for weight in weights], expected[1:])
 
 
-# Fewer choices than experts, and all of them: then gradients of logits and of scores have one shape.
-@pytest.mark.parametrize(("top_k", "balanced"), [(3, False), (6, True)])
-@pytest.mark.parametrize("world_size", [1, 2])
+@promise("split-backward")
+@on_ranks(1)
 @both_backends
-def test_backward_in_two_halves(pool: RankPool, backend: str, world_size: int, top_k: int, balanced: bool) -> None:
-    pool.run(in_two_halves, CASE, top_k, backend, balanced, world_size=world_size)
-
-
-def freed_with_its_result(rank: Rank, backend: str) -> None:
+def test_a_graph_is_freed_with_its_result(rank: Rank, backend: str) -> None:
     """What a forward keeps is freed with its result, after half a backward, a whole one, or none at all."""
     x = torch.randn(TOKENS, HIDDEN, device=rank.device, requires_grad=True)
     # A gradient that its owner keeps.
@@ -98,11 +102,6 @@ def node_of_function(y: Tensor) -> Any:
     return node
 
 
-@both_backends
-def test_a_graph_is_freed_with_its_result(pool: RankPool, backend: str) -> None:
-    pool.run(freed_with_its_result, backend, world_size=1)
-
-
 class Block(nn.Module):
     """A layer with a residual."""
 
@@ -114,7 +113,10 @@ class Block(nn.Module):
         return x + self.moe(x).y
 
 
-def in_a_pipeline(rank: Rank, backend: str) -> None:
+@promise("split-backward")
+@on_ranks(2)
+@both_backends
+def test_an_interleaved_schedule_that_splits_backward(rank: Rank, backend: str) -> None:
     """Four stages on two ranks, each of which is an EP group of its own, in the schedule that splits every backward."""
     groups = [dist.new_group([other]) for other in range(rank.world_size)]
     count = 2 * rank.world_size
@@ -140,8 +142,3 @@ def in_a_pipeline(rank: Rank, backend: str) -> None:
                 # Sums over micro-batches, of which the whole is one product.
                 error = (parameter.grad - want).norm() / want.norm()
                 assert error < count * TOKENS * torch.finfo(torch.float32).eps, f"stage {place}: {error}"
-
-
-@both_backends
-def test_an_interleaved_schedule_that_splits_backward(pool: RankPool, backend: str) -> None:
-    pool.run(in_a_pipeline, backend, world_size=2)

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from near import assert_near
+from on_ranks import on_ranks
+from same import assert_same_bits
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils import parametrize
@@ -207,10 +210,19 @@ def test_a_wrapped_model_trains_like_one_process_with_all_tokens(cpu_pool: RankP
             assert_bitwise(there, here, name)
 
 
-def without_the_lines(rank: Rank, wrapper: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Parameters before, and after one step of a model whose experts nobody kept out."""
+def of_both_ranks(value: Any) -> tuple[Any, Any]:
+    """Collective: what each of two ranks has."""
+    values = [None, None]
+    dist.all_gather_object(values, value)
+    return values[0], values[1]
+
+
+@on_ranks(2, pool="cpu_pool")
+@by_wrapper
+def test_without_the_lines_all_ranks_have_the_same_experts(rank: Rank, wrapper: str) -> None:
+    """One step of a model whose experts were not kept out."""
     names = given(rank)
-    before = parameters(names)
+    before = of_both_ranks(parameters(names))
     run_block(names, "Experts")
     if wrapper != ZERO:
         names["held"] = set()
@@ -221,62 +233,53 @@ def without_the_lines(rank: Rank, wrapper: str) -> tuple[dict[str, Tensor], dict
         run_block(names, ZERO)
     loss_of(names, 0).backward()
     names["optimizers"][0].step()
-    return before, parameters(names)
-
-
-@by_wrapper
-def test_without_the_lines_all_ranks_have_the_same_experts(cpu_pool: RankPool, wrapper: str) -> None:
-    (before, after), (before_there, after_there) = cpu_pool.run(without_the_lines, wrapper, world_size=2)
+    after = of_both_ranks(parameters(names))
     for name in ("layer.w1", "layer.w2"):
-        assert not torch.equal(before[name], before_there[name])
-        assert_bitwise(after[name], after_there[name], name)
+        assert not torch.equal(before[0][name], before[1][name])
+        assert_bitwise(after[0][name], after[1][name], name)
 
 
-def router_gradient(rank: Rank, reduced: bool) -> Tensor:
-    names = given(rank, reduce_router_grad=reduced)
+def prepared(rank: Rank, **options: Any) -> Names:
+    """A model in DDP, about to be trained."""
+    names = given(rank, **options)
     prepare(names, DDP)
-    loss_of(names, 0).backward()
-    return names["layer"].router_w.grad
+    return names
 
 
-def test_a_router_gradient_that_is_summed_before_the_wrapper_averages_is_w_times_the_mean(cpu_pool: RankPool) -> None:
-    means = cpu_pool.run(router_gradient, False, world_size=2)
-    sums = cpu_pool.run(router_gradient, True, world_size=2)
-    for mean, total in zip(means, sums, strict=True):
-        assert_bitwise(total, 2 * mean)
+@on_ranks(2, pool="cpu_pool")
+def test_a_router_gradient_that_is_summed_before_the_wrapper_averages_is_w_times_the_mean(rank: Rank) -> None:
+    grads = []
+    for reduced in (False, True):
+        names = prepared(rank, reduce_router_grad=reduced)
+        loss_of(names, 0).backward()
+        grads.append(names["layer"].router_w.grad)
+    assert_bitwise(grads[1], 2 * grads[0])
 
 
-def norms(rank: Rank) -> float:
-    names = given(rank)
-    prepare(names, DDP)
+@on_ranks(2, pool="cpu_pool")
+def test_without_the_lines_each_rank_clips_by_another_norm(rank: Rank) -> None:
+    names = prepared(rank)
     loss_of(names, 0).backward()
     run_block(names, "Means")
-    return torch.nn.utils.clip_grad_norm_(names["model"].parameters(), MAX_NORM).item()
-
-
-def test_without_the_lines_each_rank_clips_by_another_norm(cpu_pool: RankPool) -> None:
-    here, there = cpu_pool.run(norms, world_size=2)
+    norm = torch.nn.utils.clip_grad_norm_(names["model"].parameters(), MAX_NORM).item()
+    here, there = of_both_ranks(norm)
     assert here != there
 
 
-def scaled_by_itself(rank: Rank) -> tuple[dict[str, Tensor], float]:
-    names = given(rank)
-    prepare(names, DDP)
+@on_ranks(2, pool="cpu_pool")
+def test_without_the_line_an_overflow_on_one_rank_parts_scales_and_replicas(rank: Rank) -> None:
+    names = prepared(rank)
     scaler = torch.amp.GradScaler(rank.device.type)
     for step in range(2):
         train_step(names, step, scaler, clips=False, overflows=step == 0)
-    return parameters(names), scaler.get_scale()
-
-
-def test_without_the_line_an_overflow_on_one_rank_parts_scales_and_replicas(cpu_pool: RankPool) -> None:
-    (here, scale), (there, scale_there) = cpu_pool.run(scaled_by_itself, world_size=2)
+    (here, scale), (there, scale_there) = of_both_ranks((parameters(names)["embed.weight"], scaler.get_scale()))
     assert scale == 2 * scale_there
-    assert not torch.equal(here["embed.weight"], there["embed.weight"])
+    assert not torch.equal(here, there)
 
 
-def scaled_fp16(rank: Rank) -> None:
-    names = given(rank, dtype=torch.float16)
-    prepare(names, DDP)
+@on_ranks(2, pool="cpu_pool")
+def test_experts_in_fp16_need_the_line(rank: Rank) -> None:
+    names = prepared(rank, dtype=torch.float16)
     run_block(names, "GradScaler")
     by_itself = torch.amp.GradScaler(rank.device.type)
     of_experts = names["optimizers"][1]
@@ -287,10 +290,6 @@ def scaled_fp16(rank: Rank) -> None:
     names["scaler"].step(of_experts)
 
 
-def test_experts_in_fp16_need_the_line(cpu_pool: RankPool) -> None:
-    cpu_pool.run(scaled_fp16, world_size=2)
-
-
 def of_two_dtypes(rank: Rank, wrapper: str, parts: list[str]) -> None:
     names = given(rank, dtype=torch.bfloat16)
     run_block(names, "Experts")
@@ -298,45 +297,35 @@ def of_two_dtypes(rank: Rank, wrapper: str, parts: list[str]) -> None:
     loss_of(names, 0).backward()
 
 
-def both_orders(rank: Rank, wrapper: str) -> None:
+@on_ranks(2, pool="cpu_pool")
+@pytest.mark.parametrize("wrapper", [FSDP1, FSDP2])
+def test_a_layer_of_another_dtype_is_wrapped_by_itself_first(rank: Rank, wrapper: str) -> None:
     with pytest.raises((ValueError, AssertionError), match="uniform"):
         of_two_dtypes(rank, wrapper, [])
     of_two_dtypes(rank, wrapper, ["layer"])
 
 
-@pytest.mark.parametrize("wrapper", [FSDP1, FSDP2])
-def test_a_layer_of_another_dtype_is_wrapped_by_itself_first(cpu_pool: RankPool, wrapper: str) -> None:
-    cpu_pool.run(both_orders, wrapper, world_size=2)
-
-
-def saved_and_loaded(rank: Rank, folder: str) -> None:
-    names = {**given(rank), "folder": folder}
+@on_ranks(2, pool="cpu_pool")
+def test_every_rank_saves_its_experts(rank: Rank, tmp_path: Path) -> None:
+    names = {**given(rank), "folder": str(tmp_path)}
     prepare(names, NONE)
     run_block(names, "Checkpoint")
     again = MoE(*SIZES, names["ep"], bias=True)
-    state = torch.load(f"{folder}/experts_{rank.rank}.pt")
+    state = torch.load(tmp_path / f"experts_{rank.rank}.pt")
     for own, saved in zip(again.expert_parameters(), state["experts"], strict=True):
         own.data.copy_(saved)
-    for own, wanted in zip(again.expert_parameters(), names["layer"].expert_parameters(), strict=True):
-        assert_bitwise(own.detach(), wanted.detach())
+    assert_same_bits(again.expert_parameters(), names["layer"].expert_parameters())
     assert state["optimizer"]["param_groups"][0]["lr"] == LR
-
-
-def test_every_rank_saves_its_experts(cpu_pool: RankPool, tmp_path: Path) -> None:
-    cpu_pool.run(saved_and_loaded, str(tmp_path), world_size=2)
+    dist.barrier()
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def saved_together(rank: Rank, folder: str) -> Tensor:
+@on_ranks(2, pool="cpu_pool")
+def test_a_distributed_checkpoint_keeps_the_experts_of_one_rank(rank: Rank, tmp_path: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
     layer = given(rank)["layer"]
-    dcp.save(layer.state_dict(), checkpoint_id=folder)
+    dcp.save(layer.state_dict(), checkpoint_id=tmp_path)
     state = {name: torch.zeros_like(value) for name, value in layer.state_dict().items()}
-    dcp.load(state, checkpoint_id=folder)
-    return state["w1"]
-
-
-def test_a_distributed_checkpoint_keeps_the_experts_of_one_rank(cpu_pool: RankPool, tmp_path: Path) -> None:
-    here, there = cpu_pool.run(saved_together, str(tmp_path), world_size=2)
-    assert_bitwise(here, there)
+    dcp.load(state, checkpoint_id=tmp_path)
+    assert_bitwise(*of_both_ranks(state["w1"]))

@@ -1,4 +1,4 @@
-"""The registry: a backend by name means that one, or an error that lists every reason."""
+"""The registry of backends: a backend by name means that one, or an error that lists every reason."""
 
 import pytest
 import torch
@@ -11,36 +11,23 @@ from sonic_ep.fast import capabilities
 ALONE = EPGroup(rank=0, world_size=1)
 
 
-def test_fast_lists_every_reason_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_and_auto_name_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(capabilities, "version", lambda name: "3.5.1+git0")
     reasons = unavailable_reasons("fast", ALONE)
-    assert any("no CUDA device: torch.cuda.is_available() is False" in reason for reason in reasons)
-    with pytest.raises(BackendUnavailableError) as raised:
-        ExpertParallel(backend="fast")
-    assert str(raised.value).startswith("rank 0 of 1: backend 'fast' cannot run here: ")
     assert len(reasons) == 2
-    assert all(reason in str(raised.value) for reason in reasons)
-
-
-def test_auto_falls_to_the_next_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert any("no CUDA device: torch.cuda.is_available() is False" in reason for reason in reasons)
+    with pytest.raises(BackendUnavailableError, match=r"^rank 0 of 1: backend 'fast' cannot run here: ") as raised:
+        ExpertParallel(backend="fast")
     choice = choose_backend("auto", ALONE)
     assert choice.name == "reference"
-    reasons = unavailable_reasons("fast", ALONE)
-    assert reasons
-    assert all(reason in choice.why for reason in reasons)
+    assert all(reason in str(raised.value) and reason in choice.why for reason in reasons)
 
 
-def test_auto_takes_the_fast_backend_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_prefers_the_fast_backend_but_not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sonic_ep.fast.unavailable_reasons", lambda group: ())
     choice = choose_backend("auto", ALONE)
     assert (choice.name, choice.why) == ("fast", "the preferred one")
-
-
-def test_what_only_a_name_can_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where an interpreter would run its kernels, "auto" leaves the fast backend to those who ask, and says why."""
-    monkeypatch.setattr("sonic_ep.fast.unavailable_reasons", lambda group: ())
     monkeypatch.setattr(capabilities, "interpreted", lambda: True)
     choice = choose_backend("auto", ALONE)
     assert choice.name == "reference"
@@ -53,30 +40,33 @@ def test_unknown_names_are_refused() -> None:
         choose_backend("turbo", ALONE)
 
 
-def test_what_is_missing_of_software(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capabilities, "version", lambda name: "3.5.1+git0")
-    assert capabilities.software_reasons() == ("triton 3.5.1+git0 is installed, expected 3.6 or newer",)
-    monkeypatch.setattr(capabilities, "version", lambda name: "3.10.0")
-    assert capabilities.software_reasons() == ()
-
+def test_versions_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> str:
         raise capabilities.PackageNotFoundError(name)
 
-    monkeypatch.setattr(capabilities, "version", absent)
-    assert capabilities.software_reasons() == ("triton is not installed",)
+    old = "triton 3.5.1+git0 is installed, expected 3.6 or newer"
+    versions = (
+        (lambda name: "3.5.1+git0", (old,)),
+        (lambda name: "3.10.0", ()),
+        (absent, ("triton is not installed",)),
+    )
+    for version, reasons in versions:
+        monkeypatch.setattr(capabilities, "version", version)
+        assert capabilities.software_reasons() == reasons
 
 
 @pytest.mark.parametrize(
     ("triton", "numpy", "works"), [("3.6.0", "2.4.0", False), ("3.6.0", "2.3.5", True), ("3.7.0", "2.4.6", True)]
 )
-def test_interpreter_and_numpy(triton: str, numpy: str, works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_of_numpy_under_the_interpreter(
+    triton: str, numpy: str, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(capabilities, "version", {"triton": triton, "numpy": numpy}.__getitem__)
     monkeypatch.setattr("sonic_ep.fast.interpreted", lambda: True)
     reasons = unavailable_reasons("fast", ALONE)
-    assert reasons == capabilities.interpreter_reasons()
-    wanted = "expected triton 3.7 or newer, or numpy older than 2.4"
-    failing = (f"the interpreter of triton {triton} fails with numpy {numpy}: {wanted}",)
-    assert reasons == (() if works else failing)
+    expected = "expected triton 3.7 or newer, or numpy older than 2.4"
+    failing = (f"the interpreter of triton {triton} fails with numpy {numpy}: {expected}",)
+    assert reasons == capabilities.interpreter_reasons() == (() if works else failing)
 
 
 def test_a_torch_without_symmetric_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +75,7 @@ def test_a_torch_without_symmetric_memory(monkeypatch: pytest.MonkeyPatch) -> No
     assert capabilities.symmetric_memory_reasons() == (f"torch {torch.__version__} has no symmetric memory",)
 
 
-def test_what_is_missing_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_that_are_old_or_without_peer_access(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0) if index == 1 else (9, 0))

@@ -1,4 +1,4 @@
-"""The case table: every case is what its name says, and drawn alike everywhere."""
+"""The table of cases: every case is what its name says, and every rank draws the same."""
 
 from itertools import combinations, product
 
@@ -8,16 +8,14 @@ import torch
 from sonic_ep.testing import CASES, Inputs, assert_bitwise, draw, option_trials, pairwise
 from sonic_ep.testing.cases import CONFIG_OPTIONS, OPTIONS
 
-WORLD_SIZES = [1, 2, 3, 4, 8]
-
 
 def drawn(name: str, world_size: int = 4) -> Inputs:
     return draw(CASES[name], world_size)
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("name", CASES)
-def test_a_draw_is_whole_and_repeatable(name: str, world_size: int) -> None:
+def test_a_draw_is_complete_and_repeatable(name: str, world_size: int) -> None:
     case, inputs, again = CASES[name], drawn(name, world_size), drawn(name, world_size)
     tokens = sum(case.tokens_of_rank(rank) for rank in range(world_size))
     assert inputs.x.shape == inputs.dy.shape == (tokens, case.hidden)
@@ -30,7 +28,7 @@ def test_a_draw_is_whole_and_repeatable(name: str, world_size: int) -> None:
     assert covered == list(range(tokens))
 
 
-def test_names_keep_their_word() -> None:
+def test_cases_are_what_their_names_say() -> None:
     assert set(drawn("one_expert").topk_idx.unique().tolist()) == {0}
     assert set((drawn("one_rank").topk_idx // 6).unique().tolist()) == {3}
     assert (drawn("empty_experts").topk_idx % 2).eq(0).all()
@@ -45,17 +43,13 @@ def test_names_keep_their_word() -> None:
     assert drawn("top_all").topk_idx.sort(dim=1).values.eq(torch.arange(24)).all()
 
 
-def test_pairwise_lets_every_two_values_meet() -> None:
+def test_pairwise_covers_every_pair_of_values_and_is_the_same_in_every_process() -> None:
     options = {**OPTIONS, **CONFIG_OPTIONS}
     settings = pairwise(options)
-    for a, b in combinations(options, 2):
-        met = {(setting[a], setting[b]) for setting in settings}
-        assert met == set(product(options[a], options[b]))
     assert len(settings) < 40
-
-
-def test_pairwise_is_the_same_in_every_process() -> None:
-    """Words have other hashes in every process; the settings, and so what a run of the tests covers, do not change."""
+    for a, b in combinations(options, 2):
+        assert {(setting[a], setting[b]) for setting in settings} == set(product(options[a], options[b]))
+    # Strings have other hashes in every process.
     settings = pairwise({"letter": ("a", "b"), "digit": (1, 2, 3), "sign": ("+", "-")})
     found = [(setting["letter"], setting["digit"], setting["sign"]) for setting in settings]
     assert found == [("a", 1, "+"), ("a", 2, "-"), ("a", 3, "+"), ("b", 1, "-"), ("b", 2, "+"), ("b", 3, "-")]
@@ -64,7 +58,6 @@ def test_pairwise_is_the_same_in_every_process() -> None:
 def test_option_trials_carry_their_settings() -> None:
     trials = option_trials()
     assert len({trial.case.name for trial in trials}) == len(trials) == len(pairwise({**OPTIONS, **CONFIG_OPTIONS}))
-    for name, values in OPTIONS.items():
-        assert {getattr(trial.case, name) for trial in trials} == set(values)
-    for name, values in CONFIG_OPTIONS.items():
-        assert {getattr(trial.config, name) for trial in trials} == set(values)
+    for names, of_trial in ((OPTIONS, "case"), (CONFIG_OPTIONS, "config")):
+        for name, values in names.items():
+            assert {getattr(getattr(trial, of_trial), name) for trial in trials} == set(values)

@@ -1,18 +1,20 @@
-"""The one read on the host that exact sizes cost."""
+"""The one host read of exact sizes."""
 
 import threading
 import time
 
 import pytest
 import torch
+from on_ranks import on_ranks
 
-from sonic_ep.testing import Rank, RankPool
+from sonic_ep.testing import Rank
 
 pytestmark = pytest.mark.fast
 
 
-def copied(rank: Rank) -> None:
-    """Counts of changing number, zeros among them, one read after the other."""
+@on_ranks(1)
+def test_counts_are_copied(rank: Rank) -> None:
+    """As many as there are, zeros among them, one copy after the other."""
     from sonic_ep.fast.planner import HostCopy
 
     copy = HostCopy(rank.device)
@@ -21,12 +23,8 @@ def copied(rank: Rank) -> None:
         assert copy.wait() == counts
 
 
-def test_counts_arrive(pool: RankPool) -> None:
-    pool.run(copied, world_size=1)
-
-
-def arriving_late(rank: Rank) -> None:
-    """Each word for itself, and a while later: the host waits for all of them."""
+@on_ranks(1)
+def test_the_host_waits_for_every_count(rank: Rank) -> None:
     from sonic_ep.fast.planner import NOT_ARRIVED, HostCopy
 
     copy = HostCopy(rank.device)
@@ -35,18 +33,14 @@ def arriving_late(rank: Rank) -> None:
         torch.cuda.synchronize()
     written = []
 
-    def write() -> None:
-        for place in (1, 0):
+    def write_later() -> None:
+        for index in (1, 0):
             time.sleep(0.05)
-            written.append(place)
-            copy._host[place] = 4 + place
+            written.append(index)
+            copy._host[index] = 4 + index
 
-    writer = threading.Thread(target=write)
+    writer = threading.Thread(target=write_later)
     writer.start()
     assert copy.wait() == [4, 5]
     assert written == [1, 0]
     writer.join()
-
-
-def test_the_host_waits_for_every_count(pool: RankPool) -> None:
-    pool.run(arriving_late, world_size=1)

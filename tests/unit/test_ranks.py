@@ -1,39 +1,42 @@
-"""The pool of ranks: live processes, errors with rank and traceback, and nobody left waiting."""
+"""The pool of ranks: live processes, errors with rank and traceback, and no rank left waiting."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
+from on_ranks import on_ranks
 
 from sonic_ep.testing import Rank, RankError, RankPool
 
 
-def who(rank: Rank) -> tuple[int, int, int]:
+@pytest.fixture(scope="module")
+def own_pool() -> Iterator[RankPool]:
+    """A pool for these tests alone, whose ranks they may end."""
+    with RankPool() as pool:
+        yield pool
+
+
+def pid_rank_and_sum(rank: Rank) -> tuple[int, int, int]:
     total = torch.tensor([rank.rank])
     if rank.world_size > 1:
         dist.all_reduce(total)
     return os.getpid(), rank.rank, int(total)
 
 
-def fails_on(rank: Rank, culprit: int) -> None:
-    if rank.rank == culprit:
-        raise KeyError("the culprit's own words")
-    dist.barrier()
-
-
-def dies_on(rank: Rank, culprit: int) -> None:
-    if rank.rank == culprit:
+def fails_on_1(rank: Rank, how: str) -> None:
+    if rank.rank == 1 and how == "error":
+        raise KeyError("the message of rank 1")
+    if rank.rank == 1 and how == "death":
         os.kill(os.getpid(), signal.SIGKILL)
-    dist.barrier()
-
-
-def sleeps_on(rank: Rank, culprit: int) -> None:
-    if rank.rank == culprit:
+    if how != "silence":
+        dist.barrier()
+    elif rank.rank == 1:
         time.sleep(600)
 
 
@@ -41,12 +44,7 @@ def returns_a_function(rank: Rank) -> object:
     return lambda: rank
 
 
-def fresh_memory(rank: Rank) -> bool:
-    floats = torch.empty(1000, dtype=torch.bfloat16, device=rank.device)
-    return bool(floats.isnan().all() and torch.empty_like(floats).isnan().all())
-
-
-def said_in_environment(rank: Rank, name: str) -> str | None:
+def environment_of(rank: Rank, name: str) -> str | None:
     return os.environ.get(name)
 
 
@@ -64,114 +62,105 @@ def alive(pid: int) -> bool:
 
 def test_processes_live_on_and_serve_every_size() -> None:
     with RankPool() as pool:
-        first = pool.run(who, world_size=3)
+        first = pool.run(pid_rank_and_sum, world_size=3)
         assert [(rank, total) for _, rank, total in first] == [(0, 3), (1, 3), (2, 3)]
         for world_size in (2, 1, 3, 2):
-            again = pool.run(who, world_size=world_size)
+            again = pool.run(pid_rank_and_sum, world_size=world_size)
             assert [pid for pid, _, _ in again] == [pid for pid, _, _ in first[:world_size]]
             assert [total for _, _, total in again] == [sum(range(world_size))] * world_size
         pids = pool.pids()
     assert not any(map(alive, pids))
 
 
-def test_memory_that_nobody_wrote_is_poisoned(pool: RankPool) -> None:
-    assert pool.run(fresh_memory, world_size=2) == [True, True]
+@on_ranks(2)
+def test_uninitialized_memory_is_poisoned(rank: Rank) -> None:
+    floats = torch.empty(1000, dtype=torch.bfloat16, device=rank.device)
+    assert floats.isnan().all()
+    assert torch.empty_like(floats).isnan().all()
 
 
-def test_an_error_names_its_rank_and_stops_the_others() -> None:
-    with RankPool() as pool:
-        pids = [pid for pid, _, _ in pool.run(who, world_size=3)]
-        started = time.monotonic()
-        with pytest.raises(RankError, match="rank 1 of 3 failed") as raised:
-            pool.run(fails_on, 1, world_size=3)
-        assert time.monotonic() - started < 5
-        assert raised.value.rank == 1
-        assert "the culprit's own words" in str(raised.value)
-        assert "in fails_on" in str(raised.value)
-        assert "stopped while they waited: ranks [0, 2]" in str(raised.value)
-        assert not any(map(alive, pids))
-        # The next call finds fresh ranks.
-        assert len(pool.run(who, world_size=3)) == 3
+@pytest.mark.parametrize(
+    ("how", "timeout", "parts"),
+    [
+        ("error", None, ("rank 1 of 3 failed", "the message of rank 1", "in fails_on_1", "ranks [0, 2]")),
+        # The connections of its peers fail, but it is named.
+        ("death", None, ("the process died, exit code -9", "--- rank 1 of 3 ---")),
+        ("silence", 3.0, ("no answer within 3 s from ranks [1] of 3",)),
+    ],
+    ids=["error", "death", "silence"],
+)
+def test_a_failure_names_its_rank_and_stops_the_others(
+    own_pool: RankPool, how: str, timeout: float | None, parts: tuple[str, ...]
+) -> None:
+    pids = [pid for pid, _, _ in own_pool.run(pid_rank_and_sum, world_size=3)]
+    started = time.monotonic()
+    with pytest.raises(RankError) as raised:
+        own_pool.run(fails_on_1, how, world_size=3, timeout=timeout)
+    assert time.monotonic() - started < 60
+    assert raised.value.rank == 1
+    assert all(part in str(raised.value) for part in parts), raised.value
+    assert not any(map(alive, pids))
+    # The next call finds fresh ranks.
+    assert len(own_pool.run(pid_rank_and_sum, world_size=3)) == 3
 
 
-def test_a_dead_rank_is_named() -> None:
-    with RankPool() as pool:
-        pool.run(who, world_size=2)
-        with pytest.raises(RankError, match="the process died, exit code -9") as raised:
-            pool.run(dies_on, 1, world_size=2)
-        assert "--- rank 1 of 2 ---" in str(raised.value)
-        # Its peers complain of their connections, but it is the one that died.
-        assert raised.value.rank == 1
+def test_a_rank_that_died_between_calls_is_named_and_replaced(own_pool: RankPool) -> None:
+    own_pool.run(pid_rank_and_sum, world_size=2)
+    os.kill(own_pool.pids()[1], signal.SIGKILL)
+    time.sleep(0.5)
+    with pytest.raises(RankError) as raised:
+        own_pool.run(pid_rank_and_sum, world_size=2)
+    assert raised.value.rank == 1
+    assert len(own_pool.run(pid_rank_and_sum, world_size=2)) == 2
 
 
-def test_a_silent_rank_is_named_when_time_is_up() -> None:
-    with RankPool() as pool:
-        pool.run(who, world_size=2)
-        with pytest.raises(RankError, match=r"no answer within 3 s from ranks \[1\] of 2"):
-            pool.run(sleeps_on, 1, world_size=2, timeout=3.0)
-
-
-def test_a_rank_that_died_between_calls_is_named_and_replaced() -> None:
-    with RankPool() as pool:
-        pool.run(who, world_size=2)
-        os.kill(pool.pids()[1], signal.SIGKILL)
-        time.sleep(0.5)
-        with pytest.raises(RankError) as raised:
-            pool.run(who, world_size=2)
-        assert raised.value.rank == 1
-        assert len(pool.run(who, world_size=2)) == 2
-
-
-def test_fresh_ranks_have_the_environment_of_their_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    with RankPool() as pool:
-        assert pool.run(said_in_environment, "SAID_LATER", world_size=1) == [None]
-        pool.stop()
-        monkeypatch.setenv("SAID_LATER", "yes")
-        assert pool.run(said_in_environment, "SAID_LATER", world_size=1) == ["yes"]
-        assert pool.run(said_in_environment, "TRITON_INTERPRET", world_size=1) == ["1"]
+def test_fresh_ranks_have_the_environment_of_their_caller(own_pool: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert own_pool.run(environment_of, "SET_LATER", world_size=1) == [None]
+    own_pool.stop()
+    monkeypatch.setenv("SET_LATER", "yes")
+    assert own_pool.run(environment_of, "SET_LATER", world_size=1) == ["yes"]
+    assert own_pool.run(environment_of, "TRITON_INTERPRET", world_size=1) == ["1"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, where ranks are forked")
-def test_what_ranks_are_forked_from_has_no_threads_to_lose() -> None:
-    with RankPool() as pool:
-        assert pool.run(threads_of_parent, world_size=2) == [1, 1]
+def test_ranks_are_forked_from_a_process_of_one_thread(own_pool: RankPool) -> None:
+    assert own_pool.run(threads_of_parent, world_size=2) == [1, 1]
 
 
-def test_a_closed_pool_says_so() -> None:
+def test_a_closed_pool_refuses_calls() -> None:
     pool = RankPool()
     pool.close()
     with pytest.raises(RuntimeError, match=r"got a call after close\(\), expected an open pool"):
-        pool.run(who, world_size=2)
+        pool.run(pid_rank_and_sum, world_size=2)
 
 
-def test_what_cannot_travel_is_an_error_and_no_hang() -> None:
-    with RankPool() as pool, pytest.raises(RankError, match="returns_a_function"):
-        pool.run(returns_a_function, world_size=1)
+def test_a_result_that_cannot_be_pickled_is_an_error_and_no_hang(own_pool: RankPool) -> None:
+    with pytest.raises(RankError, match="returns_a_function"):
+        own_pool.run(returns_a_function, world_size=1)
 
 
-# In the background of a shell script, Ctrl-C is ignored, and by every child too that does not ask for it.
+# In the background of a shell script Ctrl-C is ignored, also by every child that does not ask for it.
 PARENT = """
-import signal, sys, time
-sys.path.insert(0, {folder!r})
+import signal, sys
+sys.path[:0] = {path!r}
 from sonic_ep.testing import RankPool
-from test_ranks import sleeps_on, who
+from test_ranks import fails_on_1, pid_rank_and_sum
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     pool = RankPool()
-    pool.run(who, world_size=2)
+    pool.run(pid_rank_and_sum, world_size=2)
     print(*pool.pids(), flush=True)
-    pool.run(sleeps_on, 0, world_size=2)
+    pool.run(fails_on_1, "silence", world_size=2)
 """
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda how: how.name)
-def test_ranks_go_when_their_parent_goes(how: signal.Signals, tmp_path: os.PathLike[str]) -> None:
+def test_ranks_end_with_their_parent(how: signal.Signals, tmp_path: os.PathLike[str]) -> None:
     script = os.path.join(tmp_path, "parent.py")
     with open(script, "w") as file:
-        file.write(PARENT.format(folder=os.path.dirname(__file__)))
-    with subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as parent:
+        file.write(PARENT.format(path=[os.path.dirname(__file__), *sys.path]))
+    command = [sys.executable, script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as parent:
         assert parent.stdout is not None
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2

@@ -1,51 +1,40 @@
 """Triton compiles a kernel again for an integer that is 1, or a multiple of 16, for the first time.
 
-A rank that compiles keeps all others waiting, for seconds. So what changes from call to call is not specialized.
+The other ranks wait for a rank that compiles, for seconds. So integers that change from call to call are not
+specialized.
 """
 
-import importlib
 import inspect
-import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from there_and_back import MODES, Modes, by_modes
+from fast_kernels import each_launch, jit_functions, kernels
+from on_ranks import on_ranks
+from there_and_back import MODES, Modes
 from torch import Tensor
 
 from sonic_ep import EPConfig, ExpertParallel
-from sonic_ep.testing import Rank, RankPool
+from sonic_ep.testing import Rank
 
 pytestmark = pytest.mark.fast
 
-# What stays the same as long as an ``ExpertParallel`` and the layers that use it, or a measurement of the link.
+# Constant as long as an ``ExpertParallel`` and the layers that use it, or a measurement of the link.
 CONSTANTS_OF_AN_OBJECT = {
     *{"rank", "world_size", "peer", "pieces"},
     *{"num_experts", "experts", "experts_per_rank", "bins", "width"},
 }
 
 HIDDEN, INTERMEDIATE, TOP_K, HELD = 64, 32, 2, 2
-# Tokens of the first step, and of those after it: of every class that Triton tells apart (1, multiples of 16, others),
-# and none at all. Interpreted, each takes its time.
+# Tokens of the first step, and of later ones: of every class that Triton tells apart (1, multiples of 16, others), and
+# none at all. Fewer where they are interpreted.
 TOKENS = {"cuda": (64, (63, 48, 17, 16, 1, 0)), "cpu": (16, (5, 1, 0))}
 
 
-def kernels() -> dict[str, Any]:
-    """Every kernel of the fast backend, by its name: compiled functions that nobody calls but the host."""
-    import sonic_ep.fast
-
-    found = {}
-    for module in pkgutil.walk_packages(sonic_ep.fast.__path__, "sonic_ep.fast."):
-        for name, value in vars(importlib.import_module(module.name)).items():
-            if name.endswith("_kernel") and hasattr(value, "run"):
-                found[name] = value
-    return found
-
-
 def unspecialized(kernel: Any) -> set[str]:
-    """What a kernel's decorator says, whether it is to be compiled or to be interpreted."""
+    """What a kernel's decorator says, whether it is compiled or interpreted."""
     named = kernel.kwargs["do_not_specialize"] if hasattr(kernel, "rewrite") else kernel.do_not_specialize
     return set(named or ())
 
@@ -64,28 +53,16 @@ def test_numbers_that_change_are_not_specialized() -> None:
     unknown = {name: unspecialized(found[name]) - numbers_of(found[name]) for name in found}
     assert {name: numbers for name, numbers in unknown.items() if numbers} == {}, "named, but no parameters"
     used = set().union(*(numbers_of(kernel) for kernel in found.values()))
-    assert used >= CONSTANTS_OF_AN_OBJECT, "what no kernel takes is not listed"
+    assert used >= CONSTANTS_OF_AN_OBJECT, "no kernel takes them"
 
 
-def programs_of_kernels() -> set[str]:
-    """Functions that ask which program they are."""
-    import sonic_ep.fast
-
-    asking = set()
-    for module in pkgutil.walk_packages(sonic_ep.fast.__path__, "sonic_ep.fast."):
-        for name, value in vars(importlib.import_module(module.name)).items():
-            function = getattr(value, "fn", None)
-            if inspect.isfunction(function) and "tl.program_id" in inspect.getsource(function):
-                asking.add(name)
-    return asking
+def test_names_of_kernels_end_in_kernel() -> None:
+    programs = {name for name, value in jit_functions().items() if "tl.program_id" in inspect.getsource(value.fn)}
+    assert programs == set(kernels())
 
 
-def test_kernels_are_found_by_their_names() -> None:
-    assert programs_of_kernels() == set(kernels())
-
-
-def of_argument(argument: object, *, specialized: bool) -> object:
-    """What Triton compiles for, of an argument: the least that it tells apart."""
+def specialization(argument: object, *, specialized: bool) -> object:
+    """What Triton tells apart of an argument when it compiles."""
     if isinstance(argument, Tensor):
         return str(argument.dtype), argument.data_ptr() % 16 == 0
     if not isinstance(argument, int) or isinstance(argument, bool):
@@ -96,41 +73,29 @@ def of_argument(argument: object, *, specialized: bool) -> object:
 
 @contextmanager
 def variants(rank: Rank) -> Iterator[Callable[[], set[str]]]:
-    """How many ways kernels have been compiled so far, by what Triton keeps them under.
-
-    Interpreted they are not compiled at all: there it is what each launch would have been compiled for.
-    """
+    """The variants of kernels that were compiled so far, or would have been where they are interpreted."""
     if rank.device.type == "cuda":
 
         def compiled() -> set[str]:
-            # Of each device, Triton keeps first of all the compiled kernels by what they were compiled for.
+            # For each device, Triton holds first of all the compiled kernels by their specialization.
             caches = [(name, cache[0]) for name, kernel in kernels().items() for cache in kernel.device_caches.values()]
             return {f"{name} {key}" for name, cache in caches for key in cache}
 
         yield compiled
         return
-
-    from triton.runtime.interpreter import InterpretedFunction
-
     seen: set[str] = set()
-    run = InterpretedFunction.run
 
-    def recorded(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **constants: Any) -> Any:
-        free = unspecialized(kernel)
-        classes = {
-            name: of_argument(argument, specialized=name not in free)
-            for name, argument in zip(kernel.arg_names, arguments, strict=False)
-        }
+    def record(kernel: Any, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> None:
+        free, given = unspecialized(kernel), zip(kernel.arg_names, arguments, strict=False)
+        classes = {name: specialization(argument, specialized=name not in free) for name, argument in given}
         seen.add(f"{kernel.__name__} {classes} {sorted(constants.items())}")
-        return run(kernel, *arguments, grid=grid, warmup=warmup, **constants)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InterpretedFunction, "run", recorded)
+    with each_launch(record):
         yield lambda: set(seen)
 
 
 def train(ep: ExpertParallel, rank: Rank, tokens: int, *, biases: bool) -> None:
-    """One training step of everything that there is, with ``tokens`` on this rank."""
+    """One training step through every entry point, with ``tokens`` on this rank."""
 
     def drawn(*sizes: int) -> Tensor:
         return torch.randn(sizes, device=rank.device).bfloat16().requires_grad_()
@@ -148,32 +113,36 @@ def train(ep: ExpertParallel, rank: Rank, tokens: int, *, biases: bool) -> None:
     ep.combine(ep.dispatch(x, plan).square(), scores, plan).square().sum().backward()
 
 
-def compiled_by_other_tokens(rank: Rank, config: EPConfig) -> list[str]:
-    """What is compiled after a training step of C tokens, by steps of fewer, which differ from rank to rank."""
-    several = rank.world_size > 1
+BOUNDED = {"max_rows": 10_000}
+# Another number of rows in each call and on each rank.
+EXACT = {"cpu_sync_on_runtime": True, "redispatch_x_in_backward": True}
+STEPS = [(1, MODES[0], BOUNDED), (2, MODES[1], BOUNDED), (2, MODES[2], BOUNDED), (2, MODES[0], EXACT)]
+MORE_STEPS = [(2, MODES[0], BOUNDED), (1, MODES[1], BOUNDED), (1, MODES[2], BOUNDED), (1, MODES[0], EXACT)]
+
+
+def name_of(value: Any) -> str:
+    return str(value) if isinstance(value, int) else "+".join(getattr(part, "value", part) for part in value)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "modes", "flags"),
+    [*STEPS, *(pytest.param(*step, marks=pytest.mark.thorough) for step in MORE_STEPS)],
+    ids=name_of,
+)
+@on_ranks()
+def test_no_number_of_tokens_or_rows_compiles_a_kernel(
+    rank: Rank, world_size: int, modes: Modes, flags: dict[str, Any]
+) -> None:
+    """After a step of C tokens, steps of fewer tokens, which differ from rank to rank."""
+    several = world_size > 1
     most, fewer = TOKENS[rank.device.type]
     # On one rank C is T, and changes with it; so does the height of tiles there, where products end in a bias.
     max_tokens = most if several else None
+    config = EPConfig(dispatch=modes[0], combine=modes[1], **flags)
     with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=max_tokens) as ep, variants(rank) as so_far:
         train(ep, rank, most, biases=several)
         before = so_far()
-        assert before, "nothing was compiled at all"
+        assert before, "nothing was compiled"
         for number in reversed(fewer) if rank.rank % 2 else fewer:
             train(ep, rank, number, biases=several)
-        return sorted(so_far() - before)
-
-
-@by_modes
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_no_number_of_tokens_compiles_a_kernel(pool: RankPool, world_size: int, modes: Modes) -> None:
-    config = EPConfig(dispatch=modes[0], combine=modes[1], max_rows=10_000)
-    assert pool.run(compiled_by_other_tokens, config, world_size=world_size) == [[]] * world_size
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_no_number_of_rows_compiles_a_kernel(pool: RankPool, world_size: int) -> None:
-    """Rows are as many as there are, another number in each call and on each rank, and x travels in backward again."""
-    config = EPConfig(
-        dispatch=MODES[0][0], combine=MODES[0][1], cpu_sync_on_runtime=True, redispatch_x_in_backward=True
-    )
-    assert pool.run(compiled_by_other_tokens, config, world_size=world_size) == [[]] * world_size
+        assert sorted(so_far() - before) == []

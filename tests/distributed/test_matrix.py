@@ -1,0 +1,253 @@
+"""Modes × flags × cases × dtypes × ranks on both backends: the layer against the oracle, the primitives by hand.
+
+``matrix`` says which of them ``make test`` runs; ``make test-thorough`` and GPUs run all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from backends import dispatch_primitives_of
+from combine_by_hand import BY_HAND, HIDDEN, canonical, expert_rows, owners_of_slots
+from matrix import DIAGONAL, FLAGS, SIZES, Cell, matrix
+from near import assert_near
+from on_ranks import on_ranks
+from promises import promise
+from same import assert_same_bits
+
+from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
+from sonic_ep.reference.combine.ordered_sum import ordered_sum
+from sonic_ep.testing import (
+    CASES,
+    Accuracy,
+    OptionTrial,
+    Rank,
+    assert_bitwise,
+    draw,
+    option_trials,
+    verify_moe,
+    verify_routed,
+)
+from sonic_ep.testing.differential import run_moe, run_routed
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPTION_TRIALS = {trial.case.name: trial for trial in option_trials()}
+
+
+def assert_accurate(findings: Iterable[Accuracy]) -> None:
+    assert not (wrong := [str(finding) for finding in findings if not finding.ok]), "\n".join(wrong)
+
+
+@promise("accuracy")
+@on_ranks()
+@matrix(world_size=SIZES, case=CASES, dispatch=DispatchMode, combine=CombineMode)
+def test_routed_layer_matches_the_oracle(
+    rank: Rank, backend: str, case: str, dispatch: DispatchMode, combine: CombineMode
+) -> None:
+    with ExpertParallel(backend=backend, config=EPConfig(dispatch=dispatch, combine=combine)) as ep:
+        assert_accurate(verify_routed(CASES[case], ep, rank.device))
+
+
+@promise("accuracy")
+@on_ranks()
+@matrix(world_size=SIZES, case=("uneven_tokens", "uniform_bf16"), dispatch=DispatchMode, combine=CombineMode)
+def test_layer_with_its_router_matches_the_oracle(
+    rank: Rank, backend: str, case: str, dispatch: DispatchMode, combine: CombineMode
+) -> None:
+    with ExpertParallel(backend=backend, config=EPConfig(dispatch=dispatch, combine=combine)) as ep:
+        assert_accurate(verify_moe(CASES[case], ep, rank.device))
+
+
+# Interpreted, three ranks take half as long again as two.
+@on_ranks()
+@pytest.mark.parametrize("trial", OPTION_TRIALS.values(), ids=OPTION_TRIALS.keys())
+@pytest.mark.parametrize(("backend", "world_size"), [("reference", 3), ("fast", 2)])
+def test_options_modes_and_flags_together_match_the_oracle(rank: Rank, backend: str, trial: OptionTrial) -> None:
+    with ExpertParallel(backend=backend, config=trial.config) as ep:
+        for verify in (verify_moe, verify_routed):
+            assert_accurate(verify(trial.case, ep, rank.device))
+
+
+def flags_everyday(cell: Cell) -> bool:
+    some = cell["backend"] == "reference" or cell["case"] == "zero_token_ranks"
+    return some and cell["world_size"] == 2 and (cell["dispatch"], cell["combine"]) in DIAGONAL
+
+
+@promise("flags")
+@on_ranks()
+@matrix(
+    flags_everyday,
+    world_size=(1, 2, 4),
+    case=("uneven_tokens", "zero_token_ranks", "uniform_bf16"),
+    dispatch=DispatchMode,
+    combine=CombineMode,
+)
+def test_flags_change_no_bit(rank: Rank, backend: str, case: str, dispatch: DispatchMode, combine: CombineMode) -> None:
+    inputs = draw(CASES[case], rank.world_size, rank.device)
+    outcomes = []
+    for flags in FLAGS:
+        with ExpertParallel(backend=backend, config=EPConfig(dispatch=dispatch, combine=combine, **flags)) as ep:
+            outcomes.append({**run_routed(inputs, ep), **run_moe(inputs, ep)})
+    for flags, outcome in zip(FLAGS, outcomes, strict=True):
+        assert_same_bits(outcome, outcomes[0], f"with {flags}")
+
+
+@promise("modes")
+@on_ranks()
+@matrix(
+    lambda cell: cell["world_size"] == 3 and (cell["backend"] == "reference" or cell["case"] == "dropped_slots"),
+    world_size=(1, 3, 4),
+    case=CASES,
+)
+def test_modes_agree_bit_for_bit(rank: Rank, backend: str, case: str) -> None:
+    inputs = draw(CASES[case], rank.world_size, rank.device)
+    outcomes = {}
+    for dispatch, combine in product(DispatchMode, CombineMode):
+        with ExpertParallel(backend=backend, config=EPConfig(dispatch=dispatch, combine=combine)) as ep:
+            outcomes[dispatch, combine] = run_routed(inputs, ep)
+    for (dispatch, combine), outcome in outcomes.items():
+        same = CombineMode.REDUCE_SCATTER if combine is CombineMode.RANK_DEDUP else combine
+        for expected in (outcomes[DispatchMode.ALL_TO_ALL, combine], outcomes[dispatch, same]):
+            assert_same_bits(outcome, expected, f"with {dispatch.value}+{combine.value}")
+
+
+@promise("order")
+@on_ranks()
+@matrix(world_size=SIZES[:4], case=CASES, dispatch=DispatchMode)
+def test_rows_arrive_in_canonical_order(rank: Rank, backend: str, case: str, dispatch: DispatchMode) -> None:
+    inputs = draw(CASES[case], rank.world_size, rank.device)
+    tokens = inputs.tokens_of(rank.rank)
+    with ExpertParallel(backend=backend, config=EPConfig(dispatch=dispatch)) as ep:
+        plan = ep.plan(inputs.topk_idx[tokens], inputs.case.num_experts)
+        rows = ep.dispatch(inputs.x[tokens], plan)
+    assert rows.shape == (plan.row_capacity, inputs.case.hidden)
+    token_of_slot = torch.arange(len(inputs.x), device=rank.device)[:, None].expand_as(inputs.topk_idx)
+    assert_bitwise(rows[: plan.rows()], inputs.x[canonical(inputs, token_of_slot, rank.rank)])
+
+
+@on_ranks()
+@matrix(lambda cell: cell["world_size"] == 2, world_size=(2, 4), case=CASES)
+def test_each_mode_receives_what_it_says(rank: Rank, backend: str, case: str) -> None:
+    inputs = draw(CASES[case], rank.world_size, rank.device)
+    x_TH = inputs.x[inputs.tokens_of(rank.rank)]
+    with ExpertParallel(backend=backend) as ep:
+        plan = ep.plan(inputs.topk_idx[inputs.tokens_of(rank.rank)], inputs.case.num_experts)
+    primitives = dispatch_primitives_of(backend, rank.device)
+    received = {mode: primitive.receive(x_TH, plan) for mode, primitive in primitives.items()}
+    here = (owners_of_slots(inputs, plan.experts_per_rank) == rank.rank).any(dim=1)
+    # Behind the packed tokens a backend may leave room.
+    assert_bitwise(received[DispatchMode.RANK_DEDUP][: int(here.sum())], inputs.x[here])
+    gathered = received[DispatchMode.ALL_GATHER].view(rank.world_size, plan.max_tokens, inputs.case.hidden)
+    for source in range(rank.world_size):
+        theirs = inputs.x[inputs.tokens_of(source)]
+        assert_bitwise(gathered[source, : len(theirs)], theirs)
+    assert received[DispatchMode.ALL_TO_ALL].shape[0] == plan.row_capacity
+
+
+@on_ranks()
+@matrix(
+    world_size=(3,),
+    case=("uniform", "dropped_slots", "repeated_experts", "zero_token_ranks"),
+    dtype=DTYPES[:2],
+    combine=CombineMode,
+)
+def test_gradient_of_x_has_the_roundings_of_the_combine_mode(
+    rank: Rank, backend: str, case: str, dtype: torch.dtype, combine: CombineMode
+) -> None:
+    """It is the sum of the gradients of the token's rows, in that mode's order; rows past the valid are never read."""
+    inputs = draw(replace(CASES[case], dtype=dtype, top_k=6), rank.world_size, rank.device)
+    tokens, slots = inputs.tokens_of(rank.rank), expert_rows(inputs)
+    x = torch.zeros_like(inputs.x[tokens, :HIDDEN]).contiguous().requires_grad_()
+    with ExpertParallel(backend=backend, config=EPConfig(combine=combine)) as ep:
+        plan = ep.plan(inputs.topk_idx[tokens], inputs.case.num_experts)
+        grad = torch.full((plan.row_capacity, HIDDEN), float("nan"), dtype=dtype, device=rank.device)
+        grad[: plan.rows()] = canonical(inputs, slots, rank.rank)
+        ep.dispatch(x, plan).backward(grad)
+    assert x.grad is not None
+    ones = torch.ones(inputs.case.top_k, device=rank.device)
+    for token, owners in enumerate(owners_of_slots(inputs, plan.experts_per_rank)[tokens].tolist()):
+        expected = BY_HAND[combine](slots[tokens][token], ones, owners)
+        assert_bitwise(x.grad[token].cpu(), expected.cpu(), f"token {token}")
+
+
+@promise("modes")
+@on_ranks()
+@matrix(
+    world_size=SIZES,
+    case=("uniform", "dropped_slots", "repeated_experts", "zero_token_ranks", "uneven_tokens", "top_all"),
+    dtype=DTYPES,
+    combine=CombineMode,
+)
+def test_order_and_roundings(rank: Rank, backend: str, case: str, dtype: torch.dtype, combine: CombineMode) -> None:
+    inputs = draw(replace(CASES[case], dtype=dtype), rank.world_size, rank.device)
+    tokens, slots = inputs.tokens_of(rank.rank), expert_rows(inputs)
+    scores = inputs.topk_scores.masked_fill(inputs.topk_idx < 0, float("nan"))
+    with ExpertParallel(backend=backend, config=EPConfig(combine=combine)) as ep:
+        plan = ep.plan(inputs.topk_idx[tokens], inputs.case.num_experts)
+        rows = torch.full((plan.row_capacity, HIDDEN), float("nan"), dtype=dtype, device=rank.device)
+        rows[: plan.rows()] = canonical(inputs, slots, rank.rank)
+        y = ep.combine(rows, scores[tokens], plan)
+    owners = owners_of_slots(inputs, plan.experts_per_rank)[tokens].tolist()
+    assert y.shape == (len(owners), HIDDEN)
+    for token, owner in enumerate(owners):
+        expected = BY_HAND[combine](slots[tokens][token], scores[tokens][token], owner)
+        assert_bitwise(y[token].cpu(), expected.cpu(), f"token {token}")
+
+
+@on_ranks()
+@matrix(world_size=(2, 4), case=("uniform", "dropped_slots", "repeated_experts"), dtype=DTYPES, dispatch=DispatchMode)
+def test_gradients_of_rows_and_scores(
+    rank: Rank, backend: str, case: str, dtype: torch.dtype, dispatch: DispatchMode
+) -> None:
+    inputs = draw(replace(CASES[case], dtype=dtype), rank.world_size, rank.device)
+    tokens, slots = inputs.tokens_of(rank.rank), expert_rows(inputs)
+    scores = inputs.topk_scores[tokens].clone().requires_grad_()
+    dy = inputs.dy[tokens, :HIDDEN].contiguous()
+    with ExpertParallel(backend=backend, config=EPConfig(dispatch=dispatch)) as ep:
+        plan = ep.plan(inputs.topk_idx[tokens], inputs.case.num_experts)
+        rows = torch.full((plan.row_capacity, HIDDEN), float("nan"), dtype=dtype, device=rank.device)
+        rows[: plan.rows()] = canonical(inputs, slots, rank.rank)
+        ep.combine(rows.requires_grad_(), scores, plan).backward(dy)
+    assert rows.grad is not None
+    assert scores.grad is not None
+    weighted = inputs.topk_scores[:, :, None] * inputs.dy[:, None, :HIDDEN].float()
+    expected_rows = canonical(inputs, weighted.to(dtype), rank.rank)
+    assert_bitwise(rows.grad[: plan.rows()], expected_rows, "gradient of the rows")
+    expected_scores = (slots[tokens].float() * dy[:, None].float()).sum(dim=-1)
+    expected_scores[inputs.topk_idx[tokens] < 0] = 0
+    assert_near(scores.grad, expected_scores, HIDDEN)
+
+
+@on_ranks()
+@matrix(world_size=(2,), dtype=(torch.float64, torch.float16, torch.bfloat16), combine=CombineMode)
+def test_scores_of_any_float_are_used_in_fp32(
+    rank: Rank, backend: str, dtype: torch.dtype, combine: CombineMode
+) -> None:
+    generator = torch.Generator().manual_seed(rank.rank)
+    idx = torch.tensor([[0, 1], [1, 0]], device=rank.device)
+    scores = torch.rand(2, 2, dtype=torch.float64, generator=generator).to(rank.device, dtype)
+    with ExpertParallel(backend=backend, config=EPConfig(combine=combine)) as ep:
+        plan = ep.plan(idx, num_experts=2)
+        rows = torch.randn(plan.row_capacity, HIDDEN, generator=generator).to(rank.device, torch.bfloat16)
+        assert_bitwise(ep.combine(rows, scores, plan), ep.combine(rows, scores.float(), plan))
+
+
+def test_the_two_roundings_differ_from_one() -> None:
+    """The modes are told apart by their bits: 256 + 1 + 1 is 258 at once, and 256 in bf16 if rounded in between."""
+    rows = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
+    at_once = ordered_sum(rows, torch.tensor([[0, 1, 2]]))
+    first = ordered_sum(rows, torch.tensor([[0, 1]]))
+    in_two = ordered_sum(torch.cat([first, rows[2:]]), torch.tensor([[0, 1]]))
+    assert (at_once.item(), in_two.item()) == (258.0, 256.0)
+
+
+def test_an_absent_term_is_no_term() -> None:
+    """Not even a NaN or an infinite score of it counts, and no minus zero appears."""
+    rows = torch.tensor([[-1.0], [float("nan")]])
+    weights = torch.tensor([[2.0, float("inf")], [float("nan"), float("nan")]])
+    out = ordered_sum(rows, torch.tensor([[0, -1], [-1, -1]]), weights)
+    assert_bitwise(out, torch.tensor([[-2.0], [0.0]]))

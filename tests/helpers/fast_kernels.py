@@ -1,0 +1,45 @@
+"""The kernels of the fast backend, and what is launched of them."""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+# Takes the kernel, its arguments, and its constants and options.
+Record = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], None]
+
+
+def jit_functions() -> dict[str, Any]:
+    """Every compiled function of the fast backend by name."""
+    import sonic_ep.fast
+
+    modules = [
+        importlib.import_module(found.name) for found in pkgutil.walk_packages(sonic_ep.fast.__path__, "sonic_ep.fast.")
+    ]
+    functions = {name: value for module in modules for name, value in vars(module).items()}
+    return {name: value for name, value in functions.items() if inspect.isfunction(getattr(value, "fn", None))}
+
+
+def kernels() -> dict[str, Any]:
+    """Those that the host launches."""
+    return {name: value for name, value in jit_functions().items() if name.endswith("_kernel")}
+
+
+@contextmanager
+def each_launch(record: Record) -> Iterator[None]:
+    """Under the interpreter: call ``record`` before every launch."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    run = InterpretedFunction.run
+
+    def recorded(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **constants: Any) -> Any:
+        record(kernel, arguments, constants)
+        return run(kernel, *arguments, grid=grid, warmup=warmup, **constants)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpretedFunction, "run", recorded)
+        yield

@@ -1,0 +1,30 @@
+"""Shared memory of the fast backend, without a layer around it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+
+from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.group import resolve_group
+from sonic_ep.testing import Rank
+
+
+def new_workspace(
+    rank: Rank, group: dist.ProcessGroup | None = None, timeout: float = 60.0, transport: Any = None
+) -> Any:
+    """Collective. The caller closes it."""
+    # Not at the top of the module: triton reads at import whether it interprets, and only ranks have that setting.
+    from sonic_ep.fast.workspace import Workspace
+
+    resolved = resolve_group(group)
+    return Workspace(resolved, rank.device, transport, BoundedCollectives(resolved, timeout))
+
+
+@contextmanager
+def workspace_of(rank: Rank) -> Iterator[Any]:
+    """Collective. Closed at the end, but not after an error: the other ranks may not come to close it."""
+    workspace = new_workspace(rank)
+    yield workspace
+    workspace.close()

@@ -1,0 +1,296 @@
+"""Grouped products by every implementation against a loop over the groups, and which implementation is chosen."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hostile import shifted
+from on_ranks import on_ranks
+from torch import Tensor
+
+from sonic_ep.testing import Rank, assert_as_accurate, assert_bitwise
+
+# Only ranks launch anything: this process need not interpret.
+pytest.importorskip("triton")
+import triton
+
+from sonic_ep.fast.gemm import (
+    LARGEST,
+    LARGEST_INTERPRETED,
+    LEAST_EXTENT,
+    GroupedGemm,
+    LibraryGemm,
+    LoopGemm,
+    TileShape,
+    TritonGemm,
+    grouped_gemm,
+    library_serves,
+    rows_kernel,
+    tile_shape,
+)
+from sonic_ep.fast.launch import launch
+
+pytestmark = pytest.mark.fast
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+GROUPS = {
+    "first empty": (0, 3, 5),
+    "middle empty": (4, 0, 3),
+    "last empty": (3, 2, 0),
+    "all empty": (0, 0, 0),
+    "one expert": (6,),
+    "more experts than rows": (1, 0, 0, 0, 1, 0, 0),
+}
+# Widths of a, b and the third operand: ODD has none that is a multiple of 16 bytes in any dtype.
+ODD, WHOLE = (33, 7, 5), (32, 8, 24)
+NAN = float("nan")
+SMALL_TILES = TileShape(height=16, width=16, depth=16, warps=4, stages=2)
+
+
+def random(rank: Rank, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(rank.device, dtype)
+
+
+def with_nan_behind(rows: Tensor, behind: int = 3) -> Tensor:
+    return torch.cat([rows, rows.new_full((behind, *rows.shape[1:]), NAN)])
+
+
+def ends(device: torch.device, sizes: Sequence[int]) -> Tensor:
+    return torch.tensor(sizes, device=device).cumsum(0).to(torch.int32)
+
+
+def by_loop(kind: str, a: Tensor, b: Tensor, sizes: Sequence[int], bias: Tensor | None = None) -> Tensor:
+    """kind: "rows", (R, K) by (e, K, N), plus a bias (e, N); or "weights", (R, M) by (R, N)."""
+    rows = a.split(list(sizes))
+    if kind == "weights":
+        return torch.stack([one.t() @ other for one, other in zip(rows, b.split(list(sizes)), strict=True)])
+    if bias is not None:
+        return torch.cat([F.linear(one, matrix.t(), own) for one, matrix, own in zip(rows, b, bias, strict=True)])
+    return torch.cat([one @ matrix for one, matrix in zip(rows, b, strict=True)])
+
+
+@contextmanager
+def no_host_synchronization(device: torch.device) -> Iterator[None]:
+    """On GPUs, PyTorch raises where the host would wait for the device."""
+    if device.type == "cpu":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def check(gemm: GroupedGemm, kind: str, a: Tensor, b: Tensor, sizes: Sequence[int], behind: int = 3) -> None:
+    """a, and b of "weights": the valid rows only; NaN rows are put behind them."""
+    given = with_nan_behind(a, behind), b if kind == "rows" else with_nan_behind(b, behind)
+    group_ends = ends(a.device, sizes)
+    with no_host_synchronization(a.device):
+        found = getattr(gemm, kind)(*given, group_ends)
+    truth, plain = by_loop(kind, a.double(), b.double(), sizes), by_loop(kind, a, b, sizes)
+    if kind == "rows":
+        assert found.shape == (given[0].shape[0], b.shape[2])
+        found = found[: len(truth)]
+    assert_as_accurate(found, truth, plain, f"{kind} {sizes} {gemm}")
+    if kind == "weights":
+        assert [bool((of_group == 0).all()) for of_group in found] == [size == 0 for size in sizes]
+
+
+def check_products(
+    rank: Rank, gemm: GroupedGemm, sizes: Sequence[int], widths: Sequence[int], dtype: torch.dtype, behind: int = 3
+) -> None:
+    """Both products; that of rows with contiguous and with transposed matrices."""
+    k, n, m = widths
+    a, b, rows = (random(rank, dtype, *shape) for shape in ((sum(sizes), k), (len(sizes), k, n), (sum(sizes), m)))
+    check(gemm, "rows", a, b, sizes, behind)
+    check(gemm, "rows", a, random(rank, dtype, len(sizes), n, k).transpose(1, 2), sizes, behind)
+    check(gemm, "weights", rows, a, sizes, behind)
+
+
+@on_ranks(1)
+@by_dtype
+@pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS.keys())
+def test_products_match_a_loop(rank: Rank, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    serves = library_serves([random(rank, dtype, 8, 8)])
+    assert serves or rank.device.type == "cuda"
+    for behind in (3, 0):
+        check_products(rank, TritonGemm(), sizes, ODD, dtype, behind)
+        if serves:
+            check_products(rank, LibraryGemm(), sizes, WHOLE, dtype, behind)
+        if rank.device.type == "cpu":
+            check_products(rank, LoopGemm(), sizes, ODD, dtype, behind)
+
+
+@on_ranks(1)
+@by_dtype
+def test_products_of_many_tiles(rank: Rank, dtype: torch.dtype) -> None:
+    gemm = TritonGemm(tiles=SMALL_TILES)
+    check_products(rank, gemm, (35, 0, 20), (33, 40, 37), dtype)
+    # More tiles of rows than a band holds, and matrices whose rows and experts are not contiguous.
+    wide, many = torch.full((1, 20, 100), NAN, dtype=dtype, device=rank.device), (9 * 16 + 1,)
+    wide[:, :, 7:39] = random(rank, dtype, 1, 20, 32)
+    check(gemm, "rows", random(rank, dtype, *many, 20), wide[:, :, 7:39], many)
+
+
+@on_ranks(1)
+@by_dtype
+def test_products_of_the_largest_tiles(rank: Rank, dtype: torch.dtype) -> None:
+    widths = (260, 264, 272)
+    tiles = tile_shape(dtype, 285, *widths[:2])
+    assert all(extent < 260 for extent in (tiles.height, tiles.width, tiles.depth))
+    check_products(rank, TritonGemm(), (300, 270), widths, dtype)
+
+
+@on_ranks(1)
+@by_dtype
+def test_a_product_of_one_term_is_rounded_to_the_nearest(rank: Rank, dtype: torch.dtype) -> None:
+    a, b = random(rank, dtype, 20, 1), random(rank, dtype, 1, 30)
+    expected = (a.float() * b.float()).to(dtype)
+    assert_bitwise(TritonGemm().rows(a, b[None], ends(rank.device, (20,))), expected)
+    assert_bitwise(TritonGemm().weights(a.view(1, 20), b, ends(rank.device, (1,))), expected[None])
+
+
+@on_ranks(1)
+def test_fp32_products_round_once(rank: Rank) -> None:
+    """A score's gradient is one number: no other errors would average its own out."""
+    dtype, sizes = torch.float32, (40, 30)
+    a, b, groups = random(rank, dtype, 70, 90), random(rank, dtype, 2, 90, 50), ends(rank.device, sizes)
+    for gemm in (TritonGemm(), LoopGemm()):
+        assert_bitwise(gemm.rows(a, b, groups), by_loop("rows", a.double(), b.double(), sizes).float())
+        assert_bitwise(gemm.weights(a, a, groups), by_loop("weights", a.double(), a.double(), sizes).float())
+
+
+@on_ranks(1)
+@pytest.mark.parametrize("sizes", [(4, 9, 20), (4, 60, 3), (60, 0, 3)], ids=str)
+def test_groups_that_end_past_the_last_row(rank: Rank, sizes: tuple[int, ...]) -> None:
+    dtype, gemm, groups = torch.float32, TritonGemm(tiles=SMALL_TILES), ends(rank.device, sizes)
+    a, b = random(rank, dtype, 21, 5), random(rank, dtype, 3, 5, 7)
+    fitting = torch.diff(groups.clamp(max=21), prepend=groups.new_zeros(1)).tolist()
+    rows = with_nan_behind(a, behind=60)[:21]
+    for kind, second, plain in (("rows", b, b), ("weights", rows, a)):
+        truth = by_loop(kind, a.double(), plain.double(), fitting)
+        assert_as_accurate(getattr(gemm, kind)(rows, second, groups), truth, by_loop(kind, a, plain, fitting))
+
+
+def written(rank: Rank, programs: int, rows: int, group_ends: Sequence[int], columns: int) -> Tensor:
+    """Rows by columns that the first programs of a product write: 1 + the group of each, 0 where none wrote."""
+    experts = len(group_ends)
+    a = torch.ones(rows, 16, device=rank.device)
+    b = (torch.arange(experts, dtype=torch.float32, device=rank.device) + 1).view(-1, 1, 1).repeat(1, 16, columns) / 16
+    out = torch.zeros(rows + 16, columns, device=rank.device)
+    row_tiles = triton.cdiv(rows, 16) + experts - 1
+    launch(
+        rows_kernel,
+        (programs,),
+        *(a, b, a, out, torch.tensor(group_ends, dtype=torch.int32, device=rank.device), experts, rows, row_tiles),
+        device=rank.device,
+        K=16,
+        N=columns,
+        **dict(zip(("STRIDE_E", "STRIDE_K", "STRIDE_N"), b.stride(), strict=True)),
+        HAS_BIAS=False,
+        EXPERTS=triton.next_power_of_2(experts),
+        **SMALL_TILES.constants(),
+    )
+    assert not out[rows:].any(), "nothing is written past the last row"
+    return out[:rows].int().cpu()
+
+
+@on_ranks(1)
+def test_order_of_tiles(rank: Rank) -> None:
+    # Groups that end at rows 20 20 25: two tiles of group 0, one of group 2, then none.
+    expected = torch.zeros(27, 16, dtype=torch.int32)
+    for programs, (tile, group) in enumerate([(slice(0, 16), 0), (slice(16, 20), 0), (slice(20, 25), 2)], start=1):
+        expected[tile] = group + 1
+        assert_bitwise(written(rank, programs, 27, (20, 20, 25), 16), expected)
+    assert_bitwise(written(rank, 4, 27, (20, 20, 25), 16), expected)
+    assert_bitwise(written(rank, 4, 25, (20, 20, 90), 16), expected[:25])
+    # Nine tiles of rows by two of columns: eight down, eight down beside them, then both columns of the ninth.
+    expected = torch.zeros(9 * 16, 32, dtype=torch.int32)
+    tiles = [(row, column) for rows in (range(8), range(8, 9)) for column in range(2) for row in rows]
+    for programs, (row, column) in enumerate(tiles, start=1):
+        expected[16 * row : 16 * (row + 1), 16 * column : 16 * (column + 1)] = 1
+        if programs in (1, 8, 9, 16, 17, 18):
+            assert_bitwise(written(rank, programs, 9 * 16, (9 * 16,), 32), expected)
+
+
+@on_ranks(1)
+@by_dtype
+def test_tiles_are_no_larger_than_needed(rank: Rank, dtype: torch.dtype) -> None:
+    largest = LARGEST[dtype.itemsize]
+    # A program has at most 227 KiB of shared memory on Hopper.
+    assert (largest.height + largest.width) * largest.depth * largest.stages * dtype.itemsize <= 227 * 2**10
+    assert tile_shape(dtype, 4096, 4096, 4096) == (LARGEST_INTERPRETED if rank.device.type == "cpu" else largest)
+    least = tile_shape(dtype, 1, 17, 3)
+    assert (least.height, least.width, least.depth) == (LEAST_EXTENT, 32, LEAST_EXTENT)
+
+
+def layer_operands(rank: Rank, dtype: torch.dtype, hidden: int, up: int, inner: int) -> list[Tensor]:
+    """x, w1, w2 of two experts."""
+    return [random(rank, dtype, *shape) for shape in ((5, hidden), (2, up, hidden), (2, hidden, inner))]
+
+
+def odd_views(operand: Tensor) -> list[Tensor]:
+    """At an odd address, with rows of odd length, with every other element, those transposed, one row many times."""
+    every_other = operand.repeat_interleave(2, -1)[..., ::2]
+    repeated = operand[..., :1, :].expand_as(operand)
+    return [shifted(operand), operand[..., :-1], every_other, every_other.mT, repeated]
+
+
+@on_ranks(1)
+@by_dtype
+def test_choice_of_the_implementation(rank: Rank, dtype: torch.dtype) -> None:
+    on_cpu = rank.device.type == "cpu"
+    hopper = not on_cpu and torch.cuda.get_device_capability(rank.device)[0] == 9
+    best = LoopGemm() if on_cpu else LibraryGemm() if hopper and dtype == torch.bfloat16 else TritonGemm()
+    x, w1, w2 = layer_operands(rank, dtype, 32, 16, 8)
+    for operands in ((x, w1, w2), (x[:0], w1, w2), (x, w1.transpose(1, 2), w2.mT)):
+        assert grouped_gemm(operands) == best
+    for at, operand in enumerate((x, w1, w2)):
+        for view in odd_views(operand):
+            operands = [x, w1, w2]
+            operands[at] = view
+            assert grouped_gemm(operands) == TritonGemm(), (at, view.shape, view.stride())
+    # Rows are 16-byte aligned, but the distance of the matrices is not a multiple of 16 bytes.
+    misaligned = w1.new_empty(2 * 512 + 1).as_strided((2, 16, 32), (513, 32, 1))
+    assert grouped_gemm((x, misaligned, w2)) == TritonGemm()
+    for widths in ((31, 16, 8), (32, 15, 8), (32, 16, 7)):
+        assert grouped_gemm(layer_operands(rank, dtype, *widths)) == TritonGemm()
+    many = w1[:1, :8, :8].repeat(1024, 1, 1)
+    assert grouped_gemm((x, many[:-1])) == best
+    assert grouped_gemm((x, many)) == TritonGemm()
+
+
+@on_ranks(1)
+@by_dtype
+def test_a_bias_is_added_before_the_rounding(rank: Rank, dtype: torch.dtype) -> None:
+    sizes = (3, 0, 18)
+    library = LibraryGemm() if rank.device.type == "cuda" else LoopGemm()
+    for (depth, width), gemm in product(((33, 21), (32, 24)), (TritonGemm(tiles=SMALL_TILES), TritonGemm(), library)):
+        a, b = random(rank, dtype, sum(sizes), depth), random(rank, dtype, len(sizes), depth, width)
+        bias = random(rank, dtype, len(sizes), width)
+        found = gemm.rows(with_nan_behind(a), b, ends(rank.device, sizes), bias)[: sum(sizes)]
+        truth, plain = (
+            by_loop("rows", a.to(kind), b.to(kind), sizes, bias.to(kind)) for kind in (torch.float64, dtype)
+        )
+        assert_as_accurate(found, truth, plain)
+
+
+@on_ranks(1)
+@by_dtype
+@pytest.mark.parametrize("widths", [(16, 16, 8), (8, 8, 8), (16, 12, 6), (3, 2, 1), (1, 1, 1)], ids=str)
+def test_the_chosen_implementation_serves_all_products_of_a_layer(
+    rank: Rank, widths: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    sizes, (_, up, inner) = (2, 3), widths
+    operands = layer_operands(rank, dtype, *widths)
+    for x, w1, w2 in (operands, map(shifted, operands)):
+        gemm = grouped_gemm((x, w1, w2))
+        up_rows, inner_rows = random(rank, dtype, 5, up), random(rank, dtype, 5, inner)
+        for a, b in ((x, w1.mT), (inner_rows, w2.mT), (x, w2), (up_rows, w1)):
+            check(gemm, "rows", a, b, sizes)
+        check(gemm, "weights", up_rows, x, sizes)
+        check(gemm, "weights", x, inner_rows, sizes)

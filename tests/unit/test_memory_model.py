@@ -1,0 +1,302 @@
+"""Memory formulas against allocations: tensor by tensor under the interpreter, by PyTorch's allocator on GPUs."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import pytest
+import torch
+from on_ranks import on_ranks
+from there_and_back import Modes, by_modes
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
+from sonic_ep.config import ModePair
+from sonic_ep.plan import row_ceiling
+from sonic_ep.testing import CASES, Case, Rank, draw
+from sonic_ep.testing.differential import leaf, leaf_experts
+from sonic_ep.testing.memory_model import (
+    INDEX_BYTES,
+    MOST_RECEIVED_BYTES,
+    SHARED_BLOCK_BYTES,
+    LayerShape,
+    backward_peak_bytes,
+    forward_peak_bytes,
+    saved_bytes,
+    symmetric_bytes,
+)
+
+pytest.importorskip("triton")
+from sonic_ep.fast.combine.base import MOST_RECEIVED_BYTES as MOST_RECEIVED
+from sonic_ep.fast.gemm import LibraryGemm
+from sonic_ep.fast.symmetric_memory import ALIGNMENT_BYTES
+
+pytestmark = pytest.mark.fast
+
+by_again = pytest.mark.parametrize("again", [False, True], ids=["x kept", "x dispatched again"])
+by_exact = pytest.mark.parametrize("exact", [False, True], ids=["ceiling", "exact rows"])
+by_dispatch = pytest.mark.parametrize("dispatch", DispatchMode, ids=lambda mode: mode.value)
+
+# With WIDE rows the peaks are where rows are allocated and freed, with NARROW ones at the activation.
+SMALL = replace(CASES["uneven_tokens"], name="small", tokens=(7, 2), num_experts=8, top_k=2)
+WIDE = replace(SMALL, name="wide", tokens=(13, 2), hidden=64, intermediate=4, num_experts=2, top_k=1, bias=False)
+NARROW = replace(SMALL, name="narrow", hidden=16, intermediate=64, num_experts=2, bias=False)
+# No formula counts a few integers for each rank: addresses, wants, and where rows are bounded, ends of groups.
+UNCOUNTED_BYTES = 16 * INDEX_BYTES
+
+
+def config_of(
+    dispatch: DispatchMode = DispatchMode.ALL_TO_ALL, *, again: bool = False, exact: bool = False
+) -> EPConfig:
+    flags = {"redispatch_x_in_backward": again, "cpu_sync_on_runtime": exact}
+    return EPConfig(dispatch=dispatch, combine="rank_dedup", **flags)
+
+
+def equal_share_of_each_rank(generator: torch.Generator, tokens: int, case: Case, world_size: int) -> Tensor:
+    """K / W experts on every rank, so each has K / W rows for every token of the group."""
+    held = case.num_experts // world_size
+    each = torch.rand(tokens, world_size, held, generator=generator).argsort(dim=2)[:, :, : case.top_k // world_size]
+    return (each + held * torch.arange(world_size)[:, None]).flatten(1)
+
+
+# Every tensor of rows, tokens or weights is a multiple of 2 MiB, as are the allocator's segments: no block leaves a
+# rest that is too small to be split off, and only 512 bytes are ever rounded.
+LARGE = replace(WIDE, name="large", tokens=(2048, 1024), hidden=1024, intermediate=512, num_experts=16, top_k=4)
+LARGE = replace(LARGE, dtype=torch.bfloat16, choose=equal_share_of_each_rank)
+# Of 512 bytes each: received rows, hidden, scores, seven fields of the plan, and y.
+ROUNDINGS = 11 * 512
+# A grouped product's own memory while it runs (sizes and pointers of each group, tensor maps of each multiprocessor:
+# about 100 KB), the slots of the ceiling while rows are exact (64 KiB), and roundings: 2% of the least peak. Workspaces
+# that stay are allocated in the first call.
+PRODUCT_BYTES = 2**19
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerCall:
+    """``ep.moe_routed`` of one rank's share of a case, and the shape that the formulas take."""
+
+    forward: Callable[[], Tensor]
+    leaves: list[Tensor]
+    dy: Tensor
+    shape: LayerShape
+
+    def backward(self, y: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, self.leaves, self.dy)
+
+
+def layer_call(rank: Rank, case: Case, ep: ExpertParallel) -> LayerCall:
+    inputs = draw(case, rank.world_size, rank.device)
+    tokens, max_tokens = inputs.tokens_of(rank.rank), max(case.tokens_of_rank(r) for r in range(rank.world_size))
+    experts = leaf_experts(inputs.experts, inputs.experts_of(rank.rank))
+    x, idx, scores = leaf(inputs.x[tokens]), inputs.topk_idx[tokens].clone(), leaf(inputs.topk_scores[tokens])
+    weights = [weight for weight in (experts.w1, experts.w2, experts.b1, experts.b2) if weight is not None]
+    held = case.num_experts // rank.world_size
+    sizes = {"world_size": rank.world_size, "max_tokens": max_tokens, "top_k": case.top_k}
+    ceiling = row_ceiling(**sizes, experts_per_rank=held, distinct=False)
+    exact = int((inputs.topk_idx // held == rank.rank).sum())
+    assert exact < ceiling or rank.world_size == 1
+    shape = LayerShape(
+        **sizes,
+        **{name: getattr(case, name) for name in ("num_experts", "hidden", "intermediate")},
+        tokens=x.shape[0],
+        itemsize=case.dtype.itemsize,
+        rows=exact if ep.config.cpu_sync_on_runtime else min(ceiling, ep.config.max_rows or ceiling),
+        gated=experts.activation.gated,
+        biases=case.bias,
+    )
+    names = {"activation": case.activation, "gate_layout": case.gate_layout}
+    return LayerCall(
+        forward=lambda: ep.moe_routed(x, idx, scores, *weights, **names),
+        leaves=[x, scores, *weights],
+        dy=inputs.dy[tokens].clone(),
+        shape=shape,
+    )
+
+
+def address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def storage_bytes(tensors: list[Tensor]) -> int:
+    return sum({address(t): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@on_ranks(2, pool="cpu_pool")
+@by_dispatch
+@by_again
+@by_exact
+def test_saved_tensors(rank: Rank, dispatch: DispatchMode, again: bool, exact: bool) -> None:
+    with ExpertParallel(backend="fast", config=config_of(dispatch, again=again, exact=exact)) as ep:
+        call, saved = layer_call(rank, SMALL, ep), []
+
+        def pack(tensor: Tensor) -> Tensor:
+            saved.append(tensor.detach())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = call.forward()
+        # y is a view of the layer's output; up to PyTorch 2.12 a node of its own stands before that of the layer.
+        node = y.grad_fn if hasattr(y.grad_fn, "call") else y.grad_fn.next_functions[0][0]
+        plan = node.call.exchange.plan
+        of_plan = [value for field in fields(plan) if isinstance(value := getattr(plan, field.name), Tensor)]
+        known = {address(tensor) for tensor in (*call.leaves, *of_plan)}
+        formula = saved_bytes(call.shape, dispatch, redispatch_x_in_backward=again)
+        others = storage_bytes([tensor for tensor in saved if address(tensor) not in known])
+        assert others == formula.received + formula.hidden + formula.scores
+        assert storage_bytes(of_plan) == formula.plan
+        x = [tensor for tensor in saved if tensor.data_ptr() == call.leaves[0].data_ptr()]
+        assert storage_bytes(x) == (call.shape.tokens_TH if again else 0)
+
+
+class LiveMemory(TorchDispatchMode):
+    """Bytes of the live tensors that operations have made: now, and the most at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._live: list[tuple[StorageWeakRef, int]] = []
+        self.most = 0
+
+    def __enter__(self) -> Any:
+        # Collection is fast where it visits only objects made from here on.
+        gc.collect()
+        gc.freeze()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        gc.unfreeze()
+
+    def now(self) -> int:
+        # The interpreter leaves the arguments of every kernel in a cycle of references.
+        gc.collect()
+        self._live = [(storage, nbytes) for storage, nbytes in self._live if not storage.expired()]
+        return sum(nbytes for _, nbytes in self._live)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        before = {address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        # Neither views, nor results written in place, nor tensors over existing memory are new.
+        made = () if func.overloadpacket is torch.ops.aten.set_ else tree_leaves(out)
+        storages = [tensor.untyped_storage() for tensor in made if isinstance(tensor, Tensor)]
+        fresh = [storage for storage in storages if storage.nbytes() and storage.data_ptr() not in before]
+        if fresh:
+            self._live += [(StorageWeakRef(storage), storage.nbytes()) for storage in fresh]
+            self.most = max(self.most, self.now())
+        return out
+
+
+def assert_peaks(shape: LayerShape, config: EPConfig, found: list[int], slack: list[int]) -> None:
+    """found: bytes beyond those before, of inference, forward, after forward, and backward. Never below the formula."""
+    dispatch, again = DispatchMode(config.dispatch), {"redispatch_x_in_backward": config.redispatch_x_in_backward}
+    formula = {
+        "peak of inference": forward_peak_bytes(shape, dispatch, training=False, **again),
+        "peak of forward": forward_peak_bytes(shape, dispatch, training=True, **again),
+        "saved, and y": saved_bytes(shape, dispatch, **again).total + shape.tokens_TH,
+        "peak of backward": backward_peak_bytes(shape, dispatch, **again),
+    }
+    table = list(zip(formula, formula.values(), found, slack, strict=True))
+    lines = [
+        f"{what}: formula {nbytes}, found {got} ({got - nbytes:+}, at most +{more})"
+        for what, nbytes, got, more in table
+    ]
+    assert all(0 <= got - nbytes <= more for _, nbytes, got, more in table), "\n".join(["", *lines])
+
+
+PEAKS = {
+    **{f"{mode.value}, no flag": (WIDE, config_of(mode)) for mode in DispatchMode},
+    **{f"{mode.value}, both flags": (WIDE, config_of(mode, again=True, exact=True)) for mode in DispatchMode},
+    "at the activation": (NARROW, config_of()),
+    "at the activation, exact rows": (replace(NARROW, bias=True), config_of(exact=True)),
+    # 9 tokens in all, so 18 rows at the most, where the ceiling is 28.
+    "at the activation, max_rows": (NARROW, replace(config_of(), max_rows=18)),
+}
+
+
+@on_ranks(2, pool="cpu_pool")
+@pytest.mark.parametrize(("case", "config"), PEAKS.values(), ids=PEAKS.keys())
+def test_peaks(rank: Rank, case: Case, config: EPConfig) -> None:
+
+    with pytest.MonkeyPatch.context() as patch, ExpertParallel(backend="fast", config=config) as ep:
+        # The products of a GPU: on the CPU a plain loop widens its operands instead.
+        patch.setattr("sonic_ep.fast.backend.grouped_gemm", lambda operands, rows_per_group: LibraryGemm())
+        call = layer_call(rank, case, ep)
+        # The first call allocates shared memory.
+        call.forward()
+        with torch.no_grad(), LiveMemory() as inference:
+            call.forward()
+        with LiveMemory() as forward:
+            y = call.forward()
+        kept = forward.now()
+        with LiveMemory() as backward:
+            call.backward(y)
+        # With exact rows, the slots of the ceiling's rows live until forward ends.
+        of_forward = UNCOUNTED_BYTES + (call.shape.slots_WCK if config.cpu_sync_on_runtime else 0)
+        found, slack = [inference.most, forward.most, kept, backward.most], [of_forward, of_forward, 0, UNCOUNTED_BYTES]
+        assert_peaks(call.shape, config, found, slack)
+
+
+@on_ranks(1, 2, pool="cpu_pool")
+@by_again
+@by_modes
+def test_shared_buffers(rank: Rank, modes: Modes, again: bool) -> None:
+    assert (ALIGNMENT_BYTES, MOST_RECEIVED) == (SHARED_BLOCK_BYTES, MOST_RECEIVED_BYTES)
+    # Longer than a block of shared memory, and not a multiple of one.
+    case, flags = replace(SMALL, hidden=36), {"redispatch_x_in_backward": again}
+    with ExpertParallel(backend="fast", config=EPConfig(dispatch=modes[0], combine=modes[1], **flags)) as ep:
+        call = layer_call(rank, case, ep)
+        call.forward()
+        buffers = ep._backend._context(rank.device).workspace._buffers
+        found = {name: buffer.nbytes for name, buffer in buffers.items()}
+    formula = asdict(symmetric_bytes(call.shape, ModePair(dispatch=modes[0], combine=modes[1]), **flags))
+    # The flags of barriers come first, under a name of their own.
+    assert found.pop(next(iter(found))) == formula.pop(next(iter(formula)))
+    assert found == {name: nbytes for name, nbytes in formula.items() if nbytes}
+
+
+def test_memory_that_combine_receives_at_a_time_is_bounded() -> None:
+    # A token's eight rows are 128 KiB, of which 2^29 bytes hold 4096.
+    sizes = {"world_size": 4, "max_tokens": 8192, "tokens": 1, "top_k": 8, "num_experts": 64, "hidden": 8192}
+    shape = LayerShape(**sizes, intermediate=8, itemsize=2, rows=8)
+    pair = ModePair(dispatch=DispatchMode.ALL_TO_ALL, combine=CombineMode.ALL_TO_ALL)
+    shared = symmetric_bytes(shape, pair)
+    assert (shared.received, shared.received_flags) == (2**29, 3 * 4096 * 8)
+    # Of its three partial sums, 48 KiB, there is room for all tokens.
+    shared = symmetric_bytes(shape, replace(pair, combine=CombineMode.REDUCE_SCATTER))
+    assert (shared.received, shared.received_flags) == (8192 * 3 * 2**14, 3 * 8192 * 8)
+
+
+def allocated(rank: Rank, action: Callable[[], Any]) -> tuple[Any, int, int]:
+    """The result of the action, and by how many bytes the allocated memory rose: at the most, and in the end."""
+    gc.collect()
+    torch.cuda.synchronize(rank.device)
+    # Large cached blocks would be used whole where less than 1 MiB of them stayed.
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(rank.device)
+    before = torch.cuda.memory_allocated(rank.device)
+    result = action()
+    most, after = torch.cuda.max_memory_allocated(rank.device), torch.cuda.memory_allocated(rank.device)
+    return result, most - before, after - before
+
+
+@on_ranks(2, pool="cuda_pool")
+@by_dispatch
+@by_again
+@by_exact
+def test_peaks_of_the_allocator_on_a_gpu(rank: Rank, dispatch: DispatchMode, again: bool, exact: bool) -> None:
+    """Rows of rank 0 and 1: 6144 if exact, 16384 at the ceiling."""
+    config = config_of(dispatch, again=again, exact=exact)
+    with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=max(LARGE.tokens)) as ep:
+        call = layer_call(rank, LARGE, ep)
+        # Kernels are compiled, and lasting memory is allocated: shared memory, workspaces of libraries.
+        for _ in range(2):
+            call.backward(call.forward())
+        with torch.no_grad():
+            _, inference, _ = allocated(rank, call.forward)
+        y, forward, kept = allocated(rank, call.forward)
+        _, backward, _ = allocated(rank, lambda: call.backward(y))
+        slack = [PRODUCT_BYTES, PRODUCT_BYTES, ROUNDINGS, PRODUCT_BYTES]
+        assert_peaks(call.shape, config, [inference, forward, kept, backward], slack)
