@@ -29,7 +29,7 @@ def planned(ep: ExpertParallel, rank: Rank) -> list[int]:
 
 @contextmanager
 def warned() -> Iterator[list[str]]:
-    """What is said of objects that were let go, while this lasts."""
+    """The warnings for objects that are freed while this lasts."""
     said: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
