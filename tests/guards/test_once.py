@@ -86,7 +86,7 @@ def test_tangents_are_refused_not_lost(rank: Rank, backend: str) -> None:
 @both_backends
 @on_ranks(2)
 def test_gradients_with_tangents_are_refused_not_wrong(rank: Rank, backend: str) -> None:
-    """Refused before ranks meet: backward without one goes on."""
+    """Refused before any communication: backward without one goes on."""
     x, weights, dy = layer_inputs(rank, CASE)
     with ExpertParallel(backend=backend) as ep, forward_ad.dual_level():
         y = ep.moe(x, *weights, CASE.top_k).y
