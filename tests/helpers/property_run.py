@@ -1,4 +1,4 @@
-"""Many examples of the property tests, or one again: ``python tests/helpers/property_run.py --examples 10000 --seed 1``.
+"""Many examples of the property tests, or one again: ``python tests/helpers/property_run.py --seed 1 --examples 1``.
 
 Example i has the seed ``--seed`` + i, and runs on one backend or on both. Ends with 1 and the seeds if any is wrong.
 """
