@@ -11,7 +11,7 @@ from itertools import product
 
 import pytest
 import torch
-from backends import dispatch_primitives_of
+from backends import BACKENDS, dispatch_primitives_of
 from combine_by_hand import BY_HAND, HIDDEN, canonical, expert_rows, owners_of_slots
 from matrix import DIAGONAL, FLAGS, SIZES, Cell, matrix
 from near import assert_near
@@ -50,6 +50,18 @@ def test_routed_layer_matches_the_oracle(
 ) -> None:
     with ExpertParallel(backend=backend, config=EPConfig(dispatch=dispatch, combine=combine)) as ep:
         assert_accurate(verify_routed(CASES[case], ep, rank.device))
+
+
+def test_every_day_takes_every_case_and_every_mode() -> None:
+    marks = test_routed_layer_matches_the_oracle.pytestmark  # type: ignore[attr-defined]
+    (cells,) = (mark.args[1] for mark in marks if mark.name == "parametrize")
+    everyday = {cell.values for cell in cells if not cell.marks}
+    assert {(backend, case) for backend, size, case, *_ in everyday if size == 2} == set(product(BACKENDS, CASES))
+    for size in (1, 3):
+        modes = [(cell[0], cell[3], cell[4]) for cell in everyday if cell[1] == size]
+        assert {(backend, mode) for backend, mode, _ in modes} == set(product(BACKENDS, DispatchMode))
+        assert {(backend, mode) for backend, _, mode in modes} == set(product(BACKENDS, CombineMode))
+    assert {cell.values for cell in cells} >= set(product(BACKENDS, SIZES[:4], CASES, DispatchMode, CombineMode))
 
 
 @promise("accuracy")
