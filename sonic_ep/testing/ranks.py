@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -115,7 +114,8 @@ class RankPool:
         """
         if self._closed:
             raise RuntimeError("RankPool: got a call after close(), expected an open pool")
-        self._grow(world_size)
+        while len(self._workers) < world_size:
+            self._workers.append(_Worker.start(len(self._workers), self._device_type))
         if self._formed not in (None, 1, world_size):
             # NCCL waits for every rank of a group that is left: all leave it together, by a job without a store.
             self._call(self._job(_stand_by, (), self._formed, None), self._timeout)
@@ -148,9 +148,7 @@ class RankPool:
     def __enter__(self) -> RankPool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _call(self, job: _Job, timeout: float) -> list[Any]:
@@ -160,15 +158,10 @@ class RankPool:
         try:
             for worker in workers:
                 worker.send(payload)
-            answers = _collect(workers, timeout)
+            return _collect(workers, timeout)
         except BaseException:
             self.stop()
             raise
-        return [answer.value for answer in answers]
-
-    def _grow(self, world_size: int) -> None:
-        while len(self._workers) < world_size:
-            self._workers.append(_Worker.start(len(self._workers), self._device_type))
 
     def _store(self, world_size: int) -> str | None:
         """The file of the store: a new one, and so a new process group, whenever the size of the world changes."""
@@ -206,8 +199,8 @@ class _Worker:
             raise RankError(self.rank, f"rank {self.rank} has died since, exit code {self.process.exitcode}") from None
 
 
-def _collect(workers: Sequence[_Worker], timeout: float) -> list[_Answer]:
-    """The answers of all workers. Raises ``RankError`` soon after the first failure, or when time is up."""
+def _collect(workers: Sequence[_Worker], timeout: float) -> list[Any]:
+    """What all workers return. Raises ``RankError`` soon after the first failure, or when time is up."""
     answers: dict[int, _Answer] = {}
     deadline = time.monotonic() + timeout
     while len(answers) < len(workers):
@@ -231,7 +224,7 @@ def _collect(workers: Sequence[_Worker], timeout: float) -> list[_Answer]:
         raise RankError(failed[0], f"rank {failed[0]} of {size} failed{reports}{stopped}")
     if missing:
         raise RankError(missing[0], f"no answer within {timeout:g} s from ranks {missing} of {size}")
-    return [answers[worker.rank] for worker in workers]
+    return [answers[worker.rank].value for worker in workers]
 
 
 def _receive(worker: _Worker) -> _Answer:
