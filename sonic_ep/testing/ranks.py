@@ -1,7 +1,7 @@
-"""A pool of live ranks: worker processes that stay for a whole test run and call what they are fed.
+"""A pool of live ranks: worker processes that stay for a whole test run and call the functions they are sent.
 
-One pool serves every group size up to the largest asked for. An error on one rank comes back with its rank and
-traceback at once; the ranks that would wait for it are stopped, and fresh ones take the next call.
+One pool serves groups of any size. An error on one rank comes back with its rank and traceback at once; the ranks that
+would wait for it are stopped, and fresh ones take the next call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -31,12 +30,11 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 from sonic_ep.distributed.group import device_of_rank
 from sonic_ep.testing.interpreted import install_interpreter
 
-# What ranks of either kind need of others: kernels run on the CPU by Triton's interpreter, and ranks that share a GPU.
+# Environment of the ranks: on the CPU Triton's interpreter runs kernels, on GPUs ranks may share one.
 SETTINGS = {"cpu": {"TRITON_INTERPRET": "1"}, "cuda": {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}}
 
-# A server forks the ranks that has imported PyTorch, and what its backward imports the first time: two seconds. It has
-# not touched CUDA and has no threads that a fork would lose (OpenBLAS ends its own before). What else a rank needs, it
-# imports from where the caller would, and after its settings.
+# Ranks are forked from a server that has imported PyTorch and what its first backward imports: that saves two seconds.
+# The server has not touched CUDA and has no threads that a fork would lose.
 START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 IMPORTED_ONCE = ["torch", "torch.fx.experimental.symbolic_shapes"]
 
@@ -45,14 +43,14 @@ GRACE_SECONDS = 1.0
 
 
 def starting_context() -> Any:
-    """How processes of ranks are started: of ``multiprocessing``, quickly where that can be."""
+    """The context of ``multiprocessing`` that starts ranks."""
     context = multiprocessing.get_context(START_METHOD)
     context.set_forkserver_preload(IMPORTED_ONCE)
     return context
 
 
 class RankError(RuntimeError):
-    """A function failed on a rank. ``rank`` is the first that failed; the message has every traceback received."""
+    """A function failed on a rank. ``rank`` is the first that failed; the message has all tracebacks."""
 
     def __init__(self, rank: int, message: str) -> None:
         super().__init__(message)
@@ -61,7 +59,7 @@ class RankError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Rank:
-    """Where a function runs: its rank in a world of ``world_size``, and the device it should use."""
+    """Rank, size of the world and device of the process that a function runs in."""
 
     rank: int
     world_size: int
@@ -81,7 +79,7 @@ class _Job:
 
 @dataclass(frozen=True, kw_only=True)
 class _Answer:
-    """What came of a job: a value, or the traceback of the error."""
+    """The value that a job returned, or the traceback of its error."""
 
     value: Any = None
     failure: str | None = None
@@ -93,7 +91,7 @@ class RankPool:
 
     device_type: "cpu" (gloo; Triton kernels are interpreted) or "cuda" (NCCL where each rank has a device of its own,
         else gloo).
-    timeout: seconds that a call may take, a guard against hangs. A context manager.
+    timeout: seconds that a call may take, a guard against hangs. The pool is a context manager.
     """
 
     def __init__(self, device_type: str = "cpu", timeout: float = 600.0) -> None:
@@ -116,16 +114,16 @@ class RankPool:
         """
         if self._closed:
             raise RuntimeError("RankPool: got a call after close(), expected an open pool")
-        self._grow(world_size)
-        self._leave_group(world_size)
-        job = _Job(
-            function=function,
-            arguments=arguments,
-            world_size=world_size,
-            device_type=self._device_type,
-            store=self._store(world_size),
-        )
+        while len(self._workers) < world_size:
+            self._workers.append(_Worker.start(len(self._workers), self._device_type))
+        if self._formed not in (None, 1, world_size):
+            # NCCL waits for every rank of a group that is left: all leave it together, by a job without a store.
+            self._call(self._job(_stand_by, (), self._formed, None), self._timeout)
+        job = self._job(function, arguments, world_size, self._store(world_size))
         return self._call(job, self._timeout if timeout is None else timeout)
+
+    def _job(self, function: Callable[..., Any], arguments: tuple[Any, ...], size: int, store: str | None) -> _Job:
+        return _Job(function=function, arguments=arguments, world_size=size, device_type=self._device_type, store=store)
 
     def pids(self) -> list[int]:
         """Process ids of the live ranks."""
@@ -150,44 +148,23 @@ class RankPool:
     def __enter__(self) -> RankPool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _call(self, job: _Job, timeout: float) -> list[Any]:
-        """Hand the job to its ranks and wait for what they return; on any failure all ranks are stopped."""
+        """What the ranks of the job return; on any failure all ranks are stopped."""
         workers = self._workers[: job.world_size]
         payload = pickle.dumps(job)
         try:
             for worker in workers:
                 worker.send(payload)
-            answers = _collect(workers, timeout)
+            return _collect(workers, timeout)
         except BaseException:
             self.stop()
             raise
-        return [answer.value for answer in answers]
-
-    def _leave_group(self, next_world_size: int) -> None:
-        """Let all ranks of the last process group leave it together: NCCL's farewell waits for each of them."""
-        if self._formed in (None, 1, next_world_size):
-            return
-        assert self._formed is not None
-        job = _Job(
-            function=_stand_by,
-            arguments=(),
-            world_size=self._formed,
-            device_type=self._device_type,
-            store=None,
-        )
-        self._call(job, self._timeout)
-
-    def _grow(self, world_size: int) -> None:
-        while len(self._workers) < world_size:
-            self._workers.append(_Worker.start(len(self._workers), self._device_type))
 
     def _store(self, world_size: int) -> str | None:
-        """The store's file: a new one, and so a new process group, whenever the size of the world changes."""
+        """The file of the store: a new one, and so a new process group, whenever the size of the world changes."""
         if self._formed != world_size:
             self._groups_formed += 1
             self._formed = world_size
@@ -206,9 +183,9 @@ class _Worker:
     def start(rank: int, device_type: str) -> _Worker:
         context = starting_context()
         ours, theirs = context.Pipe()
-        # The server's own environment is that of the time when it started.
-        settings = dict(os.environ) | SETTINGS[device_type]
-        process = context.Process(target=_serve, args=(rank, theirs, settings), daemon=True, name=f"rank {rank}")
+        # The server has the environment of the time when it started.
+        environment = dict(os.environ) | SETTINGS[device_type]
+        process = context.Process(target=_serve, args=(rank, theirs, environment), daemon=True, name=f"rank {rank}")
         process.start()
         theirs.close()
         return _Worker(rank=rank, process=process, connection=ours)
@@ -222,8 +199,8 @@ class _Worker:
             raise RankError(self.rank, f"rank {self.rank} has died since, exit code {self.process.exitcode}") from None
 
 
-def _collect(workers: Sequence[_Worker], timeout: float) -> list[_Answer]:
-    """The answers of all workers. Raises ``RankError`` soon after the first failure, or when time is up."""
+def _collect(workers: Sequence[_Worker], timeout: float) -> list[Any]:
+    """What all workers return. Raises ``RankError`` soon after the first failure, or when time is up."""
     answers: dict[int, _Answer] = {}
     deadline = time.monotonic() + timeout
     while len(answers) < len(workers):
@@ -238,15 +215,16 @@ def _collect(workers: Sequence[_Worker], timeout: float) -> list[_Answer]:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
     missing = [worker.rank for worker in workers if worker.rank not in answers]
     failed = [rank for rank, answer in answers.items() if answer.failure is not None]
-    # A process that died is the cause of what the others say of their connections.
+    # A process that died is the cause of what the others report of their connections.
     failed.sort(key=lambda rank: not answers[rank].died)
+    size = len(workers)
     if failed:
-        reports = "\n".join(f"--- rank {rank} of {len(workers)} ---\n{answers[rank].failure}" for rank in failed)
+        reports = "".join(f"\n--- rank {rank} of {size} ---\n{answers[rank].failure}" for rank in failed)
         stopped = f"\nstopped while they waited: ranks {missing}" if missing else ""
-        raise RankError(failed[0], f"rank {failed[0]} of {len(workers)} failed\n{reports}{stopped}")
+        raise RankError(failed[0], f"rank {failed[0]} of {size} failed{reports}{stopped}")
     if missing:
-        raise RankError(missing[0], f"no answer within {timeout:g} s from ranks {missing} of {len(workers)}")
-    return [answers[worker.rank] for worker in workers]
+        raise RankError(missing[0], f"no answer within {timeout:g} s from ranks {missing} of {size}")
+    return [answers[worker.rank].value for worker in workers]
 
 
 def _receive(worker: _Worker) -> _Answer:
@@ -260,11 +238,11 @@ def _receive(worker: _Worker) -> _Answer:
 
 
 def _serve(rank: int, connection: Connection, environment: dict[str, str]) -> None:
-    """A worker's life: answer jobs until the pool is gone."""
-    # Triton reads its switch when it is imported, symmetric memory reads the other when memory is first shared.
+    """The main loop of a worker: answers jobs until the pool is gone."""
+    # Before Triton is imported, and memory is first shared.
     os.environ.clear()
     os.environ.update(environment)
-    # Ctrl-C reaches the whole terminal; the pool decides what becomes of its ranks.
+    # Ctrl-C reaches all processes of a terminal; the pool stops its ranks itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
@@ -289,10 +267,9 @@ def _serve(rank: int, connection: Connection, environment: dict[str, str]) -> No
 
 
 def _poison_new_memory() -> None:
-    """Let memory that nobody has written read as NaN (integers: their largest value): no test passes by luck."""
+    """Memory fresh from ``torch.empty`` reads as NaN (integers: their largest value): no test passes by luck."""
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-    # PyTorch fills only in its deterministic mode; what has no deterministic form may still run. By its other name,
-    # use_deterministic_algorithms, this would import the compiler, which takes longer than PyTorch itself.
+    # PyTorch fills only in its deterministic mode. Set by use_deterministic_algorithms it would import the compiler.
     torch.set_deterministic_debug_mode("warn")
     warnings.filterwarnings("ignore", message=".*deterministic.*")
 
@@ -312,17 +289,11 @@ def _join_group(rank: int, job: _Job) -> None:
     """Leave the last process group and enter the one of this job."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    if job.store is None:
-        return
-    own_device = job.device_type == "cuda" and job.world_size <= torch.cuda.device_count()
-    if own_device:
-        torch.cuda.set_device(_device(rank, job))
-    dist.init_process_group(
-        "nccl" if own_device else "gloo",
-        store=FileStore(job.store, job.world_size),
-        rank=rank,
-        world_size=job.world_size,
-    )
+    if job.store is not None:
+        own_device = _device(rank, job).type == "cuda" and job.world_size <= torch.cuda.device_count()
+        store = FileStore(job.store, job.world_size)
+        backend = "nccl" if own_device else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=job.world_size)
 
 
 def _die_with_parent() -> None:

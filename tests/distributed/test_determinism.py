@@ -88,7 +88,8 @@ NO_FLAGS = EPConfig(dispatch="all_to_all", combine="reduce_scatter")
 SETTINGS = [
     pytest.param("reference", 2, NO_FLAGS, REPETITIONS, id="reference-2"),
     pytest.param("reference", 3, BOTH_FLAGS, REPETITIONS, id="reference-3-flags"),
-    pytest.param("fast", 1, NO_FLAGS, REPETITIONS, id="fast-1"),
+    pytest.param("fast", 1, NO_FLAGS, FEW, id="fast-1-few"),
+    pytest.param("fast", 1, NO_FLAGS, REPETITIONS, marks=pytest.mark.thorough, id="fast-1"),
     pytest.param("fast", 2, NO_FLAGS, FEW, id="fast-2-few"),
     pytest.param("fast", 2, NO_FLAGS, REPETITIONS, marks=pytest.mark.thorough, id="fast-2"),
     pytest.param("fast", 2, BOTH_FLAGS, REPETITIONS, marks=pytest.mark.thorough, id="fast-2-flags"),

@@ -92,17 +92,17 @@ def test_exact_sizes_change_no_bit_of_long_sums(pool: RankPool, dtype: torch.dty
 
 def first_call_checkpointed(rank: Rank) -> None:
     """All that ranks share is there when backward begins, also if forward ran without gradients."""
-    from sonic_ep.fast.workspace import Workspace
-
     weights, x = small_layer(rank), numbers(rank, 3, HIDDEN).requires_grad_()
-    allocate, sizes = Workspace._allocate, []
-
-    def noted(self: Workspace, nbytes: int, byte: int) -> object:
-        sizes.append(nbytes)
-        return allocate(self, nbytes, byte)
-
+    sizes: list[int] = []
     with pytest.MonkeyPatch.context() as patch, ExpertParallel(backend="fast", config=AGAIN) as ep:
-        patch.setattr(Workspace, "_allocate", noted)
+        transport = ep._backend._context(rank.device).workspace._transport
+        allocate = transport.allocate
+
+        def noted(nbytes: int, byte: int) -> object:
+            sizes.append(nbytes)
+            return allocate(nbytes, byte)
+
+        patch.setattr(transport, "allocate", noted)
         y = checkpoint(lambda x: ep.moe(x, *weights, 2).y, x, use_reentrant=True)
         before = len(sizes)
         y.sum().backward()

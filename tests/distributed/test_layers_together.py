@@ -98,8 +98,8 @@ def test_micro_batches_add_up_with_inference_between(rank: Rank, flags: dict[str
 @contextmanager
 def recorded() -> Iterator[list[str]]:
     """Names of the grouped products and combines that are queued while this lasts."""
-    from sonic_ep.fast.exchange import Exchange
     from sonic_ep.fast import gemm
+    from sonic_ep.fast.exchange import Exchange
 
     seen: list[str] = []
     products = product((gemm.LibraryGemm, gemm.LoopGemm, gemm.TritonGemm), ("rows", "weights"))

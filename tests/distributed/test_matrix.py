@@ -11,7 +11,7 @@ from itertools import product
 
 import pytest
 import torch
-from backends import dispatch_primitives_of
+from backends import BACKENDS, dispatch_primitives_of
 from combine_by_hand import BY_HAND, HIDDEN, canonical, expert_rows, owners_of_slots
 from matrix import DIAGONAL, FLAGS, SIZES, Cell, matrix
 from near import assert_near
@@ -52,6 +52,18 @@ def test_routed_layer_matches_the_oracle(
         assert_accurate(verify_routed(CASES[case], ep, rank.device))
 
 
+def test_every_day_takes_every_case_and_every_mode() -> None:
+    marks = test_routed_layer_matches_the_oracle.pytestmark  # type: ignore[attr-defined]
+    (cells,) = (mark.args[1] for mark in marks if mark.name == "parametrize")
+    everyday = {cell.values for cell in cells if not cell.marks}
+    assert {(backend, case) for backend, size, case, *_ in everyday if size == 2} == set(product(BACKENDS, CASES))
+    for size in (1, 3):
+        modes = [(cell[0], cell[3], cell[4]) for cell in everyday if cell[1] == size]
+        assert {(backend, mode) for backend, mode, _ in modes} == set(product(BACKENDS, DispatchMode))
+        assert {(backend, mode) for backend, _, mode in modes} == set(product(BACKENDS, CombineMode))
+    assert {cell.values for cell in cells} >= set(product(BACKENDS, SIZES[:4], CASES, DispatchMode, CombineMode))
+
+
 @promise("accuracy")
 @on_ranks()
 @matrix(world_size=SIZES, case=("uneven_tokens", "uniform_bf16"), dispatch=DispatchMode, combine=CombineMode)
@@ -62,10 +74,16 @@ def test_layer_with_its_router_matches_the_oracle(
         assert_accurate(verify_moe(CASES[case], ep, rank.device))
 
 
-# Interpreted, three ranks take half as long again as two.
+# Interpreted, three ranks take half as long again as two, and of the trials every second is run every day.
 @on_ranks()
-@pytest.mark.parametrize("trial", OPTION_TRIALS.values(), ids=OPTION_TRIALS.keys())
-@pytest.mark.parametrize(("backend", "world_size"), [("reference", 3), ("fast", 2)])
+@pytest.mark.parametrize(
+    ("backend", "world_size", "trial"),
+    [
+        pytest.param(backend, size, trial, marks=pytest.mark.thorough if place % every else (), id=f"{backend}-{name}")
+        for backend, size, every in (("reference", 3, 1), ("fast", 2, 2))
+        for place, (name, trial) in enumerate(OPTION_TRIALS.items())
+    ],
+)
 def test_options_modes_and_flags_together_match_the_oracle(rank: Rank, backend: str, trial: OptionTrial) -> None:
     with ExpertParallel(backend=backend, config=trial.config) as ep:
         for verify in (verify_moe, verify_routed):

@@ -21,7 +21,6 @@ from property_run import main
 from random_cases import Kind, example_of
 from run_examples import AGAIN, Failure, differences, failures
 
-from sonic_ep.cli.exit_codes import FAIL, PASS
 from sonic_ep.config import ScoreOrder
 from sonic_ep.testing import Rank, RankPool
 from sonic_ep.testing.oracle import moe_oracle, routed_oracle
@@ -102,7 +101,7 @@ def test_one_element_that_differs_is_named() -> None:
 
 def test_the_long_run_counts_what_it_ran(cpu_pool: RankPool, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["--examples", "2", "--seed", "4", "--backend", "reference", "--json", str(tmp_path / "found.json")]
-    assert main([*arguments, "--commit", "a commit"], cpu_pool) == PASS
+    assert main([*arguments, "--commit", "a commit"], cpu_pool) == 0
     assert "reference: 2 of 2 examples, 0 wrong" in capfd.readouterr().out
     document = json.loads((tmp_path / "found.json").read_text())
     assert document["kind"] == "properties"
@@ -111,7 +110,7 @@ def test_the_long_run_counts_what_it_ran(cpu_pool: RankPool, tmp_path: Path, cap
     assert document["failures"] == []
     origin = document["environment"]
     assert (origin["gpu"], origin["commit"]) == (None, "a commit")
-    assert origin["command"] == "python tests/property_run.py --examples 2 --seed 4 --backend reference"
+    assert origin["command"] == "python tests/helpers/property_run.py --examples 2 --seed 4 --backend reference"
 
 
 def test_the_long_run_ends_red_and_says_how_to_see_it_again(
@@ -120,7 +119,7 @@ def test_the_long_run_ends_red_and_says_how_to_see_it_again(
     """What raises on a rank stops the whole batch; the example is still found by itself."""
     monkeypatch.setattr(property_run, "BATCH", 2)
     monkeypatch.setattr(property_run, "failures", one_wrong)
-    assert main(["--examples", "2", "--backend", "reference", "--json", str(tmp_path / "found.json")], cpu_pool) == FAIL
+    assert main(["--examples", "2", "--backend", "reference", "--json", str(tmp_path / "found.json")], cpu_pool) == 1
     said = capfd.readouterr().out
     assert AGAIN.format("reference", 1) in said
     assert "reference: 2 of 2 examples, 1 wrong" in said

@@ -164,15 +164,6 @@ def test_an_error_of_the_callers_comes_through(rank: Rank) -> None:
 
 
 @on_ranks(1, 2)
-def test_backward_after_closing_is_refused(rank: Rank) -> None:
-    x, idx, scores = drawn(rank)
-    with ExpertParallel(backend="fast", max_tokens_per_rank=TOKENS) as ep:
-        y = there_and_back(ep, x.requires_grad_(), idx, scores)
-    with pytest.raises(ClosedError, match="after close"):
-        y.sum().backward()
-
-
-@on_ranks(1, 2)
 def test_a_default_device_changes_nothing(rank: Rank) -> None:
     inputs = draw(CASES["uniform"], rank.world_size, rank.device)
     expected = {}

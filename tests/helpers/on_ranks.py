@@ -36,6 +36,7 @@ def on_ranks(*world_sizes: Any, pool: str = "pool") -> Callable[[Test], Test]:
 
         @functools.wraps(body)
         def test(**given: Any) -> None:
+            __tracebackhide__ = True
             size = given[SIZE]
             arguments = {name: given[name] for name in named}
             given[pool].run(call_body, body.__module__, body.__qualname__, arguments, world_size=size)

@@ -1,4 +1,4 @@
-"""Many examples of the property tests, or one again: ``property_run.py --examples 10000 --seed 1``.
+"""Many examples of the property tests, or one again: ``python tests/helpers/property_run.py --seed 1 --examples 1``.
 
 Example i has the seed ``--seed`` + i, and runs on one backend or on both. Ends with 1 and the seeds if any is wrong.
 """
@@ -6,6 +6,7 @@ Example i has the seed ``--seed`` + i, and runs on one backend or on both. Ends 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections import Counter
@@ -19,8 +20,6 @@ from backends import BACKENDS
 from random_cases import example_of
 from run_examples import Failure, failures
 
-from sonic_ep.cli.exit_codes import FAIL, PASS
-from sonic_ep.cli.measured import arguments_without_paths, require_writable, write_json
 from sonic_ep.distributed.group import device_of_rank
 from sonic_ep.profiler.machine import environment
 from sonic_ep.testing import RankError, RankPool
@@ -31,7 +30,6 @@ BATCH = 50
 def main(arguments: Sequence[str] | None = None, live: RankPool | None = None) -> int:
     """The command; an exit code. live: ranks to use, which stay, instead of ranks of its own."""
     options = _options(arguments)
-    require_writable(options.json)
     seeds = range(options.seed, options.seed + options.examples)
     backends = BACKENDS if options.backend == "both" else [options.backend]
     started = time.monotonic()
@@ -45,10 +43,9 @@ def main(arguments: Sequence[str] | None = None, live: RankPool | None = None) -
     for failure in found:
         print(failure, flush=True)
     if options.json is not None:
-        words = sys.argv[1:] if arguments is None else list(arguments)
-        document = _document(options, words, backends, found, time.monotonic() - started)
-        return max(write_json(options.json, document), FAIL if found else PASS)
-    return FAIL if found else PASS
+        document = _document(options, backends, found, time.monotonic() - started)
+        options.json.write_text(json.dumps(document, indent=2) + "\n")
+    return 1 if found else 0
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -81,11 +78,12 @@ def _failures(pool: RankPool, backend: str, batch: range) -> list[Failure]:
 
 
 def _document(
-    options: argparse.Namespace, words: list[str], backends: Sequence[str], found: Sequence[Failure], seconds: float
+    options: argparse.Namespace, backends: Sequence[str], found: Sequence[Failure], seconds: float
 ) -> dict[str, Any]:
     examples = [example_of(seed) for seed in range(options.seed, options.seed + options.examples)]
     device = device_of_rank(0) if options.device == "cuda" else torch.device("cpu")
-    command = " ".join(["python tests/helpers/property_run.py", *arguments_without_paths(["", *words])])
+    which = f"--examples {options.examples} --seed {options.seed} --backend {options.backend}"
+    command = f"python tests/helpers/property_run.py {which}"
     most = max(example.world_size for example in examples)
     return {
         "kind": "properties",
