@@ -118,9 +118,7 @@ class CallGuard:
             self._collectives.call_lock.begun = False
             odd = "; ".join(f"{name}: {values}" for name, values in found.items() if values)
             where = f"{self._collectives.group}: step {step.number}"
-            raise CollectiveMismatchError(
-                f"{where}: calls have to be the same on every rank, and differ in {odd}"
-            )
+            raise CollectiveMismatchError(f"{where}: calls have to be the same on every rank, and differ in {odd}")
 
 
 def _digest_of(common: Facts, own: Facts, x_trained: bool) -> int:

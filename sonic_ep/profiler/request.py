@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sonic_ep.api import ExpertParallel
 from sonic_ep.autograd_utils import for_kernels
-from sonic_ep.checks import INDEX_DTYPES, ArgumentChecker, check_experts_divide
+from sonic_ep.checks import INDEX_DTYPES, ROW_DTYPES, ArgumentChecker, check_experts_divide
 from sonic_ep.config import EPConfig
 from sonic_ep.cost import LinkCeilings
 from sonic_ep.plan import NO_ROW
@@ -47,7 +47,7 @@ class ProfileRequest:
             checker.count(name, getattr(self, name))
         check_experts_divide(checker, self.num_experts)
         checker.require(self.top_k <= self.num_experts, "top_k", self.top_k, f"at most E={self.num_experts}")
-        checker.dtype("dtype", self.dtype)
+        checker.require(self.dtype in ROW_DTYPES, "dtype", self.dtype, " or ".join(map(str, ROW_DTYPES)))
         return replace(self, routing=self._checked_routing(checker), device=_checked_device(checker, self.device))
 
     def draw_ids(self, rank: int, world_size: int) -> Tensor:

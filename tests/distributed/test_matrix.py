@@ -32,7 +32,7 @@ from sonic_ep.testing import (
     verify_moe,
     verify_routed,
 )
-from sonic_ep.testing.differential import run_moe, run_routed
+from sonic_ep.testing.oracle import run_moe, run_routed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPTION_TRIALS = {trial.case.name: trial for trial in option_trials()}

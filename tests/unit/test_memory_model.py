@@ -18,7 +18,6 @@ from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.config import ModePair
 from sonic_ep.plan import row_ceiling
 from sonic_ep.testing import CASES, Case, Rank, draw
-from sonic_ep.testing.differential import leaf, leaf_experts
 from sonic_ep.testing.memory_model import (
     INDEX_BYTES,
     MOST_RECEIVED_BYTES,
@@ -29,6 +28,7 @@ from sonic_ep.testing.memory_model import (
     saved_bytes,
     symmetric_bytes,
 )
+from sonic_ep.testing.oracle import leaf, leaf_experts
 
 pytest.importorskip("triton")
 from sonic_ep.fast.combine.base import MOST_RECEIVED_BYTES as MOST_RECEIVED
