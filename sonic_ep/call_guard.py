@@ -75,10 +75,10 @@ class CallGuard:
         ``CollectiveMismatchError`` that names the odd rank and the facts, if calls are compared.
         """
         self._number += 1
-        told: Facts = (("call", name), *facts.items())
-        step = Step(number=self._number, call=self._digest(told, x_trained))
+        own: Facts = (("call", name), *facts.items())
+        step = Step(number=self._number, call=self._digest(own, x_trained))
         if self._check:
-            self._compare(step, (*told, ("x requires a gradient", x_trained), *self._common))
+            self._compare(step, (*own, ("x requires a gradient", x_trained), *self._common))
         self._collectives.begin(step)
 
     def close(self) -> None:
@@ -109,20 +109,20 @@ class CallGuard:
 
     def _compare(self, step: Step, facts: Facts) -> None:
         mine = {name: str(value) for name, value in facts}
-        # Under a tag without the digest: digests may differ, and that is to be told in words.
+        # Under a tag without the digest, which may differ.
         self._collectives.begin(Step(number=step.number))
         by_rank = self._collectives.objects(mine, Phase.CHECK)
-        found = {name: differing([told.get(name) for told in by_rank]) for name in mine}
+        found = {name: differing([others.get(name) for others in by_rank]) for name in mine}
         if any(found.values()):
             # Every rank raises this: the next call may follow.
             self._collectives.call_lock.begun = False
-            words = "; ".join(f"{name}: {values}" for name, values in found.items() if values)
+            odd = "; ".join(f"{name}: {values}" for name, values in found.items() if values)
             where = f"{self._collectives.group}: step {step.number}"
-            raise CollectiveMismatchError(f"{where}: calls differ in {words}; all ranks have to make the same")
+            raise CollectiveMismatchError(f"{where}: calls have to be the same on every rank, and differ in {odd}")
 
 
-def _digest_of(common: Facts, told: Facts, x_trained: bool) -> int:
-    return call_digest(repr((*told, *common)), x_trained=x_trained)
+def _digest_of(common: Facts, own: Facts, x_trained: bool) -> int:
+    return call_digest(repr((*own, *common)), x_trained=x_trained)
 
 
 def _text_of(error: BaseException) -> str:
@@ -139,9 +139,9 @@ def _report(error: BaseException, backend: Backend | None, collectives: BoundedC
     text = _text_of(error)
     collectives.call_lock.end(f"has ended: {text}; make a new one after the process group is rebuilt")
     collectives.leave(text)
-    # On a lost GPU the kernel cannot run.
-    with suppress(RuntimeError):
-        if backend is not None:
+    # Kernels of other ranks find a mismatch themselves: by this rank's tag. On a lost GPU no kernel can run.
+    if backend is not None and not isinstance(error, CollectiveMismatchError):
+        with suppress(RuntimeError):
             backend.leave()
 
 

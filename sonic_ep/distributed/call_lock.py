@@ -10,10 +10,6 @@ from contextlib import contextmanager
 from sonic_ep.errors import ClosedError, ConcurrentCallError
 
 
-def _ignore(error: BaseException) -> None:
-    """Do nothing."""
-
-
 class CallLock:
     """Admits one thread at a time to the calls and backwards of one object; that thread may nest them.
 
@@ -27,7 +23,7 @@ class CallLock:
         self._lock = threading.RLock()
         self._depth = 0
         self._waiting = False
-        self._after_error: Callable[[BaseException], None] = _ignore
+        self._after_error: Callable[[BaseException], None] = lambda error: None
         self.begun = False
         self.ended: str | None = None
 

@@ -59,7 +59,7 @@ class BoundedCollectives:
 
     @property
     def object_number(self) -> int:
-        """How many objects the group had before this one."""
+        """How many objects the group had before."""
         return self._status_store.number
 
     @property
@@ -143,7 +143,7 @@ class BoundedCollectives:
         assert group is not None
         group = compat.unwrapped(group, tensor.device)
         on_host = tensor.device.type == "cpu"
-        if not on_host:
+        if not (on_host or self._connected):
             self._connect()
         # NCCL's own watchdog would end the process before the missing rank is named.
         limit = timedelta(seconds=self.timeout if on_host else 2 * self.timeout + 60)
@@ -155,20 +155,17 @@ class BoundedCollectives:
             except (PeerError, ConcurrentCallError, torch.OutOfMemoryError):
                 raise
             except RuntimeError as error:
-                late = time.monotonic() - began >= self.timeout
-                raise (self._timed_out() if late else self._lost(error)) from error
+                raise self._failure(error, late=time.monotonic() - began >= self.timeout) from error
 
     def _connect(self) -> None:
         """Wait for all ranks before the first collective of GPUs: PyTorch connects them there, without a time limit."""
-        if self._connected:
-            return
         self._connected = True
-        self._status_store.come()
+        self._report()
         deadline = time.monotonic() + self.timeout
         with self.call_lock.waiting():
-            while absent := self._status_store.absent():
+            while silent := self._status_store.silent():
                 if time.monotonic() > deadline:
-                    raise self._timeout_error(_named(absent))
+                    raise PeerTimeoutError(f"{self.group}: {timed_out(self.timeout, _named(silent), self.sync_tag)}")
                 time.sleep(STORE_REST_SECONDS)
 
     def _wait(self, work: dist.Work, done: Callable[[dist.Work, float], bool], began: float) -> None:
@@ -176,7 +173,7 @@ class BoundedCollectives:
             self._report()
             self._raise_if_any_left()
             if time.monotonic() - began > self.timeout:
-                raise self._timed_out()
+                raise self._failure(None, late=True)
 
     def _report(self, text: str = "", lost: Sequence[int] = ()) -> None:
         text = text or str(self.sync_tag)
@@ -190,18 +187,15 @@ class BoundedCollectives:
                 lost = f"lost {_named(status.lost)}, waited for in {self.sync_tag}"
                 raise PeerLostError(f"{self.group}: {lost}: rank {rank} {status.text}")
 
-    def _timed_out(self) -> PeerTimeoutError:
+    def _failure(self, error: RuntimeError | None, *, late: bool) -> PeerError:
+        """What to raise where a collective has failed with ``error``, or its time is up."""
         self._report()
-        return self._timeout_error(self._missing("timed out waiting for it"))
-
-    def _timeout_error(self, ranks: str) -> PeerTimeoutError:
-        return PeerTimeoutError(f"{self.group}: {timed_out(self.timeout, ranks, self.sync_tag)}")
-
-    def _lost(self, error: RuntimeError) -> PeerLostError:
-        self._report()
-        self._raise_if_any_left()
+        if not late:
+            self._raise_if_any_left()
+        missing = self._missing("timed out waiting for it" if late else "lost it, too")
+        if late:
+            return PeerTimeoutError(f"{self.group}: {timed_out(self.timeout, missing, self.sync_tag)}")
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        missing = self._missing("lost it, too")
         return PeerLostError(f"{self.group}: lost {missing}, waited for in {self.sync_tag}: {reason}")
 
     def _missing(self, text: str) -> str:
@@ -214,25 +208,15 @@ class BoundedCollectives:
         if self._status_store.broken and not self._status_store.statuses():
             return "rank 0 of the world (which holds the store of the process group, and does not answer)"
         if not missing:
-            return self._left_or_elsewhere()
+            gone = (f"rank {r} (which left: {s.text})" for r, s in self._status_store.statuses().items() if s.left)
+            return next(gone, "a rank that is not known")
         self._report(text, missing)
-        others = set(range(self.group.world_size)) - {self.group.rank, *missing}
-        self._until(lambda: all(self._knows(rank) for rank in others))
+        self._until(lambda: all(self._knows(rank) for rank in self._status_store.others if rank not in missing))
         return _named(missing)
-
-    def _left_or_elsewhere(self) -> str:
-        """Where no rank is silent: those that have begun as many collectives, and left or are in another one."""
-        found = []
-        for rank, status in self._status_store.statuses().items():
-            if status.left:
-                found.append(f"rank {rank} (which left: {status.text})")
-            elif not status.lost and status.text != str(self.sync_tag):
-                found.append(f"rank {rank} (which is in {status.text})")
-        return ", ".join(found) or "a rank that is not known"
 
     def _silent(self) -> list[int]:
         here = {rank for rank, status in self._status_store.statuses().items() if status.collectives >= self._begun}
-        return sorted(set(range(self.group.world_size)) - here - {self.group.rank})
+        return [rank for rank in self._status_store.others if rank not in here]
 
     def _knows(self, rank: int) -> bool:
         status = self._status_store.statuses().get(rank)

@@ -18,12 +18,11 @@ Group = dist.ProcessGroup | DeviceMesh | int | None
 
 @dataclass(frozen=True, kw_only=True)
 class EPGroup:
-    """This rank's place in the group.
+    """This rank's place in the group. rank: r, in 0..W-1, counted within the group. world_size: W.
 
-    rank: r, in 0..W-1 and counted within the group. world_size: W.
-    handle: the process group, referenced weakly: torch.distributed owns it, and a process that still holds a gloo group
-        when it exits is aborted by PyTorch. None if this process is the whole group and has no process group.
-    world_ranks: what the world calls the group's ranks, in their order; empty where it calls them the same.
+    handle: the process group, weakly: PyTorch aborts a process that still holds a gloo group when it exits. None if
+        this process is the whole group and has no process group.
+    world_ranks: the group's ranks as numbered in the world, in order; empty where the numbers are the same.
     """
 
     rank: int
@@ -42,15 +41,13 @@ class EPGroup:
             return None
         group = self.handle()
         if group is None or not dist.is_initialized():
-            raise ClosedError(f"{self}: process group: got one that was destroyed, expected a live one")
+            raise ClosedError(f"{self}: the process group has been destroyed")
         return group
 
     def device_for(self, preferred: torch.device) -> torch.device:
         """``preferred`` if the group moves tensors of that type, else a device that it does move."""
-        aligned_contiguous = self.device_types()
-        if aligned_contiguous is None or preferred.type in aligned_contiguous:
-            return preferred
-        return torch.device(min(aligned_contiguous))
+        moved = self.device_types()
+        return preferred if moved is None or preferred.type in moved else torch.device(min(moved))
 
     def device_types(self) -> frozenset[str] | None:
         """Device types whose tensors the group can move; None if any will do (no process group)."""
@@ -61,10 +58,9 @@ class EPGroup:
 
 
 def resolve_group(group: Group) -> EPGroup:
-    """The EP group that ``group`` means: a process group, a 1-D device mesh, or None for the world.
+    """The EP group of a process group or a 1-D device mesh; None is the world, or one rank without a process group.
 
-    None without an initialised ``torch.distributed`` is one rank. Raises ``ValueError`` if ``group`` is something
-    else, a mesh of another dimension, or a group that this process is no member of.
+    Raises ``ValueError`` for anything else, and for a group that this process is no member of.
     """
     if group is None:
         return _world()
@@ -72,18 +68,15 @@ def resolve_group(group: Group) -> EPGroup:
         if group.ndim != 1:
             raise ValueError(f"{_world()}: group: got a device mesh of {group.ndim} dimensions, expected one dimension")
         group = group.get_group()
-    if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise _no_member()
+    outside = isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER
+    if outside or (isinstance(group, dist.ProcessGroup) and dist.get_rank(group) < 0):
+        raise ValueError(f"{_world()}: group: got a group without this rank, expected one that it is a member of")
     if not isinstance(group, dist.ProcessGroup):
-        raise ValueError(
-            f"{_world()}: group: got {type(group).__name__}, expected ProcessGroup, 1-D DeviceMesh or None"
-        )
-    rank = dist.get_rank(group)
-    if rank < 0:
-        raise _no_member()
+        got = type(group).__name__
+        raise ValueError(f"{_world()}: group: got {got}, expected ProcessGroup, 1-D DeviceMesh or None")
     ranks = dist.get_process_group_ranks(group)
     return EPGroup(
-        rank=rank,
+        rank=dist.get_rank(group),
         world_size=len(ranks),
         handle=weakref.ref(group),
         world_ranks=() if ranks == list(range(len(ranks))) else tuple(ranks),
@@ -91,7 +84,7 @@ def resolve_group(group: Group) -> EPGroup:
 
 
 def _in_ranges(ranks: Sequence[int]) -> str:
-    """Runs of ranks that follow each other in one word each.
+    """Runs of consecutive ranks.
 
     >>> _in_ranges([8, 9, 10, 11, 2, 5])
     '8-11 2 5'
@@ -99,10 +92,6 @@ def _in_ranges(ranks: Sequence[int]) -> str:
     starts = [place for place, rank in enumerate(ranks) if place == 0 or rank != ranks[place - 1] + 1]
     runs = [ranks[start:end] for start, end in zip(starts, [*starts[1:], len(ranks)], strict=True)]
     return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def _no_member() -> ValueError:
-    return ValueError(f"{_world()}: group: got a group without this rank, expected one that it is a member of")
 
 
 def _world() -> EPGroup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,35 +29,21 @@ class RankStatus:
     text: str
     lost: tuple[int, ...] = ()
 
-    def __str__(self) -> str:
-        return f"{self.collectives} {int(self.left)} {','.join(map(str, self.lost)) or '-'} {self.text}"
-
-    @staticmethod
-    def parsed(written: str) -> RankStatus:
-        """The status of which ``written`` is the ``str``.
-
-        >>> RankStatus.parsed(str(RankStatus(collectives=3, left=True, text="ValueError: no", lost=(1, 4))))
-        RankStatus(collectives=3, left=True, text='ValueError: no', lost=(1, 4))
-        """
-        collectives, left, lost, text = written.split(" ", 3)
-        ranks = () if lost == "-" else tuple(map(int, lost.split(",")))
-        return RankStatus(collectives=int(collectives), left=left == "1", text=text, lost=ranks)
-
 
 class StatusStore:
-    """Statuses of the ranks of one group for one object. number: how many objects the group had before.
+    """Statuses of the ranks of one group for one object. Nothing here raises, or waits longer than ``ANSWER_SECONDS``.
 
-    broken: whether the store has failed to answer. Nothing here raises, or waits longer than ``ANSWER_SECONDS``.
-    store: None in a group of one, where nothing is reported.
+    store: None in a group of one. number: how many objects the group had before. others: the other ranks. broken:
+    whether the store has failed to answer.
     """
 
     def __init__(self, group: EPGroup, store: Any) -> None:
         self._group = group
         self._store = store
-        self._others = [rank for rank in range(group.world_size) if rank != group.rank]
+        self.others = [rank for rank in range(group.world_size) if rank != group.rank]
         self._found: dict[int, RankStatus] = {}
         self.broken = False
-        self.number = (self._count(1) or 1) - 1
+        self.number: int = (self._count(1) or 1) - 1
 
     @staticmethod
     def of(group: EPGroup) -> StatusStore:
@@ -68,38 +55,29 @@ class StatusStore:
         """The object was never used: the next one takes its number."""
         self._count(-1)
 
-    def come(self) -> None:
-        """Report that this rank is about to begin its first collective."""
-        self._answer(lambda: self._store.set(f"{self._key(self._group.rank)}/came", "1"))
-
-    def absent(self) -> list[int]:
-        """The ranks that have not reported ``come``; none if the store does not answer."""
-        return self._answer(lambda: [r for r in self._others if not self._store.check([f"{self._key(r)}/came"])]) or []
+    def silent(self) -> list[int]:
+        """The other ranks that have reported nothing; none if the store does not answer."""
+        found = self.statuses()
+        return [] if self.broken else [rank for rank in self.others if rank not in found]
 
     def report(self, status: RankStatus) -> None:
         """Replace this rank's status."""
-        key = self._key(self._group.rank)
-        # The text of an error may not be valid UTF-8: file names are not.
-        written = str(status).encode(errors="surrogatepass")
-        self._answer(lambda: self._store.set(key, written))
+        key, pickled = self._key(self._group.rank), pickle.dumps(status)
+        self._answer(lambda: self._store.set(key, pickled))
 
     def statuses(self) -> dict[int, RankStatus]:
         """The statuses of the other ranks that have reported any, by rank; the last known ones if the store is gone."""
-        found = self._answer(lambda: {r: self._read(r) for r in self._others if self._store.check([self._key(r)])})
+        keys = {rank: self._key(rank) for rank in self.others}
+        found = self._answer(lambda: {r: self._store.get(key) for r, key in keys.items() if self._store.check([key])})
         if found is not None:
-            self._found = found
+            self._found = {rank: pickle.loads(pickled) for rank, pickled in found.items()}
         return self._found
-
-    def _read(self, rank: int) -> RankStatus:
-        return RankStatus.parsed(self._store.get(self._key(rank)).decode(errors="surrogatepass"))
 
     def _key(self, rank: int) -> str:
         return f"sonic_ep/statuses/{self.number}/{rank}"
 
-    def _count(self, amount: int) -> int | None:
-        key = f"sonic_ep/objects/{self._group.rank}"
-        answer: int | None = self._answer(lambda: self._store.add(key, amount))
-        return answer
+    def _count(self, amount: int) -> Any:
+        return self._answer(lambda: self._store.add(f"sonic_ep/objects/{self._group.rank}", amount))
 
     def _answer(self, ask: Callable[[], AnswerT]) -> AnswerT | None:
         """The answer of the store; None if it does not come in time."""

@@ -55,11 +55,10 @@ def raise_found(found: Exception | None, cause: RuntimeError | None = None) -> N
 
 
 class WaitErrors:
-    """What waiting kernels of one workspace write when they fail, and the host raises.
+    """Failed waits of the kernels of one workspace. words (WORDS,) int64: pinned, read while kernels run.
 
-    words (WORDS,) int64: pinned memory, which the host reads while kernels run. On a GPU the kernel traps as well, and
-    PyTorch's own error, which names no rank, may be all that the program sees: so an error that was not raised is
-    printed when the process ends.
+    On a GPU the kernel traps as well, and PyTorch's own error, which names no rank, may be all that the program sees:
+    so an error that was not raised is printed at the end.
     """
 
     def __init__(self, collectives: BoundedCollectives, device: torch.device) -> None:
@@ -72,10 +71,7 @@ class WaitErrors:
         return bool(self.words[0])
 
     def raise_if_any(self, cause: RuntimeError | None = None) -> None:
-        """Raise ``PeerTimeoutError``, ``PeerLostError`` or ``CollectiveMismatchError``, from ``cause``.
-
-        Does not wait for the GPU. Reads the error of a rank that left from the store of the process group.
-        """
+        """Raise the ``PeerError`` of a failed wait, from ``cause``. Does not wait for the GPU."""
         if self.found():
             self._unraised.detach()
             raise_found(self._find(), cause)
@@ -87,11 +83,11 @@ def wait_error(words: Tensor, collectives: BoundedCollectives) -> PeerError | No
     if not why:
         return None
     group, peer, sync_tag, shown = collectives.group, peer - 1, SyncTag.decode(here), SyncTag.decode(there)
-    reason = collectives.why_left(peer)
-    if reason or (why == ELSEWHERE and shown.phase is Phase.LEFT):
-        return PeerLostError(f"{group}: {left(peer, reason or 'see its own output for the error', sync_tag)}")
-    if why == ELSEWHERE:
+    if why == ELSEWHERE and shown.phase is not Phase.LEFT:
         return CollectiveMismatchError(f"{group}: {mismatch(sync_tag, peer, shown)}")
+    reason = collectives.why_left(peer)
+    if reason or why == ELSEWHERE:
+        return PeerLostError(f"{group}: {left(peer, reason or 'see its own output for the error', sync_tag)}")
     return PeerTimeoutError(f"{group}: {timed_out(collectives.timeout, f'rank {peer}', sync_tag)}")
 
 
@@ -107,8 +103,7 @@ class Limits:
 class Record:
     """Error words of one plan, (WORDS,) int32, the same on every rank, since every rank reads the ids of all.
 
-    own: written by the plan's kernels; on a GPU, pinned memory. gathered: copy of the words that graphs and backwards
-    had set when the plan ran; None before any could.
+    own: pinned, written by the plan's kernels. gathered: a copy of what graphs and backwards had written by then.
     """
 
     def __init__(self, group: EPGroup, device: torch.device) -> None:
@@ -125,10 +120,8 @@ class Record:
 
     def error(self) -> Exception | None:
         """``ValueError``, ``RowOverflowError`` or ``RecomputeError``, if there is one."""
-        found = self._error_of(self.own, self.limits)
-        if found is None and self.gathered is not None:
-            found = self._error_of(self.gathered, self.gathered_limits)
-        return found
+        gathered = None if self.gathered is None else self._error_of(self.gathered, self.gathered_limits)
+        return self._error_of(self.own, self.limits) or gathered
 
     def _error_of(self, words: Tensor, limits: Limits) -> Exception | None:
         bad_rank, full_rank, rows, rerouted = words.tolist()
@@ -158,10 +151,9 @@ def first_error(records: Iterable[Record]) -> Exception | None:
 
 
 class DeviceErrors:
-    """Raises errors of plans ``PLANS_AHEAD`` plans later, or when ``raise_all`` asks.
+    """Raises the error of a plan ``PLANS_AHEAD`` plans later, or in ``raise_all``: in the same call on every rank.
 
-    All ranks raise in the same call: a record is read only in its turn, once its kernels have run. Errors that no call
-    has raised are printed when this object is freed. host_reads: whether ``compare`` reads its result and raises.
+    Errors that no call has raised are printed when this object is freed. host_reads: whether ``compare`` raises.
     """
 
     def __init__(self, group: EPGroup, device: torch.device, *, host_reads: bool = False) -> None:
@@ -170,8 +162,7 @@ class DeviceErrors:
         self._device = device
         self._on_gpu = device.type == "cuda"
         self._records = [Record(group, device) for _ in range(PLANS_AHEAD)]
-        # Set by graphs and backwards at any time. From then on each plan copies them in stream order, the same on all
-        # ranks; ``raise_all`` reads what no later plan has copied.
+        # Written by graphs and backwards at any time. From then on each plan copies them, in stream order.
         with torch.inference_mode(False):
             self._gathered = torch.zeros(WORDS, dtype=torch.int32, device=device)
         self._latest = Record(group, device)
@@ -184,10 +175,7 @@ class DeviceErrors:
         return self._gathered if self._capturing() else self._current.own
 
     def begin(self) -> None:
-        """Collective. Start a plan, and raise the error of the plan ``PLANS_AHEAD`` before. No-op in graph capture.
-
-        Waits for that plan's kernels only.
-        """
+        """Collective. Start a plan; wait for the plan ``PLANS_AHEAD`` before, and raise its error. No-op in capture."""
         if not self._capturing():
             self._plans += 1
             self._raise(self._current)
@@ -217,10 +205,7 @@ class DeviceErrors:
             current.written.record(torch.cuda.current_stream(self._device))
 
     def compare(self, expert_ids_WCK: Tensor, again_WCK: Tensor, step: int) -> Tensor:
-        """Whether the ids of a forward and of its recompute differ, bool () on the device; raised later if so.
-
-        Raises ``RecomputeError`` at once where the host reads: with exact sizes, other ids are other sizes.
-        """
+        """Whether the ids of a forward and of its recompute differ, bool () on the device; ``RecomputeError`` if so."""
         differs = (expert_ids_WCK != again_WCK).any()
         if self.host_reads and bool(differs):
             raise recompute_error(self._group, step)
@@ -230,7 +215,7 @@ class DeviceErrors:
         return differs
 
     def raise_current(self) -> None:
-        """Wait for the plan queued last, and raise its error, on every rank alike."""
+        """Wait for the plan queued last, and raise its error."""
         self._raise(self._current)
 
     def raise_all(self) -> None:

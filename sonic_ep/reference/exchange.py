@@ -1,4 +1,4 @@
-"""Rows of one plan on their way: dispatch and combine, each with the other as its adjoint, and x dispatched again.
+"""Dispatch and combine of one plan, and their gradients; x dispatched again in backward.
 
 The gradient of dispatch is a combine without scores in the configured combine mode; the gradient of combine dispatches
 d(out) in the configured dispatch mode.
@@ -43,14 +43,14 @@ class Exchange:
         return replace(self, backward=True)
 
     def sync(self, phase: Phase, device: torch.device, own: int = 0) -> list[int]:
-        """Collective. ``own`` of every rank, once all have come to this phase of the step."""
+        """Collective. ``own`` of every rank, once all are in this phase of the step."""
         sync_tag = SyncTag(step=self.step, phase=phase, backward=self.backward)
         return self.collectives.sync(sync_tag, device, own)
 
     def raise_if_rerouted(self, expert_ids_WCK: Tensor) -> None:
         """Raise ``RecomputeError`` if activation checkpointing has run forward again, and it found other ids.
 
-        expert_ids_WCK: what autograd has kept of the plan's; not themselves if forward was run again.
+        expert_ids_WCK: of the plan, as autograd saved them; other memory than the plan's if forward was run again.
         """
         again = expert_ids_WCK.data_ptr() != self.plan.expert_ids.data_ptr()
         if again and not torch.equal(expert_ids_WCK, self.plan.expert_ids):
@@ -71,7 +71,7 @@ class Exchange:
         return self.collectives.all_gather(pad_tokens(scores_TK, self.plan.max_tokens, 0))
 
     def return_to_origin(self, value_of_row_N: Tensor) -> Tensor:
-        """Collective. One value of each valid row to its slot's home, (T, K); zero for dropped slots."""
+        """Collective. One value of each valid row back to its slot's token, (T, K); zero for dropped slots."""
         exchange = slot_exchange(self.plan)
         home_N = self.collectives.all_to_all_rows(
             value_of_row_N[exchange.rows], exchange.receive_splits, exchange.send_splits
@@ -108,7 +108,7 @@ class Combine(torch.autograd.Function):
     """rows (R, H) and scores (T, K) fp32 to (T, H). Backward: d(out) is dispatched to the rows.
 
     d(row) = round(score * d(out)), d(score) = the sum over H of d(out) * row in fp32, both on the rank of the expert;
-    the score's gradient then goes home, one float a slot.
+    the score's gradient then returns to the rank of its token, one float a slot.
 
     read_later: tensors of the caller, by name, that autograd's own functions before this one read in backward. They are
     checked here, before communication: those functions would read freed memory without an error.
@@ -163,7 +163,7 @@ class Combine(torch.autograd.Function):
 
 
 class UpProjectionOfRowsGatheredAgain(torch.autograd.Function):
-    """The up-projection of dispatched rows, (R, H) to (R, 2I or I), that keeps x (T, H) for backward and not the rows.
+    """The up-projection of dispatched rows, (R, H) to (R, 2I or I), that saves x (T, H) for backward and not the rows.
 
     Backward dispatches x again and hands the rows to autograd. It runs on every rank, also where no row arrived, so
     that the collective always finds all of them.
@@ -171,7 +171,7 @@ class UpProjectionOfRowsGatheredAgain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, rows_RH: Tensor, w1: Tensor, b1: Tensor | None, exchange: Exchange) -> Tensor:
-        """``grouped_linear`` of the rows; x is what is kept."""
+        """``grouped_linear`` of the rows."""
         ctx.exchange, ctx.call_lock = exchange, exchange.collectives.call_lock
         ctx.save_for_backward(x_TH, w1, b1)
         return grouped_linear(rows_RH, exchange.plan.group_ends, w1, b1)

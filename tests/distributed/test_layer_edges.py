@@ -1,7 +1,6 @@
 """The fast layer at its edges: no token or one, odd views, sums cut up alike, what others may change, first calls."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -132,7 +131,7 @@ def test_tokens_made_in_inference_mode_train_experts(pool: RankPool, world_size:
 
 def past_the_bound(rank: Rank, case: Case) -> None:
     """No product is told of more rows than it is given: PyTorch's read past the end of what they are given."""
-    from sonic_ep.fast.gemm import grouped_gemm
+    from sonic_ep.fast import gemm as grouped_gemm
 
     inputs = draw(case, rank.world_size, rank.device)
     tokens, held = inputs.tokens_of(rank.rank), inputs.experts_of(rank.rank)
@@ -163,32 +162,3 @@ def past_the_bound(rank: Rank, case: Case) -> None:
 def test_products_are_told_of_no_row_past_the_bound(pool: RankPool, dtype: torch.dtype) -> None:
     case = replace(CASES["uniform"], hidden=64, intermediate=32, bias=False, dtype=dtype)
     pool.run(past_the_bound, case, world_size=2)
-
-
-def wanted_late(rank: Rank) -> None:
-    """Who wants something may say so late: all wait to hear it."""
-    from there_and_back import delay
-
-    from sonic_ep.distributed.group import resolve_group
-    from sonic_ep.fast.collectives import any_rank_wants, reserve_wants
-    from sonic_ep.fast.workspace import Workspace
-
-    workspace = Workspace(resolve_group(None), rank.device)
-    reserve_wants(workspace)
-    for late in (False, True, False, True):
-        assert not bool(any_rank_wants(False, workspace))
-        barrier_before_write = workspace.barrier_before_write
-        if late and rank.rank == 1:
-            workspace.barrier_before_write = partial(late_after, barrier_before_write, delay, rank)
-        assert bool(any_rank_wants(rank.rank == 1, workspace))
-        workspace.barrier_before_write = barrier_before_write
-    workspace.close()
-
-
-def late_after(barrier_before_write: object, delay: object, rank: Rank) -> None:
-    barrier_before_write()
-    delay(rank)
-
-
-def test_all_wait_to_hear_what_one_wants(pool: RankPool) -> None:
-    pool.run(wanted_late, world_size=2)

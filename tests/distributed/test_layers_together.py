@@ -100,20 +100,38 @@ def test_micro_batches_add_up_with_inference_between(pool: RankPool, flags: dict
 def frozen_everywhere(rank: Rank, case: Case, need: str) -> tuple[list[str], bool]:
     """Kernels and products of a backward in which no rank wants dx, or none wants gradients of experts."""
     x, (router_w, w1, w2), dy = layer_inputs(rank, case)
-    wanted = {"experts": (w1, w2), "x": (x,), "rank 0's x": (x,) if rank.rank == 0 else ()}[need]
+    wanted = {"experts": (w1, w2), "x": (x,)}[need]
     for tensor in (x, router_w, w1, w2):
         tensor.requires_grad_(any(tensor is want for want in wanted))
     with ExpertParallel(backend="fast") as ep:
         y = ep.moe(x, router_w, w1, w2, case.top_k).y
-        with recorded_products() as products:
+        with recorded_products() as products, recorded_combines() as combines:
             y.backward(dy)
+        assert len(combines) == (need == "x")
     return products, x.grad is not None
 
 
 @contextmanager
+def recorded_combines() -> Iterator[list[object]]:
+    """The combines that are queued while this lasts, with and without rows."""
+    from sonic_ep.fast.exchange import Exchange
+
+    seen: list[object] = []
+    combine = Exchange.sums
+
+    def noted(exchange: Exchange, *arguments: object) -> Tensor:
+        seen.append(exchange)
+        return combine(exchange, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Exchange, "sums", noted)
+        yield seen
+
+
+@contextmanager
 def recorded_products() -> Iterator[list[str]]:
-    """Names of the grouped products that have rows to work on, while this lasts."""
-    from sonic_ep.fast.gemm import grouped_gemm
+    """Names of the grouped products that are queued while this lasts."""
+    from sonic_ep.fast import gemm as grouped_gemm
 
     seen: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -125,8 +143,7 @@ def recorded_products() -> Iterator[list[str]]:
 
 def noting(product: Callable[..., Tensor], name: str, seen: list[str]) -> Callable[..., Tensor]:
     def noted(self: object, a: Tensor, b: Tensor, ends: Tensor, *more: Tensor) -> Tensor:
-        if int(ends[-1]) > 0:
-            seen.append(name)
+        seen.append(name)
         return product(self, a, b, ends, *more)
 
     return noted
@@ -135,17 +152,16 @@ def noting(product: Callable[..., Tensor], name: str, seen: list[str]) -> Callab
 @pytest.mark.parametrize(
     ("need", "products"),
     [
-        # dA, dw2, dw1; the product for dx finds no row on any rank.
+        # dA, dw2, dw1.
         ("experts", ["rows", "weights", "weights"]),
         # dA, and the rows of dx.
         ("x", ["rows", "rows"]),
-        ("rank 0's x", ["rows", "rows"]),
     ],
 )
-def test_only_what_some_rank_requires_is_computed(pool: RankPool, need: str, products: list[str]) -> None:
+def test_only_what_is_required_is_computed(pool: RankPool, need: str, products: list[str]) -> None:
     found = pool.run(frozen_everywhere, CASES["uniform"], need, world_size=2)
     assert [seen for seen, _ in found] == [products] * 2
-    assert [has_grad for _, has_grad in found] == [need != "experts", need == "x"]
+    assert [has_grad for _, has_grad in found] == [need == "x"] * 2
 
 
 def step_of(ep: ExpertParallel, case: Case, x: Tensor, weights: list[Tensor], dy: Tensor) -> Callable[[], list[Tensor]]:

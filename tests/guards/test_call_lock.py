@@ -3,11 +3,11 @@
 import signal
 import threading
 import time
-from collections.abc import Callable
 
 import pytest
 import torch
 from backends import both_backends
+from calls import in_another_thread
 from layer_inputs import layer_inputs
 from on_ranks import on_ranks
 
@@ -15,22 +15,6 @@ from sonic_ep import ClosedError, ExpertParallel
 from sonic_ep.distributed.call_lock import CallLock
 from sonic_ep.errors import ConcurrentCallError
 from sonic_ep.testing import CASES, Rank
-
-
-def in_another_thread(work: Callable[[], object]) -> list[str]:
-    """What ``work`` raises there."""
-    said: list[str] = []
-
-    def run() -> None:
-        try:
-            work()
-        except RuntimeError as error:
-            said.append(str(error))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return said
 
 
 def test_the_lock_refuses_threads_waits_and_an_early_close() -> None:

@@ -20,15 +20,19 @@ def interrupted(*arguments: object, **options: object) -> None:
     raise KeyboardInterrupt
 
 
+# What exchanges rows: in a call, and in a backward.
+EXCHANGES = {
+    "fast": ("sonic_ep.fast.moe_function._pulled", "sonic_ep.fast.exchange.Exchange.rows"),
+    "reference": ("sonic_ep.reference.exchange.Exchange.rows",),
+}
+
+
 @contextmanager
-def failing(ep: ExpertParallel, rank: Rank, fail: Callable[..., None], *, here: bool) -> Iterator[None]:
-    """The next exchange of rows of the odd rank ends in an error, if that is to be ``here``."""
-    module = "sonic_ep.fast.exchange" if ep.backend == "fast" else "sonic_ep.reference.backend"
+def failing(ep: ExpertParallel, fail: Callable[..., None], *, here: bool) -> Iterator[None]:
+    """The next exchange of rows ends in an error, if that is to be ``here``."""
     with pytest.MonkeyPatch.context() as patch:
-        if here and rank.rank == ODD:
-            patch.setattr(f"{module}.Exchange.rows", fail)
-            patch.setattr("sonic_ep.fast.moe_function._pulled", fail) if ep.backend == "fast" else None
-            patch.setattr("sonic_ep.reference.exchange.Exchange.rows", fail)
+        for exchange in EXCHANGES[ep.backend] if here else ():
+            patch.setattr(exchange, fail)
         yield
 
 
@@ -40,9 +44,9 @@ def fails_once(rank: Rank, backend: str, fail: Callable[..., None], backward: bo
     first = ep.moe(**arguments).y.sum()
 
     def use() -> None:
-        with failing(ep, rank, fail, here=not backward):
+        with failing(ep, fail, here=rank.rank == ODD and not backward):
             y = ep.moe(**arguments).y.sum()
-        with failing(ep, rank, fail, here=backward):
+        with failing(ep, fail, here=rank.rank == ODD and backward):
             y.backward()
         ep.moe(**arguments)
 

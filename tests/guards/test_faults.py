@@ -1,4 +1,4 @@
-"""One rank fails, skips or strays: every other rank ends in time, with an exit code and the name of who was missing."""
+"""One rank fails, skips or makes another call: every other rank ends in time, with an exit code, and names it."""
 
 import os
 import re
@@ -24,9 +24,9 @@ from sonic_ep.testing import Rank
 ODD = 1
 FAULTY_STEP = 2
 # Longer than a busy machine needs for a step.
-TIMEOUT_SECONDS = 4.0
-# What a process needs to say its last words and go: PyTorch's own farewell, and a busy machine.
-FAREWELL_SECONDS = 12.0
+TIMEOUT_SECONDS = 8.0
+# What a process needs to end: PyTorch's own shutdown, and a busy machine.
+FAREWELL_SECONDS = 40.0
 FOR_EVER_SECONDS = 1000
 EXPERTS_PER_RANK = 2
 
@@ -65,7 +65,7 @@ def train(program: Program, rank: Rank, fault: str, backend: str) -> None:
             layers = [wide, narrow]
             if now:
                 program.fault()
-                mark_failed(fault)
+                fail(fault)
                 if fault == "another order":
                     layers.reverse()
                 if fault == "another shape":
@@ -82,7 +82,7 @@ def train(program: Program, rank: Rank, fault: str, backend: str) -> None:
                 program.fault()
 
 
-def mark_failed(fault: str) -> None:
+def fail(fault: str) -> None:
     if fault == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "raises":
@@ -91,22 +91,22 @@ def mark_failed(fault: str) -> None:
         time.sleep(FOR_EVER_SECONDS)
 
 
-# What the others have to say: the phase, the steps it may be in (two calls a step), and whether they need no time out.
+# The phase that the others name.
 SEEN = {
-    "killed": r"exchange|router|agreement|memory",
+    "killed": r"exchange|router|sync|memory",
     "killed before backward": r"backward \(\w+\)",
-    "raises": r"exchange|router|agreement|memory",
-    "hangs": r"exchange|router|agreement|memory",
+    "raises": r"exchange|router|sync|memory",
+    "hangs": r"exchange|router|sync|memory",
     "skips backward": r"backward \(\w+\)",
     "another shape": r"exchange",
     "another order": r"exchange",
     "another config": r"\w+",
-    "too many tokens": r"exchange|router|agreement|memory",
+    "too many tokens": r"exchange|router|sync|memory",
 }
 AT_ONCE = {"skips backward", "another shape", "another order", "another config"}
 # An error before a call, which ends the rank: the others hear of it long before their time is up, and why.
 LEFT = {"raises": "KeyError: 'the batch has no labels'", "too many tokens": "expected at most C=5"}
-PATIENT_SECONDS = 60.0
+PATIENT_SECONDS = 120.0
 
 
 def assert_ended(ended: Ended, rank: int, fault: str, seconds: float) -> None:
@@ -137,21 +137,14 @@ def test_a_process_group_that_has_ended_is_told_as_such(tmp_path: Path) -> None:
     program = Program(body=destroyed, arguments=(), world_size=2, device_type="cpu", folder=tmp_path, odd=ODD)
     for rank, ended in enumerate(program.run()):
         assert ended.code == 0, ended
-        assert f"rank {rank} of 2: process group: got one that was destroyed, expected a live one" in ended.said
+        assert f"rank {rank} of 2: the process group has been destroyed" in ended.said
 
 
 @pytest.mark.parametrize("fault", ["killed", "hangs"])
 def test_who_holds_the_store_is_not_blamed_for_another(fault: str, tmp_path: Path) -> None:
     """Rank 0 ends of its error, and takes the store along with which others find out who was missing."""
-    program = Program(
-        body=train,
-        arguments=(fault, "reference"),
-        world_size=4,
-        device_type="cpu",
-        folder=tmp_path,
-        odd=ODD,
-        store_at_rank_0=True,
-    )
+    place = {"world_size": 4, "device_type": "cpu", "folder": tmp_path, "odd": ODD, "store_at_rank_0": True}
+    program = Program(body=train, arguments=(fault, "reference"), **place)
     for rank, ended in enumerate(program.run()):
         if rank != ODD:
             assert_ended(ended, rank, fault, FAREWELL_SECONDS + TIMEOUT_SECONDS)
@@ -179,7 +172,7 @@ from sonic_ep import ExpertParallel, PeerLostError
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 2), rank=rank, world_size=2)
-ep = ExpertParallel(backend=sys.argv[3], timeout=60)
+ep = ExpertParallel(backend=sys.argv[3], timeout=120)
 ep.plan(torch.zeros(4, 1, dtype=torch.int64), 2)
 if rank == 1:
     ep.plan(torch.zeros(5, 1, dtype=torch.int64), 2)
@@ -188,7 +181,7 @@ try:
     ep.plan(torch.zeros(4, 1, dtype=torch.int64), 2)
 except PeerLostError as error:
     print(error, flush=True)
-assert time.monotonic() - began < 30, "heard of it only at the end of its time"
+assert time.monotonic() - began < 60, "heard of it only at the end of its time"
 """
 
 

@@ -31,7 +31,7 @@ def workspace_of(rank: Rank) -> Iterator[Any]:
 
 
 def late_reader(patch: pytest.MonkeyPatch, rank: Rank, module: object, kernel: object) -> None:
-    """One rank comes late to ``kernel``, which reads shared memory: between its meeting and its launch."""
+    """One rank comes late to ``kernel``, which reads shared memory: between a barrier and its launch."""
     launch = module.launch
 
     def slow(launched: object, *arguments: object, **constants: object) -> None:

@@ -25,7 +25,7 @@ ODD = 1
 ALONE_ON_GPUS = "PYTEST_XDIST_WORKER" not in os.environ
 PAGE_BYTES = 2 * 2**20
 LIVES = 200
-# All meet; of so many one makes a plan, and of so many one is a layer's, there and back.
+# All have a barrier; of so many one makes a plan, and of so many one runs a layer, forward and backward.
 PLANNING, WORKING = 10, 100
 # Of lives before the count: what is made once is made by then.
 FIRST_LIVES = 3

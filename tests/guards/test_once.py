@@ -5,29 +5,34 @@ import torch
 from backends import both_backends
 from edge_calls import CALLS, SIZES, tensors_of
 from layer_inputs import layer_inputs, routing_of
+from on_ranks import on_ranks
 from torch.autograd import forward_ad
 
 from sonic_ep import ExpertParallel
-from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise
+from sonic_ep.testing import CASES, Rank, assert_bitwise
+
+CASE = CASES["uniform"]
 
 
-def differentiated_twice(rank: Rank, case: Case, backend: str) -> None:
+@both_backends
+@on_ranks(2)
+def test_second_derivatives_are_refused_not_wrong(rank: Rank, backend: str) -> None:
     """Refused where a gradient's graph is asked for: what is asked of that later may not lead through the layer."""
-    x, weights, dy = layer_inputs(rank, case)
-    idx, scores = routing_of(rank, case)
+    x, weights, dy = layer_inputs(rank, CASE)
+    idx, scores = routing_of(rank, CASE)
     with ExpertParallel(backend=backend) as ep:
 
         def loss() -> torch.Tensor:
             # A residual: without it there might be no second derivative at all.
-            return x.square().sum() + (ep.moe(x, *weights, case.top_k).y * dy).sum()
+            return x.square().sum() + (ep.moe(x, *weights, CASE.top_k).y * dy).sum()
 
         expected = torch.autograd.grad(loss(), x)
         with pytest.raises(RuntimeError, match="create_graph=True"):
             torch.autograd.grad(loss(), x, create_graph=True)
-        plan = ep.plan(idx, case.num_experts)
+        plan = ep.plan(idx, CASE.num_experts)
         with pytest.raises(RuntimeError, match="create_graph=True"):
             torch.autograd.grad(ep.dispatch(x, plan)[: plan.rows()].sum(), x, create_graph=True)
-        rows = torch.zeros(plan.row_capacity, case.hidden, device=rank.device, requires_grad=True)
+        rows = torch.zeros(plan.row_capacity, CASE.hidden, device=rank.device, requires_grad=True)
         y = ep.combine(rows, scores, plan)
         with pytest.raises(RuntimeError, match="create_graph=True"):
             torch.autograd.grad(y, rows, dy.clone().requires_grad_(), create_graph=True)
@@ -36,21 +41,20 @@ def differentiated_twice(rank: Rank, case: Case, backend: str) -> None:
             assert_bitwise(got, want)
 
 
-def zeros_of_no_memory(rank: Rank, case: Case, backend: str) -> None:
-    x, weights, dy = layer_inputs(rank, case)
+@both_backends
+@on_ranks(1)
+def test_a_gradient_without_memory_is_zero(rank: Rank, backend: str) -> None:
+    x, weights, dy = layer_inputs(rank, CASE)
     with ExpertParallel(backend=backend) as ep:
-        y = ep.moe(x, *weights, case.top_k).y
+        y = ep.moe(x, *weights, CASE.top_k).y
         y.backward(torch._efficientzerotensor(dy.shape, dtype=dy.dtype, device=dy.device))
     for leaf in (x, *weights):
         assert_bitwise(leaf.grad.abs(), torch.zeros_like(leaf))
 
 
 @both_backends
-def test_a_gradient_that_is_nowhere_in_memory_is_zero(pool: RankPool, backend: str) -> None:
-    pool.run(zeros_of_no_memory, CASES["uniform"], backend, world_size=1)
-
-
-def with_tangents(rank: Rank, backend: str) -> None:
+@on_ranks(1)
+def test_tangents_are_refused_not_lost(rank: Rank, backend: str) -> None:
     """Each tensor of each call with a tangent, and each function as what ``torch.func.jvp`` differentiates."""
     with ExpertParallel(backend=backend) as ep:
         for call in CALLS.values():
@@ -80,25 +84,12 @@ def with_tangents(rank: Rank, backend: str) -> None:
 
 
 @both_backends
-def test_tangents_are_refused_not_lost(pool: RankPool, backend: str) -> None:
-    pool.run(with_tangents, backend, world_size=1)
-
-
-def gradients_with_tangents(rank: Rank, case: Case, backend: str) -> None:
-    """Refused before ranks meet: backward without one goes on."""
-    x, weights, dy = layer_inputs(rank, case)
+@on_ranks(2)
+def test_gradients_with_tangents_are_refused_not_wrong(rank: Rank, backend: str) -> None:
+    """Refused before any communication: backward without one goes on."""
+    x, weights, dy = layer_inputs(rank, CASE)
     with ExpertParallel(backend=backend) as ep, forward_ad.dual_level():
-        y = ep.moe(x, *weights, case.top_k).y
+        y = ep.moe(x, *weights, CASE.top_k).y
         with pytest.raises(NotImplementedError, match="a gradient with a tangent"):
             torch.autograd.grad(y, x, forward_ad.make_dual(dy, dy), retain_graph=True)
         assert forward_ad.unpack_dual(torch.autograd.grad(y, x, dy)[0]).tangent is None
-
-
-@both_backends
-def test_gradients_with_tangents_are_refused_not_wrong(pool: RankPool, backend: str) -> None:
-    pool.run(gradients_with_tangents, CASES["uniform"], backend, world_size=2)
-
-
-@both_backends
-def test_second_derivatives_are_refused_not_wrong(pool: RankPool, backend: str) -> None:
-    pool.run(differentiated_twice, CASES["uniform"], backend, world_size=2)

@@ -4,12 +4,16 @@ import pytest
 import torch
 from backends import both_backends
 from layer_inputs import layer_inputs
+from on_ranks import on_ranks
 
 from sonic_ep import EPConfig, ExpertParallel
-from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise
+from sonic_ep.testing import CASES, Case, Rank, assert_bitwise
 
 
-def under_autocast(rank: Rank, case: Case, backend: str) -> None:
+@pytest.mark.parametrize("case", [CASES["uniform_bf16"], CASES["uneven_tokens"]], ids=lambda case: case.name)
+@both_backends
+@on_ranks(1)
+def test_autocast_changes_no_bit_forward_and_backward(rank: Rank, backend: str, case: Case) -> None:
     """Forward and backward under an autocast that would change every product; with backward alone in it, too."""
     x, weights, dy = layer_inputs(rank, case)
     lower = torch.float16 if case.dtype == torch.bfloat16 else torch.bfloat16
@@ -32,9 +36,3 @@ def under_autocast(rank: Rank, case: Case, backend: str) -> None:
                 assert torch.mm(x.detach(), x.detach().t()).dtype == lower
             for got, want in zip((*found, *late), (*expected, *expected[1:]), strict=True):
                 assert_bitwise(got, want)
-
-
-@pytest.mark.parametrize("case", ["uniform_bf16", "uneven_tokens"])
-@both_backends
-def test_autocast_changes_no_bit_forward_and_backward(pool: RankPool, backend: str, case: str) -> None:
-    pool.run(under_autocast, CASES[case], backend, world_size=1)

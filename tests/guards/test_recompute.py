@@ -8,13 +8,14 @@ import pytest
 import torch
 from backends import both_backends
 from layer_inputs import layer_inputs
+from on_ranks import on_ranks
 from routers import randn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import sonic_ep
 from sonic_ep import EPConfig, ExpertParallel, RecomputeError
-from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise
+from sonic_ep.testing import CASES, Rank, assert_bitwise
 
 # Tokens of which dropout, drawn twice, hardly ever routes all alike.
 MANY = 40
@@ -30,15 +31,17 @@ def tied(weight_EH: Tensor) -> Tensor:
     return pairs.requires_grad_()
 
 
-def near_ties(rank: Rank, case: Case, backend: str) -> None:
+@both_backends
+@on_ranks(2)
+def test_ties_fall_the_same_way_in_recompute(rank: Rank, backend: str) -> None:
     """Both kinds of checkpointing, with dropout in front of the layer: gradients are those without checkpointing."""
-    x, (router_w, *experts), dy = layer_inputs(rank, case)
+    x, (router_w, *experts), dy = layer_inputs(rank, CASE)
     weights = [tied(router_w), *experts]
     config = EPConfig(redispatch_x_in_backward=True)
     with ExpertParallel(backend=backend, config=config) as ep:
 
         def layer(x: Tensor) -> Tensor:
-            return ep.moe(torch.dropout(x, 0.25, True), *weights, case.top_k).y
+            return ep.moe(torch.dropout(x, 0.25, True), *weights, CASE.top_k).y
 
         torch.manual_seed(5)
         expected = torch.autograd.grad(layer(x), [x, *weights], dy)
@@ -52,10 +55,10 @@ def near_ties(rank: Rank, case: Case, backend: str) -> None:
                 assert_bitwise(tensor.grad, grad)
                 tensor.grad = None
         # Where nothing is drawn, nothing has to be preserved.
-        expected = torch.autograd.grad(ep.moe(x, *weights, case.top_k).y, [x, *weights], dy)
+        expected = torch.autograd.grad(ep.moe(x, *weights, CASE.top_k).y, [x, *weights], dy)
         for reentrant in (False, True):
             y = checkpoint(
-                lambda x: ep.moe(x, *weights, case.top_k).y, x, use_reentrant=reentrant, preserve_rng_state=False
+                lambda x: ep.moe(x, *weights, CASE.top_k).y, x, use_reentrant=reentrant, preserve_rng_state=False
             )
             y.backward(dy)
             for tensor, grad in zip([x, *weights], expected, strict=True):
@@ -63,56 +66,48 @@ def near_ties(rank: Rank, case: Case, backend: str) -> None:
                 tensor.grad = None
 
 
+@pytest.mark.parametrize("exact", [False, True])
 @both_backends
-def test_ties_fall_the_same_way_in_recompute(pool: RankPool, backend: str) -> None:
-    pool.run(near_ties, CASE, backend, world_size=2)
-
-
-def rerouted(rank: Rank, case: Case, backend: str, exact: bool) -> list[str]:
-    """Dropout drawn anew in recompute, on one rank alone: all of them hear of it, and no gradient is a number."""
-    x, weights, dy = layer_inputs(rank, case)
+@on_ranks(1, 2)
+def test_another_routing_in_recompute_is_named(rank: Rank, backend: str, exact: bool) -> None:
+    """Dropout drawn anew in recompute, on one rank alone: all of them raise it, and no gradient is a number."""
+    x, weights, dy = layer_inputs(rank, CASE)
     ep = ExpertParallel(backend=backend, config=EPConfig(cpu_sync_on_runtime=exact), timeout=20)
-    said = []
 
     def layer(x: Tensor) -> Tensor:
         dropped = torch.dropout(x, 0.5, rank.rank == 0)
-        return ep.moe(dropped, *weights, case.top_k).y
+        return ep.moe(dropped, *weights, CASE.top_k).y
 
     def backward() -> None:
         y = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
         y.backward(dy)
 
-    if backend == "reference" or exact:
-        with pytest.raises(RecomputeError, match=SAID) as raised:
-            backward()
-        said.append(str(raised.value))
-    else:
+    at_once = backend == "reference" or exact
+    if not at_once:
         backward()
         found = [tensor.grad for tensor in (x, *weights)]
         assert all(grad is not None and (grad.isnan() | (grad == 0)).all() and grad.isnan().any() for grad in found)
-        with pytest.raises(RecomputeError, match=SAID) as raised:
-            ep.check()
-        said.append(str(raised.value))
-    # It is told once, and nothing of it is left.
+    with pytest.raises(RecomputeError, match=f"rank {rank.rank} of {rank.world_size}: step 1: {SAID}"):
+        (backward if at_once else ep.check)()
+    # It is raised once, and nothing of it is left.
     ep.check()
-    y = ep.moe(x, *weights, case.top_k).y
-    expected = torch.autograd.grad(y, weights, dy)
+    expected = torch.autograd.grad(ep.moe(x, *weights, CASE.top_k).y, weights, dy)
     for run in (ep.moe, partial(checkpoint, ep.moe, use_reentrant=False)):
-        y = run(x, *weights, case.top_k).y
+        y = run(x, *weights, CASE.top_k).y
         for grad, again in zip(torch.autograd.grad(y, weights, dy), expected, strict=True):
             assert_bitwise(grad, again)
             assert grad.isfinite().all()
-    ep.check()
     ep.close()
-    return said
 
 
-def rerouted_in_functional_form(rank: Rank, case: Case, backend: str) -> None:
+@both_backends
+@on_ranks(1)
+def test_another_routing_in_recompute_of_the_functional_form_is_raised(rank: Rank, backend: str) -> None:
     """No call will come to raise what backward finds."""
-    x, weights, dy = layer_inputs(rank, case)
+    x, weights, dy = layer_inputs(rank, CASE)
 
     def layer(x: Tensor) -> Tensor:
-        return sonic_ep.moe(torch.dropout(x, 0.5, True), *weights, case.top_k, backend=backend).y
+        return sonic_ep.moe(torch.dropout(x, 0.5, True), *weights, CASE.top_k, backend=backend).y
 
     for keeps, error in ((True, None), (False, RecomputeError)):
         y = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=keeps, determinism_check="none")
@@ -121,27 +116,27 @@ def rerouted_in_functional_form(rank: Rank, case: Case, backend: str) -> None:
         assert not any(weight.grad.isnan().any() for weight in weights)
 
 
-@both_backends
-def test_another_routing_in_recompute_of_the_functional_form_is_raised(pool: RankPool, backend: str) -> None:
-    pool.run(rerouted_in_functional_form, CASE, backend, world_size=1)
-
-
-def stopped_early(rank: Rank, case: Case) -> None:
-    """What is asked for needs no more than the router: the rest is not run again, and that is no error."""
-    x, weights, _ = layer_inputs(rank, case)
+@on_ranks(2, pool="cpu_pool")
+def test_a_recompute_that_ends_early_is_no_error(rank: Rank) -> None:
+    """What is asked for needs no more than the router: the rest is not run again."""
+    x, weights, _ = layer_inputs(rank, CASE)
     with ExpertParallel(backend="reference") as ep:
-        logits = checkpoint(lambda x: ep.moe(x, *weights, case.top_k).router_logits, x, use_reentrant=False)
+        logits = checkpoint(lambda x: ep.moe(x, *weights, CASE.top_k).router_logits, x, use_reentrant=False)
         logits.sum().backward()
-        assert not ep._collectives._astray
-        assert ep.moe(x, *weights, case.top_k).y.isfinite().all()
+        assert not ep._call_guard.ended
+        assert ep.moe(x, *weights, CASE.top_k).y.isfinite().all()
         assert ep._collectives._status_store.statuses() == {}
 
 
-def test_a_recompute_that_ends_early_is_no_error(cpu_pool: RankPool) -> None:
-    cpu_pool.run(stopped_early, CASE, world_size=2)
+def assert_no_number(*grads: Tensor | None) -> None:
+    for grad in grads:
+        assert grad is not None
+        assert (grad.isnan() | (grad == 0)).all()
 
 
-def dispatch_rerouted(rank: Rank, backend: str) -> str:
+@both_backends
+@on_ranks(1, 2)
+def test_another_routing_of_a_dispatch_in_recompute_is_named(rank: Rank, backend: str) -> None:
     """What is run again ends with a dispatch: the combine, behind it, keeps to the first plan."""
     x = randn(rank, MANY, 8).requires_grad_()
     router_w = randn(rank, 2 * rank.world_size, 8, seed=1)
@@ -160,33 +155,19 @@ def dispatch_rerouted(rank: Rank, backend: str) -> str:
         rows = checkpoint(dispatched, x, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
         y = ep.combine(rows, torch.ones(MANY, 2, device=rank.device), plans[0])
         y.square().sum().backward()
+        assert_no_number(x.grad)
         assert x.grad is not None
-        assert (x.grad.isnan() | (x.grad == 0)).all()
         assert x.grad.isnan().any()
         ep.check()
 
-    with pytest.raises(RecomputeError, match=SAID) as raised:
+    with pytest.raises(RecomputeError, match=f"rank {rank.rank} of {rank.world_size}: step 2: {SAID}"):
         backward()
     ep.close()
-    return str(raised.value)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
 @both_backends
-def test_another_routing_of_a_dispatch_in_recompute_is_named(pool: RankPool, backend: str, world_size: int) -> None:
-    for rank, said in enumerate(pool.run(dispatch_rerouted, backend, world_size=world_size)):
-        assert f"rank {rank} of {world_size}: step 2: {SAID}" in said
-
-
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("world_size", [1, 2])
-@both_backends
-def test_another_routing_in_recompute_is_named(pool: RankPool, backend: str, world_size: int, exact: bool) -> None:
-    for rank, said in enumerate(pool.run(rerouted, CASE, backend, exact, world_size=world_size)):
-        assert all(f"rank {rank} of {world_size}: step 1: {SAID}" in words for words in said)
-
-
-def combine_rerouted(rank: Rank, backend: str) -> str:
+@on_ranks(1)
+def test_another_routing_of_a_combine_in_recompute_is_named(rank: Rank, backend: str) -> None:
     """What is run again is a combine by another plan."""
     x, router_w = randn(rank, MANY, 8), randn(rank, 2, 8, seed=1)
     scores = torch.ones(MANY, 1, device=rank.device, requires_grad=True)
@@ -200,18 +181,9 @@ def combine_rerouted(rank: Rank, backend: str) -> str:
     def backward() -> None:
         y = checkpoint(combined, rows, scores, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
         y.square().sum().backward()
-        for grad in (rows.grad, scores.grad):
-            assert grad is not None
-            assert (grad.isnan() | (grad == 0)).all()
+        assert_no_number(rows.grad, scores.grad)
         ep.check()
 
-    with pytest.raises(RecomputeError, match=SAID) as raised:
+    with pytest.raises(RecomputeError, match=f"rank 0 of 1: step .*{SAID}"):
         backward()
     ep.close()
-    return str(raised.value)
-
-
-@both_backends
-def test_another_routing_of_a_combine_in_recompute_is_named(pool: RankPool, backend: str) -> None:
-    (said,) = pool.run(combine_rerouted, backend, world_size=1)
-    assert "rank 0 of 1: step " in said

@@ -1,5 +1,7 @@
 """Arguments of a right call, small, for tests that change one of them."""
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,3 +50,20 @@ def with_trained_experts(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def memory_short(*arguments: object, **options: object) -> None:
     raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+
+
+def in_another_thread(*calls: Callable[[], object]) -> list[str]:
+    """What ``calls`` raise there, one after the other."""
+    errors: list[str] = []
+
+    def run() -> None:
+        for call in calls:
+            try:
+                call()
+            except RuntimeError as error:
+                errors.append(str(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return errors

@@ -1,4 +1,4 @@
-"""What fills the lives of objects in tests of how they end: a small layer, a plan, what is said of the forgotten."""
+"""What tests of the life of objects use: a small layer, a plan, the warnings for objects that were not closed."""
 
 import gc
 import warnings
@@ -29,7 +29,7 @@ def planned(ep: ExpertParallel, rank: Rank) -> list[int]:
 
 @contextmanager
 def warned() -> Iterator[list[str]]:
-    """What is said of objects that were let go, while this lasts."""
+    """The warnings for objects that are freed while this lasts."""
     said: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

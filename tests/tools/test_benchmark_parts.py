@@ -11,7 +11,6 @@ from near import assert_near
 from torch import Tensor
 
 from sonic_ep import ExpertParallel
-from sonic_ep.compat import release_of
 from sonic_ep.benchmark.arena import WrongError
 from sonic_ep.benchmark.beside import OneGpu, experts_of_rows, given_routing, group_of_this_rank, same_rows
 from sonic_ep.benchmark.layer import LayerUnderTest
@@ -28,6 +27,7 @@ from sonic_ep.benchmark.oracle import Answer, Oracle, dense_outcome, gathered, j
 from sonic_ep.benchmark.products import Products
 from sonic_ep.benchmark.routed import RoutedUnderTest
 from sonic_ep.benchmark.routed_call import RoutedCall
+from sonic_ep.compat import release_of
 from sonic_ep.config import ScoreOrder
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.testing import Rank, RankPool, assert_bitwise

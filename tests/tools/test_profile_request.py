@@ -84,7 +84,7 @@ def profile_after_close(rank: Rank, closing: int) -> str:
 def test_a_closed_one_is_told_on_every_rank(cpu_pool: RankPool, closing: int) -> None:
     said = cpu_pool.run(profile_after_close, closing, world_size=2)
     assert said[0] == said[1]
-    assert "rank 1 of 2: ExpertParallel: got one that is closed" in said[0]
+    assert "rank 1 of 2: this ExpertParallel is closed" in said[0]
 
 
 def fail_to_draw(patched: Any, rank: int) -> None:

@@ -1,0 +1,252 @@
+"""What kernels have found is raised by a later call, on every rank alike; what no call has raised is printed."""
+
+import gc
+import io
+import os
+import re
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
+from functools import partial
+
+import pytest
+import torch
+from backends import both_backends
+from layer_inputs import layer_inputs
+from on_ranks import on_ranks
+
+import sonic_ep
+from sonic_ep import EPConfig, ExpertParallel, RowOverflowError
+from sonic_ep.errors import PeerTimeoutError
+from sonic_ep.testing import CASES, Rank
+
+pytestmark = pytest.mark.fast
+
+EXPERTS_PER_RANK = 2
+# Cycles that keep a GPU busy for a quarter of a second or longer, at any clock.
+BUSY_CYCLES = 500_000_000
+
+
+def ids(rank: Rank, *, bad: bool = False) -> torch.Tensor:
+    """Two tokens with an expert each; one id is out of range on the last rank if ``bad``."""
+    out_of_range = 99 if bad and rank.rank == rank.world_size - 1 else 1
+    return torch.tensor([[0], [out_of_range]], device=rank.device)
+
+
+def raised_by(calls: list[Callable[[], object]]) -> list[int]:
+    """Which of ``calls`` raise that ids are out of range."""
+    found, said = [], []
+    for number, call in enumerate(calls):
+        try:
+            call()
+        except ValueError as error:
+            found.append(number)
+            said.append(str(error))
+    assert all("expert ids out of range" in words for words in said)
+    return found
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@on_ranks(1, 2, 3)
+def test_what_was_flagged_is_raised_in_turn_on_every_rank(rank: Rank, exact: bool) -> None:
+    """Two wrong plans in a row raise one after the other, each eight plans later, or at once where the host reads."""
+    from sonic_ep.fast.device_errors import PLANS_AHEAD
+
+    experts = EXPERTS_PER_RANK * rank.world_size
+    with ExpertParallel(backend="fast", config=EPConfig(cpu_sync_on_runtime=exact)) as ep:
+        plans = [partial(ep.plan, ids(rank, bad=bad), experts) for bad in (False, True)]
+        calls = [plans[bad] for bad in [False, True, True, *[False] * (PLANS_AHEAD + 2)]]
+        # A call that raises makes no plan of its own: the second of the two is raised by the very next.
+        assert raised_by(calls) == ([1, 2] if exact else [1 + PLANS_AHEAD, 2 + PLANS_AHEAD])
+        ep.check()
+        if not exact:
+            plans[True]()
+            plans[False]()
+            assert raised_by([ep.check, ep.check]) == [0]
+
+
+@pytest.mark.parametrize("graphed", [False, True])
+@on_ranks(1, 2, pool="cuda_pool")
+def test_the_host_is_plans_ahead_of_the_gpu(rank: Rank, graphed: bool) -> None:
+    """While the GPU is busy the host queues plan after plan, also where an earlier plan is in a graph."""
+    from sonic_ep.fast.device_errors import PLANS_AHEAD
+
+    experts = EXPERTS_PER_RANK * rank.world_size
+    with ExpertParallel(backend="fast", max_tokens_per_rank=2) as ep:
+        for _ in range(2):
+            ep.plan(ids(rank), experts)
+        graph, static = torch.cuda.CUDAGraph(), ids(rank)
+        if graphed:
+            with torch.cuda.graph(graph):
+                ep.plan(static, experts)
+        given = ids(rank)
+        # Kernels of the copy that plans take of what graphs have flagged are loaded when they first run.
+        ep.plan(given, experts)
+        ep.check()
+        busy = torch.cuda.Event()
+        torch.cuda._sleep(BUSY_CYCLES)
+        busy.record()
+        began = time.monotonic()
+        for _ in range(PLANS_AHEAD):
+            ep.plan(given, experts)
+        assert not busy.query(), f"the host waited for the GPU: {time.monotonic() - began:.3f} s"
+        torch.cuda.synchronize()
+
+
+@on_ranks(1, 2, pool="cuda_pool")
+def test_what_a_replay_flagged_is_raised_by_one_call_on_every_rank(rank: Rank) -> None:
+    """However far a rank's host is ahead; and by ``check`` where no later plan comes."""
+    from sonic_ep.fast.device_errors import PLANS_AHEAD
+
+    experts = EXPERTS_PER_RANK * rank.world_size
+    with ExpertParallel(backend="fast", max_tokens_per_rank=2) as ep:
+        static, given = ids(rank), ids(rank)
+        ep.plan(static, experts)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            ep.plan(static, experts)
+        graph.replay()
+        static.copy_(ids(rank, bad=True))
+        if rank.rank == 0:
+            torch.cuda._sleep(BUSY_CYCLES)
+        graph.replay()
+        static.copy_(ids(rank))
+        assert raised_by([lambda: ep.plan(given, experts)] * (2 * PLANS_AHEAD)) == [PLANS_AHEAD]
+        ep.check()
+        static.copy_(ids(rank, bad=True))
+        graph.replay()
+        static.copy_(ids(rank))
+        assert raised_by([ep.check, ep.check]) == [0]
+        graph.replay()
+        ep.check()
+
+
+CASE = CASES["uniform"]
+TIGHT = EPConfig(max_rows=1)
+SAID = "max_rows: got 1, expected at least"
+
+
+def overflowed(rank: Rank) -> ExpertParallel:
+    """An object whose call has passed the bound."""
+    ep = ExpertParallel(backend="fast", config=TIGHT)
+    x, weights, _ = layer_inputs(rank, CASE)
+    assert ep.moe(x, *weights, CASE.top_k).y.isnan().all()
+    if rank.device.type == "cuda":
+        torch.cuda.synchronize(rank.device)
+    return ep
+
+
+def timed_out(rank: Rank) -> ExpertParallel:
+    """An object of which a kernel of this rank has timed out: what that leaves for the host."""
+    from sonic_ep.fast.sync import TIME_UP
+
+    ep = ExpertParallel(backend="fast")
+    ep.meet(rank.device)
+    (context,) = ep._backend._contexts.values()
+    context.workspace.wait_errors.words.copy_(torch.tensor([TIME_UP.value, 2, ep._collectives.sync_tag.tag, 0]))
+    return ep
+
+
+@contextmanager
+def lost_gpu(ep: ExpertParallel) -> Iterator[Callable[[], None]]:
+    """What PyTorch raises of a kernel that trapped: wherever the host waits for the GPU, and where it is called."""
+
+    def broken() -> None:
+        raise RuntimeError("device-side assert triggered")
+
+    (context,) = ep._backend._contexts.values()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(context.workspace, "synchronize", broken)
+        yield broken
+
+
+def printed(use: Callable[[], object]) -> str:
+    """What ``use``, and the end of what it made, leave on the error stream."""
+    words = io.StringIO()
+    with redirect_stderr(words):
+        use()
+        gc.collect()
+    return words.getvalue()
+
+
+@on_ranks(2)
+def test_what_no_call_has_raised_is_printed_once(rank: Rank) -> None:
+    """Where an object is freed, or left by another error; not where close() has raised it."""
+
+    def left_by_another_error() -> None:
+        with pytest.raises(KeyError, match="labels"), overflowed(rank):
+            raise KeyError("labels")
+
+    def raised() -> None:
+        with pytest.raises(RowOverflowError, match=SAID):
+            overflowed(rank).close()
+
+    words = f"sonic_ep: RowOverflowError: rank {rank.rank} of 2: {SAID}"
+    for use, times in ((partial(overflowed, rank), 1), (left_by_another_error, 1), (raised, 0)):
+        assert printed(use).count(words) == times, use
+
+
+@on_ranks(2, pool="cpu_pool")
+def test_a_failed_wait_is_raised_by_close_or_printed(rank: Rank) -> None:
+    """Also where PyTorch's error of a trap ends the program, and where giving back the memory raises it again."""
+    words = f"rank {rank.rank} of 2: waited 60 s for rank 1 in phase sync of step 1"
+
+    def ended_by_pytorchs_error() -> None:
+        ep = timed_out(rank)
+        with lost_gpu(ep) as broken, pytest.raises(RuntimeError, match="device-side assert"), ep:
+            broken()
+
+    def raised() -> None:
+        ep = timed_out(rank)
+        with lost_gpu(ep), pytest.raises(PeerTimeoutError, match=words):
+            ep.close()
+
+    # By then the other rank may have left, by the same error.
+    left = rf"PeerLostError: rank {rank.rank} of 2: rank 1 left .* phase sync of step 1"
+    assert len(re.findall(rf"sonic_ep: (PeerTimeoutError: {words}|{left})", printed(ended_by_pytorchs_error))) == 1
+    assert "sonic_ep: " not in printed(raised)
+
+
+@on_ranks(1, pool="cpu_pool")
+def test_a_forked_child_does_not_print_what_its_parent_will_raise(rank: Rank) -> None:
+    ep = overflowed(rank)
+    gc.collect()
+    child = os.fork()
+    if child == 0:
+        words = printed(lambda: [finalizer() for finalizer in list(weakref.finalize._registry)])
+        os._exit(int("RowOverflowError" in words))
+    assert os.waitpid(child, 0)[1] == 0
+    with pytest.raises(RowOverflowError, match=SAID):
+        ep.close()
+
+
+@pytest.mark.parametrize(
+    ("failing", "error", "world_size"), [(overflowed, RowOverflowError, 1), (timed_out, PeerTimeoutError, 2)]
+)
+@on_ranks(pool="cpu_pool")
+def test_an_error_that_was_caught_keeps_no_memory(
+    rank: Rank, failing: Callable[[Rank], ExpertParallel], error: type[Exception], world_size: int
+) -> None:
+    """It holds nothing of what was in the call."""
+    x, weights, _ = layer_inputs(rank, CASE)
+    gc.disable()
+    ep = failing(rank)
+    with suppress(error):
+        ep.moe(x, *weights, CASE.top_k)
+    held = weakref.ref(x)
+    del x, weights
+    gc.enable()
+    assert held() is None
+    with suppress(error):
+        ep.close()
+
+
+@both_backends
+@on_ranks(2)
+def test_the_functional_form_raises_what_its_call_has_found(rank: Rank, backend: str) -> None:
+    """And the group goes on."""
+    x, weights, _ = layer_inputs(rank, CASE)
+    with pytest.raises(RowOverflowError, match=SAID):
+        sonic_ep.moe(x, *weights, CASE.top_k, backend=backend, config=TIGHT)
+    assert sonic_ep.moe(x, *weights, CASE.top_k, backend=backend).y.isfinite().all()
