@@ -61,10 +61,9 @@ class ExpertParallel:
     check_collective: before each call compare its arguments across ranks and report what differs, for two exchanges on
         the host. Without it a difference is still found, but not named.
 
-    ``PeerError``, and any error of one rank after a call has begun, ends the object: later calls raise ``ClosedError``.
     Ranks create the same objects in the same order, and call them one call at a time, in the process that created
-    them. A context manager: leaving it calls ``close()``. Warns if it is garbage-collected without ``close()`` while
-    it holds memory.
+    them. An error on one rank, once a call has begun, ends the object: later calls raise ``ClosedError``. A context
+    manager: leaving it calls ``close()``. Warns if it is garbage-collected without ``close()`` while it holds memory.
 
     Raises ``ValueError`` for wrong arguments and ``BackendUnavailableError``, with every reason, if ``backend`` cannot
     run here.
@@ -133,8 +132,8 @@ class ExpertParallel:
         score_order, norm_topk_probs: see ``RouterOptions``. Scores and the returned logits are fp32.
 
         Gradients of expert weights and biases are sums over all tokens of the group, undivided; so is that of router_w
-        unless ``reduce_router_grad`` is False. x requires a gradient on every rank or on none; a rank without tokens
-        counts as requiring one where a weight does. Raises ``ValueError`` before any communication.
+        unless ``reduce_router_grad`` is False. x requires a gradient on every rank or on none; without tokens it counts
+        as requiring one if a weight does. Raises ``ValueError`` before any communication.
         """
         with self._call_guard.one():
             x_any = check_tokens(self._checker, x)

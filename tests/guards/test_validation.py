@@ -18,6 +18,8 @@ import sonic_ep
 from sonic_ep import ClosedError, ExpertParallel
 from sonic_ep.testing import Rank
 
+# Ranks would wait for 60 s; a busy machine is slow.
+LONG_BEFORE_THE_TIMEOUT_SECONDS = 40
 BF16, FP16, INT, FP64 = torch.bfloat16, torch.float16, torch.int64, torch.float64
 
 
@@ -140,7 +142,7 @@ def test_wrong_on_all_ranks_is_refused_before_any_communication(rank: Rank) -> N
         for call, message in calls:
             with pytest.raises(ValueError, match=f"rank {rank.rank} of 2: {message}"):
                 call()
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < LONG_BEFORE_THE_TIMEOUT_SECONDS
         assert ep.plan(ids(2, 1), num_experts=4).counts.tolist() == [4, 0, 0, 0]
 
 
@@ -185,7 +187,7 @@ WRONG_PROGRAMS = {
 
 
 @pytest.mark.parametrize(("call", "message"), WRONG_PROGRAMS.items())
-def test_a_wrong_program_ends_within_five_seconds_and_leaves_nothing(call: str, message: str, tmp_path: Path) -> None:
+def test_a_wrong_program_ends_at_once_and_leaves_nothing(call: str, message: str, tmp_path: Path) -> None:
     script = tmp_path / "wrong.py"
     script.write_text(SCRIPT.format(call=call))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
