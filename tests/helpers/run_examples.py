@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -13,6 +13,7 @@ from random_cases import Example, Kind, example_of
 from torch import Tensor
 
 from sonic_ep import ExpertParallel
+from sonic_ep.backend import Experts
 from sonic_ep.plan import row_ceiling
 from sonic_ep.testing import Inputs, Rank, RankPool, draw, verify_moe, verify_routed
 from sonic_ep.testing.oracle import Outcome, moe_oracle, routed_oracle, run_moe, run_routed
@@ -119,11 +120,11 @@ def _rows(inputs: Inputs, example: Example) -> int:
 
 def _moved(inputs: Inputs, device: torch.device) -> Inputs:
     """The inputs on ``device``."""
-    tensors = {f.name: getattr(inputs, f.name) for f in fields(inputs) if isinstance(getattr(inputs, f.name), Tensor)}
-    weights = {name: getattr(inputs.experts, name) for name in ("w1", "w2", "b1", "b2")}
-    experts = {name: None if weight is None else weight.to(device) for name, weight in weights.items()}
-    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return replace(inputs, **moved, experts=replace(inputs.experts, **experts))
+
+    def moved(of: Inputs | Experts) -> dict[str, Tensor]:
+        return {name: value.to(device) for name, value in vars(of).items() if isinstance(value, Tensor)}
+
+    return replace(inputs, **moved(inputs), experts=replace(inputs.experts, **moved(inputs.experts)))
 
 
 def _share(inputs: Inputs, rank: int, name: str) -> slice:

@@ -8,17 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from matrix import DIAGONAL
 from near import assert_near
 from torch import Tensor
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.testing import CASES, Case, Inputs, Rank, assert_bitwise
 
-MODES = [
-    (DispatchMode.ALL_TO_ALL, CombineMode.ALL_TO_ALL),
-    (DispatchMode.ALL_GATHER, CombineMode.REDUCE_SCATTER),
-    (DispatchMode.RANK_DEDUP, CombineMode.RANK_DEDUP),
-]
+MODES = DIAGONAL
 by_modes = pytest.mark.parametrize("modes", MODES, ids=lambda pair: "+".join(mode.value for mode in pair))
 Modes = tuple[DispatchMode, CombineMode]
 Outcome = dict[str, Tensor]
