@@ -62,9 +62,10 @@ class ExpertParallel:
     check_collective: compare the arguments of every call over the ranks first, in words; costs two exchanges on the
         host. Without it, ranks that differ are found as well, but not what they differ in.
 
-    Every method may raise ``PeerError`` when another rank has not done its part. Ranks of a group make the same objects
-    in the same order. Calls are made one after the other, in the process that made the object. An object that holds
-    memory and is let go without ``close()`` warns.
+    Every method may raise ``PeerError`` when another rank has not done its part. That, and any error of one rank once a
+    call has begun, ends the object: later calls raise ``ClosedError``. Ranks of a group make the same objects in the
+    same order. Calls are made one after the other, in the process that made the object. An object that holds memory and
+    is freed without ``close()`` warns.
 
     Raises ``ValueError`` for wrong arguments and ``BackendUnavailableError`` with every reason if ``backend`` cannot
     run here. A context manager; ``close()`` gives back what it holds.
@@ -135,7 +136,8 @@ class ExpertParallel:
         score_order, norm_topk_probs: see ``RouterOptions``. Scores are fp32, and so are the logits returned.
 
         Gradients: expert weights and biases get the sum over all tokens of the group, undivided; so does router_w,
-        unless ``reduce_router_grad`` is False. Raises ``ValueError`` before any communication.
+        unless ``reduce_router_grad`` is False. x requires a gradient on every rank or on none; one without tokens
+        counts as requiring it where a weight does. Raises ``ValueError`` before any communication.
         """
         with self._call_guard.one():
             given = check_tokens(self._checker, x)

@@ -97,7 +97,7 @@ def call_digest(facts: str, *, x_trained: bool = False) -> int:
 def mismatch(here: SyncTag, peer: int, there: SyncTag) -> str:
     """What is wrong where this rank is at ``here`` and ``peer`` at ``there``."""
     same_place = (here.step.number, here.phase, here.backward) == (there.step.number, there.phase, there.backward)
-    if not same_place:
+    if not same_place or here.step.call == there.step.call:
         return f"rank {peer} came to {there}, expected {here}: did it skip a call or a backward, or change their order?"
     if here.step.call ^ there.step.call == _X_TRAINED:
         trained = "requires" if there.step.call & _X_TRAINED else "does not require"

@@ -5,7 +5,7 @@ PyTorch's allocator rounds each of them up to 512, and does not split the rest o
 example of ``sonic_ep.plan`` on rank 0, H=8, I=4, bf16 with a gated activation: R is W*C*K = 12, or 6 if exact.
 
 >>> modes = ModePair(dispatch=DispatchMode.ALL_TO_ALL, combine=CombineMode.RANK_DEDUP)
->>> sizes = dict(world_size=2, capacity=3, tokens=3, top_k=2, num_experts=4, hidden=8, intermediate=4, itemsize=2)
+>>> sizes = dict(world_size=2, max_tokens=3, tokens=3, top_k=2, num_experts=4, hidden=8, intermediate=4, itemsize=2)
 >>> ceiling, exact = LayerShape(rows=12, **sizes), LayerShape(rows=6, **sizes)
 >>> saved_bytes(ceiling, modes.dispatch)
 SavedMemory(received=192, hidden=192, scores=48, plan=216)

@@ -131,7 +131,7 @@ def test_tokens_made_in_inference_mode_train_experts(pool: RankPool, world_size:
 
 def past_the_bound(rank: Rank, case: Case) -> None:
     """No product is told of more rows than it is given: PyTorch's read past the end of what they are given."""
-    from sonic_ep.fast.gemm import grouped_gemm
+    from sonic_ep.fast import gemm as grouped_gemm
 
     inputs = draw(case, rank.world_size, rank.device)
     tokens, held = inputs.tokens_of(rank.rank), inputs.experts_of(rank.rank)

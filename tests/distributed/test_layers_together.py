@@ -131,7 +131,7 @@ def recorded_combines() -> Iterator[list[object]]:
 @contextmanager
 def recorded_products() -> Iterator[list[str]]:
     """Names of the grouped products that are queued while this lasts."""
-    from sonic_ep.fast.gemm import grouped_gemm
+    from sonic_ep.fast import gemm as grouped_gemm
 
     seen: list[str] = []
     with pytest.MonkeyPatch.context() as patch:

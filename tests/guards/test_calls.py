@@ -65,9 +65,7 @@ ODDITIES = {
     ),
     "E": Oddity(change=of_more_experts, fact="w1", odd="(4, 8, 8)", usual="(2, 8, 8)"),
     "activation": Oddity(change=partial(dict, activation="geglu"), fact="activation", odd="geglu", usual="swiglu"),
-    "gate layout": Oddity(
-        change=partial(dict, gate_layout="concat"), fact="gate_layout", odd="concat", usual="interleaved"
-    ),
+    "layout": Oddity(change=partial(dict, gate_layout="concat"), fact="gate_layout", odd="concat", usual="interleaved"),
     "biases": Oddity(change=with_biases, fact="biases", odd="True", usual="False"),
     "training": Oddity(change=with_trained_experts, fact="w1 trained", odd="True", usual="False"),
     "scores": Oddity(

@@ -1,4 +1,4 @@
-"""What fills the lives of objects in tests of how they end: a small layer, a plan, what is said of the forgotten."""
+"""What tests of the life of objects use: a small layer, a plan, the warnings for objects that were not closed."""
 
 import gc
 import warnings

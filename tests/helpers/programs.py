@@ -1,4 +1,4 @@
-"""Programs on several ranks that may end badly: each rank a process, with an exit code and its last words."""
+"""Programs on several ranks that may fail: each rank a process, with its exit code and output."""
 
 import faulthandler
 import os
@@ -19,7 +19,7 @@ from sonic_ep.testing.ranks import SETTINGS, starting_context
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How a rank ended. seconds: after the fault, see ``fault``."""
+    """How a rank ended. seconds: after ``Program.fault``."""
 
     code: int
     said: str
@@ -28,7 +28,7 @@ class Ended:
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """What runs on every rank, with ``arguments`` behind the ``Rank``; where it writes what it says."""
+    """What runs on every rank, with ``arguments`` behind the ``Rank``, and where its output goes."""
 
     body: Callable[..., None]
     arguments: tuple[Any, ...]
@@ -40,9 +40,9 @@ class Program:
     store_at_rank_0: bool = False
 
     def run(self) -> list[Ended]:
-        """Run it to its end; a rank that is there after ``patience`` seconds is killed, and its code is that of it.
+        """Run it to its end. A rank that lives after ``patience`` seconds is killed, which its exit code shows.
 
-        The rank ``odd`` is killed as soon as all others have ended, if it has said that something goes wrong.
+        The rank ``odd`` is killed as soon as all others have ended, if it has called ``fault``.
         """
         context = starting_context()
         ranks = [context.Process(target=run_rank, args=(self, rank)) for rank in range(self.world_size)]
@@ -59,12 +59,12 @@ class Program:
                     ends[rank] = time.time()
         fault = float(self.faulted.read_text()) if self.faulty else min(ends)
         return [
-            Ended(code=process.exitcode, said=self.words_of(rank).read_text(), seconds=ends[rank] - fault)
+            Ended(code=process.exitcode, said=self.output_of(rank).read_text(), seconds=ends[rank] - fault)
             for rank, process in enumerate(ranks)
         ]
 
-    def words_of(self, rank: int) -> Path:
-        return self.folder / f"said_by_{rank}"
+    def output_of(self, rank: int) -> Path:
+        return self.folder / f"output_of_{rank}"
 
     def store(self, rank: int) -> dist.Store:
         """A file, or as most programs have it, a server in the process of rank 0."""
@@ -89,19 +89,19 @@ class Program:
         return self.faulted.exists() and bool(self.faulted.read_text())
 
     def fault(self) -> None:
-        """Now something goes wrong."""
+        """Record that something goes wrong now."""
         self.faulted.write_text(str(time.time()))
 
 
 def run_rank(program: Program, rank: int) -> None:
-    """A rank's life. What is not caught is printed, and the process ends with code 1."""
+    """The process of a rank. What is not caught is printed, and it ends with code 1."""
     os.environ.update(SETTINGS[program.device_type])
     install_interpreter()
-    words = os.open(program.words_of(rank), os.O_CREAT | os.O_WRONLY)
-    os.dup2(words, 1)
-    os.dup2(words, 2)
+    output = os.open(program.output_of(rank), os.O_CREAT | os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     torch.set_num_threads(1)
-    # Who does not end tells where it is.
+    # A rank that does not end prints where it is.
     faulthandler.dump_traceback_later(program.patience / 2, exit=False)
     own_device = program.device_type == "cuda" and program.world_size <= torch.cuda.device_count()
     device = device_of_rank(rank) if program.device_type == "cuda" else torch.device("cpu")
