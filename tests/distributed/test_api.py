@@ -10,6 +10,7 @@ from backends import both_backends
 from calls import EXPERTS, HIDDEN, good_call, good_routed_call
 from near import assert_near
 from on_ranks import on_ranks
+from promises import promise
 from torch import Tensor
 
 import sonic_ep
@@ -125,6 +126,7 @@ def test_one_rank_alone_takes_any_number_of_tokens() -> None:
         assert [ep.plan(torch.zeros(T, 1, dtype=torch.int64), 4).max_tokens for T in (1, 7, 0, 3)] == [1, 7, 0, 3]
 
 
+@promise("plans")
 def test_a_plan_of_another_device_is_refused() -> None:
     with ExpertParallel() as ep:
         plan = ep.plan(torch.zeros(2, 1, dtype=torch.int64), EXPERTS)

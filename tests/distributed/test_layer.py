@@ -12,6 +12,7 @@ import torch.distributed as dist
 from _pytest.mark.structures import ParameterSet
 from backends import BACKENDS, both_backends
 from layer_inputs import layer_inputs, routing_of
+from promises import promise
 from torch import Tensor
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
@@ -83,6 +84,7 @@ def moe_reds(rank: Rank, case: Case, backend: str, config: EPConfig) -> list[str
         return [str(finding) for finding in verify_moe(case, ep, rank.device) if not finding.ok]
 
 
+@promise("accuracy")
 @pytest.mark.parametrize(("backend", "world_size", "case", "pair"), settings(WORLD_SIZES, CASES))
 def test_routed_layer_matches_the_oracle(
     pool: RankPool, backend: str, world_size: int, case: Case, pair: tuple[DispatchMode, CombineMode]
@@ -91,6 +93,7 @@ def test_routed_layer_matches_the_oracle(
     assert pool.run(routed_reds, case, backend, config, world_size=world_size) == [[]] * world_size
 
 
+@promise("accuracy")
 @pytest.mark.parametrize(
     ("backend", "world_size", "case", "pair"), settings(WORLD_SIZES, ["uneven_tokens", "uniform_bf16"])
 )
@@ -126,6 +129,7 @@ def assert_same_bits(outcome: Outcome, expected: Outcome, what: str) -> None:
         assert_bitwise(tensor, expected[name], f"{name} with {what}")
 
 
+@promise("flags")
 @pytest.mark.parametrize(
     ("backend", "world_size", "case", "pair"),
     [
@@ -165,6 +169,7 @@ def outcomes_by_modes(rank: Rank, case: Case, backend: str) -> None:
         assert_same_bits(outcomes[dispatch, CombineMode.RANK_DEDUP], expected, f"{dispatch.value}+rank_dedup")
 
 
+@promise("modes")
 @pytest.mark.parametrize(
     ("backend", "world_size", "case"),
     [

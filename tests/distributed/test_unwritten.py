@@ -6,6 +6,7 @@ import pytest
 import torch
 from backends import both_backends
 from layer_inputs import layer_inputs, routing_of
+from promises import promise
 from torch import Tensor
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
@@ -47,6 +48,7 @@ def dropped(rank: Rank, backend: str) -> None:
         assert scores.grad.tolist() == [[4.0, 0.0]] * tokens
 
 
+@promise("written")
 @by_world
 @both_backends
 def test_rows_without_a_slot_have_the_gradient_zero(pool: RankPool, backend: str, world_size: int) -> None:
@@ -69,6 +71,7 @@ def scaled_and_shifted(rank: Rank, case: Case, backend: str, config: EPConfig) -
     return [scale.grad.cpu(), bias.grad.cpu()]
 
 
+@promise("written")
 @pytest.mark.fast
 @pytest.mark.parametrize("modes", MODES, ids=lambda modes: modes[1].value)
 @by_world
@@ -126,6 +129,7 @@ def everything(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
 
 
 # Where some slots, tokens, experts or ranks have nothing to do.
+@promise("written")
 @pytest.mark.parametrize("case", ["dropped_slots_bf16", "empty_experts", "zero_token_ranks", "no_tokens_at_all"])
 @both_backends
 def test_everything_handed_out_is_written(pool: RankPool, backend: str, case: str) -> None:

@@ -10,6 +10,7 @@ from backends import both_backends
 from calls import in_another_thread
 from layer_inputs import layer_inputs
 from on_ranks import on_ranks
+from promises import promise
 
 from sonic_ep import ClosedError, ExpertParallel
 from sonic_ep.distributed.call_lock import CallLock
@@ -17,6 +18,7 @@ from sonic_ep.errors import ConcurrentCallError
 from sonic_ep.testing import CASES, Rank
 
 
+@promise("one-call")
 def test_the_lock_refuses_threads_waits_and_an_early_close() -> None:
     lock = CallLock("an object")
 
@@ -54,6 +56,7 @@ def test_an_error_of_the_outermost_call_is_handled_once() -> None:
     assert seen == [(KeyError, True), (KeyError, False)]
 
 
+@promise("one-call")
 @both_backends
 @on_ranks(2, pool="cpu_pool")
 def test_a_signals_handler_that_calls_is_refused_and_harms_nothing(rank: Rank, backend: str) -> None:
@@ -79,6 +82,7 @@ def test_a_signals_handler_that_calls_is_refused_and_harms_nothing(rank: Rank, b
             assert "got a call in the middle of a call of the same thread" in refused[0]
 
 
+@promise("one-call")
 @both_backends
 @on_ranks(1)
 def test_a_backward_takes_the_lock(rank: Rank, backend: str) -> None:

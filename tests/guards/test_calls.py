@@ -13,6 +13,7 @@ import torch.distributed as dist
 from backends import both_backends
 from calls import HELD, HIDDEN, INTERMEDIATE, call_of, good_call, in_another_thread, with_trained_experts
 from on_ranks import on_ranks
+from promises import promise
 
 import sonic_ep
 from sonic_ep import ClosedError, CollectiveMismatchError, EPConfig, ExpertParallel
@@ -107,6 +108,7 @@ def refused(rank: Rank, oddity: Oddity, check: bool) -> str:
     return str(raised.value)
 
 
+@promise("compared-calls")
 @pytest.mark.fast
 @on_ranks(2, 3, pool="cpu_pool")
 def test_compared_calls_are_told_apart_in_words(rank: Rank, world_size: int) -> None:
@@ -124,6 +126,7 @@ def test_compared_calls_are_told_apart_in_words(rank: Rank, world_size: int) -> 
         assert world_size == 2 or facts[oddity.fact].startswith(oddity.odd), name
 
 
+@promise("mismatch")
 @pytest.mark.fast
 @on_ranks(3, pool="cpu_pool")
 def test_calls_that_are_not_compared_are_told_apart_all_the_same(rank: Rank) -> None:
@@ -134,6 +137,7 @@ def test_calls_that_are_not_compared_are_told_apart_all_the_same(rank: Rank) -> 
         assert "check_collective=True tells which" in said or "did it skip a call" in said, (name, said)
 
 
+@promise("usable-after-errors")
 @on_ranks(3, pool="cpu_pool")
 def test_calls_that_were_told_apart_leave_all_usable(rank: Rank) -> None:
     """A rank may bring as many tokens as it likes."""
@@ -161,6 +165,7 @@ def x_trained_on(rank: Rank, trained: bool, **changes: Any) -> dict[str, Any]:
     return {**arguments, "x": arguments["x"].requires_grad_(trained)}
 
 
+@promise("x-gradient")
 @pytest.mark.parametrize("routed", [False, True])
 @both_backends
 @on_ranks(2, pool="cpu_pool")
@@ -179,6 +184,7 @@ def test_x_requires_a_gradient_on_every_rank_or_on_none(rank: Rank, backend: str
             call(**arguments)
 
 
+@promise("x-gradient")
 @both_backends
 @on_ranks(2, pool="cpu_pool")
 def test_an_x_without_tokens_counts_as_trained_where_a_weight_is(rank: Rank, backend: str) -> None:
@@ -192,6 +198,7 @@ def test_an_x_without_tokens_counts_as_trained_where_a_weight_is(rank: Rank, bac
         assert arguments["w1"].grad is not None
 
 
+@promise("usable-after-errors", "overflow")
 @both_backends
 @on_ranks(2)
 def test_who_brings_too_many_tokens_may_call_again(rank: Rank, backend: str) -> None:
@@ -214,6 +221,7 @@ def test_who_brings_too_many_tokens_may_call_again(rank: Rank, backend: str) -> 
         assert ep.moe(tokens, **on_device).tokens_per_expert.sum() == on_device["top_k"] * rank.world_size
 
 
+@promise("mismatch")
 @pytest.mark.parametrize(
     ("backend", "wanted", "phase"),
     [("reference", ["w2"], "combine"), ("reference", ["w1", "w2"], "combine"), ("fast", ["w2"], "router")],
@@ -250,6 +258,7 @@ def test_a_rank_need_not_ask_for_the_gradient_of_the_router(rank: Rank, backend:
         assert_bitwise(gradient, dict(zip(leaves, expected, strict=True))[name], name)
 
 
+@promise("one-call")
 @both_backends
 @on_ranks(2)
 def test_a_second_thread_is_refused_and_the_first_unharmed(rank: Rank, backend: str) -> None:
@@ -294,6 +303,7 @@ def test_threads_with_objects_of_their_own(rank: Rank) -> None:
             assert in_another_thread(lambda: ep.plan(torch.full((1, 1), rank.rank), rank.world_size)) == []
 
 
+@promise("mismatch")
 @pytest.mark.parametrize("objects", [1, 2])
 @both_backends
 @on_ranks(2, pool="cpu_pool")

@@ -15,6 +15,7 @@ import torch
 from backends import both_backends
 from layer_inputs import layer_inputs
 from on_ranks import on_ranks
+from promises import promise
 
 import sonic_ep
 from sonic_ep import EPConfig, ExpertParallel, RowOverflowError
@@ -47,6 +48,7 @@ def raised_by(calls: list[Callable[[], object]]) -> list[int]:
     return found
 
 
+@promise("device-flags")
 @pytest.mark.parametrize("exact", [False, True])
 @on_ranks(1, 2, 3)
 def test_what_was_flagged_is_raised_in_turn_on_every_rank(rank: Rank, exact: bool) -> None:
@@ -66,6 +68,7 @@ def test_what_was_flagged_is_raised_in_turn_on_every_rank(rank: Rank, exact: boo
             assert raised_by([ep.check, ep.check]) == [0]
 
 
+@promise("device-flags")
 @pytest.mark.parametrize("graphed", [False, True])
 @on_ranks(1, 2, pool="cuda_pool")
 def test_the_host_is_plans_ahead_of_the_gpu(rank: Rank, graphed: bool) -> None:
@@ -94,6 +97,7 @@ def test_the_host_is_plans_ahead_of_the_gpu(rank: Rank, graphed: bool) -> None:
         torch.cuda.synchronize()
 
 
+@promise("device-flags")
 @on_ranks(1, 2, pool="cuda_pool")
 def test_what_a_replay_flagged_is_raised_by_one_call_on_every_rank(rank: Rank) -> None:
     """However far a rank's host is ahead; and by ``check`` where no later plan comes."""
@@ -170,6 +174,7 @@ def printed(use: Callable[[], object]) -> str:
     return words.getvalue()
 
 
+@promise("device-errors-told")
 @on_ranks(2)
 def test_what_no_call_has_raised_is_printed_once(rank: Rank) -> None:
     """Where an object is freed, or left by another error; not where close() has raised it."""
@@ -187,6 +192,7 @@ def test_what_no_call_has_raised_is_printed_once(rank: Rank) -> None:
         assert printed(use).count(words) == times, use
 
 
+@promise("device-errors-told")
 @on_ranks(2, pool="cpu_pool")
 def test_a_failed_wait_is_raised_by_close_or_printed(rank: Rank) -> None:
     """Also where PyTorch's error of a trap ends the program, and where giving back the memory raises it again."""
@@ -208,6 +214,7 @@ def test_a_failed_wait_is_raised_by_close_or_printed(rank: Rank) -> None:
     assert "sonic_ep: " not in printed(raised)
 
 
+@promise("device-errors-told")
 @on_ranks(1, pool="cpu_pool")
 def test_a_forked_child_does_not_print_what_its_parent_will_raise(rank: Rank) -> None:
     ep = overflowed(rank)
@@ -221,6 +228,7 @@ def test_a_forked_child_does_not_print_what_its_parent_will_raise(rank: Rank) ->
         ep.close()
 
 
+@promise("caught-errors")
 @pytest.mark.parametrize(
     ("failing", "error", "world_size"), [(overflowed, RowOverflowError, 1), (timed_out, PeerTimeoutError, 2)]
 )
@@ -242,6 +250,7 @@ def test_an_error_that_was_caught_keeps_no_memory(
         ep.close()
 
 
+@promise("usable-after-errors", "device-errors-told")
 @both_backends
 @on_ranks(2)
 def test_the_functional_form_raises_what_its_call_has_found(rank: Rank, backend: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from limits import HANG_SECONDS
+from promises import promise
 
 COMPILED = """
 import torch
@@ -38,6 +39,7 @@ print("as they were")
 """
 
 
+@promise("compile")
 @pytest.mark.parametrize("backend", ["reference", pytest.param("fast", marks=pytest.mark.fast)])
 def test_calls_in_what_is_compiled_run_as_they_are(backend: str, tmp_path: Path) -> None:
     script = tmp_path / "compiled.py"

@@ -28,6 +28,7 @@ from hostile import NO_TENSORS, THINGS, WAYS
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from on_ranks import on_ranks
+from promises import promise
 
 from sonic_ep import EPConfig, ExpertParallel, MoE
 from sonic_ep.testing import Rank, RankPool
@@ -38,6 +39,7 @@ every_call = pytest.mark.parametrize("name", CALLS)
 OF_ONES = "odd strides of one"
 
 
+@promise("arguments")
 @on_ranks(1)
 @every_call
 @both_backends
@@ -71,6 +73,7 @@ def one_at_a_time(
     return found
 
 
+@promise("arguments")
 @on_ranks(1)
 @every_call
 @both_backends
@@ -90,6 +93,7 @@ IMMENSE_SHAPES: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
+@promise("arguments")
 @on_ranks(1)
 @every_call
 @both_backends
@@ -151,6 +155,7 @@ def no_tensors_refused(make: Callable[..., Any], right: Arguments, names: list[s
     return found
 
 
+@promise("arguments")
 @on_ranks(1)
 @both_backends
 def test_numbers_and_names_are_right_or_refused(rank: Rank, backend: str) -> None:

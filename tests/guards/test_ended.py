@@ -7,6 +7,7 @@ import pytest
 import torch.distributed as dist
 from backends import both_backends
 from calls import call_of, memory_short, with_trained_experts
+from promises import promise
 
 from sonic_ep import ClosedError, ExpertParallel
 from sonic_ep.testing import Rank, RankPool
@@ -66,6 +67,7 @@ def told(work: Callable[[], object]) -> str:
     return f"{raised.type.__name__}: {raised.value}"
 
 
+@promise("ended-object")
 @pytest.mark.parametrize("backward", [False, True], ids=["call", "backward"])
 @pytest.mark.parametrize("fail", [memory_short, interrupted])
 @both_backends

@@ -16,6 +16,7 @@ from backends import both_backends
 from conftest import DEVICE_TYPES
 from limits import HANG_SECONDS
 from programs import Ended, Program
+from promises import promise
 from torch import Tensor
 
 from sonic_ep import ClosedError, EPConfig, ExpertParallel
@@ -140,6 +141,7 @@ def test_a_process_group_that_has_ended_is_told_as_such(tmp_path: Path) -> None:
         assert f"rank {rank} of 2: the process group has been destroyed" in ended.said
 
 
+@promise("lost-rank")
 @pytest.mark.parametrize("fault", ["killed", "hangs"])
 def test_who_holds_the_store_is_not_blamed_for_another(fault: str, tmp_path: Path) -> None:
     """Rank 0 ends of its error, and takes the store along with which others find out who was missing."""
@@ -150,6 +152,7 @@ def test_who_holds_the_store_is_not_blamed_for_another(fault: str, tmp_path: Pat
             assert_ended(ended, rank, fault, FAREWELL_SECONDS + TIMEOUT_SECONDS)
 
 
+@promise("bounded-waits", "left-by-error", "mismatch")
 @pytest.mark.parametrize("device_type", DEVICE_TYPES)
 @pytest.mark.parametrize("fault", SEEN)
 @both_backends
@@ -185,6 +188,7 @@ assert time.monotonic() - began < 60, "heard of it only at the end of its time"
 """
 
 
+@promise("left-by-error")
 @both_backends
 def test_an_uncaught_error_without_close_is_reported_to_peers(backend: str, tmp_path: Path) -> None:
     script = tmp_path / "uncaught.py"

@@ -13,6 +13,7 @@ from backends import both_backends
 from limits import HANG_SECONDS
 from lives import TOKENS, TOP_K, layer_of, planned, warned
 from on_ranks import on_ranks
+from promises import promise
 
 from sonic_ep import ExpertParallel
 from sonic_ep.testing import Rank, assert_bitwise
@@ -41,6 +42,7 @@ assert planned(reference) == planned(fast) == [1, 1]
 """
 
 
+@promise("close")
 @pytest.mark.fast
 def test_what_is_left_open_at_exit_warns_in_the_process_that_made_it(tmp_path: Path) -> None:
     """Once: not for what holds nothing, and not in a child that was forked."""
@@ -81,6 +83,7 @@ def said_in_child(use: Callable[[], object]) -> str:
         return said.read().replace(str(child), "CHILD")
 
 
+@promise("one-call")
 @both_backends
 @on_ranks(2, pool="cpu_pool")
 def test_a_forked_process_keeps_off(rank: Rank, backend: str) -> None:

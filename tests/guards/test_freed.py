@@ -7,6 +7,7 @@ import pytest
 import torch
 from backends import both_backends
 from layer_inputs import routing_of
+from promises import promise
 from torch import Tensor
 
 from sonic_ep import EPConfig, ExpertParallel
@@ -119,6 +120,7 @@ def freed_x_of_a_routed_layer(rank: Rank, case: Case, backend: str) -> None:
         )
 
 
+@promise("freed")
 @pytest.mark.parametrize("world_size", [1, 2])
 @both_backends
 def test_freed_tokens_of_a_routed_layer_are_refused(pool: RankPool, backend: str, world_size: int) -> None:
@@ -139,6 +141,7 @@ def freed_logits_alone(rank: Rank, case: Case, backend: str) -> None:
             assert_refused(forward, leaves, name, str(ep.group))
 
 
+@promise("freed")
 @pytest.mark.parametrize("world_size", [1, 2])
 @both_backends
 def test_freed_inputs_of_the_router_are_refused(pool: RankPool, backend: str, world_size: int) -> None:
@@ -154,6 +157,7 @@ def freed_rows(rank: Rank, case: Case, backend: str) -> None:
         assert_refused(lambda: ep.combine(rows, leaves["scores"], plan), leaves, "rows", str(ep.group))
 
 
+@promise("freed")
 @pytest.mark.parametrize("world_size", [1, 2])
 @both_backends
 def test_freed_rows_of_a_combine_are_refused(pool: RankPool, backend: str, world_size: int) -> None:
@@ -179,6 +183,7 @@ def freed_plan(rank: Rank, case: Case, backend: str) -> None:
                     result.backward()
 
 
+@promise("freed")
 @pytest.mark.parametrize("world_size", [1, 2])
 @both_backends
 def test_a_freed_plan_is_refused_in_backward(pool: RankPool, backend: str, world_size: int) -> None:

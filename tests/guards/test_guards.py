@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from on_ranks import on_ranks
+from promises import promise
 from there_and_back import MODES, Modes, by_modes
 from torch import Tensor
 
@@ -140,6 +141,7 @@ def test_scores_are_read_after_a_late_rank_has_staged_them(rank: Rank) -> None:
 WIDE = 4100
 
 
+@promise("device-flags")
 @pytest.mark.parametrize(
     ("experts", "bound", "said"),
     [
@@ -253,6 +255,7 @@ def gradients(ep: ExpertParallel, inputs: Inputs, tokens: slice, wanted: tuple[b
     return [x.grad, scores.grad]
 
 
+@promise("x-gradient")
 @by_modes
 @on_ranks(3)
 def test_ranks_may_need_different_gradients(rank: Rank, modes: Modes) -> None:

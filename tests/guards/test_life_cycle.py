@@ -14,6 +14,7 @@ import torch.distributed as dist
 from backends import both_backends
 from lives import TOKENS, TOP_K, layer_of, planned, warned
 from on_ranks import on_ranks
+from promises import promise
 
 import sonic_ep
 from sonic_ep import ClosedError, EPConfig, ExpertParallel
@@ -78,6 +79,7 @@ def rendezvous_counted() -> Iterator[Counter]:
         yield made
 
 
+@promise("close")
 @both_backends
 @on_ranks(2)
 def test_two_hundred_lives_leave_nothing(rank: Rank, backend: str) -> None:
@@ -107,6 +109,7 @@ def test_two_hundred_lives_leave_nothing(rank: Rank, backend: str) -> None:
     assert {name: n for name, n in (last.objects - first.objects).items() if n >= LIVES // PLANNING} == {}
 
 
+@promise("close")
 @both_backends
 @on_ranks(2)
 def test_what_is_forgotten_warns_and_its_graph_lives_on(rank: Rank, backend: str) -> None:
@@ -154,6 +157,7 @@ def test_a_rank_that_left_by_an_error_is_named_with_it(rank: Rank) -> None:
     dist.destroy_process_group(group)
 
 
+@promise("close")
 @both_backends
 @on_ranks(2)
 def test_a_backward_after_close_is_refused(rank: Rank, backend: str) -> None:
@@ -221,6 +225,7 @@ def test_another_order_of_objects_is_found(rank: Rank, backend: str, order: str)
         assert planned(later, rank) == [2] * rank.world_size
 
 
+@promise("close")
 @pytest.mark.fast
 @on_ranks(2, pool="cpu_pool")
 def test_close_gives_memory_back_while_a_graph_lives(rank: Rank) -> None:

@@ -6,6 +6,7 @@ from backends import both_backends
 from edge_calls import CALLS, SIZES, tensors_of
 from layer_inputs import layer_inputs, routing_of
 from on_ranks import on_ranks
+from promises import promise
 from torch.autograd import forward_ad
 
 from sonic_ep import ExpertParallel
@@ -14,6 +15,7 @@ from sonic_ep.testing import CASES, Rank, assert_bitwise
 CASE = CASES["uniform"]
 
 
+@promise("second-derivatives")
 @both_backends
 @on_ranks(2)
 def test_second_derivatives_are_refused_not_wrong(rank: Rank, backend: str) -> None:
@@ -52,6 +54,7 @@ def test_a_gradient_without_memory_is_zero(rank: Rank, backend: str) -> None:
         assert_bitwise(leaf.grad.abs(), torch.zeros_like(leaf))
 
 
+@promise("forward-mode")
 @both_backends
 @on_ranks(1)
 def test_tangents_are_refused_not_lost(rank: Rank, backend: str) -> None:
@@ -83,6 +86,7 @@ def test_tangents_are_refused_not_lost(rank: Rank, backend: str) -> None:
                     assert_bitwise(got, want)
 
 
+@promise("forward-mode")
 @both_backends
 @on_ranks(2)
 def test_gradients_with_tangents_are_refused_not_wrong(rank: Rank, backend: str) -> None:

@@ -5,6 +5,7 @@ import torch
 from backends import both_backends
 from calls import EXPERTS, HIDDEN, call_of, good_call, memory_short, with_trained_experts
 from on_ranks import on_ranks
+from promises import promise
 
 from sonic_ep import ExpertParallel
 from sonic_ep.testing import Rank
@@ -19,6 +20,7 @@ def test_memory_that_runs_out_is_told_with_the_place() -> None:
         ep.moe(**good_call())
 
 
+@promise("usable-after-errors", "out-of-memory")
 @pytest.mark.parametrize(
     ("backend", "exchange"), [("reference", "sonic_ep.reference.backend"), ("fast", "sonic_ep.fast.exchange")]
 )
@@ -36,6 +38,7 @@ def test_memory_that_runs_out_in_backward_is_told_with_the_place(rank: Rank, bac
         ep.moe(**arguments).y.sum().backward()
 
 
+@promise("out-of-memory")
 @both_backends
 @on_ranks(1, pool="cuda_pool")
 def test_gpu_memory_that_runs_out_is_told_with_rank_and_place(rank: Rank, backend: str) -> None:
@@ -56,6 +59,7 @@ def test_gpu_memory_that_runs_out_is_told_with_rank_and_place(rank: Rank, backen
             torch.cuda.set_per_process_memory_fraction(1.0, rank.device)
 
 
+@promise("out-of-memory")
 def test_memory_of_the_cpu_that_runs_out_is_told_with_the_place() -> None:
     with ExpertParallel(backend="reference") as ep:
         x = torch.zeros(1, HIDDEN).expand(2**44, HIDDEN)

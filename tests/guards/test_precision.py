@@ -5,11 +5,13 @@ import torch
 from backends import both_backends
 from layer_inputs import layer_inputs
 from on_ranks import on_ranks
+from promises import promise
 
 from sonic_ep import EPConfig, ExpertParallel
 from sonic_ep.testing import CASES, Case, Rank, assert_bitwise
 
 
+@promise("autocast")
 @pytest.mark.parametrize("case", [CASES["uniform_bf16"], CASES["uneven_tokens"]], ids=lambda case: case.name)
 @both_backends
 @on_ranks(1)

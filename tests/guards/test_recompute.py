@@ -9,6 +9,7 @@ import torch
 from backends import both_backends
 from layer_inputs import layer_inputs
 from on_ranks import on_ranks
+from promises import promise
 from routers import randn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -31,6 +32,7 @@ def tied(weight_EH: Tensor) -> Tensor:
     return pairs.requires_grad_()
 
 
+@promise("recompute")
 @both_backends
 @on_ranks(2)
 def test_ties_fall_the_same_way_in_recompute(rank: Rank, backend: str) -> None:
@@ -66,6 +68,7 @@ def test_ties_fall_the_same_way_in_recompute(rank: Rank, backend: str) -> None:
                 tensor.grad = None
 
 
+@promise("usable-after-errors", "recompute")
 @pytest.mark.parametrize("exact", [False, True])
 @both_backends
 @on_ranks(1, 2)
@@ -100,6 +103,7 @@ def test_another_routing_in_recompute_is_named(rank: Rank, backend: str, exact: 
     ep.close()
 
 
+@promise("recompute")
 @both_backends
 @on_ranks(1)
 def test_another_routing_in_recompute_of_the_functional_form_is_raised(rank: Rank, backend: str) -> None:
@@ -116,6 +120,7 @@ def test_another_routing_in_recompute_of_the_functional_form_is_raised(rank: Ran
         assert not any(weight.grad.isnan().any() for weight in weights)
 
 
+@promise("usable-after-errors")
 @on_ranks(2, pool="cpu_pool")
 def test_a_recompute_that_ends_early_is_no_error(rank: Rank) -> None:
     """What is asked for needs no more than the router: the rest is not run again."""
@@ -134,6 +139,7 @@ def assert_no_number(*grads: Tensor | None) -> None:
         assert (grad.isnan() | (grad == 0)).all()
 
 
+@promise("recompute")
 @both_backends
 @on_ranks(1, 2)
 def test_another_routing_of_a_dispatch_in_recompute_is_named(rank: Rank, backend: str) -> None:
@@ -165,6 +171,7 @@ def test_another_routing_of_a_dispatch_in_recompute_is_named(rank: Rank, backend
     ep.close()
 
 
+@promise("recompute")
 @both_backends
 @on_ranks(1)
 def test_another_routing_of_a_combine_in_recompute_is_named(rank: Rank, backend: str) -> None:

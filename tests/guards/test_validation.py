@@ -13,6 +13,7 @@ import torch
 from calls import EXPERTS, HIDDEN, TOKENS, good_call, good_routed_call
 from limits import HANG_SECONDS
 from on_ranks import on_ranks
+from promises import promise
 
 import sonic_ep
 from sonic_ep import ClosedError, ExpertParallel
@@ -146,6 +147,7 @@ def test_wrong_on_all_ranks_is_refused_before_any_communication(rank: Rank) -> N
         assert ep.plan(ids(2, 1), num_experts=4).counts.tolist() == [4, 0, 0, 0]
 
 
+@promise("usable-after-errors", "arguments")
 @on_ranks(2, pool="cpu_pool")
 def test_a_wrong_call_communicates_nothing(rank: Rank) -> None:
     """The other ranks do not notice, before a right call or after it."""

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from new_group import collectives_of_a_new_group, new_group, raises
 from on_ranks import on_ranks
+from promises import promise
 
 from sonic_ep.distributed.collectives import ANNOUNCE_SECONDS, GRACE_SECONDS, HOST, BoundedCollectives
 from sonic_ep.distributed.group import EPGroup, resolve_group
@@ -48,6 +49,7 @@ def test_a_rank_that_comes_in_time_is_waited_for(rank: Rank) -> None:
                 collectives.numbers(1, HOST)
 
 
+@promise("bounded-waits")
 @pytest.mark.parametrize("rows", [False, True])
 @on_ranks(3, pool="cpu_pool")
 def test_a_rank_that_does_not_come_is_named(rank: Rank, rows: bool) -> None:
@@ -79,6 +81,7 @@ def test_a_rank_that_comes_too_late_hears_that_the_others_are_gone(rank: Rank) -
             collectives.numbers(1, HOST)
 
 
+@promise("lost-rank")
 @pytest.mark.parametrize("gone", [False, True])
 @on_ranks(3, pool="cpu_pool")
 def test_a_rank_that_left_is_named_with_its_error_before_the_time_is_up(rank: Rank, gone: bool) -> None:
@@ -114,6 +117,7 @@ def test_a_rank_that_left_after_its_part_harms_nobody(rank: Rank) -> None:
         gathered.wait()
 
 
+@promise("lost-rank")
 @on_ranks(3, pool="cpu_pool")
 def test_a_rank_that_is_gone_is_named_by_all(rank: Rank) -> None:
     """Its connections are closed, as at the end of its process."""
@@ -126,6 +130,7 @@ def test_a_rank_that_is_gone_is_named_by_all(rank: Rank) -> None:
         collectives.numbers(1, HOST)
 
 
+@promise("mismatch")
 @pytest.mark.parametrize("elsewhere", ["phase backward (router) of step 6", "phase unknown of step 3"])
 @on_ranks(3, pool="cpu_pool")
 def test_a_rank_that_came_from_elsewhere_is_named_with_both_places(rank: Rank, elsewhere: str) -> None:
@@ -188,6 +193,7 @@ class StoreThatFalls(dist.Store):
     check = get = set = _answer
 
 
+@promise("silent-store")
 @on_ranks(3, pool="cpu_pool")
 def test_a_store_that_does_not_answer_is_not_waited_for(rank: Rank) -> None:
     with new_group(rank, TIMEOUT_SECONDS) as collectives:
@@ -200,6 +206,7 @@ def test_a_store_that_does_not_answer_is_not_waited_for(rank: Rank) -> None:
                 collectives.numbers(1, HOST)
 
 
+@promise("lost-rank")
 @on_ranks(3, pool="cpu_pool")
 def test_a_rank_that_finds_out_stays_until_the_others_know(rank: Rank) -> None:
     """The first to find out who is missing waits until another, that has more time, has read of it and left."""
@@ -229,6 +236,7 @@ def test_what_another_rank_has_found_out_is_believed(cpu_pool: RankPool) -> None
     cpu_pool.stop()
 
 
+@promise("lost-rank")
 @on_ranks(2, pool="cpu_pool")
 def test_what_fails_as_it_begins_is_told_like_what_fails_later(rank: Rank) -> None:
     """The process group raises at once: the peer is lost, with the reason; but memory is this rank's own."""
@@ -250,6 +258,7 @@ def test_what_fails_as_it_begins_is_told_like_what_fails_later(rank: Rank) -> No
                 collectives._run(lambda *_: fail(RuntimeError("connection reset")), torch.zeros(1))
 
 
+@promise("own-clock")
 @on_ranks(2, pool="cpu_pool")
 def test_pytorchs_own_checks_do_not_wait_by_their_own_clock(rank: Rank) -> None:
     """In a group that PyTorch compares before each collective: ranks that come, and then one that does not."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from backends import BACKENDS, both_backends
 from layer_inputs import layer_inputs, routing_of
+from promises import promise
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -172,6 +173,7 @@ def unpacked_otherwise(rank: Rank, case: Case, backend: str, config: EPConfig) -
                 assert_bitwise(grad, wanted)
 
 
+@promise("unpacked")
 @by_backend_and_flags
 def test_what_is_saved_may_come_back_in_another_layout(pool: RankPool, backend: str, flags: dict[str, bool]) -> None:
     pool.run(unpacked_otherwise, CASES["uneven_tokens"], backend, EPConfig(**flags), world_size=2)

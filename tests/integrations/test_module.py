@@ -7,6 +7,7 @@ import pytest
 import torch
 from backends import both_backends
 from on_ranks import on_ranks
+from promises import promise
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -86,6 +87,7 @@ def test_built_on_the_meta_device_and_filled_later() -> None:
         assert_bitwise(layer.state_dict()[name], value, name)
 
 
+@promise("reset-parameters")
 @on_ranks(4, pool="cpu_pool")
 def test_sharded_on_the_meta_device_and_filled_later(rank: Rank) -> None:
     """Two ranks share each half of the experts, three of them: one rank holds two, the other one."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from near import assert_near
 from on_ranks import on_ranks
+from promises import promise
 from torch import Tensor
 
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
@@ -166,6 +167,7 @@ def test_nan_and_the_ends_of_the_range(rank: Rank, name: str, dtype: torch.dtype
     assert found.hidden[:ROWS, 1:].isfinite().all()
 
 
+@promise("fp32")
 @pytest.mark.fast
 @on_ranks(1)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hostile import shifted
 from on_ranks import on_ranks
+from promises import promise
 from torch import Tensor
 
 from sonic_ep.testing import Rank, assert_as_accurate, assert_bitwise
@@ -154,6 +155,7 @@ def test_a_product_of_one_term_is_rounded_to_the_nearest(rank: Rank, dtype: torc
     assert_bitwise(TritonGemm().weights(a.view(1, 20), b, ends(rank.device, (1,))), expected[None])
 
 
+@promise("fp32")
 @on_ranks(1)
 def test_fp32_products_round_once(rank: Rank) -> None:
     """A score's gradient is one number: no other errors would average its own out."""

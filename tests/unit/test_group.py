@@ -12,6 +12,7 @@ import torch.distributed as dist
 from limits import HANG_SECONDS
 from lives import layer_of
 from on_ranks import on_ranks
+from promises import promise
 from torch.distributed.device_mesh import init_device_mesh
 
 from sonic_ep import ExpertParallel
@@ -20,6 +21,7 @@ from sonic_ep.distributed.group import EPGroup, device_of_rank, resolve_group
 from sonic_ep.testing import Rank
 
 
+@promise("rank-numbers")
 @on_ranks(4, pool="cpu_pool")
 def test_worlds_meshes_and_subsets(rank: Rank) -> None:
     world = resolve_group(None)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from host_files import PATTERN, lasting_files, shared_files
 from on_ranks import on_ranks
+from promises import promise
 from workspaces import new_workspace, workspace_of
 
 from sonic_ep import ExpertParallel
@@ -59,6 +60,7 @@ def remove_abandoned() -> None:
     remove()
 
 
+@promise("shared-files")
 def test_files_are_private_unguessable_and_locked() -> None:
     from sonic_ep.testing.host_memory import shared_file
 
@@ -124,6 +126,7 @@ NOT_ABANDONED: dict[str, Callable[[Path, pytest.MonkeyPatch], object]] = {
 }
 
 
+@promise("shared-files")
 @pytest.mark.parametrize("why", NOT_ABANDONED)
 def test_other_files_are_never_removed(folder: Path, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     held = NOT_ABANDONED[why](folder / NAME, monkeypatch)
@@ -150,6 +153,7 @@ def test_a_file_of_a_killed_process_is_removed_once_it_is_old(folder: Path) -> N
     assert not left.exists()
 
 
+@promise("shared-files")
 @on_ranks(3, pool="cpu_pool")
 def test_no_file_is_left_even_while_it_is_mapped(rank: Rank) -> None:
     with workspace_of(rank) as workspace:
@@ -159,6 +163,7 @@ def test_no_file_is_left_even_while_it_is_mapped(rank: Rank) -> None:
         workspace.barrier_before_write()
 
 
+@promise("out-of-memory")
 @on_ranks(2)
 def test_more_memory_than_there_is_is_refused_on_all_ranks(rank: Rank) -> None:
     """Afterwards the group and the memory allocated before are usable."""
@@ -185,6 +190,7 @@ def no_files_above(nbytes: int) -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@promise("out-of-memory")
 @on_ranks(3, pool="cpu_pool")
 def test_memory_short_on_one_rank_is_reported_on_all(rank: Rank) -> None:
     """Afterwards calls of the old size and of the new one work."""
@@ -214,6 +220,7 @@ def started_again(rank: Rank, folder: Path) -> None:
         pass
 
 
+@promise("shared-files")
 def test_files_of_killed_ranks_are_removed_by_the_next_start(cpu_pool: RankPool, tmp_path: Path) -> None:
     with pytest.raises(RankError, match="died, exit code -9"):
         cpu_pool.run(killed_after_allocation, tmp_path, world_size=2)

@@ -12,6 +12,7 @@ from backends import both_backends
 from edge_calls import whole
 from hostile import THINGS, Tagged, compressed, negated_in_name, sliced
 from on_ranks import on_ranks
+from promises import promise
 from torch import Tensor
 
 from sonic_ep import ExpertParallel, RoutingPlan
@@ -70,6 +71,7 @@ def complaint(call: Callable[[], Tensor], right: Tensor) -> str:
     return "" if got.shape == right.shape and torch.equal(got, right) else "other numbers"
 
 
+@promise("plans")
 @on_ranks(1)
 @both_backends
 def test_fields_of_a_plan_are_right_or_refused(rank: Rank, backend: str) -> None:
@@ -88,6 +90,7 @@ def test_fields_of_a_plan_are_right_or_refused(rank: Rank, backend: str) -> None
     assert {what: said for what, said in found.items() if said} == {}
 
 
+@promise("plans")
 def test_a_plan_on_meta_is_refused_with_everything_else_on_meta() -> None:
     with ExpertParallel(backend="reference") as ep:
         plan = ep.plan(torch.zeros(TOKENS, CHOICES, dtype=torch.int64), EXPERTS)

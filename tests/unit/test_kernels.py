@@ -104,7 +104,7 @@ def test_examples_of_rows(rank: Rank) -> None:
     tokens = torch.arange(12, dtype=torch.int32, device=rank.device).view(3, 4)
     addresses = torch.zeros(1, dtype=torch.int64, device=rank.device)
     places = index(rank, 0, -1, 1)
-    launch(pull_packed_kernel, (3,), tokens, addresses, packed, places, 0, 1, 3, device=rank.device, WORDS=4, PIECE=4)
+    launch(pull_packed_kernel, (3,), tokens, addresses, packed, places, 0, 1, 3, device=rank.device, INTS=4, BLOCK=4)
     assert packed.tolist() == [tokens[0].tolist(), tokens[2].tolist(), [-1] * 4]
 
 

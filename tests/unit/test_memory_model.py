@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from on_ranks import on_ranks
+from promises import promise
 from there_and_back import Modes, by_modes
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -125,6 +126,7 @@ def storage_bytes(tensors: list[Tensor]) -> int:
     return sum({address(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+@promise("memory-formulas")
 @on_ranks(2, pool="cpu_pool")
 @by_dispatch
 @by_again
@@ -216,6 +218,7 @@ PEAKS = {
 }
 
 
+@promise("memory-formulas")
 @on_ranks(2, pool="cpu_pool")
 @pytest.mark.parametrize(("case", "config"), PEAKS.values(), ids=PEAKS.keys())
 def test_peaks(rank: Rank, case: Case, config: EPConfig) -> None:
@@ -239,6 +242,7 @@ def test_peaks(rank: Rank, case: Case, config: EPConfig) -> None:
         assert_peaks(call.shape, config, found, slack)
 
 
+@promise("memory-formulas")
 @on_ranks(1, 2, pool="cpu_pool")
 @by_again
 @by_modes

@@ -8,6 +8,7 @@ import pytest
 import torch
 from backends import WORLD_SIZES, both_backends
 from on_ranks import on_ranks
+from promises import promise
 from torch import Tensor
 from workspaces import workspace_of
 
@@ -74,6 +75,7 @@ def by_hand(ids: list[list[list[int]]], rank: int, num_experts: int) -> dict[str
     }
 
 
+@promise("order")
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("seed", range(4))
 def test_every_field_against_a_second_derivation(world_size: int, seed: int) -> None:
@@ -117,6 +119,7 @@ def exchanged(rank: Rank, backend: str, case: Case) -> list[Tensor]:
 
 
 # A plan of "fast" is compared with the reference's, so that one also for other numbers of ranks.
+@promise("order")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize(("backend", "world_size"), [("reference", 3), *(("fast", size) for size in WORLD_SIZES)])
 def test_ranks_hold_one_and_the_same_plan(pool: RankPool, backend: str, world_size: int, case: Case) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from fast_kernels import each_launch, jit_functions, kernels
 from on_ranks import on_ranks
+from promises import promise
 from there_and_back import MODES, Modes
 from torch import Tensor
 
@@ -45,6 +46,7 @@ def numbers_of(kernel: Any) -> set[str]:
     return {p.name for p in parameters if "constexpr" not in str(p.annotation) and not p.name.endswith("_ptr")}
 
 
+@promise("no-compile")
 def test_numbers_that_change_are_not_specialized() -> None:
     found = kernels()
     assert len(found) >= 25
@@ -124,6 +126,7 @@ def name_of(value: Any) -> str:
     return str(value) if isinstance(value, int) else "+".join(getattr(part, "value", part) for part in value)
 
 
+@promise("no-compile")
 @pytest.mark.parametrize(
     ("world_size", "modes", "flags"),
     [*STEPS, *(pytest.param(*step, marks=pytest.mark.thorough) for step in MORE_STEPS)],

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from host_files import lasting_files
 from on_ranks import on_ranks
+from promises import promise
 from workspaces import new_workspace, workspace_of
 
 from sonic_ep import ClosedError, ExpertParallel
@@ -159,6 +160,7 @@ def combine_without_rank_1(rank: Rank) -> str:
 
 
 # On the CPU: on a GPU the kernel traps, which ends the process's use of the GPU, and so of the pool.
+@promise("bounded-waits")
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
@@ -193,6 +195,7 @@ def test_a_device_without_kernels_is_refused(rank: Rank) -> None:
 WAIT_SECONDS, TAG, OTHER_TAG = 1.0, 2**32 + 7, 2**33 + 9
 
 
+@promise("bounded-waits")
 @on_ranks(1, pool="cpu_pool")
 @pytest.mark.parametrize(
     ("shown", "expected"),
@@ -224,6 +227,7 @@ def test_a_barrier_records_the_first_failure(rank: Rank, shown: list[int], expec
     assert took < (timeouts + 0.9) * WAIT_SECONDS
 
 
+@promise("mismatch")
 @on_ranks(2, pool="cpu_pool")
 def test_a_barrier_before_a_write_does_not_match_one_after_it(rank: Rank) -> None:
     workspace = new_workspace(rank)
