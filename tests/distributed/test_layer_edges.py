@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from on_ranks import on_ranks
+from same import assert_same_bits
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sonic_ep import EPConfig, ExpertParallel
 from sonic_ep.profiler.routings import uniform
-from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise, draw
+from sonic_ep.testing import CASES, Case, Rank, draw
 from sonic_ep.testing.oracle import leaf, leaf_experts, run_routed
 
 pytestmark = pytest.mark.fast
@@ -29,7 +31,8 @@ def numbers(rank: Rank, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(rank.device, torch.bfloat16)
 
 
-def strange_views(rank: Rank) -> None:
+@on_ranks(1, 2)
+def test_one_row_or_none_and_odd_views(rank: Rank) -> None:
     """Of one row or none any strides count as contiguous, and a view may begin at any element."""
     weights = small_layer(rank)
     nothing = torch.zeros((), dtype=torch.bfloat16, device=rank.device)
@@ -44,31 +47,23 @@ def strange_views(rank: Rank) -> None:
             # The gradient of a sum is one number in all places.
             found = torch.autograd.grad(ep.moe(x, *weights, 2).y.sum(), [x, *weights])
             expected = torch.autograd.grad(ep.moe(plain, *weights, 2).y.sum(), [plain, *weights])
-            for got, want in zip(found, expected, strict=True):
-                assert_bitwise(got, want)
+            assert_same_bits(found, expected)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_one_row_or_none_and_odd_views(pool: RankPool, world_size: int) -> None:
-    pool.run(strange_views, world_size=world_size)
-
-
-def counts_changed(rank: Rank) -> None:
+@on_ranks(2)
+def test_counts_are_the_callers(rank: Rank) -> None:
     """What the layer returns is the caller's: counts summed over replicas in place are no overflow of the plan."""
     weights, x = small_layer(rank), numbers(rank, 3, HIDDEN).requires_grad_()
     with ExpertParallel(backend="fast", config=EPConfig(max_rows=6 * rank.world_size)) as ep:
         expected = torch.autograd.grad(ep.moe(x, *weights, 2).y.sum(), [x, *weights])
         out = ep.moe(x, *weights, 2)
         out.tokens_per_expert.mul_(100)
-        for got, want in zip(torch.autograd.grad(out.y.sum(), [x, *weights]), expected, strict=True):
-            assert_bitwise(got, want)
+        assert_same_bits(torch.autograd.grad(out.y.sum(), [x, *weights]), expected)
 
 
-def test_counts_are_the_callers(pool: RankPool) -> None:
-    pool.run(counts_changed, world_size=2)
-
-
-def many_rows(rank: Rank, dtype: torch.dtype) -> None:
+@on_ranks(1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_exact_sizes_change_no_bit_of_long_sums(rank: Rank, dtype: torch.dtype) -> None:
     """Where own kernels multiply, exact sizes cut no sum up differently: one expert has most rows, with ample room."""
     case = Case(
         name="many", tokens=(150,), hidden=9, intermediate=5, num_experts=4, top_k=2, dtype=dtype, choose=uniform
@@ -80,16 +75,11 @@ def many_rows(rank: Rank, dtype: torch.dtype) -> None:
     for exact in (False, True):
         with ExpertParallel(backend="fast", config=EPConfig(cpu_sync_on_runtime=exact)) as ep:
             outcomes.append(run_routed(inputs, ep))
-    for name, tensor in outcomes[0].items():
-        assert_bitwise(outcomes[1][name], tensor, name)
+    assert_same_bits(outcomes[1], outcomes[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_exact_sizes_change_no_bit_of_long_sums(pool: RankPool, dtype: torch.dtype) -> None:
-    pool.run(many_rows, dtype, world_size=1)
-
-
-def first_call_checkpointed(rank: Rank) -> None:
+@on_ranks(2)
+def test_a_first_call_that_is_checkpointed_allocates_nothing_in_backward(rank: Rank) -> None:
     """All that ranks share is there when backward begins, also if forward ran without gradients."""
     weights, x = small_layer(rank), numbers(rank, 3, HIDDEN).requires_grad_()
     sizes: list[int] = []
@@ -109,30 +99,24 @@ def first_call_checkpointed(rank: Rank) -> None:
         assert len(sizes) == before
 
 
-def test_a_first_call_that_is_checkpointed_allocates_nothing_in_backward(pool: RankPool) -> None:
-    pool.run(first_call_checkpointed, world_size=2)
-
-
-def made_in_inference(rank: Rank) -> None:
+@on_ranks(1, 2)
+def test_tokens_made_in_inference_mode_train_experts(rank: Rank) -> None:
     weights = small_layer(rank)
     with torch.inference_mode():
         x = numbers(rank, 3, HIDDEN)
     with ExpertParallel(backend="fast", config=AGAIN) as ep:
         found = torch.autograd.grad(ep.moe(x, *weights, 2).y.sum(), weights)
         expected = torch.autograd.grad(ep.moe(x.clone(), *weights, 2).y.sum(), weights)
-    for got, want in zip(found, expected, strict=True):
-        assert_bitwise(got, want)
+    assert_same_bits(found, expected)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_tokens_made_in_inference_mode_train_experts(pool: RankPool, world_size: int) -> None:
-    pool.run(made_in_inference, world_size=world_size)
-
-
-def past_the_bound(rank: Rank, case: Case) -> None:
+@on_ranks(2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_are_told_of_no_row_past_the_bound(rank: Rank, dtype: torch.dtype) -> None:
     """No product is told of more rows than it is given: PyTorch's read past the end of what they are given."""
-    from sonic_ep.fast import gemm as grouped_gemm
+    from sonic_ep.fast import gemm
 
+    case = replace(CASES["uniform"], hidden=64, intermediate=32, bias=False, dtype=dtype)
     inputs = draw(case, rank.world_size, rank.device)
     tokens, held = inputs.tokens_of(rank.rank), inputs.experts_of(rank.rank)
     experts = leaf_experts(inputs.experts, held)
@@ -143,7 +127,7 @@ def past_the_bound(rank: Rank, case: Case) -> None:
         return product(self, a, b, ends, *more)
 
     with pytest.MonkeyPatch.context() as patch:
-        for kind in (grouped_gemm.LibraryGemm, grouped_gemm.LoopGemm, grouped_gemm.TritonGemm):
+        for kind in (gemm.LibraryGemm, gemm.LoopGemm, gemm.TritonGemm):
             for name in ("rows", "weights"):
                 product = getattr(kind, name)
                 patch.setattr(kind, name, lambda self, *a, product=product: noted(product, self, *a))
@@ -156,9 +140,3 @@ def past_the_bound(rank: Rank, case: Case) -> None:
                 ep.check()
     assert len(told) == 6
     assert all(ends <= rows == 9 for ends, rows in told)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_products_are_told_of_no_row_past_the_bound(pool: RankPool, dtype: torch.dtype) -> None:
-    case = replace(CASES["uniform"], hidden=64, intermediate=32, bias=False, dtype=dtype)
-    pool.run(past_the_bound, case, world_size=2)

@@ -6,19 +6,17 @@ import pytest
 import torch
 from backends import both_backends
 from layer_inputs import layer_inputs, routing_of
+from matrix import DIAGONAL
+from on_ranks import on_ranks
 from promises import promise
+from same import assert_same_bits
+from there_and_back import Modes, by_modes
 from torch import Tensor
 
-from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
-from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise, draw
+from sonic_ep import EPConfig, ExpertParallel
+from sonic_ep.testing import CASES, Case, Rank, assert_bitwise, draw
 from sonic_ep.testing.oracle import leaf, leaf_experts
 
-by_world = pytest.mark.parametrize("world_size", [1, 2])
-MODES = [
-    (DispatchMode.ALL_TO_ALL, CombineMode.ALL_TO_ALL),
-    (DispatchMode.ALL_GATHER, CombineMode.REDUCE_SCATTER),
-    (DispatchMode.RANK_DEDUP, CombineMode.RANK_DEDUP),
-]
 FLAGS = [
     {},
     {"redispatch_x_in_backward": True},
@@ -33,7 +31,11 @@ def small(case: Case) -> Case:
     return replace(case, tokens=tokens, hidden=8, intermediate=4, num_experts=8, top_k=2)
 
 
-def dropped(rank: Rank, backend: str) -> None:
+@promise("written")
+@promise("written")
+@on_ranks(1, 2)
+@both_backends
+def test_rows_without_a_slot_have_the_gradient_zero(rank: Rank, backend: str) -> None:
     """One token of which one slot is dropped, so that one of two rows is valid."""
     with ExpertParallel(backend=backend) as ep:
         idx = torch.tensor([[0, -1]], device=rank.device)
@@ -48,13 +50,6 @@ def dropped(rank: Rank, backend: str) -> None:
         assert scores.grad.tolist() == [[4.0, 0.0]] * tokens
 
 
-@promise("written")
-@by_world
-@both_backends
-def test_rows_without_a_slot_have_the_gradient_zero(pool: RankPool, backend: str, world_size: int) -> None:
-    pool.run(dropped, backend, world_size=world_size)
-
-
 def scaled_and_shifted(rank: Rank, case: Case, backend: str, config: EPConfig) -> list[Tensor]:
     """Gradients of a scale and a bias for all rows, whose sums run over the rows that are not valid too."""
     idx, scores = routing_of(rank, case)
@@ -65,34 +60,38 @@ def scaled_and_shifted(rank: Rank, case: Case, backend: str, config: EPConfig) -
         scale, bias = (torch.full((case.hidden,), n, device=rank.device, requires_grad=True) for n in (2.0, 1.0))
         rows = torch.where(valid[:, None], ep.dispatch(x, plan), 0)
         with torch.autograd.detect_anomaly(check_nan=True):
-            ep.combine(rows * scale + bias, scores, plan).sum().backward()
-    assert scale.grad is not None
-    assert bias.grad is not None
-    return [scale.grad.cpu(), bias.grad.cpu()]
+            y = ep.combine(rows * scale + bias, scores, plan)
+            return list(torch.autograd.grad(y.sum(), [scale, bias]))
 
 
 @promise("written")
+@promise("written")
+@on_ranks(1, 2)
 @pytest.mark.fast
-@pytest.mark.parametrize("modes", MODES, ids=lambda modes: modes[1].value)
-@by_world
-def test_sums_over_all_rows_are_those_of_the_reference(
-    pool: RankPool, world_size: int, modes: tuple[DispatchMode, CombineMode]
-) -> None:
-    config = EPConfig(dispatch=modes[0], combine=modes[1])
-    found, expected = (
-        pool.run(scaled_and_shifted, small(CASES["dropped_slots"]), backend, config, world_size=world_size)
-        for backend in ("fast", "reference")
-    )
-    for mine, wanted in zip(found, expected, strict=True):
-        for got, want in zip(mine, wanted, strict=True):
-            assert bool(want.isfinite().all())
-            assert_bitwise(got, want)
+@by_modes
+def test_sums_over_all_rows_are_those_of_the_reference(rank: Rank, modes: Modes) -> None:
+    case, config = small(CASES["dropped_slots"]), EPConfig(dispatch=modes[0], combine=modes[1])
+    found, expected = (scaled_and_shifted(rank, case, backend, config) for backend in ("fast", "reference"))
+    assert all(want.isfinite().all() for want in expected)
+    assert_same_bits(found, expected)
 
 
 def assert_written(tensors: dict[str, Tensor | None], what: str) -> None:
     for name, tensor in tensors.items():
         if tensor is not None:
             assert bool(tensor.isfinite().all()), f"{what}: {name} holds memory that nobody wrote"
+
+
+@promise("written")
+@promise("written")
+@on_ranks(2)
+@pytest.mark.parametrize("case", ["dropped_slots_bf16", "empty_experts", "zero_token_ranks", "no_tokens_at_all"])
+@both_backends
+def test_everything_handed_out_is_written(rank: Rank, backend: str, case: str) -> None:
+    """Where some slots, tokens, experts or ranks have nothing to do."""
+    for number, flags in enumerate(FLAGS):
+        dispatch, combine = DIAGONAL[number % len(DIAGONAL)]
+        everything(rank, small(CASES[case]), backend, EPConfig(dispatch=dispatch, combine=combine, **flags))
 
 
 def everything(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
@@ -126,14 +125,3 @@ def everything(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
         y = ep.combine(given, scores, plan)
         assert_written({"y": y}, "combine")
         assert_gradients(y.float().sum(), {"rows": given, "scores": scores}, "combine")
-
-
-# Where some slots, tokens, experts or ranks have nothing to do.
-@promise("written")
-@pytest.mark.parametrize("case", ["dropped_slots_bf16", "empty_experts", "zero_token_ranks", "no_tokens_at_all"])
-@both_backends
-def test_everything_handed_out_is_written(pool: RankPool, backend: str, case: str) -> None:
-    for number, flags in enumerate(FLAGS):
-        dispatch, combine = MODES[number % len(MODES)]
-        config = EPConfig(dispatch=dispatch, combine=combine, **flags)
-        pool.run(everything, small(CASES[case]), backend, config, world_size=2)

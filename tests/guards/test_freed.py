@@ -7,11 +7,12 @@ import pytest
 import torch
 from backends import both_backends
 from layer_inputs import routing_of
+from on_ranks import on_ranks
 from promises import promise
 from torch import Tensor
 
-from sonic_ep import EPConfig, ExpertParallel
-from sonic_ep.testing import CASES, Case, Inputs, Rank, RankPool, assert_bitwise, draw
+from sonic_ep import EPConfig, ExpertParallel, MoEOutput
+from sonic_ep.testing import CASES, Rank, assert_bitwise, draw
 from sonic_ep.testing.oracle import leaf, leaf_experts
 
 CASE = replace(CASES["dropped_slots"], tokens=(4, 2), hidden=8, intermediate=4, num_experts=6, top_k=2)
@@ -19,7 +20,13 @@ NAMES = ("x", "router_w", "w1", "w2", "b1", "b2")
 REDISPATCH = EPConfig(redispatch_x_in_backward=True)
 
 
-def leaves_of(rank: Rank, inputs: Inputs) -> dict[str, Tensor]:
+def layer(ep: ExpertParallel, leaves: dict[str, Tensor]) -> MoEOutput:
+    x, router_w, w1, w2, b1, b2 = leaves.values()
+    return ep.moe(x, router_w, w1, w2, CASE.top_k, b1=b1, b2=b2)
+
+
+def leaves_of(rank: Rank) -> dict[str, Tensor]:
+    inputs = draw(CASE, rank.world_size, rank.device)
     experts = leaf_experts(inputs.experts, inputs.experts_of(rank.rank))
     assert experts.b1 is not None
     assert experts.b2 is not None
@@ -59,44 +66,33 @@ def assert_refused(forward: Callable[[], Tensor], leaves: dict[str, Tensor], fre
             assert_bitwise(got, want, f"after {freed} was back")
 
 
-def freed_of_the_layer(rank: Rank, case: Case, backend: str, config: EPConfig, freed: list[str]) -> None:
-    inputs = draw(case, rank.world_size, rank.device)
-    leaves = leaves_of(rank, inputs)
+FREED = [
+    ("reference", EPConfig(), ["router_w", "w1", "w2", "x"]),
+    ("fast", EPConfig(), ["router_w", "w1", "w2", "x", "b2"]),
+    ("reference", REDISPATCH, ["x", "w1", "b1"]),
+    ("fast", REDISPATCH, ["x", "w1"]),
+]
+
+
+@promise("freed")
+@pytest.mark.parametrize(("backend", "config", "freed"), FREED)
+@on_ranks(1, 2)
+def test_freed_tensors_of_the_layer_are_refused(rank: Rank, backend: str, config: EPConfig, freed: list[str]) -> None:
+    leaves = leaves_of(rank)
     with ExpertParallel(backend=backend, config=config, timeout=30) as ep:
-
-        def forward() -> Tensor:
-            x, router_w, w1, w2, b1, b2 = leaves.values()
-            return ep.moe(x, router_w, w1, w2, case.top_k, b1=b1, b2=b2).y
-
         for name in freed:
-            assert_refused(forward, leaves, name, str(ep.group))
+            assert_refused(lambda: layer(ep, leaves).y, leaves, name, str(ep.group))
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
 @both_backends
-def test_freed_weights_are_refused_in_backward(pool: RankPool, backend: str, world_size: int) -> None:
-    freed = ["router_w", "w1", "w2", "x", *(["b2"] if backend == "fast" else [])]
-    pool.run(freed_of_the_layer, CASE, backend, EPConfig(), freed, world_size=world_size)
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-@both_backends
-def test_freed_tokens_are_refused_where_they_are_dispatched_again(
-    pool: RankPool, backend: str, world_size: int
-) -> None:
-    freed = ["x", "w1", *(["b1"] if backend == "reference" else [])]
-    pool.run(freed_of_the_layer, CASE, backend, REDISPATCH, freed, world_size=world_size)
-
-
-def freed_but_not_read(rank: Rank, case: Case, backend: str) -> None:
-    """Biases of the up-projection are read by no gradient here, and what was returned for information by none."""
-    inputs = draw(case, rank.world_size, rank.device)
-    leaves = leaves_of(rank, inputs)
-    x, router_w, w1, w2, b1, b2 = leaves.values()
+@on_ranks(2)
+def test_what_backward_does_not_read_may_be_freed(rank: Rank, backend: str) -> None:
+    """Biases of the up-projection are read by no gradient here, and the returned counts by none."""
+    leaves = leaves_of(rank)
     with ExpertParallel(backend=backend, timeout=30) as ep:
-        out = ep.moe(x, router_w, w1, w2, case.top_k, b1=b1, b2=b2)
+        out = layer(ep, leaves)
         expected = torch.autograd.grad(out.y.square().sum(), list(leaves.values()), retain_graph=True)
-        restore = free(b1)
+        restore = free(leaves["b1"])
         out.tokens_per_expert.untyped_storage().resize_(0)
         found = torch.autograd.grad(out.y.square().sum(), list(leaves.values()))
         restore()
@@ -104,87 +100,56 @@ def freed_but_not_read(rank: Rank, case: Case, backend: str) -> None:
         assert_bitwise(got, want)
 
 
+@promise("freed")
 @both_backends
-def test_what_backward_does_not_read_may_be_freed(pool: RankPool, backend: str) -> None:
-    pool.run(freed_but_not_read, CASE, backend, world_size=2)
-
-
-def freed_x_of_a_routed_layer(rank: Rank, case: Case, backend: str) -> None:
+@on_ranks(1, 2)
+def test_freed_tokens_of_a_routed_layer_are_refused(rank: Rank, backend: str) -> None:
     """Without a router only the dispatch in backward reads x."""
-    inputs = draw(case, rank.world_size, rank.device)
-    idx, scores = routing_of(rank, case)
-    leaves = {name: tensor for name, tensor in leaves_of(rank, inputs).items() if name in ("x", "w1", "w2")}
+    idx, scores = routing_of(rank, CASE)
+    leaves = {name: tensor for name, tensor in leaves_of(rank).items() if name in ("x", "w1", "w2")}
     with ExpertParallel(backend=backend, config=REDISPATCH, timeout=30) as ep:
-        assert_refused(
-            lambda: ep.moe_routed(leaves["x"], idx, scores, leaves["w1"], leaves["w2"]), leaves, "x", str(ep.group)
-        )
+        x, w1, w2 = leaves.values()
+        assert_refused(lambda: ep.moe_routed(x, idx, scores, w1, w2), leaves, "x", str(ep.group))
 
 
 @promise("freed")
-@pytest.mark.parametrize("world_size", [1, 2])
 @both_backends
-def test_freed_tokens_of_a_routed_layer_are_refused(pool: RankPool, backend: str, world_size: int) -> None:
-    pool.run(freed_x_of_a_routed_layer, CASE, backend, world_size=world_size)
-
-
-def freed_logits_alone(rank: Rank, case: Case, backend: str) -> None:
+@on_ranks(1, 2)
+def test_freed_inputs_of_the_router_are_refused(rank: Rank, backend: str) -> None:
     """Only the logits are trained through, as by a loss that balances experts."""
-    inputs = draw(case, rank.world_size, rank.device)
-    leaves = leaves_of(rank, inputs)
+    leaves = leaves_of(rank)
     with ExpertParallel(backend=backend, timeout=30) as ep:
-
-        def forward() -> Tensor:
-            x, router_w, w1, w2, b1, b2 = leaves.values()
-            return ep.moe(x, router_w, w1, w2, case.top_k, b1=b1, b2=b2).router_logits
-
         for name in ("x", "router_w"):
-            assert_refused(forward, leaves, name, str(ep.group))
+            assert_refused(lambda: layer(ep, leaves).router_logits, leaves, name, str(ep.group))
 
 
 @promise("freed")
-@pytest.mark.parametrize("world_size", [1, 2])
 @both_backends
-def test_freed_inputs_of_the_router_are_refused(pool: RankPool, backend: str, world_size: int) -> None:
-    pool.run(freed_logits_alone, CASE, backend, world_size=world_size)
-
-
-def freed_rows(rank: Rank, case: Case, backend: str) -> None:
-    idx, scores = routing_of(rank, case)
+@on_ranks(1, 2)
+def test_freed_rows_of_a_combine_are_refused(rank: Rank, backend: str) -> None:
+    idx, scores = routing_of(rank, CASE)
     with ExpertParallel(backend=backend, timeout=30) as ep:
-        plan = ep.plan(idx, case.num_experts)
-        rows = torch.randn(plan.row_capacity, case.hidden, device=rank.device).requires_grad_()
+        plan = ep.plan(idx, CASE.num_experts)
+        rows = torch.randn(plan.row_capacity, CASE.hidden, device=rank.device).requires_grad_()
         leaves = {"rows": rows, "scores": scores.clone().requires_grad_()}
         assert_refused(lambda: ep.combine(rows, leaves["scores"], plan), leaves, "rows", str(ep.group))
 
 
 @promise("freed")
-@pytest.mark.parametrize("world_size", [1, 2])
 @both_backends
-def test_freed_rows_of_a_combine_are_refused(pool: RankPool, backend: str, world_size: int) -> None:
-    pool.run(freed_rows, CASE, backend, world_size=world_size)
-
-
-def freed_plan(rank: Rank, case: Case, backend: str) -> None:
-    """A plan that its caller has freed before backward."""
-    idx, scores = routing_of(rank, case)
-    x = torch.randn(len(idx), case.hidden, device=rank.device).requires_grad_()
+@on_ranks(1, 2)
+def test_a_freed_plan_is_refused_in_backward(rank: Rank, backend: str) -> None:
+    idx, scores = routing_of(rank, CASE)
+    x = torch.randn(len(idx), CASE.hidden, device=rank.device).requires_grad_()
     scores = scores.clone().requires_grad_()
     with ExpertParallel(backend=backend, timeout=30) as ep:
         for field in ("expert_ids", "row_of_slot", "slot_of_row", "group_ends"):
-            plan = ep.plan(idx, case.num_experts)
+            plan = ep.plan(idx, CASE.num_experts)
             rows = ep.dispatch(x, plan)
             there = torch.arange(len(rows), device=rank.device) < plan.rows()
             y = ep.combine(rows.detach().where(there[:, None], 0).requires_grad_(), scores, plan)
             free(getattr(plan, field))
+            refused = rf"(memory of )?{field} of plan: got .* (was it freed\?|has run)$"
             for result in (rows[:1].sum(), y.sum()):
-                with pytest.raises(
-                    ValueError, match=rf"(memory of )?{field} of plan: got .* (was it freed\?|has run)$"
-                ):
+                with pytest.raises(ValueError, match=refused):
                     result.backward()
-
-
-@promise("freed")
-@pytest.mark.parametrize("world_size", [1, 2])
-@both_backends
-def test_a_freed_plan_is_refused_in_backward(pool: RankPool, backend: str, world_size: int) -> None:
-    pool.run(freed_plan, CASE, backend, world_size=world_size)

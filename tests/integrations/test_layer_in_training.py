@@ -4,43 +4,31 @@ from itertools import product
 
 import pytest
 import torch
-from backends import BACKENDS, both_backends
+import torch.distributed as dist
+from backends import both_backends
 from layer_inputs import layer_inputs, routing_of
+from matrix import by_backend_and_flags
+from on_ranks import on_ranks
 from promises import promise
+from same import assert_same_bits
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sonic_ep import EPConfig, ExpertParallel, MoE
-from sonic_ep.testing import CASES, Case, Rank, RankPool, assert_bitwise
+from sonic_ep.testing import CASES, Rank, assert_bitwise
 from sonic_ep.testing.oracle import leaf
-
-FLAGS = [
-    {"redispatch_x_in_backward": again, "cpu_sync_on_runtime": exact}
-    for again, exact in product((False, True), repeat=2)
-]
-
-# Interpreted, the setting with both flags; that no flag changes a bit is shown in test_layer.
-by_backend_and_flags = pytest.mark.parametrize(
-    ("backend", "flags"),
-    [
-        pytest.param(
-            backend,
-            flags,
-            marks=pytest.mark.thorough if backend == "fast" and not all(flags.values()) else (),
-            id=f"{backend}-{flags}",
-        )
-        for backend, flags in product(BACKENDS, FLAGS)
-    ],
-)
 
 
 def gradients(y: Tensor, dy: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(y, leaves, dy))
 
 
-def recomputed(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
+@on_ranks(2)
+@by_backend_and_flags
+def test_activation_checkpointing_both_variants(rank: Rank, backend: str, flags: dict[str, bool]) -> None:
+    case = CASES["uneven_tokens"]
     x, weights, dy = layer_inputs(rank, case)
-    with ExpertParallel(backend=backend, config=config) as ep:
+    with ExpertParallel(backend=backend, config=EPConfig(**flags)) as ep:
 
         def layer(x: Tensor) -> Tensor:
             return ep.moe(x, *weights, case.top_k).y
@@ -49,21 +37,19 @@ def recomputed(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
         for reentrant in (False, True):
             y = checkpoint(layer, x, use_reentrant=reentrant)
             y.backward(dy)
-            for tensor, grad in zip([x, *weights], expected, strict=True):
-                assert_bitwise(tensor.grad, grad)
+            assert_same_bits([tensor.grad for tensor in (x, *weights)], expected)
+            for tensor in (x, *weights):
                 tensor.grad = None
 
 
+@on_ranks(4)
 @by_backend_and_flags
-def test_activation_checkpointing_both_variants(pool: RankPool, backend: str, flags: dict[str, bool]) -> None:
-    pool.run(recomputed, CASES["uneven_tokens"], backend, EPConfig(**flags), world_size=2)
-
-
-def interleaved(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
+def test_two_forwards_before_the_backwards(rank: Rank, backend: str, flags: dict[str, bool]) -> None:
     """Two forwards before the backwards, in both orders, then both at once: always the same gradients."""
+    case = CASES["zero_token_ranks"]
     x, weights, dy = layer_inputs(rank, case)
     other = leaf(x.detach().flip(0) * 2)
-    with ExpertParallel(backend=backend, config=config) as ep:
+    with ExpertParallel(backend=backend, config=EPConfig(**flags)) as ep:
 
         def layer(x: Tensor) -> Tensor:
             return ep.moe(x, *weights, case.top_k).y
@@ -74,45 +60,39 @@ def interleaved(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
         # Run twice over one graph: what was gathered again must be gathered again once more.
         for _ in range(2):
             found = torch.autograd.grad(first, [x, *weights], dy, retain_graph=True)
-            for got, want in zip(found, expected, strict=True):
-                assert_bitwise(got, want)
-        for got, want in zip(gradients(second, dy, [other, *weights]), expected_other, strict=True):
-            assert_bitwise(got, want)
+            assert_same_bits(found, expected)
+        assert_same_bits(gradients(second, dy, [other, *weights]), expected_other)
 
 
+@on_ranks(2)
+@pytest.mark.parametrize("case", ["uneven_tokens", "zero_token_ranks"])
 @by_backend_and_flags
-def test_two_forwards_before_the_backwards(pool: RankPool, backend: str, flags: dict[str, bool]) -> None:
-    pool.run(interleaved, CASES["zero_token_ranks"], backend, EPConfig(**flags), world_size=4)
-
-
-def partly_frozen(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
+def test_only_gradients_that_are_required(rank: Rank, backend: str, flags: dict[str, bool], case: str) -> None:
     """Whatever is frozen has no gradient, and what is not has the same as ever."""
-    x, weights, dy = layer_inputs(rank, case)
+    x, weights, dy = layer_inputs(rank, CASES[case])
     leaves = [x, *weights]
-    with ExpertParallel(backend=backend, config=config) as ep:
-        expected = gradients(ep.moe(x, *weights, case.top_k).y, dy, leaves)
+    with ExpertParallel(backend=backend, config=EPConfig(**flags)) as ep:
+        expected = gradients(ep.moe(x, *weights, CASES[case].top_k).y, dy, leaves)
         for wanted in product((False, True), repeat=len(leaves)):
+            # An x without tokens counts as trained where a weight is.
+            if 0 in CASES[case].tokens and any(wanted[1:]) and not wanted[0]:
+                continue
             held = [leaf(tensor).requires_grad_(wants) for tensor, wants in zip(leaves, wanted, strict=True)]
-            y = ep.moe(held[0], *held[1:], case.top_k).y
+            y = ep.moe(held[0], *held[1:], CASES[case].top_k).y
             # The fast backend takes part in every backward of its group, also where it wants nothing of it.
             assert y.requires_grad == (any(wanted) or backend == "fast")
             if y.requires_grad:
                 y.backward(dy)
-            for tensor, wants, grad in zip(held, wanted, expected, strict=True):
-                assert (tensor.grad is not None) == wants
-                if tensor.grad is not None:
-                    assert_bitwise(tensor.grad, grad)
+            due = [grad if wants else None for wants, grad in zip(wanted, expected, strict=True)]
+            assert_same_bits([tensor.grad for tensor in held], due)
 
 
-@by_backend_and_flags
-def test_only_gradients_that_are_required(pool: RankPool, backend: str, flags: dict[str, bool]) -> None:
-    pool.run(partly_frozen, CASES["zero_token_ranks"], backend, EPConfig(**flags), world_size=2)
-
-
-def under_autocast_and_no_grad(rank: Rank, case: Case, backend: str) -> None:
+@on_ranks(2)
+@both_backends
+def test_autocast_and_inference_leave_the_bits_alone(rank: Rank, backend: str) -> None:
+    case = CASES["uneven_tokens"]
     x, weights, _ = layer_inputs(rank, case)
-    config = EPConfig(redispatch_x_in_backward=True)
-    with ExpertParallel(backend=backend, config=config) as ep:
+    with ExpertParallel(backend=backend, config=EPConfig(redispatch_x_in_backward=True)) as ep:
         expected = ep.moe(x, *weights, case.top_k)
         with torch.autocast(rank.device.type, dtype=torch.bfloat16):
             out = ep.moe(x, *weights, case.top_k)
@@ -125,28 +105,19 @@ def under_autocast_and_no_grad(rank: Rank, case: Case, backend: str) -> None:
             assert_bitwise(out.y, expected.y)
 
 
+@on_ranks(3)
 @both_backends
-def test_autocast_and_inference_leave_the_bits_alone(pool: RankPool, backend: str) -> None:
-    pool.run(under_autocast_and_no_grad, CASES["uneven_tokens"], backend, world_size=2)
-
-
-def router_gradients(rank: Rank, case: Case, backend: str) -> tuple[Tensor, Tensor]:
+def test_router_gradient_is_summed_unless_told_not_to(rank: Rank, backend: str) -> None:
+    case = CASES["uneven_tokens"]
     x, weights, dy = layer_inputs(rank, case)
     with ExpertParallel(backend=backend) as ep:
-        summed = ep.moe(x, *weights, case.top_k).y
-        (total,) = torch.autograd.grad(summed, weights[:1], dy)
-        own = ep.moe(x, *weights, case.top_k, reduce_router_grad=False).y
-        (part,) = torch.autograd.grad(own, weights[:1], dy)
-    return total.cpu(), part.cpu()
-
-
-@both_backends
-def test_router_gradient_is_summed_unless_told_not_to(pool: RankPool, backend: str) -> None:
-    found = pool.run(router_gradients, CASES["uneven_tokens"], backend, world_size=3)
-    by_hand = (found[0][1] + found[1][1]) + found[2][1]
-    for total, _ in found:
-        assert_bitwise(total, by_hand)
-    assert not torch.equal(found[0][1], by_hand)
+        (total,) = gradients(ep.moe(x, *weights, case.top_k).y, dy, weights[:1])
+        (part,) = gradients(ep.moe(x, *weights, case.top_k, reduce_router_grad=False).y, dy, weights[:1])
+    parts = [torch.empty_like(part) for _ in range(rank.world_size)]
+    dist.all_gather(parts, part)
+    by_hand = (parts[0] + parts[1]) + parts[2]
+    assert_bitwise(total, by_hand)
+    assert not torch.equal(part, by_hand)
 
 
 def every_other(tensor: Tensor) -> Tensor:
@@ -154,12 +125,17 @@ def every_other(tensor: Tensor) -> Tensor:
     return torch.stack((tensor, torch.zeros_like(tensor)), dim=-1)[..., 0]
 
 
-def unpacked_otherwise(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
+@promise("unpacked")
+@promise("unpacked")
+@on_ranks(2)
+@by_backend_and_flags
+def test_what_is_saved_may_come_back_in_another_layout(rank: Rank, backend: str, flags: dict[str, bool]) -> None:
     """Hooks give back what was saved in another layout, as those that compress or offload it may."""
+    case = CASES["uneven_tokens"]
     x, weights, dy = layer_inputs(rank, case)
     idx, scores = routing_of(rank, case)
     scores = scores.clone().requires_grad_()
-    with ExpertParallel(backend=backend, config=config) as ep:
+    with ExpertParallel(backend=backend, config=EPConfig(**flags)) as ep:
         plan = ep.plan(idx, weights[0].shape[0])
         works = [
             (lambda: ep.moe(x, *weights, case.top_k).y, [x, *weights]),
@@ -169,39 +145,30 @@ def unpacked_otherwise(rank: Rank, case: Case, backend: str, config: EPConfig) -
             expected = gradients(forward(), dy, leaves)
             with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, every_other):
                 y = forward()
-            for grad, wanted in zip(gradients(y, dy, leaves), expected, strict=True):
-                assert_bitwise(grad, wanted)
+            assert_same_bits(gradients(y, dy, leaves), expected)
 
 
-@promise("unpacked")
+@on_ranks(3)
 @by_backend_and_flags
-def test_what_is_saved_may_come_back_in_another_layout(pool: RankPool, backend: str, flags: dict[str, bool]) -> None:
-    pool.run(unpacked_otherwise, CASES["uneven_tokens"], backend, EPConfig(**flags), world_size=2)
-
-
-def unequal_needs(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
-    """x, scores or both need a gradient on rank 0 alone: backward still finds all ranks, and rank 0's is right."""
+def test_ranks_may_need_different_gradients(rank: Rank, backend: str, flags: dict[str, bool]) -> None:
+    """Scores need a gradient on rank 0 alone, x on all or none: backward finds all ranks, and rank 0's is right."""
+    case = CASES["uneven_tokens"]
     x, (_, w1, w2), dy = layer_inputs(rank, case)
     idx, scores = routing_of(rank, case)
-    with ExpertParallel(backend=backend, config=config) as ep:
+    with ExpertParallel(backend=backend, config=EPConfig(**flags)) as ep:
         scores = scores.clone().requires_grad_()
         expected = torch.autograd.grad(ep.moe_routed(x, idx, scores, w1, w2), [x, scores], dy)
         for wanted in product((False, True), repeat=2):
-            mine = [want and rank.rank == 0 for want in wanted]
+            mine = [wanted[0], wanted[1] and rank.rank == 0]
             held = [t.detach().clone().requires_grad_(m) for t, m in zip((x, scores), mine, strict=True)]
             ep.moe_routed(held[0], idx, held[1], w1, w2).backward(dy)
-            for tensor, need, grad in zip(held, mine, expected, strict=True):
-                assert (tensor.grad is not None) == need
-                if tensor.grad is not None:
-                    assert_bitwise(tensor.grad, grad)
+            due = [grad if need else None for need, grad in zip(mine, expected, strict=True)]
+            assert_same_bits([tensor.grad for tensor in held], due)
 
 
-@by_backend_and_flags
-def test_ranks_may_need_different_gradients(pool: RankPool, backend: str, flags: dict[str, bool]) -> None:
-    pool.run(unequal_needs, CASES["uneven_tokens"], backend, EPConfig(**flags), world_size=3)
-
-
-def empty_share(rank: Rank, backend: str) -> None:
+@on_ranks(3)
+@both_backends
+def test_a_rank_without_tokens_needs_no_gradient_of_x(rank: Rank, backend: str) -> None:
     """A rank without tokens brings an x that came from nowhere; the others train a layer in front."""
     torch.manual_seed(0)
     with ExpertParallel(backend=backend) as ep:
@@ -214,25 +181,19 @@ def empty_share(rank: Rank, backend: str) -> None:
         assert (front.weight.grad is not None) == (rank.rank != 1)
 
 
-@both_backends
-def test_a_rank_without_tokens_needs_no_gradient_of_x(pool: RankPool, backend: str) -> None:
-    pool.run(empty_share, backend, world_size=3)
-
-
-def one_without_gradients(rank: Rank) -> bool:
+@on_ranks(2, pool="cpu_pool")
+def test_a_rank_that_never_goes_backward_asks_no_other_to(rank: Rank) -> None:
     """Only a rank that will never go backward has an x that requires a gradient."""
     with ExpertParallel(backend="reference") as ep:
         plan = ep.plan(torch.tensor([[0], [1]]), 2)
         x = torch.ones(2, 8, requires_grad=rank.rank == 0)
         with torch.set_grad_enabled(rank.rank != 0):
-            return ep.dispatch(x, plan).requires_grad
+            assert not ep.dispatch(x, plan).requires_grad
 
 
-def test_who_goes_not_backward_asks_nobody_to(cpu_pool: RankPool) -> None:
-    assert cpu_pool.run(one_without_gradients, world_size=2) == [False, False]
-
-
-def planned_in_inference_mode(rank: Rank, backend: str) -> None:
+@on_ranks(1)
+@both_backends
+def test_a_plan_of_inference_mode_may_be_trained_through(rank: Rank, backend: str) -> None:
     """A plan of inference mode serves a dispatch and a combine that are trained through."""
     with ExpertParallel(backend=backend) as ep:
         with torch.inference_mode():
@@ -240,8 +201,3 @@ def planned_in_inference_mode(rank: Rank, backend: str) -> None:
         x = torch.ones(2, 8, device=rank.device, requires_grad=True)
         ep.combine(ep.dispatch(x, plan), torch.ones(2, 1, device=rank.device), plan).sum().backward()
         assert bool((x.grad == 1).all())
-
-
-@both_backends
-def test_a_plan_of_inference_mode_may_be_trained_through(pool: RankPool, backend: str) -> None:
-    pool.run(planned_in_inference_mode, backend, world_size=1)
