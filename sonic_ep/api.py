@@ -254,7 +254,7 @@ class ExpertParallel:
         """Collective. A barrier, to begin timing with: on the current stream of ``device``, on the host for the CPU."""
         with self._call_guard.one():
             device = self._checker.device("device", device)
-            self._checker.movable("device", device)
+            self._checker.transportable("device", device)
             self._call_guard.begin("meet")
             self._backend.meet(device)
 

@@ -100,7 +100,7 @@ class ArgumentChecker:
         except RuntimeError:
             raise ValueError(f"{self.group}: {name}: got {value!r}, expected the name of a device") from None
 
-    def movable(self, name: str, device: torch.device) -> None:
+    def transportable(self, name: str, device: torch.device) -> None:
         """A device whose tensors the process group moves; without a process group, any that holds data."""
         self.require(device.type != "meta", name, device, "a device that holds data")
         kinds = self.group.device_types()
@@ -126,7 +126,7 @@ class ArgumentChecker:
         self.require(tensor.layout == torch.strided, f"layout of {name}", tensor.layout, torch.strided)
         self.require(tensor.dtype in dtypes, f"dtype of {name}", tensor.dtype, " or ".join(map(str, dtypes)))
         if like is None:
-            self.movable(f"device of {name}", tensor.device)
+            self.transportable(f"device of {name}", tensor.device)
         else:
             self.same_device(name, tensor, like)
         if has_tangent(tensor):

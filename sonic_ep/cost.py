@@ -32,7 +32,7 @@ class Rates:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinkCeilings:
+class LinkBandwidth:
     """The highest rates measured over the link in bytes/s, both directions busy.
 
     copy_engine_in, copy_engine_out: copies queued by the receiver or the sender. read, write: kernels that access a
@@ -45,7 +45,7 @@ class LinkCeilings:
     write: float
 
 
-# The field of ``LinkCeilings`` that bounds each mode.
+# The field of ``LinkBandwidth`` that bounds each mode.
 WAY_OF_DISPATCH: Mapping[DispatchMode, str] = {
     DispatchMode.ALL_GATHER: "copy_engine_in",
     DispatchMode.ALL_TO_ALL: "read",

@@ -186,11 +186,11 @@ class BenchContext:
             torch.cuda.empty_cache()
 
     def traffic(self, nbytes: float, ceiling: str, memory_bytes: float | None = None) -> LinkTraffic | None:
-        """Bytes over the link held against one of ``LinkCeilings``; None on one rank."""
-        ceilings = self.results.ceilings
+        """Bytes over the link held against one of ``LinkBandwidth``; None on one rank."""
+        bandwidth = self.results.bandwidth
         if self.group.world_size == 1:
             return None
-        rate = None if ceilings is None else getattr(ceilings, ceiling)
+        rate = None if bandwidth is None else getattr(bandwidth, ceiling)
         return LinkTraffic(
             nbytes=nbytes,
             ceiling=rate and Ceiling(name=f"the {ceiling} ceiling", bytes_per_second=rate),

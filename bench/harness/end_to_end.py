@@ -75,7 +75,7 @@ def profiled(layer: LayerUnderTest, setup: Setup) -> ProfileReport:
     """Collective: all modes at the layer's own routing, measured now; those that the setup fixes stay."""
     shape, chosen_TK = setup.shape, layer.choices
     with layer.over(setup.config) as ep:
-        return NetworkProfiler(ep, cache=None, rates=layer.context.results.ceilings).profile(
+        return NetworkProfiler(ep, cache=None, rates=layer.context.results.bandwidth).profile(
             tokens=shape.tokens,
             hidden=shape.hidden,
             top_k=shape.top_k,

@@ -10,8 +10,8 @@ import msgspec
 import torch
 from schema import GIGA, Entry, Environment, RatesRecord, ShapeRecord, Suite
 
-from sonic_ep.cost import LinkCeilings
-from sonic_ep.profiler.bandwidth import LINK_BYTES, ROUNDS, measured_ceilings, memory_rate
+from sonic_ep.cost import LinkBandwidth
+from sonic_ep.profiler.bandwidth import LINK_BYTES, ROUNDS, measured_bandwidth, memory_rate
 from sonic_ep.profiler.timing import Ceiling, RoundTimer, Timing
 from sonic_ep.testing.layer_problem import Shape
 
@@ -85,7 +85,7 @@ class Results:
     """What one run found so far. memory_rate: reads and writes of a large copy, in bytes/s."""
 
     environment: Environment
-    ceilings: LinkCeilings | None
+    bandwidth: LinkBandwidth | None
     memory_rate: float | None = None
     entries: list[Entry] = field(default_factory=list)
 
@@ -97,7 +97,7 @@ class Results:
     @property
     def rates(self) -> RatesRecord:
         """Every rate that was measured, in GB/s."""
-        link = {} if self.ceilings is None else asdict(self.ceilings)
+        link = {} if self.bandwidth is None else asdict(self.bandwidth)
         rates = link if self.memory_rate is None else {**link, "memory": self.memory_rate}
         return RatesRecord(**{name: round(rate / GIGA, 2) for name, rate in rates.items()})
 
@@ -108,7 +108,7 @@ class Results:
         columns = f"{'median us':>10} {'p10':>9} {'p90':>9} {'GB/s':>6} {'%':>5} {'TF/s':>6} {'floor us':>9} {'by':<6}"
         rates = ", ".join(f"{name} {rate:.1f}" for name, rate in msgspec.to_builtins(self.rates).items())
         return [
-            *([] if self.ceilings else ["no ceilings: no link between GPUs was measured"]),
+            *([] if self.bandwidth else ["no ceilings: no link between GPUs was measured"]),
             *([f"rates in GB/s: {rates}"] if rates else []),
             f"{'what':<{width}} {'how':<6} {columns}  threshold",
             *(f"{name:<{width}} {_figures(entry)}" for name, entry in zip(names, self.entries, strict=True)),
@@ -123,7 +123,7 @@ def measured_results(
     with torch.no_grad():
         return Results(
             environment=msgspec.convert(environment, Environment),
-            ceilings=measured_ceilings(timer.group, device, nbytes, rounds),
+            bandwidth=measured_bandwidth(timer.group, device, nbytes, rounds),
             memory_rate=memory_rate(device, lambda copy: timer.median(copy, rounds)) if device.type == "cuda" else None,
         )
 

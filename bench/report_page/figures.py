@@ -65,10 +65,10 @@ def bandwidth(figure: Figure, found: Bandwidth) -> None:
     for mode, line in found.lines.items():
         colour, marker = STYLES[mode]
         axes.plot(list(line), list(line.values()), color=colour, marker=marker, markersize=5, label=mode)
-    for name, rate in found.ceilings.items():
+    for name, rate in found.limits.items():
         axes.axhline(rate, color=QUIET, linestyle="--", linewidth=1.2)
         words = f"measured ceiling: {name.replace('_', ' ')}, {rate:.0f} GB/s"
-        up = rate == max(found.ceilings.values())
+        up = rate == max(found.limits.values())
         place: dict[str, Any] = {"xytext": (0, 3 if up else -12), "textcoords": "offset points"}
         axes.annotate(words, (0.01, rate), xycoords=axes.get_yaxis_transform(), color=QUIET, **place)
     rates = [rate for line in found.lines.values() for rate in line.values()]
@@ -77,7 +77,7 @@ def bandwidth(figure: Figure, found: Bandwidth) -> None:
     axes.minorticks_off()
     axes.set_xlabel("bytes of one rank's x, T·H elements")
     axes.set_ylabel("GB/s into the busiest rank, remote bytes only")
-    axes.set_ylim(0, 1.1 * max(*rates, *found.ceilings.values(), 1e-9))
+    axes.set_ylim(0, 1.1 * max(*rates, *found.limits.values(), 1e-9))
     axes.grid(axis="y")
     _legend(axes)
 

@@ -26,7 +26,7 @@ class Bandwidth:
     kind: str
     fixed: str
     lines: dict[str, dict[int, float]]
-    ceilings: dict[str, float]
+    limits: dict[str, float]
 
     @property
     def sizes(self) -> list[int]:
@@ -58,14 +58,14 @@ def longest_row(points: Sequence[Point]) -> tuple[list[Point], str]:
 def _bandwidth(sweep: Sweep, kind: str, fixed: str, points: Sequence[Point]) -> Bandwidth:
     lines: dict[str, dict[int, float]] = {}
     rates: dict[str, float] = to_builtins(sweep.rates_gb_per_s)
-    ceilings: dict[str, float] = {}
+    limits: dict[str, float] = {}
     for point in points:
         for mode in point.profile.modes:
             if mode.kind == kind and mode.gb_per_s is not None:
                 lines.setdefault(mode.mode, {})[point.shape.rank_bytes] = mode.gb_per_s
                 if mode.ceiling in rates:
-                    ceilings[mode.ceiling] = rates[mode.ceiling]
-    return Bandwidth(sweep=sweep, kind=kind, fixed=fixed, lines=dict(sorted(lines.items())), ceilings=ceilings)
+                    limits[mode.ceiling] = rates[mode.ceiling]
+    return Bandwidth(sweep=sweep, kind=kind, fixed=fixed, lines=dict(sorted(lines.items())), limits=limits)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from sonic_ep.backend import unavailable_reasons
-from sonic_ep.cost import LinkCeilings
+from sonic_ep.cost import LinkBandwidth
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.profiler.timing import RoundTimer
 from sonic_ep.profiler.verification import expect
@@ -24,9 +24,9 @@ LINK_BYTES = 2**27
 COPIED_BYTES = 2**29
 
 
-def measured_ceilings(
+def measured_bandwidth(
     group: EPGroup, device: torch.device, nbytes: int = LINK_BYTES, rounds: int = ROUNDS
-) -> LinkCeilings | None:
+) -> LinkBandwidth | None:
     """Collective. The ceilings of the link between GPUs, for about ``nbytes`` each way.
 
     None on one rank, on the CPU, and where GPUs cannot map each other's memory.
@@ -35,13 +35,13 @@ def measured_ceilings(
         return None
     # Imported here: it needs triton, which the reference does without.
     from sonic_ep.fast.workspace import Workspace
-    from sonic_ep.profiler.link_kernels import LARGEST_BLOCK, link_ceilings
+    from sonic_ep.profiler.link_kernels import LARGEST_BLOCK, link_bandwidth
 
     workspace = Workspace(group, device)
     timer = RoundTimer(group=group, device=device, barrier=workspace.barrier_before_write)
     whole_blocks = max(1, nbytes // LARGEST_BLOCK) * LARGEST_BLOCK
     try:
-        return link_ceilings(workspace, whole_blocks, lambda transfer: timer.median(transfer, rounds))
+        return link_bandwidth(workspace, whole_blocks, lambda transfer: timer.median(transfer, rounds))
     finally:
         workspace.close()
 

@@ -10,7 +10,7 @@ from sonic_ep.config import CombineMode, DispatchMode, EPConfig, ModePair
 from sonic_ep.cost import (
     WAY_OF_COMBINE,
     WAY_OF_DISPATCH,
-    LinkCeilings,
+    LinkBandwidth,
     RankCounts,
     Traffic,
     Workload,
@@ -116,7 +116,7 @@ def _traffic(shape: ProfileShape, backend: str, counts: RankCounts) -> list[Traf
 
 
 def mode_times(
-    timings: Sequence[Timing], loads: Sequence[LinkLoad], ceilings: LinkCeilings | None
+    timings: Sequence[Timing], loads: Sequence[LinkLoad], bandwidth: LinkBandwidth | None
 ) -> tuple[ModeTime, ...]:
     """The plan and each mode, in the order of a report. Raises ``AboveCeilingError`` if the link cannot be so fast."""
     found = []
@@ -124,8 +124,8 @@ def mode_times(
         # A clock too coarse for the work measures no rate.
         rate = load.busiest / timing.median if timing.median > 0 else None
         percent = None
-        if ceilings is not None and way is not None and rate is not None:
-            ceiling = Ceiling(name=f"the {way} ceiling", bytes_per_second=getattr(ceilings, way))
+        if bandwidth is not None and way is not None and rate is not None:
+            ceiling = Ceiling(name=f"the {way} ceiling", bytes_per_second=getattr(bandwidth, way))
             ceiling.share_of(load.under_ceiling, timing.median, f"{kind} {mode}")
             percent = _to_six_digits(100 * rate / ceiling.bytes_per_second)
         found.append(
@@ -135,7 +135,7 @@ def mode_times(
                 spread=Spread.of(timing),
                 link_bytes=float(load.busiest),
                 gb_per_s=None if rate is None else _to_six_digits(rate / 1e9),
-                ceiling=None if ceilings is None else way,
+                ceiling=None if bandwidth is None else way,
                 percent=percent,
             )
         )

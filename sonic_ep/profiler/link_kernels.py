@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.cost import LinkCeilings
+from sonic_ep.cost import LinkBandwidth
 from sonic_ep.fast.device_functions import copy_row, peer_pointer
 from sonic_ep.fast.launch import launch, multiprocessors
 from sonic_ep.fast.symmetric_memory import SharedBuffer
@@ -121,7 +121,7 @@ class Link:
             current.wait_stream(stream)
 
 
-def link_ceilings(workspace: Workspace, nbytes: int, seconds: Stopwatch) -> LinkCeilings | None:
+def link_bandwidth(workspace: Workspace, nbytes: int, seconds: Stopwatch) -> LinkBandwidth | None:
     """Collective. The ceilings for transfers of ``nbytes``; None on one rank.
 
     seconds: the same answer on every rank. Raises ``AssertionError`` if a transfer did not bring what was sent.
@@ -137,7 +137,7 @@ def link_ceilings(workspace: Workspace, nbytes: int, seconds: Stopwatch) -> Link
             link.check(source if target == own else previous, what)
         return nbytes / min(seconds(partial(link.move, source, target, way)) for way in ways)
 
-    return LinkCeilings(
+    return LinkBandwidth(
         copy_engine_in=best("copy engine in", following, own, ENGINE_COPIES),
         copy_engine_out=best("copy engine out", own, following, ENGINE_COPIES),
         read=best("kernel reads", following, own, KERNEL_COPIES),

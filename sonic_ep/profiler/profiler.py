@@ -18,10 +18,10 @@ from sonic_ep.api import ExpertParallel
 from sonic_ep.backend import choose_backend
 from sonic_ep.checks import ArgumentChecker
 from sonic_ep.config import AUTO
-from sonic_ep.cost import LinkCeilings
+from sonic_ep.cost import LinkBandwidth
 from sonic_ep.errors import ClosedError
 from sonic_ep.profiler.agreement import gathered, in_step, require_alike
-from sonic_ep.profiler.bandwidth import ROUNDS, ROUNDS_OF_SHARED_GPUS, measured_ceilings
+from sonic_ep.profiler.bandwidth import ROUNDS, ROUNDS_OF_SHARED_GPUS, measured_bandwidth
 from sonic_ep.profiler.cache import DEFAULT_FOLDER, Cache
 from sonic_ep.profiler.choice import link_loads, mode_times, pick, require_answer
 from sonic_ep.profiler.machine import Machine, commit, date_now, this_machine
@@ -56,7 +56,7 @@ class NetworkProfiler:
         *,
         rounds: int | None = None,
         cache: Path | str | None = DEFAULT_FOLDER,
-        rates: LinkCeilings | None = None,
+        rates: LinkBandwidth | None = None,
     ) -> None:
         if not isinstance(ep, ExpertParallel):
             raise TypeError(f"NetworkProfiler: ep: got {type(ep).__name__}, expected an ExpertParallel")
@@ -150,7 +150,7 @@ class NetworkProfiler:
         with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             if rates is None:
                 shared = (agreed.ranks_per_gpu or 1) > 1
-                rates = measured_ceilings(group, device, rounds=ROUNDS_OF_SHARED_GPUS if shared else ROUNDS)
+                rates = measured_bandwidth(group, device, rounds=ROUNDS_OF_SHARED_GPUS if shared else ROUNDS)
             timings, answers = self._timed(request, agreed)
 
         def judge() -> ProfileReport | None:
@@ -192,7 +192,7 @@ class NetworkProfiler:
         return [result.timing for result in results]
 
     def _judged(
-        self, agreed: GroupRequest, timings: list[Timing], answers: Answers, rates: LinkCeilings | None
+        self, agreed: GroupRequest, timings: list[Timing], answers: Answers, rates: LinkBandwidth | None
     ) -> ProfileReport:
         """The report. Raises ``AboveCeilingError`` if a rate is above its ceiling."""
         shape, backend = agreed.shape, self._ep.backend
@@ -224,7 +224,7 @@ def default_device(ep: ExpertParallel) -> torch.device:
     """Where the backend of ``ep`` runs here: the current CUDA device, or the CPU."""
     # "auto" passes the fast backend over only where its kernels are interpreted.
     interpreted = ep.backend != REFERENCE and choose_backend(AUTO, ep.group).name == REFERENCE
-    movable = ep.group.device_types()
-    if interpreted or not torch.cuda.is_available() or (movable is not None and "cuda" not in movable):
+    transportable = ep.group.device_types()
+    if interpreted or not torch.cuda.is_available() or (transportable is not None and "cuda" not in transportable):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig, ModePair
-from sonic_ep.cost import LinkCeilings
+from sonic_ep.cost import LinkBandwidth
 from sonic_ep.profiler.machine import FLATTERED_WORLD_SIZE, TWO_GPUS_NOTE, Machine
 from sonic_ep.profiler.record import IN_LINE, OMITTED, named, read, written
 from sonic_ep.profiler.table import table_of
@@ -125,7 +125,7 @@ class ProfileReport:
     pairs: tuple[PairTime, ...]
     shape: ProfileShape
     machine: Machine = field(metadata=named("environment"))
-    rates: LinkCeilings | None = field(metadata=named(RATES))
+    rates: LinkBandwidth | None = field(metadata=named(RATES))
     backend: str
     ranks_per_gpu: int | None
     origin: Origin = field(metadata=named("environment"))
@@ -194,13 +194,13 @@ def _require_complete(report: ProfileReport) -> None:
         raise ValueError(f"{ROOT}.modes: got {modes}, expected {EVERY_MODE}")
     if [(pair.dispatch, pair.combine) for pair in report.pairs] != EVERY_PAIR:
         raise ValueError(f"{ROOT}.pairs: got {len(report.pairs)}, expected every dispatch with every combine mode")
-    ceilings = [ceiling.name for ceiling in fields(LinkCeilings)]
+    bandwidth = [ceiling.name for ceiling in fields(LinkBandwidth)]
     for place, mode in enumerate(report.modes):
-        if mode.ceiling not in (None, *ceilings):
-            expected = f"null or one of {', '.join(ceilings)}"
+        if mode.ceiling not in (None, *bandwidth):
+            expected = f"null or one of {', '.join(bandwidth)}"
             raise ValueError(f"{ROOT}.modes[{place}].ceiling: got {mode.ceiling!r}, expected {expected}")
 
 
-def whole_numbers(rates: LinkCeilings, factor: float = 1.0) -> LinkCeilings:
+def whole_numbers(rates: LinkBandwidth, factor: float = 1.0) -> LinkBandwidth:
     """``rates`` times ``factor`` in whole bytes/s, so that they survive the way to GB/s and back."""
-    return LinkCeilings(**{name: float(round(rate * factor)) for name, rate in asdict(rates).items()})
+    return LinkBandwidth(**{name: float(round(rate * factor)) for name, rate in asdict(rates).items()})

@@ -17,7 +17,7 @@ from sonic_ep.api import ExpertParallel
 from sonic_ep.autograd_utils import for_kernels
 from sonic_ep.checks import INDEX_DTYPES, ROW_DTYPES, ArgumentChecker, check_experts_divide
 from sonic_ep.config import EPConfig
-from sonic_ep.cost import LinkCeilings
+from sonic_ep.cost import LinkBandwidth
 from sonic_ep.plan import NO_ROW
 from sonic_ep.profiler.machine import Machine
 from sonic_ep.profiler.record import written
@@ -107,7 +107,7 @@ class RequestSummary:
 
     @staticmethod
     def of(
-        request: ProfileRequest, ep: ExpertParallel, rounds: int | None, rates: LinkCeilings | None, machine: Machine
+        request: ProfileRequest, ep: ExpertParallel, rounds: int | None, rates: LinkBandwidth | None, machine: Machine
     ) -> RequestSummary:
         """Of this rank."""
         device, ids = request.device, request.routing if isinstance(request.routing, Tensor) else None
@@ -163,7 +163,7 @@ def require_rates(checker: ArgumentChecker, rates: object) -> None:
     """Ceilings, each a finite rate above 0, or None."""
     if rates is None:
         return
-    if not isinstance(rates, LinkCeilings):
+    if not isinstance(rates, LinkBandwidth):
         raise TypeError(f"{checker.group}: rates: got {type(rates).__name__}, expected LinkCeilings or None")
     for name, rate in asdict(rates).items():
         number = isinstance(rate, float | int) and not isinstance(rate, bool)

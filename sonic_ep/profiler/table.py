@@ -37,7 +37,7 @@ def _heading(report: ProfileReport) -> list[str]:
         f"{_tokens(shape)}, {sizes}",
         f"{report.pairs[0].spread.rounds} alternating rounds; the median over them of the slowest rank; GB/s over the "
         "link into the busiest rank",
-        _ceilings(report),
+        _bandwidth(report),
     ]
     notes = [] if report.note is None else [f"note: {report.note}"]
     cached = [f"from the cache, measured {report.origin.date}: nothing was measured now"] if report.from_cache else []
@@ -53,7 +53,7 @@ def _tokens(shape: ProfileShape) -> str:
     return f"T={min(shape.tokens)} to {max(shape.tokens)}"
 
 
-def _ceilings(report: ProfileReport) -> str:
+def _bandwidth(report: ProfileReport) -> str:
     if report.rates is not None:
         rates = report.rates
         figures = {"copy engine": rates.copy_engine_in, "reads": rates.read, "writes": rates.write}

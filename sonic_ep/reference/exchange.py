@@ -73,11 +73,11 @@ class Exchange:
     def return_to_origin(self, value_of_row_N: Tensor) -> Tensor:
         """Collective. One value of each valid row back to its slot's token, (T, K); zero for dropped slots."""
         exchange = slot_exchange(self.plan)
-        home_N = self.collectives.all_to_all_rows(
+        origin_N = self.collectives.all_to_all_rows(
             value_of_row_N[exchange.rows], exchange.receive_splits, exchange.send_splits
         )
-        value_of_slot_F = home_N.new_zeros(self.plan.num_tokens * self.plan.top_k)
-        value_of_slot_F[exchange.slots] = home_N
+        value_of_slot_F = origin_N.new_zeros(self.plan.num_tokens * self.plan.top_k)
+        value_of_slot_F[exchange.slots] = origin_N
         return value_of_slot_F.view(self.plan.num_tokens, self.plan.top_k)
 
 

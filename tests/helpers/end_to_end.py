@@ -18,7 +18,7 @@ from harness.products import Products
 from harness.results import Results
 
 from sonic_ep import EPConfig, ExpertParallel
-from sonic_ep.cost import LinkCeilings
+from sonic_ep.cost import LinkBandwidth
 from sonic_ep.profiler import profiler
 from sonic_ep.profiler.timing import RoundTimer
 from sonic_ep.testing import Rank
@@ -39,17 +39,17 @@ def few_rounds(patched: pytest.MonkeyPatch) -> None:
     patched.setattr(profiler, "SECONDS_OF_ROUNDS", 0.0)
 
 
-def results_of(ceilings: LinkCeilings | None = None, **more: Any) -> Results:
+def results_of(bandwidth: LinkBandwidth | None = None, **more: Any) -> Results:
     """Results of a machine without GPUs."""
     machine = schema.Environment(gpus=0, torch="2", world_size=1, command="python", date="today", **more)
-    return Results(environment=machine, ceilings=ceilings)
+    return Results(environment=machine, bandwidth=bandwidth)
 
 
 @contextmanager
-def context_on(rank: Rank, ceilings: LinkCeilings | None = None) -> Iterator[BenchContext]:
+def context_on(rank: Rank, bandwidth: LinkBandwidth | None = None) -> Iterator[BenchContext]:
     """A context for the world of ``rank``."""
     with ExpertParallel(backend="reference") as ep:
-        results = results_of(ceilings, process_group=dist.get_backend() if rank.world_size > 1 else None)
+        results = results_of(bandwidth, process_group=dist.get_backend() if rank.world_size > 1 else None)
         timer = RoundTimer(group=ep.group, device=rank.device, barrier_before_write=lambda: ep.meet(rank.device))
         yield BenchContext(timer=timer, results=results)
 
@@ -84,12 +84,12 @@ def run_on_rank(
     setting: dict[str, Any],
     backend: str = "reference",
     shape: Shape = SHAPE,
-    ceilings: LinkCeilings | None = None,
+    bandwidth: LinkBandwidth | None = None,
 ) -> tuple[schema.Layer, list[str]]:
     """The document, and all that was said."""
     said: list[str] = []
     setup = setup_of(setting, rank.world_size, backend, shape)
-    with pytest.MonkeyPatch.context() as patched, context_on(rank, ceilings) as context:
+    with pytest.MonkeyPatch.context() as patched, context_on(rank, bandwidth) as context:
         few_rounds(patched)
         return module.run_end_to_end(setup, context, said.append), said
 

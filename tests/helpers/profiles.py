@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sonic_ep import EPConfig, ExpertParallel, NetworkProfiler, ProfileReport
-from sonic_ep.cost import LinkCeilings
+from sonic_ep.cost import LinkBandwidth
 from sonic_ep.testing import Rank
 
 SIZES = {"hidden": 16, "top_k": 2, "num_experts": 6, "dtype": torch.bfloat16}
@@ -24,7 +24,7 @@ class Asked:
     tokens: tuple[int, ...] = (5, 3)
     rounds: int | None = 1
     cache: Path | None = None
-    rates: LinkCeilings | None = None
+    rates: LinkBandwidth | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     changed: dict[int, dict[str, Any]] = field(default_factory=dict)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import sonic_ep.profiler.bandwidth as bandwidth
-from sonic_ep.cost import LinkCeilings
+from sonic_ep.cost import LinkBandwidth
 from sonic_ep.distributed.group import EPGroup, resolve_group
-from sonic_ep.profiler.bandwidth import measured_ceilings, memory_rate
+from sonic_ep.profiler.bandwidth import measured_bandwidth, memory_rate
 from sonic_ep.testing import Rank, RankPool
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -27,8 +27,8 @@ def test_a_copy_is_read_and_written() -> None:
 
 
 def test_there_are_no_ceilings_without_a_link(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert measured_ceilings(ALONE, GPU, 2**20) is None
-    assert measured_ceilings(PAIR, CPU, 2**20) is None
+    assert measured_bandwidth(ALONE, GPU, 2**20) is None
+    assert measured_bandwidth(PAIR, CPU, 2**20) is None
     asked: list[tuple[str, EPGroup]] = []
 
     def unavailable(backend: str, group: EPGroup) -> tuple[str, ...]:
@@ -36,12 +36,12 @@ def test_there_are_no_ceilings_without_a_link(monkeypatch: pytest.MonkeyPatch) -
         return ("GPUs cannot map each other's memory",)
 
     monkeypatch.setattr(bandwidth, "unavailable_reasons", unavailable)
-    assert measured_ceilings(PAIR, GPU, 2**20) is None
+    assert measured_bandwidth(PAIR, GPU, 2**20) is None
     assert asked == [("fast", PAIR)]
 
 
-def ceilings_on(rank: Rank) -> LinkCeilings | None:
-    return measured_ceilings(resolve_group(None), rank.device, 2**26, rounds=5)
+def ceilings_on(rank: Rank) -> LinkBandwidth | None:
+    return measured_bandwidth(resolve_group(None), rank.device, 2**26, rounds=5)
 
 
 def test_ceilings_of_the_link_are_those_of_every_rank(cuda_pool: RankPool) -> None:
@@ -55,7 +55,7 @@ def test_ceilings_of_the_link_are_those_of_every_rank(cuda_pool: RankPool) -> No
 def ceilings_of_counted_transfers(rank: Rank) -> tuple[object, int]:
     """Ceilings by a stopwatch that runs a transfer once and reports 2 seconds; and how often it was asked."""
     from sonic_ep.fast.workspace import Workspace
-    from sonic_ep.profiler.link_kernels import link_ceilings
+    from sonic_ep.profiler.link_kernels import link_bandwidth
 
     workspace = Workspace(resolve_group(None), rank.device)
     asked = []
@@ -66,9 +66,9 @@ def ceilings_of_counted_transfers(rank: Rank) -> tuple[object, int]:
         asked.append(transfer)
         return 2.0
 
-    ceilings = link_ceilings(workspace, LINK_BYTES, stopwatch)
+    bandwidth = link_bandwidth(workspace, LINK_BYTES, stopwatch)
     workspace.close()
-    return ceilings, len(asked)
+    return bandwidth, len(asked)
 
 
 @pytest.mark.fast
@@ -77,9 +77,9 @@ def test_every_transfer_over_the_link_brings_what_was_sent(pool: RankPool, world
     from sonic_ep.profiler.link_kernels import ENGINE_COPIES, KERNEL_COPIES
 
     rate = LINK_BYTES / 2
-    expected = LinkCeilings(copy_engine_in=rate, copy_engine_out=rate, read=rate, write=rate)
-    for ceilings, asked in pool.run(ceilings_of_counted_transfers, world_size=world_size):
-        assert ceilings == expected
+    expected = LinkBandwidth(copy_engine_in=rate, copy_engine_out=rate, read=rate, write=rate)
+    for bandwidth, asked in pool.run(ceilings_of_counted_transfers, world_size=world_size):
+        assert bandwidth == expected
         assert asked == 2 * len(ENGINE_COPIES) + 2 * len(KERNEL_COPIES)
 
 

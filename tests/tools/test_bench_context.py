@@ -24,7 +24,7 @@ from harness.context import (
 )
 from harness.results import LinkTraffic
 
-from sonic_ep.cost import LinkCeilings
+from sonic_ep.cost import LinkBandwidth
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.profiler.agreement import WrongResultError
 from sonic_ep.profiler.measuring import KeepLast
@@ -33,7 +33,7 @@ from sonic_ep.testing import Rank, RankPool, assert_bitwise
 from sonic_ep.testing.layer_problem import Shape
 
 LARGEST_NUMBER = torch.finfo(torch.bfloat16).max
-CEILINGS = LinkCeilings(copy_engine_in=1e9, copy_engine_out=2e9, read=3e9, write=4e9)
+CEILINGS = LinkBandwidth(copy_engine_in=1e9, copy_engine_out=2e9, read=3e9, write=4e9)
 
 
 def case_of(name: str = "work", calls: list[str] | None = None, wrong_from: float = math.inf, **more: Any) -> BenchCase:
@@ -52,11 +52,11 @@ def case_of(name: str = "work", calls: list[str] | None = None, wrong_from: floa
     return BenchCase(name=name, **given)
 
 
-def context_of(device: str = "cpu", ceilings: LinkCeilings | None = None, **more: Any) -> BenchContext:
+def context_of(device: str = "cpu", bandwidth: LinkBandwidth | None = None, **more: Any) -> BenchContext:
     """A context of one rank."""
     group = EPGroup(rank=0, world_size=1)
     timer = RoundTimer(group=group, device=torch.device(device), barrier=lambda: None)
-    return BenchContext(timer=timer, results=replace(results_of(ceilings), **more))
+    return BenchContext(timer=timer, results=replace(results_of(bandwidth), **more))
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_an_entry_as_json_and_in_the_table() -> None:
 
 
 def test_every_measured_rate_is_reported() -> None:
-    results = context_of(ceilings=CEILINGS, memory_rate=5e9).results
+    results = context_of(bandwidth=CEILINGS, memory_rate=5e9).results
     expected = {"copy_engine_in": 1.0, "copy_engine_out": 2.0, "read": 3.0, "write": 4.0, "memory": 5.0}
     assert msgspec.to_builtins(results.suite)["rates_gb_per_s"] == expected
     assert "memory 5.0" in results.table()[0]

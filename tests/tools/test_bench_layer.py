@@ -12,7 +12,7 @@ from harness.layer import LayerUnderTest, Pass
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.config import ModePair
-from sonic_ep.cost import LinkCeilings
+from sonic_ep.cost import LinkBandwidth
 from sonic_ep.distributed.group import resolve_group
 from sonic_ep.profiler.agreement import WrongResultError
 from sonic_ep.profiler.timing import RoundTimer
@@ -27,16 +27,16 @@ def suite() -> Any:
     return importlib.import_module("bench_layer")
 
 
-def context_of(rank: Rank, ceilings: LinkCeilings | None = None, workspace: Any = None) -> SuiteContext:
+def context_of(rank: Rank, bandwidth: LinkBandwidth | None = None, workspace: Any = None) -> SuiteContext:
     """A context of the suites on the CPU."""
     barrier_before_write = workspace.barrier_before_write if workspace else lambda: None
     timer = RoundTimer(group=resolve_group(None), device=rank.device, barrier_before_write=barrier_before_write)
-    return SuiteContext(timer=timer, results=results_of(ceilings), workspace=workspace, sizes=SMOKE)
+    return SuiteContext(timer=timer, results=results_of(bandwidth), workspace=workspace, sizes=SMOKE)
 
 
 def counted_on_ranks(rank: Rank) -> tuple[list[float], list[float | None], float]:
     """FLOPs and link seconds of the smoke size, as the bench counts them; and the rows of this rank."""
-    context = context_of(rank, LinkCeilings(copy_engine_in=1.0, copy_engine_out=1.0, read=2.0, write=4.0))
+    context = context_of(rank, LinkBandwidth(copy_engine_in=1.0, copy_engine_out=1.0, read=2.0, write=4.0))
     place = {"shape": SMOKE.layer, "group": context.group, "device": rank.device}
     layer = LayerUnderTest.of(context, LayerProblem(**place), "reference", EPConfig())
     chosen_TK = torch.tensor([[0, 1], [4, 5], [0, 4], [2, 3], [2, 3], [1, 2]])

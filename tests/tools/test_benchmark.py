@@ -16,7 +16,7 @@ from schema import Layer
 
 from sonic_ep import CombineMode, DispatchMode, ExpertParallel
 from sonic_ep.config import ScoreOrder
-from sonic_ep.cost import LinkCeilings
+from sonic_ep.cost import LinkBandwidth
 from sonic_ep.profiler import WrongResultError
 from sonic_ep.profiler.report import EVERY_MODE, EVERY_PAIR
 from sonic_ep.testing import Rank, RankPool
@@ -39,7 +39,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 SETTINGS = pairwise(OPTIONS)
 NO_GRADIENTS = {"training": False, "backward": False}
-FAST_LINK = LinkCeilings(copy_engine_in=1e15, copy_engine_out=1e15, read=1e15, write=1e15)
+FAST_LINK = LinkBandwidth(copy_engine_in=1e15, copy_engine_out=1e15, read=1e15, write=1e15)
 
 
 def trials() -> Iterator[Any]:

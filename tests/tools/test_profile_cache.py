@@ -14,7 +14,7 @@ from profiles import Asked, profile
 import sonic_ep.profiler.cache as cache_module
 import sonic_ep.profiler.profiler as profiler_module
 from sonic_ep import DispatchMode, EPConfig, ExpertParallel, NetworkProfiler, ProfileReport
-from sonic_ep.cost import LinkCeilings
+from sonic_ep.cost import LinkBandwidth
 from sonic_ep.profiler.cache import Cache
 from sonic_ep.profiler.machine import Machine
 from sonic_ep.profiler.request import GroupRequest, RequestSummary
@@ -252,7 +252,7 @@ def test_with_rates_the_cache_is_left_alone(tmp_path: Path) -> None:
     profile(Asked(cache=tmp_path))
     (path,) = tmp_path.iterdir()
     before = path.read_bytes()
-    rates = LinkCeilings(copy_engine_in=1e15, copy_engine_out=1e15, read=1e15, write=1e15)
+    rates = LinkBandwidth(copy_engine_in=1e15, copy_engine_out=1e15, read=1e15, write=1e15)
     found = profile(Asked(cache=tmp_path, rates=rates))
     assert (found.from_cache, found.rates) == (False, rates)
     assert list(tmp_path.iterdir()) == [path]

@@ -10,7 +10,7 @@ from profiles import Asked, profile
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ProfileReport
 from sonic_ep.config import ModePair
-from sonic_ep.cost import LinkCeilings
+from sonic_ep.cost import LinkBandwidth
 from sonic_ep.profiler.choice import LinkLoad, mode_times, pick
 from sonic_ep.profiler.machine import TWO_GPUS_NOTE
 from sonic_ep.profiler.report import EVERY_MODE, ModeTime, PairTime, ProfileShape, Spread
@@ -70,7 +70,7 @@ def test_the_pick(medians: dict[tuple[str, str], float], config: EPConfig, expec
     assert picked == ModePair(dispatch=DispatchMode(expected[0]), combine=CombineMode(expected[1]))
 
 
-CEILINGS = LinkCeilings(copy_engine_in=100e9, copy_engine_out=100e9, read=100e9, write=100e9)
+CEILINGS = LinkBandwidth(copy_engine_in=100e9, copy_engine_out=100e9, read=100e9, write=100e9)
 PLAIN = LinkLoad(into=(1, 1), out_of=(1, 1))
 
 

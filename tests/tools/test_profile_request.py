@@ -10,11 +10,11 @@ from profiles import SIZES, Asked, said_by
 import sonic_ep.profiler.problem as problem
 import sonic_ep.profiler.request as request
 from sonic_ep import ClosedError, EPConfig, ExpertParallel, NetworkProfiler
-from sonic_ep.cost import LinkCeilings
+from sonic_ep.cost import LinkBandwidth
 from sonic_ep.testing import Rank, RankPool
 
 CPU = torch.device("cpu")
-RATES = LinkCeilings(copy_engine_in=1e12, copy_engine_out=1e12, read=1e12, write=1e12)
+RATES = LinkBandwidth(copy_engine_in=1e12, copy_engine_out=1e12, read=1e12, write=1e12)
 
 
 @pytest.mark.parametrize(

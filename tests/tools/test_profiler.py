@@ -15,7 +15,7 @@ from profiles import SIZES, Asked, profile, profile_on_rank, said_by
 import sonic_ep
 import sonic_ep.profiler.profiler as profiler_module
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel, NetworkProfiler, ProfileReport
-from sonic_ep.cost import LinkCeilings
+from sonic_ep.cost import LinkBandwidth
 from sonic_ep.profiler import WrongResultError, default_device
 from sonic_ep.profiler.problem import ProfileInputs
 from sonic_ep.profiler.profiler import FEWEST_ROUNDS, MOST_ROUNDS
@@ -223,8 +223,8 @@ def test_a_stale_result_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def with_ceilings(rate: float, patched: Any, rank: int) -> None:
     """Ceilings as if there were a link of ``rate`` bytes/s."""
-    ceilings = LinkCeilings(copy_engine_in=rate, copy_engine_out=rate, read=2 * rate, write=4 * rate)
-    patched.setattr(profiler_module, "measured_ceilings", lambda *arguments, **options: ceilings)
+    bandwidth = LinkBandwidth(copy_engine_in=rate, copy_engine_out=rate, read=2 * rate, write=4 * rate)
+    patched.setattr(profiler_module, "measured_ceilings", lambda *arguments, **options: bandwidth)
 
 
 def test_a_rate_above_the_ceiling_is_refused_on_every_rank(cpu_pool: RankPool, tmp_path: Any) -> None:
@@ -238,7 +238,7 @@ def test_a_rate_above_the_ceiling_is_refused_on_every_rank(cpu_pool: RankPool, t
 
 def profile_with_rates(rank: Rank, rate: float) -> ProfileReport:
     """None are measured beside those that are given."""
-    rates = LinkCeilings(copy_engine_in=rate, copy_engine_out=rate, read=rate, write=rate)
+    rates = LinkBandwidth(copy_engine_in=rate, copy_engine_out=rate, read=rate, write=rate)
     with pytest.MonkeyPatch.context() as patched:
         with_ceilings(1.0, patched, rank.rank)
         return profile(Asked(rates=rates), rank.rank, rank.device)
@@ -246,7 +246,7 @@ def profile_with_rates(rank: Rank, rate: float) -> ProfileReport:
 
 def test_rates_that_were_measured_before_are_used(cpu_pool: RankPool) -> None:
     report = same_everywhere(cpu_pool.run(profile_with_rates, 1e15, world_size=2))
-    assert report.rates == LinkCeilings(copy_engine_in=1e15, copy_engine_out=1e15, read=1e15, write=1e15)
+    assert report.rates == LinkBandwidth(copy_engine_in=1e15, copy_engine_out=1e15, read=1e15, write=1e15)
     # However small a share is, it is told.
     assert all(mode.percent > 0 for mode in report.modes[1:])
     said = cpu_pool.run(said_by, Asked(rates=replace(report.rates, read=1.0)), AboveCeilingError, world_size=2)
@@ -263,9 +263,9 @@ def profile_under_ceilings(rank: Rank) -> ProfileReport:
 def test_shares_of_the_ceilings(cpu_pool: RankPool) -> None:
     report = same_everywhere(cpu_pool.run(profile_under_ceilings, world_size=2))
     check_report(report, Asked(), 2)
-    ceilings = [mode.ceiling for mode in report.modes]
-    assert ceilings == [None, "copy_engine_in", "read", "read", "write", "write", "write"]
-    assert report.rates == LinkCeilings(copy_engine_in=1e9, copy_engine_out=1e9, read=2e9, write=4e9)
+    bandwidth = [mode.ceiling for mode in report.modes]
+    assert bandwidth == [None, "copy_engine_in", "read", "read", "write", "write", "write"]
+    assert report.rates == LinkBandwidth(copy_engine_in=1e9, copy_engine_out=1e9, read=2e9, write=4e9)
     assert "ceilings of the link in GB/s: copy engine 1.0, reads 2.0, writes 4.0" in str(report)
 
 

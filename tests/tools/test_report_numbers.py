@@ -116,8 +116,8 @@ def test_bandwidth_keeps_to_one_row_of_sizes(tmp_path: Path) -> None:
     assert ([found.shape.tokens for found in row], fixed) == ([512, 2048], "H=4096, E=64, K=8, bfloat16")
     dispatch, combine = bandwidths([swept])
     assert list(dispatch.lines) == sorted(DISPATCH)
-    assert dispatch.ceilings == {"copy_engine_in": 350.0, "read": 330.0}
-    assert list(combine.ceilings) == ["write"]
+    assert dispatch.limits == {"copy_engine_in": 350.0, "read": 330.0}
+    assert list(combine.limits) == ["write"]
 
 
 def test_layers_are_called_by_what_differs(tmp_path: Path) -> None:
