@@ -99,13 +99,12 @@ def fitting_cases(world_size: int) -> list[Case]:
 def verify_cases(cases: Sequence[Case], backend: str, place: Place) -> bool:
     """Collective. Run every case through every entry and configuration, print a table, and tell whether all pass."""
     started, failures = time.monotonic(), 0
-    place.say(f"{'case':<28} {'entry':<11} {'runs':>4}  {'error/bound':>11}  {'in':<13} verdict")
+    place.say(f"{'case':<28} {'entry':<11} {'runs':>4}  {'error/bound':>11}  {'in':<13} result")
     groups = list(product(cases, ENTRIES))
     for number, (case, entry) in enumerate(groups, start=1):
         outcome = verify_case(case, entry, backend, place, label=f"[{number}/{len(groups)}] {case.name}")
         worst = f"{outcome.worst.ratio:>11.2f}  {outcome.worst.name:<13}"
-        verdict = "FAIL" if outcome.failures else "PASS"
-        place.say(f"{case.name:<28} {entry:<11} {len(CONFIGS):>4}  {worst} {verdict}")
+        place.say(f"{case.name:<28} {entry:<11} {len(CONFIGS):>4}  {worst} {'FAIL' if outcome.failures else 'PASS'}")
         for failure in outcome.failures:
             place.say(f"    {failure}")
         failures += len(outcome.failures)

@@ -19,10 +19,9 @@ class WrongResultError(AssertionError):
 
 def gathered(group: EPGroup, value: ValueT) -> list[ValueT]:
     """Collective. ``value`` of every rank, pickled, in rank order."""
-    if group.world_size == 1:
-        return [value]
-    values: list[Any] = [None] * group.world_size
-    dist.all_gather_object(values, value, group=group.process_group)
+    values: list[Any] = [value] * group.world_size
+    if group.world_size > 1:
+        dist.all_gather_object(values, value, group=group.process_group)
     return values
 
 
@@ -37,13 +36,14 @@ def in_step(
     Raises on every rank what any rank raised: ``raised`` (default: ``expected``) if all errors are ``expected``, else
     ``RuntimeError``.
     """
-    failure: Exception | None = None
+    failure, text = None, ""
     try:
         result = function()
     except Exception as error:
-        failure = error
-    of_ranks = gathered(group, None if failure is None else (_text(group, failure), isinstance(failure, expected)))
-    failures = [of_rank for of_rank in of_ranks if of_rank is not None]
+        failure, text = error, str(error) or type(error).__name__
+        text = text if text.startswith(str(group)) else f"{group}: {text}"
+    of_ranks = gathered(group, (text, isinstance(failure, expected)))
+    failures = [of_rank for of_rank in of_ranks if of_rank[0]]
     if not failures:
         return result
     kind = (raised or expected) if all(as_expected for _, as_expected in failures) else RuntimeError
@@ -53,13 +53,8 @@ def in_step(
 def require_alike(group: EPGroup, described: Sequence[Mapping[str, object]]) -> None:
     """Raise ``ValueError``, naming the ranks that differ from most others, unless all of ``described`` are equal."""
     for name in described[0]:
-        values = [of_rank[name] for of_rank in described]
-        usual, _ = Counter(map(repr, values)).most_common(1)[0]
-        got = ", ".join(f"{value!r} on rank {rank}" for rank, value in enumerate(values) if repr(value) != usual)
+        values = [repr(of_rank[name]) for of_rank in described]
+        ((expected, _),) = Counter(values).most_common(1)
+        got = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values) if value != expected)
         if got:
-            raise ValueError(f"{group}: {name}: got {got}, expected {usual} as on the other ranks")
-
-
-def _text(group: EPGroup, failure: Exception) -> str:
-    text = str(failure) or type(failure).__name__
-    return text if text.startswith(str(group)) else f"{group}: {text}"
+            raise ValueError(f"{group}: {name}: got {got}, expected {expected} as on the other ranks")

@@ -1,4 +1,4 @@
-"""Measured bandwidth of the link between GPUs and of GPU memory: the ceilings that rates are held against."""
+"""Measured bandwidth of the link between GPUs and of GPU memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sonic_ep.profiler.timing import RoundTimer
 from sonic_ep.profiler.verification import expect
 
 # Seconds that work takes, all ranks having entered each round together.
-Stopwatch = Callable[[Callable[[], None]], float]
+Stopwatch = Callable[[Callable[[], object]], float]
 
 ROUNDS = 50
 # Where ranks share a GPU, every barrier takes milliseconds.
@@ -27,7 +27,7 @@ COPIED_BYTES = 2**29
 def measured_bandwidth(
     group: EPGroup, device: torch.device, nbytes: int = LINK_BYTES, rounds: int = ROUNDS
 ) -> LinkBandwidth | None:
-    """Collective. The ceilings of the link between GPUs, for about ``nbytes`` each way.
+    """Collective. Bandwidth of the link between GPUs, in transfers of about ``nbytes`` each way.
 
     None on one rank, on the CPU, and where GPUs cannot map each other's memory.
     """
@@ -47,16 +47,9 @@ def measured_bandwidth(
 
 
 def memory_rate(device: torch.device, seconds: Stopwatch, nbytes: int = COPIED_BYTES) -> float:
-    """Bytes/s that the memory of ``device`` reads and writes in a copy of ``nbytes``.
-
-    Raises ``AssertionError`` if the copy is wrong.
-    """
+    """Bytes/s read and written by a copy of ``nbytes`` on ``device``. ``AssertionError`` if the copy is wrong."""
     source = torch.randint(-(2**31), 2**31 - 1, (nbytes // 4,), dtype=torch.int32, device=device)
     target = torch.zeros_like(source)
-
-    def copy() -> None:
-        target.copy_(source)
-
-    taken = seconds(copy)
+    taken = seconds(lambda: target.copy_(source))
     expect(torch.equal(source, target), "memory: the copy differs from its source")
     return (source.nbytes + target.nbytes) / taken

@@ -44,12 +44,12 @@ class Cache:
 
     def write(self, key: Mapping[str, Any], report: ProfileReport) -> None:
         """Keep ``report``, whole or not at all, even if another process writes the same file."""
+        document = {"key": _full(key), "profile": report.as_json()}
         try:
             path = self._path(key)
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{uuid4().hex}.tmp")
             try:
-                document = {"key": _full(key), "profile": report.as_json()}
                 temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
                 temporary.replace(path)
             finally:
@@ -65,8 +65,7 @@ class Cache:
     def _path(self, key: Mapping[str, Any]) -> Path:
         parts = self.folder.parts
         folder = Path.home().joinpath(*parts[1:]) if parts[:1] == (HOME,) else self.folder
-        text = json.dumps(_full(key), sort_keys=True)
-        return folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+        return folder / f"{hashlib.sha256(json.dumps(_full(key), sort_keys=True).encode()).hexdigest()}.json"
 
 
 def _full(key: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from sonic_ep.config import CombineMode, DispatchMode, EPConfig, ModePair
+from sonic_ep.config import AUTO, CombineMode, DispatchMode, EPConfig, ModePair
 from sonic_ep.cost import (
     WAY_OF_COMBINE,
     WAY_OF_DISPATCH,
@@ -36,30 +35,21 @@ def pick(pairs: Sequence[PairTime], config: EPConfig, shape: ProfileShape) -> Mo
 
     Of those within ``TIE`` of the fastest, the one that ``sonic_ep.cost`` predicts, or else the first.
     """
-    fixed = _fixed_modes(config)
-    kept = [pair for pair in pairs if all(getattr(pair, name) is mode for name, mode in fixed.items())]
-    best = min(pair.spread.median_us for pair in kept)
-    tied = [pair for pair in kept if pair.spread.median_us <= best * (1 + TIE)]
-    modes = [ModePair(dispatch=pair.dispatch, combine=pair.combine) for pair in tied]
+    kept = [p for p in pairs if config.dispatch in (AUTO, p.dispatch) and config.combine in (AUTO, p.combine)]
+    most = min(pair.spread.median_us for pair in kept) * (1 + TIE)
+    tied = [ModePair(dispatch=p.dispatch, combine=p.combine) for p in kept if p.spread.median_us <= most]
     load = Workload(world_size=shape.world_size, top_k=shape.top_k, num_experts=shape.num_experts)
     predicted = choose_modes(config, load)
-    return predicted if predicted in modes else modes[0]
+    return predicted if predicted in tied else tied[0]
 
 
 def require_answer(report: ProfileReport, *, shape: ProfileShape, backend: str, config: EPConfig) -> None:
     """Raise ``ValueError`` unless ``report`` is what a profile of ``shape`` by ``backend`` and ``config`` may find."""
-    picked = replace(config, dispatch=report.config.dispatch, combine=report.config.combine)
-    asked = {"shape": shape, "backend": backend, "config": replace(picked, **_fixed_modes(config))}
-    for name, expected in asked.items():
+    found = {name: getattr(report.config, name) for name in ("dispatch", "combine") if getattr(config, name) == AUTO}
+    for name, expected in (("shape", shape), ("backend", backend), ("config", replace(config, **found))):
         got = getattr(report, name)
         if got != expected:
             raise ValueError(f"{name}: got a profile of {got}, expected {expected}")
-
-
-def _fixed_modes(config: EPConfig) -> Mapping[str, Any]:
-    """The modes of ``config`` that are not "auto"."""
-    modes = {"dispatch": config.dispatch, "combine": config.combine}
-    return {name: mode for name, mode in modes.items() if isinstance(mode, DispatchMode | CombineMode)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,32 +76,29 @@ class LinkLoad:
 
 def link_loads(shape: ProfileShape, backend: str, counts: Sequence[RankCounts]) -> list[LinkLoad]:
     """The load of the plan and of each mode, in the order of a report."""
-    per_rank = [_traffic(shape, backend, of_rank) for of_rank in counts]
-    return [
-        LinkLoad(into=tuple(t.link_in for t in of_mode), out_of=tuple(t.link_out for t in of_mode))
-        for of_mode in zip(*per_rank, strict=True)
-    ]
+    per_rank = [_link_bytes(shape, backend, of_rank) for of_rank in counts]
+    loads = []
+    for of_ranks in zip(*per_rank, strict=True):
+        into, out_of = zip(*of_ranks, strict=True)
+        loads.append(LinkLoad(into=into, out_of=out_of))
+    return loads
 
 
-def _traffic(shape: ProfileShape, backend: str, counts: RankCounts) -> list[Traffic]:
-    """Of one rank; memory is not counted."""
+def _link_bytes(shape: ProfileShape, backend: str, counts: RankCounts) -> list[tuple[int, int]]:
+    """Into one rank and out of it."""
     row_bytes = shape.hidden * shape.row_dtype.itemsize
     exchange = {"world_size": shape.world_size, "max_tokens": shape.max_tokens, "top_k": shape.top_k}
     ids, both = (exchange_link_bytes(**exchange, with_scores=scores) for scores in (False, True))
-    dispatched = dict(dispatch_traffic(counts, row_bytes))
+    dispatched, combined = dict(dispatch_traffic(counts, row_bytes)), combine_traffic(counts, row_bytes)
     if backend == REFERENCE:
         # It sends one row for each slot.
-        received = reference_dispatch_link_bytes(counts, row_bytes)[DispatchMode.ALL_TO_ALL]
-        sent = counts.slots_out * row_bytes
-        dispatched[DispatchMode.ALL_TO_ALL] = Traffic(link_in=received, link_out=sent, memory=0)
-    combined, scores = combine_traffic(counts, row_bytes), both - ids
+        into = reference_dispatch_link_bytes(counts, row_bytes)[DispatchMode.ALL_TO_ALL]
+        dispatched[DispatchMode.ALL_TO_ALL] = Traffic(link_in=into, link_out=counts.slots_out * row_bytes, memory=0)
+    scores = both - ids
     return [
-        Traffic(link_in=ids, link_out=ids, memory=0),
-        *(dispatched[mode] for mode in DispatchMode),
-        *(
-            replace(combined[mode], link_in=combined[mode].link_in + scores, link_out=combined[mode].link_out + scores)
-            for mode in CombineMode
-        ),
+        (ids, ids),
+        *((dispatched[mode].link_in, dispatched[mode].link_out) for mode in DispatchMode),
+        *((combined[mode].link_in + scores, combined[mode].link_out + scores) for mode in CombineMode),
     ]
 
 
@@ -123,22 +110,21 @@ def mode_times(
     for (kind, mode), way, timing, load in zip(EVERY_MODE, WAYS, timings, loads, strict=True):
         # A clock too coarse for the work measures no rate.
         rate = load.busiest / timing.median if timing.median > 0 else None
-        percent = None
+        share = None
         if bandwidth is not None and way is not None and rate is not None:
             ceiling = Ceiling(name=f"the {way} ceiling", bytes_per_second=getattr(bandwidth, way))
             ceiling.share_of(load.under_ceiling, timing.median, f"{kind} {mode}")
-            percent = _to_six_digits(100 * rate / ceiling.bytes_per_second)
-        found.append(
-            ModeTime(
-                kind=kind,
-                mode=mode,
-                spread=Spread.of(timing),
-                link_bytes=float(load.busiest),
-                gb_per_s=None if rate is None else _to_six_digits(rate / 1e9),
-                ceiling=None if bandwidth is None else way,
-                percent=percent,
-            )
+            share = rate / ceiling.bytes_per_second
+        time = ModeTime(
+            kind=kind,
+            mode=mode,
+            spread=Spread.of(timing),
+            link_bytes=float(load.busiest),
+            gb_per_s=None if rate is None else _to_six_digits(rate / 1e9),
+            ceiling=None if bandwidth is None else way,
+            percent=None if share is None else _to_six_digits(100 * share),
         )
+        found.append(time)
     return tuple(found)
 
 

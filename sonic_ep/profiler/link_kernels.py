@@ -1,7 +1,7 @@
 """Transfers over the link whose rates are the ceilings of dispatch and combine.
 
-Every rank moves one contiguous buffer from or to its next neighbour, all at once, so both directions of every link are
-busy, as they are when a layer runs. Each kind of transfer is tried in several configurations, and the fastest counts.
+Every rank moves one contiguous buffer from or to its next neighbour at once, so that both directions of every link are
+busy. Each kind of transfer is tried in several configurations, and the fastest counts.
 """
 # Parameters of Triton kernels carry no types.
 # ruff: noqa: ANN001, ANN201
@@ -10,8 +10,8 @@ busy, as they are when a layer runs. Each kind of transfer is tried in several c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,23 +29,22 @@ from sonic_ep.profiler.verification import expect
 ELEMENT = torch.int32
 
 
-@dataclass(frozen=True, kw_only=True)
-class KernelCopy:
+class KernelCopy(NamedTuple):
     """Bytes and warps of a kernel's step, and programs of a multiprocessor; None: one program for each step."""
 
     block_bytes: int
     warps: int
-    programs: int | None = None
+    programs: int | None
 
 
 # By copy engine over so many streams, each of which the driver may give an engine of its own; or by kernel.
 Way = int | KernelCopy
 ENGINE_COPIES = (1, 2, 4)
 KERNEL_COPIES = (
-    *(KernelCopy(block_bytes=8192, warps=4, programs=programs) for programs in (None, 4, 8, 16)),
-    *(KernelCopy(block_bytes=16384, warps=8, programs=programs) for programs in (None, 4, 8)),
-    *(KernelCopy(block_bytes=32768, warps=8, programs=programs) for programs in (None, 4)),
-    KernelCopy(block_bytes=32768, warps=16, programs=4),
+    *(KernelCopy(8192, 4, programs) for programs in (None, 4, 8, 16)),
+    *(KernelCopy(16384, 8, programs) for programs in (None, 4, 8)),
+    *(KernelCopy(32768, 8, programs) for programs in (None, 4)),
+    KernelCopy(32768, 16, 4),
 )
 # What is moved is a multiple of this.
 LARGEST_BLOCK = max(config.block_bytes for config in KERNEL_COPIES)
@@ -64,10 +63,7 @@ def copy_peer_kernel(sources_ptr, targets_ptr, source_rank, target_rank, like_pt
 
 
 class Link:
-    """Two shared buffers of ``nbytes`` on every rank, and transfers from one to the other. All methods are collective.
-
-    nbytes: a multiple of the largest block, fewer than 2**31 elements of 4 bytes.
-    """
+    """Two shared buffers of ``nbytes`` on every rank, and transfers between them. All methods are collective."""
 
     def __init__(self, workspace: Workspace, nbytes: int) -> None:
         if nbytes < LARGEST_BLOCK or nbytes % LARGEST_BLOCK or nbytes // ELEMENT.itemsize > 2**31 - 1:
@@ -77,9 +73,8 @@ class Link:
         self._source, self._target = (workspace.reserve(f"link_{name}", nbytes) for name in ("source", "target"))
         # Zeros would move faster than real data.
         self._elements(self._source, self._group.rank).random_()
-        self._streams: list[torch.cuda.Stream] = []
-        if workspace.device.type == "cuda":
-            self._streams = [torch.cuda.Stream(workspace.device) for _ in range(max(ENGINE_COPIES))]
+        streams = max(ENGINE_COPIES) if workspace.device.type == "cuda" else 0
+        self._streams = [torch.cuda.Stream(workspace.device) for _ in range(streams)]
         workspace.barrier_after_write()
 
     def move(self, source: int, target: int, way: Way) -> None:
@@ -122,13 +117,14 @@ class Link:
 
 
 def link_bandwidth(workspace: Workspace, nbytes: int, seconds: Stopwatch) -> LinkBandwidth | None:
-    """Collective. The ceilings for transfers of ``nbytes``; None on one rank.
+    """Collective. The rates of transfers of ``nbytes``; None on one rank.
 
     seconds: the same answer on every rank. Raises ``AssertionError`` if a transfer did not bring what was sent.
     """
-    if workspace.group.world_size == 1:
+    own, ranks = workspace.group.rank, workspace.group.world_size
+    if ranks == 1:
         return None
-    link, own, ranks = Link(workspace, nbytes), workspace.group.rank, workspace.group.world_size
+    link = Link(workspace, nbytes)
     following, previous = (own + 1) % ranks, (own - 1) % ranks
 
     def best(what: str, source: int, target: int, ways: Sequence[Way]) -> float:

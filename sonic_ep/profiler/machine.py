@@ -11,7 +11,9 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,7 @@ DIGEST_LETTERS = 12
 class Machine:
     """The machine of one rank; None where there is no GPU or nothing reports it.
 
-    gpu: its name; gpus: how many this process sees. link: between the first two of them. cuda, nccl, driver: versions.
-    code: a digest of this package's source.
+    gpus: how many this process sees. link: between the first two of them. code: a digest of this package's source.
     """
 
     gpu: str | None
@@ -98,10 +99,7 @@ def date_now() -> str:
 
 def processor() -> str:
     """The model of the processor, or its architecture, and its cores."""
-    try:
-        lines = CPU_INFORMATION.read_text().splitlines()
-    except OSError:
-        lines = []
+    lines = CPU_INFORMATION.read_text().splitlines() if CPU_INFORMATION.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
@@ -124,17 +122,9 @@ def code_digest(folder: Path = PACKAGE) -> str:
 
 
 def commit(folder: Path = PACKAGE) -> str | None:
-    """The commit checked out in ``folder``, and whether files differ from it.
-
-    None without git, and for an installed copy that happens to lie inside another repository.
-    """
-
-    def git(*arguments: str) -> str:
-        return output_of("git", "-C", str(folder), *arguments).strip()
-
-    if not git("ls-files", "."):
-        return None
-    found = git("rev-parse", "HEAD")
+    """The commit checked out in ``folder``, and whether files differ from it; None unless git tracks ``folder``."""
+    git = partial(output_of, "git", "-C", str(folder))
+    found = git("rev-parse", "HEAD").strip() if git("ls-files", ".") else ""
     return f"{found}{' with changes' if git('status', '--porcelain') else ''}" if found else None
 
 
@@ -149,13 +139,12 @@ def link_types(matrix: str) -> dict[tuple[int, int], str]:
     >>> link_types("\tGPU0\tGPU1\tCPU Affinity\nGPU0\t X \tNV18\t0-31\nGPU1\tNV18\t X \t0-31")
     {(0, 1): 'NVLink, 18 links (NV18)', (1, 0): 'NVLink, 18 links (NV18)'}
     """
-    rows = [line.split() for line in matrix.splitlines() if line.startswith("GPU")]
-    found = {}
-    for a, row in enumerate(rows):
-        for b, link in enumerate(row[1 : len(rows) + 1]):
-            if a != b:
-                found[a, b] = f"NVLink, {link[2:]} links ({link})" if link.startswith("NV") else f"{link} (no NVLink)"
-    return found
+
+    def name(link: str) -> str:
+        return f"NVLink, {link[2:]} links ({link})" if link.startswith("NV") else f"{link} (no NVLink)"
+
+    rows = [line.split()[1:] for line in matrix.splitlines() if line.startswith("GPU")]
+    return {(a, b): name(rows[a][b]) for a, b in permutations(range(len(rows)), 2)}
 
 
 def output_of(*command: str) -> str:

@@ -41,8 +41,7 @@ class KeepLast:
     """``function``, and the result of the last of ``rounds`` calls; the others are freed at once."""
 
     def __init__(self, function: Callable[[], Any], rounds: int) -> None:
-        self._function = function
-        self._left = rounds
+        self._function, self._left = function, rounds
         self.result: Any = None
 
     def __call__(self) -> None:
@@ -58,7 +57,7 @@ class Stage:
     """Proves, times and checks works. Methods are collective.
 
     An error of capturing or checking on one rank is one on every rank. A rank that fails inside a work raises alone,
-    and the others wait for it until their timeout.
+    and the others time out.
 
     as_graphs: in CUDA graphs; called one by one, small works take as long as the host needs to launch them.
     """
@@ -71,8 +70,7 @@ class Stage:
         if not self.as_graphs:
             return work
         # The host waits for no other rank while it captures.
-        graph = in_step(self.timer.group, partial(captured, work.run, self.timer.device))
-        return replace(work, run=graph)
+        return replace(work, run=in_step(self.timer.group, partial(captured, work.run, self.timer.device)))
 
     def prove(self, work: TimedWork) -> None:
         """Run on other inputs, poison the result, run on the inputs, check, and poison again.
@@ -89,11 +87,8 @@ class Stage:
     def time(self, works: Sequence[TimedWork], *, rounds: int, warmup: int = 0) -> list[TimedResult]:
         """``rounds`` rounds of each work, alternating, after ``warmup`` more."""
         runs = [KeepLast(work.run, rounds + warmup) for work in works]
-        timings = self.timer.time(runs, rounds=rounds, warmup=warmup)
-        return [
-            TimedResult(work=work, timing=timing, last=run.result)
-            for work, timing, run in zip(works, timings, runs, strict=True)
-        ]
+        found = zip(works, self.timer.time(runs, rounds=rounds, warmup=warmup), runs, strict=True)
+        return [TimedResult(work=work, timing=timing, last=run.result) for work, timing, run in found]
 
     def confirm(self, timed: TimedResult) -> None:
         """Check the result of the last round. Raises ``WrongResultError`` on every rank if it is wrong on any."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,29 +17,16 @@ from sonic_ep.cost import RankCounts, rank_counts
 from sonic_ep.plan import NO_ROW, ROUTING_FIELDS, RoutingPlan
 from sonic_ep.profiler.agreement import in_step
 from sonic_ep.profiler.measuring import TimedWork
-from sonic_ep.profiler.report import COMBINE, DISPATCH, EVERY_PAIR, PLAN, ProfileShape
+from sonic_ep.profiler.report import COMBINE, DISPATCH, PLAN, ProfileShape
 from sonic_ep.profiler.verification import assert_bitwise, expect
 
 # Seeds of x, scores and rows, to which ranks add their number.
 X_SEED, SCORES_SEED, ROWS_SEED = 1_000_003, 2_000_003, 3_000_017
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Lanes:
-    """An ``ExpertParallel`` for every dispatch and for every combine mode."""
-
-    dispatch: Mapping[DispatchMode, ExpertParallel]
-    combine: Mapping[CombineMode, ExpertParallel]
-
-    @property
-    def first(self) -> ExpertParallel:
-        """For what does not depend on the mode."""
-        return self.dispatch[DispatchMode.ALL_GATHER]
-
-
 @contextmanager
-def open_lanes(ep: ExpertParallel, backend: str, config: EPConfig, max_tokens: int) -> Iterator[Lanes]:
-    """Collective. Three lanes over the group of ``ep``, each for a dispatch and a combine mode, closed at the end.
+def open_lanes(ep: ExpertParallel, backend: str, config: EPConfig, max_tokens: int) -> Iterator[list[ExpertParallel]]:
+    """Collective. Three lanes over the group of ``ep``, lane i for dispatch mode i and for combine mode i.
 
     config: the flags. ``max_rows`` is left out: a profile must not fail where a layer would not.
     """
@@ -49,9 +36,7 @@ def open_lanes(ep: ExpertParallel, backend: str, config: EPConfig, max_tokens: i
             modes = replace(config, dispatch=dispatch, combine=combine, max_rows=None)
             lane = ExpertParallel(ep.group.process_group, backend, modes, max_tokens_per_rank=max_tokens)
             lanes.append(opened.enter_context(lane))
-        yield Lanes(
-            dispatch=dict(zip(DispatchMode, lanes, strict=True)), combine=dict(zip(CombineMode, lanes, strict=True))
-        )
+        yield lanes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,31 +56,24 @@ class ProfileInputs:
     @staticmethod
     def drawn(draw_ids: Callable[[], Tensor], shape: ProfileShape, lane: ExpertParallel) -> ProfileInputs:
         """Collective. Around the ids of ``draw_ids``, on their device; an error in drawing is one on every rank."""
-        dtype, rank = shape.row_dtype, lane.rank
+        dtype, rank, hidden, num_experts = shape.row_dtype, lane.rank, shape.hidden, shape.num_experts
 
-        def tokens() -> tuple[Tensor, Tensor, Tensor]:
+        def tokens() -> dict[str, Tensor]:
             ids_TK = draw_ids()
-            device, sizes = ids_TK.device, (ids_TK.shape[0], shape.hidden)
-            x_TH = torch.randn(sizes, generator=_generator(device, X_SEED + rank), device=device)
+            device = ids_TK.device
+            x_TH = torch.randn((len(ids_TK), hidden), generator=_generator(device, X_SEED + rank), device=device)
             scores_TK = torch.rand(ids_TK.shape, generator=_generator(device, SCORES_SEED + rank), device=device)
-            return ids_TK, x_TH.to(dtype), scores_TK + 0.05
+            return {"ids_TK": ids_TK, "x_TH": x_TH.to(dtype), "scores_TK": scores_TK + 0.05}
 
-        ids_TK, x_TH, scores_TK = in_step(lane.group, tokens)
-        plan = lane.plan(ids_TK, shape.num_experts)
+        drawn = in_step(lane.group, tokens)
+        device, plan = drawn["ids_TK"].device, lane.plan(drawn["ids_TK"], num_experts)
 
         def rows() -> Tensor:
-            rows_RH = torch.full((plan.row_capacity, shape.hidden), float("nan"), dtype=dtype, device=ids_TK.device)
-            rows_RH[: plan.rows()].normal_(generator=_generator(ids_TK.device, ROWS_SEED + rank))
+            rows_RH = torch.full((plan.row_capacity, hidden), float("nan"), dtype=dtype, device=device)
+            rows_RH[: plan.rows()].normal_(generator=_generator(device, ROWS_SEED + rank))
             return rows_RH
 
-        return ProfileInputs(
-            num_experts=shape.num_experts,
-            ids_TK=ids_TK,
-            x_TH=x_TH,
-            scores_TK=scores_TK,
-            plan=plan,
-            rows_RH=in_step(lane.group, rows),
-        )
+        return ProfileInputs(num_experts=num_experts, plan=plan, rows_RH=in_step(lane.group, rows), **drawn)
 
     @contextmanager
     def changed(self) -> Iterator[None]:
@@ -119,25 +97,23 @@ class ProfileInputs:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Answers:
-    """The reference's plan, valid rows of x, sums of ``ProfileInputs.rows_RH``, and sums of the rows of x."""
+    """The reference's plan, valid rows of x, and sums by each combine mode of the inputs' rows and of the rows of x."""
 
     plan: RoutingPlan
     rows_of_x: Tensor
-    sums: Mapping[CombineMode, Tensor]
-    round_trips: Mapping[CombineMode, Tensor]
+    sums: Sequence[Tensor]
+    round_trips: Sequence[Tensor]
 
     @staticmethod
-    def of(inputs: ProfileInputs, lanes: Lanes) -> Answers:
+    def of(inputs: ProfileInputs, lanes: Sequence[ExpertParallel]) -> Answers:
         """Collective. lanes: of the reference, with exact sizes."""
-        lane = lanes.dispatch[DispatchMode.ALL_TO_ALL]
-        plan = lane.plan(inputs.ids_TK, inputs.num_experts)
-        rows_of_x = lane.dispatch(inputs.x_TH, plan)
-
-        def sums(rows_RH: Tensor) -> Mapping[CombineMode, Tensor]:
-            return {mode: lane.combine(rows_RH, inputs.scores_TK, plan) for mode, lane in lanes.combine.items()}
-
-        rows_RH = inputs.rows_RH[: plan.rows()]
-        return Answers(plan=plan, rows_of_x=rows_of_x, sums=sums(rows_RH), round_trips=sums(rows_of_x))
+        plan = lanes[0].plan(inputs.ids_TK, inputs.num_experts)
+        rows_of_x = lanes[0].dispatch(inputs.x_TH, plan)
+        sums, round_trips = (
+            [lane.combine(rows_RH, inputs.scores_TK, plan) for lane in lanes]
+            for rows_RH in (inputs.rows_RH[: plan.rows()], rows_of_x)
+        )
+        return Answers(plan=plan, rows_of_x=rows_of_x, sums=sums, round_trips=round_trips)
 
     def check_plan(self, got: RoutingPlan) -> None:
         """Every field, and of ``slot_of_row`` the valid part."""
@@ -156,47 +132,34 @@ class Answers:
     def counts(self, tokens: tuple[int, ...]) -> list[RankCounts]:
         """Of every rank, the same on each of them."""
         owner_WCK, ranks = self.plan.owner_of_slot(), range(len(tokens))
-        pair_slots = [[int((owner_CK == owner).sum()) for owner in ranks] for owner_CK in owner_WCK]
-        pair_tokens = self.plan.pair_tokens.tolist()
-        return [
-            rank_counts(
-                rank, max_tokens=self.plan.max_tokens, tokens=held, pair_tokens=pair_tokens, pair_slots=pair_slots
-            )
-            for rank, held in enumerate(tokens)
-        ]
+        slots = [[int((owner_CK == owner).sum()) for owner in ranks] for owner_CK in owner_WCK]
+        count = partial(rank_counts, max_tokens=self.plan.max_tokens, pair_slots=slots)
+        return [count(rank, tokens=n, pair_tokens=self.plan.pair_tokens.tolist()) for rank, n in enumerate(tokens)]
 
 
-def works_of(inputs: ProfileInputs, lanes: Lanes, answers: Answers) -> list[TimedWork]:
+def works_of(inputs: ProfileInputs, lanes: Sequence[ExpertParallel], answers: Answers) -> list[TimedWork]:
     """The plan, modes in the order of a report, pairs in the order of a report."""
+    x_TH, rows_RH, scores_TK, plan = inputs.x_TH, inputs.rows_RH, inputs.scores_TK, inputs.plan
+    works: list[TimedWork] = []
 
-    def work(name: str, run: Callable[[], Any], check: Callable[[Any], None]) -> TimedWork:
-        return TimedWork(name=name, run=run, check=check, other_inputs=inputs.changed)
+    def add(name: str, check: Callable[[Any], None], run: Callable[..., Any], *arguments: object) -> None:
+        run = partial(run, *arguments)
+        works.append(TimedWork(name=name, run=run, check=check, other_inputs=inputs.changed))
 
     def sums(expected: Tensor) -> Callable[[Tensor], None]:
         return partial(assert_bitwise, expected=expected, name="sums")
 
-    plan = work(PLAN, partial(lanes.first.plan, inputs.ids_TK, inputs.num_experts), answers.check_plan)
-    dispatches = [
-        work(f"{DISPATCH} by {mode.value}", partial(lane.dispatch, inputs.x_TH, inputs.plan), answers.check_rows)
-        for mode, lane in lanes.dispatch.items()
-    ]
-    combines = [
-        work(
-            f"{COMBINE} by {mode.value}",
-            partial(lane.combine, inputs.rows_RH, inputs.scores_TK, inputs.plan),
-            sums(answers.sums[mode]),
-        )
-        for mode, lane in lanes.combine.items()
-    ]
-    pairs = [
-        work(
-            f"{DISPATCH} by {dispatch.value} and {COMBINE} by {combine.value}",
-            partial(inputs.round_trip, lanes.dispatch[dispatch], lanes.combine[combine]),
-            sums(answers.round_trips[combine]),
-        )
-        for dispatch, combine in EVERY_PAIR
-    ]
-    return [plan, *dispatches, *combines, *pairs]
+    dispatches = [(f"{DISPATCH} by {mode.value}", lane) for mode, lane in zip(DispatchMode, lanes, strict=True)]
+    combines = [(f"{COMBINE} by {mode.value}", lane) for mode, lane in zip(CombineMode, lanes, strict=True)]
+    add(PLAN, answers.check_plan, lanes[0].plan, inputs.ids_TK, inputs.num_experts)
+    for name, lane in dispatches:
+        add(name, answers.check_rows, lane.dispatch, x_TH, plan)
+    for (name, lane), expected in zip(combines, answers.sums, strict=True):
+        add(name, sums(expected), lane.combine, rows_RH, scores_TK, plan)
+    for dispatch, first in dispatches:
+        for (combine, second), expected in zip(combines, answers.round_trips, strict=True):
+            add(f"{dispatch} and {combine}", sums(expected), inputs.round_trip, first, second)
+    return works
 
 
 def _generator(device: torch.device, seed: int) -> torch.Generator:

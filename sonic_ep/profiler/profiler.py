@@ -6,9 +6,9 @@ import shlex
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache as remembered
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,14 +24,14 @@ from sonic_ep.profiler.agreement import gathered, in_step, require_alike
 from sonic_ep.profiler.bandwidth import ROUNDS, ROUNDS_OF_SHARED_GPUS, measured_bandwidth
 from sonic_ep.profiler.cache import DEFAULT_FOLDER, Cache
 from sonic_ep.profiler.choice import link_loads, mode_times, pick, require_answer
-from sonic_ep.profiler.machine import Machine, commit, date_now, this_machine
+from sonic_ep.profiler.machine import commit, date_now, this_machine
 from sonic_ep.profiler.measuring import Stage, TimedWork
 from sonic_ep.profiler.problem import Answers, ProfileInputs, open_lanes, works_of
 from sonic_ep.profiler.report import EVERY_PAIR, REFERENCE, Origin, PairTime, ProfileReport, Spread, whole_numbers
 from sonic_ep.profiler.request import GroupRequest, ProfileRequest, RequestSummary, require_rates
 from sonic_ep.profiler.timing import AboveCeilingError, RoundTimer, Timing
 
-# The timed rounds of a profile take so long together, so that the start of a training run does not wait for them.
+# Together the timed rounds take so long, so that the start of a training run does not wait for them.
 SECONDS_OF_ROUNDS = 1.5
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 50
 # Rows up to so many bytes make works that are timed in graphs.
@@ -44,8 +44,8 @@ class NetworkProfiler:
     ep: its group, backend and flags are profiled; modes of its config that are not "auto" stay.
     rounds: how often each mode is timed; None for as many as take about 1.5 s, between 3 and 50.
     cache: the folder that keeps profiles, None for none. Rank 0 reads and writes it.
-    rates: ceilings of the link that all ranks have measured in this run already, the same on every rank. None: each
-        profile measures them. With ``rates`` the cache is neither read nor written.
+    rates: bandwidth of the link that was measured in this run already, the same on every rank. None: each profile
+        measures it. With ``rates`` the cache is neither read nor written.
 
     Raises ``TypeError`` or ``ValueError`` for wrong arguments, on the rank that passes them.
     """
@@ -70,7 +70,8 @@ class NetworkProfiler:
         self._rounds, self._rates = rounds, rates
         keeps = rates is None and ep.rank == 0
         self._cache = Cache(folder=Path(cache)) if keeps and cache is not None else None
-        self._machines: dict[torch.device, Machine] = {}
+        # The driver takes its time to answer.
+        self._machine = remembered(this_machine)
 
     def profile(
         self,
@@ -98,24 +99,21 @@ class NetworkProfiler:
         ceiling (of the busiest rank where traffic is balanced within 10%, else of the mean rank), ``RuntimeError`` for
         errors between the primitives. A rank that fails inside a primitive raises alone, and the others time out.
         """
-        group = self._ep.group
+        group, config, backend = self._ep.group, self._ep.config, self._ep.backend
         in_step(group, self._ep.check, ClosedError)
 
         def checked() -> ProfileRequest:
-            return ProfileRequest(
-                tokens=tokens,
-                hidden=hidden,
-                top_k=top_k,
-                num_experts=num_experts,
-                dtype=dtype,
-                routing=routing,
-                device=default_device(self._ep) if device is None else device,
-            ).checked(self._checker)
+            place = default_device(self._ep) if device is None else device
+            sizes = {"tokens": tokens, "hidden": hidden, "top_k": top_k, "num_experts": num_experts}
+            return ProfileRequest(**sizes, dtype=dtype, routing=routing, device=place).checked(self._checker)
 
         request = in_step(group, checked, ValueError)
         agreed = self._agreed(request)
-        key = agreed.key(self._ep.config, self._process_group())
-        if report := gathered(group, self._cached(agreed, key))[0]:
+        key = agreed.key(config, self._process_group())
+        require = partial(require_answer, shape=agreed.shape, backend=backend, config=config)
+        # None on ranks other than 0.
+        cached = self._cache and self._cache.read(key, require)
+        if report := gathered(group, cached)[0]:
             return replace(report, from_cache=True)
         report = self._measured(request, agreed)
         if self._cache is not None:
@@ -124,13 +122,10 @@ class NetworkProfiler:
 
     def _agreed(self, request: ProfileRequest) -> GroupRequest:
         """Collective. Raises ``ValueError`` on every rank if ranks ask for different things."""
-        group, device = self._ep.group, request.device
+        group = self._ep.group
 
         def summarize() -> RequestSummary:
-            if device not in self._machines:
-                # The driver takes its time to answer.
-                self._machines[device] = this_machine(device)
-            return RequestSummary.of(request, self._ep, self._rounds, self._rates, self._machines[device])
+            return RequestSummary.of(request, self._ep, self._rounds, self._rates, self._machine(request.device))
 
         agreed = GroupRequest(summaries=tuple(gathered(group, in_step(group, summarize))))
         require_alike(group, [summary.alike for summary in agreed.summaries])
@@ -138,19 +133,13 @@ class NetworkProfiler:
         self._checker.require(some, "tokens", "none on any rank", "at least one in the group")
         return agreed
 
-    def _cached(self, agreed: GroupRequest, key: dict[str, Any]) -> ProfileReport | None:
-        """What rank 0 finds in the cache; None on the other ranks."""
-        if self._cache is None:
-            return None
-        require = partial(require_answer, shape=agreed.shape, backend=self._ep.backend, config=self._ep.config)
-        return self._cache.read(key, require)
-
     def _measured(self, request: ProfileRequest, agreed: GroupRequest) -> ProfileReport:
+        """Collective. Rank 0 makes the report of all ranks."""
         group, device, rates = self._ep.group, request.device, self._rates
         with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             if rates is None:
-                shared = (agreed.ranks_per_gpu or 1) > 1
-                rates = measured_bandwidth(group, device, rounds=ROUNDS_OF_SHARED_GPUS if shared else ROUNDS)
+                rounds = ROUNDS_OF_SHARED_GPUS if (agreed.ranks_per_gpu or 1) > 1 else ROUNDS
+                rates = measured_bandwidth(group, device, rounds=rounds)
             timings, answers = self._timed(request, agreed)
 
         def judge() -> ProfileReport | None:
@@ -162,19 +151,16 @@ class NetworkProfiler:
 
     def _timed(self, request: ProfileRequest, agreed: GroupRequest) -> tuple[list[Timing], Answers]:
         """Collective. Draw inputs, get the reference's answers, and time all works."""
-        group, config, shape, device = self._ep.group, self._ep.config, agreed.shape, request.device
-
-        draw_ids = partial(request.draw_ids, group.rank, group.world_size)
-        with open_lanes(self._ep, self._ep.backend, config, shape.max_tokens) as lanes:
-            inputs = ProfileInputs.drawn(draw_ids, shape, lanes.first)
-            with open_lanes(self._ep, REFERENCE, replace(config, cpu_sync_on_runtime=True), shape.max_tokens) as exact:
+        ep, config, shape, device = self._ep, self._ep.config, agreed.shape, request.device
+        draw_ids = partial(request.draw_ids, ep.rank, ep.world_size)
+        with open_lanes(ep, ep.backend, config, shape.max_tokens) as lanes:
+            inputs = ProfileInputs.drawn(draw_ids, shape, lanes[0])
+            with open_lanes(ep, REFERENCE, replace(config, cpu_sync_on_runtime=True), shape.max_tokens) as exact:
                 answers = Answers.of(inputs, exact)
             # A read on the host cannot be captured, and the reference reads everywhere.
-            captures = device.type == "cuda" and self._ep.backend != REFERENCE and not config.cpu_sync_on_runtime
-            stage = Stage(
-                timer=RoundTimer(group=group, device=device, barrier=partial(lanes.first.meet, device)),
-                as_graphs=captures and inputs.rows_RH.nbytes <= MOST_BYTES_OF_GRAPHS,
-            )
+            captures = device.type == "cuda" and ep.backend != REFERENCE and not config.cpu_sync_on_runtime
+            timer = RoundTimer(group=ep.group, device=device, barrier=partial(lanes[0].meet, device))
+            stage = Stage(timer=timer, as_graphs=captures and inputs.rows_RH.nbytes <= MOST_BYTES_OF_GRAPHS)
             return self._timings(stage, works_of(inputs, lanes, answers)), answers
 
     def _timings(self, stage: Stage, works: list[TimedWork]) -> list[Timing]:
@@ -224,7 +210,5 @@ def default_device(ep: ExpertParallel) -> torch.device:
     """Where the backend of ``ep`` runs here: the current CUDA device, or the CPU."""
     # "auto" passes the fast backend over only where its kernels are interpreted.
     interpreted = ep.backend != REFERENCE and choose_backend(AUTO, ep.group).name == REFERENCE
-    transportable = ep.group.device_types()
-    if interpreted or not torch.cuda.is_available() or (transportable is not None and "cuda" not in transportable):
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    on_gpu = torch.cuda.is_available() and "cuda" in (ep.group.device_types() or {"cuda"}) and not interpreted
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

@@ -44,14 +44,13 @@ class ProfileShape:
 
     @property
     def max_tokens(self) -> int:
-        """C, the most tokens of a rank."""
+        """C."""
         return max(self.tokens)
 
     @property
     def row_dtype(self) -> torch.dtype:
         """The dtype of the rows."""
-        dtype = getattr(torch, self.dtype)
-        assert isinstance(dtype, torch.dtype)
+        dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
 
@@ -77,10 +76,9 @@ class Spread:
 class ModeTime:
     """One mode alone, its barriers and exchanges included.
 
-    kind: "plan", "dispatch" or "combine". mode: its name, empty for the plan. link_bytes: into the busiest rank over
-    the link; gb_per_s: of that rank at the median, None if the median is 0. ceiling: the field of ``LinkCeilings``
-    that limits it, None where none was measured. percent: ``gb_per_s`` of it, which may exceed 100 where traffic is
-    not balanced: ceilings are measured with both directions busy.
+    kind: "plan", "dispatch" or "combine". mode: its name, empty for the plan. link_bytes: into the busiest rank;
+    gb_per_s: of that rank at the median, None if the median is 0. ceiling: the field of ``LinkBandwidth`` that limits
+    it, None where none was measured. percent: ``gb_per_s`` of it, above 100 where only one direction is busy.
     """
 
     kind: str
@@ -157,16 +155,14 @@ class ProfileReport:
 
     def as_json(self) -> dict[str, Any]:
         """A document of kind "profile": times in microseconds, rates in GB/s, sizes in bytes."""
-        world_size = {"world_size": self.shape.world_size}
+        environment = {**asdict(self.machine), "world_size": self.shape.world_size, **asdict(self.origin)}
         rates = {} if self.rates is None else asdict(self.rates)
+        names = ("shape", "backend", "ranks_per_gpu", "modes", "pairs", "config")
         return {
             "kind": KIND,
-            "environment": {**asdict(self.machine), **world_size, **asdict(self.origin), "note": self.note},
+            "environment": {**environment, "note": self.note},
             RATES: {name: rate / BYTES_OF_GB for name, rate in rates.items()},
-            **{
-                name: written(getattr(self, name))
-                for name in ("shape", "backend", "ranks_per_gpu", "modes", "pairs", "config")
-            },
+            **{name: written(getattr(self, name)) for name in names},
         }
 
     def as_part(self) -> dict[str, Any]:
@@ -182,23 +178,20 @@ class ProfileReport:
         no_rates = {RATES: None} if document.get(RATES) == {} else {}
         report = read(ProfileReport, {**document, **no_rates}, ROOT)
         _require_complete(report)
-        if report.rates is None:
-            return report
-        return replace(report, rates=whole_numbers(report.rates, BYTES_OF_GB))
+        return report if report.rates is None else replace(report, rates=whole_numbers(report.rates, BYTES_OF_GB))
 
 
 def _require_complete(report: ProfileReport) -> None:
     """Raise ``ValueError`` unless every mode and every pair is there, in order, under ceilings that exist."""
-    modes = [(mode.kind, mode.mode) for mode in report.modes]
-    if modes != EVERY_MODE:
-        raise ValueError(f"{ROOT}.modes: got {modes}, expected {EVERY_MODE}")
-    if [(pair.dispatch, pair.combine) for pair in report.pairs] != EVERY_PAIR:
-        raise ValueError(f"{ROOT}.pairs: got {len(report.pairs)}, expected every dispatch with every combine mode")
-    bandwidth = [ceiling.name for ceiling in fields(LinkBandwidth)]
-    for place, mode in enumerate(report.modes):
-        if mode.ceiling not in (None, *bandwidth):
-            expected = f"null or one of {', '.join(bandwidth)}"
-            raise ValueError(f"{ROOT}.modes[{place}].ceiling: got {mode.ceiling!r}, expected {expected}")
+    names = [field.name for field in fields(LinkBandwidth)]
+    unknown = [(place, mode.ceiling) for place, mode in enumerate(report.modes) if mode.ceiling not in (None, *names)]
+    for name, got, expected in (
+        ("modes", [(mode.kind, mode.mode) for mode in report.modes], EVERY_MODE),
+        ("pairs", [(pair.dispatch, pair.combine) for pair in report.pairs], EVERY_PAIR),
+        *((f"modes[{place}].ceiling", got, f"null or one of {', '.join(names)}") for place, got in unknown),
+    ):
+        if got != expected:
+            raise ValueError(f"{ROOT}.{name}: got {got!r}, expected {expected}")
 
 
 def whole_numbers(rates: LinkBandwidth, factor: float = 1.0) -> LinkBandwidth:

@@ -47,7 +47,7 @@ class ProfileRequest:
             checker.count(name, getattr(self, name))
         check_experts_divide(checker, self.num_experts)
         checker.require(self.top_k <= self.num_experts, "top_k", self.top_k, f"at most E={self.num_experts}")
-        checker.require(self.dtype in ROW_DTYPES, "dtype", self.dtype, " or ".join(map(str, ROW_DTYPES)))
+        checker.require(self.dtype in ROW_DTYPES, "dtype", repr(self.dtype), " or ".join(map(str, ROW_DTYPES)))
         return replace(self, routing=self._checked_routing(checker), device=_checked_device(checker, self.device))
 
     def draw_ids(self, rank: int, world_size: int) -> Tensor:
@@ -60,9 +60,8 @@ class ProfileRequest:
     def _checked_routing(self, checker: ArgumentChecker) -> str | Tensor:
         if isinstance(self.routing, Tensor):
             return self._checked_ids(checker, self.routing)
-        expected = f"{', '.join(map(repr, ROUTINGS))} or a tensor"
         known = isinstance(self.routing, str) and self.routing in ROUTINGS
-        checker.require(known, "routing", repr(self.routing), expected)
+        checker.require(known, "routing", repr(self.routing), f"{', '.join(map(repr, ROUTINGS))} or a tensor")
         held = self.num_experts // checker.group.world_size
         fits = self.routing != "one_rank" or self.top_k <= held
         checker.require(fits, "top_k for routing 'one_rank'", self.top_k, f"at most E/W={held}")
@@ -71,10 +70,9 @@ class ProfileRequest:
     def _checked_ids(self, checker: ArgumentChecker, ids: Tensor) -> Tensor:
         """On any device: the ids are copied to where rows live."""
         checker.require(ids.device.type != "meta", "device of routing", ids.device, "a device that holds data")
-        ids = checker.tensor("routing", ids, INDEX_DTYPES, like=ids)
+        ids = for_kernels(checker.tensor("routing", ids, INDEX_DTYPES, like=ids))
         checker.shape("routing", ids, (self.tokens, self.top_k), "(T, K)")
-        ids = for_kernels(ids)
-        least, most = (int(bound) for bound in ids.aminmax()) if ids.numel() else (0, 0)
+        least, most = map(int, ids.aminmax()) if ids.numel() else (0, 0)
         fits = least >= NO_ROW and most < self.num_experts
         checker.require(fits, "expert ids of routing", f"{least} to {most}", f"0 to {self.num_experts - 1}, or -1")
         return ids
@@ -95,8 +93,7 @@ def _checked_device(checker: ArgumentChecker, device: object) -> torch.device:
 class RequestSummary:
     """What one rank tells the others of its request.
 
-    alike: what has to be the same on all ranks. gpu: host and GPU of the rank, None on the CPU. ids: a digest of the
-    routing, if it is given.
+    alike: what has to be the same on all ranks. gpu: host and GPU, None on the CPU. ids: a digest of a given routing.
     """
 
     alike: Mapping[str, Any]
@@ -110,20 +107,22 @@ class RequestSummary:
         request: ProfileRequest, ep: ExpertParallel, rounds: int | None, rates: LinkBandwidth | None, machine: Machine
     ) -> RequestSummary:
         """Of this rank."""
-        device, ids = request.device, request.routing if isinstance(request.routing, Tensor) else None
+        device, routing, digest, gpu = request.device, request.routing, None, None
+        if isinstance(routing, Tensor):
+            digest = hashlib.sha256(routing.to("cpu", torch.int64).numpy().tobytes()).hexdigest()
+            routing = GIVEN
+        if device.type == "cuda":
+            gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
         alike = {
             **{name: getattr(request, name) for name in ("hidden", "top_k", "num_experts")},
             "dtype": str(request.dtype).removeprefix("torch."),
-            "routing": GIVEN if ids is not None else request.routing,
+            "routing": routing,
             "backend": ep.backend,
             "kind of device": device.type,
             "rounds": rounds,
-            "rates": None if rates is None else asdict(rates),
+            "rates": rates and asdict(rates),
             **{f"{name} of the config": value for name, value in written(ep.config).items()},
         }
-        on_gpu = device.type == "cuda"
-        gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}" if on_gpu else None
-        digest = None if ids is None else hashlib.sha256(ids.to("cpu", torch.int64).numpy().tobytes()).hexdigest()
         return RequestSummary(alike=alike, tokens=request.tokens, machine=machine, gpu=gpu, ids=digest)
 
 
@@ -143,8 +142,7 @@ class GroupRequest:
     @property
     def ranks_per_gpu(self) -> int | None:
         """How many ranks share the GPU that most of them share; None on the CPU."""
-        gpus = Counter(summary.gpu for summary in self.summaries if summary.gpu is not None)
-        return max(gpus.values(), default=None)
+        return max(Counter(each.gpu for each in self.summaries if each.gpu is not None).values(), default=None)
 
     def key(self, config: EPConfig, process_group: str | None) -> dict[str, Any]:
         """All that a profile depends on, as JSON."""
@@ -160,11 +158,10 @@ class GroupRequest:
 
 
 def require_rates(checker: ArgumentChecker, rates: object) -> None:
-    """Ceilings, each a finite rate above 0, or None."""
+    """Rates, each a finite number above 0, or None."""
     if rates is None:
         return
-    if not isinstance(rates, LinkBandwidth):
-        raise TypeError(f"{checker.group}: rates: got {type(rates).__name__}, expected LinkCeilings or None")
+    rates = checker.instance("rates", rates, LinkBandwidth, "LinkBandwidth or None")
     for name, rate in asdict(rates).items():
         number = isinstance(rate, float | int) and not isinstance(rate, bool)
         fits = number and 0 < rate <= sys.float_info.max

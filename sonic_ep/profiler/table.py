@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sonic_ep.config import CombineMode, DispatchMode
+from sonic_ep.config import CombineMode
 
 if TYPE_CHECKING:
-    from sonic_ep.profiler.report import ModeTime, PairTime, ProfileReport, ProfileShape, Spread
+    from sonic_ep.profiler.report import ModeTime, ProfileReport, ProfileShape, Spread
 
 MOST_TOKENS_SHOWN = 8
 
@@ -30,18 +30,20 @@ def table_of(report: ProfileReport) -> list[str]:
 def _heading(report: ProfileReport) -> list[str]:
     machine, shape = report.machine, report.shape
     linked = "" if machine.link is None else f", {machine.link}"
+    ranks = f"{shape.world_size} rank{'s' * (shape.world_size > 1)}"
     sizes = f"H={shape.hidden}, E={shape.num_experts}, K={shape.top_k}, {shape.dtype}, {shape.routing} routing"
+    rounds = f"{report.pairs[0].spread.rounds} alternating rounds; the median over them of the slowest rank"
     lines = [
-        f"backend {report.backend}, {shape.world_size} rank{'s' * (shape.world_size > 1)} on "
-        f"{machine.gpu or 'the CPU'}{linked}",
+        f"backend {report.backend}, {ranks} on {machine.gpu or 'the CPU'}{linked}",
         f"{_tokens(shape)}, {sizes}",
-        f"{report.pairs[0].spread.rounds} alternating rounds; the median over them of the slowest rank; GB/s over the "
-        "link into the busiest rank",
+        f"{rounds}; GB/s over the link into the busiest rank",
         _bandwidth(report),
     ]
-    notes = [] if report.note is None else [f"note: {report.note}"]
-    cached = [f"from the cache, measured {report.origin.date}: nothing was measured now"] if report.from_cache else []
-    return [*lines, *notes, *cached]
+    if report.note is not None:
+        lines.append(f"note: {report.note}")
+    if report.from_cache:
+        lines.append(f"from the cache, measured {report.origin.date}: nothing was measured now")
+    return lines
 
 
 def _tokens(shape: ProfileShape) -> str:
@@ -54,15 +56,15 @@ def _tokens(shape: ProfileShape) -> str:
 
 
 def _bandwidth(report: ProfileReport) -> str:
-    if report.rates is not None:
-        rates = report.rates
+    if (rates := report.rates) is not None:
         figures = {"copy engine": rates.copy_engine_in, "reads": rates.read, "writes": rates.write}
         return "ceilings of the link in GB/s: " + ", ".join(f"{name} {r / 1e9:.1f}" for name, r in figures.items())
+    why = "these GPUs cannot map each other's memory"
     if report.machine.gpu is None:
-        return "no ceiling was measured: there is no link between GPUs here"
-    if report.shape.world_size == 1:
-        return "no ceiling was measured: one rank uses no link"
-    return "no ceiling was measured: these GPUs cannot map each other's memory"
+        why = "there is no link between GPUs here"
+    elif report.shape.world_size == 1:
+        why = "one rank uses no link"
+    return f"no ceiling was measured: {why}"
 
 
 def _mode_line(mode: ModeTime) -> str:
@@ -78,16 +80,9 @@ def _milliseconds(spread: Spread) -> str:
 
 
 def _pair_lines(report: ProfileReport) -> list[str]:
-    cells = {(pair.dispatch, pair.combine): _pair_cell(report, pair) for pair in report.pairs}
-    header = f"{'dispatch / combine':<20}" + "".join(f"{combine.value:>16}" for combine in CombineMode)
-    rows = [
-        f"{dispatch.value:<20}" + "".join(f"{cells[dispatch, combine]:>16}" for combine in CombineMode)
-        for dispatch in DispatchMode
-    ]
-    return [line.rstrip() for line in (header, *rows)]
-
-
-def _pair_cell(report: ProfileReport, pair: PairTime) -> str:
-    """A time, and a mark or the space of one, so that the digits are aligned."""
-    picked = (pair.dispatch, pair.combine) == (report.picked.dispatch, report.picked.combine)
-    return f"{_milliseconds(pair.spread)} {'<' if picked else ' '}"
+    lines = {"dispatch / combine": [combine.value for combine in CombineMode]}
+    for pair in report.pairs:
+        picked = (pair.dispatch, pair.combine) == (report.picked.dispatch, report.picked.combine)
+        # A mark or the space of one, so that the digits are aligned.
+        lines.setdefault(pair.dispatch.value, []).append(f"{_milliseconds(pair.spread)} {'<' if picked else ' '}")
+    return [(f"{name:<20}" + "".join(f"{cell:>16}" for cell in cells)).rstrip() for name, cells in lines.items()]

@@ -1,8 +1,4 @@
-"""How long collective work takes: all ranks enter a round together, and its slowest rank counts.
-
-A rank that times itself alone measures how long it waits for the others. A rate above what the link was measured to
-carry is an error of the measurement, never a success.
-"""
+"""How long collective work takes: all ranks enter a round together, and its slowest rank counts."""
 
 from __future__ import annotations
 
@@ -68,10 +64,7 @@ class Ceiling:
     bytes_per_second: float
 
     def share_of(self, nbytes: float, seconds: float, work: str) -> float:
-        """The rate of ``work`` as a share of the ceiling; ``nbytes`` came to a rank over the link.
-
-        Raises ``AboveCeilingError`` if that is more than the link can carry.
-        """
+        """``nbytes`` in ``seconds`` as a share of the ceiling. Raises ``AboveCeilingError`` if it is more."""
         rate = nbytes / seconds
         share = rate / self.bytes_per_second
         if share > MOST_ABOVE_CEILING:
@@ -86,11 +79,9 @@ class Ceiling:
 class RoundTimer:
     """Times collective work of ``group`` on ``device``. Methods are collective and return the same on every rank.
 
-    barrier: synchronizes all ranks before each round, outside of what is timed. On a GPU it should be queued on the
-        current stream: then the host waits for nothing between rounds, and events measure the time.
+    barrier: synchronizes all ranks before each round, untimed. On a GPU it is queued on the current stream: the host
+        waits for nothing between rounds, and events measure the time.
     ahead: keep the GPU busy for ``busy_seconds`` first, so that launches on the host are not measured.
-
-    Buffers are not rotated: rounds of some 100 MB evict each other from the cache, and callers find smaller ones there.
     """
 
     group: EPGroup
@@ -100,10 +91,7 @@ class RoundTimer:
     busy_seconds: float = BUSY_SECONDS
 
     def time(self, functions: Sequence[Callable[[], object]], *, rounds: int, warmup: int = 0) -> list[Timing]:
-        """``rounds`` rounds of each function after ``warmup`` more.
-
-        Functions alternate round by round, because GPUs get slower as they get warm.
-        """
+        """``rounds`` rounds of each function after ``warmup`` more; they alternate, because warm GPUs get slower."""
         if rounds < 1:
             raise ValueError(f"{self.group}: rounds: got {rounds}, expected at least 1")
         if not functions:
@@ -151,8 +139,7 @@ class RoundTimer:
             return seconds
         seconds_N = torch.tensor(seconds, dtype=torch.float64, device=self.group.device_for(self.device))
         dist.all_reduce(seconds_N, dist.ReduceOp.MAX, group=self.group.process_group)
-        slowest: list[float] = seconds_N.tolist()
-        return slowest
+        return list(seconds_N.tolist())
 
 
 def keep_busy(device: torch.device, seconds: float = BUSY_SECONDS) -> None:
@@ -162,10 +149,7 @@ def keep_busy(device: torch.device, seconds: float = BUSY_SECONDS) -> None:
 
 
 def captured(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """``function`` in a CUDA graph: a call replays it and returns its result, which every replay overwrites.
-
-    Called a few times first, on a side stream. All ranks capture collective work together.
-    """
+    """``function`` in a CUDA graph: a call replays it and returns its result, which every replay overwrites."""
     current = torch.cuda.current_stream(device)
     side = torch.cuda.Stream(device)
     side.wait_stream(current)

@@ -21,10 +21,7 @@ def expect(holds: bool, message: str) -> None:
 
 
 def assert_bitwise(got: Tensor, expected: Tensor, name: str = "tensor") -> None:
-    """The same shape, dtype and bits (NaN equals NaN of the same bits, +0 differs from -0).
-
-    Raises ``AssertionError`` that counts the differing elements and shows the first.
-    """
+    """Raise ``AssertionError`` unless shape, dtype and bits are equal; NaN equals NaN of the same bits."""
     expect(got.dtype == expected.dtype, f"{name}: got {got.dtype}, expected {expected.dtype}")
     expect(got.shape == expected.shape, f"{name}: got shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
     bits = _BITS[got.element_size()]

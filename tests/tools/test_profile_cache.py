@@ -43,7 +43,7 @@ def forbid_measuring(patched: pytest.MonkeyPatch) -> None:
         raise NotImplementedError("measured, although there is a profile")
 
     patched.setattr(RoundTimer, "time", measure)
-    patched.setattr(profiler_module, "measured_ceilings", measure)
+    patched.setattr(profiler_module, "measured_bandwidth", measure)
     patched.setattr(ExpertParallel, "dispatch", measure)
 
 

@@ -137,7 +137,7 @@ def test_wrong_profilers() -> None:
             NetworkProfiler(ep, rounds=0)
         with pytest.raises(ValueError, match="rank 0 of 1: cache: got 3, expected a Path, or None for no cache"):
             NetworkProfiler(ep, cache=3)  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match="rank 0 of 1: rates: got dict, expected LinkCeilings or None"):
+        with pytest.raises(TypeError, match="rank 0 of 1: rates: got dict, expected LinkBandwidth or None"):
             NetworkProfiler(ep, rates={})  # type: ignore[arg-type]
 
 

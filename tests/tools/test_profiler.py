@@ -224,7 +224,7 @@ def test_a_stale_result_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def with_ceilings(rate: float, patched: Any, rank: int) -> None:
     """Ceilings as if there were a link of ``rate`` bytes/s."""
     bandwidth = LinkBandwidth(copy_engine_in=rate, copy_engine_out=rate, read=2 * rate, write=4 * rate)
-    patched.setattr(profiler_module, "measured_ceilings", lambda *arguments, **options: bandwidth)
+    patched.setattr(profiler_module, "measured_bandwidth", lambda *arguments, **options: bandwidth)
 
 
 def test_a_rate_above_the_ceiling_is_refused_on_every_rank(cpu_pool: RankPool, tmp_path: Any) -> None:
