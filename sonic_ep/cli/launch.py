@@ -58,10 +58,9 @@ def ranks_of(nproc: int | None) -> int:
 
 
 def launch(nproc: int, arguments: Sequence[str]) -> int:
-    """Run a script or module on ``nproc`` ranks of this machine.
+    """Run a script or module on ``nproc`` ranks of this machine; ``arguments`` are torchrun's.
 
-    arguments: of torchrun. Returns the exit code of the rank that failed first, 0 if none did. Raises
-    ``KeyboardInterrupt`` after Ctrl-C, when the ranks have ended.
+    Returns the exit code of the rank that failed first. ``KeyboardInterrupt`` after Ctrl-C, when the ranks have ended.
     """
     # Imported here: the launcher is heavy, and one rank does without it.
     from torch.distributed.elastic.multiprocessing.api import SignalException

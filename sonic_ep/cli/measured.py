@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sonic_ep.backend import choose_backend
-from sonic_ep.cli.exit_codes import FAIL, PASS
+from sonic_ep.cli.exit_codes import FAIL
 from sonic_ep.cli.launch import Place, joined_group, ranks_of
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.profiler import WrongResultError
@@ -76,16 +74,4 @@ def require_writable(path: Path | None) -> None:
         if not existed:
             path.unlink()
     except (OSError, ValueError) as error:
-        expected = f"the path of a file that can be written: {error}"
-        raise ValueError(f"--json: got {str(path)!r}, expected {expected}") from None
-
-
-def write_json(path: Path, document: Mapping[str, Any]) -> int:
-    """Write ``document``; returns an exit code and prints the error if there is one."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document, indent=2) + "\n")
-    except OSError as error:
-        print(f"sonic-ep: --json: {error}", file=sys.stderr)
-        return FAIL
-    return PASS
+        raise ValueError(f"--json: got {str(path)!r}, expected the path of a file to write: {error}") from None

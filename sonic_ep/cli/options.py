@@ -37,19 +37,22 @@ class Thiek:
 
     def require_experts_divide(self, world_size: int) -> None:
         """Every rank has as many experts."""
-        if self.num_experts % world_size:
-            raise ValueError(f"--thiek: got E={self.num_experts}, expected a multiple of the {world_size} ranks")
+        _require(self.num_experts % world_size == 0, f"E={self.num_experts}", f"a multiple of the {world_size} ranks")
 
     def require_tokens_divide(self, world_size: int) -> None:
         """Every rank has as many tokens."""
-        if self.tokens % world_size:
-            raise ValueError(f"--thiek: got T={self.tokens}, expected a multiple of the {world_size} ranks")
+        _require(self.tokens % world_size == 0, f"T={self.tokens}", f"a multiple of the {world_size} ranks")
 
     def require_fits_one_rank(self, world_size: int, routing: str) -> None:
         """A rank has enough experts, if ``routing`` is "one_rank"."""
         held = self.num_experts // world_size
-        if routing == "one_rank" and self.top_k > held:
-            raise ValueError(f"--thiek: got K={self.top_k}, expected at most the {held} experts of a rank for one_rank")
+        fits = routing != "one_rank" or self.top_k <= held
+        _require(fits, f"K={self.top_k}", f"at most the {held} experts of a rank for one_rank")
+
+
+def _require(holds: bool, got: str, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"--thiek: got {got}, expected {expected}")
 
 
 def parse_count(text: str) -> int:
@@ -86,10 +89,15 @@ def add_nproc(parser: argparse.ArgumentParser, default: int | None = None) -> No
     parser.add_argument("--nproc", type=parse_count, default=default, metavar="N", help=text)
 
 
+def add_thiek(parser: argparse.ArgumentParser, before: str = "") -> None:
+    """``--thiek``. before: in front of its help."""
+    text = f"{before}tokens of the whole group, hidden, intermediate, experts, top-k"
+    parser.add_argument("--thiek", type=parse_thiek, metavar="T,H,I,E,K", help=text)
+
+
 def add_call(parser: argparse.ArgumentParser, routings: tuple[str, ...]) -> None:
     """Shape, dtype, routing and backend."""
-    sizes = "tokens of the whole group, hidden, intermediate, experts, top-k"
-    parser.add_argument("--thiek", type=parse_thiek, metavar="T,H,I,E,K", help=sizes)
+    add_thiek(parser)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of tokens and weights")
     parser.add_argument("--routing", choices=routings, default="uniform", help="how experts are chosen")
     parser.add_argument("--backend", choices=(AUTO, *BACKEND_PACKAGES), default=AUTO, help="which one is run")
@@ -100,17 +108,14 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     for name, modes in (("dispatch_mode", DispatchMode), ("combine_mode", CombineMode)):
         choices = (AUTO, *(mode.value for mode in modes))
         parser.add_argument(*spellings(name), choices=choices, default=AUTO, help="auto: the fastest here")
-    again = spellings("redispatch_x_in_backward")
-    exact = spellings("cpu_sync_on_runtime", "CPU_sync_on_runtime")
-    parser.add_argument(*again, action="store_true", help="keep only x for backward, and gather it again there")
-    parser.add_argument(*exact, action="store_true", help="exact sizes, for one read on the host a forward")
+    for names, text in (
+        (("redispatch_x_in_backward",), "keep only x for backward, and gather it again there"),
+        (("cpu_sync_on_runtime", "CPU_sync_on_runtime"), "exact sizes, for one read on the host a forward"),
+    ):
+        parser.add_argument(*spellings(*names), action="store_true", help=text)
 
 
 def config_of(options: argparse.Namespace) -> EPConfig:
     """The config of the options of ``add_config``."""
-    return EPConfig(
-        dispatch=options.dispatch_mode,
-        combine=options.combine_mode,
-        redispatch_x_in_backward=options.redispatch_x_in_backward,
-        cpu_sync_on_runtime=options.cpu_sync_on_runtime,
-    )
+    flags = (options.redispatch_x_in_backward, options.cpu_sync_on_runtime)
+    return EPConfig(options.dispatch_mode, options.combine_mode, *flags)

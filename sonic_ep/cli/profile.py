@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import replace
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from sonic_ep.api import ExpertParallel
 from sonic_ep.cli.exit_codes import PASS
 from sonic_ep.cli.launch import Place
-from sonic_ep.cli.measured import Run, add_output, checked_ranks, run_measured, write_json
+from sonic_ep.cli.measured import Run, add_output, checked_ranks, run_measured
 from sonic_ep.cli.options import DTYPES, Thiek, add_call, add_config, add_nproc, config_of, spellings
 from sonic_ep.profiler import NetworkProfiler, ProfileReport, default_device
 from sonic_ep.profiler.cache import DEFAULT_FOLDER
@@ -49,12 +50,12 @@ def _profile(options: argparse.Namespace) -> int:
     def measure(run: Run) -> int:
         report = _report(options, run.place)
         run.say(str(report))
-        if run.place.rank or options.json is None:
-            return PASS
-        document = report.as_json()
-        named = options.commit or report.origin.commit
-        document["environment"] |= {"command": run.command, "commit": named}
-        return write_json(options.json, document)
+        if run.place.rank == 0 and options.json is not None:
+            document = report.as_json()
+            named = options.commit or report.origin.commit
+            document["environment"] |= {"command": run.command, "commit": named}
+            options.json.write_text(json.dumps(document, indent=2) + "\n")
+        return PASS
 
     return run_measured(options, "-m sonic_ep profile", measure)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, replace
 from itertools import product
 from types import MappingProxyType
 
@@ -15,7 +15,7 @@ from sonic_ep.api import ExpertParallel
 from sonic_ep.backend import BACKEND_PACKAGES, choose_backend
 from sonic_ep.cli.exit_codes import FAIL, PASS
 from sonic_ep.cli.launch import Place, joined_group, ranks_of
-from sonic_ep.cli.options import DTYPES, Thiek, add_nproc, parse_thiek
+from sonic_ep.cli.options import DTYPES, Thiek, add_nproc, add_thiek
 from sonic_ep.config import AUTO, CombineMode, DispatchMode, EPConfig
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.testing import CASES, Accuracy, Case, verify_moe, verify_routed
@@ -26,25 +26,12 @@ ENTRIES: Mapping[str, Verifier] = MappingProxyType({"moe_routed": verify_routed,
 CONFIGS = tuple(EPConfig(*settings) for settings in product(DispatchMode, CombineMode, (False, True), (False, True)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class CaseOutcome:
-    """All runs of one case through one entry of the API. worst: the error closest to its bound, or farthest above."""
-
-    worst: Accuracy
-    failures: tuple[str, ...]
-
-
 def add_verify(parser: argparse.ArgumentParser) -> None:
     """The options of ``sonic-ep verify``."""
     add_nproc(parser)
     parser.add_argument("--backend", choices=(AUTO, *BACKEND_PACKAGES), default=AUTO, help="which one to verify")
     parser.add_argument("--case", action="append", choices=tuple(CASES), help="only this case; may be repeated")
-    parser.add_argument(
-        "--thiek",
-        type=parse_thiek,
-        metavar="T,H,I,E,K",
-        help="a shape instead of the named cases: tokens of the whole group, hidden, intermediate, experts, top-k",
-    )
+    add_thiek(parser, "a shape instead of the named cases: ")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of --thiek")
     parser.set_defaults(command=_verify, check=_check)
 
@@ -72,16 +59,9 @@ def chosen_cases(options: argparse.Namespace, world_size: int) -> list[Case]:
     if options.case is not None:
         raise ValueError("got --case and --thiek, expected one or the other")
     shape.require_experts_divide(world_size)
-    case = Case(
-        name=f"T{shape.tokens}-H{shape.hidden}-I{shape.intermediate}-E{shape.num_experts}-K{shape.top_k}",
-        tokens=shape.tokens_of_ranks(world_size),
-        hidden=shape.hidden,
-        intermediate=shape.intermediate,
-        num_experts=shape.num_experts,
-        top_k=shape.top_k,
-        dtype=DTYPES[options.dtype],
-    )
-    return [case]
+    sizes = {name: getattr(shape, name) for name in ("hidden", "intermediate", "num_experts", "top_k")}
+    name = "T{}-H{}-I{}-E{}-K{}".format(*astuple(shape))
+    return [Case(name=name, tokens=shape.tokens_of_ranks(world_size), **sizes, dtype=DTYPES[options.dtype])]
 
 
 def fitting_cases(world_size: int) -> list[Case]:
@@ -102,25 +82,24 @@ def verify_cases(cases: Sequence[Case], backend: str, place: Place) -> bool:
     place.say(f"{'case':<28} {'entry':<11} {'runs':>4}  {'error/bound':>11}  {'in':<13} result")
     groups = list(product(cases, ENTRIES))
     for number, (case, entry) in enumerate(groups, start=1):
-        outcome = verify_case(case, entry, backend, place, label=f"[{number}/{len(groups)}] {case.name}")
-        worst = f"{outcome.worst.ratio:>11.2f}  {outcome.worst.name:<13}"
-        place.say(f"{case.name:<28} {entry:<11} {len(CONFIGS):>4}  {worst} {'FAIL' if outcome.failures else 'PASS'}")
-        for failure in outcome.failures:
-            place.say(f"    {failure}")
-        failures += len(outcome.failures)
+        found = verify_case(case, entry, backend, place, label=f"[{number}/{len(groups)}] {case.name}")
+        # The error closest to its bound, or farthest above.
+        worst = max((finding for _, finding in found), key=lambda finding: finding.ratio)
+        failed = [f"    {config}: {finding}" for config, finding in found if not finding.ok]
+        result = f"{worst.ratio:>11.2f}  {worst.name:<13} {'FAIL' if failed else 'PASS'}"
+        place.say("\n".join([f"{case.name:<28} {entry:<11} {len(CONFIGS):>4}  {result}", *failed]))
+        failures += len(failed)
     seconds = time.monotonic() - started
     place.say(f"{len(groups) * len(CONFIGS)} runs, {failures} failures, {seconds:.0f} s")
     return failures == 0
 
 
-def verify_case(case: Case, entry: str, backend: str, place: Place, label: str) -> CaseOutcome:
-    """Collective. One case through one entry under every configuration; the same outcome on every rank."""
-    findings, failures = [], []
+def verify_case(case: Case, entry: str, backend: str, place: Place, label: str) -> list[tuple[EPConfig, Accuracy]]:
+    """Collective. One case through one entry under every configuration; the same errors on every rank."""
+    found = []
     for number, config in enumerate(CONFIGS, start=1):
         place.show_progress(f"{label}: run {number} ...")
         with ExpertParallel(backend=backend, config=config) as ep:
-            found = ENTRIES[entry](case, ep, place.device)
-        findings += found
-        failures += [f"{config}: {finding}" for finding in found if not finding.ok]
+            found += [(config, accuracy) for accuracy in ENTRIES[entry](case, ep, place.device)]
     place.show_progress("")
-    return CaseOutcome(worst=max(findings, key=lambda finding: finding.ratio), failures=tuple(failures))
+    return found

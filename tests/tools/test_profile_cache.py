@@ -4,17 +4,22 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from on_ranks import on_ranks
 from profiles import Asked, profile
 
 import sonic_ep.profiler.cache as cache_module
 import sonic_ep.profiler.profiler as profiler_module
 from sonic_ep import DispatchMode, EPConfig, ExpertParallel, NetworkProfiler, ProfileReport
 from sonic_ep.cost import LinkBandwidth
+from sonic_ep.distributed.group import resolve_group
+from sonic_ep.profiler.agreement import gathered
 from sonic_ep.profiler.cache import Cache
 from sonic_ep.profiler.machine import Machine
 from sonic_ep.profiler.request import GroupRequest, RequestSummary
@@ -39,12 +44,9 @@ def report() -> ProfileReport:
 
 
 def forbid_measuring(patched: pytest.MonkeyPatch) -> None:
-    def measure(*arguments: Any, **options: Any) -> Any:
-        raise NotImplementedError("measured, although there is a profile")
-
-    patched.setattr(RoundTimer, "time", measure)
-    patched.setattr(profiler_module, "measured_bandwidth", measure)
-    patched.setattr(ExpertParallel, "dispatch", measure)
+    measure = Mock(side_effect=NotImplementedError("measured, although there is a profile"))
+    for owner, name in ((RoundTimer, "time"), (profiler_module, "measured_bandwidth"), (ExpertParallel, "dispatch")):
+        patched.setattr(owner, name, measure)
 
 
 def test_a_hit_measures_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -64,14 +66,11 @@ def test_a_hit_measures_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     [
         Asked(tokens=(4,)),
         Asked(rounds=3),
+        *(Asked(config=EPConfig(**{name: True})) for name in ("cpu_sync_on_runtime", "redispatch_x_in_backward")),
         Asked(config=EPConfig(dispatch="rank_dedup")),
-        Asked(config=EPConfig(cpu_sync_on_runtime=True)),
-        Asked(config=EPConfig(redispatch_x_in_backward=True)),
-        *(Asked(arguments={name: 1}) for name in ("hidden", "top_k")),
-        Asked(arguments={"num_experts": 7}),
+        *(Asked(arguments={name: value}) for name, value in (("hidden", 1), ("top_k", 1), ("num_experts", 7))),
+        *(Asked(arguments={"routing": value}) for value in ("skewed", IDS)),
         Asked(arguments={"dtype": torch.float32}),
-        Asked(arguments={"routing": "skewed"}),
-        Asked(arguments={"routing": IDS}),
     ],
     ids=str,
 )
@@ -100,20 +99,16 @@ def test_ranks_and_how_they_are_placed_are_part_of_the_key() -> None:
     assert [json.loads(key)["ranks_per_gpu"] for key in keys[:3]] == [1, 2, 1]
 
 
-def profile_twice(rank: Rank, folder: Path) -> tuple[ProfileReport, ProfileReport]:
+@on_ranks(2, pool="cpu_pool")
+def test_all_ranks_have_what_rank_0_finds(rank: Rank, tmp_path: Path) -> None:
     """Only rank 0 has the folder; measuring is forbidden the second time."""
-    asked = Asked(cache=folder if rank.rank == 0 else Path("/dev/null/none"))
+    asked = Asked(cache=tmp_path if rank.rank == 0 else Path("/dev/null/none"))
     first = profile(asked, rank.rank, rank.device)
     with pytest.MonkeyPatch.context() as patched:
         forbid_measuring(patched)
-        return first, profile(asked, rank.rank, rank.device)
-
-
-def test_all_ranks_have_what_rank_0_finds(cpu_pool: RankPool, tmp_path: Path) -> None:
-    answers = cpu_pool.run(profile_twice, tmp_path, world_size=2)
-    assert answers[0] == answers[1]
-    first, second = answers[0]
+        second = profile(asked, rank.rank, rank.device)
     assert second == replace(first, from_cache=True)
+    assert gathered(resolve_group(None), first) == [first, first]
 
 
 def document_of(report: ProfileReport, **changes: Any) -> bytes:
@@ -141,10 +136,7 @@ def test_a_file_that_cannot_be_used_is_overwritten(
     kind: str, report: ProfileReport, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = Cache(folder=tmp_path)
-
-    def read() -> ProfileReport | None:
-        return cache.read(KEY, lambda report: None)
-
+    read = partial(cache.read, KEY, lambda report: None)
     cache.write(KEY, report)
     (path,) = tmp_path.iterdir()
     assert read() == report
@@ -159,22 +151,15 @@ def test_a_file_that_cannot_be_used_is_overwritten(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def profile_of_kept(
-    rank: Rank, folder: Path, patch: Callable[[pytest.MonkeyPatch], None] | None = None
-) -> tuple[bool, list[str]]:
-    """Whether the cache served, and what was logged."""
-    lines: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("sonic_ep")
-    logger.addHandler(handler)
-    try:
-        with pytest.MonkeyPatch.context() as patched:
-            if patch is not None:
-                patch(patched)
-            return profile(Asked(cache=folder), rank.rank, rank.device).from_cache, lines
-    finally:
-        logger.removeHandler(handler)
+def profile_of_kept(rank: Rank, folder: Path, error: Exception | None = None) -> tuple[bool, list[str]]:
+    """Whether the cache served, and what was logged. error: of reading it."""
+    with pytest.MonkeyPatch.context() as patched:
+        log = Mock()
+        patched.setattr(cache_module, "logger", log)
+        if error is not None:
+            patched.setattr(cache_module, "_report_in", Mock(side_effect=error))
+        served = profile(Asked(cache=folder), rank.rank, rank.device).from_cache
+    return served, [call.args[1] for call in log.warning.call_args_list]
 
 
 def change_profile(folder: Path, path: tuple[str | int, ...], value: object) -> None:
@@ -191,14 +176,13 @@ def change_profile(folder: Path, path: tuple[str | int, ...], value: object) -> 
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("pairs", 0, "median_us"), 10**400),
+        pytest.param(("pairs", 0, "median_us"), 10**400, id="huge"),
         (("shape", "tokens"), [5, 4]),
         (("shape", "hidden"), 17),
         (("backend",), "fast"),
         (("config", "cpu_sync_on_runtime"), True),
         (("config", "max_rows"), 9),
     ],
-    ids=["huge", "tokens", "hidden", "backend", "flag", "max_rows"],
 )
 def test_a_profile_of_something_else_is_measured_anew_by_all(
     cpu_pool: RankPool, tmp_path: Path, path: tuple[str | int, ...], value: object
@@ -222,16 +206,10 @@ def test_a_kept_profile_has_the_modes_that_are_fixed(tmp_path: Path, caplog: pyt
     assert "config: got a profile of EPConfig(dispatch=<DispatchMode.ALL_GATHER" in line
 
 
-def break_reading(patched: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: Any) -> Any:
-        raise OverflowError("int too large\nto convert")
-
-    patched.setattr(cache_module, "_report_in", fail)
-
-
 def test_unforeseen_errors_of_reading_leave_no_rank_waiting(cpu_pool: RankPool, tmp_path: Path) -> None:
     cpu_pool.run(profile_of_kept, tmp_path, world_size=2)
-    answers = cpu_pool.run(profile_of_kept, tmp_path, break_reading, world_size=2)
+    error = OverflowError("int too large\nto convert")
+    answers = cpu_pool.run(profile_of_kept, tmp_path, error, world_size=2)
     line = f"profile cache: measuring anew, for {tmp_path}: int too large to convert"
     assert answers == [(False, [line]), (False, [])]
 
@@ -262,10 +240,7 @@ def test_with_rates_the_cache_is_left_alone(tmp_path: Path) -> None:
 def test_what_could_not_be_put_in_place_is_removed(
     report: ProfileReport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(self: Path, target: Path) -> Path:
-        raise PermissionError("read-only file system")
-
-    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(Path, "replace", Mock(side_effect=PermissionError("read-only file system")))
     Cache(folder=tmp_path).write(KEY, report)
     assert list(tmp_path.iterdir()) == []
     assert caplog.messages == [f"profile cache: not kept, for {tmp_path}: read-only file system"]
@@ -282,10 +257,7 @@ def test_the_default_folder_is_in_the_home(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def nowhere() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
     with ExpertParallel(backend="reference") as ep:
         assert not NetworkProfiler(ep).profile(**SMALL).from_cache
     assert len(caplog.messages) == 2

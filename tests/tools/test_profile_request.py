@@ -2,15 +2,18 @@
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from profiles import SIZES, Asked, said_by
+from on_ranks import on_ranks
+from profiles import SIZES, Asked, said_by_all
 
 import sonic_ep.profiler.problem as problem
 import sonic_ep.profiler.request as request
 from sonic_ep import ClosedError, EPConfig, ExpertParallel, NetworkProfiler
 from sonic_ep.cost import LinkBandwidth
+from sonic_ep.profiler.agreement import gathered
 from sonic_ep.testing import Rank, RankPool
 
 CPU = torch.device("cpu")
@@ -36,20 +39,13 @@ RATES = LinkBandwidth(copy_engine_in=1e12, copy_engine_out=1e12, read=1e12, writ
     ],
 )
 def test_ranks_that_ask_for_different_things(cpu_pool: RankPool, changed: Any, message: str) -> None:
-    said = cpu_pool.run(said_by, Asked(changed=changed), ValueError, world_size=3)
-    assert all(message in of_rank for of_rank in said), said
+    assert message in said_by_all(cpu_pool, Asked(changed=changed), ValueError, world_size=3)
 
 
 def another_backend(patched: Any, rank: int) -> None:
     """The last of two ranks has another backend."""
-    honest = ExpertParallel.__init__
-
-    def create(self: ExpertParallel, *arguments: Any, **options: Any) -> None:
-        honest(self, *arguments, **options)
-        self.backend = "another"
-
     if rank:
-        patched.setattr(ExpertParallel, "__init__", create)
+        patched.setattr(ExpertParallel, "backend", property(lambda ep: "another", lambda ep, name: None), raising=False)
 
 
 def another_device(patched: Any, rank: int) -> None:
@@ -66,40 +62,28 @@ def another_device(patched: Any, rank: int) -> None:
     ],
 )
 def test_ranks_that_are_different(cpu_pool: RankPool, patch: Any, message: str) -> None:
-    said = cpu_pool.run(said_by, Asked(), ValueError, patch, world_size=2)
-    assert all(message in of_rank for of_rank in said), said
-
-
-def profile_after_close(rank: Rank, closing: int) -> str:
-    """What this rank is told after rank ``closing`` has closed its ep, or all have, if that is -1."""
-    ep = ExpertParallel(backend="reference")
-    if closing in (-1, rank.rank):
-        ep.close()
-    with pytest.raises(ClosedError) as raised:
-        NetworkProfiler(ep, cache=None).profile(tokens=3, device=CPU, **SIZES)
-    return str(raised.value)
+    assert message in said_by_all(cpu_pool, Asked(), ValueError, patch=patch)
 
 
 @pytest.mark.parametrize("closing", [-1, 1])
-def test_a_closed_one_is_told_on_every_rank(cpu_pool: RankPool, closing: int) -> None:
-    said = cpu_pool.run(profile_after_close, closing, world_size=2)
-    assert said[0] == said[1]
-    assert "rank 1 of 2: this ExpertParallel is closed" in said[0]
+@on_ranks(2, pool="cpu_pool")
+def test_a_closed_one_is_told_on_every_rank(rank: Rank, closing: int) -> None:
+    ep = ExpertParallel(backend="reference")
+    if closing in (-1, rank.rank):
+        ep.close()
+    with pytest.raises(ClosedError, match="rank 1 of 2: this ExpertParallel is closed") as raised:
+        NetworkProfiler(ep, cache=None).profile(tokens=3, device=CPU, **SIZES)
+    assert len(set(gathered(ep.group, str(raised.value)))) == 1
 
 
 def fail_to_draw(patched: Any, rank: int) -> None:
     """As if the last of two ranks had no memory left."""
-
-    def draw(*arguments: Any) -> Any:
-        raise MemoryError("no memory left")
-
     if rank:
-        patched.setattr(problem, "_generator", draw)
+        patched.setattr(problem, "_generator", Mock(side_effect=MemoryError("no memory left")))
 
 
 def test_an_error_in_drawing_on_one_rank_is_one_on_every_rank(cpu_pool: RankPool) -> None:
-    said = cpu_pool.run(said_by, Asked(), RuntimeError, fail_to_draw, world_size=2)
-    assert said == ["rank 1 of 2: no memory left"] * 2
+    assert said_by_all(cpu_pool, Asked(), RuntimeError, patch=fail_to_draw) == "rank 1 of 2: no memory left"
 
 
 @pytest.mark.parametrize(
@@ -129,16 +113,19 @@ def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
         NetworkProfiler(ep, cache=None).profile(**{"tokens": 5, **SIZES, "device": CPU, **arguments})
 
 
-def test_wrong_profilers() -> None:
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"rounds": 0}, ValueError, "rounds: got 0, expected a whole number of at least 1"),
+        ({"cache": 3}, ValueError, "cache: got 3, expected a Path, or None for no cache"),
+        ({"rates": {}}, TypeError, "rates: got dict, expected LinkBandwidth or None"),
+    ],
+)
+def test_wrong_profilers(options: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(TypeError, match="ep: got str, expected an ExpertParallel"):
         NetworkProfiler("ep")  # type: ignore[arg-type]
-    with ExpertParallel(backend="reference") as ep:
-        with pytest.raises(ValueError, match="rank 0 of 1: rounds: got 0, expected a whole number of at least 1"):
-            NetworkProfiler(ep, rounds=0)
-        with pytest.raises(ValueError, match="rank 0 of 1: cache: got 3, expected a Path, or None for no cache"):
-            NetworkProfiler(ep, cache=3)  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match="rank 0 of 1: rates: got dict, expected LinkBandwidth or None"):
-            NetworkProfiler(ep, rates={})  # type: ignore[arg-type]
+    with ExpertParallel(backend="reference") as ep, pytest.raises(error, match=f"rank 0 of 1: {message}"):
+        NetworkProfiler(ep, **options)
 
 
 @pytest.mark.parametrize(
@@ -153,5 +140,5 @@ def test_rates_are_finite_and_above_0(rate: Any) -> None:
 
 def test_too_many_choices_for_one_rank(cpu_pool: RankPool) -> None:
     asked = Asked(arguments={"routing": "one_rank", "top_k": 3})
-    said = cpu_pool.run(said_by, asked, ValueError, world_size=3)
-    assert all("top_k for routing 'one_rank': got 3, expected at most E/W=2" in of_rank for of_rank in said)
+    said = said_by_all(cpu_pool, asked, ValueError, world_size=3)
+    assert "top_k for routing 'one_rank': got 3, expected at most E/W=2" in said

@@ -6,17 +6,21 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from backends import both_backends
-from profiles import SIZES, Asked, profile, profile_on_rank, said_by
+from on_ranks import on_ranks
+from profiles import SIZES, Asked, profile, profile_of_all, said_by_all
 
 import sonic_ep
 import sonic_ep.profiler.profiler as profiler_module
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel, NetworkProfiler, ProfileReport
 from sonic_ep.cost import LinkBandwidth
+from sonic_ep.distributed.group import resolve_group
 from sonic_ep.profiler import WrongResultError, default_device
+from sonic_ep.profiler.agreement import gathered
 from sonic_ep.profiler.problem import ProfileInputs
 from sonic_ep.profiler.profiler import FEWEST_ROUNDS, MOST_ROUNDS
 from sonic_ep.profiler.report import EVERY_MODE, EVERY_PAIR, ProfileShape
@@ -30,11 +34,6 @@ GIVEN = {
     1: {"tokens": 0, "routing": torch.empty((0, 2), dtype=torch.int32)},
     2: {"tokens": 2, "routing": torch.tensor([[-1, -1], [1, 0]], dtype=torch.int32)},
 }
-
-
-def same_everywhere(reports: list[ProfileReport]) -> ProfileReport:
-    assert all(report == reports[0] for report in reports)
-    return reports[0]
 
 
 def check_report(report: ProfileReport, asked: Asked, world_size: int) -> None:
@@ -63,54 +62,44 @@ def check_report(report: ProfileReport, asked: Asked, world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_mode_and_pair_is_timed(pool: RankPool, world_size: int) -> None:
     asked = Asked(tokens=(5, 0, 3), rounds=2)
-    report = same_everywhere(pool.run(profile_on_rank, asked, world_size=world_size))
+    report = profile_of_all(pool, asked, world_size)
     check_report(report, asked, world_size)
     assert report.shape.tokens == (5, 0, 3)[:world_size]
     assert report.shape.routing == "uniform"
 
 
-def profile_then_use(rank: Rank, asked: Asked) -> tuple[ProfileReport, bool]:
-    """A profile, and whether an exchange is right through the config that was found."""
+@both_backends
+@on_ranks(2)
+def test_a_profile_of_either_backend_and_its_config(rank: Rank, backend: str) -> None:
+    config, hidden = EPConfig(cpu_sync_on_runtime=True, max_rows=1), SIZES["hidden"]
+    asked = Asked(backend=backend, changed={0: GIVEN[0], 1: GIVEN[1]}, config=config)
     report = profile(asked, rank.rank, rank.device)
-    x_TH = torch.randn((2, SIZES["hidden"]), device=rank.device)
+    assert gathered(resolve_group(None), report) == [report] * 2
+    check_report(report, asked, 2)
+    assert report.config == replace(config, dispatch=report.config.dispatch, combine=report.config.combine)
+    found = {(mode.kind, mode.mode): mode.link_bytes for mode in report.modes}
+    # On another rank are expert 5 of token 0 and twice expert 3 of token 2; the fast backend reads a token once.
+    assert found["dispatch", "all_gather"] == 3 * 2 * hidden
+    # Rank 0 gets nothing: all come to rank 1.
+    assert found["dispatch", "rank_dedup"] == 2 * 2 * hidden
+    assert found["dispatch", "all_to_all"] == (2 if backend == "fast" else 3) * 2 * hidden
+    x_TH = torch.randn((2, hidden), device=rank.device)
     ids_TK = torch.tensor([[0, 3], [1, 2]], device=rank.device)
-    with ExpertParallel(backend=asked.backend, config=replace(report.config, max_rows=None)) as ep:
+    with ExpertParallel(backend=backend, config=replace(report.config, max_rows=None)) as ep:
         plan = ep.plan(ids_TK, SIZES["num_experts"])
         y_TH = ep.combine(ep.dispatch(x_TH, plan), torch.full((2, 2), 0.5, device=rank.device), plan)
-        assert default_device(ep).type == (rank.device.type if asked.backend == "fast" else here())
-    return report, torch.equal(y_TH, x_TH)
-
-
-def here() -> str:
-    """Where the reference runs if nothing is said."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@both_backends
-def test_a_profile_of_either_backend_and_its_config(pool: RankPool, backend: str) -> None:
-    changed = {0: GIVEN[0], 1: GIVEN[1]}
-    asked = Asked(backend=backend, rounds=1, changed=changed, config=EPConfig(cpu_sync_on_runtime=True, max_rows=1))
-    answers = pool.run(profile_then_use, asked, world_size=2)
-    report = same_everywhere([report for report, _ in answers])
-    assert all(right for _, right in answers)
-    check_report(report, asked, 2)
-    assert report.config == replace(asked.config, dispatch=report.config.dispatch, combine=report.config.combine)
-    found = {(mode.kind, mode.mode): mode.link_bytes for mode in report.modes}
-    # Away from home are expert 5 of token 0 and twice expert 3 of token 2; the fast backend reads a token once.
-    row = 2 * SIZES["hidden"]
-    assert found["dispatch", "all_gather"] == 3 * row
-    # Rank 0 gets nothing: all come to rank 1.
-    assert found["dispatch", "rank_dedup"] == 2 * row
-    assert found["dispatch", "all_to_all"] == (2 if backend == "fast" else 3) * row
+        here = "cuda" if torch.cuda.is_available() else "cpu"
+        assert default_device(ep).type == (rank.device.type if backend == "fast" else here)
+    assert torch.equal(y_TH, x_TH)
 
 
 def test_link_bytes_by_hand(cpu_pool: RankPool) -> None:
-    report = same_everywhere(cpu_pool.run(profile_on_rank, Asked(changed=GIVEN), world_size=3))
+    report = profile_of_all(cpu_pool, Asked(changed=GIVEN), 3)
     assert report.shape.routing == "given"
-    # Two experts a rank. Away from home: 5 and 2 of rank 0's first two tokens, 3 twice of its third; 1 and 0 of rank 2.
+    # Two experts a rank. On other ranks: 5 and 2 of rank 0's first two tokens, 3 twice of its third; 1 and 0 of rank 2.
     row, ids = 2 * SIZES["hidden"], 4 * 2 * 3 * 2
     blocks = 2 * 3 * row
-    # Busiest: rank 1 with 2, 3 and 3 again from rank 0; home comes all of rank 0's. Scores are as many bytes as ids.
+    # Busiest: rank 1 with 2, 3 and 3 again from rank 0; all of rank 0's return. Scores are as many bytes as ids.
     dispatched, combined = [blocks, 3 * row, 2 * row], [4 * row, blocks, 3 * row]
     assert [mode.link_bytes for mode in report.modes] == [ids, *dispatched, *(b + ids for b in combined)]
 
@@ -118,7 +107,7 @@ def test_link_bytes_by_hand(cpu_pool: RankPool) -> None:
 @pytest.mark.parametrize("routing", ["skewed", "one_rank"])
 def test_named_routings(cpu_pool: RankPool, routing: str) -> None:
     asked = Asked(arguments={"routing": routing, "dtype": torch.float32}, tokens=(9,))
-    report = same_everywhere(cpu_pool.run(profile_on_rank, asked, world_size=3))
+    report = profile_of_all(cpu_pool, asked, 3)
     assert (report.shape.routing, report.shape.dtype) == (routing, "float32")
     if routing == "one_rank":
         # Two ranks send two slots of each token to the third, and it sends none.
@@ -131,7 +120,7 @@ def test_named_routings(cpu_pool: RankPool, routing: str) -> None:
 
 def test_modes_that_the_config_fixes_stay(cpu_pool: RankPool) -> None:
     fixed = EPConfig(dispatch="rank_dedup", redispatch_x_in_backward=True, max_rows=1)
-    report = same_everywhere(cpu_pool.run(profile_on_rank, Asked(config=fixed), world_size=2))
+    report = profile_of_all(cpu_pool, Asked(config=fixed))
     assert len(report.pairs) == 9
     assert report.config == replace(fixed, combine=report.config.combine)
     assert isinstance(report.config.combine, CombineMode)
@@ -150,7 +139,6 @@ def spoil_call(name: str, poison: Callable[[ExpertParallel, Any, int], Any], pat
 
 
 def flip_a_bit(ep: ExpertParallel, result: Any, calls: int) -> Any:
-    """One bit of the first element of what one dispatch and one combine mode give."""
     if ep.config.dispatch is DispatchMode.RANK_DEDUP:
         result.view(torch.int16)[0, 0] ^= 1
     return result
@@ -162,7 +150,6 @@ def spoil_early(ep: ExpertParallel, result: Any, calls: int) -> Any:
 
 
 def miscount(ep: ExpertParallel, result: Any, calls: int) -> Any:
-    """A plan with a count that is wrong."""
     result.counts[0] += 1
     return result
 
@@ -187,25 +174,18 @@ def test_a_wrong_result_is_refused_on_every_rank(
     # Distinct experts on few tokens: every rank receives rows.
     asked = Asked(changed={0: GIVEN[0], 1: {**GIVEN[0], "routing": torch.tensor([[5, 4], [0, 3], [2, 1]])}})
     patch = partial(spoil_call, name, poison)
-    said = pool.run(said_by, asked, WrongResultError, patch, world_size=2)
-    assert said[0] == said[1]
-    assert said[0].startswith(message)
+    assert said_by_all(pool, asked, WrongResultError, patch=patch).startswith(message)
 
 
 def refuse_to_time(patched: Any, rank: int) -> None:
     """Nothing may be timed; what is wrong at first is right afterwards."""
-
-    def measure(*arguments: Any, **options: Any) -> Any:
-        raise NotImplementedError("timed, although a result is wrong")
-
-    patched.setattr(RoundTimer, "time", measure)
+    patched.setattr(RoundTimer, "time", Mock(side_effect=NotImplementedError("timed, although a result is wrong")))
     spoil_call("dispatch", spoil_early, patched, rank)
 
 
 def test_what_is_wrong_at_first_is_not_timed(cpu_pool: RankPool) -> None:
-    said = cpu_pool.run(said_by, Asked(), WrongResultError, refuse_to_time, world_size=2)
-    assert said[0] == said[1]
-    assert said[0].startswith("rank 1 of 2: dispatch by all_gather: rows: ")
+    said = said_by_all(cpu_pool, Asked(), WrongResultError, patch=refuse_to_time)
+    assert said.startswith("rank 1 of 2: dispatch by all_gather: rows: ")
 
 
 def test_a_stale_result_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,71 +209,51 @@ def with_ceilings(rate: float, patched: Any, rank: int) -> None:
 
 def test_a_rate_above_the_ceiling_is_refused_on_every_rank(cpu_pool: RankPool, tmp_path: Any) -> None:
     asked = Asked(cache=tmp_path)
-    said = cpu_pool.run(said_by, asked, AboveCeilingError, partial(with_ceilings, 1.0), world_size=2)
-    assert said[0] == said[1]
-    assert said[0].startswith("rank 0 of 2: dispatch all_gather: got ")
-    assert "(the copy_engine_in ceiling)" in said[0]
+    said = said_by_all(cpu_pool, asked, AboveCeilingError, patch=partial(with_ceilings, 1.0))
+    assert said.startswith("rank 0 of 2: dispatch all_gather: got ")
+    assert "(the copy_engine_in ceiling)" in said
     assert list(tmp_path.iterdir()) == []
 
 
-def profile_with_rates(rank: Rank, rate: float) -> ProfileReport:
-    """None are measured beside those that are given."""
-    rates = LinkBandwidth(copy_engine_in=rate, copy_engine_out=rate, read=rate, write=rate)
-    with pytest.MonkeyPatch.context() as patched:
-        with_ceilings(1.0, patched, rank.rank)
-        return profile(Asked(rates=rates), rank.rank, rank.device)
-
-
 def test_rates_that_were_measured_before_are_used(cpu_pool: RankPool) -> None:
-    report = same_everywhere(cpu_pool.run(profile_with_rates, 1e15, world_size=2))
-    assert report.rates == LinkBandwidth(copy_engine_in=1e15, copy_engine_out=1e15, read=1e15, write=1e15)
+    rates = LinkBandwidth(copy_engine_in=1e15, copy_engine_out=1e15, read=1e15, write=1e15)
+    # None are measured beside those that are given.
+    report = profile_of_all(cpu_pool, Asked(rates=rates), patch=partial(with_ceilings, 1.0))
+    assert report.rates == rates
     # However small a share is, it is told.
     assert all(mode.percent > 0 for mode in report.modes[1:])
-    said = cpu_pool.run(said_by, Asked(rates=replace(report.rates, read=1.0)), AboveCeilingError, world_size=2)
-    assert said[0] == said[1]
-    assert said[0].startswith("rank 0 of 2: dispatch all_to_all: got ")
-
-
-def profile_under_ceilings(rank: Rank) -> ProfileReport:
-    with pytest.MonkeyPatch.context() as patched:
-        with_ceilings(1e9, patched, rank.rank)
-        return profile(Asked(), rank.rank, rank.device)
+    said = said_by_all(cpu_pool, Asked(rates=replace(rates, read=1.0)), AboveCeilingError)
+    assert said.startswith("rank 0 of 2: dispatch all_to_all: got ")
 
 
 def test_shares_of_the_ceilings(cpu_pool: RankPool) -> None:
-    report = same_everywhere(cpu_pool.run(profile_under_ceilings, world_size=2))
+    report = profile_of_all(cpu_pool, Asked(), patch=partial(with_ceilings, 1e9))
     check_report(report, Asked(), 2)
-    bandwidth = [mode.ceiling for mode in report.modes]
-    assert bandwidth == [None, "copy_engine_in", "read", "read", "write", "write", "write"]
+    ceilings = [mode.ceiling for mode in report.modes]
+    assert ceilings == [None, "copy_engine_in", "read", "read", "write", "write", "write"]
     assert report.rates == LinkBandwidth(copy_engine_in=1e9, copy_engine_out=1e9, read=2e9, write=4e9)
     assert "ceilings of the link in GB/s: copy engine 1.0, reads 2.0, writes 4.0" in str(report)
 
 
-def profile_with_own_numbers(rank: Rank) -> ProfileReport:
+def with_own_numbers(patched: Any, rank: int) -> None:
     """As if each rank had measured something else: on rank r, pair r is the fastest, and mode r."""
-    honest = RoundTimer.time
+    honest, fastest = RoundTimer.time, (rank, len(EVERY_MODE) + 2 * rank)
 
     def own(timer: RoundTimer, functions: Any, **options: Any) -> list[Timing]:
         timings = honest(timer, functions, **options)
-        modes = len(EVERY_MODE)
-        fastest = (rank.rank, modes + 2 * rank.rank)
-        return [
-            Timing(rounds=(1e-3 if place in fastest else 2e-3,) * len(timing.rounds))
-            for place, timing in enumerate(timings)
-        ]
+        seconds = [1e-3 if place in fastest else 2e-3 for place in range(len(timings))]
+        return [Timing(rounds=(taken,) * len(timing.rounds)) for taken, timing in zip(seconds, timings, strict=True)]
 
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(RoundTimer, "time", own)
-        return profile(Asked(), rank.rank, rank.device)
+    patched.setattr(RoundTimer, "time", own)
 
 
 def test_rank_0_decides(cpu_pool: RankPool) -> None:
-    report = same_everywhere(cpu_pool.run(profile_with_own_numbers, world_size=3))
+    report = profile_of_all(cpu_pool, Asked(), 3, patch=with_own_numbers)
     assert (report.config.dispatch, report.config.combine) == EVERY_PAIR[0]
 
 
 def test_rounds_adapt(cpu_pool: RankPool) -> None:
-    report = same_everywhere(cpu_pool.run(profile_on_rank, Asked(rounds=None), world_size=2))
+    report = profile_of_all(cpu_pool, Asked(rounds=None))
     rounds = {timed.spread.rounds for timed in (*report.modes, *report.pairs)}
     assert len(rounds) == 1
     assert FEWEST_ROUNDS <= rounds.pop() <= MOST_ROUNDS
@@ -301,16 +261,12 @@ def test_rounds_adapt(cpu_pool: RankPool) -> None:
 
 def fail_to_judge(patched: Any, rank: int) -> None:
     """Rank 0, which alone judges, fails at it."""
-
-    def judge(*arguments: Any) -> Any:
-        raise RuntimeError("no judgement" if rank == 0 else "judged beside rank 0")
-
-    patched.setattr(profiler_module, "mode_times", judge)
+    error = RuntimeError("no judgement" if rank == 0 else "judged beside rank 0")
+    patched.setattr(profiler_module, "mode_times", Mock(side_effect=error))
 
 
 def test_an_error_in_judging_reaches_all(cpu_pool: RankPool) -> None:
-    said = cpu_pool.run(said_by, Asked(), RuntimeError, fail_to_judge, world_size=2)
-    assert said == ["rank 0 of 2: no judgement"] * 2
+    assert said_by_all(cpu_pool, Asked(), RuntimeError, patch=fail_to_judge) == "rank 0 of 2: no judgement"
 
 
 def test_inputs() -> None:
