@@ -10,18 +10,7 @@ import pytest
 import torch
 
 import sonic_ep.profiler.machine as module
-from sonic_ep.profiler.machine import (
-    TWO_GPUS_NOTE,
-    code_digest,
-    command_of,
-    commit,
-    environment,
-    link_types,
-    output_of,
-    package_version,
-    this_machine,
-    topology,
-)
+from sonic_ep.profiler.machine import code_digest, commit, link_types, output_of, package_version, this_machine
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GIT = ["git", "-c", "user.name=nobody", "-c", "user.email=nobody@example.com"]
@@ -66,13 +55,9 @@ def repository(folder: Path) -> str:
 def test_the_commit_and_whether_files_differ(tmp_path: Path) -> None:
     name = repository(tmp_path)
     assert len(name) == 40
-    assert commit(tmp_path) == name
-    (tmp_path / "file.py").write_text("a = 2\n")
-    assert commit(tmp_path) == f"{name} with changes"
-    (tmp_path / "file.py").write_text("a = 1\n")
-    assert commit(tmp_path) == name
-    (tmp_path / "new.py").write_text("")
-    assert commit(tmp_path) == f"{name} with changes"
+    for file, text, changed in (("file.py", "a = 2\n", True), ("file.py", "a = 1\n", False), ("new.py", "", True)):
+        (tmp_path / file).write_text(text)
+        assert commit(tmp_path) == f"{name}{' with changes' * changed}"
     # A copy that happens to lie in the repository is not of its commit.
     copy = tmp_path / "environment" / "package"
     copy.mkdir(parents=True)
@@ -92,7 +77,7 @@ def test_no_commit_without_a_repository(tmp_path: Path, monkeypatch: pytest.Monk
 def test_no_commit_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert commit() is None
-    assert topology() == ""
+    assert module.topology() == ""
 
 
 def test_output_of_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +129,7 @@ def test_this_machine_with_a_gpu() -> None:
     [
         (CPU, 2, "on the CPU: the times mean nothing for GPUs"),
         (GPU, 3, "3 ranks took turns on 2 GPUs: the times mean nothing for a GPU each"),
-        (GPU, 2, TWO_GPUS_NOTE),
+        (GPU, 2, module.TWO_GPUS_NOTE),
         (GPU, 1, None),
     ],
 )
@@ -154,7 +139,7 @@ def test_the_environment_of_a_run(
     here = this_machine(CPU)
     monkeypatch.setattr(module, "this_machine", lambda device: here)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    found = environment(device, world_size, "a name", "python program.py")
+    found = module.environment(device, world_size, "a name", "python program.py")
     assert (found["note"], found["commit"], found["command"]) == (note, "a name", "python program.py")
     assert (found["world_size"], found["process_group"], found["code"]) == (world_size, None, here.code)
     assert "cores" in found["processor"]
@@ -162,7 +147,5 @@ def test_the_environment_of_a_run(
 
 def test_the_command_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert (
-        command_of(2, "program.py", ["--name", "two words"])
-        == "TRITON_INTERPRET=1 python program.py --name 'two words'"
-    )
+    command = module.command_of(2, "program.py", ["--name", "two words"])
+    assert command == "TRITON_INTERPRET=1 python program.py --name 'two words'"

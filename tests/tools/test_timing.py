@@ -4,28 +4,21 @@ from contextlib import nullcontext
 from functools import partial
 from time import sleep
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from on_ranks import on_ranks
 
 import sonic_ep.profiler.measuring as measuring
 import sonic_ep.profiler.timing as module
 from sonic_ep.distributed.group import EPGroup, resolve_group
 from sonic_ep.profiler import WrongResultError
-from sonic_ep.profiler.agreement import in_step
+from sonic_ep.profiler.agreement import gathered, in_step
 from sonic_ep.profiler.measuring import Stage, TimedWork
-from sonic_ep.profiler.timing import (
-    BUSY_SECONDS,
-    WARMUP,
-    AboveCeilingError,
-    Ceiling,
-    RoundTimer,
-    Timing,
-    captured,
-    keep_busy,
-)
-from sonic_ep.testing import Rank, RankPool
+from sonic_ep.profiler.timing import AboveCeilingError, Ceiling, RoundTimer, Timing, captured, keep_busy
+from sonic_ep.testing import Rank
 
 ALONE = EPGroup(rank=0, world_size=1)
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -57,7 +50,7 @@ def test_the_device_is_kept_busy_before_ranks_enter_a_round(monkeypatch: pytest.
     timer.enter()
     timer.enter()
     assert done == ([(GPU, 0.25), "barrier"] if ahead else ["barrier"]) * 2
-    assert TIMER.busy_seconds == BUSY_SECONDS
+    assert TIMER.busy_seconds == module.BUSY_SECONDS
     keep_busy(CPU)
 
 
@@ -82,26 +75,24 @@ def test_a_median_comes_after_a_few_rounds_of_warm_up() -> None:
     takes = iter([0.0] * 3 + [0.08, 0.005, 0.02])
     assert 0.02 <= TIMER.median(lambda: sleep(next(takes)), rounds=3) < 0.08
     assert not list(takes)
-    calls: list[int] = []
-    TIMER.median(lambda: calls.append(1), rounds=WARMUP + 1)
-    assert len(calls) == 2 * WARMUP + 1
+    function = Mock()
+    TIMER.median(function, rounds=module.WARMUP + 1)
+    assert function.call_count == 2 * module.WARMUP + 1
 
 
-def timed_with_one_slow_rank(rank: Rank) -> Timing:
+@on_ranks(3, pool="cpu_pool")
+def test_all_ranks_get_the_time_of_the_slow_one(rank: Rank) -> None:
     """The last rank is slow in the work, not in the barrier."""
-    seconds = SLOW if rank.rank == rank.world_size - 1 else BRIEF
-    timer = RoundTimer(group=resolve_group(None), device=CPU, barrier=dist.barrier)
-    return timer.time([lambda: sleep(seconds)], rounds=3, warmup=1)[0]
+    group, seconds = resolve_group(None), SLOW if rank.rank == 2 else BRIEF
+    timer = RoundTimer(group=group, device=CPU, barrier=dist.barrier)
+    (timing,) = timer.time([lambda: sleep(seconds)], rounds=3, warmup=1)
+    assert gathered(group, timing) == [timing] * 3
+    assert min(timing.rounds) >= SLOW
 
 
-def test_all_ranks_get_the_time_of_the_slow_one(cpu_pool: RankPool) -> None:
-    timings = cpu_pool.run(timed_with_one_slow_rank, world_size=3)
-    assert timings[0] == timings[1] == timings[2]
-    assert min(timings[0].rounds) >= SLOW
-
-
-def timed_on_the_stream(rank: Rank) -> tuple[Timing, bool]:
-    """A few kernels in a graph, entered over shared memory behind a spin; and whether the graph ran."""
+@on_ranks(2, pool="cuda_pool")
+def test_graphs_are_timed_by_events(rank: Rank) -> None:
+    """A kernel in a graph, entered over shared memory behind a spin."""
     from sonic_ep.fast.workspace import Workspace
 
     workspace = Workspace(resolve_group(None), rank.device)
@@ -110,17 +101,11 @@ def timed_on_the_stream(rank: Rank) -> tuple[Timing, bool]:
     before = float(numbers[0])
     timer = RoundTimer(group=workspace.group, device=rank.device, barrier=workspace.barrier_before_write)
     (timing,) = timer.time([replayed], rounds=4, warmup=1)
-    workspace.close()
-    return timing, float(numbers[0]) == before + 5
-
-
-def test_graphs_are_timed_by_events(cuda_pool: RankPool) -> None:
-    answers = cuda_pool.run(timed_on_the_stream, world_size=2)
-    assert answers[0] == answers[1]
-    timing, ran = answers[0]
-    assert ran
+    assert float(numbers[0]) == before + 5
+    assert gathered(workspace.group, timing) == [timing] * 2
     # The spin of milliseconds before each round is not part of it.
     assert 0 < timing.median < 0.5e-3
+    workspace.close()
 
 
 def work_of(results: list[float], **changes: Any) -> TimedWork:
@@ -169,48 +154,31 @@ def test_as_many_rounds_as_there_is_time_for(
     assert calls == [1]
 
 
-def capture_on_rank_0(rank: Rank) -> str:
-    """The error where only rank 0 has memory for a graph."""
-
-    def capture(function: Any, device: torch.device) -> Any:
-        if rank.rank:
-            raise torch.OutOfMemoryError("no memory left")
-        return function
-
+@on_ranks(2, pool="cpu_pool")
+def test_a_rank_that_cannot_capture_stops_all(rank: Rank) -> None:
     stage = Stage(timer=RoundTimer(group=resolve_group(None), device=CPU, barrier=dist.barrier), as_graphs=True)
+    error = torch.OutOfMemoryError("no memory left") if rank.rank else None
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(measuring, "captured", capture)
-        with pytest.raises(RuntimeError) as raised:
+        patched.setattr(measuring, "captured", Mock(side_effect=error))
+        with pytest.raises(RuntimeError, match=r"^rank 1 of 2: no memory left$"):
             stage.launched(work_of([]))
-    return str(raised.value)
-
-
-def test_a_rank_that_cannot_capture_stops_all(cpu_pool: RankPool) -> None:
-    assert cpu_pool.run(capture_on_rank_0, world_size=2) == ["rank 1 of 2: no memory left"] * 2
-
-
-def told_in_step(rank: Rank, errors: dict[int, Exception]) -> tuple[str, str]:
-    """Kind and text of what this rank raises, if ranks fail with ``errors`` where a ValueError is expected."""
-
-    def fail() -> None:
-        if rank.rank in errors:
-            raise errors[rank.rank]
-
-    with pytest.raises(Exception) as raised:  # noqa: PT011
-        in_step(resolve_group(None), fail, ValueError, WrongResultError)
-    return type(raised.value).__name__, str(raised.value)
 
 
 @pytest.mark.parametrize(
     ("errors", "kind"),
     [
-        ({1: ValueError("bad")}, "WrongResultError"),
-        ({1: KeyError("bad")}, "RuntimeError"),
-        ({0: KeyError("bad"), 1: ValueError("bad")}, "RuntimeError"),
+        ({1: ValueError("bad")}, WrongResultError),
+        ({1: KeyError("bad")}, RuntimeError),
+        ({0: KeyError("bad"), 1: ValueError("bad")}, RuntimeError),
     ],
 )
-def test_only_what_is_expected_is_raised_as_such(cpu_pool: RankPool, errors: dict[int, Exception], kind: str) -> None:
-    told = cpu_pool.run(told_in_step, errors, world_size=2)
-    assert told[0] == told[1]
-    assert told[0][0] == kind
-    assert all(f"rank {rank} of 2: " in told[0][1] for rank in errors)
+@on_ranks(2, pool="cpu_pool")
+def test_only_what_is_expected_is_raised_as_such(
+    rank: Rank, errors: dict[int, Exception], kind: type[Exception]
+) -> None:
+    group = resolve_group(None)
+    with pytest.raises(kind) as raised:
+        in_step(group, Mock(side_effect=errors.get(rank.rank)), ValueError, WrongResultError)
+    assert type(raised.value) is kind
+    assert len(set(gathered(group, str(raised.value)))) == 1
+    assert all(f"rank {failed} of 2: " in str(raised.value) for failed in errors)
