@@ -115,19 +115,15 @@ def mode_times(
             ceiling = Ceiling(name=f"the {way} ceiling", bytes_per_second=getattr(bandwidth, way))
             ceiling.share_of(load.under_ceiling, timing.median, f"{kind} {mode}")
             share = rate / ceiling.bytes_per_second
+        # Six significant digits: a rate of a few bytes is not zero.
         time = ModeTime(
             kind=kind,
             mode=mode,
             spread=Spread.of(timing),
             link_bytes=float(load.busiest),
-            gb_per_s=None if rate is None else _to_six_digits(rate / 1e9),
+            gb_per_s=None if rate is None else float(f"{rate / 1e9:.6g}"),
             ceiling=None if bandwidth is None else way,
-            percent=None if share is None else _to_six_digits(100 * share),
+            percent=None if share is None else float(f"{100 * share:.6g}"),
         )
         found.append(time)
     return tuple(found)
-
-
-def _to_six_digits(value: float) -> float:
-    """Significant ones: a rate of a few bytes is not zero."""
-    return float(f"{value:.6g}")

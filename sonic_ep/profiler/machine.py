@@ -23,7 +23,7 @@ import torch.distributed as dist
 PACKAGE = Path(__file__).parent.parent
 CPU_INFORMATION = Path("/proc/cpuinfo")
 PATIENCE_SECONDS = 20
-# To be said beside every figure of two GPUs.
+# Belongs to every figure of two GPUs.
 FLATTERED_WORLD_SIZE = 2
 TWO_GPUS_NOTE = "two GPUs flatter rank_dedup and all_gather: with more of them a token crosses the link more often"
 DIGEST_LETTERS = 12

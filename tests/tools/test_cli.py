@@ -28,8 +28,8 @@ COMMAND = [sys.executable, "-m", "sonic_ep"]
 ALONE = EPGroup(rank=0, world_size=1)
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=HANG_SECONDS)
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,8 +90,8 @@ def test_a_rank_set_by_somebody_else_is_not_torchruns(monkeypatch: pytest.Monkey
 
 
 def test_a_reader_that_stops_early_sees_no_traceback() -> None:
-    words = [*COMMAND, "verify", "--case", "top_1"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as writer:
+    arguments = [*COMMAND, "verify", "--case", "top_1"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None
         assert writer.stderr is not None
         writer.stdout.readline()
@@ -113,7 +113,7 @@ def test_cases_are_made_to_fit_any_number_of_ranks(world_size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         ([], "the following arguments are required: command"),
         (["tidy"], "invalid choice: 'tidy'"),
@@ -127,15 +127,15 @@ def test_cases_are_made_to_fit_any_number_of_ranks(world_size: int) -> None:
         (["verify", "--d", "bfloat16"], "unrecognized arguments: --d bfloat16"),
     ],
 )
-def test_wrong_words(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        main(words)
+        main(arguments)
     assert left.value.code == WRONG_ARGUMENTS
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "message"),
+    ("arguments", "code", "message"),
     [
         (["--thiek=8,8,8,4,2", "--nproc=3"], WRONG_ARGUMENTS, "got E=4, expected a multiple of the 3 ranks"),
         (["--thiek=8,8,8,4,2", "--case=top_1"], WRONG_ARGUMENTS, "got --case and --thiek, expected one or the other"),
@@ -146,10 +146,10 @@ def test_wrong_words(words: list[str], message: str, capsys: pytest.CaptureFixtu
     ],
 )
 def test_what_cannot_be_verified_is_said_once(
-    words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started = time.monotonic()
-    assert main(["verify", *words]) == code
+    assert main(["verify", *arguments]) == code
     assert time.monotonic() - started < 5
     assert capsys.readouterr().err.count(message) == 1
 
@@ -163,8 +163,8 @@ def test_demo_shows_the_rows_and_verifies() -> None:
 
 
 def test_ctrl_c_ends_every_rank() -> None:
-    words = [*COMMAND, "verify", "--nproc", "2"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launched:
+    arguments = [*COMMAND, "verify", "--nproc", "2"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launched:
         assert launched.stdout is not None
         assert "result" in launched.stdout.readline()
         ranks = children(launched.pid)

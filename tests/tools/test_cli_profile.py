@@ -1,4 +1,4 @@
-"""``sonic-ep profile``: its words, its exit codes, the table and the file."""
+"""``sonic-ep profile``: its arguments, its exit codes, the table and the file."""
 
 import argparse
 import json
@@ -21,14 +21,14 @@ CPU = torch.device("cpu")
 SMALL = ["--thiek", "6,16,1,4,2", "--backend", "reference", "--no-cache"]
 
 
-def parsed(*words: str) -> argparse.Namespace:
+def parsed(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     command.add_profile(parser)
-    return parser.parse_args(words)
+    return parser.parse_args(arguments)
 
 
-def run(*words: str) -> int:
-    options = parsed(*words)
+def run(*arguments: str) -> int:
+    options = parsed(*arguments)
     options.check(options)
     code: int = options.command(options)
     return code
@@ -39,9 +39,9 @@ def test_a_table_and_a_file(
     commit: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "results" / "profile.json"
-    words = [*SMALL, "--json", str(path), *(["--commit", commit] if commit else []), "--combine-mode", "rank_dedup"]
-    monkeypatch.setattr(sys, "argv", ["sonic-ep", "profile", *words])
-    assert run(*words) == PASS
+    arguments = [*SMALL, "--json", str(path), *(["--commit", commit] if commit else []), "--combine-mode", "rank_dedup"]
+    monkeypatch.setattr(sys, "argv", ["sonic-ep", "profile", *arguments])
+    assert run(*arguments) == PASS
     document = json.loads(path.read_text())
     report = ProfileReport.from_json(document)
     assert capsys.readouterr().out == f"{report}\n"
@@ -50,17 +50,17 @@ def test_a_table_and_a_file(
     kept = [*SMALL, "--combine-mode", "rank_dedup"]
     assert report.origin.command.endswith("python -m sonic_ep profile " + " ".join(kept))
     assert commit is None or document["environment"]["commit"] == commit
-    # A path is somebody's own.
+    # Paths of this machine mean nothing to others.
     assert str(tmp_path) not in path.read_text()
 
 
 def test_both_spellings() -> None:
     dashed = ["--dispatch-mode=rank_dedup", "--combine-mode=all_to_all", "--redispatch-x-in-backward"]
     dashed += ["--cpu-sync-on-runtime", "--no-cache"]
-    underscored = [word.replace("-", "_").replace("__", "--", 1) for word in dashed]
+    underscored = [option.replace("-", "_").replace("__", "--", 1) for option in dashed]
     config = EPConfig("rank_dedup", "all_to_all", redispatch_x_in_backward=True, cpu_sync_on_runtime=True)
-    for words in (dashed, underscored, ["--CPU_sync_on_runtime", *dashed[:3], dashed[-1]]):
-        options = parsed(*words)
+    for arguments in (dashed, underscored, ["--CPU_sync_on_runtime", *dashed[:3], dashed[-1]]):
+        options = parsed(*arguments)
         assert config_of(options) == config
         assert options.no_cache
     assert config_of(parsed()) == EPConfig()
@@ -85,14 +85,14 @@ def test_tokens_are_spread() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--thiek", "6,16,1,4,2", "--nproc", "3"], "--thiek: got E=4, expected a multiple of the 3 ranks"),
         (["--thiek=6,16,1,4,3", "--nproc=2", "--routing=one_rank"], "--thiek: got K=3, expected at most the 2"),
     ],
 )
-def test_wrong_shapes_are_told_before_a_rank_is_started(words: list[str], message: str) -> None:
-    options = parsed(*words, "--backend", "reference")
+def test_wrong_shapes_are_told_before_a_rank_is_started(arguments: list[str], message: str) -> None:
+    options = parsed(*arguments, "--backend", "reference")
     with pytest.raises(ValueError, match=message):
         options.check(options)
 

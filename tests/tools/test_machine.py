@@ -28,7 +28,7 @@ def test_the_digest_is_that_of_names_and_content_of_the_code(tmp_path: Path) -> 
     # Bytecode, data and prose are no code.
     (moved / "__pycache__").mkdir()
     (moved / "__pycache__" / "one.cpython-311.pyc").write_bytes(b"bytes")
-    (moved / "words.md").write_text("words")
+    (moved / "notes.md").write_text("notes")
     assert code_digest(moved) == digests[0]
     for change in (
         lambda: (code / "inside" / "two.py").write_text("b = 3\n"),
@@ -46,8 +46,8 @@ def test_the_digest_is_that_of_names_and_content_of_the_code(tmp_path: Path) -> 
 def repository(folder: Path) -> str:
     """A repository with one commit; its name."""
     (folder / "file.py").write_text("a = 1\n")
-    for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=first"]):
-        subprocess.run([*GIT, "-C", str(folder), *words], check=True, capture_output=True)
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=first"]):
+        subprocess.run([*GIT, "-C", str(folder), *command], check=True, capture_output=True)
     return output_of(*GIT, "-C", str(folder), "rev-parse", "HEAD").strip()
 
 
@@ -81,13 +81,13 @@ def test_no_commit_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_output_of_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert output_of(sys.executable, "-c", "print('words')") == "words\n"
+    assert output_of(sys.executable, "-c", "print('text')") == "text\n"
     assert output_of("no_such_program_here") == ""
     # The output of a failing program is not to be trusted.
-    assert output_of(sys.executable, "-c", "print('words'); raise SystemExit(3)") == ""
+    assert output_of(sys.executable, "-c", "print('text'); raise SystemExit(3)") == ""
     monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.3)
     started = time.monotonic()
-    assert output_of(sys.executable, "-c", "import time; print('words', flush=True); time.sleep(60)") == ""
+    assert output_of(sys.executable, "-c", "import time; print('text', flush=True); time.sleep(60)") == ""
     assert time.monotonic() - started < 20
 
 
@@ -147,5 +147,5 @@ def test_the_environment_of_a_run(
 
 def test_the_command_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    command = module.command_of(2, "program.py", ["--name", "two words"])
-    assert command == "TRITON_INTERPRET=1 python program.py --name 'two words'"
+    command = module.command_of(2, "program.py", ["--name", "two parts"])
+    assert command == "TRITON_INTERPRET=1 python program.py --name 'two parts'"

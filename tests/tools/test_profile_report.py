@@ -8,66 +8,44 @@ from typing import Any
 import pytest
 from profiles import Asked, profile
 
-from sonic_ep import CombineMode, DispatchMode, EPConfig, ProfileReport
-from sonic_ep.config import ModePair
+from sonic_ep import EPConfig, ProfileReport
 from sonic_ep.cost import LinkBandwidth
 from sonic_ep.profiler.choice import LinkLoad, mode_times, pick
 from sonic_ep.profiler.machine import TWO_GPUS_NOTE
-from sonic_ep.profiler.report import EVERY_MODE, ModeTime, PairTime, ProfileShape, Spread
+from sonic_ep.profiler.report import EVERY_MODE, EVERY_PAIR, ModeTime, PairTime, ProfileShape, Spread
 from sonic_ep.profiler.timing import MOST_ABOVE_CEILING, AboveCeilingError, Timing
-
-
-def pairs_of(medians: dict[tuple[str, str], float], other: float) -> list[PairTime]:
-    def spread(median: float) -> Spread:
-        return Spread(rounds=3, median_us=median, p10_us=median, p90_us=median, min_us=median, max_us=median)
-
-    return [
-        PairTime(dispatch=d, combine=c, spread=spread(medians.get((d.value, c.value), other)))
-        for d, c in product(DispatchMode, CombineMode)
-    ]
-
 
 # Predicted at this shape: all_to_all and rank_dedup.
 SHAPE = ProfileShape(tokens=(1, 1), hidden=1, top_k=8, num_experts=64, dtype="bfloat16", routing="uniform")
+GATHER_A2A, A2A_DEDUP = ("all_gather", "all_to_all"), ("all_to_all", "rank_dedup")
 
 
 @pytest.mark.parametrize(
     ("medians", "config", "expected"),
     [
-        ({("all_gather", "all_to_all"): 90.0}, EPConfig(), ("all_gather", "all_to_all")),
+        ({GATHER_A2A: 90.0}, {}, GATHER_A2A),
         # Within a percent of each other: the predicted one, or else the first.
-        (
-            {("all_gather", "all_to_all"): 90.0, ("all_to_all", "rank_dedup"): 90.8},
-            EPConfig(),
-            ("all_to_all", "rank_dedup"),
-        ),
-        (
-            {("all_gather", "all_to_all"): 90.0, ("all_to_all", "rank_dedup"): 91.0},
-            EPConfig(),
-            ("all_gather", "all_to_all"),
-        ),
-        (
-            {("rank_dedup", "all_to_all"): 90.5, ("rank_dedup", "rank_dedup"): 90.0},
-            EPConfig(),
-            ("rank_dedup", "all_to_all"),
-        ),
+        ({GATHER_A2A: 90.0, A2A_DEDUP: 90.8}, {}, A2A_DEDUP),
+        ({GATHER_A2A: 90.0, A2A_DEDUP: 91.0}, {}, GATHER_A2A),
+        ({("rank_dedup", "all_to_all"): 90.5, ("rank_dedup",) * 2: 90.0}, {}, ("rank_dedup", "all_to_all")),
         # A mode that is fixed stays, whatever is faster.
-        ({("all_gather", "all_to_all"): 90.0}, EPConfig(dispatch="rank_dedup"), ("rank_dedup", "rank_dedup")),
+        ({GATHER_A2A: 90.0}, {"dispatch": "rank_dedup"}, ("rank_dedup",) * 2),
         (
-            {("all_gather", "all_to_all"): 50.0, ("rank_dedup", "reduce_scatter"): 99.5},
-            EPConfig(combine="reduce_scatter"),
+            {GATHER_A2A: 50.0, ("rank_dedup", "reduce_scatter"): 99.5},
+            {"combine": "reduce_scatter"},
             ("all_to_all", "reduce_scatter"),
         ),
-        (
-            {("all_gather", "all_to_all"): 1.0},
-            EPConfig(dispatch="all_to_all", combine="all_to_all"),
-            ("all_to_all",) * 2,
-        ),
+        ({GATHER_A2A: 1.0}, {"dispatch": "all_to_all", "combine": "all_to_all"}, ("all_to_all",) * 2),
     ],
 )
-def test_the_pick(medians: dict[tuple[str, str], float], config: EPConfig, expected: tuple[str, str]) -> None:
-    picked = pick(pairs_of(medians, 100.0), config, SHAPE)
-    assert picked == ModePair(dispatch=DispatchMode(expected[0]), combine=CombineMode(expected[1]))
+def test_the_pick(medians: dict[tuple[str, str], float], config: Any, expected: tuple[str, str]) -> None:
+    def spread(median: float) -> Spread:
+        return Spread(rounds=3, median_us=median, p10_us=median, p90_us=median, min_us=median, max_us=median)
+
+    # The others take 100.
+    pairs = [PairTime(dispatch=d, combine=c, spread=spread(medians.get((d, c), 100.0))) for d, c in EVERY_PAIR]
+    picked = pick(pairs, EPConfig(**config), SHAPE)
+    assert (picked.dispatch, picked.combine) == expected
 
 
 CEILINGS = LinkBandwidth(copy_engine_in=100e9, copy_engine_out=100e9, read=100e9, write=100e9)
@@ -114,15 +92,19 @@ def test_no_rate_of_no_time() -> None:
     assert (found.gb_per_s, found.percent) == (None, None)
 
 
-def test_an_unknown_ceiling_is_refused() -> None:
-    document = profile(Asked()).as_json()
+def test_an_unknown_ceiling_is_refused(report: ProfileReport) -> None:
+    document = report.as_json()
     document["modes"][1]["ceiling"] = "light"
     with pytest.raises(ValueError, match=r"modes\[1\].ceiling: got 'light', expected null or one of copy_engine_in"):
         ProfileReport.from_json(document)
 
 
-def test_notes() -> None:
-    report = profile(Asked())
+@pytest.fixture(scope="module")
+def report() -> ProfileReport:
+    return profile(Asked())
+
+
+def test_notes(report: ProfileReport) -> None:
     assert report.note == "on the CPU, in plain PyTorch: the times mean nothing for GPUs"
     on_gpus = replace(report, machine=replace(report.machine, gpu="GPU"))
     of_two = replace(on_gpus, shape=replace(report.shape, tokens=(5, 5)), ranks_per_gpu=1)
@@ -137,36 +119,27 @@ def test_notes() -> None:
         assert replace(of_two, shape=replace(report.shape, tokens=tokens)).note is None
 
 
-def test_spreads_are_a_width() -> None:
-    report = profile(Asked())
+def test_the_table(report: ProfileReport) -> None:
     spread = Spread(rounds=3, median_us=200.0, p10_us=190.0, p90_us=215.0, min_us=1.0, max_us=900.0)
     lines = replace(report, modes=tuple(replace(mode, spread=spread) for mode in report.modes)).table()
-    header = next(line for line in lines if line.startswith("what "))
-    assert "p10..p90" in header.split()
-    rows = [line for line in lines if line.split()[:1] in (["plan"], ["dispatch"], ["combine"]) and "0.2000" in line]
-    assert len(rows) == len(EVERY_MODE)
-    place = header.index("p10..p90") + len("p10..p90")
-    assert all(row[:place].endswith(" 12.5%") for row in rows)
-
-
-def test_the_table() -> None:
-    report = profile(Asked())
-    lines = report.table()
-    assert str(report) == "\n".join(lines)
-    assert lines[0] == "backend reference, 1 rank on the CPU"
-    assert lines[1] == "T=5 on each rank, H=16, E=6, K=2, bfloat16, uniform routing"
+    assert lines[:2] == [
+        "backend reference, 1 rank on the CPU",
+        "T=5 on each rank, H=16, E=6, K=2, bfloat16, uniform routing",
+    ]
     assert any("the times mean nothing for GPUs" in line for line in lines)
     assert any(line.startswith("no ceiling was measured: ") for line in lines)
-    rows = [line.split()[:2] for line in lines]
-    assert all([kind, mode] in rows for kind, mode in EVERY_MODE if mode)
-    marked = [line for line in lines if line.endswith("<") or " <" in line]
-    assert len(marked) == 1
-    assert marked[0].startswith(report.picked.dispatch.value)
+    # A row for each mode, with the width of the spread below its title.
+    header = next(place for place, line in enumerate(lines) if line.startswith("what "))
+    end = lines[header].index("p10..p90") + len("p10..p90")
+    rows = lines[header + 1 : header + 1 + len(EVERY_MODE)]
+    assert all(row[:end].endswith(" 12.5%") and " 0.2000 " in row for row in rows)
+    assert [tuple(row[:25].split()) for row in rows] == [tuple(filter(None, mode)) for mode in EVERY_MODE]
+    (marked,) = (line for line in lines if line.endswith("<") or " <" in line)
+    assert marked.startswith(report.picked.dispatch.value)
     assert lines[-1] == f"picked: dispatch {report.picked.dispatch.value}, combine {report.picked.combine.value}"
-    uneven = replace(report, shape=replace(report.shape, tokens=(5, 0, 3)))
-    assert uneven.table()[1].startswith("T=5,0,3 by rank, ")
-    many = replace(report, shape=replace(report.shape, tokens=tuple(range(9))))
-    assert many.table()[1].startswith("T=0 to 8, ")
+    assert str(report) == "\n".join(report.table())
+    for tokens, told in (((5, 0, 3), "T=5,0,3 by rank, "), (tuple(range(9)), "T=0 to 8, ")):
+        assert replace(report, shape=replace(report.shape, tokens=tokens)).table()[1].startswith(told)
 
 
 def paths_of(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -178,8 +151,8 @@ def paths_of(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]
     return []
 
 
-def test_a_document_without_a_field_or_with_a_wrong_one_is_refused() -> None:
-    document = profile(Asked()).as_json()
+def test_a_document_without_a_field_or_with_a_wrong_one_is_refused(report: ProfileReport) -> None:
+    document = report.as_json()
     # What the report does not hold: it follows from the rest.
     derived = {("environment", "world_size"), ("environment", "note")}
     paths = [path for path in paths_of(document) if path not in derived]

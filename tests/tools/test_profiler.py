@@ -1,10 +1,10 @@
 """The profiler: right before it is timed, agreed by all ranks, never faster than the link, and picked jointly."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import count
+from math import inf
 from typing import Any
 from unittest.mock import Mock
 
@@ -16,7 +16,7 @@ from profiles import SIZES, Asked, profile, profile_of_all, said_by_all
 
 import sonic_ep
 import sonic_ep.profiler.profiler as profiler_module
-from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel, NetworkProfiler, ProfileReport
+from sonic_ep import CombineMode, EPConfig, ExpertParallel, NetworkProfiler, ProfileReport
 from sonic_ep.cost import LinkBandwidth
 from sonic_ep.distributed.group import resolve_group
 from sonic_ep.profiler import WrongResultError, default_device
@@ -126,61 +126,46 @@ def test_modes_that_the_config_fixes_stay(cpu_pool: RankPool) -> None:
     assert isinstance(report.config.combine, CombineMode)
 
 
-def spoil_call(name: str, poison: Callable[[ExpertParallel, Any, int], Any], patched: Any, rank: int) -> None:
-    """Let ``poison`` have what method ``name`` returns, on the last of two ranks, and how many calls came before."""
+def wrong_in_calls(name: str, begin: int, end: float, patched: Any, rank: int) -> None:
+    """On the last of two ranks, one bit or count is wrong in what calls ``begin`` to ``end`` of a method return."""
     honest, calls = getattr(ExpertParallel, name), count()
 
     def call(self: ExpertParallel, *arguments: Any) -> Any:
         result = honest(self, *arguments)
         # The right answers come from lanes with exact sizes.
-        return poison(self, result, next(calls)) if rank and not self.config.cpu_sync_on_runtime else result
+        if rank and not self.config.cpu_sync_on_runtime and begin <= next(calls) < end:
+            if name == "plan":
+                result.counts[0] += 1
+            else:
+                result.view(torch.int16)[0, 0] ^= 1
+        return result
 
     patched.setattr(ExpertParallel, name, call)
 
 
-def flip_a_bit(ep: ExpertParallel, result: Any, calls: int) -> Any:
-    if ep.config.dispatch is DispatchMode.RANK_DEDUP:
-        result.view(torch.int16)[0, 0] ^= 1
-    return result
-
-
-def spoil_early(ep: ExpertParallel, result: Any, calls: int) -> Any:
-    """Wrong at first: each mode and pair is run twice before anything is timed, the first of them before all others."""
-    return -result if calls < 2 else result
-
-
-def miscount(ep: ExpertParallel, result: Any, calls: int) -> Any:
-    result.counts[0] += 1
-    return result
-
-
-def spoil_late(ep: ExpertParallel, result: Any, calls: int) -> Any:
-    """Right until the rounds are timed: three modes and nine pairs are run twice each before that."""
-    return -result if calls >= 2 * (3 + 9) else result
-
-
 @pytest.mark.parametrize(
-    ("name", "poison", "message"),
+    ("name", "begin", "end", "message"),
     [
-        ("dispatch", flip_a_bit, "rank 1 of 2: dispatch by rank_dedup: rows: 1 of "),
-        ("combine", flip_a_bit, "rank 1 of 2: combine by rank_dedup: sums: 1 of "),
-        ("plan", miscount, "rank 1 of 2: plan: counts: 1 of "),
-        ("dispatch", spoil_late, "rank 1 of 2: dispatch by all_gather: rows: "),
+        # Every mode and pair runs twice before anything is timed: modes first, in order.
+        ("dispatch", 4, 6, "dispatch by rank_dedup: rows: 1 of "),
+        ("combine", 4, 6, "combine by rank_dedup: sums: 1 of "),
+        ("plan", 0, inf, "plan: counts: 1 of "),
+        ("dispatch", 2 * (3 + 9), inf, "dispatch by all_gather: rows: 1 of "),
     ],
 )
 def test_a_wrong_result_is_refused_on_every_rank(
-    pool: RankPool, name: str, poison: Callable[..., Any], message: str
+    pool: RankPool, name: str, begin: int, end: float, message: str
 ) -> None:
     # Distinct experts on few tokens: every rank receives rows.
     asked = Asked(changed={0: GIVEN[0], 1: {**GIVEN[0], "routing": torch.tensor([[5, 4], [0, 3], [2, 1]])}})
-    patch = partial(spoil_call, name, poison)
-    assert said_by_all(pool, asked, WrongResultError, patch=patch).startswith(message)
+    patch = partial(wrong_in_calls, name, begin, end)
+    assert said_by_all(pool, asked, WrongResultError, patch=patch).startswith(f"rank 1 of 2: {message}")
 
 
 def refuse_to_time(patched: Any, rank: int) -> None:
     """Nothing may be timed; what is wrong at first is right afterwards."""
     patched.setattr(RoundTimer, "time", Mock(side_effect=NotImplementedError("timed, although a result is wrong")))
-    spoil_call("dispatch", spoil_early, patched, rank)
+    wrong_in_calls("dispatch", 0, 2, patched, rank)
 
 
 def test_what_is_wrong_at_first_is_not_timed(cpu_pool: RankPool) -> None:
@@ -217,7 +202,7 @@ def test_a_rate_above_the_ceiling_is_refused_on_every_rank(cpu_pool: RankPool, t
 
 def test_rates_that_were_measured_before_are_used(cpu_pool: RankPool) -> None:
     rates = LinkBandwidth(copy_engine_in=1e15, copy_engine_out=1e15, read=1e15, write=1e15)
-    # None are measured beside those that are given.
+    # What is given is not measured.
     report = profile_of_all(cpu_pool, Asked(rates=rates), patch=partial(with_ceilings, 1.0))
     assert report.rates == rates
     # However small a share is, it is told.
@@ -261,7 +246,7 @@ def test_rounds_adapt(cpu_pool: RankPool) -> None:
 
 def fail_to_judge(patched: Any, rank: int) -> None:
     """Rank 0, which alone judges, fails at it."""
-    error = RuntimeError("no judgement" if rank == 0 else "judged beside rank 0")
+    error = RuntimeError("no judgement" if rank == 0 else "judged on another rank")
     patched.setattr(profiler_module, "mode_times", Mock(side_effect=error))
 
 
