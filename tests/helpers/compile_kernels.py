@@ -18,13 +18,7 @@ from triton.compiler import ASTSource
 
 HOPPER = GPUTarget("cuda", 90, 32)
 # Kernels that take a row apart or sum it up, so that not all their accesses can be wide.
-NARROW = {
-    "poison_kernel",
-    "activate_kernel",
-    "activate_backward_kernel",
-    "add_bias_dots_kernel",
-    "sum_groups_kernel",
-}
+NARROW = {"poison_kernel", "activate_kernel", "activate_backward_kernel", "add_bias_dots_kernel", "sum_groups_kernel"}
 OPTIONS = ("num_warps", "enable_fp_fusion", "debug", "sanitize_overflow")
 
 

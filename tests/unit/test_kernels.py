@@ -284,9 +284,7 @@ def launches(rank: Rank, dtype: torch.dtype, hidden: int, top_k: int) -> list[di
 
 
 @pytest.mark.parametrize(
-    ("dtype", "hidden"),
-    [(torch.bfloat16, 4096), pytest.param(torch.float32, 33, marks=pytest.mark.thorough)],
-    ids=str,
+    ("dtype", "hidden"), [(torch.bfloat16, 4096), pytest.param(torch.float32, 33, marks=pytest.mark.thorough)], ids=str
 )
 def test_every_kernel_compiles_for_hopper(cpu_pool: RankPool, tmp_path: Path, dtype: torch.dtype, hidden: int) -> None:
     """Without a GPU: Triton and its own assembler, for compute capability 9.0, with the arguments of real calls."""
