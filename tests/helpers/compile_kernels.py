@@ -49,6 +49,7 @@ def compiled(launch: dict[str, Any]) -> dict[str, Any]:
             "signals_after_stores": signals_after_stores(ptx),
         },
         "passes_first_cache": "ld.global.cg" in ptx,
+        "host_reads_are_deeper": host_reads_are_deeper(code.asm["ttir"]),
     }
 
 
@@ -57,6 +58,19 @@ def signals_after_stores(ptx: str) -> bool:
     raised = [found.start() for found in re.finditer(r"atom\.global[.\w]*release", ptx)]
     stored = [(at, ptx.rfind("st.global", 0, at)) for at in raised]
     return all(store < 0 or ptx.rfind("bar.sync", 0, at) > store for at, store in stored)
+
+
+def host_reads_are_deeper(ttir: str) -> list[bool]:
+    """Of each read of host memory, whether it is nested deeper than the wait before it, so follows a timeout only."""
+    depth, waits, found = 0, list[int](), []
+    for line in ttir.splitlines():
+        if "tt.atomic_cas" in line:
+            waits.append(depth)
+        if "tt.load %wait_errors_ptr" in line:
+            found.append(depth > min(waits, default=depth))
+            waits = []
+        depth += line.count("{") - line.count("}")
+    return found
 
 
 def spilled(cubin: bytes) -> int:

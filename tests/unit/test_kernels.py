@@ -1,7 +1,6 @@
 """Kernels one by one: the examples of their docstrings, their rounding, their range, and their machine code."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -137,11 +136,7 @@ def counts_of_tiles(rank: Rank) -> None:
     totals = torch.zeros(bins, dtype=torch.int32, device=rank.device)
     totals[[0, MOST_EXPERTS - 2, MOST_EXPERTS - 1]] = index(rank, 7, 1, 2)
     totals[MOST_EXPERTS:] = index(rank, 5, 6)
-    ends, pairs, device_errors = (
-        torch.zeros_like(totals[: MOST_EXPERTS // 2]),
-        index(rank, *[9] * 4),
-        index(rank, 0, 0, 0),
-    )
+    ends, pairs, device_errors = totals[: MOST_EXPERTS // 2] * 0, index(rank, *[9] * 4), index(rank, 0, 0, 0)
     sizes = (1, FAR_TILES, MOST_EXPERTS, MOST_EXPERTS // 2, 2, 7)
     padded = {"EXPERTS_PADDED": 2 * MOST_EXPERTS, "RANKS_PADDED": 2}
     launch(totals_kernel, (2,), before, totals, ends, pairs, device_errors, *sizes, device=rank.device, **padded)
@@ -311,36 +306,8 @@ def test_every_kernel_compiles_for_hopper(cpu_pool: RankPool, tmp_path: Path, dt
             assert entry["wide_loads"] > 0, entry
         if entry["waits"]:
             assert all(entry["orders"].values()), entry
+        if entry["name"] == "barrier_kernel":
+            # Host memory is read only after a timeout of one of the two waits: otherwise combine is 5x slower.
+            assert entry["host_reads_are_deeper"] == [True, True], entry
         if entry["name"] in ("exchange_rows_kernel", "exchange_partial_sums_kernel"):
             assert entry["passes_first_cache"], entry
-
-
-COMPILE_BARRIER = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from sonic_ep.fast.sync import barrier_kernel
-
-kinds = dict(zip(barrier_kernel.arg_names, ("*i64", "i32", "*i64", "i32", "i64", "i64"), strict=True))
-source = ASTSource(barrier_kernel, kinds, {})
-print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1}).asm["ttir"])
-"""
-
-
-def test_host_memory_is_read_only_after_a_timeout(tmp_path: Path) -> None:
-    """Each of the two waits is followed by a read that is nested deeper; unconditional, it makes combine 5x slower."""
-    settings = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    script = tmp_path / "compiled.py"
-    script.write_text(COMPILE_BARRIER)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=HANG_SECONDS, env=settings)
-    assert done.returncode == 0, done.stderr
-    depth, waits, reads = 0, [], 0
-    for line in done.stdout.splitlines():
-        if "tt.atomic_cas" in line:
-            waits.append(depth)
-        if "tt.load %wait_errors_ptr" in line:
-            assert depth > min(waits), line
-            waits, reads = [], reads + 1
-        depth += line.count("{") - line.count("}")
-    assert reads == 2

@@ -93,21 +93,6 @@ def test_unequal_sizes_are_refused_on_all_ranks(rank: Rank) -> None:
 
 
 @on_ranks(1, 2, 3)
-def test_kernels_read_peers_through_the_address_table(rank: Rank) -> None:
-    from sonic_ep.fast.collectives import gather_kernel
-    from sonic_ep.fast.launch import launch
-
-    with workspace_of(rank) as workspace:
-        numbers = workspace.reserve("numbers", 12)
-        numbers.rows(rank.rank, (3,), torch.int32).copy_(torch.arange(3, dtype=torch.int32) + 10 * rank.rank)
-        workspace.barrier_after_write()
-        found = torch.empty(rank.world_size, 3, dtype=torch.int32, device=rank.device)
-        launch(gather_kernel, (1, rank.world_size), numbers.addresses, found, 3, device=rank.device, BLOCK=4)
-        assert found.tolist() == [[10 * other + i for i in range(3)] for other in range(rank.world_size)]
-        workspace.barrier_before_write()
-
-
-@on_ranks(1, 2, 3)
 def test_a_buffer_grows_and_never_shrinks(rank: Rank) -> None:
     with workspace_of(rank) as workspace:
         small = workspace.reserve("rows", 100)
