@@ -6,16 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint as checkpointing
 from on_ranks import on_ranks
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    _CachedTorchDispatchMode,
-    _CachingTorchDispatchMode,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 
 from sonic_ep import compat
 from sonic_ep.testing import Rank
@@ -105,7 +99,7 @@ def test_a_recompute_that_stops_early_raises_the_known_error() -> None:
             left.append(type(error))
             raise
 
-    checkpoint(function, torch.ones(2, requires_grad=True), use_reentrant=False).backward()
+    checkpointing.checkpoint(function, torch.ones(2, requires_grad=True), use_reentrant=False).backward()
     assert left == [compat.STOP_RECOMPUTATION]
 
 
@@ -121,9 +115,10 @@ class Watching(TorchDispatchMode):
 
 def test_modes_of_selective_checkpointing_are_off_and_others_on() -> None:
     """``_push_mode``, ``_pop_mode``, ``_len_torch_dispatch_stack``; the types that checkpointing uses."""
-    caching, cached = create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.MUST_SAVE)
-    assert [type(mode) for mode in (caching, cached)] == [_CachingTorchDispatchMode, _CachedTorchDispatchMode]
-    assert (_CachingTorchDispatchMode, _CachedTorchDispatchMode) == compat.CHECKPOINT_MODES
+    must_save = checkpointing.CheckpointPolicy.MUST_SAVE
+    caching, cached = checkpointing.create_selective_checkpoint_contexts(lambda *_, **__: must_save)
+    expected = (checkpointing._CachingTorchDispatchMode, checkpointing._CachedTorchDispatchMode)
+    assert (type(caching), type(cached)) == expected == compat.CHECKPOINT_MODES
     assert not compat.dispatch_modes_active()
     with Watching() as watching, caching, Watching() as inner:
         with compat.without_dispatch_modes(compat.CHECKPOINT_MODES):

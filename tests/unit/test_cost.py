@@ -3,28 +3,13 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 import torch
 
-from sonic_ep import CombineMode, DispatchMode, EPConfig, RoutingPlan
-from sonic_ep.cost import (
-    H200_NVLINK,
-    RankCounts,
-    Traffic,
-    Workload,
-    canonical_gather_bytes,
-    choose_modes,
-    combine_seconds_per_byte,
-    combine_traffic,
-    dispatch_seconds_per_byte,
-    dispatch_traffic,
-    exchange_link_bytes,
-    rank_counts,
-    reference_dispatch_link_bytes,
-    staging_bytes,
-)
+from sonic_ep import CombineMode, DispatchMode, EPConfig, RoutingPlan, cost
+from sonic_ep.cost import RankCounts, Traffic, Workload, choose_modes, combine_traffic, dispatch_traffic, rank_counts
 from sonic_ep.reference.plan import build_plan
 from sonic_ep.testing import CASES, Case, draw
 
@@ -39,7 +24,7 @@ def test_auto_picks_modes_and_a_choice_of_the_caller_stands(world_size: int, top
     auto = choose_modes(EPConfig(), load)
     assert isinstance(auto.dispatch, DispatchMode)
     assert isinstance(auto.combine, CombineMode)
-    for dispatch, combine in ((dispatch, combine) for dispatch in DispatchMode for combine in CombineMode):
+    for dispatch, combine in product(DispatchMode, CombineMode):
         chosen = choose_modes(EPConfig(dispatch=dispatch, combine=combine), load)
         assert (chosen.dispatch, chosen.combine) == (dispatch, combine)
         half = choose_modes(EPConfig(dispatch=dispatch), load)
@@ -50,10 +35,13 @@ def test_auto_takes_the_cheapest() -> None:
     load = Workload(world_size=8, top_k=2, num_experts=64)
     # A token goes to fewer than two of seven other ranks: nobody gathers every token for that.
     assert choose_modes(EPConfig(), load).dispatch is DispatchMode.ALL_TO_ALL
-    for costs in (dispatch_seconds_per_byte(load, H200_NVLINK), combine_seconds_per_byte(load, H200_NVLINK)):
-        assert all(cost > 0 for cost in costs.values())
-    slow_memory = replace(H200_NVLINK, memory=1.0)
-    fast_engine = replace(H200_NVLINK, copy_engine=1e15, memory=1e15)
+    for costs in (
+        cost.dispatch_seconds_per_byte(load, cost.H200_NVLINK),
+        cost.combine_seconds_per_byte(load, cost.H200_NVLINK),
+    ):
+        assert all(seconds > 0 for seconds in costs.values())
+    slow_memory = replace(cost.H200_NVLINK, memory=1.0)
+    fast_engine = replace(cost.H200_NVLINK, copy_engine=1e15, memory=1e15)
     assert choose_modes(EPConfig(), load, slow_memory).dispatch is DispatchMode.ALL_TO_ALL
     assert choose_modes(EPConfig(), load, fast_engine).dispatch is DispatchMode.ALL_GATHER
     # Partial sums win where a token has several slots on a rank.
@@ -208,9 +196,9 @@ def test_counts_agree_with_the_plan(case: Case, world_size: int) -> None:
         assert (counts.rows, counts.packed_rows) == (plan.rows(), plan.packed_rows())
         gather = 2 * plan.rows() * 10
         expected = {DispatchMode.ALL_GATHER: gather, DispatchMode.ALL_TO_ALL: 0, DispatchMode.RANK_DEDUP: gather}
-        assert canonical_gather_bytes(counts, 10) == expected
+        assert cost.canonical_gather_bytes(counts, 10) == expected
         # The reference sends a row for each slot.
-        link_in = reference_dispatch_link_bytes(counts, 6)
+        link_in = cost.reference_dispatch_link_bytes(counts, 6)
         assert link_in[DispatchMode.ALL_TO_ALL] == 6 * sum(q == plan.rank != p for p, q in slots)
         for mode in (DispatchMode.ALL_GATHER, DispatchMode.RANK_DEDUP):
             assert link_in[mode] == dispatch_traffic(counts, 6)[mode].link_in
@@ -238,7 +226,7 @@ def test_worked_example() -> None:
         CombineMode.REDUCE_SCATTER: Traffic(link_in=3, link_out=3, memory=15),
         CombineMode.RANK_DEDUP: Traffic(link_in=2, link_out=2, memory=13),
     }
-    assert (staging_bytes(first, 1), staging_bytes(second, 4)) == (6, 24)
+    assert (cost.staging_bytes(first, 1), cost.staging_bytes(second, 4)) == (6, 24)
     assert dispatch_traffic(second, 4)[DispatchMode.ALL_TO_ALL] == Traffic(link_in=8, link_out=8, memory=60)
     assert combine_traffic(second, 4)[CombineMode.ALL_TO_ALL] == Traffic(link_in=12, link_out=12, memory=56)
 
@@ -287,4 +275,4 @@ def test_bytes_of_the_exchange_are_those_of_the_tensors(case: Case, world_size: 
     ids = sum(ids_CK.nbytes for rank, ids_CK in enumerate(plan.expert_ids) if rank != plan.rank)
     shape = {"world_size": world_size, "max_tokens": plan.max_tokens, "top_k": plan.top_k}
     # Scores are fp32, as wide as an id.
-    assert [exchange_link_bytes(**shape, with_scores=scores) for scores in (False, True)] == [ids, 2 * ids]
+    assert [cost.exchange_link_bytes(**shape, with_scores=scores) for scores in (False, True)] == [ids, 2 * ids]

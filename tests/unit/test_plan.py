@@ -45,15 +45,12 @@ def test_worked_example() -> None:
     assert plans[1].packed_of_token.tolist() == [[0, -1, 1], [2, 3, -1]]
     assert [plan.rows() for plan in plans] == [6, 5]
     assert [plan.packed_rows() for plan in plans] == [4, 4]
-
-
-def test_exchanges_of_the_worked_example() -> None:
-    slots = slot_exchange(plan_of(WORKED_IDS, 0, 4))
+    slots = slot_exchange(plans[0])
     # Rank 0 keeps slots 0, 3, 2 (rows 0, 1, 4 of its own) and sends 1, 5, 4 (rows 0, 1, 3 of rank 1).
     assert slots.slots.tolist() == [0, 3, 2, 1, 5, 4]
     assert (slots.send_splits, slots.receive_splits) == ([3, 3], [3, 3])
     assert slots.rows.tolist() == [0, 1, 4, 2, 3, 5]
-    pairs = pair_exchange(plan_of(WORKED_IDS, 0, 4))
+    pairs = pair_exchange(plans[0])
     assert pairs.tokens.tolist() == [0, 1, 0, 2]
     assert (pairs.send_splits, pairs.receive_splits) == ([2, 2], [2, 2])
 
@@ -279,19 +276,16 @@ def test_max_rows_holds_with_and_without_exact_sizes(exact: bool) -> None:
         ep.plan(idx, num_experts=2)
 
 
-def test_more_slots_than_int32_counts_are_refused() -> None:
+def test_more_slots_than_int32_counts_are_refused_and_malformed() -> None:
     refused = pytest.raises(ValueError, match=f"got {2**31} slots, expected at most {2**31 - 2**20}")
     with ExpertParallel(max_tokens_per_rank=2**31) as ep, refused:
         ep.plan(torch.zeros(1, 1, dtype=torch.int64), num_experts=2)
-
-
-@pytest.mark.parametrize(("slots", "malformed"), [(2**31 - 2**20, None), (2**31 - 2**20 + 1, "expert_ids")])
-def test_a_plan_of_more_slots_than_int32_counts_is_malformed(slots: int, malformed: str | None) -> None:
     shapes = dict.fromkeys(("counts", "group_ends", "slot_of_row"), (1,))
-    shapes |= dict.fromkeys(("expert_ids", "row_of_slot"), (1, slots, 1))
-    shapes |= {"pair_tokens": (1, 1), "packed_of_token": (1, slots)}
-    held = {name: torch.empty(shape, dtype=torch.int32, device="meta") for name, shape in shapes.items()}
-    assert malformed_field(RoutingPlan(rank=0, num_tokens=1, **held)) == malformed
+    for slots, malformed in ((2**31 - 2**20, None), (2**31 - 2**20 + 1, "expert_ids")):
+        shapes |= dict.fromkeys(("expert_ids", "row_of_slot"), (1, slots, 1))
+        shapes |= {"pair_tokens": (1, 1), "packed_of_token": (1, slots)}
+        held = {name: torch.empty(shape, dtype=torch.int32, device="meta") for name, shape in shapes.items()}
+        assert malformed_field(RoutingPlan(rank=0, num_tokens=1, **held)) == malformed
 
 
 @on_ranks(2)
