@@ -155,16 +155,12 @@ def drawn_of(plans: Sequence[RoutingPlan]) -> Drawn:
 
 def counts_of(plans: Sequence[RoutingPlan]) -> list[RankCounts]:
     """As a caller obtains them, each rank from its own plan."""
-    return [
-        rank_counts(
-            plan.rank,
-            max_tokens=plan.max_tokens,
-            tokens=plan.num_tokens,
-            pair_tokens=plan.pair_tokens.tolist(),
-            pair_slots=[[int((owner == q).sum()) for q in range(len(plans))] for owner in plan.owner_of_slot()],
-        )
-        for plan in plans
-    ]
+    counts = []
+    for plan in plans:
+        slots = [[int((owner == q).sum()) for q in range(len(plans))] for owner in plan.owner_of_slot()]
+        sizes = {"max_tokens": plan.max_tokens, "tokens": plan.num_tokens, "pair_tokens": plan.pair_tokens.tolist()}
+        counts.append(rank_counts(plan.rank, **sizes, pair_slots=slots))
+    return counts
 
 
 @up_to_four_ranks
@@ -173,23 +169,26 @@ def test_traffic_by_moving_every_row(case: Case, world_size: int) -> None:
     plans = plans_of(case, world_size)
     counts, drawn = counts_of(plans), drawn_of(plans)
     row_bytes = case.hidden * case.dtype.itemsize
-    dispatches = [dispatch_traffic(count, row_bytes) for count in counts]
-    combines = [combine_traffic(count, row_bytes) for count in counts]
-    assert all(set(traffic) == set(DispatchMode) for traffic in dispatches)
-    assert all(set(traffic) == set(CombineMode) for traffic in combines)
-    moved = [(str(mode), [t[mode] for t in dispatches], dispatched(drawn, mode)) for mode in DispatchMode]
-    moved += [(str(mode), [t[mode] for t in combines], combined(drawn, mode)) for mode in CombineMode]
-    for mode, counted, rows in moved:
-        assert counted == [rows.traffic(rank, row_bytes) for rank in range(world_size)], mode
-        # What one rank sends another receives, and one rank alone uses no link.
-        assert sum(rank.link_in for rank in counted) == sum(rank.link_out for rank in counted)
-        assert world_size > 1 or (counted[0].link_in, counted[0].link_out) == (0, 0)
+    every_mode = ((DispatchMode, dispatch_traffic, dispatched), (CombineMode, combine_traffic, combined))
+    for modes, predicted, moved in every_mode:
+        of_ranks = [predicted(count, row_bytes) for count in counts]
+        assert all(set(traffic) == set(modes) for traffic in of_ranks)
+        for mode in modes:
+            counted, rows = [traffic[mode] for traffic in of_ranks], moved(drawn, mode)
+            assert counted == [rows.traffic(rank, row_bytes) for rank in range(world_size)], mode
+            # What one rank sends another receives, and one rank alone uses no link.
+            assert sum(rank.link_in for rank in counted) == sum(rank.link_out for rank in counted)
+            assert world_size > 1 or (counted[0].link_in, counted[0].link_out) == (0, 0)
 
 
 @up_to_four_ranks
 @every_case
-def test_counts_agree_with_the_plan(case: Case, world_size: int) -> None:
+def test_counts_and_bytes_of_the_exchange_agree_with_the_plan(case: Case, world_size: int) -> None:
     plans = plans_of(case, world_size)
+    ids = plans[0].expert_ids[1:].nbytes
+    shape = {"world_size": world_size, "max_tokens": plans[0].max_tokens, "top_k": case.top_k}
+    # Scores are fp32, as wide as an id.
+    assert [cost.exchange_link_bytes(**shape, with_scores=scores) for scores in (False, True)] == [ids, 2 * ids]
     slots = drawn_of(plans).slots()
     for plan, counts in zip(plans, counts_of(plans), strict=True):
         assert (counts.world_size, counts.max_tokens, counts.tokens) == (world_size, plan.max_tokens, plan.num_tokens)
@@ -261,18 +260,7 @@ def test_predicted_rows_are_those_of_every_choice_made_once(world_size: int, top
         {mode: traffic.link_in / tokens for mode, traffic in by_mode(counts, 1).items()}
         for by_mode in (dispatch_traffic, combine_traffic)
     )
-    few, all_ranks = load.remote_pairs, load.remote_ranks
-    modes = DispatchMode
-    assert dispatch == pytest.approx({modes.ALL_TO_ALL: few, modes.RANK_DEDUP: few, modes.ALL_GATHER: all_ranks})
-    expected = {CombineMode.RANK_DEDUP: few, CombineMode.REDUCE_SCATTER: all_ranks}
+    expected = {DispatchMode.ALL_TO_ALL: load.remote_pairs, DispatchMode.RANK_DEDUP: load.remote_pairs}
+    assert dispatch == pytest.approx({**expected, DispatchMode.ALL_GATHER: load.remote_ranks})
+    expected = {CombineMode.RANK_DEDUP: load.remote_pairs, CombineMode.REDUCE_SCATTER: load.remote_ranks}
     assert combine == pytest.approx({**expected, CombineMode.ALL_TO_ALL: load.remote_slots})
-
-
-@every_case
-@up_to_four_ranks
-def test_bytes_of_the_exchange_are_those_of_the_tensors(case: Case, world_size: int) -> None:
-    plan = plans_of(case, world_size)[0]
-    ids = sum(ids_CK.nbytes for rank, ids_CK in enumerate(plan.expert_ids) if rank != plan.rank)
-    shape = {"world_size": world_size, "max_tokens": plan.max_tokens, "top_k": plan.top_k}
-    # Scores are fp32, as wide as an id.
-    assert [cost.exchange_link_bytes(**shape, with_scores=scores) for scores in (False, True)] == [ids, 2 * ids]
