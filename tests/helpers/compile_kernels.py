@@ -36,7 +36,7 @@ def compiled(launch: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": launch["name"],
         "constants": launch["constants"],
-        "moves_rows": bool({"INTS", "WORDS", "COLUMNS"} & constants.keys()) and launch["name"] not in NARROW,
+        "moves_rows": bool({"INTS", "COLUMNS"} & constants.keys()) and launch["name"] not in NARROW,
         "wide_loads": len(re.findall(r"ld\.global[.:\w]*\.v4\.b32", ptx)),
         "wide_stores": len(re.findall(r"st\.global[.:\w]*\.v4\.b32", ptx)),
         "single_elements": len(re.findall(r"(?:ld|st)\.global[.:\w]*(?<!\.v[24])\.b16", ptx)),
@@ -54,7 +54,7 @@ def compiled(launch: dict[str, Any]) -> dict[str, Any]:
 
 
 def signals_after_stores(ptx: str) -> bool:
-    """Whether all threads of a program have met between what they store and each flag that says so."""
+    """Whether a barrier of the program's threads stands between their stores and each flag that announces them."""
     raised = [found.start() for found in re.finditer(r"atom\.global[.\w]*release", ptx)]
     stored = [(at, ptx.rfind("st.global", 0, at)) for at in raised]
     return all(store < 0 or ptx.rfind("bar.sync", 0, at) > store for at, store in stored)

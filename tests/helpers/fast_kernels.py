@@ -1,4 +1,4 @@
-"""The kernels of the library, and what is launched of them."""
+"""The kernels of the library and their launches."""
 
 import importlib
 import inspect

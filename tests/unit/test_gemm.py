@@ -189,7 +189,7 @@ def test_order_of_tiles(rank: Rank) -> None:
         assert_bitwise(written(rank, programs, 27, (20, 20, 25), 16), expected)
     assert_bitwise(written(rank, 4, 27, (20, 20, 25), 16), expected)
     assert_bitwise(written(rank, 4, 25, (20, 20, 90), 16), expected[:25])
-    # Nine tiles of rows by two of columns: eight down, eight down beside them, then both columns of the ninth.
+    # Nine tiles of rows by two of columns: eight down the first column, eight down the second, then both of the ninth.
     expected = torch.zeros(9 * 16, 32, dtype=torch.int32)
     tiles = [(row, column) for rows in (range(8), range(8, 9)) for column in range(2) for row in rows]
     for programs, (row, column) in enumerate(tiles, start=1):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from itertools import count
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from sonic_ep.testing import Rank, RankPool
 pytestmark = pytest.mark.fast
 
 
-def exchange_bytes(rank: Rank) -> None:
+@on_ranks(1, 2, 3, 4)
+def test_every_rank_reads_what_every_rank_wrote(rank: Rank) -> None:
     with workspace_of(rank) as workspace:
         buffer = workspace.reserve("numbers", 1000)
         assert buffer.nbytes >= 1000
@@ -38,11 +40,6 @@ def exchange_bytes(rank: Rank) -> None:
                 assert buffer.rows(other, (4,), torch.int32).tolist() == [100 * iteration + other] * 4
 
 
-@on_ranks(1, 2, 3, 4)
-def test_every_rank_reads_what_every_rank_wrote(rank: Rank) -> None:
-    exchange_bytes(rank)
-
-
 @on_ranks(3)
 def test_ranks_that_shared_memory_in_other_groups_before(rank: Rank) -> None:
     """Groups of other members and with other numbers of buffers, before one group of all."""
@@ -52,29 +49,24 @@ def test_ranks_that_shared_memory_in_other_groups_before(rank: Rank) -> None:
             for number in range(buffers):
                 workspace.reserve(f"buffer {number}", 8)
             workspace.close()
-    exchange_bytes(rank)
+    test_every_rank_reads_what_every_rank_wrote.body(rank)
 
 
-def numbers_in_step(rank: Rank, first: list[int]) -> tuple[int, int]:
-    """The last number that a rank takes, two apart from its first, and how many it takes."""
+def last_number(rank: Rank, *first: int) -> int:
+    """The last of the numbers that a rank takes until all are in step, 2 apart from the first."""
     from sonic_ep.fast.symmetric_memory import keep_in_step
 
-    taken: list[int] = []
-
-    def next_number() -> int:
-        taken.append(first[rank.rank] + 2 * len(taken))
-        return taken[-1]
-
-    keep_in_step(BoundedCollectives(resolve_group(None)), next_number)
-    return taken[-1], len(taken)
+    numbers = count(first[rank.rank], 2)
+    keep_in_step(BoundedCollectives(resolve_group(None)), numbers.__next__)
+    return next(numbers) - 2
 
 
 @on_ranks(3, pool="cpu_pool")
 def test_ranks_take_numbers_until_they_are_in_step_or_raise(rank: Rank) -> None:
-    assert numbers_in_step(rank, [4, 8, 6]) == (8, [3, 1, 2][rank.rank])
-    assert numbers_in_step(rank, [5, 5, 5]) == (5, 1)
+    assert last_number(rank, 4, 8, 6) == 8
+    assert last_number(rank, 5, 5, 5) == 5
     with pytest.raises(RuntimeError, match=r"\b9 on rank 1, 8 on ranks 0, 2"):
-        numbers_in_step(rank, [4, 7, 8])
+        last_number(rank, 4, 7, 8)
 
 
 @on_ranks(2, pool="cpu_pool")
