@@ -8,29 +8,29 @@ from sonic_ep.fast.device_functions import rank_and_token, rounded
 
 
 @triton.jit
-def arrivals_kernel(senders_ptr, places_ptr, home, group, world_size, chunk):
-    """Places of what three senders have for one token."""
+def receive_slots_kernel(senders_ptr, places_ptr, origin, group, world_size, chunk):
+    """Where three senders write what they have for one token."""
     program = tl.program_id(0)
     sender = tl.load(senders_ptr + program)
-    tl.store(places_ptr + program, receive_slot_of(sender, home, group, world_size, chunk))
+    tl.store(places_ptr + program, receive_slot_of(sender, origin, group, world_size, chunk))
 
 
 @triton.jit
-def turns_kernel(turns_ptr, rank, world_size):
-    """Which rank and token each program of a dispatch takes."""
+def dispatch_order_kernel(order_ptr, rank, world_size):
+    """The rank and the token that each program of a dispatch serves."""
     program = tl.program_id(0)
     source, token = rank_and_token(program, rank, world_size)
-    tl.store(turns_ptr + 2 * program, source)
-    tl.store(turns_ptr + 2 * program + 1, token)
+    tl.store(order_ptr + 2 * program, source)
+    tl.store(order_ptr + 2 * program + 1, token)
 
 
 @triton.jit
-def homes_kernel(turns_ptr, rank, world_size, lag):
-    """Whose token each program of a combine takes, and which."""
+def combine_order_kernel(order_ptr, rank, world_size, lag):
+    """The rank and the group of tokens that each program of a combine serves."""
     program = tl.program_id(0)
-    home, group = origin_and_group(program, rank, world_size, lag)
-    tl.store(turns_ptr + 2 * program, home)
-    tl.store(turns_ptr + 2 * program + 1, group)
+    origin, group = origin_and_group(program, rank, world_size, lag)
+    tl.store(order_ptr + 2 * program, origin)
+    tl.store(order_ptr + 2 * program + 1, group)
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def round_kernel(values_ptr, rounded_ptr, COUNT: tl.constexpr, GIVEN: tl.constex
 
 @triton.jit
 def occupy_kernel(state_ptr, running_ptr, programs):
-    """Sit on the GPU until the host says so. state_ptr (2,): [0] is what the host says, [1] that all programs run."""
+    """Occupy the GPU until the host sets state_ptr[0]; state_ptr[1] says that all programs run."""
     here = tl.atomic_add(running_ptr, 1) + 1
     if here == programs:
         tl.store(state_ptr + 1, 1)

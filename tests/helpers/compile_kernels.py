@@ -18,13 +18,7 @@ from triton.compiler import ASTSource
 
 HOPPER = GPUTarget("cuda", 90, 32)
 # Kernels that take a row apart or sum it up, so that not all their accesses can be wide.
-NARROW = {
-    "poison_kernel",
-    "activate_kernel",
-    "activate_backward_kernel",
-    "add_bias_dots_kernel",
-    "sum_groups_kernel",
-}
+NARROW = {"poison_kernel", "activate_kernel", "activate_backward_kernel", "add_bias_dots_kernel", "sum_groups_kernel"}
 OPTIONS = ("num_warps", "enable_fp_fusion", "debug", "sanitize_overflow")
 
 
@@ -42,7 +36,7 @@ def compiled(launch: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": launch["name"],
         "constants": launch["constants"],
-        "moves_rows": bool({"INTS", "WORDS", "COLUMNS"} & constants.keys()) and launch["name"] not in NARROW,
+        "moves_rows": bool({"INTS", "COLUMNS"} & constants.keys()) and launch["name"] not in NARROW,
         "wide_loads": len(re.findall(r"ld\.global[.:\w]*\.v4\.b32", ptx)),
         "wide_stores": len(re.findall(r"st\.global[.:\w]*\.v4\.b32", ptx)),
         "single_elements": len(re.findall(r"(?:ld|st)\.global[.:\w]*(?<!\.v[24])\.b16", ptx)),
@@ -55,14 +49,28 @@ def compiled(launch: dict[str, Any]) -> dict[str, Any]:
             "signals_after_stores": signals_after_stores(ptx),
         },
         "passes_first_cache": "ld.global.cg" in ptx,
+        "host_reads_are_deeper": host_reads_are_deeper(code.asm["ttir"]),
     }
 
 
 def signals_after_stores(ptx: str) -> bool:
-    """Whether all threads of a program have met between what they store and each flag that says so."""
+    """Whether a barrier of the program's threads stands between their stores and each flag that announces them."""
     raised = [found.start() for found in re.finditer(r"atom\.global[.\w]*release", ptx)]
     stored = [(at, ptx.rfind("st.global", 0, at)) for at in raised]
     return all(store < 0 or ptx.rfind("bar.sync", 0, at) > store for at, store in stored)
+
+
+def host_reads_are_deeper(ttir: str) -> list[bool]:
+    """Of each read of host memory, whether it is nested deeper than the wait before it, so follows a timeout only."""
+    depth, waits, found = 0, list[int](), []
+    for line in ttir.splitlines():
+        if "tt.atomic_cas" in line:
+            waits.append(depth)
+        if "tt.load %wait_errors_ptr" in line:
+            found.append(depth > min(waits, default=depth))
+            waits = []
+        depth += line.count("{") - line.count("}")
+    return found
 
 
 def spilled(cubin: bytes) -> int:

@@ -1,6 +1,6 @@
 """Tensors of more elements than 32 bits can count, of which a test touches few.
 
-On the CPU they are files with holes: what is not touched takes neither memory nor disk.
+On the CPU they are files with holes: untouched parts take neither memory nor disk.
 """
 
 import tempfile

@@ -1,4 +1,4 @@
-"""The kernels of the fast backend, and what is launched of them."""
+"""The kernels of the library and their launches."""
 
 import importlib
 import inspect
@@ -14,12 +14,11 @@ Record = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], None]
 
 
 def jit_functions() -> dict[str, Any]:
-    """Every compiled function of the fast backend by name."""
+    """Every compiled function of the fast backend and of the profiler by name."""
     import sonic_ep.fast
 
-    modules = [
-        importlib.import_module(found.name) for found in pkgutil.walk_packages(sonic_ep.fast.__path__, "sonic_ep.fast.")
-    ]
+    names = [found.name for found in pkgutil.walk_packages(sonic_ep.fast.__path__, "sonic_ep.fast.")]
+    modules = map(importlib.import_module, [*names, "sonic_ep.profiler.link_kernels"])
     functions = {name: value for module in modules for name, value in vars(module).items()}
     return {name: value for name, value in functions.items() if inspect.isfunction(getattr(value, "fn", None))}
 

@@ -1,4 +1,4 @@
-"""Closeness without an absolute part: the norm of the difference against that of what is expected."""
+"""Closeness without an absolute part: the norm of the difference over that of the expected tensor."""
 
 import torch
 from torch import Tensor

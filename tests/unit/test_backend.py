@@ -24,7 +24,9 @@ def test_the_error_and_auto_name_every_reason(monkeypatch: pytest.MonkeyPatch) -
     assert all(reason in str(raised.value) and reason in choice.why for reason in reasons)
 
 
-def test_auto_prefers_the_fast_backend_but_not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_prefers_the_fast_backend_but_not_interpreted_and_other_names_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("sonic_ep.fast.unavailable_reasons", lambda group: ())
     choice = choose_backend("auto", ALONE)
     assert (choice.name, choice.why) == ("fast", "the preferred one")
@@ -33,9 +35,6 @@ def test_auto_prefers_the_fast_backend_but_not_interpreted(monkeypatch: pytest.M
     assert choice.name == "reference"
     assert choice.why.startswith("backend 'fast' is taken by name only: Triton's interpreter runs its kernels")
     assert choose_backend("fast", ALONE).name == "fast"
-
-
-def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="backend: got 'turbo', expected one of 'auto', 'fast', 'reference'"):
         choose_backend("turbo", ALONE)
 
@@ -44,13 +43,9 @@ def test_versions_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> str:
         raise capabilities.PackageNotFoundError(name)
 
-    old = "triton 3.5.1+git0 is installed, expected 3.6 or newer"
-    versions = (
-        (lambda name: "3.5.1+git0", (old,)),
-        (lambda name: "3.10.0", ()),
-        (absent, ("triton is not installed",)),
-    )
-    for version, reasons in versions:
+    old = ("triton 3.5.1+git0 is installed, expected 3.6 or newer",)
+    expected = {absent: ("triton is not installed",), lambda name: "3.5.1+git0": old, lambda name: "3.10.0": ()}
+    for version, reasons in expected.items():
         monkeypatch.setattr(capabilities, "version", version)
         assert capabilities.software_reasons() == reasons
 

@@ -22,10 +22,7 @@ def test_it_is_frozen() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            {"dispatch": "a2a"},
-            "dispatch: got 'a2a', expected one of 'auto', 'all_gather', 'all_to_all', 'rank_dedup'",
-        ),
+        ({"dispatch": "a2a"}, "dispatch: got 'a2a', expected one of 'auto', 'all_gather', 'all_to_all', 'rank_dedup'"),
         (
             {"combine": "all_gather"},
             "combine: got 'all_gather', expected one of 'auto', 'all_to_all', 'reduce_scatter'",

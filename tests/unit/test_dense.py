@@ -21,8 +21,6 @@ def token_by_token(inputs: Inputs, experts: Experts) -> torch.Tensor:
     for token, chosen in enumerate(inputs.topk_idx.tolist()):
         for k, expert in enumerate(chosen):
             if expert >= 0:
-                assert experts.b1 is not None
-                assert experts.b2 is not None
                 hidden = experts.w1[expert] @ inputs.x[token].to(WIDE) + experts.b1[expert]
                 gate, up = hidden[::2], hidden[1::2]
                 out = experts.w2[expert] @ (gate * torch.sigmoid(gate) * up) + experts.b2[expert]

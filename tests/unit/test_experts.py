@@ -7,6 +7,7 @@ import torch
 from near import assert_near
 from on_ranks import on_ranks
 from promises import promise
+from same import assert_same_bits
 from torch import Tensor
 
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
@@ -14,68 +15,33 @@ from sonic_ep.backend import Experts
 from sonic_ep.reference.experts import apply_experts
 from sonic_ep.testing import Rank, assert_as_accurate, assert_bitwise
 
-HIDDEN, INTERMEDIATE = 6, 4
-ENDS = torch.tensor([2, 2, 5], dtype=torch.int32)
 NAN = float("nan")
 
 
-def randn(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def some_experts() -> Experts:
+def test_rows_past_the_valid_ones_are_never_read_and_an_empty_expert_has_zero_gradients() -> None:
+    hidden, intermediate, group_ends, found = 6, 4, torch.tensor([2, 2, 5], dtype=torch.int32), []
     shapes = {
-        "w1": (2 * INTERMEDIATE, HIDDEN),
-        "w2": (HIDDEN, INTERMEDIATE),
-        "b1": (2 * INTERMEDIATE,),
-        "b2": (HIDDEN,),
+        "w1": (2 * intermediate, hidden),
+        "w2": (hidden, intermediate),
+        "b1": (2 * intermediate,),
+        "b2": (hidden,),
     }
-    weights = {name: randn(3, *shape, seed=seed).requires_grad_() for seed, (name, shape) in enumerate(shapes.items())}
-    return Experts(**weights, activation=ACTIVATIONS["swiglu"], layout=GATE_LAYOUTS["concat"])
-
-
-def weights_of(experts: Experts) -> list[Tensor]:
-    return [experts.w1, experts.w2, experts.b1, experts.b2]
-
-
-def test_each_row_by_its_own_expert_and_zeros_for_an_empty_one() -> None:
-    experts, rows = some_experts(), randn(5, HIDDEN)
-
-    def one_row(row: Tensor, expert: int) -> Tensor:
-        w1, w2, b1, b2 = (weight[expert] for weight in weights_of(experts))
-        gate, up = (w1 @ row + b1).split(INTERMEDIATE)
-        return w2 @ (up * gate * torch.sigmoid(gate)) + b2
-
-    y = apply_experts(rows, ENDS, experts)
-    assert_near(y, torch.stack([one_row(row, e) for row, e in zip(rows, [0, 0, 2, 2, 2], strict=True)]), 100)
-    y.sum().backward()
-    for weight in weights_of(experts):
-        assert weight.grad[1].eq(0).all()
-        assert weight.grad[0].ne(0).any()
-
-
-def test_rows_past_the_valid_ones_are_never_read() -> None:
-    found = []
     for behind in (0.0, NAN):
-        experts = some_experts()
-        rows = torch.cat([randn(5, HIDDEN), torch.full((4, HIDDEN), behind)]).requires_grad_()
-        y = apply_experts(rows, ENDS, experts)
-        grad = torch.full_like(y, behind)
-        grad[:5] = 1
-        y.backward(grad)
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.cat([torch.randn(5, hidden, generator=generator), torch.full((4, hidden), behind)])
+        weights = {name: torch.randn(3, *shape, generator=generator) for name, shape in shapes.items()}
+        leaves = [tensor.requires_grad_() for tensor in (rows, *weights.values())]
+        y = apply_experts(
+            rows, group_ends, Experts(**weights, activation=ACTIVATIONS["swiglu"], layout=GATE_LAYOUTS["concat"])
+        )
+        of_rows, *of_weights = torch.autograd.grad(
+            y, leaves, torch.ones_like(y).index_fill(0, torch.arange(5, 9), behind)
+        )
         assert y[5:].eq(0).all()
-        assert rows.grad[5:].eq(0).all()
-        found.append([y[:5], rows.grad[:5], *(weight.grad for weight in weights_of(experts))])
-    for clean, poisoned in zip(*found, strict=True):
-        assert_bitwise(poisoned, clean)
-
-
-def test_no_rows_at_all_still_carry_gradients() -> None:
-    experts = some_experts()
-    y = apply_experts(torch.zeros(0, HIDDEN), torch.zeros(3, dtype=torch.int32), experts)
-    assert y.shape == (0, HIDDEN)
-    y.sum().backward()
-    assert experts.w1.grad.eq(0).all()
+        assert of_rows[5:].eq(0).all()
+        assert all(grad[1].eq(0).all() and grad[0].ne(0).any() for grad in of_weights)
+        found.append([y[:5], of_rows[:5], *of_weights])
+    assert_same_bits(*found)
 
 
 ROWS, WIDTH, BEHIND = 66, 37, 4
@@ -96,34 +62,25 @@ def between(rank: Rank, name: str, layout: str, dtype: torch.dtype) -> SimpleNam
     scores = torch.rand(100, generator=generator).to(rank.device)
     group_ends = torch.tensor(GROUP_ENDS, dtype=torch.int32, device=rank.device)
     unused = torch.empty(len(GROUP_ENDS), 5, WIDTH, device=rank.device, dtype=dtype)
-    return SimpleNamespace(
-        hidden=hidden,
-        grad=grad,
-        scores=scores,
-        score_of_row=scores[slots].double()[:, None],
-        expert_of_row=torch.searchsorted(group_ends, torch.arange(ROWS, device=rank.device), right=True),
-        plan=SimpleNamespace(
-            group_ends=group_ends,
-            experts_per_rank=len(GROUP_ENDS),
-            row_capacity=ROWS + BEHIND,
-            slot_of_row=torch.cat([slots, slots.new_full((BEHIND,), -1)]).int(),
-        ),
-        experts=Experts(w1=unused, w2=unused, b1=None, b2=None, activation=activation, layout=GATE_LAYOUTS[layout]),
+    plan = SimpleNamespace(
+        group_ends=group_ends,
+        experts_per_rank=len(GROUP_ENDS),
+        row_capacity=ROWS + BEHIND,
+        slot_of_row=torch.cat([slots, slots.new_full((BEHIND,), -1)]).int(),
     )
+    experts = Experts(w1=unused, w2=unused, b1=None, b2=None, activation=activation, layout=GATE_LAYOUTS[layout])
+    expert_of_row = torch.searchsorted(group_ends, torch.arange(ROWS, device=rank.device), right=True)
+    by_row = {"score_of_row": scores[slots].double()[:, None], "expert_of_row": expert_of_row}
+    return SimpleNamespace(hidden=hidden, grad=grad, scores=scores, plan=plan, experts=experts, **by_row)
 
 
 def by_autograd(given: SimpleNamespace, dtype: torch.dtype) -> dict[str, Tensor]:
     """Activation and gradients in ``dtype``, by PyTorch."""
     hidden = given.hidden[:ROWS].to(dtype).requires_grad_()
     activated = given.experts.activation(hidden, given.experts.layout)
-    weighted = (given.grad[:ROWS].double() * given.score_of_row).to(dtype)
-    (hidden_grad,) = torch.autograd.grad(activated, hidden, weighted)
-    activated = activated.detach()
-    return {
-        "activated": activated,
-        "hidden": hidden_grad,
-        "weighted": (activated.double() * given.score_of_row).to(dtype),
-    }
+    (hidden_grad,) = torch.autograd.grad(activated, hidden, (given.grad[:ROWS].double() * given.score_of_row).to(dtype))
+    weighted = (activated.detach().double() * given.score_of_row).to(dtype)
+    return {"activated": activated.detach(), "hidden": hidden_grad, "weighted": weighted}
 
 
 @pytest.mark.fast

@@ -37,14 +37,8 @@ from sonic_ep.fast.launch import launch
 pytestmark = pytest.mark.fast
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-GROUPS = {
-    "first empty": (0, 3, 5),
-    "middle empty": (4, 0, 3),
-    "last empty": (3, 2, 0),
-    "all empty": (0, 0, 0),
-    "one expert": (6,),
-    "more experts than rows": (1, 0, 0, 0, 1, 0, 0),
-}
+# The first, the middle, the last and every group empty; one expert; more experts than rows.
+GROUPS = [(0, 3, 5), (4, 0, 3), (3, 2, 0), (0, 0, 0), (6,), (1, 0, 0, 0, 1, 0, 0)]
 # Widths of a, b and the third operand: ODD has none that is a multiple of 16 bytes in any dtype.
 ODD, WHOLE = (33, 7, 5), (32, 8, 24)
 NAN = float("nan")
@@ -68,22 +62,19 @@ def by_loop(kind: str, a: Tensor, b: Tensor, sizes: Sequence[int], bias: Tensor 
     rows = a.split(list(sizes))
     if kind == "weights":
         return torch.stack([one.t() @ other for one, other in zip(rows, b.split(list(sizes)), strict=True)])
-    if bias is not None:
-        return torch.cat([F.linear(one, matrix.t(), own) for one, matrix, own in zip(rows, b, bias, strict=True)])
-    return torch.cat([one @ matrix for one, matrix in zip(rows, b, strict=True)])
+    biases = [None] * len(b) if bias is None else bias
+    return torch.cat([F.linear(one, matrix.t(), own) for one, matrix, own in zip(rows, b, biases, strict=True)])
 
 
 @contextmanager
 def no_host_synchronization(device: torch.device) -> Iterator[None]:
     """On GPUs, PyTorch raises where the host would wait for the device."""
-    if device.type == "cpu":
-        yield
-        return
-    torch.cuda.set_sync_debug_mode("error")
+    set_mode = torch.cuda.set_sync_debug_mode if device.type == "cuda" else lambda mode: None
+    set_mode("error")
     try:
         yield
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        set_mode("default")
 
 
 def check(gemm: GroupedGemm, kind: str, a: Tensor, b: Tensor, sizes: Sequence[int], behind: int = 3) -> None:
@@ -114,7 +105,7 @@ def check_products(
 
 @on_ranks(1)
 @by_dtype
-@pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS.keys())
+@pytest.mark.parametrize("sizes", GROUPS, ids=str)
 def test_products_match_a_loop(rank: Rank, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     serves = library_serves([random(rank, dtype, 8, 8)])
     assert serves or rank.device.type == "cuda"
@@ -135,11 +126,7 @@ def test_products_of_many_tiles(rank: Rank, dtype: torch.dtype) -> None:
     wide, many = torch.full((1, 20, 100), NAN, dtype=dtype, device=rank.device), (9 * 16 + 1,)
     wide[:, :, 7:39] = random(rank, dtype, 1, 20, 32)
     check(gemm, "rows", random(rank, dtype, *many, 20), wide[:, :, 7:39], many)
-
-
-@on_ranks(1)
-@by_dtype
-def test_products_of_the_largest_tiles(rank: Rank, dtype: torch.dtype) -> None:
+    # The largest tiles.
     widths = (260, 264, 272)
     tiles = tile_shape(dtype, 285, *widths[:2])
     assert all(extent < 260 for extent in (tiles.height, tiles.width, tiles.depth))
@@ -184,19 +171,11 @@ def written(rank: Rank, programs: int, rows: int, group_ends: Sequence[int], col
     a = torch.ones(rows, 16, device=rank.device)
     b = (torch.arange(experts, dtype=torch.float32, device=rank.device) + 1).view(-1, 1, 1).repeat(1, 16, columns) / 16
     out = torch.zeros(rows + 16, columns, device=rank.device)
-    row_tiles = triton.cdiv(rows, 16) + experts - 1
-    launch(
-        rows_kernel,
-        (programs,),
-        *(a, b, a, out, torch.tensor(group_ends, dtype=torch.int32, device=rank.device), experts, rows, row_tiles),
-        device=rank.device,
-        K=16,
-        N=columns,
-        **dict(zip(("STRIDE_E", "STRIDE_K", "STRIDE_N"), b.stride(), strict=True)),
-        HAS_BIAS=False,
-        EXPERTS=triton.next_power_of_2(experts),
-        **SMALL_TILES.constants(),
-    )
+    groups = torch.tensor(group_ends, dtype=torch.int32, device=rank.device)
+    arguments = (a, b, a, out, groups, experts, rows, triton.cdiv(rows, 16) + experts - 1)
+    constants = {"K": 16, "N": columns, "EXPERTS": triton.next_power_of_2(experts), "HAS_BIAS": False}
+    constants |= dict(zip(("STRIDE_E", "STRIDE_K", "STRIDE_N"), b.stride(), strict=True)) | SMALL_TILES.constants()
+    launch(rows_kernel, (programs,), *arguments, device=rank.device, **constants)
     assert not out[rows:].any(), "nothing is written past the last row"
     return out[:rows].int().cpu()
 
@@ -210,7 +189,7 @@ def test_order_of_tiles(rank: Rank) -> None:
         assert_bitwise(written(rank, programs, 27, (20, 20, 25), 16), expected)
     assert_bitwise(written(rank, 4, 27, (20, 20, 25), 16), expected)
     assert_bitwise(written(rank, 4, 25, (20, 20, 90), 16), expected[:25])
-    # Nine tiles of rows by two of columns: eight down, eight down beside them, then both columns of the ninth.
+    # Nine tiles of rows by two of columns: eight down the first column, eight down the second, then both of the ninth.
     expected = torch.zeros(9 * 16, 32, dtype=torch.int32)
     tiles = [(row, column) for rows in (range(8), range(8, 9)) for column in range(2) for row in rows]
     for programs, (row, column) in enumerate(tiles, start=1):
@@ -275,10 +254,8 @@ def test_a_bias_is_added_before_the_rounding(rank: Rank, dtype: torch.dtype) -> 
         a, b = random(rank, dtype, sum(sizes), depth), random(rank, dtype, len(sizes), depth, width)
         bias = random(rank, dtype, len(sizes), width)
         found = gemm.rows(with_nan_behind(a), b, ends(rank.device, sizes), bias)[: sum(sizes)]
-        truth, plain = (
-            by_loop("rows", a.to(kind), b.to(kind), sizes, bias.to(kind)) for kind in (torch.float64, dtype)
-        )
-        assert_as_accurate(found, truth, plain)
+        truth = by_loop("rows", a.double(), b.double(), sizes, bias.double())
+        assert_as_accurate(found, truth, by_loop("rows", a, b, sizes, bias))
 
 
 @on_ranks(1)

@@ -13,21 +13,14 @@ pytestmark = pytest.mark.fast
 
 
 @on_ranks(1)
-def test_counts_are_copied(rank: Rank) -> None:
+def test_counts_are_copied_and_the_host_waits_for_every_one(rank: Rank) -> None:
     """As many as there are, zeros among them, one copy after the other."""
-    from sonic_ep.fast.planner import HostCopy
+    from sonic_ep.fast.planner import NOT_ARRIVED, HostCopy
 
     copy = HostCopy(rank.device)
     for counts in ([3, 0], [0, 0], [7, 1, 2], [5]):
         copy.start(torch.tensor(counts, dtype=torch.int32, device=rank.device))
         assert copy.wait() == counts
-
-
-@on_ranks(1)
-def test_the_host_waits_for_every_count(rank: Rank) -> None:
-    from sonic_ep.fast.planner import NOT_ARRIVED, HostCopy
-
-    copy = HostCopy(rank.device)
     copy.start(torch.tensor([NOT_ARRIVED, NOT_ARRIVED], dtype=torch.int32, device=rank.device))
     if rank.device.type == "cuda":
         torch.cuda.synchronize()

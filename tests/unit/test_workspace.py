@@ -1,8 +1,8 @@
 """Shared memory: every transport, its poison, its growth, and the barriers that order its reuse."""
 
-import re
 import time
 from collections.abc import Callable
+from itertools import count
 
 import pytest
 import torch
@@ -16,12 +16,13 @@ from sonic_ep import ClosedError, ExpertParallel
 from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.distributed.group import resolve_group
 from sonic_ep.errors import CollectiveMismatchError, PeerTimeoutError, SharedMemoryError
-from sonic_ep.testing import Rank, RankError, RankPool
+from sonic_ep.testing import Rank, RankPool
 
 pytestmark = pytest.mark.fast
 
 
-def exchange_bytes(rank: Rank) -> None:
+@on_ranks(1, 2, 3, 4)
+def test_every_rank_reads_what_every_rank_wrote(rank: Rank) -> None:
     with workspace_of(rank) as workspace:
         buffer = workspace.reserve("numbers", 1000)
         assert buffer.nbytes >= 1000
@@ -39,11 +40,6 @@ def exchange_bytes(rank: Rank) -> None:
                 assert buffer.rows(other, (4,), torch.int32).tolist() == [100 * iteration + other] * 4
 
 
-@on_ranks(1, 2, 3, 4)
-def test_every_rank_reads_what_every_rank_wrote(rank: Rank) -> None:
-    exchange_bytes(rank)
-
-
 @on_ranks(3)
 def test_ranks_that_shared_memory_in_other_groups_before(rank: Rank) -> None:
     """Groups of other members and with other numbers of buffers, before one group of all."""
@@ -53,35 +49,24 @@ def test_ranks_that_shared_memory_in_other_groups_before(rank: Rank) -> None:
             for number in range(buffers):
                 workspace.reserve(f"buffer {number}", 8)
             workspace.close()
-    exchange_bytes(rank)
+    test_every_rank_reads_what_every_rank_wrote.body(rank)
 
 
-def numbers_in_step(rank: Rank, first: list[int]) -> tuple[int, int]:
-    """The last number that a rank takes, two apart from its first, and how many it takes."""
+def last_number(rank: Rank, *first: int) -> int:
+    """The last of the numbers that a rank takes until all are in step, 2 apart from the first."""
     from sonic_ep.fast.symmetric_memory import keep_in_step
 
-    taken: list[int] = []
-
-    def next_number() -> int:
-        taken.append(first[rank.rank] + 2 * len(taken))
-        return taken[-1]
-
-    keep_in_step(BoundedCollectives(resolve_group(None)), next_number)
-    return taken[-1], len(taken)
+    numbers = count(first[rank.rank], 2)
+    keep_in_step(BoundedCollectives(resolve_group(None)), numbers.__next__)
+    return next(numbers) - 2
 
 
-@pytest.mark.parametrize(
-    ("first", "expected"), [([4, 8, 6], [(8, 3), (8, 1), (8, 2)]), ([5, 5, 5], [(5, 1), (5, 1), (5, 1)])], ids=str
-)
-def test_ranks_take_numbers_until_they_are_in_step(
-    cpu_pool: RankPool, first: list[int], expected: list[tuple[int, int]]
-) -> None:
-    assert cpu_pool.run(numbers_in_step, first, world_size=3) == expected
-
-
-def test_ranks_that_cannot_get_in_step_raise(cpu_pool: RankPool) -> None:
-    with pytest.raises(RankError, match=r"\b8 on rank 0, 7 on rank 1"):
-        cpu_pool.run(numbers_in_step, [4, 7], world_size=2)
+@on_ranks(3, pool="cpu_pool")
+def test_ranks_take_numbers_until_they_are_in_step_or_raise(rank: Rank) -> None:
+    assert last_number(rank, 4, 8, 6) == 8
+    assert last_number(rank, 5, 5, 5) == 5
+    with pytest.raises(RuntimeError, match=r"\b9 on rank 1, 8 on ranks 0, 2"):
+        last_number(rank, 4, 7, 8)
 
 
 @on_ranks(2, pool="cpu_pool")
@@ -90,21 +75,6 @@ def test_unequal_sizes_are_refused_on_all_ranks(rank: Rank) -> None:
         with pytest.raises(SharedMemoryError, match=rf"^rank {rank.rank} of 2: .*512 on rank 0, 1024 on rank 1"):
             workspace.reserve("rows", 512 * (1 + rank.rank))
         assert lasting_files() == []
-
-
-@on_ranks(1, 2, 3)
-def test_kernels_read_peers_through_the_address_table(rank: Rank) -> None:
-    from sonic_ep.fast.collectives import gather_kernel
-    from sonic_ep.fast.launch import launch
-
-    with workspace_of(rank) as workspace:
-        numbers = workspace.reserve("numbers", 12)
-        numbers.rows(rank.rank, (3,), torch.int32).copy_(torch.arange(3, dtype=torch.int32) + 10 * rank.rank)
-        workspace.barrier_after_write()
-        found = torch.empty(rank.world_size, 3, dtype=torch.int32, device=rank.device)
-        launch(gather_kernel, (1, rank.world_size), numbers.addresses, found, 3, device=rank.device, BLOCK=4)
-        assert found.tolist() == [[10 * other + i for i in range(3)] for other in range(rank.world_size)]
-        workspace.barrier_before_write()
 
 
 @on_ranks(1, 2, 3)
@@ -124,20 +94,19 @@ def test_a_buffer_grows_and_never_shrinks(rank: Rank) -> None:
         workspace.barrier_before_write()
 
 
-def wait_for_rank_1(rank: Rank) -> str:
+def wait_for_rank_1(rank: Rank) -> None:
     workspace = new_workspace(rank, timeout=0.25)
     workspace.enter()
     if rank.rank == 1:
         time.sleep(1)
-        return ""
-    with pytest.raises(PeerTimeoutError) as raised:
+        return
+    with pytest.raises(PeerTimeoutError, match=r"^rank 0 of 2: waited 0\.25 s for rank 1 in phase .* of step 0\b"):
         workspace.barrier_after_write()
     with pytest.raises(PeerTimeoutError):
         workspace.enter()
-    return str(raised.value)
 
 
-def combine_without_rank_1(rank: Rank) -> str:
+def combine_without_rank_1(rank: Rank) -> None:
     """Rank 1 has planned and dispatched, but sends nothing in its second combine."""
     ep = ExpertParallel(backend="fast", max_tokens_per_rank=4)
     plan = ep.plan(torch.tensor([[0, 1]] * 4, device=rank.device), num_experts=2)
@@ -149,29 +118,20 @@ def combine_without_rank_1(rank: Rank) -> str:
             workspace = ep._backend._context(rank.device).workspace
             patch.setattr(workspace, "run_waiting", lambda *_, **__: time.sleep(1))
             ep.combine(rows, scores, plan)
-        return ""
+        return
     ep._collectives.timeout = 0.25
-    with pytest.raises(PeerTimeoutError) as raised:
+    with pytest.raises(PeerTimeoutError, match=r"^rank 0 of 2: .* for rank 1 in phase combine of step"):
         ep.combine(rows, scores, plan)
     with pytest.raises(ClosedError, match=r"PeerTimeoutError: rank 0 of 2: waited 0\.25 s"):
         ep.dispatch(rows, plan)
     ep.close()
-    return str(raised.value)
 
 
 # On the CPU: on a GPU the kernel traps, which ends the process's use of the GPU, and so of the pool.
 @promise("bounded-waits")
-@pytest.mark.parametrize(
-    ("body", "expected"),
-    [
-        (wait_for_rank_1, r"^rank 0 of 2: waited 0\.25 s for rank 1 in phase .* of step 0\b"),
-        (combine_without_rank_1, r"^rank 0 of 2: .* for rank 1 in phase combine of step"),
-    ],
-    ids=["at a barrier", "inside a combine"],
-)
-def test_a_wait_is_bounded_and_names_the_rank(cpu_pool: RankPool, body: Callable[[Rank], str], expected: str) -> None:
-    message = cpu_pool.run(body, world_size=2)[0]
-    assert re.search(expected, message), message
+@pytest.mark.parametrize("body", [wait_for_rank_1, combine_without_rank_1])
+def test_a_wait_is_bounded_and_names_the_rank(cpu_pool: RankPool, body: Callable[[Rank], None]) -> None:
+    cpu_pool.run(body, world_size=2)
     cpu_pool.stop()
 
 
@@ -193,22 +153,20 @@ def test_a_device_without_kernels_is_refused(rank: Rank) -> None:
 
 
 WAIT_SECONDS, TAG, OTHER_TAG = 1.0, 2**32 + 7, 2**33 + 9
+# Both come, one late, both late, another tag first, another tag after a timeout.
+RECORDED = {
+    (TAG, TAG): [0, 0, 0, 0],
+    (TAG, 0): [1, 3, TAG, 0],
+    (0, 0): [1, 2, TAG, 0],
+    (OTHER_TAG, 0): [2, 2, TAG, OTHER_TAG],
+    (0, OTHER_TAG): [1, 2, TAG, 0],
+}
 
 
 @promise("bounded-waits")
 @on_ranks(1, pool="cpu_pool")
-@pytest.mark.parametrize(
-    ("shown", "expected"),
-    [
-        ([TAG, TAG], [0, 0, 0, 0]),
-        ([TAG, 0], [1, 3, TAG, 0]),
-        ([0, 0], [1, 2, TAG, 0]),
-        ([OTHER_TAG, 0], [2, 2, TAG, OTHER_TAG]),
-        ([0, OTHER_TAG], [1, 2, TAG, 0]),
-    ],
-    ids=["both", "one late", "both late", "another tag first", "another tag after a timeout"],
-)
-def test_a_barrier_records_the_first_failure(rank: Rank, shown: list[int], expected: list[int]) -> None:
+@pytest.mark.parametrize(("shown", "expected"), RECORDED.items(), ids=str)
+def test_a_barrier_records_the_first_failure(rank: Rank, shown: tuple[int, int], expected: list[int]) -> None:
     """Rank 0 of three, whose peers show these tags. One wait times out, and none where the tag is another."""
     from sonic_ep.fast.launch import launch
     from sonic_ep.fast.sync import barrier_kernel
@@ -221,10 +179,8 @@ def test_a_barrier_records_the_first_failure(rank: Rank, shown: list[int], expec
         patch.setenv("TRITON_DEBUG", "0")
         arguments = (addresses, 3, record, 0, TAG, int(WAIT_SECONDS * 1e9))
         launch(barrier_kernel, (6,), *arguments, device=rank.device, debug=False, num_warps=1)
-    took = time.monotonic() - began
+    assert time.monotonic() - began < (0.9 + (expected[0] == 1)) * WAIT_SECONDS
     assert record.tolist() == expected
-    timeouts = 1 if expected[0] == 1 else 0
-    assert took < (timeouts + 0.9) * WAIT_SECONDS
 
 
 @promise("mismatch")
