@@ -13,12 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sonic_ep.autograd_utils import (
-    once_differentiable,
-    outside_selective_checkpoint,
-    savable,
-    unpack_saved,
-)
+from sonic_ep.autograd_utils import once_differentiable, outside_selective_checkpoint, savable, unpack_saved
 from sonic_ep.backend import CombinePrimitive, DispatchPrimitive
 from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.distributed.sync_tag import Phase, Step, SyncTag

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.fast
 
 # Constant as long as an ``ExpertParallel`` and the layers that use it, or a measurement of the link.
 CONSTANTS_OF_AN_OBJECT = {
-    *{"rank", "world_size", "peer", "pieces"},
+    *{"rank", "world_size"},
     *{"num_experts", "experts", "experts_per_rank", "bins", "width"},
 }
 

@@ -154,17 +154,7 @@ def signal_receive_slot(flags_ptr, origin, slot, tag):
 
 @triton.jit
 def await_receive_slots(
-    flags_ptr,
-    experts,
-    group,
-    chunk,
-    world_size,
-    experts_per_rank,
-    wait_errors_ptr,
-    rank,
-    tag,
-    limit,
-    ALL: tl.constexpr,
+    flags_ptr, experts, group, chunk, world_size, experts_per_rank, wait_errors_ptr, rank, tag, limit, ALL: tl.constexpr
 ):
     """Wait for the receive slots of a token: of the other ranks that have a slot of it, or of ALL other ranks."""
     flags = tl.load(flags_ptr + rank).to(tl.pointer_type(tl.int64))
