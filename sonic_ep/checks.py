@@ -27,10 +27,8 @@ SCORE_DTYPES = (*ROW_DTYPES, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
 # Every rank counts the slots of every expert.
 MOST_EXPERTS = 2**16
-# Of H, and of an expert's rows of w1: int32 offsets in a tile of 256 rows, and grids of at most 65535 blocks of 64
-# columns.
+# Of H, and of an expert's rows of w1: int32 offsets in a tile of 256 rows, grids of at most 65535 blocks of 64 columns.
 MOST_WIDTH = 2**21
-# 30 days.
 MOST_SECONDS = 30 * 24 * 3600
 
 ObjectT = TypeVar("ObjectT")
@@ -130,10 +128,8 @@ class ArgumentChecker:
         else:
             self.same_device(name, tensor, like)
         if has_tangent(tensor):
-            raise NotImplementedError(
-                f"{self.group}: {name}: got a tensor with a tangent of forward-mode differentiation, expected none: "
-                "only backward is differentiated"
-            )
+            got = "got a tensor with a tangent of forward-mode differentiation, expected none"
+            raise NotImplementedError(f"{self.group}: {name}: {got}: only backward is differentiated")
         raise_if_freed(self.group, name, tensor)
         return tensor
 
@@ -141,12 +137,10 @@ class ArgumentChecker:
         """``value`` without its subclass, whose ``__torch_function__`` must not change what is computed."""
         tensor = self.instance(name, value, Tensor, "a torch.Tensor")
         kind = type(tensor)
-        if kind in (Tensor, nn.Parameter):
-            return tensor
+        # A FakeTensor, MaskedTensor or DTensor: its values are elsewhere, or there are none.
         if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            # A FakeTensor, MaskedTensor or DTensor: its values are elsewhere, or there are none.
             raise TypeError(f"{self.group}: {name}: got {kind.__name__}, expected a torch.Tensor that holds its values")
-        return tensor.as_subclass(Tensor)
+        return tensor if kind in (Tensor, nn.Parameter) else tensor.as_subclass(Tensor)
 
 
 def check_tokens(checker: ArgumentChecker, x: object) -> Tensor:

@@ -18,10 +18,9 @@ AnswerT = TypeVar("AnswerT")
 
 @dataclass(frozen=True, kw_only=True)
 class RankStatus:
-    """What a rank has reported last.
+    """A rank's last report. collectives: how many it has begun. left: it begins no more. lost: ranks missing for it.
 
-    collectives: how many it has begun. left: whether it will begin no more. lost: ranks that it has waited for until
-    its time was up. text: its phase and step, or the error with which it left.
+    text: its phase and step, or the error with which it left.
     """
 
     collectives: int
@@ -33,8 +32,7 @@ class RankStatus:
 class StatusStore:
     """Statuses of the ranks of one group for one object. Nothing here raises, or waits longer than ``ANSWER_SECONDS``.
 
-    store: None in a group of one. number: how many objects the group had before. others: the other ranks. broken:
-    whether the store has failed to answer.
+    store: None in a group of one. number: of objects before. others: the other ranks. broken: it does not answer.
     """
 
     def __init__(self, group: EPGroup, store: Any) -> None:
@@ -55,10 +53,10 @@ class StatusStore:
         """The object was never used: the next one takes its number."""
         self._count(-1)
 
-    def silent(self) -> list[int]:
-        """The other ranks that have reported nothing; none if the store does not answer."""
-        found = self.statuses()
-        return [] if self.broken else [rank for rank in self.others if rank not in found]
+    def silent(self, collectives: int = 0) -> list[int]:
+        """The other ranks that have not reported to have begun ``collectives``."""
+        reported = {rank for rank, status in self.statuses().items() if status.collectives >= collectives}
+        return [rank for rank in self.others if rank not in reported]
 
     def report(self, status: RankStatus) -> None:
         """Replace this rank's status."""
@@ -66,7 +64,7 @@ class StatusStore:
         self._answer(lambda: self._store.set(key, pickled))
 
     def statuses(self) -> dict[int, RankStatus]:
-        """The statuses of the other ranks that have reported any, by rank; the last known ones if the store is gone."""
+        """The last known statuses of the other ranks, by rank."""
         keys = {rank: self._key(rank) for rank in self.others}
         found = self._answer(lambda: {r: self._store.get(key) for r, key in keys.items() if self._store.check([key])})
         if found is not None:
@@ -92,10 +90,10 @@ class StatusStore:
                 return
 
         thread = threading.Thread(target=asking, daemon=True)
+        # From Python 3.12 on no thread starts while the interpreter exits; a store call without one might block it.
         try:
             thread.start()
         except RuntimeError:
-            # From Python 3.12 on no thread starts while the interpreter exits; a store call without one might block it.
             return None
         thread.join(ANSWER_SECONDS)
         self.broken = not answers
