@@ -28,7 +28,7 @@ from sonic_ep.plan import RoutingPlan
 
 
 class FastBackend:
-    """The backend protocol over shared memory. Holds a context for each device that calls have used."""
+    """The backend protocol over shared memory: a context for each device that calls have used."""
 
     def __init__(self, collectives: BoundedCollectives, config: EPConfig) -> None:
         self._collectives = collectives
