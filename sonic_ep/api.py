@@ -38,10 +38,9 @@ logger = logging.getLogger("sonic_ep")
 
 
 class MoEOutput(NamedTuple):
-    """What ``moe`` returns. A tuple, so that module hooks, FSDP and reentrant checkpointing find the tensors.
+    """A tuple, so that module hooks, FSDP and reentrant checkpointing find the tensors. y: shape and dtype of x.
 
-    y: shape and dtype of x. router_logits: (T, E) fp32, differentiable.
-    tokens_per_expert: (E,) int32, slots of each expert over the group; the same on every rank.
+    router_logits: (T, E) fp32, differentiable. tokens_per_expert: (E,) int32, slots of each expert over the group.
     """
 
     y: Tensor
@@ -256,8 +255,8 @@ class ExpertParallel:
     def check(self) -> None:
         """Collective. Raise, on every rank, the errors that devices have flagged since the last check.
 
-        ``ValueError`` for expert ids out of range, ``RowOverflowError`` for more rows than ``max_rows``,
-        ``PeerError`` if a kernel's wait for another rank failed.
+        ``ValueError``: expert ids out of range. ``RowOverflowError``: more rows than ``max_rows``. ``PeerError``: a
+        kernel's wait for another rank failed.
         """
         with self._call_guard.one(begun=True):
             self._backend.check()

@@ -68,10 +68,7 @@ class DispatchPrimitive(Protocol):
         """Collective. The rows that this rank receives, in the mode's own layout."""
 
     def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
-        """Which received row each canonical row is a copy of, int32 or int64; None if they arrive in canonical order.
-
-        (rows,), or (R,) with unspecified entries past the valid rows.
-        """
+        """The received row of each canonical row, (rows,) or (R,) integers; None if received in canonical order."""
 
 
 class CombinePrimitive(Protocol):
