@@ -1,8 +1,7 @@
-"""Every argument of a public call is checked here, before any communication.
+"""Every argument of a public call is checked here, before any communication. Values on a device are not read.
 
-A wrong one raises ``ValueError`` (``TypeError`` if it is of the wrong type) with the rank, the argument, what was got
-and what is expected. Tensors are returned as they came: only when all shapes of a call are right, ``rows_of_tokens``,
-``experts_as_read`` and ``for_kernels`` copy what kernels cannot read in place. Values on a device are not read.
+A wrong one raises ``ValueError`` (``TypeError`` for a wrong type) with rank, argument, got and expected. Tensors are
+returned uncopied: once all shapes are right, ``for_kernels`` copies what kernels cannot read in place.
 """
 
 from __future__ import annotations
@@ -109,6 +108,10 @@ class ArgumentChecker:
         """On the device of ``like``."""
         self.require(tensor.device == like.device, f"device of {name}", tensor.device, like.device)
 
+    def width(self, name: str, value: int) -> None:
+        """At most ``MOST_WIDTH``."""
+        self.require(value <= MOST_WIDTH, name, value, f"at most {MOST_WIDTH}")
+
     def shape(self, name: str, tensor: Tensor, expected: tuple[int, ...], letters: str) -> None:
         """Exactly the shape ``expected``, which ``letters`` explains."""
         got = tuple(tensor.shape)
@@ -148,7 +151,7 @@ def check_tokens(checker: ArgumentChecker, x: object) -> Tensor:
     tensor = checker.tensor("x", x, ROW_DTYPES)
     shape = tuple(tensor.shape)
     checker.require(tensor.ndim >= 2 and shape[-1] >= 1, "shape of x", shape, "(T, H) or (..., H), H at least 1")
-    _check_width(checker, "hidden size H", shape[-1])
+    checker.width("hidden size H", shape[-1])
     return tensor
 
 
@@ -160,10 +163,6 @@ def tokens_of(x: Tensor) -> int:
 def rows_of_tokens(x: Tensor) -> Tensor:
     """``x`` as kernels read it: (T, H), contiguous."""
     return for_kernels(x).flatten(0, -2)
-
-
-def _check_width(checker: ArgumentChecker, name: str, width: int) -> None:
-    checker.require(width <= MOST_WIDTH, name, width, f"at most {MOST_WIDTH}")
 
 
 def check_experts_divide(checker: ArgumentChecker, num_experts: int) -> None:
@@ -225,7 +224,7 @@ def check_experts(checker: ArgumentChecker, x: Tensor, given: ExpertArguments, n
     checker.require(held >= 1, "shape of w2", tuple(w2.shape), "at least one expert on this rank")
     checker.shape("w2", w2, (held, hidden, w2.shape[2]), "(e, H, I)")
     checker.shape("w1", w1, (held, width, hidden), "(e, 2I, H)" if activation.gated else "(e, I, H)")
-    _check_width(checker, "2I of w1" if activation.gated else "I of w1", width)
+    checker.width("2I of w1" if activation.gated else "I of w1", width)
     biases = [name for name in ("b1", "b2") if getattr(given, name) is not None]
     checker.require(len(biases) != 1, "biases", f"{biases} alone", "b1 and b2, or neither")
     b1 = _check_bias(checker, x, "b1", given.b1, (held, width))
@@ -282,5 +281,5 @@ def check_rows_of_plan(checker: ArgumentChecker, rows: object, plan: RoutingPlan
     shape = tuple(rows_RH.shape)
     fits = rows_RH.ndim == 2 and shape[0] == plan.row_capacity and shape[1] >= 1
     checker.require(fits, "shape of rows", shape, f"({plan.row_capacity}, H) = (R, H)")
-    _check_width(checker, "hidden size H", shape[1])
+    checker.width("hidden size H", shape[1])
     return rows_RH

@@ -47,12 +47,11 @@ from sonic_ep.compat import is_zero_without_memory
 from sonic_ep.config import EPConfig, is_count
 from sonic_ep.errors import PlanError, RecomputeError, RowOverflowError
 
-# Slots and rows are int32, and kernels count past the last one: by the stride of a grid over rows, the rest of a tile
-# (at most 2 * 65536 slots), or the lag of a combine (1024 tokens for each rank).
+# Slots and rows are int32, and kernels count past the last one: by a grid's stride, the rest of a tile (at most
+# 2 * 65536 slots), or the lag of a combine (1024 tokens for each rank).
 MOST_SLOTS = 2**31 - 2**20
-INDEX_DTYPE = torch.int32
+INDEX_DTYPE, NO_ROW = torch.int32, -1
 INDEX_BYTES = INDEX_DTYPE.itemsize
-NO_ROW = -1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -191,7 +190,7 @@ def recompute_error(where: object, step: int) -> RecomputeError:
 
 
 def room_for_rows(where: object, config: EPConfig, *, rank: int, ceiling: int, rows_W: Sequence[int] | None) -> int:
-    """R: the exact rows with ``cpu_sync_on_runtime``, else the ceiling, or ``max_rows`` if that is less.
+    """R: the exact rows with ``cpu_sync_on_runtime``, else the ceiling or ``max_rows``, whichever is less.
 
     rows_W: the rows of every rank, if the host has read them. Then all ranks raise ``RowOverflowError`` alike.
     """
@@ -205,17 +204,12 @@ def room_for_rows(where: object, config: EPConfig, *, rank: int, ceiling: int, r
 
 def _is_readable(tensor: object) -> bool:
     """Whether kernels can read ``tensor`` in place, as contiguous int32."""
-    return (
-        type(tensor) is Tensor
-        and tensor.dtype == INDEX_DTYPE
-        and tensor.layout == torch.strided
-        and not tensor.is_nested
-        and tensor.is_contiguous()
-        and not tensor.is_neg()
-        and not is_zero_without_memory(tensor)
-        # Its storage may have been freed.
-        and tensor.untyped_storage().nbytes() >= INDEX_BYTES * (tensor.storage_offset() + tensor.numel())
-    )
+    if type(tensor) is not Tensor or tensor.dtype != INDEX_DTYPE or tensor.layout != torch.strided or tensor.is_nested:
+        return False
+    if not tensor.is_contiguous() or tensor.is_neg() or is_zero_without_memory(tensor):
+        return False
+    # Its storage may have been freed.
+    return tensor.untyped_storage().nbytes() >= INDEX_BYTES * (tensor.storage_offset() + tensor.numel())
 
 
 def _misshapen_field(plan: RoutingPlan) -> str | None:

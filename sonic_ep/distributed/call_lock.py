@@ -28,7 +28,7 @@ class CallLock:
         self.ended: str | None = None
 
     def after_error(self, handle: Callable[[BaseException], None]) -> None:
-        """Call ``handle`` with the error that ends an outermost call; it may raise a clearer one."""
+        """Call ``handle`` with the error that ends an outermost call; ``handle`` may raise a clearer one."""
         self._after_error = handle
 
     def end(self, why: str) -> None:

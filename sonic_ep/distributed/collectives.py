@@ -59,7 +59,7 @@ class BoundedCollectives:
 
     @property
     def step(self) -> Step:
-        """The call that is being made."""
+        """The call in progress."""
         return self.sync_tag.step
 
     def begin(self, step: Step) -> None:
@@ -90,10 +90,9 @@ class BoundedCollectives:
         if self.group.world_size == 1:
             return [own]
         before, self.sync_tag = self.sync_tag, replace(self.sync_tag, phase=phase)
-        pickled = torch.frombuffer(bytearray(pickle.dumps(own)), dtype=torch.uint8)
-        sizes = self.numbers(pickled.numel(), HOST)
-        padded = torch.zeros(max(sizes), dtype=torch.uint8, device="cpu")
-        padded[: pickled.numel()] = pickled
+        pickled = pickle.dumps(own)
+        sizes = self.numbers(len(pickled), HOST)
+        padded = torch.frombuffer(bytearray(pickled.ljust(max(sizes), b"\0")), dtype=torch.uint8)
         gathered = self.all_gather(padded.to(self.group.device_for(HOST))).cpu()
         self.sync_tag = before
         return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(gathered, sizes, strict=True)]
@@ -114,8 +113,7 @@ class BoundedCollectives:
         if self.group.world_size == 1:
             return rows.clone()
         received = rows.new_empty((sum(receive_splits), *rows.shape[1:]))
-        own = rows.contiguous()
-        splits = (receive_splits, send_splits)
+        own, splits = rows.contiguous(), (receive_splits, send_splits)
         self._run(lambda group, timeout: compat.all_to_all(group, received, own, *splits, timeout), rows)
         return received
 
@@ -129,7 +127,7 @@ class BoundedCollectives:
         return status.text if status is not None and status.left else None
 
     def withdraw(self) -> None:
-        """This object was never used; see ``object_number``."""
+        """Count this object, which was never used, no longer."""
         self._status_store.withdraw()
 
     def _run(self, start: Callable[[dist.ProcessGroup, timedelta], dist.Work], tensor: Tensor) -> None:
@@ -233,7 +231,7 @@ def differing(values: Sequence[object]) -> str:
     if len(counts) == 1:
         return ""
     ranks_of = {value: [rank for rank, own in enumerate(values) if own == value] for value in counts}
-    return ", ".join(f"{value} on {_named(ranks_of[value])}" for value in sorted(counts, key=lambda v: counts[v]))
+    return ", ".join(f"{value} on {_named(ranks_of[value])}" for value in sorted(counts, key=counts.__getitem__))
 
 
 def _named(ranks: Sequence[int]) -> str:

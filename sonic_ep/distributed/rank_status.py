@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -60,8 +61,7 @@ class StatusStore:
 
     def report(self, status: RankStatus) -> None:
         """Replace this rank's status."""
-        key, pickled = self._key(self._group.rank), pickle.dumps(status)
-        self._answer(lambda: self._store.set(key, pickled))
+        self._answer(lambda: self._store.set(self._key(self._group.rank), pickle.dumps(status)))
 
     def statuses(self) -> dict[int, RankStatus]:
         """The last known statuses of the other ranks, by rank."""
@@ -84,10 +84,8 @@ class StatusStore:
         answers: list[AnswerT] = []
 
         def asking() -> None:
-            try:
+            with suppress(RuntimeError, EOFError, OSError):
                 answers.append(ask())
-            except (RuntimeError, EOFError, OSError):
-                return
 
         thread = threading.Thread(target=asking, daemon=True)
         # From Python 3.12 on no thread starts while the interpreter exits; a store call without one might block it.

@@ -63,10 +63,7 @@ class SyncTag:
 
     @property
     def tag(self) -> int:
-        """The tag as a number below 2^63, never 0, and above 2^32.
-
-        Step 3 with call 1 in phase dispatch (6), forward: 3 + 6 * 2^32 + 1 * 2^39.
-        """
+        """The tag as a number above 2^32 and below 2^63, see ``decode``."""
         place = self.step.number % (1 << STEP_BITS) | self.phase << STEP_BITS | self.step.call << _CALL_SHIFT
         return place | _BACKWARD if self.backward else place
 

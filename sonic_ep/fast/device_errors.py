@@ -22,9 +22,8 @@ from sonic_ep.fast.launch import host_ints
 from sonic_ep.fast.sync import ELSEWHERE
 from sonic_ep.plan import overflow_error, recompute_error
 
-# Of a failed wait, int64: why (0: none has; see ``sonic_ep.fast.sync``), the peer + 1, this rank's tag, its flag.
-# Of a plan, int32: rank with an id out of range + 1; rank with more rows than R + 1; its rows; the last step whose
-# recompute routed differently.
+# Of a failed wait, int64: why (0: none failed; see ``sonic_ep.fast.sync``), peer + 1, this rank's tag, the peer's flag.
+# Of a plan, int32: rank with an id out of range + 1; rank with too many rows + 1; its rows; last step rerouted.
 CODES = 4
 # Plans that the host may queue ahead of the device: the error of plan n is raised by plan n + PLANS_AHEAD.
 PLANS_AHEAD = 8
@@ -57,8 +56,8 @@ def raise_found(found: Exception | None, cause: RuntimeError | None = None) -> N
 class WaitErrors:
     """Failed waits of the kernels of one workspace. codes (CODES,) int64: pinned, read while kernels run.
 
-    On a GPU the kernel traps as well, and PyTorch's own error, which names no rank, may be all that the program sees:
-    so an error that was not raised is printed at the end.
+    On a GPU the kernel traps, too, and the program may see only PyTorch's error, which names no rank: so an error that
+    was not raised is printed at the end.
     """
 
     def __init__(self, collectives: BoundedCollectives, device: torch.device) -> None:
@@ -127,10 +126,9 @@ class PlanErrors:
         bad_rank, full_rank, rows, rerouted = codes.tolist()
         more = f" (in step {limits.step})"
         if bad_rank:
-            return ValueError(
-                f"{self._group}: topk_idx: got expert ids out of range on rank {bad_rank - 1}, "
-                f"expected 0 to {limits.num_experts - 1}, or -1 for a dropped slot{more}"
-            )
+            expected = f"expected 0 to {limits.num_experts - 1}, or -1 for a dropped slot{more}"
+            got = f"topk_idx: got expert ids out of range on rank {bad_rank - 1}"
+            return ValueError(f"{self._group}: {got}, {expected}")
         if full_rank:
             return overflow_error(self._group, max_rows=limits.max_rows, rank=full_rank - 1, rows=rows, more=more)
         return recompute_error(self._group, rerouted) if rerouted else None
