@@ -91,7 +91,7 @@ class CallGuard:
                 self._backend.close()
 
     def detach(self) -> None:
-        """No call will follow. Backward keeps what it needs."""
+        """No call will follow; backward keeps what it needs."""
         if self._release.detach() is not None:
             if self._number == 0:
                 self._collectives.withdraw()

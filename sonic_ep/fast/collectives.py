@@ -27,7 +27,7 @@ def gather_kernel(staged_ptr, gathered_ptr, numbers, BLOCK: tl.constexpr):
     """
     source = tl.program_id(1)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    # The mask covers whole groups of 4, so loads stay 16 bytes wide; shared buffers are padded to 512 bytes.
+    # The mask covers whole groups of 4, so loads are 16 bytes wide; shared buffers are padded to 512 bytes.
     number = tl.load(peer_pointer(staged_ptr, source, gathered_ptr) + place, mask=place // 4 * 4 < numbers)
     tl.store(gathered_ptr + source.to(tl.int64) * numbers + place, number, mask=place < numbers)
 

@@ -28,10 +28,9 @@ from sonic_ep.plan import RoutingPlan, raise_if_malformed
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Exchange:
-    """One plan with the primitives that move rows by it, as the autograd functions need them.
+    """One plan with the primitives that move rows by it, for a call (step) or its gradient (backward).
 
     max_rows: the bound on rows that the device has to check; None where there is none, or the host has checked it.
-    step: the call that this is part of. backward: whether for its gradient.
     """
 
     plan: RoutingPlan

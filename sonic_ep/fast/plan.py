@@ -272,7 +272,7 @@ class PlanShape:
 
     @property
     def padded_experts(self) -> int:
-        """A power of two with room for E and one more, where dropped slots are counted."""
+        """A power of two with room for E bins and one for dropped slots."""
         return triton.next_power_of_2(self.num_experts + 1)
 
     @property

@@ -101,10 +101,7 @@ class Planner:
     def begin(
         self, topk_idx_TK: Tensor, *, num_experts: int, max_tokens: int, distinct: bool, scores_TK: Tensor | None = None
     ) -> PendingPlan:
-        """Collective. Exchange ids, and scores (T, K) fp32 if there are any, and queue the plan.
-
-        Raises the error of the plan ``PLANS_AHEAD`` before, on every rank alike; see ``DeviceErrors``.
-        """
+        """Collective. Exchange ids, and scores (T, K) fp32 if given, and queue the plan. Raises as ``DeviceErrors``."""
         self.device_errors.begin()
         self._workspace.enter(Phase.EXCHANGE)
         sizes = {"world_size": self._group.world_size, "max_tokens": max_tokens, "top_k": topk_idx_TK.shape[1]}

@@ -1,8 +1,8 @@
 """The router: one GEMM and one kernel forward, at most two kernels and two GEMMs backward, nothing read on the host.
 
-Logits and scores are those of the reference to fp32 rounding; choices follow exactly from the logits. A GEMM of the
-logits' fp32 gradient with bf16 weights or tokens would be slow, or need fp32 copies. So the gradient is cut into three
-bf16 parts, whose 3 x 8 bits hold the 24 of an fp32 number, and tensor cores sum their exact products in fp32.
+Logits and scores are those of the reference to fp32 rounding; choices follow exactly from the logits. Instead of a slow
+fp32 GEMM in backward, the logits' gradient is cut into three bf16 parts, whose 3 x 8 bits hold the 24 of an fp32
+number, and tensor cores sum their exact products in fp32.
 """
 
 from __future__ import annotations
@@ -252,10 +252,7 @@ class Choices:
 
 
 def choose_experts(logits_TE: Tensor, options: RouterOptions) -> Choices:
-    """The K largest logits of each row, descending, equal ones in ascending order of expert, and their scores.
-
-    logits: fp32, contiguous; NaN is larger than any number. Logits 0.5 2.0 0.5 2.0 with K=3 choose 1 3 0.
-    """
+    """The K largest logits (fp32, contiguous) of each row, descending, equal ones by ascending expert; their scores."""
     num_tokens, top_k = logits_TE.shape[0], options.top_k
     topk_idx_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits_TE.device)
     scores_TK = logits_TE.new_empty(num_tokens, top_k)

@@ -89,7 +89,7 @@ class Workspace:
     def leave(self) -> None:
         """Set this rank's flag on every peer to a tag of ``Phase.LEFT``: kernels that wait for it stop at once.
 
-        Queued on the current stream; the host waits for it, ``LEAVE_SECONDS`` at most. Nothing on one rank.
+        The host waits for it on the current stream, ``LEAVE_SECONDS`` at most.
         """
         if self._closed or self.group.world_size == 1:
             return
