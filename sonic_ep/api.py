@@ -38,10 +38,9 @@ logger = logging.getLogger("sonic_ep")
 
 
 class MoEOutput(NamedTuple):
-    """What ``moe`` returns. A tuple, so that module hooks, FSDP and reentrant checkpointing find the tensors.
+    """A tuple, so that module hooks, FSDP and reentrant checkpointing find the tensors. y: shape and dtype of x.
 
-    y: shape and dtype of x. router_logits: (T, E) fp32, differentiable.
-    tokens_per_expert: (E,) int32, slots of each expert over the group; the same on every rank.
+    router_logits: (T, E) fp32, differentiable. tokens_per_expert: (E,) int32, slots of each expert over the group.
     """
 
     y: Tensor
@@ -80,9 +79,8 @@ class ExpertParallel:
     ) -> None:
         self.group = resolve_group(group)
         self._checker = ArgumentChecker(group=self.group)
-        self.config = self._checker.instance(
-            "config", EPConfig() if config is None else config, EPConfig, "an EPConfig"
-        )
+        config = EPConfig() if config is None else config
+        self.config = self._checker.instance("config", config, EPConfig, "an EPConfig")
         if max_tokens_per_rank is not None:
             self._checker.count("max_tokens_per_rank", max_tokens_per_rank)
         self._checker.seconds("timeout", timeout)
@@ -154,9 +152,8 @@ class ExpertParallel:
             self._call_guard.begin("moe", facts, x_trained=is_trained(x_TH))
             max_tokens = self._agreed_max_tokens(x_TH)
             routing = self._backend.route(x_TH, router_w_EH, options)
-            slots = Slots(
-                topk_idx=routing.topk_idx, topk_scores=routing.topk_scores, max_tokens=max_tokens, distinct=True
-            )
+            idx_TK, scores_TK = routing.topk_idx, routing.topk_scores
+            slots = Slots(topk_idx=idx_TK, topk_scores=scores_TK, max_tokens=max_tokens, distinct=True)
             out = self._backend.layer(x_TH, slots, experts, x.shape)
             return MoEOutput(y=out.y, router_logits=routing.logits, tokens_per_expert=out.counts)
 
@@ -198,10 +195,7 @@ class ExpertParallel:
 
     @runs_eagerly
     def plan(self, topk_idx: Tensor, num_experts: int) -> RoutingPlan:
-        """The plan for ``topk_idx`` (T, K) as in ``moe_routed``. Collective.
-
-        It serves any number of dispatches and combines.
-        """
+        """The plan for ``topk_idx`` (T, K) as in ``moe_routed``, for any number of uses. Collective."""
         with self._call_guard.one():
             idx_TK = check_routing(self._checker, topk_idx, num_experts)
             self._check_tokens_fit(idx_TK.shape[0])
@@ -210,9 +204,8 @@ class ExpertParallel:
             self._call_guard.begin("plan", {"E": num_experts, "K": idx_TK.shape[1], "device": idx_TK.device.type})
             max_tokens = self._agreed_max_tokens(idx_TK)
             plan = self._backend.plan(idx_TK, num_experts=num_experts, max_tokens=max_tokens, distinct=False)
-            return replace(
-                plan, step=self._collectives.sync_tag.step.number, object_number=self._collectives.object_number
-            )
+            object_number, step = self._collectives.object_number, self._collectives.step.number
+            return replace(plan, step=step, object_number=object_number)
 
     @runs_eagerly
     def dispatch(self, x: Tensor, plan: RoutingPlan) -> Tensor:
@@ -262,8 +255,8 @@ class ExpertParallel:
     def check(self) -> None:
         """Collective. Raise, on every rank, the errors that devices have flagged since the last check.
 
-        ``ValueError`` for expert ids out of range, ``RowOverflowError`` for more rows than ``max_rows``,
-        ``PeerError`` if a kernel's wait for another rank failed.
+        ``ValueError``: expert ids out of range. ``RowOverflowError``: more rows than ``max_rows``. ``PeerError``: a
+        kernel's wait for another rank failed.
         """
         with self._call_guard.one(begun=True):
             self._backend.check()
@@ -277,7 +270,7 @@ class ExpertParallel:
             if not self._call_guard.ended:
                 self.check()
         except BaseException:
-            # Releasing memory of a lost GPU may raise, too: the first error says more.
+            # To release memory of a lost GPU may raise, too: the first error says more.
             with suppress(RuntimeError):
                 self._call_guard.close()
             raise
@@ -327,16 +320,11 @@ class ExpertParallel:
 def facts_of(x_NH: Tensor, experts: Experts | None = None) -> dict[str, object]:
     """What has to be the same on every rank of a call with these rows and experts."""
     facts: dict[str, object] = {"H": x_NH.shape[1], "dtype": x_NH.dtype, "device": x_NH.device.type}
-    if experts is None:
-        return facts
-    return {
-        **facts,
-        "w1": tuple(experts.w1.shape),
-        "w1 trained": experts.w1.requires_grad,
-        "biases": experts.b1 is not None,
-        "activation": experts.activation.name,
-        "gate_layout": experts.layout.name,
-    }
+    if experts is not None:
+        facts |= {"w1": tuple(experts.w1.shape), "w1 trained": experts.w1.requires_grad}
+        facts |= {"biases": experts.b1 is not None, "activation": experts.activation.name}
+        facts |= {"gate_layout": experts.layout.name}
+    return facts
 
 
 def is_trained(tensor: Tensor) -> bool:

@@ -83,10 +83,7 @@ def for_kernels(tensor: Tensor) -> Tensor:
 
 
 def raise_if_freed(where: object, name: str, tensor: Tensor) -> None:
-    """Raise ``ValueError`` if the storage of ``tensor`` is smaller than its view of it. ``where`` begins the message.
-
-    FSDP frees the storage of a parameter between uses; tensors over that storage keep their shapes.
-    """
+    """Raise ``ValueError`` if the storage of ``tensor`` was freed, as FSDP does between uses of a parameter."""
     if tensor.numel() == 0:
         return
     last = sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -99,8 +96,7 @@ def raise_if_freed(where: object, name: str, tensor: Tensor) -> None:
 def unpack_saved(ctx: Any, where: object, names: Sequence[str | None]) -> list[Any]:
     """``ctx.saved_tensors``, materialized and contiguous: hooks may unpack them in another layout.
 
-    names: of the saved tensors, in order; None for one that backward does not read. Raises ``ValueError`` if the
-    storage of a named one was freed after forward.
+    names: in order; None for a tensor that backward does not read. Raises ``ValueError`` if a named one was freed.
     """
     saved = ctx.saved_tensors
     for name, held in zip(names, saved, strict=True):
@@ -161,8 +157,8 @@ def outside_selective_checkpoint(function: Callable[GivenP, ResultT]) -> Callabl
 def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
     """``function.apply(*arguments)``, one tensor, whose backward ``torch.distributed.pipelining`` may split in two.
 
-    Between the halves, pipelining keeps the gradient and the Python object of the node. Before PyTorch 2.13 that
-    object does not own the node ("_input_metadata is invalid"), so the gradient has to.
+    Between the halves only the gradient and the node's Python object live. Before PyTorch 2.13 that object does not own
+    the node ("_input_metadata is invalid"), so the gradient has to.
     """
     result: Tensor = function.apply(*arguments)
     return result if compat.KEEPS_NODES or not result.requires_grad else _kept_by_its_gradient(result)

@@ -42,9 +42,9 @@ class Routing:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Slots:
-    """The routing of this rank's tokens: topk_idx (T, K), int32 or int64, and topk_scores (T, K), any float.
+    """topk_idx (T, K), int32 or int64, and topk_scores (T, K), any float, of this rank's tokens. max_tokens: C.
 
-    max_tokens: C. distinct: the router guarantees ids in range, no expert twice in a token.
+    distinct: the router guarantees ids in range, no expert twice in a token.
     """
 
     topk_idx: Tensor
@@ -68,10 +68,7 @@ class DispatchPrimitive(Protocol):
         """Collective. The rows that this rank receives, in the mode's own layout."""
 
     def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
-        """Which received row each canonical row is a copy of, int32 or int64; None if they arrive in canonical order.
-
-        (rows,), or (R,) with unspecified entries past the valid rows.
-        """
+        """The received row of each canonical row, (rows,) or (R,) integers; None if received in canonical order."""
 
 
 class CombinePrimitive(Protocol):
@@ -159,10 +156,7 @@ def unavailable_reasons(name: str, group: EPGroup) -> tuple[str, ...]:
 
 
 def choose_backend(name: str, group: EPGroup) -> BackendChoice:
-    """The backend called ``name``; for ``"auto"`` the first that can run here.
-
-    Raises ``ValueError`` for an unknown name, ``BackendUnavailableError`` with every reason if none can run.
-    """
+    """Backend ``name``, or the first that can run for ``"auto"``. ``BackendUnavailableError`` has every reason."""
     if name not in (AUTO, *BACKEND_PACKAGES):
         expected = ", ".join(repr(word) for word in (AUTO, *BACKEND_PACKAGES))
         raise ValueError(f"{group}: backend: got {name!r}, expected one of {expected}")

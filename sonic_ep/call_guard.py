@@ -28,7 +28,7 @@ ALIKE = (ValueError, RowOverflowError, RecomputeError, SharedMemoryError)
 
 
 class CallGuard:
-    """Admits the calls of one object, numbers them, and gives back what it holds.
+    """Admits the calls of one object, numbers them, and releases what it holds.
 
     common: facts that are the same on every rank in all calls. check: whether ranks compare the facts of each call.
     """
@@ -59,11 +59,9 @@ class CallGuard:
 
     @contextmanager
     def one(self, *, begun: bool = False) -> Iterator[None]:
-        """A call, from its checks to its end. begun: it has no checks.
+        """A call, from its checks to its end. begun: it has no checks. Raises as ``CallLock.taken`` does.
 
-        Raises ``ClosedError`` after ``close`` or after an error that ended the object, and ``ConcurrentCallError`` in a
-        forked process or while another thread is in a call. The error of a kernel that timed out replaces PyTorch's
-        own, and an error of memory names rank and phase.
+        The error of a kernel that timed out replaces PyTorch's own, and an error of memory names rank and phase.
         """
         with self._collectives.call_lock.taken(begun=begun):
             yield
@@ -71,8 +69,8 @@ class CallGuard:
     def begin(self, name: str, facts: Mapping[str, object] = NO_FACTS, *, x_trained: bool = False) -> None:
         """The arguments are right: from here on the call is collective.
 
-        facts, and x_trained, whether x requires a gradient: have to be equal on every rank. Raises
-        ``CollectiveMismatchError`` that names the odd rank and the facts, if calls are compared.
+        facts, and whether x requires a gradient, have to be equal on every rank. Where calls are compared, raises
+        ``CollectiveMismatchError`` with the odd rank and the facts.
         """
         self._number += 1
         own: Facts = (("call", name), *facts.items())
@@ -93,7 +91,7 @@ class CallGuard:
                 self._backend.close()
 
     def detach(self) -> None:
-        """No call will follow. Backward keeps what it needs."""
+        """No call will follow; backward keeps what it needs."""
         if self._release.detach() is not None:
             if self._number == 0:
                 self._collectives.withdraw()
@@ -179,10 +177,7 @@ def _end_if_out_of_step(error: BaseException, backend: Backend | None, collectiv
 
 
 def _forgotten(backend: Backend, collectives: BoundedCollectives, guard: weakref.ref[CallGuard]) -> None:
-    """Warn if ``close()`` was not called, and keep shared memory for as long as graphs need it.
-
-    Where an uncaught exception ends the process, report it to the ranks that wait for this one.
-    """
+    """Warn if ``close()`` was not called, and keep shared memory while graphs need it; report an uncaught error."""
     if not collectives.call_lock.is_of_this_process:
         return
     uncaught = getattr(sys, "last_value", None)

@@ -1,8 +1,7 @@
-"""Every argument of a public call is checked here, before any communication.
+"""Every argument of a public call is checked here, before any communication. Values on a device are not read.
 
-A wrong one raises ``ValueError`` (``TypeError`` if it is of the wrong type) with the rank, the argument, what was got
-and what is expected. Tensors are returned as they came: only when all shapes of a call are right, ``rows_of_tokens``,
-``experts_as_read`` and ``for_kernels`` copy what kernels cannot read in place. Values on a device are not read.
+A wrong one raises ``ValueError`` (``TypeError`` for a wrong type) with rank, argument, got and expected. Tensors are
+returned uncopied: once all shapes are right, ``for_kernels`` copies what kernels cannot read in place.
 """
 
 from __future__ import annotations
@@ -27,10 +26,8 @@ SCORE_DTYPES = (*ROW_DTYPES, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
 # Every rank counts the slots of every expert.
 MOST_EXPERTS = 2**16
-# Of H, and of an expert's rows of w1: int32 offsets in a tile of 256 rows, and grids of at most 65535 blocks of 64
-# columns.
+# Of H, and of an expert's rows of w1: int32 offsets in a tile of 256 rows, grids of at most 65535 blocks of 64 columns.
 MOST_WIDTH = 2**21
-# 30 days.
 MOST_SECONDS = 30 * 24 * 3600
 
 ObjectT = TypeVar("ObjectT")
@@ -111,6 +108,10 @@ class ArgumentChecker:
         """On the device of ``like``."""
         self.require(tensor.device == like.device, f"device of {name}", tensor.device, like.device)
 
+    def width(self, name: str, value: int) -> None:
+        """At most ``MOST_WIDTH``."""
+        self.require(value <= MOST_WIDTH, name, value, f"at most {MOST_WIDTH}")
+
     def shape(self, name: str, tensor: Tensor, expected: tuple[int, ...], letters: str) -> None:
         """Exactly the shape ``expected``, which ``letters`` explains."""
         got = tuple(tensor.shape)
@@ -130,10 +131,8 @@ class ArgumentChecker:
         else:
             self.same_device(name, tensor, like)
         if has_tangent(tensor):
-            raise NotImplementedError(
-                f"{self.group}: {name}: got a tensor with a tangent of forward-mode differentiation, expected none: "
-                "only backward is differentiated"
-            )
+            got = "got a tensor with a tangent of forward-mode differentiation, expected none"
+            raise NotImplementedError(f"{self.group}: {name}: {got}: only backward is differentiated")
         raise_if_freed(self.group, name, tensor)
         return tensor
 
@@ -141,12 +140,10 @@ class ArgumentChecker:
         """``value`` without its subclass, whose ``__torch_function__`` must not change what is computed."""
         tensor = self.instance(name, value, Tensor, "a torch.Tensor")
         kind = type(tensor)
-        if kind in (Tensor, nn.Parameter):
-            return tensor
+        # A FakeTensor, MaskedTensor or DTensor: its values are elsewhere, or there are none.
         if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            # A FakeTensor, MaskedTensor or DTensor: its values are elsewhere, or there are none.
             raise TypeError(f"{self.group}: {name}: got {kind.__name__}, expected a torch.Tensor that holds its values")
-        return tensor.as_subclass(Tensor)
+        return tensor if kind in (Tensor, nn.Parameter) else tensor.as_subclass(Tensor)
 
 
 def check_tokens(checker: ArgumentChecker, x: object) -> Tensor:
@@ -154,7 +151,7 @@ def check_tokens(checker: ArgumentChecker, x: object) -> Tensor:
     tensor = checker.tensor("x", x, ROW_DTYPES)
     shape = tuple(tensor.shape)
     checker.require(tensor.ndim >= 2 and shape[-1] >= 1, "shape of x", shape, "(T, H) or (..., H), H at least 1")
-    _check_width(checker, "hidden size H", shape[-1])
+    checker.width("hidden size H", shape[-1])
     return tensor
 
 
@@ -166,10 +163,6 @@ def tokens_of(x: Tensor) -> int:
 def rows_of_tokens(x: Tensor) -> Tensor:
     """``x`` as kernels read it: (T, H), contiguous."""
     return for_kernels(x).flatten(0, -2)
-
-
-def _check_width(checker: ArgumentChecker, name: str, width: int) -> None:
-    checker.require(width <= MOST_WIDTH, name, width, f"at most {MOST_WIDTH}")
 
 
 def check_experts_divide(checker: ArgumentChecker, num_experts: int) -> None:
@@ -231,7 +224,7 @@ def check_experts(checker: ArgumentChecker, x: Tensor, given: ExpertArguments, n
     checker.require(held >= 1, "shape of w2", tuple(w2.shape), "at least one expert on this rank")
     checker.shape("w2", w2, (held, hidden, w2.shape[2]), "(e, H, I)")
     checker.shape("w1", w1, (held, width, hidden), "(e, 2I, H)" if activation.gated else "(e, I, H)")
-    _check_width(checker, "2I of w1" if activation.gated else "I of w1", width)
+    checker.width("2I of w1" if activation.gated else "I of w1", width)
     biases = [name for name in ("b1", "b2") if getattr(given, name) is not None]
     checker.require(len(biases) != 1, "biases", f"{biases} alone", "b1 and b2, or neither")
     b1 = _check_bias(checker, x, "b1", given.b1, (held, width))
@@ -288,5 +281,5 @@ def check_rows_of_plan(checker: ArgumentChecker, rows: object, plan: RoutingPlan
     shape = tuple(rows_RH.shape)
     fits = rows_RH.ndim == 2 and shape[0] == plan.row_capacity and shape[1] >= 1
     checker.require(fits, "shape of rows", shape, f"({plan.row_capacity}, H) = (R, H)")
-    _check_width(checker, "hidden size H", shape[1])
+    checker.width("hidden size H", shape[1])
     return rows_RH

@@ -72,10 +72,9 @@ def unwrapped(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGro
 
 
 def rendezvous_number(rendezvous: Callable[[Any], object]) -> int:
-    """The number that PyTorch gives to ``rendezvous(name of a group of this rank alone)``; -1 if it is not found.
+    """The number that PyTorch gives to ``rendezvous(name of a group of this rank)``; -1 if it is not found.
 
-    Up to 2.13 PyTorch numbers the rendezvous of a process, and peers look for each other under that number:
-    github.com/pytorch/pytorch/issues/196082.
+    Up to 2.13 PyTorch numbers a process's rendezvous, and peers have to use the same: pytorch/pytorch/issues/196082.
     """
     store = dist.HashStore()  # type: ignore[attr-defined]
     # The registry does not keep it alive.

@@ -34,10 +34,7 @@ class ScoreOrder(str, Enum):
 
 
 def parse_choice(name: str, value: object, choices: type[ChoiceT], *, also: tuple[str, ...] = ()) -> ChoiceT:
-    """The member of ``choices`` that ``value``, a member or its string, names; else ``ValueError``.
-
-    also: strings that the caller accepts besides, for the message.
-    """
+    """The member of ``choices`` that ``value`` is or names; else ``ValueError``. also: what the caller accepts, too."""
     try:
         return choices(value)
     except ValueError:
@@ -55,8 +52,7 @@ class EPConfig:
     """Modes and flags of one ``ExpertParallel``, the same on every rank. No flag changes a bit of any result.
 
     dispatch, combine: a mode, its name, or ``"auto"``: the modes that ``sonic_ep.cost`` predicts cheapest.
-    redispatch_x_in_backward: save x (T, H) for backward and dispatch it again there, instead of saving the received
-        rows.
+    redispatch_x_in_backward: save x (T, H) and dispatch it again in backward, instead of saving the received rows.
     cpu_sync_on_runtime: size row buffers exactly, at the price of one host read, instead of for the worst case.
     max_rows: the most rows that any rank receives, if known. Exceeding it raises ``RowOverflowError``.
     """

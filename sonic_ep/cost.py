@@ -1,9 +1,8 @@
 """What each mode costs: predicted from W, K and E for the rule behind ``"auto"``, and counted from a plan.
 
-Only rows that leave their rank count as link traffic. Counted traffic is that of the fast backend: dispatch pulls (each
-rank stages its x in a shared buffer, peers read there), combine pushes (the owner of a row reads it, adds up where its
-mode does, and writes to the token's rank). Every access counts, even if a cache serves it. The worked example of
-``sonic_ep.plan``, rank 0:
+Only rows that leave their rank count as link traffic. Counted traffic is that of the fast backend: dispatch pulls from
+the x that each rank stages, combine pushes to the token's rank. Every access counts, even if a cache serves it. The
+worked example of ``sonic_ep.plan``, rank 0:
 
 >>> counts = rank_counts(0, max_tokens=3, tokens=3, pair_tokens=[[2, 2], [2, 2]], pair_slots=[[3, 3], [3, 2]])
 >>> dispatch_traffic(counts, row_bytes=1)[DispatchMode.ALL_TO_ALL]
@@ -20,6 +19,8 @@ from math import comb
 
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig, ModePair
 
+Matrix = Sequence[Sequence[int]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
@@ -35,8 +36,7 @@ class Rates:
 class LinkBandwidth:
     """The highest rates measured over the link in bytes/s, both directions busy.
 
-    copy_engine_in, copy_engine_out: copies queued by the receiver or the sender. read, write: kernels that access a
-    peer's memory.
+    Copies queued by the receiver (in) or the sender (out), and kernels that read or write a peer's memory.
     """
 
     copy_engine_in: float
@@ -151,19 +151,8 @@ class RankCounts:
         return self.pairs_kept + self.pairs_in
 
 
-def rank_counts(
-    rank: int,
-    *,
-    max_tokens: int,
-    tokens: int,
-    pair_tokens: Sequence[Sequence[int]],
-    pair_slots: Sequence[Sequence[int]],
-) -> RankCounts:
-    """The counts of ``rank``, which has ``tokens`` tokens, from two matrices of the group.
-
-    pair_tokens[p][q]: tokens of p with a slot on q, ``plan.pair_tokens``. pair_slots[p][q]: slots of p's tokens on q,
-    ``(plan.owner_of_slot()[p] == q).sum()``.
-    """
+def rank_counts(rank: int, *, max_tokens: int, tokens: int, pair_tokens: Matrix, pair_slots: Matrix) -> RankCounts:
+    """The counts of ``rank``. pair_tokens[p][q], pair_slots[p][q]: p's tokens with slots on q, and those slots."""
     slots, pairs = pair_slots[rank][rank], pair_tokens[rank][rank]
     return RankCounts(
         world_size=len(pair_tokens),
@@ -180,10 +169,7 @@ def rank_counts(
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Bytes that one primitive moves, for one rank: link_in and link_out, whoever issues the access, and memory.
-
-    memory: reads and writes of this rank's device memory, by any rank.
-    """
+    """Bytes that one primitive moves over the link and in memory of one rank, whichever rank issues the access."""
 
     link_in: int
     link_out: int
@@ -191,10 +177,10 @@ class Traffic:
 
 
 def dispatch_traffic(counts: RankCounts, row_bytes: int) -> Mapping[DispatchMode, Traffic]:
-    """Bytes that each dispatch moves until its rows have arrived; ``row_bytes`` is H * itemsize.
+    """Bytes that each dispatch moves to receive its rows; ``row_bytes`` is H * itemsize.
 
     ``all_gather`` moves blocks of C rows. ``all_to_all`` reads each pair once and writes each of its rows,
-    ``rank_dedup`` writes it once. For the way from there to canonical order see ``canonical_gather_bytes``.
+    ``rank_dedup`` writes it once. Then see ``canonical_gather_bytes``.
     """
     block = counts.remote_ranks * counts.max_tokens
     pairs = (counts.pairs_kept, counts.pairs_in, counts.pairs_out)

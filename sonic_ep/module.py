@@ -15,6 +15,8 @@ from sonic_ep.config import ScoreOrder, parse_choice
 
 SEEDS = 2**62
 EXPERT_WEIGHTS = ("w1", "w2", "b1", "b2")
+# Of ``ExpertParallel.moe``, as attributes of the layer.
+OPTIONS = ("activation", "gate_layout", "score_order", "norm_topk_probs", "reduce_router_grad")
 
 
 def weight_of(path: str) -> str:
@@ -89,10 +91,10 @@ class MoE(nn.Module):
     def reset_parameters(self) -> None:
         """Collective. Weights normal with variance 1/fan_in, biases zero, from a seed that rank 0 draws.
 
-        Does nothing on the meta device: call it again after ``to_empty``. Of a parametrized or pruned weight it fills
-        the original. After ``fully_shard`` each rank gets its shard of the unsharded layer of that seed, at a peak of
-        one whole parameter; ranks that share a layer need the same seed. Raises ``TypeError`` if a weight is computed
-        from several tensors, or a DTensor has placements other than Shard and Replicate.
+        Does nothing on the meta device: call it again after ``to_empty``. Fills the original of a parametrized or
+        pruned weight. After ``fully_shard`` each rank gets its shard of the layer of that seed, at a peak of one whole
+        parameter; ranks that share a layer need the same seed. Raises ``TypeError`` for a weight computed from several
+        tensors, and for a DTensor with placements other than Shard and Replicate.
         """
         if self.router_w.is_meta:
             return
@@ -108,10 +110,9 @@ class MoE(nn.Module):
                 held[name].zero_()
 
     def expert_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of this rank's experts: w1, w2, b1, b2.
+        """The parameters of this rank's experts: w1, w2, b1, b2, or those that ``torch.nn.utils`` computes them from.
 
-        Where ``torch.nn.utils`` computes one, what it is computed from: the original and an adapter (LoRA), ``w1_orig``
-        (``prune``), ``w1_g`` and ``w1_v`` (``weight_norm``).
+        That is the original and an adapter (LoRA), ``w1_orig`` (``prune``), ``w1_g`` and ``w1_v`` (``weight_norm``).
         """
         # With duplicates: an adapter shared with router_w would be listed under that name only.
         paths = self.named_parameters(remove_duplicate=False)
@@ -119,28 +120,14 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> MoEOutput:
         """x, (T, H) or (..., H), to ``MoEOutput``. Collective."""
-        return self.ep.moe(
-            x,
-            self.router_w,
-            self.w1,
-            self.w2,
-            self.top_k,
-            b1=self.b1,
-            b2=self.b2,
-            activation=self.activation,
-            gate_layout=self.gate_layout,
-            score_order=self.score_order,
-            norm_topk_probs=self.norm_topk_probs,
-            reduce_router_grad=self.reduce_router_grad,
-        )
+        options: dict[str, Any] = {name: getattr(self, name) for name in OPTIONS}
+        return self.ep.moe(x, self.router_w, self.w1, self.w2, self.top_k, self.b1, self.b2, **options)
 
     def extra_repr(self) -> str:
         """The sizes, for ``print(layer)``."""
         experts, hidden = self.router_w.shape
-        return (
-            f"hidden_size={hidden}, intermediate_size={self.w2.shape[2]}, num_experts={experts} "
-            f"({self.w1.shape[0]} here), top_k={self.top_k}, activation={self.activation}"
-        )
+        sizes = f"hidden_size={hidden}, intermediate_size={self.w2.shape[2]}, num_experts={experts}"
+        return f"{sizes} ({self.w1.shape[0]} here), top_k={self.top_k}, activation={self.activation}"
 
     def _held(self, name: str) -> Tensor:
         """The weight called ``name``, or the original that it is computed from."""
@@ -151,16 +138,14 @@ class MoE(nn.Module):
         raise TypeError(f"{self.ep.group}: {name}: got a weight computed from several tensors, expected one original")
 
     def _fill_experts(self, weight: Tensor, seed: int) -> None:
-        first = self.ep.rank * len(weight)
-        for expert in range(len(weight)):
-            _fill(weight[expert], seed + 2 * (first + expert))
+        for place, of_expert in enumerate(weight):
+            _fill(of_expert, seed + 2 * (self.ep.rank * len(weight) + place))
 
     def _check_placements(self, name: str, parameter: Any) -> None:
         placements = getattr(parameter, "placements", ())
         if any(type(placement).__name__ not in ("Shard", "Replicate") for placement in placements):
-            raise TypeError(
-                f"{self.ep.group}: placements of {name}: got {placements}, expected Shard and Replicate only"
-            )
+            got = f"placements of {name}: got {placements}"
+            raise TypeError(f"{self.ep.group}: {got}, expected Shard and Replicate only")
 
 
 def _fill(weight: Tensor, seed: int) -> None:

@@ -47,20 +47,19 @@ from sonic_ep.compat import is_zero_without_memory
 from sonic_ep.config import EPConfig, is_count
 from sonic_ep.errors import PlanError, RecomputeError, RowOverflowError
 
-# Slots and rows are int32, and kernels count past the last one: by the stride of a grid over rows, the rest of a tile
-# (at most 2 * 65536 slots), or the lag of a combine (1024 tokens for each rank).
+# Slots and rows are int32, and kernels count past the last one: by a grid's stride, the rest of a tile (at most
+# 2 * 65536 slots), or the lag of a combine (1024 tokens for each rank).
 MOST_SLOTS = 2**31 - 2**20
-INDEX_DTYPE = torch.int32
+INDEX_DTYPE, NO_ROW = torch.int32, -1
 INDEX_BYTES = INDEX_DTYPE.itemsize
-NO_ROW = -1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RoutingPlan:
     """Where every slot of the group goes. Tensors are int32 and contiguous, on the device of the routing.
 
-    rank: r. num_tokens: T. object_number and step: which ``ExpertParallel`` of the group, and which of its calls, made
-        the plan; the same on every rank, so that ranks using different plans are detected. 0 for any other plan.
+    rank: r. num_tokens: T. object_number and step: the ``ExpertParallel`` of the group, and its call, that made the
+        plan: the same on every rank, so that ranks with different plans are detected. 0 for any other plan.
 
     expert_ids (W, C, K): the expert of each slot; -1 where it is dropped or the token does not exist.
     counts (E,): ``counts[j] = #{f : expert_ids[f] == j}``, over the group.
@@ -162,10 +161,8 @@ def raise_if_malformed(where: object, plan: RoutingPlan) -> None:
     """Raise ``ValueError`` if a field of ``plan`` was freed or resized between forward and this backward."""
     malformed = malformed_field(plan)
     if malformed is not None:
-        raise ValueError(
-            f"{where}: {malformed} of plan: got a tensor that was freed or resized after forward, expected it "
-            "unchanged: keep the plan until its backward has run"
-        )
+        got = f"{malformed} of plan: got a tensor that was freed or resized after forward, expected it unchanged"
+        raise ValueError(f"{where}: {got}: keep the plan until its backward has run")
 
 
 def row_ceiling(*, world_size: int, max_tokens: int, top_k: int, experts_per_rank: int, distinct: bool) -> int:
@@ -182,21 +179,18 @@ def check_slots(where: object, *, world_size: int, max_tokens: int, top_k: int) 
 
 def overflow_error(where: object, *, max_rows: int, rank: int, rows: int, more: str = "") -> RowOverflowError:
     """The error for ``rank`` being routed more than ``max_rows`` rows."""
-    return RowOverflowError(
-        f"{where}: max_rows: got {max_rows}, expected at least {rows}: rank {rank} is routed {rows} rows{more}"
-    )
+    got = f"max_rows: got {max_rows}, expected at least {rows}"
+    return RowOverflowError(f"{where}: {got}: rank {rank} is routed {rows} rows{more}")
 
 
 def recompute_error(where: object, step: int) -> RecomputeError:
     """The error for a recomputed forward of ``step`` that routed differently."""
-    return RecomputeError(
-        f"{where}: step {step}: got another routing when activation checkpointing ran forward again, expected the "
-        "same: x of the layer has changed (dropout in front of it needs preserve_rng_state=True)"
-    )
+    got = f"step {step}: got another routing when activation checkpointing ran forward again, expected the same"
+    return RecomputeError(f"{where}: {got}: x of the layer has changed (dropout before it: preserve_rng_state=True)")
 
 
 def room_for_rows(where: object, config: EPConfig, *, rank: int, ceiling: int, rows_W: Sequence[int] | None) -> int:
-    """R: the exact rows with ``cpu_sync_on_runtime``, else the ceiling, or ``max_rows`` if that is less.
+    """R: the exact rows with ``cpu_sync_on_runtime``, else the ceiling or ``max_rows``, whichever is less.
 
     rows_W: the rows of every rank, if the host has read them. Then all ranks raise ``RowOverflowError`` alike.
     """
@@ -210,36 +204,27 @@ def room_for_rows(where: object, config: EPConfig, *, rank: int, ceiling: int, r
 
 def _is_readable(tensor: object) -> bool:
     """Whether kernels can read ``tensor`` in place, as contiguous int32."""
-    return (
-        type(tensor) is Tensor
-        and tensor.dtype == INDEX_DTYPE
-        and tensor.layout == torch.strided
-        and not tensor.is_nested
-        and tensor.is_contiguous()
-        and not tensor.is_neg()
-        and not is_zero_without_memory(tensor)
-        # Its storage may have been freed.
-        and tensor.untyped_storage().nbytes() >= INDEX_BYTES * (tensor.storage_offset() + tensor.numel())
-    )
+    if type(tensor) is not Tensor or tensor.dtype != INDEX_DTYPE or tensor.layout != torch.strided or tensor.is_nested:
+        return False
+    if not tensor.is_contiguous() or tensor.is_neg() or is_zero_without_memory(tensor):
+        return False
+    # Its storage may have been freed.
+    return tensor.untyped_storage().nbytes() >= INDEX_BYTES * (tensor.storage_offset() + tensor.numel())
 
 
 def _misshapen_field(plan: RoutingPlan) -> str | None:
     """The first field that does not fit W, C, K and e of ``expert_ids`` and ``group_ends``."""
     world_size, max_tokens, _ = plan.expert_ids.shape
-    expected = {
-        "counts": (world_size * plan.experts_per_rank,),
-        "row_of_slot": plan.expert_ids.shape,
-        "pair_tokens": (world_size, world_size),
-        "packed_of_token": (world_size, max_tokens),
-    }
-    for name, shape in expected.items():
-        if getattr(plan, name).shape != shape:
-            return name
-    return None if is_count(plan.num_tokens) and plan.num_tokens <= max_tokens else "num_tokens"
+    shapes = {"counts": (world_size * plan.experts_per_rank,), "row_of_slot": plan.expert_ids.shape}
+    shapes |= {"pair_tokens": (world_size, world_size), "packed_of_token": (world_size, max_tokens)}
+    wrong = [name for name, shape in shapes.items() if getattr(plan, name).shape != shape]
+    if not (is_count(plan.num_tokens) and plan.num_tokens <= max_tokens):
+        wrong.append("num_tokens")
+    return wrong[0] if wrong else None
 
 
 def _definitions(plan: RoutingPlan) -> Iterator[tuple[str, bool]]:
-    """Each field with whether it meets its definition; every check relies on those before it."""
+    """Each field and whether it fits its definition; every check relies on those before it."""
     malformed = malformed_field(plan)
     yield f"form of {malformed}", malformed is None
     yield "rank", 0 <= plan.rank < plan.world_size

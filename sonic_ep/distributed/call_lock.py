@@ -13,8 +13,8 @@ from sonic_ep.errors import ClosedError, ConcurrentCallError
 class CallLock:
     """Admits one thread at a time to the calls and backwards of one object; that thread may nest them.
 
-    name: begins every message. begun: whether the call has passed its checks, so that other ranks are in it too.
-    ended: why nothing is admitted any more; None as long as it is.
+    name: begins every message. begun: the call has passed its checks, so other ranks are in it too. ended: why nothing
+    is admitted any more, or None.
     """
 
     def __init__(self, name: str) -> None:
@@ -28,7 +28,7 @@ class CallLock:
         self.ended: str | None = None
 
     def after_error(self, handle: Callable[[BaseException], None]) -> None:
-        """Call ``handle`` with the error that ends an outermost call; it may raise a clearer one."""
+        """Call ``handle`` with the error that ends an outermost call; ``handle`` may raise a clearer one."""
         self._after_error = handle
 
     def end(self, why: str) -> None:
@@ -51,10 +51,10 @@ class CallLock:
 
     @contextmanager
     def taken(self, *, begun: bool = False, last: bool = False) -> Iterator[None]:
-        """Hold the lock. last: to close the object, also one that has ended; only from outside of any call.
+        """Hold the lock. last: to close the object, also one that has ended; only outside of calls.
 
-        Raises ``ClosedError`` after ``end``. Raises ``ConcurrentCallError`` in a forked process, while another thread
-        is in a call, and during a wait: calls do not queue, or the order of calls would differ over ranks.
+        Raises ``ClosedError`` after ``end``, ``ConcurrentCallError`` in a forked process, while another thread is in a
+        call, and during a wait: calls do not queue, or their order would differ over ranks.
         """
         if not self.is_of_this_process:
             raise ConcurrentCallError(

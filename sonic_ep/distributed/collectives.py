@@ -1,8 +1,7 @@
-"""Host collectives that end within a timeout and name the rank that was missing.
+"""Host collectives that end within a timeout and name the missing rank, which ``torch.distributed`` does not.
 
-``torch.distributed`` does not say which rank is missing. A rank that waits long, fails or leaves reports it through the
-store of the process group; a rank that has reported nothing is the one that is missing. As long as all is well nothing
-goes to the store.
+A rank that waits long, fails or leaves reports it through the store of the process group; a rank without a report is
+the missing one. Without trouble nothing goes to the store.
 """
 
 from __future__ import annotations
@@ -28,23 +27,19 @@ from sonic_ep.distributed.sync_tag import Phase, Step, SyncTag, mismatch
 from sonic_ep.errors import CollectiveMismatchError, ConcurrentCallError, PeerError, PeerLostError, PeerTimeoutError
 
 TIMEOUT_SECONDS = 60.0
-# A longer wait is reported, and other ranks' reports are read, this often.
+# Between two reports of a rank that waits.
 ANNOUNCE_SECONDS = 1.0
-# After a failure, how long other ranks may take to report that they are alive; longer than ANNOUNCE_SECONDS.
+# After a failure, for the others to report that they are alive: longer than ANNOUNCE_SECONDS.
 GRACE_SECONDS = 2.5
-# How long the host polls a collective of GPUs without a pause, and how long it then sleeps between two looks.
-SPIN_SECONDS = 0.005
-REST_SECONDS = 0.0002
-STORE_REST_SECONDS = 0.005
+# The host polls a collective of GPUs for SPIN_SECONDS without a pause, then with pauses, as it does the store.
+SPIN_SECONDS, REST_SECONDS, STORE_REST_SECONDS = 0.005, 0.0002, 0.005
 HOST = torch.device("cpu")
 
 
 class BoundedCollectives:
-    """Host collectives of one group, each of at most ``timeout`` seconds.
+    """Host collectives of one group. sync_tag: where it is, which ranks compare. call_lock: of the object.
 
-    sync_tag: where this rank is; ranks compare it. call_lock: of the object that these collectives belong to.
-
-    Every collective raises ``PeerTimeoutError`` after ``timeout``, ``PeerLostError`` when a rank has gone and
+    Every collective raises ``PeerTimeoutError`` after ``timeout`` seconds, ``PeerLostError`` when a rank has gone and
     ``CollectiveMismatchError`` when one is at another tag. The process group is of no more use then.
     """
 
@@ -64,7 +59,7 @@ class BoundedCollectives:
 
     @property
     def step(self) -> Step:
-        """The call that is being made."""
+        """The call in progress."""
         return self.sync_tag.step
 
     def begin(self, step: Step) -> None:
@@ -95,10 +90,9 @@ class BoundedCollectives:
         if self.group.world_size == 1:
             return [own]
         before, self.sync_tag = self.sync_tag, replace(self.sync_tag, phase=phase)
-        pickled = torch.frombuffer(bytearray(pickle.dumps(own)), dtype=torch.uint8)
-        sizes = self.numbers(pickled.numel(), HOST)
-        padded = torch.zeros(max(sizes), dtype=torch.uint8, device="cpu")
-        padded[: pickled.numel()] = pickled
+        pickled = pickle.dumps(own)
+        sizes = self.numbers(len(pickled), HOST)
+        padded = torch.frombuffer(bytearray(pickled.ljust(max(sizes), b"\0")), dtype=torch.uint8)
         gathered = self.all_gather(padded.to(self.group.device_for(HOST))).cpu()
         self.sync_tag = before
         return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(gathered, sizes, strict=True)]
@@ -119,8 +113,7 @@ class BoundedCollectives:
         if self.group.world_size == 1:
             return rows.clone()
         received = rows.new_empty((sum(receive_splits), *rows.shape[1:]))
-        own = rows.contiguous()
-        splits = (receive_splits, send_splits)
+        own, splits = rows.contiguous(), (receive_splits, send_splits)
         self._run(lambda group, timeout: compat.all_to_all(group, received, own, *splits, timeout), rows)
         return received
 
@@ -134,15 +127,15 @@ class BoundedCollectives:
         return status.text if status is not None and status.left else None
 
     def withdraw(self) -> None:
-        """This object was never used; see ``object_number``."""
+        """Count this object, which was never used, no longer."""
         self._status_store.withdraw()
 
     def _run(self, start: Callable[[dist.ProcessGroup, timedelta], dist.Work], tensor: Tensor) -> None:
         """Start a collective of this rank's ``tensor``, and wait for it."""
         group = self.group.process_group
         assert group is not None
-        group = compat.unwrapped(group, tensor.device)
-        on_host = tensor.device.type == "cpu"
+        group, on_host = compat.unwrapped(group, tensor.device), tensor.device.type == "cpu"
+        done = _done_on_host if on_host else _done_on_device
         if not (on_host or self._connected):
             self._connect()
         # NCCL's own watchdog would end the process before the missing rank is named.
@@ -151,29 +144,25 @@ class BoundedCollectives:
         began = time.monotonic()
         with self.call_lock.waiting():
             try:
-                self._wait(start(group, limit), _done_on_host if on_host else _done_on_device, began)
+                work = start(group, limit)
+                while not done(work, ANNOUNCE_SECONDS):
+                    self._report()
+                    self._raise_if_any_left()
+                    if time.monotonic() - began > self.timeout:
+                        raise self._failure(None, late=True)
             except (PeerError, ConcurrentCallError, torch.OutOfMemoryError):
                 raise
             except RuntimeError as error:
                 raise self._failure(error, late=time.monotonic() - began >= self.timeout) from error
 
     def _connect(self) -> None:
-        """Wait for all ranks before the first collective of GPUs: PyTorch connects them there, without a time limit."""
+        """Wait for all ranks before the first collective of GPUs, in which PyTorch connects them without a timeout."""
         self._connected = True
         self._report()
-        deadline = time.monotonic() + self.timeout
         with self.call_lock.waiting():
-            while silent := self._status_store.silent():
-                if time.monotonic() > deadline:
-                    raise PeerTimeoutError(f"{self.group}: {timed_out(self.timeout, _named(silent), self.sync_tag)}")
-                time.sleep(STORE_REST_SECONDS)
-
-    def _wait(self, work: dist.Work, done: Callable[[dist.Work, float], bool], began: float) -> None:
-        while not done(work, ANNOUNCE_SECONDS):
-            self._report()
-            self._raise_if_any_left()
-            if time.monotonic() - began > self.timeout:
-                raise self._failure(None, late=True)
+            self._until(lambda: not self._status_store.silent(), self.timeout)
+        if (silent := self._status_store.silent()) and not self._status_store.broken:
+            raise PeerTimeoutError(f"{self.group}: {timed_out(self.timeout, _named(silent), self.sync_tag)}")
 
     def _report(self, text: str = "", lost: Sequence[int] = ()) -> None:
         text = text or str(self.sync_tag)
@@ -188,7 +177,7 @@ class BoundedCollectives:
                 raise PeerLostError(f"{self.group}: {lost}: rank {rank} {status.text}")
 
     def _failure(self, error: RuntimeError | None, *, late: bool) -> PeerError:
-        """What to raise where a collective has failed with ``error``, or its time is up."""
+        """The error for a collective that has failed with ``error``, or (late) has timed out."""
         self._report()
         if not late:
             self._raise_if_any_left()
@@ -199,32 +188,25 @@ class BoundedCollectives:
         return PeerLostError(f"{self.group}: lost {missing}, waited for in {self.sync_tag}: {reason}")
 
     def _missing(self, text: str) -> str:
-        """The ranks that have not reported, after ``GRACE_SECONDS`` at most, that they wait in the same collective.
+        """The ranks that have not reported, in ``GRACE_SECONDS``, that they wait in the same collective.
 
-        Reports them to those that have: the first rank to find out may end, and take the store along.
+        Reports them to the others first: this rank may end next, and with it the store.
         """
-        self._until(lambda: len(self._silent()) <= 1)
-        missing = self._silent()
-        if self._status_store.broken and not self._status_store.statuses():
+        store = self._status_store
+        self._until(lambda: len(store.silent(self._begun)) <= 1)
+        missing = store.silent(self._begun)
+        if store.broken and not store.statuses():
             return "rank 0 of the world (which holds the store of the process group, and does not answer)"
         if not missing:
-            gone = (f"rank {r} (which left: {s.text})" for r, s in self._status_store.statuses().items() if s.left)
+            gone = (f"rank {rank} (which left: {s.text})" for rank, s in store.statuses().items() if s.left)
             return next(gone, "a rank that is not known")
         self._report(text, missing)
-        self._until(lambda: all(self._knows(rank) for rank in self._status_store.others if rank not in missing))
+        self._until(lambda: all(s.lost or s.left for rank, s in store.statuses().items() if rank not in missing))
         return _named(missing)
 
-    def _silent(self) -> list[int]:
-        here = {rank for rank, status in self._status_store.statuses().items() if status.collectives >= self._begun}
-        return [rank for rank in self._status_store.others if rank not in here]
-
-    def _knows(self, rank: int) -> bool:
-        status = self._status_store.statuses().get(rank)
-        return status is not None and bool(status.lost or status.left)
-
-    def _until(self, reached: Callable[[], bool]) -> None:
-        """Wait until ``reached``, ``GRACE_SECONDS`` at most."""
-        deadline = time.monotonic() + GRACE_SECONDS
+    def _until(self, reached: Callable[[], bool], seconds: float = GRACE_SECONDS) -> None:
+        """Wait until ``reached``, ``seconds`` at most, while the store answers."""
+        deadline = time.monotonic() + seconds
         while not self._status_store.broken and time.monotonic() < deadline and not reached():
             time.sleep(ANNOUNCE_SECONDS / 10)
 
@@ -249,7 +231,7 @@ def differing(values: Sequence[object]) -> str:
     if len(counts) == 1:
         return ""
     ranks_of = {value: [rank for rank, own in enumerate(values) if own == value] for value in counts}
-    return ", ".join(f"{value} on {_named(ranks_of[value])}" for value in sorted(counts, key=lambda v: counts[v]))
+    return ", ".join(f"{value} on {_named(ranks_of[value])}" for value in sorted(counts, key=counts.__getitem__))
 
 
 def _named(ranks: Sequence[int]) -> str:

@@ -18,11 +18,10 @@ Group = dist.ProcessGroup | DeviceMesh | int | None
 
 @dataclass(frozen=True, kw_only=True)
 class EPGroup:
-    """This rank's place in the group. rank: r, in 0..W-1, counted within the group. world_size: W.
+    """This rank's place in the group. rank: r within the group. world_size: W.
 
-    handle: the process group, weakly: PyTorch aborts a process that still holds a gloo group when it exits. None if
-        this process is the whole group and has no process group.
-    world_ranks: the group's ranks as numbered in the world, in order; empty where the numbers are the same.
+    handle: the process group, if there is one, weakly: PyTorch aborts a process that exits with a gloo group.
+    world_ranks: the group's ranks as numbered in the world; empty where the numbers are the same.
     """
 
     rank: int
@@ -53,8 +52,7 @@ class EPGroup:
         """Device types whose tensors the group can move; None if any will do (no process group)."""
         if self.process_group is None:
             return None
-        backend_of_device = dist.get_backend_config(self.process_group).split(",")
-        return frozenset(entry.split(":")[0] for entry in backend_of_device)
+        return frozenset(entry.split(":")[0] for entry in dist.get_backend_config(self.process_group).split(","))
 
 
 def resolve_group(group: Group) -> EPGroup:
@@ -74,13 +72,9 @@ def resolve_group(group: Group) -> EPGroup:
     if not isinstance(group, dist.ProcessGroup):
         got = type(group).__name__
         raise ValueError(f"{_world()}: group: got {got}, expected ProcessGroup, 1-D DeviceMesh or None")
-    ranks = dist.get_process_group_ranks(group)
-    return EPGroup(
-        rank=dist.get_rank(group),
-        world_size=len(ranks),
-        handle=weakref.ref(group),
-        world_ranks=() if ranks == list(range(len(ranks))) else tuple(ranks),
-    )
+    ranks, handle = dist.get_process_group_ranks(group), weakref.ref(group)
+    numbers = () if ranks == list(range(len(ranks))) else tuple(ranks)
+    return EPGroup(rank=dist.get_rank(group), world_size=len(ranks), handle=handle, world_ranks=numbers)
 
 
 def _in_ranges(ranks: Sequence[int]) -> str:
@@ -104,6 +98,5 @@ def _world() -> EPGroup:
 
 def device_of_rank(rank: int) -> torch.device:
     """The CUDA device that local rank ``rank`` uses, several ranks to a device if need be; the CPU without CUDA."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", rank % torch.cuda.device_count())
+    cuda = torch.cuda.is_available()
+    return torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")

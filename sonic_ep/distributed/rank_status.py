@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,10 +19,9 @@ AnswerT = TypeVar("AnswerT")
 
 @dataclass(frozen=True, kw_only=True)
 class RankStatus:
-    """What a rank has reported last.
+    """A rank's last report. collectives: how many it has begun. left: it begins no more. lost: ranks missing for it.
 
-    collectives: how many it has begun. left: whether it will begin no more. lost: ranks that it has waited for until
-    its time was up. text: its phase and step, or the error with which it left.
+    text: its phase and step, or the error with which it left.
     """
 
     collectives: int
@@ -33,8 +33,7 @@ class RankStatus:
 class StatusStore:
     """Statuses of the ranks of one group for one object. Nothing here raises, or waits longer than ``ANSWER_SECONDS``.
 
-    store: None in a group of one. number: how many objects the group had before. others: the other ranks. broken:
-    whether the store has failed to answer.
+    store: None in a group of one. number: of objects before. others: the other ranks. broken: it does not answer.
     """
 
     def __init__(self, group: EPGroup, store: Any) -> None:
@@ -55,18 +54,17 @@ class StatusStore:
         """The object was never used: the next one takes its number."""
         self._count(-1)
 
-    def silent(self) -> list[int]:
-        """The other ranks that have reported nothing; none if the store does not answer."""
-        found = self.statuses()
-        return [] if self.broken else [rank for rank in self.others if rank not in found]
+    def silent(self, collectives: int = 0) -> list[int]:
+        """The other ranks that have not reported to have begun ``collectives``."""
+        reported = {rank for rank, status in self.statuses().items() if status.collectives >= collectives}
+        return [rank for rank in self.others if rank not in reported]
 
     def report(self, status: RankStatus) -> None:
         """Replace this rank's status."""
-        key, pickled = self._key(self._group.rank), pickle.dumps(status)
-        self._answer(lambda: self._store.set(key, pickled))
+        self._answer(lambda: self._store.set(self._key(self._group.rank), pickle.dumps(status)))
 
     def statuses(self) -> dict[int, RankStatus]:
-        """The statuses of the other ranks that have reported any, by rank; the last known ones if the store is gone."""
+        """The last known statuses of the other ranks, by rank."""
         keys = {rank: self._key(rank) for rank in self.others}
         found = self._answer(lambda: {r: self._store.get(key) for r, key in keys.items() if self._store.check([key])})
         if found is not None:
@@ -86,16 +84,14 @@ class StatusStore:
         answers: list[AnswerT] = []
 
         def asking() -> None:
-            try:
+            with suppress(RuntimeError, EOFError, OSError):
                 answers.append(ask())
-            except (RuntimeError, EOFError, OSError):
-                return
 
         thread = threading.Thread(target=asking, daemon=True)
+        # From Python 3.12 on no thread starts while the interpreter exits; a store call without one might block it.
         try:
             thread.start()
         except RuntimeError:
-            # From Python 3.12 on no thread starts while the interpreter exits; a store call without one might block it.
             return None
         thread.join(ANSWER_SECONDS)
         self.broken = not answers

@@ -1,13 +1,12 @@
-"""One number for where a rank is: the step, its phase and which call it makes.
+"""A tag says where a rank is: the step, its phase and the call. Ranks compare tags whenever they synchronize.
 
-Ranks compare tags whenever they synchronize. A rank that skips a call, makes another or changes the order is found
-there, and no rank takes data meant for another step.
+So a rank that skips a call, makes another or changes the order is found, and no rank takes data of another step.
 """
 
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 # The bits of a tag, from the lowest: step, phase, backward, after_write, call.
@@ -64,10 +63,7 @@ class SyncTag:
 
     @property
     def tag(self) -> int:
-        """The tag as a number below 2^63, never 0, and above 2^32.
-
-        Step 3 with call 1 in phase dispatch (6), forward: 3 + 6 * 2^32 + 1 * 2^39.
-        """
+        """The tag as a number above 2^32 and below 2^63, see ``decode``."""
         place = self.step.number % (1 << STEP_BITS) | self.phase << STEP_BITS | self.step.call << _CALL_SHIFT
         return place | _BACKWARD if self.backward else place
 
@@ -96,8 +92,10 @@ def call_digest(facts: str, *, x_trained: bool = False) -> int:
 
 def mismatch(here: SyncTag, peer: int, there: SyncTag) -> str:
     """What is wrong where this rank is at ``here`` and ``peer`` at ``there``."""
-    same_place = (here.step.number, here.phase, here.backward) == (there.step.number, there.phase, there.backward)
-    if not same_place or here.step.call == there.step.call:
+    if here == there:
+        barriers = "one rank came to the barrier after its write, the other to that before it"
+        return f"rank {peer} came to {there} at another barrier: {barriers}"
+    if replace(here, step=there.step) != there or here.step.number != there.step.number:
         return f"rank {peer} came to {there}, expected {here}: did it skip a call or a backward, or change their order?"
     if here.step.call ^ there.step.call == _X_TRAINED:
         trained = "requires" if there.step.call & _X_TRAINED else "does not require"

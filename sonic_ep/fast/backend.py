@@ -1,7 +1,7 @@
 """The fast backend: the layer and its parts over shared memory.
 
-Where gradients are on, every rank of several takes part in every backward, whether or not its own tensors need a
-gradient: a backward that communicates runs on all ranks or on none, and to ask them would cost a read on the host.
+Where gradients are on, every rank takes part in every backward, also if its own tensors need no gradient: to ask the
+ranks would cost a read on the host.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sonic_ep.plan import RoutingPlan
 
 
 class FastBackend:
-    """The backend protocol over shared memory. Holds a context for each device that calls have used."""
+    """The backend protocol over shared memory: a context for each device that calls have used."""
 
     def __init__(self, collectives: BoundedCollectives, config: EPConfig) -> None:
         self._collectives = collectives

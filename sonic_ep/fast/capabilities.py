@@ -25,8 +25,7 @@ def software_reasons() -> tuple[str, ...]:
 
 def interpreter_reasons() -> tuple[str, ...]:
     """Why Triton's interpreter cannot run kernels on CPU tensors."""
-    missing = software_reasons()
-    if missing:
+    if missing := software_reasons():
         return missing
     triton, numpy = version("triton"), version("numpy")
     wanted = "expected triton 3.7 or newer, or numpy older than 2.4"
@@ -66,12 +65,10 @@ def symmetric_memory_reasons() -> tuple[str, ...]:
 
 
 def _capability_reasons() -> tuple[str, ...]:
-    expected = _dotted(MINIMUM_CAPABILITY)
-    return tuple(
-        f"GPU {index} has compute capability {_dotted(capability)}, expected {expected} or newer"
-        for index in range(torch.cuda.device_count())
-        if (capability := torch.cuda.get_device_capability(index)) < MINIMUM_CAPABILITY
-    )
+    expected = f"expected {_dotted(MINIMUM_CAPABILITY)} or newer"
+    found = enumerate(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+    old = [(index, capability) for index, capability in found if capability < MINIMUM_CAPABILITY]
+    return tuple(f"GPU {index} has compute capability {_dotted(number)}, {expected}" for index, number in old)
 
 
 def _leading_numbers(text: str) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ def gather_kernel(staged_ptr, gathered_ptr, numbers, BLOCK: tl.constexpr):
     """
     source = tl.program_id(1)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    # The mask covers whole groups of 4, so loads stay 16 bytes wide; shared buffers are padded to 512 bytes.
+    # The mask covers whole groups of 4, so loads are 16 bytes wide; shared buffers are padded to 512 bytes.
     number = tl.load(peer_pointer(staged_ptr, source, gathered_ptr) + place, mask=place // 4 * 4 < numbers)
     tl.store(gathered_ptr + source.to(tl.int64) * numbers + place, number, mask=place < numbers)
 
@@ -77,10 +77,9 @@ def return_to_origin_kernel(
     rows,
     BLOCK: tl.constexpr,
 ):
-    """Write the value of each row to its slot, in the memory of the slot's origin rank. Grid (ceil(C*K / BLOCK), W).
+    """Write the value of each row to its slot, on the slot's origin rank, if another. Grid (ceil(C*K / BLOCK), W).
 
-    values_ptr (R,) fp32; origins_ptr (W,) int64: addresses of C*K fp32 on each rank. This rank's own slots are left
-    out.
+    values_ptr (R,) fp32; origins_ptr (W,) int64: addresses of C*K fp32 on each rank.
     """
     origin = tl.program_id(1)
     if origin != rank:
@@ -110,8 +109,7 @@ def collect_kernel(
 ):
     """The value of each of this rank's slots, from its own row or as received; 0 if dropped. Grid (ceil(T*K / BLOCK),).
 
-    received_ptr (C*K,) fp32. expert_ids_ptr, row_of_slot_ptr (W, C, K), this rank's slots beginning at ``first_slot``;
-    out_ptr (T*K,) fp32.
+    received_ptr (C*K,), out_ptr (T*K,) fp32. expert_ids_ptr, row_of_slot_ptr (W, C, K): own ones from ``first_slot``.
     """
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = slot < slots
@@ -127,10 +125,7 @@ def collect_kernel(
 
 
 def return_to_origin(value_of_row_R: Tensor, plan: RoutingPlan, workspace: Workspace) -> Tensor:
-    """Collective. One fp32 value of each valid row to its slot's origin rank, (T, K); 0 for dropped slots.
-
-    One float crosses the link for each remote slot. Values past the valid rows are not read.
-    """
+    """Collective. One fp32 value of each valid row to its slot's origin rank, (T, K); 0 for dropped slots."""
     origin, device = reserve_values(plan, workspace), value_of_row_R.device
     out_TK = value_of_row_R.new_empty((plan.num_tokens, plan.top_k))
     slots_per_rank, slots = plan.max_tokens * plan.top_k, out_TK.numel()
@@ -169,10 +164,7 @@ def reserve_sum(workspace: Workspace, numel: int) -> SharedBuffer | None:
 
 
 def sum_over_ranks(values: Tensor, workspace: Workspace) -> Tensor:
-    """Collective. The sum of all ranks' ``values`` (fp32, contiguous, of one shape), added in ascending order of rank.
-
-    1e8, 1 and -1e8 of ranks 0 1 2 give (1e8 + 1) - 1e8 = 0 on each of them. For one rank, the values themselves.
-    """
+    """Collective. The sum of all ranks' ``values`` (fp32, contiguous, of one shape), see ``sum_ranks_kernel``."""
     group = workspace.group
     staged = reserve_sum(workspace, values.numel())
     if staged is None:

@@ -34,16 +34,13 @@ class GatherEvents:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GatherInFlight:
-    """An all-gather (W, C, H) that has been started. Call ``wait()`` on each stream that uses the result."""
+    """An all-gather (W, C, H) in flight. Call ``wait()`` on each stream that uses the result."""
 
     gathered: Tensor
     events: GatherEvents
 
     def wait(self) -> Tensor:
-        """(W*C, H), the tokens by source rank; unspecified past the T tokens of each.
-
-        The current stream waits, the host does not.
-        """
+        """(W*C, H), tokens by source rank, unspecified past each T. The current stream waits, the host does not."""
         self.events.wait(self.gathered.device)
         return self.gathered.flatten(0, 1)
 
@@ -72,8 +69,7 @@ class CopyEngineGather:
     def start(self, x_TH: Tensor, max_tokens: int, *, with_own: bool = True) -> GatherInFlight:
         """Collective. Stage x (T, H), then copy (W, C, H) on side streams, after what the current stream has queued.
 
-        The current stream may overwrite x after this call. with_own: whether the result has this rank's own tokens;
-        else their place is unspecified.
+        The current stream may overwrite x then. with_own: the result has this rank's own tokens, else unspecified rows.
         """
         return self.bring(x_TH, self.stage(x_TH, max_tokens), max_tokens, with_own=with_own)
 

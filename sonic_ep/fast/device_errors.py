@@ -22,10 +22,9 @@ from sonic_ep.fast.launch import host_ints
 from sonic_ep.fast.sync import ELSEWHERE
 from sonic_ep.plan import overflow_error, recompute_error
 
-# Of a failed wait, int64: why (0: none has; see ``sonic_ep.fast.sync``), the peer + 1, this rank's tag, its flag.
-# Of a plan, int32: rank with an id out of range + 1; rank with more rows than R + 1; its rows; the last step whose
-# recompute routed differently.
-WORDS = 4
+# Of a failed wait, int64: why (0: none failed; see ``sonic_ep.fast.sync``), peer + 1, this rank's tag, the peer's flag.
+# Of a plan, int32: rank with an id out of range + 1; rank with too many rows + 1; its rows; last step rerouted.
+CODES = 4
 # Plans that the host may queue ahead of the device: the error of plan n is raised by plan n + PLANS_AHEAD.
 PLANS_AHEAD = 8
 MOST_STEP = 2**31 - 1
@@ -55,20 +54,20 @@ def raise_found(found: Exception | None, cause: RuntimeError | None = None) -> N
 
 
 class WaitErrors:
-    """Failed waits of the kernels of one workspace. words (WORDS,) int64: pinned, read while kernels run.
+    """Failed waits of the kernels of one workspace. codes (CODES,) int64: pinned, read while kernels run.
 
-    On a GPU the kernel traps as well, and PyTorch's own error, which names no rank, may be all that the program sees:
-    so an error that was not raised is printed at the end.
+    On a GPU the kernel traps, too, and the program may see only PyTorch's error, which names no rank: so an error that
+    was not raised is printed at the end.
     """
 
     def __init__(self, collectives: BoundedCollectives, device: torch.device) -> None:
-        self.words = host_ints(WORDS, device, torch.int64)
-        self._find = partial(wait_error, self.words, collectives)
+        self.codes = host_ints(CODES, device, torch.int64)
+        self._find = partial(wait_error, self.codes, collectives)
         self._unraised = report_at_exit(self, self._find)
 
     def found(self) -> bool:
         """Whether a wait has failed. Does not wait for the GPU."""
-        return bool(self.words[0])
+        return bool(self.codes[0])
 
     def raise_if_any(self, cause: RuntimeError | None = None) -> None:
         """Raise the ``PeerError`` of a failed wait, from ``cause``. Does not wait for the GPU."""
@@ -77,9 +76,9 @@ class WaitErrors:
             raise_found(self._find(), cause)
 
 
-def wait_error(words: Tensor, collectives: BoundedCollectives) -> PeerError | None:
-    """The error that the words of a failed wait encode; None if none has failed."""
-    why, peer, here, there = words.tolist()
+def wait_error(codes: Tensor, collectives: BoundedCollectives) -> PeerError | None:
+    """The error that the codes of a failed wait stand for; None if none has failed."""
+    why, peer, here, there = codes.tolist()
     if not why:
         return None
     group, peer, sync_tag, shown = collectives.group, peer - 1, SyncTag.decode(here), SyncTag.decode(there)
@@ -100,15 +99,15 @@ class Limits:
     step: int = 0
 
 
-class Record:
-    """Error words of one plan, (WORDS,) int32, the same on every rank, since every rank reads the ids of all.
+class PlanErrors:
+    """Error codes of one plan, (CODES,) int32, the same on every rank, since every rank reads the ids of all.
 
     own: pinned, written by the plan's kernels. gathered: a copy of what graphs and backwards had written by then.
     """
 
     def __init__(self, group: EPGroup, device: torch.device) -> None:
         self._group = group
-        self.own = host_ints(WORDS, device)
+        self.own = host_ints(CODES, device)
         self.gathered: Tensor | None = None
         self.limits = self.gathered_limits = Limits()
         self.written: torch.cuda.Event | None = None
@@ -123,20 +122,19 @@ class Record:
         gathered = None if self.gathered is None else self._error_of(self.gathered, self.gathered_limits)
         return self._error_of(self.own, self.limits) or gathered
 
-    def _error_of(self, words: Tensor, limits: Limits) -> Exception | None:
-        bad_rank, full_rank, rows, rerouted = words.tolist()
+    def _error_of(self, codes: Tensor, limits: Limits) -> Exception | None:
+        bad_rank, full_rank, rows, rerouted = codes.tolist()
         more = f" (in step {limits.step})"
         if bad_rank:
-            return ValueError(
-                f"{self._group}: topk_idx: got expert ids out of range on rank {bad_rank - 1}, "
-                f"expected 0 to {limits.num_experts - 1}, or -1 for a dropped slot{more}"
-            )
+            expected = f"expected 0 to {limits.num_experts - 1}, or -1 for a dropped slot{more}"
+            got = f"topk_idx: got expert ids out of range on rank {bad_rank - 1}"
+            return ValueError(f"{self._group}: {got}, {expected}")
         if full_rank:
             return overflow_error(self._group, max_rows=limits.max_rows, rank=full_rank - 1, rows=rows, more=more)
         return recompute_error(self._group, rerouted) if rerouted else None
 
 
-def first_error(records: Iterable[Record]) -> Exception | None:
+def first_error(records: Iterable[PlanErrors]) -> Exception | None:
     """The first error in ``records``, or None. Waits for their kernels, except in graph capture."""
     in_capture = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     for record in records:
@@ -161,17 +159,17 @@ class DeviceErrors:
         self.host_reads = host_reads
         self._device = device
         self._on_gpu = device.type == "cuda"
-        self._records = [Record(group, device) for _ in range(PLANS_AHEAD)]
+        self._records = [PlanErrors(group, device) for _ in range(PLANS_AHEAD)]
         # Written by graphs and backwards at any time. From then on each plan copies them, in stream order.
         with torch.inference_mode(False):
-            self._gathered = torch.zeros(WORDS, dtype=torch.int32, device=device)
-        self._latest = Record(group, device)
+            self._gathered = torch.zeros(CODES, dtype=torch.int32, device=device)
+        self._latest = PlanErrors(group, device)
         report_at_exit(self, partial(first_error, (*self._records, self._latest)))
         self._plans = 0
 
     @property
-    def words(self) -> Tensor:
-        """Where the kernels of the plan being queued write errors, (WORDS,) int32."""
+    def codes(self) -> Tensor:
+        """Where the kernels of the plan being queued write errors, (CODES,) int32."""
         return self._gathered if self._capturing() else self._current.own
 
     def begin(self) -> None:
@@ -197,7 +195,7 @@ class DeviceErrors:
         current = self._current
         if self._latest.gathered is not None:
             if current.gathered is None:
-                current.gathered = host_ints(WORDS, self._device)
+                current.gathered = host_ints(CODES, self._device)
             current.gathered_limits = self._latest.gathered_limits
             current.gathered.copy_(self._gathered, non_blocking=True)
         if self._on_gpu and (flags or current.gathered is not None):
@@ -209,7 +207,7 @@ class DeviceErrors:
         differs = (expert_ids_WCK != again_WCK).any()
         if self.host_reads and bool(differs):
             raise recompute_error(self._group, step)
-        rerouted = self._gathered[WORDS - 1 :]
+        rerouted = self._gathered[CODES - 1 :]
         torch.maximum(rerouted, differs.int() * min(step, MOST_STEP), out=rerouted)
         self._latest.gathered = self._gathered
         return differs
@@ -227,18 +225,18 @@ class DeviceErrors:
         self._raise(self._latest)
 
     @property
-    def _current(self) -> Record:
+    def _current(self) -> PlanErrors:
         return self._records[self._plans % PLANS_AHEAD]
 
     def _capturing(self) -> bool:
         return self._on_gpu and torch.cuda.is_current_stream_capturing()
 
-    def _raise(self, record: Record) -> None:
+    def _raise(self, record: PlanErrors) -> None:
         record.wait()
         raise_found(self._taken(record))
 
-    def _taken(self, record: Record) -> Exception | None:
-        """The error of ``record``, cleared from it, or from every copy of the gathered words."""
+    def _taken(self, record: PlanErrors) -> Exception | None:
+        """The error of ``record``, cleared from it, or from every copy of the gathered codes."""
         found = record.error()
         if found is not None and record.own.any():
             record.own.zero_()

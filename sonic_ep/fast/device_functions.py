@@ -19,27 +19,23 @@ from sonic_ep.fast.launch import INTERPRETED
 @triton.jit
 def peer_pointer(addresses_ptr, rank, like_ptr):
     """Entry ``rank`` of the address table, as a pointer of the type of ``like_ptr``."""
-    # Shared buffers start at 16 bytes; a block of gathered tokens may start at less, but only where rows are no
-    # multiple of 16 bytes, and then no access is that wide.
+    # Shared buffers are aligned to 16 bytes. Gathered tokens may not be where rows are no multiple of 16 bytes: no
+    # access is that wide then.
     return tl.multiple_of(tl.load(addresses_ptr + rank).to(like_ptr.dtype), 16)
 
 
 @triton.jit
 def rank_and_token(program, rank, world_size):
-    """Source rank and token of a program of grid (W * C,): all ranks in rotation, beginning with this one.
+    """Source rank and token of a program of grid (W * C,): ranks rotate, this one first, so that all links are busy.
 
-    This keeps all links busy at once. With W=3 on rank 1, programs 0 1 2 3 take token 0 of ranks 1 2 0, then token 1
-    of rank 1.
+    With W=3 on rank 1, programs 0 1 2 3 take token 0 of ranks 1 2 0, then token 1 of rank 1.
     """
     return (rank + program) % world_size, program // world_size
 
 
 @triton.jit
 def valid_rows(group_ends_ptr, experts_per_rank, row_capacity):
-    """Number of valid rows in a buffer: with ends 2 5 it is five, or four where R = ``row_capacity`` is four.
-
-    group_ends_ptr (e,) int32: see ``RoutingPlan``.
-    """
+    """Valid rows in a buffer: with ``group_ends`` 2 5 (e,) int32 they are 5, or 4 where R = ``row_capacity`` = 4."""
     return tl.minimum(tl.load(group_ends_ptr + experts_per_rank - 1), row_capacity)
 
 
@@ -56,8 +52,8 @@ def copy_row(source_ptr, target_ptr, INTS: tl.constexpr, BLOCK: tl.constexpr):
 def rounded(value, like_ptr):
     """fp32 to the element type of ``like_ptr``, to the nearest, ties to even.
 
-    Triton's interpreter truncates to bf16, so there the bits are rounded by hand: adding 0x7FFF, plus 1 where the last
-    kept bit is odd, carries into it exactly when the cut-off part is over half, or is half and the bit is odd.
+    Triton's interpreter truncates to bf16; there 0x7FFF, plus 1 where the last kept bit is odd, is added to the bits
+    first, which carries into that bit exactly when it has to be rounded up.
     """
     element: tl.constexpr = like_ptr.dtype.element_ty
     if INTERPRETED and element == tl.bfloat16:

@@ -28,10 +28,9 @@ from sonic_ep.plan import RoutingPlan, raise_if_malformed
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Exchange:
-    """One plan with the primitives that move rows by it, as the autograd functions need them.
+    """One plan with the primitives that move rows by it, for a call (step) or its gradient (backward).
 
     max_rows: the bound on rows that the device has to check; None where there is none, or the host has checked it.
-    step: the call that this is part of. backward: whether for its gradient.
     """
 
     plan: RoutingPlan
@@ -95,9 +94,9 @@ class Exchange:
         return self._poisoned(return_to_origin(value_of_row_R, self.plan, self.workspace))
 
     def checked(self, grad_NH: Tensor, expert_ids_WCK: Tensor) -> Tensor:
-        """The gradient, all NaN if forward was run again, by activation checkpointing, and found other ids than then.
+        """The gradient, all NaN if activation checkpointing ran forward again and found other ids.
 
-        expert_ids_WCK: of the plan, as autograd saved them; other memory than the plan's if forward was run again.
+        expert_ids_WCK: as autograd saved them; other memory than the plan's if forward was run again.
         """
         if expert_ids_WCK.data_ptr() == self.plan.expert_ids.data_ptr():
             return grad_NH
@@ -132,8 +131,7 @@ class Dispatch(torch.autograd.Function):
 class Combine(torch.autograd.Function):
     """rows (R, H) and scores (T, K) fp32 to (T, H). Backward: d(out) is dispatched to the rows.
 
-    d(row) = round(score * d(out)), d(score) = the sum over H of d(out) * row in fp32, both on the rank of the expert;
-    the score's gradient then returns to the rank of its token, one float a slot.
+    There d(row) = round(score * d(out)), d(score) = the sum over H of d(out) * row in fp32, which returns to the token.
     """
 
     @staticmethod

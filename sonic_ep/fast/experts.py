@@ -66,9 +66,8 @@ def load_split(
 ):
     """Gate and up, (ROWS, COLUMNS) of type WIDE, of columns first, first + 1, ... of rows; zeros outside.
 
-    row_ptr (ROWS,): where each row begins, of 2I elements, or of I if not gated: then both are the gate.
-    there (ROWS,): which rows exist. An interleaved row is loaded as it lies, then split: of g0 u0 g1 u1, columns 0 and
-    1 are g0 g1 and u0 u1.
+    row_ptr (ROWS,): the rows' starts, of 2I elements, or of I if not gated: then both are the gate. there (ROWS,):
+    which rows exist. An interleaved row g0 u0 g1 u1 is loaded as it is, then split to g0 g1 and u0 u1.
     """
     if GATED and INTERLEAVED:
         both = 2 * first + tl.arange(0, 2 * COLUMNS)
@@ -256,7 +255,7 @@ def sum_groups_kernel(
     """The sum of each expert's rows, each times its score if HAS_SCORES. Grid (e, ceil(width / COLUMNS)).
 
     rows_ptr (R, width); scores_ptr (W*C*K,) fp32; sums_ptr (e, width): rounded once, zeros for an expert without rows.
-    Ends 2 2 5 sum rows 0 1, none, and rows 2 3 4. ROWS at a time, so the order of summation is fixed.
+    ROWS at a time, so the order of summation is fixed.
     """
     group = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -280,8 +279,7 @@ def sum_groups_kernel(
 
 # Columns of an activation that a program takes at a time: 4 of each half a thread.
 MOST_ACTIVATED = 512
-# Elements that an interpreted program takes at a time: its time goes by operations, not by their size. On a GPU a
-# program takes one row, whose columns are enough.
+# Elements that an interpreted program takes at a time: it pays by the operation. On a GPU a program takes one row.
 INTERPRETED_TILE = 4096
 # A tile of ``sum_groups``: long enough in columns for whole sectors, in rows for loads in flight.
 SUMMED_ROWS, SUMMED_COLUMNS = 64, 64
@@ -291,10 +289,7 @@ POINTWISE = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"} | {n: n for n i
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HiddenGradient:
-    """Results of ``activate_backward``.
-
-    hidden: dH (R, F). weighted: A' = score * A (R, I), in the memory of dA. dots: (R,) fp32, <dA, A>.
-    """
+    """hidden: dH (R, F). weighted: A' = score * A (R, I), in the memory of dA. dots: (R,) fp32, <dA, A>."""
 
     hidden: Tensor
     weighted: Tensor

@@ -1,7 +1,7 @@
 """Grouped products over the experts of one rank, with no read on the host: PyTorch's where they serve, or two kernels.
 
-``rows`` multiplies each row by the matrix of its expert, ``weights`` sums products of rows, expert by expert. Both sum
-in fp32, or in fp64 for fp32 operands (Hopper's tensor cores take fp64 at the rate of plain fp32), and round once.
+Both sum in fp32, or in fp64 for fp32 operands (Hopper's tensor cores take fp64 at the rate of plain fp32), and round
+once.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ BAND: tl.constexpr = tl.constexpr(8)
 def tile_in_bands(program, row_tiles, column_tiles):
     """Row and column of a program's tile, of ``row_tiles`` times ``column_tiles``: down ``BAND`` tiles, then right.
 
-    With 9 and 2, programs 0 to 7 take column 0 of rows 0 to 7, programs 8 to 15 column 1 of those, and programs 16 and
-    17 both columns of row 8.
+    Of 9 times 2, programs 0 to 7 take column 0 of rows 0 to 7, 8 to 15 column 1 of those, 16 and 17 those of row 8.
     """
     first = program // (BAND * column_tiles) * BAND
     height = tl.minimum(row_tiles - first, BAND)
@@ -173,8 +172,7 @@ def weights_kernel(
 LEAST_EXTENT = 16
 # PyTorch's requirements on addresses and strides, and on the number of groups.
 ALIGNED_BYTES, MOST_GROUPS = 16, 1023
-# On older GPUs PyTorch loops and reads on the host; on newer ones an empty group's weights are not zero
-# (github.com/pytorch/pytorch/issues/172439).
+# Before it PyTorch reads on the host, after it an empty group's weights are not zero: pytorch/pytorch/issues/172439.
 HOPPER = 9
 
 
@@ -198,8 +196,7 @@ class GroupedGemm(Protocol):
 class LibraryGemm:
     """PyTorch's grouped products, for operands that ``library_serves`` and ``group_ends_e[-1] <= R``.
 
-    They take no bias: with one, our kernel is faster than PyTorch's and a pass over the rows. rows_per_group: see
-    ``TritonGemm``.
+    With a bias our kernel is faster than PyTorch's and a pass over the rows. rows_per_group: see ``TritonGemm``.
     """
 
     rows_per_group: int | None = None
@@ -221,10 +218,7 @@ class LibraryGemm:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopGemm:
-    """PyTorch's plain products, group by group, for the CPU, where the host waits for nothing.
-
-    Summed as ``TritonGemm`` does: fp32 in fp64, all else in fp32, rounded once.
-    """
+    """PyTorch's plain products, group by group, for the CPU, where the host waits for nothing."""
 
     def rows(self, a_RK: Tensor, b_eKN: Tensor, group_ends_e: Tensor, bias_eN: Tensor | None = None) -> Tensor:
         """See ``GroupedGemm``."""
@@ -253,10 +247,7 @@ def widened(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class TileShape:
-    """A program computes (height, width) of the result, summing over ``depth`` at a time, ``stages`` steps in flight.
-
-    The extents are powers of two, at least ``LEAST_EXTENT``.
-    """
+    """A program's (height, width) of the result; it sums over ``depth`` at a time, ``stages`` steps in flight."""
 
     height: int
     width: int
@@ -284,11 +275,9 @@ LARGEST_INTERPRETED = TileShape(height=256, width=256, depth=256, warps=4, stage
 def tile_shape(dtype: torch.dtype, height: int, width: int, depth: int) -> TileShape:
     """Tiles for a product of (height, depth) with (depth, width): the largest, or less where the product has less."""
     largest = LARGEST_INTERPRETED if INTERPRETED.value else LARGEST[dtype.itemsize]
-    given = {"height": height, "width": width, "depth": depth}
-    extents = {
-        name: min(max(triton.next_power_of_2(size), LEAST_EXTENT), getattr(largest, name))
-        for name, size in given.items()
-    }
+    extents = {"height": height, "width": width, "depth": depth}
+    for name, size in extents.items():
+        extents[name] = min(max(triton.next_power_of_2(size), LEAST_EXTENT), getattr(largest, name))
     whole = (extents["height"], extents["width"]) == (largest.height, largest.width)
     return replace(largest, **extents, warps=largest.warps if whole else FEWER_WARPS)
 
@@ -297,9 +286,8 @@ def tile_shape(dtype: torch.dtype, height: int, width: int, depth: int) -> TileS
 class TritonGemm:
     """Our kernels: any sizes, strides of ``b`` and addresses. Group ends past R count as R.
 
-    tiles: of both products; None: chosen by ``tile_shape`` for each.
-    rows_per_group: rows of a group to choose tiles for; None: the mean of R. Tiles decide the last bits of a sum, so
-        this must not depend on what may not change them.
+    tiles: of both products; None: by ``tile_shape``. rows_per_group: to choose tiles for; None: the mean of R. Tiles
+    decide the last bits of a sum, so this must not depend on what may not change them.
     """
 
     tiles: TileShape | None = None
@@ -340,20 +328,14 @@ class TritonGemm:
 
 
 def grouped_gemm(operands: Sequence[Tensor], rows_per_group: int | None = None) -> GroupedGemm:
-    """The products for a layer of these operands: rows (R, H) and weights (e, F, H), (e, H, I).
-
-    Operands between the products have to be contiguous and of these widths. rows_per_group: see ``TritonGemm``.
-    """
+    """The products for a layer of operands rows (R, H), contiguous, and weights (e, F, H), (e, H, I)."""
     if not library_serves(operands):
         return TritonGemm(rows_per_group=rows_per_group)
     return LibraryGemm(rows_per_group=rows_per_group) if operands[0].device.type == "cuda" else LoopGemm()
 
 
 def library_serves(operands: Sequence[Tensor]) -> bool:
-    """Whether PyTorch multiplies these, and contiguous rows of their widths, without a read on the host.
-
-    It takes sizes, strides and addresses that are multiples of 16 bytes, and on GPUs bf16 on Hopper, under 1024 groups.
-    """
+    """Whether PyTorch multiplies these, and contiguous rows of their widths, without a read on the host."""
     first = operands[0]
     on_hopper = first.device.type == "cuda" and torch.cuda.get_device_capability(first.device)[0] == HOPPER
     device_serves = first.device.type == "cpu" or (first.dtype == torch.bfloat16 and on_hopper)

@@ -25,10 +25,7 @@ ONE_LAUNCH = threading.Lock()
 
 @contextmanager
 def alone_in_this_process() -> Iterator[None]:
-    """Raises ``RuntimeError`` while another thread interprets a kernel: Triton patches its language per process.
-
-    It does not wait: the other kernel may be waiting for this rank.
-    """
+    """Raises ``RuntimeError`` while another thread interprets a kernel: Triton patches its language per process."""
     if not ONE_LAUNCH.acquire(blocking=False):
         raise RuntimeError("Triton's interpreter: got a kernel while another thread runs one, expected one thread")
     try:
@@ -67,11 +64,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def programs_over(rows: int, device: torch.device) -> int:
-    """Programs that share ``rows`` rows: as many as the GPU runs at a time, at most one a row.
-
-    Most rows may be invalid, since a rank has room for up to W times its average share: one program a row would cost
-    more.
-    """
+    """Programs that share ``rows`` rows: as many as the GPU runs at a time, at most one a row; most may be invalid."""
     return min(rows, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device))
 
 

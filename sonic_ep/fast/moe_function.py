@@ -44,11 +44,10 @@ class StagedInputs:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Call:
-    """One call of the layer, without the tensors that autograd tracks.
+    """One call of the layer, without the tensors that autograd tracks. begun: for forward only.
 
-    shape: (..., H), of the result. exchange: in forward its plan may still have room for more rows than arrive. begun:
-    for forward only. gather: gathers x again in backward; None where the rows received are saved. training: whether a
-    backward may come.
+    shape: (..., H), of the result. exchange: in forward its plan may have room for more rows than come. gather: gathers
+    x again in backward; None where the rows received are saved. training: a backward may come.
     """
 
     shape: torch.Size
@@ -114,10 +113,7 @@ class MoEFunction(torch.autograd.Function):
 
 
 def _pulled(x_TH: Tensor, exchange: Exchange, begun: StagedInputs) -> tuple[Exchange, Tensor]:
-    """The exchange with a plan of its final R, and what this rank receives.
-
-    Where the host has to wait for R, what does not need it is queued first.
-    """
+    """The exchange with a plan of its final R, and the rows received. What does not need R is queued before it is."""
     planner, pending = begun.planner, begun.pending
     if exchange.dispatch.sized_by_rows:
         rows = planner.rows(pending)

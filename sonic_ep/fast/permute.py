@@ -95,8 +95,7 @@ def weigh_rows(out_grad_RH: Tensor, rows_RH: Tensor, scores_WCK: Tensor, plan: R
     dots_R = out_grad_RH.new_empty(out_grad_RH.shape[0], dtype=torch.float32)
     pointers = (out_grad_RH, rows_RH, scores_WCK, plan.slot_of_row, grad_RH, dots_R, plan.group_ends)
     grid, sizes = (programs_over(plan.row_capacity, grad_RH.device),), (plan.experts_per_rank, plan.row_capacity)
-    constants = column_constants(grad_RH.shape[1])
-    launch(weigh_rows_kernel, grid, *pointers, *sizes, device=grad_RH.device, **constants)
+    launch(weigh_rows_kernel, grid, *pointers, *sizes, device=grad_RH.device, **column_constants(grad_RH.shape[1]))
     return grad_RH, dots_R
 
 

@@ -1,8 +1,8 @@
 """The routing plan in Triton: a stable counting sort over all slots of the group, with no read on the host.
 
-Every rank stages its ids, and its scores where the caller has them by then, in shared memory, and after a barrier reads
-those of all. Then three kernels: one counts each tile of slots by expert (and its tokens by rank), one sums the counts
-of the tiles before each tile, one gives every slot its row. A tile holds whole tokens of one rank, in slot order.
+Every rank stages its ids (and scores) in shared memory and reads those of all. One kernel counts each tile of slots by
+expert and its tokens by rank, one sums the counts of the tiles before each, one gives every slot its row. A tile holds
+whole tokens of one rank, in slot order.
 """
 
 from __future__ import annotations
@@ -230,13 +230,9 @@ def totals_kernel(
             tl.store(errors_ptr + 2, most_rows)
 
 
-# Slots of a tile, slots compared with each other at a time, and tiles and bins that the scan takes at a time. Placing
-# is a chain of short steps, one warp wide: more lanes would compare more pairs, more warps would wait for each other.
-TILE_SLOTS = 512
-COMPARED_SLOTS = 32
-PLACE_WARPS = 1
-SCAN_TILES, SCAN_BINS = 512, 4
-STAGE_BLOCK = 1024
+# Placing is a chain of short steps, one warp wide: more lanes would compare more pairs, more warps would wait.
+TILE_SLOTS, COMPARED_SLOTS, PLACE_WARPS = 512, 32, 1
+SCAN_TILES, SCAN_BINS, STAGE_BLOCK = 512, 4, 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +272,7 @@ class PlanShape:
 
     @property
     def padded_experts(self) -> int:
-        """A power of two with room for E and one more, where dropped slots are counted."""
+        """A power of two with room for E bins and one for dropped slots."""
         return triton.next_power_of_2(self.num_experts + 1)
 
     @property
@@ -292,7 +288,7 @@ class PlanShape:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TileCounts:
-    """Ids of the group (W, C, K), counts of the tiles before each tile (tiles, E + W), and of all tiles (E + W,).
+    """Ids of the group (W, C, K), counts of the tiles before each tile (tiles, E + W) and of all (E + W,), and scores.
 
     scores: (W, C, K) fp32, if they came with the ids; unspecified for tokens that do not exist.
     """
@@ -359,10 +355,7 @@ def new_plan(
 def placed_plan(
     counts: TileCounts, shape: PlanShape, *, num_tokens: int, row_capacity: int, max_rows: int, device_errors: Tensor
 ) -> RoutingPlan:
-    """This rank's plan with R = ``row_capacity``, from the counts. Not collective; no read on the host.
-
-    max_rows: rows of one rank above which ``device_errors`` says so.
-    """
+    """This rank's plan with R = ``row_capacity``. max_rows: the rows of a rank above which ``device_errors`` is set."""
     plan = new_plan(counts, shape, num_tokens=num_tokens, row_capacity=row_capacity, new=torch.empty)
     scanned, device = (counts.before, counts.totals), counts.totals.device
     pointers = (plan.expert_ids, *scanned, plan.row_of_slot, plan.slot_of_row, plan.packed_of_token)

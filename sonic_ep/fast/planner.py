@@ -1,7 +1,6 @@
 """Plans as the backend makes them: queued at once, then cut to their exact size with ``cpu_sync_on_runtime``.
 
-The exact size is a read on the host. Its copy starts as soon as the rows are counted, and the host waits for it after
-the caller has queued all work that does not need the size, so that the GPU stays busy meanwhile.
+The host reads that size after the caller has queued all work that does not need it, so that the GPU stays busy.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ READS_PER_QUERY = 10_000
 class HostCopy:
     """A copy of device counts to the host. ``start``, queue other work, ``wait``.
 
-    The host polls the memory that is copied to. A wait in the driver would end some 200 us late, with the GPU idle by
-    then; polling keeps a core busy while the host is ahead, but lets other threads of this process run.
+    The host polls the copy, since a wait in the driver would end some 200 us late. Other threads may run meanwhile.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -43,10 +41,7 @@ class HostCopy:
         self._queued: torch.cuda.Event | None = None
 
     def start(self, counts: Tensor) -> None:
-        """Queue the copy of int32 ``counts``, none below zero, on the current stream.
-
-        Raises ``RuntimeError`` in graph capture.
-        """
+        """Queue the copy of int32 ``counts``, none below zero, on the current stream. Raises in graph capture."""
         on_gpu = self._device.type == "cuda"
         if on_gpu and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -78,10 +73,9 @@ class HostCopy:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PendingPlan:
-    """A plan with room for the most rows; ``Planner.rows`` and ``Planner.sized`` give it its final R.
+    """A plan with room for the most rows. counted: a copy of all ranks' row counts to the host has started.
 
     scores_WCK: the scores of the group, fp32, if they came with the ids; unspecified for tokens that do not exist.
-    counted: whether a copy of all ranks' row counts to the host has started.
     """
 
     plan: RoutingPlan
@@ -107,10 +101,7 @@ class Planner:
     def begin(
         self, topk_idx_TK: Tensor, *, num_experts: int, max_tokens: int, distinct: bool, scores_TK: Tensor | None = None
     ) -> PendingPlan:
-        """Collective. Exchange ids, and scores (T, K) fp32 if there are any, and queue the plan.
-
-        Raises the error of the plan ``PLANS_AHEAD`` before, on every rank alike; see ``DeviceErrors``.
-        """
+        """Collective. Exchange ids, and scores (T, K) fp32 if given, and queue the plan. Raises as ``DeviceErrors``."""
         self.device_errors.begin()
         self._workspace.enter(Phase.EXCHANGE)
         sizes = {"world_size": self._group.world_size, "max_tokens": max_tokens, "top_k": topk_idx_TK.shape[1]}
@@ -118,19 +109,19 @@ class Planner:
         check_slots(self._group, **sizes)
         if max_tokens == 0:
             plan = empty_plan(shape, topk_idx_TK.device)
-            scores_WCK = None if scores_TK is None else scores_TK.new_empty(plan.expert_ids.shape)
-            return PendingPlan(plan=plan, scores_WCK=scores_WCK, counted=False)
+            none_WCK = None if scores_TK is None else scores_TK.new_empty(plan.expert_ids.shape)
+            return PendingPlan(plan=plan, scores_WCK=none_WCK, counted=False)
         max_rows = MOST_SLOTS if self.max_rows is None else self.max_rows
         step = self._workspace.step.number
         self.device_errors.expect(Limits(num_experts=num_experts, max_rows=max_rows, step=step))
-        flags = self.device_errors.words
-        counts = gathered_counts(topk_idx_TK, shape, self._workspace, flags, scores_TK)
+        codes = self.device_errors.codes
+        counts = gathered_counts(topk_idx_TK, shape, self._workspace, codes, scores_TK)
         if self._config.cpu_sync_on_runtime:
             # Summed on the device, so that little is left for the host while the GPU waits for it.
             self._counts.start(counts.totals[:num_experts].view(shape.world_size, -1).sum(dim=1, dtype=torch.int32))
         rows = row_ceiling(experts_per_rank=shape.experts_per_rank, distinct=distinct, **sizes)
         room = {"row_capacity": rows if self._bound is None else min(rows, self._bound), "max_rows": max_rows}
-        plan = placed_plan(counts, shape, num_tokens=topk_idx_TK.shape[0], device_errors=flags, **room)
+        plan = placed_plan(counts, shape, num_tokens=topk_idx_TK.shape[0], device_errors=codes, **room)
         # A router's own ids are in range, and without a bound there is room for all rows.
         self.device_errors.queued(flags=not distinct or self.max_rows is not None)
         return PendingPlan(plan=plan, scores_WCK=counts.scores, counted=self._config.cpu_sync_on_runtime)

@@ -1,8 +1,8 @@
 """The router: one GEMM and one kernel forward, at most two kernels and two GEMMs backward, nothing read on the host.
 
-Logits and scores are those of the reference to fp32 rounding; choices follow exactly from the logits. A GEMM of the
-logits' fp32 gradient with bf16 weights or tokens would be slow, or need fp32 copies. So the gradient is cut into three
-bf16 parts, whose 3 x 8 bits hold the 24 of an fp32 number, and tensor cores sum their exact products in fp32.
+Logits and scores are those of the reference to fp32 rounding; choices follow exactly from the logits. Instead of a slow
+fp32 GEMM in backward, the logits' gradient is cut into three bf16 parts, whose 3 x 8 bits hold the 24 of an fp32
+number, and tensor cores sum their exact products in fp32.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ ALL_BUT_SIGN: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 def key_of(logit, expert, E: tl.constexpr):
     """An int64 key that orders the experts of a token: the larger logit first, then the lower expert.
 
-    logit fp32, expert int32. The high half holds the logit: the bits of fp32 numbers ascend with them where the sign is
-    clear and descend where it is set. The low half holds E-1-expert. Every NaN is the same, above infinity; -0 is 0.
-    Logits 1.0 2.0 1.0 NaN of four experts order them 3 1 0 2.
+    The high half holds the logit (fp32): its bits ascend with it where the sign is clear and descend where it is set.
+    The low half holds E-1-expert. All NaNs are one, above infinity; -0 is 0. Logits 1 2 1 NaN give experts 3 1 0 2.
     """
     bits = tl.where(logit == 0, 0.0, logit).to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ ALL_BUT_SIGN, bits)
@@ -149,8 +148,8 @@ def logits_gradient_kernel(
 def parts_kernel(grad_ptr, out_ptr, numbers, E: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """Cut fp32 numbers into parts that sum to them. Grid (ceil(numbers / BLOCK),).
 
-    grad_ptr (T, E) fp32, ``numbers`` = T*E; out_ptr (T, PARTS, E): each part is the remainder after the parts before,
-    rounded to the dtype of out. In bf16 the parts of 1 + 2^-9 + 2^-20 are 1, 2^-9 and 2^-20.
+    grad_ptr (T, E) fp32, ``numbers`` = T*E; out_ptr (T, PARTS, E): each part is the rounded remainder after those
+    before. In bf16 the parts of 1 + 2^-9 + 2^-20 are 1, 2^-9 and 2^-20.
     """
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < numbers
@@ -173,10 +172,9 @@ HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
 
 def route(x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions, workspace: Workspace) -> Routing:
-    """Logits (T, E) of this rank's tokens, the K largest of each, and their scores.
+    """Logits ``x . router_w`` (T, E) fp32, the K largest of each token, and their scores.
 
-    ``logits = x . router_w`` in fp32. Choices descend by logit, equal logits ascend by expert. Collective where shared
-    memory for the sum of the weight's gradient has to grow, and in backward, which sums it.
+    Collective in backward, which sums the weight's gradient, and where shared memory for that sum has to grow.
     """
     if options.reduce_router_grad and router_w_EH.requires_grad:
         # Also where gradients are off: under reentrant checkpointing a backward follows all the same.
@@ -189,11 +187,10 @@ def route(x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions, workspace: 
 
 
 class RouterLogits(torch.autograd.Function):
-    """x (T, H) and router_w (E, H) to logits (T, E) fp32.
+    """x (T, H) and router_w (E, H) to logits (T, E) fp32. The options say whether router_w's gradient is summed.
 
-    Backward: gradients in the dtypes of x and router_w; that of router_w is summed over the group if the options ask
-    for it. Separate from ``Choose`` because a split backward, up to PyTorch 2.12, mixes up the gradients of a function
-    with a weight and several results.
+    Separate from ``Choose`` because a split backward, up to PyTorch 2.12, mixes up the gradients of a function with a
+    weight and several results.
     """
 
     @staticmethod
@@ -230,12 +227,12 @@ class Choose(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TE: Tensor, options: RouterOptions, workspace: Workspace) -> tuple[Tensor, Tensor]:
         """Choices, scores."""
-        choices = choose_experts(logits_TE, options)
-        ctx.mark_non_differentiable(choices.topk_idx)
+        chosen = choose_experts(logits_TE, options)
+        ctx.mark_non_differentiable(chosen.topk_idx)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.group, ctx.call_lock = options, workspace.group, workspace.call_lock
-        ctx.save_for_backward(logits_TE, choices.topk_idx, choices.scores)
-        return choices.topk_idx, choices.scores
+        ctx.save_for_backward(logits_TE, chosen.topk_idx, chosen.scores)
+        return chosen.topk_idx, chosen.scores
 
     @staticmethod
     @once_differentiable
@@ -255,10 +252,7 @@ class Choices:
 
 
 def choose_experts(logits_TE: Tensor, options: RouterOptions) -> Choices:
-    """The K largest logits of each row, descending, equal ones in ascending order of expert, and their scores.
-
-    logits: fp32, contiguous; NaN is larger than any number. Logits 0.5 2.0 0.5 2.0 with K=3 choose 1 3 0.
-    """
+    """The K largest logits (fp32, contiguous) of each row, descending, equal ones by ascending expert; their scores."""
     num_tokens, top_k = logits_TE.shape[0], options.top_k
     topk_idx_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits_TE.device)
     scores_TK = logits_TE.new_empty(num_tokens, top_k)
@@ -291,18 +285,10 @@ def _over_tokens(kernel: Any, pointers: tuple[Tensor, ...], options: RouterOptio
 def bf16_parts(grad_TE: Tensor) -> Tensor:
     """Three bf16 numbers that sum to each of ``grad_TE`` (T, E) fp32, (T, 3, E)."""
     grad_TE = grad_TE.contiguous()
-    (num_tokens, num_experts), numbers = grad_TE.shape, grad_TE.numel()
+    (num_tokens, num_experts), numbers, device = grad_TE.shape, grad_TE.numel(), grad_TE.device
     out_TPE = grad_TE.new_empty((num_tokens, BF16_PARTS, num_experts), dtype=torch.bfloat16)
     constants = {"E": num_experts, "PARTS": BF16_PARTS, "BLOCK": PARTS_BLOCK}
-    launch(
-        parts_kernel,
-        (triton.cdiv(numbers, PARTS_BLOCK),),
-        grad_TE,
-        out_TPE,
-        numbers,
-        device=grad_TE.device,
-        **constants,
-    )
+    launch(parts_kernel, (triton.cdiv(numbers, PARTS_BLOCK),), grad_TE, out_TPE, numbers, device=device, **constants)
     return out_TPE
 
 

@@ -93,10 +93,9 @@ class OneRank:
 
 
 def keep_in_step(collectives: BoundedCollectives, next_number: Callable[[], int]) -> None:
-    """Collective. Take numbers until the last one that each rank has taken is the same on all.
+    """Collective. Take numbers until all ranks have reached the same; ``RuntimeError`` if they cannot.
 
-    next_number: a counter of this process, with the same stride on every rank. Where ranks take 4 8 6 first, with
-    stride 2, the first takes 6 and 8 too and the third 8. Raises ``RuntimeError`` where no number is common.
+    next_number: a counter of this process. Ranks that take 4 8 6 first go on to 8: the first by 6, the third at once.
     """
     taken = next_number()
     numbers = collectives.objects(taken, Phase.MEMORY)

@@ -18,7 +18,7 @@ ELSEWHERE: tl.constexpr = tl.constexpr(2)
 
 
 def rest() -> None:
-    """Leave the processor to the rank that an interpreted kernel waits for."""
+    """Leave the processor to the other ranks while an interpreted kernel waits."""
     time.sleep(REST_SECONDS)
 
 

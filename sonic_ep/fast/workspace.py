@@ -36,10 +36,7 @@ LEAVE_SECONDS = 2.0
 
 
 class Workspace:
-    """The shared buffers of one group on one device, by name. Construction is collective, and so is growth.
-
-    collectives: bounds the waits of kernels as well as those of the host, and holds this rank's tag.
-    """
+    """The shared buffers of one group on one device, by name. Construction is collective, and so is growth."""
 
     def __init__(
         self,
@@ -72,7 +69,7 @@ class Workspace:
         return self._collectives.sync_tag.step
 
     def enter(self, phase: Phase = Phase.SYNC, step: Step | None = None, *, backward: bool = False) -> None:
-        """Begin a phase of ``step``, or of the call being made: after what the last one queued, on any stream.
+        """Begin a phase of ``step``, or of this call, after what the last phase has queued, on any stream.
 
         Raises ``PeerError`` if a kernel of this rank has timed out since, ``ClosedError`` after ``close``.
         """
@@ -92,7 +89,7 @@ class Workspace:
     def leave(self) -> None:
         """Set this rank's flag on every peer to a tag of ``Phase.LEFT``: kernels that wait for it stop at once.
 
-        Queued on the current stream; the host waits for it, ``LEAVE_SECONDS`` at most. Nothing on one rank.
+        The host waits for it on the current stream, ``LEAVE_SECONDS`` at most.
         """
         if self._closed or self.group.world_size == 1:
             return
@@ -110,8 +107,7 @@ class Workspace:
     def reserve(self, name: str, nbytes: int, byte: int = POISON_BYTE) -> SharedBuffer:
         """The buffer ``name`` of at least ``nbytes``. Collective if it has to grow; new bytes are all ``byte``.
 
-        All ranks ask for the same sizes in the same order. Raises ``RuntimeError`` if it had to grow in graph capture,
-        ``ClosedError`` after ``close``.
+        Raises ``RuntimeError`` if it had to grow in graph capture, ``ClosedError`` after ``close``.
         """
         self._raise_if_closed()
         held = self._buffers.get(name)
@@ -161,7 +157,7 @@ class Workspace:
 
     def _run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, tag: int, **constants: Any) -> None:
         limit = int(self._collectives.timeout * NANOSECONDS_PER_SECOND)
-        waiting = (self.wait_errors.words, self.group.rank, tag, limit)
+        waiting = (self.wait_errors.codes, self.group.rank, tag, limit)
         options = {"device": self.device, "debug": True, "sanitize_overflow": False, **constants}
         # Interpreted, it is this thread that waits, and a kernel that times out cannot trap.
         with self.call_lock.waiting() if self.device.type == "cpu" else nullcontext():
@@ -170,10 +166,7 @@ class Workspace:
             self.wait_errors.raise_if_any()
 
     def _retire(self, buffer: SharedBuffer) -> None:
-        """Keep a buffer that a captured graph may still use; else wait for this rank's kernels that use it.
-
-        The allocation that follows waits for the other ranks, on the host: kernels of other streams may use it, too.
-        """
+        """Keep a buffer that a captured graph may use; else wait for this rank's kernels, as peers do to allocate."""
         if self._captured:
             self._replaced.append(buffer)
         else:

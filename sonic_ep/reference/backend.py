@@ -48,7 +48,7 @@ class ReferenceBackend:
         return routing
 
     def check_expert_ids(self, topk_idx_TK: Tensor, num_experts: int) -> None:
-        """See ``sonic_ep.reference.plan``."""
+        """Raises ``ValueError`` at once, by a read on the host."""
         check_expert_ids(topk_idx_TK, num_experts, self._collectives.group)
 
     @outside_selective_checkpoint
@@ -91,7 +91,7 @@ class ReferenceBackend:
         return LayerOutput(y=y, counts=plan.counts.clone())
 
     def check(self) -> None:
-        """Nothing is ever pending: this backend raises where it finds."""
+        """Nothing is ever pending: this backend raises at once."""
 
     def explain(self, error: RuntimeError) -> None:
         """Only the host waits, and it names the rank itself."""
@@ -125,7 +125,7 @@ class ReferenceBackend:
         return apply_function(Combine, rows_RH, scores_TK, exchange, shape, read_later)
 
     def _gathers_again(self, experts: Experts) -> bool:
-        """Whether x is dispatched again in backward. Only the gradient of w1 reads the rows there."""
+        """Whether x is dispatched again in backward, where only the gradient of w1 reads the rows."""
         return self._config.redispatch_x_in_backward and torch.is_grad_enabled() and experts.w1.requires_grad
 
     def _read_later(self, x_TH: Tensor, experts: Experts) -> dict[str, Tensor]:
@@ -147,11 +147,6 @@ class ReferenceBackend:
 
     def _exchange(self, plan: RoutingPlan) -> Exchange:
         load = Workload(world_size=plan.world_size, top_k=plan.top_k, num_experts=plan.num_experts)
-        modes = choose_modes(self._config, load)
-        return Exchange(
-            plan=plan,
-            dispatch=self._dispatch[modes.dispatch],
-            combine=self._combine[modes.combine],
-            collectives=self._collectives,
-            step=self._collectives.step,
-        )
+        modes, held = choose_modes(self._config, load), self._collectives
+        dispatch, combine = self._dispatch[modes.dispatch], self._combine[modes.combine]
+        return Exchange(plan=plan, dispatch=dispatch, combine=combine, collectives=held, step=held.step)

@@ -1,7 +1,6 @@
-"""The oracle: the Mixture-of-Experts layer on one device, as a loop over experts, in any floating dtype.
+"""The oracle: the layer on one device, as a loop over experts, in any floating dtype.
 
-The reference shares its scores and activations, and nothing else. In fp64 it is the truth; in the dtype of a test it is
-"plain PyTorch", whose error bounds that of the backends.
+In fp64 it is the truth; in the dtype of a test it is the "plain PyTorch" whose error bounds that of the backends.
 """
 
 from __future__ import annotations

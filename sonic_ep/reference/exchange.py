@@ -13,12 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sonic_ep.autograd_utils import (
-    once_differentiable,
-    outside_selective_checkpoint,
-    savable,
-    unpack_saved,
-)
+from sonic_ep.autograd_utils import once_differentiable, outside_selective_checkpoint, savable, unpack_saved
 from sonic_ep.backend import CombinePrimitive, DispatchPrimitive
 from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.distributed.sync_tag import Phase, Step, SyncTag
@@ -48,9 +43,9 @@ class Exchange:
         return self.collectives.sync(sync_tag, device, own)
 
     def raise_if_rerouted(self, expert_ids_WCK: Tensor) -> None:
-        """Raise ``RecomputeError`` if activation checkpointing has run forward again, and it found other ids.
+        """Raise ``RecomputeError`` if activation checkpointing ran forward again and found other ids.
 
-        expert_ids_WCK: of the plan, as autograd saved them; other memory than the plan's if forward was run again.
+        expert_ids_WCK: as autograd saved them; other memory than the plan's if forward was run again.
         """
         again = expert_ids_WCK.data_ptr() != self.plan.expert_ids.data_ptr()
         if again and not torch.equal(expert_ids_WCK, self.plan.expert_ids):
@@ -73,9 +68,8 @@ class Exchange:
     def return_to_origin(self, value_of_row_N: Tensor) -> Tensor:
         """Collective. One value of each valid row back to its slot's token, (T, K); zero for dropped slots."""
         exchange = slot_exchange(self.plan)
-        origin_N = self.collectives.all_to_all_rows(
-            value_of_row_N[exchange.rows], exchange.receive_splits, exchange.send_splits
-        )
+        values_N, splits = value_of_row_N[exchange.rows], (exchange.receive_splits, exchange.send_splits)
+        origin_N = self.collectives.all_to_all_rows(values_N, *splits)
         value_of_slot_F = origin_N.new_zeros(self.plan.num_tokens * self.plan.top_k)
         value_of_slot_F[exchange.slots] = origin_N
         return value_of_slot_F.view(self.plan.num_tokens, self.plan.top_k)
@@ -107,11 +101,9 @@ class Dispatch(torch.autograd.Function):
 class Combine(torch.autograd.Function):
     """rows (R, H) and scores (T, K) fp32 to (T, H). Backward: d(out) is dispatched to the rows.
 
-    d(row) = round(score * d(out)), d(score) = the sum over H of d(out) * row in fp32, both on the rank of the expert;
-    the score's gradient then returns to the rank of its token, one float a slot.
-
-    read_later: tensors of the caller, by name, that autograd's own functions before this one read in backward. They are
-    checked here, before communication: those functions would read freed memory without an error.
+    There d(row) = round(score * d(out)), d(score) = the sum over H of d(out) * row in fp32, which returns to the token.
+    read_later: tensors of the caller, by name, that autograd's own functions read later in backward, without a check
+    for freed memory: so they are checked here, before communication.
     """
 
     @staticmethod
@@ -163,10 +155,9 @@ class Combine(torch.autograd.Function):
 
 
 class UpProjectionOfRowsGatheredAgain(torch.autograd.Function):
-    """The up-projection of dispatched rows, (R, H) to (R, 2I or I), that saves x (T, H) for backward and not the rows.
+    """The up-projection of dispatched rows, (R, H) to (R, 2I or I), that saves x (T, H) and not the rows.
 
-    Backward dispatches x again and hands the rows to autograd. It runs on every rank, also where no row arrived, so
-    that the collective always finds all of them.
+    Backward dispatches x again, on every rank, also on one without rows, and passes the rows to autograd.
     """
 
     @staticmethod
@@ -196,17 +187,11 @@ class UpProjectionOfRowsGatheredAgain(torch.autograd.Function):
 
 
 def joined_in_backward(exchange: Exchange, phase: Phase, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Collective. The tensors, each requiring a gradient here if it does on any rank of the group.
-
-    A backward that communicates has to run on all ranks or on none; a rank without tokens easily brings an x
-    that needs no gradient.
-    """
+    """Collective. The tensors, each requiring a gradient here if it does on any rank: backward runs on all or none."""
     mine = sum(1 << place for place, tensor in enumerate(tensors) if tensor.requires_grad)
     masks = exchange.sync(phase, tensors[0].device, mine if torch.is_grad_enabled() else 0)
     needed = [any(mask >> place & 1 for mask in masks) for place in range(len(tensors))]
     if not torch.is_grad_enabled():
         return tensors
-    return tuple(
-        tensor.detach().requires_grad_() if need and not tensor.requires_grad else tensor
-        for tensor, need in zip(tensors, needed, strict=True)
-    )
+    joining = (need and not tensor.requires_grad for tensor, need in zip(tensors, needed, strict=True))
+    return tuple(t.detach().requires_grad_() if joins else t for t, joins in zip(tensors, joining, strict=True))

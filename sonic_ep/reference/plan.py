@@ -29,10 +29,8 @@ def check_expert_ids(topk_idx_TK: Tensor, num_experts: int, group: EPGroup) -> N
         return
     least, most = (int(value) for value in topk_idx_TK.aminmax())
     if least < NO_ROW or most >= num_experts:
-        raise ValueError(
-            f"{group}: topk_idx: got expert ids from {least} to {most}, "
-            f"expected 0 to {num_experts - 1}, or -1 for a dropped slot"
-        )
+        expected = f"expected 0 to {num_experts - 1}, or -1 for a dropped slot"
+        raise ValueError(f"{group}: topk_idx: got expert ids from {least} to {most}, {expected}")
 
 
 def pad_tokens(tokens: Tensor, max_tokens: int, fill: float) -> Tensor:
@@ -56,23 +54,14 @@ def exchange_plan(
     Raises ``RowOverflowError`` on all ranks if one has more rows than ``config.max_rows``.
     """
     group, (num_tokens, top_k) = collectives.group, topk_idx_TK.shape
-    check_slots(group, world_size=group.world_size, max_tokens=max_tokens, top_k=top_k)
+    sizes = {"world_size": group.world_size, "max_tokens": max_tokens, "top_k": top_k}
+    check_slots(group, **sizes)
     expert_ids_WCK = collectives.all_gather(pad_tokens(topk_idx_TK.to(INDEX_DTYPE), max_tokens, NO_ROW))
     rows_W = _slots_of_expert(expert_ids_WCK, num_experts).view(group.world_size, -1).sum(dim=1).tolist()
-    ceiling = row_ceiling(
-        world_size=group.world_size,
-        max_tokens=max_tokens,
-        top_k=top_k,
-        experts_per_rank=num_experts // group.world_size,
-        distinct=distinct,
-    )
-    return build_plan(
-        expert_ids_WCK,
-        rank=group.rank,
-        num_tokens=num_tokens,
-        num_experts=num_experts,
-        row_capacity=room_for_rows(group, config, rank=group.rank, ceiling=ceiling, rows_W=rows_W),
-    )
+    ceiling = row_ceiling(experts_per_rank=num_experts // group.world_size, distinct=distinct, **sizes)
+    rows = room_for_rows(group, config, rank=group.rank, ceiling=ceiling, rows_W=rows_W)
+    counts = {"num_tokens": num_tokens, "num_experts": num_experts, "row_capacity": rows}
+    return build_plan(expert_ids_WCK, rank=group.rank, **counts)
 
 
 def build_plan(
@@ -135,8 +124,8 @@ def _packed_places(present_WC: Tensor) -> Tensor:
 class SlotExchange:
     """One row for each slot, from the rank of its token to the rank of its expert.
 
-    slots (N,) int64: this rank's slots t*K + k in sending order: by receiver, then by row there. send_splits[q]: how
-    many go to rank q. rows (rows,) int64: the row of each received slot. receive_splits[p]: how many come from rank p.
+    slots (N,) int64: this rank's slots t*K + k by receiver, then by row there; send_splits[q] of them go to rank q.
+    rows (rows,) int64: the row of each received slot; receive_splits[p] of them come from rank p.
     """
 
     slots: Tensor
@@ -168,8 +157,7 @@ def slot_exchange(plan: RoutingPlan) -> SlotExchange:
 class PairExchange:
     """One row for each distinct (token, rank) pair, received in the order of ``packed_of_token``.
 
-    tokens (N,) int64: this rank's tokens in sending order: by receiver, then ascending.
-    send_splits[q]: how many go to rank q. receive_splits[p]: how many come from rank p.
+    tokens (N,) int64: this rank's tokens by receiver, then ascending. Splits: as of ``SlotExchange``.
     """
 
     tokens: Tensor

@@ -148,7 +148,7 @@ def timed_out(rank: Rank) -> ExpertParallel:
     ep = ExpertParallel(backend="fast")
     ep.meet(rank.device)
     (context,) = ep._backend._contexts.values()
-    context.workspace.wait_errors.words.copy_(torch.tensor([TIME_UP.value, 2, ep._collectives.sync_tag.tag, 0]))
+    context.workspace.wait_errors.codes.copy_(torch.tensor([TIME_UP.value, 2, ep._collectives.sync_tag.tag, 0]))
     return ep
 
 

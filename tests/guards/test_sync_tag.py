@@ -60,8 +60,11 @@ ELSEWHERE = "expected phase dispatch of step 3: did it skip a call or a backward
             "phase dispatch of step 3 with another call: x requires a gradient there, unlike here (an x without tokens "
             "counts as requiring one): x.requires_grad_() on every rank or on none",
         ),
-        # One has written and the other has read.
-        ({}, f"phase dispatch of step 3, {ELSEWHERE}"),
+        (
+            {},
+            "phase dispatch of step 3 at another barrier: one rank came to the barrier after its write, the other to "
+            "that before it",
+        ),
         ({"step": Step(number=4, call=8)}, f"phase dispatch of step 4, {ELSEWHERE}"),
         ({"phase": Phase.COMBINE}, f"phase combine of step 3, {ELSEWHERE}"),
         ({"backward": True}, f"phase backward (dispatch) of step 3, {ELSEWHERE}"),

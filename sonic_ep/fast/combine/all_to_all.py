@@ -1,4 +1,4 @@
-"""Combine by all-to-all: one row for each remote slot goes to its origin rank and is summed there."""
+"""Combine by all-to-all: one row for each remote slot goes to its origin rank, which sums."""
 
 from __future__ import annotations
 

@@ -2,10 +2,8 @@
 
 A combine is one kernel. Its programs come in groups of W, one group a token: W - 1 send this rank's rows of that token
 of each other rank, and one sums the own token ``LAG_TOKENS`` groups earlier, once its senders have raised their flags.
-Senders never wait, and a sum waits only for senders that precede its group on every rank; so programs that start in
-order all finish.
-
-The C tokens of a rank are sent in chunks that fit the receive buffer, with a barrier before each chunk.
+Senders never wait, and a sum waits only for senders before its group on every rank; so programs that start in order
+all finish. Tokens are sent in chunks that fit the receive buffer, with a barrier before each.
 """
 
 from __future__ import annotations
@@ -30,10 +28,9 @@ FLAGS = "received_flags"
 MOST_RECEIVED_BYTES = 2**29
 # Groups between sending a token and summing one: more than a GPU runs at a time, so that sums rarely wait.
 LAG_TOKENS = 1024
-# Columns that a program sums at a time, 8 a thread. Few, so that many programs fit on a multiprocessor: each waits for
-# its stores to reach the peer before it raises its flag, while others keep the memory busy.
-COLUMNS = 1024
-SUM_WARPS = 4
+# Columns that a program sums at a time. Few, so that many programs fit on a multiprocessor: while one waits for its
+# stores to reach the peer, before it raises its flag, others keep the memory busy.
+COLUMNS, SUM_WARPS = 1024, 4
 # Parameters of the combine kernels that differ from call to call, or from rank to rank.
 UNSPECIALIZED = [
     *("max_tokens", "own_tokens", "row_capacity", "first_token", "tokens", "lag", "chunk"),
@@ -46,8 +43,7 @@ class Receiver:
     """Shared memory for one chunk of tokens, and a flag for each receive slot.
 
     received: the rows of ``chunk`` tokens on every rank. flags: (W - 1, chunk) int64 on every rank, 0 before and after
-    a call; flag (s, t) is of sender s and token t of the chunk, see ``receive_slot_of``, and is raised to the tag of
-    the call. After a call that ended in an error, its flags may still be up.
+    a call unless it ended in an error; flag (s, t), see ``receive_slot_of``, is raised to the tag of the call.
     """
 
     received: SharedBuffer
@@ -74,10 +70,7 @@ def receiver(
 
 
 class PushedCombine(ABC):
-    """A combine mode: one kernel that sends and sums.
-
-    most_bytes: shared memory for received rows; where all tokens need more, they are sent in chunks.
-    """
+    """A combine mode: one kernel that sends and sums. most_bytes: of shared memory for received rows."""
 
     _kernel: ClassVar[Any]
     _constants: ClassVar[Mapping[str, bool]] = MappingProxyType({})
@@ -121,9 +114,8 @@ class PushedCombine(ABC):
 def origin_and_group(program, rank, world_size, lag):
     """Origin rank and token of the chunk for a program of grid ((tokens + lag) * W,); out of range if it has none.
 
-    In each group the other ranks come first, from the next one around, and this rank last, ``lag`` groups later. With
-    W=3, lag=1 on rank 1, programs 0 to 5 take token 0 of ranks 2 and 0, none, token 1 of ranks 2 and 0, token 0 of
-    rank 1.
+    Each group begins with the next rank and ends with this one, ``lag`` groups later. With W=3, lag=1 on rank 1,
+    programs 0 to 5 take token 0 of ranks 2 and 0, none, token 1 of ranks 2 and 0, token 0 of rank 1.
     """
     origin = (rank + 1 + program % world_size) % world_size
     group = program // world_size
@@ -154,17 +146,7 @@ def signal_receive_slot(flags_ptr, origin, slot, tag):
 
 @triton.jit
 def await_receive_slots(
-    flags_ptr,
-    experts,
-    group,
-    chunk,
-    world_size,
-    experts_per_rank,
-    wait_errors_ptr,
-    rank,
-    tag,
-    limit,
-    ALL: tl.constexpr,
+    flags_ptr, experts, group, chunk, world_size, experts_per_rank, wait_errors_ptr, rank, tag, limit, ALL: tl.constexpr
 ):
     """Wait for the receive slots of a token: of the other ranks that have a slot of it, or of ALL other ranks."""
     flags = tl.load(flags_ptr + rank).to(tl.pointer_type(tl.int64))

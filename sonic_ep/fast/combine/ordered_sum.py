@@ -1,7 +1,4 @@
-"""The exchange of partial sums: each in a fixed order, in fp32, rounded once.
-
-Sums start at +0 and so are never -0: a term of +0, in place of an absent one, leaves every bit unchanged.
-"""
+"""The exchange of partial sums: each in a fixed order, in fp32, rounded once; +0 for an absent term changes no bit."""
 
 from __future__ import annotations
 

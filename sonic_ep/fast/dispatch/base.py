@@ -35,10 +35,7 @@ class PulledDispatch(ABC):
 
     @abstractmethod
     def pull(self, x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan, rows: int) -> Tensor:
-        """The second half of ``receive``: this rank's rows, of other ranks' tokens from ``staged``, of its own from x.
-
-        rows: R, at least the valid rows, at most ``plan.row_capacity``.
-        """
+        """The second half of ``receive``, own tokens from x. rows: R, from the valid ones to ``plan.row_capacity``."""
 
     @abstractmethod
     def source_of_row(self, plan: RoutingPlan) -> Tensor | None:

@@ -58,10 +58,7 @@ def pull_packed(x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan) -> Tensor
     """(W*C, H), packed, of the tokens that every rank has staged."""
     packed_PH = x_TH.new_empty((plan.world_size * plan.max_tokens, x_TH.shape[1]))
     own, packed = as_int_view(x_TH), as_int_view(packed_PH)
-    pointers, sizes = (
-        (own, staged.addresses, packed, plan.packed_of_token),
-        (plan.rank, plan.world_size, plan.max_tokens),
-    )
-    grid, constants = (packed.shape[0],), copy_constants(packed)
-    launch(pull_packed_kernel, grid, *pointers, *sizes, device=packed.device, **constants)
+    pointers = (own, staged.addresses, packed, plan.packed_of_token)
+    grid, sizes = (packed.shape[0],), (plan.rank, plan.world_size, plan.max_tokens)
+    launch(pull_packed_kernel, grid, *pointers, *sizes, device=packed.device, **copy_constants(packed))
     return packed_PH

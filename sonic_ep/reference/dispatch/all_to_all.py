@@ -18,11 +18,9 @@ class AllToAllDispatch:
     def receive(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
         """(R, H) in canonical row order; zeros past the valid rows."""
         exchange = slot_exchange(plan)
-        sent_NH = x_TH[exchange.slots // plan.top_k]
+        sent_NH, splits = x_TH[exchange.slots // plan.top_k], (exchange.send_splits, exchange.receive_splits)
         rows_RH = x_TH.new_zeros((plan.row_capacity, *x_TH.shape[1:]))
-        rows_RH[exchange.rows] = self._collectives.all_to_all_rows(
-            sent_NH, exchange.send_splits, exchange.receive_splits
-        )
+        rows_RH[exchange.rows] = self._collectives.all_to_all_rows(sent_NH, *splits)
         return rows_RH
 
     def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
