@@ -17,8 +17,6 @@ logger = logging.getLogger("sonic_ep")
 
 HOME = "~"
 DEFAULT_FOLDER = Path(HOME, ".cache", "sonic_ep", "profiles")
-# Incremented whenever a file changes its meaning.
-FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +42,7 @@ class Cache:
 
     def write(self, key: Mapping[str, Any], report: ProfileReport) -> None:
         """Keep ``report``, whole or not at all, even if another process writes the same file."""
-        document = {"key": _full(key), "profile": report.as_json()}
+        document = {"key": key, "profile": report.as_json()}
         try:
             path = self._path(key)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,16 +63,12 @@ class Cache:
     def _path(self, key: Mapping[str, Any]) -> Path:
         parts = self.folder.parts
         folder = Path.home().joinpath(*parts[1:]) if parts[:1] == (HOME,) else self.folder
-        return folder / f"{hashlib.sha256(json.dumps(_full(key), sort_keys=True).encode()).hexdigest()}.json"
-
-
-def _full(key: Mapping[str, Any]) -> dict[str, Any]:
-    return {**key, "format": FORMAT}
+        return folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.json"
 
 
 def _report_in(text: str, key: Mapping[str, Any]) -> ProfileReport:
     """The report of a file's ``text``. Raises ``ValueError`` if it is none, or one of another key."""
     found = json.loads(text)
-    if not isinstance(found, dict) or found.get("key") != _full(key):
+    if not isinstance(found, dict) or found.get("key") != key:
         raise ValueError("file.key: got that of another profile, expected the one asked for")
     return ProfileReport.from_json(found.get("profile"))

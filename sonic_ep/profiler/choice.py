@@ -76,12 +76,8 @@ class LinkLoad:
 
 def link_loads(shape: ProfileShape, backend: str, counts: Sequence[RankCounts]) -> list[LinkLoad]:
     """The load of the plan and of each mode, in the order of a report."""
-    per_rank = [_link_bytes(shape, backend, of_rank) for of_rank in counts]
-    loads = []
-    for of_ranks in zip(*per_rank, strict=True):
-        into, out_of = zip(*of_ranks, strict=True)
-        loads.append(LinkLoad(into=into, out_of=out_of))
-    return loads
+    per_work = zip(*(_link_bytes(shape, backend, of_rank) for of_rank in counts), strict=True)
+    return [LinkLoad(into=tuple(i for i, _ in work), out_of=tuple(o for _, o in work)) for work in per_work]
 
 
 def _link_bytes(shape: ProfileShape, backend: str, counts: RankCounts) -> list[tuple[int, int]]:

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +143,7 @@ def link_types(matrix: str) -> dict[tuple[int, int], str]:
         return f"NVLink, {link[2:]} links ({link})" if link.startswith("NV") else f"{link} (no NVLink)"
 
     rows = [line.split()[1:] for line in matrix.splitlines() if line.startswith("GPU")]
-    return {(a, b): name(rows[a][b]) for a, b in permutations(range(len(rows)), 2)}
+    return {(a, b): name(to) for a, row in enumerate(rows) for b, to in enumerate(row[: len(rows)]) if a != b}
 
 
 def output_of(*command: str) -> str:

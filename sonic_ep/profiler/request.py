@@ -25,6 +25,8 @@ from sonic_ep.profiler.report import ProfileShape
 from sonic_ep.profiler.routings import ROUTINGS
 
 GIVEN = "given"
+# Of files in the cache; incremented whenever one changes its meaning.
+FORMAT = 1
 SEED = 7919
 
 
@@ -147,6 +149,7 @@ class GroupRequest:
     def key(self, config: EPConfig, process_group: str | None) -> dict[str, Any]:
         """All that a profile depends on, as JSON."""
         return {
+            "format": FORMAT,
             "machines": [asdict(summary.machine) for summary in self.summaries],
             "ranks_per_gpu": self.ranks_per_gpu,
             "process_group": process_group,

@@ -26,8 +26,7 @@ from sonic_ep.profiler.request import GroupRequest, RequestSummary
 from sonic_ep.profiler.timing import RoundTimer
 from sonic_ep.testing import Rank, RankPool
 
-KEY = {"machines": ["here"], "tokens": [5]}
-FULL_KEY = {**KEY, "format": 1}
+KEY = {"format": 1, "machines": ["here"], "tokens": [5]}
 MACHINE = Machine(gpu="GPU", gpus=2, link="NVLink", torch="2", triton="3", cuda="13", nccl="2", driver="5", code="abc")
 SUMMARY = RequestSummary(alike={"hidden": 16, "rounds": None}, tokens=5, machine=MACHINE, gpu="host 0", ids="1f")
 IDS = torch.tensor([[0, 1]] * 5)
@@ -97,6 +96,7 @@ def test_ranks_and_how_they_are_placed_are_part_of_the_key() -> None:
     keys += [key_of(SUMMARY, config=EPConfig(combine="all_to_all")), key_of(SUMMARY, by="gloo")]
     assert len(set(keys)) == len(keys)
     assert [json.loads(key)["ranks_per_gpu"] for key in keys[:3]] == [1, 2, 1]
+    assert json.loads(keys[0])["format"] == 1
 
 
 @on_ranks(2, pool="cpu_pool")
@@ -112,7 +112,7 @@ def test_all_ranks_have_what_rank_0_finds(rank: Rank, tmp_path: Path) -> None:
 
 
 def document_of(report: ProfileReport, **changes: Any) -> bytes:
-    return json.dumps({"key": FULL_KEY, "profile": report.as_json(), **changes}).encode()
+    return json.dumps({"key": KEY, "profile": report.as_json(), **changes}).encode()
 
 
 UNUSABLE: dict[str, Callable[[ProfileReport], bytes]] = {
@@ -121,9 +121,9 @@ UNUSABLE: dict[str, Callable[[ProfileReport], bytes]] = {
     "torn": lambda report: document_of(report)[:1000],
     "no object": lambda report: b"[1, 2]",
     "deep": lambda report: b"[" * 100_000,
-    "no profile": lambda report: json.dumps({"key": FULL_KEY}).encode(),
-    "foreign": lambda report: document_of(report, key={**FULL_KEY, "tokens": [6]}),
-    "older": lambda report: document_of(report, key={**FULL_KEY, "format": 0}),
+    "no profile": lambda report: json.dumps({"key": KEY}).encode(),
+    "foreign": lambda report: document_of(report, key={**KEY, "tokens": [6]}),
+    "older": lambda report: document_of(report, key={**KEY, "format": 0}),
     # Too large for a float, and longer than Python makes numbers of.
     "huge": lambda report: document_of(report).replace(b'"median_us": ', b'"median_us": 1' + b"0" * 400, 1),
     "endless": lambda report: document_of(report).replace(b'"median_us": ', b'"median_us": 1' + b"0" * 5000, 1),

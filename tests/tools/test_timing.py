@@ -4,7 +4,7 @@ from contextlib import nullcontext
 from functools import partial
 from time import sleep
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -43,13 +43,13 @@ def test_a_share_of_the_ceiling() -> None:
 
 @pytest.mark.parametrize("ahead", [True, False])
 def test_the_device_is_kept_busy_before_ranks_enter_a_round(monkeypatch: pytest.MonkeyPatch, ahead: bool) -> None:
-    done: list[object] = []
-    monkeypatch.setattr(module, "keep_busy", lambda device, seconds: done.append((device, seconds)))
-    timer = RoundTimer(group=ALONE, device=GPU, barrier=lambda: done.append("barrier"), ahead=ahead, busy_seconds=0.25)
-    assert done == []
+    done = Mock()
+    monkeypatch.setattr(module, "keep_busy", done.spin)
+    timer = RoundTimer(group=ALONE, device=GPU, barrier=done.barrier, ahead=ahead, busy_seconds=0.25)
+    assert done.mock_calls == []
     timer.enter()
     timer.enter()
-    assert done == ([(GPU, 0.25), "barrier"] if ahead else ["barrier"]) * 2
+    assert done.mock_calls == [*[call.spin(GPU, 0.25)] * ahead, call.barrier()] * 2
     assert TIMER.busy_seconds == module.BUSY_SECONDS
     keep_busy(CPU)
 
