@@ -1,17 +1,13 @@
 """torch.compile around calls: what surrounds them is compiled, and results and gradients are what they were."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from limits import HANG_SECONDS
+from programs import output_at_end, start_program
 from promises import promise
 
 COMPILED = """
-import torch
-import sonic_ep.testing
+import sys, torch, sonic_ep.testing
 from sonic_ep import ExpertParallel, MoE
 
 def layer(ep, x, *weights):
@@ -23,7 +19,7 @@ def in_parts(ep, x, *weights):
 
 shapes = ((5, 8), (4, 8), (4, 8, 8), (4, 8, 4))
 leaves = [torch.randn(shape).requires_grad_() for shape in shapes]
-with ExpertParallel(backend="{backend}") as ep:
+with ExpertParallel(backend=sys.argv[1]) as ep:
     for function in (layer, in_parts):
         expected = function(ep, *leaves)
         grads = torch.autograd.grad(expected, leaves, allow_unused=True)
@@ -42,11 +38,7 @@ print("as they were")
 @promise("compile")
 @pytest.mark.parametrize("backend", ["reference", pytest.param("fast", marks=pytest.mark.fast)])
 def test_calls_in_what_is_compiled_run_as_they_are(backend: str, tmp_path: Path) -> None:
-    script = tmp_path / "compiled.py"
-    script.write_text(COMPILED.format(backend=backend))
-    settings = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=HANG_SECONDS, env=settings
-    )
-    assert done.returncode == 0, done.stderr
-    assert "as they were" in done.stdout
+    process = start_program(tmp_path, COMPILED, backend)
+    said = output_at_end(process)
+    assert process.returncode == 0, said
+    assert "as they were" in said

@@ -3,8 +3,6 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +12,7 @@ import torch
 import torch.distributed as dist
 from backends import both_backends
 from conftest import DEVICE_TYPES
-from limits import HANG_SECONDS
-from programs import Ended, Program
+from programs import Ended, Program, output_at_end, start_program
 from promises import promise
 from torch import Tensor
 
@@ -62,47 +59,43 @@ def train(program: Program, rank: Rank, fault: str, backend: str) -> None:
     timeout = PATIENT_SECONDS if fault in LEFT else TIMEOUT_SECONDS
     with ExpertParallel(backend=backend, config=config, timeout=timeout) as ep:
         for number in (1, 2, 3):
-            now = faulty and number == FAULTY_STEP
+            now = fault if faulty and number == FAULTY_STEP else None
             layers = [wide, narrow]
             if now:
                 program.fault()
-                fail(fault)
-                if fault == "another order":
-                    layers.reverse()
-                if fault == "another shape":
-                    layers = [wide, wide]
-                if fault == "too many tokens":
-                    layers = [Layer.of(rank, 64, tokens=6)]
+                BEFORE.get(now, time.time)()
+                others = {"another order": [narrow, wide], "another shape": [wide, wide]}
+                layers = [Layer.of(rank, 64, tokens=6)] if now == "too many tokens" else others.get(now, layers)
             losses = [layer.forward(ep).float().square().sum() for layer in layers]
-            if now and fault == "killed before backward":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if not (now and fault == "skips backward"):
+            if now == "killed before backward":
+                killed()
+            if now != "skips backward":
                 (losses[0] + losses[1]).backward()
             print("step", number, losses[0].item(), flush=True)
             if fault == "another config":
                 program.fault()
 
 
-def fail(fault: str) -> None:
-    if fault == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if fault == "raises":
-        raise KeyError("the batch has no labels")
-    if fault == "hangs":
-        time.sleep(FOR_EVER_SECONDS)
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
+def raises() -> None:
+    raise KeyError("the batch has no labels")
+
+
+def hangs() -> None:
+    time.sleep(FOR_EVER_SECONDS)
+
+
+BEFORE = {"killed": killed, "raises": raises, "hangs": hangs}
 # The phase that the others name.
+ANY, BACKWARD = r"exchange|router|sync|memory", r"backward \(\w+\)"
 SEEN = {
-    "killed": r"exchange|router|sync|memory",
-    "killed before backward": r"backward \(\w+\)",
-    "raises": r"exchange|router|sync|memory",
-    "hangs": r"exchange|router|sync|memory",
-    "skips backward": r"backward \(\w+\)",
-    "another shape": r"exchange",
-    "another order": r"exchange",
+    **dict.fromkeys(("killed", "raises", "hangs", "too many tokens"), ANY),
+    **dict.fromkeys(("killed before backward", "skips backward"), BACKWARD),
+    **dict.fromkeys(("another shape", "another order"), "exchange"),
     "another config": r"\w+",
-    "too many tokens": r"exchange|router|sync|memory",
 }
 AT_ONCE = {"skips backward", "another shape", "another order", "another config"}
 # An error before a call, which ends the rank: the others hear of it long before their time is up, and why.
@@ -168,20 +161,16 @@ def test_the_others_end_in_time_and_name_the_rank(backend: str, fault: str, devi
 
 
 UNCAUGHT = """
-import sys, time
-import torch, torch.distributed as dist
-import sonic_ep.testing
+import sys, time, torch, torch.distributed as dist, sonic_ep.testing
 from sonic_ep import ExpertParallel, PeerLostError
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 2), rank=rank, world_size=2)
 ep = ExpertParallel(backend=sys.argv[3], timeout=120)
 ep.plan(torch.zeros(4, 1, dtype=torch.int64), 2)
-if rank == 1:
-    ep.plan(torch.zeros(5, 1, dtype=torch.int64), 2)
 began = time.monotonic()
 try:
-    ep.plan(torch.zeros(4, 1, dtype=torch.int64), 2)
+    ep.plan(torch.zeros(4 + rank, 1, dtype=torch.int64), 2)
 except PeerLostError as error:
     print(error, flush=True)
 assert time.monotonic() - began < 60, "heard of it only at the end of its time"
@@ -191,15 +180,7 @@ assert time.monotonic() - began < 60, "heard of it only at the end of its time"
 @promise("left-by-error")
 @both_backends
 def test_an_uncaught_error_without_close_is_reported_to_peers(backend: str, tmp_path: Path) -> None:
-    script = tmp_path / "uncaught.py"
-    script.write_text(UNCAUGHT)
-    settings = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-    def started(rank: int) -> subprocess.Popen[str]:
-        command = [sys.executable, str(script), str(rank), str(tmp_path / "store"), backend]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, env=settings, **pipes)
-
-    first, odd = (process.communicate(timeout=HANG_SECONDS)[0] for process in [started(0), started(1)])
-    assert "ValueError: rank 1 of 2: tokens T: got 5, expected at most C=4 (the most that a rank brought" in odd
+    started = [start_program(tmp_path, UNCAUGHT, rank, str(tmp_path / "store"), backend) for rank in "01"]
+    first, odd = (output_at_end(process) for process in started)
+    assert "ValueError: rank 1 of 2: tokens T: got 5, expected at most C=4: construct ExpertParallel" in odd
     assert re.search(r"rank 1 left|lost rank 1", first), first

@@ -11,21 +11,23 @@ from layer_inputs import layer_inputs
 from on_ranks import on_ranks
 from promises import promise
 from routers import randn
+from same import assert_same_bits
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import sonic_ep
 from sonic_ep import EPConfig, ExpertParallel, RecomputeError
-from sonic_ep.testing import CASES, Rank, assert_bitwise
+from sonic_ep.testing import CASES, Rank
 
 # Tokens of which dropout, drawn twice, hardly ever routes all alike.
 MANY = 40
 CASE = replace(CASES["uneven_tokens"], bias=False)
+UNCHECKED = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
 SAID = "got another routing when activation checkpointing ran forward again, expected the same"
 
 
 def tied(weight_EH: Tensor) -> Tensor:
-    """A router of which every two experts give all tokens one and the same logit, or differ in its last bit."""
+    """A router whose pairs of experts give a token the same logit, or differ in its last bit."""
     pairs = weight_EH.detach().clone()
     pairs[1::2] = pairs[::2]
     pairs[1::4, 0] = torch.nextafter(pairs[1::4, 0], pairs.new_tensor(torch.inf))
@@ -36,36 +38,26 @@ def tied(weight_EH: Tensor) -> Tensor:
 @both_backends
 @on_ranks(2)
 def test_ties_fall_the_same_way_in_recompute(rank: Rank, backend: str) -> None:
-    """Both kinds of checkpointing, with dropout in front of the layer: gradients are those without checkpointing."""
+    """Both kinds of checkpointing, with dropout in front of the layer; where nothing is drawn, without its state."""
     x, (router_w, *experts), dy = layer_inputs(rank, CASE)
     weights = [tied(router_w), *experts]
     config = EPConfig(redispatch_x_in_backward=True)
     with ExpertParallel(backend=backend, config=config) as ep:
+        for drawn in (True, False):
 
-        def layer(x: Tensor) -> Tensor:
-            return ep.moe(torch.dropout(x, 0.25, True), *weights, CASE.top_k).y
+            def layer(x: Tensor, drawn: bool = drawn) -> Tensor:
+                return ep.moe(torch.dropout(x, 0.25, drawn), *weights, CASE.top_k).y
 
-        torch.manual_seed(5)
-        expected = torch.autograd.grad(layer(x), [x, *weights], dy)
-        for reentrant in (False, True):
             torch.manual_seed(5)
-            y = checkpoint(layer, x, use_reentrant=reentrant, preserve_rng_state=True)
-            # What comes between draws too.
-            torch.rand(7, device=rank.device)
-            y.backward(dy)
-            for tensor, grad in zip([x, *weights], expected, strict=True):
-                assert_bitwise(tensor.grad, grad)
-                tensor.grad = None
-        # Where nothing is drawn, nothing has to be preserved.
-        expected = torch.autograd.grad(ep.moe(x, *weights, CASE.top_k).y, [x, *weights], dy)
-        for reentrant in (False, True):
-            y = checkpoint(
-                lambda x: ep.moe(x, *weights, CASE.top_k).y, x, use_reentrant=reentrant, preserve_rng_state=False
-            )
-            y.backward(dy)
-            for tensor, grad in zip([x, *weights], expected, strict=True):
-                assert_bitwise(tensor.grad, grad)
-                tensor.grad = None
+            expected = torch.autograd.grad(layer(x), [x, *weights], dy)
+            for reentrant in (False, True):
+                torch.manual_seed(5)
+                y = checkpoint(layer, x, use_reentrant=reentrant, preserve_rng_state=drawn)
+                # Other draws in between.
+                torch.rand(7, device=rank.device)
+                y.backward(dy)
+                assert_same_bits([tensor.grad for tensor in (x, *weights)], expected)
+                x.grad = weights[0].grad = weights[1].grad = weights[2].grad = None
 
 
 @promise("usable-after-errors", "recompute")
@@ -82,14 +74,14 @@ def test_another_routing_in_recompute_is_named(rank: Rank, backend: str, exact: 
         return ep.moe(dropped, *weights, CASE.top_k).y
 
     def backward() -> None:
-        y = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
-        y.backward(dy)
+        checkpoint(layer, x, **UNCHECKED).backward(dy)
 
     at_once = backend == "reference" or exact
     if not at_once:
         backward()
-        found = [tensor.grad for tensor in (x, *weights)]
-        assert all(grad is not None and (grad.isnan() | (grad == 0)).all() and grad.isnan().any() for grad in found)
+        grads = [tensor.grad for tensor in (x, *weights)]
+        assert_no_number(*grads)
+        assert all(grad.isnan().any() for grad in grads)
     with pytest.raises(RecomputeError, match=f"rank {rank.rank} of {rank.world_size}: step 1: {SAID}"):
         (backward if at_once else ep.check)()
     # It is raised once, and nothing of it is left.
@@ -97,9 +89,8 @@ def test_another_routing_in_recompute_is_named(rank: Rank, backend: str, exact: 
     expected = torch.autograd.grad(ep.moe(x, *weights, CASE.top_k).y, weights, dy)
     for run in (ep.moe, partial(checkpoint, ep.moe, use_reentrant=False)):
         y = run(x, *weights, CASE.top_k).y
-        for grad, again in zip(torch.autograd.grad(y, weights, dy), expected, strict=True):
-            assert_bitwise(grad, again)
-            assert grad.isfinite().all()
+        assert_same_bits(torch.autograd.grad(y, weights, dy), expected)
+        assert all(grad.isfinite().all() for grad in expected)
     ep.close()
 
 
@@ -114,7 +105,7 @@ def test_another_routing_in_recompute_of_the_functional_form_is_raised(rank: Ran
         return sonic_ep.moe(torch.dropout(x, 0.5, True), *weights, CASE.top_k, backend=backend).y
 
     for keeps, error in ((True, None), (False, RecomputeError)):
-        y = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=keeps, determinism_check="none")
+        y = checkpoint(layer, x, **{**UNCHECKED, "preserve_rng_state": keeps})
         with pytest.raises(error, match=SAID) if error else nullcontext():
             y.backward(dy)
         assert not any(weight.grad.isnan().any() for weight in weights)
@@ -133,9 +124,8 @@ def test_a_recompute_that_ends_early_is_no_error(rank: Rank) -> None:
         assert ep._collectives._status_store.statuses() == {}
 
 
-def assert_no_number(*grads: Tensor | None) -> None:
+def assert_no_number(*grads: Tensor) -> None:
     for grad in grads:
-        assert grad is not None
         assert (grad.isnan() | (grad == 0)).all()
 
 
@@ -143,7 +133,7 @@ def assert_no_number(*grads: Tensor | None) -> None:
 @both_backends
 @on_ranks(1, 2)
 def test_another_routing_of_a_dispatch_in_recompute_is_named(rank: Rank, backend: str) -> None:
-    """What is run again ends with a dispatch: the combine, behind it, keeps to the first plan."""
+    """The combine, behind it, keeps to the first plan."""
     x = randn(rank, MANY, 8).requires_grad_()
     router_w = randn(rank, 2 * rank.world_size, 8, seed=1)
     weight = randn(rank, 8, 8, seed=2).requires_grad_()
@@ -158,11 +148,10 @@ def test_another_routing_of_a_dispatch_in_recompute_is_named(rank: Rank, backend
         return (rows.where(there[:, None], 0) @ weight).tanh()
 
     def backward() -> None:
-        rows = checkpoint(dispatched, x, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+        rows = checkpoint(dispatched, x, **UNCHECKED)
         y = ep.combine(rows, torch.ones(MANY, 2, device=rank.device), plans[0])
         y.square().sum().backward()
         assert_no_number(x.grad)
-        assert x.grad is not None
         assert x.grad.isnan().any()
         ep.check()
 
@@ -175,7 +164,6 @@ def test_another_routing_of_a_dispatch_in_recompute_is_named(rank: Rank, backend
 @both_backends
 @on_ranks(1)
 def test_another_routing_of_a_combine_in_recompute_is_named(rank: Rank, backend: str) -> None:
-    """What is run again is a combine by another plan."""
     x, router_w = randn(rank, MANY, 8), randn(rank, 2, 8, seed=1)
     scores = torch.ones(MANY, 1, device=rank.device, requires_grad=True)
     rows = randn(rank, MANY, 8, seed=2).requires_grad_()
@@ -186,7 +174,7 @@ def test_another_routing_of_a_combine_in_recompute_is_named(rank: Rank, backend:
         return ep.combine(rows, scores, ep.plan(idx, 2))
 
     def backward() -> None:
-        y = checkpoint(combined, rows, scores, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+        y = checkpoint(combined, rows, scores, **UNCHECKED)
         y.square().sum().backward()
         assert_no_number(rows.grad, scores.grad)
         ep.check()

@@ -80,12 +80,12 @@ def probe(tensor: Tensor) -> Tensor:
 
 
 def whole(shape: Sequence[int], seed: int = 5) -> Tensor:
-    """Whole numbers so small that nothing is rounded: whatever way a product is taken, its bits are the same."""
+    """Whole numbers so small that nothing is rounded."""
     return torch.randint(-3, 4, tuple(shape), generator=torch.Generator().manual_seed(seed)).float()
 
 
 def plain(value: Any) -> Any:
-    """The values of a tensor, held as PyTorch holds them by itself; everything else as it is."""
+    """The values of a tensor in a plain, contiguous one; everything else as it is."""
     if not isinstance(value, Tensor):
         return value
     with torch._C.DisableTorchFunctionSubclass():
@@ -96,7 +96,7 @@ def plain(value: Any) -> Any:
 def complaint(ep: ExpertParallel, call: Call, arguments: Arguments, changes: Arguments, base: Outcome) -> str | None:
     """What is wrong with the call with ``changes``: it has to be right, or a ``ValueError`` or ``TypeError`` at once.
 
-    base: the outcome of ``leaves(arguments)``, which changes that keep all values have to have.
+    base: the outcome of ``leaves(arguments)``.
     """
     started = time.process_time()
     try:
@@ -110,9 +110,7 @@ def complaint(ep: ExpertParallel, call: Call, arguments: Arguments, changes: Arg
     if not all(isinstance(value, Tensor) for value in changes.values()):
         return "was taken"
     same = {name: plain(value).requires_grad_(value.requires_grad) for name, value in changes.items()}
-    alike = all(
-        torch.equal(value, arguments[name]) and _as_trained(value, arguments[name]) for name, value in same.items()
-    )
+    alike = all(_alike(value, arguments[name]) for name, value in same.items())
     try:
         assert_same(found, base if alike else call.outcome(ep, {**arguments, **same}))
     except AssertionError as error:
@@ -120,34 +118,28 @@ def complaint(ep: ExpertParallel, call: Call, arguments: Arguments, changes: Arg
     return None
 
 
-def _as_trained(value: Tensor, other: Tensor) -> bool:
-    return value.dtype == other.dtype and value.requires_grad == other.requires_grad
+def _alike(value: Tensor, other: Tensor) -> bool:
+    as_trained = value.dtype == other.dtype and value.requires_grad == other.requires_grad
+    return as_trained and torch.equal(value, other)
 
 
 def assert_same(found: Outcome, expected: Outcome) -> None:
-    """The same bits, but for the sign of a zero: with the way a product is taken, it may change."""
+    """The same bits, but for the sign of a zero."""
     assert len(found) == len(expected), (len(found), len(expected))
     for place, (got, want) in enumerate(zip(found, expected, strict=True)):
         assert_bitwise(plain(got) + 0, want.detach() + 0, f"result {place}")
 
 
 def _drawn(device: torch.device, sizes: Sizes) -> Arguments:
-    ids = torch.arange(sizes.tokens * sizes.top_k).view(sizes.tokens, sizes.top_k) % sizes.num_experts
-    shapes = {
-        "x": (sizes.tokens, sizes.hidden),
-        "router_w": (sizes.num_experts, sizes.hidden),
-        "w1": (sizes.num_experts, sizes.intermediate, sizes.hidden),
-        "w2": (sizes.num_experts, sizes.hidden, sizes.intermediate),
-        "b1": (sizes.num_experts, sizes.intermediate),
-        "b2": (sizes.num_experts, sizes.hidden),
-    }
+    T, H, I, E, K = sizes.tokens, sizes.hidden, sizes.intermediate, sizes.num_experts, sizes.top_k  # noqa: E741
+    shapes = {"x": (T, H), "router_w": (E, H), "w1": (E, I, H), "w2": (E, H, I), "b1": (E, I), "b2": (E, H)}
     return {
         **{name: whole(shape, seed).to(device) for seed, (name, shape) in enumerate(shapes.items())},
-        "topk_idx": ids.to(device),
-        "topk_scores": 2.0 ** whole((sizes.tokens, sizes.top_k)).to(device),
-        # Of one expert the score is 1.
+        "topk_idx": (torch.arange(T * K).view(T, K) % E).to(device),
+        "topk_scores": 2.0 ** whole((T, K)).to(device),
+        # The score of a token's only expert is 1.
         "top_k": 1,
-        "num_experts": sizes.num_experts,
+        "num_experts": E,
         "activation": "relu",
     }
 

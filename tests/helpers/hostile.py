@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 
 import numpy as np
@@ -13,11 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 class Tagged(Tensor):
-    """A tensor of a class of its own that changes nothing."""
+    """A subclass that changes nothing."""
 
 
 class Doubling(Tensor):
-    """A tensor whose class has its own mind about a function: what is multiplied comes out twice as large."""
+    """A subclass whose products are twice as large."""
 
     @classmethod
     def __torch_function__(cls, function, types, arguments=(), keywords=None):
@@ -27,9 +28,7 @@ class Doubling(Tensor):
 
 def transposed(tensor: Tensor) -> Tensor:
     """Its last two dimensions lie in memory the other way round."""
-    if tensor.ndim < 2:
-        return tensor
-    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return tensor if tensor.ndim < 2 else tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
 def sliced(tensor: Tensor) -> Tensor:
@@ -44,43 +43,35 @@ def shifted(tensor: Tensor) -> Tensor:
     return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
 
 
-def expanded(tensor: Tensor) -> Tensor:
-    """Its first row, as often as there are rows, with stride 0."""
-    return tensor[:1].expand(tensor.shape)
-
-
 def overlapping(tensor: Tensor) -> Tensor:
     """Rows that begin one element behind each other."""
-    last = tensor.shape[-1]
-    steps = [1] * (tensor.ndim - 1)
-    size = sum(extent - 1 for extent in tensor.shape[:-1]) + last
-    return torch.as_strided(tensor.flatten()[: max(size, 1)].clone(), tensor.shape, (*steps, 1))
+    size = sum(extent - 1 for extent in tensor.shape[:-1]) + tensor.shape[-1]
+    return torch.as_strided(tensor.flatten()[: max(size, 1)].clone(), tensor.shape, [1] * tensor.ndim)
 
 
 def odd_strides_of_one(tensor: Tensor) -> Tensor:
-    """Dimensions of one element have strides that are no multiple of anything; what counts is the same."""
+    """Dimensions of one element have strides that are a multiple of nothing."""
     strides = [7 if extent == 1 else stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     return torch.as_strided(tensor.clone(), tensor.shape, strides)
 
 
 def negated_in_name(tensor: Tensor) -> Tensor:
-    """The values are the negatives of what stands in memory, as in the imaginary part of a conjugate."""
+    """Memory holds the negatives, as in the imaginary part of a conjugate."""
     return torch._neg_view(-tensor) if tensor.dtype != torch.bool else tensor
 
 
 def of_inference(tensor: Tensor) -> Tensor:
-    """Made in inference mode."""
     with torch.inference_mode():
         return tensor.clone()
 
 
-# The values of a tensor, or of part of it, held in another way: the result has to be that of the values.
+# Other ways to hold the values of a tensor: the result has to be that of the values.
 WAYS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
         "transposed": transposed,
         "sliced": sliced,
         "shifted": shifted,
-        "expanded": expanded,
+        "expanded": lambda tensor: tensor[:1].expand(tensor.shape),
         "overlapping": overlapping,
         "odd strides of one": odd_strides_of_one,
         "negated in name": negated_in_name,
@@ -92,34 +83,32 @@ WAYS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
 )
 
 
-def fake(tensor: Tensor) -> Tensor:
-    with FakeTensorMode():
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+@contextmanager
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
+@quiet()
 def masked(tensor: Tensor) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.masked.masked_tensor(tensor, torch.ones_like(tensor, dtype=torch.bool))
+    return torch.masked.masked_tensor(tensor, torch.ones_like(tensor, dtype=torch.bool))
 
 
+@quiet()
 def nested(tensor: Tensor, layout: torch.layout) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.nested.nested_tensor(list(tensor), layout=layout)
+    return torch.nested.nested_tensor(list(tensor), layout=layout)
 
 
+@quiet()
 def compressed(tensor: Tensor) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # As many in each row: it asks for that.
-        return torch.ones_like(tensor).to_sparse_csr()
+    # It asks for as many in each row.
+    return torch.ones_like(tensor).to_sparse_csr()
 
 
+@quiet()
 def quantized(tensor: Tensor) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.quantize_per_tensor(tensor.float().cpu(), 0.1, 0, torch.qint8)
+    return torch.quantize_per_tensor(tensor.float().cpu(), 0.1, 0, torch.qint8)
 
 
 def freed(tensor: Tensor) -> Tensor:
@@ -129,13 +118,12 @@ def freed(tensor: Tensor) -> Tensor:
     return bare
 
 
+@quiet()
 def recast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return tensor.to(dtype)
+    return tensor.to(dtype)
 
 
-# Of a tensor: what may be handed in instead. Refused, or right by the values where it has the same.
+# What may be passed for a tensor: refused, or right by the values where it has the same.
 THINGS: Mapping[str, Callable[[Tensor], object]] = MappingProxyType(
     {
         "None": lambda tensor: None,
@@ -158,16 +146,14 @@ THINGS: Mapping[str, Callable[[Tensor], object]] = MappingProxyType(
         "sparse": lambda tensor: tensor.to_sparse(),
         "compressed": compressed,
         "on meta": lambda tensor: tensor.to("meta"),
-        "fake": fake,
+        "fake": FakeTensorMode().from_tensor,
         "uninitialized": lambda tensor: nn.UninitializedParameter(requires_grad=False),
         "masked": masked,
         "nested": lambda tensor: nested(tensor, torch.strided),
         "jagged": lambda tensor: nested(tensor, torch.jagged),
         "quantized": quantized,
         "freed": freed,
-        "zeros of no memory": lambda tensor: torch._efficientzerotensor(
-            tensor.shape, dtype=tensor.dtype, device=tensor.device
-        ),
+        "zeros of no memory": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype, device=t.device),
         "of bits": lambda tensor: torch.zeros(tensor.shape, dtype=torch.uint8).view(torch.bits8),
         **{
             f"of {str(dtype).removeprefix('torch.')}": (lambda tensor, dtype=dtype: recast(tensor, dtype))
@@ -180,12 +166,10 @@ THINGS: Mapping[str, Callable[[Tensor], object]] = MappingProxyType(
     }
 )  # fmt: skip
 
-# For what is no tensor: a size, a name, a flag, an object.
+# What may be passed for what is no tensor: a size, a name, a flag, an object.
 NO_TENSORS: Mapping[str, object] = MappingProxyType(
     {
-        "None": None,
-        "True": True,
-        "False": False,
+        **{str(value): value for value in (None, True, False)},
         "zero": 0,
         "minus one": -1,
         "a huge number": 2**70,
