@@ -16,7 +16,6 @@ from edge_calls import (
     ONES,
     SIZES,
     Arguments,
-    Outcome,
     assert_same,
     complaint,
     leaves,
@@ -44,7 +43,6 @@ OF_ONES = "odd strides of one"
 @every_call
 @both_backends
 def test_values_count_and_not_how_they_are_held(rank: Rank, backend: str, name: str) -> None:
-    """All tensors of a call held in the same way."""
     call, found = CALLS[name], []
     for sizes, ways in ((SIZES, set(WAYS) - {OF_ONES}), (ONES, {OF_ONES})):
         with ExpertParallel(backend=backend) as ep:
@@ -60,7 +58,7 @@ def test_values_count_and_not_how_they_are_held(rank: Rank, backend: str, name: 
 def one_at_a_time(
     ep: ExpertParallel, rank: Rank, name: str, makers: dict[str, Callable[[torch.Tensor], Any]], values_count: bool
 ) -> Complaints:
-    """Each tensor of a call as everything that ``makers`` make of it, the others as they should be."""
+    """What is wrong where one tensor of a call is what one of ``makers`` makes of it."""
     call, found = CALLS[name], []
     arguments = leaves(call.arguments(ep, rank.device, SIZES))
     base = call.outcome(ep, arguments) if values_count else []
@@ -98,7 +96,7 @@ IMMENSE_SHAPES: dict[str, Callable[[torch.Tensor], Any]] = {
 @every_call
 @both_backends
 def test_nothing_is_copied_before_all_shapes_are_right(rank: Rank, backend: str, name: str) -> None:
-    """One number, or one row, that is repeated to a wrong shape."""
+    """One number, or one row, repeated to a wrong shape."""
     with ExpertParallel(backend=backend, max_tokens_per_rank=SIZES.tokens) as ep:
         assert one_at_a_time(ep, rank, name, IMMENSE_SHAPES, values_count=False) == []
 
@@ -114,9 +112,7 @@ def test_gradients_that_come_in_may_be_held_in_any_way(rank: Rank, backend: str,
         for way, hold in WAYS.items():
             keeps_values = torch.equal(plain(hold(whole((3, 4)))), whole((3, 4)))
             try:
-                expected = (
-                    base if keeps_values else call.outcome(ep, arguments, lambda grad, hold=hold: plain(hold(grad)))
-                )
+                expected = base if keeps_values else call.outcome(ep, arguments, lambda grad, h=hold: plain(h(grad)))
                 assert_same(call.outcome(ep, arguments, hold), expected)
             except (AssertionError, RuntimeError) as error:
                 found.append(f"gradients {way}: {error!r}")
@@ -124,13 +120,12 @@ def test_gradients_that_come_in_may_be_held_in_any_way(rank: Rank, backend: str,
 
 
 # What of NO_TENSORS an argument may be.
-FLAG, NONE = {"True", "False"}, {"None"}
+FLAG, NONE, COUNT = {"True", "False"}, {"None"}, {"None", "a huge number"}
+FLAGS = ("redispatch_x_in_backward", "cpu_sync_on_runtime", "check_collective", "bias", "norm_topk_probs")
 MAY_BE: dict[str, set[str]] = {
-    **dict.fromkeys(("redispatch_x_in_backward", "cpu_sync_on_runtime", "check_collective", "bias"), FLAG),
-    **dict.fromkeys(("norm_topk_probs", "reduce_router_grad"), FLAG),
+    **dict.fromkeys((*FLAGS, "reduce_router_grad"), FLAG),
     **dict.fromkeys(("group", "config", "device"), NONE),
-    "max_tokens_per_rank": {"None", "a huge number"},
-    "max_rows": {"None", "a huge number"},
+    **dict.fromkeys(("max_tokens_per_rank", "max_rows"), COUNT),
     "timeout": {"a half", "two, a float", "a huge number"},
     "dtype": {"None", "a dtype"},
 }
@@ -183,7 +178,7 @@ WHATEVER = {**WAYS, **THINGS}
 
 def several_at_a_time(rank: Rank, backend: str, drawn: list[tuple[str, list[tuple[int, str]]]]) -> Complaints:
     found: Complaints = []
-    bases: dict[str, Outcome] = {}
+    bases: dict[str, list[torch.Tensor]] = {}
     with ExpertParallel(backend=backend) as ep:
         for name, changed in drawn:
             call = CALLS[name]
@@ -203,13 +198,11 @@ WHATS = st.one_of(st.sampled_from(list(WAYS)), st.sampled_from(list(WHATEVER)))
 CHANGES = st.tuples(st.sampled_from(list(CALLS)), st.lists(st.tuples(st.integers(0, 6), WHATS), min_size=1, max_size=3))
 
 
+SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+
+
 @settings(
-    max_examples=2,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    derandomize=True, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=SLOW, max_examples=2
 )
 @given(drawn=st.lists(CHANGES, min_size=BATCH, max_size=BATCH))
 @both_backends

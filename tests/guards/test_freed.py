@@ -29,7 +29,8 @@ def leaves_of(rank: Rank) -> dict[str, Tensor]:
     inputs = draw(CASE, rank.world_size, rank.device)
     experts = leaf_experts(inputs.experts, inputs.experts_of(rank.rank))
     return {
-        "x": leaf(inputs.x[inputs.tokens_of(rank.rank)]), "router_w": leaf(inputs.router_w),
+        "x": leaf(inputs.x[inputs.tokens_of(rank.rank)]),
+        "router_w": leaf(inputs.router_w),
         **{name: getattr(experts, name) for name in ("w1", "w2", "b1", "b2")},
     }
 

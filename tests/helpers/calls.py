@@ -64,7 +64,7 @@ def in_another_thread(*calls: Callable[[], object]) -> list[str]:
         for call in calls:
             try:
                 call()
-            except RuntimeError as error:
+            except Exception as error:
                 errors.append(str(error))
 
     thread = threading.Thread(target=run)
