@@ -32,13 +32,14 @@ from promises import promise
 from sonic_ep import EPConfig, ExpertParallel, MoE
 from sonic_ep.testing import Rank, RankPool
 
+pytestmark = promise("arguments")
+
 Complaints = list[str]
 every_call = pytest.mark.parametrize("name", CALLS)
 # Only where there is one token, one expert and one choice is this another way.
 OF_ONES = "odd strides of one"
 
 
-@promise("arguments")
 @on_ranks(1)
 @every_call
 @both_backends
@@ -71,7 +72,6 @@ def one_at_a_time(
     return found
 
 
-@promise("arguments")
 @on_ranks(1)
 @every_call
 @both_backends
@@ -91,7 +91,6 @@ IMMENSE_SHAPES: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
-@promise("arguments")
 @on_ranks(1)
 @every_call
 @both_backends
@@ -150,7 +149,6 @@ def no_tensors_refused(make: Callable[..., Any], right: Arguments, names: list[s
     return found
 
 
-@promise("arguments")
 @on_ranks(1)
 @both_backends
 def test_numbers_and_names_are_right_or_refused(rank: Rank, backend: str) -> None:

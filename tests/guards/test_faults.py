@@ -4,14 +4,13 @@ import os
 import re
 import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 from backends import both_backends
 from conftest import DEVICE_TYPES
+from lives import TOP_K, layer_of
 from programs import Ended, Program, output_at_end, start_program
 from promises import promise
 from torch import Tensor
@@ -26,35 +25,19 @@ TIMEOUT_SECONDS = 8.0
 # What a process needs to end: PyTorch's own shutdown, and a busy machine.
 FAREWELL_SECONDS = 40.0
 FOR_EVER_SECONDS = 1000
-EXPERTS_PER_RANK = 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layer:
-    """Leaves of one rank: x (T, H), router_w, w1, w2."""
-
-    x: Tensor
-    weights: list[Tensor]
-
-    @staticmethod
-    def of(rank: Rank, hidden: int, tokens: int = 5) -> "Layer":
-        experts, dtype = EXPERTS_PER_RANK * rank.world_size, torch.bfloat16
-        shapes = ((tokens, hidden), (experts, hidden), (EXPERTS_PER_RANK, 32, hidden), (EXPERTS_PER_RANK, hidden, 16))
-        x, *weights = (torch.randn(shape).to(rank.device, dtype).requires_grad_() for shape in shapes)
-        return Layer(x=x, weights=weights)
-
-    def forward(self, ep: ExpertParallel) -> Tensor:
-        return ep.moe(self.x, *self.weights, 2).y
+def forward(ep: ExpertParallel, layer: list[Tensor]) -> Tensor:
+    return ep.moe(*layer, TOP_K).y
 
 
 def train(program: Program, rank: Rank, fault: str, backend: str) -> None:
     """Three steps of two layers of unlike shape; the odd rank does what ``fault`` says in the second step."""
-    torch.manual_seed(rank.rank)
-    wide, narrow = Layer.of(rank, 64), Layer.of(rank, 32)
+    wide, narrow = (layer_of(rank, hidden=hidden, tokens=5) for hidden in (64, 32))
     faulty = rank.rank == ODD
     with ExpertParallel(backend=backend) as ep:
         # Kernels are compiled, and ranks that started apart are together, before time counts.
-        (wide.forward(ep).sum() + narrow.forward(ep).sum()).backward()
+        (forward(ep, wide).sum() + forward(ep, narrow).sum()).backward()
     config = EPConfig(dispatch="rank_dedup" if faulty and fault == "another config" else "all_to_all")
     timeout = PATIENT_SECONDS if fault in LEFT else TIMEOUT_SECONDS
     with ExpertParallel(backend=backend, config=config, timeout=timeout) as ep:
@@ -65,12 +48,12 @@ def train(program: Program, rank: Rank, fault: str, backend: str) -> None:
                 program.fault()
                 BEFORE.get(now, time.time)()
                 others = {"another order": [narrow, wide], "another shape": [wide, wide]}
-                layers = [Layer.of(rank, 64, tokens=6)] if now == "too many tokens" else others.get(now, layers)
-            losses = [layer.forward(ep).float().square().sum() for layer in layers]
+                layers = [layer_of(rank, hidden=64, tokens=6)] if now == "too many tokens" else others.get(now, layers)
+            losses = [forward(ep, layer).square().sum() for layer in layers]
             if now == "killed before backward":
                 killed()
             if now != "skips backward":
-                (losses[0] + losses[1]).backward()
+                sum(losses).backward()
             print("step", number, losses[0].item(), flush=True)
             if fault == "another config":
                 program.fault()
@@ -114,14 +97,14 @@ def assert_ended(ended: Ended, rank: int, fault: str, seconds: float) -> None:
 
 
 def destroyed(program: Program, rank: Rank) -> None:
-    """A process group that has ended, and that its user still refers to."""
+    """A process group that has ended, to which the caller still refers."""
     group = dist.group.WORLD
     with ExpertParallel(backend="reference") as ep:
-        # A rank that is gone before its peer has connected would fail the peer's start.
+        # The peer's start would fail if this rank were gone before.
         dist.barrier()
         dist.destroy_process_group()
         try:
-            Layer.of(rank, 8).forward(ep)
+            forward(ep, layer_of(rank))
         except ClosedError as error:
             print(error, flush=True)
         os._exit(0 if group is not None else 1)
@@ -136,8 +119,8 @@ def test_a_process_group_that_has_ended_is_told_as_such(tmp_path: Path) -> None:
 
 @promise("lost-rank")
 @pytest.mark.parametrize("fault", ["killed", "hangs"])
-def test_who_holds_the_store_is_not_blamed_for_another(fault: str, tmp_path: Path) -> None:
-    """Rank 0 ends of its error, and takes the store along with which others find out who was missing."""
+def test_the_rank_with_the_store_is_not_blamed_for_another(fault: str, tmp_path: Path) -> None:
+    """Rank 0 ends by its error, and with it the store by which others find out which rank was missing."""
     place = {"world_size": 4, "device_type": "cpu", "folder": tmp_path, "odd": ODD, "store_at_rank_0": True}
     program = Program(body=train, arguments=(fault, "reference"), **place)
     for rank, ended in enumerate(program.run()):

@@ -17,6 +17,8 @@ from sonic_ep import EPConfig, ExpertParallel, MoEOutput
 from sonic_ep.testing import CASES, Rank, draw
 from sonic_ep.testing.oracle import leaf, leaf_experts
 
+pytestmark = promise("freed")
+
 CASE = replace(CASES["dropped_slots"], tokens=(4, 2), hidden=8, intermediate=4, num_experts=6, top_k=2)
 REDISPATCH = EPConfig(redispatch_x_in_backward=True)
 
@@ -72,7 +74,6 @@ FREED = [
 ]
 
 
-@promise("freed")
 @pytest.mark.parametrize(("backend", "config", "freed"), FREED)
 @on_ranks(1, 2)
 def test_freed_tensors_of_the_layer_are_refused(rank: Rank, backend: str, config: EPConfig, freed: list[str]) -> None:
@@ -97,7 +98,6 @@ def test_what_backward_does_not_read_may_be_freed(rank: Rank, backend: str) -> N
     assert_same_bits(found, expected)
 
 
-@promise("freed")
 @both_backends
 @on_ranks(1, 2)
 def test_freed_tokens_of_a_routed_layer_are_refused(rank: Rank, backend: str) -> None:
@@ -109,7 +109,6 @@ def test_freed_tokens_of_a_routed_layer_are_refused(rank: Rank, backend: str) ->
         assert_refused(call, leaves, "x", str(ep.group))
 
 
-@promise("freed")
 @both_backends
 @on_ranks(1, 2)
 def test_freed_inputs_of_the_router_are_refused(rank: Rank, backend: str) -> None:
@@ -120,7 +119,6 @@ def test_freed_inputs_of_the_router_are_refused(rank: Rank, backend: str) -> Non
             assert_refused(lambda: layer(ep, leaves).router_logits, leaves, name, str(ep.group))
 
 
-@promise("freed")
 @both_backends
 @on_ranks(1, 2)
 def test_freed_rows_of_a_combine_are_refused(rank: Rank, backend: str) -> None:
@@ -132,7 +130,6 @@ def test_freed_rows_of_a_combine_are_refused(rank: Rank, backend: str) -> None:
         assert_refused(lambda: ep.combine(rows, leaves["scores"], plan), leaves, "rows", str(ep.group))
 
 
-@promise("freed")
 @both_backends
 @on_ranks(1, 2)
 def test_a_freed_plan_is_refused_in_backward(rank: Rank, backend: str) -> None:

@@ -19,6 +19,8 @@ import sonic_ep
 from sonic_ep import EPConfig, ExpertParallel, RecomputeError
 from sonic_ep.testing import CASES, Rank
 
+pytestmark = promise("recompute")
+
 # Tokens of which dropout, drawn twice, hardly ever routes all alike.
 MANY = 40
 CASE = replace(CASES["uneven_tokens"], bias=False)
@@ -34,7 +36,6 @@ def tied(weight_EH: Tensor) -> Tensor:
     return pairs.requires_grad_()
 
 
-@promise("recompute")
 @both_backends
 @on_ranks(2)
 def test_ties_fall_the_same_way_in_recompute(rank: Rank, backend: str) -> None:
@@ -60,7 +61,7 @@ def test_ties_fall_the_same_way_in_recompute(rank: Rank, backend: str) -> None:
                 x.grad = weights[0].grad = weights[1].grad = weights[2].grad = None
 
 
-@promise("usable-after-errors", "recompute")
+@promise("usable-after-errors")
 @pytest.mark.parametrize("exact", [False, True])
 @both_backends
 @on_ranks(1, 2)
@@ -94,7 +95,6 @@ def test_another_routing_in_recompute_is_named(rank: Rank, backend: str, exact: 
     ep.close()
 
 
-@promise("recompute")
 @both_backends
 @on_ranks(1)
 def test_another_routing_in_recompute_of_the_functional_form_is_raised(rank: Rank, backend: str) -> None:
@@ -129,7 +129,6 @@ def assert_no_number(*grads: Tensor) -> None:
         assert (grad.isnan() | (grad == 0)).all()
 
 
-@promise("recompute")
 @both_backends
 @on_ranks(1, 2)
 def test_another_routing_of_a_dispatch_in_recompute_is_named(rank: Rank, backend: str) -> None:
@@ -160,7 +159,6 @@ def test_another_routing_of_a_dispatch_in_recompute_is_named(rank: Rank, backend
     ep.close()
 
 
-@promise("recompute")
 @both_backends
 @on_ranks(1)
 def test_another_routing_of_a_combine_in_recompute_is_named(rank: Rank, backend: str) -> None:

@@ -101,19 +101,20 @@ def test_what_is_no_tensor(argument: str) -> None:
         ep.moe(**good_call(**{"b2": rand(EXPERTS, HIDDEN), "b1": rand(EXPERTS, 8), argument: [1.0]}))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"backend": "nccl"}, ValueError, "backend: got 'nccl', expected one of 'auto', 'fast', 'reference'"),
-        ({"max_tokens_per_rank": 0}, ValueError, "max_tokens_per_rank: got 0, expected a whole number of at least 1"),
-        ({"max_tokens_per_rank": True}, ValueError, "max_tokens_per_rank: got True"),
-        ({"group": "world"}, ValueError, "group: got str, expected ProcessGroup, 1-D DeviceMesh or None"),
-        ({"config": {"dispatch": "auto"}}, TypeError, "config: got dict, expected an EPConfig"),
-    ],
-)
-def test_wrong_arguments_of_the_object(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"rank 0 of 1: {message}"):
+WRONG_OBJECTS: list[tuple[dict[str, Any], str]] = [
+    ({"backend": "nccl"}, "ValueError: rank 0 of 1: backend: got 'nccl', expected one of 'auto', 'fast', 'reference'"),
+    ({"max_tokens_per_rank": 0}, "ValueError: rank 0 of 1: max_tokens_per_rank: got 0, expected a whole number of at"),
+    ({"max_tokens_per_rank": True}, "ValueError: rank 0 of 1: max_tokens_per_rank: got True"),
+    ({"group": "world"}, "ValueError: rank 0 of 1: group: got str, expected ProcessGroup, 1-D DeviceMesh or None"),
+    ({"config": {"dispatch": "auto"}}, "TypeError: rank 0 of 1: config: got dict, expected an EPConfig"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_OBJECTS)
+def test_wrong_arguments_of_the_object(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError)) as raised:
         ExpertParallel(**arguments)
+    assert f"{raised.type.__name__}: {raised.value}".startswith(message)
 
 
 @on_ranks(2, pool="cpu_pool")
@@ -137,7 +138,6 @@ def test_wrong_on_all_ranks_is_refused_before_any_communication(rank: Rank) -> N
 @promise("usable-after-errors", "arguments")
 @on_ranks(2, pool="cpu_pool")
 def test_a_wrong_call_communicates_nothing(rank: Rank) -> None:
-    """The other ranks do not notice, before a right call or after it."""
     right = torch.tensor([[rank.rank]])
     with ExpertParallel(backend="reference") as ep:
         for _ in range(2):
@@ -195,28 +195,19 @@ def processes_in(folder: Path) -> Iterator[bytes]:
                 yield line
 
 
-def test_a_closed_object_says_so() -> None:
-    ep = ExpertParallel()
-    x, plan = rand(1, HIDDEN), ep.plan(ids(1, 1), 4)
+def test_a_plan_of_another_rank_and_calls_after_close_are_refused() -> None:
+    ep = ExpertParallel(backend="reference")
+    x, plan, scores = rand(1, HIDDEN), ep.plan(ids(1, 1), 4), torch.ones(1, 1)
+    foreign = replace(plan, rank=1)
+    for call in (partial(ep.dispatch, x, foreign), partial(ep.combine, x, scores, foreign)):
+        with pytest.raises(ValueError, match="plan: got a plan for rank 1 of 1, expected one for rank 0 of 1"):
+            call()
     ep.close()
     ep.close()
     for call in (
-        partial(ep.moe, **good_call()),
-        partial(ep.moe_routed, **good_routed_call()),
-        partial(ep.plan, ids(1, 1), 4),
-        partial(ep.dispatch, x, plan),
-        partial(ep.combine, x, torch.ones(1, 1), plan),
+        *(partial(ep.moe, **good_call()), partial(ep.moe_routed, **good_routed_call()), ep.check),
+        *(partial(ep.plan, ids(1, 1), 4), partial(ep.dispatch, x, plan), partial(ep.combine, x, scores, plan)),
         partial(ep.agree, 1, torch.device("cpu")),
-        ep.check,
     ):
         with pytest.raises(ClosedError, match="rank 0 of 1: this ExpertParallel is closed"):
             call()
-
-
-def test_a_plan_of_another_rank_is_refused() -> None:
-    with ExpertParallel(backend="reference") as ep:
-        plan = replace(ep.plan(ids(1, 1), 4), rank=1)
-        x, scores = rand(1, HIDDEN), torch.ones(1, 1)
-        for call in (partial(ep.dispatch, x, plan), partial(ep.combine, x, scores, plan)):
-            with pytest.raises(ValueError, match="plan: got a plan for rank 1 of 1, expected one for rank 0 of 1"):
-                call()
