@@ -32,7 +32,7 @@ PLANS_AHEAD = 8
 
 
 def ids(rank: Rank, *, bad: bool = False) -> torch.Tensor:
-    """Two tokens with an expert each; one id is out of range on the last rank if ``bad``."""
+    """Of two tokens with an expert each; one is out of range on the last rank if ``bad``."""
     out_of_range = 99 if bad and rank.rank == rank.world_size - 1 else 1
     return torch.tensor([[0], [out_of_range]], device=rank.device)
 
@@ -128,7 +128,6 @@ SAID = "max_rows: got 1, expected at least"
 
 
 def overflowed(rank: Rank) -> ExpertParallel:
-    """An object whose call has passed the bound."""
     ep = ExpertParallel(backend="fast", config=TIGHT)
     x, weights, _ = layer_inputs(rank, CASE)
     assert ep.moe(x, *weights, CASE.top_k).y.isnan().all()
@@ -138,7 +137,7 @@ def overflowed(rank: Rank) -> ExpertParallel:
 
 
 def timed_out(rank: Rank) -> ExpertParallel:
-    """An object of which a kernel of this rank has timed out: what that leaves for the host."""
+    """An object with what a kernel that has timed out leaves for the host."""
     from sonic_ep.fast.sync import TIME_UP
 
     ep = ExpertParallel(backend="fast")

@@ -5,13 +5,14 @@ import re
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 from backends import both_backends
 from conftest import DEVICE_TYPES
 from lives import TOP_K, layer_of
-from programs import Ended, Program, output_at_end, start_program
+from programs import Program, output_at_end, start_program
 from promises import promise
 from torch import Tensor
 
@@ -86,14 +87,17 @@ LEFT = {"raises": "KeyError: 'the batch has no labels'", "too many tokens": "exp
 PATIENT_SECONDS = 120.0
 
 
-def assert_ended(ended: Ended, rank: int, fault: str, seconds: float) -> None:
-    assert ended.code == 1, (rank, ended)
-    named = [line for line in ended.said.splitlines() if re.search(r"Peer\w*Error|CollectiveMismatchError", line)]
-    assert named, (rank, ended.said)
-    assert fault not in AT_ONCE or any("CollectiveMismatchError" in line for line in named), (rank, named)
-    assert any(re.search(rf"rank {ODD}\b.*phase ({SEEN[fault]}) of step \d", line) for line in named), (rank, named)
-    assert fault not in LEFT or any(f"rank {ODD} left" in line and LEFT[fault] in line for line in named), (rank, named)
-    assert ended.seconds < seconds, (rank, ended)
+def assert_others_end(fault: str, seconds: float, **program: Any) -> None:
+    """All ranks but the odd one end within ``seconds``, with an error that names it."""
+    for rank, ended in enumerate(Program(body=train, odd=ODD, **program).run()):
+        if rank == ODD:
+            continue
+        assert ended.code == 1, (rank, ended)
+        error = "CollectiveMismatchError" if fault in AT_ONCE else r"Peer\w*Error|CollectiveMismatchError"
+        named = "\n".join(line for line in ended.said.splitlines() if re.search(error, line))
+        assert re.search(rf"rank {ODD}\b.*phase ({SEEN[fault]}) of step \d", named), (rank, ended.said)
+        assert fault not in LEFT or re.search(rf"rank {ODD} left.*{LEFT[fault]}", named), (rank, named)
+        assert ended.seconds < seconds, (rank, ended)
 
 
 def destroyed(program: Program, rank: Rank) -> None:
@@ -121,11 +125,8 @@ def test_a_process_group_that_has_ended_is_told_as_such(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fault", ["killed", "hangs"])
 def test_the_rank_with_the_store_is_not_blamed_for_another(fault: str, tmp_path: Path) -> None:
     """Rank 0 ends by its error, and with it the store by which others find out which rank was missing."""
-    place = {"world_size": 4, "device_type": "cpu", "folder": tmp_path, "odd": ODD, "store_at_rank_0": True}
-    program = Program(body=train, arguments=(fault, "reference"), **place)
-    for rank, ended in enumerate(program.run()):
-        if rank != ODD:
-            assert_ended(ended, rank, fault, FAREWELL_SECONDS + TIMEOUT_SECONDS)
+    place = {"world_size": 4, "device_type": "cpu", "folder": tmp_path, "store_at_rank_0": True}
+    assert_others_end(fault, FAREWELL_SECONDS + TIMEOUT_SECONDS, arguments=(fault, "reference"), **place)
 
 
 @promise("bounded-waits", "left-by-error", "mismatch")
@@ -134,13 +135,9 @@ def test_the_rank_with_the_store_is_not_blamed_for_another(fault: str, tmp_path:
 @both_backends
 def test_the_others_end_in_time_and_name_the_rank(backend: str, fault: str, device_type: str, tmp_path: Path) -> None:
     world_size = 2 if device_type == "cuda" else 3
-    program = Program(
-        body=train, arguments=(fault, backend), world_size=world_size, device_type=device_type, folder=tmp_path, odd=ODD
-    )
     seconds = FAREWELL_SECONDS + (0 if fault in AT_ONCE or fault in LEFT else TIMEOUT_SECONDS)
-    for rank, ended in enumerate(program.run()):
-        if rank != ODD:
-            assert_ended(ended, rank, fault, seconds)
+    place = {"world_size": world_size, "device_type": device_type, "folder": tmp_path}
+    assert_others_end(fault, seconds, arguments=(fault, backend), **place)
 
 
 UNCAUGHT = """

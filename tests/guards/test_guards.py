@@ -1,4 +1,4 @@
-"""Guards of the fast backend one by one, each with what it keeps away in reach: others would hide that it is gone."""
+"""Guards of the fast backend one by one: each fault is provoked alone, as another guard might hide it."""
 
 import importlib
 import time
@@ -58,13 +58,11 @@ def scores_with_ids(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
     """The group's scores, each of them ``number``, as they come with the ids of ``plan``."""
     from sonic_ep.fast.plan import PlanShape, gathered_counts
 
-    sizes = {"max_tokens": plan.max_tokens, "top_k": plan.top_k, "num_experts": plan.num_experts}
-    shape = PlanShape(rank=plan.rank, world_size=plan.world_size, **sizes)
+    sizes = ("rank", "world_size", "max_tokens", "top_k", "num_experts")
+    shape = PlanShape(**{name: getattr(plan, name) for name in sizes})
     errors, ids = plan.counts.new_zeros(3), plan.expert_ids[plan.rank, : plan.num_tokens]
     scores = torch.full((plan.num_tokens, plan.top_k), number, device=plan.counts.device)
-    found = gathered_counts(ids, shape, workspace, errors, scores).scores
-    assert found is not None
-    return found
+    return gathered_counts(ids, shape, workspace, errors, scores).scores
 
 
 @pytest.mark.parametrize("call", ["gather_scores", "scores_with_ids", "return_to_origin"])

@@ -89,9 +89,8 @@ def test_another_routing_in_recompute_is_named(rank: Rank, backend: str, exact: 
     ep.check()
     expected = torch.autograd.grad(ep.moe(x, *weights, CASE.top_k).y, weights, dy)
     for run in (ep.moe, partial(checkpoint, ep.moe, use_reentrant=False)):
-        y = run(x, *weights, CASE.top_k).y
-        assert_same_bits(torch.autograd.grad(y, weights, dy), expected)
-        assert all(grad.isfinite().all() for grad in expected)
+        assert_same_bits(torch.autograd.grad(run(x, *weights, CASE.top_k).y, weights, dy), expected)
+    assert all(grad.isfinite().all() for grad in expected)
     ep.close()
 
 
@@ -114,7 +113,7 @@ def test_another_routing_in_recompute_of_the_functional_form_is_raised(rank: Ran
 @promise("usable-after-errors")
 @on_ranks(2, pool="cpu_pool")
 def test_a_recompute_that_ends_early_is_no_error(rank: Rank) -> None:
-    """What is asked for needs no more than the router: the rest is not run again."""
+    """The gradient that is asked for needs the router alone: the rest is not run again."""
     x, weights, _ = layer_inputs(rank, CASE)
     with ExpertParallel(backend="reference") as ep:
         logits = checkpoint(lambda x: ep.moe(x, *weights, CASE.top_k).router_logits, x, use_reentrant=False)
@@ -127,6 +126,20 @@ def test_a_recompute_that_ends_early_is_no_error(rank: Rank) -> None:
 def assert_no_number(*grads: Tensor) -> None:
     for grad in grads:
         assert (grad.isnan() | (grad == 0)).all()
+
+
+def assert_found_in_backward(ep: ExpertParallel, y: Tensor, *leaves: Tensor, step: int | str = ".*") -> None:
+    """Backward, or the check after it, raises; in the latter case no gradient is a number."""
+
+    def backward() -> None:
+        y.square().sum().backward()
+        assert_no_number(*(leaf.grad for leaf in leaves))
+        assert leaves[0].grad.isnan().any()
+        ep.check()
+
+    with pytest.raises(RecomputeError, match=f"{ep.group}: step {step}: {SAID}"):
+        backward()
+    ep.close()
 
 
 @both_backends
@@ -146,17 +159,8 @@ def test_another_routing_of_a_dispatch_in_recompute_is_named(rank: Rank, backend
         there = torch.arange(len(rows), device=rank.device) < plans[-1].rows()
         return (rows.where(there[:, None], 0) @ weight).tanh()
 
-    def backward() -> None:
-        rows = checkpoint(dispatched, x, **UNCHECKED)
-        y = ep.combine(rows, torch.ones(MANY, 2, device=rank.device), plans[0])
-        y.square().sum().backward()
-        assert_no_number(x.grad)
-        assert x.grad.isnan().any()
-        ep.check()
-
-    with pytest.raises(RecomputeError, match=f"rank {rank.rank} of {rank.world_size}: step 2: {SAID}"):
-        backward()
-    ep.close()
+    y = ep.combine(checkpoint(dispatched, x, **UNCHECKED), torch.ones(MANY, 2, device=rank.device), plans[0])
+    assert_found_in_backward(ep, y, x, step=2)
 
 
 @both_backends
@@ -171,12 +175,4 @@ def test_another_routing_of_a_combine_in_recompute_is_named(rank: Rank, backend:
         idx = (torch.dropout(x, 0.5, True) @ router_w.t()).topk(1).indices
         return ep.combine(rows, scores, ep.plan(idx, 2))
 
-    def backward() -> None:
-        y = checkpoint(combined, rows, scores, **UNCHECKED)
-        y.square().sum().backward()
-        assert_no_number(rows.grad, scores.grad)
-        ep.check()
-
-    with pytest.raises(RecomputeError, match=f"rank 0 of 1: step .*{SAID}"):
-        backward()
-    ep.close()
+    assert_found_in_backward(ep, checkpoint(combined, rows, scores, **UNCHECKED), rows, scores)

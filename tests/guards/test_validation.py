@@ -175,7 +175,10 @@ WRONG_PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize(("call", "message"), WRONG_PROGRAMS.items())
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [pytest.param(*case, marks=pytest.mark.thorough if n % 4 else ()) for n, case in enumerate(WRONG_PROGRAMS.items())],
+)
 def test_a_wrong_program_ends_at_once_and_leaves_nothing(call: str, message: str, tmp_path: Path) -> None:
     process = start_program(tmp_path, SCRIPT + call, launcher=LAUNCHER)
     said = output_at_end(process)

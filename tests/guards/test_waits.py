@@ -59,7 +59,7 @@ def test_ranks_that_do_not_come_are_named(
 
 
 @on_ranks(2, pool="cpu_pool")
-def test_a_rank_that_comes_too_late_hears_that_the_others_are_gone(rank: Rank) -> None:
+def test_a_late_rank_hears_that_the_others_are_gone(rank: Rank) -> None:
     with new_group(rank, TIMEOUT_SECONDS) as collectives:
         error, words = PeerTimeoutError, "rank 0 of 2: waited 0.5 s for rank 1 in phase exchange"
         if rank.rank == ODD:
@@ -70,21 +70,21 @@ def test_a_rank_that_comes_too_late_hears_that_the_others_are_gone(rank: Rank) -
 
 
 @promise("lost-rank")
-@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize(("reported", "gone"), [(True, False), (True, True), (False, True)])
 @on_ranks(3, pool="cpu_pool")
-def test_a_rank_that_left_is_named_with_its_error_before_the_time_is_up(rank: Rank, gone: bool) -> None:
-    """Also where it closes its connections, as the end of its process does."""
+def test_a_rank_that_left_is_named_before_the_time_is_up(rank: Rank, reported: bool, gone: bool) -> None:
+    """With its error, if it has reported that. gone: its connections are closed, as at the end of its process."""
     collectives = collectives_of_a_new_group(rank, PLENTY_SECONDS)
     if rank.rank == ODD:
-        time.sleep(0.2)
-        collectives.leave("KeyError: 'labels'")
+        if reported:
+            time.sleep(0.2)
+            collectives.leave("KeyError: 'labels'")
         if gone:
             dist.destroy_process_group(collectives.group.process_group)
         return
-    said = (
-        f"rank {rank.rank} of 3: rank 1 left (KeyError: 'labels') while it was waited for in phase exchange of step 7"
-    )
-    with raises(PeerLostError, said, within=ANNOUNCE_SECONDS):
+    said = "rank 1 left (KeyError: 'labels') while it was waited for" if reported else "lost rank 1, waited for"
+    within = ANNOUNCE_SECONDS if reported else GRACE_SECONDS
+    with raises(PeerLostError, f"rank {rank.rank} of 3: {said} in phase exchange of step 7", within=within):
         collectives.numbers(1, HOST)
 
 
@@ -95,25 +95,11 @@ def test_a_rank_that_left_after_its_part_is_not_missed(rank: Rank) -> None:
             time.sleep(LATE_SECONDS if rank.rank == 2 else 0)
             assert collectives.numbers(5, HOST) == [5, 5, 5]
             return
-        gathered = collectives.group.process_group.allgather(  # type: ignore[union-attr]
-            [[torch.zeros(2, dtype=torch.int64) for _ in range(rank.world_size)]],
-            [torch.tensor([collectives.sync_tag.tag, 5])],
-        )
+        mine, found = torch.tensor([collectives.sync_tag.tag, 5]), [torch.zeros(2, dtype=torch.int64) for _ in range(3)]
+        gathered = collectives.group.process_group.allgather([found], [mine])
         collectives._begun += 1
         collectives.leave("no error of the others'")
         gathered.wait()
-
-
-@promise("lost-rank")
-@on_ranks(3, pool="cpu_pool")
-def test_a_rank_that_is_gone_is_named_by_all(rank: Rank) -> None:
-    collectives = collectives_of_a_new_group(rank, PLENTY_SECONDS)
-    if rank.rank == ODD:
-        dist.destroy_process_group(collectives.group.process_group)
-        return
-    words = f"rank {rank.rank} of 3: lost rank {ODD}, waited for in phase exchange of step 7: "
-    with raises(PeerLostError, words, within=GRACE_SECONDS):
-        collectives.numbers(1, HOST)
 
 
 @promise("mismatch")
@@ -248,7 +234,7 @@ def test_pytorchs_own_checks_do_not_wait_by_their_own_clock(rank: Rank) -> None:
     dist.set_debug_level(dist.DebugLevel.DETAIL)
     with new_group(rank, TIMEOUT_SECONDS) as collectives:
         dist.set_debug_level(level)
-        assert hasattr(collectives.group.process_group._get_backend(HOST), "wrapped_pg")  # type: ignore[union-attr]
+        assert hasattr(collectives.group.process_group._get_backend(HOST), "wrapped_pg")
         assert collectives.numbers(rank.rank, HOST) == [0, 1]
         rows = collectives.all_to_all_rows(torch.full((rank.world_size, 1), rank.rank), [1, 1], [1, 1])
         assert rows.flatten().tolist() == [0, 1]
