@@ -37,7 +37,7 @@ ONES = Sizes(tokens=1, num_experts=1, top_k=1)
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """A public call, and what makes right arguments for it."""
+    """A public call, and a function that makes right arguments for it."""
 
     name: str
     arguments: Callable[[ExpertParallel, torch.device, Sizes], Arguments]
@@ -51,10 +51,7 @@ class Call:
     def outcome(
         self, ep: ExpertParallel, arguments: Arguments, hold: Callable[[Tensor], Tensor] = torch.clone
     ) -> Outcome:
-        """What the call returns, and the gradients of all arguments that require one.
-
-        hold: makes of the gradients that come in what backward gets.
-        """
+        """Its results, and the gradients of all arguments that require one. hold: changes the gradients that come in."""
         trained = [value for value in arguments.values() if isinstance(value, Tensor) and value.requires_grad]
         found = self.run(ep, arguments)
         if isinstance(found, RoutingPlan):
@@ -67,7 +64,6 @@ class Call:
 
 
 def leaves(arguments: Arguments) -> Arguments:
-    """The arguments, requiring gradients where they can."""
     for value in arguments.values():
         if isinstance(value, Tensor) and value.is_floating_point() and value.is_leaf and not value.is_inference():
             value.requires_grad_()
@@ -75,7 +71,6 @@ def leaves(arguments: Arguments) -> Arguments:
 
 
 def probe(tensor: Tensor) -> Tensor:
-    """A gradient of small whole numbers, the same each time."""
     return whole(tensor.shape).to(tensor.device, tensor.dtype)
 
 
@@ -148,29 +143,26 @@ def _these(*names: str) -> Callable[[ExpertParallel, torch.device, Sizes], Argum
     return lambda _, device, sizes: {name: value for name, value in _drawn(device, sizes).items() if name in names}
 
 
-def _of_dispatch(ep: ExpertParallel, device: torch.device, sizes: Sizes) -> Arguments:
-    found = _drawn(device, sizes)
-    return {"x": found["x"], "plan": ep.plan(found["topk_idx"], sizes.num_experts)}
+def _of_plan(*names: str) -> Callable[[ExpertParallel, torch.device, Sizes], Arguments]:
+    def arguments(ep: ExpertParallel, device: torch.device, sizes: Sizes) -> Arguments:
+        found = _drawn(device, sizes)
+        plan = ep.plan(found["topk_idx"], sizes.num_experts)
+        found["rows"] = whole((plan.row_capacity, sizes.hidden)).to(device)
+        return {**{name: found[name] for name in names}, "plan": plan}
 
-
-def _of_combine(ep: ExpertParallel, device: torch.device, sizes: Sizes) -> Arguments:
-    found = _drawn(device, sizes)
-    plan = ep.plan(found["topk_idx"], sizes.num_experts)
-    rows = whole((plan.row_capacity, sizes.hidden)).to(device)
-    return {"rows": rows, "topk_scores": found["topk_scores"], "plan": plan}
+    return arguments
 
 
 OF_EXPERTS = ("w1", "w2", "b1", "b2", "activation")
-ARGUMENTS: dict[str, Callable[[ExpertParallel, torch.device, Sizes], Arguments]] = {
+ARGUMENTS = {
     "moe": _these("x", "router_w", "top_k", *OF_EXPERTS),
     "moe_routed": _these("x", "topk_idx", "topk_scores", *OF_EXPERTS),
     "plan": _these("topk_idx", "num_experts"),
-    "dispatch": _of_dispatch,
-    "combine": _of_combine,
+    "dispatch": _of_plan("x"),
+    "combine": _of_plan("rows", "topk_scores"),
 }
 CALLS = {name: Call(name=name, arguments=arguments) for name, arguments in ARGUMENTS.items()}
 
 
 def tensors_of(arguments: Arguments) -> list[str]:
-    """Names of the arguments that are tensors."""
     return [name for name, value in arguments.items() if isinstance(value, Tensor)]

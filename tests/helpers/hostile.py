@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -66,21 +65,19 @@ def of_inference(tensor: Tensor) -> Tensor:
 
 
 # Other ways to hold the values of a tensor: the result has to be that of the values.
-WAYS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
-    {
-        "transposed": transposed,
-        "sliced": sliced,
-        "shifted": shifted,
-        "expanded": lambda tensor: tensor[:1].expand(tensor.shape),
-        "overlapping": overlapping,
-        "odd strides of one": odd_strides_of_one,
-        "negated in name": negated_in_name,
-        "of inference": of_inference,
-        "a parameter": lambda tensor: nn.Parameter(tensor.clone(), requires_grad=tensor.is_floating_point()),
-        "tagged": lambda tensor: tensor.clone().as_subclass(Tagged),
-        "doubling": lambda tensor: tensor.clone().as_subclass(Doubling),
-    }
-)
+WAYS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "transposed": transposed,
+    "sliced": sliced,
+    "shifted": shifted,
+    "expanded": lambda tensor: tensor[:1].expand(tensor.shape),
+    "overlapping": overlapping,
+    "odd strides of one": odd_strides_of_one,
+    "negated in name": negated_in_name,
+    "of inference": of_inference,
+    "a parameter": lambda tensor: nn.Parameter(tensor.clone(), requires_grad=tensor.is_floating_point()),
+    "tagged": lambda tensor: tensor.clone().as_subclass(Tagged),
+    "doubling": lambda tensor: tensor.clone().as_subclass(Doubling),
+}
 
 
 @contextmanager
@@ -90,25 +87,13 @@ def quiet() -> Iterator[None]:
         yield
 
 
-@quiet()
-def masked(tensor: Tensor) -> Tensor:
-    return torch.masked.masked_tensor(tensor, torch.ones_like(tensor, dtype=torch.bool))
+quietly = quiet()
 
 
-@quiet()
-def nested(tensor: Tensor, layout: torch.layout) -> Tensor:
-    return torch.nested.nested_tensor(list(tensor), layout=layout)
-
-
-@quiet()
+@quietly
 def compressed(tensor: Tensor) -> Tensor:
-    # It asks for as many in each row.
+    # As many elements in each row, as it has to have.
     return torch.ones_like(tensor).to_sparse_csr()
-
-
-@quiet()
-def quantized(tensor: Tensor) -> Tensor:
-    return torch.quantize_per_tensor(tensor.float().cpu(), 0.1, 0, torch.qint8)
 
 
 def freed(tensor: Tensor) -> Tensor:
@@ -118,80 +103,50 @@ def freed(tensor: Tensor) -> Tensor:
     return bare
 
 
-@quiet()
-def recast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype)
-
-
+VALUES = {"None": None, "a word": "x", "a number": 1.5, "NaN": float("nan"), "True": True, "a huge number": 2**70}
 # What may be passed for a tensor: refused, or right by the values where it has the same.
-THINGS: Mapping[str, Callable[[Tensor], object]] = MappingProxyType(
-    {
-        "None": lambda tensor: None,
-        "a word": lambda tensor: "x",
-        "a list": lambda tensor: tensor.tolist(),
-        "an array": lambda tensor: np.zeros(tuple(tensor.shape), dtype=np.float32),
-        "a number": lambda tensor: 1.5,
-        "NaN": lambda tensor: float("nan"),
-        "True": lambda tensor: True,
-        "a huge number": lambda tensor: 2**70,
-        "a number of NumPy's": lambda tensor: np.int64(2),
-        "a class": lambda tensor: Tensor,
-        "of no dimension": lambda tensor: tensor.flatten()[0] if tensor.numel() else torch.zeros(()),
-        "flat": lambda tensor: tensor.flatten(),
-        "of one more dimension": lambda tensor: tensor[None],
-        "of many dimensions": lambda tensor: tensor.reshape(*(1,) * 20, *tensor.shape),
-        "without rows": lambda tensor: tensor[:0],
-        "without columns": lambda tensor: tensor[..., :0],
-        "empty": lambda tensor: torch.empty(0, dtype=tensor.dtype, device=tensor.device),
-        "sparse": lambda tensor: tensor.to_sparse(),
-        "compressed": compressed,
-        "on meta": lambda tensor: tensor.to("meta"),
-        "fake": FakeTensorMode().from_tensor,
-        "uninitialized": lambda tensor: nn.UninitializedParameter(requires_grad=False),
-        "masked": masked,
-        "nested": lambda tensor: nested(tensor, torch.strided),
-        "jagged": lambda tensor: nested(tensor, torch.jagged),
-        "quantized": quantized,
-        "freed": freed,
-        "zeros of no memory": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype, device=t.device),
-        "of bits": lambda tensor: torch.zeros(tensor.shape, dtype=torch.uint8).view(torch.bits8),
-        **{
-            f"of {str(dtype).removeprefix('torch.')}": (lambda tensor, dtype=dtype: recast(tensor, dtype))
-            for dtype in (
-                torch.complex64, torch.complex32, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32,
-                torch.uint16, torch.uint32, torch.uint64, torch.float64, torch.float16, torch.bfloat16,
-                torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e8m0fnu,
-            )
-        },
-    }
-)  # fmt: skip
+THINGS: Mapping[str, Callable[[Tensor], object]] = {
+    **{name: lambda tensor, value=value: value for name, value in VALUES.items()},
+    "a number of NumPy's": lambda tensor: np.int64(2),
+    "a class": lambda tensor: Tensor,
+    "a list": lambda tensor: tensor.tolist(),
+    "an array": lambda tensor: np.zeros(tuple(tensor.shape), dtype=np.float32),
+    "of no dimension": lambda tensor: tensor.flatten()[0] if tensor.numel() else torch.zeros(()),
+    "flat": lambda tensor: tensor.flatten(),
+    "of one more dimension": lambda tensor: tensor[None],
+    "of many dimensions": lambda tensor: tensor.reshape(*(1,) * 20, *tensor.shape),
+    "without rows": lambda tensor: tensor[:0],
+    "without columns": lambda tensor: tensor[..., :0],
+    "empty": lambda tensor: torch.empty(0, dtype=tensor.dtype, device=tensor.device),
+    "sparse": lambda tensor: tensor.to_sparse(),
+    "compressed": compressed,
+    "on meta": lambda tensor: tensor.to("meta"),
+    "fake": FakeTensorMode().from_tensor,
+    "uninitialized": lambda tensor: nn.UninitializedParameter(requires_grad=False),
+    "masked": quietly(lambda tensor: torch.masked.masked_tensor(tensor, torch.ones_like(tensor, dtype=torch.bool))),
+    "nested": quietly(lambda tensor: torch.nested.nested_tensor(list(tensor), layout=torch.strided)),
+    "jagged": quietly(lambda tensor: torch.nested.nested_tensor(list(tensor), layout=torch.jagged)),
+    "quantized": quietly(lambda tensor: torch.quantize_per_tensor(tensor.float().cpu(), 0.1, 0, torch.qint8)),
+    "freed": freed,
+    "zeros of no memory": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype, device=t.device),
+    "of bits": lambda tensor: torch.zeros(tensor.shape, dtype=torch.uint8).view(torch.bits8),
+    **{
+        f"of {str(dtype).removeprefix('torch.')}": quietly(lambda tensor, dtype=dtype: tensor.to(dtype))
+        for dtype in (
+            torch.complex64, torch.complex32, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32,
+            torch.uint16, torch.uint32, torch.uint64, torch.float64, torch.float16, torch.bfloat16,
+            torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e8m0fnu,
+        )
+    },
+}  # fmt: skip
 
 # What may be passed for what is no tensor: a size, a name, a flag, an object.
-NO_TENSORS: Mapping[str, object] = MappingProxyType(
-    {
-        **{str(value): value for value in (None, True, False)},
-        "zero": 0,
-        "minus one": -1,
-        "a huge number": 2**70,
-        "a huge number below zero": -(2**70),
-        "a half": 0.5,
-        "two, a float": 2.0,
-        "NaN": float("nan"),
-        "infinity": float("inf"),
-        "complex": 1j,
-        "an integer of NumPy's": np.int64(2),
-        "a flag of NumPy's": np.bool_(True),
-        "an array": np.array([1, 2]),
-        "an array of words": np.array(["auto", "fast"]),
-        "a tensor": torch.tensor(2),
-        "a longer tensor": torch.tensor([1, 2]),
-        "a word": "nonsense",
-        "an empty word": "",
-        "bytes": b"auto",
-        "a list": ["auto"],
-        "a dictionary": {"auto": 1},
-        "a class": int,
-        "a dtype": torch.float32,
-        "itself": object(),
-    }
-)
+NO_TENSORS: Mapping[str, object] = {
+    "None": None, "True": True, "False": False, "zero": 0, "minus one": -1, "a half": 0.5, "two, a float": 2.0,
+    "a huge number": 2**70, "a huge number below zero": -(2**70), "NaN": float("nan"), "infinity": float("inf"),
+    "complex": 1j, "an integer of NumPy's": np.int64(2), "a flag of NumPy's": np.bool_(True),
+    "an array": np.array([1, 2]), "an array of words": np.array(["auto", "fast"]),
+    "a tensor": torch.tensor(2), "a longer tensor": torch.tensor([1, 2]), "a dtype": torch.float32,
+    "a word": "nonsense", "an empty word": "", "bytes": b"auto", "a list": ["auto"], "a dictionary": {"auto": 1},
+    "a class": int, "itself": object(),
+}  # fmt: skip
