@@ -6,28 +6,16 @@ from typing import Any
 
 import torch
 
-TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 5, 8, 4, 4, 2
-
-
-# Experts of a rank.
-HELD = 2
+# HELD: experts of a rank in ``call_of``.
+TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, HELD, TOP_K, F32 = 5, 8, 4, 4, 2, 2, torch.float32
 
 
 def good_call(
-    *,
-    experts: int = EXPERTS,
-    held: int = EXPERTS,
-    hidden: int = HIDDEN,
-    dtype: torch.dtype = torch.float32,
-    **changes: Any,
+    *, experts: int = EXPERTS, held: int = EXPERTS, hidden: int = HIDDEN, dtype: torch.dtype = F32, **changes: Any
 ) -> dict[str, Any]:
     """Arguments of ``moe`` that are right, but for ``changes``."""
-    shapes = {
-        "x": (TOKENS, hidden),
-        "router_w": (experts, hidden),
-        "w1": (held, 2 * INTERMEDIATE, hidden),
-        "w2": (held, hidden, INTERMEDIATE),
-    }
+    tokens = {"x": (TOKENS, hidden), "router_w": (experts, hidden)}
+    shapes = {**tokens, "w1": (held, 2 * INTERMEDIATE, hidden), "w2": (held, hidden, INTERMEDIATE)}
     return {**{name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}, "top_k": TOP_K, **changes}
 
 

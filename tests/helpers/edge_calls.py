@@ -51,7 +51,7 @@ class Call:
     def outcome(
         self, ep: ExpertParallel, arguments: Arguments, hold: Callable[[Tensor], Tensor] = torch.clone
     ) -> Outcome:
-        """Its results, and the gradients of all arguments that require one. hold: changes the gradients that come in."""
+        """Results, and gradients of all arguments that require one. hold: changes the gradients that come in."""
         trained = [value for value in arguments.values() if isinstance(value, Tensor) and value.requires_grad]
         found = self.run(ep, arguments)
         if isinstance(found, RoutingPlan):

@@ -101,12 +101,10 @@ class Program:
         return self.faulted.exists() and bool(self.faulted.read_text())
 
     def fault(self) -> None:
-        """Record that something goes wrong now."""
         self.faulted.write_text(str(time.time()))
 
 
 def run_rank(program: Program, rank: int) -> None:
-    """The process of a rank."""
     os.environ.update(SETTINGS[program.device_type])
     install_interpreter()
     output = os.open(program.output_of(rank), os.O_CREAT | os.O_WRONLY)
