@@ -5,24 +5,13 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from backends import both_backends
-from edge_calls import (
-    CALLS,
-    MOST_SECONDS,
-    ONES,
-    SIZES,
-    Arguments,
-    assert_same,
-    complaint,
-    leaves,
-    plain,
-    tensors_of,
-    whole,
-)
+from edge_calls import CALLS, MOST_SECONDS, ONES, SIZES, assert_same, complaint, leaves, plain, tensors_of, whole
 from hostile import NO_TENSORS, THINGS, WAYS
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -56,31 +45,6 @@ def test_values_count_and_not_how_they_are_held(rank: Rank, backend: str, name: 
     assert found == []
 
 
-def one_at_a_time(
-    ep: ExpertParallel, rank: Rank, name: str, makers: dict[str, Callable[[torch.Tensor], Any]], values_count: bool
-) -> Complaints:
-    """What is wrong where one tensor of a call is what one of ``makers`` makes of it."""
-    call, found = CALLS[name], []
-    arguments = leaves(call.arguments(ep, rank.device, SIZES))
-    base = call.outcome(ep, arguments) if values_count else []
-    for tensor in tensors_of(arguments):
-        for what, make in makers.items():
-            # Rows of any width are right where no weight says which.
-            if what != "of immense rows" or (name, tensor) not in {("dispatch", "x"), ("combine", "rows")}:
-                said = complaint(ep, call, arguments, {tensor: make(plain(arguments[tensor]))}, base)
-                found += [f"{tensor} {what}: {said}"] if said else []
-    return found
-
-
-@on_ranks(1)
-@every_call
-@both_backends
-def test_any_thing_for_a_tensor_is_right_or_refused(rank: Rank, backend: str, name: str) -> None:
-    makers = {**THINGS, **(WAYS if backend == "reference" else {})}
-    with ExpertParallel(backend=backend) as ep:
-        assert one_at_a_time(ep, rank, name, makers, values_count=True) == []
-
-
 # Elements of which no memory holds a copy.
 IMMENSE = 2**45
 IMMENSE_SHAPES: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -93,11 +57,21 @@ IMMENSE_SHAPES: dict[str, Callable[[torch.Tensor], Any]] = {
 
 @on_ranks(1)
 @every_call
+@pytest.mark.parametrize("immense", [False, True])
 @both_backends
-def test_nothing_is_copied_before_all_shapes_are_right(rank: Rank, backend: str, name: str) -> None:
-    """One number, or one row, repeated to a wrong shape."""
-    with ExpertParallel(backend=backend, max_tokens_per_rank=SIZES.tokens) as ep:
-        assert one_at_a_time(ep, rank, name, IMMENSE_SHAPES, values_count=False) == []
+def test_any_thing_for_a_tensor_is_right_or_refused(rank: Rank, backend: str, immense: bool, name: str) -> None:
+    """immense: one number, or one row, repeated to a wrong shape. Nothing is copied before all shapes are right."""
+    call, found = CALLS[name], []
+    makers = IMMENSE_SHAPES if immense else {**THINGS, **(WAYS if backend == "reference" else {})}
+    with ExpertParallel(backend=backend, max_tokens_per_rank=SIZES.tokens if immense else None) as ep:
+        arguments = leaves(call.arguments(ep, rank.device, SIZES))
+        base = [] if immense else call.outcome(ep, arguments)
+        for tensor, (what, make) in product(tensors_of(arguments), makers.items()):
+            # Rows of any width are right where no weight says which.
+            if what != "of immense rows" or (name, tensor) not in {("dispatch", "x"), ("combine", "rows")}:
+                said = complaint(ep, call, arguments, {tensor: make(plain(arguments[tensor]))}, base)
+                found += [f"{tensor} {what}: {said}"] if said else []
+    assert found == []
 
 
 @on_ranks(1)
@@ -130,10 +104,10 @@ MAY_BE: dict[str, set[str]] = {
 }
 
 
-def no_tensors_refused(make: Callable[..., Any], right: Arguments, names: list[str]) -> Complaints:
+def no_tensors_refused(make: Callable[..., Any], right: dict[str, Any], names: list[str]) -> Complaints:
     """What is wrong with ``make`` when one argument is no tensor of any kind."""
     found = []
-    for name, (what, value) in ((name, item) for name in names for item in NO_TENSORS.items()):
+    for name, (what, value) in product(names, NO_TENSORS.items()):
         started, said = time.process_time(), ""
         try:
             made = make(**{**right, name: value})
@@ -194,7 +168,6 @@ def several_at_a_time(rank: Rank, backend: str, drawn: list[tuple[str, list[tupl
 # Half of them ways that change no value, so that not every example is refused.
 WHATS = st.one_of(st.sampled_from(list(WAYS)), st.sampled_from(list(WHATEVER)))
 CHANGES = st.tuples(st.sampled_from(list(CALLS)), st.lists(st.tuples(st.integers(0, 6), WHATS), min_size=1, max_size=3))
-
 
 SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 
