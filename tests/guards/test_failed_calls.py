@@ -66,9 +66,7 @@ def test_an_error_of_one_rank_ends_the_object_on_all(
 ) -> None:
     found = cpu_pool.run(fails_once, backend, fail, backward, world_size=3)
     why = found[ODD][0]
-    assert why.startswith(
-        "KeyboardInterrupt" if fail is interrupted else "OutOfMemoryError: rank 1 of 3: out of memory"
-    )
+    assert why.startswith("KeyboardInterrupt" if fail is interrupted else "OutOfMemoryError: rank 1 of 3: out of")
     for rank, (first, *later) in enumerate(found):
         if rank != ODD:
             assert first.startswith(f"PeerLostError: rank {rank} of 3: rank 1 left ({why}) while it was waited for in")
@@ -89,18 +87,16 @@ def test_memory_that_runs_out_is_told_with_the_place() -> None:
 
 
 @promise("usable-after-errors", "out-of-memory")
-@pytest.mark.parametrize(
-    ("backend", "exchange"), [("reference", "sonic_ep.reference.backend"), ("fast", "sonic_ep.fast.exchange")]
-)
+@both_backends
 @on_ranks(1, pool="cpu_pool")
-def test_memory_that_runs_out_in_backward_is_told_with_the_place(rank: Rank, backend: str, exchange: str) -> None:
+def test_memory_that_runs_out_in_backward_is_told_with_the_place(rank: Rank, backend: str) -> None:
     arguments = with_trained_experts(call_of(1))
     with ExpertParallel(backend=backend) as ep:
         ep.moe(**arguments)
         y = ep.moe(**arguments).y
         expected = "rank 0 of 1: out of memory in phase .* of step 2: tried to allocate 2.00 GiB"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(f"{exchange}.Exchange.rows", memory_short)
+            patch.setattr(EXCHANGES[backend][-1], memory_short)
             with pytest.raises(torch.OutOfMemoryError, match=expected):
                 y.sum().backward()
         ep.moe(**arguments).y.sum().backward()

@@ -49,10 +49,7 @@ WRONG_MOE: list[tuple[dict[str, Any], str]] = [
     ({"router_w": rand(4, 8, dtype=FP16)}, "dtype of router_w: got torch.float16"),
     ({"w1": rand(4, 8, 8, device="meta")}, "device of w1: got meta, expected cpu"),
     ({"w1": rand(4, 4, 8)}, r"shape of w1: got \(4, 4, 8\), expected \(4, 8, 8\) = \(e, 2I, H\)"),
-    (
-        {"w1": repeated(4, 2**21 + 2, 8), "w2": repeated(4, 8, 2**20 + 1)},
-        "2I of w1: got 2097154, expected at most 20971",
-    ),
+    ({"w1": repeated(4, 2**21 + 2, 8), "w2": repeated(4, 8, 2**20 + 1)}, "2I of w1: got 2097154, expected at most"),
     ({"w1": rand(4, 8, 8, dtype=BF16)}, "dtype of w1: got torch.bfloat16, expected torch.f"),
     ({"w2": rand(4, 4, 8)}, r"shape of w2: got \(4, 4, 8\), expected \(4, 8, 8\)"),
     ({"w2": rand(8, 4)}, r"shape of w2: got \(8, 4\), expected \(e, 8, I\)"),

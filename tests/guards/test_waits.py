@@ -47,9 +47,7 @@ def test_a_rank_that_comes_in_time_is_waited_for(rank: Rank) -> None:
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize(("absent", "named", "grace"), [((1,), "rank 1", 0), ((0, 1), "ranks 0, 1", GRACE_SECONDS)])
 @on_ranks(3, pool="cpu_pool")
-def test_ranks_that_do_not_come_are_named(
-    rank: Rank, absent: tuple[int, ...], named: str, grace: float, rows: bool
-) -> None:
+def test_ranks_that_do_not_come_are_named(rank: Rank, absent: tuple, named: str, grace: float, rows: bool) -> None:
     with new_group(rank, TIMEOUT_SECONDS) as collectives:
         if rank.rank not in absent:
             with raises(PeerTimeoutError, TIMED_OUT.format(rank.rank, named), within=TIMEOUT_SECONDS + grace):
