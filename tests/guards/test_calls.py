@@ -1,7 +1,7 @@
 """Calls are the same on every rank, or the odd rank and what it differs in are named; threads make one at a time."""
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from backends import both_backends
-from calls import HELD, HIDDEN, INTERMEDIATE, call_of, good_call, in_another_thread, with_trained_experts
+from calls import HELD, HIDDEN, INTERMEDIATE, call_of, good_call, in_another_thread, routed, with_trained_experts
+from new_group import new_process_group, own_process_group
 from on_ranks import on_ranks
 from promises import promise
+from same import assert_same_bits
 
 import sonic_ep
 from sonic_ep import ClosedError, CollectiveMismatchError, EPConfig, ExpertParallel
-from sonic_ep.testing import Rank, assert_bitwise
+from sonic_ep.testing import Rank
 
 ODD = 1
 
@@ -27,51 +28,26 @@ class Oddity:
     """What the odd rank does otherwise, and how that is told: the fact, its own value and that of the others."""
 
     ep: dict[str, Any] = field(default_factory=dict)
-    change: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    call: dict[str, Any] = field(default_factory=dict)
     plans: bool = False
     fact: str
     odd: str
     usual: str
 
 
-def wider(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Of twice as many features."""
-    doubled = {name: arguments[name].repeat(1, 2) for name in ("x", "router_w")}
-    twice = {"w1": arguments["w1"].repeat(1, 1, 2), "w2": arguments["w2"].repeat(1, 2, 1)}
-    return {**arguments, **doubled, **twice}
-
-
-def of_more_experts(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {**arguments, **{name: arguments[name].repeat_interleave(2, 0) for name in ("router_w", "w1", "w2")}}
-
-
-def in_half(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.bfloat16() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
-
-
-def with_biases(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {**arguments, "b1": torch.zeros(HELD, 2 * INTERMEDIATE), "b2": torch.zeros(HELD, HIDDEN)}
-
-
-def planned(ep: ExpertParallel, arguments: dict[str, Any]) -> object:
-    return ep.plan(torch.zeros(1, 1, dtype=torch.int64), arguments["router_w"].shape[0])
-
-
-DEFAULTS = "EPConfig(dispatch='auto', combine='auto'"
+BIASES = {"b1": torch.zeros(HELD, 2 * INTERMEDIATE), "b2": torch.zeros(HELD, HIDDEN)}
+TRAINED = {"w1": torch.zeros(HELD, 2 * INTERMEDIATE, HIDDEN, requires_grad=True)}
+DEFAULTS, ROUTER = "EPConfig(dispatch='auto', combine='auto'", "RouterOptions(top_k="
 ODDITIES = {
-    "H": Oddity(change=wider, fact="H", odd=str(2 * HIDDEN), usual=str(HIDDEN)),
-    "dtype": Oddity(change=in_half, fact="dtype", odd="torch.bfloat16", usual="torch.float32"),
-    "K": Oddity(
-        change=partial(dict, top_k=1), fact="router", odd="RouterOptions(top_k=1,", usual="RouterOptions(top_k=2,"
-    ),
-    "E": Oddity(change=of_more_experts, fact="w1", odd="(4, 8, 8)", usual="(2, 8, 8)"),
-    "activation": Oddity(change=partial(dict, activation="geglu"), fact="activation", odd="geglu", usual="swiglu"),
-    "layout": Oddity(change=partial(dict, gate_layout="concat"), fact="gate_layout", odd="concat", usual="interleaved"),
-    "biases": Oddity(change=with_biases, fact="biases", odd="True", usual="False"),
-    "training": Oddity(change=with_trained_experts, fact="w1 trained", odd="True", usual="False"),
-    "scores": Oddity(
-        change=partial(dict, norm_topk_probs=True), fact="router", odd="RouterOptions(", usual="RouterOptions("
-    ),
+    "H": Oddity(call={"hidden": 16}, fact="H", odd="16", usual="8"),
+    "dtype": Oddity(call={"dtype": torch.bfloat16}, fact="dtype", odd="torch.bfloat16", usual="torch.float32"),
+    "K": Oddity(call={"top_k": 1}, fact="router", odd=f"{ROUTER}1,", usual=f"{ROUTER}2,"),
+    "E": Oddity(call={"held": 4}, fact="w1", odd="(4, 8, 8)", usual="(2, 8, 8)"),
+    "activation": Oddity(call={"activation": "geglu"}, fact="activation", odd="geglu", usual="swiglu"),
+    "layout": Oddity(call={"gate_layout": "concat"}, fact="gate_layout", odd="concat", usual="interleaved"),
+    "biases": Oddity(call=BIASES, fact="biases", odd="True", usual="False"),
+    "training": Oddity(call=TRAINED, fact="w1 trained", odd="True", usual="False"),
+    "scores": Oddity(call={"norm_topk_probs": True}, fact="router", odd=ROUTER, usual=ROUTER),
     "call": Oddity(plans=True, fact="call", odd="plan", usual="moe"),
     "config": Oddity(ep={"config": EPConfig(max_rows=99)}, fact="config", odd=DEFAULTS, usual=DEFAULTS),
     "bound": Oddity(ep={"max_tokens_per_rank": 9}, fact="max_tokens_per_rank", odd="9", usual="8"),
@@ -79,15 +55,15 @@ ODDITIES = {
 }
 
 
+def planned(ep: ExpertParallel, num_experts: int) -> object:
+    return ep.plan(torch.zeros(1, 1, dtype=torch.int64), num_experts)
+
+
 @contextmanager
 def calls_of_a_group(rank: Rank, **options: Any) -> Iterator[ExpertParallel]:
-    """Collective. An object of a group of its own, which may come to no good."""
-    group = dist.new_group(list(range(rank.world_size)))
-    ep = ExpertParallel(group, **options)
-    yield ep
-    ep.close()
-    dist.barrier()
-    dist.destroy_process_group(group)
+    """Collective. An object of a group of its own."""
+    with own_process_group(rank) as group, ExpertParallel(group, **options) as ep:
+        yield ep
 
 
 def refused(rank: Rank, oddity: Oddity, check: bool) -> str:
@@ -95,35 +71,28 @@ def refused(rank: Rank, oddity: Oddity, check: bool) -> str:
     odd = rank.rank == ODD
     common = {"backend": "reference", "max_tokens_per_rank": 8, "check_collective": check}
     with calls_of_a_group(rank, **{**common, **(oddity.ep if odd else {})}) as ep:
-        arguments = call_of(rank.world_size)
+        call = call_of(rank.world_size, **(oddity.call if odd else {}))
         with pytest.raises(CollectiveMismatchError) as raised:
-            planned(ep, arguments) if odd and oddity.plans else ep.moe(
-                **(oddity.change(arguments) if odd else arguments)
-            )
-        if check:
-            # Every rank has raised it, so all may go on.
-            return f"{raised.value}"
-        with pytest.raises(ClosedError, match="has ended: CollectiveMismatchError"):
-            ep.moe(**arguments)
+            planned(ep, 2 * rank.world_size) if odd and oddity.plans else ep.moe(**call)
+        if not check:
+            with pytest.raises(ClosedError, match="has ended: CollectiveMismatchError"):
+                ep.moe(**call)
     return str(raised.value)
 
 
 @promise("compared-calls")
 @pytest.mark.fast
 @on_ranks(2, 3, pool="cpu_pool")
-def test_compared_calls_are_told_apart_in_words(rank: Rank, world_size: int) -> None:
+def test_compared_calls_are_told_apart_by_their_facts(rank: Rank, world_size: int) -> None:
     others = f"rank{'s' if world_size > 2 else ''} " + ", ".join(str(r) for r in range(world_size) if r != ODD)
     for name, oddity in ODDITIES.items():
-        said = refused(rank, oddity, True)
-        where = f"rank {rank.rank} of {world_size}: step 1"
-        assert said.startswith(f"{where}: calls have to be the same on every rank, and differ in "), said
-        facts = dict(part.split(": ", 1) for part in said.split(" differ in ")[1].split("; "))
-        assert oddity.odd in facts[oddity.fact].split(f" on rank {ODD}")[0], said
-        assert oddity.usual in facts[oddity.fact], said
-        assert f" on rank {ODD}" in facts[oddity.fact]
-        assert f" on {others}" in facts[oddity.fact]
+        where, said = refused(rank, oddity, True).split(" differ in ")
+        assert where.startswith(f"rank {rank.rank} of {world_size}: step 1: calls have to be the same on every rank")
+        fact = dict(part.split(": ", 1) for part in said.split("; "))[oddity.fact]
+        assert oddity.odd in fact.split(f" on rank {ODD}")[0], said
+        assert all(words in fact for words in (oddity.usual, f" on rank {ODD}", f" on {others}")), said
         # The odd rank comes first, where most agree.
-        assert world_size == 2 or facts[oddity.fact].startswith(oddity.odd), name
+        assert world_size == 2 or fact.startswith(oddity.odd), name
 
 
 @promise("mismatch")
@@ -140,7 +109,6 @@ def test_calls_that_are_not_compared_are_told_apart_all_the_same(rank: Rank) -> 
 @promise("usable-after-errors")
 @on_ranks(3, pool="cpu_pool")
 def test_calls_that_were_told_apart_leave_all_usable(rank: Rank) -> None:
-    """A rank may bring as many tokens as it likes."""
     with ExpertParallel(backend="reference", check_collective=True) as ep:
         arguments = call_of(rank.world_size, x=torch.randn(rank.rank, HIDDEN))
         with pytest.raises(CollectiveMismatchError, match="differ in router"):
@@ -157,27 +125,20 @@ def test_that_one_rank_alone_compares_is_found(rank: Rank) -> None:
         here, there = places[rank.rank], places[1 - rank.rank]
         words = f"rank {rank.rank} of 2: rank {1 - rank.rank} came to {there}, expected {here}"
         with pytest.raises(CollectiveMismatchError, match=words):
-            planned(ep, call_of(rank.world_size))
-
-
-def x_trained_on(rank: Rank, trained: bool, **changes: Any) -> dict[str, Any]:
-    arguments = call_of(rank.world_size, **changes)
-    return {**arguments, "x": arguments["x"].requires_grad_(trained)}
+            planned(ep, 4)
 
 
 @promise("x-gradient")
-@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("is_routed", [False, True])
 @both_backends
 @on_ranks(2, pool="cpu_pool")
-def test_x_requires_a_gradient_on_every_rank_or_on_none(rank: Rank, backend: str, routed: bool) -> None:
+def test_x_requires_a_gradient_on_every_rank_or_on_none(rank: Rank, backend: str, is_routed: bool) -> None:
     with calls_of_a_group(rank, backend=backend) as ep:
-        arguments = x_trained_on(rank, rank.rank == ODD)
-        if routed:
-            arguments |= {"topk_idx": torch.zeros(5, 1, dtype=torch.int64), "topk_scores": torch.ones(5, 1)}
-            del arguments["router_w"], arguments["top_k"]
+        arguments = call_of(rank.world_size)
+        arguments["x"].requires_grad_(rank.rank == ODD)
         requires = "does not require" if rank.rank == ODD else "requires"
         words = rf"x {requires} a gradient there, unlike here .*: x.requires_grad_\(\) on every rank or on none"
-        call = ep.moe_routed if routed else ep.moe
+        call, arguments = (ep.moe_routed, routed(arguments)) if is_routed else (ep.moe, arguments)
         with torch.no_grad():
             call(**arguments)
         with pytest.raises(CollectiveMismatchError, match=words):
@@ -192,7 +153,8 @@ def test_an_x_without_tokens_counts_as_trained_where_a_weight_is(rank: Rank, bac
     empty = {"x": torch.randn(0, HIDDEN)} if rank.rank == ODD else {}
     with ExpertParallel(backend=backend) as ep:
         ep.moe(**call_of(rank.world_size, **empty))
-        arguments = with_trained_experts(x_trained_on(rank, rank.rank != ODD, **empty))
+        arguments = with_trained_experts(call_of(rank.world_size, **empty))
+        arguments["x"].requires_grad_(rank.rank != ODD)
         ep.moe(**arguments).y.sum().backward()
         assert (arguments["x"].grad is not None) == (rank.rank != ODD)
         assert arguments["w1"].grad is not None
@@ -201,24 +163,28 @@ def test_an_x_without_tokens_counts_as_trained_where_a_weight_is(rank: Rank, bac
 @promise("usable-after-errors", "overflow")
 @both_backends
 @on_ranks(2)
-def test_who_brings_too_many_tokens_may_call_again(rank: Rank, backend: str) -> None:
+def test_a_rank_with_too_many_tokens_may_call_again(rank: Rank, backend: str) -> None:
     """With fewer, while the others wait for it; and the same with the router."""
     with ExpertParallel(backend=backend, max_tokens_per_rank=4) as ep:
         idx = torch.full((4 + (rank.rank == ODD), 1), rank.rank, device=rank.device)
         if rank.rank == ODD:
-            words = r"rank 1 of 2: tokens T: got 5, expected at most C=4 \(max_tokens_per_rank\): construct Expert"
-            with pytest.raises(ValueError, match=words):
+            with pytest.raises(ValueError, match="rank 1 of 2: tokens T: got 5, expected at most C=4: construct "):
                 ep.plan(idx, rank.world_size)
             idx = idx[:3]
         assert ep.plan(idx, rank.world_size).counts.tolist() == [4, 3]
         assert ep.plan(idx[:2], rank.world_size).counts.tolist() == [2] * rank.world_size
         arguments = call_of(rank.world_size)
-        on_device = {k: v.to(rank.device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
-        tokens = on_device.pop("x")[:1]
+        x, router_w, w1, w2 = (arguments[name].to(rank.device) for name in ("x", "router_w", "w1", "w2"))
         if rank.rank == ODD:
             with pytest.raises(ValueError, match="tokens T: got 5, expected at most C=4"):
-                ep.moe(tokens.expand(5, -1), **on_device)
-        assert ep.moe(tokens, **on_device).tokens_per_expert.sum() == on_device["top_k"] * rank.world_size
+                ep.moe(x, router_w, w1, w2, 2)
+        assert ep.moe(x[:1], router_w, w1, w2, 2).tokens_per_expert.sum() == 2 * rank.world_size
+
+
+def trained_call(rank: Rank) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Arguments of ``moe``, and the leaves among them."""
+    arguments = call_of(rank.world_size)
+    return arguments, {name: value.requires_grad_() for name, value in arguments.items() if name != "top_k"}
 
 
 @promise("mismatch")
@@ -228,15 +194,13 @@ def test_who_brings_too_many_tokens_may_call_again(rank: Rank, backend: str) -> 
 )
 @on_ranks(2, pool="cpu_pool")
 def test_a_rank_that_asks_for_fewer_gradients_is_found(rank: Rank, backend: str, wanted: list[str], phase: str) -> None:
-    """Its backward has fewer phases than that of the others; then it goes on."""
     with calls_of_a_group(rank, backend=backend, timeout=20.0) as ep:
-        arguments = call_of(rank.world_size)
-        leaves = {name: value.requires_grad_() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+        arguments, leaves = trained_call(rank)
         y = ep.moe(**arguments).y
 
         def go_on() -> None:
             torch.autograd.grad(y.sum(), [leaves[name] for name in (wanted if rank.rank == ODD else leaves)])
-            ep.plan(torch.zeros(1, 1, dtype=torch.int64), rank.world_size)
+            planned(ep, rank.world_size)
 
         words = rf"rank {rank.rank} of 2: rank {1 - rank.rank} came to phase "
         words += rf".* expected phase backward \({phase}\) of step 1" if rank.rank != ODD else ""
@@ -247,15 +211,13 @@ def test_a_rank_that_asks_for_fewer_gradients_is_found(rank: Rank, backend: str,
 @both_backends
 @on_ranks(2, pool="cpu_pool")
 def test_a_rank_need_not_ask_for_the_gradient_of_the_router(rank: Rank, backend: str) -> None:
-    """Its backward sums it all the same, with that of x."""
-    arguments = call_of(rank.world_size)
-    leaves = {name: value.requires_grad_() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    arguments, leaves = trained_call(rank)
     wanted = [name for name in leaves if name != "router_w" or rank.rank != ODD]
     with ExpertParallel(backend=backend, timeout=30) as ep:
         expected = torch.autograd.grad(ep.moe(**arguments).y.sum(), list(leaves.values()))
         found = torch.autograd.grad(ep.moe(**arguments).y.sum(), [leaves[name] for name in wanted])
-    for name, gradient in zip(wanted, found, strict=True):
-        assert_bitwise(gradient, dict(zip(leaves, expected, strict=True))[name], name)
+    gradients = dict(zip(leaves, expected, strict=True))
+    assert_same_bits(found, [gradients[name] for name in wanted])
 
 
 @promise("one-call")
@@ -282,8 +244,8 @@ def test_a_second_thread_is_refused_and_the_first_unharmed(rank: Rank, backend: 
 
 @on_ranks(2, pool="cpu_pool")
 def test_threads_with_objects_of_their_own(rank: Rank) -> None:
-    """On groups of their own; and one object, one thread after another."""
-    groups = [dist.new_group(list(range(rank.world_size))) for _ in range(2)]
+    """And one object in one thread after another."""
+    groups = [new_process_group(rank) for _ in range(2)]
     found: dict[int, list[int]] = {}
 
     def run(number: int) -> None:
@@ -292,11 +254,8 @@ def test_threads_with_objects_of_their_own(rank: Rank) -> None:
                 counts = ep.plan(torch.full((number + 1, 1), rank.rank), rank.world_size).counts
             found[number] = counts.tolist()
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(max_workers=2) as threads:
+        list(threads.map(run, range(2)))
     assert found == {0: [1, 1], 1: [2, 2]}
     with ExpertParallel(backend="reference") as ep:
         for _ in range(2):
@@ -308,7 +267,6 @@ def test_threads_with_objects_of_their_own(rank: Rank) -> None:
 @both_backends
 @on_ranks(2, pool="cpu_pool")
 def test_ranks_that_use_different_plans_are_found(rank: Rank, backend: str, objects: int) -> None:
-    """Two plans of one shape, of one object or of two, of which the odd rank takes the other."""
     made = [ExpertParallel(backend=backend, timeout=20) for _ in range(objects)]
     first = made[0]
     plans = [made[to % objects].plan(torch.full((3, 1), to, device=rank.device), rank.world_size) for to in (0, 1)]
@@ -333,32 +291,22 @@ def test_a_functional_call_that_is_refused_counts_for_nothing(rank: Rank) -> Non
 
 
 def test_every_fact_of_a_call_is_in_its_digest() -> None:
-    """Calls that differ in one fact alone, also where no shape of what is moved tells them apart."""
     ids = torch.tensor([[0, 1]])
     with ExpertParallel(backend="reference") as ep:
         x, rows = torch.zeros(1, HIDDEN), torch.zeros(2, HIDDEN)
         plans = [ep.plan(ids, 4), ep.plan(ids, 4), ep.plan(ids, 8), ep.plan(ids[:, :1], 4)]
         trained = good_call()["router_w"].requires_grad_()
-        routed = {k: v for k, v in good_call().items() if k not in ("router_w", "top_k")}
-        routed["x"] = x
-        one, two = ({"topk_idx": ids[:, :k], "topk_scores": torch.ones(1, k)} for k in (1, 2))
         calls = [
-            lambda: ep.plan(ids, 4),
-            lambda: ep.plan(ids, 8),
-            lambda: ep.plan(ids[:, :1], 4),
-            lambda: ep.dispatch(x, plans[0]),
-            lambda: ep.dispatch(x, plans[1]),
-            lambda: ep.dispatch(x, plans[2]),
+            *(partial(ep.plan, *arguments) for arguments in ((ids, 4), (ids, 8), (ids[:, :1], 4))),
+            *(partial(ep.dispatch, x, plan) for plan in plans[:3]),
             lambda: ep.dispatch(x[:, :4], plans[0]),
             lambda: ep.dispatch(x.bfloat16(), plans[0]),
-            lambda: ep.combine(rows, torch.ones(1, 2), plans[0]),
-            lambda: ep.combine(rows, torch.ones(1, 2), plans[1]),
+            *(partial(ep.combine, rows, torch.ones(1, 2), plan) for plan in plans[:2]),
             lambda: ep.moe(**good_call()),
             lambda: ep.moe(**good_call(router_w=trained)),
             lambda: ep.moe(**good_call(x=torch.zeros(5, HIDDEN, requires_grad=True))),
             lambda: ep.moe(**good_call(top_k=1)),
-            lambda: ep.moe_routed(**routed, **one),
-            lambda: ep.moe_routed(**routed, **two),
+            *(partial(ep.moe_routed, **routed(good_call(x=x), k)) for k in (1, 2)),
         ]
         digests = []
         for call in calls:

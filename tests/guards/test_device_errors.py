@@ -19,32 +19,34 @@ from promises import promise
 
 import sonic_ep
 from sonic_ep import EPConfig, ExpertParallel, RowOverflowError
-from sonic_ep.errors import PeerTimeoutError
+from sonic_ep.errors import PeerError, PeerTimeoutError
 from sonic_ep.testing import CASES, Rank
 
 pytestmark = pytest.mark.fast
 
 EXPERTS_PER_RANK = 2
-# Cycles that keep a GPU busy for a quarter of a second or longer, at any clock.
+# A GPU is busy with them for a quarter of a second or longer, at any clock.
 BUSY_CYCLES = 500_000_000
+# Of sonic_ep.fast.device_errors, which only ranks may import.
+PLANS_AHEAD = 8
 
 
 def ids(rank: Rank, *, bad: bool = False) -> torch.Tensor:
-    """Two tokens with an expert each; one id is out of range on the last rank if ``bad``."""
+    """Of two tokens with an expert each; one is out of range on the last rank if ``bad``."""
     out_of_range = 99 if bad and rank.rank == rank.world_size - 1 else 1
     return torch.tensor([[0], [out_of_range]], device=rank.device)
 
 
 def raised_by(calls: list[Callable[[], object]]) -> list[int]:
     """Which of ``calls`` raise that ids are out of range."""
-    found, said = [], []
+    found = []
     for number, call in enumerate(calls):
         try:
             call()
         except ValueError as error:
+            if "expert ids out of range" not in str(error):
+                raise
             found.append(number)
-            said.append(str(error))
-    assert all("expert ids out of range" in words for words in said)
     return found
 
 
@@ -53,8 +55,9 @@ def raised_by(calls: list[Callable[[], object]]) -> list[int]:
 @on_ranks(1, 2, 3)
 def test_what_was_flagged_is_raised_in_turn_on_every_rank(rank: Rank, exact: bool) -> None:
     """Two wrong plans in a row raise one after the other, each eight plans later, or at once where the host reads."""
-    from sonic_ep.fast.device_errors import PLANS_AHEAD
+    from sonic_ep.fast import device_errors
 
+    assert device_errors.PLANS_AHEAD == PLANS_AHEAD
     experts = EXPERTS_PER_RANK * rank.world_size
     with ExpertParallel(backend="fast", config=EPConfig(cpu_sync_on_runtime=exact)) as ep:
         plans = [partial(ep.plan, ids(rank, bad=bad), experts) for bad in (False, True)]
@@ -72,9 +75,7 @@ def test_what_was_flagged_is_raised_in_turn_on_every_rank(rank: Rank, exact: boo
 @pytest.mark.parametrize("graphed", [False, True])
 @on_ranks(1, 2, pool="cuda_pool")
 def test_the_host_is_plans_ahead_of_the_gpu(rank: Rank, graphed: bool) -> None:
-    """While the GPU is busy the host queues plan after plan, also where an earlier plan is in a graph."""
-    from sonic_ep.fast.device_errors import PLANS_AHEAD
-
+    """Also where an earlier plan is in a graph."""
     experts = EXPERTS_PER_RANK * rank.world_size
     with ExpertParallel(backend="fast", max_tokens_per_rank=2) as ep:
         for _ in range(2):
@@ -101,8 +102,6 @@ def test_the_host_is_plans_ahead_of_the_gpu(rank: Rank, graphed: bool) -> None:
 @on_ranks(1, 2, pool="cuda_pool")
 def test_what_a_replay_flagged_is_raised_by_one_call_on_every_rank(rank: Rank) -> None:
     """However far a rank's host is ahead; and by ``check`` where no later plan comes."""
-    from sonic_ep.fast.device_errors import PLANS_AHEAD
-
     experts = EXPERTS_PER_RANK * rank.world_size
     with ExpertParallel(backend="fast", max_tokens_per_rank=2) as ep:
         static, given = ids(rank), ids(rank)
@@ -111,17 +110,14 @@ def test_what_a_replay_flagged_is_raised_by_one_call_on_every_rank(rank: Rank) -
         with torch.cuda.graph(graph):
             ep.plan(static, experts)
         graph.replay()
-        static.copy_(ids(rank, bad=True))
-        if rank.rank == 0:
-            torch.cuda._sleep(BUSY_CYCLES)
-        graph.replay()
-        static.copy_(ids(rank))
-        assert raised_by([lambda: ep.plan(given, experts)] * (2 * PLANS_AHEAD)) == [PLANS_AHEAD]
-        ep.check()
-        static.copy_(ids(rank, bad=True))
-        graph.replay()
-        static.copy_(ids(rank))
-        assert raised_by([ep.check, ep.check]) == [0]
+        for calls, raises in (([partial(ep.plan, given, experts)] * 2 * PLANS_AHEAD, PLANS_AHEAD), ([ep.check] * 2, 0)):
+            static.copy_(ids(rank, bad=True))
+            if rank.rank == 0:
+                torch.cuda._sleep(BUSY_CYCLES)
+            graph.replay()
+            static.copy_(ids(rank))
+            assert raised_by(calls) == [raises]
+            ep.check()
         graph.replay()
         ep.check()
 
@@ -132,7 +128,6 @@ SAID = "max_rows: got 1, expected at least"
 
 
 def overflowed(rank: Rank) -> ExpertParallel:
-    """An object whose call has passed the bound."""
     ep = ExpertParallel(backend="fast", config=TIGHT)
     x, weights, _ = layer_inputs(rank, CASE)
     assert ep.moe(x, *weights, CASE.top_k).y.isnan().all()
@@ -142,7 +137,7 @@ def overflowed(rank: Rank) -> ExpertParallel:
 
 
 def timed_out(rank: Rank) -> ExpertParallel:
-    """An object of which a kernel of this rank has timed out: what that leaves for the host."""
+    """An object with what a kernel that has timed out leaves for the host."""
     from sonic_ep.fast.sync import TIME_UP
 
     ep = ExpertParallel(backend="fast")
@@ -154,7 +149,7 @@ def timed_out(rank: Rank) -> ExpertParallel:
 
 @contextmanager
 def lost_gpu(ep: ExpertParallel) -> Iterator[Callable[[], None]]:
-    """What PyTorch raises of a kernel that trapped: wherever the host waits for the GPU, and where it is called."""
+    """What PyTorch raises after a kernel's trap: wherever the host waits for the GPU, and where it is called."""
 
     def broken() -> None:
         raise RuntimeError("device-side assert triggered")
@@ -166,7 +161,7 @@ def lost_gpu(ep: ExpertParallel) -> Iterator[Callable[[], None]]:
 
 
 def printed(use: Callable[[], object]) -> str:
-    """What ``use``, and the end of what it made, leave on the error stream."""
+    """What ``use``, and freeing what it made, print as errors."""
     words = io.StringIO()
     with redirect_stderr(words):
         use()
@@ -196,7 +191,9 @@ def test_what_no_call_has_raised_is_printed_once(rank: Rank) -> None:
 @on_ranks(2, pool="cpu_pool")
 def test_a_failed_wait_is_raised_by_close_or_printed(rank: Rank) -> None:
     """Also where PyTorch's error of a trap ends the program, and where giving back the memory raises it again."""
-    words = f"rank {rank.rank} of 2: waited 60 s for rank 1 in phase sync of step 1"
+    # The other rank may have left by then, by the same error.
+    here = f"rank {rank.rank} of 2: "
+    words = f"{here}(waited 60 s for rank 1 in|rank 1 left .*) phase sync of step 1"
 
     def ended_by_pytorchs_error() -> None:
         ep = timed_out(rank)
@@ -205,12 +202,10 @@ def test_a_failed_wait_is_raised_by_close_or_printed(rank: Rank) -> None:
 
     def raised() -> None:
         ep = timed_out(rank)
-        with lost_gpu(ep), pytest.raises(PeerTimeoutError, match=words):
+        with lost_gpu(ep), pytest.raises(PeerError, match=words):
             ep.close()
 
-    # By then the other rank may have left, by the same error.
-    left = rf"PeerLostError: rank {rank.rank} of 2: rank 1 left .* phase sync of step 1"
-    assert len(re.findall(rf"sonic_ep: (PeerTimeoutError: {words}|{left})", printed(ended_by_pytorchs_error))) == 1
+    assert len(re.findall(rf"sonic_ep: Peer(Timeout|Lost)Error: {words}", printed(ended_by_pytorchs_error))) == 1
     assert "sonic_ep: " not in printed(raised)
 
 
@@ -236,7 +231,6 @@ def test_a_forked_child_does_not_print_what_its_parent_will_raise(rank: Rank) ->
 def test_an_error_that_was_caught_keeps_no_memory(
     rank: Rank, failing: Callable[[Rank], ExpertParallel], error: type[Exception], world_size: int
 ) -> None:
-    """It holds nothing of what was in the call."""
     x, weights, _ = layer_inputs(rank, CASE)
     gc.disable()
     ep = failing(rank)
@@ -254,7 +248,6 @@ def test_an_error_that_was_caught_keeps_no_memory(
 @both_backends
 @on_ranks(2)
 def test_the_functional_form_raises_what_its_call_has_found(rank: Rank, backend: str) -> None:
-    """And the group goes on."""
     x, weights, _ = layer_inputs(rank, CASE)
     with pytest.raises(RowOverflowError, match=SAID):
         sonic_ep.moe(x, *weights, CASE.top_k, backend=backend, config=TIGHT)

@@ -5,25 +5,13 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from backends import both_backends
-from edge_calls import (
-    CALLS,
-    MOST_SECONDS,
-    ONES,
-    SIZES,
-    Arguments,
-    Outcome,
-    assert_same,
-    complaint,
-    leaves,
-    plain,
-    tensors_of,
-    whole,
-)
+from edge_calls import CALLS, MOST_SECONDS, ONES, SIZES, assert_same, complaint, leaves, plain, tensors_of, whole
 from hostile import NO_TENSORS, THINGS, WAYS
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -33,18 +21,18 @@ from promises import promise
 from sonic_ep import EPConfig, ExpertParallel, MoE
 from sonic_ep.testing import Rank, RankPool
 
+pytestmark = promise("arguments")
+
 Complaints = list[str]
 every_call = pytest.mark.parametrize("name", CALLS)
 # Only where there is one token, one expert and one choice is this another way.
 OF_ONES = "odd strides of one"
 
 
-@promise("arguments")
 @on_ranks(1)
 @every_call
 @both_backends
 def test_values_count_and_not_how_they_are_held(rank: Rank, backend: str, name: str) -> None:
-    """All tensors of a call held in the same way."""
     call, found = CALLS[name], []
     for sizes, ways in ((SIZES, set(WAYS) - {OF_ONES}), (ONES, {OF_ONES})):
         with ExpertParallel(backend=backend) as ep:
@@ -57,32 +45,6 @@ def test_values_count_and_not_how_they_are_held(rank: Rank, backend: str, name: 
     assert found == []
 
 
-def one_at_a_time(
-    ep: ExpertParallel, rank: Rank, name: str, makers: dict[str, Callable[[torch.Tensor], Any]], values_count: bool
-) -> Complaints:
-    """Each tensor of a call as everything that ``makers`` make of it, the others as they should be."""
-    call, found = CALLS[name], []
-    arguments = leaves(call.arguments(ep, rank.device, SIZES))
-    base = call.outcome(ep, arguments) if values_count else []
-    for tensor in tensors_of(arguments):
-        for what, make in makers.items():
-            # Rows of any width are right where no weight says which.
-            if what != "of immense rows" or (name, tensor) not in {("dispatch", "x"), ("combine", "rows")}:
-                said = complaint(ep, call, arguments, {tensor: make(plain(arguments[tensor]))}, base)
-                found += [f"{tensor} {what}: {said}"] if said else []
-    return found
-
-
-@promise("arguments")
-@on_ranks(1)
-@every_call
-@both_backends
-def test_any_thing_for_a_tensor_is_right_or_refused(rank: Rank, backend: str, name: str) -> None:
-    makers = {**THINGS, **(WAYS if backend == "reference" else {})}
-    with ExpertParallel(backend=backend) as ep:
-        assert one_at_a_time(ep, rank, name, makers, values_count=True) == []
-
-
 # Elements of which no memory holds a copy.
 IMMENSE = 2**45
 IMMENSE_SHAPES: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -93,14 +55,23 @@ IMMENSE_SHAPES: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
-@promise("arguments")
 @on_ranks(1)
 @every_call
+@pytest.mark.parametrize("immense", [False, True])
 @both_backends
-def test_nothing_is_copied_before_all_shapes_are_right(rank: Rank, backend: str, name: str) -> None:
-    """One number, or one row, that is repeated to a wrong shape."""
-    with ExpertParallel(backend=backend, max_tokens_per_rank=SIZES.tokens) as ep:
-        assert one_at_a_time(ep, rank, name, IMMENSE_SHAPES, values_count=False) == []
+def test_any_thing_for_a_tensor_is_right_or_refused(rank: Rank, backend: str, immense: bool, name: str) -> None:
+    """immense: one number, or one row, repeated to a wrong shape. Nothing is copied before all shapes are right."""
+    call, found = CALLS[name], []
+    makers = IMMENSE_SHAPES if immense else {**THINGS, **(WAYS if backend == "reference" else {})}
+    with ExpertParallel(backend=backend, max_tokens_per_rank=SIZES.tokens if immense else None) as ep:
+        arguments = leaves(call.arguments(ep, rank.device, SIZES))
+        base = [] if immense else call.outcome(ep, arguments)
+        for tensor, (what, make) in product(tensors_of(arguments), makers.items()):
+            # Rows of any width are right where no weight says which.
+            if what != "of immense rows" or (name, tensor) not in {("dispatch", "x"), ("combine", "rows")}:
+                said = complaint(ep, call, arguments, {tensor: make(plain(arguments[tensor]))}, base)
+                found += [f"{tensor} {what}: {said}"] if said else []
+    assert found == []
 
 
 @on_ranks(1)
@@ -114,9 +85,7 @@ def test_gradients_that_come_in_may_be_held_in_any_way(rank: Rank, backend: str,
         for way, hold in WAYS.items():
             keeps_values = torch.equal(plain(hold(whole((3, 4)))), whole((3, 4)))
             try:
-                expected = (
-                    base if keeps_values else call.outcome(ep, arguments, lambda grad, hold=hold: plain(hold(grad)))
-                )
+                expected = base if keeps_values else call.outcome(ep, arguments, lambda grad, h=hold: plain(h(grad)))
                 assert_same(call.outcome(ep, arguments, hold), expected)
             except (AssertionError, RuntimeError) as error:
                 found.append(f"gradients {way}: {error!r}")
@@ -124,22 +93,21 @@ def test_gradients_that_come_in_may_be_held_in_any_way(rank: Rank, backend: str,
 
 
 # What of NO_TENSORS an argument may be.
-FLAG, NONE = {"True", "False"}, {"None"}
+FLAG, NONE, COUNT = {"True", "False"}, {"None"}, {"None", "a huge number"}
+FLAGS = ("redispatch_x_in_backward", "cpu_sync_on_runtime", "check_collective", "bias", "norm_topk_probs")
 MAY_BE: dict[str, set[str]] = {
-    **dict.fromkeys(("redispatch_x_in_backward", "cpu_sync_on_runtime", "check_collective", "bias"), FLAG),
-    **dict.fromkeys(("norm_topk_probs", "reduce_router_grad"), FLAG),
+    **dict.fromkeys((*FLAGS, "reduce_router_grad"), FLAG),
     **dict.fromkeys(("group", "config", "device"), NONE),
-    "max_tokens_per_rank": {"None", "a huge number"},
-    "max_rows": {"None", "a huge number"},
+    **dict.fromkeys(("max_tokens_per_rank", "max_rows"), COUNT),
     "timeout": {"a half", "two, a float", "a huge number"},
     "dtype": {"None", "a dtype"},
 }
 
 
-def no_tensors_refused(make: Callable[..., Any], right: Arguments, names: list[str]) -> Complaints:
+def no_tensors_refused(make: Callable[..., Any], right: dict[str, Any], names: list[str]) -> Complaints:
     """What is wrong with ``make`` when one argument is no tensor of any kind."""
     found = []
-    for name, (what, value) in ((name, item) for name in names for item in NO_TENSORS.items()):
+    for name, (what, value) in product(names, NO_TENSORS.items()):
         started, said = time.process_time(), ""
         try:
             made = make(**{**right, name: value})
@@ -155,7 +123,6 @@ def no_tensors_refused(make: Callable[..., Any], right: Arguments, names: list[s
     return found
 
 
-@promise("arguments")
 @on_ranks(1)
 @both_backends
 def test_numbers_and_names_are_right_or_refused(rank: Rank, backend: str) -> None:
@@ -183,7 +150,7 @@ WHATEVER = {**WAYS, **THINGS}
 
 def several_at_a_time(rank: Rank, backend: str, drawn: list[tuple[str, list[tuple[int, str]]]]) -> Complaints:
     found: Complaints = []
-    bases: dict[str, Outcome] = {}
+    bases: dict[str, list[torch.Tensor]] = {}
     with ExpertParallel(backend=backend) as ep:
         for name, changed in drawn:
             call = CALLS[name]
@@ -202,14 +169,11 @@ def several_at_a_time(rank: Rank, backend: str, drawn: list[tuple[str, list[tupl
 WHATS = st.one_of(st.sampled_from(list(WAYS)), st.sampled_from(list(WHATEVER)))
 CHANGES = st.tuples(st.sampled_from(list(CALLS)), st.lists(st.tuples(st.integers(0, 6), WHATS), min_size=1, max_size=3))
 
+SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+
 
 @settings(
-    max_examples=2,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    derandomize=True, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=SLOW, max_examples=2
 )
 @given(drawn=st.lists(CHANGES, min_size=BATCH, max_size=BATCH))
 @both_backends

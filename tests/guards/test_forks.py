@@ -2,21 +2,20 @@
 
 import gc
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from backends import both_backends
-from limits import HANG_SECONDS
 from lives import TOKENS, TOP_K, layer_of, planned, warned
 from on_ranks import on_ranks
+from programs import output_at_end, start_program
 from promises import promise
+from same import assert_same_bits
 
 from sonic_ep import ExpertParallel
-from sonic_ep.testing import Rank, assert_bitwise
+from sonic_ep.testing import Rank
 
 AT_EXIT = """
 import os, sys, torch, sonic_ep
@@ -46,27 +45,20 @@ assert planned(reference) == planned(fast) == [1, 1]
 @pytest.mark.fast
 def test_what_is_left_open_at_exit_warns_in_the_process_that_made_it(tmp_path: Path) -> None:
     """Once: not for what holds nothing, and not in a child that was forked."""
-    script = tmp_path / "left_open.py"
-    script.write_text(AT_EXIT)
-    done = subprocess.run(
-        [sys.executable, "-W", "always", str(script)],
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("ResourceWarning: rank 0 of 1: this ExpertParallel was not closed: call close()") == 1
-    refused = [line for line in done.stdout.splitlines() if line.startswith("rank 0 of 1: got a call in process")]
+    process = start_program(tmp_path, AT_EXIT)
+    said = output_at_end(process)
+    assert process.returncode == 0, said
+    assert said.count("ResourceWarning: rank 0 of 1: this ExpertParallel was not closed: call close()") == 1
+    refused = [line for line in said.splitlines() if line.startswith("rank 0 of 1: got a call in process")]
     assert len(refused) == 2
     assert all("cannot be inherited, make one in this process" in line for line in refused)
-    assert "child ended with 0" in done.stdout
+    assert "child ended with 0" in said
 
 
 def said_in_child(use: Callable[[], object]) -> str:
-    """What ``use`` raises in a forked process, with the number of that process replaced."""
+    """What ``use`` raises in a forked process, whose number is replaced by CHILD."""
     read, write = os.pipe()
-    # Else the child would end what is left over here of other groups, and cannot.
+    # The child cannot end what is left over of other groups.
     gc.collect()
     child = os.fork()
     if child == 0:
@@ -109,5 +101,4 @@ def test_a_forked_process_keeps_off(rank: Rank, backend: str) -> None:
             assert planned(ep, rank) == [2] * rank.world_size
         # No child has reported that this rank is gone.
         assert ep._collectives._status_store.statuses() == {}
-        for found, grad in zip(torch.autograd.grad(y.square().sum(), leaves), expected, strict=True):
-            assert_bitwise(found, grad)
+        assert_same_bits(torch.autograd.grad(y.square().sum(), leaves), expected)

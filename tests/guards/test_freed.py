@@ -2,40 +2,39 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from backends import both_backends
+from backends import BACKENDS, both_backends
 from layer_inputs import routing_of
 from on_ranks import on_ranks
 from promises import promise
+from same import assert_same_bits
 from torch import Tensor
 
-from sonic_ep import EPConfig, ExpertParallel, MoEOutput
-from sonic_ep.testing import CASES, Rank, assert_bitwise, draw
+from sonic_ep import EPConfig, ExpertParallel
+from sonic_ep.testing import CASES, Rank, draw
 from sonic_ep.testing.oracle import leaf, leaf_experts
 
+pytestmark = promise("freed")
+
 CASE = replace(CASES["dropped_slots"], tokens=(4, 2), hidden=8, intermediate=4, num_experts=6, top_k=2)
-NAMES = ("x", "router_w", "w1", "w2", "b1", "b2")
 REDISPATCH = EPConfig(redispatch_x_in_backward=True)
-
-
-def layer(ep: ExpertParallel, leaves: dict[str, Tensor]) -> MoEOutput:
-    x, router_w, w1, w2, b1, b2 = leaves.values()
-    return ep.moe(x, router_w, w1, w2, CASE.top_k, b1=b1, b2=b2)
 
 
 def leaves_of(rank: Rank) -> dict[str, Tensor]:
     inputs = draw(CASE, rank.world_size, rank.device)
     experts = leaf_experts(inputs.experts, inputs.experts_of(rank.rank))
-    assert experts.b1 is not None
-    assert experts.b2 is not None
-    x, router_w = leaf(inputs.x[inputs.tokens_of(rank.rank)]), leaf(inputs.router_w)
-    return dict(zip(NAMES, (x, router_w, experts.w1, experts.w2, experts.b1, experts.b2), strict=True))
+    return {
+        "x": leaf(inputs.x[inputs.tokens_of(rank.rank)]),
+        "router_w": leaf(inputs.router_w),
+        **{name: getattr(experts, name) for name in ("w1", "w2", "b1", "b2")},
+    }
 
 
 def free(tensor: Tensor) -> Callable[[], None]:
-    """Free the memory of ``tensor``; what comes back gives it its memory and its values again."""
+    """Free the memory of ``tensor``. Returns what restores it and its values."""
     values, nbytes = tensor.detach().clone(), tensor.untyped_storage().nbytes()
     tensor.untyped_storage().resize_(0)
 
@@ -60,82 +59,64 @@ def assert_refused(forward: Callable[[], Tensor], leaves: dict[str, Tensor], fre
     with pytest.raises(ValueError, match=message):
         forward()
     restore()
-    found = torch.autograd.grad(forward().square().sum(), wanted, allow_unused=True)
-    for got, want in zip(found, expected, strict=True):
-        if want is not None:
-            assert_bitwise(got, want, f"after {freed} was back")
+    assert_same_bits(torch.autograd.grad(forward().square().sum(), wanted, allow_unused=True), expected, freed)
 
 
-FREED = [
-    ("reference", EPConfig(), ["router_w", "w1", "w2", "x"]),
-    ("fast", EPConfig(), ["router_w", "w1", "w2", "x", "b2"]),
-    ("reference", REDISPATCH, ["x", "w1", "b1"]),
-    ("fast", REDISPATCH, ["x", "w1"]),
-]
+def call_of(ep: ExpertParallel, rank: Rank, call: str) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
+    """Leaves by name, and what is differentiated by them."""
+    leaves, (idx, scores) = leaves_of(rank), routing_of(rank, CASE)
+    if call == "moe_routed":
+        leaves = {name: leaves[name] for name in ("x", "w1", "w2")}
+        return leaves, partial(ep.moe_routed, **leaves, topk_idx=idx, topk_scores=scores)
+    if call == "combine":
+        plan = ep.plan(idx, CASE.num_experts)
+        rows = torch.randn(plan.row_capacity, CASE.hidden, device=rank.device).requires_grad_()
+        leaves = {"rows": rows, "topk_scores": scores.clone().requires_grad_()}
+        return leaves, partial(ep.combine, **leaves, plan=plan)
+    return leaves, lambda: getattr(ep.moe(**leaves, top_k=CASE.top_k), call)
 
 
-@promise("freed")
-@pytest.mark.parametrize(("backend", "config", "freed"), FREED)
+# Without a router only the dispatch in backward reads x; of the logits only the router is trained, as by a loss that
+# balances experts.
+FREED = {
+    "y": [
+        ("reference", EPConfig(), ["router_w", "w1", "w2", "x"]),
+        ("fast", EPConfig(), ["router_w", "w1", "w2", "x", "b2"]),
+        ("reference", REDISPATCH, ["x", "w1", "b1"]),
+        ("fast", REDISPATCH, ["x", "w1"]),
+    ],
+    "moe_routed": [(backend, REDISPATCH, ["x"]) for backend in BACKENDS],
+    "router_logits": [(backend, EPConfig(), ["x", "router_w"]) for backend in BACKENDS],
+    "combine": [(backend, EPConfig(), ["rows"]) for backend in BACKENDS],
+}
+
+
+@pytest.mark.parametrize(
+    ("call", "backend", "config", "freed"), [(call, *case) for call, cases in FREED.items() for case in cases]
+)
 @on_ranks(1, 2)
-def test_freed_tensors_of_the_layer_are_refused(rank: Rank, backend: str, config: EPConfig, freed: list[str]) -> None:
-    leaves = leaves_of(rank)
+def test_freed_tensors_are_refused(rank: Rank, call: str, backend: str, config: EPConfig, freed: list[str]) -> None:
     with ExpertParallel(backend=backend, config=config, timeout=30) as ep:
+        leaves, forward = call_of(ep, rank, call)
         for name in freed:
-            assert_refused(lambda: layer(ep, leaves).y, leaves, name, str(ep.group))
+            assert_refused(forward, leaves, name, str(ep.group))
 
 
 @both_backends
 @on_ranks(2)
 def test_what_backward_does_not_read_may_be_freed(rank: Rank, backend: str) -> None:
-    """Biases of the up-projection are read by no gradient here, and the returned counts by none."""
+    """Biases of the up-projection, and the returned counts."""
     leaves = leaves_of(rank)
     with ExpertParallel(backend=backend, timeout=30) as ep:
-        out = layer(ep, leaves)
+        out = ep.moe(**leaves, top_k=CASE.top_k)
         expected = torch.autograd.grad(out.y.square().sum(), list(leaves.values()), retain_graph=True)
         restore = free(leaves["b1"])
         out.tokens_per_expert.untyped_storage().resize_(0)
         found = torch.autograd.grad(out.y.square().sum(), list(leaves.values()))
         restore()
-    for got, want in zip(found, expected, strict=True):
-        assert_bitwise(got, want)
+    assert_same_bits(found, expected)
 
 
-@promise("freed")
-@both_backends
-@on_ranks(1, 2)
-def test_freed_tokens_of_a_routed_layer_are_refused(rank: Rank, backend: str) -> None:
-    """Without a router only the dispatch in backward reads x."""
-    idx, scores = routing_of(rank, CASE)
-    leaves = {name: tensor for name, tensor in leaves_of(rank).items() if name in ("x", "w1", "w2")}
-    with ExpertParallel(backend=backend, config=REDISPATCH, timeout=30) as ep:
-        x, w1, w2 = leaves.values()
-        assert_refused(lambda: ep.moe_routed(x, idx, scores, w1, w2), leaves, "x", str(ep.group))
-
-
-@promise("freed")
-@both_backends
-@on_ranks(1, 2)
-def test_freed_inputs_of_the_router_are_refused(rank: Rank, backend: str) -> None:
-    """Only the logits are trained through, as by a loss that balances experts."""
-    leaves = leaves_of(rank)
-    with ExpertParallel(backend=backend, timeout=30) as ep:
-        for name in ("x", "router_w"):
-            assert_refused(lambda: layer(ep, leaves).router_logits, leaves, name, str(ep.group))
-
-
-@promise("freed")
-@both_backends
-@on_ranks(1, 2)
-def test_freed_rows_of_a_combine_are_refused(rank: Rank, backend: str) -> None:
-    idx, scores = routing_of(rank, CASE)
-    with ExpertParallel(backend=backend, timeout=30) as ep:
-        plan = ep.plan(idx, CASE.num_experts)
-        rows = torch.randn(plan.row_capacity, CASE.hidden, device=rank.device).requires_grad_()
-        leaves = {"rows": rows, "scores": scores.clone().requires_grad_()}
-        assert_refused(lambda: ep.combine(rows, leaves["scores"], plan), leaves, "rows", str(ep.group))
-
-
-@promise("freed")
 @both_backends
 @on_ranks(1, 2)
 def test_a_freed_plan_is_refused_in_backward(rank: Rank, backend: str) -> None:

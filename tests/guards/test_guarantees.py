@@ -1,11 +1,11 @@
-"""docs/guarantees.md and the tests marked ``@promise`` name the same promises; records that it links are there."""
+"""docs/guarantees.md and the tests marked with ``promise`` name the same promises; files that it links exist."""
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PROMISES = (ROOT / "docs" / "guarantees.md").read_text()
-# Rows of tables: what is promised, and last the words that `@promise` marks its tests with.
+# Rows of tables: the promise, and last the words that `promise` marks its tests with.
 ROWS = [re.split(r" \| ", row.strip("| ")) for row in re.findall(r"^\| .*$", PROMISES, re.MULTILINE)]
 PROMISED = [row for row in ROWS if row[-1] not in ("kept by", "recorded in") and "bench/results" not in row[-1]]
 
@@ -16,13 +16,10 @@ def words_of(text: str) -> list[str]:
 
 def test_every_promise_is_kept_by_a_test_and_every_mark_is_of_a_promise() -> None:
     listed = [word for row in PROMISED for word in words_of(row[-1])]
-    assert len(listed) == len(set(listed)), "a promise stands twice"
+    assert len(listed) == len(set(listed)), "a promise is listed twice"
     sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    marked = {word for found in re.findall(r"^@promise\((.*)\)$", sources, re.MULTILINE) for word in found.split(", ")}
-    assert {word.strip('"') for word in marked} == set(listed)
-
-
-def test_every_row_names_a_promise() -> None:
+    marks = re.findall(r"^(?:@|pytestmark = )promise\((.*)\)$", sources, re.MULTILINE)
+    assert {word.strip('"') for found in marks for word in found.split(", ")} == set(listed)
     assert len(PROMISED) > 40
     assert [row for row in PROMISED if not words_of(row[-1]) and not row[-1].startswith("see ")] == []
 

@@ -1,10 +1,11 @@
-"""Guards of the fast backend one by one, each with what it keeps away in reach: others would hide that it is gone."""
+"""Guards of the fast backend one by one: each fault is provoked alone, as another guard might hide it."""
 
 import importlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -31,20 +32,24 @@ def workspace_of(rank: Rank) -> Iterator[Any]:
     workspace.close()
 
 
-def late_reader(patch: pytest.MonkeyPatch, rank: Rank, module: object, kernel: object) -> None:
-    """One rank comes late to ``kernel``, which reads shared memory: between a barrier and its launch."""
+@contextmanager
+def late_reader(rank: Rank, name: str, kernel: str) -> Iterator[Any]:
+    """A module, of which one rank launches ``kernel``, which reads shared memory, late after a barrier."""
+    module = importlib.import_module(f"sonic_ep.fast.{name}")
     launch = module.launch
 
     def slow(launched: object, *arguments: object, **constants: object) -> None:
-        if launched is kernel and rank.rank == 1:
+        if launched is getattr(module, kernel) and rank.rank == 1:
             time.sleep(0.2)
         launch(launched, *arguments, **constants)
 
-    patch.setattr(module, "launch", slow)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "launch", slow)
+        yield module
 
 
 def one_slot_each(rank: Rank) -> RoutingPlan:
-    """Two tokens a rank, of which one goes to each of two ranks."""
+    """A plan of two tokens a rank, of which one goes to each of two ranks."""
     with ExpertParallel(backend="reference", max_tokens_per_rank=2) as ep:
         return ep.plan(torch.tensor([[0], [1]], device=rank.device), num_experts=2)
 
@@ -53,66 +58,44 @@ def scores_with_ids(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
     """The group's scores, each of them ``number``, as they come with the ids of ``plan``."""
     from sonic_ep.fast.plan import PlanShape, gathered_counts
 
-    sizes = {"max_tokens": plan.max_tokens, "top_k": plan.top_k, "num_experts": plan.num_experts}
-    shape = PlanShape(rank=plan.rank, world_size=plan.world_size, **sizes)
+    sizes = ("rank", "world_size", "max_tokens", "top_k", "num_experts")
+    shape = PlanShape(**{name: getattr(plan, name) for name in sizes})
     errors, ids = plan.counts.new_zeros(3), plan.expert_ids[plan.rank, : plan.num_tokens]
     scores = torch.full((plan.num_tokens, plan.top_k), number, device=plan.counts.device)
-    found = gathered_counts(ids, shape, workspace, errors, scores).scores
-    assert found is not None
-    return found
+    return gathered_counts(ids, shape, workspace, errors, scores).scores
 
 
-def scores_alone(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
-    from sonic_ep.fast.collectives import gather_scores
-
-    return gather_scores(torch.full((2, 1), number, device=plan.counts.device), plan, workspace)
-
-
-def values_of_rows(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
-    from sonic_ep.fast.collectives import return_to_origin
-
-    return return_to_origin(torch.full((plan.row_capacity,), number, device=plan.counts.device), plan, workspace)
-
-
-@pytest.mark.parametrize(
-    ("call", "late_kernel"),
-    [(scores_alone, "gather_kernel"), (scores_with_ids, "gather_kernel"), (values_of_rows, "collect_kernel")],
-)
+@pytest.mark.parametrize("call", ["gather_scores", "scores_with_ids", "return_to_origin"])
 @on_ranks(2)
-def test_a_late_reader_finds_what_was_written_for_it(
-    rank: Rank, call: Callable[[float, RoutingPlan, Any], Tensor], late_kernel: str
-) -> None:
-    """``call`` of a number, four times with a late reader, gives that number everywhere."""
-    from sonic_ep.fast import collectives as module
-
-    with workspace_of(rank) as workspace, pytest.MonkeyPatch.context() as patch:
+def test_a_late_reader_finds_what_was_written_for_it(rank: Rank, call: str) -> None:
+    kernel = "collect_kernel" if call == "return_to_origin" else "gather_kernel"
+    with workspace_of(rank) as workspace, late_reader(rank, "collectives", kernel) as module:
         plan = one_slot_each(rank)
-        late_reader(patch, rank, module, getattr(module, late_kernel))
+        shape = (plan.row_capacity,) if call == "return_to_origin" else (2, 1)
         for number in range(4):
             workspace.enter()
-            assert bool((call(float(number), plan, workspace) == number).all())
+            if call == "scores_with_ids":
+                found = scores_with_ids(float(number), plan, workspace)
+            else:
+                given = torch.full(shape, float(number), device=rank.device)
+                found = getattr(module, call)(given, plan, workspace)
+            assert bool((found == number).all())
 
 
 @on_ranks(2)
 def test_a_late_reader_finds_the_ids_of_its_plan(rank: Rank) -> None:
-    from sonic_ep.fast import plan as module
-
-    with pytest.MonkeyPatch.context() as patch, ExpertParallel(backend="fast", max_tokens_per_rank=2) as ep:
-        late_reader(patch, rank, module, module.count_kernel)
+    with late_reader(rank, "plan", "count_kernel"), ExpertParallel(backend="fast", max_tokens_per_rank=2) as ep:
         for number in range(4):
             plan = ep.plan(torch.full((2, 1), number, device=rank.device), num_experts=4)
             assert plan.expert_ids.flatten().tolist() == [number] * 4
 
 
-@pytest.mark.parametrize(
-    ("mode", "kernel"), [("all_to_all", "pull_to_rows_kernel"), ("rank_dedup", "pull_packed_kernel")]
-)
+@pytest.mark.parametrize("mode", ["all_to_all", "rank_dedup"])
 @on_ranks(2)
-def test_a_late_reader_finds_the_tokens_of_its_dispatch(rank: Rank, mode: str, kernel: str) -> None:
-    module = importlib.import_module(f"sonic_ep.fast.dispatch.{mode}")
+def test_a_late_reader_finds_the_tokens_of_its_dispatch(rank: Rank, mode: str) -> None:
+    kernel = "pull_packed_kernel" if mode == "rank_dedup" else "pull_to_rows_kernel"
     config = EPConfig(dispatch=mode)
-    with pytest.MonkeyPatch.context() as patch, ExpertParallel(backend="fast", config=config) as ep:
-        late_reader(patch, rank, module, getattr(module, kernel))
+    with late_reader(rank, f"dispatch.{mode}", kernel), ExpertParallel(backend="fast", config=config) as ep:
         plan = ep.plan(torch.tensor([[0], [1]], device=rank.device), num_experts=2)
         for number in range(4):
             rows = ep.dispatch(torch.full((2, 4), float(number), device=rank.device), plan)
@@ -137,25 +120,22 @@ def test_scores_are_read_after_a_late_rank_has_staged_them(rank: Rank) -> None:
             assert bool((scores_with_ids(float(number), plan, workspace) == number).all())
 
 
-# Wider than what a kernel spoils or weighs at a time.
+# Wider than what a kernel overwrites or weighs at a time.
 WIDE = 4100
+FIRST, TIE = [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 2]], [[0, 0, 0, 0], [1, 1, 1, 1], [2, 2, 0, 1]]
+BOUNDS = {
+    "fits": (FIRST, 10, None),
+    "first rank": (FIRST, 9, "rank 0 is routed 10 rows"),
+    "tie that fits": (TIE, 5, None),
+    "tie": (TIE, 4, "rank 0 is routed 5 rows"),
+    "middle rank": ([[2, 0, 0, 0], *TIE[1:]], 4, "rank 1 is routed 5 rows"),
+}
 
 
 @promise("device-flags")
-@pytest.mark.parametrize(
-    ("experts", "bound", "said"),
-    [
-        ([[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 2]], 10, None),
-        ([[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 2]], 9, "rank 0 is routed 10 rows"),
-        ([[0, 0, 0, 0], [1, 1, 1, 1], [2, 2, 0, 1]], 5, None),
-        ([[0, 0, 0, 0], [1, 1, 1, 1], [2, 2, 0, 1]], 4, "rank 0 is routed 5 rows"),
-        ([[2, 0, 0, 0], [1, 1, 1, 1], [2, 2, 0, 1]], 4, "rank 1 is routed 5 rows"),
-    ],
-    ids=["fits", "first rank", "tie that fits", "tie", "middle rank"],
-)
+@pytest.mark.parametrize(("experts", "bound", "said"), BOUNDS.values(), ids=BOUNDS)
 @on_ranks(3)
-def test_the_bound_and_who_passes_it(rank: Rank, experts: list[list[int]], bound: int, said: str | None) -> None:
-    """Ids by rank, one a token; ``said`` of them where they pass the bound."""
+def test_the_rank_whose_rows_pass_the_bound(rank: Rank, experts: list[list[int]], bound: int, said: str | None) -> None:
     idx = torch.tensor(experts[rank.rank], device=rank.device)[:, None]
     ep = ExpertParallel(backend="fast", config=EPConfig(max_rows=bound))
     plan = ep.plan(idx, num_experts=rank.world_size)
@@ -170,7 +150,7 @@ CANARY = 7.0
 
 @on_ranks(1, 2)
 def test_nothing_behind_the_rows_is_read(rank: Rank) -> None:
-    """More rows are routed here than there are; what lies behind them in memory is never read."""
+    """More rows are routed here than there are."""
     from sonic_ep.fast.collectives import return_to_origin
     from sonic_ep.fast.combine import combine_primitives
 
@@ -182,8 +162,7 @@ def test_nothing_behind_the_rows_is_read(rank: Rank) -> None:
         with pytest.raises(RowOverflowError):
             ep.check()
     assert plan.row_capacity == room
-    rows = torch.full((40, 8), CANARY, device=rank.device)
-    values = torch.full((40,), CANARY, device=rank.device)
+    rows, values = (torch.full(shape, CANARY, device=rank.device) for shape in ((40, 8), (40,)))
     rows[:room], values[:room] = 1, 1
     scores = torch.ones(rank.world_size, 8, 1, device=rank.device)
     with workspace_of(rank) as workspace:
@@ -197,7 +176,7 @@ def test_nothing_behind_the_rows_is_read(rank: Rank) -> None:
 
 @on_ranks(3, pool="cpu_pool")
 def test_shared_memory_is_sized_for_all_tokens(rank: Rank) -> None:
-    """Room for every token of every rank, also of those that this rank does not have; blocks hide what is short."""
+    """Room for every token of every rank, also of those that this rank does not have."""
     from sonic_ep.fast.collectives import SCORES
     from sonic_ep.fast.combine.base import receiver
     from sonic_ep.fast.workspace import TAG_BYTES
@@ -218,26 +197,24 @@ def test_nothing_is_sent_without_a_slot(rank: Rank) -> None:
     """A partial sum arrives from each rank that has a slot of the token, and from no other."""
     from sonic_ep.fast.combine.base import RECEIVED
     from sonic_ep.fast.combine.rank_dedup import RankDedupCombine
-    from sonic_ep.fast.workspace import Workspace
 
     # K is no power of two, so that ids of the next token are within a block's reach.
     inputs = draw(replace(CASES["dropped_slots"], top_k=3), rank.world_size, rank.device)
     tokens = inputs.tokens_of(rank.rank)
     with ExpertParallel(backend="reference") as ep:
         plan = ep.plan(inputs.topk_idx[tokens], inputs.case.num_experts)
-    workspace = Workspace(resolve_group(None), rank.device)
-    workspace.enter()
-    RankDedupCombine(workspace).combine(torch.ones(plan.row_capacity, 8, device=rank.device), None, plan)
-    workspace.barrier_after_write()
-    shape = (rank.world_size - 1, plan.max_tokens, 8)
-    arrived = workspace.reserve(RECEIVED, 1).rows(rank.rank, shape, torch.float32)
-    owners = plan.expert_ids[rank.rank].div(plan.experts_per_rank, rounding_mode="floor")
-    for step in range(1, rank.world_size):
-        sender = (rank.rank + step) % rank.world_size
-        has_slot = (owners == sender).any(dim=1)
-        assert_bitwise(arrived[step - 1].isnan().all(dim=1), ~has_slot, f"from rank {sender}")
-    workspace.barrier_after_write()
-    workspace.close()
+    with workspace_of(rank) as workspace:
+        workspace.enter()
+        RankDedupCombine(workspace).combine(torch.ones(plan.row_capacity, 8, device=rank.device), None, plan)
+        workspace.barrier_after_write()
+        shape = (rank.world_size - 1, plan.max_tokens, 8)
+        arrived = workspace.reserve(RECEIVED, 1).rows(rank.rank, shape, torch.float32)
+        owners = plan.expert_ids[rank.rank].div(plan.experts_per_rank, rounding_mode="floor")
+        for step in range(1, rank.world_size):
+            sender = (rank.rank + step) % rank.world_size
+            has_slot = (owners == sender).any(dim=1)
+            assert_bitwise(arrived[step - 1].isnan().all(dim=1), ~has_slot, f"from rank {sender}")
+        workspace.barrier_after_write()
 
 
 def gradients(ep: ExpertParallel, inputs: Inputs, tokens: slice, wanted: tuple[bool, bool]) -> list[Tensor | None]:
@@ -249,8 +226,7 @@ def gradients(ep: ExpertParallel, inputs: Inputs, tokens: slice, wanted: tuple[b
     y = ep.combine(ep.dispatch(x, plan), scores, plan)
     with pytest.MonkeyPatch.context() as patch:
         if ep.backend == "fast":
-            workspace = ep._backend._context(x.device).workspace
-            patch.setattr(workspace, "_transport", None)
+            patch.setattr(ep._backend._context(x.device).workspace, "_transport", None)
         y.backward(inputs.dy[tokens])
     return [x.grad, scores.grad]
 
@@ -259,14 +235,14 @@ def gradients(ep: ExpertParallel, inputs: Inputs, tokens: slice, wanted: tuple[b
 @by_modes
 @on_ranks(3)
 def test_ranks_may_need_different_gradients(rank: Rank, modes: Modes) -> None:
-    """x, scores or both need a gradient on rank 0 alone; and backward shares no new memory."""
+    """x, scores or both, on rank 0 alone; and backward shares no new memory."""
     inputs = draw(CASES["uneven_tokens"], rank.world_size, rank.device)
     tokens = inputs.tokens_of(rank.rank)
     config = EPConfig(dispatch=modes[0], combine=modes[1])
     with ExpertParallel(backend="reference", config=config) as ep:
         expected = gradients(ep, inputs, tokens, (True, True))
     with ExpertParallel(backend="fast", config=config) as ep:
-        for wanted in ((True, False), (False, True), (True, True), (False, False)):
+        for wanted in product((True, False), repeat=2):
             mine = tuple(want and rank.rank == 0 for want in wanted)
             found = gradients(ep, inputs, tokens, mine)
             assert [grad is not None for grad in found] == list(mine)
@@ -275,5 +251,4 @@ def test_ranks_may_need_different_gradients(rank: Rank, modes: Modes) -> None:
 
 
 def test_modes_cover_every_primitive() -> None:
-    """What the tests run over leaves none out."""
     assert len({dispatch for dispatch, _ in MODES}) == len({combine for _, combine in MODES}) == 3

@@ -3,18 +3,21 @@
 import gc
 import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from backends import both_backends
 from lives import TOKENS, TOP_K, layer_of, planned, warned
+from new_group import own_process_group
 from on_ranks import on_ranks
 from promises import promise
+from same import assert_same_bits
+from torch.distributed import _symmetric_memory as symmetric_memory
 
 import sonic_ep
 from sonic_ep import ClosedError, EPConfig, ExpertParallel
@@ -26,9 +29,9 @@ ODD = 1
 ALONE_ON_GPUS = "PYTEST_XDIST_WORKER" not in os.environ
 PAGE_BYTES = 2 * 2**20
 LIVES = 200
-# All have a barrier; of so many one makes a plan, and of so many one runs a layer, forward and backward.
+# All have a barrier; of so many one plans, and of so many one runs a layer, forward and backward.
 PLANNING, WORKING = 10, 100
-# Of lives before the count: what is made once is made by then.
+# What is made once is made by then.
 FIRST_LIVES = 3
 
 
@@ -62,29 +65,10 @@ class Holdings:
 KEPT_BYTES = 2 * 512
 
 
-@contextmanager
-def rendezvous_counted() -> Iterator[Counter]:
-    """How many there are while this lasts, under the name of the function."""
-    from sonic_ep.fast.symmetric_memory import symmetric_memory
-
-    made: Counter = Counter()
-    rendezvous = symmetric_memory.rendezvous
-
-    def counted(*arguments: object, **options: object) -> object:
-        made[rendezvous.__name__] += 1
-        return rendezvous(*arguments, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(symmetric_memory, "rendezvous", counted)
-        yield made
-
-
 @promise("close")
 @both_backends
 @on_ranks(2)
 def test_two_hundred_lives_leave_nothing(rank: Rank, backend: str) -> None:
-    """Of what there is after the first lives."""
-
     def live(number: int) -> None:
         with ExpertParallel(backend=backend, max_tokens_per_rank=TOKENS) as ep:
             ep.meet(rank.device)
@@ -96,10 +80,17 @@ def test_two_hundred_lives_leave_nothing(rank: Rank, backend: str) -> None:
     for _ in range(FIRST_LIVES):
         live(0)
         first = Holdings.now(rank.device)
-    with rendezvous_counted() if backend == "fast" else nullcontext(Counter()) as made:
+    rendezvous, kept = symmetric_memory.rendezvous, 0
+
+    def counted(*arguments: object, **options: object) -> object:
+        nonlocal kept
+        kept += KEPT_BYTES
+        return rendezvous(*arguments, **options)
+
+    with mock.patch.object(symmetric_memory, "rendezvous", counted):
         for number in range(LIVES):
             live(number)
-    last, kept = Holdings.now(rank.device), made.total() * KEPT_BYTES
+    last = Holdings.now(rank.device)
     assert (last.descriptors, last.threads, last.maps) == (first.descriptors, first.threads, 0)
     assert first.maps == 0
     assert last.allocated == first.allocated + kept
@@ -113,11 +104,13 @@ def test_two_hundred_lives_leave_nothing(rank: Rank, backend: str) -> None:
 @both_backends
 @on_ranks(2)
 def test_what_is_forgotten_warns_and_its_graph_lives_on(rank: Rank, backend: str) -> None:
-    """An object freed without close() warns if it holds memory, the functional form does not; backwards are right."""
+    """An object freed without close() warns if it holds memory; the functional form does not, nor does close()."""
     leaves = layer_of(rank)
     with ExpertParallel(backend=backend) as ep:
         out = ep.moe(*leaves, TOP_K)
-        expected = torch.autograd.grad(out.y.square().sum(), leaves)
+        expected = torch.autograd.grad(out.y.square().sum(), leaves, retain_graph=True)
+    with pytest.raises(ClosedError, match=f"rank {rank.rank} of 2: this ExpertParallel is closed: make a new one"):
+        out.y.sum().backward()
     with warned() as functional:
         y = sonic_ep.moe(*leaves, TOP_K, backend=backend).y
     assert_bitwise(y.detach(), out.y.detach())
@@ -129,49 +122,34 @@ def test_what_is_forgotten_warns_and_its_graph_lives_on(rank: Rank, backend: str
         # What is given back here may not be what the graphs need.
         planned(other, rank)
     for graph in (y, later):
-        for found, grad in zip(torch.autograd.grad(graph.square().sum(), leaves), expected, strict=True):
-            assert_bitwise(found, grad)
+        assert_same_bits(torch.autograd.grad(graph.square().sum(), leaves), expected)
     words = f"rank {rank.rank} of 2: this ExpertParallel was not closed: call close(), or use it in a with"
     assert (functional, freed) == ([], [words] if backend == "fast" else [])
 
 
 @on_ranks(2, pool="cpu_pool")
 def test_a_rank_that_left_by_an_error_is_named_with_it(rank: Rank) -> None:
-    """One rank's ``with`` ends in an error; the other reads of it while it waits."""
-    group = dist.new_group(list(range(rank.world_size)))
-    ep = ExpertParallel(group, backend="reference")
+    with own_process_group(rank) as group:
+        ep = ExpertParallel(group, backend="reference")
 
-    def use() -> None:
-        with ep:
+        def use() -> None:
+            with ep:
+                planned(ep, rank)
+                if rank.rank == ODD:
+                    raise KeyError("labels")
+                planned(ep, rank)
+
+        words = "rank 0 of 2: rank 1 left \\(KeyError: 'labels'\\) while it was waited for in"
+        expected = {"match": "labels"} if rank.rank == ODD else {"match": words}
+        with pytest.raises(KeyError if rank.rank == ODD else PeerLostError, **expected):
+            use()
+        with pytest.raises(ClosedError):
             planned(ep, rank)
-            if rank.rank == ODD:
-                raise KeyError("labels")
-            planned(ep, rank)
-
-    words = r"rank 0 of 2: rank 1 left \(KeyError: 'labels'\) while it was waited for in phase"
-    with pytest.raises(KeyError if rank.rank == ODD else PeerLostError, match="labels" if rank.rank == ODD else words):
-        use()
-    with pytest.raises(ClosedError):
-        planned(ep, rank)
-    dist.barrier()
-    dist.destroy_process_group(group)
-
-
-@promise("close")
-@both_backends
-@on_ranks(2)
-def test_a_backward_after_close_is_refused(rank: Rank, backend: str) -> None:
-    leaves = layer_of(rank)
-    with ExpertParallel(backend=backend) as ep:
-        y = ep.moe(*leaves, TOP_K).y
-    with pytest.raises(ClosedError, match=f"rank {rank.rank} of 2: this ExpertParallel is closed: make a new one"):
-        y.sum().backward()
 
 
 @both_backends
 @on_ranks(2)
 def test_two_objects_of_one_group_take_turns(rank: Rank, backend: str) -> None:
-    """Calls and backwards in any order, against each alone."""
     configs = (EPConfig(dispatch="all_to_all", combine="rank_dedup"), EPConfig(redispatch_x_in_backward=True))
     alone = []
     for seed, config in enumerate(configs):
@@ -179,18 +157,15 @@ def test_two_objects_of_one_group_take_turns(rank: Rank, backend: str) -> None:
             leaves = layer_of(rank, seed)
             y = ep.moe(*leaves, TOP_K).y
             alone.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
-    with (
-        ExpertParallel(backend=backend, config=configs[0]) as first,
-        ExpertParallel(backend=backend, config=configs[1]) as second,
-    ):
+    first, second = (ExpertParallel(backend=backend, config=config) for config in configs)
+    with first, second:
         for order in ((0, 1), (1, 0)):
             layers = [layer_of(rank, seed) for seed in range(2)]
             outs = [ep.moe(*leaves, TOP_K).y for ep, leaves in zip((first, second), layers, strict=True)]
             planned(first, rank)
             for number in order:
                 found = [outs[number].detach(), *torch.autograd.grad(outs[number].square().sum(), layers[number])]
-                for got, expected in zip(found, alone[number], strict=True):
-                    assert_bitwise(got, expected)
+                assert_same_bits(found, alone[number])
                 planned(second, rank)
 
 
@@ -198,13 +173,11 @@ def test_two_objects_of_one_group_take_turns(rank: Rank, backend: str) -> None:
 @both_backends
 @on_ranks(2, pool="cpu_pool")
 def test_another_order_of_objects_is_found(rank: Rank, backend: str, order: str) -> None:
-    """Also when both hold their memory: each rank then waits in that of another. And the group goes on."""
+    """Also when both hold their memory: each rank then waits in that of another. The group stays usable."""
     odd = rank.rank == ODD
     bounds = (4, 4) if order != "made" else (4, 5) if odd else (5, 4)
-    made = [
-        ExpertParallel(backend=backend, max_tokens_per_rank=bound, timeout=1.0 if order == "called later" else 60.0)
-        for bound in bounds
-    ]
+    timeout = 1.0 if order == "called later" else 60.0
+    made = [ExpertParallel(backend=backend, max_tokens_per_rank=bound, timeout=timeout) for bound in bounds]
     if order == "called later":
         for ep in made:
             planned(ep, rank)
@@ -229,7 +202,6 @@ def test_another_order_of_objects_is_found(rank: Rank, backend: str, order: str)
 @pytest.mark.fast
 @on_ranks(2, pool="cpu_pool")
 def test_close_gives_memory_back_while_a_graph_lives(rank: Rank) -> None:
-    """Maps of shared files before, while a backward may come, and after close(), when it is refused."""
     before = Holdings.now(rank.device).maps
     ep = ExpertParallel(backend="fast", max_tokens_per_rank=TOKENS)
     y = ep.moe(*layer_of(rank), TOP_K).y

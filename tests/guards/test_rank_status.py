@@ -50,8 +50,6 @@ def test_alone_there_is_nobody_to_report_to() -> None:
 
 
 class BrokenStore:
-    """A store whose every call ends in ``failure``."""
-
     def __init__(self, failure: Callable[[], Any]) -> None:
         self._failure, self.calls = failure, 0
 
@@ -87,10 +85,8 @@ def test_a_store_that_fails_is_asked_once(failure: Callable[[], Any], longest: f
 @on_ranks(2, pool="cpu_pool")
 def test_every_group_has_statuses_of_its_own(rank: Rank) -> None:
     """The world, and a group of the same ranks."""
-    own = {
-        name: StatusStore.of(resolve_group(group))
-        for name, group in (("world", None), ("pair", dist.new_group([0, 1])))
-    }
+    groups = {"world": None, "pair": dist.new_group([0, 1])}
+    own = {name: StatusStore.of(resolve_group(group)) for name, group in groups.items()}
     for name, store in own.items():
         store.report(status(name))
     dist.barrier()

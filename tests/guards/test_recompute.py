@@ -11,64 +11,57 @@ from layer_inputs import layer_inputs
 from on_ranks import on_ranks
 from promises import promise
 from routers import randn
+from same import assert_same_bits
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import sonic_ep
 from sonic_ep import EPConfig, ExpertParallel, RecomputeError
-from sonic_ep.testing import CASES, Rank, assert_bitwise
+from sonic_ep.testing import CASES, Rank
+
+pytestmark = promise("recompute")
 
 # Tokens of which dropout, drawn twice, hardly ever routes all alike.
 MANY = 40
 CASE = replace(CASES["uneven_tokens"], bias=False)
+UNCHECKED = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
 SAID = "got another routing when activation checkpointing ran forward again, expected the same"
 
 
 def tied(weight_EH: Tensor) -> Tensor:
-    """A router of which every two experts give all tokens one and the same logit, or differ in its last bit."""
+    """A router whose pairs of experts give a token the same logit, or differ in its last bit."""
     pairs = weight_EH.detach().clone()
     pairs[1::2] = pairs[::2]
     pairs[1::4, 0] = torch.nextafter(pairs[1::4, 0], pairs.new_tensor(torch.inf))
     return pairs.requires_grad_()
 
 
-@promise("recompute")
 @both_backends
 @on_ranks(2)
 def test_ties_fall_the_same_way_in_recompute(rank: Rank, backend: str) -> None:
-    """Both kinds of checkpointing, with dropout in front of the layer: gradients are those without checkpointing."""
+    """Both kinds of checkpointing, with dropout in front of the layer; where nothing is drawn, without its state."""
     x, (router_w, *experts), dy = layer_inputs(rank, CASE)
     weights = [tied(router_w), *experts]
     config = EPConfig(redispatch_x_in_backward=True)
     with ExpertParallel(backend=backend, config=config) as ep:
+        for drawn in (True, False):
 
-        def layer(x: Tensor) -> Tensor:
-            return ep.moe(torch.dropout(x, 0.25, True), *weights, CASE.top_k).y
+            def layer(x: Tensor, drawn: bool = drawn) -> Tensor:
+                return ep.moe(torch.dropout(x, 0.25, drawn), *weights, CASE.top_k).y
 
-        torch.manual_seed(5)
-        expected = torch.autograd.grad(layer(x), [x, *weights], dy)
-        for reentrant in (False, True):
             torch.manual_seed(5)
-            y = checkpoint(layer, x, use_reentrant=reentrant, preserve_rng_state=True)
-            # What comes between draws too.
-            torch.rand(7, device=rank.device)
-            y.backward(dy)
-            for tensor, grad in zip([x, *weights], expected, strict=True):
-                assert_bitwise(tensor.grad, grad)
-                tensor.grad = None
-        # Where nothing is drawn, nothing has to be preserved.
-        expected = torch.autograd.grad(ep.moe(x, *weights, CASE.top_k).y, [x, *weights], dy)
-        for reentrant in (False, True):
-            y = checkpoint(
-                lambda x: ep.moe(x, *weights, CASE.top_k).y, x, use_reentrant=reentrant, preserve_rng_state=False
-            )
-            y.backward(dy)
-            for tensor, grad in zip([x, *weights], expected, strict=True):
-                assert_bitwise(tensor.grad, grad)
-                tensor.grad = None
+            expected = torch.autograd.grad(layer(x), [x, *weights], dy)
+            for reentrant in (False, True):
+                torch.manual_seed(5)
+                y = checkpoint(layer, x, use_reentrant=reentrant, preserve_rng_state=drawn)
+                # Other draws in between.
+                torch.rand(7, device=rank.device)
+                y.backward(dy)
+                assert_same_bits([tensor.grad for tensor in (x, *weights)], expected)
+                x.grad = weights[0].grad = weights[1].grad = weights[2].grad = None
 
 
-@promise("usable-after-errors", "recompute")
+@promise("usable-after-errors")
 @pytest.mark.parametrize("exact", [False, True])
 @both_backends
 @on_ranks(1, 2)
@@ -82,28 +75,25 @@ def test_another_routing_in_recompute_is_named(rank: Rank, backend: str, exact: 
         return ep.moe(dropped, *weights, CASE.top_k).y
 
     def backward() -> None:
-        y = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
-        y.backward(dy)
+        checkpoint(layer, x, **UNCHECKED).backward(dy)
 
     at_once = backend == "reference" or exact
     if not at_once:
         backward()
-        found = [tensor.grad for tensor in (x, *weights)]
-        assert all(grad is not None and (grad.isnan() | (grad == 0)).all() and grad.isnan().any() for grad in found)
+        grads = [tensor.grad for tensor in (x, *weights)]
+        assert_no_number(*grads)
+        assert all(grad.isnan().any() for grad in grads)
     with pytest.raises(RecomputeError, match=f"rank {rank.rank} of {rank.world_size}: step 1: {SAID}"):
         (backward if at_once else ep.check)()
     # It is raised once, and nothing of it is left.
     ep.check()
     expected = torch.autograd.grad(ep.moe(x, *weights, CASE.top_k).y, weights, dy)
     for run in (ep.moe, partial(checkpoint, ep.moe, use_reentrant=False)):
-        y = run(x, *weights, CASE.top_k).y
-        for grad, again in zip(torch.autograd.grad(y, weights, dy), expected, strict=True):
-            assert_bitwise(grad, again)
-            assert grad.isfinite().all()
+        assert_same_bits(torch.autograd.grad(run(x, *weights, CASE.top_k).y, weights, dy), expected)
+    assert all(grad.isfinite().all() for grad in expected)
     ep.close()
 
 
-@promise("recompute")
 @both_backends
 @on_ranks(1)
 def test_another_routing_in_recompute_of_the_functional_form_is_raised(rank: Rank, backend: str) -> None:
@@ -114,7 +104,7 @@ def test_another_routing_in_recompute_of_the_functional_form_is_raised(rank: Ran
         return sonic_ep.moe(torch.dropout(x, 0.5, True), *weights, CASE.top_k, backend=backend).y
 
     for keeps, error in ((True, None), (False, RecomputeError)):
-        y = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=keeps, determinism_check="none")
+        y = checkpoint(layer, x, **{**UNCHECKED, "preserve_rng_state": keeps})
         with pytest.raises(error, match=SAID) if error else nullcontext():
             y.backward(dy)
         assert not any(weight.grad.isnan().any() for weight in weights)
@@ -123,7 +113,7 @@ def test_another_routing_in_recompute_of_the_functional_form_is_raised(rank: Ran
 @promise("usable-after-errors")
 @on_ranks(2, pool="cpu_pool")
 def test_a_recompute_that_ends_early_is_no_error(rank: Rank) -> None:
-    """What is asked for needs no more than the router: the rest is not run again."""
+    """The gradient that is asked for needs the router alone: the rest is not run again."""
     x, weights, _ = layer_inputs(rank, CASE)
     with ExpertParallel(backend="reference") as ep:
         logits = checkpoint(lambda x: ep.moe(x, *weights, CASE.top_k).router_logits, x, use_reentrant=False)
@@ -133,17 +123,29 @@ def test_a_recompute_that_ends_early_is_no_error(rank: Rank) -> None:
         assert ep._collectives._status_store.statuses() == {}
 
 
-def assert_no_number(*grads: Tensor | None) -> None:
+def assert_no_number(*grads: Tensor) -> None:
     for grad in grads:
-        assert grad is not None
         assert (grad.isnan() | (grad == 0)).all()
 
 
-@promise("recompute")
+def assert_found_in_backward(ep: ExpertParallel, y: Tensor, *leaves: Tensor, step: int | str = ".*") -> None:
+    """Backward, or the check after it, raises; in the latter case no gradient is a number."""
+
+    def backward() -> None:
+        y.square().sum().backward()
+        assert_no_number(*(leaf.grad for leaf in leaves))
+        assert leaves[0].grad.isnan().any()
+        ep.check()
+
+    with pytest.raises(RecomputeError, match=f"{ep.group}: step {step}: {SAID}"):
+        backward()
+    ep.close()
+
+
 @both_backends
 @on_ranks(1, 2)
 def test_another_routing_of_a_dispatch_in_recompute_is_named(rank: Rank, backend: str) -> None:
-    """What is run again ends with a dispatch: the combine, behind it, keeps to the first plan."""
+    """The combine, behind it, keeps to the first plan."""
     x = randn(rank, MANY, 8).requires_grad_()
     router_w = randn(rank, 2 * rank.world_size, 8, seed=1)
     weight = randn(rank, 8, 8, seed=2).requires_grad_()
@@ -157,25 +159,13 @@ def test_another_routing_of_a_dispatch_in_recompute_is_named(rank: Rank, backend
         there = torch.arange(len(rows), device=rank.device) < plans[-1].rows()
         return (rows.where(there[:, None], 0) @ weight).tanh()
 
-    def backward() -> None:
-        rows = checkpoint(dispatched, x, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
-        y = ep.combine(rows, torch.ones(MANY, 2, device=rank.device), plans[0])
-        y.square().sum().backward()
-        assert_no_number(x.grad)
-        assert x.grad is not None
-        assert x.grad.isnan().any()
-        ep.check()
-
-    with pytest.raises(RecomputeError, match=f"rank {rank.rank} of {rank.world_size}: step 2: {SAID}"):
-        backward()
-    ep.close()
+    y = ep.combine(checkpoint(dispatched, x, **UNCHECKED), torch.ones(MANY, 2, device=rank.device), plans[0])
+    assert_found_in_backward(ep, y, x, step=2)
 
 
-@promise("recompute")
 @both_backends
 @on_ranks(1)
 def test_another_routing_of_a_combine_in_recompute_is_named(rank: Rank, backend: str) -> None:
-    """What is run again is a combine by another plan."""
     x, router_w = randn(rank, MANY, 8), randn(rank, 2, 8, seed=1)
     scores = torch.ones(MANY, 1, device=rank.device, requires_grad=True)
     rows = randn(rank, MANY, 8, seed=2).requires_grad_()
@@ -185,12 +175,4 @@ def test_another_routing_of_a_combine_in_recompute_is_named(rank: Rank, backend:
         idx = (torch.dropout(x, 0.5, True) @ router_w.t()).topk(1).indices
         return ep.combine(rows, scores, ep.plan(idx, 2))
 
-    def backward() -> None:
-        y = checkpoint(combined, rows, scores, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
-        y.square().sum().backward()
-        assert_no_number(rows.grad, scores.grad)
-        ep.check()
-
-    with pytest.raises(RecomputeError, match=f"rank 0 of 1: step .*{SAID}"):
-        backward()
-    ep.close()
+    assert_found_in_backward(ep, checkpoint(combined, rows, scores, **UNCHECKED), rows, scores)

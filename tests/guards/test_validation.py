@@ -1,18 +1,18 @@
 """A wrong call is refused with rank, got and expected, before any communication, and leaves nothing behind."""
 
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from calls import EXPERTS, HIDDEN, TOKENS, good_call, good_routed_call
-from limits import HANG_SECONDS
 from on_ranks import on_ranks
+from programs import output_at_end, start_program
 from promises import promise
 
 import sonic_ep
@@ -49,10 +49,7 @@ WRONG_MOE: list[tuple[dict[str, Any], str]] = [
     ({"router_w": rand(4, 8, dtype=FP16)}, "dtype of router_w: got torch.float16"),
     ({"w1": rand(4, 8, 8, device="meta")}, "device of w1: got meta, expected cpu"),
     ({"w1": rand(4, 4, 8)}, r"shape of w1: got \(4, 4, 8\), expected \(4, 8, 8\) = \(e, 2I, H\)"),
-    (
-        {"w1": repeated(4, 2**21 + 2, 8), "w2": repeated(4, 8, 2**20 + 1)},
-        "2I of w1: got 2097154, expected at most 2097152",
-    ),
+    ({"w1": repeated(4, 2**21 + 2, 8), "w2": repeated(4, 8, 2**20 + 1)}, "2I of w1: got 2097154, expected at most"),
     ({"w1": rand(4, 8, 8, dtype=BF16)}, "dtype of w1: got torch.bfloat16, expected torch.f"),
     ({"w2": rand(4, 4, 8)}, r"shape of w2: got \(4, 4, 8\), expected \(4, 8, 8\)"),
     ({"w2": rand(8, 4)}, r"shape of w2: got \(8, 4\), expected \(e, 8, I\)"),
@@ -75,10 +72,7 @@ WRONG_ROUTED: list[tuple[dict[str, Any], str]] = [
     ({"topk_idx": ids(4, 2)}, "tokens of topk_idx: got 4, expected T=5"),
     ({"topk_idx": ids(5, 0)}, "K of topk_idx: got 0, expected 1 to E=4"),
     ({"topk_idx": ids(5, 5)}, "K of topk_idx: got 5, expected 1 to E=4"),
-    (
-        {"topk_idx": ids(5, 2) + torch.tensor([0, 4])},
-        "topk_idx: got expert ids from 0 to 4, expected 0 to 3, or -1 for a dropped slot",
-    ),
+    ({"topk_idx": ids(5, 2) + torch.tensor([0, 4])}, "topk_idx: got expert ids from 0 to 4, expected 0 to 3, or -1"),
     ({"topk_idx": ids(5, 2) - torch.tensor([0, 2])}, "topk_idx: got expert ids from -2 to 0"),
     ({"topk_idx": ids(5, 2) + torch.tensor([0, 2**32])}, "topk_idx: got expert ids from 0 to 4294967296"),
     ({"topk_scores": torch.ones(5, 2, dtype=INT)}, "dtype of topk_scores: got torch.int64"),
@@ -91,16 +85,11 @@ def named(case: object) -> str | None:
     return "+".join(case) if isinstance(case, dict) else None
 
 
-@pytest.mark.parametrize(("changes", "message"), WRONG_MOE, ids=named)
-def test_wrong_arguments_of_moe(changes: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("changes", "message"), [*WRONG_MOE, *WRONG_ROUTED], ids=named)
+def test_wrong_arguments(changes: dict[str, Any], message: str) -> None:
+    routed = changes.keys() & {"topk_idx", "topk_scores"}
     with ExpertParallel(max_tokens_per_rank=6) as ep, pytest.raises(ValueError, match=f"rank 0 of 1: {message}"):
-        ep.moe(**good_call(**changes))
-
-
-@pytest.mark.parametrize(("changes", "message"), WRONG_ROUTED, ids=named)
-def test_wrong_arguments_of_moe_routed(changes: dict[str, Any], message: str) -> None:
-    with ExpertParallel(max_tokens_per_rank=6) as ep, pytest.raises(ValueError, match=f"rank 0 of 1: {message}"):
-        ep.moe_routed(**good_routed_call(**changes))
+        ep.moe_routed(**good_routed_call(**changes)) if routed else ep.moe(**good_call(**changes))
 
 
 @pytest.mark.parametrize("argument", ["x", "router_w", "w1", "w2", "b1"])
@@ -109,38 +98,34 @@ def test_what_is_no_tensor(argument: str) -> None:
         ep.moe(**good_call(**{"b2": rand(EXPERTS, HIDDEN), "b1": rand(EXPERTS, 8), argument: [1.0]}))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"backend": "nccl"}, ValueError, "backend: got 'nccl', expected one of 'auto', 'fast', 'reference'"),
-        ({"max_tokens_per_rank": 0}, ValueError, "max_tokens_per_rank: got 0, expected a whole number of at least 1"),
-        ({"max_tokens_per_rank": True}, ValueError, "max_tokens_per_rank: got True"),
-        ({"group": "world"}, ValueError, "group: got str, expected ProcessGroup, 1-D DeviceMesh or None"),
-        ({"config": {"dispatch": "auto"}}, TypeError, "config: got dict, expected an EPConfig"),
-    ],
-)
-def test_wrong_arguments_of_the_object(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"rank 0 of 1: {message}"):
+WRONG_OBJECTS: list[tuple[dict[str, Any], str]] = [
+    ({"backend": "nccl"}, "ValueError: rank 0 of 1: backend: got 'nccl', expected one of 'auto', 'fast', 'reference'"),
+    ({"max_tokens_per_rank": 0}, "ValueError: rank 0 of 1: max_tokens_per_rank: got 0, expected a whole number of at"),
+    ({"max_tokens_per_rank": True}, "ValueError: rank 0 of 1: max_tokens_per_rank: got True"),
+    ({"group": "world"}, "ValueError: rank 0 of 1: group: got str, expected ProcessGroup, 1-D DeviceMesh or None"),
+    ({"config": {"dispatch": "auto"}}, "TypeError: rank 0 of 1: config: got dict, expected an EPConfig"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_OBJECTS)
+def test_wrong_arguments_of_the_object(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError)) as raised:
         ExpertParallel(**arguments)
+    assert f"{raised.type.__name__}: {raised.value}".startswith(message)
 
 
 @on_ranks(2, pool="cpu_pool")
 def test_wrong_on_all_ranks_is_refused_before_any_communication(rank: Rank) -> None:
     started = time.monotonic()
     with ExpertParallel(backend="reference") as ep:
-        calls: list[tuple[Callable[[], object], str]] = [
-            (
-                lambda: ep.moe(**good_call(router_w=rand(3, HIDDEN))),
-                "number of experts E: got 3, expected a multiple of the group's W=2 ranks",
-            ),
-            (
-                lambda: ep.moe_routed(**good_routed_call(topk_idx=ids(TOKENS, 2) + torch.tensor([0, 8]))),
-                "topk_idx: got expert ids from 0 to 8, expected 0 to 7",
-            ),
-            (lambda: ep.plan(ids(2, 1), num_experts=5), "number of experts E: got 5"),
-            (lambda: sonic_ep.MoE(8, 4, num_experts=5, top_k=2, ep=ep), "number of experts E: got 5"),
-        ]
-        for call, message in calls:
+        far = ids(TOKENS, 2) + torch.tensor([0, 8])
+        calls: dict[Callable[[], object], str] = {
+            lambda: ep.moe(**good_call(router_w=rand(3, HIDDEN))): "number of experts E: got 3, expected a multiple of",
+            lambda: ep.moe_routed(**good_routed_call(topk_idx=far)): "topk_idx: got expert ids from 0 to 8, expected 0",
+            lambda: ep.plan(ids(2, 1), num_experts=5): "number of experts E: got 5",
+            lambda: sonic_ep.MoE(8, 4, num_experts=5, top_k=2, ep=ep): "number of experts E: got 5",
+        }
+        for call, message in calls.items():
             with pytest.raises(ValueError, match=f"rank {rank.rank} of 2: {message}"):
                 call()
         assert time.monotonic() - started < LONG_BEFORE_THE_TIMEOUT_SECONDS
@@ -150,7 +135,6 @@ def test_wrong_on_all_ranks_is_refused_before_any_communication(rank: Rank) -> N
 @promise("usable-after-errors", "arguments")
 @on_ranks(2, pool="cpu_pool")
 def test_a_wrong_call_communicates_nothing(rank: Rank) -> None:
-    """The other ranks do not notice, before a right call or after it."""
     right = torch.tensor([[rank.rank]])
     with ExpertParallel(backend="reference") as ep:
         for _ in range(2):
@@ -173,8 +157,8 @@ x, w1, router_w = torch.randn(4, 8), torch.randn(2, 8, 8), torch.randn(4, 8)
 w2, ids = w1[:, :, :4], torch.zeros(4, 1, dtype=torch.int64)
 if dist.get_rank() == 0:
     print("calling", time.time(), flush=True)
-{call}
 """
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 WRONG_PROGRAMS = {
     "ep.plan(ids, num_experts=3)": "number of experts E: got 3",
     "ep.plan(ids.expand(4, 5), num_experts=4)": "K of topk_idx: got 5, expected 1 to",
@@ -188,56 +172,42 @@ WRONG_PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize(("call", "message"), WRONG_PROGRAMS.items())
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [pytest.param(*case, marks=pytest.mark.thorough if n % 4 else ()) for n, case in enumerate(WRONG_PROGRAMS.items())],
+)
 def test_a_wrong_program_ends_at_once_and_leaves_nothing(call: str, message: str, tmp_path: Path) -> None:
-    script = tmp_path / "wrong.py"
-    script.write_text(SCRIPT.format(call=call))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(launcher, capture_output=True, text=True, timeout=HANG_SECONDS)
-    ended = time.time()
-    called = float(done.stdout.split("calling ")[1].split()[0])
-    assert done.returncode != 0
-    assert message in done.stderr
-    assert "of 2: " in done.stderr
-    assert ended - called < 5
-    assert not processes_running(script)
+    process = start_program(tmp_path, SCRIPT + call, launcher=LAUNCHER)
+    said = output_at_end(process)
+    took = time.time() - float(said.split("calling ")[1].split()[0])
+    assert process.returncode != 0
+    assert message in said
+    assert "of 2: " in said
+    assert took < 5
+    assert not list(processes_in(tmp_path))
 
 
-def processes_running(script: Path) -> list[str]:
-    """Command lines of live processes that run ``script``."""
-    found = []
+def processes_in(folder: Path) -> Iterator[bytes]:
+    """Command lines of live processes that run a program of ``folder``."""
     for process in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            found.append(process.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-        except OSError:
-            continue
-    return [line for line in found if str(script) in line]
+        with suppress(OSError):
+            if bytes(folder) in (line := process.read_bytes()):
+                yield line
 
 
-def test_a_closed_object_says_so() -> None:
-    ep = ExpertParallel()
-    plan = ep.plan(ids(1, 1), 4)
+def test_a_plan_of_another_rank_and_calls_after_close_are_refused() -> None:
+    ep = ExpertParallel(backend="reference")
+    x, plan, scores = rand(1, HIDDEN), ep.plan(ids(1, 1), 4), torch.ones(1, 1)
+    foreign = replace(plan, rank=1)
+    for call in (partial(ep.dispatch, x, foreign), partial(ep.combine, x, scores, foreign)):
+        with pytest.raises(ValueError, match="plan: got a plan for rank 1 of 1, expected one for rank 0 of 1"):
+            call()
     ep.close()
     ep.close()
     for call in (
-        lambda: ep.moe(**good_call()),
-        lambda: ep.moe_routed(**good_routed_call()),
-        lambda: ep.plan(ids(1, 1), 4),
-        lambda: ep.dispatch(rand(1, HIDDEN), plan),
-        lambda: ep.combine(rand(1, HIDDEN), torch.ones(1, 1), plan),
-        lambda: ep.agree(1, torch.device("cpu")),
-        lambda: ep.check(),
+        *(partial(ep.moe, **good_call()), partial(ep.moe_routed, **good_routed_call()), ep.check),
+        *(partial(ep.plan, ids(1, 1), 4), partial(ep.dispatch, x, plan), partial(ep.combine, x, scores, plan)),
+        partial(ep.agree, 1, torch.device("cpu")),
     ):
         with pytest.raises(ClosedError, match="rank 0 of 1: this ExpertParallel is closed"):
             call()
-
-
-def test_a_plan_of_another_rank_is_refused() -> None:
-    with ExpertParallel(backend="reference") as ep:
-        plan = replace(ep.plan(ids(1, 1), 4), rank=1)
-        for call in (
-            lambda: ep.dispatch(rand(1, HIDDEN), plan),
-            lambda: ep.combine(rand(1, HIDDEN), torch.ones(1, 1), plan),
-        ):
-            with pytest.raises(ValueError, match="plan: got a plan for rank 1 of 1, expected one for rank 0 of 1"):
-                call()

@@ -25,23 +25,17 @@ PLENTY_SECONDS = 60.0
 TIMED_OUT = "rank {} of 3: waited 0.5 s for {} in phase exchange of step 7; did it fail, or make another call?"
 
 
-def all_come_although_one_is_late(rank: Rank, collectives: BoundedCollectives) -> None:
-    """The odd rank comes when the others have reported that they wait."""
-    deadline = time.monotonic() + PLENTY_SECONDS
-    while rank.rank == ODD and len(collectives._status_store.statuses()) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    if rank.rank == ODD:
-        texts = {status.text for status in collectives._status_store.statuses().values()}
-        assert texts == {"phase exchange of step 7"}
-    assert collectives.numbers(10 * rank.rank, HOST) == [0, 10, 20]
-
-
 @on_ranks(3, pool="cpu_pool")
 def test_a_rank_that_comes_in_time_is_waited_for(rank: Rank) -> None:
-    """And that a rank has waited before does not count as coming."""
+    """It comes when the others have reported that they wait. To have waited before does not count as coming."""
     with new_group(rank, PLENTY_SECONDS) as collectives:
-        all_come_although_one_is_late(rank, collectives)
+        if rank.rank == ODD:
+            deadline = time.monotonic() + PLENTY_SECONDS
+            while len(statuses := collectives._status_store.statuses()) < 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            assert {status.text for status in statuses.values()} == {"phase exchange of step 7"}
+        assert collectives.numbers(10 * rank.rank, HOST) == [0, 10, 20]
         assert collectives.numbers(rank.rank, HOST) == [0, 1, 2]
         collectives.timeout = TIMEOUT_SECONDS
         if rank.rank != 0:
@@ -51,27 +45,19 @@ def test_a_rank_that_comes_in_time_is_waited_for(rank: Rank) -> None:
 
 @promise("bounded-waits")
 @pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize(("absent", "named", "grace"), [((1,), "rank 1", 0), ((0, 1), "ranks 0, 1", GRACE_SECONDS)])
 @on_ranks(3, pool="cpu_pool")
-def test_a_rank_that_does_not_come_is_named(rank: Rank, rows: bool) -> None:
-    """Those that wait report it, and take no longer than that."""
+def test_ranks_that_do_not_come_are_named(rank: Rank, absent: tuple, named: str, grace: float, rows: bool) -> None:
     with new_group(rank, TIMEOUT_SECONDS) as collectives:
-        if rank.rank != ODD:
-            with raises(PeerTimeoutError, TIMED_OUT.format(rank.rank, "rank 1"), within=TIMEOUT_SECONDS):
+        if rank.rank not in absent:
+            with raises(PeerTimeoutError, TIMED_OUT.format(rank.rank, named), within=TIMEOUT_SECONDS + grace):
                 if rows:
                     collectives.all_to_all_rows(torch.ones(3, 2), [1, 1, 1], [1, 1, 1])
                 collectives.numbers(1, HOST)
 
 
-@on_ranks(3, pool="cpu_pool")
-def test_all_that_do_not_come_are_named(rank: Rank) -> None:
-    with new_group(rank, TIMEOUT_SECONDS) as collectives:
-        if rank.rank == 2:
-            with raises(PeerTimeoutError, TIMED_OUT.format(2, "ranks 0, 1"), within=TIMEOUT_SECONDS + GRACE_SECONDS):
-                collectives.numbers(1, HOST)
-
-
 @on_ranks(2, pool="cpu_pool")
-def test_a_rank_that_comes_too_late_hears_that_the_others_are_gone(rank: Rank) -> None:
+def test_a_late_rank_hears_that_the_others_are_gone(rank: Rank) -> None:
     with new_group(rank, TIMEOUT_SECONDS) as collectives:
         error, words = PeerTimeoutError, "rank 0 of 2: waited 0.5 s for rank 1 in phase exchange"
         if rank.rank == ODD:
@@ -82,59 +68,43 @@ def test_a_rank_that_comes_too_late_hears_that_the_others_are_gone(rank: Rank) -
 
 
 @promise("lost-rank")
-@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize(("reported", "gone"), [(True, False), (True, True), (False, True)])
 @on_ranks(3, pool="cpu_pool")
-def test_a_rank_that_left_is_named_with_its_error_before_the_time_is_up(rank: Rank, gone: bool) -> None:
-    """Also where it closes its connections, as the end of its process does."""
+def test_a_rank_that_left_is_named_before_the_time_is_up(rank: Rank, reported: bool, gone: bool) -> None:
+    """With its error, if it has reported that. gone: its connections are closed, as at the end of its process."""
     collectives = collectives_of_a_new_group(rank, PLENTY_SECONDS)
     if rank.rank == ODD:
-        time.sleep(0.2)
-        collectives.leave("KeyError: 'labels'")
+        if reported:
+            time.sleep(0.2)
+            collectives.leave("KeyError: 'labels'")
         if gone:
             dist.destroy_process_group(collectives.group.process_group)
         return
-    here = "while it was waited for in phase exchange of step 7"
-    with raises(
-        PeerLostError, f"rank {rank.rank} of 3: rank 1 left (KeyError: 'labels') {here}", within=ANNOUNCE_SECONDS
-    ):
+    said = "rank 1 left (KeyError: 'labels') while it was waited for" if reported else "lost rank 1, waited for"
+    within = ANNOUNCE_SECONDS if reported else GRACE_SECONDS
+    with raises(PeerLostError, f"rank {rank.rank} of 3: {said} in phase exchange of step 7", within=within):
         collectives.numbers(1, HOST)
 
 
 @on_ranks(3, pool="cpu_pool")
-def test_a_rank_that_left_after_its_part_harms_nobody(rank: Rank) -> None:
-    """It has done all that the others wait for, and left before they look."""
+def test_a_rank_that_left_after_its_part_is_not_missed(rank: Rank) -> None:
     with new_group(rank, PLENTY_SECONDS) as collectives:
         if rank.rank != ODD:
             time.sleep(LATE_SECONDS if rank.rank == 2 else 0)
             assert collectives.numbers(5, HOST) == [5, 5, 5]
             return
-        gathered = collectives.group.process_group.allgather(  # type: ignore[union-attr]
-            [[torch.zeros(2, dtype=torch.int64) for _ in range(rank.world_size)]],
-            [torch.tensor([collectives.sync_tag.tag, 5])],
-        )
+        mine, found = torch.tensor([collectives.sync_tag.tag, 5]), [torch.zeros(2, dtype=torch.int64) for _ in range(3)]
+        gathered = collectives.group.process_group.allgather([found], [mine])
         collectives._begun += 1
         collectives.leave("no error of the others'")
         gathered.wait()
-
-
-@promise("lost-rank")
-@on_ranks(3, pool="cpu_pool")
-def test_a_rank_that_is_gone_is_named_by_all(rank: Rank) -> None:
-    """Its connections are closed, as at the end of its process."""
-    collectives = collectives_of_a_new_group(rank, PLENTY_SECONDS)
-    if rank.rank == ODD:
-        dist.destroy_process_group(collectives.group.process_group)
-        return
-    words = f"rank {rank.rank} of 3: lost rank {ODD}, waited for in phase exchange of step 7: "
-    with raises(PeerLostError, words, within=GRACE_SECONDS):
-        collectives.numbers(1, HOST)
 
 
 @promise("mismatch")
 @pytest.mark.parametrize("elsewhere", ["phase backward (router) of step 6", "phase unknown of step 3"])
 @on_ranks(3, pool="cpu_pool")
 def test_a_rank_that_came_from_elsewhere_is_named_with_both_places(rank: Rank, elsewhere: str) -> None:
-    """At another tag, or in an exchange of the caller's own over the same group."""
+    """At another tag, or in a collective of the caller's own."""
     here = "phase exchange of step 7"
     with new_group(rank, PLENTY_SECONDS) as collectives:
         words = f"rank {rank.rank} of 3: rank {ODD} came to {elsewhere}, expected {here}"
@@ -151,7 +121,6 @@ def test_a_rank_that_came_from_elsewhere_is_named_with_both_places(rank: Rank, e
 
 @on_ranks(3, pool="cpu_pool")
 def test_objects_and_rows_of_unlike_sizes(rank: Rank) -> None:
-    """Of objects that pickle to less or more than before."""
     with new_group(rank, PLENTY_SECONDS) as collectives:
         here = collectives.sync_tag
         for size in (0, 1, 1000):
@@ -167,7 +136,6 @@ def test_objects_and_rows_of_unlike_sizes(rank: Rank) -> None:
 
 @on_ranks(2, pool="cpu_pool")
 def test_two_objects_of_one_group_do_not_read_each_others_statuses(rank: Rank) -> None:
-    """One has reported that it leaves; the other goes on, and waits long enough to look."""
     group = resolve_group(dist.new_group(list(range(rank.world_size))))
     gone, going = BoundedCollectives(group), BoundedCollectives(group)
     assert (gone.object_number, going.object_number) == (0, 1)
@@ -177,7 +145,7 @@ def test_two_objects_of_one_group_do_not_read_each_others_statuses(rank: Rank) -
 
 
 class StoreThatFalls(dist.Store):
-    """Answers at first, and then no more: as long as the ranks have nothing to report, nobody knows."""
+    """Answers at first, and then no more."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,7 +177,7 @@ def test_a_store_that_does_not_answer_is_not_waited_for(rank: Rank) -> None:
 @promise("lost-rank")
 @on_ranks(3, pool="cpu_pool")
 def test_a_rank_that_finds_out_stays_until_the_others_know(rank: Rank) -> None:
-    """The first to find out who is missing waits until another, that has more time, has read of it and left."""
+    """The first to find out waits until another, whose timeout is longer, has read of it and left."""
     with new_group(rank, TIMEOUT_SECONDS if rank.rank == 0 else PLENTY_SECONDS) as collectives:
         if rank.rank != ODD:
             with raises(PeerTimeoutError if rank.rank == 0 else PeerLostError, f"rank {ODD}"):
@@ -221,7 +189,7 @@ def test_a_rank_that_finds_out_stays_until_the_others_know(rank: Rank) -> None:
 
 
 def found_out_by_another(rank: Rank) -> None:
-    """The first rank has found out that the odd one is missing, and the last one reads of it while it waits."""
+    """The first rank reports that the odd one is missing; the last reads it while it waits."""
     collectives = collectives_of_a_new_group(rank, PLENTY_SECONDS)
     if rank.rank == 0:
         collectives._status_store.report(RankStatus(collectives=1, left=False, text="timed out", lost=(ODD,)))
@@ -239,7 +207,7 @@ def test_what_another_rank_has_found_out_is_believed(cpu_pool: RankPool) -> None
 @promise("lost-rank")
 @on_ranks(2, pool="cpu_pool")
 def test_what_fails_as_it_begins_is_told_like_what_fails_later(rank: Rank) -> None:
-    """The process group raises at once: the peer is lost, with the reason; but memory is this rank's own."""
+    """The process group raises at once: the peer is lost; but memory is this rank's own."""
     with new_group(rank, TIMEOUT_SECONDS) as collectives:
 
         def fail(error: RuntimeError) -> dist.Work:
@@ -252,31 +220,25 @@ def test_what_fails_as_it_begins_is_told_like_what_fails_later(rank: Rank) -> No
         dist.barrier()
         if rank.rank != ODD:
             collectives._begun += 1
-            with raises(
-                PeerLostError, "rank 0 of 2: rank 1 left (no memory) while it was waited for in phase exchange"
-            ):
+            with raises(PeerLostError, "rank 0 of 2: rank 1 left (no memory) while it was waited for"):
                 collectives._run(lambda *_: fail(RuntimeError("connection reset")), torch.zeros(1))
 
 
 @promise("own-clock")
 @on_ranks(2, pool="cpu_pool")
 def test_pytorchs_own_checks_do_not_wait_by_their_own_clock(rank: Rank) -> None:
-    """In a group that PyTorch compares before each collective: ranks that come, and then one that does not."""
+    """Ranks that come, and then one that does not."""
     level = dist.get_debug_level()
     dist.set_debug_level(dist.DebugLevel.DETAIL)
-    try:
-        collectives = collectives_of_a_new_group(rank, TIMEOUT_SECONDS)
-    finally:
+    with new_group(rank, TIMEOUT_SECONDS) as collectives:
         dist.set_debug_level(level)
-    assert hasattr(collectives.group.process_group._get_backend(HOST), "wrapped_pg")  # type: ignore[union-attr]
-    assert collectives.numbers(rank.rank, HOST) == [0, 1]
-    rows = collectives.all_to_all_rows(torch.full((rank.world_size, 1), rank.rank), [1, 1], [1, 1])
-    assert rows.flatten().tolist() == [0, 1]
-    if rank.rank != ODD:
-        with raises(PeerTimeoutError, "rank 0 of 2: waited 0.5 s for rank 1 in phase exchange", within=1.5):
-            collectives.numbers(1, HOST)
-    dist.barrier()
-    dist.destroy_process_group(collectives.group.process_group)
+        assert hasattr(collectives.group.process_group._get_backend(HOST), "wrapped_pg")
+        assert collectives.numbers(rank.rank, HOST) == [0, 1]
+        rows = collectives.all_to_all_rows(torch.full((rank.world_size, 1), rank.rank), [1, 1], [1, 1])
+        assert rows.flatten().tolist() == [0, 1]
+        if rank.rank != ODD:
+            with raises(PeerTimeoutError, "rank 0 of 2: waited 0.5 s for rank 1 in phase exchange", within=1.5):
+                collectives.numbers(1, HOST)
 
 
 @pytest.mark.parametrize(("late", "patience"), [(LATE_SECONDS, PLENTY_SECONDS), (0.0, PLENTY_SECONDS), (None, 0.5)])

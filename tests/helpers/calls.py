@@ -6,42 +6,34 @@ from typing import Any
 
 import torch
 
-TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 5, 8, 4, 4, 2
+# HELD: experts of a rank in ``call_of``.
+TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, HELD, TOP_K, F32 = 5, 8, 4, 4, 2, 2, torch.float32
 
 
-def good_call(**changes: Any) -> dict[str, Any]:
+def good_call(
+    *, experts: int = EXPERTS, held: int = EXPERTS, hidden: int = HIDDEN, dtype: torch.dtype = F32, **changes: Any
+) -> dict[str, Any]:
     """Arguments of ``moe`` that are right, but for ``changes``."""
-    return {
-        "x": torch.randn(TOKENS, HIDDEN),
-        "router_w": torch.randn(EXPERTS, HIDDEN),
-        "w1": torch.randn(EXPERTS, 2 * INTERMEDIATE, HIDDEN),
-        "w2": torch.randn(EXPERTS, HIDDEN, INTERMEDIATE),
-        "top_k": TOP_K,
-        **changes,
-    }
+    tokens = {"x": (TOKENS, hidden), "router_w": (experts, hidden)}
+    shapes = {**tokens, "w1": (held, 2 * INTERMEDIATE, hidden), "w2": (held, hidden, INTERMEDIATE)}
+    return {**{name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}, "top_k": TOP_K, **changes}
 
 
 def good_routed_call(**changes: Any) -> dict[str, Any]:
     """Arguments of ``moe_routed`` that are right, but for ``changes``."""
-    arguments = good_call()
-    del arguments["router_w"], arguments["top_k"]
-    arguments["topk_idx"] = torch.tensor([[0, 1]] * TOKENS)
-    arguments["topk_scores"] = torch.rand(TOKENS, TOP_K)
-    return {**arguments, **changes}
+    return {**routed(good_call()), **changes}
 
 
-# Shares of experts that any of the worlds here divides into.
-HELD = 2
+def routed(arguments: dict[str, Any], k: int = TOP_K) -> dict[str, Any]:
+    """Arguments of ``moe_routed`` of those of ``moe``: every token chooses the first ``k`` experts."""
+    experts = {name: value for name, value in arguments.items() if name not in ("router_w", "top_k")}
+    tokens = len(arguments["x"])
+    return {**experts, "topk_idx": torch.arange(k).repeat(tokens, 1), "topk_scores": torch.rand(tokens, k)}
 
 
-def call_of(world_size: int, **changes: Any) -> dict[str, Any]:
+def call_of(world_size: int, *, held: int = HELD, **changes: Any) -> dict[str, Any]:
     """Arguments of ``moe`` on one of the ranks."""
-    own = {
-        "router_w": torch.randn(HELD * world_size, HIDDEN),
-        "w1": torch.randn(HELD, 2 * INTERMEDIATE, HIDDEN),
-        "w2": torch.randn(HELD, HIDDEN, INTERMEDIATE),
-    }
-    return good_call(**own, **changes)
+    return good_call(experts=held * world_size, held=held, **changes)
 
 
 def with_trained_experts(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -53,14 +45,14 @@ def memory_short(*arguments: object, **options: object) -> None:
 
 
 def in_another_thread(*calls: Callable[[], object]) -> list[str]:
-    """What ``calls`` raise there, one after the other."""
+    """The errors of ``calls``, one after the other."""
     errors: list[str] = []
 
     def run() -> None:
         for call in calls:
             try:
                 call()
-            except RuntimeError as error:
+            except Exception as error:
                 errors.append(str(error))
 
     thread = threading.Thread(target=run)

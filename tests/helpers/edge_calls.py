@@ -37,7 +37,7 @@ ONES = Sizes(tokens=1, num_experts=1, top_k=1)
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """A public call, and what makes right arguments for it."""
+    """A public call, and a function that makes right arguments for it."""
 
     name: str
     arguments: Callable[[ExpertParallel, torch.device, Sizes], Arguments]
@@ -51,10 +51,7 @@ class Call:
     def outcome(
         self, ep: ExpertParallel, arguments: Arguments, hold: Callable[[Tensor], Tensor] = torch.clone
     ) -> Outcome:
-        """What the call returns, and the gradients of all arguments that require one.
-
-        hold: makes of the gradients that come in what backward gets.
-        """
+        """Results, and gradients of all arguments that require one. hold: changes the gradients that come in."""
         trained = [value for value in arguments.values() if isinstance(value, Tensor) and value.requires_grad]
         found = self.run(ep, arguments)
         if isinstance(found, RoutingPlan):
@@ -67,7 +64,6 @@ class Call:
 
 
 def leaves(arguments: Arguments) -> Arguments:
-    """The arguments, requiring gradients where they can."""
     for value in arguments.values():
         if isinstance(value, Tensor) and value.is_floating_point() and value.is_leaf and not value.is_inference():
             value.requires_grad_()
@@ -75,17 +71,16 @@ def leaves(arguments: Arguments) -> Arguments:
 
 
 def probe(tensor: Tensor) -> Tensor:
-    """A gradient of small whole numbers, the same each time."""
     return whole(tensor.shape).to(tensor.device, tensor.dtype)
 
 
 def whole(shape: Sequence[int], seed: int = 5) -> Tensor:
-    """Whole numbers so small that nothing is rounded: whatever way a product is taken, its bits are the same."""
+    """Whole numbers so small that nothing is rounded."""
     return torch.randint(-3, 4, tuple(shape), generator=torch.Generator().manual_seed(seed)).float()
 
 
 def plain(value: Any) -> Any:
-    """The values of a tensor, held as PyTorch holds them by itself; everything else as it is."""
+    """The values of a tensor in a plain, contiguous one; everything else as it is."""
     if not isinstance(value, Tensor):
         return value
     with torch._C.DisableTorchFunctionSubclass():
@@ -96,7 +91,7 @@ def plain(value: Any) -> Any:
 def complaint(ep: ExpertParallel, call: Call, arguments: Arguments, changes: Arguments, base: Outcome) -> str | None:
     """What is wrong with the call with ``changes``: it has to be right, or a ``ValueError`` or ``TypeError`` at once.
 
-    base: the outcome of ``leaves(arguments)``, which changes that keep all values have to have.
+    base: the outcome of ``leaves(arguments)``.
     """
     started = time.process_time()
     try:
@@ -110,9 +105,7 @@ def complaint(ep: ExpertParallel, call: Call, arguments: Arguments, changes: Arg
     if not all(isinstance(value, Tensor) for value in changes.values()):
         return "was taken"
     same = {name: plain(value).requires_grad_(value.requires_grad) for name, value in changes.items()}
-    alike = all(
-        torch.equal(value, arguments[name]) and _as_trained(value, arguments[name]) for name, value in same.items()
-    )
+    alike = all(_alike(value, arguments[name]) for name, value in same.items())
     try:
         assert_same(found, base if alike else call.outcome(ep, {**arguments, **same}))
     except AssertionError as error:
@@ -120,34 +113,28 @@ def complaint(ep: ExpertParallel, call: Call, arguments: Arguments, changes: Arg
     return None
 
 
-def _as_trained(value: Tensor, other: Tensor) -> bool:
-    return value.dtype == other.dtype and value.requires_grad == other.requires_grad
+def _alike(value: Tensor, other: Tensor) -> bool:
+    as_trained = value.dtype == other.dtype and value.requires_grad == other.requires_grad
+    return as_trained and torch.equal(value, other)
 
 
 def assert_same(found: Outcome, expected: Outcome) -> None:
-    """The same bits, but for the sign of a zero: with the way a product is taken, it may change."""
+    """The same bits, but for the sign of a zero."""
     assert len(found) == len(expected), (len(found), len(expected))
     for place, (got, want) in enumerate(zip(found, expected, strict=True)):
         assert_bitwise(plain(got) + 0, want.detach() + 0, f"result {place}")
 
 
 def _drawn(device: torch.device, sizes: Sizes) -> Arguments:
-    ids = torch.arange(sizes.tokens * sizes.top_k).view(sizes.tokens, sizes.top_k) % sizes.num_experts
-    shapes = {
-        "x": (sizes.tokens, sizes.hidden),
-        "router_w": (sizes.num_experts, sizes.hidden),
-        "w1": (sizes.num_experts, sizes.intermediate, sizes.hidden),
-        "w2": (sizes.num_experts, sizes.hidden, sizes.intermediate),
-        "b1": (sizes.num_experts, sizes.intermediate),
-        "b2": (sizes.num_experts, sizes.hidden),
-    }
+    T, H, I, E, K = sizes.tokens, sizes.hidden, sizes.intermediate, sizes.num_experts, sizes.top_k  # noqa: E741
+    shapes = {"x": (T, H), "router_w": (E, H), "w1": (E, I, H), "w2": (E, H, I), "b1": (E, I), "b2": (E, H)}
     return {
         **{name: whole(shape, seed).to(device) for seed, (name, shape) in enumerate(shapes.items())},
-        "topk_idx": ids.to(device),
-        "topk_scores": 2.0 ** whole((sizes.tokens, sizes.top_k)).to(device),
-        # Of one expert the score is 1.
+        "topk_idx": (torch.arange(T * K).view(T, K) % E).to(device),
+        "topk_scores": 2.0 ** whole((T, K)).to(device),
+        # The score of a token's only expert is 1.
         "top_k": 1,
-        "num_experts": sizes.num_experts,
+        "num_experts": E,
         "activation": "relu",
     }
 
@@ -156,29 +143,26 @@ def _these(*names: str) -> Callable[[ExpertParallel, torch.device, Sizes], Argum
     return lambda _, device, sizes: {name: value for name, value in _drawn(device, sizes).items() if name in names}
 
 
-def _of_dispatch(ep: ExpertParallel, device: torch.device, sizes: Sizes) -> Arguments:
-    found = _drawn(device, sizes)
-    return {"x": found["x"], "plan": ep.plan(found["topk_idx"], sizes.num_experts)}
+def _of_plan(*names: str) -> Callable[[ExpertParallel, torch.device, Sizes], Arguments]:
+    def arguments(ep: ExpertParallel, device: torch.device, sizes: Sizes) -> Arguments:
+        found = _drawn(device, sizes)
+        plan = ep.plan(found["topk_idx"], sizes.num_experts)
+        found["rows"] = whole((plan.row_capacity, sizes.hidden)).to(device)
+        return {**{name: found[name] for name in names}, "plan": plan}
 
-
-def _of_combine(ep: ExpertParallel, device: torch.device, sizes: Sizes) -> Arguments:
-    found = _drawn(device, sizes)
-    plan = ep.plan(found["topk_idx"], sizes.num_experts)
-    rows = whole((plan.row_capacity, sizes.hidden)).to(device)
-    return {"rows": rows, "topk_scores": found["topk_scores"], "plan": plan}
+    return arguments
 
 
 OF_EXPERTS = ("w1", "w2", "b1", "b2", "activation")
-ARGUMENTS: dict[str, Callable[[ExpertParallel, torch.device, Sizes], Arguments]] = {
+ARGUMENTS = {
     "moe": _these("x", "router_w", "top_k", *OF_EXPERTS),
     "moe_routed": _these("x", "topk_idx", "topk_scores", *OF_EXPERTS),
     "plan": _these("topk_idx", "num_experts"),
-    "dispatch": _of_dispatch,
-    "combine": _of_combine,
+    "dispatch": _of_plan("x"),
+    "combine": _of_plan("rows", "topk_scores"),
 }
 CALLS = {name: Call(name=name, arguments=arguments) for name, arguments in ARGUMENTS.items()}
 
 
 def tensors_of(arguments: Arguments) -> list[str]:
-    """Names of the arguments that are tensors."""
     return [name for name, value in arguments.items() if isinstance(value, Tensor)]

@@ -11,7 +11,7 @@ def shared_files(folder: Path = Path("/dev/shm")) -> list[Path]:
 
 
 def lasting_files() -> list[Path]:
-    """Those that stay: files of other ranks on this machine come and go, each until all of its group have mapped it."""
+    """Those that stay 5 s: files of other tests go when all of their ranks have mapped them."""
     lasting, deadline = set(shared_files()), time.monotonic() + 5
     while lasting and time.monotonic() < deadline:
         time.sleep(0.05)

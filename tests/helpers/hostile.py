@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -13,11 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 class Tagged(Tensor):
-    """A tensor of a class of its own that changes nothing."""
+    """A subclass that changes nothing."""
 
 
 class Doubling(Tensor):
-    """A tensor whose class has its own mind about a function: what is multiplied comes out twice as large."""
+    """A subclass whose products are twice as large."""
 
     @classmethod
     def __torch_function__(cls, function, types, arguments=(), keywords=None):
@@ -27,9 +27,7 @@ class Doubling(Tensor):
 
 def transposed(tensor: Tensor) -> Tensor:
     """Its last two dimensions lie in memory the other way round."""
-    if tensor.ndim < 2:
-        return tensor
-    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return tensor if tensor.ndim < 2 else tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
 def sliced(tensor: Tensor) -> Tensor:
@@ -44,82 +42,58 @@ def shifted(tensor: Tensor) -> Tensor:
     return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
 
 
-def expanded(tensor: Tensor) -> Tensor:
-    """Its first row, as often as there are rows, with stride 0."""
-    return tensor[:1].expand(tensor.shape)
-
-
 def overlapping(tensor: Tensor) -> Tensor:
     """Rows that begin one element behind each other."""
-    last = tensor.shape[-1]
-    steps = [1] * (tensor.ndim - 1)
-    size = sum(extent - 1 for extent in tensor.shape[:-1]) + last
-    return torch.as_strided(tensor.flatten()[: max(size, 1)].clone(), tensor.shape, (*steps, 1))
+    size = sum(extent - 1 for extent in tensor.shape[:-1]) + tensor.shape[-1]
+    return torch.as_strided(tensor.flatten()[: max(size, 1)].clone(), tensor.shape, [1] * tensor.ndim)
 
 
 def odd_strides_of_one(tensor: Tensor) -> Tensor:
-    """Dimensions of one element have strides that are no multiple of anything; what counts is the same."""
+    """Dimensions of one element have strides that are a multiple of nothing."""
     strides = [7 if extent == 1 else stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     return torch.as_strided(tensor.clone(), tensor.shape, strides)
 
 
 def negated_in_name(tensor: Tensor) -> Tensor:
-    """The values are the negatives of what stands in memory, as in the imaginary part of a conjugate."""
+    """Memory holds the negatives, as in the imaginary part of a conjugate."""
     return torch._neg_view(-tensor) if tensor.dtype != torch.bool else tensor
 
 
 def of_inference(tensor: Tensor) -> Tensor:
-    """Made in inference mode."""
     with torch.inference_mode():
         return tensor.clone()
 
 
-# The values of a tensor, or of part of it, held in another way: the result has to be that of the values.
-WAYS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
-    {
-        "transposed": transposed,
-        "sliced": sliced,
-        "shifted": shifted,
-        "expanded": expanded,
-        "overlapping": overlapping,
-        "odd strides of one": odd_strides_of_one,
-        "negated in name": negated_in_name,
-        "of inference": of_inference,
-        "a parameter": lambda tensor: nn.Parameter(tensor.clone(), requires_grad=tensor.is_floating_point()),
-        "tagged": lambda tensor: tensor.clone().as_subclass(Tagged),
-        "doubling": lambda tensor: tensor.clone().as_subclass(Doubling),
-    }
-)
+# Other ways to hold the values of a tensor: the result has to be that of the values.
+WAYS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "transposed": transposed,
+    "sliced": sliced,
+    "shifted": shifted,
+    "expanded": lambda tensor: tensor[:1].expand(tensor.shape),
+    "overlapping": overlapping,
+    "odd strides of one": odd_strides_of_one,
+    "negated in name": negated_in_name,
+    "of inference": of_inference,
+    "a parameter": lambda tensor: nn.Parameter(tensor.clone(), requires_grad=tensor.is_floating_point()),
+    "tagged": lambda tensor: tensor.clone().as_subclass(Tagged),
+    "doubling": lambda tensor: tensor.clone().as_subclass(Doubling),
+}
 
 
-def fake(tensor: Tensor) -> Tensor:
-    with FakeTensorMode():
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-
-
-def masked(tensor: Tensor) -> Tensor:
+@contextmanager
+def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.masked.masked_tensor(tensor, torch.ones_like(tensor, dtype=torch.bool))
+        yield
 
 
-def nested(tensor: Tensor, layout: torch.layout) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.nested.nested_tensor(list(tensor), layout=layout)
+quietly = quiet()
 
 
+@quietly
 def compressed(tensor: Tensor) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # As many in each row: it asks for that.
-        return torch.ones_like(tensor).to_sparse_csr()
-
-
-def quantized(tensor: Tensor) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.quantize_per_tensor(tensor.float().cpu(), 0.1, 0, torch.qint8)
+    # As many elements in each row, as it has to have.
+    return torch.ones_like(tensor).to_sparse_csr()
 
 
 def freed(tensor: Tensor) -> Tensor:
@@ -129,85 +103,50 @@ def freed(tensor: Tensor) -> Tensor:
     return bare
 
 
-def recast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return tensor.to(dtype)
+VALUES = {"None": None, "a word": "x", "a number": 1.5, "NaN": float("nan"), "True": True, "a huge number": 2**70}
+# What may be passed for a tensor: refused, or right by the values where it has the same.
+THINGS: Mapping[str, Callable[[Tensor], object]] = {
+    **{name: lambda tensor, value=value: value for name, value in VALUES.items()},
+    "a number of NumPy's": lambda tensor: np.int64(2),
+    "a class": lambda tensor: Tensor,
+    "a list": lambda tensor: tensor.tolist(),
+    "an array": lambda tensor: np.zeros(tuple(tensor.shape), dtype=np.float32),
+    "of no dimension": lambda tensor: tensor.flatten()[0] if tensor.numel() else torch.zeros(()),
+    "flat": lambda tensor: tensor.flatten(),
+    "of one more dimension": lambda tensor: tensor[None],
+    "of many dimensions": lambda tensor: tensor.reshape(*(1,) * 20, *tensor.shape),
+    "without rows": lambda tensor: tensor[:0],
+    "without columns": lambda tensor: tensor[..., :0],
+    "empty": lambda tensor: torch.empty(0, dtype=tensor.dtype, device=tensor.device),
+    "sparse": lambda tensor: tensor.to_sparse(),
+    "compressed": compressed,
+    "on meta": lambda tensor: tensor.to("meta"),
+    "fake": FakeTensorMode().from_tensor,
+    "uninitialized": lambda tensor: nn.UninitializedParameter(requires_grad=False),
+    "masked": quietly(lambda tensor: torch.masked.masked_tensor(tensor, torch.ones_like(tensor, dtype=torch.bool))),
+    "nested": quietly(lambda tensor: torch.nested.nested_tensor(list(tensor), layout=torch.strided)),
+    "jagged": quietly(lambda tensor: torch.nested.nested_tensor(list(tensor), layout=torch.jagged)),
+    "quantized": quietly(lambda tensor: torch.quantize_per_tensor(tensor.float().cpu(), 0.1, 0, torch.qint8)),
+    "freed": freed,
+    "zeros of no memory": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype, device=t.device),
+    "of bits": lambda tensor: torch.zeros(tensor.shape, dtype=torch.uint8).view(torch.bits8),
+    **{
+        f"of {str(dtype).removeprefix('torch.')}": quietly(lambda tensor, dtype=dtype: tensor.to(dtype))
+        for dtype in (
+            torch.complex64, torch.complex32, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32,
+            torch.uint16, torch.uint32, torch.uint64, torch.float64, torch.float16, torch.bfloat16,
+            torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e8m0fnu,
+        )
+    },
+}  # fmt: skip
 
-
-# Of a tensor: what may be handed in instead. Refused, or right by the values where it has the same.
-THINGS: Mapping[str, Callable[[Tensor], object]] = MappingProxyType(
-    {
-        "None": lambda tensor: None,
-        "a word": lambda tensor: "x",
-        "a list": lambda tensor: tensor.tolist(),
-        "an array": lambda tensor: np.zeros(tuple(tensor.shape), dtype=np.float32),
-        "a number": lambda tensor: 1.5,
-        "NaN": lambda tensor: float("nan"),
-        "True": lambda tensor: True,
-        "a huge number": lambda tensor: 2**70,
-        "a number of NumPy's": lambda tensor: np.int64(2),
-        "a class": lambda tensor: Tensor,
-        "of no dimension": lambda tensor: tensor.flatten()[0] if tensor.numel() else torch.zeros(()),
-        "flat": lambda tensor: tensor.flatten(),
-        "of one more dimension": lambda tensor: tensor[None],
-        "of many dimensions": lambda tensor: tensor.reshape(*(1,) * 20, *tensor.shape),
-        "without rows": lambda tensor: tensor[:0],
-        "without columns": lambda tensor: tensor[..., :0],
-        "empty": lambda tensor: torch.empty(0, dtype=tensor.dtype, device=tensor.device),
-        "sparse": lambda tensor: tensor.to_sparse(),
-        "compressed": compressed,
-        "on meta": lambda tensor: tensor.to("meta"),
-        "fake": fake,
-        "uninitialized": lambda tensor: nn.UninitializedParameter(requires_grad=False),
-        "masked": masked,
-        "nested": lambda tensor: nested(tensor, torch.strided),
-        "jagged": lambda tensor: nested(tensor, torch.jagged),
-        "quantized": quantized,
-        "freed": freed,
-        "zeros of no memory": lambda tensor: torch._efficientzerotensor(
-            tensor.shape, dtype=tensor.dtype, device=tensor.device
-        ),
-        "of bits": lambda tensor: torch.zeros(tensor.shape, dtype=torch.uint8).view(torch.bits8),
-        **{
-            f"of {str(dtype).removeprefix('torch.')}": (lambda tensor, dtype=dtype: recast(tensor, dtype))
-            for dtype in (
-                torch.complex64, torch.complex32, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32,
-                torch.uint16, torch.uint32, torch.uint64, torch.float64, torch.float16, torch.bfloat16,
-                torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e8m0fnu,
-            )
-        },
-    }
-)  # fmt: skip
-
-# For what is no tensor: a size, a name, a flag, an object.
-NO_TENSORS: Mapping[str, object] = MappingProxyType(
-    {
-        "None": None,
-        "True": True,
-        "False": False,
-        "zero": 0,
-        "minus one": -1,
-        "a huge number": 2**70,
-        "a huge number below zero": -(2**70),
-        "a half": 0.5,
-        "two, a float": 2.0,
-        "NaN": float("nan"),
-        "infinity": float("inf"),
-        "complex": 1j,
-        "an integer of NumPy's": np.int64(2),
-        "a flag of NumPy's": np.bool_(True),
-        "an array": np.array([1, 2]),
-        "an array of words": np.array(["auto", "fast"]),
-        "a tensor": torch.tensor(2),
-        "a longer tensor": torch.tensor([1, 2]),
-        "a word": "nonsense",
-        "an empty word": "",
-        "bytes": b"auto",
-        "a list": ["auto"],
-        "a dictionary": {"auto": 1},
-        "a class": int,
-        "a dtype": torch.float32,
-        "itself": object(),
-    }
-)
+# What may be passed for what is no tensor: a size, a name, a flag, an object.
+NO_TENSORS: Mapping[str, object] = {
+    "None": None, "True": True, "False": False, "zero": 0, "minus one": -1, "a half": 0.5, "two, a float": 2.0,
+    "a huge number": 2**70, "a huge number below zero": -(2**70), "NaN": float("nan"), "infinity": float("inf"),
+    "complex": 1j, "an integer of NumPy's": np.int64(2), "a flag of NumPy's": np.bool_(True),
+    "an array": np.array([1, 2]), "an array of words": np.array(["auto", "fast"]),
+    "a tensor": torch.tensor(2), "a longer tensor": torch.tensor([1, 2]), "a dtype": torch.float32,
+    "a word": "nonsense", "an empty word": "", "bytes": b"auto", "a list": ["auto"], "a dictionary": {"auto": 1},
+    "a class": int, "itself": object(),
+}  # fmt: skip

@@ -1,4 +1,4 @@
-"""What tests of the life of objects use: a small layer, a plan, the warnings for objects that were not closed."""
+"""A small layer, a plan, and the warnings for objects that were not closed."""
 
 import gc
 import warnings
@@ -15,11 +15,10 @@ HIDDEN, HELD, TOP_K = 8, 2, 2
 TOKENS = 3
 
 
-def layer_of(rank: Rank, seed: int = 0) -> list[Tensor]:
+def layer_of(rank: Rank, seed: int = 0, *, hidden: int = HIDDEN, tokens: int = TOKENS) -> list[Tensor]:
     """Leaves of one rank: x (T, H), router_w, w1, w2."""
     generator = torch.Generator().manual_seed(10 * seed + rank.rank)
-    experts = HELD * rank.world_size
-    shapes = ((TOKENS, HIDDEN), (experts, HIDDEN), (HELD, 8, HIDDEN), (HELD, HIDDEN, 4))
+    shapes = ((tokens, hidden), (HELD * rank.world_size, hidden), (HELD, 8, hidden), (HELD, hidden, 4))
     return [torch.randn(shape, generator=generator).to(rank.device).requires_grad_() for shape in shapes]
 
 

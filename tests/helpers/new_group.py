@@ -1,4 +1,4 @@
-"""Collectives over groups of their own: whatever becomes of such a group, the world's stays in order."""
+"""Groups of a test's own, which may fail: that of the world stays usable."""
 
 import re
 import time
@@ -17,9 +17,26 @@ from sonic_ep.testing import Rank
 SLACK_SECONDS = 3.0
 
 
-def collectives_of_a_new_group(rank: Rank, timeout: float) -> BoundedCollectives:
-    """Collective. Of a group of all ranks, in phase exchange of step 7."""
-    collectives = BoundedCollectives(resolve_group(dist.new_group(list(range(rank.world_size)))), timeout)
+def new_process_group(rank: Rank) -> dist.ProcessGroup:
+    """Collective. Of all ranks."""
+    return dist.new_group(list(range(rank.world_size)))
+
+
+@contextmanager
+def own_process_group(rank: Rank) -> Iterator[dist.ProcessGroup]:
+    """Collective. A new group, destroyed at the end."""
+    group = new_process_group(rank)
+    yield group
+    # Destroying a group closes connections at which other ranks still wait.
+    dist.barrier()
+    dist.destroy_process_group(group)
+
+
+def collectives_of_a_new_group(
+    rank: Rank, timeout: float, group: dist.ProcessGroup | None = None
+) -> BoundedCollectives:
+    """Collective. Those of a group, a new one unless given, in phase exchange of step 7."""
+    collectives = BoundedCollectives(resolve_group(group or new_process_group(rank)), timeout)
     collectives.sync_tag = SyncTag(step=Step(number=7), phase=Phase.EXCHANGE)
     dist.barrier()
     return collectives
@@ -27,12 +44,9 @@ def collectives_of_a_new_group(rank: Rank, timeout: float) -> BoundedCollectives
 
 @contextmanager
 def new_group(rank: Rank, timeout: float) -> Iterator[BoundedCollectives]:
-    """Collective. The same, and the group is destroyed at the end."""
-    collectives = collectives_of_a_new_group(rank, timeout)
-    yield collectives
-    # Destroying a group closes connections at which other ranks still wait.
-    dist.barrier()
-    dist.destroy_process_group(collectives.group.process_group)
+    """Collective. The same; the group is destroyed at the end."""
+    with own_process_group(rank) as group:
+        yield collectives_of_a_new_group(rank, timeout, group)
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 import faulthandler
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,19 @@ from sonic_ep.testing.interpreted import install_interpreter
 from sonic_ep.testing.ranks import SETTINGS, starting_context
 
 
+def start_program(folder: Path, source: str, *arguments: str, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """A process that runs ``source`` on the CPU. Standard output and errors are one stream."""
+    script = folder / "program.py"
+    script.write_text(source)
+    settings = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-W", "always", *launcher, str(script), *arguments]
+    return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def output_at_end(process: subprocess.Popen[str]) -> str:
+    return process.communicate(timeout=HANG_SECONDS)[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ended:
     """How a rank ended. seconds: after ``Program.fault``."""
@@ -29,7 +44,7 @@ class Ended:
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """What runs on every rank, with ``arguments`` behind the ``Rank``, and where its output goes."""
+    """``body(program, rank, *arguments)`` on every rank. store_at_rank_0: a server, not a file."""
 
     body: Callable[..., None]
     arguments: tuple[Any, ...]
@@ -41,10 +56,7 @@ class Program:
     store_at_rank_0: bool = False
 
     def run(self) -> list[Ended]:
-        """Run it to its end. A rank that lives after ``patience`` seconds is killed, which its exit code shows.
-
-        The rank ``odd`` is killed as soon as all others have ended, if it has called ``fault``.
-        """
+        """Run to the end. Kills ranks after ``patience`` seconds; and ``odd``, after ``fault``, as the last."""
         context = starting_context()
         ranks = [context.Process(target=run_rank, args=(self, rank)) for rank in range(self.world_size)]
         for process in ranks:
@@ -68,7 +80,6 @@ class Program:
         return self.folder / f"output_of_{rank}"
 
     def store(self, rank: int) -> dist.Store:
-        """A file, or as most programs have it, a server in the process of rank 0."""
         if not self.store_at_rank_0:
             return dist.FileStore(str(self.folder / "store"), self.world_size)
         at = self.folder / "port"
@@ -90,12 +101,10 @@ class Program:
         return self.faulted.exists() and bool(self.faulted.read_text())
 
     def fault(self) -> None:
-        """Record that something goes wrong now."""
         self.faulted.write_text(str(time.time()))
 
 
 def run_rank(program: Program, rank: int) -> None:
-    """The process of a rank. What is not caught is printed, and it ends with code 1."""
     os.environ.update(SETTINGS[program.device_type])
     install_interpreter()
     output = os.open(program.output_of(rank), os.O_CREAT | os.O_WRONLY)

@@ -1,0 +1,123 @@
+"""An error after a call has begun names rank and place, and ends the object, on every rank, where there are several."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from backends import both_backends
+from calls import HIDDEN, call_of, good_call, memory_short, with_trained_experts
+from new_group import own_process_group
+from on_ranks import on_ranks
+from promises import promise
+
+from sonic_ep import ClosedError, ExpertParallel
+from sonic_ep.testing import Rank, RankPool
+
+ODD = 1
+# A rank that waited that long would raise PeerTimeoutError.
+PATIENT_SECONDS = 600.0
+
+
+def interrupted(*arguments: object, **options: object) -> None:
+    raise KeyboardInterrupt
+
+
+# What exchanges rows: in a call, and in a backward.
+EXCHANGES = {
+    "fast": ("sonic_ep.fast.moe_function._pulled", "sonic_ep.fast.exchange.Exchange.rows"),
+    "reference": ("sonic_ep.reference.exchange.Exchange.rows",),
+}
+
+
+def fails_once(rank: Rank, backend: str, fail: Callable[..., None], backward: bool) -> list[str]:
+    """What the second call, or its backward, raises on each rank, and what everything raises that follows."""
+    with own_process_group(rank) as group, pytest.MonkeyPatch.context() as patch:
+        ep = ExpertParallel(group, backend=backend, timeout=PATIENT_SECONDS)
+        call = partial(ep.moe, **with_trained_experts(call_of(rank.world_size)))
+        first = call().y.sum()
+
+        def use() -> None:
+            y = call().y.sum() if backward else None
+            for exchange in EXCHANGES[backend] if rank.rank == ODD else ():
+                patch.setattr(exchange, fail)
+            y.backward() if backward else call().y.sum().backward()
+            call()
+
+        said = [told(work) for work in (use, call, first.backward, ep.check)]
+        # What it holds is given back all the same.
+        ep.close()
+        assert told(call) == said[1]
+    return said
+
+
+def told(work: Callable[[], object]) -> str:
+    with pytest.raises((RuntimeError, KeyboardInterrupt, ClosedError)) as raised:
+        work()
+    return f"{raised.type.__name__}: {raised.value}"
+
+
+@promise("ended-object")
+@pytest.mark.parametrize("backward", [False, True], ids=["call", "backward"])
+@pytest.mark.parametrize("fail", [memory_short, interrupted])
+@both_backends
+def test_an_error_of_one_rank_ends_the_object_on_all(
+    cpu_pool: RankPool, backend: str, fail: Callable[..., None], backward: bool
+) -> None:
+    found = cpu_pool.run(fails_once, backend, fail, backward, world_size=3)
+    why = found[ODD][0]
+    assert why.startswith("KeyboardInterrupt" if fail is interrupted else "OutOfMemoryError: rank 1 of 3: out of")
+    for rank, (first, *later) in enumerate(found):
+        if rank != ODD:
+            assert first.startswith(f"PeerLostError: rank {rank} of 3: rank 1 left ({why}) while it was waited for in")
+        ended = f"ClosedError: rank {rank} of 3: this ExpertParallel has ended: {first}; make a new one after the"
+        assert all(words.startswith(ended) for words in later), later
+
+
+@promise("out-of-memory")
+def test_memory_that_runs_out_is_told_with_the_place() -> None:
+    with ExpertParallel(backend="reference") as ep:
+        x = torch.zeros(1, HIDDEN).expand(2**44, HIDDEN)
+        with pytest.raises(torch.OutOfMemoryError, match=r"rank 0 of 1: out of memory in phase .* of step \d"):
+            ep.moe(**good_call(x=x))
+        expected = "rank 0 of 1: out of memory in phase .* of step .: tried to allocate 2.00 GiB"
+        with pytest.raises(torch.OutOfMemoryError, match=expected), ep._call_guard.one():
+            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+        ep.moe(**good_call())
+
+
+@promise("usable-after-errors", "out-of-memory")
+@both_backends
+@on_ranks(1, pool="cpu_pool")
+def test_memory_that_runs_out_in_backward_is_told_with_the_place(rank: Rank, backend: str) -> None:
+    arguments = with_trained_experts(call_of(1))
+    with ExpertParallel(backend=backend) as ep:
+        ep.moe(**arguments)
+        y = ep.moe(**arguments).y
+        expected = "rank 0 of 1: out of memory in phase .* of step 2: tried to allocate 2.00 GiB"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(EXCHANGES[backend][-1], memory_short)
+            with pytest.raises(torch.OutOfMemoryError, match=expected):
+                y.sum().backward()
+        ep.moe(**arguments).y.sum().backward()
+
+
+@promise("out-of-memory")
+@both_backends
+@on_ranks(1, pool="cuda_pool")
+def test_gpu_memory_that_runs_out_is_told_with_rank_and_place(rank: Rank, backend: str) -> None:
+    """The third call wants more than this process may have any more."""
+    weights = {name: call_of(rank.world_size)[name].to(rank.device) for name in ("router_w", "w1", "w2")}
+    x = torch.randn(2**20, HIDDEN, device=rank.device)
+    with ExpertParallel(backend=backend, max_tokens_per_rank=len(x)) as ep:
+        for tokens in (x[:8], x[:8]):
+            ep.moe(tokens, **weights, top_k=2)
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(rank.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total, rank.device)
+        said = "rank 0 of 1: out of memory in phase .* of step 3: CUDA out of memory"
+        try:
+            with pytest.raises(torch.OutOfMemoryError, match=said):
+                ep.moe(x, **weights, top_k=2)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, rank.device)

@@ -1,0 +1,164 @@
+"""Under PyTorch's modes calls are the same or refused: autocast, compilation, other kinds of derivatives."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from backends import both_backends
+from edge_calls import CALLS, SIZES, tensors_of
+from layer_inputs import layer_inputs, routing_of
+from on_ranks import on_ranks
+from programs import output_at_end, start_program
+from promises import promise
+from same import assert_same_bits
+from torch.autograd import forward_ad
+
+from sonic_ep import EPConfig, ExpertParallel
+from sonic_ep.testing import CASES, Case, Rank, assert_bitwise
+
+CASE = CASES["uniform"]
+
+COMPILED = """
+import sys, torch, sonic_ep.testing
+from sonic_ep import ExpertParallel, MoE
+
+def layer(ep, x, *weights):
+    return (ep.moe(x * 2, *weights, 2).y * 3).sum()
+
+def in_parts(ep, x, *weights):
+    plan = ep.plan(torch.tensor([[0, 1]] * 5), 4)
+    return ep.combine(ep.dispatch(x * 2, plan) * 1.5, torch.ones(5, 2), plan).sum()
+
+shapes = ((5, 8), (4, 8), (4, 8, 8), (4, 8, 4))
+leaves = [torch.randn(shape).requires_grad_() for shape in shapes]
+with ExpertParallel(backend=sys.argv[1]) as ep:
+    for function in (layer, in_parts):
+        expected = function(ep, *leaves)
+        grads = torch.autograd.grad(expected, leaves, allow_unused=True)
+        compiled = torch.compile(function, backend="aot_eager")
+        for _ in range(2):
+            found = compiled(ep, *leaves)
+            assert torch.equal(found, expected)
+            for got, want in zip(torch.autograd.grad(found, leaves, allow_unused=True), grads):
+                assert (got is None and want is None) or torch.equal(got, want)
+    module = MoE(8, 4, num_experts=4, top_k=2, ep=ep)
+    assert torch.equal(torch.compile(module, backend="aot_eager")(leaves[0]).y, module(leaves[0]).y)
+print("as they were")
+"""
+
+
+@promise("compile")
+@pytest.mark.parametrize("backend", ["reference", pytest.param("fast", marks=pytest.mark.fast)])
+def test_calls_in_what_is_compiled_run_as_they_are(backend: str, tmp_path: Path) -> None:
+    process = start_program(tmp_path, COMPILED, backend)
+    said = output_at_end(process)
+    assert process.returncode == 0, said
+    assert "as they were" in said
+
+
+@promise("autocast")
+@pytest.mark.parametrize("case", [CASES["uniform_bf16"], CASES["uneven_tokens"]], ids=lambda case: case.name)
+@both_backends
+@on_ranks(1)
+def test_autocast_changes_no_bit_forward_and_backward(rank: Rank, backend: str, case: Case) -> None:
+    """Or with backward alone under it; and it is on again for the caller's own operations."""
+    x, weights, dy = layer_inputs(rank, case)
+    lower = torch.float16 if case.dtype == torch.bfloat16 else torch.bfloat16
+    for again in (False, True):
+        with ExpertParallel(backend=backend, config=EPConfig(redispatch_x_in_backward=again)) as ep:
+            y = ep.moe(x, *weights, case.top_k).y
+            expected = [y.detach(), *torch.autograd.grad(y, [x, *weights], dy, retain_graph=True)]
+            with torch.autocast(rank.device.type, dtype=lower):
+                late = torch.autograd.grad(y, [x, *weights], dy)
+                before = x * 1
+                seen: list[bool] = []
+
+                def see(*_: object, seen: list[bool] = seen) -> None:
+                    seen.append(torch.is_autocast_enabled(x.device.type))
+
+                before.register_hook(see)
+                before.grad_fn.register_hook(see)
+                within = ep.moe(before, *weights, case.top_k).y
+                found = [within.detach(), *torch.autograd.grad(within, [x, *weights], dy)]
+                assert seen == [True, True]
+                assert torch.mm(x.detach(), x.detach().t()).dtype == lower
+            assert_same_bits((*found, *late), (*expected, *expected[1:]))
+
+
+@promise("second-derivatives")
+@both_backends
+@on_ranks(2)
+def test_second_derivatives_are_refused_not_wrong(rank: Rank, backend: str) -> None:
+    """Refused as soon as a graph of the gradient is asked for, by all ranks alike."""
+    x, weights, dy = layer_inputs(rank, CASE)
+    idx, scores = routing_of(rank, CASE)
+    with ExpertParallel(backend=backend) as ep:
+
+        def loss() -> torch.Tensor:
+            # Without the residual there might be no second derivative.
+            return x.square().sum() + (ep.moe(x, *weights, CASE.top_k).y * dy).sum()
+
+        expected = torch.autograd.grad(loss(), x)
+        plan = ep.plan(idx, CASE.num_experts)
+        rows = torch.zeros(plan.row_capacity, CASE.hidden, device=rank.device, requires_grad=True)
+        of_dispatch = ep.dispatch(x, plan)[: plan.rows()].sum()
+        of_combine = (ep.combine(rows, scores, plan), rows, dy.clone().requires_grad_())
+        for arguments in ((loss(), x), (of_dispatch, x), of_combine):
+            with pytest.raises(RuntimeError, match="create_graph=True"):
+                torch.autograd.grad(*arguments, create_graph=True)
+        assert_same_bits(torch.autograd.grad(loss(), x), expected)
+
+
+@both_backends
+@on_ranks(1)
+def test_a_gradient_without_memory_is_zero(rank: Rank, backend: str) -> None:
+    x, weights, dy = layer_inputs(rank, CASE)
+    with ExpertParallel(backend=backend) as ep:
+        y = ep.moe(x, *weights, CASE.top_k).y
+        y.backward(torch._efficientzerotensor(dy.shape, dtype=dy.dtype, device=dy.device))
+    for leaf in (x, *weights):
+        assert_bitwise(leaf.grad.abs(), torch.zeros_like(leaf))
+
+
+@promise("forward-mode")
+@both_backends
+@on_ranks(1)
+def test_tangents_are_refused_not_lost(rank: Rank, backend: str) -> None:
+    """Each tensor of each call with a tangent, and each function as what ``torch.func.jvp`` differentiates."""
+    with ExpertParallel(backend=backend) as ep:
+        for call in CALLS.values():
+            arguments = call.arguments(ep, rank.device, SIZES)
+            expected = call.outcome(ep, arguments)
+            for name in tensors_of(arguments):
+                given = arguments[name]
+                if not given.is_floating_point():
+                    continue
+                refused = pytest.raises(NotImplementedError, match=f"rank 0 of 1: {name}: got .* tangent")
+
+                def of(tensor: torch.Tensor, name: str = name) -> object:
+                    return call.run(ep, {**arguments, name: tensor})  # noqa: B023
+
+                with refused:
+                    torch.func.jvp(of, (given,), (given,))
+                with forward_ad.dual_level():
+                    dual = forward_ad.make_dual(given, given)
+                    with refused:
+                        of(dual)
+                    # Inside of a function with a rule of its own.
+                    with forward_ad._set_fwd_grad_enabled(False):
+                        of(dual)
+            with forward_ad.dual_level():
+                assert_same_bits(call.outcome(ep, arguments), expected)
+
+
+@promise("forward-mode")
+@both_backends
+@on_ranks(2)
+def test_gradients_with_tangents_are_refused_not_wrong(rank: Rank, backend: str) -> None:
+    """Refused before any communication: backward without one goes on."""
+    x, weights, dy = layer_inputs(rank, CASE)
+    with ExpertParallel(backend=backend) as ep, forward_ad.dual_level():
+        y = ep.moe(x, *weights, CASE.top_k).y
+        with pytest.raises(NotImplementedError, match="a gradient with a tangent"):
+            torch.autograd.grad(y, x, forward_ad.make_dual(dy, dy), retain_graph=True)
+        assert forward_ad.unpack_dual(torch.autograd.grad(y, x, dy)[0]).tangent is None
