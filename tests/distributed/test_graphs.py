@@ -1,9 +1,10 @@
-"""What there is on GPUs only: graphs replayed among eager calls, and calls on changing streams."""
+"""On GPUs only: graphs replayed among eager calls, and calls on changing streams."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from layer_inputs import plan_of
 from on_ranks import on_ranks
 from there_and_back import MODES, Modes, assert_same, both, by_modes, changing, delay, outcome_of
 from torch import Tensor
@@ -24,53 +25,48 @@ def test_graphs_replayed_among_eager_calls(rank: Rank, modes: Modes) -> None:
     with both(modes) as (fast, reference), torch.no_grad():
         idx, x, scores = (tensor[tokens].clone() for tensor in (drawn[0].topk_idx, drawn[0].x, drawn[0].topk_scores))
 
-        def step() -> Tensor:
-            plan = fast.plan(idx, drawn[0].case.num_experts)
-            return fast.combine(fast.dispatch(x, plan).square(), scores, plan)
+        def step(ep: ExpertParallel) -> Tensor:
+            plan = ep.plan(idx, drawn[0].case.num_experts)
+            return ep.combine(ep.dispatch(x, plan).square(), scores, plan)
 
-        step()
+        step(fast)
         graphs = []
         for _ in range(3):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                y = step()
+                y = step(fast)
             graphs.append((graph, y))
         for inputs in drawn[1:]:
             for graph, y in graphs:
                 for buffer, tensor in ((idx, inputs.topk_idx), (x, inputs.x), (scores, inputs.topk_scores)):
                     buffer.copy_(tensor[tokens])
-                plan = reference.plan(idx, inputs.case.num_experts)
-                expected = reference.combine(reference.dispatch(x, plan).square(), scores, plan)
+                expected = step(reference)
                 graph.replay()
                 assert_bitwise(y, expected, "replayed")
-                assert_bitwise(step(), expected, "eager, between replays")
+                assert_bitwise(step(fast), expected, "eager, between replays")
         fast.check()
 
 
 @on_ranks(2, pool="cuda_pool")
 def test_a_graph_outlives_growth(rank: Rank) -> None:
     """A graph keeps the shared memory that it was captured with, also when a larger call has replaced it since."""
-    modes = MODES[2]
     inputs = draw(changing(0), rank.world_size, rank.device)
     wide = draw(replace(changing(1), hidden=512), rank.world_size, rank.device)
     tokens = inputs.tokens_of(rank.rank)
-    with both(modes) as (fast, reference), torch.no_grad():
-        expected = outcome_without_gradients(reference, inputs, rank.rank)
-        outcome_without_gradients(fast, inputs, rank.rank)
-        plan = fast.plan(inputs.topk_idx[tokens], inputs.case.num_experts)
-        x, scores = inputs.x[tokens], inputs.topk_scores[tokens]
+    with both(MODES[2]) as (fast, reference), torch.no_grad():
+        expected = outcome_without_gradients(reference, inputs)
+        outcome_without_gradients(fast, inputs)
+        plan, x, scores = plan_of(fast, inputs), inputs.x[tokens], inputs.topk_scores[tokens]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             y = fast.combine(fast.dispatch(x, plan), scores, plan)
-        found = outcome_without_gradients(fast, wide, rank.rank)
-        assert_bitwise(found, outcome_without_gradients(reference, wide, rank.rank))
+        assert_bitwise(outcome_without_gradients(fast, wide), outcome_without_gradients(reference, wide))
         graph.replay()
         assert_bitwise(y, expected)
 
 
-def outcome_without_gradients(ep: ExpertParallel, inputs: Inputs, rank: int) -> Tensor:
-    tokens = inputs.tokens_of(rank)
-    plan = ep.plan(inputs.topk_idx[tokens], inputs.case.num_experts)
+def outcome_without_gradients(ep: ExpertParallel, inputs: Inputs) -> Tensor:
+    tokens, plan = inputs.tokens_of(ep.rank), plan_of(ep, inputs)
     return ep.combine(ep.dispatch(inputs.x[tokens], plan), inputs.topk_scores[tokens], plan)
 
 
@@ -80,13 +76,13 @@ def test_calls_on_changing_streams(rank: Rank, modes: Modes) -> None:
     inputs = draw(changing(0), rank.world_size, rank.device)
     streams = [torch.cuda.Stream() for _ in range(2)]
     with both(modes) as (fast, reference):
-        expected = outcome_of(reference, inputs, rank.rank)
+        expected = outcome_of(reference, inputs)
         torch.cuda.synchronize()
         for iteration in range(4):
             with torch.cuda.stream(streams[iteration % 2]):
                 if iteration % rank.world_size == rank.rank:
                     delay(rank)
-                found = outcome_of(fast, inputs, rank.rank)
+                found = outcome_of(fast, inputs)
             # No wait for the host in between: the next call, on another stream, has to wait by itself.
             streams[iteration % 2].synchronize() if iteration == 3 else None
         assert_same(found, expected, "on changing streams")
@@ -100,14 +96,12 @@ def test_growth_on_changing_streams(rank: Rank, modes: Modes) -> None:
     Every other call is late on one rank, so that the next one, which grows, finds its barriers under way.
     """
     inputs = draw(changing(0), rank.world_size, rank.device)
-    tokens = inputs.tokens_of(rank.rank)
-    idx, experts = inputs.topk_idx[tokens], inputs.case.num_experts
-    wide = [inputs.x[tokens].repeat(1, 64 * 2**iteration) for iteration in range(6)]
+    wide = [inputs.x[inputs.tokens_of(rank.rank)].repeat(1, 64 * 2**iteration) for iteration in range(6)]
     streams = [torch.cuda.Stream() for _ in range(2)]
     with both(modes) as (fast, reference), torch.no_grad():
-        plan = reference.plan(idx, experts)
+        plan = plan_of(reference, inputs)
         expected = [reference.dispatch(x, plan)[: plan.rows()] for x in wide]
-        plan = fast.plan(idx, experts)
+        plan = plan_of(fast, inputs)
         torch.cuda.synchronize()
         found = []
         with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Calls of the fast layer that share memory: stacks, micro-batches, inference in between; graphs of steps; overflow."""
+"""Calls of the fast layer that share memory: stacks, micro-batches, inference between; graphs of steps; overflow."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -102,19 +102,15 @@ def recorded() -> Iterator[list[str]]:
     from sonic_ep.fast.exchange import Exchange
 
     seen: list[str] = []
+
+    def noting(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *arguments: seen.append(method.__name__) or method(*arguments)
+
     products = product((gemm.LibraryGemm, gemm.LoopGemm, gemm.TritonGemm), ("rows", "weights"))
     with pytest.MonkeyPatch.context() as patch:
         for kind, name in [*products, (Exchange, "sums")]:
-            patch.setattr(kind, name, noting(getattr(kind, name), name, seen))
+            patch.setattr(kind, name, noting(getattr(kind, name)))
         yield seen
-
-
-def noting(method: Callable[..., Tensor], name: str, seen: list[str]) -> Callable[..., Tensor]:
-    def noted(*arguments: object) -> Tensor:
-        seen.append(name)
-        return method(*arguments)
-
-    return noted
 
 
 @promise("x-gradient")
@@ -229,8 +225,7 @@ def test_overflow_is_loud_and_leaves_the_group_usable(rank: Rank, sync: bool) ->
     from sonic_ep.fast.device_errors import PLANS_AHEAD
 
     inputs = draw(CASES["uniform"], rank.world_size, rank.device)
-    tokens, held = inputs.tokens_of(rank.rank), inputs.experts_of(rank.rank)
-    experts = leaf_experts(inputs.experts, held)
+    tokens, experts = inputs.tokens_of(rank.rank), leaf_experts(inputs.experts, inputs.experts_of(rank.rank))
     arguments = (inputs.topk_scores[tokens], experts.w1, experts.w2, experts.b1, experts.b2)
     x = leaf(inputs.x[tokens])
     few = inputs.topk_idx[tokens].clone()
@@ -247,7 +242,7 @@ def test_overflow_is_loud_and_leaves_the_group_usable(rank: Rank, sync: bool) ->
             x_grad, *weight_grads = torch.autograd.grad(y, [x, experts.w1, experts.w2], inputs.dy[tokens])
             assert x_grad.isnan().all()
             for grad in weight_grads:
-                # An expert without a row has zeros, as ever; no other number comes of half a routing.
+                # An expert without a row has zeros.
                 assert grad.isnan().any()
                 assert (grad.isnan() | (grad == 0)).all()
             for _ in range(PLANS_AHEAD - 1):

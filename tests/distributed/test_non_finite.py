@@ -29,28 +29,27 @@ OF_EXPERTS = ("dw1", "dw2", "db1", "db2")
 
 
 def parallels(backend: str) -> Iterator[ExpertParallel]:
-    """One for each combine mode, and with each another dispatch mode."""
+    """One for each combine mode, each with another dispatch mode."""
     for dispatch, combine in DIAGONAL:
         with ExpertParallel(backend=backend, config=EPConfig(dispatch=dispatch, combine=combine)) as ep:
             yield ep
 
 
+# The last rank's.
+POISONED = slice(-len(VALUES), None)
+
+
 def poisoned(inputs: Inputs, name: str) -> Inputs:
-    """The inputs with one value in each of the last tokens: in one feature of x, or as one score."""
+    """The inputs with one value in each poisoned token: in one feature of x, or as one score."""
     tensor = getattr(inputs, name).clone()
-    tensor[poisoned_tokens(inputs), 1] = torch.tensor(VALUES, device=tensor.device)
+    tensor[POISONED, 1] = torch.tensor(VALUES, device=tensor.device)
     return replace(inputs, **{name: tensor})
-
-
-def poisoned_tokens(inputs: Inputs) -> slice:
-    """Where they stand among all: they are the last rank's."""
-    return slice(inputs.x.shape[0] - len(VALUES), None)
 
 
 def others_of(inputs: Inputs, rank: int) -> Tensor:
     """Which of this rank's tokens are not poisoned."""
-    others = torch.ones(inputs.x.shape[0], dtype=torch.bool, device=inputs.x.device)
-    others[poisoned_tokens(inputs)] = False
+    others = torch.ones(len(inputs.x), dtype=torch.bool, device=inputs.x.device)
+    others[POISONED] = False
     return others[inputs.tokens_of(rank)]
 
 
@@ -66,7 +65,7 @@ def assert_others_keep_their_bits(found: Outcome, clean: Outcome, inputs: Inputs
 @both_backends
 def test_a_poisoned_token_or_score_touches_its_own_experts_alone(rank: Rank, backend: str) -> None:
     inputs = draw(SMALL, rank.world_size, rank.device)
-    touched = set(inputs.topk_idx[poisoned_tokens(inputs)].flatten().tolist())
+    touched = set(inputs.topk_idx[POISONED].flatten().tolist())
     hits = [expert in touched for expert in range(SMALL.num_experts)[inputs.experts_of(rank.rank)]]
     assert not all(hits)
     for ep in parallels(backend):
@@ -77,13 +76,13 @@ def test_a_poisoned_token_or_score_touches_its_own_experts_alone(rank: Rank, bac
             for weight in OF_EXPERTS:
                 for expert in (expert for expert, hit in enumerate(hits) if not hit):
                     assert_bitwise(found[weight][expert], clean[weight][expert], weight)
-            # x is what every expert of its token learns from.
+            # Every expert of its token learns from x.
             finite = [bool(grad.isfinite().all()) for grad in found["dw1"]]
             assert name != "x" or finite == [not hit for hit in hits]
 
 
 def whole_numbers(inputs: Inputs) -> Inputs:
-    """Inputs of which nothing is rounded: how many rows a product has then changes none of its bits."""
+    """Nothing is rounded, so that the number of rows of a product changes none of its bits."""
     names = ("x", "dy", "router_w", "dlogits")
     weights = {name: getattr(inputs.experts, name).mul(3).round() for name in ("w1", "w2", "b1", "b2")}
     rounded = {name: getattr(inputs, name).mul(2).round() for name in names}
@@ -102,7 +101,7 @@ def whole_numbers(inputs: Inputs) -> Inputs:
     ],
 )
 def test_poisoned_tokens_before_the_router_change_no_other(rank: Rank, backend: str, case: Case) -> None:
-    """The tokens may go to any experts, but to K of them, each once, and all of them are there."""
+    """The tokens may go to any K experts, each once, and none is lost."""
     inputs = whole_numbers(draw(case, rank.world_size, rank.device))
     for ep in parallels(backend):
         clean, found = run_moe(inputs, ep), run_moe(poisoned(inputs, "x"), ep)
@@ -122,7 +121,7 @@ def test_poisoned_tokens_before_the_router_change_no_other(rank: Rank, backend: 
 @on_ranks(2)
 @both_backends
 def test_what_is_routed_nowhere_yields_exact_zeros_whatever_it_is(rank: Rank, backend: str) -> None:
-    """Whatever stands in what is dropped, and in the gradients that come in for it."""
+    """Also where the incoming gradients of what is dropped are not finite."""
     inputs = draw(DROPPED, rank.world_size, rank.device)
     dropped = inputs.topk_idx < 0
     gone = dropped.all(dim=1)
@@ -130,15 +129,11 @@ def test_what_is_routed_nowhere_yields_exact_zeros_whatever_it_is(rank: Rank, ba
     assert gone[mine].any()
     assert (dropped & ~gone[:, None]).any()
     values = torch.tensor(VALUES, device=rank.device).repeat(len(gone))[: len(gone), None]
-    filled = replace(
-        inputs,
-        x=torch.where(gone[:, None], values, inputs.x),
-        dy=torch.where(gone[:, None], values, inputs.dy),
-        topk_scores=torch.where(dropped, values, inputs.topk_scores),
-    )
+    x, dy = (torch.where(gone[:, None], values, tensor) for tensor in (inputs.x, inputs.dy))
+    filled = replace(inputs, x=x, dy=dy, topk_scores=torch.where(dropped, values, inputs.topk_scores))
     for ep in parallels(backend):
         clean, found = run_routed(inputs, ep), run_routed(filled, ep)
         assert_same_bits(found, clean)
-        for name in ("y", "dx", "dscores"):
-            assert_bitwise(clean[name][gone[mine]], torch.zeros_like(clean[name][gone[mine]]), name)
-        assert_bitwise(clean["dscores"][dropped[mine]], torch.zeros_like(clean["dscores"][dropped[mine]]), "dscores")
+        nowhere = {name: clean[name][gone[mine]] for name in ("y", "dx", "dscores")}
+        for name, tensor in [*nowhere.items(), ("dscores", clean["dscores"][dropped[mine]])]:
+            assert_bitwise(tensor, torch.zeros_like(tensor), name)

@@ -1,10 +1,11 @@
-"""The fast backend as users call it: in inference mode, on odd views, past the bound, at the end and after it."""
+"""The fast backend in inference mode, on odd views, past the bound, at the end and after it."""
 
 import gc
 from collections.abc import Callable
 
 import pytest
 import torch
+from layer_inputs import plan_of
 from on_ranks import on_ranks
 from promises import promise
 from there_and_back import assert_same, outcome_of
@@ -22,7 +23,7 @@ TOKENS = 3
 
 
 def drawn(rank: Rank) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a rank x (T, H), ids (T, 2) and scores (T, 2), others on each."""
+    """This rank's x (T, H), ids (T, 2) and scores (T, 2)."""
     generator = torch.Generator().manual_seed(rank.rank)
     x = torch.randn(TOKENS, HIDDEN, generator=generator)
     idx = torch.rand(TOKENS, EXPERTS_PER_RANK * rank.world_size, generator=generator).argsort(dim=1)[:, :2]
@@ -37,10 +38,11 @@ def there_and_back(ep: ExpertParallel, x: Tensor, idx: Tensor, scores: Tensor) -
 
 def on_both(call: Callable[[ExpertParallel], Tensor], config: EPConfig | None = None) -> None:
     """``call`` gives the same bits on both backends."""
-    with ExpertParallel(backend="fast", config=config or EPConfig(), max_tokens_per_rank=TOKENS) as ep:
-        found = call(ep)
-    with ExpertParallel(backend="reference", config=config or EPConfig(), max_tokens_per_rank=TOKENS) as ep:
-        assert_bitwise(found.detach(), call(ep).detach(), "like the reference")
+    found = []
+    for backend in ("fast", "reference"):
+        with ExpertParallel(backend=backend, config=config or EPConfig(), max_tokens_per_rank=TOKENS) as ep:
+            found.append(call(ep).detach())
+    assert_bitwise(*found)
 
 
 @on_ranks(1, 2)
@@ -88,7 +90,6 @@ def test_rows_at_an_odd_offset(rank: Rank, dispatch: str) -> None:
         x = shifted.detach().requires_grad_()
         y = there_and_back(ep, x, idx, scores)
         torch.cat([y.new_ones(1), y.flatten()]).pow(2).sum().backward()
-        assert x.grad is not None
         return torch.cat([y, x.grad])
 
     on_both(call, EPConfig(dispatch=dispatch, combine="rank_dedup"))
@@ -96,26 +97,21 @@ def test_rows_at_an_odd_offset(rank: Rank, dispatch: str) -> None:
 
 @on_ranks(2, 3)
 def test_nothing_finite_comes_back_past_the_bound(rank: Rank) -> None:
-    """All gradients are NaN, also those of scores whose rows had room, and nothing of the step before is left."""
+    """All gradients are NaN, also those of scores whose rows had room; the step before leaves nothing."""
     inputs = draw(CASES["uniform"], rank.world_size, rank.device)
     tokens = inputs.tokens_of(rank.rank)
-    x = inputs.x[tokens].clone().requires_grad_()
-    scores = inputs.topk_scores[tokens].clone().requires_grad_()
+    x, scores = (tensor[tokens].clone().requires_grad_() for tensor in (inputs.x, inputs.topk_scores))
     experts = inputs.case.num_experts
     crowded = torch.zeros_like(inputs.topk_idx[tokens]) + torch.arange(inputs.case.top_k, device=rank.device)
     most = sum(inputs.case.tokens_of_rank(r) for r in range(rank.world_size)) * inputs.case.top_k - 1
-    config = EPConfig(dispatch="all_to_all", combine="all_to_all", max_rows=most)
-    ep = ExpertParallel(backend="fast", config=config)
+    ep = ExpertParallel(backend="fast", config=EPConfig(dispatch="all_to_all", combine="all_to_all", max_rows=most))
     for idx, fits in ((inputs.topk_idx[tokens], True), (crowded, False)):
         x.grad = scores.grad = None
         plan = ep.plan(idx, experts)
         y = ep.combine(ep.dispatch(x, plan), scores, plan)
         y.backward(inputs.dy[tokens])
-        assert x.grad is not None
-        assert scores.grad is not None
         for tensor in (y, x.grad, scores.grad):
-            assert bool(tensor.isnan().any()) != fits
-            assert fits or bool(tensor.isnan().all())
+            assert not tensor.isnan().any() if fits else tensor.isnan().all()
     with pytest.raises(RowOverflowError, match="max_rows"):
         ep.close()
     with pytest.raises(ClosedError):
@@ -135,8 +131,8 @@ def drawn_with_wrong_ids(rank: Rank) -> tuple[Tensor, Tensor, Tensor]:
 def test_wrong_ids_do_not_pass(rank: Rank, exact: bool) -> None:
     """They are found where the host reads sizes, or at the end."""
     x, idx, scores = drawn_with_wrong_ids(rank)
-    size, last = rank.world_size, rank.world_size - 1
-    said = f"rank {rank.rank} of {size}: topk_idx: got expert ids out of range on rank {last}"
+    size = rank.world_size
+    said = f"rank {rank.rank} of {size}: topk_idx: got expert ids out of range on rank {size - 1}"
     ep = ExpertParallel(backend="fast", config=EPConfig(cpu_sync_on_runtime=exact), max_tokens_per_rank=TOKENS)
     if exact:
         with ep, pytest.raises(ValueError, match=said):
@@ -148,7 +144,7 @@ def test_wrong_ids_do_not_pass(rank: Rank, exact: bool) -> None:
 
 @on_ranks(2)
 def test_an_error_of_the_callers_comes_through(rank: Rank) -> None:
-    """What the caller sees is his own error, not what the plan has found."""
+    """The caller sees their own error, not the plan's."""
     _, idx, _ = drawn_with_wrong_ids(rank)
     ep = ExpertParallel(backend="fast", max_tokens_per_rank=TOKENS)
 
@@ -168,13 +164,12 @@ def test_a_default_device_changes_nothing(rank: Rank) -> None:
     inputs = draw(CASES["uniform"], rank.world_size, rank.device)
     expected = {}
     for backend in ("reference", "fast"):
-        # Where nothing can be stored, what is made there by mistake fails at once.
+        # Tensors made on meta by mistake fail at once.
         with torch.device("meta"):
             ep = ExpertParallel(backend=backend)
-            plan_only = inputs.topk_idx[inputs.tokens_of(rank.rank)]
             if backend == "fast":
-                ep.plan(plan_only, inputs.case.num_experts)
-        found = outcome_of(ep, inputs, rank.rank)
+                plan_of(ep, inputs)
+        found = outcome_of(ep, inputs)
         assert_same(found, expected or found, "with another default device")
         expected = found
         ep.close()
@@ -189,7 +184,7 @@ def test_a_huge_bound_is_none(rank: Rank) -> None:
 
 @on_ranks(2)
 def test_what_was_gathered_is_the_callers_to_drop(rank: Rank) -> None:
-    """No tensor of the size of a gathered x is alive after its user has dropped it."""
+    """No tensor of the size of a gathered x outlives its user."""
     x, idx, _ = drawn(rank)
     size = (TOKENS * rank.world_size, HIDDEN)
     config = EPConfig(dispatch="all_gather")
@@ -206,7 +201,6 @@ def test_what_was_gathered_is_the_callers_to_drop(rank: Rank) -> None:
 
 @on_ranks(2, pool="cuda_pool")
 def test_a_gather_can_be_awaited_on_several_streams(rank: Rank) -> None:
-    """Each stream that waits gets the whole result, also if another has waited before."""
     from sonic_ep.fast.copy_engine import CopyEngineGather
     from sonic_ep.fast.workspace import Workspace
 

@@ -1,4 +1,4 @@
-"""No gradient and no result holds memory that nobody wrote: fresh memory of these ranks reads as NaN."""
+"""No gradient and no result holds unwritten memory: fresh memory of these ranks reads as NaN."""
 
 from dataclasses import replace
 
@@ -17,12 +17,7 @@ from sonic_ep import EPConfig, ExpertParallel
 from sonic_ep.testing import CASES, Case, Rank, assert_bitwise, draw
 from sonic_ep.testing.oracle import leaf, leaf_experts
 
-FLAGS = [
-    {},
-    {"redispatch_x_in_backward": True},
-    {"cpu_sync_on_runtime": True},
-    {"max_rows": 1000},
-]
+FLAGS = [{}, {"redispatch_x_in_backward": True}, {"cpu_sync_on_runtime": True}, {"max_rows": 1000}]
 
 
 def small(case: Case) -> Case:
@@ -31,7 +26,6 @@ def small(case: Case) -> Case:
     return replace(case, tokens=tokens, hidden=8, intermediate=4, num_experts=8, top_k=2)
 
 
-@promise("written")
 @promise("written")
 @on_ranks(1, 2)
 @both_backends
@@ -51,7 +45,7 @@ def test_rows_without_a_slot_have_the_gradient_zero(rank: Rank, backend: str) ->
 
 
 def scaled_and_shifted(rank: Rank, case: Case, backend: str, config: EPConfig) -> list[Tensor]:
-    """Gradients of a scale and a bias for all rows, whose sums run over the rows that are not valid too."""
+    """Gradients of a scale and a bias, whose sums run over invalid rows too."""
     idx, scores = routing_of(rank, case)
     x = layer_inputs(rank, case)[0]
     with ExpertParallel(backend=backend, config=config) as ep:
@@ -64,7 +58,6 @@ def scaled_and_shifted(rank: Rank, case: Case, backend: str, config: EPConfig) -
             return list(torch.autograd.grad(y.sum(), [scale, bias]))
 
 
-@promise("written")
 @promise("written")
 @on_ranks(1, 2)
 @pytest.mark.fast
@@ -79,23 +72,21 @@ def test_sums_over_all_rows_are_those_of_the_reference(rank: Rank, modes: Modes)
 def assert_written(tensors: dict[str, Tensor | None], what: str) -> None:
     for name, tensor in tensors.items():
         if tensor is not None:
-            assert bool(tensor.isfinite().all()), f"{what}: {name} holds memory that nobody wrote"
+            assert bool(tensor.isfinite().all()), f"{what}: {name} holds unwritten memory"
 
 
-@promise("written")
 @promise("written")
 @on_ranks(2)
 @pytest.mark.parametrize("case", ["dropped_slots_bf16", "empty_experts", "zero_token_ranks", "no_tokens_at_all"])
 @both_backends
 def test_everything_handed_out_is_written(rank: Rank, backend: str, case: str) -> None:
-    """Where some slots, tokens, experts or ranks have nothing to do."""
     for number, flags in enumerate(FLAGS):
         dispatch, combine = DIAGONAL[number % len(DIAGONAL)]
         everything(rank, small(CASES[case]), backend, EPConfig(dispatch=dispatch, combine=combine, **flags))
 
 
 def everything(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
-    """Every tensor that calls and their backwards hand out, but for what dispatch leaves past the valid rows."""
+    """Every tensor of calls and their backwards, but for rows of dispatch past the valid ones."""
     inputs = draw(case, rank.world_size, rank.device)
     idx, scores = routing_of(rank, case)
     held = leaf_experts(inputs.experts, inputs.experts_of(rank.rank))

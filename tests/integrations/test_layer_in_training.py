@@ -126,7 +126,6 @@ def every_other(tensor: Tensor) -> Tensor:
 
 
 @promise("unpacked")
-@promise("unpacked")
 @on_ranks(2)
 @by_backend_and_flags
 def test_what_is_saved_may_come_back_in_another_layout(rank: Rank, backend: str, flags: dict[str, bool]) -> None:

@@ -270,12 +270,12 @@ def test_two_runs_beside_each_other(recorded: Any) -> None:
     second = replace(recorded, backend="fast", logits=logits)
     outcomes = [runs.train_densely(settings, run, device) for run in (recorded, second)]
     soak = module_of_example("lm_soak").soaked(outcomes, [recorded, second], settings, device)
-    (mismatch,) = soak.mismatch
-    assert mismatch["runs"] == ["reference", "fast"]
-    assert mismatch["tokens_that_chose_otherwise"] == 1
-    assert mismatch["tokens"] == 2 * sum(step.shape[1] for step in recorded.logits)
-    assert mismatch["largest_loss_difference"] == 0
+    (apart,) = soak.apart
+    assert apart["runs"] == ["reference", "fast"]
+    assert apart["tokens_that_chose_otherwise"] == 1
+    assert apart["tokens"] == 2 * sum(step.shape[1] for step in recorded.logits)
+    assert apart["largest_loss_difference"] == 0
     # What is asked to differ here is the fp64 run alone, and by more than rounding.
-    assert mismatch["of_dense_fp64"] > 0
-    assert mismatch["most_of_bound"] > 1
+    assert apart["of_dense_fp64"] > 0
+    assert apart["most_of_bound"] > 1
     assert any("1 of " in line and "chose otherwise" in line for line in soak.lines())

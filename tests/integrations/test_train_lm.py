@@ -297,10 +297,7 @@ def agreement_of(comparison: ModuleType, run: dict[str, Any], shift: float) -> A
     gaps = [
         comparison.Gap(tested=tested + shift, plain=plain, size=loss)
         for tested, plain, loss in zip(
-            distances["expert_parallel"],
-            distances["dense_fp32"],
-            run["losses"]["dense_fp64"],
-            strict=True,
+            distances["expert_parallel"], distances["dense_fp32"], run["losses"]["dense_fp64"], strict=True
         )
     ]
     return comparison.agreement("losses", gaps)
