@@ -1,9 +1,7 @@
-"""FSDP2 around a layer: parameters are freed after forward, gathered for backward, and gradients are those without it.
+"""FSDP2 around a layer, over ranks that hold the same experts: gradients are those without it."""
 
-FSDP shards over ranks that hold the same experts: EP groups of one rank, or EP 2 times data 2.
-"""
-
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -39,23 +37,17 @@ class Net(nn.Module):
         return self.back(y)
 
 
-def alone(rank: Rank) -> dist.ProcessGroup | None:
-    """A group of this rank alone."""
-    return [dist.new_group([other]) for other in range(rank.world_size)][rank.rank]
-
-
-def in_place(layer: nn.Module, x: Tensor) -> Tensor:
-    y = layer(x).y
-    y += x
-    return y
-
-
-def out_of_place(layer: nn.Module, x: Tensor) -> Tensor:
-    return layer(x).y + x
+@contextmanager
+def alone(rank: Rank, backend: str) -> Iterator[tuple[ExpertParallel, DeviceMesh]]:
+    """A group of this rank alone, and the mesh of all ranks."""
+    mesh = init_device_mesh(rank.device.type, (rank.world_size,))
+    own = [dist.new_group([other]) for other in range(rank.world_size)][rank.rank]
+    with ExpertParallel(own, backend=backend) as ep:
+        yield ep, mesh
 
 
 def gradients_of(module: nn.Module, rank: Rank, call: Callable[[nn.Module, Tensor], Tensor]) -> Gradients:
-    """Of this rank's x and of every parameter, whole; None where there is none."""
+    """Of this rank's x and of every parameter, unsharded."""
     module.zero_grad()
     torch.manual_seed(10 + rank.rank)
     x = torch.randn(TOKENS, HIDDEN, device=rank.device, requires_grad=True)
@@ -68,7 +60,7 @@ def gradients_of(module: nn.Module, rank: Rank, call: Callable[[nn.Module, Tenso
 
 
 def averaged(gradients: Gradients, mesh: DeviceMesh) -> Gradients:
-    """Those of parameters as FSDP averages them; that of x stays this rank's own."""
+    """Gradients of parameters as FSDP averages them."""
     for name, gradient in gradients.items():
         if gradient is not None and name != "x":
             dist.all_reduce(gradient, group=mesh.get_group())
@@ -81,20 +73,19 @@ def assert_same(found: Gradients, expected: Gradients) -> None:
     for name, want in expected.items():
         got = found[name]
         assert got is not None, f"no gradient of {name}"
-        assert want is not None
-        # FSDP's hooks stand between the terms of a sum of three, which is taken in another order then.
+        # FSDP's hooks change the order of a sum of three terms.
         error = (got - want).norm() / want.norm()
         assert error <= 4 * torch.finfo(want.dtype).eps, f"{name}: {error}"
 
 
 def assert_sharded_layer_is_right(rank: Rank, ep: ExpertParallel, mesh: DeviceMesh, reshard: bool) -> None:
-    """The layer as the root of FSDP: its output is written in place, and backward gathers what forward has freed."""
+    """The layer as the root of FSDP, its output written in place."""
     torch.manual_seed(3)
     layer = MoE(HIDDEN, 4, 4, 2, ep=ep, bias=True, device=rank.device)
-    expected = averaged(gradients_of(layer, rank, out_of_place), mesh)
+    expected = averaged(gradients_of(layer, rank, lambda layer, x: layer(x).y + x), mesh)
     layer.zero_grad()
     fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
-    assert_same(gradients_of(layer, rank, in_place), expected)
+    assert_same(gradients_of(layer, rank, lambda layer, x: layer(x).y.add_(x)), expected)
 
 
 @promise("fsdp")
@@ -102,8 +93,7 @@ def assert_sharded_layer_is_right(rank: Rank, ep: ExpertParallel, mesh: DeviceMe
 @pytest.mark.parametrize("reshard", [True, False])
 @both_backends
 def test_a_sharded_layer_whose_output_is_written_in_place(rank: Rank, backend: str, reshard: bool) -> None:
-    mesh = init_device_mesh(rank.device.type, (rank.world_size,))
-    with ExpertParallel(alone(rank), backend=backend) as ep:
+    with alone(rank, backend) as (ep, mesh):
         assert_sharded_layer_is_right(rank, ep, mesh, reshard)
 
 
@@ -111,8 +101,7 @@ def test_a_sharded_layer_whose_output_is_written_in_place(rank: Rank, backend: s
 @on_ranks(2)
 @both_backends
 def test_a_sharded_layer_inside_a_sharded_net(rank: Rank, backend: str) -> None:
-    mesh = init_device_mesh(rank.device.type, (rank.world_size,))
-    with ExpertParallel(alone(rank), backend=backend) as ep:
+    with alone(rank, backend) as (ep, mesh):
         torch.manual_seed(3)
         net = Net(ep, rank.device)
         expected = averaged(gradients_of(net, rank, nn.Module.__call__), mesh)
@@ -126,7 +115,6 @@ def test_a_sharded_layer_inside_a_sharded_net(rank: Rank, backend: str) -> None:
 @on_ranks(4, pool="cpu_pool")
 @both_backends
 def test_groups_of_two_ranks_whose_replicas_are_sharded(rank: Rank, backend: str) -> None:
-    """Four ranks, two to an EP group: ranks with the same experts share them by FSDP."""
     mesh = init_device_mesh(rank.device.type, (2, 2), mesh_dim_names=("data", "expert"))
     with ExpertParallel(mesh["expert"], backend=backend) as ep:
         assert_sharded_layer_is_right(rank, ep, mesh["data"], reshard=True)

@@ -32,19 +32,18 @@ def saving(wanted: Callable[[Any, tuple[Any, ...], dict[str, Any]], bool]) -> Po
 
 
 def is_copy_to_host(operation: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
-    """As torchtitan's policy has it, for sizes that an exchange brings to the host."""
+    """As torchtitan's policy has it."""
     return operation is torch.ops.aten._to_copy.default and torch.device(options.get("device", "meta")).type == "cpu"
 
 
 def every_second_product() -> Policy:
-    """Saves the first, third, ... product of forward, and the same ones in recompute, as torchtitan's policy does."""
+    """Saves the first, third, ... product, as torchtitan's policy does."""
     seen: Counter[tuple[bool, str]] = Counter()
 
     def policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-        if operation not in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-            return RUN_AGAIN
-        seen[context.is_recompute, str(operation)] += 1
-        return SAVE if seen[context.is_recompute, str(operation)] % 2 else RUN_AGAIN
+        key = context.is_recompute, str(operation)
+        seen[key] += operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return SAVE if seen[key] % 2 else RUN_AGAIN
 
     return policy
 
@@ -62,7 +61,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 }
 
 
-# On the fast backend a policy sees no operation of the layer, so one that would save them all is as good as any.
+# A policy sees no operation of the fast backend.
 INTERPRETED = ["everything", "copies"]
 
 
@@ -70,17 +69,15 @@ INTERPRETED = ["everything", "copies"]
 @on_ranks(2)
 @by_backend_and_flags
 def test_gradients_are_the_same_whatever_a_policy_saves(rank: Rank, backend: str, flags: dict[str, bool]) -> None:
-    case, config = CASE, EPConfig(**flags)
-    x, weights, dy = layer_inputs(rank, case)
-    idx, scores = routing_of(rank, case)
+    x, weights, dy = layer_inputs(rank, CASE)
+    idx, scores = routing_of(rank, CASE)
     scores = scores.clone().requires_grad_()
-    with ExpertParallel(backend=backend, config=config, check_collective=True) as ep:
+    with ExpertParallel(backend=backend, config=EPConfig(**flags), check_collective=True) as ep:
 
         def layer(x: Tensor, scores: Tensor) -> Tensor:
-            """The whole layer, its routing given, and its three steps, one after the other."""
-            y = ep.moe(x, *weights, case.top_k).y
+            y = ep.moe(x, *weights, CASE.top_k).y
             y = y + ep.moe_routed(x * 2, idx, scores, *weights[1:])
-            plan = ep.plan(idx, case.num_experts)
+            plan = ep.plan(idx, CASE.num_experts)
             return y + ep.combine(ep.dispatch(x * 3, plan), scores, plan)
 
         leaves = [x, scores, *weights]
@@ -106,14 +103,13 @@ class Products(TorchDispatchMode):
 @promise("selective-checkpoint")
 @on_ranks(2, pool="cpu_pool")
 def test_products_of_the_reference_are_saved_where_a_policy_says_so(rank: Rank) -> None:
-    """The reference's own products are ordinary operations: a policy need not compute them again."""
-    case = CASE
-    x, weights, dy = layer_inputs(rank, case)
+    """The reference's products are ordinary operations."""
+    x, weights, dy = layer_inputs(rank, CASE)
     counts = []
     with ExpertParallel(backend="reference") as ep:
 
         def layer(x: Tensor) -> Tensor:
-            return ep.moe(x, *weights, case.top_k).y
+            return ep.moe(x, *weights, CASE.top_k).y
 
         with Products() as products:
             layer(x)

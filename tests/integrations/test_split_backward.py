@@ -31,10 +31,7 @@ LOSS = nn.MSELoss(reduction="sum")
 @pytest.mark.parametrize(("top_k", "balanced"), [(3, False), (6, True)])
 @both_backends
 def test_backward_in_two_halves(rank: Rank, backend: str, top_k: int, balanced: bool) -> None:
-    """Fewer choices than experts, and all of them: then gradients of logits and of scores have one shape.
-
-    balanced: whether the loss has a share of the logits, as one that balances experts has.
-    """
+    """With fewer choices than experts, and with all. balanced: whether the loss has a term of the logits."""
     x, weights, dy = layer_inputs(rank, CASE)
     with ExpertParallel(backend=backend) as ep:
 
@@ -54,44 +51,39 @@ def test_backward_in_two_halves(rank: Rank, backend: str, top_k: int, balanced: 
 @on_ranks(1)
 @both_backends
 def test_a_graph_is_freed_with_its_result(rank: Rank, backend: str) -> None:
-    """What a forward keeps is freed with its result, after half a backward, a whole one, or none at all."""
+    """What a forward keeps is freed with its result, after half a backward, a whole one, or none."""
     x = torch.randn(TOKENS, HIDDEN, device=rank.device, requires_grad=True)
-    # A gradient that its owner keeps.
     dy = torch.ones_like(x).detach()
     with ExpertParallel(backend=backend) as ep:
         layer = MoE(HIDDEN, 4, EXPERTS, 2, ep=ep, device=rank.device)
 
-        def nothing(y: Tensor) -> None:
-            """No backward."""
+        def first_half(y: Tensor) -> Any:
+            return stage_backward_input([y.sum()], None, [x], layer.parameters())
 
-        def first_half(y: Tensor) -> None:
-            stage_backward_input([y.sum()], None, [x], layer.parameters())
-
-        def both_halves(y: Tensor) -> None:
-            stage_backward_weight(layer.parameters(), stage_backward_input([y.sum()], None, [x], layer.parameters())[1])
-
-        def given_and_retained(y: Tensor) -> None:
-            torch.autograd.grad(y, x, dy, retain_graph=True)
-
+        runs = {
+            "none": lambda y: None,
+            "first half": first_half,
+            "both halves": lambda y: stage_backward_weight(layer.parameters(), first_half(y)[1]),
+            "given and retained": lambda y: torch.autograd.grad(y, x, dy, retain_graph=True),
+        }
         # Reference cycles of Python would be collected; those through nodes of autograd never are.
         gc.disable()
         try:
-            for run in (nothing, first_half, both_halves, given_and_retained):
+            for name, run in runs.items():
                 freed: list[str] = []
-                y = layer(x).y
-                marker = Marker()
-                weakref.finalize(marker, freed.append, run.__name__)
+                y, marker = layer(x).y, Marker()
+                weakref.finalize(marker, freed.append, name)
                 node_of_function(y).metadata["marker"] = marker
                 del marker
                 run(y)
                 del y
-                assert freed == [run.__name__]
+                assert freed == [name]
         finally:
             gc.enable()
 
 
 class Marker:
-    """Something whose end can be seen."""
+    """Its end can be seen."""
 
 
 def node_of_function(y: Tensor) -> Any:
@@ -117,7 +109,7 @@ class Block(nn.Module):
 @on_ranks(2)
 @both_backends
 def test_an_interleaved_schedule_that_splits_backward(rank: Rank, backend: str) -> None:
-    """Four stages on two ranks, each of which is an EP group of its own, in the schedule that splits every backward."""
+    """Four stages on two ranks, each of which is an EP group of its own."""
     groups = [dist.new_group([other]) for other in range(rank.world_size)]
     count = 2 * rank.world_size
     mine = [rank.rank, rank.world_size + rank.rank]
@@ -126,10 +118,7 @@ def test_an_interleaved_schedule_that_splits_backward(rank: Rank, backend: str) 
         blocks = [Block(ep, rank.device) for _ in range(count)]
         x = torch.randn(count * TOKENS, HIDDEN, device=rank.device)
         target = torch.randn_like(x)
-        y = x
-        for block in blocks:
-            y = block(y)
-        LOSS(y, target).backward()
+        LOSS(nn.Sequential(*blocks)(x), target).backward()
         expected = {place: [p.grad for p in blocks[place].parameters()] for place in mine}
         for place in mine:
             blocks[place].zero_grad()
