@@ -1,4 +1,4 @@
-"""FSDP2 around a layer, over ranks with the same experts, and backward in two halves, as zero-bubble pipelines run it."""
+"""FSDP2 over ranks with the same experts, and backward in two halves, as zero-bubble pipelines run it."""
 
 import gc
 import weakref
