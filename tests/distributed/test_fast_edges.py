@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_one_row_or_none_and_odd_views(rank: Rank) -> None:
 
 @on_ranks(2)
 def test_counts_are_the_callers(rank: Rank) -> None:
-    """What the layer returns is the caller's: counts summed over replicas in place are no overflow of the plan."""
+    """Counts changed in place are no overflow of the plan."""
     weights, x = small_layer(rank), numbers(rank, 3, HIDDEN).requires_grad_()
     with ExpertParallel(backend="fast", config=EPConfig(max_rows=6 * rank.world_size)) as ep:
         expected = torch.autograd.grad(ep.moe(x, *weights, 2).y.sum(), [x, *weights])
@@ -70,7 +71,7 @@ def test_counts_are_the_callers(rank: Rank) -> None:
 @on_ranks(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_exact_sizes_change_no_bit_of_long_sums(rank: Rank, dtype: torch.dtype) -> None:
-    """Where own kernels multiply, exact sizes cut no sum up differently: one expert has most rows, with ample room."""
+    """Exact sizes do not change the order of sums in own kernels: one expert has most rows, with ample room."""
     sizes = {"tokens": (150,), "hidden": 9, "intermediate": 5, "num_experts": 4, "top_k": 2}
     case = Case(name="many", dtype=dtype, choose=uniform, **sizes)
     inputs = draw(case, rank.world_size, rank.device)
@@ -90,7 +91,6 @@ def test_a_first_call_that_is_checkpointed_allocates_nothing_in_backward(rank: R
     with pytest.MonkeyPatch.context() as patch, ExpertParallel(backend="fast", config=AGAIN) as ep:
         transport = ep._backend._context(rank.device).workspace._transport
         allocate = transport.allocate
-
         patch.setattr(transport, "allocate", lambda n, byte: sizes.append(n) or allocate(n, byte))
         y = checkpoint(lambda x: ep.moe(x, *weights, 2).y, x, use_reentrant=True)
         before = len(sizes)
@@ -121,15 +121,16 @@ def test_products_read_no_row_past_the_bound(rank: Rank, dtype: torch.dtype) -> 
     tokens, experts = inputs.tokens_of(rank.rank), leaf_experts(inputs.experts, inputs.experts_of(rank.rank))
     told = []
 
-    def noted(product: object, self: object, a: Tensor, b: Tensor, ends: Tensor, *more: Tensor) -> Tensor:
-        told.append((int(ends[-1]), a.shape[0]))
-        return product(self, a, b, ends, *more)
+    def noting(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def noted(self: object, a: Tensor, b: Tensor, ends: Tensor, *more: Tensor) -> Tensor:
+            told.append((int(ends[-1]), a.shape[0]))
+            return method(self, a, b, ends, *more)
+
+        return noted
 
     with pytest.MonkeyPatch.context() as patch:
-        for kind in (gemm.LibraryGemm, gemm.LoopGemm, gemm.TritonGemm):
-            for name in ("rows", "weights"):
-                product = getattr(kind, name)
-                patch.setattr(kind, name, lambda self, *a, product=product: noted(product, self, *a))
+        for kind, name in product((gemm.LibraryGemm, gemm.LoopGemm, gemm.TritonGemm), ("rows", "weights")):
+            patch.setattr(kind, name, noting(getattr(kind, name)))
         with ExpertParallel(backend="fast", config=EPConfig(max_rows=9)) as ep:
             x = leaf(inputs.x[tokens])
             y = ep.moe_routed(x, inputs.topk_idx[tokens], inputs.topk_scores[tokens], experts.w1, experts.w2)
@@ -145,12 +146,14 @@ EXPERTS_PER_RANK = 2
 TOKENS = 3
 
 
-def drawn(rank: Rank) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's x (T, H), ids (T, 2) and scores (T, 2)."""
+def drawn(rank: Rank, wrong_id: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's x (T, H), ids (T, 2) and scores (T, 2). wrong_id: on the last rank."""
     generator = torch.Generator().manual_seed(rank.rank)
     x = torch.randn(TOKENS, HIDDEN, generator=generator)
     idx = torch.rand(TOKENS, EXPERTS_PER_RANK * rank.world_size, generator=generator).argsort(dim=1)[:, :2]
     scores = torch.rand(TOKENS, 2, generator=generator)
+    if wrong_id and rank.rank == rank.world_size - 1:
+        idx[1, 1] = 77
     return x.to(rank.device), idx.to(rank.device), scores.to(rank.device)
 
 
@@ -184,11 +187,10 @@ def test_inference_before_training(rank: Rank) -> None:
         return torch.cat([y, there_and_back(ep, wide, idx, scores)], dim=1)
 
     on_both(call)
-    wrong = torch.full_like(idx, 77)
     with ExpertParallel(backend="fast", max_tokens_per_rank=TOKENS) as ep:
         with torch.inference_mode():
             there_and_back(ep, x, idx, scores)
-        ep.plan(wrong, EXPERTS_PER_RANK * rank.world_size)
+        ep.plan(torch.full_like(idx, 77), EXPERTS_PER_RANK * rank.world_size)
         with pytest.raises(ValueError, match="out of range"):
             ep.check()
         ep.check()
@@ -241,19 +243,12 @@ def test_nothing_finite_comes_back_past_the_bound(rank: Rank) -> None:
         ep.plan(crowded, experts)
 
 
-def drawn_with_wrong_ids(rank: Rank) -> tuple[Tensor, Tensor, Tensor]:
-    x, idx, scores = drawn(rank)
-    if rank.rank == rank.world_size - 1:
-        idx[1, 1] = 77
-    return x, idx, scores
-
-
 @promise("device-flags")
 @on_ranks(1, 2)
 @pytest.mark.parametrize("exact", [True, False])
 def test_wrong_ids_do_not_pass(rank: Rank, exact: bool) -> None:
     """They are found where the host reads sizes, or at the end."""
-    x, idx, scores = drawn_with_wrong_ids(rank)
+    x, idx, scores = drawn(rank, wrong_id=True)
     size = rank.world_size
     said = f"rank {rank.rank} of {size}: topk_idx: got expert ids out of range on rank {size - 1}"
     ep = ExpertParallel(backend="fast", config=EPConfig(cpu_sync_on_runtime=exact), max_tokens_per_rank=TOKENS)
@@ -268,7 +263,7 @@ def test_wrong_ids_do_not_pass(rank: Rank, exact: bool) -> None:
 @on_ranks(2)
 def test_an_error_of_the_callers_comes_through(rank: Rank) -> None:
     """The caller sees their own error, not the plan's."""
-    _, idx, _ = drawn_with_wrong_ids(rank)
+    _, idx, _ = drawn(rank, wrong_id=True)
     ep = ExpertParallel(backend="fast", max_tokens_per_rank=TOKENS)
 
     def fail() -> None:
@@ -310,14 +305,13 @@ def test_what_was_gathered_is_the_callers_to_drop(rank: Rank) -> None:
     """No tensor of the size of a gathered x outlives its user."""
     x, idx, _ = drawn(rank)
     size = (TOKENS * rank.world_size, HIDDEN)
-    config = EPConfig(dispatch="all_gather")
 
     def alive() -> int:
         gc.collect()
         return sum(isinstance(thing, Tensor) and thing.shape == size for thing in gc.get_objects())
 
     before = alive()
-    with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=TOKENS) as ep, torch.no_grad():
+    with ExpertParallel(backend="fast", config=EPConfig(dispatch="all_gather")) as ep, torch.no_grad():
         ep.dispatch(x, ep.plan(idx, EXPERTS_PER_RANK * rank.world_size))
         assert alive() == before
 

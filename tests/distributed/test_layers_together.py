@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +91,7 @@ def test_micro_batches_add_up_with_inference_between(rank: Rank, flags: dict[str
                 weight.grad = None
             for batch in (x, other):
                 y = ep.moe(batch, *weights, case.top_k).y
-                # What backward needs may not be in memory that this uses.
+                # It may not use memory that backward needs.
                 with quiet:
                     assert_bitwise(ep.moe(other, *weights, case.top_k).y, inferred)
                 y.backward(dy)
@@ -126,12 +128,12 @@ def recorded() -> Iterator[list[str]]:
     ],
 )
 def test_only_what_is_required_is_computed(rank: Rank, need: str, calls: list[str]) -> None:
-    """Products and combines of a backward in which no rank wants dx, or none wants gradients of experts."""
+    """Where no rank wants dx, or none wants gradients of experts."""
     case = CASES["uniform"]
     x, (router_w, w1, w2), dy = layer_inputs(rank, case)
     wanted = {"experts": (w1, w2), "x": (x,)}[need]
     for tensor in (x, router_w, w1, w2):
-        tensor.requires_grad_(any(tensor is want for want in wanted))
+        tensor.requires_grad_(tensor in set(wanted))
     with ExpertParallel(backend="fast") as ep:
         y = ep.moe(x, router_w, w1, w2, case.top_k).y
         with recorded() as seen:
@@ -148,6 +150,13 @@ def step_of(ep: ExpertParallel, case: Case, x: Tensor, weights: list[Tensor], dy
         return [y.detach(), *torch.autograd.grad(y, [x, *weights], dy)]
 
     return step
+
+
+def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph, result
 
 
 @promise("graphs")
@@ -170,17 +179,15 @@ def test_a_graph_of_a_step_equals_eager_bit_for_bit(
             for _ in range(3):
                 step()
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
+        graph, outcome = captured(step)
         for seed in range(3):
             fresh = torch.Generator(rank.device).manual_seed(10 * seed + rank.rank)
             with torch.no_grad():
                 for tensor in (x, dy, *weights[1:]):
                     tensor.copy_(torch.randn(tensor.shape, generator=fresh, device=rank.device) * 0.2)
             graph.replay()
-            replay = [tensor.clone() for tensor in captured]
-            assert_same_bits(replay, step(), f"of replay {seed}")
+            replayed = [tensor.clone() for tensor in outcome]
+            assert_same_bits(replayed, step(), f"of replay {seed}")
         ep.check()
 
 
@@ -256,7 +263,7 @@ def test_overflow_is_loud_and_leaves_the_group_usable(rank: Rank, sync: bool) ->
 @on_ranks(1, 2, pool="cuda_pool")
 @by_modes
 def test_graphs_replayed_among_eager_calls(rank: Rank, modes: Modes) -> None:
-    """Three graphs, each replayed three times with new inputs, and eager calls of other shapes in between."""
+    """Three graphs, each replayed three times with new inputs, and eager calls in between."""
     drawn = [draw(changing(0), rank.world_size, rank.device)]
     drawn += [draw(replace(drawn[0].case, seed=seed), rank.world_size, rank.device) for seed in (7, 8, 9)]
     tokens = drawn[0].tokens_of(rank.rank)
@@ -268,12 +275,7 @@ def test_graphs_replayed_among_eager_calls(rank: Rank, modes: Modes) -> None:
             return ep.combine(ep.dispatch(x, plan).square(), scores, plan)
 
         step(fast)
-        graphs = []
-        for _ in range(3):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                y = step(fast)
-            graphs.append((graph, y))
+        graphs = [captured(partial(step, fast)) for _ in range(3)]
         for inputs in drawn[1:]:
             for graph, y in graphs:
                 for buffer, tensor in ((idx, inputs.topk_idx), (x, inputs.x), (scores, inputs.topk_scores)):
@@ -287,7 +289,7 @@ def test_graphs_replayed_among_eager_calls(rank: Rank, modes: Modes) -> None:
 
 @on_ranks(2, pool="cuda_pool")
 def test_a_graph_outlives_growth(rank: Rank) -> None:
-    """A graph keeps the shared memory that it was captured with, also when a larger call has replaced it since."""
+    """A graph keeps its shared memory when a larger call replaces it."""
     inputs = draw(changing(0), rank.world_size, rank.device)
     wide = draw(replace(changing(1), hidden=512), rank.world_size, rank.device)
     tokens = inputs.tokens_of(rank.rank)
@@ -295,9 +297,7 @@ def test_a_graph_outlives_growth(rank: Rank) -> None:
         expected = outcome_without_gradients(reference, inputs)
         outcome_without_gradients(fast, inputs)
         plan, x, scores = plan_of(fast, inputs), inputs.x[tokens], inputs.topk_scores[tokens]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = fast.combine(fast.dispatch(x, plan), scores, plan)
+        graph, y = captured(lambda: fast.combine(fast.dispatch(x, plan), scores, plan))
         assert_bitwise(outcome_without_gradients(fast, wide), outcome_without_gradients(reference, wide))
         graph.replay()
         assert_bitwise(y, expected)
@@ -321,18 +321,15 @@ def test_calls_on_changing_streams(rank: Rank, modes: Modes) -> None:
                 if iteration % rank.world_size == rank.rank:
                     delay(rank)
                 found = outcome_of(fast, inputs)
-            # No wait for the host in between: the next call, on another stream, has to wait by itself.
-            streams[iteration % 2].synchronize() if iteration == 3 else None
+        # Not in between: the next call, on another stream, has to wait by itself.
+        streams[1].synchronize()
         assert_same(found, expected, "on changing streams")
 
 
 @on_ranks(1, 2, pool="cuda_pool")
 @by_modes
 def test_growth_on_changing_streams(rank: Rank, modes: Modes) -> None:
-    """Wider rows on every call, so that memory is replaced while calls on another stream still use it.
-
-    Every other call is late on one rank, so that the next one, which grows, finds its barriers under way.
-    """
+    """Rows get wider on every call: memory is replaced while another stream uses it. Every other call is late."""
     inputs = draw(changing(0), rank.world_size, rank.device)
     wide = [inputs.x[inputs.tokens_of(rank.rank)].repeat(1, 64 * 2**iteration) for iteration in range(6)]
     streams = [torch.cuda.Stream() for _ in range(2)]
