@@ -44,7 +44,7 @@ def assert_like_the_reference(rank: Rank, case: Case, modes: Modes) -> None:
 @pytest.mark.parametrize(
     ("world_size", "late"),
     [
-        *[(1, False), (2, False), for_gpus(4, False), *((size, False) for size in ON_GPUS)],
+        *[(1, False), for_gpus(2, False), for_gpus(4, False), *((size, False) for size in ON_GPUS)],
         *[(2, True), for_gpus(3, True), *((size, True) for size in ON_GPUS)],
     ],
 )
@@ -89,7 +89,7 @@ def test_receive_flags_of_an_earlier_step_are_not_taken(rank: Rank, modes: Modes
             assert_same(outcome_of(fast, other), expected, "with flags left up")
 
 
-@on_ranks(1, 2, for_gpus(3))
+@on_ranks(for_gpus(1), 2, for_gpus(3))
 @by_modes
 def test_two_workspaces_interleaved(rank: Rank, modes: Modes) -> None:
     """Two objects over one group alternate, with different shapes and dtypes."""
