@@ -13,30 +13,8 @@ from on_ranks import on_ranks
 from torch import Tensor
 
 from sonic_ep import DispatchMode, EPConfig, ExpertParallel
-from sonic_ep.backend import DispatchPrimitive
 from sonic_ep.plan import RoutingPlan
-from sonic_ep.reference.backend import ReferenceBackend
 from sonic_ep.testing import CASES, Rank, assert_bitwise, draw, verify_moe, verify_routed
-
-
-class Watched:
-    """A dispatch primitive that counts its calls and keeps weak references to what it returned."""
-
-    def __init__(self, primitive: DispatchPrimitive) -> None:
-        self.primitive = primitive
-        self.received: list[weakref.ref[torch.UntypedStorage]] = []
-
-    def receive(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
-        rows = self.primitive.receive(x_TH, plan)
-        self.received.append(weakref.ref(rows.untyped_storage()))
-        return rows
-
-    def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
-        return self.primitive.source_of_row(plan)
-
-    def alive_and_made(self) -> tuple[int, int]:
-        gc.collect()
-        return sum(storage() is not None for storage in self.received), len(self.received)
 
 
 @on_ranks(4)
@@ -47,14 +25,23 @@ def test_redispatch_keeps_x_alone_and_gathers_it_again(rank: Rank, case: str, re
     config = EPConfig(dispatch="all_to_all", redispatch_x_in_backward=redispatch)
     x, (_, w1, w2), dy = layer_inputs(rank, CASES[case])
     with ExpertParallel(backend="reference", config=config) as ep:
-        backend = ep._backend
-        assert isinstance(backend, ReferenceBackend)
-        watched = Watched(backend._dispatch[DispatchMode.ALL_TO_ALL])
-        backend._dispatch = {DispatchMode.ALL_TO_ALL: watched}
+        primitive = ep._backend._dispatch[DispatchMode.ALL_TO_ALL]
+        receive, received = primitive.receive, []
+
+        def noted(x_TH: Tensor, plan: RoutingPlan) -> Tensor:
+            rows = receive(x_TH, plan)
+            received.append(weakref.ref(rows.untyped_storage()))
+            return rows
+
+        def alive_and_made() -> tuple[int, int]:
+            gc.collect()
+            return sum(storage() is not None for storage in received), len(received)
+
+        primitive.receive = noted
         y = ep.moe_routed(x, *routing_of(rank, CASES[case]), w1, w2)
-        assert watched.alive_and_made() == ((0, 1) if redispatch else (1, 1))
+        assert alive_and_made() == ((0, 1) if redispatch else (1, 1))
         y.backward(dy)
-        alive, made = watched.alive_and_made()
+        alive, made = alive_and_made()
         assert made == (3 if redispatch else 2)
         # Nothing outlives backward, although the graph is still referenced.
         assert alive == 0 or not redispatch
