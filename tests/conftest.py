@@ -34,8 +34,7 @@ def parameters_of(item: pytest.Item) -> dict[str, object]:
 def on_gpus(item: pytest.Item) -> bool:
     """Whether a test's ranks run on GPUs."""
     params = parameters_of(item)
-    named = "cuda" in (params.get("pool"), params.get("device_type"))
-    return named or "cuda_pool" in getattr(item, "fixturenames", ())
+    return "cuda" in (params.get("pool"), params.get("device_type")) or "cuda_pool" in getattr(item, "fixturenames", ())
 
 
 def pytest_report_header() -> str:

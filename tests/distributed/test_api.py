@@ -35,10 +35,7 @@ def test_leading_dimensions_strides_and_index_dtypes() -> None:
         flat = ep.moe(**arguments).y
         deep = ep.moe(**{**arguments, "x": arguments["x"].view(2, 3, HIDDEN)}).y
         assert_bitwise(deep, flat.view(2, 3, HIDDEN))
-        strided = {
-            name: value.transpose(0, 1).contiguous().transpose(0, 1) if isinstance(value, Tensor) else value
-            for name, value in arguments.items()
-        }
+        strided = {name: v.mT.contiguous().mT if isinstance(v, Tensor) else v for name, v in arguments.items()}
         assert not strided["x"].is_contiguous()
         assert_bitwise(ep.moe(**strided).y, flat)
         routed = good_routed_call()
@@ -52,8 +49,7 @@ def test_router_weight_may_be_wider_than_x() -> None:
         out = ep.moe(**{**low, "router_w": arguments["router_w"]})
     assert out.y.dtype == torch.bfloat16
     assert out.router_logits.dtype == torch.float32
-    expected = low["x"].float() @ arguments["router_w"].T
-    assert_near(out.router_logits, expected, 100)
+    assert_near(out.router_logits, low["x"].float() @ arguments["router_w"].T, 100)
 
 
 def test_the_functional_form() -> None:
@@ -89,10 +85,9 @@ def test_a_plan_is_held_against_the_call(rank: Rank) -> None:
         with pytest.raises(TypeError, match="plan: got NoneType, expected a RoutingPlan"):
             ep.dispatch(torch.zeros(2, HIDDEN), None)  # type: ignore[arg-type]
         alone = dist.new_group([rank.rank], use_local_synchronization=True)
-        with ExpertParallel(alone, backend="reference") as single:
-            expected = f"plan: got a plan for rank {rank.rank} of 2, expected one for rank 0 of 1"
-            with pytest.raises(ValueError, match=expected):
-                single.dispatch(torch.zeros(2, HIDDEN), plan)
+        said = f"plan: got a plan for rank {rank.rank} of 2, expected one for rank 0 of 1"
+        with ExpertParallel(alone, backend="reference") as single, pytest.raises(ValueError, match=said):
+            single.dispatch(torch.zeros(2, HIDDEN), plan)
 
 
 @on_ranks(3, pool="cpu_pool")
@@ -106,9 +101,8 @@ def test_plan_dispatch_and_combine_make_the_layer(rank: Rank) -> None:
         plan = ep.plan(inputs.topk_idx[tokens], num_experts=case.num_experts)
         rows = apply_experts(ep.dispatch(inputs.x[tokens], plan), plan.group_ends, experts)
         y = ep.combine(rows, inputs.topk_scores[tokens], plan)
-        routed = (inputs.topk_idx[tokens], inputs.topk_scores[tokens], experts.w1, experts.w2)
-        whole = ep.moe_routed(inputs.x[tokens], *routed, b1=experts.b1, b2=experts.b2)
-    assert_bitwise(y, whole)
+        routed = (inputs.topk_idx[tokens], inputs.topk_scores[tokens], experts.w1, experts.w2, experts.b1, experts.b2)
+        assert_bitwise(y, ep.moe_routed(inputs.x[tokens], *routed))
 
 
 @on_ranks(2, pool="cpu_pool")
@@ -130,8 +124,7 @@ def test_one_rank_alone_takes_any_number_of_tokens() -> None:
 def test_a_plan_of_another_device_is_refused() -> None:
     with ExpertParallel() as ep:
         plan = ep.plan(torch.zeros(2, 1, dtype=torch.int64), EXPERTS)
-        tensors = {name: value for name, value in vars(plan).items() if isinstance(value, torch.Tensor)}
-        elsewhere = replace(plan, **{name: tensor.to("meta") for name, tensor in tensors.items()})
+        elsewhere = replace(plan, **{name: v.to("meta") for name, v in vars(plan).items() if isinstance(v, Tensor)})
         with pytest.raises(ValueError, match="device of x: got cpu, expected meta"):
             ep.dispatch(torch.zeros(2, HIDDEN), elsewhere)
         with pytest.raises(ValueError, match="device of rows: got cpu, expected meta"):

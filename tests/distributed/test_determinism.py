@@ -1,7 +1,4 @@
-"""A call repeated gives the same bits, whoever is late, whatever memory held before, and whatever ran in between.
-
-That modes and flags change no bit either stands in test_matrix: test_modes_agree_bit_for_bit, test_flags_change_no_bit.
-"""
+"""A repeated call gives the same bits, whichever rank is late, whatever memory held before, whatever ran in between."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ REPETITIONS, FEW = 200, 8
 OTHERS_EVERY = 25
 MOST_SECONDS_LATE, MOST_CYCLES_LATE = 2e-3, 2_000_000
 # Elements, from one cache line to more than any tensor of the case has.
-SPOILED_SIZES = (8, 32, 128, 512, 2048, 16384)
+FILLED_SIZES = (8, 32, 128, 512, 2048, 16384)
 TINY = Case(name="tiny", tokens=(3, 2), hidden=8, intermediate=4, num_experts=6, top_k=3, choose=repeating, seed=40)
 LARGE = replace(TINY, tokens=(1500, 1301), hidden=512, intermediate=256, num_experts=24, dtype=torch.bfloat16)
 
@@ -37,42 +34,29 @@ def case_on(rank: Rank) -> Case:
     return LARGE if rank.device.type == "cuda" else TINY
 
 
-class Disturbance:
-    """What should not matter, another each time: a rank that is late, and memory that holds NaN."""
-
-    def __init__(self, rank: Rank) -> None:
-        self._rank = rank
-        # The same on every rank: they agree who is late.
-        self._random = Random(7)
-
-    def __call__(self) -> None:
-        """Spoil what the allocator has free, and hold up one rank or none."""
-        late = self._random.randrange(self._rank.world_size + 1)
-        share = self._random.random()
-        spoiled = [torch.full((size,), float("nan"), device=self._rank.device) for size in SPOILED_SIZES]
-        del spoiled
-        if late == self._rank.rank:
-            self._sleep(share)
-
-    def _sleep(self, share: float) -> None:
-        if self._rank.device.type == "cuda":
-            torch.cuda._sleep(int(share * MOST_CYCLES_LATE))
-        else:
-            time.sleep(share * MOST_SECONDS_LATE)
+def disturb(rank: Rank, random: Random) -> None:
+    """Fill the allocator's free memory with NaN, and delay one rank or none. random: equal on all ranks."""
+    late, share = random.randrange(rank.world_size + 1), random.random()
+    filled = [torch.full((size,), float("nan"), device=rank.device) for size in FILLED_SIZES]
+    del filled
+    if late == rank.rank and rank.device.type == "cuda":
+        torch.cuda._sleep(int(share * MOST_CYCLES_LATE))
+    elif late == rank.rank:
+        time.sleep(share * MOST_SECONDS_LATE)
 
 
 def assert_repeatable(
-    calls: Sequence[Callable[[], Outcome]], disturb: Callable[[], None], times: int = REPETITIONS
+    calls: Sequence[Callable[[], Outcome]], between: Callable[[], None], times: int = REPETITIONS
 ) -> None:
-    """Each of ``calls``, which take turns, gives finite numbers, and the same ones all ``times``."""
+    """Each of ``calls``, which alternate, gives finite numbers, and the same ones all ``times``."""
     first = [call() for call in calls]
     for outcome in first:
         for name, tensor in outcome.items():
             assert tensor.isfinite().all(), name
-    for repetition, turn in product(range(1, times), range(len(calls))):
-        disturb()
-        for name, tensor in calls[turn]().items():
-            assert_bitwise(tensor, first[turn][name], f"{name} of repetition {repetition}")
+    for repetition, (call, expected) in product(range(1, times), zip(calls, first, strict=True)):
+        between()
+        for name, tensor in call().items():
+            assert_bitwise(tensor, expected[name], f"{name} of repetition {repetition}")
 
 
 def drawn_twice(rank: Rank, case: Case) -> list[Inputs]:
@@ -103,15 +87,15 @@ def test_repetitions_have_the_same_bits(rank: Rank, backend: str, config: EPConf
     """The layer with a routing of the caller's; now and then another layer, and another shape, in between."""
     inputs = drawn_twice(rank, case_on(rank))
     others = draw(replace(case_on(rank), tokens=(1, 2), choose=dropping, seed=45), rank.world_size, rank.device)
-    disturb, turn = Disturbance(rank), count()
+    random, number = Random(7), count()
     with ExpertParallel(backend=backend, config=config) as ep, ExpertParallel(backend=backend) as another:
 
         def between() -> None:
-            disturb()
-            if next(turn) % OTHERS_EVERY == 1:
+            disturb(rank, random)
+            if next(number) % OTHERS_EVERY == 1:
                 run_moe(others, another)
                 run_routed(others, ep)
-                disturb()
+                disturb(rank, random)
 
         assert_repeatable([lambda: run_routed(inputs[0], ep), lambda: run_routed(inputs[1], ep)], between, times // 2)
 
@@ -128,26 +112,22 @@ def test_repetitions_have_the_same_bits(rank: Rank, backend: str, config: EPConf
     ],
 )
 def test_repetitions_with_the_router_have_the_same_bits(rank: Rank, backend: str, times: int) -> None:
-    inputs = drawn_twice(rank, case_on(rank))
+    inputs, random = drawn_twice(rank, case_on(rank)), Random(7)
     with ExpertParallel(backend=backend, config=NO_FLAGS) as ep:
         calls = [lambda: run_moe(inputs[0], ep), lambda: run_moe(inputs[1], ep)]
-        assert_repeatable(calls, Disturbance(rank), times // 2)
+        assert_repeatable(calls, lambda: disturb(rank, random), times // 2)
 
 
-def summed_as_they_arrive(random: Random) -> Tensor:
-    """A sum of floats in an order that is another each time, as atomic additions would give it."""
-    terms = [1e8, 1.0, -1e8, 0.25, 3e7, -3e7]
-    random.shuffle(terms)
-    total = torch.zeros((), dtype=torch.float32)
-    for term in terms:
-        total = total + term
-    return total
+def summed_in_any_order(random: Random) -> Tensor:
+    """A sum of floats in an order that changes, as atomic additions would give it."""
+    terms = torch.tensor(random.sample([1e8, 1.0, -1e8, 0.25, 3e7, -3e7], 6))
+    return sum(terms, torch.zeros(()))
 
 
-def test_an_order_by_arrival_is_seen() -> None:
+def test_an_order_that_changes_is_seen() -> None:
     random = Random(0)
     with pytest.raises(AssertionError, match="y of repetition"):
-        assert_repeatable([lambda: {"y": summed_as_they_arrive(random)}], lambda: None)
+        assert_repeatable([lambda: {"y": summed_in_any_order(random)}], lambda: None)
 
 
 def test_memory_that_nobody_wrote_is_seen() -> None:

@@ -1,4 +1,4 @@
-"""The layer beyond the matrix: what it keeps for backward, how many rows it holds, and groups within the world."""
+"""The layer beyond the matrix: memory for backward, exact row counts, subgroups, products in fp32."""
 
 import gc
 import weakref
@@ -8,55 +8,42 @@ import pytest
 import torch
 import torch.distributed as dist
 from backends import both_backends
-from layer_inputs import layer_inputs, routing_of
+from layer_inputs import layer_inputs, plan_of, routing_of
 from on_ranks import on_ranks
 from torch import Tensor
 
 from sonic_ep import DispatchMode, EPConfig, ExpertParallel
-from sonic_ep.backend import DispatchPrimitive
 from sonic_ep.plan import RoutingPlan
-from sonic_ep.reference.backend import ReferenceBackend
 from sonic_ep.testing import CASES, Rank, assert_bitwise, draw, verify_moe, verify_routed
-
-
-class Watched:
-    """A dispatch primitive that counts its calls and remembers, without keeping alive, what it returned."""
-
-    def __init__(self, primitive: DispatchPrimitive) -> None:
-        self.primitive = primitive
-        self.received: list[weakref.ref[torch.UntypedStorage]] = []
-
-    def receive(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
-        rows = self.primitive.receive(x_TH, plan)
-        self.received.append(weakref.ref(rows.untyped_storage()))
-        return rows
-
-    def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
-        return self.primitive.source_of_row(plan)
-
-    def alive_and_made(self) -> tuple[int, int]:
-        gc.collect()
-        return sum(storage() is not None for storage in self.received), len(self.received)
 
 
 @on_ranks(4)
 @pytest.mark.parametrize("case", ["uniform", "empty_experts", "zero_token_ranks", "one_rank"])
 @pytest.mark.parametrize("redispatch", [False, True])
 def test_redispatch_keeps_x_alone_and_gathers_it_again(rank: Rank, case: str, redispatch: bool) -> None:
-    """Without it forward's rows are kept, for the gradient of w1; backward dispatches d(out), and with it x again."""
+    """Without it forward's rows are kept for the gradient of w1; backward dispatches d(out), and with it x again."""
     config = EPConfig(dispatch="all_to_all", redispatch_x_in_backward=redispatch)
     x, (_, w1, w2), dy = layer_inputs(rank, CASES[case])
     with ExpertParallel(backend="reference", config=config) as ep:
-        backend = ep._backend
-        assert isinstance(backend, ReferenceBackend)
-        watched = Watched(backend._dispatch[DispatchMode.ALL_TO_ALL])
-        backend._dispatch = {DispatchMode.ALL_TO_ALL: watched}
+        primitive = ep._backend._dispatch[DispatchMode.ALL_TO_ALL]
+        receive, received = primitive.receive, []
+
+        def noted(x_TH: Tensor, plan: RoutingPlan) -> Tensor:
+            rows = receive(x_TH, plan)
+            received.append(weakref.ref(rows.untyped_storage()))
+            return rows
+
+        def alive_and_made() -> tuple[int, int]:
+            gc.collect()
+            return sum(storage() is not None for storage in received), len(received)
+
+        primitive.receive = noted
         y = ep.moe_routed(x, *routing_of(rank, CASES[case]), w1, w2)
-        assert watched.alive_and_made() == ((0, 1) if redispatch else (1, 1))
+        assert alive_and_made() == ((0, 1) if redispatch else (1, 1))
         y.backward(dy)
-        alive, made = watched.alive_and_made()
+        alive, made = alive_and_made()
         assert made == (3 if redispatch else 2)
-        # Nothing survives backward, although the graph is still referenced.
+        # Nothing outlives backward, although the graph is still referenced.
         assert alive == 0 or not redispatch
 
 
@@ -66,7 +53,7 @@ def test_redispatch_keeps_x_alone_and_gathers_it_again(rank: Rank, case: str, re
 def test_what_backward_keeps(rank: Rank, redispatch: bool, train_scores: bool) -> None:
     """With the flag x, without it the rows; and the experts' outputs only if the scores need a gradient.
 
-    Counted by a hook from outside, which also shows that such hooks (activation checkpointing, offloading) see it all.
+    Hooks, as checkpointing and offloading have them, see all of it.
     """
     # No other width is H here, so that only x, rows and outputs are counted.
     case = replace(CASES["uniform"], hidden=40)
@@ -93,11 +80,10 @@ def test_what_backward_keeps(rank: Rank, redispatch: bool, train_scores: bool) -
 @both_backends
 def test_cpu_sync_sizes_rows_exactly(rank: Rank, backend: str, case: str) -> None:
     inputs = draw(CASES[case], rank.world_size, rank.device)
-    tokens = inputs.tokens_of(rank.rank)
     for exact in (True, False):
         with ExpertParallel(backend=backend, config=EPConfig(cpu_sync_on_runtime=exact)) as ep:
-            plan = ep.plan(inputs.topk_idx[tokens], inputs.case.num_experts)
-            assert ep.dispatch(inputs.x[tokens], plan).shape[0] == plan.row_capacity
+            plan = plan_of(ep, inputs)
+            assert ep.dispatch(inputs.x[inputs.tokens_of(rank.rank)], plan).shape[0] == plan.row_capacity
             most = plan.world_size * plan.max_tokens * plan.top_k
             assert plan.row_capacity == (plan.rows() if exact else most)
 
@@ -114,8 +100,7 @@ def test_subgroups_of_the_world(rank: Rank, backend: str, members: int) -> None:
     with ExpertParallel(groups[first], backend=backend, config=config) as ep:
         assert (ep.rank, ep.world_size) == (rank.rank % members, members)
         for verify in (verify_routed, verify_moe):
-            findings = verify(case, ep, rank.device)
-            assert not (wrong := [str(finding) for finding in findings if not finding.ok]), wrong
+            assert not (wrong := [str(found) for found in verify(case, ep, rank.device) if not found.ok]), wrong
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -1,17 +1,20 @@
-"""Calls of the fast layer that share memory: stacks, micro-batches, inference in between; graphs of steps; overflow."""
+"""Calls of the fast layer that share memory: stacks, micro-batches, inference between; graphs, streams, overflow."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
-from layer_inputs import layer_inputs
+from layer_inputs import layer_inputs, plan_of
 from matrix import BOTH_FLAGS, NO_FLAGS
 from on_ranks import on_ranks
 from promises import promise
 from same import assert_same_bits
+from there_and_back import MODES, Modes, assert_same, both, by_modes, changing, delay, outcome_of
 from torch import Tensor
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
@@ -88,7 +91,7 @@ def test_micro_batches_add_up_with_inference_between(rank: Rank, flags: dict[str
                 weight.grad = None
             for batch in (x, other):
                 y = ep.moe(batch, *weights, case.top_k).y
-                # What backward needs may not be in memory that this uses.
+                # It may not use memory that backward needs.
                 with quiet:
                     assert_bitwise(ep.moe(other, *weights, case.top_k).y, inferred)
                 y.backward(dy)
@@ -102,19 +105,15 @@ def recorded() -> Iterator[list[str]]:
     from sonic_ep.fast.exchange import Exchange
 
     seen: list[str] = []
+
+    def noting(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *arguments: seen.append(method.__name__) or method(*arguments)
+
     products = product((gemm.LibraryGemm, gemm.LoopGemm, gemm.TritonGemm), ("rows", "weights"))
     with pytest.MonkeyPatch.context() as patch:
         for kind, name in [*products, (Exchange, "sums")]:
-            patch.setattr(kind, name, noting(getattr(kind, name), name, seen))
+            patch.setattr(kind, name, noting(getattr(kind, name)))
         yield seen
-
-
-def noting(method: Callable[..., Tensor], name: str, seen: list[str]) -> Callable[..., Tensor]:
-    def noted(*arguments: object) -> Tensor:
-        seen.append(name)
-        return method(*arguments)
-
-    return noted
 
 
 @promise("x-gradient")
@@ -129,12 +128,12 @@ def noting(method: Callable[..., Tensor], name: str, seen: list[str]) -> Callabl
     ],
 )
 def test_only_what_is_required_is_computed(rank: Rank, need: str, calls: list[str]) -> None:
-    """Products and combines of a backward in which no rank wants dx, or none wants gradients of experts."""
+    """Where no rank wants dx, or none wants gradients of experts."""
     case = CASES["uniform"]
     x, (router_w, w1, w2), dy = layer_inputs(rank, case)
     wanted = {"experts": (w1, w2), "x": (x,)}[need]
     for tensor in (x, router_w, w1, w2):
-        tensor.requires_grad_(any(tensor is want for want in wanted))
+        tensor.requires_grad_(tensor in set(wanted))
     with ExpertParallel(backend="fast") as ep:
         y = ep.moe(x, router_w, w1, w2, case.top_k).y
         with recorded() as seen:
@@ -151,6 +150,13 @@ def step_of(ep: ExpertParallel, case: Case, x: Tensor, weights: list[Tensor], dy
         return [y.detach(), *torch.autograd.grad(y, [x, *weights], dy)]
 
     return step
+
+
+def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph, result
 
 
 @promise("graphs")
@@ -173,17 +179,15 @@ def test_a_graph_of_a_step_equals_eager_bit_for_bit(
             for _ in range(3):
                 step()
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
+        graph, outcome = captured(step)
         for seed in range(3):
             fresh = torch.Generator(rank.device).manual_seed(10 * seed + rank.rank)
             with torch.no_grad():
                 for tensor in (x, dy, *weights[1:]):
                     tensor.copy_(torch.randn(tensor.shape, generator=fresh, device=rank.device) * 0.2)
             graph.replay()
-            replay = [tensor.clone() for tensor in captured]
-            assert_same_bits(replay, step(), f"of replay {seed}")
+            replayed = [tensor.clone() for tensor in outcome]
+            assert_same_bits(replayed, step(), f"of replay {seed}")
         ep.check()
 
 
@@ -229,8 +233,7 @@ def test_overflow_is_loud_and_leaves_the_group_usable(rank: Rank, sync: bool) ->
     from sonic_ep.fast.device_errors import PLANS_AHEAD
 
     inputs = draw(CASES["uniform"], rank.world_size, rank.device)
-    tokens, held = inputs.tokens_of(rank.rank), inputs.experts_of(rank.rank)
-    experts = leaf_experts(inputs.experts, held)
+    tokens, experts = inputs.tokens_of(rank.rank), leaf_experts(inputs.experts, inputs.experts_of(rank.rank))
     arguments = (inputs.topk_scores[tokens], experts.w1, experts.w2, experts.b1, experts.b2)
     x = leaf(inputs.x[tokens])
     few = inputs.topk_idx[tokens].clone()
@@ -247,7 +250,7 @@ def test_overflow_is_loud_and_leaves_the_group_usable(rank: Rank, sync: bool) ->
             x_grad, *weight_grads = torch.autograd.grad(y, [x, experts.w1, experts.w2], inputs.dy[tokens])
             assert x_grad.isnan().all()
             for grad in weight_grads:
-                # An expert without a row has zeros, as ever; no other number comes of half a routing.
+                # An expert without a row has zeros.
                 assert grad.isnan().any()
                 assert (grad.isnan() | (grad == 0)).all()
             for _ in range(PLANS_AHEAD - 1):
@@ -255,3 +258,101 @@ def test_overflow_is_loud_and_leaves_the_group_usable(rank: Rank, sync: bool) ->
             with pytest.raises(RuntimeError, match="max_rows: got 9, expected at least"):
                 ep.moe_routed(x, few, *arguments)
         assert_bitwise(ep.moe_routed(x, few, *arguments), expected)
+
+
+@on_ranks(1, 2, pool="cuda_pool")
+@by_modes
+def test_graphs_replayed_among_eager_calls(rank: Rank, modes: Modes) -> None:
+    """Three graphs, each replayed three times with new inputs, and eager calls in between."""
+    drawn = [draw(changing(0), rank.world_size, rank.device)]
+    drawn += [draw(replace(drawn[0].case, seed=seed), rank.world_size, rank.device) for seed in (7, 8, 9)]
+    tokens = drawn[0].tokens_of(rank.rank)
+    with both(modes) as (fast, reference), torch.no_grad():
+        idx, x, scores = (tensor[tokens].clone() for tensor in (drawn[0].topk_idx, drawn[0].x, drawn[0].topk_scores))
+
+        def step(ep: ExpertParallel) -> Tensor:
+            plan = ep.plan(idx, drawn[0].case.num_experts)
+            return ep.combine(ep.dispatch(x, plan).square(), scores, plan)
+
+        step(fast)
+        graphs = [captured(partial(step, fast)) for _ in range(3)]
+        for inputs in drawn[1:]:
+            for graph, y in graphs:
+                for buffer, tensor in ((idx, inputs.topk_idx), (x, inputs.x), (scores, inputs.topk_scores)):
+                    buffer.copy_(tensor[tokens])
+                expected = step(reference)
+                graph.replay()
+                assert_bitwise(y, expected, "replayed")
+                assert_bitwise(step(fast), expected, "eager, between replays")
+        fast.check()
+
+
+@on_ranks(2, pool="cuda_pool")
+def test_a_graph_outlives_growth(rank: Rank) -> None:
+    """A graph keeps its shared memory when a larger call replaces it."""
+    inputs = draw(changing(0), rank.world_size, rank.device)
+    wide = draw(replace(changing(1), hidden=512), rank.world_size, rank.device)
+    tokens = inputs.tokens_of(rank.rank)
+    with both(MODES[2]) as (fast, reference), torch.no_grad():
+        expected = outcome_without_gradients(reference, inputs)
+        outcome_without_gradients(fast, inputs)
+        plan, x, scores = plan_of(fast, inputs), inputs.x[tokens], inputs.topk_scores[tokens]
+        graph, y = captured(lambda: fast.combine(fast.dispatch(x, plan), scores, plan))
+        assert_bitwise(outcome_without_gradients(fast, wide), outcome_without_gradients(reference, wide))
+        graph.replay()
+        assert_bitwise(y, expected)
+
+
+def outcome_without_gradients(ep: ExpertParallel, inputs: Inputs) -> Tensor:
+    tokens, plan = inputs.tokens_of(ep.rank), plan_of(ep, inputs)
+    return ep.combine(ep.dispatch(inputs.x[tokens], plan), inputs.topk_scores[tokens], plan)
+
+
+@on_ranks(2, pool="cuda_pool")
+@by_modes
+def test_calls_on_changing_streams(rank: Rank, modes: Modes) -> None:
+    inputs = draw(changing(0), rank.world_size, rank.device)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    with both(modes) as (fast, reference):
+        expected = outcome_of(reference, inputs)
+        torch.cuda.synchronize()
+        for iteration in range(4):
+            with torch.cuda.stream(streams[iteration % 2]):
+                if iteration % rank.world_size == rank.rank:
+                    delay(rank)
+                found = outcome_of(fast, inputs)
+        # Not in between: the next call, on another stream, has to wait by itself.
+        streams[1].synchronize()
+        assert_same(found, expected, "on changing streams")
+
+
+@on_ranks(1, 2, pool="cuda_pool")
+@by_modes
+def test_growth_on_changing_streams(rank: Rank, modes: Modes) -> None:
+    """Rows get wider on every call: memory is replaced while another stream uses it. Every other call is late."""
+    inputs = draw(changing(0), rank.world_size, rank.device)
+    wide = [inputs.x[inputs.tokens_of(rank.rank)].repeat(1, 64 * 2**iteration) for iteration in range(6)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    with both(modes) as (fast, reference), torch.no_grad():
+        plan = plan_of(reference, inputs)
+        expected = [reference.dispatch(x, plan)[: plan.rows()] for x in wide]
+        plan = plan_of(fast, inputs)
+        torch.cuda.synchronize()
+        found = []
+        with pytest.MonkeyPatch.context() as patch:
+            workspace = fast._backend._context(rank.device).workspace
+            barrier_before_write = workspace.barrier_before_write
+
+            def late_barrier() -> None:
+                delay(rank)
+                barrier_before_write()
+                delay(rank)
+
+            for iteration, x in enumerate(wide):
+                late = iteration % 2 == 0 and rank.rank == rank.world_size - 1
+                patch.setattr(workspace, "barrier_before_write", late_barrier if late else barrier_before_write)
+                with torch.cuda.stream(streams[iteration % 2]):
+                    found.append(fast.dispatch(x, plan))
+            torch.cuda.synchronize()
+        for iteration, rows in enumerate(found):
+            assert_bitwise(rows[: len(expected[iteration])], expected[iteration], f"in call {iteration}")

@@ -1,4 +1,4 @@
-"""NaN and infinity stay in their own tokens: every other token, and every expert they did not touch, keeps its bits."""
+"""NaN and infinity change no other token or expert, and no result holds unwritten memory, which reads as NaN."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 from backends import both_backends
+from layer_inputs import layer_inputs, routing_of
 from matrix import DIAGONAL
 from on_ranks import on_ranks
 from promises import promise
 from same import assert_same_bits
+from there_and_back import Modes, by_modes
 from torch import Tensor
 
 from sonic_ep import EPConfig, ExpertParallel
-from sonic_ep.testing import Case, Inputs, Rank, assert_bitwise, draw
+from sonic_ep.testing import CASES, Case, Inputs, Rank, assert_bitwise, draw
 from sonic_ep.testing.cases import dropping
-from sonic_ep.testing.oracle import Outcome, run_moe, run_routed
+from sonic_ep.testing.oracle import Outcome, leaf, leaf_experts, run_moe, run_routed
 
 VALUES = (float("nan"), float("inf"), -float("inf"))
 SMALL = Case(name="non-finite", tokens=(2, 5), hidden=8, intermediate=8, num_experts=12, top_k=2, seed=30)
@@ -29,28 +31,27 @@ OF_EXPERTS = ("dw1", "dw2", "db1", "db2")
 
 
 def parallels(backend: str) -> Iterator[ExpertParallel]:
-    """One for each combine mode, and with each another dispatch mode."""
+    """One for each combine mode, each with another dispatch mode."""
     for dispatch, combine in DIAGONAL:
         with ExpertParallel(backend=backend, config=EPConfig(dispatch=dispatch, combine=combine)) as ep:
             yield ep
 
 
+# The last rank's.
+POISONED = slice(-len(VALUES), None)
+
+
 def poisoned(inputs: Inputs, name: str) -> Inputs:
-    """The inputs with one value in each of the last tokens: in one feature of x, or as one score."""
+    """The inputs with one value in each poisoned token: in one feature of x, or as one score."""
     tensor = getattr(inputs, name).clone()
-    tensor[poisoned_tokens(inputs), 1] = torch.tensor(VALUES, device=tensor.device)
+    tensor[POISONED, 1] = torch.tensor(VALUES, device=tensor.device)
     return replace(inputs, **{name: tensor})
-
-
-def poisoned_tokens(inputs: Inputs) -> slice:
-    """Where they stand among all: they are the last rank's."""
-    return slice(inputs.x.shape[0] - len(VALUES), None)
 
 
 def others_of(inputs: Inputs, rank: int) -> Tensor:
     """Which of this rank's tokens are not poisoned."""
-    others = torch.ones(inputs.x.shape[0], dtype=torch.bool, device=inputs.x.device)
-    others[poisoned_tokens(inputs)] = False
+    others = torch.ones(len(inputs.x), dtype=torch.bool, device=inputs.x.device)
+    others[POISONED] = False
     return others[inputs.tokens_of(rank)]
 
 
@@ -66,7 +67,7 @@ def assert_others_keep_their_bits(found: Outcome, clean: Outcome, inputs: Inputs
 @both_backends
 def test_a_poisoned_token_or_score_touches_its_own_experts_alone(rank: Rank, backend: str) -> None:
     inputs = draw(SMALL, rank.world_size, rank.device)
-    touched = set(inputs.topk_idx[poisoned_tokens(inputs)].flatten().tolist())
+    touched = set(inputs.topk_idx[POISONED].flatten().tolist())
     hits = [expert in touched for expert in range(SMALL.num_experts)[inputs.experts_of(rank.rank)]]
     assert not all(hits)
     for ep in parallels(backend):
@@ -77,13 +78,13 @@ def test_a_poisoned_token_or_score_touches_its_own_experts_alone(rank: Rank, bac
             for weight in OF_EXPERTS:
                 for expert in (expert for expert, hit in enumerate(hits) if not hit):
                     assert_bitwise(found[weight][expert], clean[weight][expert], weight)
-            # x is what every expert of its token learns from.
+            # Every expert of its token learns from x.
             finite = [bool(grad.isfinite().all()) for grad in found["dw1"]]
             assert name != "x" or finite == [not hit for hit in hits]
 
 
 def whole_numbers(inputs: Inputs) -> Inputs:
-    """Inputs of which nothing is rounded: how many rows a product has then changes none of its bits."""
+    """Nothing is rounded, so that the number of rows of a product changes none of its bits."""
     names = ("x", "dy", "router_w", "dlogits")
     weights = {name: getattr(inputs.experts, name).mul(3).round() for name in ("w1", "w2", "b1", "b2")}
     rounded = {name: getattr(inputs, name).mul(2).round() for name in names}
@@ -102,7 +103,7 @@ def whole_numbers(inputs: Inputs) -> Inputs:
     ],
 )
 def test_poisoned_tokens_before_the_router_change_no_other(rank: Rank, backend: str, case: Case) -> None:
-    """The tokens may go to any experts, but to K of them, each once, and all of them are there."""
+    """The tokens may go to any K experts, each once, and none is lost."""
     inputs = whole_numbers(draw(case, rank.world_size, rank.device))
     for ep in parallels(backend):
         clean, found = run_moe(inputs, ep), run_moe(poisoned(inputs, "x"), ep)
@@ -122,7 +123,7 @@ def test_poisoned_tokens_before_the_router_change_no_other(rank: Rank, backend: 
 @on_ranks(2)
 @both_backends
 def test_what_is_routed_nowhere_yields_exact_zeros_whatever_it_is(rank: Rank, backend: str) -> None:
-    """Whatever stands in what is dropped, and in the gradients that come in for it."""
+    """Also where the incoming gradients of what is dropped are not finite."""
     inputs = draw(DROPPED, rank.world_size, rank.device)
     dropped = inputs.topk_idx < 0
     gone = dropped.all(dim=1)
@@ -130,15 +131,108 @@ def test_what_is_routed_nowhere_yields_exact_zeros_whatever_it_is(rank: Rank, ba
     assert gone[mine].any()
     assert (dropped & ~gone[:, None]).any()
     values = torch.tensor(VALUES, device=rank.device).repeat(len(gone))[: len(gone), None]
-    filled = replace(
-        inputs,
-        x=torch.where(gone[:, None], values, inputs.x),
-        dy=torch.where(gone[:, None], values, inputs.dy),
-        topk_scores=torch.where(dropped, values, inputs.topk_scores),
-    )
+    x, dy = (torch.where(gone[:, None], values, tensor) for tensor in (inputs.x, inputs.dy))
+    filled = replace(inputs, x=x, dy=dy, topk_scores=torch.where(dropped, values, inputs.topk_scores))
     for ep in parallels(backend):
         clean, found = run_routed(inputs, ep), run_routed(filled, ep)
         assert_same_bits(found, clean)
-        for name in ("y", "dx", "dscores"):
-            assert_bitwise(clean[name][gone[mine]], torch.zeros_like(clean[name][gone[mine]]), name)
-        assert_bitwise(clean["dscores"][dropped[mine]], torch.zeros_like(clean["dscores"][dropped[mine]]), "dscores")
+        nowhere = {name: clean[name][gone[mine]] for name in ("y", "dx", "dscores")}
+        for name, tensor in [*nowhere.items(), ("dscores", clean["dscores"][dropped[mine]])]:
+            assert_bitwise(tensor, torch.zeros_like(tensor), name)
+
+
+FLAGS = [{}, {"redispatch_x_in_backward": True}, {"cpu_sync_on_runtime": True}, {"max_rows": 1000}]
+
+
+def small(case: Case) -> Case:
+    """The same kind of routing in few rows."""
+    tokens = tuple(min(count, most) for count, most in zip((*case.tokens, *case.tokens), (4, 2), strict=False))
+    return replace(case, tokens=tokens, hidden=8, intermediate=4, num_experts=8, top_k=2)
+
+
+@promise("written")
+@on_ranks(1, 2)
+@both_backends
+def test_rows_without_a_slot_have_the_gradient_zero(rank: Rank, backend: str) -> None:
+    """One token of which one slot is dropped, so that one of two rows is valid."""
+    with ExpertParallel(backend=backend) as ep:
+        idx = torch.tensor([[0, -1]], device=rank.device)
+        plan = ep.plan(idx[: 1 if rank.rank == 0 else 0], 2)
+        tokens = plan.num_tokens
+        rows = torch.ones(plan.row_capacity, 4, device=rank.device, requires_grad=True)
+        scores = torch.ones(tokens, 2, device=rank.device, requires_grad=True)
+        ep.combine(rows, scores, plan).sum().backward()
+        expected = torch.zeros_like(rows)
+        expected[: plan.rows()] = 1
+        assert_bitwise(rows.grad, expected)
+        assert scores.grad.tolist() == [[4.0, 0.0]] * tokens
+
+
+def scaled_and_shifted(rank: Rank, case: Case, backend: str, config: EPConfig) -> list[Tensor]:
+    """Gradients of a scale and a bias, whose sums run over invalid rows too."""
+    idx, scores = routing_of(rank, case)
+    x = layer_inputs(rank, case)[0]
+    with ExpertParallel(backend=backend, config=config) as ep:
+        plan = ep.plan(idx, case.num_experts)
+        valid = torch.arange(plan.row_capacity, device=rank.device) < plan.group_ends[-1]
+        scale, bias = (torch.full((case.hidden,), n, device=rank.device, requires_grad=True) for n in (2.0, 1.0))
+        rows = torch.where(valid[:, None], ep.dispatch(x, plan), 0)
+        with torch.autograd.detect_anomaly(check_nan=True):
+            y = ep.combine(rows * scale + bias, scores, plan)
+            return list(torch.autograd.grad(y.sum(), [scale, bias]))
+
+
+@promise("written")
+@on_ranks(1, 2)
+@pytest.mark.fast
+@by_modes
+def test_sums_over_all_rows_are_those_of_the_reference(rank: Rank, modes: Modes) -> None:
+    case, config = small(CASES["dropped_slots"]), EPConfig(dispatch=modes[0], combine=modes[1])
+    found, expected = (scaled_and_shifted(rank, case, backend, config) for backend in ("fast", "reference"))
+    assert all(want.isfinite().all() for want in expected)
+    assert_same_bits(found, expected)
+
+
+def assert_written(tensors: dict[str, Tensor | None], what: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            assert bool(tensor.isfinite().all()), f"{what}: {name} holds unwritten memory"
+
+
+@promise("written")
+@on_ranks(2)
+@pytest.mark.parametrize("case", ["dropped_slots_bf16", "empty_experts", "zero_token_ranks", "no_tokens_at_all"])
+@both_backends
+def test_everything_handed_out_is_written(rank: Rank, backend: str, case: str) -> None:
+    for number, flags in enumerate(FLAGS):
+        dispatch, combine = DIAGONAL[number % len(DIAGONAL)]
+        everything(rank, small(CASES[case]), backend, EPConfig(dispatch=dispatch, combine=combine, **flags))
+
+
+def everything(rank: Rank, case: Case, backend: str, config: EPConfig) -> None:
+    """Every tensor of calls and their backwards, but for rows of dispatch past the valid ones."""
+    inputs = draw(case, rank.world_size, rank.device)
+    idx, scores = routing_of(rank, case)
+    held = leaf_experts(inputs.experts, inputs.experts_of(rank.rank))
+    x, router_w, scores = leaf(inputs.x[inputs.tokens_of(rank.rank)]), leaf(inputs.router_w), leaf(scores)
+    experts = {name: getattr(held, name) for name in ("w1", "w2", "b1", "b2")}
+    options = {"activation": case.activation, "gate_layout": case.gate_layout}
+
+    def check(what: str, outputs: dict[str, Tensor], leaves: dict[str, Tensor | None]) -> None:
+        assert_written(outputs, what)
+        loss = sum(tensor.float().sum() for tensor in outputs.values() if tensor.requires_grad)
+        wanted = {name: tensor for name, tensor in leaves.items() if tensor is not None}
+        found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+        assert_written(dict(zip(wanted, found, strict=True)), what)
+
+    with ExpertParallel(backend=backend, config=config) as ep:
+        out = ep.moe(x, router_w, top_k=case.top_k, **experts, **options)
+        check("moe", out._asdict(), {"x": x, "router_w": router_w, **experts})
+        y = ep.moe_routed(x, idx, scores, **experts, **options)
+        check("moe_routed", {"y": y}, {"x": x, "scores": scores, **experts})
+        plan = ep.plan(idx, case.num_experts)
+        plan.check()
+        rows = ep.dispatch(x, plan)
+        check("dispatch", {"rows": rows[: plan.rows()]}, {"x": x})
+        given = torch.zeros_like(rows).requires_grad_()
+        check("combine", {"y": ep.combine(given, scores, plan)}, {"rows": given, "scores": scores})

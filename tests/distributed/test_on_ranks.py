@@ -3,7 +3,6 @@
 import inspect
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,14 +27,11 @@ def test_arguments_arrive_on_every_rank(rank: Rank, word: str, value: float) -> 
 
 @on_ranks(pool="cpu_pool")
 @pytest.mark.parametrize(("world_size", "expected"), [(1, 0), (2, 1)])
-def test_sizes_may_come_from_a_table(rank: Rank, world_size: int, expected: int) -> None:
-    assert rank.world_size == world_size
-    assert rank.device.type == "cpu"
+def test_sizes_may_come_from_a_table_and_fixtures_by_value(
+    rank: Rank, world_size: int, expected: int, tmp_path: Path
+) -> None:
+    assert (rank.world_size, rank.device.type) == (world_size, "cpu")
     assert expected == world_size - 1
-
-
-@on_ranks(2, pool="cpu_pool")
-def test_fixtures_travel_by_value(rank: Rank, tmp_path: Path) -> None:
     assert tmp_path.is_dir()
 
 
@@ -58,8 +54,7 @@ def returns(rank: Rank) -> int:
 def test_a_failure_shows_rank_file_and_line(cpu_pool: RankPool) -> None:
     with pytest.raises(RankError, match="rank 2 of 3 failed") as raised:
         fails_on_the_last(pool=cpu_pool, world_size=3, limit=2)
-    source, first = inspect.getsourcelines(fails_on_the_last)
-    line = first + next(place for place, text in enumerate(source) if "assert" in text)
+    line = fails_on_the_last.body.__code__.co_firstlineno + 2
     assert f'test_on_ranks.py", line {line}, in fails_on_the_last' in str(raised.value)
     assert "AssertionError: a rank too many" in str(raised.value)
     assert raised.value.rank == 2
@@ -81,13 +76,10 @@ def test_marks_parameters_and_names_stay() -> None:
     assert test.__doc__ == test.body.__doc__
 
 
-@pytest.mark.parametrize("body", [lambda world_size: None, lambda rank, cpu_pool: None, lambda: None])
-def test_wrong_parameters_are_refused_where_they_are_written(body: Callable[..., None]) -> None:
-    with pytest.raises(TypeError, match=r"got parameters \[.*\], expected 'rank' first and no pool"):
-        on_ranks(1)(body)
-
-
-def test_an_unknown_pool_is_refused() -> None:
+def test_wrong_parameters_and_pools_are_refused_where_they_are_written() -> None:
+    for body in (lambda world_size: None, lambda rank, cpu_pool: None, lambda: None):
+        with pytest.raises(TypeError, match=r"got parameters \[.*\], expected 'rank' first and no pool"):
+            on_ranks(1)(body)
     with pytest.raises(ValueError, match="pool: got 'gpu_pool', expected one of pool, cpu_pool, cuda_pool"):
         on_ranks(1, pool="gpu_pool")
 

@@ -1,4 +1,4 @@
-"""What calls return is the caller's: written in place, taken apart by pytree, given to hooks and to checkpointing."""
+"""Outputs are the caller's: written in place, taken apart by pytree, given to hooks and to checkpointing."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,19 +14,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from sonic_ep import ExpertParallel, MoE, MoEOutput
-from sonic_ep.testing import CASES, Case, Rank, assert_bitwise
+from sonic_ep.testing import CASES, Rank, assert_bitwise
 
 SIZES = (8, 4, 4, 2)
 CASE = replace(CASES["uneven_tokens"], tokens=(4, 2), hidden=8, intermediate=4, num_experts=6, top_k=2)
 
 
-def outputs(ep: ExpertParallel, rank: Rank, case: Case) -> dict[str, Callable[[Tensor, list[Tensor]], Tensor]]:
-    """Every call that returns a tensor to be trained through, as a function of x and the weights."""
-    idx, scores = routing_of(rank, case)
-    plan = ep.plan(idx, case.num_experts)
+def outputs(ep: ExpertParallel, rank: Rank) -> dict[str, Callable[[Tensor, list[Tensor]], Tensor]]:
+    """Every call that returns a tensor to train through, as a function of x and the weights."""
+    idx, scores = routing_of(rank, CASE)
+    plan = ep.plan(idx, CASE.num_experts)
     return {
-        "moe": lambda x, weights: ep.moe(x, *weights, case.top_k).y,
-        "moe of 3 dimensions": lambda x, weights: ep.moe(x.unsqueeze(0), *weights, case.top_k).y,
+        "moe": lambda x, weights: ep.moe(x, *weights, CASE.top_k).y,
+        "moe of 3 dimensions": lambda x, weights: ep.moe(x.unsqueeze(0), *weights, CASE.top_k).y,
         "moe_routed": lambda x, weights: ep.moe_routed(x, idx, scores, *weights[1:]),
         "dispatch": lambda x, weights: ep.dispatch(x, plan),
         "combine": lambda x, weights: ep.combine(ep.dispatch(x, plan), scores, plan),
@@ -37,18 +37,17 @@ def outputs(ep: ExpertParallel, rank: Rank, case: Case) -> dict[str, Callable[[T
 @on_ranks(1, 2)
 @both_backends
 def test_an_output_may_be_written_in_place(rank: Rank, backend: str) -> None:
-    """What follows an output in place has the gradients of what follows it out of place, and hooks at it are called."""
-    case = CASE
-    x, weights, _ = layer_inputs(rank, case)
+    """Gradients are those of operations out of place, and hooks are called."""
+    x, weights, _ = layer_inputs(rank, CASE)
+    leaves = [x, *weights]
     with ExpertParallel(backend=backend) as ep:
-        valid = ep.plan(routing_of(rank, case)[0], case.num_experts).rows()
-        for name, call in outputs(ep, rank, case).items():
+        valid = ep.plan(routing_of(rank, CASE)[0], CASE.num_experts).rows()
+        for name, call in outputs(ep, rank).items():
             kept = slice(valid) if name == "dispatch" else slice(None)
 
             def loss(y: Tensor, kept: slice = kept) -> Tensor:
                 return y[kept].square().sum()
 
-            leaves = [x, *weights]
             expected = torch.autograd.grad(loss(call(x, weights) * 3), leaves, allow_unused=True)
             y = call(x, weights)
             assert not y._is_view(), f"{name} returns a view"
@@ -56,7 +55,7 @@ def test_an_output_may_be_written_in_place(rank: Rank, backend: str) -> None:
             y.register_hook(seen.append)
             y *= 3
             found = torch.autograd.grad(loss(y), leaves, allow_unused=True)
-            assert len(seen) == 1, f"a hook at what {name} returned is called once"
+            assert len(seen) == 1, f"hook of {name}"
             assert_same_bits(found, expected, f"of {name}")
 
 
@@ -66,7 +65,7 @@ def layer_of(rank: Rank, ep: ExpertParallel) -> tuple[MoE, Tensor]:
 
 
 def gradients_of(layer: nn.Module, x: Tensor) -> list[Tensor]:
-    """Gradients that a backward has left, which are taken away again."""
+    """Gradients that a backward has left, which are reset."""
     leaves = [x, *layer.parameters()]
     found = [leaf.grad for leaf in leaves]
     assert all(grad is not None for grad in found)
@@ -94,7 +93,7 @@ def test_an_output_is_a_tuple_of_its_tensors(rank: Rank, backend: str) -> None:
 @on_ranks(1, 2)
 @both_backends
 def test_checkpointing_the_layer_itself_trains_it(rank: Rank, backend: str) -> None:
-    """``checkpoint`` of the layer itself: reentrant, it hands on the fields without their names."""
+    """Reentrant, ``checkpoint`` returns the fields without their names."""
     with ExpertParallel(backend=backend) as ep:
         layer, x = layer_of(rank, ep)
         out = layer(x)
@@ -111,7 +110,6 @@ def test_checkpointing_the_layer_itself_trains_it(rank: Rank, backend: str) -> N
 @on_ranks(1, 2)
 @both_backends
 def test_full_backward_hooks_are_called(rank: Rank, backend: str) -> None:
-    """Hooks of the module see its gradients, and leave them as they are."""
     with ExpertParallel(backend=backend) as ep:
         layer, x = layer_of(rank, ep)
         layer(x).y.sum().backward()
@@ -121,10 +119,9 @@ def test_full_backward_hooks_are_called(rank: Rank, backend: str) -> None:
         layer.register_full_backward_hook(lambda module, into, out: seen.append((into[0], out[0])))
         layer.register_full_backward_pre_hook(lambda module, out: before.append(out[0]))
         layer(x).y.sum().backward()
-        assert [len(seen), len(before)] == [1, 1]
-        into, out = seen[0]
+        ((into, out),), (before_out,) = seen, before
         assert_bitwise(out, torch.ones_like(out))
-        assert_bitwise(before[0], out)
+        assert_bitwise(before_out, out)
         found = gradients_of(layer, x)
         assert_bitwise(into, found[0])
         assert_same_bits(found, expected)

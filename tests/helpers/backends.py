@@ -9,8 +9,7 @@ import torch
 from sonic_ep.distributed.group import resolve_group
 
 BACKENDS = ["reference", "fast"]
-# Eight ranks take turns on the GPUs of a machine that has them; interpreted, on the cores of a laptop, they would take
-# minutes. With --thorough, test_hazards has eight of them there, in groups of four.
+# Eight ranks share the GPUs of a machine; interpreted, they would take minutes.
 ON_GPUS = [8] if torch.cuda.device_count() > 1 else []
 WORLD_SIZES = [1, 2, 3, 4, *ON_GPUS]
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -23,7 +22,7 @@ def dispatch_primitives_of(backend: str, device: torch.device) -> Mapping[Any, A
         from sonic_ep.reference.dispatch import dispatch_primitives
 
         return dispatch_primitives(BoundedCollectives(resolve_group(None)))
-    # Not at the top: triton asks whether it is to interpret when it is imported, and only ranks know.
+    # Not at the top: Triton decides at import whether it interprets, which only ranks know.
     from sonic_ep.fast.dispatch import dispatch_primitives as fast_primitives
     from sonic_ep.fast.workspace import Workspace
 

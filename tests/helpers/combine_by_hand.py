@@ -1,9 +1,10 @@
-"""Sums of combine, one token at a time, with the order and the roundings of each mode written out."""
+"""Combine of one token at a time, with the order and the roundings of each mode written out."""
 
 import torch
 from torch import Tensor
 
 from sonic_ep import CombineMode
+from sonic_ep.plan import RoutingPlan
 from sonic_ep.testing import Inputs
 
 HIDDEN = 8
@@ -25,33 +26,27 @@ def one_by_one(terms: list[Tensor], dtype: torch.dtype) -> Tensor:
     return total.to(dtype)
 
 
-def all_to_all_by_hand(rows: Tensor, scores: Tensor, owners: list[int]) -> Tensor:
-    """round(sum over k)."""
-    terms = [scores[k] * rows[k].float() for k, owner in enumerate(owners) if owner >= 0]
-    return one_by_one(terms, rows.dtype)
-
-
-def reduce_scatter_by_hand(rows: Tensor, scores: Tensor, owners: list[int]) -> Tensor:
-    """round(sum over ranks of round(sum over k on the rank))."""
-    partial = []
-    for rank in sorted(set(owners) - {-1}):
-        terms = [scores[k] * rows[k].float() for k, owner in enumerate(owners) if owner == rank]
-        partial.append(one_by_one(terms, rows.dtype))
-    return one_by_one(partial, rows.dtype)
-
-
-BY_HAND = {
-    CombineMode.ALL_TO_ALL: all_to_all_by_hand,
-    CombineMode.REDUCE_SCATTER: reduce_scatter_by_hand,
-    CombineMode.RANK_DEDUP: reduce_scatter_by_hand,
-}
+def combined_by_hand(mode: CombineMode, rows: Tensor, scores: Tensor, owners: list[int]) -> Tensor:
+    """all_to_all: round(sum over k). Otherwise round(sum over ranks of round(sum over k on the rank))."""
+    terms = [score * row.float() for score, row in zip(scores, rows, strict=True)]
+    if mode is CombineMode.ALL_TO_ALL:
+        return one_by_one([term for term, owner in zip(terms, owners, strict=True) if owner >= 0], rows.dtype)
+    by_rank = [[t for t, owner in zip(terms, owners, strict=True) if owner == r] for r in sorted(set(owners) - {-1})]
+    return one_by_one([one_by_one(own, rows.dtype) for own in by_rank], rows.dtype)
 
 
 def canonical(inputs: Inputs, slots: Tensor, rank: int) -> Tensor:
+    """The rank's entries of ``slots`` (N, K, ...) in the order of its rows."""
     experts = range(*inputs.experts_of(rank).indices(inputs.case.num_experts))
-    chosen = [(inputs.topk_idx == expert).nonzero() for expert in experts]
-    where = torch.cat(chosen)
+    where = torch.cat([(inputs.topk_idx == expert).nonzero() for expert in experts])
     return slots[where[:, 0], where[:, 1]]
+
+
+def row_buffer(plan: RoutingPlan, inputs: Inputs, slots: Tensor) -> Tensor:
+    """(R, H): the valid rows of ``slots`` (N, K, H), NaN behind them."""
+    rows = slots.new_full((plan.row_capacity, HIDDEN), float("nan"))
+    rows[: plan.rows()] = canonical(inputs, slots, plan.rank)
+    return rows
 
 
 def owners_of_slots(inputs: Inputs, experts_per_rank: int) -> Tensor:

@@ -1,13 +1,15 @@
-"""One rank's share of a case, as leaves that require gradients."""
+"""One rank's share of a case."""
 
 from torch import Tensor
 
-from sonic_ep.testing import Case, Rank, draw
+from sonic_ep import ExpertParallel
+from sonic_ep.plan import RoutingPlan
+from sonic_ep.testing import Case, Inputs, Rank, draw
 from sonic_ep.testing.oracle import leaf, leaf_experts
 
 
 def layer_inputs(rank: Rank, case: Case) -> tuple[Tensor, list[Tensor], Tensor]:
-    """x, the weights, and the gradient of y, of this rank."""
+    """x, the weights (leaves that require gradients), and the gradient of y."""
     inputs = draw(case, rank.world_size, rank.device)
     experts = leaf_experts(inputs.experts, inputs.experts_of(rank.rank))
     tokens = inputs.tokens_of(rank.rank)
@@ -15,7 +17,11 @@ def layer_inputs(rank: Rank, case: Case) -> tuple[Tensor, list[Tensor], Tensor]:
 
 
 def routing_of(rank: Rank, case: Case) -> tuple[Tensor, Tensor]:
-    """topk_idx and topk_scores of this rank."""
+    """topk_idx and topk_scores."""
     inputs = draw(case, rank.world_size, rank.device)
     tokens = inputs.tokens_of(rank.rank)
     return inputs.topk_idx[tokens], inputs.topk_scores[tokens]
+
+
+def plan_of(ep: ExpertParallel, inputs: Inputs) -> RoutingPlan:
+    return ep.plan(inputs.topk_idx[inputs.tokens_of(ep.rank)], inputs.case.num_experts)

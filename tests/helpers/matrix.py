@@ -1,4 +1,4 @@
-"""The settings of a test: the full product of its axes, of which ``make test`` runs a part on the CPU."""
+"""The settings of a test: the product of its axes, of which ``make test`` runs a part on the CPU."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
@@ -39,8 +39,8 @@ by_backend_and_flags = pytest.mark.parametrize(
 def matrix(everyday: Callable[[Cell], bool] | None = None, **axes: Iterable[Any]) -> pytest.MarkDecorator:
     """Parametrizes a test with every combination of both backends and the values of ``axes``.
 
-    Combinations for which ``everyday`` is false are marked ``thorough``. Without it those run every day in which every
-    two values of two axes meet, on two ranks every case of both backends, on one and three ranks every mode.
+    Combinations for which ``everyday`` is false are marked ``thorough``. Its default: a pairwise cover, on two ranks
+    every case of both backends, on one and three ranks every mode.
     """
     values: Axes = {"backend": BACKENDS, **{name: tuple(axis) for name, axis in axes.items()}}
     chosen = {tuple(cell[name] for name in values) for cell in _everyday(values)}

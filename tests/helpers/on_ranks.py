@@ -1,9 +1,4 @@
-"""``@on_ranks(1, 2, 3)``: a test whose body runs on live ranks.
-
-@on_ranks(1, 2, 3)
-@both_backends
-def test_rows_arrive(rank: Rank, backend: str) -> None: ...
-"""
+"""``@on_ranks(1, 2, 3)`` on ``def test_rows_arrive(rank: Rank, backend: str)``: the body runs on live ranks."""
 
 import functools
 import importlib
@@ -21,11 +16,11 @@ Test = Callable[..., None]
 
 
 def on_ranks(*world_sizes: Any, pool: str = "pool") -> Callable[[Test], Test]:
-    """Makes a test of a function that takes a ``Rank`` first: every rank calls it with the test's other arguments.
+    """Makes a test of a body that takes a ``Rank`` first: every rank calls it with the test's other arguments.
 
     world_sizes: numbers of ranks, or ``pytest.param`` of one; none where a parameter of the test is ``world_size``.
     pool: the fixture: "pool" (the CPU, and GPUs where there are any), "cpu_pool" or "cuda_pool".
-    Arguments travel by pickle, the body by name: it has to be at the top level of its module, and returns nothing.
+    Arguments are pickled; the body is found by name, at the top level of its module, and returns nothing.
     """
     if pool not in POOLS:
         raise ValueError(f"pool: got {pool!r}, expected one of {', '.join(POOLS)}")

@@ -1,6 +1,6 @@
 """Many examples of the property tests, or one again: ``python tests/helpers/property_run.py --seed 1 --examples 1``.
 
-Example i has the seed ``--seed`` + i, and runs on one backend or on both. Ends with 1 and the seeds if any is wrong.
+Example i has the seed ``--seed`` + i, and runs on one backend or on both. Exits with 1 and the seeds if any is wrong.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ BATCH = 50
 
 
 def main(arguments: Sequence[str] | None = None, live: RankPool | None = None) -> int:
-    """The command; an exit code. live: ranks to use, which stay, instead of ranks of its own."""
+    """Returns an exit code. live: ranks to use instead of ranks of its own."""
     options = _options(arguments)
     seeds = range(options.seed, options.seed + options.examples)
     backends = BACKENDS if options.backend == "both" else [options.backend]
@@ -36,7 +37,8 @@ def main(arguments: Sequence[str] | None = None, live: RankPool | None = None) -
     found: list[Failure] = []
     with RankPool(options.device) if live is None else nullcontext(live) as pool:
         for backend in backends:
-            for batch in _batches(seeds):
+            for first in range(0, len(seeds), BATCH):
+                batch = seeds[first : first + BATCH]
                 found += _failures(pool, backend, batch)
                 done = f"{backend}: {batch.stop - options.seed} of {options.examples} examples"
                 print(f"{done}, {len(found)} wrong, {time.monotonic() - started:.0f} s", flush=True)
@@ -62,13 +64,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _batches(seeds: range) -> Iterator[range]:
-    for first in range(seeds.start, seeds.stop, BATCH):
-        yield range(first, min(first + BATCH, seeds.stop))
-
-
 def _failures(pool: RankPool, backend: str, batch: range) -> list[Failure]:
-    """What is wrong in the batch; where ranks have stopped at an error, of each example by itself."""
+    """Failures of the batch; where ranks have stopped at an error, each example runs by itself."""
     try:
         return failures(pool, backend, batch)
     except RankError as error:
@@ -89,21 +86,17 @@ def _document(
         "kind": "properties",
         "environment": environment(device, most, options.commit, command),
         "examples": {backend: len(examples) for backend in backends},
-        "by_kind": _counted(example.kind.value for example in examples),
-        "by_world_size": _counted(str(example.world_size) for example in examples),
-        "by_modes": _counted(example.modes for example in examples),
-        "by_dtype": _counted(str(example.case.dtype).removeprefix("torch.") for example in examples),
+        "by_kind": _counted(e.kind.value for e in examples),
+        "by_world_size": _counted(str(e.world_size) for e in examples),
+        "by_modes": _counted(e.modes for e in examples),
+        "by_dtype": _counted(str(e.case.dtype).removeprefix("torch.") for e in examples),
         "seconds": round(seconds, 1),
-        "failures": [
-            {"backend": failure.backend, "seed": failure.seed, "again": failure.again, "said": list(failure.said)}
-            for failure in found
-        ],
+        "failures": [{"again": failure.again, **asdict(failure)} for failure in found],
     }
 
 
-def _counted(words: Iterable[str]) -> dict[str, int]:
-    """How often each comes."""
-    return dict(sorted(Counter(words).items()))
+def _counted(values: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(values).items()))
 
 
 if __name__ == "__main__":

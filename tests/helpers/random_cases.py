@@ -1,8 +1,7 @@
-"""Examples of property tests: one whole number is one example, its shapes, its routing, its options and its modes.
+"""Examples of property tests: a seed gives shapes, routing, options and modes.
 
-Of its four kinds two are exact: inputs are small whole numbers, scores are powers of two, and every sum that any order
-could make of them fits the dtype. Nothing is ever rounded there, so a result that differs from the truth in one bit is
-wrong, whatever the number of tokens.
+Two of the four kinds are exact: inputs are small whole numbers, scores are powers of two, and the sums fit the dtype in
+any order. Nothing is rounded, so that one bit of difference is an error.
 """
 
 from __future__ import annotations
@@ -20,13 +19,15 @@ from sonic_ep.config import AUTO, ScoreOrder
 from sonic_ep.testing import Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Whose values and derivatives are exact where their arguments are.
+# Their values and derivatives are exact where their arguments are.
 EXACT_ACTIVATIONS = ("relu", "reglu", "relu_sq")
 NOWHERE = -1
+# Widths and tokens of the group at which an error is a statistic of many elements.
+WIDE, TOKENS_ENOUGH = (24, 31, 32, 40), 48
 
 
 class Kind(str, Enum):
-    """What an example calls, and what it is held against."""
+    """What an example calls, and how it is compared."""
 
     EXACT_ROUTED = "moe_routed, bit for bit"
     EXACT_MOE = "moe, bit for bit"
@@ -35,12 +36,11 @@ class Kind(str, Enum):
 
     @property
     def exact(self) -> bool:
-        """Whether every bit counts."""
         return self in (Kind.EXACT_ROUTED, Kind.EXACT_MOE)
 
     @property
     def routed(self) -> bool:
-        """Whether the caller brings the routing."""
+        """Whether the caller gives the routing."""
         return self in (Kind.EXACT_ROUTED, Kind.ACCURATE_ROUTED)
 
 
@@ -53,7 +53,7 @@ class Spread(str, Enum):
     ONE_EXPERT = "one expert"
 
     def weights(self, num_experts: int, world_size: int, favourite: int) -> Tensor:
-        """(E,): chances of the experts, up to a factor. favourite: the expert, or one of the rank, that gets all."""
+        """Chances of the experts, (E,), up to a factor. favourite: the expert, or one of the rank, that gets all."""
         experts = torch.arange(num_experts)
         held = num_experts // world_size
         return {
@@ -68,8 +68,8 @@ class Spread(str, Enum):
 class Routed:
     """Draws the experts of tokens; a ``Chooser`` of a case.
 
-    repeated: whether a token may have an expert twice; it has to where fewer than K are likely at all. dropped: the
-    share of slots that go nowhere; as large a share of tokens goes nowhere altogether.
+    repeated: whether a token may have an expert twice; it must where fewer than K are likely. dropped: the share of
+    slots, and of tokens, that are dropped.
     """
 
     spread: Spread
@@ -106,17 +106,16 @@ class Example:
     @property
     def size(self) -> int:
         """How much there is to look at when it fails."""
-        tokens = sum(self.case.tokens_of_rank(rank) for rank in range(self.world_size))
-        return tokens * self.case.top_k * self.case.hidden * self.case.intermediate * self.world_size
+        case, tokens = self.case, sum(self.case.tokens_of_rank(rank) for rank in range(self.world_size))
+        return tokens * case.top_k * case.hidden * case.intermediate * self.world_size
 
     @property
     def modes(self) -> str:
-        """Its pair of modes, as the configuration spells it."""
         return "+".join(str(getattr(mode, "value", mode)) for mode in (self.config.dispatch, self.config.combine))
 
 
 def example_of(seed: int) -> Example:
-    """The example that ``seed`` is, the same on any machine."""
+    """The example of a seed, the same on any machine."""
     random = Random(seed)
     kind = random.choices(list(Kind), weights=[10, 4, 4, 2])[0]
     world_size = random.choices([1, 2, 3, 4], weights=[5, 8, 5, 2])[0]
@@ -163,28 +162,20 @@ def _case(random: Random, kind: Kind, world_size: int) -> Case:
     return case if kind.exact else replace(case, hidden=random.choice(WIDE), intermediate=random.choice(WIDE))
 
 
-# Widths at which an error is a statistic of many elements.
-WIDE = (24, 31, 32, 40)
-
-
 def _routed(random: Random) -> Routed:
     dropped = random.choices([0, 0.2, 0.5, 1], weights=[6, 3, 2, 1])[0]
     return Routed(spread=random.choice(list(Spread)), repeated=random.random() < 0.3, dropped=dropped)
 
 
 def _tokens(random: Random, world_size: int) -> tuple[int, ...]:
-    """T of each rank: few; in one of twelve examples none at all."""
+    """T of each rank: few; in one of twelve examples none."""
     if random.random() < 1 / 12:
         return (0,) * world_size
     return tuple(random.choice([0, 1, 1, 2, 3, 5, 7]) for _ in range(world_size))
 
 
 def _many_tokens(random: Random, world_size: int) -> tuple[int, ...]:
-    """T of each rank, none on some, and on all together enough."""
+    """T of each rank, none on some; enough on all together."""
     shares = [random.choice([0, 1, 2, 3]) for _ in range(world_size)]
     shares[random.randrange(world_size)] = 3
     return tuple(-(-TOKENS_ENOUGH * share // sum(shares)) for share in shares)
-
-
-# Tokens of the group at which the error of plain PyTorch is no luck.
-TOKENS_ENOUGH = 48

@@ -1,8 +1,8 @@
-"""Runs examples of property tests on live ranks, and says of each what is wrong."""
+"""Runs examples of property tests on live ranks, and reports what is wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -26,7 +26,7 @@ AGAIN = "python tests/helpers/property_run.py --examples 1 --backend {} --seed {
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """An example that is wrong. said: each thing that is."""
+    """An example that is wrong. said: every error."""
 
     backend: str
     seed: int
@@ -38,21 +38,19 @@ class Failure:
         return AGAIN.format(self.backend, self.seed)
 
     def __str__(self) -> str:
-        return "\n  ".join(
-            [f"seed {self.seed} on {self.backend}: {self.again}", str(example_of(self.seed)), *self.said]
-        )
+        first = f"seed {self.seed} on {self.backend}: {self.again}"
+        return "\n  ".join([first, str(example_of(self.seed)), *self.said])
 
 
 def failures(pool: RankPool, backend: str, seeds: Iterable[int]) -> list[Failure]:
-    """Runs the examples, those of one number of ranks in one call; what failed, the smallest example first."""
+    """Runs the examples, one call for each number of ranks. Returns failures, the smallest example first."""
     by_ranks: dict[int, list[int]] = {}
     for seed in seeds:
         by_ranks.setdefault(example_of(seed).world_size, []).append(seed)
     found = []
     for world_size, group in sorted(by_ranks.items()):
-        said_by_rank = pool.run(
-            reds_of_seeds, backend, group, world_size=world_size, timeout=HANG_SECONDS + 10 * len(group)
-        )
+        timeout = HANG_SECONDS + 10 * len(group)
+        said_by_rank = pool.run(errors_of_seeds, backend, group, world_size=world_size, timeout=timeout)
         for place, seed in enumerate(group):
             said = tuple(f"rank {rank}: {line}" for rank, said in enumerate(said_by_rank) for line in said[place])
             if said:
@@ -60,13 +58,13 @@ def failures(pool: RankPool, backend: str, seeds: Iterable[int]) -> list[Failure
     return sorted(found, key=lambda failure: example_of(failure.seed).size)
 
 
-def reds_of_seeds(rank: Rank, backend: str, seeds: Sequence[int]) -> list[list[str]]:
-    """What is wrong with each example, as this rank sees it."""
+def errors_of_seeds(rank: Rank, backend: str, seeds: Sequence[int]) -> list[list[str]]:
+    """The errors of each example on this rank."""
     found = []
     for seed in seeds:
         example = example_of(seed)
         try:
-            found.append(_RUN[example.kind](rank, backend, example))
+            found.append((_exact if example.kind.exact else _accurate)(rank, backend, example))
         except Exception as error:
             again = AGAIN.format(backend, seed)
             raise AssertionError(f"seed {seed} on {backend}, {again}: {example} raised {error!r}") from error
@@ -76,17 +74,15 @@ def reds_of_seeds(rank: Rank, backend: str, seeds: Sequence[int]) -> list[list[s
 def _exact(rank: Rank, backend: str, example: Example) -> list[str]:
     inputs = exact_inputs(example)
     if example.kind.routed:
-        oracle, run = routed_oracle(inputs), run_routed
+        oracle, run, counts = routed_oracle(inputs), run_routed, {}
     else:
         oracle, run = moe_oracle(inputs, inputs.topk_idx), run_moe
-    truth = dict(oracle.truth)
-    if not example.kind.routed:
-        truth["tokens_per_expert"] = torch.bincount(inputs.topk_idx.flatten(), minlength=inputs.case.num_experts)
+        counts = {"tokens_per_expert": torch.bincount(inputs.topk_idx.flatten(), minlength=inputs.case.num_experts)}
     said = differences(oracle.plain, oracle.truth, lambda name: slice(None), "plain PyTorch, so the input is wrong, ")
     with _parallel(backend, example, inputs) as ep:
         outcome = run(_moved(inputs, rank.device), ep)
         ep.check()
-    return said + differences(outcome, truth, partial(_share, inputs, rank.rank), "")
+    return said + differences(outcome, {**oracle.truth, **counts}, partial(_share, inputs, rank.rank), "")
 
 
 def _accurate(rank: Rank, backend: str, example: Example) -> list[str]:
@@ -97,18 +93,13 @@ def _accurate(rank: Rank, backend: str, example: Example) -> list[str]:
     return [str(finding) for finding in findings if not finding.ok]
 
 
-_RUN: Mapping[Kind, Callable[[Rank, str, Example], list[str]]] = {
-    kind: _exact if kind.exact else _accurate for kind in Kind
-}
-
-
 def _parallel(backend: str, example: Example, inputs: Inputs) -> ExpertParallel:
     config = replace(example.config, max_rows=_rows(inputs, example) if example.tight else None)
     return ExpertParallel(backend=backend, config=config, max_tokens_per_rank=example.max_tokens)
 
 
 def _rows(inputs: Inputs, example: Example) -> int:
-    """The most rows that a rank receives, at least 1; what it may receive at most where the router under test says."""
+    """The most rows that a rank receives, or may receive where the tested router decides; at least 1."""
     case, held = inputs.case, inputs.case.num_experts // inputs.world_size
     if example.kind is Kind.ACCURATE_MOE:
         most = max(case.tokens)
@@ -119,8 +110,6 @@ def _rows(inputs: Inputs, example: Example) -> int:
 
 
 def _moved(inputs: Inputs, device: torch.device) -> Inputs:
-    """The inputs on ``device``."""
-
     def moved(of: Inputs | Experts) -> dict[str, Tensor]:
         return {name: value.to(device) for name, value in vars(of).items() if isinstance(value, Tensor)}
 
@@ -134,7 +123,7 @@ def _share(inputs: Inputs, rank: int, name: str) -> slice:
 
 
 def differences(outcome: Outcome, truth: Outcome, share: Callable[[str], slice], who: str) -> list[str]:
-    """Where ``outcome`` is not the truth, which each of its dtypes can hold. +0 and -0 are the same number."""
+    """Where ``outcome`` differs from the truth. +0 equals -0."""
     said = []
     for name, whole in truth.items():
         got = outcome[name].cpu()

@@ -1,4 +1,4 @@
-"""One call there and back on both backends, step by step, and what has to be the same."""
+"""One plan, dispatch, combine and backward on both backends, step by step."""
 
 import time
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from layer_inputs import plan_of
 from matrix import DIAGONAL
 from near import assert_near
 from torch import Tensor
@@ -19,15 +20,13 @@ MODES = DIAGONAL
 by_modes = pytest.mark.parametrize("modes", MODES, ids=lambda pair: "+".join(mode.value for mode in pair))
 Modes = tuple[DispatchMode, CombineMode]
 Outcome = dict[str, Tensor]
-CAPACITY = 5
 
 
-def there_and_back(ep: ExpertParallel, inputs: Inputs, rank: int) -> Iterator[Outcome]:
-    """Plan, dispatch, combine, backward, one step for each ``next``; yields everything there is to compare."""
-    tokens = inputs.tokens_of(rank)
-    x = inputs.x[tokens].clone().requires_grad_()
-    scores = inputs.topk_scores[tokens].clone().requires_grad_()
-    plan = ep.plan(inputs.topk_idx[tokens], inputs.case.num_experts)
+def there_and_back(ep: ExpertParallel, inputs: Inputs) -> Iterator[Outcome]:
+    """Plan, dispatch, combine, backward, one step for each ``next``; the last yields all results."""
+    tokens = inputs.tokens_of(ep.rank)
+    x, scores = (t[tokens].clone().requires_grad_() for t in (inputs.x, inputs.topk_scores))
+    plan = plan_of(ep, inputs)
     valid = plan.rows()
     yield {}
     rows = ep.dispatch(x, plan)
@@ -36,13 +35,11 @@ def there_and_back(ep: ExpertParallel, inputs: Inputs, rank: int) -> Iterator[Ou
     y = ep.combine(rows * rows, scores, plan)
     yield {}
     y.backward(inputs.dy[tokens])
-    assert x.grad is not None
-    assert scores.grad is not None
     yield {"rows": rows[:valid].detach(), "y": y.detach(), "dx": x.grad, "dscores": scores.grad}
 
 
-def outcome_of(ep: ExpertParallel, inputs: Inputs, rank: int) -> Outcome:
-    return list(there_and_back(ep, inputs, rank))[-1]
+def outcome_of(ep: ExpertParallel, inputs: Inputs) -> Outcome:
+    return list(there_and_back(ep, inputs))[-1]
 
 
 def assert_same(found: Outcome, expected: Outcome, what: str) -> None:
@@ -57,10 +54,8 @@ def assert_same(found: Outcome, expected: Outcome, what: str) -> None:
 @contextmanager
 def both(modes: Modes, group: dist.ProcessGroup | None = None) -> Iterator[tuple[ExpertParallel, ExpertParallel]]:
     config = EPConfig(dispatch=modes[0], combine=modes[1])
-    with (
-        ExpertParallel(group, "fast", config, max_tokens_per_rank=CAPACITY) as fast,
-        ExpertParallel(group, "reference", config, max_tokens_per_rank=CAPACITY) as reference,
-    ):
+    fast, reference = (ExpertParallel(group, name, config, max_tokens_per_rank=5) for name in ("fast", "reference"))
+    with fast, reference:
         yield fast, reference
 
 

@@ -16,7 +16,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def module_of_example(name: str) -> ModuleType:
-    """One of them, in a process that no launcher has started."""
     if str(EXAMPLES) not in sys.path:
         sys.path.insert(0, str(EXAMPLES))
     return importlib.import_module(name)
@@ -24,7 +23,7 @@ def module_of_example(name: str) -> ModuleType:
 
 @contextmanager
 def no_launcher() -> Iterator[None]:
-    """Nothing of torchrun's in the environment, and one thread: on a busy processor two are slower."""
+    """Without torchrun's environment, and with one thread: on a busy processor two are slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -34,7 +33,7 @@ def no_launcher() -> Iterator[None]:
 
 
 def train(rank: Rank, backend: str, arguments: list[str]) -> object:
-    """On a rank: the run that the command line asks for, by ``backend``; what it recorded, None but on rank 0."""
+    """On a rank: the command line's run by ``backend``. Returns what it recorded, None but on rank 0."""
     options, runs = module_of_example("lm_options"), module_of_example("lm_runs")
     settings = options.parse_settings([f"--nproc={rank.world_size}", "--backend=reference", *arguments], None)
     return runs.train_with(backend, settings, rank.device, readers={0})

@@ -11,50 +11,44 @@ from limits import HANG_SECONDS
 
 import sonic_ep
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 
 
-def examples() -> list[str]:
-    """The program, and a few lines that go on from there."""
-    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-def example() -> str:
-    return examples()[0]
+# The program, and a few lines that go on from there.
+EXAMPLE, PROFILES, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_the_example_runs_on_one_rank_and_on_several(nproc: int, tmp_path: Path) -> None:
     script = tmp_path / "this_file.py"
-    script.write_text(example())
+    script.write_text(EXAMPLE)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
     done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_lines_about_profiles_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    _, lines, *_ = examples()
-    # It keeps what it finds in the home of its caller.
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     with sonic_ep.ExpertParallel(backend="reference") as ep:
         names = {"sonic_ep": sonic_ep, "torch": torch, "ep": ep, "group": None, "T": 8, "H": 16, "K": 2, "E": 4}
-        exec(lines, names)
+        exec(PROFILES, names)
     assert names["ep"].config == names["profile"].config
     assert list((tmp_path / ".cache" / "sonic_ep" / "profiles").iterdir())
 
 
 def test_the_example_is_short() -> None:
-    assert sum(bool(line.strip()) for line in example().splitlines()) <= 15
+    assert sum(bool(line.strip()) for line in EXAMPLE.splitlines()) <= 15
 
 
 def test_every_make_target_named_here_exists() -> None:
-    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
-    targets = set(re.findall(r"`make (\w+)`", README))
-    assert {"demo", "test"} <= targets
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"`make ([\w-]+)`", README))
+    assert {"demo", "test", "test-thorough"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
 def test_every_file_linked_here_exists() -> None:
     for target in re.findall(r"\]\(([\w/.]+)\)", README):
-        assert (Path(__file__).parents[2] / target).exists(), target
+        assert (ROOT / target).exists(), target

@@ -1,13 +1,15 @@
-"""The lines of the README around ``MoE``: each of them runs, and trains like one process that has all tokens."""
+"""The README's lines around ``MoE`` run, and train like one process that has all tokens."""
 
 import re
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from near import assert_near
 from on_ranks import on_ranks
 from same import assert_same_bits
@@ -21,13 +23,9 @@ from sonic_ep.testing import Rank, RankPool, assert_bitwise
 README = Path(__file__).parents[2] / "README.md"
 HEADING = "## Inside a training stack\n"
 
-NONE, DDP, FSDP1, FSDP2, ZERO = (
-    "no wrapper",
-    "DistributedDataParallel",
-    "FullyShardedDataParallel",
-    "fully_shard",
-    "ZeroRedundancyOptimizer",
-)
+NONE = "no wrapper"
+DDP, FSDP1 = "DistributedDataParallel", "FullyShardedDataParallel"
+FSDP2, ZERO = "fully_shard", "ZeroRedundancyOptimizer"
 WRAPPERS = [DDP, FSDP1, FSDP2, ZERO]
 BLOCKS = {"Imports", "Experts", *WRAPPERS, "Optimizers", "GradScaler", "Means", "clip_grad_norm_", "Checkpoint"}
 PLAIN, CLIPPED, SCALED, ADAPTED = "plain", "clipped", "scaled", "adapted"
@@ -48,7 +46,7 @@ Names = dict[str, Any]
 
 
 def blocks() -> dict[str, str]:
-    """The code of the section by what its comment begins with: ``# Name``, ``# Name, and more`` or ``# Name: why``."""
+    """The section's code by the first word of its comment: ``# Name``, ``# Name, and more`` or ``# Name: why``."""
     section = README.read_text().split(HEADING)[1].split("\n## ")[0]
     code = "\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
     parts = re.split(r"^(?=# )", code, flags=re.MULTILINE)[1:]
@@ -56,7 +54,6 @@ def blocks() -> dict[str, str]:
 
 
 def run_block(names: Names, name: str) -> None:
-    """What a user would have written at this place."""
     exec(compile(blocks()[name], f"README.md: {name}", "exec"), names)
 
 
@@ -79,13 +76,12 @@ class Model(nn.Module):
 
 
 class Adapter(nn.Module):
-    """What is trained of ``layer.w1`` where that itself is frozen: two narrow weights of each expert, as of LoRA."""
+    """LoRA of a frozen ``layer.w1``: two narrow weights of each expert."""
 
     def __init__(self, layer: MoE) -> None:
         super().__init__()
         held, width, hidden = layer.w1.shape
-        generator = torch.Generator().manual_seed(1)
-        narrow = torch.randn(EXPERTS, NARROW, hidden, generator=generator)
+        narrow = torch.randn(EXPERTS, NARROW, hidden, generator=torch.Generator().manual_seed(1))
         self.down = nn.Parameter(narrow.split(held)[layer.ep.rank].clone())
         self.up = nn.Parameter(torch.zeros(held, width, NARROW))
 
@@ -93,20 +89,14 @@ class Adapter(nn.Module):
         return weight + self.up @ self.down
 
 
-def adapt(layer: MoE) -> None:
-    layer.w1.requires_grad_(False)
-    parametrize.register_parametrization(layer, "w1", Adapter(layer))
-
-
 def given(rank: Rank, **options: Any) -> Names:
-    """The names that the text takes for granted."""
+    """The names that the README's lines expect."""
     torch.manual_seed(0)
     mesh = init_device_mesh(rank.device.type, (rank.world_size,)) if rank.world_size > 1 else None
     ep = ExpertParallel(mesh, backend="reference", max_tokens_per_rank=TOKENS)
     model = Model(ep, **{"reduce_router_grad": False, **options})
-    around = {"group": mesh and mesh.get_group(), "W": ep.world_size, "device": rank.device, "lr": LR}
-    own = {"mesh": mesh, "ep": ep, "model": model, "layer": model.layer, "max_norm": MAX_NORM}
-    names = {**around, **own}
+    names = {"group": mesh and mesh.get_group(), "W": ep.world_size, "device": rank.device, "lr": LR}
+    names |= {"mesh": mesh, "ep": ep, "model": model, "layer": model.layer, "max_norm": MAX_NORM}
     run_block(names, "Imports")
     return names
 
@@ -133,7 +123,7 @@ def prepare(names: Names, wrapper: str) -> None:
 
 
 def loss_of(names: Names, step: int) -> Tensor:
-    """The mean over this rank's tokens, as the text has it where ranks have different numbers of them."""
+    """The mean over this rank's tokens, as the README has it for unequal numbers of tokens."""
     generator = torch.Generator().manual_seed(step)
     x, target = torch.randn(2, TOKENS, HIDDEN, generator=generator)
     if names["W"] > 1:
@@ -143,20 +133,14 @@ def loss_of(names: Names, step: int) -> Tensor:
     return losses.sum() * names["W"] / TOKENS
 
 
-def overflow(names: Names) -> None:
-    """One gradient of the group's third expert is infinite, as of a scale that is too large."""
-    held = EXPERTS // names["W"]
-    if names["ep"].rank == 2 // held:
-        names["layer"].w1.grad[2 % held, 0, 0] = torch.inf
-
-
 def train_step(names: Names, step: int, scaler: torch.amp.GradScaler, clips: bool, overflows: bool) -> None:
-    """Forward, backward and the optimizers' step; ``scaler`` may be one that does nothing."""
+    """Forward, backward and the optimizers' step. overflows: one gradient of the third expert becomes infinite."""
     for optimizer in names["optimizers"]:
         optimizer.zero_grad()
     scaler.scale(loss_of(names, step)).backward()
-    if overflows:
-        overflow(names)
+    owner, place = divmod(2, EXPERTS // names["W"])
+    if overflows and names["ep"].rank == owner:
+        names["layer"].w1.grad[place, 0, 0] = torch.inf
     run_block(names, "Means")
     for optimizer in names["optimizers"]:
         scaler.unscale_(optimizer)
@@ -170,7 +154,7 @@ def train_step(names: Names, step: int, scaler: torch.amp.GradScaler, clips: boo
 
 
 def parameters(names: Names) -> dict[str, Tensor]:
-    """All of the model, what is sharded put together, by the names it had before."""
+    """All of the model, unsharded, by the names without wrappers."""
     root = names["model"]
     fsdp1 = names[FSDP1]
     inside = root.module if isinstance(root, fsdp1 | names[DDP]) else root
@@ -181,10 +165,11 @@ def parameters(names: Names) -> dict[str, Tensor]:
 
 
 def trained(rank: Rank, wrapper: str, way: str) -> tuple[dict[str, Tensor], float]:
-    """Parameters after three steps of one way to train, and the scale of the loss."""
+    """Parameters after three steps, and the scale of the loss."""
     names = given(rank)
     if way == ADAPTED:
-        adapt(names["layer"])
+        names["layer"].w1.requires_grad_(False)
+        parametrize.register_parametrization(names["layer"], "w1", Adapter(names["layer"]))
     prepare(names, wrapper)
     scaler = torch.amp.GradScaler(rank.device.type, enabled=way == SCALED)
     if way == SCALED and rank.world_size > 1:
@@ -204,17 +189,17 @@ def test_a_wrapped_model_trains_like_one_process_with_all_tokens(cpu_pool: RankP
     for name, expected in alone.items():
         here, there = (share[name] for share, _ in shares)
         of_experts = name.startswith("layer.") and name != "layer.router_w"
-        # In each step a gradient is a sum over all tokens, in another order.
+        # Gradients are sums over all tokens, in another order.
         assert_near(torch.cat([here, there]) if of_experts else here, expected, units=len(CUTS) * TOKENS)
         if not of_experts:
             assert_bitwise(there, here, name)
 
 
-def of_both_ranks(value: Any) -> tuple[Any, Any]:
-    """Collective: what each of two ranks has."""
+def of_both_ranks(value: Any) -> list[Any]:
+    """Collective: the values of two ranks."""
     values = [None, None]
     dist.all_gather_object(values, value)
-    return values[0], values[1]
+    return values
 
 
 @on_ranks(2, pool="cpu_pool")
@@ -239,8 +224,7 @@ def test_without_the_lines_all_ranks_have_the_same_experts(rank: Rank, wrapper: 
         assert_bitwise(after[0][name], after[1][name], name)
 
 
-def prepared(rank: Rank, **options: Any) -> Names:
-    """A model in DDP, about to be trained."""
+def in_ddp(rank: Rank, **options: Any) -> Names:
     names = given(rank, **options)
     prepare(names, DDP)
     return names
@@ -250,7 +234,7 @@ def prepared(rank: Rank, **options: Any) -> Names:
 def test_a_router_gradient_that_is_summed_before_the_wrapper_averages_is_w_times_the_mean(rank: Rank) -> None:
     grads = []
     for reduced in (False, True):
-        names = prepared(rank, reduce_router_grad=reduced)
+        names = in_ddp(rank, reduce_router_grad=reduced)
         loss_of(names, 0).backward()
         grads.append(names["layer"].router_w.grad)
     assert_bitwise(grads[1], 2 * grads[0])
@@ -258,17 +242,16 @@ def test_a_router_gradient_that_is_summed_before_the_wrapper_averages_is_w_times
 
 @on_ranks(2, pool="cpu_pool")
 def test_without_the_lines_each_rank_clips_by_another_norm(rank: Rank) -> None:
-    names = prepared(rank)
+    names = in_ddp(rank)
     loss_of(names, 0).backward()
     run_block(names, "Means")
-    norm = torch.nn.utils.clip_grad_norm_(names["model"].parameters(), MAX_NORM).item()
-    here, there = of_both_ranks(norm)
+    here, there = of_both_ranks(torch.nn.utils.clip_grad_norm_(names["model"].parameters(), MAX_NORM).item())
     assert here != there
 
 
 @on_ranks(2, pool="cpu_pool")
 def test_without_the_line_an_overflow_on_one_rank_parts_scales_and_replicas(rank: Rank) -> None:
-    names = prepared(rank)
+    names = in_ddp(rank)
     scaler = torch.amp.GradScaler(rank.device.type)
     for step in range(2):
         train_step(names, step, scaler, clips=False, overflows=step == 0)
@@ -279,10 +262,9 @@ def test_without_the_line_an_overflow_on_one_rank_parts_scales_and_replicas(rank
 
 @on_ranks(2, pool="cpu_pool")
 def test_experts_in_fp16_need_the_line(rank: Rank) -> None:
-    names = prepared(rank, dtype=torch.float16)
+    names = in_ddp(rank, dtype=torch.float16)
     run_block(names, "GradScaler")
-    by_itself = torch.amp.GradScaler(rank.device.type)
-    of_experts = names["optimizers"][1]
+    by_itself, of_experts = torch.amp.GradScaler(rank.device.type), names["optimizers"][1]
     by_itself.scale(loss_of(names, 0)).backward()
     with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
         by_itself.step(of_experts)
@@ -290,19 +272,16 @@ def test_experts_in_fp16_need_the_line(rank: Rank) -> None:
     names["scaler"].step(of_experts)
 
 
-def of_two_dtypes(rank: Rank, wrapper: str, parts: list[str]) -> None:
-    names = given(rank, dtype=torch.bfloat16)
-    run_block(names, "Experts")
-    wrap(names, wrapper, parts)
-    loss_of(names, 0).backward()
-
-
 @on_ranks(2, pool="cpu_pool")
 @pytest.mark.parametrize("wrapper", [FSDP1, FSDP2])
 def test_a_layer_of_another_dtype_is_wrapped_by_itself_first(rank: Rank, wrapper: str) -> None:
-    with pytest.raises((ValueError, AssertionError), match="uniform"):
-        of_two_dtypes(rank, wrapper, [])
-    of_two_dtypes(rank, wrapper, ["layer"])
+    refused = pytest.raises((ValueError, AssertionError), match="uniform")
+    for parts, expectation in (([], refused), (["layer"], nullcontext())):
+        names = given(rank, dtype=torch.bfloat16)
+        run_block(names, "Experts")
+        with expectation:
+            wrap(names, wrapper, parts)
+            loss_of(names, 0).backward()
 
 
 @on_ranks(2, pool="cpu_pool")
@@ -322,8 +301,6 @@ def test_every_rank_saves_its_experts(rank: Rank, tmp_path: Path) -> None:
 
 @on_ranks(2, pool="cpu_pool")
 def test_a_distributed_checkpoint_keeps_the_experts_of_one_rank(rank: Rank, tmp_path: Path) -> None:
-    import torch.distributed.checkpoint as dcp
-
     layer = given(rank)["layer"]
     dcp.save(layer.state_dict(), checkpoint_id=tmp_path)
     state = {name: torch.zeros_like(value) for name, value in layer.state_dict().items()}
