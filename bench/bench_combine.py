@@ -43,7 +43,7 @@ def bench_nccl_combine(context: SuiteContext, large: RoutingProblem, run: Run, c
     """Sums by ``torch.distributed``: NCCL on GPUs. Before ``reduce_scatter`` each rank has summed what it holds."""
     if context.group.world_size == 1:
         pytest.skip("one rank has nobody to communicate with")
-    exchange = nccl_baseline.SlotExchange(large)
+    exchange = nccl_baseline.NcclSlotExchange(large)
     if collective == "all_to_all_single":
         mode, function, done = CombineMode.ALL_TO_ALL, exchange.combine, "gathers, sums and link"
     else:

@@ -93,7 +93,7 @@ def bench_nccl_dispatch(context: SuiteContext, large: RoutingProblem, run: Run, 
     if context.group.world_size == 1:
         pytest.skip("one rank has nobody to communicate with")
     if collective == "all_to_all_single":
-        function, rows = nccl_baseline.SlotExchange(large).dispatch, large.mean(lambda counts: counts.slots_in)
+        function, rows = nccl_baseline.NcclSlotExchange(large).dispatch, large.mean(lambda counts: counts.slots_in)
     else:
         function = nccl_baseline.dispatch_by_all_gather(large)
         rows = large.mean(lambda counts: counts.remote_ranks * counts.tokens)

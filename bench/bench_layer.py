@@ -25,7 +25,7 @@ Found = Mapping[str, Finding | WrongResultError]
 Tell = Callable[[Finding], None]
 
 ROUNDS = Rounds(rounds=20, warmup=3)
-ROUNDS_BESIDE_REFERENCE = Rounds(rounds=10, warmup=2)
+ROUNDS_OF_REFERENCE = Rounds(rounds=10, warmup=2)
 # Under the interpreter a step takes half a second and more.
 ROUNDS_INTERPRETED = Rounds(rounds=1, warmup=0)
 COMBINE = CombineMode.RANK_DEDUP
@@ -74,7 +74,7 @@ TOGETHER_AS_GRAPHS = ((BASE, AGAIN), (BY_RANK, GATHERED))
 
 # The names of cases.
 PRODUCTS, LAYER, REFERENCE = "grouped_mm of a layer: {}", "layer {}: {}", "reference layer: {}"
-BESIDE = f"layer {BASE}, beside the reference: {{}}"
+AGAINST_REFERENCE = f"layer {BASE}, beside the reference: {{}}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,7 +101,7 @@ class LayerBatches:
         """The GEMMs, then each setting, in turn; no settings: the reference and the layer."""
         place = (settings, which, method)
         if place not in self.found:
-            self.found[place] = self._alternation(*place) if settings else self._beside_reference(which, method)
+            self.found[place] = self._alternation(*place) if settings else self._against_reference(which, method)
         return self.found[place]
 
     def _rounds(self, on_gpus: Rounds) -> Rounds:
@@ -117,16 +117,16 @@ class LayerBatches:
                 cases.append(self.layer.case(LAYER.format(setting, which.value), ep, which, compared_with))
             return self.context.alternate(cases, method, self._rounds(ROUNDS))
 
-    def _beside_reference(self, which: Pass, method: Method) -> Found:
+    def _against_reference(self, which: Pass, method: Method) -> Found:
         """The reference has exact sizes, in its favour."""
         most = MOST_OF_REFERENCE if self.context.held else None
         against = Comparison(name=REFERENCE.format(which.value), text="the reference", most=most)
         with self.layer.over(SYNC.config, "reference") as reference, self.layer.over() as fast:
             cases = [
                 self.layer.case(REFERENCE.format(which.value), reference, which),
-                self.layer.case(BESIDE.format(which.value), fast, which, (against,)),
+                self.layer.case(AGAINST_REFERENCE.format(which.value), fast, which, (against,)),
             ]
-            return self.context.alternate(cases, method, self._rounds(ROUNDS_BESIDE_REFERENCE))
+            return self.context.alternate(cases, method, self._rounds(ROUNDS_OF_REFERENCE))
 
     def _comparisons(self, setting: Setting, which: Pass, *, held: bool) -> tuple[Comparison, ...]:
         """What a setting is held against: its GEMMs and bytes, and with a flag the same without any."""
@@ -192,7 +192,7 @@ def bench_layer(
 
 
 @each_pass
-@pytest.mark.parametrize("name", [REFERENCE, BESIDE], ids=["reference", "fast"])
+@pytest.mark.parametrize("name", [REFERENCE, AGAINST_REFERENCE], ids=["reference", "fast"])
 def bench_reference(context: SuiteContext, batches: LayerBatches, tell: Tell, name: str, which: Pass) -> None:
     """``ep.moe`` of the reference backend, over NCCL on GPUs, and that of the fast one."""
     if which is Pass.STEP:

@@ -76,8 +76,8 @@ def run(options: argparse.Namespace) -> int:
 def chosen_shape(asked: Thiek | None, world_size: int) -> tuple[Thiek, str | None]:
     """The shape that is run, and why it is not the one asked for."""
     if torch.cuda.is_available():
-        usual = Thiek(tokens=16384 * world_size, hidden=4096, intermediate=1536, num_experts=64, top_k=8)
-        return asked or usual, None
+        default = Thiek(tokens=16384 * world_size, hidden=4096, intermediate=1536, num_experts=64, top_k=8)
+        return asked or default, None
     small = Thiek(tokens=32 * world_size, hidden=64, intermediate=32, num_experts=4 * world_size, top_k=2)
     if asked is None:
         return small, f"no GPU: the small default {small} on the CPU, whose times mean nothing for GPUs"

@@ -33,7 +33,7 @@ CaseOfPass = Callable[[Pass], BenchCase]
 LAYER, GEMMS, GIVEN = "layer", "grouped GEMMs", "given routing"
 LOCAL, ONE_GPU = "same rows locally", "one GPU"
 # The layer once more, where it takes turns with what takes much longer.
-BESIDE = "layer, beside these"
+LAYER_AGAIN = "layer, beside these"
 
 ROUNDS, ROUNDS_OF_SLOW = Rounds(rounds=12, warmup=2), Rounds(rounds=6, warmup=1)
 # Where ranks share a GPU, a barrier takes milliseconds; on the CPU times mean nothing.
@@ -110,10 +110,10 @@ class EndToEnd:
 
     def document(self) -> Layer:
         """Collective: measure everything."""
-        memory, usual = self.with_its_own_rows()
+        memory, own = self.with_its_own_rows()
         slow = self.with_slow()
         # The floor stands first.
-        found = {which: {GEMMS: usual[which][GEMMS], **usual[which], **slow[which]} for which in self.passes}
+        found = {which: {GEMMS: own[which][GEMMS], **own[which], **slow[which]} for which in self.passes}
         results = self.layer.context.results
         return Layer(
             environment=results.environment,
@@ -158,7 +158,7 @@ class EndToEnd:
                 reference = opened.enter_context(layer.over(exact, "reference"))
                 cases.append(partial(layer.case, self.reference_name, reference))
             if cases:
-                cases.insert(0, partial(layer.case, BESIDE, self.ep))
+                cases.insert(0, partial(layer.case, LAYER_AGAIN, self.ep))
             return self.in_every_pass(cases, rounds_of(self.layer.context, ROUNDS_OF_SLOW))
 
     def over_alone(self, alone: EPGroup) -> ExpertParallel:
@@ -207,8 +207,8 @@ class EndToEnd:
             link_us=None if link is None else micros(link),
             over_gemms=ratio(LAYER, GEMMS),
             over_gemms_and_link=None if link is None else round(median[LAYER] / (median[GEMMS] + link), 4),
-            scaling_efficiency=ratio(ONE_GPU, BESIDE),
-            over_reference=ratio(BESIDE, self.reference_name),
+            scaling_efficiency=ratio(ONE_GPU, LAYER_AGAIN),
+            over_reference=ratio(LAYER_AGAIN, self.reference_name),
         )
 
     def breakdown(self, which: Pass, found: Found) -> Breakdown:

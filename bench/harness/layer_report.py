@@ -16,7 +16,7 @@ from sonic_ep.testing.layer_problem import LayerOptions, Shape
 
 # With fewer tokens than that, one right result in a hundred and more has twice the error of another, by chance.
 FEW_TOKENS = 128
-VERDICT = {True: "PASS", False: "FAIL"}
+PASS_OR_FAIL = {True: "PASS", False: "FAIL"}
 # Fields of ``Derived``, as people read them.
 MILLISECONDS = {"exposed_communication_us": "exposed communication", "link_us": "link at its ceilings"}
 RATIOS = {
@@ -93,7 +93,7 @@ def accuracy_lines(accuracies: Sequence[Accuracy]) -> list[str]:
     lines = [f"{'against a wider dtype':<22} {'error':>10} {'at most':>10} {'worst row':>10} {'at most':>10}"]
     for found in accuracies:
         numbers = (found.got.norm, found.bound.norm, found.got.worst_row, found.bound.worst_row)
-        lines.append(f"{found.name:<22} {' '.join(f'{number:>10.2e}' for number in numbers)} {VERDICT[found.ok]}")
+        lines.append(f"{found.name:<22} {' '.join(f'{number:>10.2e}' for number in numbers)} {PASS_OR_FAIL[found.ok]}")
     return lines
 
 

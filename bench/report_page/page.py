@@ -19,7 +19,7 @@ TEMPLATES.trim_blocks = TEMPLATES.lstrip_blocks = True
 
 
 class Cell(NamedTuple):
-    """Text of a table's cell. kind: w for words, n for a number, good or bad for a verdict."""
+    """Text of a table's cell. kind: w for words, n for a number, good or bad for a judgement."""
 
     text: str
     kind: str
@@ -39,7 +39,7 @@ def render(documents: Sequence[Document], save: Callable[..., str]) -> str:
     modules = {"computed": computed, "figures": figures, "load": load, "selection": selection, "spread": spread}
     of_kind = {kind: [d for d in documents if d.kind == kind] for kind in ("suite", "profile", "layer", "sweep")}
     TEMPLATES.filters |= {"places": number, "median": median, "pair": pair_name, "measurements": spread.measurements}
-    TEMPLATES.globals |= {"Cell": Cell, "laid_out": laid_out, "verdict": verdict}
+    TEMPLATES.globals |= {"Cell": Cell, "laid_out": laid_out, "judgement": judgement}
     template = TEMPLATES.get_template("page.html.j2")
     return template.render(**modules, **of_kind, documents=documents, save=save)
 
@@ -62,7 +62,7 @@ def _cell(value: object) -> Cell:
     return Cell(text="" if value is None else str(value), kind="n" if isinstance(value, int) else "w")
 
 
-def verdict(good: bool, words: str) -> Cell:
+def judgement(good: bool, words: str) -> Cell:
     """With the colour of good or bad; the words alone have to say which."""
     return Cell(text=words, kind="good" if good else "bad")
 

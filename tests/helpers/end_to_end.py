@@ -50,7 +50,7 @@ def context_on(rank: Rank, bandwidth: LinkBandwidth | None = None) -> Iterator[B
     """A context for the world of ``rank``."""
     with ExpertParallel(backend="reference") as ep:
         results = results_of(bandwidth, process_group=dist.get_backend() if rank.world_size > 1 else None)
-        timer = RoundTimer(group=ep.group, device=rank.device, barrier_before_write=lambda: ep.meet(rank.device))
+        timer = RoundTimer(group=ep.group, device=rank.device, barrier=lambda: ep.meet(rank.device))
         yield BenchContext(timer=timer, results=results)
 
 

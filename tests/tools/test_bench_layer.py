@@ -29,8 +29,8 @@ def suite() -> Any:
 
 def context_of(rank: Rank, bandwidth: LinkBandwidth | None = None, workspace: Any = None) -> SuiteContext:
     """A context of the suites on the CPU."""
-    barrier_before_write = workspace.barrier_before_write if workspace else lambda: None
-    timer = RoundTimer(group=resolve_group(None), device=rank.device, barrier_before_write=barrier_before_write)
+    barrier = workspace.barrier_before_write if workspace else lambda: None
+    timer = RoundTimer(group=resolve_group(None), device=rank.device, barrier=barrier)
     return SuiteContext(timer=timer, results=results_of(bandwidth), workspace=workspace, sizes=SMOKE)
 
 

@@ -214,9 +214,9 @@ def made_up(cpu_pool: RankPool) -> Point:
             combine=pair.combine,
             pass_name=which.value,
             how="queued",
-            **time_fields(Timing(rounds=(seconds.get((which, pair), usual),) * 3)),
+            **time_fields(Timing(rounds=(seconds.get((which, pair), otherwise),) * 3)),
         )
-        for which, usual in zip(PASSES, (4.0, 8.0), strict=True)
+        for which, otherwise in zip(PASSES, (4.0, 8.0), strict=True)
         for pair in PAIRS
     ]
     (profile,) = cpu_pool.run(profile_of_sweep, world_size=1)

@@ -27,7 +27,7 @@ from sonic_ep.profiler.timing import AboveCeilingError
 from sonic_ep.testing.layer_problem import RoutingKind
 from sonic_ep.testing.oracle import LayerCall
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 README_SHAPE = "131072,4096,1536,128,8"
 SMALL = ["--thiek", "6,16,8,4,2", "--backend", "reference"]
