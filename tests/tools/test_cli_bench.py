@@ -205,11 +205,7 @@ def test_wrong_words_are_told_once(
 
 @EACH_SCRIPT
 def test_a_wrong_layer_fails(
-    script: Any,
-    words: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    script: Any, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     honest = LayerCall.run
 
@@ -238,11 +234,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, script: Any, error: Exception) -> No
 @pytest.mark.parametrize("error", [WrongResultError("rows"), AboveCeilingError("too fast")])
 @EACH_SCRIPT
 def test_whatever_is_refused_fails(
-    script: Any,
-    words: list[str],
-    error: Exception,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    script: Any, words: list[str], error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refuse(monkeypatch, script, error)
     assert run(monkeypatch, script, *words) == FAIL
@@ -274,11 +266,7 @@ def test_a_sweep_of_two_points(
 @pytest.mark.parametrize("rank", ["0", "3"])
 @EACH_SCRIPT
 def test_what_does_not_fit_is_said_in_one_line(
-    script: Any,
-    words: list[str],
-    rank: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    script: Any, words: list[str], rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = "CUDA out of memory. Tried to allocate 7.85 GiB."
     refuse(monkeypatch, script, torch.OutOfMemoryError(said))
