@@ -206,6 +206,14 @@ class ModeTimes(Times, frozen=True, kw_only=True):
         modes = {"plan": [""], "dispatch": [*DispatchMode], "combine": [*CombineMode]}[self.kind]
         _require(self.mode in modes, f"Expected a mode of {self.kind}, got {self.mode!r}")
 
+    @property
+    def link_mib(self) -> float:
+        """``link_bytes`` in MiB."""
+        return self.link_bytes / 2**20
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.mode}".strip()
+
 
 class PairTimes(Times, frozen=True, kw_only=True, omit_defaults=True):
     """Both modes together. pass_name: of the layer, or the path without experts. how: the way it was launched."""

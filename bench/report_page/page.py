@@ -39,6 +39,7 @@ def render(documents: Sequence[Document], save: Callable[..., str]) -> str:
     modules = {"computed": computed, "figures": figures, "load": load, "selection": selection, "spread": spread}
     of_kind = {kind: [d for d in documents if d.kind == kind] for kind in ("suite", "profile", "layer", "sweep")}
     TEMPLATES.filters |= {"places": number, "median": median, "pair": pair_name, "measurements": spread.measurements}
+    TEMPLATES.filters |= {"columns": columns}
     TEMPLATES.globals |= {"Cell": Cell, "laid_out": laid_out, "judgement": judgement}
     template = TEMPLATES.get_template("page.html.j2")
     return template.render(**modules, **of_kind, documents=documents, save=save)
@@ -52,6 +53,16 @@ def laid_out(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> list[tu
         if not kept or any(cell.text for cell in cells):
             kept.append([Cell(text=title, kind="n" if any(cell.kind == "n" for cell in cells) else "w"), *cells])
     return list(zip(*kept, strict=True))
+
+
+def columns(items: Iterable[object], names: str) -> list[list[object]]:
+    """A row for each item: its attributes, and itself for "-"; ``name:format`` formats a number."""
+    return [[_attribute(item, *name.split(":", 1)) for name in names.split()] for item in items]
+
+
+def _attribute(item: object, name: str, form: str = "") -> object:
+    value = item if name == "-" else getattr(item, name)
+    return Cell(text="" if value is None else format(value, form), kind="n") if form else value
 
 
 def _cell(value: object) -> Cell:

@@ -97,7 +97,7 @@ def _measurements(document: Document) -> Iterator[Measurement]:
         found = document.profile
         here = partial(one, where=f"{found.shape}, {found.backend}", also=found.ranks_per_gpu)
         for mode in found.modes:
-            yield here(what=f"{mode.kind} {mode.mode}".strip(), times=mode)
+            yield here(what=str(mode), times=mode)
         for pair in found.pairs:
             yield here(what=f"{pair.pass_name}, {pair}", times=pair)
     if isinstance(document, Layer):

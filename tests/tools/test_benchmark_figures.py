@@ -150,7 +150,7 @@ def test_formulas_of_a_layer(cpu_pool: RankPool, again: bool) -> None:
     }
     if not again:
         # The docstring of sonic_ep.testing.memory_model.
-        assert (found[0].formula_bytes, found[-1].formula_bytes) == (192 + 192 + 48 + 216, 4096)
+        assert (found[0].formula_bytes, found[-1].formula_bytes) == (192 + 192 + 48 + 216, 3584)
 
 
 def test_the_reference_has_no_formulas(cpu_pool: RankPool) -> None:
