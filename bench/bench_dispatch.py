@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from harness import nccl_baseline
-from harness.context import BenchCase, Method, SuiteContext, other_inputs
+from harness.context import BenchCase, Method, RunCase, SuiteContext, other_inputs
 from harness.results import LinkTraffic
 from torch import Tensor
 
@@ -27,8 +27,6 @@ from sonic_ep.fast.dispatch.rank_dedup import pull_packed
 from sonic_ep.profiler.verification import assert_bitwise
 from sonic_ep.testing.routing_problem import RoutingProblem
 
-Run = Callable[[BenchCase, Method], None]
-
 # The share of its ceiling that each mode has to reach over the link.
 LEAST_SHARE = {DispatchMode.ALL_GATHER: 0.93, DispatchMode.ALL_TO_ALL: 0.92, DispatchMode.RANK_DEDUP: 0.93}
 # Ids in, rows out, by the one mode whose rows arrive where the experts want them: at most so many times what the bytes
@@ -39,7 +37,7 @@ each_mode = pytest.mark.parametrize("mode", list(DispatchMode), ids=lambda mode:
 
 
 @each_mode
-def bench_link(context: SuiteContext, large: RoutingProblem, run: Run, method: Method, mode: DispatchMode) -> None:
+def bench_link(context: SuiteContext, large: RoutingProblem, run: RunCase, method: Method, mode: DispatchMode) -> None:
     """The tokens stand in shared memory already: the barrier behind that, and the way over the link."""
     staged = large.mean(lambda counts: staging_bytes(counts, large.shape.row_bytes))
     traffic = rows_in(context, large, mode, more_memory=-staged)
@@ -56,14 +54,16 @@ def bench_link(context: SuiteContext, large: RoutingProblem, run: Run, method: M
 
 
 @each_mode
-def bench_receive(context: SuiteContext, large: RoutingProblem, run: Run, method: Method, mode: DispatchMode) -> None:
+def bench_receive(
+    context: SuiteContext, large: RoutingProblem, run: RunCase, method: Method, mode: DispatchMode
+) -> None:
     """All of a dispatch up to what it receives: barriers, staging, the way over the link."""
     run(receive_case(context, large, mode, f"dispatch {mode.value}: staging, barriers and link"), method)
 
 
 @each_mode
 def bench_ids_to_rows(
-    context: SuiteContext, large: RoutingProblem, run: Run, method: Method, mode: DispatchMode
+    context: SuiteContext, large: RoutingProblem, run: RunCase, method: Method, mode: DispatchMode
 ) -> None:
     """``ep.plan``, then ``ep.dispatch``: ids in, rows in canonical order out, through the public API."""
     shape = large.shape
@@ -88,7 +88,7 @@ def bench_ids_to_rows(
 
 
 @pytest.mark.parametrize("collective", ["all_to_all_single", "all_gather"])
-def bench_nccl_dispatch(context: SuiteContext, large: RoutingProblem, run: Run, collective: str) -> None:
+def bench_nccl_dispatch(context: SuiteContext, large: RoutingProblem, run: RunCase, collective: str) -> None:
     """X in, rows in canonical order out, by ``torch.distributed``: NCCL on GPUs. The routing is known beforehand."""
     if context.group.world_size == 1:
         pytest.skip("one rank has nobody to communicate with")

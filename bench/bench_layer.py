@@ -6,13 +6,13 @@ runs has it measured, each reports its own share. Thresholds are held where the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import pytest
-from harness.context import Comparison, Finding, Method, Rounds, SuiteContext
+from harness.context import Comparison, Finding, Method, Rounds, SuiteContext, Tell
 from harness.layer import LayerUnderTest, Pass
 from harness.products import Products
 
@@ -22,7 +22,6 @@ from sonic_ep.profiler.agreement import WrongResultError
 from sonic_ep.testing.layer_problem import LayerOptions, LayerProblem
 
 Found = Mapping[str, Finding | WrongResultError]
-Tell = Callable[[Finding], None]
 
 ROUNDS = Rounds(rounds=20, warmup=3)
 ROUNDS_OF_REFERENCE = Rounds(rounds=10, warmup=2)

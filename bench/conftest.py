@@ -11,7 +11,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ import msgspec
 import pytest
 import schema
 import torch
-from harness.context import SMOKE, BenchCase, Finding, Method, Sizes, SuiteContext, thresholds_hold
+from harness.context import SMOKE, Finding, Method, RunCase, Sizes, SuiteContext, Tell, thresholds_hold
 from harness.results import Results, measured_results
 from harness.steady import freeze_garbage, own_core
 
@@ -162,13 +162,13 @@ def method(context: SuiteContext, request: pytest.FixtureRequest) -> Method:
 
 
 @pytest.fixture
-def run(context: SuiteContext, tell: Callable[[Finding], None]) -> Callable[[BenchCase, Method], None]:
+def run(context: SuiteContext, tell: Tell) -> RunCase:
     """Check a case, time it, and tell what came of it."""
     return lambda case, method: tell(context.run(case, method))
 
 
 @pytest.fixture
-def tell(context: SuiteContext, benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Finding], None]:
+def tell(context: SuiteContext, benchmark: Any, request: pytest.FixtureRequest) -> Tell:
     """Write the results so far, and tell pytest-benchmark what each round of the last one took."""
     clock, path = request.config.stash[CLOCK], request.config.getoption("--results")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import torch
 from harness.context import layer_context, run_script
@@ -98,15 +99,9 @@ def operations(shape: Thiek) -> float:
 
 def setup_of(options: argparse.Namespace, shape: Thiek, world_size: int, backend: str) -> Setup:
     """What the options ask for."""
+    sizes = {**asdict(shape), "tokens": shape.tokens // world_size}
     return Setup(
-        shape=Shape(
-            tokens=shape.tokens // world_size,
-            hidden=shape.hidden,
-            num_experts=shape.num_experts,
-            top_k=shape.top_k,
-            intermediate=shape.intermediate,
-            dtype=DTYPES[options.dtype],
-        ),
+        shape=Shape(**sizes, dtype=DTYPES[options.dtype]),
         world_size=world_size,
         options=LayerOptions(
             activation=options.activation,

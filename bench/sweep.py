@@ -130,8 +130,7 @@ def run_sweep(setups: Sequence[Setup], context: BenchContext, say: Callable[[str
     for setup in setups:
         points.append(run_point(setup, context))
         say(point_line(points[-1]))
-        results = context.results
-        yield Sweep(environment=results.environment, rates_gb_per_s=results.rates, points=tuple(points))
+        yield context.results.document(Sweep, points=tuple(points))
 
 
 def run_point(setup: Setup, context: BenchContext) -> Point:

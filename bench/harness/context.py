@@ -119,6 +119,11 @@ class Finding:
         return Finding(entry=entry, timing=timing, flops=case.flops)
 
 
+# What the fixtures ``run`` and ``tell`` of the suites are.
+RunCase = Callable[[BenchCase, Method], None]
+Tell = Callable[[Finding], None]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BenchContext:
     """What all cases of a run share. Methods are collective. held: whether times are held against thresholds."""

@@ -65,7 +65,7 @@ def run_end_to_end(setup: Setup, context: BenchContext, say: Say) -> Layer:
 def verified(layer: LayerUnderTest, say: Say) -> LayerUnderTest:
     """Collective: the layer, its errors told, found right. Raises ``WrongResultError`` on every rank if it is not."""
     say(f"verifying {config_words(layer.config)} on backend {layer.backend}")
-    for line in accuracy_lines(layer.judged.accuracies):
+    for line in accuracy_lines([*map(accuracy_record, layer.judged.accuracies)]):
         say(line)
     _ = layer.answer
     return layer
@@ -114,10 +114,8 @@ class EndToEnd:
         slow = self.with_slow()
         # The floor stands first.
         found = {which: {GEMMS: own[which][GEMMS], **own[which], **slow[which]} for which in self.passes}
-        results = self.layer.context.results
-        return Layer(
-            environment=results.environment,
-            rates_gb_per_s=results.rates,
+        return self.layer.context.results.document(
+            Layer,
             setup=self.setup.record,
             config=Settings.of(self.layer.config),
             accuracy=tuple(map(accuracy_record, self.layer.answer.accuracies)),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from end_to_end import MANY, SHAPE, SMALLEST, Kept, run_on_rank, said_before, watched_on_rank
 from harness.layer import Pass
-from harness.layer_report import RATIOS, accuracy_lines
+from harness.layer_report import DERIVED, accuracy_lines
 from schema import Layer
 
 from sonic_ep import CombineMode, DispatchMode, ExpertParallel
@@ -136,7 +136,7 @@ def check_said(said: list[str], document: Layer) -> None:
         *(f"{each.what} " for each in document.memory),
     ]:
         assert sum(line.startswith(start) for line in said) == 1
-    for name, figure in RATIOS.items():
+    for name, figure in DERIVED.items():
         lines = [line for line in said if line.strip().startswith(f"{figure} ")]
         assert len(lines) == sum(getattr(each, name) is not None for each in document.derived)
 
