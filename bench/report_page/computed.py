@@ -23,8 +23,12 @@ class RatedMachine:
     """One kind of GPU in a group of one size, with the rates of its latest file that has them all."""
 
     document: Document
-    world_size: int
     rates: Rates
+
+    @property
+    def world_size(self) -> int:
+        """Of the file."""
+        return self.document.environment.world_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +93,12 @@ def identity(document: Document) -> tuple[str | None, int]:
 
 def machines(documents: Sequence[Document]) -> list[RatedMachine]:
     """Those whose rates are known, in the order in which they first appear."""
-    found: dict[tuple[str | None, int], RatedMachine] = {}
+    found: dict[tuple[str | None, int], list[RatedMachine]] = {}
     for document in documents:
         rates = None if document.environment.shares_gpus else document.rates_gb_per_s.for_costs()
-        known = found.get(identity(document))
-        newer = known is None or document.environment.date > known.document.environment.date
-        if rates is not None and newer:
-            world_size = document.environment.world_size
-            found[identity(document)] = RatedMachine(document=document, world_size=world_size, rates=rates)
-    return list(found.values())
+        if rates is not None:
+            found.setdefault(identity(document), []).append(RatedMachine(document=document, rates=rates))
+    return [max(files, key=lambda machine: machine.document.environment.date) for files in found.values()]
 
 
 def at_world_size(shape: ShapeRecord, world_size: int, rates: Rates) -> AtWorldSize:

@@ -219,12 +219,16 @@ def times_of(part: str, factor: float, calls: int, backward: bool, patched: pyte
     patched.setattr(LayerCall, "run", spoiled)
 
 
+def refused(cpu_pool: RankPool, poison: Any) -> tuple[str, list[str], int]:
+    """``said_before`` of both ranks, which agree."""
+    found, other = cpu_pool.run(said_before, WrongResultError, poison, world_size=2)
+    assert found == other
+    return found
+
+
 @pytest.mark.parametrize(("part", "name"), [("dw1", "dw1"), ("y", "o"), ("drouter_w", "drouter_w"), ("dx", "dx")])
 def test_a_wrong_layer_fails_and_has_no_times(cpu_pool: RankPool, part: str, name: str) -> None:
-    poison = partial(times_of, part, 1.1, 0, True)
-    found = cpu_pool.run(said_before, WrongResultError, poison, world_size=2)
-    assert found[0] == found[1]
-    message, said, entries = found[0]
+    message, said, entries = refused(cpu_pool, partial(times_of, part, 1.1, 0, True))
     assert message.startswith(f"rank 0 of 2: {name}: relative error ")
     assert f"; rank 1 of 2: {name}: relative error " in message
     assert entries == 0
@@ -247,16 +251,12 @@ def spoil_dispatch(patched: pytest.MonkeyPatch, rank: Rank) -> None:
 
 def only_the_accuracies(said: list[str]) -> bool:
     """Nothing but one table of accuracies, or two, was said."""
-    tables = [said[place : place + 7] for place in range(0, len(said), 7)]
-    return all(
-        table[0].startswith("verifying ") and all(line.endswith("PASS") for line in table[2:]) for table in tables
-    )
+    starts = all(line.startswith("verifying ") for line in said[::7])
+    return starts and all(line.endswith("PASS") for place, line in enumerate(said) if place % 7 > 1)
 
 
 def test_a_wrong_primitive_fails_and_has_no_times(cpu_pool: RankPool) -> None:
-    found = cpu_pool.run(said_before, WrongResultError, spoil_dispatch, world_size=2)
-    assert found[0] == found[1]
-    message, said, entries = found[0]
+    message, said, entries = refused(cpu_pool, spoil_dispatch)
     assert message.startswith("rank 1 of 2: dispatch by all_gather: rows: ")
     assert entries == 0
     assert only_the_accuracies(said)
@@ -265,9 +265,7 @@ def test_a_wrong_primitive_fails_and_has_no_times(cpu_pool: RankPool) -> None:
 # Of the passes that come first there are two calls that prove it, one round that is timed, two that prove it again.
 @pytest.mark.parametrize("calls", [1, 2, 4], ids=["before", "timed", "after"])
 def test_a_pass_that_is_wrong_once_is_found(cpu_pool: RankPool, calls: int) -> None:
-    found = cpu_pool.run(said_before, WrongResultError, partial(times_of, "y", -1, calls, False), world_size=2)
-    assert found[0] == found[1]
-    message, said, _ = found[0]
+    message, said, _ = refused(cpu_pool, partial(times_of, "y", -1, calls, False))
     assert message.startswith("rank 1 of 2: layer: y: ")
     assert "rank 0" not in message
     assert only_the_accuracies(said)

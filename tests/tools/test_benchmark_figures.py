@@ -15,14 +15,15 @@ from harness.layer import Pass
 from harness.layer_report import derived_lines, time_lines
 from harness.memory_use import memory_use
 from harness.results import time_fields
-from schema import MemoryUse, PairTimes, Point
+from on_ranks import on_ranks
+from schema import PairTimes, Point
 from sweep import MOST_SLOTS_OF_GRAPHS, PAIRS, method_of, over_best, point_line, point_of, run_sweep
 
 from sonic_ep import EPConfig, ExpertParallel
 from sonic_ep.config import CombineMode, DispatchMode, ModePair
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.profiler import NetworkProfiler
-from sonic_ep.profiler.agreement import WrongResultError
+from sonic_ep.profiler.agreement import WrongResultError, gathered
 from sonic_ep.profiler.timing import Timing
 from sonic_ep.testing import Rank, RankPool
 from sonic_ep.testing.layer_problem import LayerProblem, Shape
@@ -124,20 +125,16 @@ DOCUMENTED_BY_HAND = LayerShape(
 )
 
 
-def memory_of(rank: Rank, shape: Shape, config: EPConfig) -> list[MemoryUse]:
-    with (
-        layer_on(rank, shape) as layer,
-        ExpertParallel(backend="fast", config=config, max_tokens_per_rank=shape.tokens) as ep,
-    ):
-        return list(memory_use(given_routing(layer), layer.shape, ep, backward=True))
-
-
 @pytest.mark.fast
+@on_ranks(2, pool="cpu_pool")
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
-def test_formulas_of_a_layer(cpu_pool: RankPool, again: bool) -> None:
+def test_formulas_of_a_layer(rank: Rank, again: bool) -> None:
     config = replace(MODES, redispatch_x_in_backward=again)
-    found, others = cpu_pool.run(memory_of, DOCUMENTED, config, world_size=2)
-    assert found == others
+    with (
+        layer_on(rank, DOCUMENTED) as layer,
+        ExpertParallel(backend="fast", config=config, max_tokens_per_rank=DOCUMENTED.tokens) as ep,
+    ):
+        found = memory_use(given_routing(layer), layer.shape, ep, backward=True)
     assert all(use.measured_bytes is None for use in found)
     shape, mode = DOCUMENTED_BY_HAND, DispatchMode.ALL_TO_ALL
     pair, flag = ModePair(dispatch=mode, combine=CombineMode.RANK_DEDUP), {"redispatch_x_in_backward": again}
@@ -153,22 +150,22 @@ def test_formulas_of_a_layer(cpu_pool: RankPool, again: bool) -> None:
         assert (found[0].formula_bytes, found[-1].formula_bytes) == (192 + 192 + 48 + 216, 3584)
 
 
-def test_the_reference_has_no_formulas(cpu_pool: RankPool) -> None:
-    found = cpu_pool.run(memory_of_reference, world_size=2)[0]
+@on_ranks(2, pool="cpu_pool")
+def test_the_reference_has_no_formulas(rank: Rank) -> None:
+    with layer_on(rank) as layer, layer.over() as ep:
+        found = memory_use(given_routing(layer), layer.shape, ep, backward=False)
     assert len(found) == 4
     assert all((use.formula_bytes, use.measured_bytes) == (None, None) for use in found)
-
-
-def memory_of_reference(rank: Rank) -> list[MemoryUse]:
-    with layer_on(rank) as layer, layer.over() as ep:
-        return list(memory_use(given_routing(layer), layer.shape, ep, backward=False))
 
 
 # Rows, tokens and weights are multiples of 2 MiB, as are the allocator's segments.
 LARGE = Shape(tokens=2048, hidden=1024, intermediate=512, num_experts=16, top_k=4)
 
 
-def memory_of_large(rank: Rank, config: EPConfig) -> list[MemoryUse]:
+@on_ranks(2, pool="cuda_pool")
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
+def test_what_is_measured_is_the_formula(rank: Rank, again: bool) -> None:
+    config = replace(MODES, redispatch_x_in_backward=again)
     with (
         context_on(rank) as context,
         ExpertParallel(backend="fast", config=config, max_tokens_per_rank=LARGE.tokens) as ep,
@@ -182,17 +179,11 @@ def memory_of_large(rank: Rank, config: EPConfig) -> list[MemoryUse]:
             topk_idx=(token_T[:, None] * 5 + torch.arange(LARGE.top_k, device=rank.device) * 3) % LARGE.num_experts,
             topk_scores=torch.rand((LARGE.tokens, LARGE.top_k), device=rank.device).requires_grad_(),
         )
-        return list(memory_use(call, LARGE, ep, backward=True))
-
-
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
-def test_what_is_measured_is_the_formula(cuda_pool: RankPool, again: bool) -> None:
-    found, others = cuda_pool.run(memory_of_large, replace(MODES, redispatch_x_in_backward=again), world_size=2)
-    assert found == others
+        found = memory_use(call, LARGE, ep, backward=True)
+        assert gathered(context.group, found) == [found] * 2
     saved, *peaks, shared = found
-    most = [(saved, MOST_SAVED_TENSORS * ALLOCATED_BYTES), *((peak, 2**19) for peak in peaks)]
-    for use, more in most:
-        # A product takes about 100 KB for itself while it runs.
+    # A product takes about 100 KB for itself while it runs.
+    for use, more in [(saved, MOST_SAVED_TENSORS * ALLOCATED_BYTES), *((peak, 2**19) for peak in peaks)]:
         assert 0 <= (use.measured_bytes or 0) - (use.formula_bytes or 0) <= more, use
         assert use.formula_bytes is not None
     assert shared.measured_bytes is None
