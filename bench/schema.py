@@ -233,7 +233,7 @@ class PairTimes(Times, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def pair_name(pair: ModePair) -> str:
-    """Both modes in words."""
+    """Both modes, for people."""
     return f"{pair.dispatch.value} + {pair.combine.value}"
 
 

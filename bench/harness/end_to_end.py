@@ -137,7 +137,7 @@ class EndToEnd:
                 local = prove_routed(layer, same_rows(layer), self.alone)
                 cases.append(partial(local.case, LOCAL, opened.enter_context(self.over_alone(self.alone))))
             memory = memory_use(call, layer.shape, self.ep, backward=self.setup.backward)
-            # At the end: what they leave is the largest, and so lies beside nobody's round.
+            # Last: their results are the largest, and would take memory in the rounds of others.
             cases.append(partial(layer.products_alone, GEMMS, products=layer.products()))
             return memory, self.in_every_pass(cases, rounds_of(self.layer.context))
 

@@ -19,7 +19,7 @@ TEMPLATES.trim_blocks = TEMPLATES.lstrip_blocks = True
 
 
 class Cell(NamedTuple):
-    """Text of a table's cell. kind: w for words, n for a number, good or bad for a judgement."""
+    """Text of a table's cell. kind: w for text, n for a number, good or bad for a judgement."""
 
     text: str
     kind: str
@@ -73,9 +73,9 @@ def _cell(value: object) -> Cell:
     return Cell(text="" if value is None else str(value), kind="n" if isinstance(value, int) else "w")
 
 
-def judgement(good: bool, words: str) -> Cell:
-    """With the colour of good or bad; the words alone have to say which."""
-    return Cell(text=words, kind="good" if good else "bad")
+def judgement(good: bool, text: str) -> Cell:
+    """With the colour of good or bad; the text alone has to say which."""
+    return Cell(text=text, kind="good" if good else "bad")
 
 
 def number(value: float | None, places: int = 1, times: float = 1) -> Cell:

@@ -25,7 +25,7 @@ from sonic_ep.testing import Rank
 from sonic_ep.testing.layer_problem import LayerOptions, LayerProblem, RoutingKind, Shape
 
 SHAPE = Shape(tokens=7, hidden=16, intermediate=8, num_experts=12, top_k=2)
-# So many tokens that nobody's error is luck; on GPUs.
+# Enough tokens that no error is luck; on GPUs.
 MANY = Shape(tokens=256, hidden=64, intermediate=32, num_experts=8, top_k=4)
 # Of the layer and of the profile, as interpreters of kernels can afford.
 SMALLEST = Shape(tokens=2, hidden=8, intermediate=8, num_experts=2, top_k=1)

@@ -131,7 +131,7 @@ def test_without_a_gpu_and_without_the_interpreter_it_says_what_is_missing() -> 
     assert "passed" not in done.stdout
 
 
-def test_wrong_words() -> None:
+def test_wrong_arguments() -> None:
     done = run("-m", "pytest", "bench/bench_plan.py", "-p", "no:cacheprovider", "--thek=1,2,3")
     assert done.returncode != 0
     assert "--thek: got '1,2,3', expected four whole numbers, T,H,E,K" in done.stdout + done.stderr
@@ -167,7 +167,7 @@ def memory_bytes_by_hand() -> dict[str, float]:
     """Bytes that memory moves for the smoke size on two ranks, the mean of both."""
     owners = [owners_by_hand(rank) for rank in range(2)]
     kept, away = (
-        sum(int(((owners[rank] == rank) == home).any(dim=1).sum()) for rank in range(2)) / 2 for home in (True, False)
+        sum(int(((owners[rank] == rank) == local).any(dim=1).sum()) for rank in range(2)) / 2 for local in (True, False)
     )
     rows, staged = TOKENS * TOP_K, 2 * TOKENS
     pulled = kept + away + rows

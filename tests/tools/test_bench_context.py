@@ -158,7 +158,7 @@ def test_cases_take_turns() -> None:
 # Two calls prove it, two rounds are timed, two calls prove it again.
 @pytest.mark.usefixtures("seconds_in_order")
 @pytest.mark.parametrize(("wrong_from", "calls_of_it"), [(1, 2), (3, 4), (5, 6)], ids=["before", "timed", "after"])
-def test_what_is_wrong_leaves_the_others_their_turns(wrong_from: int, calls_of_it: int) -> None:
+def test_a_wrong_case_stops_no_other(wrong_from: int, calls_of_it: int) -> None:
     calls: list[str] = []
     context = context_of()
     cases = [
@@ -177,7 +177,7 @@ def test_what_is_wrong_leaves_the_others_their_turns(wrong_from: int, calls_of_i
 
 @pytest.mark.usefixtures("seconds_in_order")
 @pytest.mark.parametrize(("most", "met"), [(1.0, True), (0.9, False)])
-def test_thresholds_are_of_the_medians_beside(most: float, met: bool) -> None:
+def test_thresholds_are_of_the_medians_compared(most: float, met: bool) -> None:
     """Medians 3 and 4 s: with 1 s of link beside them 4 s, of which 1.0 times is met and 0.9 times is not."""
     against = Comparison(name="a", text="products and bytes", link=1.0, most=most)
     cases = [case_of("a"), case_of("b", compared_with=(against,), flops=8e12)]

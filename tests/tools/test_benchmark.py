@@ -64,7 +64,7 @@ def timed_of(backend: str, world_size: int, by: str | None) -> list[str]:
 
 def check_accuracy(document: Layer, biased: bool) -> None:
     names = ["o", "dx", "drouter_w", "dw1", "dw2", *(["db1", "db2"] if biased else [])]
-    # Who may say how accurate another has to be is judged before.
+    # The reference, whose accuracy sets the bound, is judged first.
     of_reference = [f"reference's {name}" for name in names] if document.setup.backend == "fast" else []
     assert [each.name for each in document.accuracy] == [*of_reference, *names]
     for each in document.accuracy:
@@ -176,7 +176,7 @@ def test_a_report_of_the_fast_backend_is_complete(pool: RankPool, setting: dict[
 
 
 @pytest.mark.parametrize("backend", ["fast"])
-def test_the_fast_backend_beside_the_reference(cpu_pool: RankPool, backend: str) -> None:
+def test_the_fast_backend_against_the_reference(cpu_pool: RankPool, backend: str) -> None:
     setting = {"dispatch": DispatchMode.RANK_DEDUP, "combine": CombineMode.RANK_DEDUP, "backward": False}
     found = cpu_pool.run(watched_on_rank, setting, backend, SMALLEST, world_size=2)
     document = check([(document, said) for document, said, _ in found], setting, backend, "cpu")
@@ -185,7 +185,7 @@ def test_the_fast_backend_beside_the_reference(cpu_pool: RankPool, backend: str)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_what_the_layer_was_held_against_is_let_go(cpu_pool: RankPool, world_size: int) -> None:
+def test_baselines_are_freed(cpu_pool: RankPool, world_size: int) -> None:
     found = cpu_pool.run(watched_on_rank, {}, "reference", SHAPE, world_size=world_size)
     assert [kept for _, _, kept in found] == [Kept(alive=[], open=[], exact=True)] * world_size
 
@@ -208,7 +208,7 @@ def times_of(part: str, factor: float, calls: int, backward: bool, patched: pyte
     """Let ``part`` of rank 1's outcome of a pass be ``factor`` times what it is, in its call number ``calls``."""
     honest, counted = LayerCall.run, count()
 
-    def spoiled(self: LayerCall, ep: ExpertParallel, **which: bool) -> Any:
+    def corrupted(self: LayerCall, ep: ExpertParallel, **which: bool) -> Any:
         found = honest(self, ep, **which)
         # Of the layer, not of its baselines.
         if "router_logits" not in found or (which != NO_GRADIENTS) != backward:
@@ -216,7 +216,7 @@ def times_of(part: str, factor: float, calls: int, backward: bool, patched: pyte
         wrong = next(counted) == calls and rank.rank == 1
         return {**found, part: found[part] * factor} if wrong else found
 
-    patched.setattr(LayerCall, "run", spoiled)
+    patched.setattr(LayerCall, "run", corrupted)
 
 
 def refused(cpu_pool: RankPool, poison: Any) -> tuple[str, list[str], int]:
@@ -238,7 +238,7 @@ def test_a_wrong_layer_fails_and_has_no_times(cpu_pool: RankPool, part: str, nam
     assert [line.split()[0] for line in said if line.endswith("FAIL")] == [name]
 
 
-def spoil_dispatch(patched: pytest.MonkeyPatch, rank: Rank) -> None:
+def corrupt_dispatch(patched: pytest.MonkeyPatch, rank: Rank) -> None:
     """A primitive that the layer does not call, but the profiler."""
     honest = ExpertParallel.dispatch
 
@@ -256,7 +256,7 @@ def only_the_accuracies(said: list[str]) -> bool:
 
 
 def test_a_wrong_primitive_fails_and_has_no_times(cpu_pool: RankPool) -> None:
-    message, said, entries = refused(cpu_pool, spoil_dispatch)
+    message, said, entries = refused(cpu_pool, corrupt_dispatch)
     assert message.startswith("rank 1 of 2: dispatch by all_gather: rows: ")
     assert entries == 0
     assert only_the_accuracies(said)

@@ -79,7 +79,7 @@ def test_derived_by_hand() -> None:
     assert [line.split()[-1] for line in derived_lines([found])[3:]] == ["1.500", "1.200", "0.800", "0.250"]
 
 
-def test_derived_without_anything_beside_it() -> None:
+def test_derived_without_baselines() -> None:
     found = end_to_end(link=None).derived(Pass.TRAINING, findings_of({"grouped GEMMs": 2.0, "layer": 3.0}))
     given = {name for name, value in msgspec.to_builtins(found).items() if value is not None}
     assert given == {"pass", "over_gemms"}
@@ -245,22 +245,22 @@ def test_a_point_as_json(made_up: Point) -> None:
     assert document["pairs"][0] == {**first, "rounds": 3, **micros}
 
 
-def sweep(rank: Rank, spoiled: DispatchMode | None) -> tuple[list[dict[str, Any]], list[str]] | str:
+def sweep(rank: Rank, corrupted: DispatchMode | None) -> tuple[list[dict[str, Any]], list[str]] | str:
     """Two points, or what is raised where rank 1 gets every output of one dispatch mode wrong."""
     said: list[str] = []
-    settings = [{}, {"routing": "one_rank"}] if spoiled is None else [{}]
+    settings = [{}, {"routing": "one_rank"}] if corrupted is None else [{}]
     setups = [setup_of(setting, rank.world_size, "reference", SMALLEST) for setting in settings]
     honest = LayerCall.run
 
     def wrong(self: LayerCall, ep: ExpertParallel, **which: bool) -> Any:
         found = honest(self, ep, **which)
-        fault = rank.rank == 1 and ep.config.dispatch is spoiled and which == {"training": True, "backward": False}
+        fault = rank.rank == 1 and ep.config.dispatch is corrupted and which == {"training": True, "backward": False}
         return {**found, "y": -found["y"]} if fault else found
 
     with pytest.MonkeyPatch.context() as patched, context_on(rank) as context:
         few_rounds(patched)
         patched.setattr(LayerCall, "run", wrong)
-        if spoiled is not None:
+        if corrupted is not None:
             with pytest.raises(WrongResultError) as raised:
                 list(run_sweep(setups, context, said.append))
             assert said == []
