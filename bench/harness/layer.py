@@ -41,9 +41,8 @@ class Pass(str, Enum):
 
     def part_of(self, outcome: Outcome) -> Outcome:
         """What this pass gives of the outcome of a forward and backward."""
-        return (
-            outcome if self is Pass.STEP else {name: out for name, out in outcome.items() if not name.startswith("d")}
-        )
+        gradients = self is Pass.STEP
+        return {name: out for name, out in outcome.items() if gradients or not name.startswith("d")}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
