@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from harness.context import BenchContext, Method, layer_context, run_script
-from harness.end_to_end import modes_of, predicted_modes, profiled, rounds_of, with_modes
-from harness.layer import LayerUnderTest, Pass
+from harness.end_to_end import predicted_modes, profiled, rounds_of, with_modes
+from harness.layer import LayerUnderTest, Pass, modes_of
 from harness.layer_report import Setup
 from harness.results import shape_record, time_fields
 from schema import PairTimes, Point, Profile, Sweep

@@ -15,12 +15,12 @@ from schema import Breakdown, Derived, Layer, MemoryUse, PassTimes, Profile, Set
 
 from harness.baselines import given_routing, group_of_this_rank, prove_one_gpu, prove_routed, same_rows
 from harness.context import BenchCase, BenchContext, Finding, Rounds
-from harness.layer import LayerUnderTest, Pass
+from harness.layer import LayerUnderTest, Pass, modes_of
 from harness.layer_report import Setup, accuracy_lines, accuracy_record, report_lines
 from harness.memory_use import memory_use
 from harness.results import micros, time_fields
 from sonic_ep.api import ExpertParallel
-from sonic_ep.config import CombineMode, DispatchMode, EPConfig, ModePair
+from sonic_ep.config import EPConfig, ModePair
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.profiler import NetworkProfiler, ProfileReport
@@ -234,11 +234,6 @@ def predicted_modes(setup: Setup) -> ModePair:
 def with_modes(config: EPConfig, modes: ModePair) -> EPConfig:
     """The configuration with these modes."""
     return replace(config, dispatch=modes.dispatch, combine=modes.combine)
-
-
-def modes_of(config: EPConfig) -> ModePair:
-    """The modes of a configuration that has them."""
-    return ModePair(dispatch=DispatchMode(config.dispatch), combine=CombineMode(config.combine))
 
 
 def config_words(config: EPConfig) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from schema import MemoryUse
 
+from harness.layer import modes_of
 from sonic_ep.api import ExpertParallel
-from sonic_ep.config import CombineMode, DispatchMode, ModePair
 from sonic_ep.profiler.agreement import gathered
 from sonic_ep.testing.layer_problem import Shape
 from sonic_ep.testing.memory_model import (
@@ -43,7 +43,7 @@ def memory_use(call: RoutedCall, shape: Shape, ep: ExpertParallel, *, backward: 
 
 def formulas(call: RoutedCall, shape: Shape, ep: ExpertParallel) -> dict[str, int]:
     """Collective: what the fast backend's formulas give for this rank."""
-    modes = ModePair(dispatch=DispatchMode(ep.config.dispatch), combine=CombineMode(ep.config.combine))
+    modes = modes_of(ep.config)
     plan = ep.plan(call.topk_idx, shape.num_experts)
     layer = LayerShape(
         world_size=ep.world_size,

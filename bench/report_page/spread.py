@@ -80,12 +80,8 @@ def _compared(measured: Sequence[Measurement]) -> Repeated:
     )
 
 
-def measurements(document: Document) -> list[Measurement]:
+def measurements(document: Document) -> Iterator[Measurement]:
     """Every time in a document."""
-    return list(_measurements(document))
-
-
-def _measurements(document: Document) -> Iterator[Measurement]:
     one = partial(Measurement, document=document)
     if isinstance(document, Suite):
         queued = {(entry.name, entry.shape): entry.median_us for entry in document.entries if entry.how == "queued"}
