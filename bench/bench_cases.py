@@ -24,7 +24,7 @@ ProblemOf = Callable[[Case, Shape], RoutingProblem]
 
 BENCHED = [case for case in CASES.values() if case.bench]
 # The layer is in bench_layer as well, at more rounds.
-ROUNDS, ROUNDS_INTERPRETED = Rounds(rounds=8, warmup=1), Rounds(rounds=1, warmup=0)
+ROUNDS = Rounds(rounds=8, warmup=1)
 CONFIG = EPConfig(dispatch="all_to_all", combine="rank_dedup")
 
 each_case = pytest.mark.parametrize("case", BENCHED, ids=lambda case: case.name)
@@ -88,5 +88,5 @@ def bench_layer_of_case(context: SuiteContext, problem_of: ProblemOf, tell: Tell
     with ExpertParallel(backend="fast", config=CONFIG, max_tokens_per_rank=problem.shape.tokens) as ep:
         proven = prove_call(context, problem.shape, call, ep)
         timed = proven.case(f"{case.name}: layer, {Pass.STEP.value}", ep, Pass.STEP)
-        found = context.alternate([timed], context.behind_work, ROUNDS if context.on_gpu else ROUNDS_INTERPRETED)
+        found = context.alternate([timed], context.behind_work, context.rounds(ROUNDS))
     tell(context.record(found[timed.name]))

@@ -25,8 +25,6 @@ Found = Mapping[str, Finding | WrongResultError]
 
 ROUNDS = Rounds(rounds=20, warmup=3)
 ROUNDS_OF_REFERENCE = Rounds(rounds=10, warmup=2)
-# Under the interpreter a step takes half a second and more.
-ROUNDS_INTERPRETED = Rounds(rounds=1, warmup=0)
 COMBINE = CombineMode.RANK_DEDUP
 PASSES = (Pass.INFERENCE, Pass.STEP)
 # At most so many times the GEMMs and the bytes.
@@ -103,9 +101,6 @@ class LayerBatches:
             self.found[place] = self._alternation(*place) if settings else self._against_reference(which, method)
         return self.found[place]
 
-    def _rounds(self, on_gpus: Rounds) -> Rounds:
-        return on_gpus if self.context.on_gpu else ROUNDS_INTERPRETED
-
     def _alternation(self, settings: Sequence[Setting], which: Pass, method: Method) -> Found:
         held = self.context.held and method is Method.QUEUED
         cases = [self.layer.products_alone(PRODUCTS.format(which.value), which, self.products)]
@@ -114,7 +109,7 @@ class LayerBatches:
                 ep = stack.enter_context(self.layer.over(setting.config))
                 compared_with = self._comparisons(setting, which, held=held)
                 cases.append(self.layer.case(LAYER.format(setting, which.value), ep, which, compared_with))
-            return self.context.alternate(cases, method, self._rounds(ROUNDS))
+            return self.context.alternate(cases, method, self.context.rounds(ROUNDS))
 
     def _against_reference(self, which: Pass, method: Method) -> Found:
         """The reference has exact sizes, in its favour."""
@@ -125,7 +120,7 @@ class LayerBatches:
                 self.layer.case(REFERENCE.format(which.value), reference, which),
                 self.layer.case(AGAINST_REFERENCE.format(which.value), fast, which, (against,)),
             ]
-            return self.context.alternate(cases, method, self._rounds(ROUNDS_OF_REFERENCE))
+            return self.context.alternate(cases, method, self.context.rounds(ROUNDS_OF_REFERENCE))
 
     def _comparisons(self, setting: Setting, which: Pass, *, held: bool) -> tuple[Comparison, ...]:
         """What a setting is held against: its GEMMs and bytes, and with a flag the same without any."""

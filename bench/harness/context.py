@@ -235,6 +235,10 @@ class SuiteContext(BenchContext):
     workspace: Workspace
     sizes: Sizes
 
+    def rounds(self, on_gpus: Rounds) -> Rounds:
+        """Of a layer, which takes half a second and more where kernels are interpreted."""
+        return on_gpus if self.on_gpu else Rounds(rounds=1, warmup=0)
+
 
 @contextmanager
 def layer_context(run: Run, commit: str | None) -> Iterator[BenchContext]:
