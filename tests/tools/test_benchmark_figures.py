@@ -25,15 +25,8 @@ from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.profiler import NetworkProfiler
 from sonic_ep.profiler.agreement import WrongResultError, gathered
 from sonic_ep.profiler.timing import Timing
-from sonic_ep.testing import Rank, RankPool
+from sonic_ep.testing import Rank, RankPool, memory_model
 from sonic_ep.testing.layer_problem import LayerProblem, Shape
-from sonic_ep.testing.memory_model import (
-    LayerShape,
-    backward_peak_bytes,
-    forward_peak_bytes,
-    saved_bytes,
-    symmetric_bytes,
-)
 from sonic_ep.testing.oracle import LayerCall, RoutedCall
 
 REFERENCE = "reference over nccl"
@@ -120,7 +113,7 @@ def test_what_runs_on_one_rank_is_no_group() -> None:
 
 # The worked example of sonic_ep.plan: W*C*K = 12 rows.
 DOCUMENTED = Shape(tokens=3, hidden=8, intermediate=4, num_experts=4, top_k=2)
-DOCUMENTED_BY_HAND = LayerShape(
+DOCUMENTED_BY_HAND = memory_model.LayerShape(
     world_size=2, max_tokens=3, tokens=3, top_k=2, num_experts=4, hidden=8, intermediate=4, itemsize=2, rows=12
 )
 
@@ -139,11 +132,11 @@ def test_formulas_of_a_layer(rank: Rank, again: bool) -> None:
     shape, mode = DOCUMENTED_BY_HAND, DispatchMode.ALL_TO_ALL
     pair, flag = ModePair(dispatch=mode, combine=CombineMode.RANK_DEDUP), {"redispatch_x_in_backward": again}
     assert {use.what: use.formula_bytes for use in found} == {
-        "saved activations": saved_bytes(shape, mode, **flag).total,
-        "peak of forward, inference": forward_peak_bytes(shape, mode, training=False, **flag),
-        "peak of forward, training": forward_peak_bytes(shape, mode, training=True, **flag),
-        "peak of backward": backward_peak_bytes(shape, mode, **flag),
-        "shared memory": symmetric_bytes(shape, pair, **flag).total,
+        "saved activations": memory_model.saved_bytes(shape, mode, **flag).total,
+        "peak of forward, inference": memory_model.forward_peak_bytes(shape, mode, training=False, **flag),
+        "peak of forward, training": memory_model.forward_peak_bytes(shape, mode, training=True, **flag),
+        "peak of backward": memory_model.backward_peak_bytes(shape, mode, **flag),
+        "shared memory": memory_model.symmetric_bytes(shape, pair, **flag).total,
     }
     if not again:
         # The docstring of sonic_ep.testing.memory_model.
