@@ -33,6 +33,7 @@ from sonic_ep.fast.workspace import Workspace
 from sonic_ep.profiler.agreement import WrongResultError
 from sonic_ep.profiler.machine import command_of, environment
 from sonic_ep.profiler.timing import AboveCeilingError, RoundTimer
+from sonic_ep.testing.interpreted import install_interpreter
 from sonic_ep.testing.layer_problem import Shape
 from sonic_ep.testing.routing_problem import RoutingProblem
 
@@ -128,6 +129,7 @@ def place() -> Iterator[Place]:
 @pytest.fixture(scope="session")
 def context(place: Place, request: pytest.FixtureRequest) -> Iterator[SuiteContext]:
     """The group and its shared memory, and the rates of the link and of memory, measured first."""
+    install_interpreter()
     options = request.config.option
     sizes = chosen_sizes(place, options.thek)
     group = resolve_group(None)

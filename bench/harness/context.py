@@ -23,6 +23,7 @@ from sonic_ep.profiler.bandwidth import ROUNDS, ROUNDS_OF_SHARED_GPUS
 from sonic_ep.profiler.machine import environment
 from sonic_ep.profiler.measuring import Stage, TimedWork
 from sonic_ep.profiler.timing import Ceiling, RoundTimer, Timing
+from sonic_ep.testing.interpreted import install_interpreter
 from sonic_ep.testing.layer_problem import Shape
 
 if TYPE_CHECKING:
@@ -243,6 +244,7 @@ class SuiteContext(BenchContext):
 @contextmanager
 def layer_context(run: Run, commit: str | None) -> Iterator[BenchContext]:
     """Collective: a context for the world, whose ranks meet by the backend of ``run``; its rates are measured first."""
+    install_interpreter()
     device = run.place.device
     with ExpertParallel(backend=run.backend) as ep:
         group = ep.group
