@@ -11,7 +11,7 @@ import torch
 from bench_combine import combine_case
 from bench_dispatch import receive_case
 from harness.baselines import prove_call
-from harness.context import BenchCase, Finding, Method, Rounds, SuiteContext
+from harness.context import Rounds, RunCase, SuiteContext, Tell
 from harness.layer import Pass
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
@@ -20,12 +20,11 @@ from sonic_ep.testing.layer_problem import LayerProblem, Shape
 from sonic_ep.testing.oracle import RoutedCall
 from sonic_ep.testing.routing_problem import RoutingProblem
 
-Run = Callable[[BenchCase, Method], None]
 ProblemOf = Callable[[Case, Shape], RoutingProblem]
 
 BENCHED = [case for case in CASES.values() if case.bench]
 # The layer is in bench_layer as well, at more rounds.
-ROUNDS, ROUNDS_INTERPRETED = Rounds(rounds=8, warmup=1), Rounds(rounds=1, warmup=0)
+ROUNDS = Rounds(rounds=8, warmup=1)
 CONFIG = EPConfig(dispatch="all_to_all", combine="rank_dedup")
 
 each_case = pytest.mark.parametrize("case", BENCHED, ids=lambda case: case.name)
@@ -57,7 +56,7 @@ def _fewer_where_interpreted(context: SuiteContext, request: pytest.FixtureReque
 @each_case
 @pytest.mark.parametrize("mode", list(DispatchMode), ids=lambda mode: mode.value)
 def bench_dispatch_of_case(
-    context: SuiteContext, problem_of: ProblemOf, run: Run, case: Case, mode: DispatchMode
+    context: SuiteContext, problem_of: ProblemOf, run: RunCase, case: Case, mode: DispatchMode
 ) -> None:
     """Up to what a dispatch receives: barriers, staging, the way over the link."""
     problem = problem_of(case, context.sizes.large)
@@ -67,7 +66,7 @@ def bench_dispatch_of_case(
 @each_case
 @pytest.mark.parametrize("mode", list(CombineMode), ids=lambda mode: mode.value)
 def bench_combine_of_case(
-    context: SuiteContext, problem_of: ProblemOf, run: Run, case: Case, mode: CombineMode
+    context: SuiteContext, problem_of: ProblemOf, run: RunCase, case: Case, mode: CombineMode
 ) -> None:
     """Rows in canonical order in, weighted sums out."""
     problem, name = problem_of(case, context.sizes.large), f"{case.name}: combine {mode.value}"
@@ -75,9 +74,7 @@ def bench_combine_of_case(
 
 
 @each_case
-def bench_layer_of_case(
-    context: SuiteContext, problem_of: ProblemOf, tell: Callable[[Finding], None], case: Case
-) -> None:
+def bench_layer_of_case(context: SuiteContext, problem_of: ProblemOf, tell: Tell, case: Case) -> None:
     """``ep.moe_routed``, forward and backward."""
     problem = problem_of(case, context.sizes.layer)
     random = LayerProblem(shape=problem.shape, group=context.group, device=context.device).call
@@ -91,5 +88,5 @@ def bench_layer_of_case(
     with ExpertParallel(backend="fast", config=CONFIG, max_tokens_per_rank=problem.shape.tokens) as ep:
         proven = prove_call(context, problem.shape, call, ep)
         timed = proven.case(f"{case.name}: layer, {Pass.STEP.value}", ep, Pass.STEP)
-        found = context.alternate([timed], context.behind_work, ROUNDS if context.on_gpu else ROUNDS_INTERPRETED)
+        found = context.alternate([timed], context.behind_work, context.rounds(ROUNDS))
     tell(context.record(found[timed.name]))

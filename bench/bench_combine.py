@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 from harness import nccl_baseline
-from harness.context import BenchCase, Method, SuiteContext, other_inputs
+from harness.context import BenchCase, Method, RunCase, SuiteContext, other_inputs
 from harness.results import LinkTraffic
 from torch import Tensor
 
@@ -19,8 +18,6 @@ from sonic_ep.profiler.verification import assert_bitwise
 from sonic_ep.testing import assert_as_accurate
 from sonic_ep.testing.routing_problem import RoutingProblem
 
-Run = Callable[[BenchCase, Method], None]
-
 SCORE_BYTES = 4
 # Rows in, sums out, by the mode that moves least: at most so many times what the bytes take at the ceiling.
 MOST_TIMES = 1.25
@@ -29,7 +26,7 @@ MOST_TIMES = 1.25
 @pytest.mark.parametrize("weighted", [True, False], ids=["scores", "no_scores"])
 @pytest.mark.parametrize("mode", list(CombineMode), ids=lambda mode: mode.value)
 def bench_combine(
-    context: SuiteContext, large: RoutingProblem, run: Run, method: Method, mode: CombineMode, *, weighted: bool
+    context: SuiteContext, large: RoutingProblem, run: RunCase, method: Method, mode: CombineMode, *, weighted: bool
 ) -> None:
     """Rows in canonical order in, sums of this rank's tokens out; with scores, their exchange too."""
     name = f"combine {mode.value}: {'scores, ' if weighted else ''}barriers, sums and link"
@@ -39,11 +36,11 @@ def bench_combine(
 
 
 @pytest.mark.parametrize("collective", ["all_to_all_single", "reduce_scatter"])
-def bench_nccl_combine(context: SuiteContext, large: RoutingProblem, run: Run, collective: str) -> None:
+def bench_nccl_combine(context: SuiteContext, large: RoutingProblem, run: RunCase, collective: str) -> None:
     """Sums by ``torch.distributed``: NCCL on GPUs. Before ``reduce_scatter`` each rank has summed what it holds."""
     if context.group.world_size == 1:
         pytest.skip("one rank has nobody to communicate with")
-    exchange = nccl_baseline.SlotExchange(large)
+    exchange = nccl_baseline.NcclSlotExchange(large)
     if collective == "all_to_all_single":
         mode, function, done = CombineMode.ALL_TO_ALL, exchange.combine, "gathers, sums and link"
     else:

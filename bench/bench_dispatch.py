@@ -6,19 +6,11 @@ from collections.abc import Callable
 
 import pytest
 from harness import nccl_baseline
-from harness.context import BenchCase, Method, SuiteContext, other_inputs
+from harness.context import BenchCase, Method, RunCase, SuiteContext, other_inputs
 from harness.results import LinkTraffic
 from torch import Tensor
 
-from sonic_ep import DispatchMode, EPConfig, ExpertParallel
-from sonic_ep.cost import (
-    WAY_OF_COMBINE,
-    WAY_OF_DISPATCH,
-    canonical_gather_bytes,
-    dispatch_traffic,
-    exchange_link_bytes,
-    staging_bytes,
-)
+from sonic_ep import DispatchMode, EPConfig, ExpertParallel, cost
 from sonic_ep.fast.collectives import TOKENS, stage_tokens
 from sonic_ep.fast.copy_engine import CopyEngineGather
 from sonic_ep.fast.dispatch import dispatch_primitives
@@ -26,8 +18,6 @@ from sonic_ep.fast.dispatch.all_to_all import pull_to_rows
 from sonic_ep.fast.dispatch.rank_dedup import pull_packed
 from sonic_ep.profiler.verification import assert_bitwise
 from sonic_ep.testing.routing_problem import RoutingProblem
-
-Run = Callable[[BenchCase, Method], None]
 
 # The share of its ceiling that each mode has to reach over the link.
 LEAST_SHARE = {DispatchMode.ALL_GATHER: 0.93, DispatchMode.ALL_TO_ALL: 0.92, DispatchMode.RANK_DEDUP: 0.93}
@@ -39,9 +29,9 @@ each_mode = pytest.mark.parametrize("mode", list(DispatchMode), ids=lambda mode:
 
 
 @each_mode
-def bench_link(context: SuiteContext, large: RoutingProblem, run: Run, method: Method, mode: DispatchMode) -> None:
+def bench_link(context: SuiteContext, large: RoutingProblem, run: RunCase, method: Method, mode: DispatchMode) -> None:
     """The tokens stand in shared memory already: the barrier behind that, and the way over the link."""
-    staged = large.mean(lambda counts: staging_bytes(counts, large.shape.row_bytes))
+    staged = large.mean(lambda counts: cost.staging_bytes(counts, large.shape.row_bytes))
     traffic = rows_in(context, large, mode, more_memory=-staged)
     case = BenchCase(
         name=f"dispatch {mode.value}: barrier and link",
@@ -56,21 +46,23 @@ def bench_link(context: SuiteContext, large: RoutingProblem, run: Run, method: M
 
 
 @each_mode
-def bench_receive(context: SuiteContext, large: RoutingProblem, run: Run, method: Method, mode: DispatchMode) -> None:
+def bench_receive(
+    context: SuiteContext, large: RoutingProblem, run: RunCase, method: Method, mode: DispatchMode
+) -> None:
     """All of a dispatch up to what it receives: barriers, staging, the way over the link."""
     run(receive_case(context, large, mode, f"dispatch {mode.value}: staging, barriers and link"), method)
 
 
 @each_mode
 def bench_ids_to_rows(
-    context: SuiteContext, large: RoutingProblem, run: Run, method: Method, mode: DispatchMode
+    context: SuiteContext, large: RoutingProblem, run: RunCase, method: Method, mode: DispatchMode
 ) -> None:
     """``ep.plan``, then ``ep.dispatch``: ids in, rows in canonical order out, through the public API."""
     shape = large.shape
-    ids = exchange_link_bytes(
+    ids = cost.exchange_link_bytes(
         world_size=context.group.world_size, max_tokens=shape.tokens, top_k=shape.top_k, with_scores=False
     )
-    gathered = large.mean(lambda counts: canonical_gather_bytes(counts, shape.row_bytes)[mode])
+    gathered = large.mean(lambda counts: cost.canonical_gather_bytes(counts, shape.row_bytes)[mode])
     traffic = rows_in(context, large, mode, more_bytes=ids, more_memory=gathered)
     held = context.held and mode is DispatchMode.ALL_TO_ALL
     config = EPConfig(dispatch=mode)
@@ -88,12 +80,12 @@ def bench_ids_to_rows(
 
 
 @pytest.mark.parametrize("collective", ["all_to_all_single", "all_gather"])
-def bench_nccl_dispatch(context: SuiteContext, large: RoutingProblem, run: Run, collective: str) -> None:
+def bench_nccl_dispatch(context: SuiteContext, large: RoutingProblem, run: RunCase, collective: str) -> None:
     """X in, rows in canonical order out, by ``torch.distributed``: NCCL on GPUs. The routing is known beforehand."""
     if context.group.world_size == 1:
         pytest.skip("one rank has nobody to communicate with")
     if collective == "all_to_all_single":
-        function, rows = nccl_baseline.SlotExchange(large).dispatch, large.mean(lambda counts: counts.slots_in)
+        function, rows = nccl_baseline.NcclSlotExchange(large).dispatch, large.mean(lambda counts: counts.slots_in)
     else:
         function = nccl_baseline.dispatch_by_all_gather(large)
         rows = large.mean(lambda counts: counts.remote_ranks * counts.tokens)
@@ -103,7 +95,7 @@ def bench_nccl_dispatch(context: SuiteContext, large: RoutingProblem, run: Run, 
         run=function,
         check=lambda got: expect_received(got, large, DispatchMode.ALL_TO_ALL),
         other_inputs=lambda: other_inputs(large.x_TH),
-        traffic=context.traffic(rows * large.shape.row_bytes, WAY_OF_COMBINE),
+        traffic=context.traffic(rows * large.shape.row_bytes, cost.WAY_OF_COMBINE),
     )
     run(case, context.behind_work)
 
@@ -149,9 +141,9 @@ def rows_in(
 ) -> LinkTraffic | None:
     """What a dispatch with its staging brings to a rank over the link and moves in its memory, and more of either."""
     row_bytes = problem.shape.row_bytes
-    link_in = problem.mean(lambda counts: dispatch_traffic(counts, row_bytes)[mode].link_in)
-    memory = problem.mean(lambda counts: dispatch_traffic(counts, row_bytes)[mode].memory)
-    return context.traffic(link_in + more_bytes, WAY_OF_DISPATCH[mode], memory + more_memory)
+    link_in = problem.mean(lambda counts: cost.dispatch_traffic(counts, row_bytes)[mode].link_in)
+    memory = problem.mean(lambda counts: cost.dispatch_traffic(counts, row_bytes)[mode].memory)
+    return context.traffic(link_in + more_bytes, cost.WAY_OF_DISPATCH[mode], memory + more_memory)
 
 
 def expect_received(got: Tensor, problem: RoutingProblem, mode: DispatchMode) -> None:

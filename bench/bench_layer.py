@@ -6,13 +6,13 @@ runs has it measured, each reports its own share. Thresholds are held where the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import pytest
-from harness.context import Comparison, Finding, Method, Rounds, SuiteContext
+from harness.context import Comparison, Finding, Method, Rounds, SuiteContext, Tell
 from harness.layer import LayerUnderTest, Pass
 from harness.products import Products
 
@@ -22,12 +22,9 @@ from sonic_ep.profiler.agreement import WrongResultError
 from sonic_ep.testing.layer_problem import LayerOptions, LayerProblem
 
 Found = Mapping[str, Finding | WrongResultError]
-Tell = Callable[[Finding], None]
 
 ROUNDS = Rounds(rounds=20, warmup=3)
-ROUNDS_BESIDE_REFERENCE = Rounds(rounds=10, warmup=2)
-# Under the interpreter a step takes half a second and more.
-ROUNDS_INTERPRETED = Rounds(rounds=1, warmup=0)
+ROUNDS_OF_REFERENCE = Rounds(rounds=10, warmup=2)
 COMBINE = CombineMode.RANK_DEDUP
 PASSES = (Pass.INFERENCE, Pass.STEP)
 # At most so many times the GEMMs and the bytes.
@@ -74,7 +71,7 @@ TOGETHER_AS_GRAPHS = ((BASE, AGAIN), (BY_RANK, GATHERED))
 
 # The names of cases.
 PRODUCTS, LAYER, REFERENCE = "grouped_mm of a layer: {}", "layer {}: {}", "reference layer: {}"
-BESIDE = f"layer {BASE}, beside the reference: {{}}"
+AGAINST_REFERENCE = f"layer {BASE}, beside the reference: {{}}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,11 +98,8 @@ class LayerBatches:
         """The GEMMs, then each setting, in turn; no settings: the reference and the layer."""
         place = (settings, which, method)
         if place not in self.found:
-            self.found[place] = self._alternation(*place) if settings else self._beside_reference(which, method)
+            self.found[place] = self._alternation(*place) if settings else self._against_reference(which, method)
         return self.found[place]
-
-    def _rounds(self, on_gpus: Rounds) -> Rounds:
-        return on_gpus if self.context.on_gpu else ROUNDS_INTERPRETED
 
     def _alternation(self, settings: Sequence[Setting], which: Pass, method: Method) -> Found:
         held = self.context.held and method is Method.QUEUED
@@ -115,18 +109,18 @@ class LayerBatches:
                 ep = stack.enter_context(self.layer.over(setting.config))
                 compared_with = self._comparisons(setting, which, held=held)
                 cases.append(self.layer.case(LAYER.format(setting, which.value), ep, which, compared_with))
-            return self.context.alternate(cases, method, self._rounds(ROUNDS))
+            return self.context.alternate(cases, method, self.context.rounds(ROUNDS))
 
-    def _beside_reference(self, which: Pass, method: Method) -> Found:
+    def _against_reference(self, which: Pass, method: Method) -> Found:
         """The reference has exact sizes, in its favour."""
         most = MOST_OF_REFERENCE if self.context.held else None
         against = Comparison(name=REFERENCE.format(which.value), text="the reference", most=most)
         with self.layer.over(SYNC.config, "reference") as reference, self.layer.over() as fast:
             cases = [
                 self.layer.case(REFERENCE.format(which.value), reference, which),
-                self.layer.case(BESIDE.format(which.value), fast, which, (against,)),
+                self.layer.case(AGAINST_REFERENCE.format(which.value), fast, which, (against,)),
             ]
-            return self.context.alternate(cases, method, self._rounds(ROUNDS_BESIDE_REFERENCE))
+            return self.context.alternate(cases, method, self.context.rounds(ROUNDS_OF_REFERENCE))
 
     def _comparisons(self, setting: Setting, which: Pass, *, held: bool) -> tuple[Comparison, ...]:
         """What a setting is held against: its GEMMs and bytes, and with a flag the same without any."""
@@ -192,7 +186,7 @@ def bench_layer(
 
 
 @each_pass
-@pytest.mark.parametrize("name", [REFERENCE, BESIDE], ids=["reference", "fast"])
+@pytest.mark.parametrize("name", [REFERENCE, AGAINST_REFERENCE], ids=["reference", "fast"])
 def bench_reference(context: SuiteContext, batches: LayerBatches, tell: Tell, name: str, which: Pass) -> None:
     """``ep.moe`` of the reference backend, over NCCL on GPUs, and that of the fast one."""
     if which is Pass.STEP:

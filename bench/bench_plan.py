@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from harness.context import BenchCase, Method, SuiteContext, other_inputs
+from harness.context import BenchCase, Method, RunCase, SuiteContext, other_inputs
 from harness.results import Threshold
 from torch import Tensor
 
@@ -38,7 +37,7 @@ def threshold_of(slots: int, context: SuiteContext) -> Threshold | None:
 
 
 @pytest.mark.parametrize("size", [0, 1])
-def bench_plan(context: SuiteContext, run: Callable[[BenchCase, Method], None], method: Method, size: int) -> None:
+def bench_plan(context: SuiteContext, run: RunCase, method: Method, size: int) -> None:
     """``ep.plan`` through the public API."""
     if size >= len(context.sizes.plans):
         pytest.skip("one plan only at a shape of the caller's")

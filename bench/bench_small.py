@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from harness.context import BenchCase, Method, SuiteContext, other_inputs
+from harness.context import BenchCase, Method, RunCase, SuiteContext, other_inputs
 from harness.results import Threshold
 from torch import Tensor
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.profiler.verification import assert_bitwise
 from sonic_ep.testing.routing_problem import RoutingProblem
-
-Run = Callable[[BenchCase, Method], None]
 
 # Of the first pair in a graph, with a plan that was made before.
 MOST = Threshold(text="at most 60 us", seconds=60e-6)
@@ -30,7 +28,7 @@ PAIRS = (
 @pytest.mark.parametrize("planned", [True, False], ids=["planned", "with_plan"])
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0].value}-{pair[1].value}")
 def bench_small(
-    context: SuiteContext, run: Run, method: Method, pair: tuple[DispatchMode, CombineMode], *, planned: bool
+    context: SuiteContext, run: RunCase, method: Method, pair: tuple[DispatchMode, CombineMode], *, planned: bool
 ) -> None:
     """``ep.dispatch``, then ``ep.combine`` of the rows as they are; ``planned``: by a plan that was made before."""
     dispatch, combine = pair

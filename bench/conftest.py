@@ -11,7 +11,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ import msgspec
 import pytest
 import schema
 import torch
-from harness.context import SMOKE, BenchCase, Finding, Method, Sizes, SuiteContext, thresholds_hold
+from harness.context import SMOKE, Finding, Method, RunCase, Sizes, SuiteContext, Tell, thresholds_hold
 from harness.results import Results, measured_results
 from harness.steady import freeze_garbage, own_core
 
@@ -33,6 +33,7 @@ from sonic_ep.fast.workspace import Workspace
 from sonic_ep.profiler.agreement import WrongResultError
 from sonic_ep.profiler.machine import command_of, environment
 from sonic_ep.profiler.timing import AboveCeilingError, RoundTimer
+from sonic_ep.testing.interpreted import install_interpreter
 from sonic_ep.testing.layer_problem import Shape
 from sonic_ep.testing.routing_problem import RoutingProblem
 
@@ -128,6 +129,7 @@ def place() -> Iterator[Place]:
 @pytest.fixture(scope="session")
 def context(place: Place, request: pytest.FixtureRequest) -> Iterator[SuiteContext]:
     """The group and its shared memory, and the rates of the link and of memory, measured first."""
+    install_interpreter()
     options = request.config.option
     sizes = chosen_sizes(place, options.thek)
     group = resolve_group(None)
@@ -162,13 +164,13 @@ def method(context: SuiteContext, request: pytest.FixtureRequest) -> Method:
 
 
 @pytest.fixture
-def run(context: SuiteContext, tell: Callable[[Finding], None]) -> Callable[[BenchCase, Method], None]:
+def run(context: SuiteContext, tell: Tell) -> RunCase:
     """Check a case, time it, and tell what came of it."""
     return lambda case, method: tell(context.run(case, method))
 
 
 @pytest.fixture
-def tell(context: SuiteContext, benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Finding], None]:
+def tell(context: SuiteContext, benchmark: Any, request: pytest.FixtureRequest) -> Tell:
     """Write the results so far, and tell pytest-benchmark what each round of the last one took."""
     clock, path = request.config.stash[CLOCK], request.config.getoption("--results")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import torch
 from harness.context import layer_context, run_script
@@ -76,8 +77,8 @@ def run(options: argparse.Namespace) -> int:
 def chosen_shape(asked: Thiek | None, world_size: int) -> tuple[Thiek, str | None]:
     """The shape that is run, and why it is not the one asked for."""
     if torch.cuda.is_available():
-        usual = Thiek(tokens=16384 * world_size, hidden=4096, intermediate=1536, num_experts=64, top_k=8)
-        return asked or usual, None
+        default = Thiek(tokens=16384 * world_size, hidden=4096, intermediate=1536, num_experts=64, top_k=8)
+        return asked or default, None
     small = Thiek(tokens=32 * world_size, hidden=64, intermediate=32, num_experts=4 * world_size, top_k=2)
     if asked is None:
         return small, f"no GPU: the small default {small} on the CPU, whose times mean nothing for GPUs"
@@ -98,15 +99,9 @@ def operations(shape: Thiek) -> float:
 
 def setup_of(options: argparse.Namespace, shape: Thiek, world_size: int, backend: str) -> Setup:
     """What the options ask for."""
+    sizes = {**asdict(shape), "tokens": shape.tokens // world_size}
     return Setup(
-        shape=Shape(
-            tokens=shape.tokens // world_size,
-            hidden=shape.hidden,
-            num_experts=shape.num_experts,
-            top_k=shape.top_k,
-            intermediate=shape.intermediate,
-            dtype=DTYPES[options.dtype],
-        ),
+        shape=Shape(**sizes, dtype=DTYPES[options.dtype]),
         world_size=world_size,
         options=LayerOptions(
             activation=options.activation,

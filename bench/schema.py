@@ -36,11 +36,11 @@ BYTES_OF_DTYPE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 GIGA = 1e9
 
 
-class Record(Struct, frozen=True, kw_only=True):
+class JsonStruct(Struct, frozen=True, kw_only=True):
     """A JSON object; fields that it does not name are ignored."""
 
 
-class Environment(Record, frozen=True, kw_only=True):
+class Environment(JsonStruct, frozen=True, kw_only=True):
     """The machine, the versions and the command of one run. gpus: of one process. code: digest of the source."""
 
     gpu: str | None = None
@@ -66,7 +66,7 @@ class Environment(Record, frozen=True, kw_only=True):
         return self.gpu is not None and self.world_size > self.gpus
 
 
-class RatesRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
+class RatesRecord(JsonStruct, frozen=True, kw_only=True, omit_defaults=True):
     """Rates that the run measured, both directions of the link busy; memory: reads and writes of a large copy."""
 
     copy_engine_in: Positive | None = None
@@ -82,7 +82,7 @@ class RatesRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
         return Rates(**known) if len(known) == 4 else None
 
 
-class Document(Record, frozen=True, kw_only=True, omit_defaults=True, eq=False, tag_field="kind"):
+class Document(JsonStruct, frozen=True, kw_only=True, omit_defaults=True, eq=False, tag_field="kind"):
     """A whole file. file: its name in a report, never written."""
 
     environment: Environment
@@ -95,7 +95,7 @@ class Document(Record, frozen=True, kw_only=True, omit_defaults=True, eq=False, 
         return str(self.__struct_config__.tag)
 
 
-class Times(Record, frozen=True, kw_only=True):
+class Times(JsonStruct, frozen=True, kw_only=True):
     """Quantiles over rounds, each round that of its slowest rank."""
 
     rounds: Count
@@ -115,7 +115,7 @@ class Times(Record, frozen=True, kw_only=True):
         return 100 * (self.p90_us - self.p10_us) / self.median_us
 
 
-class ShapeRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
+class ShapeRecord(JsonStruct, frozen=True, kw_only=True, omit_defaults=True):
     """tokens: T of each rank. intermediate: None where there are no experts."""
 
     tokens: CountOrZero = field(name="T")
@@ -138,7 +138,7 @@ class ShapeRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
         return f"T={self.tokens}, H={self.hidden}{wide}, E={self.num_experts}, K={self.top_k}, {self.dtype}"
 
 
-class Baseline(Record, frozen=True, kw_only=True):
+class Baseline(JsonStruct, frozen=True, kw_only=True):
     """What an entry is compared with: work timed in turn with it, and bytes beside it. ratio: the entry over both."""
 
     what: str
@@ -174,7 +174,7 @@ class Suite(Document, frozen=True, kw_only=True, tag="suite", eq=False):
     entries: tuple[Entry, ...]
 
 
-class ProfileShapeRecord(Record, frozen=True, kw_only=True):
+class ProfileShapeRecord(JsonStruct, frozen=True, kw_only=True):
     """tokens: T of each rank, in the order of the ranks."""
 
     tokens: Annotated[tuple[CountOrZero, ...], Meta(min_length=1)]
@@ -206,6 +206,14 @@ class ModeTimes(Times, frozen=True, kw_only=True):
         modes = {"plan": [""], "dispatch": [*DispatchMode], "combine": [*CombineMode]}[self.kind]
         _require(self.mode in modes, f"Expected a mode of {self.kind}, got {self.mode!r}")
 
+    @property
+    def link_mib(self) -> float:
+        """``link_bytes`` in MiB."""
+        return self.link_bytes / 2**20
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.mode}".strip()
+
 
 class PairTimes(Times, frozen=True, kw_only=True, omit_defaults=True):
     """Both modes together. pass_name: of the layer, or the path without experts. how: the way it was launched."""
@@ -225,11 +233,11 @@ class PairTimes(Times, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def pair_name(pair: ModePair) -> str:
-    """Both modes in words."""
+    """Both modes, for people."""
     return f"{pair.dispatch.value} + {pair.combine.value}"
 
 
-class Settings(Record, frozen=True, kw_only=True):
+class Settings(JsonStruct, frozen=True, kw_only=True):
     """Modes, which may be "auto", and flags."""
 
     dispatch: str
@@ -254,7 +262,7 @@ class Settings(Record, frozen=True, kw_only=True):
         return ", ".join([f"{self.dispatch} + {self.combine}", *(name for name, on in flags.items() if on)])
 
 
-class Profile(Record, frozen=True, kw_only=True):
+class Profile(JsonStruct, frozen=True, kw_only=True):
     """What the profiler measured and chose."""
 
     rates_gb_per_s: RatesRecord = RatesRecord()
@@ -281,7 +289,7 @@ class ProfileDocument(Document, frozen=True, kw_only=True, tag="profile", eq=Fal
     profile: Profile
 
 
-class SetupRecord(Record, frozen=True, kw_only=True):
+class SetupRecord(JsonStruct, frozen=True, kw_only=True):
     """One run of the end-to-end benchmark. thiek: T of the whole group, H, I, E, K."""
 
     thiek: tuple[Count, Count, Count, Experts, Experts]
@@ -307,7 +315,7 @@ class SetupRecord(Record, frozen=True, kw_only=True):
         return ShapeRecord(tokens=tokens, hidden=h, intermediate=i, num_experts=e, top_k=k, dtype=self.dtype)
 
 
-class AccuracyRecord(Record, frozen=True, kw_only=True):
+class AccuracyRecord(JsonStruct, frozen=True, kw_only=True):
     """Error of one result and its bound, relative Frobenius norms; the same of the worst row."""
 
     name: str
@@ -322,7 +330,7 @@ class AccuracyRecord(Record, frozen=True, kw_only=True):
         _require(self.ok == within, f"Expected `ok` {within}, as errors and bounds say, got {self.ok}")
 
 
-class MemoryUse(Record, frozen=True, kw_only=True):
+class MemoryUse(JsonStruct, frozen=True, kw_only=True):
     """Bytes of one rank, by formula and as the allocator counted them; None where unknown."""
 
     what: str
@@ -339,7 +347,7 @@ class PassTimes(Times, frozen=True, kw_only=True):
     tflop_per_s_of_group: Number | None = None
 
 
-class Derived(Record, frozen=True, kw_only=True):
+class Derived(JsonStruct, frozen=True, kw_only=True):
     """What follows from the times of one pass; ratios: the layer's time over that of what they name."""
 
     pass_name: str = field(name="pass")
@@ -351,7 +359,7 @@ class Derived(Record, frozen=True, kw_only=True):
     over_reference: Number | None = None
 
 
-class Breakdown(Record, frozen=True, kw_only=True):
+class Breakdown(JsonStruct, frozen=True, kw_only=True):
     """Microseconds of each part of one pass, in order; the rest is 0 where parts overlap."""
 
     pass_name: str = field(name="pass")
@@ -376,7 +384,7 @@ class Layer(Document, frozen=True, kw_only=True, tag="layer", eq=False):
         return [use for use in self.memory if (use.formula_bytes, use.measured_bytes) != (None, None)]
 
 
-class Point(Record, frozen=True, kw_only=True):
+class Point(JsonStruct, frozen=True, kw_only=True):
     """One shape and routing of a sweep. picked: by the profiler; predicted: by the cost rule.
 
     over_best, predicted_over_best: by pass, the layer's median with that pair over the best pair's.

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from harness.context import BenchContext, Method, layer_context, run_script
-from harness.end_to_end import modes_of, predicted_modes, profiled, rounds_of, with_modes
-from harness.layer import LayerUnderTest, Pass
+from harness.end_to_end import predicted_modes, profiled, rounds_of, with_modes
+from harness.layer import LayerUnderTest, Pass, modes_of
 from harness.layer_report import Setup
 from harness.results import shape_record, time_fields
 from schema import PairTimes, Point, Profile, Sweep
@@ -130,8 +130,7 @@ def run_sweep(setups: Sequence[Setup], context: BenchContext, say: Callable[[str
     for setup in setups:
         points.append(run_point(setup, context))
         say(point_line(points[-1]))
-        results = context.results
-        yield Sweep(environment=results.environment, rates_gb_per_s=results.rates, points=tuple(points))
+        yield context.results.document(Sweep, points=tuple(points))
 
 
 def run_point(setup: Setup, context: BenchContext) -> Point:

@@ -23,6 +23,7 @@ from sonic_ep.profiler.bandwidth import ROUNDS, ROUNDS_OF_SHARED_GPUS
 from sonic_ep.profiler.machine import environment
 from sonic_ep.profiler.measuring import Stage, TimedWork
 from sonic_ep.profiler.timing import Ceiling, RoundTimer, Timing
+from sonic_ep.testing.interpreted import install_interpreter
 from sonic_ep.testing.layer_problem import Shape
 
 if TYPE_CHECKING:
@@ -117,6 +118,11 @@ class Finding:
             **time_fields(timing),
         )
         return Finding(entry=entry, timing=timing, flops=case.flops)
+
+
+# What the fixtures ``run`` and ``tell`` of the suites are.
+RunCase = Callable[[BenchCase, Method], None]
+Tell = Callable[[Finding], None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -230,10 +236,15 @@ class SuiteContext(BenchContext):
     workspace: Workspace
     sizes: Sizes
 
+    def rounds(self, on_gpus: Rounds) -> Rounds:
+        """Of a layer, which takes half a second and more where kernels are interpreted."""
+        return on_gpus if self.on_gpu else Rounds(rounds=1, warmup=0)
+
 
 @contextmanager
 def layer_context(run: Run, commit: str | None) -> Iterator[BenchContext]:
     """Collective: a context for the world, whose ranks meet by the backend of ``run``; its rates are measured first."""
+    install_interpreter()
     device = run.place.device
     with ExpertParallel(backend=run.backend) as ep:
         group = ep.group

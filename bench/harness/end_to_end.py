@@ -15,12 +15,12 @@ from schema import Breakdown, Derived, Layer, MemoryUse, PassTimes, Profile, Set
 
 from harness.baselines import given_routing, group_of_this_rank, prove_one_gpu, prove_routed, same_rows
 from harness.context import BenchCase, BenchContext, Finding, Rounds
-from harness.layer import LayerUnderTest, Pass
+from harness.layer import LayerUnderTest, Pass, modes_of
 from harness.layer_report import Setup, accuracy_lines, accuracy_record, report_lines
 from harness.memory_use import memory_use
 from harness.results import micros, time_fields
 from sonic_ep.api import ExpertParallel
-from sonic_ep.config import CombineMode, DispatchMode, EPConfig, ModePair
+from sonic_ep.config import EPConfig, ModePair
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.profiler import NetworkProfiler, ProfileReport
@@ -33,7 +33,7 @@ CaseOfPass = Callable[[Pass], BenchCase]
 LAYER, GEMMS, GIVEN = "layer", "grouped GEMMs", "given routing"
 LOCAL, ONE_GPU = "same rows locally", "one GPU"
 # The layer once more, where it takes turns with what takes much longer.
-BESIDE = "layer, beside these"
+LAYER_AGAIN = "layer, beside these"
 
 ROUNDS, ROUNDS_OF_SLOW = Rounds(rounds=12, warmup=2), Rounds(rounds=6, warmup=1)
 # Where ranks share a GPU, a barrier takes milliseconds; on the CPU times mean nothing.
@@ -65,7 +65,7 @@ def run_end_to_end(setup: Setup, context: BenchContext, say: Say) -> Layer:
 def verified(layer: LayerUnderTest, say: Say) -> LayerUnderTest:
     """Collective: the layer, its errors told, found right. Raises ``WrongResultError`` on every rank if it is not."""
     say(f"verifying {config_words(layer.config)} on backend {layer.backend}")
-    for line in accuracy_lines(layer.judged.accuracies):
+    for line in accuracy_lines([*map(accuracy_record, layer.judged.accuracies)]):
         say(line)
     _ = layer.answer
     return layer
@@ -110,14 +110,12 @@ class EndToEnd:
 
     def document(self) -> Layer:
         """Collective: measure everything."""
-        memory, usual = self.with_its_own_rows()
+        memory, own = self.with_its_own_rows()
         slow = self.with_slow()
         # The floor stands first.
-        found = {which: {GEMMS: usual[which][GEMMS], **usual[which], **slow[which]} for which in self.passes}
-        results = self.layer.context.results
-        return Layer(
-            environment=results.environment,
-            rates_gb_per_s=results.rates,
+        found = {which: {GEMMS: own[which][GEMMS], **own[which], **slow[which]} for which in self.passes}
+        return self.layer.context.results.document(
+            Layer,
             setup=self.setup.record,
             config=Settings.of(self.layer.config),
             accuracy=tuple(map(accuracy_record, self.layer.answer.accuracies)),
@@ -139,7 +137,7 @@ class EndToEnd:
                 local = prove_routed(layer, same_rows(layer), self.alone)
                 cases.append(partial(local.case, LOCAL, opened.enter_context(self.over_alone(self.alone))))
             memory = memory_use(call, layer.shape, self.ep, backward=self.setup.backward)
-            # At the end: what they leave is the largest, and so lies beside nobody's round.
+            # Last: their results are the largest, and would take memory in the rounds of others.
             cases.append(partial(layer.products_alone, GEMMS, products=layer.products()))
             return memory, self.in_every_pass(cases, rounds_of(self.layer.context))
 
@@ -158,7 +156,7 @@ class EndToEnd:
                 reference = opened.enter_context(layer.over(exact, "reference"))
                 cases.append(partial(layer.case, self.reference_name, reference))
             if cases:
-                cases.insert(0, partial(layer.case, BESIDE, self.ep))
+                cases.insert(0, partial(layer.case, LAYER_AGAIN, self.ep))
             return self.in_every_pass(cases, rounds_of(self.layer.context, ROUNDS_OF_SLOW))
 
     def over_alone(self, alone: EPGroup) -> ExpertParallel:
@@ -207,8 +205,8 @@ class EndToEnd:
             link_us=None if link is None else micros(link),
             over_gemms=ratio(LAYER, GEMMS),
             over_gemms_and_link=None if link is None else round(median[LAYER] / (median[GEMMS] + link), 4),
-            scaling_efficiency=ratio(ONE_GPU, BESIDE),
-            over_reference=ratio(BESIDE, self.reference_name),
+            scaling_efficiency=ratio(ONE_GPU, LAYER_AGAIN),
+            over_reference=ratio(LAYER_AGAIN, self.reference_name),
         )
 
     def breakdown(self, which: Pass, found: Found) -> Breakdown:
@@ -236,11 +234,6 @@ def predicted_modes(setup: Setup) -> ModePair:
 def with_modes(config: EPConfig, modes: ModePair) -> EPConfig:
     """The configuration with these modes."""
     return replace(config, dispatch=modes.dispatch, combine=modes.combine)
-
-
-def modes_of(config: EPConfig) -> ModePair:
-    """The modes of a configuration that has them."""
-    return ModePair(dispatch=DispatchMode(config.dispatch), combine=CombineMode(config.combine))
 
 
 def config_words(config: EPConfig) -> str:

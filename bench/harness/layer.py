@@ -12,7 +12,7 @@ import torch
 from harness.context import BenchCase, BenchContext, Comparison, other_inputs
 from harness.products import Products
 from sonic_ep.api import ExpertParallel
-from sonic_ep.config import EPConfig, ModePair
+from sonic_ep.config import CombineMode, DispatchMode, EPConfig, ModePair
 from sonic_ep.cost import WAY_OF_COMBINE, WAY_OF_DISPATCH, combine_traffic, dispatch_traffic
 from sonic_ep.profiler.agreement import WrongResultError, in_step
 from sonic_ep.profiler.verification import assert_bitwise, expect
@@ -21,6 +21,11 @@ from sonic_ep.testing.answer import Answer, faults_of, judge, oracle_of
 from sonic_ep.testing.layer_problem import LayerProblem, Shape
 from sonic_ep.testing.oracle import LOGITS, LayerCall, Oracle, Outcome
 from sonic_ep.testing.routing_problem import RoutingProblem
+
+
+def modes_of(config: EPConfig) -> ModePair:
+    """The modes of a configuration that has them."""
+    return ModePair(dispatch=DispatchMode(config.dispatch), combine=CombineMode(config.combine))
 
 
 class Pass(str, Enum):
@@ -41,9 +46,8 @@ class Pass(str, Enum):
 
     def part_of(self, outcome: Outcome) -> Outcome:
         """What this pass gives of the outcome of a forward and backward."""
-        return (
-            outcome if self is Pass.STEP else {name: out for name, out in outcome.items() if not name.startswith("d")}
-        )
+        gradients = self is Pass.STEP
+        return {name: out for name, out in outcome.items() if gradients or not name.startswith("d")}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -16,10 +16,11 @@ from sonic_ep.testing.layer_problem import LayerOptions, Shape
 
 # With fewer tokens than that, one right result in a hundred and more has twice the error of another, by chance.
 FEW_TOKENS = 128
-VERDICT = {True: "PASS", False: "FAIL"}
+PASS_OR_FAIL = {True: "PASS", False: "FAIL"}
 # Fields of ``Derived``, as people read them.
-MILLISECONDS = {"exposed_communication_us": "exposed communication", "link_us": "link at its ceilings"}
-RATIOS = {
+DERIVED = {
+    "exposed_communication_us": "exposed communication",
+    "link_us": "link at its ceilings",
     "over_gemms": "over the GEMMs alone",
     "over_gemms_and_link": "over GEMMs and link",
     "scaling_efficiency": "scaling efficiency against one GPU",
@@ -78,22 +79,17 @@ def report_lines(layer: Layer, profile: ProfileReport) -> list[str]:
 def accuracy_record(accuracy: Accuracy) -> AccuracyRecord:
     """Errors and bounds by name."""
     got, bound = accuracy.got, accuracy.bound
-    return AccuracyRecord(
-        name=accuracy.name,
-        error=got.norm,
-        bound=bound.norm,
-        worst_row=got.worst_row,
-        worst_row_bound=bound.worst_row,
-        ok=accuracy.ok,
-    )
+    errors = {"error": got.norm, "worst_row": got.worst_row}
+    bounds = {"bound": bound.norm, "worst_row_bound": bound.worst_row}
+    return AccuracyRecord(name=accuracy.name, ok=accuracy.ok, **errors, **bounds)
 
 
-def accuracy_lines(accuracies: Sequence[Accuracy]) -> list[str]:
+def accuracy_lines(accuracies: Sequence[AccuracyRecord]) -> list[str]:
     """A table of errors against a wider dtype, each beside the most that it may be."""
     lines = [f"{'against a wider dtype':<22} {'error':>10} {'at most':>10} {'worst row':>10} {'at most':>10}"]
     for found in accuracies:
-        numbers = (found.got.norm, found.bound.norm, found.got.worst_row, found.bound.worst_row)
-        lines.append(f"{found.name:<22} {' '.join(f'{number:>10.2e}' for number in numbers)} {VERDICT[found.ok]}")
+        numbers = (found.error, found.bound, found.worst_row, found.worst_row_bound)
+        lines.append(f"{found.name:<22} {' '.join(f'{number:>10.2e}' for number in numbers)} {PASS_OR_FAIL[found.ok]}")
     return lines
 
 
@@ -125,12 +121,11 @@ def derived_lines(found: Sequence[Derived]) -> list[str]:
     """One line for each pass and figure."""
     lines = []
     for each in found:
-        times = [(text, getattr(each, name), "ms", 1e3) for name, text in MILLISECONDS.items()]
-        ratios = [(text, getattr(each, name), "", 1) for name, text in RATIOS.items()]
         lines.append(f"{each.pass_name}:")
-        for text, value, unit, scale in (*times, *ratios):
+        for name, text in DERIVED.items():
+            value, is_time = getattr(each, name), name.endswith("_us")
             if value is not None:
-                lines.append(f"    {text:<38} {value / scale:>9.3f} {unit}".rstrip())
+                lines.append(f"    {text:<38} {value / 1e3 if is_time else value:>9.3f}{' ms' * is_time}")
     return lines
 
 

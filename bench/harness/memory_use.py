@@ -9,17 +9,11 @@ from typing import Any
 import torch
 from schema import MemoryUse
 
+from harness.layer import modes_of
 from sonic_ep.api import ExpertParallel
-from sonic_ep.config import CombineMode, DispatchMode, ModePair
 from sonic_ep.profiler.agreement import gathered
+from sonic_ep.testing import memory_model
 from sonic_ep.testing.layer_problem import Shape
-from sonic_ep.testing.memory_model import (
-    LayerShape,
-    backward_peak_bytes,
-    forward_peak_bytes,
-    saved_bytes,
-    symmetric_bytes,
-)
 from sonic_ep.testing.oracle import RoutedCall, gradients
 
 SAVED, INFERENCE = "saved activations", "peak of forward, inference"
@@ -43,9 +37,9 @@ def memory_use(call: RoutedCall, shape: Shape, ep: ExpertParallel, *, backward: 
 
 def formulas(call: RoutedCall, shape: Shape, ep: ExpertParallel) -> dict[str, int]:
     """Collective: what the fast backend's formulas give for this rank."""
-    modes = ModePair(dispatch=DispatchMode(ep.config.dispatch), combine=CombineMode(ep.config.combine))
+    modes = modes_of(ep.config)
     plan = ep.plan(call.topk_idx, shape.num_experts)
-    layer = LayerShape(
+    layer = memory_model.LayerShape(
         world_size=ep.world_size,
         max_tokens=plan.max_tokens,
         tokens=call.x.shape[0],
@@ -60,11 +54,11 @@ def formulas(call: RoutedCall, shape: Shape, ep: ExpertParallel) -> dict[str, in
     )
     again = {"redispatch_x_in_backward": ep.config.redispatch_x_in_backward}
     return {
-        SAVED: saved_bytes(layer, modes.dispatch, **again).total,
-        INFERENCE: forward_peak_bytes(layer, modes.dispatch, training=False, **again),
-        FORWARD: forward_peak_bytes(layer, modes.dispatch, training=True, **again),
-        BACKWARD: backward_peak_bytes(layer, modes.dispatch, **again),
-        SHARED: symmetric_bytes(layer, modes, **again).total,
+        SAVED: memory_model.saved_bytes(layer, modes.dispatch, **again).total,
+        INFERENCE: memory_model.forward_peak_bytes(layer, modes.dispatch, training=False, **again),
+        FORWARD: memory_model.forward_peak_bytes(layer, modes.dispatch, training=True, **again),
+        BACKWARD: memory_model.backward_peak_bytes(layer, modes.dispatch, **again),
+        SHARED: memory_model.symmetric_bytes(layer, modes, **again).total,
     }
 
 

@@ -15,7 +15,7 @@ from sonic_ep.reference.plan import slot_exchange
 from sonic_ep.testing.routing_problem import RoutingProblem
 
 
-class SlotExchange:
+class NcclSlotExchange:
     """One row a slot by ``all_to_all_single``, of a routing in which no slot is dropped."""
 
     def __init__(self, problem: RoutingProblem) -> None:

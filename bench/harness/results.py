@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
-from schema import GIGA, Entry, Environment, RatesRecord, ShapeRecord, Suite
+from schema import GIGA, Document, Entry, Environment, RatesRecord, ShapeRecord, Suite
 
 from sonic_ep.cost import LinkBandwidth
 from sonic_ep.profiler.bandwidth import LINK_BYTES, ROUNDS, measured_bandwidth, memory_rate
 from sonic_ep.profiler.timing import Ceiling, RoundTimer, Timing
 from sonic_ep.testing.layer_problem import Shape
 
+DocumentT = TypeVar("DocumentT", bound=Document)
 MET = {True: "met", False: "MISSED"}
 
 
@@ -89,10 +90,14 @@ class Results:
     memory_rate: float | None = None
     entries: list[Entry] = field(default_factory=list)
 
+    def document(self, kind: type[DocumentT], **content: Any) -> DocumentT:
+        """A document of this run."""
+        return kind(environment=self.environment, rates_gb_per_s=self.rates, **content)
+
     @property
     def suite(self) -> Suite:
-        """The document."""
-        return Suite(environment=self.environment, rates_gb_per_s=self.rates, entries=tuple(self.entries))
+        """The entries as a document."""
+        return self.document(Suite, entries=tuple(self.entries))
 
     @property
     def rates(self) -> RatesRecord:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 @contextmanager
@@ -19,14 +19,12 @@ def own_core(rank: int, ranks: int) -> Iterator[None]:
         return
     before = os.sched_getaffinity(0)
     core = core_of(rank, ranks, sorted(before))
-    try:
+    with suppress(OSError):
         os.sched_setaffinity(0, before if core is None else {core})
-    except OSError:
-        core = None
     try:
         yield
     finally:
-        if core is not None:
+        with suppress(OSError):
             os.sched_setaffinity(0, before)
 
 

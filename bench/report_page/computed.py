@@ -19,12 +19,16 @@ Points = Sequence[tuple[Sweep, Point]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
+class RatedMachine:
     """One kind of GPU in a group of one size, with the rates of its latest file that has them all."""
 
     document: Document
-    world_size: int
     rates: Rates
+
+    @property
+    def world_size(self) -> int:
+        """Of the file."""
+        return self.document.environment.world_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +60,7 @@ class GridCell:
 class WinnerGrid:
     """Cells ordered by K, then W."""
 
-    machine: Machine
+    machine: RatedMachine
     num_experts: int
     cells: list[GridCell]
 
@@ -76,7 +80,7 @@ class AtWorldSize:
 class Extrapolation:
     """One shape of a rank at several W. left_out: the W that do not divide E."""
 
-    machine: Machine
+    machine: RatedMachine
     shape: ShapeRecord
     steps: list[AtWorldSize]
     left_out: list[int]
@@ -87,17 +91,14 @@ def identity(document: Document) -> tuple[str | None, int]:
     return document.environment.gpu, document.environment.world_size
 
 
-def machines(documents: Sequence[Document]) -> list[Machine]:
+def machines(documents: Sequence[Document]) -> list[RatedMachine]:
     """Those whose rates are known, in the order in which they first appear."""
-    found: dict[tuple[str | None, int], Machine] = {}
+    found: dict[tuple[str | None, int], list[RatedMachine]] = {}
     for document in documents:
         rates = None if document.environment.shares_gpus else document.rates_gb_per_s.for_costs()
-        known = found.get(identity(document))
-        newer = known is None or document.environment.date > known.document.environment.date
-        if rates is not None and newer:
-            world_size = document.environment.world_size
-            found[identity(document)] = Machine(document=document, world_size=world_size, rates=rates)
-    return list(found.values())
+        if rates is not None:
+            found.setdefault(identity(document), []).append(RatedMachine(document=document, rates=rates))
+    return [max(files, key=lambda machine: machine.document.environment.date) for files in found.values()]
 
 
 def at_world_size(shape: ShapeRecord, world_size: int, rates: Rates) -> AtWorldSize:
@@ -135,7 +136,7 @@ def extrapolations(documents: Sequence[Document]) -> list[Extrapolation]:
     return found
 
 
-def layer_shapes(documents: Sequence[Document], machine: Machine) -> list[ShapeRecord]:
+def layer_shapes(documents: Sequence[Document], machine: RatedMachine) -> list[ShapeRecord]:
     """Shapes of the layers timed on ``machine``; without any, those of its suites, or its largest sweep's."""
     here = [document for document in documents if identity(document) == identity(machine.document)]
     layers = [layer.setup.rank_shape for layer in here if isinstance(layer, Layer)]
@@ -160,7 +161,7 @@ def winner_grids(documents: Sequence[Document]) -> list[WinnerGrid]:
     return [grid for grid in grids if grid.cells]
 
 
-def _cell(machine: Machine, load: Workload, points: Points) -> GridCell:
+def _cell(machine: RatedMachine, load: Workload, points: Points) -> GridCell:
     """Measured at the largest point with this W, E and K: forward and backward together where that was timed."""
     here = (load.world_size, load.num_experts, load.top_k)
     fitting = [(s, p) for s, p in points if (machine.world_size, p.shape.num_experts, p.shape.top_k) == here]

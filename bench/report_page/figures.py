@@ -21,13 +21,13 @@ from report_page.spread import LARGE_PERCENT, LARGE_US, Measurement, Repeated
 WIDTH, LETTERS, PNG_DPI = 9.2, 125, 150
 INK, QUIET, GRID = "#1c2330", "#5a6475", "#dde1e8"
 # Colours that stay apart for colour-blind readers, after Okabe and Ito.
-BLUE, GREEN, ORANGE, PURPLE, SKY, GREY = "#0072b2", "#009e73", "#d55e00", "#a8558a", "#56b4e9", "#9aa3b2"
+BLUE, TEAL, ORANGE, PURPLE, SKY, GREY = "#0072b2", "#009e73", "#d55e00", "#a8558a", "#56b4e9", "#9aa3b2"
 # Colour and marker of each mode, and of each kind of file.
 STYLES = {
-    "all_to_all": (BLUE, "o"), "rank_dedup": (GREEN, "s"), "all_gather": (ORANGE, "^"), "reduce_scatter": (PURPLE, "D"),
-    "suite": (BLUE, "o"), "profile": (ORANGE, "s"), "layer": (GREEN, "^"), "sweep": (PURPLE, "D"),
+    "all_to_all": (BLUE, "o"), "rank_dedup": (TEAL, "s"), "all_gather": (ORANGE, "^"), "reduce_scatter": (PURPLE, "D"),
+    "suite": (BLUE, "o"), "profile": (ORANGE, "s"), "layer": (TEAL, "^"), "sweep": (PURPLE, "D"),
 }  # fmt: skip
-PART_COLOURS = {"plan": GREY, "dispatch": BLUE, GEMMS: "#c9ced8", "combine": GREEN, "rest": ORANGE}
+PART_COLOURS = {"plan": GREY, "dispatch": BLUE, GEMMS: "#c9ced8", "combine": TEAL, "rest": ORANGE}
 # Below this, a spread is drawn at it: the axis is logarithmic.
 LEAST_PERCENT = 0.01
 LABEL_LETTERS = 42

@@ -19,7 +19,7 @@ TEMPLATES.trim_blocks = TEMPLATES.lstrip_blocks = True
 
 
 class Cell(NamedTuple):
-    """Text of a table's cell. kind: w for words, n for a number, good or bad for a verdict."""
+    """Text of a table's cell. kind: w for text, n for a number, good or bad for a judgement."""
 
     text: str
     kind: str
@@ -39,7 +39,8 @@ def render(documents: Sequence[Document], save: Callable[..., str]) -> str:
     modules = {"computed": computed, "figures": figures, "load": load, "selection": selection, "spread": spread}
     of_kind = {kind: [d for d in documents if d.kind == kind] for kind in ("suite", "profile", "layer", "sweep")}
     TEMPLATES.filters |= {"places": number, "median": median, "pair": pair_name, "measurements": spread.measurements}
-    TEMPLATES.globals |= {"Cell": Cell, "laid_out": laid_out, "verdict": verdict}
+    TEMPLATES.filters |= {"columns": columns}
+    TEMPLATES.globals |= {"Cell": Cell, "laid_out": laid_out, "judgement": judgement}
     template = TEMPLATES.get_template("page.html.j2")
     return template.render(**modules, **of_kind, documents=documents, save=save)
 
@@ -54,6 +55,16 @@ def laid_out(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> list[tu
     return list(zip(*kept, strict=True))
 
 
+def columns(items: Iterable[object], names: str) -> list[list[object]]:
+    """A row for each item: its attributes, and itself for "-"; ``name:format`` formats a number."""
+    return [[_attribute(item, *name.split(":", 1)) for name in names.split()] for item in items]
+
+
+def _attribute(item: object, name: str, form: str = "") -> object:
+    value = item if name == "-" else getattr(item, name)
+    return Cell(text="" if value is None else format(value, form), kind="n") if form else value
+
+
 def _cell(value: object) -> Cell:
     if isinstance(value, Cell):
         return value
@@ -62,9 +73,9 @@ def _cell(value: object) -> Cell:
     return Cell(text="" if value is None else str(value), kind="n" if isinstance(value, int) else "w")
 
 
-def verdict(good: bool, words: str) -> Cell:
-    """With the colour of good or bad; the words alone have to say which."""
-    return Cell(text=words, kind="good" if good else "bad")
+def judgement(good: bool, text: str) -> Cell:
+    """With the colour of good or bad; the text alone has to say which."""
+    return Cell(text=text, kind="good" if good else "bad")
 
 
 def number(value: float | None, places: int = 1, times: float = 1) -> Cell:

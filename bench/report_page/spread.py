@@ -80,12 +80,8 @@ def _compared(measured: Sequence[Measurement]) -> Repeated:
     )
 
 
-def measurements(document: Document) -> list[Measurement]:
+def measurements(document: Document) -> Iterator[Measurement]:
     """Every time in a document."""
-    return list(_measurements(document))
-
-
-def _measurements(document: Document) -> Iterator[Measurement]:
     one = partial(Measurement, document=document)
     if isinstance(document, Suite):
         queued = {(entry.name, entry.shape): entry.median_us for entry in document.entries if entry.how == "queued"}
@@ -97,7 +93,7 @@ def _measurements(document: Document) -> Iterator[Measurement]:
         found = document.profile
         here = partial(one, where=f"{found.shape}, {found.backend}", also=found.ranks_per_gpu)
         for mode in found.modes:
-            yield here(what=f"{mode.kind} {mode.mode}".strip(), times=mode)
+            yield here(what=str(mode), times=mode)
         for pair in found.pairs:
             yield here(what=f"{pair.pass_name}, {pair}", times=pair)
     if isinstance(document, Layer):

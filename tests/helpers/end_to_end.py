@@ -25,7 +25,7 @@ from sonic_ep.testing import Rank
 from sonic_ep.testing.layer_problem import LayerOptions, LayerProblem, RoutingKind, Shape
 
 SHAPE = Shape(tokens=7, hidden=16, intermediate=8, num_experts=12, top_k=2)
-# So many tokens that nobody's error is luck; on GPUs.
+# Enough tokens that no error is luck; on GPUs.
 MANY = Shape(tokens=256, hidden=64, intermediate=32, num_experts=8, top_k=4)
 # Of the layer and of the profile, as interpreters of kernels can afford.
 SMALLEST = Shape(tokens=2, hidden=8, intermediate=8, num_experts=2, top_k=1)
@@ -50,7 +50,7 @@ def context_on(rank: Rank, bandwidth: LinkBandwidth | None = None) -> Iterator[B
     """A context for the world of ``rank``."""
     with ExpertParallel(backend="reference") as ep:
         results = results_of(bandwidth, process_group=dist.get_backend() if rank.world_size > 1 else None)
-        timer = RoundTimer(group=ep.group, device=rank.device, barrier_before_write=lambda: ep.meet(rank.device))
+        timer = RoundTimer(group=ep.group, device=rank.device, barrier=lambda: ep.meet(rank.device))
         yield BenchContext(timer=timer, results=results)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from limits import HANG_SECONDS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PYTEST = ["-m", "pytest", "bench", "-p", "no:cacheprovider"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ENTRY_FIELDS = {"name", "how", "shape", "rounds", "median_us", "p10_us", "p90_us", "min_us", "max_us"}
@@ -89,7 +89,9 @@ def test_smoke_on_two_ranks(tmp_path: Path) -> None:
         assert {name: by_name[name] for name in by_hand} == by_hand
     # Rank 0 alone speaks.
     assert done.stdout.count("test session starts") == 1
-    check_what_pytest_benchmark_was_told(json.loads(theirs.read_text()), found["entries"])
+    # The rounds of pytest-benchmark are those of the slowest rank.
+    medians = sorted(bench["stats"]["median"] * 1e6 for bench in json.loads(theirs.read_text())["benchmarks"])
+    assert medians == pytest.approx(sorted(entry["median_us"] for entry in found["entries"]), abs=0.1)
 
 
 STALE = """
@@ -117,12 +119,6 @@ def test_what_is_right_in_its_first_call_only_is_not_timed(tmp_path: Path, monke
     assert "received by all_to_all" in done.stdout
 
 
-def check_what_pytest_benchmark_was_told(theirs: dict[str, Any], entries: list[dict[str, Any]]) -> None:
-    """Its rounds are ours: those of the slowest rank."""
-    medians = sorted(bench["stats"]["median"] * 1e6 for bench in theirs["benchmarks"])
-    assert medians == pytest.approx(sorted(entry["median_us"] for entry in entries), abs=0.1)
-
-
 def test_without_a_gpu_and_without_the_interpreter_it_says_what_is_missing() -> None:
     done = run("-m", "pytest", "bench/bench_plan.py", "-p", "no:cacheprovider", interpreted=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -131,7 +127,7 @@ def test_without_a_gpu_and_without_the_interpreter_it_says_what_is_missing() -> 
     assert "passed" not in done.stdout
 
 
-def test_wrong_words() -> None:
+def test_wrong_arguments() -> None:
     done = run("-m", "pytest", "bench/bench_plan.py", "-p", "no:cacheprovider", "--thek=1,2,3")
     assert done.returncode != 0
     assert "--thek: got '1,2,3', expected four whole numbers, T,H,E,K" in done.stdout + done.stderr
@@ -167,7 +163,7 @@ def memory_bytes_by_hand() -> dict[str, float]:
     """Bytes that memory moves for the smoke size on two ranks, the mean of both."""
     owners = [owners_by_hand(rank) for rank in range(2)]
     kept, away = (
-        sum(int(((owners[rank] == rank) == home).any(dim=1).sum()) for rank in range(2)) / 2 for home in (True, False)
+        sum(int(((owners[rank] == rank) == local).any(dim=1).sum()) for rank in range(2)) / 2 for local in (True, False)
     )
     rows, staged = TOKENS * TOP_K, 2 * TOKENS
     pulled = kept + away + rows

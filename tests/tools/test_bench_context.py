@@ -23,13 +23,14 @@ from harness.context import (
     thresholds_hold,
 )
 from harness.results import LinkTraffic
+from on_ranks import on_ranks
 
 from sonic_ep.cost import LinkBandwidth
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.profiler.agreement import WrongResultError
 from sonic_ep.profiler.measuring import KeepLast
 from sonic_ep.profiler.timing import AboveCeilingError, Ceiling, RoundTimer, Timing
-from sonic_ep.testing import Rank, RankPool, assert_bitwise
+from sonic_ep.testing import Rank, assert_bitwise
 from sonic_ep.testing.layer_problem import Shape
 
 LARGEST_NUMBER = torch.finfo(torch.bfloat16).max
@@ -157,7 +158,7 @@ def test_cases_take_turns() -> None:
 # Two calls prove it, two rounds are timed, two calls prove it again.
 @pytest.mark.usefixtures("seconds_in_order")
 @pytest.mark.parametrize(("wrong_from", "calls_of_it"), [(1, 2), (3, 4), (5, 6)], ids=["before", "timed", "after"])
-def test_what_is_wrong_leaves_the_others_their_turns(wrong_from: int, calls_of_it: int) -> None:
+def test_a_wrong_case_stops_no_other(wrong_from: int, calls_of_it: int) -> None:
     calls: list[str] = []
     context = context_of()
     cases = [
@@ -176,7 +177,7 @@ def test_what_is_wrong_leaves_the_others_their_turns(wrong_from: int, calls_of_i
 
 @pytest.mark.usefixtures("seconds_in_order")
 @pytest.mark.parametrize(("most", "met"), [(1.0, True), (0.9, False)])
-def test_thresholds_are_of_the_medians_beside(most: float, met: bool) -> None:
+def test_thresholds_are_of_the_medians_compared(most: float, met: bool) -> None:
     """Medians 3 and 4 s: with 1 s of link beside them 4 s, of which 1.0 times is met and 0.9 times is not."""
     against = Comparison(name="a", text="products and bytes", link=1.0, most=most)
     cases = [case_of("a"), case_of("b", compared_with=(against,), flops=8e12)]
@@ -237,41 +238,31 @@ def test_the_floor_is_that_of_the_slower() -> None:
     assert LinkTraffic(nbytes=1, ceiling=None).floor is None
 
 
-def wrong_from_a_call_on(rank: Rank, first_wrong: int) -> tuple[str, int, int]:
-    """A case that rank 1 gets wrong: what every rank says of it, its calls, and how many entries came of it."""
-    calls: list[str] = []
+# Two calls prove the case before it is timed, two rounds are timed, two calls prove it again.
+@on_ranks(2, pool="cpu_pool")
+@pytest.mark.parametrize(("first_wrong", "calls"), [(1, 2), (3, 4), (5, 6)], ids=["before", "timed", "after"])
+def test_what_is_wrong_on_one_rank_fails_on_all(rank: Rank, first_wrong: int, calls: int) -> None:
+    made: list[str] = []
     with context_on(rank) as context:
-        case = case_of("work", calls, first_wrong if rank.rank == 1 else math.inf)
+        case = case_of("work", made, first_wrong if rank.rank == 1 else math.inf)
         with pytest.raises(WrongResultError) as wrong:
             context.run(case, Method.EAGER)
-        return str(wrong.value), len(calls), len(context.results.entries)
+        assert str(wrong.value) == f"rank 1 of 2: work: wrong in call {calls}"
+        assert (len(made), context.results.entries) == (calls, [])
 
 
-# Two calls prove the case before it is timed, two rounds are timed, two calls prove it again.
-@pytest.mark.parametrize(("first_wrong", "calls"), [(1, 2), (3, 4), (5, 6)], ids=["before", "timed", "after"])
-def test_what_is_wrong_on_one_rank_fails_on_all(cpu_pool: RankPool, first_wrong: int, calls: int) -> None:
-    said = f"rank 1 of 2: work: wrong in call {calls}"
-    assert cpu_pool.run(wrong_from_a_call_on, first_wrong, world_size=2) == [(said, calls, 0)] * 2
-
-
-def too_fast(rank: Rank) -> tuple[str, int, int, int]:
-    """What is said of a case above its ceiling, and entries; barriers and rounds of a case below."""
+@on_ranks(2, pool="cpu_pool")
+def test_what_is_faster_than_the_link_is_no_result_and_ranks_meet_before_every_round(rank: Rank) -> None:
     barriers: list[int] = []
     with context_on(rank) as context:
         traffic = LinkTraffic(nbytes=1e9, ceiling=Ceiling(name="a slow link", bytes_per_second=1.0))
-        with pytest.raises(AboveCeilingError) as refused:
+        with pytest.raises(AboveCeilingError, match=r"work, eager: got .*a slow link"):
             context.run(case_of(traffic=traffic), Method.EAGER)
-        entries, barrier = len(context.results.entries), context.timer.barrier
+        assert context.results.entries == []
+        barrier = context.timer.barrier
         counting = replace(context.timer, barrier=lambda: (barriers.append(1), barrier()))
         found = replace(context, timer=counting).run(case_of(), Method.EAGER)
-        return str(refused.value), entries, len(barriers), len(found.timing.rounds)
-
-
-def test_what_is_faster_than_the_link_is_no_result_and_ranks_meet_before_every_round(cpu_pool: RankPool) -> None:
-    for said, entries, barriers, rounds in cpu_pool.run(too_fast, world_size=2):
-        assert "work, eager: got" in said
-        assert "a slow link" in said
-        assert (entries, barriers, rounds) == (0, 2, 2)
+        assert len(barriers) == len(found.timing.rounds) == 2
 
 
 @pytest.mark.parametrize(

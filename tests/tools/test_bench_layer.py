@@ -9,14 +9,15 @@ import torch
 from end_to_end import results_of
 from harness.context import SMOKE, Finding, Method, SuiteContext
 from harness.layer import LayerUnderTest, Pass
+from on_ranks import on_ranks
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.config import ModePair
 from sonic_ep.cost import LinkBandwidth
 from sonic_ep.distributed.group import resolve_group
-from sonic_ep.profiler.agreement import WrongResultError
+from sonic_ep.profiler.agreement import WrongResultError, gathered
 from sonic_ep.profiler.timing import RoundTimer
-from sonic_ep.testing import Rank, RankPool
+from sonic_ep.testing import Rank
 from sonic_ep.testing.layer_problem import LayerOptions, LayerProblem
 from sonic_ep.testing.oracle import LayerCall
 from sonic_ep.testing.routing_problem import RoutingProblem
@@ -29,13 +30,14 @@ def suite() -> Any:
 
 def context_of(rank: Rank, bandwidth: LinkBandwidth | None = None, workspace: Any = None) -> SuiteContext:
     """A context of the suites on the CPU."""
-    barrier_before_write = workspace.barrier_before_write if workspace else lambda: None
-    timer = RoundTimer(group=resolve_group(None), device=rank.device, barrier_before_write=barrier_before_write)
+    barrier = workspace.barrier_before_write if workspace else lambda: None
+    timer = RoundTimer(group=resolve_group(None), device=rank.device, barrier=barrier)
     return SuiteContext(timer=timer, results=results_of(bandwidth), workspace=workspace, sizes=SMOKE)
 
 
-def counted_on_ranks(rank: Rank) -> tuple[list[float], list[float | None], float]:
-    """FLOPs and link seconds of the smoke size, as the bench counts them; and the rows of this rank."""
+@on_ranks(2, pool="cpu_pool")
+def test_flops_and_bytes_by_hand(rank: Rank) -> None:
+    """Both ranks choose alike: 5 tokens have experts of rank 0, and 2 of rank 1."""
     context = context_of(rank, LinkBandwidth(copy_engine_in=1.0, copy_engine_out=1.0, read=2.0, write=4.0))
     place = {"shape": SMOKE.layer, "group": context.group, "device": rank.device}
     layer = LayerUnderTest.of(context, LayerProblem(**place), "reference", EPConfig())
@@ -47,23 +49,15 @@ def counted_on_ranks(rank: Rank) -> tuple[list[float], list[float | None], float
         for mode in (DispatchMode.RANK_DEDUP, DispatchMode.ALL_GATHER)
         for which in passes
     ]
-    return [layer.flops[which] for which in passes], seconds, float(layer.routing.valid_rows)
-
-
-def test_flops_and_bytes_by_hand(cpu_pool: RankPool) -> None:
-    """Both ranks choose alike: 5 tokens have experts of rank 0, and 2 of rank 1."""
-    found = cpu_pool.run(counted_on_ranks, world_size=2)
-    rows = sum(rows for _, _, rows in found) / 2
-    assert rows == 12
-    forward = 2 * rows * 16 * (2 * 8 + 8)
+    assert sum(gathered(context.group, int(layer.routing.valid_rows))) / 2 == 12
+    forward = 2 * 12 * 16 * (2 * 8 + 8)
     row_bytes = 16 * 2
     # Rank 0 receives 5 tokens and sends back as many sums; rank 1 receives 2. The busier one counts.
     pairs = 5 * row_bytes
     back = pairs / 4.0
     once = [pairs / 2.0 + back, 6 * row_bytes / 1.0 + back]
-    for flops, seconds, _ in found:
-        assert flops == [forward, 3 * forward]
-        assert seconds == pytest.approx([once[0], 2 * once[0], once[1], 2 * once[1]])
+    assert [layer.flops[which] for which in passes] == [forward, 3 * forward]
+    assert seconds == pytest.approx([once[0], 2 * once[0], once[1], 2 * once[1]])
 
 
 def test_what_takes_turns() -> None:
@@ -77,8 +71,10 @@ def test_what_takes_turns() -> None:
             layer.together_with(gpu, setting, which, method)
 
 
-def spoiled_layers(rank: Rank) -> tuple[list[str], list[str]]:
-    """One rank's gradient of w1 is doubled in settings that gather x again: what is wrong, and what is recorded."""
+@pytest.mark.fast
+@on_ranks(2, pool="cpu_pool")
+def test_a_wrong_gradient_is_found_and_the_rest_is_timed(rank: Rank) -> None:
+    """One rank's gradient of w1 is doubled in settings that gather x again."""
     from sonic_ep.fast.workspace import Workspace
 
     layer, honest, workspace = suite(), LayerCall.run, Workspace(resolve_group(None), rank.device)
@@ -93,17 +89,8 @@ def spoiled_layers(rank: Rank) -> tuple[list[str], list[str]]:
         batches = layer.LayerBatches.of(context_of(rank, workspace=workspace), LayerOptions())
         found = batches.measured((layer.BASE, layer.AGAIN), Pass.STEP, Method.EAGER)
     workspace.close()
-    wrong = [str(each) for each in found.values() if isinstance(each, WrongResultError)]
-    return wrong, [each.entry.name for each in found.values() if isinstance(each, Finding)]
-
-
-@pytest.mark.fast
-def test_a_wrong_gradient_is_found_and_the_rest_is_timed(cpu_pool: RankPool) -> None:
-    for wrong, right in cpu_pool.run(spoiled_layers, world_size=2):
-        assert len(wrong) == 1
-        name = "layer all_to_all, rank_dedup, redispatch: forward and backward"
-        assert wrong[0].startswith(f"rank 1 of 2: {name}: dw1: ")
-        assert right == [
-            "grouped_mm of a layer: forward and backward",
-            "layer all_to_all, rank_dedup: forward and backward",
-        ]
+    (wrong,) = [str(each) for each in found.values() if isinstance(each, WrongResultError)]
+    assert wrong.startswith("rank 1 of 2: layer all_to_all, rank_dedup, redispatch: forward and backward: dw1: ")
+    right = [each.entry.name for each in found.values() if isinstance(each, Finding)]
+    step = ": forward and backward"
+    assert right == [f"grouped_mm of a layer{step}", f"layer all_to_all, rank_dedup{step}"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from end_to_end import MANY, SHAPE, SMALLEST, Kept, run_on_rank, said_before, watched_on_rank
 from harness.layer import Pass
-from harness.layer_report import RATIOS, accuracy_lines
+from harness.layer_report import DERIVED, accuracy_lines
 from schema import Layer
 
 from sonic_ep import CombineMode, DispatchMode, ExpertParallel
@@ -64,7 +64,7 @@ def timed_of(backend: str, world_size: int, by: str | None) -> list[str]:
 
 def check_accuracy(document: Layer, biased: bool) -> None:
     names = ["o", "dx", "drouter_w", "dw1", "dw2", *(["db1", "db2"] if biased else [])]
-    # Who may say how accurate another has to be is judged before.
+    # The reference, whose accuracy sets the bound, is judged first.
     of_reference = [f"reference's {name}" for name in names] if document.setup.backend == "fast" else []
     assert [each.name for each in document.accuracy] == [*of_reference, *names]
     for each in document.accuracy:
@@ -136,7 +136,7 @@ def check_said(said: list[str], document: Layer) -> None:
         *(f"{each.what} " for each in document.memory),
     ]:
         assert sum(line.startswith(start) for line in said) == 1
-    for name, figure in RATIOS.items():
+    for name, figure in DERIVED.items():
         lines = [line for line in said if line.strip().startswith(f"{figure} ")]
         assert len(lines) == sum(getattr(each, name) is not None for each in document.derived)
 
@@ -176,7 +176,7 @@ def test_a_report_of_the_fast_backend_is_complete(pool: RankPool, setting: dict[
 
 
 @pytest.mark.parametrize("backend", ["fast"])
-def test_the_fast_backend_beside_the_reference(cpu_pool: RankPool, backend: str) -> None:
+def test_the_fast_backend_against_the_reference(cpu_pool: RankPool, backend: str) -> None:
     setting = {"dispatch": DispatchMode.RANK_DEDUP, "combine": CombineMode.RANK_DEDUP, "backward": False}
     found = cpu_pool.run(watched_on_rank, setting, backend, SMALLEST, world_size=2)
     document = check([(document, said) for document, said, _ in found], setting, backend, "cpu")
@@ -185,7 +185,7 @@ def test_the_fast_backend_beside_the_reference(cpu_pool: RankPool, backend: str)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_what_the_layer_was_held_against_is_let_go(cpu_pool: RankPool, world_size: int) -> None:
+def test_baselines_are_freed(cpu_pool: RankPool, world_size: int) -> None:
     found = cpu_pool.run(watched_on_rank, {}, "reference", SHAPE, world_size=world_size)
     assert [kept for _, _, kept in found] == [Kept(alive=[], open=[], exact=True)] * world_size
 
@@ -208,7 +208,7 @@ def times_of(part: str, factor: float, calls: int, backward: bool, patched: pyte
     """Let ``part`` of rank 1's outcome of a pass be ``factor`` times what it is, in its call number ``calls``."""
     honest, counted = LayerCall.run, count()
 
-    def spoiled(self: LayerCall, ep: ExpertParallel, **which: bool) -> Any:
+    def corrupted(self: LayerCall, ep: ExpertParallel, **which: bool) -> Any:
         found = honest(self, ep, **which)
         # Of the layer, not of its baselines.
         if "router_logits" not in found or (which != NO_GRADIENTS) != backward:
@@ -216,15 +216,19 @@ def times_of(part: str, factor: float, calls: int, backward: bool, patched: pyte
         wrong = next(counted) == calls and rank.rank == 1
         return {**found, part: found[part] * factor} if wrong else found
 
-    patched.setattr(LayerCall, "run", spoiled)
+    patched.setattr(LayerCall, "run", corrupted)
+
+
+def refused(cpu_pool: RankPool, poison: Any) -> tuple[str, list[str], int]:
+    """``said_before`` of both ranks, which agree."""
+    found, other = cpu_pool.run(said_before, WrongResultError, poison, world_size=2)
+    assert found == other
+    return found
 
 
 @pytest.mark.parametrize(("part", "name"), [("dw1", "dw1"), ("y", "o"), ("drouter_w", "drouter_w"), ("dx", "dx")])
 def test_a_wrong_layer_fails_and_has_no_times(cpu_pool: RankPool, part: str, name: str) -> None:
-    poison = partial(times_of, part, 1.1, 0, True)
-    found = cpu_pool.run(said_before, WrongResultError, poison, world_size=2)
-    assert found[0] == found[1]
-    message, said, entries = found[0]
+    message, said, entries = refused(cpu_pool, partial(times_of, part, 1.1, 0, True))
     assert message.startswith(f"rank 0 of 2: {name}: relative error ")
     assert f"; rank 1 of 2: {name}: relative error " in message
     assert entries == 0
@@ -234,7 +238,7 @@ def test_a_wrong_layer_fails_and_has_no_times(cpu_pool: RankPool, part: str, nam
     assert [line.split()[0] for line in said if line.endswith("FAIL")] == [name]
 
 
-def spoil_dispatch(patched: pytest.MonkeyPatch, rank: Rank) -> None:
+def corrupt_dispatch(patched: pytest.MonkeyPatch, rank: Rank) -> None:
     """A primitive that the layer does not call, but the profiler."""
     honest = ExpertParallel.dispatch
 
@@ -247,16 +251,12 @@ def spoil_dispatch(patched: pytest.MonkeyPatch, rank: Rank) -> None:
 
 def only_the_accuracies(said: list[str]) -> bool:
     """Nothing but one table of accuracies, or two, was said."""
-    tables = [said[place : place + 7] for place in range(0, len(said), 7)]
-    return all(
-        table[0].startswith("verifying ") and all(line.endswith("PASS") for line in table[2:]) for table in tables
-    )
+    starts = all(line.startswith("verifying ") for line in said[::7])
+    return starts and all(line.endswith("PASS") for place, line in enumerate(said) if place % 7 > 1)
 
 
 def test_a_wrong_primitive_fails_and_has_no_times(cpu_pool: RankPool) -> None:
-    found = cpu_pool.run(said_before, WrongResultError, spoil_dispatch, world_size=2)
-    assert found[0] == found[1]
-    message, said, entries = found[0]
+    message, said, entries = refused(cpu_pool, corrupt_dispatch)
     assert message.startswith("rank 1 of 2: dispatch by all_gather: rows: ")
     assert entries == 0
     assert only_the_accuracies(said)
@@ -265,9 +265,7 @@ def test_a_wrong_primitive_fails_and_has_no_times(cpu_pool: RankPool) -> None:
 # Of the passes that come first there are two calls that prove it, one round that is timed, two that prove it again.
 @pytest.mark.parametrize("calls", [1, 2, 4], ids=["before", "timed", "after"])
 def test_a_pass_that_is_wrong_once_is_found(cpu_pool: RankPool, calls: int) -> None:
-    found = cpu_pool.run(said_before, WrongResultError, partial(times_of, "y", -1, calls, False), world_size=2)
-    assert found[0] == found[1]
-    message, said, _ = found[0]
+    message, said, _ = refused(cpu_pool, partial(times_of, "y", -1, calls, False))
     assert message.startswith("rank 1 of 2: layer: y: ")
     assert "rank 0" not in message
     assert only_the_accuracies(said)

@@ -15,24 +15,18 @@ from harness.layer import Pass
 from harness.layer_report import derived_lines, time_lines
 from harness.memory_use import memory_use
 from harness.results import time_fields
-from schema import MemoryUse, PairTimes, Point
+from on_ranks import on_ranks
+from schema import PairTimes, Point
 from sweep import MOST_SLOTS_OF_GRAPHS, PAIRS, method_of, over_best, point_line, point_of, run_sweep
 
 from sonic_ep import EPConfig, ExpertParallel
 from sonic_ep.config import CombineMode, DispatchMode, ModePair
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.profiler import NetworkProfiler
-from sonic_ep.profiler.agreement import WrongResultError
+from sonic_ep.profiler.agreement import WrongResultError, gathered
 from sonic_ep.profiler.timing import Timing
-from sonic_ep.testing import Rank, RankPool
+from sonic_ep.testing import Rank, RankPool, memory_model
 from sonic_ep.testing.layer_problem import LayerProblem, Shape
-from sonic_ep.testing.memory_model import (
-    LayerShape,
-    backward_peak_bytes,
-    forward_peak_bytes,
-    saved_bytes,
-    symmetric_bytes,
-)
 from sonic_ep.testing.oracle import LayerCall, RoutedCall
 
 REFERENCE = "reference over nccl"
@@ -78,7 +72,7 @@ def test_derived_by_hand() -> None:
     assert [line.split()[-1] for line in derived_lines([found])[3:]] == ["1.500", "1.200", "0.800", "0.250"]
 
 
-def test_derived_without_anything_beside_it() -> None:
+def test_derived_without_baselines() -> None:
     found = end_to_end(link=None).derived(Pass.TRAINING, findings_of({"grouped GEMMs": 2.0, "layer": 3.0}))
     given = {name for name, value in msgspec.to_builtins(found).items() if value is not None}
     assert given == {"pass", "over_gemms"}
@@ -119,56 +113,52 @@ def test_what_runs_on_one_rank_is_no_group() -> None:
 
 # The worked example of sonic_ep.plan: W*C*K = 12 rows.
 DOCUMENTED = Shape(tokens=3, hidden=8, intermediate=4, num_experts=4, top_k=2)
-DOCUMENTED_BY_HAND = LayerShape(
+DOCUMENTED_BY_HAND = memory_model.LayerShape(
     world_size=2, max_tokens=3, tokens=3, top_k=2, num_experts=4, hidden=8, intermediate=4, itemsize=2, rows=12
 )
 
 
-def memory_of(rank: Rank, shape: Shape, config: EPConfig) -> list[MemoryUse]:
-    with (
-        layer_on(rank, shape) as layer,
-        ExpertParallel(backend="fast", config=config, max_tokens_per_rank=shape.tokens) as ep,
-    ):
-        return list(memory_use(given_routing(layer), layer.shape, ep, backward=True))
-
-
 @pytest.mark.fast
+@on_ranks(2, pool="cpu_pool")
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
-def test_formulas_of_a_layer(cpu_pool: RankPool, again: bool) -> None:
+def test_formulas_of_a_layer(rank: Rank, again: bool) -> None:
     config = replace(MODES, redispatch_x_in_backward=again)
-    found, others = cpu_pool.run(memory_of, DOCUMENTED, config, world_size=2)
-    assert found == others
+    with (
+        layer_on(rank, DOCUMENTED) as layer,
+        ExpertParallel(backend="fast", config=config, max_tokens_per_rank=DOCUMENTED.tokens) as ep,
+    ):
+        found = memory_use(given_routing(layer), layer.shape, ep, backward=True)
     assert all(use.measured_bytes is None for use in found)
     shape, mode = DOCUMENTED_BY_HAND, DispatchMode.ALL_TO_ALL
     pair, flag = ModePair(dispatch=mode, combine=CombineMode.RANK_DEDUP), {"redispatch_x_in_backward": again}
     assert {use.what: use.formula_bytes for use in found} == {
-        "saved activations": saved_bytes(shape, mode, **flag).total,
-        "peak of forward, inference": forward_peak_bytes(shape, mode, training=False, **flag),
-        "peak of forward, training": forward_peak_bytes(shape, mode, training=True, **flag),
-        "peak of backward": backward_peak_bytes(shape, mode, **flag),
-        "shared memory": symmetric_bytes(shape, pair, **flag).total,
+        "saved activations": memory_model.saved_bytes(shape, mode, **flag).total,
+        "peak of forward, inference": memory_model.forward_peak_bytes(shape, mode, training=False, **flag),
+        "peak of forward, training": memory_model.forward_peak_bytes(shape, mode, training=True, **flag),
+        "peak of backward": memory_model.backward_peak_bytes(shape, mode, **flag),
+        "shared memory": memory_model.symmetric_bytes(shape, pair, **flag).total,
     }
     if not again:
         # The docstring of sonic_ep.testing.memory_model.
-        assert (found[0].formula_bytes, found[-1].formula_bytes) == (192 + 192 + 48 + 216, 4096)
+        assert (found[0].formula_bytes, found[-1].formula_bytes) == (192 + 192 + 48 + 216, 3584)
 
 
-def test_the_reference_has_no_formulas(cpu_pool: RankPool) -> None:
-    found = cpu_pool.run(memory_of_reference, world_size=2)[0]
+@on_ranks(2, pool="cpu_pool")
+def test_the_reference_has_no_formulas(rank: Rank) -> None:
+    with layer_on(rank) as layer, layer.over() as ep:
+        found = memory_use(given_routing(layer), layer.shape, ep, backward=False)
     assert len(found) == 4
     assert all((use.formula_bytes, use.measured_bytes) == (None, None) for use in found)
-
-
-def memory_of_reference(rank: Rank) -> list[MemoryUse]:
-    with layer_on(rank) as layer, layer.over() as ep:
-        return list(memory_use(given_routing(layer), layer.shape, ep, backward=False))
 
 
 # Rows, tokens and weights are multiples of 2 MiB, as are the allocator's segments.
 LARGE = Shape(tokens=2048, hidden=1024, intermediate=512, num_experts=16, top_k=4)
 
 
-def memory_of_large(rank: Rank, config: EPConfig) -> list[MemoryUse]:
+@on_ranks(2, pool="cuda_pool")
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
+def test_what_is_measured_is_the_formula(rank: Rank, again: bool) -> None:
+    config = replace(MODES, redispatch_x_in_backward=again)
     with (
         context_on(rank) as context,
         ExpertParallel(backend="fast", config=config, max_tokens_per_rank=LARGE.tokens) as ep,
@@ -182,17 +172,11 @@ def memory_of_large(rank: Rank, config: EPConfig) -> list[MemoryUse]:
             topk_idx=(token_T[:, None] * 5 + torch.arange(LARGE.top_k, device=rank.device) * 3) % LARGE.num_experts,
             topk_scores=torch.rand((LARGE.tokens, LARGE.top_k), device=rank.device).requires_grad_(),
         )
-        return list(memory_use(call, LARGE, ep, backward=True))
-
-
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
-def test_what_is_measured_is_the_formula(cuda_pool: RankPool, again: bool) -> None:
-    found, others = cuda_pool.run(memory_of_large, replace(MODES, redispatch_x_in_backward=again), world_size=2)
-    assert found == others
+        found = memory_use(call, LARGE, ep, backward=True)
+        assert gathered(context.group, found) == [found] * 2
     saved, *peaks, shared = found
-    most = [(saved, MOST_SAVED_TENSORS * ALLOCATED_BYTES), *((peak, 2**19) for peak in peaks)]
-    for use, more in most:
-        # A product takes about 100 KB for itself while it runs.
+    # A product takes about 100 KB for itself while it runs.
+    for use, more in [(saved, MOST_SAVED_TENSORS * ALLOCATED_BYTES), *((peak, 2**19) for peak in peaks)]:
         assert 0 <= (use.measured_bytes or 0) - (use.formula_bytes or 0) <= more, use
         assert use.formula_bytes is not None
     assert shared.measured_bytes is None
@@ -214,9 +198,9 @@ def made_up(cpu_pool: RankPool) -> Point:
             combine=pair.combine,
             pass_name=which.value,
             how="queued",
-            **time_fields(Timing(rounds=(seconds.get((which, pair), usual),) * 3)),
+            **time_fields(Timing(rounds=(seconds.get((which, pair), otherwise),) * 3)),
         )
-        for which, usual in zip(PASSES, (4.0, 8.0), strict=True)
+        for which, otherwise in zip(PASSES, (4.0, 8.0), strict=True)
         for pair in PAIRS
     ]
     (profile,) = cpu_pool.run(profile_of_sweep, world_size=1)
@@ -254,22 +238,22 @@ def test_a_point_as_json(made_up: Point) -> None:
     assert document["pairs"][0] == {**first, "rounds": 3, **micros}
 
 
-def sweep(rank: Rank, spoiled: DispatchMode | None) -> tuple[list[dict[str, Any]], list[str]] | str:
+def sweep(rank: Rank, corrupted: DispatchMode | None) -> tuple[list[dict[str, Any]], list[str]] | str:
     """Two points, or what is raised where rank 1 gets every output of one dispatch mode wrong."""
     said: list[str] = []
-    settings = [{}, {"routing": "one_rank"}] if spoiled is None else [{}]
+    settings = [{}, {"routing": "one_rank"}] if corrupted is None else [{}]
     setups = [setup_of(setting, rank.world_size, "reference", SMALLEST) for setting in settings]
     honest = LayerCall.run
 
     def wrong(self: LayerCall, ep: ExpertParallel, **which: bool) -> Any:
         found = honest(self, ep, **which)
-        fault = rank.rank == 1 and ep.config.dispatch is spoiled and which == {"training": True, "backward": False}
+        fault = rank.rank == 1 and ep.config.dispatch is corrupted and which == {"training": True, "backward": False}
         return {**found, "y": -found["y"]} if fault else found
 
     with pytest.MonkeyPatch.context() as patched, context_on(rank) as context:
         few_rounds(patched)
         patched.setattr(LayerCall, "run", wrong)
-        if spoiled is not None:
+        if corrupted is not None:
             with pytest.raises(WrongResultError) as raised:
                 list(run_sweep(setups, context, said.append))
             assert said == []

@@ -10,6 +10,7 @@ from end_to_end import MODES, SHAPE, context_on, layer_on
 from harness.baselines import experts_of_rows, given_routing, group_of_this_rank, prove_one_gpu, prove_routed, same_rows
 from harness.products import Products
 from near import assert_near
+from on_ranks import on_ranks
 from torch import Tensor
 
 from sonic_ep import ExpertParallel
@@ -106,26 +107,23 @@ def test_experts_of_rows_by_hand() -> None:
     assert large.flatten().tolist() != sorted(large.flatten().tolist())
 
 
-def ends_beside(rank: Rank, kind: RoutingKind) -> tuple[list[int], list[int], int]:
-    """Ends of the groups of this rank's rows in the group, and of those that a layer of its own gets."""
+@on_ranks(2, 3, pool="cpu_pool")
+@pytest.mark.parametrize("kind", [RoutingKind.SKEWED, RoutingKind.ONE_RANK])
+def test_same_rows_are_as_many(rank: Rank, kind: RoutingKind) -> None:
     with layer_on(rank, options=LayerOptions(routing=kind)) as layer:
-        call, held = same_rows(layer), SHAPE.num_experts // rank.world_size
+        call, ends = same_rows(layer), layer.routing.plan.group_ends.tolist()
         with ExpertParallel(group_of_this_rank(layer.context.group).process_group, "reference", MODES) as alone:
             assert alone.world_size == 1
-            found = alone.plan(call.topk_idx, held)
-        return layer.routing.plan.group_ends.tolist(), found.group_ends.tolist(), call.x.shape[0]
+            assert ends == alone.plan(call.topk_idx, SHAPE.num_experts // rank.world_size).group_ends.tolist()
+    assert call.x.shape[0] == -(-ends[-1] // SHAPE.top_k)
+    assert kind is RoutingKind.SKEWED or (ends[-1] > 0) == (rank.rank == rank.world_size - 1)
 
 
-@pytest.mark.parametrize("kind", [RoutingKind.SKEWED, RoutingKind.ONE_RANK])
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_same_rows_are_as_many(cpu_pool: RankPool, world_size: int, kind: RoutingKind) -> None:
-    for rank, (ends, alone, tokens) in enumerate(cpu_pool.run(ends_beside, kind, world_size=world_size)):
-        assert ends == alone
-        assert tokens == -(-ends[-1] // SHAPE.top_k)
-        assert kind is RoutingKind.SKEWED or (ends[-1] > 0) == (rank == world_size - 1)
-
-
-def outcomes_of_both(rank: Rank, options: LayerOptions) -> None:
+@on_ranks(2, pool="cpu_pool")
+@pytest.mark.parametrize("order", ScoreOrder)
+@pytest.mark.parametrize("norm", [False, True])
+def test_given_routing_is_the_layer(rank: Rank, order: ScoreOrder, norm: bool) -> None:
+    options = LayerOptions(biased=True, score_order=order, norm_topk_probs=norm, routing=RoutingKind.SKEWED)
     with layer_on(rank, options=options) as layer, layer.over() as ep:
         found, right = given_routing(layer).run(ep), layer.answer.outcome
         for name in ("y", "dw1", "dw2", "db1", "db2"):
@@ -134,18 +132,11 @@ def outcomes_of_both(rank: Rank, options: LayerOptions) -> None:
         assert not torch.equal(found["dx"], right["dx"])
 
 
-@pytest.mark.parametrize("order", ScoreOrder)
-@pytest.mark.parametrize("norm", [False, True])
-def test_given_routing_is_the_layer(cpu_pool: RankPool, order: ScoreOrder, norm: bool) -> None:
-    options = LayerOptions(biased=True, score_order=order, norm_topk_probs=norm, routing=RoutingKind.SKEWED)
-    cpu_pool.run(outcomes_of_both, options, world_size=2)
-
-
-def wrong_on_rank_1(rank: Rank, prove: Any, *results: str) -> list[str]:
-    """What ``prove`` says of a layer, where one of ``results`` after the other is a tenth too large on rank 1."""
+def wrong_on_rank_1(rank: Rank, baseline: str, *results: str) -> list[str]:
+    """What is said of a baseline, where one of ``results`` after the other is a tenth too large on rank 1."""
     said: list[str] = []
     with layer_on(rank, options=BIASED) as layer:
-        outcome, honest = prove(layer).outcome, LayerCall.run
+        outcome, honest = prove(layer, baseline).outcome, LayerCall.run
         assert outcome.keys() >= set(results)
         assert layer.judged.faults == []
         for name in results:
@@ -157,39 +148,35 @@ def wrong_on_rank_1(rank: Rank, prove: Any, *results: str) -> list[str]:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(LayerCall, "run", faulted)
                 with pytest.raises(WrongResultError) as wrong:
-                    prove(layer)
+                    prove(layer, baseline)
             said.append(str(wrong.value))
     return said
 
 
-def prove_given(layer: Any) -> Any:
-    return prove_routed(layer, given_routing(layer), layer.context.group)
-
-
-def prove_local(layer: Any) -> Any:
-    return prove_routed(layer, same_rows(layer), group_of_this_rank(layer.context.group))
-
-
-def prove_whole(layer: Any) -> Any:
-    return prove_one_gpu(layer, group_of_this_rank(layer.context.group))
+def prove(layer: Any, baseline: str) -> Any:
+    """One of the three baselines."""
+    if baseline == "given":
+        return prove_routed(layer, given_routing(layer), layer.context.group)
+    alone = group_of_this_rank(layer.context.group)
+    return prove_one_gpu(layer, alone) if baseline == "whole" else prove_routed(layer, same_rows(layer), alone)
 
 
 ROUTED = ["y", "dx", "dscores", "dw1", "dw2", "db1", "db2"]
 
 
 @pytest.mark.parametrize(
-    ("prove", "names", "prefix"),
-    [(prove_given, ROUTED, ""), (prove_local, ROUTED, ""), (prove_whole, NAMES, "all experts on one rank: ")],
+    ("baseline", "names", "prefix"),
+    [("given", ROUTED, ""), ("local", ROUTED, ""), ("whole", NAMES, "all experts on one rank: ")],
 )
 def test_every_result_of_a_baseline_is_held_against_the_oracle(
-    cpu_pool: RankPool, prove: Any, names: list[str], prefix: str
+    cpu_pool: RankPool, baseline: str, names: list[str], prefix: str
 ) -> None:
-    for said in cpu_pool.run(wrong_on_rank_1, prove, *names, world_size=2):
+    for said in cpu_pool.run(wrong_on_rank_1, baseline, *names, world_size=2):
         for name, message in zip(names, said, strict=True):
             fault = f"rank 1 of 2: {prefix}{name.replace('y', 'o')}: relative error"
             assert fault in message
             # Of a group both ranks know what all of them got; alone, each its own.
-            assert ("rank 0" in message) == (prove is prove_given)
+            assert ("rank 0" in message) == (baseline == "given")
 
 
 def put_together(problem: LayerProblem) -> RouterCall:
@@ -203,7 +190,8 @@ def put_together(problem: LayerProblem) -> RouterCall:
     return replace(call, x=whole(call.x), dy=whole(call.dy), experts=with_weights(call.experts, weights))
 
 
-def check_oracle(rank: Rank) -> None:
+@on_ranks(1, 2, pool="cpu_pool")
+def test_the_oracle_knows_no_ranks(rank: Rank) -> None:
     with context_on(rank) as context:
         problem = LayerProblem(shape=SHAPE, group=context.group, device=rank.device, options=BIASED)
         found = dense_outcome(problem.call, context.group, torch.float32)
@@ -217,11 +205,6 @@ def check_oracle(rank: Rank) -> None:
                 assert_near(dense_outcome(problem.call, context.group, torch.float32, at_a_time)[name], got, UNITS)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_the_oracle_knows_no_ranks(cpu_pool: RankPool, world_size: int) -> None:
-    cpu_pool.run(check_oracle, world_size=world_size)
-
-
 def oracle_on(rank: Rank, context: Any, options: LayerOptions = BIASED, **more: Any) -> Oracle:
     shape = replace(SHAPE, **more)
     problem = LayerProblem(shape=shape, group=context.group, device=rank.device, options=options)
@@ -232,18 +215,7 @@ def faulted(outcome: Outcome, name: str, factor: float) -> Outcome:
     return {**outcome, name: (outcome[name].float() * factor).to(outcome["y"].dtype)}
 
 
-def faults(rank: Rank, dtype: torch.dtype, factor: float, wrong_ranks: tuple[int, ...]) -> dict[str, list[str]]:
-    """By what is wrong on ``wrong_ranks``, what is found to be."""
-    with context_on(rank) as context:
-        oracle = oracle_on(rank, context, dtype=dtype)
-        assert judge(oracle, oracle.plain).faults == []
-        found = {}
-        for name in NAMES:
-            bad = faulted(oracle.plain, name, factor) if rank.rank in wrong_ranks else oracle.plain
-            found[name] = [each.name for each in judge(oracle, bad).accuracies if not each.ok]
-        return found
-
-
+@on_ranks(2, pool="cpu_pool")
 @pytest.mark.parametrize(
     ("dtype", "factor", "wrong_ranks"),
     [
@@ -261,39 +233,41 @@ def faults(rank: Rank, dtype: torch.dtype, factor: float, wrong_ranks: tuple[int
     ],
 )
 def test_every_faulted_gradient_is_red(
-    cpu_pool: RankPool, dtype: torch.dtype, factor: float, wrong_ranks: tuple[int, ...]
+    rank: Rank, dtype: torch.dtype, factor: float, wrong_ranks: tuple[int, ...]
 ) -> None:
-    for found in cpu_pool.run(faults, dtype, factor, wrong_ranks, world_size=2):
-        assert found == {name: ["o" if name == "y" else name] for name in NAMES}
+    with context_on(rank) as context:
+        oracle = oracle_on(rank, context, dtype=dtype)
+        assert judge(oracle, oracle.plain).faults == []
+        for name in NAMES:
+            bad = faulted(oracle.plain, name, factor) if rank.rank in wrong_ranks else oracle.plain
+            assert reds(judge(oracle, bad)) == ["o" if name == "y" else name]
 
 
-def an_error_that_both_make(rank: Rank) -> list[str]:
-    """What is found where the layer and the reference it is held against have the same wrong gradient on rank 1."""
+def reds(answer: Answer) -> list[str]:
+    return [each.name for each in answer.accuracies if not each.ok]
+
+
+@on_ranks(2, pool="cpu_pool")
+def test_the_reference_is_held_against_the_oracle_too(rank: Rank) -> None:
+    """The layer and the reference have the same wrong gradient on rank 1."""
     with context_on(rank) as context:
         oracle = oracle_on(rank, context)
         assert judge(oracle, oracle.plain, oracle.plain).faults == []
         bad = faulted(oracle.plain, "dw1", 1.1) if rank.rank == 1 else oracle.plain
-        return [each.name for each in judge(oracle, bad, bad).accuracies if not each.ok]
+        assert reds(judge(oracle, bad, bad)) == ["reference's dw1"]
 
 
-def test_the_reference_is_held_against_the_oracle_too(cpu_pool: RankPool) -> None:
-    assert cpu_pool.run(an_error_that_both_make, world_size=2) == [["reference's dw1"]] * 2
-
-
-def other_choice(rank: Rank) -> Answer:
+@on_ranks(2, pool="cpu_pool")
+def test_a_router_that_chooses_otherwise_is_found(rank: Rank) -> None:
     """Rank 1's router sends its first token elsewhere, and the answer is right otherwise."""
     with context_on(rank) as context:
         oracle = oracle_on(rank, context)
         logits = oracle.plain[LOGITS].clone()
         if rank.rank == 1:
             logits[0, logits[0].argmin()] = 100.0
-        return judge(oracle, {**oracle.plain, LOGITS: logits})
-
-
-def test_a_router_that_chooses_otherwise_is_found(cpu_pool: RankPool) -> None:
-    answers = cpu_pool.run(other_choice, world_size=2)
-    assert [answer.same_choices for answer in answers] == [True, False]
-    assert [answer.faults for answer in answers] == [[], ["other experts are chosen"]]
+        answer = judge(oracle, {**oracle.plain, LOGITS: logits})
+    assert answer.same_choices == (rank.rank == 0)
+    assert answer.faults == ([] if rank.rank == 0 else ["other experts are chosen"])
 
 
 def test_every_gradient_is_held_against_the_truth() -> None:

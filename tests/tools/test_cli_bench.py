@@ -27,12 +27,12 @@ from sonic_ep.profiler.timing import AboveCeilingError
 from sonic_ep.testing.layer_problem import RoutingKind
 from sonic_ep.testing.oracle import LayerCall
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 README_SHAPE = "131072,4096,1536,128,8"
 SMALL = ["--thiek", "6,16,8,4,2", "--backend", "reference"]
 TINY_SWEEP = ["--backend", "reference", "--hie", "16,8,4"]
-EACH_SCRIPT = pytest.mark.parametrize(("script", "words"), [(moe_ep, SMALL), (sweep, TINY_SWEEP)])
+EACH_SCRIPT = pytest.mark.parametrize(("script", "argv"), [(moe_ep, SMALL), (sweep, TINY_SWEEP)])
 without_gpus = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without GPUs")
 
 
@@ -45,19 +45,19 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
+def torchrun(*argv: str) -> subprocess.CompletedProcess[str]:
     """Two ranks on the CPU, from the root of the repository."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *TORCHRUN, *words]
+    command = [sys.executable, *TORCHRUN, *argv]
     return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, cwd=ROOT, env=environment)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, script: Any, *words: str) -> int:
+def run(monkeypatch: pytest.MonkeyPatch, script: Any, *argv: str) -> int:
     """A script in this process, with few rounds."""
     few_rounds(monkeypatch)
-    monkeypatch.setattr(sys, "argv", ["/somewhere/bench/script.py", *words])
-    return run_command(script.parser(), words, [script.__file__])
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bench/script.py", *argv])
+    return run_command(script.parser(), argv, [script.__file__])
 
 
 def test_the_line_of_the_readme_on_a_machine_without_gpus(tmp_path: Path) -> None:
@@ -120,18 +120,18 @@ def test_what_is_run_on_gpus_if_nothing_is_said(monkeypatch: pytest.MonkeyPatch)
     assert moe_ep.chosen_shape(asked, 8) == (asked, None)
 
 
-def parsed(*words: str) -> argparse.Namespace:
-    return moe_ep.parser().parse_args(words)
+def parsed(*argv: str) -> argparse.Namespace:
+    return moe_ep.parser().parse_args(argv)
 
 
-def setup_for(*words: str) -> Setup:
-    options = parsed(*words)
+def setup_for(*argv: str) -> Setup:
+    options = parsed(*argv)
     return moe_ep.setup_of(options, moe_ep.chosen_shape(options.thiek, 2)[0], 2, "reference")
 
 
-def dashed(words: list[str]) -> list[str]:
+def dashed(argv: list[str]) -> list[str]:
     """Options in dashes; what they are given stays."""
-    return [word.replace("_", "-").replace("---", "--") if word.startswith("--") else word for word in words]
+    return [word.replace("_", "-").replace("---", "--") if word.startswith("--") else word for word in argv]
 
 
 CONFIG_WORDS = ["--dispatch_mode", "all_to_all", "--combine_mode", "rank_dedup", "--redispatch_x_in_backward"]
@@ -140,10 +140,10 @@ OPTION_WORDS = ["--add_bias", "--norm_topk_probs", "--topk_over_softmax", "--con
 
 @pytest.mark.parametrize("exact", ["--CPU_sync_on_runtime", "--cpu_sync_on_runtime"])
 def test_every_spelling(exact: str) -> None:
-    words = [*SMALL, *CONFIG_WORDS, exact, *OPTION_WORDS, "--activation", "relu_sq", "--routing", "one_rank"]
-    words += ["--dtype", "float16"]
+    argv = [*SMALL, *CONFIG_WORDS, exact, *OPTION_WORDS, "--activation", "relu_sq", "--routing", "one_rank"]
+    argv += ["--dtype", "float16"]
     assert dashed([exact, "--add_bias"]) == [exact.replace("_", "-"), "--add-bias"]
-    for spelt in (words, dashed(words)):
+    for spelt in (argv, dashed(argv)):
         setup = setup_for(*spelt)
         flags = {"redispatch_x_in_backward": True, "cpu_sync_on_runtime": True}
         assert setup.config == EPConfig(dispatch="all_to_all", combine="rank_dedup", **flags)
@@ -169,7 +169,7 @@ ONE_RANK = ["--routing", "one_rank", "--nproc", "2"]
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         ([moe_ep, "--thiek", "6,8,8,4,2", "--nproc", "3"], "--thiek: got E=4, expected a multiple of the 3 ranks"),
         ([moe_ep, "--thiek", "7,8,8,4,2", "--nproc", "2"], "--thiek: got T=7, expected a multiple of the 2 ranks"),
@@ -191,11 +191,11 @@ ONE_RANK = ["--routing", "one_rank", "--nproc", "2"]
         ),
     ],
 )
-def test_wrong_words_are_told_once(
-    words: list[Any], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_wrong_arguments_are_reported_once(
+    argv: list[Any], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
-        code = run(monkeypatch, *words, "--backend", "reference")
+        code = run(monkeypatch, *argv, "--backend", "reference")
     except SystemExit as left:
         code = left.code
     assert code == WRONG_ARGUMENTS
@@ -205,11 +205,7 @@ def test_wrong_words_are_told_once(
 
 @EACH_SCRIPT
 def test_a_wrong_layer_fails(
-    script: Any,
-    words: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    script: Any, argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     honest = LayerCall.run
 
@@ -219,7 +215,7 @@ def test_a_wrong_layer_fails(
 
     monkeypatch.setattr(LayerCall, "run", wrong)
     path = tmp_path / "found.json"
-    assert run(monkeypatch, script, *words, "--json", str(path)) == FAIL
+    assert run(monkeypatch, script, *argv, "--json", str(path)) == FAIL
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("FAIL: rank 0 of 1: dw2: relative error ")
     assert [line.split()[0] for line in lines if line.endswith(" FAIL")] == (["dw2"] if script is moe_ep else [])
@@ -237,15 +233,11 @@ def refuse(monkeypatch: pytest.MonkeyPatch, script: Any, error: Exception) -> No
 
 @pytest.mark.parametrize("error", [WrongResultError("rows"), AboveCeilingError("too fast")])
 @EACH_SCRIPT
-def test_whatever_is_refused_fails(
-    script: Any,
-    words: list[str],
-    error: Exception,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_a_refused_result_fails(
+    script: Any, argv: list[str], error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refuse(monkeypatch, script, error)
-    assert run(monkeypatch, script, *words) == FAIL
+    assert run(monkeypatch, script, *argv) == FAIL
     assert capsys.readouterr().out.splitlines()[-1] == f"FAIL: {error}"
 
 
@@ -253,8 +245,8 @@ def test_a_sweep_of_two_points(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "folder" / "sweep.json"
-    words = [*TINY_SWEEP, "--point", "4,2,skewed", "--point=3,1,one_rank", "--dtype", "float32"]
-    assert run(monkeypatch, sweep, *words, "--commit=a name", "--json", str(path)) == PASS
+    argv = [*TINY_SWEEP, "--point", "4,2,skewed", "--point=3,1,one_rank", "--dtype", "float32"]
+    assert run(monkeypatch, sweep, *argv, "--commit=a name", "--json", str(path)) == PASS
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "note: on the CPU: the times mean nothing for GPUs"
     assert [line.split(";")[0].split() for line in lines[1:]] == [["T=4", "K=2", "skewed"], ["T=3", "K=1", "one_rank"]]
@@ -274,16 +266,12 @@ def test_a_sweep_of_two_points(
 @pytest.mark.parametrize("rank", ["0", "3"])
 @EACH_SCRIPT
 def test_what_does_not_fit_is_said_in_one_line(
-    script: Any,
-    words: list[str],
-    rank: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    script: Any, argv: list[str], rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = "CUDA out of memory. Tried to allocate 7.85 GiB."
     refuse(monkeypatch, script, torch.OutOfMemoryError(said))
     monkeypatch.setattr(cli_module, "launched_by_torchrun", lambda: rank != "0")
     monkeypatch.setenv("RANK", rank)
-    assert run(monkeypatch, script, *words) == FAIL
+    assert run(monkeypatch, script, *argv) == FAIL
     name = Path(script.__file__).name
     assert capsys.readouterr().err == f"{name}: rank {rank}: {said}; expected a shape that fits: fewer tokens\n"

@@ -141,22 +141,21 @@ def test_a_sweep_of_the_reference_wins_nothing(tmp_path: Path) -> None:
 SLOW = {name: rate / 2 for name, rate in RATES.items()}
 
 
-@pytest.mark.parametrize("newest_first", [True, False])
-def test_the_newest_rates_of_a_machine_win(tmp_path: Path, newest_first: bool) -> None:
-    old, new = (
-        layer(date="2026-01-02T00:00:00+00:00"),
-        {**layer(date="2026-03-01T00:00:00+00:00"), "rates_gb_per_s": SLOW},
-    )
-    documents = {"new": new, "old": old} if newest_first else {"old": old, "new": new}
-    (found,) = machines(loaded(tmp_path, **documents))
-    assert found.document.file == "new.json"
-    assert found.rates.link_read == SLOW["read"] * 1e9
-
-
-def test_rates_that_are_not_all_there_do_not_win(tmp_path: Path) -> None:
-    new = {**layer(date="2027-01-01T00:00:00+00:00"), "rates_gb_per_s": {"read": 1.0}}
-    (found,) = machines(loaded(tmp_path, old=layer(), new=new))
-    assert found.document.file == "old.json"
+@pytest.mark.parametrize(
+    ("order", "rates", "winner", "read"),
+    [
+        (("new", "old"), SLOW, "new", SLOW["read"]),
+        (("old", "new"), SLOW, "new", SLOW["read"]),
+        # They are not all there.
+        (("old", "new"), {"read": 1.0}, "old", RATES["read"]),
+    ],
+)
+def test_the_newest_rates_of_a_machine_win(
+    tmp_path: Path, order: tuple[str, str], rates: Json, winner: str, read: float
+) -> None:
+    files = {"old": layer(), "new": {**layer(date="2027-01-01T00:00:00+00:00"), "rates_gb_per_s": rates}}
+    (found,) = machines(loaded(tmp_path, **{name: files[name] for name in order}))
+    assert (found.document.file, found.rates.link_read) == (f"{winner}.json", read * 1e9)
 
 
 def test_rates_of_ranks_that_share_gpus_compute_nothing(tmp_path: Path) -> None:
