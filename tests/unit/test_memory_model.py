@@ -151,7 +151,7 @@ def test_saved_tensors(rank: Rank, dispatch: DispatchMode, again: bool, exact: b
         assert others == formula.received + formula.hidden + formula.scores
         assert storage_bytes(of_plan) == formula.plan
         x = [tensor for tensor in saved if tensor.data_ptr() == call.leaves[0].data_ptr()]
-        assert storage_bytes(x) == (call.shape.tokens_TH if again else 0)
+        assert storage_bytes(x) == (call.shape.values("TH") if again else 0)
 
 
 class LiveMemory(TorchDispatchMode):
@@ -197,7 +197,7 @@ def assert_peaks(shape: LayerShape, config: EPConfig, found: list[int], slack: l
     formula = {
         "peak of inference": forward_peak_bytes(shape, dispatch, training=False, **again),
         "peak of forward": forward_peak_bytes(shape, dispatch, training=True, **again),
-        "saved, and y": saved_bytes(shape, dispatch, **again).total + shape.tokens_TH,
+        "saved, and y": saved_bytes(shape, dispatch, **again).total + shape.values("TH"),
         "peak of backward": backward_peak_bytes(shape, dispatch, **again),
     }
     table = list(zip(formula, formula.values(), found, slack, strict=True))
@@ -237,7 +237,7 @@ def test_peaks(rank: Rank, case: Case, config: EPConfig) -> None:
         with LiveMemory() as backward:
             call.backward(y)
         # With exact rows, the slots of the ceiling's rows live until forward ends.
-        of_forward = UNCOUNTED_BYTES + (call.shape.slots_WCK if config.cpu_sync_on_runtime else 0)
+        of_forward = UNCOUNTED_BYTES + (call.shape.numbers("WCK") if config.cpu_sync_on_runtime else 0)
         found, slack = [inference.most, forward.most, kept, backward.most], [of_forward, of_forward, 0, UNCOUNTED_BYTES]
         assert_peaks(call.shape, config, found, slack)
 
