@@ -77,21 +77,14 @@ class Yardstick:
         expect(truth.shape == plain.shape, f"got shape {tuple(plain.shape)}, expected {tuple(truth.shape)}")
         # An infinite yardstick would let everything pass.
         expect(bool(truth.isfinite().all() & plain.isfinite().all()), "the truth or plain PyTorch is not finite")
-        self._dtype = plain.dtype
-        self._truth = truth.detach().double()
+        self._plain, self._truth = plain, truth.detach().double()
         row_norms = torch.linalg.vector_norm(self._truth, dim=-1)
         self._norm = float(torch.linalg.vector_norm(self._truth))
         typical = self._norm / max(row_norms.numel(), 1) ** 0.5
         self._row_scale = row_norms.clamp(min=typical)
         # Rows that even rounding does not touch have to be exact.
         self._zero_rows = (self._truth == 0).all(dim=-1) & (plain == 0).all(dim=-1)
-        self.plain_part = self.part(plain)
-        self.bound = bound_of(_joined([self.plain_part], self._norm), plain.dtype)
-
-    @property
-    def norm(self) -> float:
-        """The Frobenius norm of the truth."""
-        return self._norm
+        self._bound = bound_of(_joined([self.part(plain)], self._norm), plain.dtype)
 
     def part(self, got: Tensor, share: slice = slice(None)) -> Part:
         """The part of ``got``, which is ``share`` of the whole along the first dimension.
@@ -99,7 +92,7 @@ class Yardstick:
         Infinite if anything is not finite, or not zero in a row that is exactly zero in the truth and in plain PyTorch.
         """
         truth = self._truth[share]
-        expect(got.dtype == self._dtype, f"got {got.dtype}, expected {self._dtype}")
+        expect(got.dtype == self._plain.dtype, f"got {got.dtype}, expected {self._plain.dtype}")
         expect(got.shape == truth.shape, f"got shape {tuple(got.shape)}, expected {tuple(truth.shape)}")
         if got.numel() == 0:
             return Part(square=0.0, worst_row=0.0)
@@ -112,9 +105,14 @@ class Yardstick:
         relative = torch.where(distance > 0, distance / self._row_scale[share], 0.0)
         return Part(square=float(difference.square().sum()), worst_row=float(relative.max()))
 
+    def parts(self, got: Tensor, share: slice = slice(None)) -> list[Part]:
+        """A share as ``pooled`` takes it: the parts of the truth itself, of ``got`` and of plain PyTorch."""
+        size = Part(square=float(self._truth[share].square().sum()), worst_row=0.0)
+        return [size, self.part(got, share), self.part(self._plain[share], share)]
+
     def judge(self, name: str, parts: Iterable[Part]) -> Accuracy:
         """The errors of the whole from the parts of all shares."""
-        return Accuracy(name=name, got=_joined(parts, self._norm), bound=self.bound)
+        return Accuracy(name=name, got=_joined(parts, self._norm), bound=self._bound)
 
 
 def pooled(name: str, shares: Iterable[Sequence[Part]], dtype: torch.dtype) -> Accuracy:
