@@ -23,10 +23,10 @@ def oracle_of(call: LayerCall, group: EPGroup) -> Oracle:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Answer:
-    """The outcome of one forward and backward, and what the oracle says of it.
+    """The outcome of one forward and backward, and how accurate it is.
 
-    plain: the same by what says how accurate it has to be. accuracies: of all ranks together, the same on each.
-    same_choices: whether this rank's router has chosen what the oracle's did.
+    plain: the outcome that bounds its errors. accuracies: of all ranks together, the same on each.
+    same_choices: whether this rank's router has chosen the oracle's experts.
     """
 
     outcome: Outcome

@@ -19,8 +19,8 @@ ACCURACY_FACTOR = 2.0
 class Errors:
     """Distance from the truth, relative to its size.
 
-    norm: the Frobenius norm of the difference over that of the truth. worst_row: the largest over all rows (last
-    dimension) of the row's difference, over the row's own norm or the root mean square of all rows' norms if larger.
+    norm: Frobenius norms, of the difference over the truth. worst_row: the largest of any row (last dimension), over
+    the row's own norm or the root mean square of all rows' norms if larger.
     """
 
     norm: float
@@ -58,10 +58,7 @@ class Accuracy:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What one rank's share of a tensor adds to the errors of the whole.
-
-    square: the squared norm of its difference from the truth. worst_row: as in ``Errors``.
-    """
+    """One rank's share of the errors: the squared norm of the difference; worst_row as in ``Errors``."""
 
     square: float
     worst_row: float
@@ -70,7 +67,7 @@ class Part:
 class Yardstick:
     """The truth of a whole tensor, in fp64, and how far plain PyTorch in the tested dtype is from it.
 
-    Shares of ranks are measured one by one and judged together: a rank with two rows has no statistics of its own.
+    Shares of ranks are judged together: a rank with two rows has no statistics of its own.
     """
 
     def __init__(self, truth: Tensor, plain: Tensor) -> None:
@@ -116,10 +113,7 @@ class Yardstick:
 
 
 def pooled(name: str, shares: Iterable[Sequence[Part]], dtype: torch.dtype) -> Accuracy:
-    """The errors of a tensor of which every rank knows the truth of its own share alone.
-
-    shares: of each rank the part of the truth itself, of what was got and of plain PyTorch. Errors and sizes of all
-    shares are summed, and the worst row of all counts, measured in its own share.
+    """The errors of a tensor from each rank's ``Yardstick.parts``: squares are summed, and the worst row of all counts.
 
     >>> def part(square): return Part(square=square, worst_row=0.0)
     >>> shares = [(part(size), part(9.0), part(8.0)) for size in (9.0, 16.0)]
@@ -144,8 +138,8 @@ def bound_of(plain: Errors, dtype: torch.dtype) -> Errors:
 def assert_as_accurate(got: Tensor, truth: Tensor, plain: Tensor, name: str = "tensor") -> None:
     """Raise ``AssertionError`` unless ``got`` is at most ``ACCURACY_FACTOR`` times as far from ``truth`` as ``plain``.
 
-    truth: in fp64. plain: what PyTorch gives in the dtype of ``got``; its error counts as at least half a unit in the
-    last place. Both errors of ``Errors`` are held, and rows that are exact zeros in both have to be exact zeros.
+    truth: in fp64. plain: by PyTorch in the dtype of ``got``; its error counts as at least half a unit in the last
+    place. Both ``Errors`` count, and rows that are exact zeros in both have to be exact zeros.
     """
     if got.ndim < 2:
         # A vector is one row.
