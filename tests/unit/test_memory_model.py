@@ -91,6 +91,8 @@ class MeasuredCall:
 def measured_call(rank: Rank, case: Case, ep: ExpertParallel) -> MeasuredCall:
     inputs = draw(case, rank.world_size, rank.device)
     call, held = routed_call(inputs, rank.rank), case.num_experts // rank.world_size
+    # Not views of the whole group's: the layer copies what is not aligned.
+    call = replace(call, topk_idx=call.topk_idx.clone(), dy=call.dy.clone())
     max_tokens = max(case.tokens_of_rank(other) for other in range(rank.world_size))
     sizes = {"world_size": rank.world_size, "max_tokens": max_tokens, "top_k": case.top_k}
     ceiling = row_ceiling(**sizes, experts_per_rank=held, distinct=False)
