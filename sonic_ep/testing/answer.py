@@ -8,8 +8,8 @@ import torch
 
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.reference.router import choose_experts
-from sonic_ep.testing.checks import Accuracy, assert_as_accurate
-from sonic_ep.testing.oracle import LOGITS, LayerCall, Oracle, Outcome, accuracies_of
+from sonic_ep.testing.checks import Accuracy, Yardstick
+from sonic_ep.testing.oracle import ALONE, LOGITS, LayerCall, Oracle, Outcome, judge_parts
 
 # Slots that the oracle takes at a time in the wider dtype.
 MOST_SLOTS = 2**16
@@ -23,10 +23,10 @@ def oracle_of(call: LayerCall, group: EPGroup) -> Oracle:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Answer:
-    """The outcome of one forward and backward, and what the oracle says of it.
+    """The outcome of one forward and backward, and how accurate it is.
 
-    plain: the same by what says how accurate it has to be. accuracies: of all ranks together, the same on each.
-    same_choices: whether this rank's router has chosen what the oracle's did.
+    plain: the outcome that bounds its errors. accuracies: of all ranks together, the same on each.
+    same_choices: whether this rank's router has chosen the oracle's experts.
     """
 
     outcome: Outcome
@@ -46,35 +46,28 @@ def judge(oracle: Oracle, outcome: Outcome, reference: Outcome | None = None) ->
     """Collective: hold the outcome of a forward and backward against the oracle.
 
     reference: the outcome of the reference, which is held against the oracle itself before it may say how accurate
-    others have to be; None: plain PyTorch says so.
+    others have to be; None: plain PyTorch says so. The output is named o, as in reports.
     """
-    truth, group, top_k = oracle.truth, oracle.group, oracle.call.top_k
-    found = []
-    if reference is not None:
-        found = [
-            replace(each, name=f"reference's {each.name}")
-            for each in _accuracies(reference, truth, oracle.plain, group)
-        ]
-    plain = reference or oracle.plain
-    found += _accuracies(outcome, truth, plain, group)
+    truth, top_k, plain = oracle.truth, oracle.call.top_k, reference or oracle.plain
+    held = (
+        [("", outcome, plain)] if reference is None else [("reference's ", plain, oracle.plain), ("", outcome, plain)]
+    )
+    accuracies = tuple(
+        replace(each, name=prefix + ("o" if each.name == "y" else each.name))
+        for prefix, got, yardstick in held
+        for each in _accuracies(got, truth, yardstick, oracle.group)
+    )
     chosen = [choose_experts(each[LOGITS], top_k).sort(dim=1).values for each in (outcome, truth) if LOGITS in each]
     same = all(torch.equal(chosen[0], other) for other in chosen[1:])
-    return Answer(outcome=outcome, plain=plain, truth=truth, accuracies=tuple(found), same_choices=same)
-
-
-def _accuracies(outcome: Outcome, truth: Outcome, plain: Outcome, group: EPGroup) -> list[Accuracy]:
-    """With the output named as reports name it."""
-    found = accuracies_of(outcome, truth, plain, group)
-    return [replace(accuracy, name="o" if accuracy.name == "y" else accuracy.name) for accuracy in found]
+    return Answer(outcome=outcome, plain=plain, truth=truth, accuracies=accuracies, same_choices=same)
 
 
 def faults_of(got: Outcome, truth: Outcome, plain: Outcome) -> list[str]:
     """Which of y and the gradients of this rank are less accurate than twice the error of plain PyTorch."""
-    found = []
-    for name, right in truth.items():
-        try:
-            if name != LOGITS:
-                assert_as_accurate(got[name], right, plain[name], name)
-        except AssertionError as error:
-            found.append(str(error))
-    return found
+    return [str(accuracy) for accuracy in _accuracies(got, truth, plain, ALONE) if not accuracy.ok]
+
+
+def _accuracies(got: Outcome, truth: Outcome, plain: Outcome, group: EPGroup) -> list[Accuracy]:
+    """Collective: of the output and every gradient, on all ranks together, each with its own truth."""
+    names = [name for name in truth if name != LOGITS]
+    return judge_parts({name: Yardstick(truth[name], plain[name]).parts(got[name]) for name in names}, got, group)

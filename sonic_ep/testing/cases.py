@@ -74,16 +74,12 @@ class Case:
         return self.tokens[rank % len(self.tokens)]
 
     def router_options(self) -> RouterOptions:
-        """What the case asks of the router."""
+        """The options of the case's router."""
         return RouterOptions(top_k=self.top_k, score_order=self.score_order, norm_topk_probs=self.norm_topk_probs)
 
 
-def _table(*cases: Case) -> Mapping[str, Case]:
-    return MappingProxyType({case.name: case for case in cases})
-
-
 # E = 24 is a multiple of every W from 1 to 8 but 5 and 7.
-CASES: Mapping[str, Case] = _table(
+_TABLE = (
     Case(name="uniform"),
     Case(name="uniform_bf16", dtype=torch.bfloat16, hidden=64),
     Case(name="uniform_fp16", dtype=torch.float16, hidden=64),
@@ -102,6 +98,7 @@ CASES: Mapping[str, Case] = _table(
     Case(name="odd_hidden", hidden=33, intermediate=7, seed=11),
     Case(name="prime_tokens", tokens=(37,), top_k=7, dtype=torch.bfloat16, seed=12),
 )
+CASES: Mapping[str, Case] = MappingProxyType({case.name: case for case in _TABLE})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -139,8 +136,7 @@ def draw(case: Case, world_size: int, device: torch.device | str = "cpu") -> Inp
     width = ACTIVATIONS[case.activation].up_width(case.intermediate)
 
     def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = case.dtype) -> Tensor:
-        drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-        return drawn.to(dtype).to(device)
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype).to(device)
 
     def bias(*shape: int) -> Tensor | None:
         return normal(*shape, scale=0.1) if case.bias else None
@@ -165,67 +161,52 @@ def draw(case: Case, world_size: int, device: torch.device | str = "cpu") -> Inp
     )
 
 
+BOOLEANS = (False, True)
 OPTIONS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
-    {
-        "activation": tuple(ACTIVATIONS),
-        "gate_layout": tuple(GATE_LAYOUTS),
-        "bias": (True, False),
-        "score_order": tuple(ScoreOrder),
-        "norm_topk_probs": (False, True),
-        "dtype": (torch.float32, torch.bfloat16, torch.float16),
-    }
+    {"activation": tuple(ACTIVATIONS), "gate_layout": tuple(GATE_LAYOUTS), "bias": BOOLEANS[::-1]}
+    | {"score_order": tuple(ScoreOrder), "norm_topk_probs": BOOLEANS}
+    | {"dtype": (torch.float32, torch.bfloat16, torch.float16)}
 )
-
-
 FLAGS = ("redispatch_x_in_backward", "cpu_sync_on_runtime")
-
 CONFIG_OPTIONS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
-    {"dispatch": tuple(DispatchMode), "combine": tuple(CombineMode), **dict.fromkeys(FLAGS, (False, True))}
+    {"dispatch": tuple(DispatchMode), "combine": tuple(CombineMode), **dict.fromkeys(FLAGS, BOOLEANS)}
 )
 
 
 def pairwise(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """A short list of settings in which every two values of every two options meet.
+    """A short list of settings that has every pair of values of every two options.
 
-    Greedy: each setting starts from a pair that has not met, and takes for every other option the value that brings
-    most further pairs. The same list in every process, whatever its hashes.
+    Greedy: each setting starts from a missing pair, and takes for every other option the value that adds most missing
+    pairs. The same list in every process, whatever its hashes.
     """
     order = [
         frozenset({(a, x), (b, y)}) for a, b in combinations(options, 2) for x, y in product(options[a], options[b])
     ]
-    missing = set(order)
-    chosen: list[dict[str, Any]] = []
+    missing, chosen = set(order), []
     for pair in order:
         if pair in missing:
-            setting = _completed(dict(pair), options, missing)
-            missing -= {frozenset(met) for met in combinations(setting.items(), 2)}
+            setting: dict[str, Any] = dict(pair)
+            for name in [name for name in options if name not in setting]:
+                added = [
+                    sum(frozenset({(name, value), other}) in missing for other in setting.items())
+                    for value in options[name]
+                ]
+                setting[name] = options[name][added.index(max(added))]
+            missing -= {frozenset(covered) for covered in combinations(setting.items(), 2)}
             chosen.append(setting)
     return chosen
 
 
-def _completed(start: dict[str, Any], options: Mapping[str, Sequence[Any]], missing: set[Any]) -> dict[str, Any]:
-    """``start`` with a value for every other option, each the one that meets most values it has not met."""
-    setting = dict(start)
-    for name in options:
-        if name not in setting:
-            met = {
-                value: sum(frozenset({(name, value), pair}) in missing for pair in setting.items())
-                for value in options[name]
-            }
-            setting[name] = max(met, key=lambda value: met[value])
-    return setting
-
-
 @dataclass(frozen=True, kw_only=True)
 class OptionTrial:
-    """One setting of all options: those of the case, and modes and flags."""
+    """One setting of all options."""
 
     case: Case
     config: EPConfig
 
 
 def option_trials() -> list[OptionTrial]:
-    """Trials in which every two values of ``OPTIONS`` and ``CONFIG_OPTIONS`` meet, on one small shape."""
+    """Trials that have every pair of values of ``OPTIONS`` and ``CONFIG_OPTIONS``, on one small shape."""
     base = Case(name="options", top_k=4, tokens=(12, 7), hidden=48, seed=20)
     return [
         OptionTrial(
@@ -237,7 +218,7 @@ def option_trials() -> list[OptionTrial]:
 
 
 def _option_name(setting: Mapping[str, Any]) -> str:
-    words = [setting["activation"], setting["gate_layout"], setting["score_order"].value]
-    words += [name for name in ("bias", "norm_topk_probs") if setting[name]]
-    words += [str(setting["dtype"]).removeprefix("torch."), setting["dispatch"].value, setting["combine"].value]
-    return "-".join([*words, *(name for name in FLAGS if setting[name])])
+    names = [setting["activation"], setting["gate_layout"], setting["score_order"].value]
+    names += [name for name in ("bias", "norm_topk_probs") if setting[name]]
+    names += [str(setting["dtype"]).removeprefix("torch."), setting["dispatch"].value, setting["combine"].value]
+    return "-".join([*names, *(name for name in FLAGS if setting[name])])

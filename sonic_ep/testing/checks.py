@@ -19,8 +19,8 @@ ACCURACY_FACTOR = 2.0
 class Errors:
     """Distance from the truth, relative to its size.
 
-    norm: the Frobenius norm of the difference over that of the truth. worst_row: the largest over all rows (last
-    dimension) of the row's difference, over the row's own norm or the root mean square of all rows' norms if larger.
+    norm: Frobenius norms, of the difference over the truth. worst_row: the largest of any row (last dimension), over
+    the row's own norm or the root mean square of all rows' norms if larger.
     """
 
     norm: float
@@ -58,10 +58,7 @@ class Accuracy:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What one rank's share of a tensor adds to the errors of the whole.
-
-    square: the squared norm of its difference from the truth. worst_row: as in ``Errors``.
-    """
+    """One rank's share of the errors: the squared norm of the difference; worst_row as in ``Errors``."""
 
     square: float
     worst_row: float
@@ -70,28 +67,21 @@ class Part:
 class Yardstick:
     """The truth of a whole tensor, in fp64, and how far plain PyTorch in the tested dtype is from it.
 
-    Shares of ranks are measured one by one and judged together: a rank with two rows has no statistics of its own.
+    Shares of ranks are judged together: a rank with two rows has no statistics of its own.
     """
 
     def __init__(self, truth: Tensor, plain: Tensor) -> None:
         expect(truth.shape == plain.shape, f"got shape {tuple(plain.shape)}, expected {tuple(truth.shape)}")
         # An infinite yardstick would let everything pass.
         expect(bool(truth.isfinite().all() & plain.isfinite().all()), "the truth or plain PyTorch is not finite")
-        self._dtype = plain.dtype
-        self._truth = truth.detach().double()
+        self._plain, self._truth = plain, truth.detach().double()
         row_norms = torch.linalg.vector_norm(self._truth, dim=-1)
         self._norm = float(torch.linalg.vector_norm(self._truth))
         typical = self._norm / max(row_norms.numel(), 1) ** 0.5
         self._row_scale = row_norms.clamp(min=typical)
         # Rows that even rounding does not touch have to be exact.
         self._zero_rows = (self._truth == 0).all(dim=-1) & (plain == 0).all(dim=-1)
-        self.plain_part = self.part(plain)
-        self.bound = bound_of(_joined([self.plain_part], self._norm), plain.dtype)
-
-    @property
-    def norm(self) -> float:
-        """The Frobenius norm of the truth."""
-        return self._norm
+        self._bound = bound_of(_joined([self.part(plain)], self._norm), plain.dtype)
 
     def part(self, got: Tensor, share: slice = slice(None)) -> Part:
         """The part of ``got``, which is ``share`` of the whole along the first dimension.
@@ -99,7 +89,7 @@ class Yardstick:
         Infinite if anything is not finite, or not zero in a row that is exactly zero in the truth and in plain PyTorch.
         """
         truth = self._truth[share]
-        expect(got.dtype == self._dtype, f"got {got.dtype}, expected {self._dtype}")
+        expect(got.dtype == self._plain.dtype, f"got {got.dtype}, expected {self._plain.dtype}")
         expect(got.shape == truth.shape, f"got shape {tuple(got.shape)}, expected {tuple(truth.shape)}")
         if got.numel() == 0:
             return Part(square=0.0, worst_row=0.0)
@@ -112,16 +102,18 @@ class Yardstick:
         relative = torch.where(distance > 0, distance / self._row_scale[share], 0.0)
         return Part(square=float(difference.square().sum()), worst_row=float(relative.max()))
 
+    def parts(self, got: Tensor, share: slice = slice(None)) -> list[Part]:
+        """A share as ``pooled`` takes it: the parts of the truth itself, of ``got`` and of plain PyTorch."""
+        size = Part(square=float(self._truth[share].square().sum()), worst_row=0.0)
+        return [size, self.part(got, share), self.part(self._plain[share], share)]
+
     def judge(self, name: str, parts: Iterable[Part]) -> Accuracy:
         """The errors of the whole from the parts of all shares."""
-        return Accuracy(name=name, got=_joined(parts, self._norm), bound=self.bound)
+        return Accuracy(name=name, got=_joined(parts, self._norm), bound=self._bound)
 
 
 def pooled(name: str, shares: Iterable[Sequence[Part]], dtype: torch.dtype) -> Accuracy:
-    """The errors of a tensor of which every rank knows the truth of its own share alone.
-
-    shares: of each rank the part of the truth itself, of what was got and of plain PyTorch. Errors and sizes of all
-    shares are summed, and the worst row of all counts, measured in its own share.
+    """The errors of a tensor from each rank's ``Yardstick.parts``: squares are summed, and the worst row of all counts.
 
     >>> def part(square): return Part(square=square, worst_row=0.0)
     >>> shares = [(part(size), part(9.0), part(8.0)) for size in (9.0, 16.0)]
@@ -146,8 +138,8 @@ def bound_of(plain: Errors, dtype: torch.dtype) -> Errors:
 def assert_as_accurate(got: Tensor, truth: Tensor, plain: Tensor, name: str = "tensor") -> None:
     """Raise ``AssertionError`` unless ``got`` is at most ``ACCURACY_FACTOR`` times as far from ``truth`` as ``plain``.
 
-    truth: in fp64. plain: what PyTorch gives in the dtype of ``got``; its error counts as at least half a unit in the
-    last place. Both errors of ``Errors`` are held, and rows that are exact zeros in both have to be exact zeros.
+    truth: in fp64. plain: by PyTorch in the dtype of ``got``; its error counts as at least half a unit in the last
+    place. Both ``Errors`` count, and rows that are exact zeros in both have to be exact zeros.
     """
     if got.ndim < 2:
         # A vector is one row.

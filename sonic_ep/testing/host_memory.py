@@ -1,7 +1,6 @@
 """Files in host memory that several processes map: private, with unguessable names, unlinked once all have mapped them.
 
-A process that is killed before it unlinks its file leaves it behind. The maker holds a lock on the file until then, so
-the next process that shares memory removes files that nobody locks.
+The maker locks its file until then. If it is killed before, the next process that shares memory removes the file.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def folder() -> Path:
 
 @contextmanager
 def shared_file(nbytes: int) -> Iterator[Path]:
-    """A new file of ``nbytes`` that only this user may open, unlinked at the end. Raises ``OSError`` without memory."""
+    """A new file that only this user may open, unlinked at the end. Raises ``OSError`` if memory is short."""
     path = folder() / f"{PREFIX}{secrets.token_hex(TOKEN_BYTES)}"
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
@@ -52,31 +51,25 @@ def remove_abandoned() -> None:
     """Unlink this user's shared files whose makers are gone."""
     for path in folder().glob(f"{PREFIX}{'[0-9a-f]' * 2 * TOKEN_BYTES}"):
         try:
-            if path.stat().st_uid == os.getuid() and time.time() - path.stat().st_mtime > YOUNG_SECONDS:
-                _unlink_if_abandoned(path)
+            if path.stat().st_uid != os.getuid() or time.time() - path.stat().st_mtime <= YOUNG_SECONDS:
+                continue
+            with open(os.open(path, os.O_RDWR | os.O_NOFOLLOW)) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
         except OSError:
-            # Its maker, or another process that removes files, was faster.
+            # It is locked, or another process was faster.
             continue
 
 
-def _unlink_if_abandoned(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink()
-    finally:
-        os.close(descriptor)
-
-
 class HostSharedMemory:
-    """Memory of one host, one file a rank."""
+    """Memory of one host, one file for each rank."""
 
     def __init__(self, collectives: BoundedCollectives) -> None:
         self._collectives = collectives
         remove_abandoned()
 
     def allocate(self, nbytes: int, byte: int) -> SharedBuffer:
-        """Collective. Each rank makes a file and maps those of all."""
+        """Collective. Each rank makes a file and maps all of them."""
         rank = self._collectives.group.rank
         with ExitStack() as stack:
             try:

@@ -10,8 +10,7 @@ from sonic_ep.fast.capabilities import interpreted, software_reasons
 def install_interpreter() -> None:
     """Give ``backend="fast"`` shared host memory, and a faster interpreter, in this process.
 
-    ``import sonic_ep.testing`` does so. Nothing where ``TRITON_INTERPRET`` is not set, or was set after Triton was
-    imported.
+    Nothing where ``TRITON_INTERPRET`` is not set, or was set after Triton was imported.
     """
     if "TRITON_INTERPRET" not in os.environ or software_reasons() or not interpreted():
         return

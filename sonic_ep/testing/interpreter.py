@@ -1,9 +1,8 @@
 """Triton's interpreter, several times faster: kernels on the CPU, for tests.
 
-Most of its time goes into work that changes no result. It patches Triton's language at every call of a function, where
-once a launch is enough; checks sums and products of integers for overflow, only to assert it in a debug mode; computes
-for each value what its type alone decides; and checks the types of operands, most of which have one type that NumPy
-handles as it is.
+Most of its time changes no result: it patches Triton's language at every call of a function, not once a launch; checks
+integers for overflow, which only a debug mode asserts; computes for each value what its type alone decides; and checks
+the types of operands, most of which have one type that NumPy handles as it is.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import triton.runtime.interpreter as interpreter
 
 ARITHMETIC = {"int32": np.int32, "int64": np.int64, "fp32": np.float32}
 LOGIC = {"int1": np.bool_, "int32": np.int32, "int64": np.int64}
-# Operations of Triton that are NumPy's, the types of operands for which they are, and the element type of results.
+# Operations of Triton that are NumPy's, for which types of operands, and the element type of results.
 OPERATIONS = (
     ({"add": np.add, "sub": np.subtract, "mul": np.multiply}, ARITHMETIC, None),
     ({"and_": np.bitwise_and, "or_": np.bitwise_or}, LOGIC, None),
@@ -63,7 +62,7 @@ def language_of(function: Any) -> frozenset[int]:
 
 @cache
 def interpreted_functions(package: Any) -> list[tuple[str, Callable[..., Any]]]:
-    """The functions of a module or class of Triton's language, by name, as the interpreter runs them."""
+    """The functions of a module or class of Triton's language, as the interpreter runs them."""
 
     def direct(function: Callable[..., Any]) -> Callable[..., Any]:
         def called(*arguments: Any, **named: Any) -> Any:
@@ -82,10 +81,7 @@ def patch_functions(package: Any, builder: Any, scope: Any) -> None:
 
 
 def construct_once(construct: Callable[..., None], key: Callable[..., Hashable], varying: str = "") -> Any:
-    """A constructor of two arguments that computes its attributes once for each ``key`` of them.
-
-    varying: the attribute that is the first argument itself.
-    """
+    """A constructor that computes its attributes once for each ``key``. varying: the one that is its first argument."""
     known: dict[Hashable, dict[str, Any]] = {}
 
     @wraps(construct)
@@ -103,7 +99,7 @@ def construct_once(construct: Callable[..., None], key: Callable[..., Hashable],
 
 
 def once_per_name(numpy_type: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """NumPy's type for one of Triton's, looked up by name: Triton builds a table of all for each look-up."""
+    """NumPy's type for one of Triton's, by name: Triton builds a table of all for each look-up."""
     known: dict[str, Any] = {}
 
     @wraps(numpy_type)

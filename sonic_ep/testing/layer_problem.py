@@ -32,9 +32,7 @@ class RoutingKind(str, Enum):
 
 
 def logit_offsets(kind: RoutingKind, num_experts: int, world_size: int) -> Tensor | None:
-    """What is added to the logits of each expert, (E,) fp32; None for nothing.
-
-    Skewed: -log(j + 1) to expert j. One rank: ``FAR`` to the experts of the last of ``world_size`` ranks.
+    """What each expert's logits get, (E,) fp32: -log(j + 1) if skewed, or ``FAR`` on the last rank; None if uniform.
 
     >>> logit_offsets(RoutingKind.ONE_RANK, 4, 2)
     tensor([ 0.,  0., 16., 16.])
@@ -72,7 +70,7 @@ class Shape:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
+        """Bytes of a row."""
         return self.hidden * self.dtype.itemsize
 
     @property
@@ -111,16 +109,14 @@ class LayerProblem:
     @cached_property
     def call(self) -> RouterCall:
         """Normally distributed, weights scaled to keep the size of what they multiply, no near ties in the router."""
-        shape, options = self.shape, self.options
+        shape, order, norm = self.shape, self.options.score_order, self.options.norm_topk_probs
         router_w = self._router()
         return RouterCall(
             x=self._tokens_without_ties(router_w).requires_grad_(),
             dy=self._normal((shape.tokens, shape.hidden), 2),
             router_w=router_w.requires_grad_(),
             experts=self._experts(),
-            options=RouterOptions(
-                top_k=shape.top_k, score_order=options.score_order, norm_topk_probs=options.norm_topk_probs
-            ),
+            options=RouterOptions(top_k=shape.top_k, score_order=order, norm_topk_probs=norm),
         )
 
     def on_one_rank(self, alone: EPGroup) -> LayerProblem:
@@ -144,17 +140,14 @@ class LayerProblem:
             layout=GATE_LAYOUTS[self.options.gate_layout],
         )
 
-    @cached_property
-    def _offsets(self) -> Tensor | None:
-        ranks = self.ranks_of_routing or self.group.world_size
-        return logit_offsets(self.options.routing, self.shape.num_experts, ranks)
-
     def _router(self) -> Tensor:
         """(E, H)."""
-        size = (self.shape.num_experts, self.shape.hidden)
-        router_w = self._normal(size, 1, self.shape.hidden**-0.5, alike=True)
-        if self._offsets is not None:
-            router_w[:, 0] = self._offsets.to(router_w)
+        num_experts, hidden = self.shape.num_experts, self.shape.hidden
+        router_w = self._normal((num_experts, hidden), 1, hidden**-0.5, alike=True)
+        ranks = self.ranks_of_routing or self.group.world_size
+        offsets = logit_offsets(self.options.routing, num_experts, ranks)
+        if offsets is not None:
+            router_w[:, 0] = offsets.to(router_w)
         return router_w
 
     def _tokens_without_ties(self, router_w: Tensor) -> Tensor:
@@ -164,7 +157,7 @@ class LayerProblem:
         near_T = torch.ones(shape.tokens, dtype=torch.bool, device=self.device)
         for _ in range(MOST_DRAWS):
             x_TH[near_T] = x_TH[near_T].normal_(generator=generator)
-            if self._offsets is not None:
+            if self.options.routing is not RoutingKind.UNIFORM:
                 x_TH[:, 0] = 1
             near_T = near_ties(x_TH.float() @ router_w.float().t(), shape.top_k)
             if not bool(near_T.any()):

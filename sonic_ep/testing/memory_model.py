@@ -109,9 +109,8 @@ def forward_steps(
 ) -> Mapping[str, int]:
     """Bytes that live in each step of ``MoEFunction.forward`` beyond those that lived before the call.
 
-    Counted: the plan, scores, what is kept for backward if ``training``, and the output. Not counted: x, routing,
-    weights, symmetric memory, workspaces of libraries; the counts of the plan's tiles, freed by then; and with
-    ``cpu_sync_on_runtime`` one int32 for each row of the ceiling, until forward returns.
+    Counted: the plan, scores, saved tensors if ``training``, and the output. Not counted: x, routing, weights,
+    symmetric memory, workspaces of libraries, and with ``cpu_sync_on_runtime`` one int32 for each row of the ceiling.
     """
     received = received_bytes(shape, dispatch)
     in_order = 0 if dispatch is DispatchMode.ALL_TO_ALL else shape.values("RH")
@@ -131,8 +130,8 @@ def backward_steps(
 ) -> Mapping[str, int]:
     """Bytes that live in each step of ``MoEFunction.backward`` beyond those that lived before it.
 
-    Counted: all gradients as they are produced. Not counted: what was saved, the gradient of the output (contiguous,
-    else a copy of it comes on top), symmetric memory, workspaces of libraries. dA becomes A' in place.
+    Counted: all gradients. Not counted: saved tensors, the gradient of the output (a copy comes on top unless it is
+    contiguous), symmetric memory, workspaces of libraries. dA becomes A' in place.
     """
     to_all_rows = dispatch is DispatchMode.ALL_TO_ALL
     rows = shape.values("RH")
@@ -168,9 +167,8 @@ def backward_peak_bytes(shape: LayerShape, dispatch: DispatchMode, **options: bo
 class SymmetricMemory:
     """Bytes that a group shares on each rank, by buffer, for its lifetime; all calls use the same.
 
-    barrier: its flags. ids, scores: of the slots of a rank. tokens: x, where peers read it;
-    tokens_again: likewise in backward. received, received_flags: what combine receives at a time. values_of_slots:
-    gradients of scores, returned to their origin ranks.
+    barrier: its flags. ids, scores: of the slots of a rank. tokens: x, where peers read it; tokens_again: in backward.
+    received, received_flags: of combine, at a time. values_of_slots: gradients of scores for their origin ranks.
     """
 
     barrier: int
@@ -189,10 +187,7 @@ class SymmetricMemory:
 
 
 def symmetric_bytes(shape: LayerShape, modes: ModePair, *, redispatch_x_in_backward: bool = False) -> SymmetricMemory:
-    """What the group shares for calls of this shape. None of it depends on R.
-
-    redispatch_x_in_backward: where w1 requires a gradient. A router that sums its gradient has (E, H) fp32 more.
-    """
+    """The group's buffers for calls of this shape, whatever R. A router that sums its gradient has (E, H) fp32 more."""
     slots = _in_blocks(shape.numbers("CK"))
     # One rank has no peers to read its tokens or to send it rows.
     shared = shape.world_size > 1

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import inf
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,14 +26,14 @@ from sonic_ep.distributed.group import EPGroup
 from sonic_ep.reference.dense import dense_moe, dense_scores
 from sonic_ep.reference.router import choose_experts
 from sonic_ep.testing.cases import Case, Inputs, draw
-from sonic_ep.testing.checks import Accuracy, Errors, Part, Yardstick, pooled
+from sonic_ep.testing.checks import Accuracy, Part, Yardstick, pooled
 
 NO_FACTS: Mapping[str, bool] = MappingProxyType({})
 HOLDS, BROKEN = Part(square=0.0, worst_row=0.0), Part(square=inf, worst_row=inf)
-EXACT = Errors(norm=0.0, worst_row=0.0)
 ALONE = EPGroup(rank=0, world_size=1)
-ROUTER = "router_w"
-LOGITS = "router_logits"
+ALL = slice(None)
+ROUTER, LOGITS = "router_w", "router_logits"
+BY_TOKENS = ("y", LOGITS, "dx", "dscores")
 
 # A call's results by name: y, router_logits, dx, dscores or drouter_w, dw1, dw2, db1, db2.
 Outcome = Mapping[str, Tensor]
@@ -44,7 +45,7 @@ def leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_()
 
 
-def leaf_experts(experts: Experts, share: slice = slice(None), dtype: torch.dtype | None = None) -> Experts:
+def leaf_experts(experts: Experts, share: slice = ALL, dtype: torch.dtype | None = None) -> Experts:
     """Copies of the experts in ``share`` that require gradients, in ``dtype`` if one is given."""
     copies = {name: leaf(weight[share].to(dtype or weight.dtype)) for name, weight in weights_of(experts).items()}
     return with_weights(experts, copies)
@@ -52,14 +53,12 @@ def leaf_experts(experts: Experts, share: slice = slice(None), dtype: torch.dtyp
 
 def with_weights(experts: Experts, weights: Leaves) -> Experts:
     """``experts`` with other weights, given by name."""
-    b1, b2 = weights.get("b1"), weights.get("b2")
-    return replace(experts, w1=weights["w1"], w2=weights["w2"], b1=b1, b2=b2)
+    return replace(experts, w1=weights["w1"], w2=weights["w2"], b1=weights.get("b1"), b2=weights.get("b2"))
 
 
 def weights_of(experts: Experts) -> dict[str, Tensor]:
     """w1, w2 and the biases if there are any, by name."""
-    named = {"w1": experts.w1, "w2": experts.w2, "b1": experts.b1, "b2": experts.b2}
-    return {name: weight for name, weight in named.items() if weight is not None}
+    return {name: getattr(experts, name) for name in ("w1", "w2", "b1", "b2") if getattr(experts, name) is not None}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,24 +78,35 @@ class LayerCall(ABC):
         """K."""
 
     @property
-    @abstractmethod
-    def leaves(self) -> Leaves:
-        """What gradients are taken of, in the order of the results."""
+    def tokens(self) -> Leaves:
+        """The leaves of the tokens."""
+        return {"x": self.x}
 
     @property
     def weights(self) -> Leaves:
-        """Leaves that are not of the tokens: the router, alike on all ranks, and this rank's experts."""
+        """The other leaves: the router, alike on all ranks, and this rank's experts."""
         return weights_of(self.experts)
+
+    @property
+    def leaves(self) -> Leaves:
+        """What gradients are taken of, in the order of the results."""
+        return {**self.tokens, **self.weights}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What ``moe`` and ``moe_routed`` both take."""
+        activation, layout = self.experts.activation.name, self.experts.layout.name
+        return {"x": self.x, **self.weights, "activation": activation, "gate_layout": layout}
 
     @abstractmethod
     def forward(self, ep: ExpertParallel) -> Outcome:
         """The outputs of the layer."""
 
     @abstractmethod
-    def dense(self, weights: Leaves, place: slice, dtype: torch.dtype) -> tuple[Leaves, Outcome]:
-        """The leaves and outputs of the tokens in ``place`` by plain PyTorch. weights: all experts', in ``dtype``."""
+    def dense(self, tokens: Leaves, weights: Leaves, place: slice) -> Outcome:
+        """The outputs of the tokens in ``place`` by plain PyTorch, given their leaves and the weights of all ranks."""
 
-    def output_gradients(self, place: slice = slice(None)) -> Leaves:
+    def output_gradients(self, place: slice = ALL) -> Leaves:
         """The gradients of the outputs, by name."""
         return {"y": self.dy[place]}
 
@@ -121,35 +131,18 @@ class RoutedCall(LayerCall):
         return self.topk_idx.shape[1]
 
     @property
-    def leaves(self) -> Leaves:
-        """The tokens, the scores and the weights."""
-        return {"x": self.x, "scores": self.topk_scores, **self.weights}
+    def tokens(self) -> Leaves:
+        """Rows and scores."""
+        return {"x": self.x, "scores": self.topk_scores}
 
     def forward(self, ep: ExpertParallel) -> Outcome:
         """``ep.moe_routed``."""
-        experts = self.experts
-        y = ep.moe_routed(
-            self.x,
-            self.topk_idx,
-            self.topk_scores,
-            experts.w1,
-            experts.w2,
-            b1=experts.b1,
-            b2=experts.b2,
-            activation=experts.activation.name,
-            gate_layout=experts.layout.name,
-        )
-        return {"y": y}
+        return {"y": ep.moe_routed(topk_idx=self.topk_idx, topk_scores=self.topk_scores, **self.arguments)}
 
-    def dense(self, weights: Leaves, place: slice, dtype: torch.dtype) -> tuple[Leaves, Outcome]:
-        """Tokens and scores; y."""
-        scores_dtype = torch.promote_types(dtype, torch.float32)
-        tokens = {
-            "x": self.x.detach()[place].to(dtype).requires_grad_(),
-            "scores": self.topk_scores.detach()[place].to(scores_dtype).requires_grad_(),
-        }
+    def dense(self, tokens: Leaves, weights: Leaves, place: slice) -> Outcome:
+        """The sums."""
         experts = with_weights(self.experts, weights)
-        return tokens, {"y": dense_moe(tokens["x"], self.topk_idx[place], tokens["scores"], experts)}
+        return {"y": dense_moe(tokens["x"], self.topk_idx[place], tokens["scores"], experts)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -171,47 +164,28 @@ class RouterCall(LayerCall):
         return self.options.top_k
 
     @property
-    def leaves(self) -> Leaves:
-        """The tokens and the weights."""
-        return {"x": self.x, **self.weights}
-
-    @property
     def weights(self) -> Leaves:
         """The router and this rank's experts."""
         return {ROUTER: self.router_w, **super().weights}
 
-    def output_gradients(self, place: slice = slice(None)) -> Leaves:
+    def output_gradients(self, place: slice = ALL) -> Leaves:
         """Those of y, and of the logits if they have one."""
         logits = {} if self.dlogits is None else {LOGITS: self.dlogits[place]}
         return {**super().output_gradients(place), **logits}
 
     def forward(self, ep: ExpertParallel) -> Outcome:
         """``ep.moe``."""
-        experts, options = self.experts, self.options
-        out = ep.moe(
-            self.x,
-            self.router_w,
-            experts.w1,
-            experts.w2,
-            options.top_k,
-            b1=experts.b1,
-            b2=experts.b2,
-            activation=experts.activation.name,
-            gate_layout=experts.layout.name,
-            score_order=options.score_order,
-            norm_topk_probs=options.norm_topk_probs,
-        )
+        out = ep.moe(**self.arguments, **vars(self.options))
         return {"y": out.y, LOGITS: out.router_logits, "tokens_per_expert": out.tokens_per_expert}
 
-    def dense(self, weights: Leaves, place: slice, dtype: torch.dtype) -> tuple[Leaves, Outcome]:
-        """Tokens; y and the logits."""
-        x = self.x.detach()[place].to(dtype).requires_grad_()
-        wide = torch.promote_types(dtype, torch.float32)
-        logits = F.linear(x.to(wide), weights[ROUTER].to(wide))
+    def dense(self, tokens: Leaves, weights: Leaves, place: slice) -> Outcome:
+        """The sums and the logits."""
+        x, router_w = tokens["x"], weights[ROUTER]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(x.to(wide), router_w.to(wide))
         chosen = choose_experts(logits, self.top_k) if self.choices is None else self.choices[place]
         scores = dense_scores(logits, chosen, self.options)
-        y = dense_moe(x, chosen, scores, with_weights(self.experts, weights))
-        return {"x": x}, {"y": y, LOGITS: logits}
+        return {"y": dense_moe(x, chosen, scores, with_weights(self.experts, weights)), LOGITS: logits}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -237,33 +211,40 @@ class Oracle:
         """Collective: in the dtype of the call, all tokens at once."""
         return dense_outcome(self.call, self.group, self.call.x.dtype)
 
-    def plain_in_parts(self) -> Outcome:
-        """Collective: in the dtype of the call, ``at_a_time`` tokens at a time."""
-        return dense_outcome(self.call, self.group, self.call.x.dtype, self.at_a_time)
-
 
 def dense_outcome(call: LayerCall, group: EPGroup, dtype: torch.dtype, at_a_time: int | None = None) -> Outcome:
     """Collective: what ``dense_moe`` gives for this rank's tokens, ``at_a_time`` of them, and for its experts.
 
     Gradients of weights are summed in fp32 or wider over tokens and ranks, and rounded once.
     """
-    weights: dict[str, Tensor] = {}
-    for name, weight in call.weights.items():
-        whole = weight.detach() if name == ROUTER else gathered_experts(weight, group)
-        weights[name] = whole.to(dtype).requires_grad_()
+
+    def widened(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(torch.promote_types(tensor.dtype, dtype)).requires_grad_()
+
+    whole = {name: w if name == ROUTER else gathered_experts(w, group) for name, w in call.weights.items()}
+    weights = {name: widened(weight) for name, weight in whole.items()}
     sums: dict[str, Tensor] = {}
     kept: list[Outcome] = []
-    count = call.x.shape[0]
-    for first in range(0, max(1, count), at_a_time or max(1, count)):
-        place = slice(first, first + (at_a_time or max(1, count)))
+    count = max(1, call.x.shape[0])
+    for first in range(0, count, at_a_time or count):
+        place = slice(first, first + (at_a_time or count))
         with torch.enable_grad():
-            tokens, outputs = call.dense(weights, place, dtype)
+            tokens = {name: widened(tensor[place]) for name, tensor in call.tokens.items()}
+            outputs = call.dense(tokens, weights, place)
             found = gradients(outputs, {**tokens, **weights}, call.output_gradients(place))
         for name in weights:
-            _add_to(sums, name, found.pop(f"d{name}"))
+            gradient = found.pop(f"d{name}")
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            sums[name] = sums[name].add_(gradient) if name in sums else gradient.to(wide)
         kept.append({**{name: output.detach() for name, output in outputs.items()}, **found})
-    of_tokens = {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
-    return {**of_tokens, **{f"d{name}": _share(name, sums[name], call, group).to(dtype, copy=True) for name in weights}}
+    outcome = {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
+    for name, total in sums.items():
+        if group.world_size > 1:
+            dist.all_reduce(total, group=group.process_group)
+        held = call.weights[name].shape[0]
+        share = total if name == ROUTER else total[group.rank * held : (group.rank + 1) * held]
+        outcome[f"d{name}"] = share.to(dtype, copy=True)
+    return outcome
 
 
 def gradients(outputs: Outcome, leaves: Leaves, of_outputs: Leaves) -> dict[str, Tensor]:
@@ -282,17 +263,6 @@ def gathered_experts(share: Tensor, group: EPGroup) -> Tensor:
     return torch.cat(shares)
 
 
-def accuracies_of(outcome: Outcome, truth: Outcome, plain: Outcome, group: EPGroup) -> list[Accuracy]:
-    """Collective: how accurate the output and every gradient are, on all ranks together, each with its own truth."""
-    found = []
-    for name, right in truth.items():
-        if name != LOGITS:
-            stick, got = Yardstick(_rows(right), _rows(plain[name])), outcome[name]
-            mine = [Part(square=stick.norm**2, worst_row=0.0), stick.part(_rows(got)), stick.plain_part]
-            found.append(pooled(name, gather_parts(mine, group, got.device), got.dtype))
-    return found
-
-
 def gather_parts(parts: list[Part], group: EPGroup, device: torch.device) -> list[list[Part]]:
     """Collective: the parts of every rank, in rank order."""
     mine = torch.tensor([[part.square, part.worst_row] for part in parts], dtype=torch.float64, device=device)
@@ -303,30 +273,53 @@ def gather_parts(parts: list[Part], group: EPGroup, device: torch.device) -> lis
     return [[Part(square=square, worst_row=worst) for square, worst in rank.tolist()] for rank in every]
 
 
+def judge_parts(measured: Mapping[str, list[Part]], outcome: Outcome, group: EPGroup) -> list[Accuracy]:
+    """Collective: how accurate tensors are on all ranks together, from ``Yardstick.parts`` of each rank."""
+    of_ranks = gather_parts([part for parts in measured.values() for part in parts], group, outcome["y"].device)
+    findings = []
+    for place, name in enumerate(measured):
+        shares = [parts[3 * place : 3 * place + 3] for parts in of_ranks]
+        dtype = outcome[name].dtype if name in outcome else torch.float64
+        # Every rank holds the whole gradient of the router; the worst of them counts.
+        wholes = [[share] for share in shares] if name == f"d{ROUTER}" else [shares]
+        findings.append(max((pooled(name, whole, dtype) for whole in wholes), key=lambda found: found.ratio))
+    return findings
+
+
+def compare(
+    outcome: Outcome, oracle: Oracle, inputs: Inputs, ep: ExpertParallel, facts: Mapping[str, bool] = NO_FACTS
+) -> list[Accuracy]:
+    """Collective: the outcome of all ranks against the oracle's, one finding for each tensor the oracle knows.
+
+    facts: what else has to be true on every rank, by name; an infinite error where it is not.
+    """
+    measured = {}
+    for name, truth in oracle.truth.items():
+        share = inputs.tokens_of(ep.rank) if name in BY_TOKENS else inputs.experts_of(ep.rank)
+        share = ALL if name == f"d{ROUTER}" else share
+        measured[name] = Yardstick(truth, oracle.plain[name]).parts(outcome[name], share)
+    measured |= {name: [HOLDS, HOLDS if holds else BROKEN, HOLDS] for name, holds in facts.items()}
+    return judge_parts(measured, outcome, ep.group)
+
+
+def _shared(inputs: Inputs, rank: int | None) -> tuple[slice, dict[str, Any]]:
+    """The tokens of ``rank`` or of all, and what both kinds of calls have of them."""
+    tokens, experts = (ALL, ALL) if rank is None else (inputs.tokens_of(rank), inputs.experts_of(rank))
+    shared = {"x": leaf(inputs.x[tokens]), "dy": inputs.dy[tokens], "experts": leaf_experts(inputs.experts, experts)}
+    return tokens, shared
+
+
 def routed_call(inputs: Inputs, rank: int | None = None) -> RoutedCall:
     """The case through ``moe_routed``: the share of ``rank``, or all ranks' together."""
-    tokens, experts = _shares(inputs, rank)
-    return RoutedCall(
-        x=leaf(inputs.x[tokens]),
-        dy=inputs.dy[tokens],
-        experts=leaf_experts(inputs.experts, experts),
-        topk_idx=inputs.topk_idx[tokens],
-        topk_scores=leaf(inputs.topk_scores[tokens]),
-    )
+    tokens, shared = _shared(inputs, rank)
+    return RoutedCall(topk_idx=inputs.topk_idx[tokens], topk_scores=leaf(inputs.topk_scores[tokens]), **shared)
 
 
 def router_call(inputs: Inputs, rank: int | None = None, choices: Tensor | None = None) -> RouterCall:
     """The case through ``moe``: the share of ``rank``, or all ranks' together, whose choices (N, K) may be known."""
-    tokens, experts = _shares(inputs, rank)
-    return RouterCall(
-        x=leaf(inputs.x[tokens]),
-        dy=inputs.dy[tokens],
-        experts=leaf_experts(inputs.experts, experts),
-        router_w=leaf(inputs.router_w),
-        options=inputs.case.router_options(),
-        dlogits=inputs.dlogits[tokens],
-        choices=choices,
-    )
+    tokens, shared = _shared(inputs, rank)
+    router_w, dlogits, options = leaf(inputs.router_w), inputs.dlogits[tokens], inputs.case.router_options()
+    return RouterCall(router_w=router_w, options=options, dlogits=dlogits, choices=choices, **shared)
 
 
 def run_routed(inputs: Inputs, ep: ExpertParallel) -> Outcome:
@@ -347,40 +340,6 @@ def routed_oracle(inputs: Inputs) -> Oracle:
 def moe_oracle(inputs: Inputs, topk_idx: Tensor) -> Oracle:
     """What ``run_moe`` should give, for all ranks at once, where the choices (N, K) are known."""
     return Oracle(call=router_call(inputs, choices=topk_idx))
-
-
-def choices_agree(topk_idx: Tensor, logits: Tensor) -> bool:
-    """Whether ``topk_idx`` (N, K) are distinct and have the K largest of ``logits`` (N, E), largest first."""
-    top_k = topk_idx.shape[1]
-    chosen = logits.gather(1, topk_idx)
-    distinct = bool((topk_idx.sort(dim=1).values.diff(dim=1) > 0).all())
-    return distinct and torch.equal(chosen, logits.topk(top_k, dim=1).values)
-
-
-def compare(
-    outcome: Outcome, oracle: Oracle, inputs: Inputs, ep: ExpertParallel, facts: Mapping[str, bool] = NO_FACTS
-) -> list[Accuracy]:
-    """Collective: the outcome of all ranks against the oracle's, one finding for each tensor the oracle knows.
-
-    facts: what else has to be true on every rank, by name; an infinite error where it is not.
-    """
-    by_tokens = {"y", LOGITS, "dx", "dscores"}
-    sticks = {name: Yardstick(truth, oracle.plain[name]) for name, truth in oracle.truth.items()}
-    parts = []
-    for name, stick in sticks.items():
-        share = inputs.tokens_of(ep.rank) if name in by_tokens else inputs.experts_of(ep.rank)
-        parts.append(stick.part(outcome[name], slice(None) if name == f"d{ROUTER}" else share))
-    parts += [HOLDS if holds else BROKEN for holds in facts.values()]
-    by_tensor = list(zip(*gather_parts(parts, ep.group, inputs.x.device), strict=True))
-    findings = []
-    for (name, stick), of_ranks in zip(sticks.items(), by_tensor, strict=False):
-        # Every rank holds the whole gradient of the router; the worst of them counts.
-        shares = [[part] for part in of_ranks] if name == f"d{ROUTER}" else [of_ranks]
-        findings.append(max((stick.judge(name, share) for share in shares), key=lambda found: found.ratio))
-    for name, of_ranks in zip(facts, by_tensor[len(sticks) :], strict=True):
-        worst = max(part.worst_row for part in of_ranks)
-        findings.append(Accuracy(name=name, got=Errors(norm=worst, worst_row=worst), bound=EXACT))
-    return findings
 
 
 @lru_cache(maxsize=4)
@@ -407,43 +366,19 @@ def verify_routed(case: Case, ep: ExpertParallel, device: torch.device) -> list[
 def verify_moe(case: Case, ep: ExpertParallel, device: torch.device) -> list[Accuracy]:
     """Collective: ``ep.moe`` against the oracle; the same findings on every rank.
 
-    Also found: whether its choices are the largest of its own logits, and its counts those choices'.
+    Also found: whether its choices are distinct and the largest of its own logits, and its counts those choices'.
     """
     inputs = drawn(case, ep.world_size, device)
     outcome = run_moe(inputs, ep)
-    mine = outcome[LOGITS].sort(dim=1, descending=True, stable=True).indices[:, : case.top_k]
+    logits = outcome[LOGITS]
+    mine = logits.sort(dim=1, descending=True, stable=True).indices[:, : case.top_k]
     plan = ep.plan(mine, case.num_experts)
     held = [plan.expert_ids[rank, : case.tokens_of_rank(rank)] for rank in range(ep.world_size)]
-    topk_idx = torch.cat(held).long()
+    largest = torch.equal(logits.gather(1, mine), logits.topk(case.top_k, dim=1).values)
     facts = {
         "plan": torch.equal(held[ep.rank].long(), mine),
-        "choices": choices_agree(mine, outcome[LOGITS]),
+        "choices": largest and bool((mine.sort(dim=1).values.diff(dim=1) > 0).all()),
         "counts": torch.equal(plan.counts, outcome["tokens_per_expert"]),
     }
-    oracle = drawn_oracle(case, ep.world_size, device, tuple(topk_idx.flatten().tolist()))
-    return compare(outcome, oracle, inputs, ep, facts)
-
-
-def _shares(inputs: Inputs, rank: int | None) -> tuple[slice, slice]:
-    """The tokens and the experts of a rank, or of all."""
-    return (slice(None), slice(None)) if rank is None else (inputs.tokens_of(rank), inputs.experts_of(rank))
-
-
-def _add_to(sums: dict[str, Tensor], name: str, gradient: Tensor) -> None:
-    if name in sums:
-        sums[name] += gradient
-    else:
-        sums[name] = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-
-
-def _share(name: str, total: Tensor, call: LayerCall, group: EPGroup) -> Tensor:
-    """Collective: this rank's part of the sum over ranks."""
-    if group.world_size > 1:
-        dist.all_reduce(total, group=group.process_group)
-    held = call.weights[name].shape[0]
-    return total if name == ROUTER else total[group.rank * held : (group.rank + 1) * held]
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """A vector is one row."""
-    return tensor if tensor.ndim > 1 else tensor.reshape(1, -1)
+    choices = torch.cat(held).flatten().tolist()
+    return compare(outcome, drawn_oracle(case, ep.world_size, device, tuple(choices)), inputs, ep, facts)

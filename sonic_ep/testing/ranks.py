@@ -68,13 +68,12 @@ class Rank:
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """One call. store: the file of the process group's store; None for one rank without a process group."""
+    """One call. store: the file of the process group's store; None for no process group."""
 
     function: Callable[..., Any]
-    arguments: tuple[Any, ...]
     world_size: int
-    device_type: str
-    store: str | None
+    arguments: tuple[Any, ...] = ()
+    store: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +88,8 @@ class _Answer:
 class RankPool:
     """Runs functions on W ranks at once.
 
-    device_type: "cpu" (gloo; Triton kernels are interpreted) or "cuda" (NCCL where each rank has a device of its own,
-        else gloo).
-    timeout: seconds that a call may take, a guard against hangs. The pool is a context manager.
+    device_type: "cpu" (gloo; Triton kernels are interpreted) or "cuda" (NCCL where each rank has its own device, else
+    gloo). timeout: seconds that a call may take. The pool is a context manager.
     """
 
     def __init__(self, device_type: str = "cpu", timeout: float = 600.0) -> None:
@@ -118,12 +116,14 @@ class RankPool:
             self._workers.append(_Worker.start(len(self._workers), self._device_type))
         if self._formed not in (None, 1, world_size):
             # NCCL waits for every rank of a group that is left: all leave it together, by a job without a store.
-            self._call(self._job(_stand_by, (), self._formed, None), self._timeout)
-        job = self._job(function, arguments, world_size, self._store(world_size))
+            self._call(_Job(function=_stand_by, world_size=self._formed), self._timeout)
+        if self._formed != world_size:
+            # A new process group needs a new store.
+            self._groups_formed += 1
+            self._formed = world_size
+        store = None if world_size == 1 else str(Path(self._folder.name) / f"store_{self._groups_formed}")
+        job = _Job(function=function, world_size=world_size, arguments=arguments, store=store)
         return self._call(job, self._timeout if timeout is None else timeout)
-
-    def _job(self, function: Callable[..., Any], arguments: tuple[Any, ...], size: int, store: str | None) -> _Job:
-        return _Job(function=function, arguments=arguments, world_size=size, device_type=self._device_type, store=store)
 
     def pids(self) -> list[int]:
         """Process ids of the live ranks."""
@@ -163,13 +163,6 @@ class RankPool:
             self.stop()
             raise
 
-    def _store(self, world_size: int) -> str | None:
-        """The file of the store: a new one, and so a new process group, whenever the size of the world changes."""
-        if self._formed != world_size:
-            self._groups_formed += 1
-            self._formed = world_size
-        return None if world_size == 1 else str(Path(self._folder.name) / f"store_{self._groups_formed}")
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Worker:
@@ -184,8 +177,8 @@ class _Worker:
         context = starting_context()
         ours, theirs = context.Pipe()
         # The server has the environment of the time when it started.
-        environment = dict(os.environ) | SETTINGS[device_type]
-        process = context.Process(target=_serve, args=(rank, theirs, environment), daemon=True, name=f"rank {rank}")
+        arguments = (rank, device_type, theirs, dict(os.environ) | SETTINGS[device_type])
+        process = context.Process(target=_serve, args=arguments, daemon=True, name=f"rank {rank}")
         process.start()
         theirs.close()
         return _Worker(rank=rank, process=process, connection=ours)
@@ -197,6 +190,15 @@ class _Worker:
         except OSError:
             self.process.join(GRACE_SECONDS)
             raise RankError(self.rank, f"rank {self.rank} has died since, exit code {self.process.exitcode}") from None
+
+    def receive(self) -> _Answer:
+        """The answer to the last job, or that the process died."""
+        try:
+            answer: _Answer = pickle.loads(self.connection.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            self.process.join(GRACE_SECONDS)
+            return _Answer(failure=f"the process died, exit code {self.process.exitcode}", died=True)
+        return answer
 
 
 def _collect(workers: Sequence[_Worker], timeout: float) -> list[Any]:
@@ -210,7 +212,7 @@ def _collect(workers: Sequence[_Worker], timeout: float) -> list[Any]:
             break
         for connection in ready:
             worker = waiting[connection]  # type: ignore[index]
-            answers[worker.rank] = _receive(worker)
+            answers[worker.rank] = worker.receive()
             if answers[worker.rank].failure is not None:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
     missing = [worker.rank for worker in workers if worker.rank not in answers]
@@ -227,17 +229,7 @@ def _collect(workers: Sequence[_Worker], timeout: float) -> list[Any]:
     return [answers[worker.rank].value for worker in workers]
 
 
-def _receive(worker: _Worker) -> _Answer:
-    try:
-        answer = pickle.loads(worker.connection.recv_bytes())
-    except (EOFError, ConnectionResetError):
-        worker.process.join(GRACE_SECONDS)
-        return _Answer(failure=f"the process died, exit code {worker.process.exitcode}", died=True)
-    assert isinstance(answer, _Answer)
-    return answer
-
-
-def _serve(rank: int, connection: Connection, environment: dict[str, str]) -> None:
+def _serve(rank: int, device_type: str, connection: Connection, environment: dict[str, str]) -> None:
     """The main loop of a worker: answers jobs until the pool is gone."""
     # Before Triton is imported, and memory is first shared.
     os.environ.clear()
@@ -248,7 +240,7 @@ def _serve(rank: int, connection: Connection, environment: dict[str, str]) -> No
     torch.set_num_threads(1)
     install_interpreter()
     _poison_new_memory()
-    store: str | None = None
+    joined: str | None = None
     while True:
         try:
             payload = connection.recv_bytes()
@@ -256,10 +248,13 @@ def _serve(rank: int, connection: Connection, environment: dict[str, str]) -> No
             return
         try:
             job = pickle.loads(payload)
-            if job.store != store:
-                _join_group(rank, job)
-                store = job.store
-            place = Rank(rank=rank, world_size=job.world_size, device=_device(rank, job))
+            device = device_of_rank(rank) if device_type == "cuda" else torch.device("cpu")
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            place = Rank(rank=rank, world_size=job.world_size, device=device)
+            if job.store != joined:
+                _join_group(place, job.store)
+                joined = job.store
             answer = pickle.dumps(_Answer(value=job.function(place, *job.arguments)))
         except BaseException:
             answer = pickle.dumps(_Answer(failure=traceback.format_exc()))
@@ -278,22 +273,15 @@ def _stand_by(rank: Rank) -> None:
     """Nothing to do: a job without a store is how a rank leaves its process group."""
 
 
-def _device(rank: int, job: _Job) -> torch.device:
-    device = device_of_rank(rank) if job.device_type == "cuda" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-def _join_group(rank: int, job: _Job) -> None:
-    """Leave the last process group and enter the one of this job."""
+def _join_group(rank: Rank, store: str | None) -> None:
+    """Leave the last process group and enter the one of this store."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    if job.store is not None:
-        own_device = _device(rank, job).type == "cuda" and job.world_size <= torch.cuda.device_count()
-        store = FileStore(job.store, job.world_size)
+    if store is not None:
+        own_device = rank.device.type == "cuda" and rank.world_size <= torch.cuda.device_count()
+        files = FileStore(store, rank.world_size)
         backend = "nccl" if own_device else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=job.world_size)
+        dist.init_process_group(backend, store=files, rank=rank.rank, world_size=rank.world_size)
 
 
 def _die_with_parent() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +25,7 @@ from sonic_ep.testing.layer_problem import Shape
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RoutingProblem:
-    """One shape drawn for this rank, with the routing ``chosen_TK`` or a random one, and the right answers.
-
-    Each answer is computed once, by all ranks together.
-    """
+    """One shape drawn for this rank, with the routing ``chosen_TK`` or a random one, and the reference's answers."""
 
     shape: Shape
     group: EPGroup
@@ -37,23 +35,19 @@ class RoutingProblem:
     @cached_property
     def x_TH(self) -> Tensor:
         """Tokens, normally distributed."""
-        size = (self.shape.tokens, self.shape.hidden)
-        return torch.randn(size, generator=self._generator(1), device=self.device).to(self.shape.dtype)
+        return self._drawn(torch.randn, self.shape.hidden, 1).to(self.shape.dtype)
 
     @cached_property
     def topk_idx_TK(self) -> Tensor:
         """K distinct experts a token, uniformly drawn, int64 as a router's top-k gives them."""
         if self.chosen_TK is not None:
             return self.chosen_TK
-        size = (self.shape.tokens, self.shape.num_experts)
-        noise_TE = torch.rand(size, generator=self._generator(2), device=self.device)
-        return noise_TE.topk(self.shape.top_k, dim=1).indices
+        return self._drawn(torch.rand, self.shape.num_experts, 2).topk(self.shape.top_k, dim=1).indices
 
     @cached_property
     def scores_TK(self) -> Tensor:
         """Scores of the choices, fp32, each above zero."""
-        size = (self.shape.tokens, self.shape.top_k)
-        return torch.rand(size, generator=self._generator(3), device=self.device) + 0.05
+        return self._drawn(torch.rand, self.shape.top_k, 3) + 0.05
 
     @cached_property
     def plan(self) -> RoutingPlan:
@@ -89,7 +83,7 @@ class RoutingProblem:
 
     @cached_property
     def scores_WCK(self) -> Tensor:
-        """Scores of the group."""
+        """The scores of all ranks' slots."""
         return self._collectives.all_gather(pad_tokens(self.scores_TK, self.plan.max_tokens, 0))
 
     @cached_property
@@ -112,11 +106,8 @@ class RoutingProblem:
         """Of every rank, the same on each of them."""
         ranks = range(self.group.world_size)
         pair_slots = [[int((owner_CK == owner).sum()) for owner in ranks] for owner_CK in self.plan.owner_of_slot()]
-        tokens, pair_tokens = self.shape.tokens, self.plan.pair_tokens.tolist()
-        return [
-            rank_counts(rank, max_tokens=tokens, tokens=tokens, pair_tokens=pair_tokens, pair_slots=pair_slots)
-            for rank in ranks
-        ]
+        pairs: Any = {"pair_tokens": self.plan.pair_tokens.tolist(), "pair_slots": pair_slots}
+        return [rank_counts(rank, max_tokens=self.shape.tokens, tokens=self.shape.tokens, **pairs) for rank in ranks]
 
     def mean(self, count: Callable[[RankCounts], int]) -> float:
         """The mean over the ranks of what ``count`` makes of each one's counts."""
@@ -125,6 +116,9 @@ class RoutingProblem:
     @cached_property
     def _collectives(self) -> BoundedCollectives:
         return BoundedCollectives(self.group)
+
+    def _drawn(self, draw: Callable[..., Tensor], width: int, stream: int) -> Tensor:
+        return draw((self.shape.tokens, width), generator=self._generator(stream), device=self.device)
 
     def _generator(self, stream: int) -> torch.Generator:
         """Random numbers of this rank for one of its tensors."""

@@ -1,6 +1,7 @@
 """Shared files: private, locked, unlinked once mapped, removed when abandoned, and refused where memory is short."""
 
 import fcntl
+import importlib
 import os
 import resource
 import signal
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -53,18 +55,15 @@ def old_file(path: Path) -> Path:
     return aged(path)
 
 
-def remove_abandoned() -> None:
-    # Not at the top of the module: triton reads at import whether it interprets, and only ranks have that setting.
-    from sonic_ep.testing.host_memory import remove_abandoned as remove
-
-    remove()
+@pytest.fixture
+def host_memory() -> ModuleType:
+    """Imported late: triton reads at import whether it interprets, and only ranks have that setting."""
+    return importlib.import_module("sonic_ep.testing.host_memory")
 
 
 @promise("shared-files")
-def test_files_are_private_unguessable_and_locked() -> None:
-    from sonic_ep.testing.host_memory import shared_file
-
-    with shared_file(100) as first, shared_file(100) as second:
+def test_files_are_private_unguessable_and_locked(host_memory: ModuleType) -> None:
+    with host_memory.shared_file(100) as first, host_memory.shared_file(100) as second:
         assert first.name != second.name
         for path in (first, second):
             assert path.match(PATTERN)
@@ -76,10 +75,10 @@ def test_files_are_private_unguessable_and_locked() -> None:
     assert not second.exists()
 
 
-def test_an_existing_file_is_never_taken_for_a_new_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even if its name was guessed: it would be open to whoever created it."""
-    from sonic_ep.testing import host_memory
-
+def test_an_existing_file_is_never_taken_for_a_new_one(
+    folder: Path, host_memory: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if its name was guessed: it would be open to its creator."""
     monkeypatch.setattr(host_memory.secrets, "token_hex", lambda nbytes: NAME.removeprefix("sonic_ep_"))
     (folder / NAME).symlink_to(folder / "elsewhere")
     with pytest.raises(FileExistsError), host_memory.shared_file(100):
@@ -105,11 +104,6 @@ def a_link(path: Path, patch: pytest.MonkeyPatch) -> None:
     aged(path)
 
 
-def a_folder(path: Path, patch: pytest.MonkeyPatch) -> None:
-    path.mkdir()
-    aged(path)
-
-
 OTHER_NAMES = {
     "a shorter name": NAME[:-1],
     "a longer name": NAME + "0",
@@ -121,35 +115,35 @@ NOT_ABANDONED: dict[str, Callable[[Path, pytest.MonkeyPatch], object]] = {
     "locked by a live process": locked,
     "of another user": of_another_user,
     "a link": a_link,
-    "a folder": a_folder,
+    "a folder": lambda path, patch: path.mkdir() or aged(path),
     **{why: lambda path, patch, name=name: old_file(path.with_name(name)) for why, name in OTHER_NAMES.items()},
 }
 
 
 @promise("shared-files")
 @pytest.mark.parametrize("why", NOT_ABANDONED)
-def test_other_files_are_never_removed(folder: Path, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_files_are_never_removed(
+    folder: Path, host_memory: ModuleType, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held = NOT_ABANDONED[why](folder / NAME, monkeypatch)
     before = set(folder.iterdir())
     assert before
-    remove_abandoned()
+    host_memory.remove_abandoned()
     assert set(folder.iterdir()) == before
     del held
 
 
-def test_a_file_of_a_killed_process_is_removed_once_it_is_old(folder: Path) -> None:
-    from sonic_ep.testing.host_memory import shared_file
-
+def test_a_file_of_a_killed_process_is_removed_once_it_is_old(folder: Path, host_memory: ModuleType) -> None:
     child = os.fork()
     if child == 0:
-        with shared_file(100):
+        with host_memory.shared_file(100):
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     (left,) = shared_files(folder)
-    remove_abandoned()
+    host_memory.remove_abandoned()
     assert left.exists(), "another rank may just have created it, and not locked it yet"
     aged(left)
-    remove_abandoned()
+    host_memory.remove_abandoned()
     assert not left.exists()
 
 
@@ -183,7 +177,7 @@ def test_more_memory_than_there_is_is_refused_on_all_ranks(rank: Rank) -> None:
 
 @contextmanager
 def no_files_above(nbytes: int) -> Iterator[None]:
-    """As in a process whose memory is bounded, or where other processes have taken the rest."""
+    """As where memory is bounded, or other processes have taken the rest."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
     yield

@@ -1,12 +1,12 @@
 """Memory formulas against allocations: tensor by tensor under the interpreter, by PyTorch's allocator on GPUs."""
 
 import gc
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import pytest
 import torch
+from harness.memory_use import allocated
 from on_ranks import on_ranks
 from promises import promise
 from there_and_back import Modes, by_modes
@@ -29,7 +29,7 @@ from sonic_ep.testing.memory_model import (
     saved_bytes,
     symmetric_bytes,
 )
-from sonic_ep.testing.oracle import leaf, leaf_experts
+from sonic_ep.testing.oracle import RoutedCall, gradients, routed_call
 
 pytest.importorskip("triton")
 from sonic_ep.fast.combine.base import MOST_RECEIVED_BYTES as MOST_RECEIVED
@@ -50,11 +50,8 @@ NARROW = replace(SMALL, name="narrow", hidden=16, intermediate=64, num_experts=2
 UNCOUNTED_BYTES = 16 * INDEX_BYTES
 
 
-def config_of(
-    dispatch: DispatchMode = DispatchMode.ALL_TO_ALL, *, again: bool = False, exact: bool = False
-) -> EPConfig:
-    flags = {"redispatch_x_in_backward": again, "cpu_sync_on_runtime": exact}
-    return EPConfig(dispatch=dispatch, combine="rank_dedup", **flags)
+def config_of(dispatch: str = "all_to_all", *, again: bool = False, exact: bool = False) -> EPConfig:
+    return EPConfig(dispatch, "rank_dedup", redispatch_x_in_backward=again, cpu_sync_on_runtime=exact)
 
 
 def equal_share_of_each_rank(generator: torch.Generator, tokens: int, case: Case, world_size: int) -> Tensor:
@@ -77,25 +74,26 @@ PRODUCT_BYTES = 2**19
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LayerCall:
-    """``ep.moe_routed`` of one rank's share of a case, and the shape that the formulas take."""
+class MeasuredCall:
+    """A call of one rank's share of a case, and the shape that the formulas take."""
 
-    forward: Callable[[], Tensor]
-    leaves: list[Tensor]
-    dy: Tensor
+    call: RoutedCall
+    ep: ExpertParallel
     shape: LayerShape
 
-    def backward(self, y: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(y, self.leaves, self.dy)
+    def forward(self) -> Tensor:
+        return self.call.forward(self.ep)["y"]
+
+    def backward(self, y: Tensor) -> dict[str, Tensor]:
+        return gradients({"y": y}, self.call.leaves, self.call.output_gradients())
 
 
-def layer_call(rank: Rank, case: Case, ep: ExpertParallel) -> LayerCall:
+def measured_call(rank: Rank, case: Case, ep: ExpertParallel) -> MeasuredCall:
     inputs = draw(case, rank.world_size, rank.device)
-    tokens, max_tokens = inputs.tokens_of(rank.rank), max(case.tokens_of_rank(r) for r in range(rank.world_size))
-    experts = leaf_experts(inputs.experts, inputs.experts_of(rank.rank))
-    x, idx, scores = leaf(inputs.x[tokens]), inputs.topk_idx[tokens].clone(), leaf(inputs.topk_scores[tokens])
-    weights = [weight for weight in (experts.w1, experts.w2, experts.b1, experts.b2) if weight is not None]
-    held = case.num_experts // rank.world_size
+    call, held = routed_call(inputs, rank.rank), case.num_experts // rank.world_size
+    # Not views of the whole group's: the layer copies what is not aligned.
+    call = replace(call, topk_idx=call.topk_idx.clone(), dy=call.dy.clone())
+    max_tokens = max(case.tokens_of_rank(other) for other in range(rank.world_size))
     sizes = {"world_size": rank.world_size, "max_tokens": max_tokens, "top_k": case.top_k}
     ceiling = row_ceiling(**sizes, experts_per_rank=held, distinct=False)
     exact = int((inputs.topk_idx // held == rank.rank).sum())
@@ -103,19 +101,13 @@ def layer_call(rank: Rank, case: Case, ep: ExpertParallel) -> LayerCall:
     shape = LayerShape(
         **sizes,
         **{name: getattr(case, name) for name in ("num_experts", "hidden", "intermediate")},
-        tokens=x.shape[0],
+        tokens=call.x.shape[0],
         itemsize=case.dtype.itemsize,
         rows=exact if ep.config.cpu_sync_on_runtime else min(ceiling, ep.config.max_rows or ceiling),
-        gated=experts.activation.gated,
+        gated=call.experts.activation.gated,
         biases=case.bias,
     )
-    names = {"activation": case.activation, "gate_layout": case.gate_layout}
-    return LayerCall(
-        forward=lambda: ep.moe_routed(x, idx, scores, *weights, **names),
-        leaves=[x, scores, *weights],
-        dy=inputs.dy[tokens].clone(),
-        shape=shape,
-    )
+    return MeasuredCall(call=call, ep=ep, shape=shape)
 
 
 def address(tensor: Tensor) -> int:
@@ -133,7 +125,7 @@ def storage_bytes(tensors: list[Tensor]) -> int:
 @by_exact
 def test_saved_tensors(rank: Rank, dispatch: DispatchMode, again: bool, exact: bool) -> None:
     with ExpertParallel(backend="fast", config=config_of(dispatch, again=again, exact=exact)) as ep:
-        call, saved = layer_call(rank, SMALL, ep), []
+        call, saved = measured_call(rank, SMALL, ep), []
 
         def pack(tensor: Tensor) -> Tensor:
             saved.append(tensor.detach())
@@ -145,13 +137,13 @@ def test_saved_tensors(rank: Rank, dispatch: DispatchMode, again: bool, exact: b
         node = y.grad_fn if hasattr(y.grad_fn, "call") else y.grad_fn.next_functions[0][0]
         plan = node.call.exchange.plan
         of_plan = [value for field in fields(plan) if isinstance(value := getattr(plan, field.name), Tensor)]
-        known = {address(tensor) for tensor in (*call.leaves, *of_plan)}
+        known = {address(tensor) for tensor in (*call.call.leaves.values(), *of_plan)}
         formula = saved_bytes(call.shape, dispatch, redispatch_x_in_backward=again)
         others = storage_bytes([tensor for tensor in saved if address(tensor) not in known])
         assert others == formula.received + formula.hidden + formula.scores
         assert storage_bytes(of_plan) == formula.plan
-        x = [tensor for tensor in saved if tensor.data_ptr() == call.leaves[0].data_ptr()]
-        assert storage_bytes(x) == (call.shape.tokens_TH if again else 0)
+        x = [tensor for tensor in saved if tensor.data_ptr() == call.call.x.data_ptr()]
+        assert storage_bytes(x) == (call.shape.values("TH") if again else 0)
 
 
 class LiveMemory(TorchDispatchMode):
@@ -197,15 +189,11 @@ def assert_peaks(shape: LayerShape, config: EPConfig, found: list[int], slack: l
     formula = {
         "peak of inference": forward_peak_bytes(shape, dispatch, training=False, **again),
         "peak of forward": forward_peak_bytes(shape, dispatch, training=True, **again),
-        "saved, and y": saved_bytes(shape, dispatch, **again).total + shape.tokens_TH,
+        "saved, and y": saved_bytes(shape, dispatch, **again).total + shape.values("TH"),
         "peak of backward": backward_peak_bytes(shape, dispatch, **again),
     }
-    table = list(zip(formula, formula.values(), found, slack, strict=True))
-    lines = [
-        f"{what}: formula {nbytes}, found {got} ({got - nbytes:+}, at most +{more})"
-        for what, nbytes, got, more in table
-    ]
-    assert all(0 <= got - nbytes <= more for _, nbytes, got, more in table), "\n".join(["", *lines])
+    for (what, nbytes), got, more in zip(formula.items(), found, slack, strict=True):
+        assert 0 <= got - nbytes <= more, f"{what}: formula {nbytes}, found {got} ({got - nbytes:+}, at most +{more})"
 
 
 PEAKS = {
@@ -222,11 +210,10 @@ PEAKS = {
 @on_ranks(2, pool="cpu_pool")
 @pytest.mark.parametrize(("case", "config"), PEAKS.values(), ids=PEAKS.keys())
 def test_peaks(rank: Rank, case: Case, config: EPConfig) -> None:
-
     with pytest.MonkeyPatch.context() as patch, ExpertParallel(backend="fast", config=config) as ep:
         # The products of a GPU: on the CPU a plain loop widens its operands instead.
         patch.setattr("sonic_ep.fast.backend.grouped_gemm", lambda operands, rows_per_group: LibraryGemm())
-        call = layer_call(rank, case, ep)
+        call = measured_call(rank, case, ep)
         # The first call allocates shared memory.
         call.forward()
         with torch.no_grad(), LiveMemory() as inference:
@@ -237,7 +224,7 @@ def test_peaks(rank: Rank, case: Case, config: EPConfig) -> None:
         with LiveMemory() as backward:
             call.backward(y)
         # With exact rows, the slots of the ceiling's rows live until forward ends.
-        of_forward = UNCOUNTED_BYTES + (call.shape.slots_WCK if config.cpu_sync_on_runtime else 0)
+        of_forward = UNCOUNTED_BYTES + (call.shape.numbers("WCK") if config.cpu_sync_on_runtime else 0)
         found, slack = [inference.most, forward.most, kept, backward.most], [of_forward, of_forward, 0, UNCOUNTED_BYTES]
         assert_peaks(call.shape, config, found, slack)
 
@@ -251,7 +238,7 @@ def test_shared_buffers(rank: Rank, modes: Modes, again: bool) -> None:
     # Longer than a block of shared memory, and not a multiple of one.
     case, flags = replace(SMALL, hidden=36), {"redispatch_x_in_backward": again}
     with ExpertParallel(backend="fast", config=EPConfig(dispatch=modes[0], combine=modes[1], **flags)) as ep:
-        call = layer_call(rank, case, ep)
+        call = measured_call(rank, case, ep)
         call.forward()
         buffers = ep._backend._context(rank.device).workspace._buffers
         found = {name: buffer.nbytes for name, buffer in buffers.items()}
@@ -273,19 +260,6 @@ def test_memory_that_combine_receives_at_a_time_is_bounded() -> None:
     assert (shared.received, shared.received_flags) == (8192 * 3 * 2**14, 3 * 8192 * 8)
 
 
-def allocated(rank: Rank, action: Callable[[], Any]) -> tuple[Any, int, int]:
-    """The result of the action, and by how many bytes the allocated memory rose: at the most, and in the end."""
-    gc.collect()
-    torch.cuda.synchronize(rank.device)
-    # Large cached blocks would be used whole where less than 1 MiB of them stayed.
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(rank.device)
-    before = torch.cuda.memory_allocated(rank.device)
-    result = action()
-    most, after = torch.cuda.max_memory_allocated(rank.device), torch.cuda.memory_allocated(rank.device)
-    return result, most - before, after - before
-
-
 @on_ranks(2, pool="cuda_pool")
 @by_dispatch
 @by_again
@@ -294,13 +268,13 @@ def test_peaks_of_the_allocator_on_a_gpu(rank: Rank, dispatch: DispatchMode, aga
     """Rows of rank 0 and 1: 6144 if exact, 16384 at the ceiling."""
     config = config_of(dispatch, again=again, exact=exact)
     with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=max(LARGE.tokens)) as ep:
-        call = layer_call(rank, LARGE, ep)
+        call = measured_call(rank, LARGE, ep)
         # Kernels are compiled, and lasting memory is allocated: shared memory, workspaces of libraries.
         for _ in range(2):
             call.backward(call.forward())
         with torch.no_grad():
-            _, inference, _ = allocated(rank, call.forward)
-        y, forward, kept = allocated(rank, call.forward)
-        _, backward, _ = allocated(rank, lambda: call.backward(y))
+            _, inference, _ = allocated(call.forward, rank.device)
+        y, forward, kept = allocated(call.forward, rank.device)
+        _, backward, _ = allocated(lambda: call.backward(y), rank.device)
         slack = [PRODUCT_BYTES, PRODUCT_BYTES, ROUNDINGS, PRODUCT_BYTES]
         assert_peaks(call.shape, config, [inference, forward, kept, backward], slack)

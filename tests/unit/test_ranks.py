@@ -44,8 +44,8 @@ def returns_a_function(rank: Rank) -> object:
     return lambda: rank
 
 
-def environment_of(rank: Rank, name: str) -> str | None:
-    return os.environ.get(name)
+def environment_of(rank: Rank, names: tuple[str, ...]) -> list[str | None]:
+    return [os.environ.get(name) for name in names]
 
 
 def threads_of_parent(rank: Rank) -> int:
@@ -115,11 +115,11 @@ def test_a_rank_that_died_between_calls_is_named_and_replaced(own_pool: RankPool
 
 
 def test_fresh_ranks_have_the_environment_of_their_caller(own_pool: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert own_pool.run(environment_of, "SET_LATER", world_size=1) == [None]
+    names = ("SET_LATER", "TRITON_INTERPRET")
+    assert own_pool.run(environment_of, names, world_size=1) == [[None, "1"]]
     own_pool.stop()
     monkeypatch.setenv("SET_LATER", "yes")
-    assert own_pool.run(environment_of, "SET_LATER", world_size=1) == ["yes"]
-    assert own_pool.run(environment_of, "TRITON_INTERPRET", world_size=1) == ["1"]
+    assert own_pool.run(environment_of, names, world_size=1) == [["yes", "1"]]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, where ranks are forked")
