@@ -28,6 +28,7 @@ from lm_report import Outcome
 from lm_training import OneProcess, Ranks, Step, WorldOfRanks, training
 from torch import Tensor
 
+# It lets TRITON_INTERPRET=1 run the fast backend on the CPU.
 from sonic_ep import ExpertParallel, MoE
 
 LINES_OF_PROGRESS = 8

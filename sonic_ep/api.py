@@ -270,7 +270,7 @@ class ExpertParallel:
             if not self._call_guard.ended:
                 self.check()
         except BaseException:
-            # To release memory of a lost GPU may raise, too: the first error says more.
+            # Releasing memory of a lost GPU may raise too: the first error says more.
             with suppress(RuntimeError):
                 self._call_guard.close()
             raise

@@ -109,7 +109,7 @@ class Backend(Protocol):
         """Raise, from ``error``, the error of a kernel's wait that caused it; nothing if there is none."""
 
     def leave(self) -> None:
-        """This rank makes no further call: end the waits of other ranks' kernels for it."""
+        """This rank makes no further call: stop other ranks' kernels waiting for it."""
 
     def holds_memory(self) -> bool:
         """Whether there is something that ``close`` gives back."""
@@ -118,7 +118,7 @@ class Backend(Protocol):
         """No call will follow: what a backward finds, it has to raise itself."""
 
     def detach(self) -> None:
-        """Hold nothing any more; graphs keep what their backward needs."""
+        """Drop all references; graphs keep what backward needs."""
 
     def close(self) -> None:
         """Give back what the backend holds. A backward that is still to come is refused."""

@@ -1,4 +1,4 @@
-"""The calls of one ``ExpertParallel``: one at a time, compared over ranks by a digest, until it is closed or ends."""
+"""The calls of one ``ExpertParallel``: one at a time, compared across ranks by digest, until closed or failed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import MappingProxyType
 import torch
 
 from sonic_ep.backend import Backend
-from sonic_ep.compat import STOP_RECOMPUTATION
+from sonic_ep.compat import STOP_RECOMPUTATION, is_second_backward
 from sonic_ep.distributed.collectives import BoundedCollectives, differing
 from sonic_ep.distributed.sync_tag import Phase, Step, call_digest
 from sonic_ep.errors import CollectiveMismatchError, PeerError, RecomputeError, RowOverflowError, SharedMemoryError
@@ -23,7 +23,7 @@ NO_FACTS: Mapping[str, object] = MappingProxyType({})
 DIGESTS_KEPT = 64
 # PyTorch has no error type of its own for the memory of a CPU.
 CPU_ALLOCATOR = "DefaultCPUAllocator"
-# Raised on all ranks alike, or before a rank communicates: what they leave is in order.
+# Raised on all ranks alike, or before a rank communicates: the object stays usable.
 ALIKE = (ValueError, RowOverflowError, RecomputeError, SharedMemoryError)
 
 
@@ -40,7 +40,7 @@ class CallGuard:
         self._common = (*common.items(), ("objects before", collectives.object_number))
         self._check = check
         self._number = 0
-        # Calls repeat, and to format their facts would take longer than the rest.
+        # Calls repeat, and formatting their facts again would be slow.
         self._digest = lru_cache(maxsize=DIGESTS_KEPT)(partial(_digest_of, self._common))
         self._backend = backend
         self._release = weakref.finalize(self, _forgotten, backend, collectives, weakref.ref(self))
@@ -61,7 +61,7 @@ class CallGuard:
     def one(self, *, begun: bool = False) -> Iterator[None]:
         """A call, from its checks to its end. begun: it has no checks. Raises as ``CallLock.taken`` does.
 
-        The error of a kernel that timed out replaces PyTorch's own, and an error of memory names rank and phase.
+        The error of a kernel that timed out replaces PyTorch's own; an out-of-memory error names rank, phase.
         """
         with self._collectives.call_lock.taken(begun=begun):
             yield
@@ -70,7 +70,7 @@ class CallGuard:
         """The arguments are right: from here on the call is collective.
 
         facts, and whether x requires a gradient, have to be equal on every rank. Where calls are compared, raises
-        ``CollectiveMismatchError`` with the odd rank and the facts.
+        ``CollectiveMismatchError`` naming the rank and facts.
         """
         self._number += 1
         own: Facts = (("call", name), *facts.items())
@@ -139,7 +139,7 @@ def _report(error: BaseException, backend: Backend | None, collectives: BoundedC
     collectives.leave(text)
     # Kernels of other ranks find a mismatch themselves: by this rank's tag. On a lost GPU no kernel can run.
     if backend is not None and not isinstance(error, CollectiveMismatchError):
-        with suppress(RuntimeError):
+        with suppress(Exception):
             backend.leave()
 
 
@@ -170,10 +170,17 @@ def _raise_clearer(error: BaseException, backend: Backend | None, collectives: B
 
 def _end_if_out_of_step(error: BaseException, backend: Backend | None, collectives: BoundedCollectives) -> None:
     alone = collectives.group.world_size == 1
-    # In graph capture no kernel has run yet.
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    if collectives.call_lock.begun and not (alone or capturing or isinstance(error, ALIKE)):
+    alike = isinstance(error, ALIKE) or is_second_backward(error)
+    if collectives.call_lock.begun and not (alone or alike or _capturing()):
         _report(error, backend, collectives)
+
+
+def _capturing() -> bool:
+    """Whether the error is of graph capture, where no kernel has run yet."""
+    # A lost GPU raises here, too.
+    with suppress(RuntimeError):
+        return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return False
 
 
 def _forgotten(backend: Backend, collectives: BoundedCollectives, guard: weakref.ref[CallGuard]) -> None:

@@ -123,3 +123,11 @@ def without_dispatch_modes(kinds: tuple[type, ...]) -> Iterator[None]:
             _pop_mode()
         for mode in reversed(before):
             _push_mode(mode)
+
+
+def is_second_backward(error: BaseException) -> bool:
+    """Whether autograd has refused a second backward through a freed graph: on all ranks alike, before they exchange.
+
+    The error has no type of its own in any version.
+    """
+    return isinstance(error, RuntimeError) and "through the graph a second time" in str(error)

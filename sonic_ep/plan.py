@@ -59,7 +59,7 @@ class RoutingPlan:
     """Where every slot of the group goes. Tensors are int32 and contiguous, on the device of the routing.
 
     rank: r. num_tokens: T. object_number and step: the ``ExpertParallel`` of the group, and its call, that made the
-        plan: the same on every rank, so that ranks with different plans are detected. 0 for any other plan.
+        plan: compared across ranks to detect different plans. 0 if made in any other way.
 
     expert_ids (W, C, K): the expert of each slot; -1 where it is dropped or the token does not exist.
     counts (E,): ``counts[j] = #{f : expert_ids[f] == j}``, over the group.
@@ -107,7 +107,7 @@ class RoutingPlan:
 
     @property
     def experts_per_rank(self) -> int:
-        """E."""
+        """Experts of one rank, e."""
         return self.group_ends.shape[0]
 
     @property

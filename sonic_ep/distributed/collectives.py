@@ -1,7 +1,7 @@
-"""Host collectives that end within a timeout and name the missing rank, which ``torch.distributed`` does not.
+"""Collectives that end within a timeout and name the missing rank; those of ``torch.distributed`` do not.
 
 A rank that waits long, fails or leaves reports it through the store of the process group; a rank without a report is
-the missing one. Without trouble nothing goes to the store.
+the missing one. The first GPU collective reports, too.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ TIMEOUT_SECONDS = 60.0
 ANNOUNCE_SECONDS = 1.0
 # After a failure, for the others to report that they are alive: longer than ANNOUNCE_SECONDS.
 GRACE_SECONDS = 2.5
-# The host polls a collective of GPUs for SPIN_SECONDS without a pause, then with pauses, as it does the store.
-SPIN_SECONDS, REST_SECONDS, STORE_REST_SECONDS = 0.005, 0.0002, 0.005
+# The host polls a collective of GPUs for SPIN_SECONDS without a pause, then every REST_SECONDS.
+SPIN_SECONDS, REST_SECONDS = 0.005, 0.0002
 HOST = torch.device("cpu")
 
 
 class BoundedCollectives:
-    """Host collectives of one group. sync_tag: where it is, which ranks compare. call_lock: of the object.
+    """Collectives of one group. sync_tag: the current tag, compared across ranks. call_lock: the object's.
 
     Every collective raises ``PeerTimeoutError`` after ``timeout`` seconds, ``PeerLostError`` when a rank has gone and
-    ``CollectiveMismatchError`` when one is at another tag. The process group is of no more use then.
+    ``CollectiveMismatchError`` when one is at another tag. The process group is unusable after that.
     """
 
     def __init__(self, group: EPGroup, timeout: float = TIMEOUT_SECONDS) -> None:
@@ -118,7 +118,7 @@ class BoundedCollectives:
         return received
 
     def leave(self, why: str) -> None:
-        """Report that this rank will come no more, and why."""
+        """Report that this rank has left, and why."""
         self._status_store.report(RankStatus(collectives=self._begun, left=True, text=why))
 
     def why_left(self, rank: int) -> str | None:
@@ -127,7 +127,7 @@ class BoundedCollectives:
         return status.text if status is not None and status.left else None
 
     def withdraw(self) -> None:
-        """Count this object, which was never used, no longer."""
+        """Stop counting this object: it was never used."""
         self._status_store.withdraw()
 
     def _run(self, start: Callable[[dist.ProcessGroup, timedelta], dist.Work], tensor: Tensor) -> None:
@@ -158,11 +158,19 @@ class BoundedCollectives:
     def _connect(self) -> None:
         """Wait for all ranks before the first collective of GPUs, in which PyTorch connects them without a timeout."""
         self._connected = True
-        self._report()
+        self._status_store.arrive()
         with self.call_lock.waiting():
-            self._until(lambda: not self._status_store.silent(), self.timeout)
-        if (silent := self._status_store.silent()) and not self._status_store.broken:
-            raise PeerTimeoutError(f"{self.group}: {timed_out(self.timeout, _named(silent), self.sync_tag)}")
+            self._until(self._all_arrived, self.timeout)
+        if absent := self._status_store.absent():
+            raise PeerTimeoutError(f"{self.group}: {timed_out(self.timeout, _named(absent), self.sync_tag)}")
+
+    def _all_arrived(self) -> bool:
+        """Whether all ranks have come to connect. Raises ``PeerLostError`` if one has left instead."""
+        absent = self._status_store.absent()
+        for rank, status in self._status_store.statuses().items() if absent else ():
+            if rank in absent and status.left:
+                raise PeerLostError(f"{self.group}: {left(rank, status.text, self.sync_tag)}")
+        return not absent
 
     def _report(self, text: str = "", lost: Sequence[int] = ()) -> None:
         text = text or str(self.sync_tag)
@@ -188,7 +196,7 @@ class BoundedCollectives:
         return PeerLostError(f"{self.group}: lost {missing}, waited for in {self.sync_tag}: {reason}")
 
     def _missing(self, text: str) -> str:
-        """The ranks that have not reported, in ``GRACE_SECONDS``, that they wait in the same collective.
+        """Names the ranks that, within ``GRACE_SECONDS``, have not reported reaching this collective.
 
         Reports them to the others first: this rank may end next, and with it the store.
         """

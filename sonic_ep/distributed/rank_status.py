@@ -54,7 +54,17 @@ class StatusStore:
         """The object was never used: the next one takes its number."""
         self._count(-1)
 
-    def silent(self, collectives: int = 0) -> list[int]:
+    def arrive(self) -> None:
+        """Report that this rank is about to connect its GPU."""
+        self._answer(lambda: self._store.set(f"{self._key(self._group.rank)}/arrived", "1"))
+
+    def absent(self) -> list[int]:
+        """The other ranks that have not arrived; none where the store does not answer."""
+        return (
+            self._answer(lambda: [r for r in self.others if not self._store.check([f"{self._key(r)}/arrived"])]) or []
+        )
+
+    def silent(self, collectives: int) -> list[int]:
         """The other ranks that have not reported to have begun ``collectives``."""
         reported = {rank for rank, status in self.statuses().items() if status.collectives >= collectives}
         return [rank for rank in self.others if rank not in reported]

@@ -16,8 +16,16 @@ def unavailable_reasons(group: EPGroup) -> tuple[str, ...]:
     missing = software_reasons()
     # Only an installed triton says whether it interprets, and so needs no GPU.
     if not missing and interpreted():
-        return interpreter_reasons()
+        return interpreter_reasons() or _transport_reasons(group)
     return (*missing, *device_reasons())
+
+
+def _transport_reasons(group: EPGroup) -> tuple[str, ...]:
+    from sonic_ep.fast import symmetric_memory
+
+    if group.world_size == 1 or symmetric_memory.host_transport is not None:
+        return ()
+    return ("interpreted kernels of several ranks share memory of the host: import sonic_ep.testing first",)
 
 
 def create(collectives: BoundedCollectives, config: EPConfig) -> Backend:

@@ -1,6 +1,6 @@
 """The fast backend: the layer and its parts over shared memory.
 
-Where gradients are on, every rank takes part in every backward, also if its own tensors need no gradient: to ask the
+With gradients on, every rank takes part in every backward, even if its own tensors need no gradient: asking the
 ranks would cost a read on the host.
 """
 
@@ -48,7 +48,7 @@ class FastBackend:
         return route(x_TH, router_w_EH, options, self._context(x_TH.device).workspace)
 
     def check_expert_ids(self, topk_idx_TK: Tensor, num_experts: int) -> None:
-        """The plan's kernels flag ids out of range on the device: to look at them here would be a read on the host."""
+        """The plan's kernels flag ids out of range on the device: checking them here would take a host read."""
 
     @outside_selective_checkpoint
     def plan(self, topk_idx_TK: Tensor, *, num_experts: int, max_tokens: int, distinct: bool) -> RoutingPlan:
@@ -73,7 +73,7 @@ class FastBackend:
     def layer(self, x_TH: Tensor, slots: Slots, experts: Experts, shape: torch.Size) -> LayerOutput:
         """Plan, dispatch, experts, combine. x is staged while the plan runs, and while the host waits for R.
 
-        x has to require a gradient on every rank or on none, and so has w1 where x is gathered again in backward.
+        x has to require a gradient on every rank or on none, and so has w1: ``facts_of`` compares it.
         """
         with autocast_disabled(x_TH.device):
             context = self._context(x_TH.device)
@@ -100,7 +100,7 @@ class FastBackend:
                 begun=StagedInputs(staged=exchange.stage(x_TH.detach()), pending=pending, planner=context.planner),
             )
             y = apply_function(MoEFunction, x_TH, scores_TK, experts.w1, experts.w2, experts.b1, experts.b2, call)
-            # The caller's own: backward looks at the plan's again.
+            # A copy to write to: backward rereads the plan's.
             return LayerOutput(y=y, counts=pending.plan.counts.clone())
 
     def check(self) -> None:

@@ -2,7 +2,7 @@
 
     forward    x staged ─ pull ─ rows ─ w1 ─ h ─ act ─ A ─ w2 ─ y ─ combine ─ out
     backward   d(out) dispatched ─ w2 ─ dA ─ one pass over h and dA: dH, A' = score * A, <dA, A> ─ dw2 ─ w1 ─ combine ─
-               dx; and dw1 last, so that where x is gathered again, it comes behind all of that
+               dx; and dw1 last, so that gathering x again, if asked for, overlaps the rest
 
 Saved for backward: what dispatch received, or x alone where it is gathered again; the pre-activation h (R, F); the
 group's scores; the plan. Outputs of experts are never saved: <d(out), y> is computed as <dA, A> + <d(out), b2>.
@@ -46,7 +46,7 @@ class StagedInputs:
 class Call:
     """One call of the layer, without the tensors that autograd tracks. begun: for forward only.
 
-    shape: (..., H), of the result. exchange: in forward its plan may have room for more rows than come. gather: gathers
+    shape: (..., H), of the result. exchange: in forward its plan may have more rows than arrive. gather: gathers
     x again in backward; None where the rows received are saved. training: a backward may come.
     """
 
@@ -78,7 +78,7 @@ class MoEFunction(torch.autograd.Function):
         b2: Tensor | None,
         call: Call,
     ) -> Tensor:
-        """Pull what is staged, apply the experts, combine. ``scores_TK`` is there for its gradient."""
+        """Pull what is staged, apply the experts, combine. ``scores_TK``: only for its gradient."""
         assert call.begun is not None
         exchange, received = _pulled(x_TH, call.exchange, call.begun)
         scores_WCK = call.begun.pending.scores_WCK
@@ -113,7 +113,7 @@ class MoEFunction(torch.autograd.Function):
 
 
 def _pulled(x_TH: Tensor, exchange: Exchange, begun: StagedInputs) -> tuple[Exchange, Tensor]:
-    """The exchange with a plan of its final R, and the rows received. What does not need R is queued before it is."""
+    """The exchange, its plan cut to R rows, and the rows received. A pull that needs no R precedes the read of R."""
     planner, pending = begun.planner, begun.pending
     if exchange.dispatch.sized_by_rows:
         rows = planner.rows(pending)
@@ -173,7 +173,7 @@ def _gather_again(saved: Saved, call: Call) -> GatherInFlight | None:
 
 
 def _between(out_grad_RH: Tensor, saved: Saved, needs: Needs, call: Call) -> HiddenGradient:
-    """Take dA by the down-projection, and all that follows from it and h in one pass."""
+    """DA through the down-projection, then all that needs it and h in one pass."""
     exchange, experts = call.exchange, saved.experts
     grad_RI = call.gemm.rows(out_grad_RH, experts.w2, exchange.group_ends)
     between = activate_backward(saved.hidden, grad_RI, saved.scores, experts, exchange.plan)

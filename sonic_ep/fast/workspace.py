@@ -27,7 +27,7 @@ from sonic_ep.fast.symmetric_memory import ALIGNMENT_BYTES, SharedBuffer, Transp
 from sonic_ep.fast.sync import barrier_kernel, leave_kernel
 
 POISON_BYTE = 0xFF
-# Bytes of a flag. It is raised to the tag of a phase.
+# Bytes of a flag, which is set to a phase's tag.
 TAG_BYTES = 8
 NANOSECONDS_PER_SECOND = 1_000_000_000
 BARRIER = "barrier"
@@ -60,7 +60,7 @@ class Workspace:
 
     @property
     def call_lock(self) -> CallLock:
-        """Of the object that the workspace belongs to."""
+        """The lock of the workspace's object."""
         return self._collectives.call_lock
 
     @property

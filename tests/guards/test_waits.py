@@ -256,6 +256,19 @@ def test_ranks_come_together_before_their_gpus_are_connected(rank: Rank, late: f
         assert (time.monotonic() - began > LATE_SECONDS / 2) == (rank.rank != ODD and late > 0)
 
 
+@on_ranks(2, pool="cpu_pool")
+def test_a_rank_that_left_has_not_come_to_connect_and_nor_has_one_that_reported(rank: Rank) -> None:
+    """Reports of an earlier wait do not count; a rank that left is named with its error."""
+    collectives = collectives_of_a_new_group(rank, PLENTY_SECONDS)
+    if rank.rank == ODD:
+        collectives._report()
+        time.sleep(LATE_SECONDS)
+        collectives.leave("ValueError: no data")
+    else:
+        with raises(PeerLostError, "rank 1 left (ValueError: no data)", within=PLENTY_SECONDS):
+            collectives._connect()
+
+
 def test_alone_nobody_is_waited_for() -> None:
     collectives = BoundedCollectives(EPGroup(rank=0, world_size=1), timeout=TIMEOUT_SECONDS)
     assert collectives.numbers(5, HOST) == [5]

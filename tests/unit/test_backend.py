@@ -79,3 +79,13 @@ def test_gpus_that_are_old_or_without_peer_access(monkeypatch: pytest.MonkeyPatc
         "GPU 1 has compute capability 8.0, expected 9.0 or newer",
         "no peer access between GPUs 0->2, 1->2, 2->0, 2->1",
     )
+
+
+def test_interpreted_ranks_need_shared_memory_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sonic_ep.fast import symmetric_memory
+
+    monkeypatch.setattr("sonic_ep.fast.interpreted", lambda: True)
+    monkeypatch.setattr(symmetric_memory, "host_transport", None)
+    assert unavailable_reasons("fast", ALONE) == ()
+    reasons = unavailable_reasons("fast", EPGroup(rank=0, world_size=2))
+    assert reasons == ("interpreted kernels of several ranks share memory of the host: import sonic_ep.testing first",)
