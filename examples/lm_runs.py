@@ -29,6 +29,7 @@ from lm_training import OneProcess, Ranks, Step, WorldOfRanks, training
 from torch import Tensor
 
 # It lets TRITON_INTERPRET=1 run the fast backend on the CPU.
+import sonic_ep.testing  # noqa: F401
 from sonic_ep import ExpertParallel, MoE
 
 LINES_OF_PROGRESS = 8

@@ -92,7 +92,9 @@ class Results:
 
     def document(self, kind: type[DocumentT], **content: Any) -> DocumentT:
         """A document of this run."""
-        return kind(environment=self.environment, rates_gb_per_s=self.rates, **content)
+        # Left out where nothing was measured: the default is not written.
+        rates: dict[str, Any] = {"rates_gb_per_s": self.rates} if self.bandwidth or self.memory_rate else {}
+        return kind(environment=self.environment, **rates, **content)
 
     @property
     def suite(self) -> Suite:
