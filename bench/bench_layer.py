@@ -123,7 +123,7 @@ class LayerBatches:
             return self.context.alternate(cases, method, self.context.rounds(ROUNDS_OF_REFERENCE))
 
     def _comparisons(self, setting: Setting, which: Pass, *, held: bool) -> tuple[Comparison, ...]:
-        """What a setting is held against: its GEMMs and bytes, and with a flag the same without any."""
+        """What a setting is compared with: its GEMMs and bytes, and with a flag the same without any."""
         found = []
         link = self.layer.link_seconds(ModePair(dispatch=setting.dispatch, combine=COMBINE), which)
         if link is not None:

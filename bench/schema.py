@@ -149,7 +149,7 @@ class Baseline(JsonStruct, frozen=True, kw_only=True):
 
 
 class Entry(Times, frozen=True, kw_only=True, omit_defaults=True):
-    """One line of a suite. floor_us: what the link or the memory needs. threshold: what the median is held against."""
+    """One line of a suite. floor_us: what the link or the memory needs. threshold: what the median is compared with."""
 
     name: str
     how: str

@@ -1,4 +1,4 @@
-"""What a layer is held against: its routing given, the same rows without a link, and all experts on one GPU."""
+"""What a layer is compared with: its routing given, the same rows without a link, and all experts on one GPU."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ Tell = Callable[[Finding], None]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BenchContext:
-    """What all cases of a run share. Methods are collective. held: whether times are held against thresholds."""
+    """What all cases of a run share. Methods are collective. held: whether times are compared with thresholds."""
 
     timer: RoundTimer
     results: Results
@@ -192,7 +192,7 @@ class BenchContext:
             torch.cuda.empty_cache()
 
     def traffic(self, nbytes: float, ceiling: str, memory_bytes: float | None = None) -> LinkTraffic | None:
-        """Bytes over the link held against one of ``LinkBandwidth``; None on one rank."""
+        """Bytes over the link compared with one of ``LinkBandwidth``; None on one rank."""
         bandwidth = self.results.bandwidth
         if self.group.world_size == 1:
             return None

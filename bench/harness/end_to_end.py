@@ -1,4 +1,4 @@
-"""The end-to-end benchmark: verify a configuration, choose the modes, time the layer and what it is held against.
+"""The end-to-end benchmark: verify a configuration, choose the modes, time the layer and what it is compared with.
 
 Nothing is timed before it is right, and what is compared takes turns.
 """

@@ -21,7 +21,7 @@ MET = {True: "met", False: "MISSED"}
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold:
-    """The time in seconds that the median is held against, and where it comes from."""
+    """The time in seconds that the median is compared with, and where it comes from."""
 
     text: str
     seconds: float

@@ -45,7 +45,7 @@ class Answer:
 def judge(oracle: Oracle, outcome: Outcome, reference: Outcome | None = None) -> Answer:
     """Collective: hold the outcome of a forward and backward against the oracle.
 
-    reference: the outcome of the reference, which is held against the oracle itself before it may say how accurate
+    reference: the outcome of the reference, which is compared with the oracle itself before it may say how accurate
     others have to be; None: plain PyTorch says so. The output is named o, as in reports.
     """
     truth, top_k, plain = oracle.truth, oracle.call.top_k, reference or oracle.plain
