@@ -7,8 +7,6 @@ worked example of ``sonic_ep.plan``, rank 0:
 >>> counts = rank_counts(0, max_tokens=3, tokens=3, pair_tokens=[[2, 2], [2, 2]], pair_slots=[[3, 3], [3, 2]])
 >>> dispatch_traffic(counts, row_bytes=1)[DispatchMode.ALL_TO_ALL]
 Traffic(link_in=2, link_out=2, memory=16)
->>> combine_traffic(counts, row_bytes=1)[CombineMode.ALL_TO_ALL]
-Traffic(link_in=3, link_out=3, memory=15)
 """
 
 from __future__ import annotations
@@ -16,10 +14,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
+from typing import TypeVar
 
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig, ModePair
 
 Matrix = Sequence[Sequence[int]]
+ModeT = TypeVar("ModeT", DispatchMode, CombineMode)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +109,14 @@ def choose_modes(config: EPConfig, load: Workload, rates: Rates = H200_NVLINK) -
     """The modes of ``config``, with ``"auto"`` replaced by the mode predicted cheapest. The same on every rank."""
     dispatch, combine = config.dispatch, config.combine
     if not isinstance(dispatch, DispatchMode):
-        dispatch_cost = dispatch_seconds_per_byte(load, rates)
-        dispatch = min(dispatch_cost, key=dispatch_cost.__getitem__)
+        dispatch = _cheapest(dispatch_seconds_per_byte(load, rates))
     if not isinstance(combine, CombineMode):
-        combine_cost = combine_seconds_per_byte(load, rates)
-        combine = min(combine_cost, key=combine_cost.__getitem__)
+        combine = _cheapest(combine_seconds_per_byte(load, rates))
     return ModePair(dispatch=dispatch, combine=combine)
+
+
+def _cheapest(costs: Mapping[ModeT, float]) -> ModeT:
+    return min(costs, key=costs.__getitem__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,28 +184,15 @@ def dispatch_traffic(counts: RankCounts, row_bytes: int) -> Mapping[DispatchMode
     ``all_gather`` moves blocks of C rows. ``all_to_all`` reads each pair once and writes each of its rows,
     ``rank_dedup`` writes it once. Then see ``canonical_gather_bytes``.
     """
-    block = counts.remote_ranks * counts.max_tokens
-    pairs = (counts.pairs_kept, counts.pairs_in, counts.pairs_out)
-    # Rows read (own, from peers, by peers), and rows written here.
+    block, staged = counts.remote_ranks * counts.max_tokens, staging_bytes(counts, 1)
+    # Rows of this rank that it and its peers read.
+    read = counts.pairs_kept + counts.pairs_out
     moved = {
-        DispatchMode.ALL_GATHER: (counts.tokens, block, block, counts.tokens + block),
-        DispatchMode.ALL_TO_ALL: (*pairs, counts.rows),
-        DispatchMode.RANK_DEDUP: (*pairs, counts.packed_rows),
+        DispatchMode.ALL_GATHER: (block, block, staged + 2 * (counts.tokens + block)),
+        DispatchMode.ALL_TO_ALL: (counts.pairs_in, counts.pairs_out, staged + read + counts.rows),
+        DispatchMode.RANK_DEDUP: (counts.pairs_in, counts.pairs_out, staged + read + counts.packed_rows),
     }
-    return {
-        mode: Traffic(
-            link_in=link_in * row_bytes,
-            link_out=link_out * row_bytes,
-            memory=staging_bytes(counts, row_bytes) + (kept + link_out + written) * row_bytes,
-        )
-        for mode, (kept, link_in, link_out, written) in moved.items()
-    }
-
-
-def reference_dispatch_link_bytes(counts: RankCounts, row_bytes: int) -> Mapping[DispatchMode, int]:
-    """Link bytes into a rank by each dispatch of the reference, whose ``all_to_all`` sends one row a slot."""
-    link_in = {mode: traffic.link_in for mode, traffic in dispatch_traffic(counts, row_bytes).items()}
-    return {**link_in, DispatchMode.ALL_TO_ALL: counts.slots_in * row_bytes}
+    return _in_bytes(moved, row_bytes)
 
 
 def staging_bytes(counts: RankCounts, row_bytes: int) -> int:
@@ -223,21 +212,22 @@ def combine_traffic(counts: RankCounts, row_bytes: int) -> Mapping[CombineMode, 
     A rank sends one row for each remote slot, one partial sum for each of C tokens of every other rank, or one for each
     remote pair. Partial sums have the dtype of the rows.
     """
-    padded = counts.remote_ranks * counts.max_tokens
-    # Rows received, rows sent, and those of the received that are of no token and not read.
+    padded, summed = counts.remote_ranks * counts.max_tokens, counts.remote_ranks * counts.tokens
+    # Rows that experts wrote, and tokens.
+    ends = counts.rows + counts.tokens
     moved = {
-        CombineMode.ALL_TO_ALL: (counts.slots_out, counts.slots_in, 0),
-        CombineMode.REDUCE_SCATTER: (padded, padded, padded - counts.remote_ranks * counts.tokens),
-        CombineMode.RANK_DEDUP: (counts.pairs_out, counts.pairs_in, 0),
+        CombineMode.ALL_TO_ALL: (counts.slots_out, counts.slots_in, ends + 2 * counts.slots_out),
+        # Padding arrives, too, and is not read.
+        CombineMode.REDUCE_SCATTER: (padded, padded, ends + padded + summed),
+        CombineMode.RANK_DEDUP: (counts.pairs_out, counts.pairs_in, ends + 2 * counts.pairs_out),
     }
-    return {
-        mode: Traffic(
-            link_in=link_in * row_bytes,
-            link_out=link_out * row_bytes,
-            memory=(counts.rows + 2 * link_in - unread + counts.tokens) * row_bytes,
-        )
-        for mode, (link_in, link_out, unread) in moved.items()
-    }
+    return _in_bytes(moved, row_bytes)
+
+
+def _in_bytes(moved: Mapping[ModeT, tuple[int, int, int]], row_bytes: int) -> Mapping[ModeT, Traffic]:
+    """moved: rows into a rank, out of it, and read or written in its memory."""
+    bytes_of = {mode: [rows * row_bytes for rows in each] for mode, each in moved.items()}
+    return {mode: Traffic(link_in=into, link_out=out, memory=own) for mode, (into, out, own) in bytes_of.items()}
 
 
 def exchange_link_bytes(*, world_size: int, max_tokens: int, top_k: int, with_scores: bool) -> int:

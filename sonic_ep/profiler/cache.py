@@ -15,8 +15,7 @@ from sonic_ep.profiler.report import ProfileReport
 
 logger = logging.getLogger("sonic_ep")
 
-HOME = "~"
-DEFAULT_FOLDER = Path(HOME, ".cache", "sonic_ep", "profiles")
+DEFAULT_FOLDER = Path("~", ".cache", "sonic_ep", "profiles")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +30,17 @@ class Cache:
     def read(self, key: Mapping[str, Any], require: Callable[[ProfileReport], None]) -> ProfileReport | None:
         """The profile of ``key`` that ``require`` does not refuse, or None."""
         try:
-            report = _report_in(self._path(key).read_text(encoding="utf-8"), key)
+            found = json.loads(self._path(key).read_text(encoding="utf-8"))
+            if not isinstance(found, dict) or found.get("key") != key:
+                raise ValueError("file.key: got that of another profile, expected the one asked for")
+            report = ProfileReport.from_json(found.get("profile"))
             require(report)
+            return report
         except FileNotFoundError:
             return None
         except Exception as error:
             self._log("measuring anew", error)
             return None
-        return report
 
     def write(self, key: Mapping[str, Any], report: ProfileReport) -> None:
         """Keep ``report``, whole or not at all, even if another process writes the same file."""
@@ -61,14 +63,5 @@ class Cache:
         logger.warning("%s", line.encode("utf-8", "backslashreplace").decode())
 
     def _path(self, key: Mapping[str, Any]) -> Path:
-        parts = self.folder.parts
-        folder = Path.home().joinpath(*parts[1:]) if parts[:1] == (HOME,) else self.folder
-        return folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.json"
-
-
-def _report_in(text: str, key: Mapping[str, Any]) -> ProfileReport:
-    """The report of a file's ``text``. Raises ``ValueError`` if it is none, or one of another key."""
-    found = json.loads(text)
-    if not isinstance(found, dict) or found.get("key") != key:
-        raise ValueError("file.key: got that of another profile, expected the one asked for")
-    return ProfileReport.from_json(found.get("profile"))
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        return self.folder.expanduser() / f"{name}.json"

@@ -11,13 +11,11 @@ from sonic_ep.cost import (
     WAY_OF_DISPATCH,
     LinkBandwidth,
     RankCounts,
-    Traffic,
     Workload,
     choose_modes,
     combine_traffic,
     dispatch_traffic,
     exchange_link_bytes,
-    reference_dispatch_link_bytes,
 )
 from sonic_ep.profiler.report import EVERY_MODE, REFERENCE, ModeTime, PairTime, ProfileReport, ProfileShape, Spread
 from sonic_ep.profiler.timing import Ceiling, Timing
@@ -60,24 +58,19 @@ class LinkLoad:
     out_of: tuple[int, ...]
 
     @property
-    def busiest(self) -> int:
-        """Into the rank that receives most."""
-        return max(self.into)
-
-    @property
     def under_ceiling(self) -> float:
         """The bytes that the ceiling limits: of the busiest rank if traffic is balanced, else of the mean rank.
 
         The ceiling was measured with both directions busy, and traffic in one direction may be faster.
         """
         both = (*self.into, *self.out_of)
-        return self.busiest if max(both) <= BALANCED * min(both) else sum(self.into) / len(self.into)
+        return max(self.into) if max(both) <= BALANCED * min(both) else sum(self.into) / len(self.into)
 
 
 def link_loads(shape: ProfileShape, backend: str, counts: Sequence[RankCounts]) -> list[LinkLoad]:
     """The load of the plan and of each mode, in the order of a report."""
     per_work = zip(*(_link_bytes(shape, backend, of_rank) for of_rank in counts), strict=True)
-    return [LinkLoad(into=tuple(i for i, _ in work), out_of=tuple(o for _, o in work)) for work in per_work]
+    return [LinkLoad(into=into, out_of=out_of) for into, out_of in (zip(*work, strict=True) for work in per_work)]
 
 
 def _link_bytes(shape: ProfileShape, backend: str, counts: RankCounts) -> list[tuple[int, int]]:
@@ -85,15 +78,15 @@ def _link_bytes(shape: ProfileShape, backend: str, counts: RankCounts) -> list[t
     row_bytes = shape.hidden * shape.row_dtype.itemsize
     exchange = {"world_size": shape.world_size, "max_tokens": shape.max_tokens, "top_k": shape.top_k}
     ids, both = (exchange_link_bytes(**exchange, with_scores=scores) for scores in (False, True))
-    dispatched, combined = dict(dispatch_traffic(counts, row_bytes)), combine_traffic(counts, row_bytes)
+    scores = both - ids
+    dispatched = {mode: (t.link_in, t.link_out) for mode, t in dispatch_traffic(counts, row_bytes).items()}
     if backend == REFERENCE:
         # It sends one row for each slot.
-        into = reference_dispatch_link_bytes(counts, row_bytes)[DispatchMode.ALL_TO_ALL]
-        dispatched[DispatchMode.ALL_TO_ALL] = Traffic(link_in=into, link_out=counts.slots_out * row_bytes, memory=0)
-    scores = both - ids
+        dispatched[DispatchMode.ALL_TO_ALL] = (counts.slots_in * row_bytes, counts.slots_out * row_bytes)
+    combined = combine_traffic(counts, row_bytes)
     return [
         (ids, ids),
-        *((dispatched[mode].link_in, dispatched[mode].link_out) for mode in DispatchMode),
+        *(dispatched[mode] for mode in DispatchMode),
         *((combined[mode].link_in + scores, combined[mode].link_out + scores) for mode in CombineMode),
     ]
 
@@ -105,18 +98,18 @@ def mode_times(
     found = []
     for (kind, mode), way, timing, load in zip(EVERY_MODE, WAYS, timings, loads, strict=True):
         # A clock too coarse for the work measures no rate.
-        rate = load.busiest / timing.median if timing.median > 0 else None
+        rate = max(load.into) / timing.median if timing.median > 0 else None
         share = None
         if bandwidth is not None and way is not None and rate is not None:
             ceiling = Ceiling(name=f"the {way} ceiling", bytes_per_second=getattr(bandwidth, way))
             ceiling.share_of(load.under_ceiling, timing.median, f"{kind} {mode}")
             share = rate / ceiling.bytes_per_second
-        # Six significant digits: a rate of a few bytes is not zero.
         time = ModeTime(
             kind=kind,
             mode=mode,
             spread=Spread.of(timing),
-            link_bytes=float(load.busiest),
+            link_bytes=float(max(load.into)),
+            # Six significant digits: a rate of a few bytes is not zero.
             gb_per_s=None if rate is None else float(f"{rate / 1e9:.6g}"),
             ceiling=None if bandwidth is None else way,
             percent=None if share is None else float(f"{100 * share:.6g}"),

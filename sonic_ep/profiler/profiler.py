@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache as remembered
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,10 @@ from sonic_ep.profiler.bandwidth import ROUNDS, ROUNDS_OF_SHARED_GPUS, measured_
 from sonic_ep.profiler.cache import DEFAULT_FOLDER, Cache
 from sonic_ep.profiler.choice import link_loads, mode_times, pick, require_answer
 from sonic_ep.profiler.machine import commit, date_now, this_machine
-from sonic_ep.profiler.measuring import Stage, TimedWork
+from sonic_ep.profiler.measuring import Stage
 from sonic_ep.profiler.problem import Answers, ProfileInputs, open_lanes, works_of
 from sonic_ep.profiler.report import EVERY_PAIR, REFERENCE, Origin, PairTime, ProfileReport, Spread, whole_numbers
-from sonic_ep.profiler.request import GroupRequest, ProfileRequest, RequestSummary, require_rates
+from sonic_ep.profiler.request import GroupRequest, ProfileRequest, RequestSummary
 from sonic_ep.profiler.timing import AboveCeilingError, RoundTimer, Timing
 
 # Together the timed rounds take so long, so that the start of a training run does not wait for them.
@@ -60,14 +60,14 @@ class NetworkProfiler:
     ) -> None:
         if not isinstance(ep, ExpertParallel):
             raise TypeError(f"NetworkProfiler: ep: got {type(ep).__name__}, expected an ExpertParallel")
-        self._ep = ep
+        self._ep, self._rounds, self._rates = ep, rounds, rates
         self._checker = ArgumentChecker(group=ep.group)
         if rounds is not None:
             self._checker.count("rounds", rounds)
         fits = cache is None or isinstance(cache, Path | str)
         self._checker.require(fits, "cache", repr(cache), "a Path, or None for no cache")
-        require_rates(self._checker, rates)
-        self._rounds, self._rates = rounds, rates
+        if rates is not None:
+            self._check_rates(rates)
         keeps = rates is None and ep.rank == 0
         self._cache = Cache(folder=Path(cache)) if keeps and cache is not None else None
         # The driver takes its time to answer.
@@ -99,7 +99,7 @@ class NetworkProfiler:
         ceiling (of the busiest rank where traffic is balanced within 10%, else of the mean rank), ``RuntimeError`` for
         errors between the primitives. A rank that fails inside a primitive raises alone, and the others time out.
         """
-        group, config, backend = self._ep.group, self._ep.config, self._ep.backend
+        group = self._ep.group
         in_step(group, self._ep.check, ClosedError)
 
         def checked() -> ProfileRequest:
@@ -109,8 +109,8 @@ class NetworkProfiler:
 
         request = in_step(group, checked, ValueError)
         agreed = self._agreed(request)
-        key = agreed.key(config, self._process_group())
-        require = partial(require_answer, shape=agreed.shape, backend=backend, config=config)
+        key = agreed.key(self._process_group())
+        require = partial(require_answer, shape=agreed.shape, backend=self._ep.backend, config=self._ep.config)
         # None on ranks other than 0.
         cached = self._cache and self._cache.read(key, require)
         if report := gathered(group, cached)[0]:
@@ -125,13 +125,20 @@ class NetworkProfiler:
         group = self._ep.group
 
         def summarize() -> RequestSummary:
-            return RequestSummary.of(request, self._ep, self._rounds, self._rates, self._machine(request.device))
+            return request.summary(self._ep, self._rounds, self._rates, self._machine(request.device))
 
         agreed = GroupRequest(summaries=tuple(gathered(group, in_step(group, summarize))))
         require_alike(group, [summary.alike for summary in agreed.summaries])
         some = max(agreed.shape.tokens) > 0
         self._checker.require(some, "tokens", "none on any rank", "at least one in the group")
         return agreed
+
+    def _check_rates(self, rates: object) -> None:
+        rates = self._checker.instance("rates", rates, LinkBandwidth, "LinkBandwidth or None")
+        for name, rate in asdict(rates).items():
+            number = isinstance(rate, float | int) and not isinstance(rate, bool)
+            fits = number and 0 < rate <= sys.float_info.max
+            self._checker.require(fits, f"{name} of rates", repr(rate), "a finite rate above 0, in bytes/s")
 
     def _measured(self, request: ProfileRequest, agreed: GroupRequest) -> ProfileReport:
         """Collective. Rank 0 makes the report of all ranks."""
@@ -161,21 +168,16 @@ class NetworkProfiler:
             captures = device.type == "cuda" and ep.backend != REFERENCE and not config.cpu_sync_on_runtime
             timer = RoundTimer(group=ep.group, device=device, barrier=partial(lanes[0].meet, device))
             stage = Stage(timer=timer, as_graphs=captures and inputs.rows_RH.nbytes <= MOST_BYTES_OF_GRAPHS)
-            return self._timings(stage, works_of(inputs, lanes, answers)), answers
-
-    def _timings(self, stage: Stage, works: list[TimedWork]) -> list[Timing]:
-        """Collective. Correct first, then timed, then correct still."""
-        launched = [stage.launched(work) for work in works]
-        for work in launched:
-            stage.prove(work)
-        # Interpreted kernels take seconds a round.
-        interpreted = self._ep.backend != REFERENCE and stage.timer.device.type == "cpu"
-        fewest = 1 if interpreted else FEWEST_ROUNDS
-        fitting = stage.rounds_within(launched, SECONDS_OF_ROUNDS, fewest=fewest, most=MOST_ROUNDS)
-        results = stage.time(launched, rounds=self._rounds or fitting)
-        for result in results:
-            stage.confirm(result)
-        return [result.timing for result in results]
+            works = [stage.launched(work) for work in works_of(inputs, lanes, answers)]
+            for work in works:
+                stage.prove(work)
+            # Interpreted kernels take seconds a round.
+            fewest = 1 if ep.backend != REFERENCE and device.type == "cpu" else FEWEST_ROUNDS
+            fitting = stage.rounds_within(works, SECONDS_OF_ROUNDS, fewest=fewest, most=MOST_ROUNDS)
+            results = stage.time(works, rounds=self._rounds or fitting)
+            for result in results:
+                stage.confirm(result)
+            return [result.timing for result in results], answers
 
     def _judged(
         self, agreed: GroupRequest, timings: list[Timing], answers: Answers, rates: LinkBandwidth | None

@@ -10,7 +10,7 @@ import torch
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig, ModePair
 from sonic_ep.cost import LinkBandwidth
 from sonic_ep.profiler.machine import FLATTERED_WORLD_SIZE, TWO_GPUS_NOTE, Machine
-from sonic_ep.profiler.record import IN_LINE, OMITTED, named, read, written
+from sonic_ep.profiler.record import IN_LINE, NAME, read, written
 from sonic_ep.profiler.timing import Timing
 
 REFERENCE = "reference"
@@ -21,7 +21,7 @@ EVERY_MODE = [
     *((COMBINE, mode.value) for mode in CombineMode),
 ]
 EVERY_PAIR = [(dispatch, combine) for dispatch in DispatchMode for combine in CombineMode]
-KIND, ROOT, RATES = "profile", "profile", "rates_gb_per_s"
+KIND, ENVIRONMENT, RATES = "profile", "environment", "rates_gb_per_s"
 BYTES_OF_GB = 1e9
 MOST_TOKENS_SHOWN = 8
 
@@ -68,8 +68,7 @@ class Spread:
     @staticmethod
     def of(timing: Timing) -> Spread:
         """Rounded to nanoseconds."""
-        micros = timing.as_json(digits=3)
-        return Spread(rounds=int(micros.pop("rounds")), **micros)
+        return Spread(**timing.as_json(digits=3))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +121,12 @@ class ProfileReport:
     modes: tuple[ModeTime, ...]
     pairs: tuple[PairTime, ...]
     shape: ProfileShape
-    machine: Machine = field(metadata=named("environment"))
-    rates: LinkBandwidth | None = field(metadata=named(RATES))
+    machine: Machine = field(metadata={NAME: ENVIRONMENT})
+    rates: LinkBandwidth | None = field(metadata={NAME: RATES})
     backend: str
     ranks_per_gpu: int | None
-    origin: Origin = field(metadata=named("environment"))
-    from_cache: bool = field(default=False, metadata=OMITTED)
+    origin: Origin = field(metadata={NAME: ENVIRONMENT})
+    from_cache: bool = False
 
     @property
     def picked(self) -> ModePair:
@@ -165,43 +164,36 @@ class ProfileReport:
 
     def as_json(self) -> dict[str, Any]:
         """A document of kind "profile": times in microseconds, rates in GB/s, sizes in bytes."""
-        environment = {**asdict(self.machine), "world_size": self.shape.world_size, **asdict(self.origin)}
+        machine, origin = asdict(self.machine), asdict(self.origin)
         rates = {} if self.rates is None else asdict(self.rates)
         names = ("shape", "backend", "ranks_per_gpu", "modes", "pairs", "config")
         return {
             "kind": KIND,
-            "environment": {**environment, "note": self.note},
+            ENVIRONMENT: {**machine, "world_size": self.shape.world_size, **origin, "note": self.note},
             RATES: {name: rate / BYTES_OF_GB for name, rate in rates.items()},
             **{name: written(getattr(self, name)) for name in names},
         }
-
-    def as_part(self) -> dict[str, Any]:
-        """``as_json`` without the environment, for documents that have one of their own."""
-        return {name: value for name, value in self.as_json().items() if name != "environment"}
 
     @staticmethod
     def from_json(document: object) -> ProfileReport:
         """From what ``as_json`` returned. Raises ``ValueError`` that names the field that is missing or wrong."""
         kind = document.get("kind") if isinstance(document, dict) else None
         if not isinstance(document, dict) or kind != KIND:
-            raise ValueError(f"{ROOT}.kind: got {kind!r}, expected {KIND!r}")
+            raise ValueError(f"{KIND}.kind: got {kind!r}, expected {KIND!r}")
         no_rates = {RATES: None} if document.get(RATES) == {} else {}
-        report = read(ProfileReport, {**document, **no_rates}, ROOT)
-        _require_complete(report)
+        report: ProfileReport = read(ProfileReport, {**document, **no_rates, "from_cache": False}, KIND)
+        names = [field.name for field in fields(LinkBandwidth)]
+        for name, got, expected in (
+            ("modes", [(mode.kind, mode.mode) for mode in report.modes], EVERY_MODE),
+            ("pairs", [(pair.dispatch, pair.combine) for pair in report.pairs], EVERY_PAIR),
+        ):
+            if got != expected:
+                raise ValueError(f"{KIND}.{name}: got {got!r}, expected {expected}")
+        for place, mode in enumerate(report.modes):
+            if mode.ceiling not in (None, *names):
+                at = f"{KIND}.modes[{place}].ceiling"
+                raise ValueError(f"{at}: got {mode.ceiling!r}, expected null or one of {', '.join(names)}")
         return report if report.rates is None else replace(report, rates=whole_numbers(report.rates, BYTES_OF_GB))
-
-
-def _require_complete(report: ProfileReport) -> None:
-    """Raise ``ValueError`` unless every mode and every pair is there, in order, under ceilings that exist."""
-    names = [field.name for field in fields(LinkBandwidth)]
-    unknown = [(place, mode.ceiling) for place, mode in enumerate(report.modes) if mode.ceiling not in (None, *names)]
-    for name, got, expected in (
-        ("modes", [(mode.kind, mode.mode) for mode in report.modes], EVERY_MODE),
-        ("pairs", [(pair.dispatch, pair.combine) for pair in report.pairs], EVERY_PAIR),
-        *((f"modes[{place}].ceiling", got, f"null or one of {', '.join(names)}") for place, got in unknown),
-    ):
-        if got != expected:
-            raise ValueError(f"{ROOT}.{name}: got {got!r}, expected {expected}")
 
 
 def whole_numbers(rates: LinkBandwidth, factor: float = 1.0) -> LinkBandwidth:
@@ -210,22 +202,20 @@ def whole_numbers(rates: LinkBandwidth, factor: float = 1.0) -> LinkBandwidth:
 
 
 def _heading(report: ProfileReport) -> list[str]:
-    machine, shape = report.machine, report.shape
+    machine, shape, note = report.machine, report.shape, report.note
     linked = "" if machine.link is None else f", {machine.link}"
-    ranks = f"{shape.world_size} rank{'s' * (shape.world_size > 1)}"
     sizes = f"H={shape.hidden}, E={shape.num_experts}, K={shape.top_k}, {shape.dtype}, {shape.routing} routing"
     rounds = f"{report.pairs[0].spread.rounds} alternating rounds; the median over them of the slowest rank"
-    lines = [
-        f"backend {report.backend}, {ranks} on {machine.gpu or 'the CPU'}{linked}",
+    ranks = f"{shape.world_size} rank{'s' * (shape.world_size > 1)} on {machine.gpu or 'the CPU'}{linked}"
+    cached = f"from the cache, measured {report.origin.date}: nothing was measured now"
+    return [
+        f"backend {report.backend}, {ranks}",
         f"{_tokens(shape)}, {sizes}",
         f"{rounds}; GB/s over the link into the busiest rank",
         _bandwidth(report),
+        *([] if note is None else [f"note: {note}"]),
+        *([cached] if report.from_cache else []),
     ]
-    if report.note is not None:
-        lines.append(f"note: {report.note}")
-    if report.from_cache:
-        lines.append(f"from the cache, measured {report.origin.date}: nothing was measured now")
-    return lines
 
 
 def _tokens(shape: ProfileShape) -> str:
@@ -251,14 +241,9 @@ def _bandwidth(report: ProfileReport) -> str:
 
 def _mode_line(mode: ModeTime) -> str:
     rate = "-" if mode.gb_per_s is None else f"{mode.gb_per_s:.3g}" if mode.gb_per_s < 1 else f"{mode.gb_per_s:.1f}"
-    percent = "-" if mode.percent is None else f"{mode.percent:.1f}"
-    spread = mode.spread
+    percent, spread = "-" if mode.percent is None else f"{mode.percent:.1f}", mode.spread
     width = f"{(spread.p90_us - spread.p10_us) / spread.median_us:.1%}" if spread.median_us else "-"
-    return f"{mode.kind:<9} {mode.mode:<15} {_milliseconds(spread):>10} {width:>9} {rate:>8} {percent:>13}"
-
-
-def _milliseconds(spread: Spread) -> str:
-    return f"{spread.median_us / 1e3:.4f}"
+    return f"{mode.kind:<9} {mode.mode:<15} {spread.median_us / 1e3:>10.4f} {width:>9} {rate:>8} {percent:>13}"
 
 
 def _pair_lines(report: ProfileReport) -> list[str]:
@@ -266,5 +251,6 @@ def _pair_lines(report: ProfileReport) -> list[str]:
     for pair in report.pairs:
         picked = (pair.dispatch, pair.combine) == (report.picked.dispatch, report.picked.combine)
         # A mark or the space of one, so that the digits are aligned.
-        lines.setdefault(pair.dispatch.value, []).append(f"{_milliseconds(pair.spread)} {'<' if picked else ' '}")
+        cell = f"{pair.spread.median_us / 1e3:.4f} {'<' if picked else ' '}"
+        lines.setdefault(pair.dispatch.value, []).append(cell)
     return [(f"{name:<20}" + "".join(f"{cell:>16}" for cell in cells)).rstrip() for name, cells in lines.items()]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
-import sys
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,8 +13,7 @@ from torch import Tensor
 
 from sonic_ep.api import ExpertParallel
 from sonic_ep.autograd_utils import for_kernels
-from sonic_ep.checks import INDEX_DTYPES, ROW_DTYPES, ArgumentChecker, check_experts_divide
-from sonic_ep.config import EPConfig
+from sonic_ep.checks import INDEX_DTYPES, ROW_DTYPES, ArgumentChecker, check_experts_divide, check_top_k
 from sonic_ep.cost import LinkBandwidth
 from sonic_ep.plan import NO_ROW
 from sonic_ep.profiler.machine import Machine
@@ -45,10 +42,10 @@ class ProfileRequest:
     def checked(self, checker: ArgumentChecker) -> ProfileRequest:
         """With ids as kernels read them and a device with its index. Raises ``ValueError`` for a wrong argument."""
         checker.count("tokens", self.tokens, least=0)
-        for name in ("hidden", "top_k", "num_experts"):
+        for name in ("hidden", "num_experts"):
             checker.count(name, getattr(self, name))
         check_experts_divide(checker, self.num_experts)
-        checker.require(self.top_k <= self.num_experts, "top_k", self.top_k, f"at most E={self.num_experts}")
+        check_top_k(checker, self.top_k, self.num_experts)
         checker.require(self.dtype in ROW_DTYPES, "dtype", repr(self.dtype), " or ".join(map(str, ROW_DTYPES)))
         return replace(self, routing=self._checked_routing(checker), device=_checked_device(checker, self.device))
 
@@ -59,18 +56,37 @@ class ProfileRequest:
         generator = torch.Generator().manual_seed(SEED + rank)
         return ROUTINGS[self.routing](generator, self.tokens, self, world_size).to(self.device)
 
-    def _checked_routing(self, checker: ArgumentChecker) -> str | Tensor:
-        if isinstance(self.routing, Tensor):
-            return self._checked_ids(checker, self.routing)
-        known = isinstance(self.routing, str) and self.routing in ROUTINGS
-        checker.require(known, "routing", repr(self.routing), f"{', '.join(map(repr, ROUTINGS))} or a tensor")
-        held = self.num_experts // checker.group.world_size
-        fits = self.routing != "one_rank" or self.top_k <= held
-        checker.require(fits, "top_k for routing 'one_rank'", self.top_k, f"at most E/W={held}")
-        return self.routing
+    def summary(
+        self, ep: ExpertParallel, rounds: int | None, rates: LinkBandwidth | None, machine: Machine
+    ) -> RequestSummary:
+        """What the other ranks are told."""
+        device, routing, digest, gpu = self.device, self.routing, None, None
+        if isinstance(routing, Tensor):
+            digest = hashlib.sha256(routing.to("cpu", torch.int64).numpy().tobytes()).hexdigest()
+            routing = GIVEN
+        if device.type == "cuda":
+            gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+        alike = {
+            **{name: getattr(self, name) for name in ("hidden", "top_k", "num_experts")},
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "routing": routing,
+            "backend": ep.backend,
+            "kind of device": device.type,
+            "rounds": rounds,
+            "rates": rates and asdict(rates),
+            **{f"{name} of the config": value for name, value in written(ep.config).items()},
+        }
+        return RequestSummary(alike=alike, tokens=self.tokens, machine=machine, gpu=gpu, ids=digest)
 
-    def _checked_ids(self, checker: ArgumentChecker, ids: Tensor) -> Tensor:
-        """On any device: the ids are copied to where rows live."""
+    def _checked_routing(self, checker: ArgumentChecker) -> str | Tensor:
+        ids, held = self.routing, self.num_experts // checker.group.world_size
+        if not isinstance(ids, Tensor):
+            known = isinstance(ids, str) and ids in ROUTINGS
+            checker.require(known, "routing", repr(ids), f"{', '.join(map(repr, ROUTINGS))} or a tensor")
+            fits = ids != "one_rank" or self.top_k <= held
+            checker.require(fits, "top_k for routing 'one_rank'", self.top_k, f"at most E/W={held}")
+            return ids
+        # On any device: the ids are copied to where rows live.
         checker.require(ids.device.type != "meta", "device of routing", ids.device, "a device that holds data")
         ids = for_kernels(checker.tensor("routing", ids, INDEX_DTYPES, like=ids))
         checker.shape("routing", ids, (self.tokens, self.top_k), "(T, K)")
@@ -98,34 +114,11 @@ class RequestSummary:
     alike: what has to be the same on all ranks. gpu: host and GPU, None on the CPU. ids: a digest of a given routing.
     """
 
-    alike: Mapping[str, Any]
+    alike: dict[str, Any]
     tokens: int
     machine: Machine
     gpu: str | None
     ids: str | None
-
-    @staticmethod
-    def of(
-        request: ProfileRequest, ep: ExpertParallel, rounds: int | None, rates: LinkBandwidth | None, machine: Machine
-    ) -> RequestSummary:
-        """Of this rank."""
-        device, routing, digest, gpu = request.device, request.routing, None, None
-        if isinstance(routing, Tensor):
-            digest = hashlib.sha256(routing.to("cpu", torch.int64).numpy().tobytes()).hexdigest()
-            routing = GIVEN
-        if device.type == "cuda":
-            gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
-        alike = {
-            **{name: getattr(request, name) for name in ("hidden", "top_k", "num_experts")},
-            "dtype": str(request.dtype).removeprefix("torch."),
-            "routing": routing,
-            "backend": ep.backend,
-            "kind of device": device.type,
-            "rounds": rounds,
-            "rates": rates and asdict(rates),
-            **{f"{name} of the config": value for name, value in written(ep.config).items()},
-        }
-        return RequestSummary(alike=alike, tokens=request.tokens, machine=machine, gpu=gpu, ids=digest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,26 +139,7 @@ class GroupRequest:
         """How many ranks share the GPU that most of them share; None on the CPU."""
         return max(Counter(each.gpu for each in self.summaries if each.gpu is not None).values(), default=None)
 
-    def key(self, config: EPConfig, process_group: str | None) -> dict[str, Any]:
-        """All that a profile depends on, as JSON."""
-        return {
-            "format": FORMAT,
-            "machines": [asdict(summary.machine) for summary in self.summaries],
-            "ranks_per_gpu": self.ranks_per_gpu,
-            "process_group": process_group,
-            "call": dict(self.summaries[0].alike),
-            "config": written(config),
-            "tokens": [summary.tokens for summary in self.summaries],
-            "ids": [summary.ids for summary in self.summaries],
-        }
-
-
-def require_rates(checker: ArgumentChecker, rates: object) -> None:
-    """Rates, each a finite number above 0, or None."""
-    if rates is None:
-        return
-    rates = checker.instance("rates", rates, LinkBandwidth, "LinkBandwidth or None")
-    for name, rate in asdict(rates).items():
-        number = isinstance(rate, float | int) and not isinstance(rate, bool)
-        fits = number and 0 < rate <= sys.float_info.max
-        checker.require(fits, f"{name} of rates", repr(rate), "a finite rate above 0, in bytes/s")
+    def key(self, process_group: str | None) -> dict[str, Any]:
+        """All that a profile depends on, as JSON. Whichever GPUs the ranks have, only sharing them counts."""
+        ranks = [asdict(replace(summary, gpu=None)) for summary in self.summaries]
+        return {"format": FORMAT, "ranks_per_gpu": self.ranks_per_gpu, "process_group": process_group, "ranks": ranks}

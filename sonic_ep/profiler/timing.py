@@ -39,14 +39,10 @@ class Timing:
         return self.quantile(0.5)
 
     def quantile(self, share: float) -> float:
-        """Seconds that ``share`` of the rounds did not exceed, interpolated.
-
-        >>> Timing(rounds=(4.0, 1.0, 2.0)).quantile(0.25)
-        1.5
-        """
+        """Seconds that ``share`` of the rounds did not exceed, interpolated."""
         return float(np.quantile(self.rounds, share))
 
-    def as_json(self, digits: int = 2) -> dict[str, float]:
+    def as_json(self, digits: int = 2) -> dict[str, Any]:
         """The number of rounds, and quantiles over them in microseconds.
 
         >>> Timing(rounds=(1e-6, 3e-6)).as_json()
