@@ -12,7 +12,6 @@ from sonic_ep.cli.exit_codes import FAIL, PASS
 from sonic_ep.cli.launch import Place, joined_group
 from sonic_ep.cli.options import add_nproc
 from sonic_ep.cli.verify import verify_cases
-from sonic_ep.plan import RoutingPlan
 from sonic_ep.testing.cases import CASES, Case, draw
 
 RANKS, TOKENS, EXPERTS_PER_RANK = 4, 4, 2
@@ -42,16 +41,13 @@ def _follow_rows(ep: ExpertParallel, place: Place) -> bool:
     x_TH = numbers[:, None].expand(TOKENS, case.hidden)
     plan = ep.plan(inputs.topk_idx[own], case.num_experts)
     rows_RH = ep.dispatch(x_TH, plan)
-    _show_plan(plan, rows_RH[: plan.rows(), 0], place)
+    place.say(f"each of the {TOKENS} tokens of a rank chooses {plan.top_k} of {plan.num_experts} experts:")
+    for rank, chosen_CK in enumerate(plan.expert_ids):
+        place.say(f"  rank {rank} chooses {chosen_CK.tolist()}")
+    place.say(f"slots of each expert: {plan.counts.tolist()}")
+    place.say(f"rank 0 holds experts 0..{plan.experts_per_rank - 1} and receives {plan.rows()} rows,")
+    received = rows_RH[: plan.rows(), 0].int().tolist()
+    place.say(f"  of tokens {received}, experts end at {plan.group_ends.tolist()}")
     y_TH = ep.combine(rows_RH, torch.full((TOKENS, case.top_k), 1 / case.top_k, device=place.device), plan)
     place.say(f"combine with scores of 1/{case.top_k}: tokens of rank 0 return as {y_TH[:, 0].tolist()}")
     return torch.equal(y_TH, x_TH)
-
-
-def _show_plan(plan: RoutingPlan, token_of_row: torch.Tensor, place: Place) -> None:
-    place.say(f"each of the {plan.max_tokens} tokens of a rank chooses {plan.top_k} of {plan.num_experts} experts:")
-    for rank in range(plan.world_size):
-        place.say(f"  rank {rank} chooses {plan.expert_ids[rank].tolist()}")
-    place.say(f"slots of each expert: {plan.counts.tolist()}")
-    place.say(f"rank 0 holds experts 0..{plan.experts_per_rank - 1} and receives {plan.rows()} rows,")
-    place.say(f"  of tokens {token_of_row.int().tolist()}, experts end at {plan.group_ends.tolist()}")

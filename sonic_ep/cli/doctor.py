@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import combinations
 
 import torch
@@ -35,12 +35,8 @@ def _doctor(options: argparse.Namespace) -> int:
         print(f"backend {name:<9} {'cannot run here:' if reasons else 'can run here'}")
         for reason in reasons:
             print(f"    - {reason}")
-    return PASS if can_run(found, options.backend) else FAIL
-
-
-def can_run(reasons: Mapping[str, tuple[str, ...]], backend: str | None) -> bool:
-    """Whether ``backend``, or any if None, has no reasons against it."""
-    return any(not against for name, against in reasons.items() if backend in (None, name))
+    healthy = any(not reasons for name, reasons in found.items() if options.backend in (None, name))
+    return PASS if healthy else FAIL
 
 
 def _findings() -> Iterator[tuple[str, str]]:
@@ -53,8 +49,8 @@ def _findings() -> Iterator[tuple[str, str]]:
         yield "GPUs", "none"
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
-        yield f"GPU {index}", f"{gpu.name}, {memory}, compute capability {gpu.major}.{gpu.minor}"
+        size = gpu.total_memory / 2**30
+        yield f"GPU {index}", f"{gpu.name}, {size:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
     types = link_types(topology())
     for a, b in combinations(range(torch.cuda.device_count()), 2):
         peers = torch.cuda.can_device_access_peer(a, b) and torch.cuda.can_device_access_peer(b, a)

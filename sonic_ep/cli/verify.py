@@ -77,12 +77,20 @@ def fitting_cases(world_size: int) -> list[Case]:
 
 
 def verify_cases(cases: Sequence[Case], backend: str, place: Place) -> bool:
-    """Collective. Run every case through every entry and configuration, print a table, and tell whether all pass."""
+    """Collective. Run every case through every entry and configuration, print a table, and tell whether all pass.
+
+    The errors are the same on every rank.
+    """
     started, failures = time.monotonic(), 0
     place.say(f"{'case':<28} {'entry':<11} {'runs':>4}  {'error/bound':>11}  {'in':<13} result")
     groups = list(product(cases, ENTRIES))
     for number, (case, entry) in enumerate(groups, start=1):
-        found = verify_case(case, entry, backend, place, label=f"[{number}/{len(groups)}] {case.name}")
+        found: list[tuple[EPConfig, Accuracy]] = []
+        for run, config in enumerate(CONFIGS, start=1):
+            place.show_progress(f"[{number}/{len(groups)}] {case.name}: run {run} ...")
+            with ExpertParallel(backend=backend, config=config) as ep:
+                found += [(config, accuracy) for accuracy in ENTRIES[entry](case, ep, place.device)]
+        place.show_progress("")
         # The error closest to its bound, or farthest above.
         worst = max((finding for _, finding in found), key=lambda finding: finding.ratio)
         failed = [f"    {config}: {finding}" for config, finding in found if not finding.ok]
@@ -92,14 +100,3 @@ def verify_cases(cases: Sequence[Case], backend: str, place: Place) -> bool:
     seconds = time.monotonic() - started
     place.say(f"{len(groups) * len(CONFIGS)} runs, {failures} failures, {seconds:.0f} s")
     return failures == 0
-
-
-def verify_case(case: Case, entry: str, backend: str, place: Place, label: str) -> list[tuple[EPConfig, Accuracy]]:
-    """Collective. One case through one entry under every configuration; the same errors on every rank."""
-    found = []
-    for number, config in enumerate(CONFIGS, start=1):
-        place.show_progress(f"{label}: run {number} ...")
-        with ExpertParallel(backend=backend, config=config) as ep:
-            found += [(config, accuracy) for accuracy in ENTRIES[entry](case, ep, place.device)]
-    place.show_progress("")
-    return found
