@@ -31,10 +31,7 @@ MACHINE = Machine(gpu="GPU", gpus=2, link="NVLink", torch="2", triton="3", cuda=
 SUMMARY = RequestSummary(alike={"hidden": 16, "rounds": None}, tokens=5, machine=MACHINE, gpu="host 0", ids="1f")
 IDS = torch.tensor([[0, 1]] * 5)
 SMALL = {"tokens": 3, "hidden": 4, "top_k": 1, "num_experts": 2, "device": torch.device("cpu")}
-
-
-def key_of(*summaries: RequestSummary, config: EPConfig | None = None, by: str = "nccl") -> str:
-    return json.dumps(GroupRequest(summaries=summaries).key(config or EPConfig(), by))
+ANEW, NOT_KEPT = "profile cache: measuring anew, for ", "profile cache: not kept, for "
 
 
 @pytest.fixture(scope="module")
@@ -48,52 +45,52 @@ def forbid_measuring(patched: pytest.MonkeyPatch) -> None:
         patched.setattr(owner, name, measure)
 
 
-def test_a_hit_measures_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hit_measures_nothing_and_with_rates_the_cache_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     asked = Asked(cache=tmp_path / "new" / "folder")
     measured = profile(asked)
     assert not measured.from_cache
+    # Nothing half written is left.
+    (path,) = (tmp_path / "new" / "folder").iterdir()
+    assert path.suffix == ".json"
+    before = path.read_bytes()
+    rates = LinkBandwidth(copy_engine_in=1e15, copy_engine_out=1e15, read=1e15, write=1e15)
+    with_rates = profile(replace(asked, rates=rates))
+    assert (with_rates.from_cache, with_rates.rates) == (False, rates)
+    assert [kept.read_bytes() for kept in path.parent.iterdir()] == [before]
     forbid_measuring(monkeypatch)
     found = profile(asked)
     assert found == replace(measured, from_cache=True)
     assert ["nothing was measured now" in str(each) for each in (found, measured)] == [True, False]
-    # Nothing half written is left.
-    assert [path.suffix for path in (tmp_path / "new" / "folder").iterdir()] == [".json"]
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
+def test_another_call_is_another_profile(tmp_path: Path) -> None:
+    flags = ("cpu_sync_on_runtime", "redispatch_x_in_backward")
+    sizes = {"hidden": 1, "top_k": 1, "num_experts": 7, "dtype": torch.float32}
+    others = [
+        Asked(),
         Asked(tokens=(4,)),
         Asked(rounds=3),
-        *(Asked(config=EPConfig(**{name: True})) for name in ("cpu_sync_on_runtime", "redispatch_x_in_backward")),
-        Asked(config=EPConfig(dispatch="rank_dedup")),
-        *(Asked(arguments={name: value}) for name, value in (("hidden", 1), ("top_k", 1), ("num_experts", 7))),
-        *(Asked(arguments={"routing": value}) for value in ("skewed", IDS)),
-        Asked(arguments={"dtype": torch.float32}),
-    ],
-    ids=str,
-)
-def test_another_call_is_another_profile(other: Asked, tmp_path: Path) -> None:
-    profile(Asked(cache=tmp_path))
-    assert not profile(replace(other, cache=tmp_path)).from_cache
-    assert len(list(tmp_path.iterdir())) == 2
+        *(Asked(config=EPConfig(**{name: True})) for name in flags),
+        *(Asked(config=EPConfig(dispatch=mode)) for mode in ("rank_dedup", "all_gather")),
+        *(Asked(arguments={name: value}) for name, value in sizes.items()),
+        *(Asked(arguments={"routing": routing}) for routing in ("skewed", IDS, IDS + 1)),
+    ]
+    assert not any(profile(replace(other, cache=tmp_path)).from_cache for other in others)
+    assert len(list(tmp_path.iterdir())) == len(others)
+    assert profile(Asked(cache=tmp_path, arguments={"routing": IDS.int()})).from_cache
 
 
-def test_given_ids_are_part_of_the_key(tmp_path: Path) -> None:
-    asked = [Asked(cache=tmp_path, arguments={"routing": ids}) for ids in (IDS, IDS + 1, IDS.int())]
-    assert [profile(each).from_cache for each in asked] == [False, False, True]
+def test_all_ranks_their_machines_and_their_places_are_part_of_the_key() -> None:
+    def key_of(*summaries: RequestSummary, by: str = "nccl") -> str:
+        return json.dumps(GroupRequest(summaries=summaries).key(by))
 
-
-@pytest.mark.parametrize("name", Machine.__dataclass_fields__)
-def test_every_property_of_any_ranks_machine_is_part_of_the_key(name: str) -> None:
-    other = replace(SUMMARY, machine=replace(MACHINE, **{name: 3 if name == "gpus" else "another"}))
-    assert key_of(SUMMARY, SUMMARY) != key_of(SUMMARY, other)
-
-
-def test_ranks_and_how_they_are_placed_are_part_of_the_key() -> None:
-    changed = [replace(SUMMARY, **{name: value}) for name, value in (("gpu", "host 1"), ("tokens", 4), ("ids", "2e"))]
-    keys = [key_of(SUMMARY), key_of(SUMMARY, SUMMARY), *(key_of(SUMMARY, other) for other in changed)]
-    keys += [key_of(SUMMARY, config=EPConfig(combine="all_to_all")), key_of(SUMMARY, by="gloo")]
+    places = [replace(SUMMARY, **{name: value}) for name, value in (("gpu", "host 1"), ("tokens", 4), ("ids", "2e"))]
+    changed = {name: 3 if name == "gpus" else "another" for name in Machine.__dataclass_fields__}
+    machines = [replace(SUMMARY, machine=replace(MACHINE, **{name: value})) for name, value in changed.items()]
+    keys = [key_of(SUMMARY), key_of(SUMMARY, SUMMARY), *(key_of(SUMMARY, other) for other in (*places, *machines))]
+    keys.append(key_of(SUMMARY, by="gloo"))
     assert len(set(keys)) == len(keys)
     assert [json.loads(key)["ranks_per_gpu"] for key in keys[:3]] == [1, 2, 1]
     assert json.loads(keys[0])["format"] == 1
@@ -144,7 +141,7 @@ def test_a_file_that_cannot_be_used_is_overwritten(
     path.write_bytes(UNUSABLE[kind](report))
     assert read() is None
     (line,) = caplog.messages
-    assert line.startswith(f"profile cache: measuring anew, for {tmp_path}: ")
+    assert line.startswith(f"{ANEW}{tmp_path}: ")
     assert "\n" not in line
     cache.write(KEY, report)
     assert read() == report
@@ -157,7 +154,7 @@ def profile_of_kept(rank: Rank, folder: Path, error: Exception | None = None) ->
         log = Mock()
         patched.setattr(cache_module, "logger", log)
         if error is not None:
-            patched.setattr(cache_module, "_report_in", Mock(side_effect=error))
+            patched.setattr(ProfileReport, "from_json", Mock(side_effect=error))
         served = profile(Asked(cache=folder), rank.rank, rank.device).from_cache
     return served, [call.args[1] for call in log.warning.call_args_list]
 
@@ -173,45 +170,38 @@ def change_profile(folder: Path, path: tuple[str | int, ...], value: object) -> 
     file.write_text(json.dumps(document))
 
 
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        pytest.param(("pairs", 0, "median_us"), 10**400, id="huge"),
-        (("shape", "tokens"), [5, 4]),
-        (("shape", "hidden"), 17),
-        (("backend",), "fast"),
-        (("config", "cpu_sync_on_runtime"), True),
-        (("config", "max_rows"), 9),
-    ],
-)
-def test_a_profile_of_something_else_is_measured_anew_by_all(
-    cpu_pool: RankPool, tmp_path: Path, path: tuple[str | int, ...], value: object
-) -> None:
+def test_a_profile_of_something_else_is_measured_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    asked = Asked(cache=tmp_path, config=EPConfig(dispatch="rank_dedup"))
+    assert not profile(asked).from_cache
+    for path, value, said in (
+        (("pairs", 0, "median_us"), 10**400, "profile.pairs[0].median_us: got 1000000"),
+        (("shape", "tokens"), [5, 4], "shape: got a profile of "),
+        (("shape", "hidden"), 17, "shape: got a profile of "),
+        (("backend",), "fast", "backend: got a profile of fast"),
+        (("config", "cpu_sync_on_runtime"), True, "config: got a profile of "),
+        (("config", "max_rows"), 9, "config: got a profile of "),
+        (("config", "dispatch"), "all_gather", "config: got a profile of EPConfig(dispatch=<DispatchMode.ALL_GATHER"),
+    ):
+        change_profile(tmp_path, path, value)
+        found = profile(asked)
+        assert (found.from_cache, found.config.dispatch) == (False, DispatchMode.RANK_DEDUP)
+        assert caplog.messages.pop().startswith(f"{ANEW}{tmp_path}: {said}")
+        caplog.clear()
+        assert profile(asked).from_cache
+        assert not caplog.messages
+
+
+def test_what_rank_0_cannot_use_is_measured_anew_by_all(cpu_pool: RankPool, tmp_path: Path) -> None:
     assert cpu_pool.run(profile_of_kept, tmp_path, world_size=2) == [(False, [])] * 2
-    change_profile(tmp_path, path, value)
+    change_profile(tmp_path, ("shape", "hidden"), 17)
     (first, lines), (second, silence) = cpu_pool.run(profile_of_kept, tmp_path, world_size=2)
     assert (first, second, silence) == (False, False, [])
-    assert [line.startswith("profile cache: measuring anew, for ") for line in lines] == [True]
-    assert cpu_pool.run(profile_of_kept, tmp_path, world_size=2) == [(True, [])] * 2
-
-
-def test_a_kept_profile_has_the_modes_that_are_fixed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    asked = Asked(cache=tmp_path, config=EPConfig(dispatch="rank_dedup"))
-    profile(asked)
-    change_profile(tmp_path, ("config", "dispatch"), "all_gather")
-    found = profile(asked)
-    assert not found.from_cache
-    assert found.config.dispatch is DispatchMode.RANK_DEDUP
-    (line,) = caplog.messages
-    assert "config: got a profile of EPConfig(dispatch=<DispatchMode.ALL_GATHER" in line
-
-
-def test_unforeseen_errors_of_reading_leave_no_rank_waiting(cpu_pool: RankPool, tmp_path: Path) -> None:
-    cpu_pool.run(profile_of_kept, tmp_path, world_size=2)
+    assert [line.startswith(ANEW) for line in lines] == [True]
+    # Nor does an error that nobody foresaw leave a rank waiting.
     error = OverflowError("int too large\nto convert")
     answers = cpu_pool.run(profile_of_kept, tmp_path, error, world_size=2)
-    line = f"profile cache: measuring anew, for {tmp_path}: int too large to convert"
-    assert answers == [(False, [line]), (False, [])]
+    assert answers == [(False, [f"{ANEW}{tmp_path}: int too large to convert"]), (False, [])]
+    assert cpu_pool.run(profile_of_kept, tmp_path, world_size=2) == [(True, [])] * 2
 
 
 @pytest.mark.parametrize("name", ["a\0b", "a\ud800b", "file/folder"])
@@ -220,21 +210,9 @@ def test_a_folder_that_cannot_be_made_is_a_line_in_the_log(
 ) -> None:
     (tmp_path / "file").write_text("")
     assert not profile(Asked(cache=tmp_path / name)).from_cache
-    what = [line.split(", for ")[0] for line in caplog.messages]
-    assert what == ["profile cache: measuring anew", "profile cache: not kept"]
+    assert [line.startswith(said) for line, said in zip(caplog.messages, (ANEW, NOT_KEPT), strict=True)] == [True] * 2
     assert all(line.encode() for line in caplog.messages)
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
-
-
-def test_with_rates_the_cache_is_left_alone(tmp_path: Path) -> None:
-    profile(Asked(cache=tmp_path))
-    (path,) = tmp_path.iterdir()
-    before = path.read_bytes()
-    rates = LinkBandwidth(copy_engine_in=1e15, copy_engine_out=1e15, read=1e15, write=1e15)
-    found = profile(Asked(cache=tmp_path, rates=rates))
-    assert (found.from_cache, found.rates) == (False, rates)
-    assert list(tmp_path.iterdir()) == [path]
-    assert path.read_bytes() == before
 
 
 def test_what_could_not_be_put_in_place_is_removed(
@@ -243,21 +221,19 @@ def test_what_could_not_be_put_in_place_is_removed(
     monkeypatch.setattr(Path, "replace", Mock(side_effect=PermissionError("read-only file system")))
     Cache(folder=tmp_path).write(KEY, report)
     assert list(tmp_path.iterdir()) == []
-    assert caplog.messages == [f"profile cache: not kept, for {tmp_path}: read-only file system"]
+    assert caplog.messages == [f"{NOT_KEPT}{tmp_path}: read-only file system"]
 
 
-def test_the_default_folder_is_in_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    assert [profile(Asked()).from_cache for _ in range(2)] == [False, False]
-    assert list(tmp_path.iterdir()) == []
+def test_the_default_folder_is_in_the_home(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     with ExpertParallel(backend="reference") as ep:
-        profiler = NetworkProfiler(ep)
-        assert [profiler.profile(**SMALL).from_cache for _ in range(2)] == [False, True]
-    assert len(list((tmp_path / ".cache" / "sonic_ep" / "profiles").glob("*.json"))) == 1
-
-
-def test_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
-    with ExpertParallel(backend="reference") as ep:
+        assert not NetworkProfiler(ep, cache=None).profile(**SMALL).from_cache
+        assert list(tmp_path.iterdir()) == []
+        assert [NetworkProfiler(ep).profile(**SMALL).from_cache for _ in range(2)] == [False, True]
+        assert len(list((tmp_path / ".cache" / "sonic_ep" / "profiles").glob("*.json"))) == 1
+        assert not caplog.messages
+        monkeypatch.setattr(Path, "expanduser", Mock(side_effect=RuntimeError("Could not determine home directory.")))
         assert not NetworkProfiler(ep).profile(**SMALL).from_cache
     assert len(caplog.messages) == 2
