@@ -1,7 +1,6 @@
 """Profiles of small shapes, for the tests of the profiler."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ import torch
 
 from sonic_ep import EPConfig, ExpertParallel, NetworkProfiler, ProfileReport
 from sonic_ep.cost import LinkBandwidth
-from sonic_ep.testing import Rank, RankPool
+from sonic_ep.distributed.group import resolve_group
+from sonic_ep.profiler.agreement import gathered
+from sonic_ep.testing import Rank
 
 SIZES = {"hidden": 16, "top_k": 2, "num_experts": 6, "dtype": torch.bfloat16}
-Patch = Callable[[pytest.MonkeyPatch, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,43 +31,28 @@ class Asked:
     changed: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
-def profile(asked: Asked, rank: int = 0, device: torch.device | None = None) -> ProfileReport:
-    """The profile of this rank."""
-    arguments = {"tokens": asked.tokens[rank % len(asked.tokens)], **SIZES, **asked.arguments}
-    arguments |= asked.changed.get(rank, {})
+def profile(asked: Asked, rank: Rank | None = None) -> ProfileReport:
+    """The profile of ``rank``, by default one alone on the CPU."""
+    number, device = (0, torch.device("cpu")) if rank is None else (rank.rank, rank.device)
+    arguments = {"tokens": asked.tokens[number % len(asked.tokens)], "device": device, **SIZES, **asked.arguments}
+    arguments |= asked.changed.get(number, {})
     with ExpertParallel(backend=asked.backend, config=arguments.pop("config", asked.config)) as ep:
         options = {name: arguments.pop(name, getattr(asked, name)) for name in ("rounds", "rates")}
-        profiler = NetworkProfiler(ep, cache=asked.cache, **options)
-        return profiler.profile(device=device or torch.device("cpu"), **arguments)
+        return NetworkProfiler(ep, cache=asked.cache, **options).profile(**arguments)
 
 
-def profile_on_rank(rank: Rank, asked: Asked, patch: Patch | None = None) -> ProfileReport:
-    """``profile`` on a rank of a pool."""
-    with pytest.MonkeyPatch.context() as patched:
-        if patch is not None:
-            patch(patched, rank.rank)
-        return profile(asked, rank.rank, rank.device)
+def profile_of_all(rank: Rank, asked: Asked) -> ProfileReport:
+    """Collective. The profile, which is the same on every rank."""
+    report = profile(asked, rank)
+    assert gathered(resolve_group(None), report) == [report] * rank.world_size
+    return report
 
 
-def profile_of_all(pool: RankPool, asked: Asked, world_size: int = 2, patch: Patch | None = None) -> ProfileReport:
-    """The profile, which is the same on every rank."""
-    reports = pool.run(profile_on_rank, asked, patch, world_size=world_size)
-    assert all(report == reports[0] for report in reports)
-    return reports[0]
-
-
-def said_by(rank: Rank, asked: Asked, error: type[Exception], patch: Patch | None) -> str:
-    """What this rank raises."""
+def said_by_all(rank: Rank, asked: Asked, error: type[Exception]) -> str:
+    """Collective. What rank 0 raises, and every other rank, but for its own name in front."""
     with pytest.raises(error) as raised:
-        profile_on_rank(rank, asked, patch)
+        profile(asked, rank)
     assert type(raised.value) is error
-    return str(raised.value)
-
-
-def said_by_all(
-    pool: RankPool, asked: Asked, error: type[Exception], world_size: int = 2, patch: Patch | None = None
-) -> str:
-    """What rank 0 raises, and every other rank, but for its own name in front."""
-    said = pool.run(said_by, asked, error, patch, world_size=world_size)
+    said = gathered(resolve_group(None), str(raised.value))
     assert len({re.sub(r"^rank \d of \d: ", "", text) for text in said}) == 1, said
     return said[0]

@@ -100,10 +100,10 @@ def test_all_ranks_their_machines_and_their_places_are_part_of_the_key() -> None
 def test_all_ranks_have_what_rank_0_finds(rank: Rank, tmp_path: Path) -> None:
     """Only rank 0 has the folder; measuring is forbidden the second time."""
     asked = Asked(cache=tmp_path if rank.rank == 0 else Path("/dev/null/none"))
-    first = profile(asked, rank.rank, rank.device)
+    first = profile(asked, rank)
     with pytest.MonkeyPatch.context() as patched:
         forbid_measuring(patched)
-        second = profile(asked, rank.rank, rank.device)
+        second = profile(asked, rank)
     assert second == replace(first, from_cache=True)
     assert gathered(resolve_group(None), first) == [first, first]
 
@@ -155,7 +155,7 @@ def profile_of_kept(rank: Rank, folder: Path, error: Exception | None = None) ->
         patched.setattr(cache_module, "logger", log)
         if error is not None:
             patched.setattr(ProfileReport, "from_json", Mock(side_effect=error))
-        served = profile(Asked(cache=folder), rank.rank, rank.device).from_cache
+        served = profile(Asked(cache=folder), rank).from_cache
     return served, [call.args[1] for call in log.warning.call_args_list]
 
 

@@ -7,62 +7,56 @@ from unittest.mock import Mock
 import pytest
 import torch
 from on_ranks import on_ranks
-from profiles import SIZES, Asked, said_by_all
+from profiles import SIZES, Asked, profile, said_by_all
 
 import sonic_ep.profiler.problem as problem
 import sonic_ep.profiler.request as request
 from sonic_ep import ClosedError, EPConfig, ExpertParallel, NetworkProfiler
 from sonic_ep.cost import LinkBandwidth
 from sonic_ep.profiler.agreement import gathered
-from sonic_ep.testing import Rank, RankPool
+from sonic_ep.testing import Rank
 
 CPU = torch.device("cpu")
 RATES = LinkBandwidth(copy_engine_in=1e12, copy_engine_out=1e12, read=1e12, write=1e12)
+# Changes of single ranks of three, and what all of them say.
+DISAGREEMENTS: list[tuple[dict[int, Any], str]] = [
+    ({1: {"hidden": 17}}, "hidden: got 17 on rank 1, expected 16 as on the other ranks"),
+    ({0: {"top_k": 1}}, "top_k: got 1 on rank 0, expected 2 as on the other ranks"),
+    ({2: {"num_experts": 3}, 1: {"num_experts": 12}}, "num_experts: got 12 on rank 1, 3 on rank 2, expected 6"),
+    ({2: {"dtype": torch.float16}}, "dtype: got 'float16' on rank 2, expected 'bfloat16'"),
+    ({2: {"routing": "skewed"}}, "routing: got 'skewed' on rank 2, expected 'uniform'"),
+    ({1: {"rounds": 7}}, "rounds: got 7 on rank 1, expected 1"),
+    ({1: {"config": EPConfig(combine="rank_dedup")}}, "combine of the config: got 'rank_dedup' on rank 1"),
+    ({0: {"rates": RATES}}, "rates: got {'copy_engine_in': 1000000000000.0"),
+    # Wrong on one rank alone: the others do not wait for it.
+    ({1: {"routing": torch.full((3, 2), 6)}}, "rank 1 of 3: expert ids of routing: got 6 to 6, expected 0 to 5"),
+    ({0: {"tokens": -1}}, "rank 0 of 3: tokens: got -1, expected a whole number of at least 0"),
+    ({1: {"routing": torch.empty((3, 2), dtype=torch.int64, device="meta")}}, "device of routing: got meta"),
+    ({1: {"num_experts": 7}}, "rank 1 of 3: number of experts E: got 7, expected a multiple of the"),
+    # Too many choices for one rank.
+    ({rank: {"routing": "one_rank", "top_k": 3} for rank in range(3)}, "'one_rank': got 3, expected at most E/W=2"),
+]
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({1: {"hidden": 17}}, "hidden: got 17 on rank 1, expected 16 as on the other ranks"),
-        ({0: {"top_k": 1}}, "top_k: got 1 on rank 0, expected 2 as on the other ranks"),
-        ({2: {"num_experts": 3}, 1: {"num_experts": 12}}, "num_experts: got 12 on rank 1, 3 on rank 2, expected 6"),
-        ({2: {"dtype": torch.float16}}, "dtype: got 'float16' on rank 2, expected 'bfloat16'"),
-        ({2: {"routing": "skewed"}}, "routing: got 'skewed' on rank 2, expected 'uniform'"),
-        ({1: {"rounds": 7}}, "rounds: got 7 on rank 1, expected 1"),
-        ({1: {"config": EPConfig(combine="rank_dedup")}}, "combine of the config: got 'rank_dedup' on rank 1"),
-        # Wrong on one rank alone: the others do not wait for it.
-        ({1: {"routing": torch.full((3, 2), 6)}}, "rank 1 of 3: expert ids of routing: got 6 to 6, expected 0 to 5"),
-        ({0: {"tokens": -1}}, "rank 0 of 3: tokens: got -1, expected a whole number of at least 0"),
-        ({1: {"routing": torch.empty((3, 2), dtype=torch.int64, device="meta")}}, "device of routing: got meta"),
-        ({0: {"rates": RATES}}, "rates: got {'copy_engine_in': 1000000000000.0"),
-        ({1: {"num_experts": 7}}, "rank 1 of 3: number of experts E: got 7, expected a multiple of the"),
-    ],
-)
-def test_ranks_that_ask_for_different_things(cpu_pool: RankPool, changed: Any, message: str) -> None:
-    assert message in said_by_all(cpu_pool, Asked(changed=changed), ValueError, world_size=3)
+@on_ranks(3, pool="cpu_pool")
+def test_ranks_that_ask_for_different_things(rank: Rank) -> None:
+    for changed, message in DISAGREEMENTS:
+        assert message in said_by_all(rank, Asked(changed=changed), ValueError)
 
 
-def another_backend(patched: Any, rank: int) -> None:
-    """The last of two ranks has another backend."""
-    if rank:
-        patched.setattr(ExpertParallel, "backend", property(lambda ep: "another", lambda ep, name: None), raising=False)
-
-
-def another_device(patched: Any, rank: int) -> None:
-    """The rows of the last of two ranks live on another kind of device."""
-    if rank:
-        patched.setattr(request, "_checked_device", lambda *arguments: torch.device("meta"))
-
-
-@pytest.mark.parametrize(
-    ("patch", "message"),
-    [
-        (another_backend, "backend: got 'another' on rank 1, expected 'reference'"),
-        (another_device, "kind of device: got 'meta' on rank 1, expected 'cpu'"),
-    ],
-)
-def test_ranks_that_are_different(cpu_pool: RankPool, patch: Any, message: str) -> None:
-    assert message in said_by_all(cpu_pool, Asked(), ValueError, patch=patch)
+@on_ranks(2, pool="cpu_pool")
+def test_ranks_that_are_different(rank: Rank) -> None:
+    another = property(lambda ep: "another", lambda ep, name: None)
+    for owner, name, value, error, message in (
+        (ExpertParallel, "backend", another, ValueError, "backend: got 'another' on rank 1, expected 'reference'"),
+        (request, "_checked_device", lambda *_: torch.device("meta"), ValueError, "kind of device: got 'meta' on rank"),
+        # As if the last rank had no memory left.
+        (problem, "_generator", Mock(side_effect=MemoryError("no memory")), RuntimeError, "rank 1 of 2: no memory"),
+    ):
+        with pytest.MonkeyPatch.context() as patched:
+            if rank.rank:
+                patched.setattr(owner, name, value, raising=False)
+            assert message in said_by_all(rank, Asked(), error)
 
 
 @pytest.mark.parametrize("closing", [-1, 1])
@@ -74,16 +68,6 @@ def test_a_closed_one_is_told_on_every_rank(rank: Rank, closing: int) -> None:
     with pytest.raises(ClosedError, match="rank 1 of 2: this ExpertParallel is closed") as raised:
         NetworkProfiler(ep, cache=None).profile(tokens=3, device=CPU, **SIZES)
     assert len(set(gathered(ep.group, str(raised.value)))) == 1
-
-
-def fail_to_draw(patched: Any, rank: int) -> None:
-    """As if the last of two ranks had no memory left."""
-    if rank:
-        patched.setattr(problem, "_generator", Mock(side_effect=MemoryError("no memory left")))
-
-
-def test_an_error_in_drawing_on_one_rank_is_one_on_every_rank(cpu_pool: RankPool) -> None:
-    assert said_by_all(cpu_pool, Asked(), RuntimeError, patch=fail_to_draw) == "rank 1 of 2: no memory left"
 
 
 @pytest.mark.parametrize(
@@ -106,39 +90,23 @@ def test_an_error_in_drawing_on_one_rank_is_one_on_every_rank(cpu_pool: RankPool
         ({"routing": torch.full((5, 2), -2)}, "expert ids of routing: got -2 to -2, expected 0 to 5, or -1"),
         ({"device": "cpu"}, "device: got 'cpu', expected a torch.device, or None"),
         ({"device": torch.device("meta")}, "device: got meta, expected one that the group moves: cpu, cuda"),
+        ({"rounds": 0}, "rank 0 of 1: rounds: got 0, expected a whole number of at least 1"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
-    with ExpertParallel(backend="reference") as ep, pytest.raises(ValueError, match=message):
-        NetworkProfiler(ep, cache=None).profile(**{"tokens": 5, **SIZES, "device": CPU, **arguments})
+    with pytest.raises(ValueError, match=message):
+        profile(Asked(arguments=arguments))
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"rounds": 0}, ValueError, "rounds: got 0, expected a whole number of at least 1"),
-        ({"cache": 3}, ValueError, "cache: got 3, expected a Path, or None for no cache"),
-        ({"rates": {}}, TypeError, "rates: got dict, expected LinkBandwidth or None"),
-    ],
-)
-def test_wrong_profilers(options: Any, error: type[Exception], message: str) -> None:
+def test_wrong_profilers() -> None:
     with pytest.raises(TypeError, match="ep: got str, expected an ExpertParallel"):
         NetworkProfiler("ep")  # type: ignore[arg-type]
-    with ExpertParallel(backend="reference") as ep, pytest.raises(error, match=f"rank 0 of 1: {message}"):
-        NetworkProfiler(ep, **options)
-
-
-@pytest.mark.parametrize(
-    "rate", [0.0, -1.0, float("inf"), float("nan"), 10**400, "1", None, True], ids=lambda rate: str(rate)[:6]
-)
-def test_rates_are_finite_and_above_0(rate: Any) -> None:
     with ExpertParallel(backend="reference") as ep:
-        with pytest.raises(ValueError, match=r"rank 0 of 1: read of rates: got .*, expected a finite rate above 0"):
-            NetworkProfiler(ep, rates=replace(RATES, read=rate))
+        with pytest.raises(ValueError, match="rank 0 of 1: cache: got 3, expected a Path, or None for no cache"):
+            NetworkProfiler(ep, cache=3)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="rank 0 of 1: rates: got dict, expected LinkBandwidth or None"):
+            NetworkProfiler(ep, rates={})  # type: ignore[arg-type]
+        for rate in (0.0, -1.0, float("inf"), float("nan"), 10**400, "1", None, True):
+            with pytest.raises(ValueError, match=r"rank 0 of 1: read of rates: got .*, expected a finite rate above 0"):
+                NetworkProfiler(ep, rates=replace(RATES, read=rate))
         NetworkProfiler(ep, rates=RATES)
-
-
-def test_too_many_choices_for_one_rank(cpu_pool: RankPool) -> None:
-    asked = Asked(arguments={"routing": "one_rank", "top_k": 3})
-    said = said_by_all(cpu_pool, asked, ValueError, world_size=3)
-    assert "top_k for routing 'one_rank': got 3, expected at most E/W=2" in said

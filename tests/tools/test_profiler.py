@@ -2,9 +2,9 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 from itertools import count
 from math import inf
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -18,14 +18,12 @@ import sonic_ep
 import sonic_ep.profiler.profiler as profiler_module
 from sonic_ep import CombineMode, EPConfig, ExpertParallel, NetworkProfiler, ProfileReport
 from sonic_ep.cost import LinkBandwidth
-from sonic_ep.distributed.group import resolve_group
 from sonic_ep.profiler import WrongResultError, default_device
-from sonic_ep.profiler.agreement import gathered
 from sonic_ep.profiler.problem import ProfileInputs
 from sonic_ep.profiler.profiler import FEWEST_ROUNDS, MOST_ROUNDS
 from sonic_ep.profiler.report import EVERY_MODE, EVERY_PAIR, ProfileShape
 from sonic_ep.profiler.timing import AboveCeilingError, RoundTimer, Timing
-from sonic_ep.testing import Rank, RankPool
+from sonic_ep.testing import Rank
 
 CPU = torch.device("cpu")
 # Of three ranks: dropped slots, a token without any, an expert twice, and a rank without tokens.
@@ -59,12 +57,12 @@ def check_report(report: ProfileReport, asked: Asked, world_size: int) -> None:
     assert ExpertParallel(backend="reference", config=report.config).config == report.config
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_every_mode_and_pair_is_timed(pool: RankPool, world_size: int) -> None:
+@on_ranks(1, 2, 3)
+def test_every_mode_and_pair_is_timed(rank: Rank) -> None:
     asked = Asked(tokens=(5, 0, 3), rounds=2)
-    report = profile_of_all(pool, asked, world_size)
-    check_report(report, asked, world_size)
-    assert report.shape.tokens == (5, 0, 3)[:world_size]
+    report = profile_of_all(rank, asked)
+    check_report(report, asked, rank.world_size)
+    assert report.shape.tokens == (5, 0, 3)[: rank.world_size]
     assert report.shape.routing == "uniform"
 
 
@@ -73,8 +71,7 @@ def test_every_mode_and_pair_is_timed(pool: RankPool, world_size: int) -> None:
 def test_a_profile_of_either_backend_and_its_config(rank: Rank, backend: str) -> None:
     config, hidden = EPConfig(cpu_sync_on_runtime=True, max_rows=1), SIZES["hidden"]
     asked = Asked(backend=backend, changed={0: GIVEN[0], 1: GIVEN[1]}, config=config)
-    report = profile(asked, rank.rank, rank.device)
-    assert gathered(resolve_group(None), report) == [report] * 2
+    report = profile_of_all(rank, asked)
     check_report(report, asked, 2)
     assert report.config == replace(config, dispatch=report.config.dispatch, combine=report.config.combine)
     found = {(mode.kind, mode.mode): mode.link_bytes for mode in report.modes}
@@ -93,8 +90,9 @@ def test_a_profile_of_either_backend_and_its_config(rank: Rank, backend: str) ->
     assert torch.equal(y_TH, x_TH)
 
 
-def test_link_bytes_by_hand(cpu_pool: RankPool) -> None:
-    report = profile_of_all(cpu_pool, Asked(changed=GIVEN), 3)
+@on_ranks(3, pool="cpu_pool")
+def test_link_bytes_by_hand(rank: Rank) -> None:
+    report = profile_of_all(rank, Asked(changed=GIVEN))
     assert report.shape.routing == "given"
     # Two experts a rank. On other ranks: 5 and 2 of rank 0's first two tokens, 3 twice of its third; 1 and 0 of rank 2.
     row, ids = 2 * SIZES["hidden"], 4 * 2 * 3 * 2
@@ -102,38 +100,35 @@ def test_link_bytes_by_hand(cpu_pool: RankPool) -> None:
     # Busiest: rank 1 with 2, 3 and 3 again from rank 0; all of rank 0's return. Scores are as many bytes as ids.
     dispatched, combined = [blocks, 3 * row, 2 * row], [4 * row, blocks, 3 * row]
     assert [mode.link_bytes for mode in report.modes] == [ids, *dispatched, *(b + ids for b in combined)]
+    arguments = {"routing": "skewed", "dtype": torch.float32}
+    report = profile_of_all(rank, Asked(arguments=arguments, tokens=(9,)))
+    assert (report.shape.routing, report.shape.dtype) == ("skewed", "float32")
+    report = profile_of_all(rank, Asked(arguments={**arguments, "routing": "one_rank"}, tokens=(9,)))
+    # Two ranks send two slots of each token to the third, and it sends none.
+    by_slots = next(mode for mode in report.modes if (mode.kind, mode.mode) == ("dispatch", "all_to_all"))
+    assert by_slots.link_bytes == 2 * 9 * 2 * 4 * SIZES["hidden"]
+    assert by_slots.gb_per_s == pytest.approx(by_slots.link_bytes / by_slots.spread.median_us / 1e3, rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("routing", ["skewed", "one_rank"])
-def test_named_routings(cpu_pool: RankPool, routing: str) -> None:
-    asked = Asked(arguments={"routing": routing, "dtype": torch.float32}, tokens=(9,))
-    report = profile_of_all(cpu_pool, asked, 3)
-    assert (report.shape.routing, report.shape.dtype) == (routing, "float32")
-    if routing == "one_rank":
-        # Two ranks send two slots of each token to the third, and it sends none.
-        by_slots = next(mode for mode in report.modes if (mode.kind, mode.mode) == ("dispatch", "all_to_all"))
-        assert by_slots.link_bytes == 2 * 9 * 2 * 4 * SIZES["hidden"]
-        assert by_slots.gb_per_s == pytest.approx(
-            by_slots.link_bytes / by_slots.spread.median_us / 1e3, rel=1e-3, abs=1e-6
-        )
-
-
-def test_modes_that_the_config_fixes_stay(cpu_pool: RankPool) -> None:
+@on_ranks(2, pool="cpu_pool")
+def test_modes_that_the_config_fixes_stay_and_rounds_adapt(rank: Rank) -> None:
     fixed = EPConfig(dispatch="rank_dedup", redispatch_x_in_backward=True, max_rows=1)
-    report = profile_of_all(cpu_pool, Asked(config=fixed))
+    report = profile_of_all(rank, Asked(config=fixed, rounds=None))
     assert len(report.pairs) == 9
     assert report.config == replace(fixed, combine=report.config.combine)
     assert isinstance(report.config.combine, CombineMode)
+    (rounds,) = {timed.spread.rounds for timed in (*report.modes, *report.pairs)}
+    assert FEWEST_ROUNDS <= rounds <= MOST_ROUNDS
 
 
-def wrong_in_calls(name: str, begin: int, end: float, patched: Any, rank: int) -> None:
-    """On the last of two ranks, one bit or count is wrong in what calls ``begin`` to ``end`` of a method return."""
+def wrong_in_calls(patched: pytest.MonkeyPatch, name: str, begin: int, end: float) -> None:
+    """One bit or count is wrong in what calls ``begin`` to ``end`` of a method return."""
     honest, calls = getattr(ExpertParallel, name), count()
 
     def call(self: ExpertParallel, *arguments: Any) -> Any:
         result = honest(self, *arguments)
         # The right answers come from lanes with exact sizes.
-        if rank and not self.config.cpu_sync_on_runtime and begin <= next(calls) < end:
+        if not self.config.cpu_sync_on_runtime and begin <= next(calls) < end:
             if name == "plan":
                 result.counts[0] += 1
             else:
@@ -151,26 +146,21 @@ def wrong_in_calls(name: str, begin: int, end: float, patched: Any, rank: int) -
         ("combine", 4, 6, "combine by rank_dedup: sums: 1 of "),
         ("plan", 0, inf, "plan: counts: 1 of "),
         ("dispatch", 2 * (3 + 9), inf, "dispatch by all_gather: rows: 1 of "),
+        # At first: then nothing may be timed.
+        ("dispatch", 0, 2, "dispatch by all_gather: rows: 1 of "),
     ],
 )
-def test_a_wrong_result_is_refused_on_every_rank(
-    pool: RankPool, name: str, begin: int, end: float, message: str
-) -> None:
+@on_ranks(2)
+def test_a_wrong_result_is_refused_on_every_rank(rank: Rank, name: str, begin: int, end: float, message: str) -> None:
     # Distinct experts on few tokens: every rank receives rows.
     asked = Asked(changed={0: GIVEN[0], 1: {**GIVEN[0], "routing": torch.tensor([[5, 4], [0, 3], [2, 1]])}})
-    patch = partial(wrong_in_calls, name, begin, end)
-    assert said_by_all(pool, asked, WrongResultError, patch=patch).startswith(f"rank 1 of 2: {message}")
-
-
-def refuse_to_time(patched: Any, rank: int) -> None:
-    """Nothing may be timed; what is wrong at first is right afterwards."""
-    patched.setattr(RoundTimer, "time", Mock(side_effect=NotImplementedError("timed, although a result is wrong")))
-    wrong_in_calls("dispatch", 0, 2, patched, rank)
-
-
-def test_what_is_wrong_at_first_is_not_timed(cpu_pool: RankPool) -> None:
-    said = said_by_all(cpu_pool, Asked(), WrongResultError, patch=refuse_to_time)
-    assert said.startswith("rank 1 of 2: dispatch by all_gather: rows: ")
+    with pytest.MonkeyPatch.context() as patched:
+        if rank.rank:
+            wrong_in_calls(patched, name, begin, end)
+        if begin == 0:
+            timed = Mock(side_effect=NotImplementedError("timed, although a result is wrong"))
+            patched.setattr(RoundTimer, "time", timed)
+        assert said_by_all(rank, asked, WrongResultError).startswith(f"rank 1 of 2: {message}")
 
 
 def test_a_stale_result_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,72 +176,53 @@ def test_a_stale_result_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         profile(Asked(tokens=(1,)))
 
 
-def with_ceilings(rate: float, patched: Any, rank: int) -> None:
-    """Ceilings as if there were a link of ``rate`` bytes/s."""
-    bandwidth = LinkBandwidth(copy_engine_in=rate, copy_engine_out=rate, read=2 * rate, write=4 * rate)
-    patched.setattr(profiler_module, "measured_bandwidth", lambda *arguments, **options: bandwidth)
+@on_ranks(2, pool="cpu_pool")
+def test_rates_and_ceilings(rank: Rank, tmp_path: Path) -> None:
+    def as_if(rate: float) -> None:
+        """There were a link of ``rate`` bytes/s."""
+        bandwidth = LinkBandwidth(copy_engine_in=rate, copy_engine_out=rate, read=2 * rate, write=4 * rate)
+        patched.setattr(profiler_module, "measured_bandwidth", lambda *arguments, **options: bandwidth)
+
+    with pytest.MonkeyPatch.context() as patched:
+        as_if(1e9)
+        report = profile_of_all(rank, Asked())
+        check_report(report, Asked(), 2)
+        ceilings = [mode.ceiling for mode in report.modes]
+        assert ceilings == [None, "copy_engine_in", "read", "read", "write", "write", "write"]
+        assert report.rates == LinkBandwidth(copy_engine_in=1e9, copy_engine_out=1e9, read=2e9, write=4e9)
+        assert "ceilings of the link in GB/s: copy engine 1.0, reads 2.0, writes 4.0" in str(report)
+        as_if(1.0)
+        said = said_by_all(rank, Asked(cache=tmp_path), AboveCeilingError)
+        assert said.startswith("rank 0 of 2: dispatch all_gather: got ")
+        assert "(the copy_engine_in ceiling)" in said
+        assert list(tmp_path.iterdir()) == []
+        # What is given is not measured.
+        rates = LinkBandwidth(copy_engine_in=1e15, copy_engine_out=1e15, read=1e15, write=1e15)
+        report = profile_of_all(rank, Asked(rates=rates))
+        assert report.rates == rates
+        # However small a share is, it is told.
+        assert all(mode.percent > 0 for mode in report.modes[1:])
+        said = said_by_all(rank, Asked(rates=replace(rates, read=1.0)), AboveCeilingError)
+        assert said.startswith("rank 0 of 2: dispatch all_to_all: got ")
 
 
-def test_a_rate_above_the_ceiling_is_refused_on_every_rank(cpu_pool: RankPool, tmp_path: Any) -> None:
-    asked = Asked(cache=tmp_path)
-    said = said_by_all(cpu_pool, asked, AboveCeilingError, patch=partial(with_ceilings, 1.0))
-    assert said.startswith("rank 0 of 2: dispatch all_gather: got ")
-    assert "(the copy_engine_in ceiling)" in said
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_rates_that_were_measured_before_are_used(cpu_pool: RankPool) -> None:
-    rates = LinkBandwidth(copy_engine_in=1e15, copy_engine_out=1e15, read=1e15, write=1e15)
-    # What is given is not measured.
-    report = profile_of_all(cpu_pool, Asked(rates=rates), patch=partial(with_ceilings, 1.0))
-    assert report.rates == rates
-    # However small a share is, it is told.
-    assert all(mode.percent > 0 for mode in report.modes[1:])
-    said = said_by_all(cpu_pool, Asked(rates=replace(rates, read=1.0)), AboveCeilingError)
-    assert said.startswith("rank 0 of 2: dispatch all_to_all: got ")
-
-
-def test_shares_of_the_ceilings(cpu_pool: RankPool) -> None:
-    report = profile_of_all(cpu_pool, Asked(), patch=partial(with_ceilings, 1e9))
-    check_report(report, Asked(), 2)
-    ceilings = [mode.ceiling for mode in report.modes]
-    assert ceilings == [None, "copy_engine_in", "read", "read", "write", "write", "write"]
-    assert report.rates == LinkBandwidth(copy_engine_in=1e9, copy_engine_out=1e9, read=2e9, write=4e9)
-    assert "ceilings of the link in GB/s: copy engine 1.0, reads 2.0, writes 4.0" in str(report)
-
-
-def with_own_numbers(patched: Any, rank: int) -> None:
-    """As if each rank had measured something else: on rank r, pair r is the fastest, and mode r."""
-    honest, fastest = RoundTimer.time, (rank, len(EVERY_MODE) + 2 * rank)
+@on_ranks(3, pool="cpu_pool")
+def test_rank_0_decides_and_its_errors_reach_all(rank: Rank) -> None:
+    honest, fastest = RoundTimer.time, (rank.rank, len(EVERY_MODE) + 2 * rank.rank)
 
     def own(timer: RoundTimer, functions: Any, **options: Any) -> list[Timing]:
+        """As if each rank had measured something else: on rank r, pair 2r is the fastest, and mode r."""
         timings = honest(timer, functions, **options)
         seconds = [1e-3 if place in fastest else 2e-3 for place in range(len(timings))]
         return [Timing(rounds=(taken,) * len(timing.rounds)) for taken, timing in zip(seconds, timings, strict=True)]
 
-    patched.setattr(RoundTimer, "time", own)
-
-
-def test_rank_0_decides(cpu_pool: RankPool) -> None:
-    report = profile_of_all(cpu_pool, Asked(), 3, patch=with_own_numbers)
-    assert (report.config.dispatch, report.config.combine) == EVERY_PAIR[0]
-
-
-def test_rounds_adapt(cpu_pool: RankPool) -> None:
-    report = profile_of_all(cpu_pool, Asked(rounds=None))
-    rounds = {timed.spread.rounds for timed in (*report.modes, *report.pairs)}
-    assert len(rounds) == 1
-    assert FEWEST_ROUNDS <= rounds.pop() <= MOST_ROUNDS
-
-
-def fail_to_judge(patched: Any, rank: int) -> None:
-    """Rank 0, which alone judges, fails at it."""
-    error = RuntimeError("no judgement" if rank == 0 else "judged on another rank")
-    patched.setattr(profiler_module, "mode_times", Mock(side_effect=error))
-
-
-def test_an_error_in_judging_reaches_all(cpu_pool: RankPool) -> None:
-    assert said_by_all(cpu_pool, Asked(), RuntimeError, patch=fail_to_judge) == "rank 0 of 2: no judgement"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(RoundTimer, "time", own)
+        report = profile_of_all(rank, Asked())
+        assert (report.config.dispatch, report.config.combine) == EVERY_PAIR[0]
+        error = RuntimeError("judged on another rank" if rank.rank else "no judgement")
+        patched.setattr(profiler_module, "mode_times", Mock(side_effect=error))
+        assert said_by_all(rank, Asked(), RuntimeError) == "rank 0 of 3: no judgement"
 
 
 def test_inputs() -> None:
