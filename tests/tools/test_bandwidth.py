@@ -52,7 +52,7 @@ def test_bandwidth_of_the_link_is_that_of_every_rank(rank: Rank) -> None:
 @on_ranks(2, 3)
 def test_every_transfer_over_the_link_brings_what_was_sent(rank: Rank) -> None:
     from sonic_ep.fast.workspace import Workspace
-    from sonic_ep.profiler.link_kernels import ENGINE_COPIES, KERNEL_COPIES, link_bandwidth
+    from sonic_ep.profiler.link_kernels import ENGINE_COPIES, KERNEL_COPIES, Link, link_bandwidth
 
     workspace, asked = Workspace(resolve_group(None), rank.device), []
 
@@ -66,32 +66,12 @@ def test_every_transfer_over_the_link_brings_what_was_sent(rank: Rank) -> None:
     found = link_bandwidth(workspace, LINK_BYTES, two_seconds)
     assert found == LinkBandwidth(copy_engine_in=rate, copy_engine_out=rate, read=rate, write=rate)
     assert len(asked) == 2 * len(ENGINE_COPIES) + 2 * len(KERNEL_COPIES)
-    workspace.close()
-
-
-@pytest.mark.fast
-@on_ranks(1, pool="cpu_pool")
-def test_one_rank_has_no_link(rank: Rank) -> None:
-    from sonic_ep.fast.workspace import Workspace
-    from sonic_ep.profiler.link_kernels import link_bandwidth
-
-    workspace, seconds = Workspace(resolve_group(None), rank.device), Mock()
-    assert link_bandwidth(workspace, LINK_BYTES, seconds) is None
-    assert not seconds.called
-    workspace.close()
-
-
-@pytest.mark.fast
-@on_ranks(2, pool="cpu_pool")
-def test_a_transfer_that_brings_something_else_is_an_error(rank: Rank) -> None:
-    from sonic_ep.fast.workspace import Workspace
-    from sonic_ep.profiler.link_kernels import Link
-
-    workspace, name = Workspace(resolve_group(None), rank.device), f"rank {rank.rank} of 2: link: "
+    name = f"rank {rank.rank} of {rank.world_size}: link: "
     for nbytes in (0, 1000):
         with pytest.raises(ValueError, match=f"{name}got {nbytes} bytes, expected a multiple of 32768"):
             Link(workspace, nbytes)
+    link, sender = Link(workspace, LINK_BYTES), (rank.rank + 1) % rank.world_size
     # Nothing was moved.
-    with pytest.raises(AssertionError, match=f"{name}nothing at all: what arrived is not what rank 0 sent"):
-        Link(workspace, LINK_BYTES).check(0, "nothing at all")
+    with pytest.raises(AssertionError, match=f"{name}nothing at all: what arrived is not what rank {sender} sent"):
+        link.check(sender, "nothing at all")
     workspace.close()
