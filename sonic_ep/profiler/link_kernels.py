@@ -116,14 +116,12 @@ class Link:
             current.wait_stream(stream)
 
 
-def link_bandwidth(workspace: Workspace, nbytes: int, seconds: Stopwatch) -> LinkBandwidth | None:
-    """Collective. The rates of transfers of ``nbytes``; None on one rank.
+def link_bandwidth(workspace: Workspace, nbytes: int, seconds: Stopwatch) -> LinkBandwidth:
+    """Collective. The rates of transfers of ``nbytes`` between ranks, of which there are several.
 
     seconds: the same answer on every rank. Raises ``AssertionError`` if a transfer did not bring what was sent.
     """
     own, ranks = workspace.group.rank, workspace.group.world_size
-    if ranks == 1:
-        return None
     link = Link(workspace, nbytes)
     following, previous = (own + 1) % ranks, (own - 1) % ranks
 

@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,6 @@ import sonic_ep.profiler.machine as module
 from sonic_ep.profiler.machine import code_digest, commit, link_types, output_of, package_version, this_machine
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-GIT = ["git", "-c", "user.name=nobody", "-c", "user.email=nobody@example.com"]
-needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 
 
 def test_the_digest_is_that_of_names_and_content_of_the_code(tmp_path: Path) -> None:
@@ -43,17 +40,24 @@ def test_the_digest_is_that_of_names_and_content_of_the_code(tmp_path: Path) -> 
     assert len(set(digests)) == len(digests)
 
 
-def repository(folder: Path) -> str:
-    """A repository with one commit; its name."""
-    (folder / "file.py").write_text("a = 1\n")
-    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=first"]):
-        subprocess.run([*GIT, "-C", str(folder), *command], check=True, capture_output=True)
-    return output_of(*GIT, "-C", str(folder), "rev-parse", "HEAD").strip()
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_and_whether_files_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.com")
+        done = subprocess.run(
+            ["git", *who, "-C", str(tmp_path), *arguments], check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
 
-
-@needs_git
-def test_the_commit_and_whether_files_differ(tmp_path: Path) -> None:
-    name = repository(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    (tmp_path / "file.py").write_text("a = 1\n")
+    assert commit(tmp_path) is None
+    git("init", "--quiet")
+    # One without a commit yet.
+    assert commit(tmp_path) is None
+    git("add", ".")
+    git("commit", "--quiet", "--message=first")
+    name = git("rev-parse", "HEAD")
     assert len(name) == 40
     for file, text, changed in (("file.py", "a = 2\n", True), ("file.py", "a = 1\n", False), ("new.py", "", True)):
         (tmp_path / file).write_text(text)
@@ -63,18 +67,6 @@ def test_the_commit_and_whether_files_differ(tmp_path: Path) -> None:
     copy.mkdir(parents=True)
     (copy / "module.py").write_text("")
     assert commit(copy) is None
-
-
-@needs_git
-def test_no_commit_without_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert commit(tmp_path) is None
-    subprocess.run([*GIT, "-C", str(tmp_path), "init", "--quiet"], check=True, capture_output=True)
-    # One without a commit yet.
-    assert commit(tmp_path) is None
-
-
-def test_no_commit_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert commit() is None
     assert module.topology() == ""
@@ -86,9 +78,7 @@ def test_output_of_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     # The output of a failing program is not to be trusted.
     assert output_of(sys.executable, "-c", "print('text'); raise SystemExit(3)") == ""
     monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.3)
-    started = time.monotonic()
-    assert output_of(sys.executable, "-c", "import time; print('text', flush=True); time.sleep(60)") == ""
-    assert time.monotonic() - started < 20
+    assert output_of(sys.executable, "-c", "import time; print('text', flush=True); time.sleep(600)") == ""
 
 
 def test_links_of_a_machine_with_and_without_nvlink() -> None:
@@ -143,9 +133,6 @@ def test_the_environment_of_a_run(
     assert (found["note"], found["commit"], found["command"]) == (note, "a name", "python program.py")
     assert (found["world_size"], found["process_group"], found["code"]) == (world_size, None, here.code)
     assert "cores" in found["processor"]
-
-
-def test_the_command_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     command = module.command_of(2, "program.py", ["--name", "two parts"])
     assert command == "TRITON_INTERPRET=1 python program.py --name 'two parts'"
