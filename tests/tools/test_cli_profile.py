@@ -89,25 +89,21 @@ def test_tokens_are_spread() -> None:
     [
         (["--thiek", "6,16,1,4,2", "--nproc", "3"], "--thiek: got E=4, expected a multiple of the 3 ranks"),
         (["--thiek=6,16,1,4,3", "--nproc=2", "--routing=one_rank"], "--thiek: got K=3, expected at most the 2"),
+        (["--json=FOLDER/file/profile.json"], r"--json: got .*, expected the path of a file to write"),
     ],
 )
-def test_wrong_shapes_are_told_before_a_rank_is_started(arguments: list[str], message: str) -> None:
-    options = parsed(*arguments, "--backend", "reference")
+def test_what_is_wrong_is_told_before_a_rank_is_started(arguments: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    given = [argument.replace("FOLDER", str(tmp_path)) for argument in arguments]
+    options = parsed(*given, "--backend", "reference")
     with pytest.raises(ValueError, match=message):
         options.check(options)
 
 
 @pytest.mark.parametrize("error", [WrongResultError("rows differ"), AboveCeilingError("too fast")])
-def test_a_profile_that_is_refused_is_red(
+def test_a_profile_that_is_refused_fails(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "_report", Mock(side_effect=error))
     assert run(*SMALL) == FAIL
     assert capsys.readouterr().out == f"FAIL: {error}\n"
-
-
-def test_a_file_that_cannot_be_written_is_told_before_a_rank_is_started(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    options = parsed(*SMALL, "--json", str(tmp_path / "file" / "profile.json"))
-    with pytest.raises(ValueError, match=r"--json: got .*, expected the path of a file to write"):
-        options.check(options)
