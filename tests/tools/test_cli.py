@@ -4,25 +4,30 @@ import argparse
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext, redirect_stdout
+from functools import partial
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
 from limits import HANG_SECONDS
+from on_ranks import on_ranks
 
 import sonic_ep.cli as cli_module
+import sonic_ep.cli.demo as demo_module
 import sonic_ep.cli.doctor as doctor_module
 import sonic_ep.cli.verify as verify_module
 from sonic_ep import ExpertParallel
 from sonic_ep.backend import unavailable_reasons
 from sonic_ep.cli import main
 from sonic_ep.cli.exit_codes import FAIL, INTERRUPTED, PASS, WRONG_ARGUMENTS
-from sonic_ep.cli.launch import joined_group, launched_by_torchrun
+from sonic_ep.cli.launch import Place, joined_group, launched_by_torchrun
 from sonic_ep.cli.verify import CONFIGS, chosen_cases, fitting_cases
 from sonic_ep.distributed.group import EPGroup
-from sonic_ep.testing import CASES, Accuracy, Case, Errors
+from sonic_ep.testing import CASES, Accuracy, Case, Errors, Rank
 
 COMMAND = [sys.executable, "-m", "sonic_ep"]
 ALONE = EPGroup(rank=0, world_size=1)
@@ -148,12 +153,19 @@ def test_what_cannot_be_verified_is_said_once_and_no_rank_is_started(
         assert capsys.readouterr().err.count(message) == 1
 
 
-def test_demo_shows_the_rows_and_verifies() -> None:
-    done = run("demo", "--nproc", "2")
-    assert done.returncode == PASS, done.stderr
-    assert "2 ranks on" in done.stdout
-    assert "tokens of rank 0 return as [0.0, 1.0, 2.0, 3.0]" in done.stdout
-    assert "0 failures" in done.stdout
+@on_ranks(2, pool="cpu_pool")
+def test_demo_shows_the_rows_and_verifies(rank: Rank) -> None:
+    place = Place(rank=rank.rank, world_size=rank.world_size, device=rank.device)
+    with pytest.MonkeyPatch.context() as patched, redirect_stdout(StringIO()) as out:
+        patched.setattr(demo_module, "joined_group", lambda: nullcontext(place))
+        # Which runs on the CPU, on machines with GPUs as well.
+        patched.setattr(demo_module, "ExpertParallel", partial(ExpertParallel, backend="reference"))
+        patched.setattr(verify_module, "CONFIGS", CONFIGS[::7])
+        # As a rank that was started does.
+        patched.setattr(cli_module, "launched_by_torchrun", lambda: True)
+        assert main(["demo"]) == PASS
+    expected = ["2 ranks on cpu", "tokens of rank 0 return as [0.0, 1.0, 2.0, 3.0]", "24 runs, 0 failures"]
+    assert [line in out.getvalue() for line in expected] == [rank.rank == 0] * 3
 
 
 def test_ctrl_c_ends_every_rank() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -108,43 +107,31 @@ def test_all_ranks_have_what_rank_0_finds(rank: Rank, tmp_path: Path) -> None:
     assert gathered(resolve_group(None), first) == [first, first]
 
 
-def document_of(report: ProfileReport, **changes: Any) -> bytes:
-    return json.dumps({"key": KEY, "profile": report.as_json(), **changes}).encode()
-
-
-UNUSABLE: dict[str, Callable[[ProfileReport], bytes]] = {
-    "empty": lambda report: b"",
-    "binary": lambda report: b"\xff\xfe\x00",
-    "torn": lambda report: document_of(report)[:1000],
-    "no object": lambda report: b"[1, 2]",
-    "deep": lambda report: b"[" * 100_000,
-    "no profile": lambda report: json.dumps({"key": KEY}).encode(),
-    "foreign": lambda report: document_of(report, key={**KEY, "tokens": [6]}),
-    "older": lambda report: document_of(report, key={**KEY, "format": 0}),
-    # Too large for a float, and longer than Python makes numbers of.
-    "huge": lambda report: document_of(report).replace(b'"median_us": ', b'"median_us": 1' + b"0" * 400, 1),
-    "endless": lambda report: document_of(report).replace(b'"median_us": ', b'"median_us": 1' + b"0" * 5000, 1),
-    "wrong field": lambda report: document_of(report, profile={**report.as_json(), "pairs": []}),
-}
-
-
-@pytest.mark.parametrize("kind", UNUSABLE)
 def test_a_file_that_cannot_be_used_is_overwritten(
-    kind: str, report: ProfileReport, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    report: ProfileReport, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    def document(**changes: Any) -> bytes:
+        return json.dumps({"key": KEY, "profile": report.as_json(), **changes}).encode()
+
     cache = Cache(folder=tmp_path)
     read = partial(cache.read, KEY, lambda report: None)
     cache.write(KEY, report)
     (path,) = tmp_path.iterdir()
-    assert read() == report
-    assert not caplog.records
-    path.write_bytes(UNUSABLE[kind](report))
-    assert read() is None
-    (line,) = caplog.messages
-    assert line.startswith(f"{ANEW}{tmp_path}: ")
-    assert "\n" not in line
-    cache.write(KEY, report)
-    assert read() == report
+    # Numbers too large for a float, and longer than Python makes numbers of.
+    huge, endless = (document().replace(b'"median_us": ', b'"median_us": 1' + b"0" * size, 1) for size in (400, 5000))
+    foreign = [document(key={**KEY, **changed}) for changed in ({"tokens": [6]}, {"format": 0})]
+    empty, binary, torn, deep, no_object = b"", b"\xff\xfe\x00", document()[:1000], b"[" * 100_000, b"[1, 2]"
+    wrong_fields = [document(profile=other) for other in (None, {**report.as_json(), "pairs": []})]
+    for content in (empty, binary, torn, deep, no_object, huge, endless, *foreign, *wrong_fields):
+        assert read() == report
+        assert not caplog.messages
+        path.write_bytes(content)
+        assert read() is None
+        (line,) = caplog.messages
+        assert line.startswith(f"{ANEW}{tmp_path}: ")
+        assert "\n" not in line
+        cache.write(KEY, report)
+        caplog.clear()
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -204,24 +191,21 @@ def test_what_rank_0_cannot_use_is_measured_anew_by_all(cpu_pool: RankPool, tmp_
     assert cpu_pool.run(profile_of_kept, tmp_path, world_size=2) == [(True, [])] * 2
 
 
-@pytest.mark.parametrize("name", ["a\0b", "a\ud800b", "file/folder"])
-def test_a_folder_that_cannot_be_made_is_a_line_in_the_log(
-    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "file").write_text("")
-    assert not profile(Asked(cache=tmp_path / name)).from_cache
-    assert [line.startswith(said) for line, said in zip(caplog.messages, (ANEW, NOT_KEPT), strict=True)] == [True] * 2
-    assert all(line.encode() for line in caplog.messages)
-    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
-
-
-def test_what_could_not_be_put_in_place_is_removed(
+def test_a_folder_that_cannot_be_used_is_a_line_in_the_log(
     report: ProfileReport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    (tmp_path / "file").write_text("")
+    for name in ("a\0b", "a\ud800b", "file/folder"):
+        assert not profile(Asked(cache=tmp_path / name)).from_cache
+        assert all(line.encode() for line in caplog.messages)
+        (first, second), levels = caplog.messages, {record.levelno for record in caplog.records}
+        assert (first.startswith(ANEW), second.startswith(NOT_KEPT), levels) == (True, True, {logging.WARNING})
+        caplog.clear()
+    # What could not be put in place is removed.
     monkeypatch.setattr(Path, "replace", Mock(side_effect=PermissionError("read-only file system")))
-    Cache(folder=tmp_path).write(KEY, report)
-    assert list(tmp_path.iterdir()) == []
-    assert caplog.messages == [f"{NOT_KEPT}{tmp_path}: read-only file system"]
+    Cache(folder=tmp_path / "new").write(KEY, report)
+    assert list((tmp_path / "new").iterdir()) == []
+    assert caplog.messages == [f"{NOT_KEPT}{tmp_path / 'new'}: read-only file system"]
 
 
 def test_the_default_folder_is_in_the_home(
