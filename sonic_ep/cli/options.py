@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
-from types import MappingProxyType
 
 import torch
 
 from sonic_ep.backend import BACKEND_PACKAGES
 from sonic_ep.config import AUTO, CombineMode, DispatchMode, EPConfig
 
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-)
+DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,22 +34,23 @@ class Thiek:
 
     def require_experts_divide(self, world_size: int) -> None:
         """Every rank has as many experts."""
-        _require(self.num_experts % world_size == 0, f"E={self.num_experts}", f"a multiple of the {world_size} ranks")
+        _require_multiple("E", self.num_experts, world_size)
 
     def require_tokens_divide(self, world_size: int) -> None:
         """Every rank has as many tokens."""
-        _require(self.tokens % world_size == 0, f"T={self.tokens}", f"a multiple of the {world_size} ranks")
+        _require_multiple("T", self.tokens, world_size)
 
     def require_fits_one_rank(self, world_size: int, routing: str) -> None:
         """A rank has enough experts, if ``routing`` is "one_rank"."""
         held = self.num_experts // world_size
-        fits = routing != "one_rank" or self.top_k <= held
-        _require(fits, f"K={self.top_k}", f"at most the {held} experts of a rank for one_rank")
+        if routing == "one_rank" and self.top_k > held:
+            expected = f"at most the {held} experts of a rank for one_rank"
+            raise ValueError(f"--thiek: got K={self.top_k}, expected {expected}")
 
 
-def _require(holds: bool, got: str, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"--thiek: got {got}, expected {expected}")
+def _require_multiple(letter: str, number: int, world_size: int) -> None:
+    if number % world_size:
+        raise ValueError(f"--thiek: got {letter}={number}, expected a multiple of the {world_size} ranks")
 
 
 def parse_count(text: str) -> int:
@@ -108,11 +106,10 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     for name, modes in (("dispatch_mode", DispatchMode), ("combine_mode", CombineMode)):
         choices = (AUTO, *(mode.value for mode in modes))
         parser.add_argument(*spellings(name), choices=choices, default=AUTO, help="auto: the fastest here")
-    for names, text in (
-        (("redispatch_x_in_backward",), "keep only x for backward, and gather it again there"),
-        (("cpu_sync_on_runtime", "CPU_sync_on_runtime"), "exact sizes, for one read on the host a forward"),
-    ):
-        parser.add_argument(*spellings(*names), action="store_true", help=text)
+    text = "keep only x for backward, and gather it again there"
+    parser.add_argument(*spellings("redispatch_x_in_backward"), action="store_true", help=text)
+    text = "exact sizes, for one read on the host a forward"
+    parser.add_argument(*spellings("cpu_sync_on_runtime", "CPU_sync_on_runtime"), action="store_true", help=text)
 
 
 def config_of(options: argparse.Namespace) -> EPConfig:

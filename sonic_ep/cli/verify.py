@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, replace
 from itertools import product
-from types import MappingProxyType
 
 import torch
 
@@ -21,7 +20,7 @@ from sonic_ep.distributed.group import EPGroup
 from sonic_ep.testing import CASES, Accuracy, Case, verify_moe, verify_routed
 
 Verifier = Callable[[Case, ExpertParallel, torch.device], list[Accuracy]]
-ENTRIES: Mapping[str, Verifier] = MappingProxyType({"moe_routed": verify_routed, "moe": verify_moe})
+ENTRIES: Mapping[str, Verifier] = {"moe_routed": verify_routed, "moe": verify_moe}
 # Every mode pair with every setting of the flags.
 CONFIGS = tuple(EPConfig(*settings) for settings in product(DispatchMode, CombineMode, (False, True), (False, True)))
 

@@ -42,8 +42,7 @@ def in_step(
     except Exception as error:
         failure, text = error, str(error) or type(error).__name__
         text = text if text.startswith(str(group)) else f"{group}: {text}"
-    of_ranks = gathered(group, (text, isinstance(failure, expected)))
-    failures = [of_rank for of_rank in of_ranks if of_rank[0]]
+    failures = [found for found in gathered(group, (text, isinstance(failure, expected))) if found[0]]
     if not failures:
         return result
     kind = (raised or expected) if all(as_expected for _, as_expected in failures) else RuntimeError

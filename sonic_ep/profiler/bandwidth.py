@@ -33,7 +33,7 @@ def measured_bandwidth(
     """
     if group.world_size == 1 or device.type != "cuda" or unavailable_reasons("fast", group):
         return None
-    # Imported here: it needs triton, which the reference does without.
+    # They need triton, which the reference does without.
     from sonic_ep.fast.workspace import Workspace
     from sonic_ep.profiler.link_kernels import LARGEST_BLOCK, link_bandwidth
 

@@ -20,12 +20,10 @@ import torch
 import torch.distributed as dist
 
 PACKAGE = Path(__file__).parent.parent
-CPU_INFORMATION = Path("/proc/cpuinfo")
 PATIENCE_SECONDS = 20
 # Belongs to every figure of two GPUs.
 FLATTERED_WORLD_SIZE = 2
 TWO_GPUS_NOTE = "two GPUs flatter rank_dedup and all_gather: with more of them a token crosses the link more often"
-DIGEST_LETTERS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +63,18 @@ def this_machine(device: torch.device) -> Machine:
 
 def environment(device: torch.device, world_size: int, named_commit: str | None, command: str) -> dict[str, Any]:
     """The machine of a run as JSON. command: how to run it again."""
-    gpus, note = torch.cuda.device_count(), None
+    gpus, note, information = torch.cuda.device_count(), None, Path("/proc/cpuinfo")
     if device.type != "cuda":
         note = "on the CPU: the times mean nothing for GPUs"
     elif world_size > gpus:
         note = f"{world_size} ranks took turns on {gpus} GPUs: the times mean nothing for a GPU each"
     elif world_size == FLATTERED_WORLD_SIZE:
         note = TWO_GPUS_NOTE
+    lines = information.read_text().splitlines() if information.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
         **asdict(this_machine(device)),
-        "processor": processor(),
+        "processor": f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores",
         "world_size": world_size,
         "process_group": dist.get_backend() if dist.is_initialized() else None,
         "commit": named_commit or commit(),
@@ -96,13 +96,6 @@ def date_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def processor() -> str:
-    """The model of the processor, or its architecture, and its cores."""
-    lines = CPU_INFORMATION.read_text().splitlines() if CPU_INFORMATION.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
-
-
 def package_version(package: str) -> str | None:
     """The version of an installed package."""
     try:
@@ -117,7 +110,7 @@ def code_digest(folder: Path = PACKAGE) -> str:
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode())
         digest.update(path.read_bytes())
-    return digest.hexdigest()[:DIGEST_LETTERS]
+    return digest.hexdigest()[:12]
 
 
 def commit(folder: Path = PACKAGE) -> str | None:
@@ -138,12 +131,12 @@ def link_types(matrix: str) -> dict[tuple[int, int], str]:
     >>> link_types("\tGPU0\tGPU1\tCPU Affinity\nGPU0\t X \tNV18\t0-31\nGPU1\tNV18\t X \t0-31")
     {(0, 1): 'NVLink, 18 links (NV18)', (1, 0): 'NVLink, 18 links (NV18)'}
     """
-
-    def name(link: str) -> str:
-        return f"NVLink, {link[2:]} links ({link})" if link.startswith("NV") else f"{link} (no NVLink)"
-
     rows = [line.split()[1:] for line in matrix.splitlines() if line.startswith("GPU")]
-    return {(a, b): name(to) for a, row in enumerate(rows) for b, to in enumerate(row[: len(rows)]) if a != b}
+    links = {(a, b): link for a, row in enumerate(rows) for b, link in enumerate(row[: len(rows)]) if a != b}
+    return {
+        pair: f"NVLink, {link[2:]} links ({link})" if link.startswith("NV") else f"{link} (no NVLink)"
+        for pair, link in links.items()
+    }
 
 
 def output_of(*command: str) -> str:

@@ -46,7 +46,7 @@ def read(hint: Any, value: Any, where: str) -> Any:
         return None if value is None and NoneType in options else read(options[0], value, where)
     if is_dataclass(hint):
         _require(isinstance(value, dict), where, value, "an object")
-        return hint(**_fields(hint, value, where))
+        return _object(hint, value, where)
     if issubclass(hint, Enum):
         choices = [choice.value for choice in hint]
         _require(value in choices, where, value, f"one of {', '.join(choices)}")
@@ -59,7 +59,7 @@ def read(hint: Any, value: Any, where: str) -> Any:
     return hint(value)
 
 
-def _fields(kind: Any, document: dict[str, Any], where: str) -> dict[str, Any]:
+def _object(kind: Any, document: dict[str, Any], where: str) -> Any:
     hints, found = get_type_hints(kind), {}
     for field in fields(kind):
         name = field.metadata.get(NAME, field.name)
@@ -67,7 +67,7 @@ def _fields(kind: Any, document: dict[str, Any], where: str) -> dict[str, Any]:
             raise ValueError(f"{where}.{name}: got nothing, expected a value")
         inner = (document[name], f"{where}.{name}") if name else (document, where)
         found[field.name] = read(hints[field.name], *inner)
-    return found
+    return kind(**found)
 
 
 def _require(holds: object, where: str, got: object, expected: str) -> None:

@@ -96,7 +96,11 @@ class RoundTimer:
             self.enter()
             function()
         clock = self._seconds_on_stream if self.device.type == "cuda" else self._seconds_on_host
-        seconds = self._of_slowest_rank(clock([*functions] * rounds))
+        seconds = clock([*functions] * rounds)
+        if self.group.world_size > 1:
+            seconds_N = torch.tensor(seconds, dtype=torch.float64, device=self.group.device_for(self.device))
+            dist.all_reduce(seconds_N, dist.ReduceOp.MAX, group=self.group.process_group)
+            seconds = seconds_N.tolist()
         return [Timing(rounds=tuple(seconds[place :: len(functions)])) for place in range(len(functions))]
 
     def median(self, function: Callable[[], object], rounds: int) -> float:
@@ -129,13 +133,6 @@ class RoundTimer:
             function()
             seconds.append(perf_counter() - begin)
         return seconds
-
-    def _of_slowest_rank(self, seconds: list[float]) -> list[float]:
-        if self.group.world_size == 1:
-            return seconds
-        seconds_N = torch.tensor(seconds, dtype=torch.float64, device=self.group.device_for(self.device))
-        dist.all_reduce(seconds_N, dist.ReduceOp.MAX, group=self.group.process_group)
-        return list(seconds_N.tolist())
 
 
 def keep_busy(device: torch.device, seconds: float = BUSY_SECONDS) -> None:
