@@ -43,7 +43,9 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str], progr
         if "check" in options:
             options.check(options)
         if getattr(options, "nproc", None) is not None and not launched_by_torchrun():
-            return launch(options.nproc, [*program, *_without_nproc(arguments)])
+            without_nproc = CommandParser(add_help=False)
+            without_nproc.add_argument("--nproc")
+            return launch(options.nproc, [*program, *without_nproc.parse_known_args(list(arguments))[1]])
         code: int = options.command(options)
         return code
     except KeyboardInterrupt:
@@ -67,9 +69,3 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **{**options, "allow_abbrev": False})
-
-
-def _without_nproc(arguments: Sequence[str]) -> list[str]:
-    parser = CommandParser(add_help=False)
-    parser.add_argument("--nproc")
-    return parser.parse_known_args(list(arguments))[1]

@@ -34,9 +34,20 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def checked_ranks(options: argparse.Namespace) -> int:
-    """The number of ranks. Raises ``ValueError`` before any is started for what would fail alike on all of them."""
-    ranks = ranks_of(options.nproc)
-    require_writable(options.json)
+    """The number of ranks. Raises ``ValueError`` before any is started for what would fail alike on all of them.
+
+    Makes the folders of ``--json``.
+    """
+    ranks, path = ranks_of(options.nproc), options.json
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            existed = path.exists()
+            path.open("a").close()
+            if not existed:
+                path.unlink()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--json: got {str(path)!r}, expected the path of a file to write: {error}") from None
     choose_backend(options.backend, EPGroup(rank=0, world_size=ranks))
     return ranks
 
@@ -61,17 +72,3 @@ def arguments_without_paths(arguments: list[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_output(parser)
     return [kept for kept in parser.parse_known_args(arguments[1:])[1] if kept != "profile"]
-
-
-def require_writable(path: Path | None) -> None:
-    """Raise ``ValueError``, before a run and not after it, if ``path`` cannot be written. Folders are made."""
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        existed = path.exists()
-        path.open("a").close()
-        if not existed:
-            path.unlink()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--json: got {str(path)!r}, expected the path of a file to write: {error}") from None

@@ -131,9 +131,7 @@ class ProfileReport:
     @property
     def picked(self) -> ModePair:
         """The modes of the config."""
-        assert isinstance(self.config.dispatch, DispatchMode)
-        assert isinstance(self.config.combine, CombineMode)
-        return ModePair(dispatch=self.config.dispatch, combine=self.config.combine)
+        return ModePair(dispatch=DispatchMode(self.config.dispatch), combine=CombineMode(self.config.combine))
 
     @property
     def note(self) -> str | None:
@@ -229,8 +227,8 @@ def _tokens(shape: ProfileShape) -> str:
 
 def _bandwidth(report: ProfileReport) -> str:
     if (rates := report.rates) is not None:
-        figures = {"copy engine": rates.copy_engine_in, "reads": rates.read, "writes": rates.write}
-        return "ceilings of the link in GB/s: " + ", ".join(f"{name} {r / 1e9:.1f}" for name, r in figures.items())
+        engine, reads, writes = (rate / 1e9 for rate in (rates.copy_engine_in, rates.read, rates.write))
+        return f"ceilings of the link in GB/s: copy engine {engine:.1f}, reads {reads:.1f}, writes {writes:.1f}"
     why = "these GPUs cannot map each other's memory"
     if report.machine.gpu is None:
         why = "there is no link between GPUs here"
