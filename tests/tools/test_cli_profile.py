@@ -12,7 +12,6 @@ import torch
 import sonic_ep.cli.profile as command
 from sonic_ep import EPConfig, ProfileReport
 from sonic_ep.cli.exit_codes import FAIL, PASS
-from sonic_ep.cli.measured import arguments_without_paths
 from sonic_ep.cli.options import Thiek, config_of
 from sonic_ep.profiler import WrongResultError
 from sonic_ep.profiler.timing import AboveCeilingError
@@ -34,24 +33,24 @@ def run(*arguments: str) -> int:
     return code
 
 
-@pytest.mark.parametrize("commit", [None, "abc of mine"])
 def test_a_table_and_a_file(
-    commit: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "results" / "profile.json"
-    arguments = [*SMALL, "--json", str(path), *(["--commit", commit] if commit else []), "--combine-mode", "rank_dedup"]
-    monkeypatch.setattr(sys, "argv", ["sonic-ep", "profile", *arguments])
-    assert run(*arguments) == PASS
-    document = json.loads(path.read_text())
-    report = ProfileReport.from_json(document)
-    assert capsys.readouterr().out == f"{report}\n"
-    assert report.config == EPConfig(dispatch=report.config.dispatch, combine="rank_dedup")
-    assert report.shape.tokens == (6,)
     kept = [*SMALL, "--combine-mode", "rank_dedup"]
-    assert report.origin.command.endswith("python -m sonic_ep profile " + " ".join(kept))
-    assert commit is None or document["environment"]["commit"] == commit
-    # Paths of this machine mean nothing to others.
-    assert str(tmp_path) not in path.read_text()
+    # Paths of this machine mean nothing to others, and a commit is named once.
+    for commit in ([], ["--commit", "abc of mine"], ["--commit=abc of mine"]):
+        arguments = [*SMALL, "--json", str(path), *commit, "--combine-mode", "rank_dedup"]
+        monkeypatch.setattr(sys, "argv", ["sonic-ep", "profile", *arguments])
+        assert run(*arguments) == PASS
+        document = json.loads(path.read_text())
+        report = ProfileReport.from_json(document)
+        assert capsys.readouterr().out == f"{report}\n"
+        assert report.config == EPConfig(dispatch=report.config.dispatch, combine="rank_dedup")
+        assert report.shape.tokens == (6,)
+        assert report.origin.command.endswith("python -m sonic_ep profile " + " ".join(kept))
+        assert not commit or document["environment"]["commit"] == "abc of mine"
+        assert str(tmp_path) not in path.read_text()
 
 
 def test_both_spellings() -> None:
@@ -70,18 +69,10 @@ def test_what_is_profiled_if_nothing_is_said(capsys: pytest.CaptureFixture[str])
     assert str(command.default_shape(torch.device("cuda"), 2)) == "32768,4096,1536,64,8"
     assert str(command.default_shape(CPU, 2)) == "64,32,16,8,2"
     assert command.default_shape(CPU, 3).num_experts == 9
+    assert Thiek(tokens=5, hidden=1, intermediate=1, num_experts=3, top_k=1).tokens_of_ranks(3) == (2, 2, 1)
     if not torch.cuda.is_available():
         assert run("--backend", "reference", "--no-cache") == PASS
         assert capsys.readouterr().out.startswith("no --thiek was given: --thiek 64,32,16,8,2\n")
-
-
-def test_paths_and_commits_are_not_repeated() -> None:
-    arguments = ["sonic-ep", "profile", "--json", "a", "--json=b", "--commit", "c", "--dtype", "float16", "--commit=d"]
-    assert arguments_without_paths(arguments) == ["--dtype", "float16"]
-
-
-def test_tokens_are_spread() -> None:
-    assert Thiek(tokens=5, hidden=1, intermediate=1, num_experts=3, top_k=1).tokens_of_ranks(3) == (2, 2, 1)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from contextlib import nullcontext
 from functools import partial
-from time import sleep
 from typing import Any
 from unittest.mock import Mock, call
 
@@ -22,7 +21,6 @@ from sonic_ep.testing import Rank
 
 ALONE = EPGroup(rank=0, world_size=1)
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-SLOW, BRIEF = 0.03, 0.002
 TIMER = RoundTimer(group=ALONE, device=CPU, barrier=lambda: None)
 
 
@@ -49,26 +47,34 @@ def test_the_device_is_kept_busy_before_ranks_enter_a_round(monkeypatch: pytest.
     keep_busy(CPU)
 
 
-def test_what_enters_a_round_is_not_timed_and_functions_alternate() -> None:
-    calls: list[str] = []
+class Clock:
+    """Stands still but for what advances it."""
 
-    def barrier() -> None:
-        calls.append("barrier")
-        sleep(SLOW)
+    def __init__(self, patched: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        patched.setattr(module, "perf_counter", lambda: self.now)
 
-    timer = RoundTimer(group=ALONE, device=CPU, barrier=barrier)
-    timings = timer.time([partial(calls.append, name) for name in "ab"], rounds=3, warmup=2)
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_what_enters_a_round_is_not_timed_and_functions_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, calls = Clock(monkeypatch), []
+
+    def work(name: str, seconds: float) -> None:
+        calls.append(name)
+        clock.advance(seconds)
+
+    timer = RoundTimer(group=ALONE, device=CPU, barrier=partial(work, "barrier", 8.0))
+    timings = timer.time([partial(work, "a", 1.0), partial(work, "b", 2.0)], rounds=3, warmup=2)
     assert calls == ["barrier", "a", "barrier", "b"] * 5
-    assert [len(timing.rounds) for timing in timings] == [3, 3]
-    assert all(timing.quantile(1.0) < SLOW for timing in timings)
+    assert [timing.rounds for timing in timings] == [(1.0,) * 3, (2.0,) * 3]
     assert timer.time([], rounds=3) == []
     with pytest.raises(ValueError, match=r"rank 0 of 1: rounds: got 0, expected at least 1"):
         timer.time([], rounds=0)
-
-
-def test_a_median_comes_after_a_few_rounds_of_warm_up() -> None:
-    takes = iter([0.0] * 3 + [0.08, 0.005, 0.02])
-    assert 0.02 <= TIMER.median(lambda: sleep(next(takes)), rounds=3) < 0.08
+    # A median comes after a few rounds of warm-up.
+    takes = iter([0.0] * 3 + [16.0, 1.0, 4.0])
+    assert TIMER.median(lambda: clock.advance(next(takes)), rounds=3) == 4.0
     assert not list(takes)
     function = Mock()
     TIMER.median(function, rounds=module.WARMUP + 1)
@@ -77,12 +83,12 @@ def test_a_median_comes_after_a_few_rounds_of_warm_up() -> None:
 
 @on_ranks(3, pool="cpu_pool")
 def test_all_ranks_get_the_time_of_the_slow_one(rank: Rank) -> None:
-    """The last rank is slow in the work, not in the barrier."""
-    group, seconds = resolve_group(None), SLOW if rank.rank == 2 else BRIEF
-    timer = RoundTimer(group=group, device=CPU, barrier=dist.barrier)
-    (timing,) = timer.time([lambda: sleep(seconds)], rounds=3, warmup=1)
-    assert gathered(group, timing) == [timing] * 3
-    assert min(timing.rounds) >= SLOW
+    group = resolve_group(None)
+    with pytest.MonkeyPatch.context() as patched:
+        clock = Clock(patched)
+        timer = RoundTimer(group=group, device=CPU, barrier=dist.barrier)
+        (timing,) = timer.time([lambda: clock.advance(1.0 + rank.rank)], rounds=3, warmup=1)
+    assert gathered(group, timing.rounds) == [(3.0,) * 3] * 3
 
 
 @on_ranks(2, pool="cuda_pool")
