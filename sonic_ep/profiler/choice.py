@@ -5,18 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from sonic_ep import cost
 from sonic_ep.config import AUTO, CombineMode, DispatchMode, EPConfig, ModePair
-from sonic_ep.cost import (
-    WAY_OF_COMBINE,
-    WAY_OF_DISPATCH,
-    LinkBandwidth,
-    RankCounts,
-    Workload,
-    choose_modes,
-    combine_traffic,
-    dispatch_traffic,
-    exchange_link_bytes,
-)
 from sonic_ep.profiler.report import EVERY_MODE, REFERENCE, ModeTime, PairTime, ProfileReport, ProfileShape, Spread
 from sonic_ep.profiler.timing import Ceiling, Timing
 
@@ -25,7 +15,7 @@ BALANCED = 1.1
 # Two pairs closer than this count as equally fast.
 TIE = 0.01
 # The ceiling of each mode, in the order of a report; none of the plan.
-WAYS = (None, *(WAY_OF_DISPATCH[mode] for mode in DispatchMode), *(WAY_OF_COMBINE for _ in CombineMode))
+WAYS = (None, *(cost.WAY_OF_DISPATCH[mode] for mode in DispatchMode), *(cost.WAY_OF_COMBINE for _ in CombineMode))
 
 
 def pick(pairs: Sequence[PairTime], config: EPConfig, shape: ProfileShape) -> ModePair:
@@ -36,8 +26,8 @@ def pick(pairs: Sequence[PairTime], config: EPConfig, shape: ProfileShape) -> Mo
     kept = [p for p in pairs if config.dispatch in (AUTO, p.dispatch) and config.combine in (AUTO, p.combine)]
     most = min(pair.spread.median_us for pair in kept) * (1 + TIE)
     tied = [ModePair(dispatch=p.dispatch, combine=p.combine) for p in kept if p.spread.median_us <= most]
-    load = Workload(world_size=shape.world_size, top_k=shape.top_k, num_experts=shape.num_experts)
-    predicted = choose_modes(config, load)
+    load = cost.Workload(world_size=shape.world_size, top_k=shape.top_k, num_experts=shape.num_experts)
+    predicted = cost.choose_modes(config, load)
     return predicted if predicted in tied else tied[0]
 
 
@@ -67,23 +57,23 @@ class LinkLoad:
         return max(self.into) if max(both) <= BALANCED * min(both) else sum(self.into) / len(self.into)
 
 
-def link_loads(shape: ProfileShape, backend: str, counts: Sequence[RankCounts]) -> list[LinkLoad]:
+def link_loads(shape: ProfileShape, backend: str, counts: Sequence[cost.RankCounts]) -> list[LinkLoad]:
     """The load of the plan and of each mode, in the order of a report."""
     per_work = zip(*(_link_bytes(shape, backend, of_rank) for of_rank in counts), strict=True)
     return [LinkLoad(into=into, out_of=out_of) for into, out_of in (zip(*work, strict=True) for work in per_work)]
 
 
-def _link_bytes(shape: ProfileShape, backend: str, counts: RankCounts) -> list[tuple[int, int]]:
+def _link_bytes(shape: ProfileShape, backend: str, counts: cost.RankCounts) -> list[tuple[int, int]]:
     """Into one rank and out of it."""
     row_bytes = shape.hidden * shape.row_dtype.itemsize
     exchange = {"world_size": shape.world_size, "max_tokens": shape.max_tokens, "top_k": shape.top_k}
-    ids, both = (exchange_link_bytes(**exchange, with_scores=scores) for scores in (False, True))
+    ids, both = (cost.exchange_link_bytes(**exchange, with_scores=scores) for scores in (False, True))
     scores = both - ids
-    dispatched = {mode: (t.link_in, t.link_out) for mode, t in dispatch_traffic(counts, row_bytes).items()}
+    dispatched = {mode: (t.link_in, t.link_out) for mode, t in cost.dispatch_traffic(counts, row_bytes).items()}
     if backend == REFERENCE:
         # It sends one row for each slot.
         dispatched[DispatchMode.ALL_TO_ALL] = (counts.slots_in * row_bytes, counts.slots_out * row_bytes)
-    combined = combine_traffic(counts, row_bytes)
+    combined = cost.combine_traffic(counts, row_bytes)
     return [
         (ids, ids),
         *(dispatched[mode] for mode in DispatchMode),
@@ -92,7 +82,7 @@ def _link_bytes(shape: ProfileShape, backend: str, counts: RankCounts) -> list[t
 
 
 def mode_times(
-    timings: Sequence[Timing], loads: Sequence[LinkLoad], bandwidth: LinkBandwidth | None
+    timings: Sequence[Timing], loads: Sequence[LinkLoad], bandwidth: cost.LinkBandwidth | None
 ) -> tuple[ModeTime, ...]:
     """The plan and each mode, in the order of a report. Raises ``AboveCeilingError`` if the link cannot be so fast."""
     found = []
