@@ -9,7 +9,6 @@ import torch
 from on_ranks import on_ranks
 from profiles import SIZES, Asked, profile, said_by_all
 
-import sonic_ep.profiler.problem as problem
 import sonic_ep.profiler.request as request
 from sonic_ep import ClosedError, EPConfig, ExpertParallel, NetworkProfiler
 from sonic_ep.cost import LinkBandwidth
@@ -51,7 +50,7 @@ def test_ranks_that_are_different(rank: Rank) -> None:
         (ExpertParallel, "backend", another, ValueError, "backend: got 'another' on rank 1, expected 'reference'"),
         (request, "_checked_device", lambda *_: torch.device("meta"), ValueError, "kind of device: got 'meta' on rank"),
         # As if the last rank had no memory left.
-        (problem, "_generator", Mock(side_effect=MemoryError("no memory")), RuntimeError, "rank 1 of 2: no memory"),
+        (torch, "Generator", Mock(side_effect=MemoryError("no memory")), RuntimeError, "rank 1 of 2: no memory"),
     ):
         with pytest.MonkeyPatch.context() as patched:
             if rank.rank:
