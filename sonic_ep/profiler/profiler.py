@@ -102,13 +102,17 @@ class NetworkProfiler:
         group = self._ep.group
         in_step(group, self._ep.check, ClosedError)
 
-        def checked() -> ProfileRequest:
+        def checked() -> tuple[ProfileRequest, RequestSummary]:
             place = default_device(self._ep) if device is None else device
             sizes = {"tokens": tokens, "hidden": hidden, "top_k": top_k, "num_experts": num_experts}
-            return ProfileRequest(**sizes, dtype=dtype, routing=routing, device=place).checked(self._checker)
+            asked = ProfileRequest(**sizes, dtype=dtype, routing=routing, device=place).checked(self._checker)
+            return asked, asked.summary(self._ep, self._rounds, self._rates, self._machine(asked.device))
 
-        request = in_step(group, checked, ValueError)
-        agreed = self._agreed(request)
+        request, summary = in_step(group, checked, ValueError)
+        agreed = GroupRequest(summaries=tuple(gathered(group, summary)))
+        require_alike(group, [each.alike for each in agreed.summaries])
+        some = max(agreed.shape.tokens) > 0
+        self._checker.require(some, "tokens", "none on any rank", "at least one in the group")
         key = agreed.key(self._process_group())
         require = partial(require_answer, shape=agreed.shape, backend=self._ep.backend, config=self._ep.config)
         # None on ranks other than 0.
@@ -119,19 +123,6 @@ class NetworkProfiler:
         if self._cache is not None:
             self._cache.write(key, report)
         return report
-
-    def _agreed(self, request: ProfileRequest) -> GroupRequest:
-        """Collective. Raises ``ValueError`` on every rank if ranks ask for different things."""
-        group = self._ep.group
-
-        def summarize() -> RequestSummary:
-            return request.summary(self._ep, self._rounds, self._rates, self._machine(request.device))
-
-        agreed = GroupRequest(summaries=tuple(gathered(group, in_step(group, summarize))))
-        require_alike(group, [summary.alike for summary in agreed.summaries])
-        some = max(agreed.shape.tokens) > 0
-        self._checker.require(some, "tokens", "none on any rank", "at least one in the group")
-        return agreed
 
     def _check_rates(self, rates: object) -> None:
         rates = self._checker.instance("rates", rates, LinkBandwidth, "LinkBandwidth or None")
