@@ -10,10 +10,9 @@ import torch
 
 from sonic_ep.api import ExpertParallel
 from sonic_ep.cli.exit_codes import PASS
-from sonic_ep.cli.launch import Place
 from sonic_ep.cli.measured import Run, add_output, checked_ranks, run_measured
 from sonic_ep.cli.options import DTYPES, Thiek, add_call, add_config, add_nproc, config_of, spellings
-from sonic_ep.profiler import NetworkProfiler, ProfileReport, default_device
+from sonic_ep.profiler import NetworkProfiler, default_device
 from sonic_ep.profiler.cache import DEFAULT_FOLDER
 from sonic_ep.profiler.routings import ROUTINGS
 
@@ -48,7 +47,18 @@ def _check(options: argparse.Namespace) -> None:
 
 def _profile(options: argparse.Namespace) -> int:
     def measure(run: Run) -> int:
-        report = _report(options, run.place)
+        ranks, cache = run.place.world_size, None if options.no_cache else DEFAULT_FOLDER
+        with ExpertParallel(backend=options.backend, config=config_of(options)) as ep:
+            chosen = options.thiek
+            if chosen is None:
+                chosen = default_shape(default_device(ep), ranks)
+                run.say(f"no --thiek was given: --thiek {chosen}")
+            report = NetworkProfiler(ep, cache=cache).profile(
+                tokens=chosen.tokens_of_ranks(ranks)[run.place.rank],
+                **{name: getattr(chosen, name) for name in ("hidden", "top_k", "num_experts")},
+                dtype=DTYPES[options.dtype],
+                routing=options.routing,
+            )
         run.say(str(report))
         if run.place.rank == 0 and options.json is not None:
             document = report.as_json()
@@ -58,19 +68,3 @@ def _profile(options: argparse.Namespace) -> int:
         return PASS
 
     return run_measured(options, "-m sonic_ep profile", measure)
-
-
-def _report(options: argparse.Namespace, place: Place) -> ProfileReport:
-    with ExpertParallel(backend=options.backend, config=config_of(options)) as ep:
-        chosen = options.thiek
-        if chosen is None:
-            chosen = default_shape(default_device(ep), place.world_size)
-            place.say(f"no --thiek was given: --thiek {chosen}")
-        return NetworkProfiler(ep, cache=None if options.no_cache else DEFAULT_FOLDER).profile(
-            tokens=chosen.tokens_of_ranks(place.world_size)[place.rank],
-            hidden=chosen.hidden,
-            top_k=chosen.top_k,
-            num_experts=chosen.num_experts,
-            dtype=DTYPES[options.dtype],
-            routing=options.routing,
-        )

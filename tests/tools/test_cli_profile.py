@@ -95,6 +95,6 @@ def test_what_is_wrong_is_told_before_a_rank_is_started(arguments: list[str], me
 def test_a_profile_that_is_refused_fails(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "_report", Mock(side_effect=error))
+    monkeypatch.setattr(command.NetworkProfiler, "profile", Mock(side_effect=error))
     assert run(*SMALL) == FAIL
     assert capsys.readouterr().out == f"FAIL: {error}\n"
