@@ -11,19 +11,17 @@ from unittest.mock import Mock
 import pytest
 import torch
 from on_ranks import on_ranks
-from profiles import Asked, profile
+from profiles import Asked, profile, profile_of_all
 
 import sonic_ep.profiler.cache as cache_module
 import sonic_ep.profiler.profiler as profiler_module
 from sonic_ep import DispatchMode, EPConfig, ExpertParallel, NetworkProfiler, ProfileReport
 from sonic_ep.cost import LinkBandwidth
-from sonic_ep.distributed.group import resolve_group
-from sonic_ep.profiler.agreement import gathered
 from sonic_ep.profiler.cache import Cache
 from sonic_ep.profiler.machine import Machine
 from sonic_ep.profiler.request import GroupRequest, RequestSummary
 from sonic_ep.profiler.timing import RoundTimer
-from sonic_ep.testing import Rank, RankPool
+from sonic_ep.testing import Rank
 
 KEY = {"format": 1, "machines": ["here"], "tokens": [5]}
 MACHINE = Machine(gpu="GPU", gpus=2, link="NVLink", torch="2", triton="3", cuda="13", nccl="2", driver="5", code="abc")
@@ -95,18 +93,6 @@ def test_all_ranks_their_machines_and_their_places_are_part_of_the_key() -> None
     assert json.loads(keys[0])["format"] == 1
 
 
-@on_ranks(2, pool="cpu_pool")
-def test_all_ranks_have_what_rank_0_finds(rank: Rank, tmp_path: Path) -> None:
-    """Only rank 0 has the folder; measuring is forbidden the second time."""
-    asked = Asked(cache=tmp_path if rank.rank == 0 else Path("/dev/null/none"))
-    first = profile(asked, rank)
-    with pytest.MonkeyPatch.context() as patched:
-        forbid_measuring(patched)
-        second = profile(asked, rank)
-    assert second == replace(first, from_cache=True)
-    assert gathered(resolve_group(None), first) == [first, first]
-
-
 def test_a_file_that_cannot_be_used_is_overwritten(
     report: ProfileReport, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -133,17 +119,6 @@ def test_a_file_that_cannot_be_used_is_overwritten(
         cache.write(KEY, report)
         caplog.clear()
     assert list(tmp_path.iterdir()) == [path]
-
-
-def profile_of_kept(rank: Rank, folder: Path, error: Exception | None = None) -> tuple[bool, list[str]]:
-    """Whether the cache served, and what was logged. error: of reading it."""
-    with pytest.MonkeyPatch.context() as patched:
-        log = Mock()
-        patched.setattr(cache_module, "logger", log)
-        if error is not None:
-            patched.setattr(ProfileReport, "from_json", Mock(side_effect=error))
-        served = profile(Asked(cache=folder), rank).from_cache
-    return served, [call.args[1] for call in log.warning.call_args_list]
 
 
 def change_profile(folder: Path, path: tuple[str | int, ...], value: object) -> None:
@@ -178,17 +153,30 @@ def test_a_profile_of_something_else_is_measured_anew(tmp_path: Path, caplog: py
         assert not caplog.messages
 
 
-def test_what_rank_0_cannot_use_is_measured_anew_by_all(cpu_pool: RankPool, tmp_path: Path) -> None:
-    assert cpu_pool.run(profile_of_kept, tmp_path, world_size=2) == [(False, [])] * 2
-    change_profile(tmp_path, ("shape", "hidden"), 17)
-    (first, lines), (second, silence) = cpu_pool.run(profile_of_kept, tmp_path, world_size=2)
-    assert (first, second, silence) == (False, False, [])
-    assert [line.startswith(ANEW) for line in lines] == [True]
-    # Nor does an error that nobody foresaw leave a rank waiting.
-    error = OverflowError("int too large\nto convert")
-    answers = cpu_pool.run(profile_of_kept, tmp_path, error, world_size=2)
-    assert answers == [(False, [f"{ANEW}{tmp_path}: int too large to convert"]), (False, [])]
-    assert cpu_pool.run(profile_of_kept, tmp_path, world_size=2) == [(True, [])] * 2
+@on_ranks(2, pool="cpu_pool")
+def test_what_rank_0_finds_or_cannot_use_holds_for_all(rank: Rank, tmp_path: Path) -> None:
+    """Only rank 0 has the folder."""
+    asked, log = Asked(cache=tmp_path if rank.rank == 0 else Path("/dev/null/none")), Mock()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cache_module, "logger", log)
+        assert not profile_of_all(rank, asked).from_cache
+        assert not log.warning.called
+        if rank.rank == 0:
+            change_profile(tmp_path, ("shape", "hidden"), 17)
+        assert not profile_of_all(rank, asked).from_cache
+        # Nor does an error that nobody foresaw leave a rank waiting.
+        with pytest.MonkeyPatch.context() as failing:
+            error = OverflowError("int too large\nto convert")
+            failing.setattr(ProfileReport, "from_json", Mock(side_effect=error))
+            measured = profile_of_all(rank, asked)
+        lines = [call.args[1] for call in log.warning.call_args_list]
+        said = [f"{ANEW}{tmp_path}: shape: got a profile of ", f"{ANEW}{tmp_path}: int too large to convert"]
+        assert [line[: len(start)] for line, start in zip(lines, said, strict=False)] == (
+            said if rank.rank == 0 else []
+        )
+        assert len(lines) == 2 * (rank.rank == 0)
+        forbid_measuring(patched)
+        assert profile_of_all(rank, asked) == replace(measured, from_cache=True)
 
 
 def test_a_folder_that_cannot_be_used_is_a_line_in_the_log(
