@@ -35,11 +35,9 @@ GATHER_A2A, A2A_DEDUP, RS = ("all_gather", "all_to_all"), ("all_to_all", "rank_d
     ],
 )
 def test_the_pick(medians: dict[tuple[str, str], float], config: Any, expected: tuple[str, str]) -> None:
-    def spread(median: float) -> Spread:
-        return Spread(rounds=3, median_us=median, p10_us=median, p90_us=median, min_us=median, max_us=median)
-
     # The others take 100.
-    pairs = [PairTime(dispatch=d, combine=c, spread=spread(medians.get((d, c), 100.0))) for d, c in EVERY_PAIR]
+    spreads = [Spread.of(Timing(rounds=(medians.get(pair, 100.0) / 1e6,))) for pair in EVERY_PAIR]
+    pairs = [PairTime(dispatch=d, combine=c, spread=s) for (d, c), s in zip(EVERY_PAIR, spreads, strict=True)]
     picked = pick(pairs, EPConfig(**config), SHAPE)
     assert (picked.dispatch, picked.combine) == expected
 
