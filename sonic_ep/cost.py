@@ -1,12 +1,7 @@
 """What each mode costs: predicted from W, K and E for the rule behind ``"auto"``, and counted from a plan.
 
 Only rows that leave their rank count as link traffic. Counted traffic is that of the fast backend: dispatch pulls from
-the x that each rank stages, combine pushes to the token's rank. Every access counts, even if a cache serves it. The
-worked example of ``sonic_ep.plan``, rank 0:
-
->>> counts = rank_counts(0, max_tokens=3, tokens=3, pair_tokens=[[2, 2], [2, 2]], pair_slots=[[3, 3], [3, 2]])
->>> dispatch_traffic(counts, row_bytes=1)[DispatchMode.ALL_TO_ALL]
-Traffic(link_in=2, link_out=2, memory=16)
+the x that each rank stages, combine pushes to the token's rank. Every access counts, even if a cache serves it.
 """
 
 from __future__ import annotations

@@ -126,11 +126,7 @@ def topology() -> str:
 
 
 def link_types(matrix: str) -> dict[tuple[int, int], str]:
-    r"""Link of each pair of GPUs, from the matrix of ``nvidia-smi topo -m``.
-
-    >>> link_types("\tGPU0\tGPU1\tCPU Affinity\nGPU0\t X \tNV18\t0-31\nGPU1\tNV18\t X \t0-31")
-    {(0, 1): 'NVLink, 18 links (NV18)', (1, 0): 'NVLink, 18 links (NV18)'}
-    """
+    """Link of each pair of GPUs, from the matrix of ``nvidia-smi topo -m``: "NVLink, 18 links (NV18)" for one."""
     rows = [line.split()[1:] for line in matrix.splitlines() if line.startswith("GPU")]
     links = {(a, b): link for a, row in enumerate(rows) for b, link in enumerate(row[: len(rows)]) if a != b}
     return {
