@@ -156,7 +156,7 @@ def test_a_document_without_a_field_or_with_a_wrong_one_is_refused(report: Profi
     with pytest.raises(ValueError, match=r"modes\[1\].ceiling: got 'light', expected null or one of copy_engine_in"):
         ProfileReport.from_json(document)
     document["config"]["dispatch"] = "none"
-    with pytest.raises(ValueError, match=r"config.dispatch: got 'none', expected one of all_gather, all_to_all, rank_d"):
+    with pytest.raises(ValueError, match=r"config.dispatch: got 'none', expected one of all_gather, all_to_all, "):
         ProfileReport.from_json(document)
     for other in (None, [], {"kind": "suite"}, {"kind": "profile"}):
         with pytest.raises(ValueError, match="profile"):
