@@ -98,9 +98,9 @@ def ids_of(rank: Rank, case: Case) -> Tensor:
 
 
 MANY_TILES = [
-    Case(name="several tiles", tokens=(350, 1, 201), top_k=5, num_experts=24, hidden=1),
+    Case(name="several tiles", tokens=(130, 1, 70), top_k=5, num_experts=24, hidden=1),
     Case(name="more choices than slots in a tile", tokens=(3,), top_k=600, num_experts=606, hidden=1),
-    Case(name="many experts", tokens=(129,), top_k=8, num_experts=1200, hidden=1),
+    Case(name="many experts", tokens=(65,), top_k=8, num_experts=1200, hidden=1),
     Case(name="repeated in a tile", tokens=(150,), top_k=6, choose=repeating, hidden=1),
     Case(name="int32 ids", tokens=(40,), hidden=1),
 ]
@@ -114,12 +114,11 @@ SIZES = [1, 3, *(pytest.param(size, marks=pytest.mark.thorough) for size in (2, 
 @pytest.mark.parametrize("case", [*CASES.values(), *MANY_TILES], ids=lambda case: case.name)
 def test_ranks_hold_one_and_the_same_plan(rank: Rank, backend: str, case: Case) -> None:
     inputs, mine, settings = draw(case, rank.world_size), ids_of(rank, case), [{}]
-    if case in MANY_TILES:
+    if case.name == "several tiles":
         settings.append(EXACT | BOUNDED)
     if case.name == "int32 ids":
         mine = mine.int()
-        # The bound on rows does not depend on the number of tiles: the other two settings at the small size.
-        settings += [EXACT, BOUNDED]
+        settings += [EXACT, BOUNDED, EXACT | BOUNDED]
     for flags in settings:
         plans = []
         for name in (backend, "reference"):
