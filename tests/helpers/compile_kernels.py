@@ -25,8 +25,8 @@ OPTIONS = ("num_warps", "enable_fp_fusion", "debug", "sanitize_overflow")
 def compiled(launch: dict[str, Any]) -> dict[str, Any]:
     """Facts about the machine code of one launch."""
     kernel = getattr(importlib.import_module(launch["module"]), launch["name"])
-    options = {name: value for name, value in launch["constants"].items() if name in OPTIONS}
-    constants = {name: value for name, value in launch["constants"].items() if name not in OPTIONS}
+    constants = dict(launch["constants"])
+    options = {name: constants.pop(name) for name in OPTIONS if name in constants}
     signature = dict(zip(kernel.arg_names, launch["types"], strict=False)) | dict.fromkeys(constants, "constexpr")
     # As at run time: tensors start at 16 bytes.
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(launch["types"]) if kind.startswith("*")}

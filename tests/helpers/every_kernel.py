@@ -3,66 +3,56 @@
 As a program it runs on the ranks of torchrun, on GPUs, or with TRITON_INTERPRET=1 on the CPU; see ``make sanitize``.
 """
 
-from dataclasses import replace
-
 import torch
+from torch import Tensor
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.activation import ACTIVATIONS
 from sonic_ep.cli.launch import joined_group
 from sonic_ep.distributed.group import resolve_group
 
-TOKENS = 5
-INTERMEDIATE = 64
-WIDEST_PRODUCT = 256
+TOKENS, INTERMEDIATE, HELD = 5, 64, 2
+WIDEST_PRODUCT, LINK_BYTES = 256, 2**15
+# Of the modes in turn. Without a bound rows have room for the most, as in the layer.
+FLAGS = ({"max_rows": 10_000}, {"cpu_sync_on_runtime": True}, {"cpu_sync_on_runtime": True})
+ACTIVATIONS_AND_LAYOUTS = {"swiglu": "interleaved", "relu_sq": "concat", "geglu": "interleaved", "relu": "concat"}
 SCORE_ORDERS = {"interleaved": "topk_then_softmax", "concat": "softmax_then_topk"}
-LINK_BYTES = 2**15
 
 
 def run_every_kernel(device: torch.device, dtype: torch.dtype, hidden: int, top_k: int) -> None:
-    """Collective. All modes, bounded and with exact sizes, with gradients."""
-    x = torch.randn(TOKENS, hidden, device=device).to(dtype).requires_grad_()
-    num_experts = 24 * top_k
+    """Collective. All modes, with gradients."""
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype).requires_grad_()
+
+    x, num_experts = drawn(TOKENS, hidden), 24 * top_k
     idx = torch.rand(TOKENS, num_experts, device=device).argsort(dim=1)[:, :top_k]
-    for dispatch, combine in zip(DispatchMode, CombineMode, strict=True):
-        modes = EPConfig(dispatch=dispatch, combine=combine)
-        for config in (replace(modes, max_rows=10_000), replace(modes, cpu_sync_on_runtime=True)):
-            with ExpertParallel(backend="fast", config=config) as ep:
-                plan = ep.plan(idx, num_experts=num_experts)
-                scores = torch.ones(TOKENS, top_k, device=device, requires_grad=True)
-                y = ep.combine(ep.dispatch(x, plan), scores, plan)
-                y.sum().backward()
-                ep.check()
-    through_the_experts(device, dtype, hidden)
-    by_own_products(device, dtype, hidden)
+    for dispatch, combine, flags in zip(DispatchMode, CombineMode, FLAGS, strict=True):
+        with ExpertParallel(backend="fast", config=EPConfig(dispatch=dispatch, combine=combine, **flags)) as ep:
+            plan = ep.plan(idx, num_experts=num_experts)
+            scores = torch.ones(TOKENS, top_k, device=device, requires_grad=True)
+            ep.combine(ep.dispatch(x, plan), scores, plan).sum().backward()
+            ep.check()
+    # The layer with every kind of activation and both layouts, with biases, x gathered again.
+    for name, layout in ACTIVATIONS_AND_LAYOUTS.items():
+        with ExpertParallel(backend="fast", config=EPConfig(redispatch_x_in_backward=True)) as ep:
+            width = ACTIVATIONS[name].up_width(INTERMEDIATE)
+            weights = drawn(HELD * ep.world_size, hidden), drawn(HELD, width, hidden), drawn(HELD, hidden, INTERMEDIATE)
+            options = {"activation": name, "gate_layout": layout, "score_order": SCORE_ORDERS[layout]}
+            ep.moe(x, *weights, 2, b1=drawn(HELD, width), b2=drawn(HELD, hidden), **options).y.sum().backward()
+            ep.check()
+    by_own_products(drawn(TOKENS, min(hidden, WIDEST_PRODUCT)), drawn(HELD, INTERMEDIATE, min(hidden, WIDEST_PRODUCT)))
     over_the_link(device)
 
 
-def through_the_experts(device: torch.device, dtype: torch.dtype, hidden: int) -> None:
-    """Collective. The layer with every kind of activation and both layouts, with biases, x gathered again."""
-    group = resolve_group(None)
-    held, config = 2, EPConfig(redispatch_x_in_backward=True)
-    router_w = torch.randn(held * group.world_size, hidden, device=device).to(dtype)
-    for name, layout in zip(("swiglu", "relu_sq", "geglu", "relu"), ("interleaved", "concat") * 2, strict=True):
-        width = ACTIVATIONS[name].up_width(INTERMEDIATE)
-        shapes = ((TOKENS, hidden), (held, width, hidden), (held, hidden, INTERMEDIATE), (held, width), (held, hidden))
-        x, w1, w2, b1, b2 = (torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes)
-        with ExpertParallel(backend="fast", config=config) as ep:
-            options = {"b1": b1, "b2": b2, "activation": name, "gate_layout": layout}
-            out = ep.moe(x, router_w.requires_grad_(), w1, w2, 2, score_order=SCORE_ORDERS[layout], **options)
-            out.y.sum().backward()
-            ep.check()
-
-
-def by_own_products(device: torch.device, dtype: torch.dtype, hidden: int) -> None:
+@torch.no_grad()
+def by_own_products(rows: Tensor, weight: Tensor) -> None:
     """The grouped products in the tiles that a GPU gets, also where PyTorch's would do."""
     # Not at the top, as below.
     from sonic_ep.fast.gemm import LARGEST, TritonGemm
 
-    gemm, hidden = TritonGemm(tiles=LARGEST[dtype.itemsize]), min(hidden, WIDEST_PRODUCT)
-    rows = torch.randn(TOKENS, hidden, device=device).to(dtype)
-    weight = torch.randn(2, INTERMEDIATE, hidden, device=device).to(dtype)
-    ends = torch.tensor([2, TOKENS], dtype=torch.int32, device=device)
+    gemm = TritonGemm(tiles=LARGEST[rows.dtype.itemsize])
+    ends = torch.tensor([2, TOKENS], dtype=torch.int32, device=rows.device)
     product = gemm.rows(rows, weight.transpose(1, 2), ends, weight[:, :, 0].contiguous())
     gemm.rows(product, weight, ends)
     gemm.weights(product, rows, ends)
@@ -77,8 +67,7 @@ def over_the_link(device: torch.device) -> None:
     group = resolve_group(None)
     if group.world_size > 1:
         workspace = Workspace(group, device)
-        link = Link(workspace, LINK_BYTES)
-        following = (group.rank + 1) % group.world_size
+        link, following = Link(workspace, LINK_BYTES), (group.rank + 1) % group.world_size
         link.move(following, group.rank, KERNEL_COPIES[0])
         link.check(following, "kernel reads")
         link.move(group.rank, following, KERNEL_COPIES[0])

@@ -22,15 +22,12 @@ def far_tensor(rank: Rank, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor
         return torch.from_file(path, shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
 
 
-def memory_available(device_type: str) -> int:
-    if device_type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    with open("/proc/meminfo") as lines:
-        kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-    return kilobytes["MemAvailable"] * 1024
-
-
 def skip_without_memory(device_type: str, needed: int) -> None:
     """Skip the test, with the reason, where fewer than ``needed`` bytes are free."""
-    if memory_available(device_type) < needed:
+    if device_type == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    if free < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of memory on {device_type}")

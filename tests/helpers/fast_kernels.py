@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 
-# Takes the kernel, its arguments, and its constants and options.
-Record = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], None]
-
 
 def jit_functions() -> dict[str, Any]:
     """Every compiled function of the fast backend and of the profiler by name."""
@@ -29,8 +26,8 @@ def kernels() -> dict[str, Any]:
 
 
 @contextmanager
-def each_launch(record: Record) -> Iterator[None]:
-    """Under the interpreter: call ``record`` before every launch."""
+def each_launch(record: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], None]) -> Iterator[None]:
+    """Under the interpreter: ``record(kernel, arguments, constants and options)`` before every launch."""
     from triton.runtime.interpreter import InterpretedFunction
 
     run = InterpretedFunction.run

@@ -27,7 +27,7 @@ class Doubling(Tensor):
 
 def transposed(tensor: Tensor) -> Tensor:
     """Its last two dimensions lie in memory the other way round."""
-    return tensor if tensor.ndim < 2 else tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return tensor if tensor.ndim < 2 else tensor.mT.contiguous().mT
 
 
 def sliced(tensor: Tensor) -> Tensor:
@@ -59,11 +59,6 @@ def negated_in_name(tensor: Tensor) -> Tensor:
     return torch._neg_view(-tensor) if tensor.dtype != torch.bool else tensor
 
 
-def of_inference(tensor: Tensor) -> Tensor:
-    with torch.inference_mode():
-        return tensor.clone()
-
-
 # Other ways to hold the values of a tensor: the result has to be that of the values.
 WAYS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "transposed": transposed,
@@ -73,7 +68,7 @@ WAYS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "overlapping": overlapping,
     "odd strides of one": odd_strides_of_one,
     "negated in name": negated_in_name,
-    "of inference": of_inference,
+    "of inference": torch.inference_mode()(lambda tensor: tensor.clone()),
     "a parameter": lambda tensor: nn.Parameter(tensor.clone(), requires_grad=tensor.is_floating_point()),
     "tagged": lambda tensor: tensor.clone().as_subclass(Tagged),
     "doubling": lambda tensor: tensor.clone().as_subclass(Doubling),
@@ -81,16 +76,13 @@ WAYS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-quietly = quiet()
-
-
-@quietly
+@quietly()
 def compressed(tensor: Tensor) -> Tensor:
     # As many elements in each row, as it has to have.
     return torch.ones_like(tensor).to_sparse_csr()
@@ -103,11 +95,20 @@ def freed(tensor: Tensor) -> Tensor:
     return bare
 
 
-VALUES = {"None": None, "a word": "x", "a number": 1.5, "NaN": float("nan"), "True": True, "a huge number": 2**70}
+# What may be passed for what is no tensor: a size, a name, a flag, an object.
+NO_TENSORS: Mapping[str, object] = {
+    "None": None, "True": True, "False": False, "zero": 0, "minus one": -1, "a half": 0.5, "two, a float": 2.0,
+    "a huge number": 2**70, "a huge number below zero": -(2**70), "NaN": float("nan"), "infinity": float("inf"),
+    "complex": 1j, "an integer of NumPy's": np.int64(2), "a flag of NumPy's": np.bool_(True),
+    "an array": np.array([1, 2]), "an array of words": np.array(["auto", "fast"]),
+    "a tensor": torch.tensor(2), "a longer tensor": torch.tensor([1, 2]), "a dtype": torch.float32,
+    "a word": "nonsense", "an empty word": "", "bytes": b"auto", "a list": ["auto"], "a dictionary": {"auto": 1},
+    "a class": int, "itself": object(),
+}  # fmt: skip
+NO_TENSORS_FOR_TENSORS = ("None", "a word", "a half", "NaN", "True", "a huge number", "an integer of NumPy's")
 # What may be passed for a tensor: refused, or right by the values where it has the same.
 THINGS: Mapping[str, Callable[[Tensor], object]] = {
-    **{name: lambda tensor, value=value: value for name, value in VALUES.items()},
-    "a number of NumPy's": lambda tensor: np.int64(2),
+    **{name: lambda tensor, value=NO_TENSORS[name]: value for name in NO_TENSORS_FOR_TENSORS},
     "a class": lambda tensor: Tensor,
     "a list": lambda tensor: tensor.tolist(),
     "an array": lambda tensor: np.zeros(tuple(tensor.shape), dtype=np.float32),
@@ -123,30 +124,19 @@ THINGS: Mapping[str, Callable[[Tensor], object]] = {
     "on meta": lambda tensor: tensor.to("meta"),
     "fake": FakeTensorMode().from_tensor,
     "uninitialized": lambda tensor: nn.UninitializedParameter(requires_grad=False),
-    "masked": quietly(lambda tensor: torch.masked.masked_tensor(tensor, torch.ones_like(tensor, dtype=torch.bool))),
-    "nested": quietly(lambda tensor: torch.nested.nested_tensor(list(tensor), layout=torch.strided)),
-    "jagged": quietly(lambda tensor: torch.nested.nested_tensor(list(tensor), layout=torch.jagged)),
-    "quantized": quietly(lambda tensor: torch.quantize_per_tensor(tensor.float().cpu(), 0.1, 0, torch.qint8)),
+    "masked": quietly()(lambda tensor: torch.masked.masked_tensor(tensor, torch.ones_like(tensor, dtype=torch.bool))),
+    "nested": quietly()(lambda tensor: torch.nested.nested_tensor(list(tensor), layout=torch.strided)),
+    "jagged": quietly()(lambda tensor: torch.nested.nested_tensor(list(tensor), layout=torch.jagged)),
+    "quantized": quietly()(lambda tensor: torch.quantize_per_tensor(tensor.float().cpu(), 0.1, 0, torch.qint8)),
     "freed": freed,
     "zeros of no memory": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype, device=t.device),
     "of bits": lambda tensor: torch.zeros(tensor.shape, dtype=torch.uint8).view(torch.bits8),
     **{
-        f"of {str(dtype).removeprefix('torch.')}": quietly(lambda tensor, dtype=dtype: tensor.to(dtype))
+        f"of {str(dtype).removeprefix('torch.')}": quietly()(lambda tensor, dtype=dtype: tensor.to(dtype))
         for dtype in (
             torch.complex64, torch.complex32, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32,
             torch.uint16, torch.uint32, torch.uint64, torch.float64, torch.float16, torch.bfloat16,
             torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e8m0fnu,
         )
     },
-}  # fmt: skip
-
-# What may be passed for what is no tensor: a size, a name, a flag, an object.
-NO_TENSORS: Mapping[str, object] = {
-    "None": None, "True": True, "False": False, "zero": 0, "minus one": -1, "a half": 0.5, "two, a float": 2.0,
-    "a huge number": 2**70, "a huge number below zero": -(2**70), "NaN": float("nan"), "infinity": float("inf"),
-    "complex": 1j, "an integer of NumPy's": np.int64(2), "a flag of NumPy's": np.bool_(True),
-    "an array": np.array([1, 2]), "an array of words": np.array(["auto", "fast"]),
-    "a tensor": torch.tensor(2), "a longer tensor": torch.tensor([1, 2]), "a dtype": torch.float32,
-    "a word": "nonsense", "an empty word": "", "bytes": b"auto", "a list": ["auto"], "a dictionary": {"auto": 1},
-    "a class": int, "itself": object(),
 }  # fmt: skip

@@ -5,21 +5,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
+from limits import HANG_SECONDS
 
 from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.distributed.group import resolve_group
 from sonic_ep.testing import Rank
 
 
-def new_workspace(
-    rank: Rank, group: dist.ProcessGroup | None = None, timeout: float = 60.0, transport: Any = None
-) -> Any:
+def new_workspace(rank: Rank, group: dist.ProcessGroup | None = None) -> Any:
     """Collective. The caller closes it."""
     # Not at the top of the module: triton reads at import whether it interprets, and only ranks have that setting.
     from sonic_ep.fast.workspace import Workspace
 
     resolved = resolve_group(group)
-    return Workspace(resolved, rank.device, transport, BoundedCollectives(resolved, timeout))
+    return Workspace(resolved, rank.device, None, BoundedCollectives(resolved, HANG_SECONDS))
 
 
 @contextmanager

@@ -24,9 +24,7 @@ def test_the_error_and_auto_name_every_reason(monkeypatch: pytest.MonkeyPatch) -
     assert all(reason in str(raised.value) and reason in choice.why for reason in reasons)
 
 
-def test_auto_prefers_the_fast_backend_but_not_interpreted_and_other_names_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_auto_prefers_the_fast_backend_but_not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sonic_ep.fast.unavailable_reasons", lambda group: ())
     choice = choose_backend("auto", ALONE)
     assert (choice.name, choice.why) == ("fast", "the preferred one")
@@ -39,7 +37,7 @@ def test_auto_prefers_the_fast_backend_but_not_interpreted_and_other_names_are_r
         choose_backend("turbo", ALONE)
 
 
-def test_versions_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_of_triton_and_a_torch_without_symmetric_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> str:
         raise capabilities.PackageNotFoundError(name)
 
@@ -48,26 +46,25 @@ def test_versions_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     for version, reasons in expected.items():
         monkeypatch.setattr(capabilities, "version", version)
         assert capabilities.software_reasons() == reasons
-
-
-@pytest.mark.parametrize(
-    ("triton", "numpy", "works"), [("3.6.0", "2.4.0", False), ("3.6.0", "2.3.5", True), ("3.7.0", "2.4.6", True)]
-)
-def test_versions_of_numpy_under_the_interpreter(
-    triton: str, numpy: str, works: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(capabilities, "version", {"triton": triton, "numpy": numpy}.__getitem__)
-    monkeypatch.setattr("sonic_ep.fast.interpreted", lambda: True)
-    reasons = unavailable_reasons("fast", ALONE)
-    expected = "expected triton 3.7 or newer, or numpy older than 2.4"
-    failing = (f"the interpreter of triton {triton} fails with numpy {numpy}: {expected}",)
-    assert reasons == capabilities.interpreter_reasons() == (() if works else failing)
-
-
-def test_a_torch_without_symmetric_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(capabilities.importlib.util, "find_spec", lambda name: None)
     assert capabilities.symmetric_memory_reasons() == (f"torch {torch.__version__} has no symmetric memory",)
+
+
+def test_interpreted_ranks_need_an_older_numpy_and_shared_memory_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sonic_ep.fast import symmetric_memory
+
+    monkeypatch.setattr("sonic_ep.fast.interpreted", lambda: True)
+    failing = (
+        "the interpreter of triton 3.6.0 fails with numpy 2.4.0: expected triton 3.7 or newer, or numpy older than 2.4"
+    )
+    for triton, numpy, reasons in (("3.6.0", "2.4.0", (failing,)), ("3.6.0", "2.3.5", ()), ("3.7.0", "2.4.6", ())):
+        monkeypatch.setattr(capabilities, "version", {"triton": triton, "numpy": numpy}.__getitem__)
+        assert unavailable_reasons("fast", ALONE) == capabilities.interpreter_reasons() == reasons
+    monkeypatch.setattr(symmetric_memory, "host_transport", None)
+    assert unavailable_reasons("fast", ALONE) == ()
+    reasons = unavailable_reasons("fast", EPGroup(rank=0, world_size=2))
+    assert reasons == ("interpreted kernels of several ranks share memory of the host: import sonic_ep.testing first",)
 
 
 def test_gpus_that_are_old_or_without_peer_access(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,13 +76,3 @@ def test_gpus_that_are_old_or_without_peer_access(monkeypatch: pytest.MonkeyPatc
         "GPU 1 has compute capability 8.0, expected 9.0 or newer",
         "no peer access between GPUs 0->2, 1->2, 2->0, 2->1",
     )
-
-
-def test_interpreted_ranks_need_shared_memory_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sonic_ep.fast import symmetric_memory
-
-    monkeypatch.setattr("sonic_ep.fast.interpreted", lambda: True)
-    monkeypatch.setattr(symmetric_memory, "host_transport", None)
-    assert unavailable_reasons("fast", ALONE) == ()
-    reasons = unavailable_reasons("fast", EPGroup(rank=0, world_size=2))
-    assert reasons == ("interpreted kernels of several ranks share memory of the host: import sonic_ep.testing first",)

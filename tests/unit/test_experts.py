@@ -15,28 +15,21 @@ from sonic_ep.backend import Experts
 from sonic_ep.reference.experts import apply_experts
 from sonic_ep.testing import Rank, assert_as_accurate, assert_bitwise
 
-NAN = float("nan")
+NAN, LAYOUT = float("nan"), GATE_LAYOUTS["concat"]
 
 
 def test_rows_past_the_valid_ones_are_never_read_and_an_empty_expert_has_zero_gradients() -> None:
-    hidden, intermediate, group_ends, found = 6, 4, torch.tensor([2, 2, 5], dtype=torch.int32), []
-    shapes = {
-        "w1": (2 * intermediate, hidden),
-        "w2": (hidden, intermediate),
-        "b1": (2 * intermediate,),
-        "b2": (hidden,),
-    }
+    group_ends, options = torch.tensor([2, 2, 5]).int(), {"activation": ACTIVATIONS["swiglu"], "layout": LAYOUT}
+    shapes, found = {"w1": (8, 6), "w2": (6, 4), "b1": (8,), "b2": (6,)}, []
     for behind in (0.0, NAN):
         generator = torch.Generator().manual_seed(0)
-        rows = torch.cat([torch.randn(5, hidden, generator=generator), torch.full((4, hidden), behind)])
+        rows = torch.cat([torch.randn(5, 6, generator=generator), torch.full((4, 6), behind)])
         weights = {name: torch.randn(3, *shape, generator=generator) for name, shape in shapes.items()}
         leaves = [tensor.requires_grad_() for tensor in (rows, *weights.values())]
-        y = apply_experts(
-            rows, group_ends, Experts(**weights, activation=ACTIVATIONS["swiglu"], layout=GATE_LAYOUTS["concat"])
-        )
-        of_rows, *of_weights = torch.autograd.grad(
-            y, leaves, torch.ones_like(y).index_fill(0, torch.arange(5, 9), behind)
-        )
+        y = apply_experts(rows, group_ends, Experts(**weights, **options))
+        dy = torch.ones_like(y)
+        dy[5:] = behind
+        of_rows, *of_weights = torch.autograd.grad(y, leaves, dy)
         assert y[5:].eq(0).all()
         assert of_rows[5:].eq(0).all()
         assert all(grad[1].eq(0).all() and grad[0].ne(0).any() for grad in of_weights)
@@ -61,17 +54,18 @@ def between(rank: Rank, name: str, layout: str, dtype: torch.dtype) -> SimpleNam
     hidden, grad = rows(activation.up_width(WIDTH)), rows(WIDTH)
     scores = torch.rand(100, generator=generator).to(rank.device)
     group_ends = torch.tensor(GROUP_ENDS, dtype=torch.int32, device=rank.device)
+    slot_of_row = torch.cat([slots, slots.new_full((BEHIND,), -1)]).int()
+    sizes = {"experts_per_rank": len(GROUP_ENDS), "row_capacity": ROWS + BEHIND}
     unused = torch.empty(len(GROUP_ENDS), 5, WIDTH, device=rank.device, dtype=dtype)
-    plan = SimpleNamespace(
-        group_ends=group_ends,
-        experts_per_rank=len(GROUP_ENDS),
-        row_capacity=ROWS + BEHIND,
-        slot_of_row=torch.cat([slots, slots.new_full((BEHIND,), -1)]).int(),
+    return SimpleNamespace(
+        hidden=hidden,
+        grad=grad,
+        scores=scores,
+        plan=SimpleNamespace(group_ends=group_ends, slot_of_row=slot_of_row, **sizes),
+        experts=Experts(w1=unused, w2=unused, b1=None, b2=None, activation=activation, layout=GATE_LAYOUTS[layout]),
+        score_of_row=scores[slots].double()[:, None],
+        expert_of_row=torch.searchsorted(group_ends, torch.arange(ROWS, device=rank.device), right=True),
     )
-    experts = Experts(w1=unused, w2=unused, b1=None, b2=None, activation=activation, layout=GATE_LAYOUTS[layout])
-    expert_of_row = torch.searchsorted(group_ends, torch.arange(ROWS, device=rank.device), right=True)
-    by_row = {"score_of_row": scores[slots].double()[:, None], "expert_of_row": expert_of_row}
-    return SimpleNamespace(hidden=hidden, grad=grad, scores=scores, plan=plan, experts=experts, **by_row)
 
 
 def by_autograd(given: SimpleNamespace, dtype: torch.dtype) -> dict[str, Tensor]:

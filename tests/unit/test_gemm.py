@@ -1,7 +1,6 @@
 """Grouped products by every implementation against a loop over the groups, and which implementation is chosen."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import product
 
 import pytest
@@ -66,40 +65,41 @@ def by_loop(kind: str, a: Tensor, b: Tensor, sizes: Sequence[int], bias: Tensor 
     return torch.cat([F.linear(one, matrix.t(), own) for one, matrix, own in zip(rows, b, biases, strict=True)])
 
 
-@contextmanager
-def no_host_synchronization(device: torch.device) -> Iterator[None]:
-    """On GPUs, PyTorch raises where the host would wait for the device."""
-    set_mode = torch.cuda.set_sync_debug_mode if device.type == "cuda" else lambda mode: None
+def check(
+    gemm: GroupedGemm,
+    kind: str,
+    a: Tensor,
+    b: Tensor,
+    sizes: Sequence[int],
+    behind: int = 3,
+    bias: Tensor | None = None,
+) -> None:
+    """a, and b of "weights": the valid rows only; NaN rows are put behind them."""
+    given = [with_nan_behind(a, behind), b if kind == "rows" else with_nan_behind(b, behind), ends(a.device, sizes)]
+    # On GPUs, PyTorch raises where the host would wait for the device.
+    set_mode = torch.cuda.set_sync_debug_mode if a.device.type == "cuda" else lambda mode: None
     set_mode("error")
     try:
-        yield
+        found = getattr(gemm, kind)(*given, *([] if bias is None else [bias]))
     finally:
         set_mode("default")
-
-
-def check(gemm: GroupedGemm, kind: str, a: Tensor, b: Tensor, sizes: Sequence[int], behind: int = 3) -> None:
-    """a, and b of "weights": the valid rows only; NaN rows are put behind them."""
-    given = with_nan_behind(a, behind), b if kind == "rows" else with_nan_behind(b, behind)
-    group_ends = ends(a.device, sizes)
-    with no_host_synchronization(a.device):
-        found = getattr(gemm, kind)(*given, group_ends)
-    truth, plain = by_loop(kind, a.double(), b.double(), sizes), by_loop(kind, a, b, sizes)
+    truth = by_loop(kind, a.double(), b.double(), sizes, None if bias is None else bias.double())
     if kind == "rows":
-        assert found.shape == (given[0].shape[0], b.shape[2])
-        found = found[: len(truth)]
-    assert_as_accurate(found, truth, plain, f"{kind} {sizes} {gemm}")
-    if kind == "weights":
+        assert found.shape == (sum(sizes) + behind, b.shape[2])
+        found = found[: sum(sizes)]
+    else:
         assert [bool((of_group == 0).all()) for of_group in found] == [size == 0 for size in sizes]
+    assert_as_accurate(found, truth, by_loop(kind, a, b, sizes, bias), f"{kind} {sizes} {gemm}")
 
 
 def check_products(
     rank: Rank, gemm: GroupedGemm, sizes: Sequence[int], widths: Sequence[int], dtype: torch.dtype, behind: int = 3
 ) -> None:
-    """Both products; that of rows with contiguous and with transposed matrices."""
+    """Both products; that of rows with contiguous and with transposed matrices, ours also at an odd address."""
     k, n, m = widths
     a, b, rows = (random(rank, dtype, *shape) for shape in ((sum(sizes), k), (len(sizes), k, n), (sum(sizes), m)))
-    check(gemm, "rows", a, b, sizes, behind)
-    check(gemm, "rows", a, random(rank, dtype, len(sizes), n, k).transpose(1, 2), sizes, behind)
+    for matrices in (b, random(rank, dtype, len(sizes), n, k).mT, *([shifted(b)] if gemm == TritonGemm() else [])):
+        check(gemm, "rows", a, matrices, sizes, behind)
     check(gemm, "weights", rows, a, sizes, behind)
 
 
@@ -133,20 +133,16 @@ def test_products_of_many_tiles(rank: Rank, dtype: torch.dtype) -> None:
     check_products(rank, TritonGemm(), (300, 270), widths, dtype)
 
 
-@on_ranks(1)
-@by_dtype
-def test_a_product_of_one_term_is_rounded_to_the_nearest(rank: Rank, dtype: torch.dtype) -> None:
-    a, b = random(rank, dtype, 20, 1), random(rank, dtype, 1, 30)
-    expected = (a.float() * b.float()).to(dtype)
-    assert_bitwise(TritonGemm().rows(a, b[None], ends(rank.device, (20,))), expected)
-    assert_bitwise(TritonGemm().weights(a.view(1, 20), b, ends(rank.device, (1,))), expected[None])
-
-
 @promise("fp32")
 @on_ranks(1)
-def test_fp32_products_round_once(rank: Rank) -> None:
+def test_products_of_one_term_and_all_of_fp32_are_rounded_once(rank: Rank) -> None:
     """A score's gradient is one number: no other errors would average its own out."""
-    dtype, sizes = torch.float32, (40, 30)
+    for dtype in DTYPES:
+        a, b = random(rank, dtype, 20, 1), random(rank, dtype, 1, 30)
+        expected = (a.float() * b.float()).to(dtype)
+        assert_bitwise(TritonGemm().rows(a, b[None], ends(rank.device, (20,))), expected)
+        assert_bitwise(TritonGemm().weights(a.view(1, 20), b, ends(rank.device, (1,))), expected[None])
+    sizes = (40, 30)
     a, b, groups = random(rank, dtype, 70, 90), random(rank, dtype, 2, 90, 50), ends(rank.device, sizes)
     for gemm in (TritonGemm(), LoopGemm()):
         assert_bitwise(gemm.rows(a, b, groups), by_loop("rows", a.double(), b.double(), sizes).float())
@@ -165,37 +161,31 @@ def test_groups_that_end_past_the_last_row(rank: Rank, sizes: tuple[int, ...]) -
         assert_as_accurate(getattr(gemm, kind)(rows, second, groups), truth, by_loop(kind, a, plain, fitting))
 
 
-def written(rank: Rank, programs: int, rows: int, group_ends: Sequence[int], columns: int) -> Tensor:
-    """Rows by columns that the first programs of a product write: 1 + the group of each, 0 where none wrote."""
-    experts = len(group_ends)
-    a = torch.ones(rows, 16, device=rank.device)
-    b = (torch.arange(experts, dtype=torch.float32, device=rank.device) + 1).view(-1, 1, 1).repeat(1, 16, columns) / 16
-    out = torch.zeros(rows + 16, columns, device=rank.device)
-    groups = torch.tensor(group_ends, dtype=torch.int32, device=rank.device)
-    arguments = (a, b, a, out, groups, experts, rows, triton.cdiv(rows, 16) + experts - 1)
-    constants = {"K": 16, "N": columns, "EXPERTS": triton.next_power_of_2(experts), "HAS_BIAS": False}
-    constants |= dict(zip(("STRIDE_E", "STRIDE_K", "STRIDE_N"), b.stride(), strict=True)) | SMALL_TILES.constants()
-    launch(rows_kernel, (programs,), *arguments, device=rank.device, **constants)
-    assert not out[rows:].any(), "nothing is written past the last row"
-    return out[:rows].int().cpu()
-
-
 @on_ranks(1)
-def test_order_of_tiles(rank: Rank) -> None:
-    # Groups that end at rows 20 20 25: two tiles of group 0, one of group 2, then none.
-    expected = torch.zeros(27, 16, dtype=torch.int32)
-    for programs, (tile, group) in enumerate([(slice(0, 16), 0), (slice(16, 20), 0), (slice(20, 25), 2)], start=1):
-        expected[tile] = group + 1
-        assert_bitwise(written(rank, programs, 27, (20, 20, 25), 16), expected)
-    assert_bitwise(written(rank, 4, 27, (20, 20, 25), 16), expected)
-    assert_bitwise(written(rank, 4, 25, (20, 20, 90), 16), expected[:25])
+def test_tiles_go_down_in_bands_and_end_with_the_rows(rank: Rank) -> None:
+    def written(programs: int, rows: int, group_ends: Sequence[int], columns: int) -> Tensor:
+        """Where the first programs of a product write, 16 rows more than there are."""
+        experts, groups = len(group_ends), torch.tensor(group_ends, dtype=torch.int32, device=rank.device)
+        a, b = torch.ones(rows, 16, device=rank.device), torch.ones(experts, 16, columns, device=rank.device)
+        out = torch.zeros(rows + 16, columns, device=rank.device)
+        arguments = (a, b, a, out, groups, experts, rows, triton.cdiv(rows, 16) + experts - 1)
+        constants = {"K": 16, "N": columns, "EXPERTS": triton.next_power_of_2(experts), "HAS_BIAS": False}
+        constants |= dict(zip(("STRIDE_E", "STRIDE_K", "STRIDE_N"), b.stride(), strict=True)) | SMALL_TILES.constants()
+        launch(rows_kernel, (programs,), *arguments, device=rank.device, **constants)
+        return out.bool()
+
+    # Groups that end at rows 20 20 25: tiles that end at rows 16, 20 and 25, then none.
+    for programs, end in ((1, 16), (2, 20), (3, 25), (4, 25)):
+        found = written(programs, 27, (20, 20, 25), 16)
+        assert found[:end].all()
+        assert not found[end:].any()
+    assert written(4, 25, (20, 20, 90), 16).sum(dim=0).tolist() == [25] * 16, "nothing is written past the last row"
     # Nine tiles of rows by two of columns: eight down the first column, eight down the second, then both of the ninth.
-    expected = torch.zeros(9 * 16, 32, dtype=torch.int32)
-    tiles = [(row, column) for rows in (range(8), range(8, 9)) for column in range(2) for row in rows]
-    for programs, (row, column) in enumerate(tiles, start=1):
-        expected[16 * row : 16 * (row + 1), 16 * column : 16 * (column + 1)] = 1
-        if programs in (1, 8, 9, 16, 17, 18):
-            assert_bitwise(written(rank, programs, 9 * 16, (9 * 16,), 32), expected)
+    for programs, heights in ((1, (1, 0)), (8, (8, 0)), (9, (8, 1)), (16, (8, 8)), (17, (9, 8)), (18, (9, 9))):
+        found = written(programs, 9 * 16, (9 * 16,), 32).view(10, 16, 2, 16)
+        for column, height in enumerate(heights):
+            assert found[:height, :, column].all()
+            assert not found[height:, :, column].any()
 
 
 @on_ranks(1)
@@ -253,23 +243,4 @@ def test_a_bias_is_added_before_the_rounding(rank: Rank, dtype: torch.dtype) -> 
     for (depth, width), gemm in product(((33, 21), (32, 24)), (TritonGemm(tiles=SMALL_TILES), TritonGemm(), library)):
         a, b = random(rank, dtype, sum(sizes), depth), random(rank, dtype, len(sizes), depth, width)
         bias = random(rank, dtype, len(sizes), width)
-        found = gemm.rows(with_nan_behind(a), b, ends(rank.device, sizes), bias)[: sum(sizes)]
-        truth = by_loop("rows", a.double(), b.double(), sizes, bias.double())
-        assert_as_accurate(found, truth, by_loop("rows", a, b, sizes, bias))
-
-
-@on_ranks(1)
-@by_dtype
-@pytest.mark.parametrize("widths", [(16, 16, 8), (8, 8, 8), (16, 12, 6), (3, 2, 1), (1, 1, 1)], ids=str)
-def test_the_chosen_implementation_serves_all_products_of_a_layer(
-    rank: Rank, widths: tuple[int, int, int], dtype: torch.dtype
-) -> None:
-    sizes, (_, up, inner) = (2, 3), widths
-    operands = layer_operands(rank, dtype, *widths)
-    for x, w1, w2 in (operands, map(shifted, operands)):
-        gemm = grouped_gemm((x, w1, w2))
-        up_rows, inner_rows = random(rank, dtype, 5, up), random(rank, dtype, 5, inner)
-        for a, b in ((x, w1.mT), (inner_rows, w2.mT), (x, w2), (up_rows, w1)):
-            check(gemm, "rows", a, b, sizes)
-        check(gemm, "weights", up_rows, x, sizes)
-        check(gemm, "weights", x, inner_rows, sizes)
+        check(gemm, "rows", a, b, sizes, bias=bias)

@@ -1,20 +1,22 @@
 """The plan against its definition: a worked example, a slow second derivation, and ``check`` on changed fields."""
 
 import re
+import threading
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields, replace
+from itertools import product
 
 import pytest
 import torch
-from backends import WORLD_SIZES, both_backends
+from backends import ON_GPUS, both_backends
 from on_ranks import on_ranks
 from promises import promise
 from torch import Tensor
 from workspaces import workspace_of
 
 from sonic_ep import EPConfig, ExpertParallel, PlanError, RoutingPlan, RowOverflowError
-from sonic_ep.distributed.collectives import BoundedCollectives
-from sonic_ep.distributed.group import resolve_group
 from sonic_ep.plan import malformed_field, row_ceiling
 from sonic_ep.reference.plan import build_plan, pair_exchange, slot_exchange
 from sonic_ep.testing import CASES, Case, Rank, assert_bitwise, draw
@@ -32,25 +34,24 @@ def plan_of(ids_WCK: Tensor, rank: int, num_experts: int, row_capacity: int | No
 def test_worked_example() -> None:
     """The numbers in the docstring of sonic_ep.plan."""
     plans = [plan_of(WORKED_IDS, rank, 4, row_capacity=6 - rank) for rank in range(2)]
-    for plan in plans:
+    expected = (
+        ([4, 6], [0, 3, 10, 11, 2, 7], [[0, 1, -1], [2, -1, 3]]),
+        ([3, 5], [1, 5, 6, 4, 9], [[0, -1, 1], [2, 3, -1]]),
+    )
+    for plan, (group_ends, slot_of_row, packed_of_token) in zip(plans, expected, strict=True):
         plan.check()
         assert plan.counts.tolist() == [4, 2, 3, 2]
         assert plan.row_of_slot.tolist() == [[[0, 0], [4, 1], [3, 1]], [[2, 5], [-1, 4], [2, 3]]]
         assert plan.pair_tokens.tolist() == [[2, 2], [2, 2]]
-    assert plans[0].group_ends.tolist() == [4, 6]
-    assert plans[0].slot_of_row.tolist() == [0, 3, 10, 11, 2, 7]
-    assert plans[0].packed_of_token.tolist() == [[0, 1, -1], [2, -1, 3]]
-    assert plans[1].group_ends.tolist() == [3, 5]
-    assert plans[1].slot_of_row.tolist() == [1, 5, 6, 4, 9]
-    assert plans[1].packed_of_token.tolist() == [[0, -1, 1], [2, 3, -1]]
-    assert [plan.rows() for plan in plans] == [6, 5]
-    assert [plan.packed_rows() for plan in plans] == [4, 4]
-    slots = slot_exchange(plans[0])
+        assert plan.group_ends.tolist() == group_ends
+        assert plan.slot_of_row.tolist() == slot_of_row
+        assert plan.packed_of_token.tolist() == packed_of_token
+        assert (plan.rows(), plan.packed_rows()) == (group_ends[-1], 4)
+    slots, pairs = slot_exchange(plans[0]), pair_exchange(plans[0])
     # Rank 0 keeps slots 0, 3, 2 (rows 0, 1, 4 of its own) and sends 1, 5, 4 (rows 0, 1, 3 of rank 1).
     assert slots.slots.tolist() == [0, 3, 2, 1, 5, 4]
-    assert (slots.send_splits, slots.receive_splits) == ([3, 3], [3, 3])
     assert slots.rows.tolist() == [0, 1, 4, 2, 3, 5]
-    pairs = pair_exchange(plans[0])
+    assert (slots.send_splits, slots.receive_splits) == ([3, 3], [3, 3])
     assert pairs.tokens.tolist() == [0, 1, 0, 2]
     assert (pairs.send_splits, pairs.receive_splits) == ([2, 2], [2, 2])
 
@@ -91,38 +92,44 @@ def test_every_field_against_a_second_derivation(world_size: int, seed: int) -> 
             assert bool((found[len(values) :] == -1).all()), name
 
 
-def reference_plan(mine: Tensor, num_experts: int, config: EPConfig | None = None) -> RoutingPlan:
-    with ExpertParallel(backend="reference", config=config) as ep:
-        return ep.plan(mine, num_experts)
-
-
-def assert_same_plan(plan: RoutingPlan, expected: RoutingPlan) -> None:
-    assert (plan.rank, plan.num_tokens) == (expected.rank, expected.num_tokens)
-    for name in TENSOR_FIELDS:
-        assert_bitwise(getattr(plan, name), getattr(expected, name), name)
-
-
 def ids_of(rank: Rank, case: Case) -> Tensor:
     inputs = draw(case, rank.world_size, rank.device)
     return inputs.topk_idx[inputs.tokens_of(rank.rank)]
 
 
-# A plan of "fast" is compared with the reference's, so that one also for other numbers of ranks.
+MANY_TILES = [
+    Case(name="several tiles", tokens=(130, 1, 70), top_k=5, num_experts=24, hidden=1),
+    Case(name="more choices than slots in a tile", tokens=(3,), top_k=600, num_experts=606, hidden=1),
+    Case(name="many experts", tokens=(65,), top_k=8, num_experts=1200, hidden=1),
+    Case(name="repeated in a tile", tokens=(150,), top_k=6, choose=repeating, hidden=1),
+    Case(name="int32 ids", tokens=(40,), hidden=1),
+]
+EXACT, BOUNDED = {"cpu_sync_on_runtime": True}, {"max_rows": 10**6}
+SIZES = [1, 3, *(pytest.param(size, marks=pytest.mark.thorough) for size in (2, 4, *ON_GPUS))]
+
+
 @promise("order")
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize(("backend", "world_size"), [("reference", 3), *(("fast", size) for size in WORLD_SIZES)])
-@on_ranks()
-def test_ranks_hold_one_and_the_same_plan(rank: Rank, backend: str, world_size: int, case: Case) -> None:
-    inputs, mine = draw(case, world_size), ids_of(rank, case)
-    with ExpertParallel(backend=backend) as ep:
-        plan = ep.plan(mine, case.num_experts)
-        ep.check()
-    plan.check()
-    assert_same_plan(plan, reference_plan(mine, case.num_experts))
-    gather = BoundedCollectives(resolve_group(None)).all_gather
-    for name in ("expert_ids", "counts", "row_of_slot", "pair_tokens"):
-        for theirs in gather(getattr(plan, name)):
-            assert_bitwise(theirs, getattr(plan, name), name)
+@on_ranks(*SIZES)
+@both_backends
+@pytest.mark.parametrize("case", [*CASES.values(), *MANY_TILES], ids=lambda case: case.name)
+def test_ranks_hold_one_and_the_same_plan(rank: Rank, backend: str, case: Case) -> None:
+    inputs, mine, settings = draw(case, rank.world_size), ids_of(rank, case), [{}]
+    if case.name == "several tiles":
+        settings.append(EXACT | BOUNDED)
+    if case.name == "int32 ids":
+        mine = mine.int()
+        settings += [EXACT, BOUNDED, EXACT | BOUNDED]
+    for flags in settings:
+        plans = []
+        for name in (backend, "reference"):
+            with ExpertParallel(backend=name, config=EPConfig(**flags)) as ep:
+                plans.append(ep.plan(mine, case.num_experts))
+                ep.check()
+        plan, expected = plans
+        plan.check()
+        assert (plan.rank, plan.num_tokens) == (expected.rank, expected.num_tokens) == (rank.rank, len(mine))
+        for name in TENSOR_FIELDS:
+            assert_bitwise(getattr(plan, name), getattr(expected, name), name)
     for source, ids_CK in enumerate(plan.expert_ids.cpu()):
         theirs = inputs.topk_idx[inputs.tokens_of(source)]
         assert torch.equal(ids_CK[: len(theirs)].long(), theirs)
@@ -131,113 +138,81 @@ def test_ranks_hold_one_and_the_same_plan(rank: Rank, backend: str, world_size: 
 
 @pytest.mark.parametrize("name", [*TENSOR_FIELDS, "rank", "num_tokens"])
 def test_check_refuses_a_changed_field(name: str) -> None:
+    """Of a tensor: another dtype, a column less, and each number one larger."""
     plan = plan_of(WORKED_IDS, 0, 4, row_capacity=6)
     plan.check()
-    wrong = {"rank": [1], "num_tokens": [2, 4]}.get(name) or changes_of(getattr(plan, name))
+    wrong = {"rank": [1], "num_tokens": [2, 4]}.get(name)
+    if wrong is None:
+        right = getattr(plan, name)
+        larger = torch.eye(right.numel(), dtype=right.dtype).view(-1, *right.shape) + right
+        wrong = [right.long(), right[..., :-1], *larger]
     for value in wrong:
         with pytest.raises(PlanError):
             replace(plan, **{name: value}).check()
 
 
-def changes_of(tensor: Tensor) -> list[Tensor]:
-    """Another dtype, a column less, and each number one larger."""
-    larger = [tensor.flatten().index_add(0, torch.tensor([i]), tensor.new_ones(1)) for i in range(tensor.numel())]
-    return [tensor.long(), tensor[..., :-1], *(changed.view(tensor.shape) for changed in larger)]
-
-
-def test_row_ceiling() -> None:
-    sizes = {"world_size": 4, "max_tokens": 10, "top_k": 8, "experts_per_rank": 3}
-    assert row_ceiling(**sizes, distinct=True) == 4 * 10 * 3
-    assert row_ceiling(**sizes, distinct=False) == 4 * 10 * 8
-
-
-LARGE = [
-    Case(name="several tiles", tokens=(350, 1, 201), top_k=5, num_experts=24, hidden=1),
-    Case(name="more choices than slots in a tile", tokens=(3,), top_k=600, num_experts=606, hidden=1),
-    Case(name="many experts", tokens=(129,), top_k=8, num_experts=1200, hidden=1),
-    Case(name="repeated in a tile", tokens=(150,), top_k=6, choose=repeating, hidden=1),
-    Case(name="int32 ids", tokens=(40,), hidden=1),
-]
-
-
-@pytest.mark.fast
-@on_ranks(1, 2, 3)
-@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
-def test_plans_of_many_tiles(rank: Rank, case: Case) -> None:
-    mine = ids_of(rank, case)
-    configs = [EPConfig(), EPConfig(max_rows=10**6, cpu_sync_on_runtime=True)]
-    # The bound on rows does not depend on the number of tiles: the other two settings at the small size.
-    if case.name == "int32 ids":
-        mine = mine.int()
-        configs += [EPConfig(cpu_sync_on_runtime=True), EPConfig(max_rows=10**6)]
-    for config in configs:
-        with ExpertParallel(backend="fast", config=config) as ep:
-            plan = ep.plan(mine, case.num_experts)
-            ep.check()
-        assert_same_plan(plan, reference_plan(mine, case.num_experts, config))
-
-
-def device_errors(
-    ep: ExpertParallel, wrong: Callable[[], None], good: Callable[[], object], error: type[Exception]
-) -> list[str]:
-    """What two wrong calls raise: one by ``ep.check``, one by the plan ``PLANS_AHEAD`` later; then all is well."""
+def plans_until_raised(ep: ExpertParallel, good: Callable[[], object], error: type[Exception]) -> str:
+    """What the plan ``PLANS_AHEAD`` after a wrong call raises; then all is well."""
     from sonic_ep.fast.device_errors import PLANS_AHEAD
 
-    messages = []
-    for ask, plans_between in ((ep.check, 0), (good, PLANS_AHEAD - 1)):
-        wrong()
-        for _ in range(plans_between):
-            good()
-        with pytest.raises(error) as raised:
-            ask()
-        messages.append(str(raised.value))
+    for _ in range(PLANS_AHEAD - 1):
+        good()
+    with pytest.raises(error) as raised:
+        good()
     good()
     ep.check()
-    return messages
+    return str(raised.value)
 
 
 @pytest.mark.fast
 @on_ranks(2)
-@pytest.mark.parametrize("bad_id", [-2, 4, 2**31 - 1, 2**40, -(2**33) + 1])
-def test_ids_out_of_range_are_found_on_the_device(rank: Rank, bad_id: int) -> None:
-    """They count as dropped, and every rank raises, once."""
+def test_ids_out_of_range_are_found_on_the_device(rank: Rank) -> None:
+    """They count as dropped, and every rank raises, once: by ``check``, or by a later plan."""
     good = torch.tensor([[0, 3], [2, 1]], device=rank.device)
-    mine = torch.tensor([[0, bad_id], [2, 1]], device=rank.device) if rank.rank == 1 else good
+    named = rf"^rank {rank.rank} of 2: topk_idx: got expert ids out of range on rank 1, expected 0 to 3(.|\n)*step "
+    wrong_ids = (-2, 4, 2**31 - 1, 2**40, -(2**33) + 1)
     with ExpertParallel(backend="fast") as ep:
-
-        def wrong() -> None:
-            plan = ep.plan(mine, num_experts=4)
+        for step, wrong in enumerate(wrong_ids, start=1):
+            ids = good.clone()
+            if rank.rank == 1:
+                ids[0, 1] = wrong
+            plan = ep.plan(ids, num_experts=4)
             plan.check()
             assert plan.expert_ids[1].tolist() == [[0, -1], [2, 1]]
-
-        messages = device_errors(ep, wrong, lambda: ep.plan(good, num_experts=4).check(), ValueError)
-    for step, message in enumerate(messages, start=1):
-        named = f"rank {rank.rank} of 2: topk_idx: got expert ids out of range on rank 1, expected 0 to 3"
-        assert re.match(rf"{named}.*step {step}\)$", message, re.DOTALL), message
+            if wrong != wrong_ids[-1]:
+                with pytest.raises(ValueError, match=rf"{named}{step}\)$"):
+                    ep.check()
+        message = plans_until_raised(ep, lambda: ep.plan(good, num_experts=4).check(), ValueError)
+        assert re.match(rf"{named}{step}\)$", message)
 
 
 @pytest.mark.fast
-@on_ranks(1, 2, 3)
+@on_ranks(1, pytest.param(2, marks=pytest.mark.thorough), 3)
 def test_overflow_is_found_on_the_device(rank: Rank) -> None:
     """Without a host read: all rows are NaN now, and the error comes later."""
     case = CASES["one_rank"]
     inputs = draw(case, rank.world_size, rank.device)
     tokens = inputs.tokens_of(rank.rank)
-    fitting = torch.zeros_like(inputs.topk_idx[tokens]) - 1
+    x, scores, ids = inputs.x[tokens], inputs.topk_scores[tokens], inputs.topk_idx[tokens]
+    fitting = torch.full_like(ids, -1)
     with ExpertParallel(backend="fast", config=EPConfig(max_rows=20)) as ep:
 
         def overflow() -> None:
-            plan = ep.plan(inputs.topk_idx[tokens], case.num_experts)
-            rows = ep.dispatch(inputs.x[tokens], plan)
+            plan = ep.plan(ids, case.num_experts)
+            rows = ep.dispatch(x, plan)
             assert rows.shape[0] == 20
             assert bool(rows.isnan().all())
-            assert bool(ep.combine(torch.ones_like(rows), inputs.topk_scores[tokens], plan).isnan().all())
+            assert bool(ep.combine(torch.ones_like(rows), scores, plan).isnan().all())
 
-        messages = device_errors(ep, overflow, lambda: ep.plan(fitting, case.num_experts), RowOverflowError)
-        ep.dispatch(inputs.x[tokens], ep.plan(fitting, case.num_experts))
+        overflow()
+        with pytest.raises(RowOverflowError) as raised:
+            ep.check()
+        overflow()
+        later = plans_until_raised(ep, lambda: ep.plan(fitting, case.num_experts), RowOverflowError)
+        ep.dispatch(x, ep.plan(fitting, case.num_experts))
         ep.check()
     # Plan, dispatch and combine are a step each.
-    for step, message in zip((1, 4), messages, strict=True):
+    for step, message in ((1, str(raised.value)), (4, later)):
         assert_overflow(message, rank, rows=rank.world_size * 13 * 3)
         assert message.endswith(f"step {step})")
 
@@ -265,15 +240,15 @@ def test_overflow_of_exact_sizes_names_rows_and_bound_on_every_rank(rank: Rank, 
         plan.check()
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_max_rows_holds_with_and_without_exact_sizes(exact: bool) -> None:
-    idx = torch.tensor([[0], [1], [-1]])
-    for bound in (2, 3):
-        with ExpertParallel(config=EPConfig(max_rows=bound, cpu_sync_on_runtime=exact)) as ep:
+def test_max_rows_holds_with_and_without_exact_sizes() -> None:
+    idx, overflow = torch.tensor([[0], [1], [-1]]), "max_rows: got 1, expected at least 2"
+    for bound, exact in product((1, 2, 3), (False, True)):
+        refused = pytest.raises(RowOverflowError, match=overflow) if bound == 1 else nullcontext()
+        with ExpertParallel(config=EPConfig(max_rows=bound, cpu_sync_on_runtime=exact)) as ep, refused:
             assert ep.plan(idx, num_experts=2).rows() == 2
-    overflow = pytest.raises(RowOverflowError, match="max_rows: got 1, expected at least 2")
-    with ExpertParallel(config=EPConfig(max_rows=1, cpu_sync_on_runtime=exact)) as ep, overflow:
-        ep.plan(idx, num_experts=2)
+    sizes = {"world_size": 4, "max_tokens": 10, "top_k": 8, "experts_per_rank": 3}
+    assert row_ceiling(**sizes, distinct=True) == 4 * 10 * 3
+    assert row_ceiling(**sizes, distinct=False) == 4 * 10 * 8
 
 
 def test_more_slots_than_int32_counts_are_refused_and_malformed() -> None:
@@ -301,28 +276,44 @@ def test_max_tokens_is_agreed_on_in_the_first_call_with_tokens(rank: Rank, backe
 
 
 @pytest.mark.fast
-@on_ranks(1, 2, 3)
+@on_ranks(1, 3)
 @pytest.mark.parametrize("name", ["uneven_tokens", "zero_token_ranks"])
 def test_scores_and_ids_are_exchanged_together(rank: Rank, name: str) -> None:
     from sonic_ep.fast.plan import PlanShape, gathered_counts
 
-    case = CASES[name]
-    inputs = draw(case, rank.world_size, rank.device)
-    tokens, barriers = inputs.tokens_of(rank.rank), []
-    max_tokens = max(case.tokens_of_rank(source) for source in range(rank.world_size))
+    case, ranks = CASES[name], range(rank.world_size)
+    inputs, barriers = draw(case, rank.world_size, rank.device), []
+    own, max_tokens = inputs.tokens_of(rank.rank), max(map(case.tokens_of_rank, ranks))
     sizes = {"max_tokens": max_tokens, "top_k": case.top_k, "num_experts": case.num_experts}
     shape = PlanShape(rank=rank.rank, world_size=rank.world_size, **sizes)
-    errors = torch.zeros(3, dtype=torch.int32, device=rank.device)
-    with workspace_of(rank) as workspace:
-        with pytest.MonkeyPatch.context() as patch:
-            for barrier in ("barrier_before_write", "barrier_after_write"):
-                run = getattr(workspace, barrier)
-                patch.setattr(workspace, barrier, lambda run=run, name=barrier: (barriers.append(name), run()))
-            scores = inputs.topk_scores[tokens].double()
-            counts = gathered_counts(inputs.topk_idx[tokens], shape, workspace, errors, scores)
+    errors, scores = torch.zeros(3, dtype=torch.int32, device=rank.device), inputs.topk_scores[own].double()
+    with workspace_of(rank) as workspace, pytest.MonkeyPatch.context() as patch:
+        for barrier in ("barrier_before_write", "barrier_after_write"):
+            run = getattr(workspace, barrier)
+            patch.setattr(workspace, barrier, lambda run=run, name=barrier: (barriers.append(name), run()))
+        counts = gathered_counts(inputs.topk_idx[own], shape, workspace, errors, scores)
         assert barriers == ["barrier_before_write", "barrier_after_write"]
-        for source in range(rank.world_size):
+        for source in ranks:
             theirs, here = inputs.tokens_of(source), slice(case.tokens_of_rank(source))
             assert_bitwise(counts.expert_ids[source, here], inputs.topk_idx[theirs].int(), "ids")
             assert_bitwise(counts.scores[source, here], inputs.topk_scores[theirs], "scores")
         workspace.barrier_after_write()
+
+
+@pytest.mark.fast
+@on_ranks(1)
+def test_counts_are_copied_and_the_host_waits_for_every_one(rank: Rank) -> None:
+    """The one host read of exact sizes: as many as there are, zeros among them, one copy after the other."""
+    from sonic_ep.fast.planner import NOT_ARRIVED, HostCopy
+
+    copy = HostCopy(rank.device)
+    for counts in ([3, 0], [0, 0], [7, 1, 2], [5]):
+        copy.start(torch.tensor(counts, dtype=torch.int32, device=rank.device))
+        assert copy.wait() == counts
+    copy.start(torch.tensor([NOT_ARRIVED, NOT_ARRIVED], dtype=torch.int32, device=rank.device))
+    if rank.device.type == "cuda":
+        torch.cuda.synchronize()
+    writer = threading.Timer(0.05, lambda: (copy._host[1:].fill_(5), time.sleep(0.05), copy._host[:1].fill_(4)))
+    writer.start()
+    assert copy.wait() == [4, 5]
+    writer.join()
