@@ -1,9 +1,10 @@
-"""Kernels one by one: their order, their rounding, their range, and their machine code."""
+"""Kernels one by one: the examples of their docstrings, order, rounding, range, and machine code."""
 
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,8 +32,10 @@ from sonic_ep.fast.collectives import BLOCK
 from sonic_ep.fast.combine import base
 from sonic_ep.fast.combine.all_to_all import exchange_rows_kernel
 from sonic_ep.fast.device_functions import rank_and_token, rounded
+from sonic_ep.fast.dispatch.rank_dedup import pull_packed_kernel
 from sonic_ep.fast.experts import INTERPRETED_TILE, SUMMED_ROWS, add_bias_dots_kernel
 from sonic_ep.fast.launch import PROGRAMS_PER_MULTIPROCESSOR, launch
+from sonic_ep.fast.permute import gather_rows
 from sonic_ep.fast.router import choose_experts
 
 PROGRAM = Path(__file__).parents[1] / "helpers" / "compile_kernels.py"
@@ -41,6 +44,60 @@ pytestmark = pytest.mark.fast
 
 def index(rank: Rank, *numbers: int) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int32, device=rank.device)
+
+
+@on_ranks(1)
+def test_examples_of_the_plan(rank: Rank) -> None:
+    run, device_errors = partial(launch, device=rank.device), index(rank, 0, 0, 0)
+    # Three ids given and room for four: one dropped, one out of range.
+    staged = index(rank, 9, 9, 9, 9)
+    run(plan.stage_ids_kernel, (1,), torch.tensor([1, -1, 2], device=rank.device), staged, 3, 4, 2, BLOCK=8)
+    assert staged.tolist() == [1, -1, -2, -1]
+    # Two tokens with the experts 0 2 and 1 0 of four, on two ranks.
+    staged = index(rank, 0, 2, 1, 0)
+    addresses = torch.tensor([staged.data_ptr()] * 2, device=rank.device)
+    ids, counts = index(rank, *[9] * 8), index(rank, *[9] * 12)
+    tile = {"K": 2, "K_PADDED": 2, "TOKENS": 2, "EXPERTS_PADDED": 8}
+    run(plan.count_kernel, (2,), addresses, ids, counts, device_errors, 2, 1, 4, 2, 2, **tile)
+    assert ids.tolist() == [0, 2, 1, 0] * 2
+    assert counts.tolist() == [2, 1, 1, 0, 2, 1] * 2
+    assert device_errors.tolist() == [0, 0, 0]
+    counts, total = index(rank, 2, 0, 3), index(rank, 9)
+    run(plan.scan_kernel, (1,), counts, total, 3, 1, TILES=2, BINS=4)
+    assert (counts.tolist(), total.tolist()) == ([0, 2, 2], [5])
+    # Four slots of one tile with experts 1 0 1 0: 0 0 1 1 of each expert before them, and expert 1 begins at row 2.
+    ids, before, totals = index(rank, 1, 0, 1, 0), index(rank, 0, 0, 0), index(rank, 2, 2, 4)
+    row_of_slot, slot_of_row, packed = (index(rank, *[9] * 4) for _ in range(3))
+    tile = {"K": 1, "K_PADDED": 1, "TOKENS": 4, "EXPERTS_PADDED": 4, "COMPARED": 4}
+    run(plan.place_kernel, (1,), ids, before, totals, row_of_slot, slot_of_row, packed, 0, 4, 1, 2, 2, 1, 4, **tile)
+    assert row_of_slot.tolist() == [2, 0, 3, 1]
+    assert slot_of_row.tolist() == [1, 3, 0, 2]
+    assert packed.tolist() == [0, 1, 2, 3]
+    # Tiles of two ranks that begin with 0 and 3 tokens before them, and a total of 5; three rows where two have room.
+    before, totals = index(rank, 0, 0, 0, 0, 2, 1, 3, 3), index(rank, 3, 3, 5, 5)
+    ends, pairs = index(rank, 9), index(rank, 9, 9, 9, 9)
+    padded = {"EXPERTS_PADDED": 4, "RANKS_PADDED": 2}
+    run(plan.totals_kernel, (2,), before, totals, ends, pairs, device_errors, 1, 1, 2, 1, 2, 2, **padded)
+    assert pairs.tolist() == [3, 3, 2, 2]
+    assert ends.tolist() == [3]
+    assert device_errors.tolist() == [0, 1, 3]
+
+
+@on_ranks(1)
+def test_examples_of_rows(rank: Rank) -> None:
+    received = torch.arange(12, dtype=torch.float32, device=rank.device).view(3, 4)
+    # Two valid rows, of the first and the last of three experts.
+    gathered = gather_rows(received, index(rank, 2, 0, -1), index(rank, 1, 1, 2))
+    assert_bitwise(gathered[:2], received[[2, 0]])
+    assert bool(gathered[2].isnan().all()), "rows behind the valid ones are not written"
+    # More rows are routed here than there is room for.
+    assert_bitwise(gather_rows(received, index(rank, 1), index(rank, 3)), received[[1]])
+    packed = torch.full((3, 4), -1, dtype=torch.int32, device=rank.device)
+    tokens = torch.arange(12, dtype=torch.int32, device=rank.device).view(3, 4)
+    addresses = torch.zeros(1, dtype=torch.int64, device=rank.device)
+    places = index(rank, 0, -1, 1)
+    launch(pull_packed_kernel, (3,), tokens, addresses, packed, places, 0, 1, 3, device=rank.device, INTS=4, BLOCK=4)
+    assert packed.tolist() == [tokens[0].tolist(), tokens[2].tolist(), [-1] * 4]
 
 
 def test_examples_of_receive_slots_and_program_orders(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from math import log
 
 import pytest
 import torch
@@ -167,6 +168,23 @@ def test_bf16_parts_of_a_gradient_hold_all_its_bits(rank: Rank) -> None:
     assert bf16_parts(given[:0]).shape == (0, 3, 300)
     parts = bf16_parts(torch.tensor([[1 + 2**-9 + 2**-20]], device=rank.device))
     assert parts.flatten().tolist() == [1, 2**-9, 2**-20]
+
+
+@pytest.mark.fast
+@on_ranks(1)
+def test_examples_of_the_docstrings(rank: Rank) -> None:
+    from sonic_ep.fast.router import choose_experts as fast_choices
+    from sonic_ep.fast.router import logits_gradient
+
+    logits = torch.tensor([[0.0, log(2.0), 0.0]], device=rank.device)
+    over_all = replace(TOP_2, score_order=ScoreOrder.SOFTMAX_THEN_TOPK)
+    for options, expected in ((TOP_2, [2 / 3, 1 / 3]), (over_all, [2 / 4, 1 / 4])):
+        found = fast_choices(logits, options)
+        assert found.topk_idx.tolist() == [[1, 0]]
+        assert_near(found.scores, torch.tensor([expected], device=rank.device), 8)
+    routing = Routing(logits=logits, topk_idx=found.topk_idx, topk_scores=found.scores)
+    grad = logits_gradient(routing, torch.tensor([[1.0, 0.0]], device=rank.device), over_all)
+    assert_near(grad, torch.tensor([[-1 / 8, 1 / 4, -1 / 8]], device=rank.device), 8)
 
 
 @on_ranks(1)
