@@ -146,7 +146,7 @@ class FastBackend:
                 where = "the CPU under Triton's interpreter" if interpreted() else "CUDA devices"
                 where += " for backend 'fast' (backend='reference' takes others)"
                 raise ValueError(f"{self._group}: device: got {device}, expected one of {where}")
-            self._contexts[device] = DeviceContext.make(self._collectives, self._config, device)
+            self._contexts[device] = DeviceContext(self._collectives, self._config, device)
         return self._contexts[device]
 
     def _joined(self, tensor: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class FastBackend:
         """
         if not (self._config.redispatch_x_in_backward and w1.requires_grad):
             return None
-        gather: CopyEngineGather = self._context(x_TH.device).gather
+        gather = self._context(x_TH.device).gather
         gather.reserve(max_tokens, x_TH.shape[1] * x_TH.element_size())
         return gather
 

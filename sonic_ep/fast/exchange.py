@@ -16,9 +16,9 @@ from torch import Tensor
 from sonic_ep.autograd_utils import once_differentiable, savable, unpack_saved
 from sonic_ep.distributed.sync_tag import Phase, Step
 from sonic_ep.fast.collectives import gather_scores, reserve_values, return_to_origin
-from sonic_ep.fast.combine import FastCombine
+from sonic_ep.fast.combine.base import PushedCombine
 from sonic_ep.fast.device_errors import DeviceErrors
-from sonic_ep.fast.dispatch import FastDispatch
+from sonic_ep.fast.dispatch.base import PulledDispatch
 from sonic_ep.fast.launch import aligned_contiguous
 from sonic_ep.fast.permute import gather_rows, poison_if_overflowed, weigh_rows
 from sonic_ep.fast.symmetric_memory import SharedBuffer
@@ -34,8 +34,8 @@ class Exchange:
     """
 
     plan: RoutingPlan
-    dispatch: FastDispatch
-    combine: FastCombine
+    dispatch: PulledDispatch
+    combine: PushedCombine
     workspace: Workspace
     max_rows: int | None
     device_errors: DeviceErrors

@@ -7,7 +7,6 @@ number, and tensor cores sum their exact products in fp32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -231,8 +230,8 @@ class Choose(torch.autograd.Function):
         ctx.mark_non_differentiable(chosen.topk_idx)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.group, ctx.call_lock = options, workspace.group, workspace.call_lock
-        ctx.save_for_backward(logits_TE, chosen.topk_idx, chosen.scores)
-        return chosen.topk_idx, chosen.scores
+        ctx.save_for_backward(logits_TE, chosen.topk_idx, chosen.topk_scores)
+        return chosen.topk_idx, chosen.topk_scores
 
     @staticmethod
     @once_differentiable
@@ -243,21 +242,13 @@ class Choose(torch.autograd.Function):
         return logits_gradient(routing, scores_grad_TK, ctx.options), None, None
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Choices:
-    """topk_idx (T, K) int64 and scores (T, K) fp32."""
-
-    topk_idx: Tensor
-    scores: Tensor
-
-
-def choose_experts(logits_TE: Tensor, options: RouterOptions) -> Choices:
+def choose_experts(logits_TE: Tensor, options: RouterOptions) -> Routing:
     """The K largest logits (fp32, contiguous) of each row, descending, equal ones by ascending expert; their scores."""
     num_tokens, top_k = logits_TE.shape[0], options.top_k
     topk_idx_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits_TE.device)
     scores_TK = logits_TE.new_empty(num_tokens, top_k)
     _over_tokens(choose_kernel, (logits_TE, topk_idx_TK, scores_TK), options)
-    return Choices(topk_idx=topk_idx_TK, scores=scores_TK)
+    return Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK)
 
 
 def logits_gradient(routing: Routing, scores_grad_TK: Tensor, options: RouterOptions) -> Tensor:

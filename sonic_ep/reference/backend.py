@@ -13,7 +13,7 @@ from sonic_ep.autograd_utils import (
     disable_autocast_in_backward,
     outside_selective_checkpoint,
 )
-from sonic_ep.backend import Experts, LayerOutput, Routing, Slots
+from sonic_ep.backend import Backend, Experts, LayerOutput, Routing, Slots
 from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.distributed.collectives import BoundedCollectives
@@ -27,8 +27,8 @@ from sonic_ep.reference.plan import check_expert_ids, exchange_plan
 from sonic_ep.reference.router import route
 
 
-class ReferenceBackend:
-    """The backend protocol over ``torch.distributed``. Stateless but for its group and config."""
+class ReferenceBackend(Backend):
+    """The backend protocol over ``torch.distributed``. Holds no memory, and raises every error at once."""
 
     def __init__(self, collectives: BoundedCollectives, config: EPConfig) -> None:
         self._config = config
@@ -89,28 +89,6 @@ class ReferenceBackend:
         disable_autocast_in_backward((y,), (x_TH, slots.topk_scores, experts.w1, experts.w2, experts.b1, experts.b2))
         # The caller's own: backward looks at the plan's again.
         return LayerOutput(y=y, counts=plan.counts.clone())
-
-    def check(self) -> None:
-        """Nothing is ever pending: this backend raises at once."""
-
-    def explain(self, error: RuntimeError) -> None:
-        """Only the host waits, and it names the rank itself."""
-
-    def leave(self) -> None:
-        """Nothing to do: hosts read the store."""
-
-    def holds_memory(self) -> bool:
-        """Never."""
-        return False
-
-    def raise_in_backward(self) -> None:
-        """As always."""
-
-    def detach(self) -> None:
-        """Nothing is held."""
-
-    def close(self) -> None:
-        """Nothing is held."""
 
     def _combined(
         self,
