@@ -3,8 +3,6 @@
 Computed in fp32 (fp64 for fp64 input) and rounded once, to the dtype of the input.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType

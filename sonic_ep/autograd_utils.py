@@ -1,7 +1,5 @@
 """Helpers of autograd functions: backward once, autocast off, outside compilers and selective checkpointing."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, wraps

@@ -1,7 +1,5 @@
 """The calls of one ``ExpertParallel``: one at a time, compared across ranks by digest, until closed or failed."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 import weakref

@@ -4,8 +4,6 @@ A wrong one raises ``ValueError`` (``TypeError`` for a wrong type) with rank, ar
 returned uncopied: once all shapes are right, ``for_kernels`` copies what kernels cannot read in place.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar

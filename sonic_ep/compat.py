@@ -1,7 +1,5 @@
 """Every private API of PyTorch that the package uses, behind public names. ``test_compat.py`` says what each needs."""
 
-from __future__ import annotations
-
 import ctypes
 import re
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The layer as an ``nn.Module`` with its own parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

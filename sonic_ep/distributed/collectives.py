@@ -4,8 +4,6 @@ A rank that waits long, fails or leaves reports it through the store of the proc
 the missing one. The first GPU collective reports, too.
 """
 
-from __future__ import annotations
-
 import pickle
 import time
 from collections import Counter

@@ -1,7 +1,5 @@
 """The fast backend: Triton kernels over symmetric memory."""
 
-from __future__ import annotations
-
 from sonic_ep.backend import Backend
 from sonic_ep.config import EPConfig
 from sonic_ep.distributed.collectives import BoundedCollectives

@@ -4,8 +4,6 @@ With gradients on, every rank takes part in every backward, even if its own tens
 ranks would cost a read on the host.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Requirements of the fast backend on a machine, as reasons why it cannot run."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from importlib.metadata import PackageNotFoundError, version

@@ -1,7 +1,5 @@
 """What the fast backend holds on one device: shared memory, the primitives over it, and the planner."""
 
-from __future__ import annotations
-
 import torch
 
 from sonic_ep.config import EPConfig

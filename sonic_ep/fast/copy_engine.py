@@ -1,7 +1,5 @@
 """An all-gather by the GPU's copy engines: asynchronous copies on side streams, which take no SM."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -8,8 +8,6 @@ Saved for backward: what dispatch received, or x alone where it is gathered agai
 group's scores; the plan. Outputs of experts are never saved: <d(out), y> is computed as <dA, A> + <d(out), b2>.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

@@ -3,8 +3,6 @@
 The host reads that size after the caller has queued all work that does not need it, so that the GPU stays busy.
 """
 
-from __future__ import annotations
-
 import ctypes
 import time
 from dataclasses import dataclass, replace

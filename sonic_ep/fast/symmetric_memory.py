@@ -1,7 +1,5 @@
 """Memory that ranks share: CUDA symmetric memory between GPUs, or a plain buffer for one rank."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol

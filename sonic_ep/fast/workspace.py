@@ -5,8 +5,6 @@
 - Buffers are allocated in calls that all ranks make, never in backward or in graph capture.
 """
 
-from __future__ import annotations
-
 import time
 import weakref
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """The reference backend: the layer in plain PyTorch over ``torch.distributed``."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

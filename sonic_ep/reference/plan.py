@@ -10,8 +10,6 @@ The worked example of ``sonic_ep.plan``:
 ([3, 5], [1, 5, 6, 4, 9])
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """The router in plain torch: logits and scores in fp32, ties to the lower expert."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

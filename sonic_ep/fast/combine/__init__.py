@@ -1,7 +1,5 @@
 """Combine: rows of experts back to the origin ranks of their tokens. Owners push, origin ranks sum."""
 
-from __future__ import annotations
-
 from sonic_ep.config import CombineMode
 from sonic_ep.fast.combine.all_to_all import AllToAllCombine
 from sonic_ep.fast.combine.base import PushedCombine

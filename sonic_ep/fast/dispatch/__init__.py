@@ -1,7 +1,5 @@
 """Dispatch: tokens to the ranks of their experts. Every rank stages its tokens and pulls those that it needs."""
 
-from __future__ import annotations
-
 from sonic_ep.config import DispatchMode
 from sonic_ep.fast.dispatch.all_gather import AllGatherDispatch
 from sonic_ep.fast.dispatch.all_to_all import AllToAllDispatch

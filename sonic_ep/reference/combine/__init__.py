@@ -1,7 +1,5 @@
 """Combine: rows of experts return to the ranks of their tokens, weighted and summed."""
 
-from __future__ import annotations
-
 from sonic_ep.backend import CombinePrimitive
 from sonic_ep.config import CombineMode
 from sonic_ep.distributed.collectives import BoundedCollectives

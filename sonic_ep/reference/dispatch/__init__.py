@@ -1,7 +1,5 @@
 """Dispatch: rows of tokens travel to the ranks of their experts."""
 
-from __future__ import annotations
-
 from sonic_ep.backend import DispatchPrimitive
 from sonic_ep.config import DispatchMode
 from sonic_ep.distributed.collectives import BoundedCollectives
