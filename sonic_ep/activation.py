@@ -5,6 +5,7 @@ Computed in fp32 (fp64 for fp64 input) and rounded once, to the dtype of the inp
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -53,14 +54,11 @@ class Activation:
         return (up * self.pointwise(gate)).to(hidden.dtype)
 
 
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
 def _relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+_gelu_tanh = partial(F.gelu, approximate="tanh")
 _ALL = (
     Activation(name="swiglu", gated=True, pointwise=F.silu),
     Activation(name="geglu", gated=True, pointwise=_gelu_tanh),

@@ -16,7 +16,6 @@ from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.distributed.sync_tag import Phase
 from sonic_ep.fast.capabilities import interpreted
 from sonic_ep.fast.context import DeviceContext
-from sonic_ep.fast.copy_engine import CopyEngineGather
 from sonic_ep.fast.exchange import Combine, Dispatch, Exchange
 from sonic_ep.fast.gemm import grouped_gemm
 from sonic_ep.fast.launch import aligned_contiguous
@@ -86,7 +85,11 @@ class FastBackend:
                 scores_TK=scores_TK.detach(),
             )
             exchange = self._exchange(pending.plan, x_TH)
-            gather = self._reserved_gather(x_TH, experts.w1, slots.max_tokens)
+            gather = None
+            if self._config.redispatch_x_in_backward and experts.w1.requires_grad:
+                gather = context.gather
+                # Also where gradients are off: reentrant checkpointing runs the first forward so.
+                gather.reserve(slots.max_tokens, x_TH.shape[1] * x_TH.element_size())
             call = Call(
                 shape=shape,
                 exchange=exchange,
@@ -149,17 +152,6 @@ class FastBackend:
 
     def _joined(self, tensor: Tensor) -> Tensor:
         return joined(tensor, self._group.world_size)
-
-    def _reserved_gather(self, x_TH: Tensor, w1: Tensor, max_tokens: int) -> CopyEngineGather | None:
-        """Collective. The gather of x in backward, if the config asks for it, with its memory allocated.
-
-        Also where gradients are off: reentrant checkpointing runs the first forward so.
-        """
-        if not (self._config.redispatch_x_in_backward and w1.requires_grad):
-            return None
-        gather = self._context(x_TH.device).gather
-        gather.reserve(max_tokens, x_TH.shape[1] * x_TH.element_size())
-        return gather
 
     def _exchange(self, plan: RoutingPlan, rows: Tensor) -> Exchange:
         context = self._context(rows.device)

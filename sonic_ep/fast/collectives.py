@@ -34,7 +34,7 @@ def gather_kernel(staged_ptr, gathered_ptr, numbers, BLOCK: tl.constexpr):
 
 def gather_scores(scores_TK: Tensor, plan: RoutingPlan, workspace: Workspace) -> Tensor:
     """Collective. The scores of the group, (W, C, K) fp32; unspecified for tokens that do not exist."""
-    staged = reserve_scores(plan.max_tokens, plan.top_k, workspace)
+    staged = reserve_of_slots(SCORES, plan.max_tokens, plan.top_k, workspace)
     workspace.barrier_before_write()
     stage_scores(scores_TK, staged)
     workspace.barrier_after_write()
@@ -55,14 +55,9 @@ def gather_staged_scores(staged: SharedBuffer, expert_ids_WCK: Tensor) -> Tensor
     return scores_WCK
 
 
-def reserve_scores(max_tokens: int, top_k: int, workspace: Workspace) -> SharedBuffer:
-    """Collective. Shared memory for the score of each slot of a rank, fp32."""
-    return workspace.reserve(SCORES, max_tokens * top_k * FP32_BYTES)
-
-
-def reserve_values(plan: RoutingPlan, workspace: Workspace) -> SharedBuffer:
-    """Collective. Shared memory for ``return_to_origin``: one fp32 value of each slot of a rank."""
-    return workspace.reserve(VALUES, plan.max_tokens * plan.top_k * FP32_BYTES)
+def reserve_of_slots(name: str, max_tokens: int, top_k: int, workspace: Workspace) -> SharedBuffer:
+    """Collective. Shared memory for one fp32 number of each slot of a rank: ``SCORES`` or ``VALUES``."""
+    return workspace.reserve(name, max_tokens * top_k * FP32_BYTES)
 
 
 @triton.jit(do_not_specialize=["slots_per_rank", "rows"])
@@ -126,7 +121,8 @@ def collect_kernel(
 
 def return_to_origin(value_of_row_R: Tensor, plan: RoutingPlan, workspace: Workspace) -> Tensor:
     """Collective. One fp32 value of each valid row to its slot's origin rank, (T, K); 0 for dropped slots."""
-    origin, device = reserve_values(plan, workspace), value_of_row_R.device
+    origin = reserve_of_slots(VALUES, plan.max_tokens, plan.top_k, workspace)
+    device = value_of_row_R.device
     out_TK = value_of_row_R.new_empty((plan.num_tokens, plan.top_k))
     slots_per_rank, slots = plan.max_tokens * plan.top_k, out_TK.numel()
     routing, of_experts = (plan.expert_ids, plan.row_of_slot), (plan.experts_per_rank, plan.row_capacity)

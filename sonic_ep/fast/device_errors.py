@@ -1,7 +1,5 @@
 """Errors that kernels find and the host raises: a wait that failed, bad ids, too many rows, another recompute."""
 
-from __future__ import annotations
-
 import os
 import sys
 import weakref
@@ -30,7 +28,7 @@ PLANS_AHEAD = 8
 MOST_STEP = 2**31 - 1
 
 
-def report_at_exit(owner: Any, find: Callable[[], Exception | None]) -> weakref.finalize[..., Any]:
+def report_at_exit(owner: Any, find: Callable[[], Exception | None]) -> weakref.finalize:
     """Print what ``find`` finds, if anything, once ``owner`` is freed. ``find`` must not hold it."""
     process = os.getpid()
 

@@ -4,8 +4,6 @@ Dispatch and combine are each other's adjoints, as in the reference: the gradien
 scores in the configured combine mode, the gradient of combine dispatches d(out) in the configured dispatch mode.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from sonic_ep.autograd_utils import once_differentiable, savable, unpack_saved
 from sonic_ep.distributed.sync_tag import Phase, Step
-from sonic_ep.fast.collectives import gather_scores, reserve_values, return_to_origin
+from sonic_ep.fast.collectives import VALUES, gather_scores, reserve_of_slots, return_to_origin
 from sonic_ep.fast.combine.base import PushedCombine
 from sonic_ep.fast.device_errors import DeviceErrors
 from sonic_ep.fast.dispatch.base import PulledDispatch
@@ -42,10 +40,6 @@ class Exchange:
     step: Step
     backward: bool = False
 
-    def in_backward(self) -> Exchange:
-        """The same, for the gradient."""
-        return replace(self, backward=True)
-
     def enter(self, phase: Phase) -> None:
         """Begin a phase of the step, see ``Workspace.enter``."""
         self.workspace.enter(phase, self.step, backward=self.backward)
@@ -54,7 +48,7 @@ class Exchange:
         """Collective. Allocate what rows and backward need, so that backward never has to."""
         self.dispatch.reserve(self.plan.max_tokens, row_bytes)
         self.combine.reserve(self.plan, row_bytes)
-        reserve_values(self.plan, self.workspace)
+        reserve_of_slots(VALUES, self.plan.max_tokens, self.plan.top_k, self.workspace)
 
     @property
     def group_ends(self) -> Tensor:
@@ -65,17 +59,13 @@ class Exchange:
     def rows(self, x_TH: Tensor) -> Tensor:
         """Collective. x of the group's tokens in canonical row order, (R, H); unspecified past the valid rows."""
         x_TH = aligned_contiguous(x_TH)
-        received = self.pull(x_TH, self.stage(x_TH), self.plan.row_capacity)
+        received = self.dispatch.pull(x_TH, self.stage(x_TH), self.plan, self.plan.row_capacity)
         return self._poisoned(self.in_order(received))
 
     def stage(self, x_TH: Tensor) -> SharedBuffer:
         """Collective. The first half of a dispatch, which needs only the plan's C; x is ``aligned_contiguous``."""
         self.enter(Phase.DISPATCH)
         return self.dispatch.stage(x_TH, self.plan.max_tokens)
-
-    def pull(self, x_TH: Tensor, staged: SharedBuffer, rows: int) -> Tensor:
-        """What dispatch receives of ``staged``, in the mode's own layout; rows: R, at most that of the plan."""
-        return self.dispatch.pull(x_TH, staged, self.plan, rows)
 
     def in_order(self, received: Tensor) -> Tensor:
         """What dispatch has received as rows in canonical order, (R, H); unspecified past the valid rows."""
@@ -122,7 +112,7 @@ class Dispatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
         """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
-        exchange: Exchange = ctx.exchange.in_backward()
+        exchange: Exchange = replace(ctx.exchange, backward=True)
         (expert_ids_WCK,) = unpack_saved(ctx, exchange.workspace.group, ("expert_ids of plan",))
         raise_if_malformed(exchange.workspace.group, exchange.plan)
         return exchange.checked(exchange.sums(grad_RH, None), expert_ids_WCK), None
@@ -147,7 +137,7 @@ class Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, None]:
         """Gradients of the rows (R, H) and of the scores (T, K)."""
-        exchange: Exchange = ctx.exchange.in_backward()
+        exchange: Exchange = replace(ctx.exchange, backward=True)
         names = ("scores", "rows", "expert_ids of plan")
         scores_WCK, rows_RH, expert_ids_WCK = unpack_saved(ctx, exchange.workspace.group, names)
         raise_if_malformed(exchange.workspace.group, exchange.plan)

@@ -81,15 +81,11 @@ def aligned_contiguous(rows_NH: Tensor) -> Tensor:
     return rows_NH.clone() if rows_NH.data_ptr() % 4 else rows_NH
 
 
-def block_size(width: int, itemsize: int) -> int:
-    """Integers of a row that a program copies at a time: a power of two, at most ``BLOCK_BYTES``."""
-    return min(triton.next_power_of_2(width), BLOCK_BYTES // itemsize)
-
-
 def copy_constants(rows_NH: Tensor) -> dict[str, int]:
     """Constants of a kernel that copies rows, given ``as_int_view``: integers of a row, and at a time."""
     width = rows_NH.shape[1]
-    return {"INTS": width, "BLOCK": block_size(width, rows_NH.element_size()), "num_warps": ROW_WARPS}
+    at_once = min(triton.next_power_of_2(width), BLOCK_BYTES // rows_NH.element_size())
+    return {"INTS": width, "BLOCK": at_once, "num_warps": ROW_WARPS}
 
 
 def column_constants(width: int) -> dict[str, int]:

@@ -102,7 +102,7 @@ class MoEFunction(torch.autograd.Function):
     def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x (T, H), scores (T, K), w1, w2, b1 and b2; None for those that are not required."""
         needs_x, needs_scores, _, needs_w2, needs_b1, needs_b2, _ = ctx.needs_input_grad
-        gemm, exchange = ctx.call.gemm, ctx.call.exchange.in_backward()
+        gemm, exchange = ctx.call.gemm, replace(ctx.call.exchange, backward=True)
         # First of all: under activation checkpointing this runs forward again, on every rank.
         kept, hidden_RF, scores_WCK, ids_WCK, w1, w2, b1, b2 = unpack_saved(ctx, exchange.workspace.group, SAVED)
         out_grad_TH = out_grad.reshape(exchange.plan.num_tokens, out_grad.shape[-1])
@@ -135,9 +135,9 @@ def _pulled(x_TH: Tensor, exchange: Exchange, begun: StagedInputs) -> tuple[Exch
     planner, pending = begun.planner, begun.pending
     if exchange.dispatch.sized_by_rows:
         rows = planner.rows(pending)
-        received = exchange.pull(x_TH, begun.staged, rows)
+        received = exchange.dispatch.pull(x_TH, begun.staged, exchange.plan, rows)
     else:
-        received = exchange.pull(x_TH, begun.staged, exchange.plan.row_capacity)
+        received = exchange.dispatch.pull(x_TH, begun.staged, exchange.plan, exchange.plan.row_capacity)
         rows = planner.rows(pending)
     return replace(exchange, plan=planner.sized(pending, rows)), received
 

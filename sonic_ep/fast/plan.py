@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.fast.collectives import gather_staged_scores, reserve_scores, stage_scores
+from sonic_ep.fast.collectives import SCORES, gather_staged_scores, reserve_of_slots, stage_scores
 from sonic_ep.fast.device_functions import peer_pointer
 from sonic_ep.fast.launch import launch
 from sonic_ep.fast.symmetric_memory import SharedBuffer
@@ -305,7 +305,8 @@ def gathered_counts(
     """Collective. Exchange the ids, and scores if there are any, and count: all up to the totals."""
     device = topk_idx_TK.device
     staged = workspace.reserve("ids", shape.max_tokens * shape.top_k * INDEX_DTYPE.itemsize)
-    staged_scores = None if scores_TK is None else reserve_scores(shape.max_tokens, shape.top_k, workspace)
+    slots = (shape.max_tokens, shape.top_k)
+    staged_scores = None if scores_TK is None else reserve_of_slots(SCORES, *slots, workspace)
     workspace.barrier_before_write()
     stage_ids(topk_idx_TK.contiguous(), shape, staged)
     if scores_TK is not None and staged_scores is not None:

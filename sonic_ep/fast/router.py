@@ -210,10 +210,15 @@ class RouterLogits(torch.autograd.Function):
         x_TH, router_w_EH = unpack_saved(ctx, ctx.workspace.group, ("x", "router_w"))
         in_bf16_parts = ctx.x_dtype == ctx.weight_dtype == torch.bfloat16
         grad_TPE = bf16_parts(grad_TE) if in_bf16_parts else grad_TE.unsqueeze(1)
-        x_grad = None if router_w_EH is None else gradient_of_x(grad_TPE, router_w_EH, ctx.x_dtype)
+        _, parts, num_experts = grad_TPE.shape
+        x_grad = None
+        if router_w_EH is not None:
+            # One product over all P * E numbers.
+            x_grad = product(grad_TPE.flatten(1), router_w_EH.repeat(parts, 1), ctx.x_dtype)
         if x_TH is None:
             return x_grad, None, None, None
-        weight_grad = gradient_of_weight(grad_TPE, x_TH)
+        by_part = product(grad_TPE.flatten(1).t(), x_TH, torch.float32)
+        weight_grad = by_part.view(parts, num_experts, -1).sum(dim=0)
         if ctx.reduced:
             ctx.workspace.enter(Phase.ROUTER, ctx.step, backward=True)
             weight_grad = sum_over_ranks(weight_grad, ctx.workspace)
@@ -281,18 +286,6 @@ def bf16_parts(grad_TE: Tensor) -> Tensor:
     constants = {"E": num_experts, "PARTS": BF16_PARTS, "BLOCK": PARTS_BLOCK}
     launch(parts_kernel, (triton.cdiv(numbers, PARTS_BLOCK),), grad_TE, out_TPE, numbers, device=device, **constants)
     return out_TPE
-
-
-def gradient_of_x(grad_TPE: Tensor, router_w_EH: Tensor, dtype: torch.dtype) -> Tensor:
-    """d(x) = d(logits) . router_w, (T, H), from d(logits) in P parts: one product over all P * E of them."""
-    return product(grad_TPE.flatten(1), router_w_EH.repeat(grad_TPE.shape[1], 1), dtype)
-
-
-def gradient_of_weight(grad_TPE: Tensor, x_TH: Tensor) -> Tensor:
-    """d(router_w) = d(logits)^T . x, (E, H) fp32, from d(logits) in P parts."""
-    _, parts, num_experts = grad_TPE.shape
-    by_part = product(grad_TPE.flatten(1).t(), x_TH, torch.float32)
-    return by_part.view(parts, num_experts, -1).sum(dim=0)
 
 
 def product(left_MK: Tensor, right_KN: Tensor, dtype: torch.dtype) -> Tensor:

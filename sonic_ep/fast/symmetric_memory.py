@@ -80,14 +80,14 @@ host_transport: Callable[[BoundedCollectives], Transport] | None = None
 class OneRank:
     """A group of one shares with nobody."""
 
-    def __init__(self, collectives: BoundedCollectives, device: torch.device) -> None:
-        self._collectives, self._device = collectives, device
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def allocate(self, nbytes: int, byte: int) -> SharedBuffer:
         """A plain buffer."""
         local = torch.full((nbytes,), byte, dtype=torch.uint8, device=self._device)
         addresses = torch.tensor([local.data_ptr()], dtype=torch.int64, device=self._device)
-        return SharedBuffer(rank=self._collectives.group.rank, by_rank=(local,), addresses=addresses)
+        return SharedBuffer(rank=0, by_rank=(local,), addresses=addresses)
 
 
 def keep_in_step(collectives: BoundedCollectives, next_number: Callable[[], int]) -> None:
@@ -147,7 +147,7 @@ class CudaSymmetricMemory:
 def transport_of(collectives: BoundedCollectives, device: torch.device) -> Transport:
     """How the ranks of a group share memory of ``device``."""
     if collectives.group.world_size == 1:
-        return OneRank(collectives, device)
+        return OneRank(device)
     if device.type == "cuda":
         return CudaSymmetricMemory(collectives, device)
     if host_transport is None:

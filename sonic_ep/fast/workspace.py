@@ -116,8 +116,12 @@ class Workspace:
                 f"{self.group}: shared buffer {name!r}: got {0 if held is None else held.nbytes} bytes, expected "
                 f"{nbytes} before graph capture: run the call once at this shape before it is captured"
             )
-        if held is not None:
-            self._retire(held)
+        if held is not None and self._captured:
+            # A captured graph may use it.
+            self._replaced.append(held)
+        elif held is not None:
+            # As peers do, to allocate.
+            self.synchronize()
         blocks = max(1, triton.cdiv(nbytes, ALIGNMENT_BYTES))
         self._buffers[name] = self._transport.allocate(ALIGNMENT_BYTES * blocks, byte)
         return self._buffers[name]
@@ -162,13 +166,6 @@ class Workspace:
             launch(kernel, grid, *arguments, *waiting, **options)
         if self.device.type == "cpu":
             self.wait_errors.raise_if_any()
-
-    def _retire(self, buffer: SharedBuffer) -> None:
-        """Keep a buffer that a captured graph may use; else wait for this rank's kernels, as peers do to allocate."""
-        if self._captured:
-            self._replaced.append(buffer)
-        else:
-            self.synchronize()
 
     def _raise_if_closed(self) -> None:
         if self._closed:

@@ -4,8 +4,6 @@ The gradient of dispatch is a combine without scores in the configured combine m
 d(out) in the configured dispatch mode.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,10 +31,6 @@ class Exchange:
     step: Step
     backward: bool = False
 
-    def in_backward(self) -> Exchange:
-        """The same, for the gradient."""
-        return replace(self, backward=True)
-
     def sync(self, phase: Phase, device: torch.device, own: int = 0) -> list[int]:
         """Collective. ``own`` of every rank, once all are in this phase of the step."""
         sync_tag = SyncTag(step=self.step, phase=phase, backward=self.backward)
@@ -60,10 +54,6 @@ class Exchange:
         rows_RH = x_TH.new_zeros((self.plan.row_capacity, *x_TH.shape[1:]))
         rows_RH[: len(source_N)] = received[source_N]
         return rows_RH
-
-    def scores_of_group(self, scores_TK: Tensor) -> Tensor:
-        """Collective. The scores of all tokens of the group, (W, C, K) fp32."""
-        return self.collectives.all_gather(pad_tokens(scores_TK, self.plan.max_tokens, 0))
 
     def return_to_origin(self, value_of_row_N: Tensor) -> Tensor:
         """Collective. One value of each valid row back to its slot's token, (T, K); zero for dropped slots."""
@@ -90,7 +80,7 @@ class Dispatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
         """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
-        exchange: Exchange = ctx.exchange.in_backward()
+        exchange: Exchange = replace(ctx.exchange, backward=True)
         (expert_ids_WCK,) = unpack_saved(ctx, exchange.collectives.group, ("expert_ids of plan",))
         raise_if_malformed(exchange.collectives.group, exchange.plan)
         exchange.raise_if_rerouted(expert_ids_WCK)
@@ -117,7 +107,7 @@ class Combine(torch.autograd.Function):
         read_later: Mapping[str, Tensor],
     ) -> Tensor:
         """The weighted sums, (..., H) as ``shape`` says."""
-        scores_WCK = exchange.scores_of_group(scores_TK)
+        scores_WCK = exchange.collectives.all_gather(pad_tokens(scores_TK, exchange.plan.max_tokens, 0))
         valid_slots_N = exchange.plan.slot_of_row[: exchange.plan.rows()].long()
         ctx.exchange, ctx.call_lock = exchange, exchange.collectives.call_lock
         ctx.names = ("scores", "rows", "expert_ids of plan", *read_later)
@@ -134,7 +124,7 @@ class Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """Gradients of the rows (R, H) and of the scores (T, K)."""
-        exchange: Exchange = ctx.exchange.in_backward()
+        exchange: Exchange = replace(ctx.exchange, backward=True)
         score_of_row_N, rows_RH, expert_ids_WCK, *_ = unpack_saved(ctx, exchange.collectives.group, ctx.names)
         raise_if_malformed(exchange.collectives.group, exchange.plan)
         exchange.raise_if_rerouted(expert_ids_WCK)
@@ -171,7 +161,7 @@ class UpProjectionOfRowsGatheredAgain(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_RF: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, None]:
         """Gradients of the rows, w1 and b1, those that are required."""
-        exchange: Exchange = ctx.exchange.in_backward()
+        exchange: Exchange = replace(ctx.exchange, backward=True)
         x_TH, w1, b1 = unpack_saved(ctx, exchange.collectives.group, ("x", "w1", "b1"))
         exchange.sync(Phase.DISPATCH, x_TH.device)
         needed = ctx.needs_input_grad[1:4]
