@@ -1,7 +1,5 @@
 """The protocols that both backends implement, and the registry that imports a backend on demand."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass

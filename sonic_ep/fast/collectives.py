@@ -1,7 +1,5 @@
 """Collectives over shared memory: scores and tokens of every rank to all, values of slots back, sums over ranks."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

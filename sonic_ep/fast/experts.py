@@ -3,8 +3,6 @@
 Rows are in canonical order; results past row ``plan.group_ends[-1]`` are unspecified.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -4,8 +4,6 @@ Both sum in fp32, or in fp64 for fp32 operands (Hopper's tensor cores take fp64 
 once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol

@@ -1,7 +1,5 @@
 """How a kernel is launched, and how rows are cut up for it."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

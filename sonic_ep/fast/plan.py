@@ -5,8 +5,6 @@ expert and its tokens by rank, one sums the counts of the tiles before each, one
 whole tokens of one rank, in slot order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

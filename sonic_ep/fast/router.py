@@ -5,8 +5,6 @@ fp32 GEMM in backward, the logits' gradient is cut into three bf16 parts, whose 
 number, and tensor cores sum their exact products in fp32.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -6,8 +6,6 @@ Senders never wait, and a sum waits only for senders before its group on every r
 all finish. Tokens are sent in chunks that fit the receive buffer, with a barrier before each.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
