@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 
 import torch
+from torch import Tensor
 
 from sonic_ep.backend import Backend
 from sonic_ep.compat import STOP_RECOMPUTATION, is_second_backward
@@ -59,14 +60,15 @@ class CallGuard:
         with self._collectives.call_lock.taken(begun=begun):
             yield
 
-    def begin(self, name: str, facts: Mapping[str, object] | None = None, *, x_trained: bool = False) -> None:
+    def begin(self, name: str, facts: Mapping[str, object] | None = None, x: Tensor | None = None) -> None:
         """The arguments are right: from here on the call is collective.
 
-        facts, and whether x requires a gradient, have to be equal on every rank. Where calls are compared, raises
-        ``CollectiveMismatchError`` naming the rank and facts.
+        facts, and whether backward may ask for the gradient of x, have to be equal on every rank. Where calls are
+        compared, raises ``CollectiveMismatchError`` naming the rank and facts.
         """
         self._number += 1
         own: Facts = (("call", name), *(facts or {}).items())
+        x_trained = x is not None and torch.is_grad_enabled() and x.requires_grad
         step = Step(number=self._number, call=self._digest(own, x_trained))
         if self._check:
             self._compare(step, (*own, ("x requires a gradient", x_trained), *self._common))

@@ -65,9 +65,11 @@ class BoundedCollectives:
         self.sync_tag = SyncTag(step=step, phase=Phase.SYNC)
         self.call_lock.begun = True
 
-    def sync(self, sync_tag: SyncTag, device: torch.device, own: int = 0) -> list[int]:
-        """Collective. ``own`` of every rank once all are at ``sync_tag``; what follows belongs to it."""
-        self.sync_tag = sync_tag
+    def sync(
+        self, phase: Phase, device: torch.device, own: int = 0, step: Step | None = None, *, backward: bool = False
+    ) -> list[int]:
+        """Collective. ``own`` of every rank, once all are in this phase of ``step``, or of this call: it begins."""
+        self.sync_tag = SyncTag(step=step or self.step, phase=phase, backward=backward)
         return self.numbers(own, device)
 
     @outside_selective_checkpoint

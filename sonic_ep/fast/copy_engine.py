@@ -24,11 +24,6 @@ class GatherEvents:
             torch.cuda.current_stream(device).wait_event(event)
         self.awaited = True
 
-    def wait_before_next(self, device: torch.device) -> None:
-        """The next gather waits, unless it cannot, or need not: in a graph its copies follow on the same streams."""
-        if self.events and self.captured == _capturing(device) and not (self.captured and self.awaited):
-            self.wait(device)
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GatherInFlight:
@@ -73,8 +68,11 @@ class CopyEngineGather:
 
     def stage(self, x_TH: Tensor, max_tokens: int) -> SharedBuffer:
         """Collective. The first half of ``start``."""
-        # The last gather's copies have to end before the barrier, after which peers overwrite their source.
-        self._last.wait_before_next(self._workspace.device)
+        # The last gather's copies have to end before the barrier, after which peers overwrite their source. Unless it
+        # cannot wait, or need not: in a graph copies follow on the same streams.
+        last, device = self._last, self._workspace.device
+        if last.events and last.captured == _capturing(device) and not (last.captured and last.awaited):
+            last.wait(device)
         return stage_tokens(x_TH, max_tokens, self._workspace, self._name)
 
     def bring(self, x_TH: Tensor, staged: SharedBuffer, max_tokens: int, *, with_own: bool = True) -> GatherInFlight:

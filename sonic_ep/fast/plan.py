@@ -16,7 +16,6 @@ from torch import Tensor
 from sonic_ep.fast.collectives import SCORES, gather_staged_scores, reserve_of_slots, stage_scores
 from sonic_ep.fast.device_functions import peer_pointer
 from sonic_ep.fast.launch import launch
-from sonic_ep.fast.symmetric_memory import SharedBuffer
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.plan import INDEX_DTYPE, RoutingPlan
 
@@ -259,19 +258,9 @@ class PlanShape:
         return triton.cdiv(self.max_tokens, self.tile_tokens)
 
     @property
-    def tiles(self) -> int:
-        """Tiles of the group."""
-        return self.world_size * self.tiles_per_rank
-
-    @property
     def bins(self) -> int:
         """Counts of each tile: slots of E experts, then tokens of W ranks."""
         return self.num_experts + self.world_size
-
-    @property
-    def padded_experts(self) -> int:
-        """A power of two with room for E bins and one for dropped slots."""
-        return triton.next_power_of_2(self.num_experts + 1)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -280,7 +269,8 @@ class PlanShape:
 
     def tile_constants(self) -> dict[str, int]:
         """Constants of the kernels that go over tiles."""
-        padded_k, experts = triton.next_power_of_2(self.top_k), self.padded_experts
+        # Room for E bins and one for dropped slots.
+        padded_k, experts = triton.next_power_of_2(self.top_k), triton.next_power_of_2(self.num_experts + 1)
         return {"K": self.top_k, "K_PADDED": padded_k, "TOKENS": self.tile_tokens, "EXPERTS_PADDED": experts}
 
 
@@ -306,28 +296,23 @@ def gathered_counts(
     slots = (shape.max_tokens, shape.top_k)
     staged_scores = None if scores_TK is None else reserve_of_slots(SCORES, *slots, workspace)
     workspace.barrier_before_write()
-    stage_ids(topk_idx_TK.contiguous(), shape, staged)
+    room, topk_idx_TK = shape.max_tokens * shape.top_k, topk_idx_TK.contiguous()
+    pointers = (topk_idx_TK, staged.rows(shape.rank, (room,), INDEX_DTYPE))
+    grid, sizes = (triton.cdiv(room, STAGE_BLOCK),), (topk_idx_TK.numel(), room, shape.num_experts)
+    launch(stage_ids_kernel, grid, *pointers, *sizes, device=device, BLOCK=STAGE_BLOCK)
     if scores_TK is not None and staged_scores is not None:
         stage_scores(scores_TK, staged_scores)
     workspace.barrier_after_write()
     expert_ids_WCK = torch.empty((shape.world_size, shape.max_tokens, shape.top_k), dtype=INDEX_DTYPE, device=device)
-    before = torch.empty((shape.tiles, shape.bins), dtype=INDEX_DTYPE, device=device)
-    totals = torch.empty(shape.bins, dtype=INDEX_DTYPE, device=device)
-    pointers = (staged.addresses, expert_ids_WCK, before, device_errors)
-    constants = shape.tile_constants()
-    launch(count_kernel, (shape.tiles,), *pointers, shape.max_tokens, *shape.sizes, device=device, **constants)
-    grid, sizes = (triton.cdiv(shape.bins, SCAN_BINS),), (shape.tiles, shape.bins)
-    launch(scan_kernel, grid, before, totals, *sizes, device=device, TILES=SCAN_TILES, BINS=SCAN_BINS)
+    tiles, bins = shape.world_size * shape.tiles_per_rank, shape.bins
+    before = torch.empty((tiles, bins), dtype=INDEX_DTYPE, device=device)
+    totals = torch.empty(bins, dtype=INDEX_DTYPE, device=device)
+    of_tiles = (staged.addresses, expert_ids_WCK, before, device_errors, shape.max_tokens, *shape.sizes)
+    launch(count_kernel, (tiles,), *of_tiles, device=device, **shape.tile_constants())
+    grid, constants = (triton.cdiv(bins, SCAN_BINS),), {"TILES": SCAN_TILES, "BINS": SCAN_BINS}
+    launch(scan_kernel, grid, before, totals, tiles, bins, device=device, **constants)
     scores_WCK = None if staged_scores is None else gather_staged_scores(staged_scores, expert_ids_WCK)
     return TileCounts(expert_ids=expert_ids_WCK, before=before, totals=totals, scores=scores_WCK)
-
-
-def stage_ids(topk_idx_TK: Tensor, shape: PlanShape, staged: SharedBuffer) -> None:
-    """Copy this rank's ids to shared memory; needs a barrier before and after."""
-    room = shape.max_tokens * shape.top_k
-    grid, target = (triton.cdiv(room, STAGE_BLOCK),), staged.rows(shape.rank, (room,), INDEX_DTYPE)
-    sizes = (topk_idx_TK.numel(), room, shape.num_experts)
-    launch(stage_ids_kernel, grid, topk_idx_TK, target, *sizes, device=topk_idx_TK.device, BLOCK=STAGE_BLOCK)
 
 
 def new_plan(
@@ -360,9 +345,9 @@ def placed_plan(
     pointers = (plan.expert_ids, *scanned, plan.row_of_slot, plan.slot_of_row, plan.packed_of_token)
     sizes = (shape.rank, shape.max_tokens, *shape.sizes, row_capacity)
     constants = shape.tile_constants() | {"COMPARED": COMPARED_SLOTS, "num_warps": PLACE_WARPS}
-    launch(place_kernel, (shape.tiles,), *pointers, *sizes, device=device, **constants)
+    launch(place_kernel, (counts.before.shape[0],), *pointers, *sizes, device=device, **constants)
     small = (*scanned, plan.group_ends, plan.pair_tokens, device_errors)
-    padded = {"EXPERTS_PADDED": shape.padded_experts, "RANKS_PADDED": triton.next_power_of_2(shape.world_size)}
+    padded = {"RANKS_PADDED": triton.next_power_of_2(shape.world_size), "EXPERTS_PADDED": constants["EXPERTS_PADDED"]}
     launch(totals_kernel, (shape.world_size,), *small, shape.rank, *shape.sizes, max_rows, device=device, **padded)
     return plan
 

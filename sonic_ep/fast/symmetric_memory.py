@@ -113,9 +113,14 @@ class CudaSymmetricMemory:
 
     def allocate(self, nbytes: int, byte: int) -> SharedBuffer:
         """Every rank fills its own bytes before the exchange of offers, so after it all are filled."""
-        local, error = self._filled(nbytes, byte)
+        error = None
+        try:
+            local = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=self._device)
+            local.fill_(byte)
+            torch.cuda.synchronize(self._device)
+        except RuntimeError as failed:
+            error = str(failed).splitlines()[0]
         agreed(self._collectives, Offer(nbytes=nbytes, error=error))
-        assert local is not None
         group = self._collectives.group
         process_group = group.process_group
         assert process_group is not None
@@ -128,16 +133,6 @@ class CudaSymmetricMemory:
             addresses=torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=self._device),
             keep=(handle, local),
         )
-
-    def _filled(self, nbytes: int, byte: int) -> tuple[Tensor | None, str | None]:
-        """This rank's bytes, or why there are none."""
-        try:
-            local = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=self._device)
-            local.fill_(byte)
-            torch.cuda.synchronize(self._device)
-        except RuntimeError as error:
-            return None, str(error).splitlines()[0]
-        return local, None
 
     def _rendezvous_alone(self, group: Any) -> None:
         memory = symmetric_memory.empty(ALIGNMENT_BYTES, dtype=torch.uint8, device=self._device)

@@ -15,13 +15,13 @@ from sonic_ep.backend import Backend, Experts, LayerOutput, Routing, Slots
 from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.distributed.collectives import BoundedCollectives
-from sonic_ep.distributed.sync_tag import Phase, SyncTag
-from sonic_ep.plan import RoutingPlan
+from sonic_ep.distributed.sync_tag import Phase
+from sonic_ep.plan import NO_ROW, RoutingPlan
 from sonic_ep.reference.combine import combine_primitives
 from sonic_ep.reference.dispatch import dispatch_primitives
 from sonic_ep.reference.exchange import Combine, Dispatch, Exchange, UpProjectionOfRowsGatheredAgain, joined_in_backward
 from sonic_ep.reference.experts import apply_experts, apply_second_half
-from sonic_ep.reference.plan import check_expert_ids, exchange_plan
+from sonic_ep.reference.plan import exchange_plan
 from sonic_ep.reference.router import route
 
 
@@ -36,7 +36,7 @@ class ReferenceBackend(Backend):
 
     def meet(self, device: torch.device) -> None:
         """An exchange of tags."""
-        self._collectives.sync(self._sync_tag(Phase.SYNC), device)
+        self._collectives.sync(Phase.SYNC, device)
 
     def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
         """See ``sonic_ep.reference.router``."""
@@ -47,12 +47,16 @@ class ReferenceBackend(Backend):
 
     def check_expert_ids(self, topk_idx_TK: Tensor, num_experts: int) -> None:
         """Raises ``ValueError`` at once, by a read on the host."""
-        check_expert_ids(topk_idx_TK, num_experts, self._collectives.group)
+        least, most = (int(value) for value in topk_idx_TK.aminmax()) if topk_idx_TK.numel() > 0 else (0, 0)
+        if least < NO_ROW or most >= num_experts:
+            expected = f"expected 0 to {num_experts - 1}, or -1 for a dropped slot"
+            got = f"topk_idx: got expert ids from {least} to {most}"
+            raise ValueError(f"{self._collectives.group}: {got}, {expected}")
 
     @outside_selective_checkpoint
     def plan(self, topk_idx_TK: Tensor, *, num_experts: int, max_tokens: int, distinct: bool) -> RoutingPlan:
         """See ``sonic_ep.reference.plan``."""
-        self._collectives.sync(self._sync_tag(Phase.EXCHANGE), topk_idx_TK.device)
+        self._collectives.sync(Phase.EXCHANGE, topk_idx_TK.device)
         return exchange_plan(
             topk_idx_TK,
             num_experts=num_experts,
@@ -117,9 +121,6 @@ class ReferenceBackend(Backend):
         up = UpProjectionOfRowsGatheredAgain
         hidden_RF = apply_function(up, x_TH.detach(), rows_RH, experts.w1, experts.b1, self._exchange(plan))
         return apply_second_half(hidden_RF, plan.group_ends, experts)
-
-    def _sync_tag(self, phase: Phase) -> SyncTag:
-        return SyncTag(step=self._collectives.step, phase=phase)
 
     def _exchange(self, plan: RoutingPlan) -> Exchange:
         load = Workload(world_size=plan.world_size, top_k=plan.top_k, num_experts=plan.num_experts)

@@ -14,7 +14,7 @@ from torch import Tensor
 from sonic_ep.autograd_utils import once_differentiable, outside_selective_checkpoint, savable, unpack_saved
 from sonic_ep.backend import CombinePrimitive, DispatchPrimitive
 from sonic_ep.distributed.collectives import BoundedCollectives
-from sonic_ep.distributed.sync_tag import Phase, Step, SyncTag
+from sonic_ep.distributed.sync_tag import Phase, Step
 from sonic_ep.plan import RoutingPlan, raise_if_malformed, recompute_error
 from sonic_ep.reference.experts import grouped_linear
 from sonic_ep.reference.plan import pad_tokens, slot_exchange
@@ -33,8 +33,7 @@ class Exchange:
 
     def sync(self, phase: Phase, device: torch.device, own: int = 0) -> list[int]:
         """Collective. ``own`` of every rank, once all are in this phase of the step."""
-        sync_tag = SyncTag(step=self.step, phase=phase, backward=self.backward)
-        return self.collectives.sync(sync_tag, device, own)
+        return self.collectives.sync(phase, device, own, self.step, backward=self.backward)
 
     def raise_if_rerouted(self, expert_ids_WCK: Tensor) -> None:
         """Raise ``RecomputeError`` if activation checkpointing ran forward again and found other ids.

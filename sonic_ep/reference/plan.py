@@ -17,18 +17,7 @@ from torch import Tensor
 
 from sonic_ep.config import EPConfig
 from sonic_ep.distributed.collectives import BoundedCollectives
-from sonic_ep.distributed.group import EPGroup
 from sonic_ep.plan import INDEX_DTYPE, NO_ROW, RoutingPlan, check_slots, room_for_rows, row_ceiling
-
-
-def check_expert_ids(topk_idx_TK: Tensor, num_experts: int, group: EPGroup) -> None:
-    """Raise ``ValueError`` if an id is outside -1..E-1. Reads the host, before any communication."""
-    if topk_idx_TK.numel() == 0:
-        return
-    least, most = (int(value) for value in topk_idx_TK.aminmax())
-    if least < NO_ROW or most >= num_experts:
-        expected = f"expected 0 to {num_experts - 1}, or -1 for a dropped slot"
-        raise ValueError(f"{group}: topk_idx: got expert ids from {least} to {most}, {expected}")
 
 
 def pad_tokens(tokens: Tensor, max_tokens: int, fill: float) -> Tensor:
