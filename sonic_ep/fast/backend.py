@@ -19,7 +19,7 @@ from sonic_ep.fast.context import DeviceContext
 from sonic_ep.fast.exchange import Combine, Dispatch, Exchange
 from sonic_ep.fast.gemm import grouped_gemm
 from sonic_ep.fast.launch import aligned_contiguous
-from sonic_ep.fast.moe_function import Call, MoEFunction, StagedInputs
+from sonic_ep.fast.moe_function import Call, MoEFunction
 from sonic_ep.fast.router import route
 from sonic_ep.plan import RoutingPlan
 
@@ -98,7 +98,8 @@ class FastBackend:
                 layout=experts.layout,
                 gather=gather,
                 training=training,
-                begun=StagedInputs(staged=exchange.stage(x_TH.detach()), pending=pending, planner=context.planner),
+                staged=exchange.stage(x_TH.detach()),
+                pending=pending,
             )
             y = apply_function(MoEFunction, x_TH, scores_TK, experts.w1, experts.w2, experts.b1, experts.b2, call)
             # A copy to write to: backward rereads the plan's.
@@ -162,8 +163,7 @@ class FastBackend:
             dispatch=context.dispatch[modes.dispatch],
             combine=context.combine[modes.combine],
             workspace=context.workspace,
-            max_rows=context.planner.max_rows,
-            device_errors=context.planner.device_errors,
+            planner=context.planner,
             step=context.workspace.step,
         )
         exchange.reserve(rows.shape[1] * rows.element_size())

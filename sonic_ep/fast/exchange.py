@@ -13,12 +13,12 @@ from torch import Tensor
 
 from sonic_ep.autograd_utils import once_differentiable, savable, unpack_saved
 from sonic_ep.distributed.sync_tag import Phase, Step
-from sonic_ep.fast.collectives import VALUES, gather_scores, reserve_of_slots, return_to_origin
+from sonic_ep.fast.collectives import FP32_BYTES, VALUES, gather_scores, return_to_origin
 from sonic_ep.fast.combine.base import PushedCombine
-from sonic_ep.fast.device_errors import DeviceErrors
 from sonic_ep.fast.dispatch.base import PulledDispatch
 from sonic_ep.fast.launch import aligned_contiguous
 from sonic_ep.fast.permute import gather_rows, poison_if_overflowed, weigh_rows
+from sonic_ep.fast.planner import Planner
 from sonic_ep.fast.symmetric_memory import SharedBuffer
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.plan import RoutingPlan, raise_if_malformed
@@ -26,17 +26,13 @@ from sonic_ep.plan import RoutingPlan, raise_if_malformed
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Exchange:
-    """One plan with the primitives that move rows by it, for a call (step) or its gradient (backward).
-
-    max_rows: the bound on rows that the device has to check; None where there is none, or the host has checked it.
-    """
+    """One plan with the primitives that move rows by it, for a call (step) or its gradient (backward)."""
 
     plan: RoutingPlan
     dispatch: PulledDispatch
     combine: PushedCombine
     workspace: Workspace
-    max_rows: int | None
-    device_errors: DeviceErrors
+    planner: Planner
     step: Step
     backward: bool = False
 
@@ -48,13 +44,13 @@ class Exchange:
         """Collective. Allocate what rows and backward need, so that backward never has to."""
         self.dispatch.reserve(self.plan.max_tokens, row_bytes)
         self.combine.reserve(self.plan, row_bytes)
-        reserve_of_slots(VALUES, self.plan.max_tokens, self.plan.top_k, self.workspace)
+        self.workspace.reserve(VALUES, self.plan.max_tokens * self.plan.top_k * FP32_BYTES)
 
     @property
     def group_ends(self) -> Tensor:
         """``plan.group_ends``, none of them past R, also where the plan has overflowed."""
         ends_e = self.plan.group_ends
-        return ends_e if self.max_rows is None else ends_e.clamp(max=self.plan.row_capacity)
+        return ends_e if self.planner.max_rows is None else ends_e.clamp(max=self.plan.row_capacity)
 
     def rows(self, x_TH: Tensor) -> Tensor:
         """Collective. x of the group's tokens in canonical row order, (R, H); unspecified past the valid rows."""
@@ -90,12 +86,13 @@ class Exchange:
         """
         if expert_ids_WCK.data_ptr() == self.plan.expert_ids.data_ptr():
             return grad_NH
-        differs = self.device_errors.compare(self.plan.expert_ids, expert_ids_WCK, self.step.number)
+        differs = self.planner.device_errors.compare(self.plan.expert_ids, expert_ids_WCK, self.step.number)
         return grad_NH.masked_fill(differs, math.nan)
 
     def _poisoned(self, rows_NH: Tensor) -> Tensor:
         """The rows, all NaN if a rank was routed more than the bound."""
-        return rows_NH if self.max_rows is None else poison_if_overflowed(rows_NH, self.plan, self.max_rows)
+        max_rows = self.planner.max_rows
+        return rows_NH if max_rows is None else poison_if_overflowed(rows_NH, self.plan, max_rows)
 
 
 class Dispatch(torch.autograd.Function):

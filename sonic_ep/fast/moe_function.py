@@ -23,7 +23,7 @@ from sonic_ep.fast.dispatch.all_to_all import pull_to_rows
 from sonic_ep.fast.exchange import Exchange
 from sonic_ep.fast.experts import activate, activate_backward, add_bias_dots, sum_groups
 from sonic_ep.fast.gemm import GroupedGemm
-from sonic_ep.fast.planner import PendingPlan, Planner
+from sonic_ep.fast.planner import PendingPlan
 from sonic_ep.fast.symmetric_memory import SharedBuffer
 
 # Names of the saved tensors, in order, for errors. "x": x if backward dispatches it again, else the rows received.
@@ -32,17 +32,8 @@ SAVED = ("x", "hidden", "scores", "expert_ids of plan", "w1", "w2", None, "b2")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class StagedInputs:
-    """What is queued when forward starts: x of every rank, staged, and the plan with the scores of the group."""
-
-    staged: SharedBuffer
-    pending: PendingPlan
-    planner: Planner
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Call:
-    """One call of the layer, without the tensors that autograd tracks. begun: for forward only.
+    """One call of the layer, without the tensors that autograd tracks. staged, pending: x and plan, for forward only.
 
     shape: (..., H), of the result. exchange: in forward its plan may have more rows than arrive. gather: gathers
     x again in backward; None where the rows received are saved. training: a backward may come.
@@ -55,7 +46,8 @@ class Call:
     layout: GateLayout
     gather: CopyEngineGather | None
     training: bool
-    begun: StagedInputs | None
+    staged: SharedBuffer | None
+    pending: PendingPlan | None
 
     def experts(self, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Experts:
         """These weights with the activation of the call."""
@@ -77,13 +69,15 @@ class MoEFunction(torch.autograd.Function):
         call: Call,
     ) -> Tensor:
         """Pull what is staged, apply the experts, combine. ``scores_TK``: only for its gradient."""
-        assert call.begun is not None
-        exchange, received = _pulled(x_TH, call.exchange, call.begun)
-        scores_WCK = call.begun.pending.scores_WCK
+        assert call.staged is not None
+        assert call.pending is not None
+        exchange, received = _pulled(x_TH, call.exchange, call.staged, call.pending)
+        scores_WCK = call.pending.scores_WCK
         hidden_RF = call.gemm.rows(exchange.in_order(received), w1.transpose(1, 2), exchange.group_ends, b1)
         if call.training:
             source = received if call.gather is None else x_TH
-            ctx.call, ctx.call_lock = replace(call, exchange=exchange, begun=None), exchange.workspace.call_lock
+            ctx.call = replace(call, exchange=exchange, staged=None, pending=None)
+            ctx.call_lock = exchange.workspace.call_lock
             kept = source if ctx.needs_input_grad[2] else None
             ids_WCK = exchange.plan.expert_ids
             ctx.save_for_backward(kept, hidden_RF, scores_WCK, ids_WCK, w1, w2, b1, b2)
@@ -130,14 +124,14 @@ class MoEFunction(torch.autograd.Function):
         return x_grad_TH, scores_grad_TK, w1_grad, w2_grad, b1_grad, b2_grad, None
 
 
-def _pulled(x_TH: Tensor, exchange: Exchange, begun: StagedInputs) -> tuple[Exchange, Tensor]:
+def _pulled(x_TH: Tensor, exchange: Exchange, staged: SharedBuffer, pending: PendingPlan) -> tuple[Exchange, Tensor]:
     """The exchange, its plan cut to R rows, and the rows received. A pull that needs no R precedes the read of R."""
-    planner, pending = begun.planner, begun.pending
+    planner = exchange.planner
     if exchange.dispatch.sized_by_rows:
         rows = planner.rows(pending)
-        received = exchange.dispatch.pull(x_TH, begun.staged, exchange.plan, rows)
+        received = exchange.dispatch.pull(x_TH, staged, exchange.plan, rows)
     else:
-        received = exchange.dispatch.pull(x_TH, begun.staged, exchange.plan, exchange.plan.row_capacity)
+        received = exchange.dispatch.pull(x_TH, staged, exchange.plan, exchange.plan.row_capacity)
         rows = planner.rows(pending)
     return replace(exchange, plan=planner.sized(pending, rows)), received
 

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.fast.collectives import SCORES, gather_staged_scores, reserve_of_slots, stage_scores
+from sonic_ep.fast.collectives import FP32_BYTES, SCORES, gather_staged_scores, stage_scores
 from sonic_ep.fast.device_functions import peer_pointer
 from sonic_ep.fast.launch import launch
 from sonic_ep.fast.workspace import Workspace
-from sonic_ep.plan import INDEX_DTYPE, RoutingPlan
+from sonic_ep.plan import INDEX_BYTES, INDEX_DTYPE, RoutingPlan
 
 # Staged in place of an id out of range; the plan counts it as dropped.
 OUT_OF_RANGE: tl.constexpr = tl.constexpr(-2)
@@ -291,13 +291,11 @@ def gathered_counts(
     topk_idx_TK: Tensor, shape: PlanShape, workspace: Workspace, device_errors: Tensor, scores_TK: Tensor | None = None
 ) -> TileCounts:
     """Collective. Exchange the ids, and scores if there are any, and count: all up to the totals."""
-    device = topk_idx_TK.device
-    staged = workspace.reserve("ids", shape.max_tokens * shape.top_k * INDEX_DTYPE.itemsize)
-    slots = (shape.max_tokens, shape.top_k)
-    staged_scores = None if scores_TK is None else reserve_of_slots(SCORES, *slots, workspace)
+    room, device = shape.max_tokens * shape.top_k, topk_idx_TK.device
+    staged = workspace.reserve("ids", room * INDEX_BYTES)
+    staged_scores = None if scores_TK is None else workspace.reserve(SCORES, room * FP32_BYTES)
     workspace.barrier_before_write()
-    room, topk_idx_TK = shape.max_tokens * shape.top_k, topk_idx_TK.contiguous()
-    pointers = (topk_idx_TK, staged.rows(shape.rank, (room,), INDEX_DTYPE))
+    pointers = (topk_idx_TK.contiguous(), staged.rows(shape.rank, (room,), INDEX_DTYPE))
     grid, sizes = (triton.cdiv(room, STAGE_BLOCK),), (topk_idx_TK.numel(), room, shape.num_experts)
     launch(stage_ids_kernel, grid, *pointers, *sizes, device=device, BLOCK=STAGE_BLOCK)
     if scores_TK is not None and staged_scores is not None:
