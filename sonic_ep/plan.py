@@ -35,6 +35,8 @@ are 0 3 10 11 | 2 7 | 1 5 6 | 4 9; the first six become rows of rank 0, the last
                     packed_of_token [[0, -1, 1], [2, 3, -1]]
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -135,7 +137,7 @@ class RoutingPlan:
 
 # All but what made the plan.
 ROUTING_FIELDS = tuple(field.name for field in fields(RoutingPlan) if field.name not in ("step", "object_number"))
-TENSOR_FIELDS = tuple(field.name for field in fields(RoutingPlan) if field.type is Tensor)
+TENSOR_FIELDS = tuple(field.name for field in fields(RoutingPlan) if field.type == "Tensor")
 
 
 def malformed_field(plan: RoutingPlan) -> str | None:

@@ -1,14 +1,4 @@
-"""The routing plan in plain torch, and the uneven exchanges that it implies.
-
-The worked example of ``sonic_ep.plan``:
-
->>> ids_WCK = torch.tensor([[[0, 2], [1, 0], [3, 2]], [[2, 1], [-1, 3], [0, 0]]], dtype=torch.int32)
->>> plan = build_plan(ids_WCK, rank=1, num_tokens=3, num_experts=4, row_capacity=5)
->>> plan.row_of_slot.tolist()
-[[[0, 0], [4, 1], [3, 1]], [[2, 5], [-1, 4], [2, 3]]]
->>> plan.group_ends.tolist(), plan.slot_of_row.tolist()
-([3, 5], [1, 5, 6, 4, 9])
-"""
+"""The routing plan in plain torch, and the uneven exchanges that it implies."""
 
 from dataclasses import dataclass
 
