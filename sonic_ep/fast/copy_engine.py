@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sonic_ep.fast.collectives import reserve_tokens, stage_tokens
+from sonic_ep.fast.launch import capturing
 from sonic_ep.fast.symmetric_memory import SharedBuffer
 from sonic_ep.fast.workspace import Workspace
 
@@ -71,7 +72,7 @@ class CopyEngineGather:
         # The last gather's copies have to end before the barrier, after which peers overwrite their source. Unless it
         # cannot wait, or need not: in a graph copies follow on the same streams.
         last, device = self._last, self._workspace.device
-        if last.events and last.captured == _capturing(device) and not (last.captured and last.awaited):
+        if last.events and last.captured == capturing(device) and not (last.captured and last.awaited):
             last.wait(device)
         return stage_tokens(x_TH, max_tokens, self._workspace, self._name)
 
@@ -88,7 +89,7 @@ class CopyEngineGather:
             # Last, because the side streams wait for the current stream, which does this copy.
             gathered_WCH[group.rank, : x_TH.shape[0]].copy_(x_TH)
         # Only the events: the caller decides how long the result lives.
-        self._last = GatherEvents(events=tuple(events), captured=_capturing(self._workspace.device))
+        self._last = GatherEvents(events=tuple(events), captured=capturing(self._workspace.device))
         return GatherInFlight(gathered=gathered_WCH, events=self._last)
 
     def _copy(self, target_CH: Tensor, source_CH: Tensor, peer: int) -> list[torch.cuda.Event]:
@@ -101,7 +102,3 @@ class CopyEngineGather:
             target_CH.copy_(source_CH)
             target_CH.record_stream(stream)
             return [stream.record_event()]
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

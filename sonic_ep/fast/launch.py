@@ -56,6 +56,11 @@ def host_ints(count: int, device: torch.device, dtype: torch.dtype = torch.int32
         return torch.zeros(count, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream of a GPU is captured in a graph: then the host cannot wait for it."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 on the CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -15,7 +15,7 @@ from sonic_ep.config import EPConfig
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.distributed.sync_tag import Phase
 from sonic_ep.fast.device_errors import DeviceErrors, Limits
-from sonic_ep.fast.launch import host_ints
+from sonic_ep.fast.launch import capturing, host_ints
 from sonic_ep.fast.plan import PlanShape, empty_plan, gathered_counts, placed_plan
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.plan import MOST_SLOTS, RoutingPlan, check_slots, room_for_rows, row_ceiling
@@ -40,8 +40,7 @@ class HostCopy:
 
     def start(self, counts: Tensor) -> None:
         """Queue the copy of int32 ``counts``, none below zero, on the current stream. Raises in graph capture."""
-        on_gpu = self._device.type == "cuda"
-        if on_gpu and torch.cuda.is_current_stream_capturing():
+        if capturing(self._device):
             raise RuntimeError(
                 "cpu_sync_on_runtime: got a call in graph capture, where the host cannot read; expected it off there"
             )
@@ -53,9 +52,8 @@ class HostCopy:
             self._ints = (ctypes.c_int32 * counts.numel()).from_address(self._host.data_ptr())
         self._host.fill_(NOT_ARRIVED)
         self._host.copy_(counts, non_blocking=True)
-        if on_gpu:
-            self._queued = torch.cuda.Event()
-            self._queued.record(torch.cuda.current_stream(self._device))
+        if self._device.type == "cuda":
+            self._queued = torch.cuda.current_stream(self._device).record_event()
 
     def wait(self) -> list[int]:
         """The counts, once all are copied. Does not wait for what has been queued since."""

@@ -20,7 +20,7 @@ from sonic_ep.distributed.group import EPGroup
 from sonic_ep.distributed.sync_tag import Phase, Step, SyncTag, after_write
 from sonic_ep.errors import ClosedError
 from sonic_ep.fast.device_errors import WaitErrors
-from sonic_ep.fast.launch import launch
+from sonic_ep.fast.launch import capturing, launch
 from sonic_ep.fast.symmetric_memory import ALIGNMENT_BYTES, SharedBuffer, Transport, transport_of
 from sonic_ep.fast.sync import barrier_kernel, leave_kernel
 
@@ -77,12 +77,12 @@ class Workspace:
         if self.device.type != "cuda":
             return
         stream = torch.cuda.current_stream(self.device)
-        capturing = torch.cuda.is_current_stream_capturing()
-        self._captured |= capturing
-        if self._last_stream is not None and self._last_stream != stream and not capturing:
+        if capturing(self.device):
+            self._captured = True
+            return
+        if self._last_stream is not None and self._last_stream != stream:
             stream.wait_stream(self._last_stream)
-        if not capturing:
-            self._last_stream = stream
+        self._last_stream = stream
 
     def leave(self) -> None:
         """Set this rank's flag on every peer to a tag of ``Phase.LEFT``: kernels that wait for it stop at once.
@@ -96,8 +96,7 @@ class Workspace:
         sizes = (self.group.world_size, self.group.rank, tag, limit)
         launch(leave_kernel, sizes[:1], self._buffers[BARRIER].addresses, *sizes, device=self.device, num_warps=1)
         if self.device.type == "cuda":
-            done = torch.cuda.Event()
-            done.record(torch.cuda.current_stream(self.device))
+            done = torch.cuda.current_stream(self.device).record_event()
             deadline = time.monotonic() + LEAVE_SECONDS
             while not done.query() and time.monotonic() < deadline:
                 time.sleep(LEAVE_SECONDS / 1000)
@@ -111,7 +110,7 @@ class Workspace:
         held = self._buffers.get(name)
         if held is not None and held.nbytes >= nbytes:
             return held
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing(self.device):
             raise RuntimeError(
                 f"{self.group}: shared buffer {name!r}: got {0 if held is None else held.nbytes} bytes, expected "
                 f"{nbytes} before graph capture: run the call once at this shape before it is captured"
