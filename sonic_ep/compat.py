@@ -11,12 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor
-from torch._C._distributed_c10d import (
-    AllgatherOptions,
-    AllToAllOptions,
-    _register_process_group,
-    _unregister_process_group,
-)
+from torch._C import _distributed_c10d as c10d
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _pop_mode, _push_mode
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
@@ -45,7 +40,7 @@ KEEPS_NODES = release_of(torch.__version__) >= (2, 13)
 
 def all_gather(group: dist.ProcessGroup, gathered: Tensor, own: Tensor, timeout: timedelta) -> dist.Work:
     """Start an all-gather into flat ``gathered``. The public function takes no timeout."""
-    options = AllgatherOptions()
+    options = c10d.AllgatherOptions()
     options.timeout = timeout
     return group._allgather_base(gathered, own, options)
 
@@ -59,7 +54,7 @@ def all_to_all(
     timeout: timedelta,
 ) -> dist.Work:
     """Start an all-to-all of rows. The public function takes no timeout."""
-    options = AllToAllOptions()
+    options = c10d.AllToAllOptions()
     options.timeout = timeout
     return group.alltoall_base(received, own, receive_splits, send_splits, options)
 
@@ -77,11 +72,11 @@ def rendezvous_number(rendezvous: Callable[[Any], object]) -> int:
     store = dist.HashStore()  # type: ignore[attr-defined]
     # The registry does not keep it alive.
     alone = dist.ProcessGroup(store, 0, 1)
-    _register_process_group(LONE_GROUP, alone)
+    c10d._register_process_group(LONE_GROUP, alone)
     try:
         rendezvous(LONE_GROUP)
     finally:
-        _unregister_process_group(LONE_GROUP)
+        c10d._unregister_process_group(LONE_GROUP)
     numbers = (number for number in range(MOST_RENDEZVOUS) if store.check([RENDEZVOUS_KEY.format(number)]))
     return next(numbers, -1)
 

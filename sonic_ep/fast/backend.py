@@ -77,13 +77,10 @@ class FastBackend:
             x_TH, scores_TK = aligned_contiguous(x_TH), self._joined(slots.topk_scores.float())
             given = (x_TH, scores_TK, experts.w1, experts.w2, experts.b1, experts.b2)
             training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-            pending = context.planner.begin(
-                slots.topk_idx,
-                num_experts=experts.w1.shape[0] * self._group.world_size,
-                max_tokens=slots.max_tokens,
-                distinct=slots.distinct,
-                scores_TK=scores_TK.detach(),
-            )
+            num_experts = experts.w1.shape[0] * self._group.world_size
+            sizes = {"num_experts": num_experts, "max_tokens": slots.max_tokens}
+            held = scores_TK.detach()
+            pending = context.planner.begin(slots.topk_idx, **sizes, distinct=slots.distinct, scores_TK=held)
             exchange = self._exchange(pending.plan, x_TH)
             gather = None
             if self._config.redispatch_x_in_backward and experts.w1.requires_grad:

@@ -59,16 +59,9 @@ class MoEFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x_TH: Tensor,
-        scores_TK: Tensor,
-        w1: Tensor,
-        w2: Tensor,
-        b1: Tensor | None,
-        b2: Tensor | None,
-        call: Call,
+        ctx: Any, x_TH: Tensor, scores: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, call: Call
     ) -> Tensor:
-        """Pull what is staged, apply the experts, combine. ``scores_TK``: only for its gradient."""
+        """Pull what is staged, apply the experts, combine. ``scores``: only for its gradient."""
         assert call.staged is not None
         assert call.pending is not None
         exchange, received = _pulled(x_TH, call.exchange, call.staged, call.pending)

@@ -1,7 +1,5 @@
 """The reference backend: the layer in plain PyTorch over ``torch.distributed``."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -57,13 +55,9 @@ class ReferenceBackend(Backend):
     def plan(self, topk_idx_TK: Tensor, *, num_experts: int, max_tokens: int, distinct: bool) -> RoutingPlan:
         """See ``sonic_ep.reference.plan``."""
         self._collectives.sync(Phase.EXCHANGE, topk_idx_TK.device)
+        sizes = {"num_experts": num_experts, "max_tokens": max_tokens}
         return exchange_plan(
-            topk_idx_TK,
-            num_experts=num_experts,
-            max_tokens=max_tokens,
-            distinct=distinct,
-            config=self._config,
-            collectives=self._collectives,
+            topk_idx_TK, **sizes, distinct=distinct, config=self._config, collectives=self._collectives
         )
 
     def dispatch(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
@@ -78,12 +72,9 @@ class ReferenceBackend(Backend):
 
     def layer(self, x_TH: Tensor, slots: Slots, experts: Experts, shape: torch.Size) -> LayerOutput:
         """Plan, dispatch, experts, combine."""
-        plan = self.plan(
-            slots.topk_idx,
-            num_experts=experts.w1.shape[0] * self._collectives.group.world_size,
-            max_tokens=slots.max_tokens,
-            distinct=slots.distinct,
-        )
+        num_experts = experts.w1.shape[0] * self._collectives.group.world_size
+        sizes = {"num_experts": num_experts, "max_tokens": slots.max_tokens}
+        plan = self.plan(slots.topk_idx, **sizes, distinct=slots.distinct)
         with autocast_disabled(x_TH.device):
             rows_RH = self.dispatch(x_TH, plan)
             y_RH = self._apply_experts(rows_RH, x_TH, plan, experts)
@@ -93,16 +84,11 @@ class ReferenceBackend(Backend):
         return LayerOutput(y=y, counts=plan.counts.clone())
 
     def _combined(
-        self,
-        rows_RH: Tensor,
-        topk_scores_TK: Tensor,
-        plan: RoutingPlan,
-        shape: torch.Size,
-        read_later: Mapping[str, Tensor],
+        self, rows_RH: Tensor, scores_TK: Tensor, plan: RoutingPlan, shape: torch.Size, later: dict[str, Tensor]
     ) -> Tensor:
         exchange = self._exchange(plan)
-        rows_RH, scores_TK = joined_in_backward(exchange, Phase.COMBINE, rows_RH, topk_scores_TK.float())
-        return apply_function(Combine, rows_RH, scores_TK, exchange, shape, read_later)
+        rows_RH, scores_TK = joined_in_backward(exchange, Phase.COMBINE, rows_RH, scores_TK.float())
+        return apply_function(Combine, rows_RH, scores_TK, exchange, shape, later)
 
     def _gathers_again(self, experts: Experts) -> bool:
         """Whether x is dispatched again in backward, where only the gradient of w1 reads the rows."""

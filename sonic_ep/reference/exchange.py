@@ -4,7 +4,6 @@ The gradient of dispatch is a combine without scores in the configured combine m
 d(out) in the configured dispatch mode.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,30 +90,25 @@ class Combine(torch.autograd.Function):
     """rows (R, H) and scores (T, K) fp32 to (T, H). Backward: d(out) is dispatched to the rows.
 
     There d(row) = round(score * d(out)), d(score) = the sum over H of d(out) * row in fp32, which returns to the token.
-    read_later: tensors of the caller, by name, that autograd's own functions read later in backward, without a check
+    later: tensors of the caller, by name, that autograd's own functions read later in backward, without a check
     for freed memory: so they are checked here, before communication.
     """
 
     @staticmethod
     @outside_selective_checkpoint
     def forward(
-        ctx: Any,
-        rows_RH: Tensor,
-        scores_TK: Tensor,
-        exchange: Exchange,
-        shape: torch.Size,
-        read_later: Mapping[str, Tensor],
+        ctx: Any, rows_RH: Tensor, scores_TK: Tensor, exchange: Exchange, shape: torch.Size, later: dict[str, Tensor]
     ) -> Tensor:
         """The weighted sums, (..., H) as ``shape`` says."""
         scores_WCK = exchange.collectives.all_gather(pad_tokens(scores_TK, exchange.plan.max_tokens, 0))
         valid_slots_N = exchange.plan.slot_of_row[: exchange.plan.rows()].long()
         ctx.exchange, ctx.call_lock = exchange, exchange.collectives.call_lock
-        ctx.names = ("scores", "rows", "expert_ids of plan", *read_later)
+        ctx.names = ("scores", "rows", "expert_ids of plan", *later)
         ctx.save_for_backward(
             scores_WCK.flatten()[valid_slots_N] if ctx.needs_input_grad[0] else None,
             rows_RH if ctx.needs_input_grad[1] else None,
             savable(exchange.plan.expert_ids),
-            *(tensor.detach() for tensor in read_later.values()),
+            *(tensor.detach() for tensor in later.values()),
         )
         # Not a view: an in-place write by the caller replaces the node of a view, and FSDP's hooks with it.
         return exchange.combine.combine(rows_RH, scores_WCK, exchange.plan).resize_(shape)

@@ -146,8 +146,5 @@ def pair_exchange(plan: RoutingPlan) -> PairExchange:
     """The exchange of one row for each distinct pair. Reads the host."""
     owner_CK = plan.owner_of_slot()[plan.rank]
     sent = [(owner_CK == rank).any(dim=1).nonzero().squeeze(1) for rank in range(plan.world_size)]
-    return PairExchange(
-        tokens=torch.cat(sent),
-        send_splits=plan.pair_tokens[plan.rank].tolist(),
-        receive_splits=plan.pair_tokens[:, plan.rank].tolist(),
-    )
+    sent_to, received_from = plan.pair_tokens[plan.rank].tolist(), plan.pair_tokens[:, plan.rank].tolist()
+    return PairExchange(tokens=torch.cat(sent), send_splits=sent_to, receive_splits=received_from)
