@@ -1,7 +1,4 @@
-"""The experts' activations, and the two layouts of a gated up-projection.
-
-Computed in fp32 (fp64 for fp64 input) and rounded once, to the dtype of the input.
-"""
+"""Activations, and the layouts of gate and up. Computed in fp32 (fp64 for fp64), rounded once to the input's dtype."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

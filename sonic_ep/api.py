@@ -350,10 +350,7 @@ def moe(
     config: EPConfig | None = None,
     **options: object,
 ) -> MoEOutput:
-    """``ExpertParallel.moe`` as a function: over ``ep``, or over one made for ``group``, ``backend`` and ``config``.
-
-    options: further keywords of ``ExpertParallel.moe``.
-    """
+    """``ep.moe``, or that of an object made for ``group``, ``backend``, ``config``. options: its further keywords."""
     if ep is not None:
         if group is not None or config is not None or backend != AUTO:
             raise ValueError("moe: got ep together with group, backend or config, expected one or the other")

@@ -21,11 +21,6 @@ COMPILER = "torch._dynamo"
 _disabled: Callable[[Any], Any] = cache(torch.compiler.disable)
 
 
-def autocast_disabled(device: torch.device) -> torch.autocast:
-    """A context in which autocast is off for ``device``."""
-    return torch.autocast(device.type, enabled=False)
-
-
 def disable_autocast_in_backward(results: Iterable[Tensor], inputs: Iterable[Tensor | None]) -> None:
     """Turn autocast off in backward from ``results`` to ``inputs``, also for autograd's own nodes between them."""
     seen: set[Any] = {found.grad_fn for found in inputs if found is not None}
@@ -117,7 +112,7 @@ def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gra
         if any(found is not None and compat.has_tangent(found) for found in gradients):
             raise NotImplementedError("sonic_ep: forward-mode differentiation: got a gradient with a tangent")
         device = next((found.device for found in gradients if found is not None), HOST)
-        with ctx.call_lock.taken(begun=True), autocast_disabled(device):
+        with ctx.call_lock.taken(begun=True), torch.autocast(device.type, enabled=False):
             return backward(ctx, *(None if found is None else materialized(found) for found in gradients))
 
     return guarded

@@ -119,8 +119,5 @@ def without_dispatch_modes(kinds: tuple[type, ...]) -> Iterator[None]:
 
 
 def is_second_backward(error: BaseException) -> bool:
-    """Whether autograd has refused a second backward through a freed graph: on all ranks alike, before they exchange.
-
-    The error has no type of its own in any version.
-    """
+    """Whether autograd has refused a second backward, by an error without a type, on all ranks before they exchange."""
     return isinstance(error, RuntimeError) and "through the graph a second time" in str(error)

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sonic_ep.autograd_utils import apply_function, autocast_disabled, joined, outside_selective_checkpoint
+from sonic_ep.autograd_utils import apply_function, joined, outside_selective_checkpoint
 from sonic_ep.backend import Experts, LayerOutput, Routing, Slots
 from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
@@ -72,7 +72,7 @@ class FastBackend:
 
         x has to require a gradient on every rank or on none, and so has w1: ``facts_of`` compares it.
         """
-        with autocast_disabled(x_TH.device):
+        with torch.autocast(x_TH.device.type, enabled=False):
             context = self._context(x_TH.device)
             x_TH, scores_TK = aligned_contiguous(x_TH), self._joined(slots.topk_scores.float())
             given = (x_TH, scores_TK, experts.w1, experts.w2, experts.b1, experts.b2)
@@ -87,10 +87,12 @@ class FastBackend:
                 gather = context.gather
                 # Also where gradients are off: reentrant checkpointing runs the first forward so.
                 gather.reserve(slots.max_tokens, x_TH.shape[1] * x_TH.element_size())
+            # The mean. No flag changes it, so none changes how products are tiled.
+            rows_per_group = triton.cdiv(exchange.plan.row_of_slot.numel(), num_experts)
             call = Call(
                 shape=shape,
                 exchange=exchange,
-                gemm=grouped_gemm((x_TH, experts.w1, experts.w2), rows_per_group(pending.plan)),
+                gemm=grouped_gemm((x_TH, experts.w1, experts.w2), rows_per_group),
                 activation=experts.activation,
                 layout=experts.layout,
                 gather=gather,
@@ -165,8 +167,3 @@ class FastBackend:
         )
         exchange.reserve(rows.shape[1] * rows.element_size())
         return exchange
-
-
-def rows_per_group(plan: RoutingPlan) -> int:
-    """Rows of an expert where all have equally many. No flag changes it, so none changes how products are tiled."""
-    return triton.cdiv(plan.world_size * plan.max_tokens * plan.top_k, plan.num_experts)

@@ -80,10 +80,7 @@ class Exchange:
         return self._poisoned(return_to_origin(value_of_row_R, self.plan, self.workspace))
 
     def checked(self, grad_NH: Tensor, expert_ids_WCK: Tensor) -> Tensor:
-        """The gradient, all NaN if activation checkpointing ran forward again and found other ids.
-
-        expert_ids_WCK: as autograd saved them; other memory than the plan's if forward was run again.
-        """
+        """The gradient, all NaN if forward ran again since these ids were saved, and found others than the plan's."""
         if expert_ids_WCK.data_ptr() == self.plan.expert_ids.data_ptr():
             return grad_NH
         differs = self.planner.device_errors.compare(self.plan.expert_ids, expert_ids_WCK, self.step.number)

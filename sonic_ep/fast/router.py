@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.autograd_utils import apply_function, autocast_disabled, once_differentiable, savable, unpack_saved
+from sonic_ep.autograd_utils import apply_function, once_differentiable, savable, unpack_saved
 from sonic_ep.backend import Routing
 from sonic_ep.config import RouterOptions, ScoreOrder
 from sonic_ep.distributed.sync_tag import Phase
@@ -198,7 +198,7 @@ class RouterLogits(torch.autograd.Function):
         ctx.step, ctx.call_lock = workspace.step, workspace.call_lock
         ctx.x_dtype, ctx.weight_dtype = x_TH.dtype, router_w_EH.dtype
         ctx.save_for_backward(x_TH if needs_weight else None, router_w_EH if needs_x else None)
-        with autocast_disabled(x_TH.device):
+        with torch.autocast(x_TH.device.type, enabled=False):
             return product(x_TH, router_w_EH.t(), torch.float32)
 
     @staticmethod

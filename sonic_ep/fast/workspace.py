@@ -85,10 +85,7 @@ class Workspace:
         self._last_stream = stream
 
     def leave(self) -> None:
-        """Set this rank's flag on every peer to a tag of ``Phase.LEFT``: kernels that wait for it stop at once.
-
-        The host waits for it on the current stream, ``LEAVE_SECONDS`` at most.
-        """
+        """Set this rank's flag on every peer to ``Phase.LEFT``, which ends their waits; ``LEAVE_SECONDS`` at most."""
         if self._closed or self.group.world_size == 1:
             return
         tag = SyncTag(step=self.step, phase=Phase.LEFT).tag

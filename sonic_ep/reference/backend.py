@@ -5,7 +5,6 @@ from torch import Tensor
 
 from sonic_ep.autograd_utils import (
     apply_function,
-    autocast_disabled,
     disable_autocast_in_backward,
     outside_selective_checkpoint,
 )
@@ -38,7 +37,7 @@ class ReferenceBackend(Backend):
 
     def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
         """See ``sonic_ep.reference.router``."""
-        with autocast_disabled(x_TH.device):
+        with torch.autocast(x_TH.device.type, enabled=False):
             routing = route(x_TH, router_w_EH, options, self._collectives)
         disable_autocast_in_backward((routing.topk_scores, routing.logits), (x_TH, router_w_EH))
         return routing
@@ -75,7 +74,7 @@ class ReferenceBackend(Backend):
         num_experts = experts.w1.shape[0] * self._collectives.group.world_size
         sizes = {"num_experts": num_experts, "max_tokens": slots.max_tokens}
         plan = self.plan(slots.topk_idx, **sizes, distinct=slots.distinct)
-        with autocast_disabled(x_TH.device):
+        with torch.autocast(x_TH.device.type, enabled=False):
             rows_RH = self.dispatch(x_TH, plan)
             y_RH = self._apply_experts(rows_RH, x_TH, plan, experts)
             y = self._combined(y_RH, slots.topk_scores, plan, shape, self._read_later(x_TH, experts))

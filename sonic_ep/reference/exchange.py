@@ -35,10 +35,7 @@ class Exchange:
         return self.collectives.sync(phase, device, own, self.step, backward=self.backward)
 
     def raise_if_rerouted(self, expert_ids_WCK: Tensor) -> None:
-        """Raise ``RecomputeError`` if activation checkpointing ran forward again and found other ids.
-
-        expert_ids_WCK: as autograd saved them; other memory than the plan's if forward was run again.
-        """
+        """``RecomputeError`` if forward ran again since these ids were saved, and found others than the plan's."""
         again = expert_ids_WCK.data_ptr() != self.plan.expert_ids.data_ptr()
         if again and not torch.equal(expert_ids_WCK, self.plan.expert_ids):
             raise recompute_error(self.collectives.group, self.step.number)

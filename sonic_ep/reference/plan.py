@@ -26,10 +26,7 @@ def exchange_plan(
     config: EPConfig,
     collectives: BoundedCollectives,
 ) -> RoutingPlan:
-    """Collective. Gather the ids of all ranks and build this rank's plan.
-
-    Raises ``RowOverflowError`` on all ranks if one has more rows than ``config.max_rows``.
-    """
+    """Collective. This rank's plan from the ids of all. ``RowOverflowError`` on all ranks past ``config.max_rows``."""
     group, (num_tokens, top_k) = collectives.group, topk_idx_TK.shape
     sizes = {"world_size": group.world_size, "max_tokens": max_tokens, "top_k": top_k}
     check_slots(group, **sizes)
