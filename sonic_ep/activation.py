@@ -67,9 +67,6 @@ _ALL = (
 )
 ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({activation.name: activation for activation in _ALL})
 
-GATE_LAYOUTS: Mapping[str, GateLayout] = MappingProxyType(
-    {
-        "interleaved": GateLayout(name="interleaved", pattern="... (i two) -> two ... i"),
-        "concat": GateLayout(name="concat", pattern="... (two i) -> two ... i"),
-    }
-)
+_INTERLEAVED = GateLayout(name="interleaved", pattern="... (i two) -> two ... i")
+_CONCAT = GateLayout(name="concat", pattern="... (two i) -> two ... i")
+GATE_LAYOUTS: Mapping[str, GateLayout] = MappingProxyType({"interleaved": _INTERLEAVED, "concat": _CONCAT})

@@ -14,7 +14,6 @@ from sonic_ep import compat
 GivenP = ParamSpec("GivenP")
 ResultT = TypeVar("ResultT")
 Gradients = tuple[Tensor | None, ...]
-HOST = torch.device("cpu")
 # Importing the compiler takes seconds. Nothing is compiled before it has been imported.
 COMPILER = "torch._dynamo"
 
@@ -111,7 +110,7 @@ def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gra
             raise RuntimeError("sonic_ep: create_graph=True is not supported: backward is once_differentiable")
         if any(found is not None and compat.has_tangent(found) for found in gradients):
             raise NotImplementedError("sonic_ep: forward-mode differentiation: got a gradient with a tangent")
-        device = next((found.device for found in gradients if found is not None), HOST)
+        device = next((found.device for found in gradients if found is not None), torch.device("cpu"))
         with ctx.call_lock.taken(begun=True), torch.autocast(device.type, enabled=False):
             return backward(ctx, *(None if found is None else materialized(found) for found in gradients))
 

@@ -34,11 +34,11 @@ class CallGuard:
         self, collectives: BoundedCollectives, backend: Backend, common: Mapping[str, object], *, check: bool
     ) -> None:
         self._collectives = collectives
-        self._common = (*common.items(), ("objects before", collectives.object_number))
+        self._common = facts = (*common.items(), ("objects before", collectives.object_number))
         self._check = check
         self._number = 0
         # Calls repeat, and formatting their facts again would be slow.
-        self._digest = lru_cache(maxsize=DIGESTS_KEPT)(partial(_digest_of, self._common))
+        self._digest = lru_cache(DIGESTS_KEPT)(lambda own, x: call_digest(repr((*own, *facts)), x_trained=x))
         self._backend = backend
         self._release = weakref.finalize(self, _forgotten, backend, collectives, weakref.ref(self))
         # By weak references: graphs hold the lock, and may outlive both.
@@ -112,10 +112,6 @@ class CallGuard:
             odd = "; ".join(f"{name}: {values}" for name, values in found.items() if values)
             where = f"{self._collectives.group}: step {step.number}"
             raise CollectiveMismatchError(f"{where}: calls have to be the same on every rank, and differ in {odd}")
-
-
-def _digest_of(common: Facts, own: Facts, x_trained: bool) -> int:
-    return call_digest(repr((*own, *common)), x_trained=x_trained)
 
 
 def _text_of(error: BaseException) -> str:

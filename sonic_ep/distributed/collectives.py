@@ -49,11 +49,8 @@ class BoundedCollectives:
         self._begun = 0
         self._connected = False
         self._status_store = StatusStore.of(group)
-
-    @property
-    def object_number(self) -> int:
-        """How many objects the group had before."""
-        return self._status_store.number
+        # How many objects the group had before.
+        self.object_number = self._status_store.number
 
     @property
     def step(self) -> Step:

@@ -1,8 +1,4 @@
-"""Dispatch and combine of one plan, and their gradients.
-
-Dispatch and combine are each other's adjoints, as in the reference: the gradient of dispatch is a combine without
-scores in the configured combine mode, the gradient of combine dispatches d(out) in the configured dispatch mode.
-"""
+"""Dispatch and combine of one plan, and their gradients: each is the other's adjoint, as in the reference."""
 
 import math
 from dataclasses import dataclass, replace

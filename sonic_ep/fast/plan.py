@@ -258,11 +258,6 @@ class PlanShape:
         return triton.cdiv(self.max_tokens, self.tile_tokens)
 
     @property
-    def bins(self) -> int:
-        """Counts of each tile: slots of E experts, then tokens of W ranks."""
-        return self.num_experts + self.world_size
-
-    @property
     def sizes(self) -> tuple[int, int, int, int]:
         """What the kernels take alike: tiles of a rank, E, e and W."""
         return self.tiles_per_rank, self.num_experts, self.experts_per_rank, self.world_size
@@ -302,7 +297,7 @@ def gathered_counts(
         stage_scores(scores_TK, staged_scores)
     workspace.barrier_after_write()
     expert_ids_WCK = torch.empty((shape.world_size, shape.max_tokens, shape.top_k), dtype=INDEX_DTYPE, device=device)
-    tiles, bins = shape.world_size * shape.tiles_per_rank, shape.bins
+    tiles, bins = shape.world_size * shape.tiles_per_rank, shape.num_experts + shape.world_size
     before = torch.empty((tiles, bins), dtype=INDEX_DTYPE, device=device)
     totals = torch.empty(bins, dtype=INDEX_DTYPE, device=device)
     of_tiles = (staged.addresses, expert_ids_WCK, before, device_errors, shape.max_tokens, *shape.sizes)
@@ -353,6 +348,6 @@ def placed_plan(
 def empty_plan(shape: PlanShape, device: torch.device) -> RoutingPlan:
     """The plan of a group in which no rank has a token."""
     none_WCK = torch.zeros((shape.world_size, 0, shape.top_k), dtype=INDEX_DTYPE, device=device)
-    totals = torch.zeros(shape.bins, dtype=INDEX_DTYPE, device=device)
-    counts = TileCounts(expert_ids=none_WCK, before=totals.new_zeros((0, shape.bins)), totals=totals, scores=None)
+    totals = torch.zeros(shape.num_experts + shape.world_size, dtype=INDEX_DTYPE, device=device)
+    counts = TileCounts(expert_ids=none_WCK, before=totals.new_zeros((0, len(totals))), totals=totals, scores=None)
     return new_plan(counts, shape, num_tokens=0, row_capacity=0, new=torch.zeros)

@@ -88,11 +88,10 @@ class Planner:
         self._workspace = workspace
         self.device_errors = DeviceErrors(group, workspace.device, host_reads=config.cpu_sync_on_runtime)
         self._counts = HostCopy(workspace.device)
-
-    @property
-    def max_rows(self) -> int | None:
-        """The bound on rows that the device checks; None if there is none, or the host checks it."""
-        return None if self._config.cpu_sync_on_runtime else self._bound
+        # As kernels can take it: no rank has more rows than there are slots.
+        self._bound = None if config.max_rows is None else min(config.max_rows, MOST_SLOTS)
+        # The bound that the device checks; None if there is none, or the host checks it.
+        self.max_rows = None if config.cpu_sync_on_runtime else self._bound
 
     def begin(
         self, topk_idx_TK: Tensor, *, num_experts: int, max_tokens: int, distinct: bool, scores_TK: Tensor | None = None
@@ -137,8 +136,3 @@ class Planner:
         self.device_errors.raise_current()
         # A copy, so that memory for the most rows is freed.
         return replace(pending.plan, slot_of_row=pending.plan.slot_of_row[:rows].clone())
-
-    @property
-    def _bound(self) -> int | None:
-        """``max_rows`` as kernels can take it: no rank has more rows than there are slots."""
-        return None if self._config.max_rows is None else min(self._config.max_rows, MOST_SLOTS)

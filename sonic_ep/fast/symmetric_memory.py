@@ -50,7 +50,6 @@ class Transport(Protocol):
 
     def allocate(self, nbytes: int, byte: int) -> SharedBuffer:
         """Collective. ``nbytes`` on every rank, all of them ``byte`` on all ranks before it returns on any."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,6 @@ import torch
 import triton
 
 from sonic_ep.compat import keep_forever
-from sonic_ep.distributed.call_lock import CallLock
 from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.distributed.sync_tag import Phase, Step, SyncTag, after_write
@@ -46,6 +45,7 @@ class Workspace:
         self.group = group
         self.device = device
         self._collectives = collectives or BoundedCollectives(group)
+        self.call_lock = self._collectives.call_lock
         self.wait_errors = WaitErrors(self._collectives, device)
         self._closed = False
         self._transport = transport or transport_of(self._collectives, device)
@@ -55,11 +55,6 @@ class Workspace:
         self._last_stream: torch.cuda.Stream | None = None
         weakref.finalize(self, _keep_after_trap, self.wait_errors, self._buffers, self._replaced)
         self.reserve(BARRIER, group.world_size * TAG_BYTES, 0)
-
-    @property
-    def call_lock(self) -> CallLock:
-        """The lock of the workspace's object."""
-        return self._collectives.call_lock
 
     @property
     def step(self) -> Step:

@@ -34,8 +34,9 @@ class Exchange:
         """Collective. ``own`` of every rank, once all are in this phase of the step."""
         return self.collectives.sync(phase, device, own, self.step, backward=self.backward)
 
-    def raise_if_rerouted(self, expert_ids_WCK: Tensor) -> None:
-        """``RecomputeError`` if forward ran again since these ids were saved, and found others than the plan's."""
+    def raise_if_changed(self, expert_ids_WCK: Tensor) -> None:
+        """``ValueError`` if the plan was freed, ``RecomputeError`` if forward ran again with other ids than these."""
+        raise_if_malformed(self.collectives.group, self.plan)
         again = expert_ids_WCK.data_ptr() != self.plan.expert_ids.data_ptr()
         if again and not torch.equal(expert_ids_WCK, self.plan.expert_ids):
             raise recompute_error(self.collectives.group, self.step.number)
@@ -77,8 +78,7 @@ class Dispatch(torch.autograd.Function):
         """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
         exchange: Exchange = replace(ctx.exchange, backward=True)
         (expert_ids_WCK,) = unpack_saved(ctx, exchange.collectives.group, ("expert_ids of plan",))
-        raise_if_malformed(exchange.collectives.group, exchange.plan)
-        exchange.raise_if_rerouted(expert_ids_WCK)
+        exchange.raise_if_changed(expert_ids_WCK)
         exchange.sync(Phase.COMBINE, grad_RH.device)
         return exchange.combine.combine(grad_RH, None, exchange.plan), None
 
@@ -116,8 +116,7 @@ class Combine(torch.autograd.Function):
         """Gradients of the rows (R, H) and of the scores (T, K)."""
         exchange: Exchange = replace(ctx.exchange, backward=True)
         score_of_row_N, rows_RH, expert_ids_WCK, *_ = unpack_saved(ctx, exchange.collectives.group, ctx.names)
-        raise_if_malformed(exchange.collectives.group, exchange.plan)
-        exchange.raise_if_rerouted(expert_ids_WCK)
+        exchange.raise_if_changed(expert_ids_WCK)
         exchange.sync(Phase.DISPATCH, grad.device)
         out_grad_RH = exchange.rows(grad.reshape(exchange.plan.num_tokens, grad.shape[-1]))
         valid = slice(exchange.plan.rows())
