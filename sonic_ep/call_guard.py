@@ -1,5 +1,6 @@
 """The calls of one ``ExpertParallel``: one at a time, compared across ranks by digest, until closed or failed."""
 
+import re
 import sys
 import warnings
 import weakref
@@ -164,7 +165,7 @@ def _raise_clearer(error: BaseException, backend: Backend | None, collectives: B
 
 def _end_if_out_of_step(error: BaseException, backend: Backend | None, collectives: BoundedCollectives) -> None:
     # The library's own begin with the rank; any other is of a hook, or of a model in recompute, on this rank alone.
-    refused = isinstance(error, ValueError) and _text_of(error).partition(": ")[2].startswith(str(collectives.group))
+    refused = isinstance(error, ValueError) and re.match(r"\w+: rank \d+ of \d", _text_of(error)) is not None
     alike = refused or isinstance(error, ALIKE) or is_second_backward(error)
     if collectives.call_lock.begun and not (collectives.group.world_size == 1 or alike or _capturing()):
         _report(error, backend, collectives)

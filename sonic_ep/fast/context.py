@@ -10,8 +10,6 @@ from sonic_ep.fast.dispatch import dispatch_primitives
 from sonic_ep.fast.planner import Planner
 from sonic_ep.fast.workspace import Workspace
 
-TOKENS_AGAIN = "tokens_again"
-
 
 class DeviceContext:
     """The workspace of one device, every primitive over it, and the planner. Collective: allocates shared memory."""
@@ -21,4 +19,4 @@ class DeviceContext:
         self.planner = Planner(collectives.group, config, self.workspace)
         self.dispatch = dispatch_primitives(self.workspace)
         self.combine = combine_primitives(self.workspace)
-        self.gather = CopyEngineGather(self.workspace, TOKENS_AGAIN)
+        self.gather = CopyEngineGather(self.workspace, "tokens_again")
