@@ -1,12 +1,8 @@
-"""The experts' activations, and the two layouts of a gated up-projection.
-
-Computed in fp32 (fp64 for fp64 input) and rounded once, to the dtype of the input.
-"""
-
-from __future__ import annotations
+"""Activations, and the layouts of gate and up. Computed in fp32 (fp64 for fp64), rounded once to the input's dtype."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -55,14 +51,11 @@ class Activation:
         return (up * self.pointwise(gate)).to(hidden.dtype)
 
 
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
 def _relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+_gelu_tanh = partial(F.gelu, approximate="tanh")
 _ALL = (
     Activation(name="swiglu", gated=True, pointwise=F.silu),
     Activation(name="geglu", gated=True, pointwise=_gelu_tanh),
@@ -74,9 +67,6 @@ _ALL = (
 )
 ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({activation.name: activation for activation in _ALL})
 
-GATE_LAYOUTS: Mapping[str, GateLayout] = MappingProxyType(
-    {
-        "interleaved": GateLayout(name="interleaved", pattern="... (i two) -> two ... i"),
-        "concat": GateLayout(name="concat", pattern="... (two i) -> two ... i"),
-    }
-)
+_INTERLEAVED = GateLayout(name="interleaved", pattern="... (i two) -> two ... i")
+_CONCAT = GateLayout(name="concat", pattern="... (two i) -> two ... i")
+GATE_LAYOUTS: Mapping[str, GateLayout] = MappingProxyType({"interleaved": _INTERLEAVED, "concat": _CONCAT})

@@ -130,8 +130,9 @@ class ExpertParallel:
         score_order, norm_topk_probs: see ``RouterOptions``. Scores and the returned logits are fp32.
 
         Gradients of expert weights and biases are sums over all tokens of the group, undivided; so is that of router_w
-        unless ``reduce_router_grad`` is False. x requires a gradient on every rank or on none; without tokens it counts
-        as requiring one if a weight does. Raises ``ValueError`` before any communication.
+        unless ``reduce_router_grad`` is False. x, w1, w2 and router_w: each requires a gradient on every rank or on
+        none. Compared are x, which without tokens counts as requiring one if a weight does, w1, and router_w where its
+        gradient is summed. Raises ``ValueError`` before any communication.
         """
         with self._call_guard.one():
             x_any = check_tokens(self._checker, x)
@@ -149,7 +150,7 @@ class ExpertParallel:
             x_TH = self._joined_without_tokens(x_TH, experts, router_w_EH)
             trained = router_w_EH.requires_grad and options.reduce_router_grad
             facts = {**facts_of(x_TH, experts), "router": options, "router_w trained": trained}
-            self._call_guard.begin("moe", facts, x_trained=is_trained(x_TH))
+            self._call_guard.begin("moe", facts, x_TH)
             max_tokens = self._agreed_max_tokens(x_TH)
             routing = self._backend.route(x_TH, router_w_EH, options)
             idx_TK, scores_TK = routing.topk_idx, routing.topk_scores
@@ -188,7 +189,7 @@ class ExpertParallel:
             self._backend.check_expert_ids(idx_TK, num_experts)
             x_TH = self._joined_without_tokens(x_TH, experts)
             facts = {**facts_of(x_TH, experts), "K": idx_TK.shape[1]}
-            self._call_guard.begin("moe_routed", facts, x_trained=is_trained(x_TH))
+            self._call_guard.begin("moe_routed", facts, x_TH)
             max_tokens = self._agreed_max_tokens(idx_TK)
             slots = Slots(topk_idx=idx_TK, topk_scores=scores_TK, max_tokens=max_tokens, distinct=False)
             return self._backend.layer(x_TH, slots, experts, x.shape).y
@@ -263,7 +264,10 @@ class ExpertParallel:
 
     @runs_eagerly
     def close(self) -> None:
-        """Release what is held, then raise what ``check`` would. Later calls raise; closing again does nothing."""
+        """Release what is held, then raise what ``check`` would. Later calls raise; closing again does nothing.
+
+        Not collective: waits for this rank's kernels and for no other rank. Each rank closes after its last backward.
+        """
         if self._call_guard.closed:
             return
         try:
@@ -327,11 +331,6 @@ def facts_of(x_NH: Tensor, experts: Experts | None = None) -> dict[str, object]:
     return facts
 
 
-def is_trained(tensor: Tensor) -> bool:
-    """Whether a backward may ask for its gradient."""
-    return torch.is_grad_enabled() and tensor.requires_grad
-
-
 def identity_of(plan: RoutingPlan) -> tuple[int, ...]:
     """What has to be the same on every rank that uses a plan: the object and call that made it, and (W, C, K)."""
     return (plan.object_number, plan.step, *plan.expert_ids.shape)
@@ -351,10 +350,7 @@ def moe(
     config: EPConfig | None = None,
     **options: object,
 ) -> MoEOutput:
-    """``ExpertParallel.moe`` as a function: over ``ep``, or over one made for ``group``, ``backend`` and ``config``.
-
-    options: further keywords of ``ExpertParallel.moe``.
-    """
+    """``ep.moe``, or that of an object made for ``group``, ``backend``, ``config``. options: its further keywords."""
     if ep is not None:
         if group is not None or config is not None or backend != AUTO:
             raise ValueError("moe: got ep together with group, backend or config, expected one or the other")

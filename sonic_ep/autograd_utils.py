@@ -1,7 +1,5 @@
 """Helpers of autograd functions: backward once, autocast off, outside compilers and selective checkpointing."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, wraps
@@ -16,16 +14,10 @@ from sonic_ep import compat
 GivenP = ParamSpec("GivenP")
 ResultT = TypeVar("ResultT")
 Gradients = tuple[Tensor | None, ...]
-HOST = torch.device("cpu")
 # Importing the compiler takes seconds. Nothing is compiled before it has been imported.
 COMPILER = "torch._dynamo"
 
 _disabled: Callable[[Any], Any] = cache(torch.compiler.disable)
-
-
-def autocast_disabled(device: torch.device) -> torch.autocast:
-    """A context in which autocast is off for ``device``."""
-    return torch.autocast(device.type, enabled=False)
 
 
 def disable_autocast_in_backward(results: Iterable[Tensor], inputs: Iterable[Tensor | None]) -> None:
@@ -118,8 +110,8 @@ def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gra
             raise RuntimeError("sonic_ep: create_graph=True is not supported: backward is once_differentiable")
         if any(found is not None and compat.has_tangent(found) for found in gradients):
             raise NotImplementedError("sonic_ep: forward-mode differentiation: got a gradient with a tangent")
-        device = next((found.device for found in gradients if found is not None), HOST)
-        with ctx.call_lock.taken(begun=True), autocast_disabled(device):
+        device = next((found.device for found in gradients if found is not None), torch.device("cpu"))
+        with ctx.call_lock.taken(begun=True), torch.autocast(device.type, enabled=False):
             return backward(ctx, *(None if found is None else materialized(found) for found in gradients))
 
     return guarded

@@ -1,7 +1,5 @@
 """The protocols that both backends implement, and the registry that imports a backend on demand."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -102,26 +100,35 @@ class Backend(Protocol):
     def layer(self, x_TH: Tensor, slots: Slots, experts: Experts, shape: torch.Size) -> LayerOutput:
         """Plan, dispatch, experts, combine. ``shape``: of y, (..., H)."""
 
+    # A backend whose waits are the host's, and that holds no memory, needs none of these.
+
     def check(self) -> None:
         """Raise what the device has flagged since the last host sync."""
+        return
 
     def explain(self, error: RuntimeError) -> None:
         """Raise, from ``error``, the error of a kernel's wait that caused it; nothing if there is none."""
+        return
 
     def leave(self) -> None:
         """This rank makes no further call: stop other ranks' kernels waiting for it."""
+        return
 
     def holds_memory(self) -> bool:
         """Whether there is something that ``close`` gives back."""
+        return False
 
     def raise_in_backward(self) -> None:
         """No call will follow: what a backward finds, it has to raise itself."""
+        return
 
     def detach(self) -> None:
         """Drop all references; graphs keep what backward needs."""
+        return
 
     def close(self) -> None:
         """Give back what the backend holds. A backward that is still to come is refused."""
+        return
 
 
 class BackendModule(Protocol):

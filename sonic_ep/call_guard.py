@@ -1,16 +1,15 @@
 """The calls of one ``ExpertParallel``: one at a time, compared across ranks by digest, until closed or failed."""
 
-from __future__ import annotations
-
+import re
 import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
-from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from sonic_ep.backend import Backend
 from sonic_ep.compat import STOP_RECOMPUTATION, is_second_backward
@@ -19,12 +18,11 @@ from sonic_ep.distributed.sync_tag import Phase, Step, call_digest
 from sonic_ep.errors import CollectiveMismatchError, PeerError, RecomputeError, RowOverflowError, SharedMemoryError
 
 Facts = tuple[tuple[str, object], ...]
-NO_FACTS: Mapping[str, object] = MappingProxyType({})
 DIGESTS_KEPT = 64
 # PyTorch has no error type of its own for the memory of a CPU.
 CPU_ALLOCATOR = "DefaultCPUAllocator"
-# Raised on all ranks alike, or before a rank communicates: the object stays usable.
-ALIKE = (ValueError, RowOverflowError, RecomputeError, SharedMemoryError)
+# Raised on all ranks alike, as the library's own ``ValueError``s are: the object stays usable.
+ALIKE = (RowOverflowError, RecomputeError, SharedMemoryError)
 
 
 class CallGuard:
@@ -37,11 +35,11 @@ class CallGuard:
         self, collectives: BoundedCollectives, backend: Backend, common: Mapping[str, object], *, check: bool
     ) -> None:
         self._collectives = collectives
-        self._common = (*common.items(), ("objects before", collectives.object_number))
+        self._common = facts = (*common.items(), ("objects before", collectives.object_number))
         self._check = check
         self._number = 0
         # Calls repeat, and formatting their facts again would be slow.
-        self._digest = lru_cache(maxsize=DIGESTS_KEPT)(partial(_digest_of, self._common))
+        self._digest = lru_cache(DIGESTS_KEPT)(lambda own, x: call_digest(repr((*own, *facts)), x_trained=x))
         self._backend = backend
         self._release = weakref.finalize(self, _forgotten, backend, collectives, weakref.ref(self))
         # By weak references: graphs hold the lock, and may outlive both.
@@ -59,21 +57,19 @@ class CallGuard:
 
     @contextmanager
     def one(self, *, begun: bool = False) -> Iterator[None]:
-        """A call, from its checks to its end. begun: it has no checks. Raises as ``CallLock.taken`` does.
-
-        The error of a kernel that timed out replaces PyTorch's own; an out-of-memory error names rank, phase.
-        """
+        """A call, from its checks to its end. begun: without checks. Raises as ``CallLock.taken``, ``_after_error``."""
         with self._collectives.call_lock.taken(begun=begun):
             yield
 
-    def begin(self, name: str, facts: Mapping[str, object] = NO_FACTS, *, x_trained: bool = False) -> None:
+    def begin(self, name: str, facts: Mapping[str, object] | None = None, x: Tensor | None = None) -> None:
         """The arguments are right: from here on the call is collective.
 
-        facts, and whether x requires a gradient, have to be equal on every rank. Where calls are compared, raises
-        ``CollectiveMismatchError`` naming the rank and facts.
+        facts, and whether backward may ask for the gradient of x, have to be equal on every rank. Where calls are
+        compared, raises ``CollectiveMismatchError`` naming the rank and facts.
         """
         self._number += 1
-        own: Facts = (("call", name), *facts.items())
+        own: Facts = (("call", name), *(facts or {}).items())
+        x_trained = x is not None and torch.is_grad_enabled() and x.requires_grad
         step = Step(number=self._number, call=self._digest(own, x_trained))
         if self._check:
             self._compare(step, (*own, ("x requires a gradient", x_trained), *self._common))
@@ -119,10 +115,6 @@ class CallGuard:
             raise CollectiveMismatchError(f"{where}: calls have to be the same on every rank, and differ in {odd}")
 
 
-def _digest_of(common: Facts, own: Facts, x_trained: bool) -> int:
-    return call_digest(repr((*own, *common)), x_trained=x_trained)
-
-
 def _text_of(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"
@@ -146,7 +138,10 @@ def _report(error: BaseException, backend: Backend | None, collectives: BoundedC
 def _after_error(
     backend: weakref.ref[Backend], collectives: weakref.ref[BoundedCollectives], error: BaseException
 ) -> None:
-    """After a call or a backward: raise what says more than ``error``, and end the object if ranks are out of step."""
+    """After a call or a backward: raise what says more than ``error``, and end the object if ranks are out of step.
+
+    The error of a kernel that timed out replaces PyTorch's own; an out-of-memory error gets rank and phase.
+    """
     held = collectives()
     if held is None or isinstance(error, STOP_RECOMPUTATION):
         return
@@ -169,9 +164,10 @@ def _raise_clearer(error: BaseException, backend: Backend | None, collectives: B
 
 
 def _end_if_out_of_step(error: BaseException, backend: Backend | None, collectives: BoundedCollectives) -> None:
-    alone = collectives.group.world_size == 1
-    alike = isinstance(error, ALIKE) or is_second_backward(error)
-    if collectives.call_lock.begun and not (alone or alike or _capturing()):
+    # The library's own begin with the rank; any other is of a hook, or of a model in recompute, on this rank alone.
+    refused = isinstance(error, ValueError) and re.match(r"\w+: rank \d+ of \d", _text_of(error)) is not None
+    alike = refused or isinstance(error, ALIKE) or is_second_backward(error)
+    if collectives.call_lock.begun and not (collectives.group.world_size == 1 or alike or _capturing()):
         _report(error, backend, collectives)
 
 

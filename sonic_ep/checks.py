@@ -4,8 +4,6 @@ A wrong one raises ``ValueError`` (``TypeError`` for a wrong type) with rank, ar
 returned uncopied: once all shapes are right, ``for_kernels`` copies what kernels cannot read in place.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -104,14 +102,6 @@ class ArgumentChecker:
         if kinds is not None and device.type not in kinds:
             self.require(False, name, device, f"one that the process group moves: {', '.join(sorted(kinds))}")
 
-    def same_device(self, name: str, tensor: Tensor, like: Tensor) -> None:
-        """On the device of ``like``."""
-        self.require(tensor.device == like.device, f"device of {name}", tensor.device, like.device)
-
-    def width(self, name: str, value: int) -> None:
-        """At most ``MOST_WIDTH``."""
-        self.require(value <= MOST_WIDTH, name, value, f"at most {MOST_WIDTH}")
-
     def shape(self, name: str, tensor: Tensor, expected: tuple[int, ...], letters: str) -> None:
         """Exactly the shape ``expected``, which ``letters`` explains."""
         got = tuple(tensor.shape)
@@ -129,7 +119,7 @@ class ArgumentChecker:
         if like is None:
             self.transportable(f"device of {name}", tensor.device)
         else:
-            self.same_device(name, tensor, like)
+            self.require(tensor.device == like.device, f"device of {name}", tensor.device, like.device)
         if has_tangent(tensor):
             got = "got a tensor with a tangent of forward-mode differentiation, expected none"
             raise NotImplementedError(f"{self.group}: {name}: {got}: only backward is differentiated")
@@ -151,7 +141,7 @@ def check_tokens(checker: ArgumentChecker, x: object) -> Tensor:
     tensor = checker.tensor("x", x, ROW_DTYPES)
     shape = tuple(tensor.shape)
     checker.require(tensor.ndim >= 2 and shape[-1] >= 1, "shape of x", shape, "(T, H) or (..., H), H at least 1")
-    checker.width("hidden size H", shape[-1])
+    checker.require(shape[-1] <= MOST_WIDTH, "hidden size H", shape[-1], f"at most {MOST_WIDTH}")
     return tensor
 
 
@@ -224,7 +214,7 @@ def check_experts(checker: ArgumentChecker, x: Tensor, given: ExpertArguments, n
     checker.require(held >= 1, "shape of w2", tuple(w2.shape), "at least one expert on this rank")
     checker.shape("w2", w2, (held, hidden, w2.shape[2]), "(e, H, I)")
     checker.shape("w1", w1, (held, width, hidden), "(e, 2I, H)" if activation.gated else "(e, I, H)")
-    checker.width("2I of w1" if activation.gated else "I of w1", width)
+    checker.require(width <= MOST_WIDTH, "2I of w1" if activation.gated else "I of w1", width, f"at most {MOST_WIDTH}")
     biases = [name for name in ("b1", "b2") if getattr(given, name) is not None]
     checker.require(len(biases) != 1, "biases", f"{biases} alone", "b1 and b2, or neither")
     b1 = _check_bias(checker, x, "b1", given.b1, (held, width))
@@ -268,7 +258,7 @@ def _described(value: object) -> str:
 def check_tokens_of_plan(checker: ArgumentChecker, x: object, plan: RoutingPlan) -> Tensor:
     """``x`` (T, H) or (..., H), with as many tokens as the plan has on this rank."""
     tensor = check_tokens(checker, x)
-    checker.same_device("x", tensor, plan.slot_of_row)
+    checker.require(tensor.device == plan.slot_of_row.device, "device of x", tensor.device, plan.slot_of_row.device)
     tokens = tokens_of(tensor)
     checker.require(tokens == plan.num_tokens, "tokens of x", tokens, f"T={plan.num_tokens} of the plan")
     return tensor
@@ -277,9 +267,10 @@ def check_tokens_of_plan(checker: ArgumentChecker, x: object, plan: RoutingPlan)
 def check_rows_of_plan(checker: ArgumentChecker, rows: object, plan: RoutingPlan) -> Tensor:
     """``rows`` (R, H) of the plan."""
     rows_RH = checker.tensor("rows", rows, ROW_DTYPES)
-    checker.same_device("rows", rows_RH, plan.slot_of_row)
+    device = plan.slot_of_row.device
+    checker.require(rows_RH.device == device, "device of rows", rows_RH.device, device)
     shape = tuple(rows_RH.shape)
     fits = rows_RH.ndim == 2 and shape[0] == plan.row_capacity and shape[1] >= 1
     checker.require(fits, "shape of rows", shape, f"({plan.row_capacity}, H) = (R, H)")
-    checker.width("hidden size H", shape[1])
+    checker.require(shape[1] <= MOST_WIDTH, "hidden size H", shape[1], f"at most {MOST_WIDTH}")
     return rows_RH

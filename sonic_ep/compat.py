@@ -1,7 +1,5 @@
 """Every private API of PyTorch that the package uses, behind public names. ``test_compat.py`` says what each needs."""
 
-from __future__ import annotations
-
 import ctypes
 import re
 from collections.abc import Callable, Iterator
@@ -13,12 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor
-from torch._C._distributed_c10d import (
-    AllgatherOptions,
-    AllToAllOptions,
-    _register_process_group,
-    _unregister_process_group,
-)
+from torch._C import _distributed_c10d as c10d
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _pop_mode, _push_mode
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
@@ -47,7 +40,7 @@ KEEPS_NODES = release_of(torch.__version__) >= (2, 13)
 
 def all_gather(group: dist.ProcessGroup, gathered: Tensor, own: Tensor, timeout: timedelta) -> dist.Work:
     """Start an all-gather into flat ``gathered``. The public function takes no timeout."""
-    options = AllgatherOptions()
+    options = c10d.AllgatherOptions()
     options.timeout = timeout
     return group._allgather_base(gathered, own, options)
 
@@ -61,7 +54,7 @@ def all_to_all(
     timeout: timedelta,
 ) -> dist.Work:
     """Start an all-to-all of rows. The public function takes no timeout."""
-    options = AllToAllOptions()
+    options = c10d.AllToAllOptions()
     options.timeout = timeout
     return group.alltoall_base(received, own, receive_splits, send_splits, options)
 
@@ -79,11 +72,11 @@ def rendezvous_number(rendezvous: Callable[[Any], object]) -> int:
     store = dist.HashStore()  # type: ignore[attr-defined]
     # The registry does not keep it alive.
     alone = dist.ProcessGroup(store, 0, 1)
-    _register_process_group(LONE_GROUP, alone)
+    c10d._register_process_group(LONE_GROUP, alone)
     try:
         rendezvous(LONE_GROUP)
     finally:
-        _unregister_process_group(LONE_GROUP)
+        c10d._unregister_process_group(LONE_GROUP)
     numbers = (number for number in range(MOST_RENDEZVOUS) if store.check([RENDEZVOUS_KEY.format(number)]))
     return next(numbers, -1)
 
@@ -126,8 +119,5 @@ def without_dispatch_modes(kinds: tuple[type, ...]) -> Iterator[None]:
 
 
 def is_second_backward(error: BaseException) -> bool:
-    """Whether autograd has refused a second backward through a freed graph: on all ranks alike, before they exchange.
-
-    The error has no type of its own in any version.
-    """
+    """Whether autograd has refused a second backward, by an error without a type, on all ranks before they exchange."""
     return isinstance(error, RuntimeError) and "through the graph a second time" in str(error)

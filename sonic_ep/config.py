@@ -1,7 +1,5 @@
 """What a caller chooses: parsed once into enums and frozen dataclasses, so nothing inside compares strings."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum
 from typing import TypeVar

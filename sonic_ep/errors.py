@@ -1,7 +1,5 @@
 """The errors that the library raises, besides ``ValueError`` and ``TypeError`` for wrong arguments."""
 
-from __future__ import annotations
-
 
 class BackendUnavailableError(RuntimeError):
     """The requested backend cannot run here; the message lists every reason."""

@@ -1,7 +1,5 @@
 """The layer as an ``nn.Module`` with its own parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -100,7 +98,10 @@ class MoE(nn.Module):
             return
         held = {name: self._held(name) for name in ("router_w", *EXPERT_WEIGHTS) if getattr(self, name) is not None}
         for name, parameter in held.items():
-            self._check_placements(name, parameter)
+            placements = getattr(parameter, "placements", ())
+            if any(type(placement).__name__ not in ("Shard", "Replicate") for placement in placements):
+                got = f"placements of {name}: got {placements}"
+                raise TypeError(f"{self.ep.group}: {got}, expected Shard and Replicate only")
         seed = self.ep.agree(int(torch.randint(SEEDS, (), device="cpu")), self.router_w.device)
         _write(held["router_w"], lambda whole: _fill(whole, seed))
         _write(held["w1"], lambda whole: self._fill_experts(whole, seed + 1))
@@ -140,12 +141,6 @@ class MoE(nn.Module):
     def _fill_experts(self, weight: Tensor, seed: int) -> None:
         for place, of_expert in enumerate(weight):
             _fill(of_expert, seed + 2 * (self.ep.rank * len(weight) + place))
-
-    def _check_placements(self, name: str, parameter: Any) -> None:
-        placements = getattr(parameter, "placements", ())
-        if any(type(placement).__name__ not in ("Shard", "Replicate") for placement in placements):
-            got = f"placements of {name}: got {placements}"
-            raise TypeError(f"{self.ep.group}: {got}, expected Shard and Replicate only")
 
 
 def _fill(weight: Tensor, seed: int) -> None:

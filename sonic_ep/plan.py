@@ -154,7 +154,14 @@ def malformed_field(plan: RoutingPlan) -> str | None:
         return "group_ends"
     if plan.slot_of_row.ndim != 1 or plan.row_capacity > ids_WCK.numel():
         return "slot_of_row"
-    return _misshapen_field(plan)
+    # The others have to fit W, C, K and e.
+    world_size, max_tokens, _ = ids_WCK.shape
+    shapes = {"counts": (world_size * plan.experts_per_rank,), "row_of_slot": ids_WCK.shape}
+    shapes |= {"pair_tokens": (world_size, world_size), "packed_of_token": (world_size, max_tokens)}
+    wrong = [name for name, shape in shapes.items() if getattr(plan, name).shape != shape]
+    if not (is_count(plan.num_tokens) and plan.num_tokens <= max_tokens):
+        wrong.append("num_tokens")
+    return wrong[0] if wrong else None
 
 
 def raise_if_malformed(where: object, plan: RoutingPlan) -> None:
@@ -210,17 +217,6 @@ def _is_readable(tensor: object) -> bool:
         return False
     # Its storage may have been freed.
     return tensor.untyped_storage().nbytes() >= INDEX_BYTES * (tensor.storage_offset() + tensor.numel())
-
-
-def _misshapen_field(plan: RoutingPlan) -> str | None:
-    """The first field that does not fit W, C, K and e of ``expert_ids`` and ``group_ends``."""
-    world_size, max_tokens, _ = plan.expert_ids.shape
-    shapes = {"counts": (world_size * plan.experts_per_rank,), "row_of_slot": plan.expert_ids.shape}
-    shapes |= {"pair_tokens": (world_size, world_size), "packed_of_token": (world_size, max_tokens)}
-    wrong = [name for name, shape in shapes.items() if getattr(plan, name).shape != shape]
-    if not (is_count(plan.num_tokens) and plan.num_tokens <= max_tokens):
-        wrong.append("num_tokens")
-    return wrong[0] if wrong else None
 
 
 def _definitions(plan: RoutingPlan) -> Iterator[tuple[str, bool]]:

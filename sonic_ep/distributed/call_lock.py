@@ -1,7 +1,5 @@
 """One thread at a time, in one process, until the object is closed or has ended by an error."""
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Callable, Iterator

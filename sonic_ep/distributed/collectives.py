@@ -4,8 +4,6 @@ A rank that waits long, fails or leaves reports it through the store of the proc
 the missing one. The first GPU collective reports, too.
 """
 
-from __future__ import annotations
-
 import pickle
 import time
 from collections import Counter
@@ -51,11 +49,8 @@ class BoundedCollectives:
         self._begun = 0
         self._connected = False
         self._status_store = StatusStore.of(group)
-
-    @property
-    def object_number(self) -> int:
-        """How many objects the group had before."""
-        return self._status_store.number
+        # How many objects the group had before.
+        self.object_number = self._status_store.number
 
     @property
     def step(self) -> Step:
@@ -67,9 +62,11 @@ class BoundedCollectives:
         self.sync_tag = SyncTag(step=step, phase=Phase.SYNC)
         self.call_lock.begun = True
 
-    def sync(self, sync_tag: SyncTag, device: torch.device, own: int = 0) -> list[int]:
-        """Collective. ``own`` of every rank once all are at ``sync_tag``; what follows belongs to it."""
-        self.sync_tag = sync_tag
+    def sync(
+        self, phase: Phase, device: torch.device, own: int = 0, step: Step | None = None, *, backward: bool = False
+    ) -> list[int]:
+        """Collective. ``own`` of every rank, once all are in this phase of ``step``, or of this call: it begins."""
+        self.sync_tag = SyncTag(step=step or self.step, phase=phase, backward=backward)
         return self.numbers(own, device)
 
     @outside_selective_checkpoint

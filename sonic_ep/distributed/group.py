@@ -1,7 +1,5 @@
 """The expert-parallel group: which ranks share the experts of a layer."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass

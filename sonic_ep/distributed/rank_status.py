@@ -19,10 +19,7 @@ AnswerT = TypeVar("AnswerT")
 
 @dataclass(frozen=True, kw_only=True)
 class RankStatus:
-    """A rank's last report. collectives: how many it has begun. left: it begins no more. lost: ranks missing for it.
-
-    text: its phase and step, or the error with which it left.
-    """
+    """A rank's last report: collectives begun, whether it left, phase and step (or error) as text, ranks lost to it."""
 
     collectives: int
     left: bool

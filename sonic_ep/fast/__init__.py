@@ -1,7 +1,5 @@
 """The fast backend: Triton kernels over symmetric memory."""
 
-from __future__ import annotations
-
 from sonic_ep.backend import Backend
 from sonic_ep.config import EPConfig
 from sonic_ep.distributed.collectives import BoundedCollectives
@@ -16,16 +14,12 @@ def unavailable_reasons(group: EPGroup) -> tuple[str, ...]:
     missing = software_reasons()
     # Only an installed triton says whether it interprets, and so needs no GPU.
     if not missing and interpreted():
-        return interpreter_reasons() or _transport_reasons(group)
+        from sonic_ep.fast import symmetric_memory
+
+        unshared = group.world_size > 1 and symmetric_memory.host_transport is None
+        asked = "interpreted kernels of several ranks share memory of the host: import sonic_ep.testing first"
+        return interpreter_reasons() or ((asked,) if unshared else ())
     return (*missing, *device_reasons())
-
-
-def _transport_reasons(group: EPGroup) -> tuple[str, ...]:
-    from sonic_ep.fast import symmetric_memory
-
-    if group.world_size == 1 or symmetric_memory.host_transport is not None:
-        return ()
-    return ("interpreted kernels of several ranks share memory of the host: import sonic_ep.testing first",)
 
 
 def create(collectives: BoundedCollectives, config: EPConfig) -> Backend:

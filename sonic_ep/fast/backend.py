@@ -4,13 +4,11 @@ With gradients on, every rank takes part in every backward, even if its own tens
 ranks would cost a read on the host.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 from torch import Tensor
 
-from sonic_ep.autograd_utils import apply_function, autocast_disabled, joined, outside_selective_checkpoint
+from sonic_ep.autograd_utils import apply_function, joined, outside_selective_checkpoint
 from sonic_ep.backend import Experts, LayerOutput, Routing, Slots
 from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
@@ -18,11 +16,10 @@ from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.distributed.sync_tag import Phase
 from sonic_ep.fast.capabilities import interpreted
 from sonic_ep.fast.context import DeviceContext
-from sonic_ep.fast.copy_engine import CopyEngineGather
 from sonic_ep.fast.exchange import Combine, Dispatch, Exchange
 from sonic_ep.fast.gemm import grouped_gemm
 from sonic_ep.fast.launch import aligned_contiguous
-from sonic_ep.fast.moe_function import Call, MoEFunction, StagedInputs
+from sonic_ep.fast.moe_function import Call, MoEFunction
 from sonic_ep.fast.router import route
 from sonic_ep.plan import RoutingPlan
 
@@ -75,29 +72,33 @@ class FastBackend:
 
         x has to require a gradient on every rank or on none, and so has w1: ``facts_of`` compares it.
         """
-        with autocast_disabled(x_TH.device):
+        with torch.autocast(x_TH.device.type, enabled=False):
             context = self._context(x_TH.device)
             x_TH, scores_TK = aligned_contiguous(x_TH), self._joined(slots.topk_scores.float())
             given = (x_TH, scores_TK, experts.w1, experts.w2, experts.b1, experts.b2)
             training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-            pending = context.planner.begin(
-                slots.topk_idx,
-                num_experts=experts.w1.shape[0] * self._group.world_size,
-                max_tokens=slots.max_tokens,
-                distinct=slots.distinct,
-                scores_TK=scores_TK.detach(),
-            )
+            num_experts = experts.w1.shape[0] * self._group.world_size
+            sizes = {"num_experts": num_experts, "max_tokens": slots.max_tokens}
+            held = scores_TK.detach()
+            pending = context.planner.begin(slots.topk_idx, **sizes, distinct=slots.distinct, scores_TK=held)
             exchange = self._exchange(pending.plan, x_TH)
-            gather = self._reserved_gather(x_TH, experts.w1, slots.max_tokens)
+            gather = None
+            if self._config.redispatch_x_in_backward and experts.w1.requires_grad:
+                gather = context.gather
+                # Also where gradients are off: reentrant checkpointing runs the first forward so.
+                gather.reserve(slots.max_tokens, x_TH.shape[1] * x_TH.element_size())
+            # The mean. No flag changes it, so none changes how products are tiled.
+            rows_per_group = triton.cdiv(exchange.plan.row_of_slot.numel(), num_experts)
             call = Call(
                 shape=shape,
                 exchange=exchange,
-                gemm=grouped_gemm((x_TH, experts.w1, experts.w2), rows_per_group(pending.plan)),
+                gemm=grouped_gemm((x_TH, experts.w1, experts.w2), rows_per_group),
                 activation=experts.activation,
                 layout=experts.layout,
                 gather=gather,
                 training=training,
-                begun=StagedInputs(staged=exchange.stage(x_TH.detach()), pending=pending, planner=context.planner),
+                staged=exchange.stage(x_TH.detach()),
+                pending=pending,
             )
             y = apply_function(MoEFunction, x_TH, scores_TK, experts.w1, experts.w2, experts.b1, experts.b2, call)
             # A copy to write to: backward rereads the plan's.
@@ -146,22 +147,11 @@ class FastBackend:
                 where = "the CPU under Triton's interpreter" if interpreted() else "CUDA devices"
                 where += " for backend 'fast' (backend='reference' takes others)"
                 raise ValueError(f"{self._group}: device: got {device}, expected one of {where}")
-            self._contexts[device] = DeviceContext.make(self._collectives, self._config, device)
+            self._contexts[device] = DeviceContext(self._collectives, self._config, device)
         return self._contexts[device]
 
     def _joined(self, tensor: Tensor) -> Tensor:
         return joined(tensor, self._group.world_size)
-
-    def _reserved_gather(self, x_TH: Tensor, w1: Tensor, max_tokens: int) -> CopyEngineGather | None:
-        """Collective. The gather of x in backward, if the config asks for it, with its memory allocated.
-
-        Also where gradients are off: reentrant checkpointing runs the first forward so.
-        """
-        if not (self._config.redispatch_x_in_backward and w1.requires_grad):
-            return None
-        gather: CopyEngineGather = self._context(x_TH.device).gather
-        gather.reserve(max_tokens, x_TH.shape[1] * x_TH.element_size())
-        return gather
 
     def _exchange(self, plan: RoutingPlan, rows: Tensor) -> Exchange:
         context = self._context(rows.device)
@@ -172,14 +162,8 @@ class FastBackend:
             dispatch=context.dispatch[modes.dispatch],
             combine=context.combine[modes.combine],
             workspace=context.workspace,
-            max_rows=context.planner.max_rows,
-            device_errors=context.planner.device_errors,
+            planner=context.planner,
             step=context.workspace.step,
         )
         exchange.reserve(rows.shape[1] * rows.element_size())
         return exchange
-
-
-def rows_per_group(plan: RoutingPlan) -> int:
-    """Rows of an expert where all have equally many. No flag changes it, so none changes how products are tiled."""
-    return triton.cdiv(plan.world_size * plan.max_tokens * plan.top_k, plan.num_experts)

@@ -1,13 +1,13 @@
 """Requirements of the fast backend on a machine, as reasons why it cannot run."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from importlib.metadata import PackageNotFoundError, version
 from itertools import permutations
 
 import torch
+
+from sonic_ep.compat import release_of
 
 MINIMUM_TRITON = (3, 6)
 MINIMUM_CAPABILITY = (9, 0)
@@ -20,7 +20,7 @@ def software_reasons() -> tuple[str, ...]:
     except PackageNotFoundError:
         return ("triton is not installed",)
     old = f"triton {found} is installed, expected {_dotted(MINIMUM_TRITON)} or newer"
-    return (old,) if _leading_numbers(found) < MINIMUM_TRITON else ()
+    return (old,) if release_of(found) < MINIMUM_TRITON else ()
 
 
 def interpreter_reasons() -> tuple[str, ...]:
@@ -30,7 +30,7 @@ def interpreter_reasons() -> tuple[str, ...]:
     triton, numpy = version("triton"), version("numpy")
     wanted = "expected triton 3.7 or newer, or numpy older than 2.4"
     # Before 3.7 it calls int() on arrays of one element, which numpy refuses since 2.4.
-    fails = _leading_numbers(triton) < (3, 7) and _leading_numbers(numpy) >= (2, 4)
+    fails = release_of(triton) < (3, 7) and release_of(numpy) >= (2, 4)
     return (f"the interpreter of triton {triton} fails with numpy {numpy}: {wanted}",) if fails else ()
 
 
@@ -50,7 +50,11 @@ def device_reasons() -> tuple[str, ...]:
     if not torch.cuda.is_available():
         hint = "for tests on the CPU, set TRITON_INTERPRET=1 before Python starts"
         return (f"no CUDA device: torch.cuda.is_available() is False ({hint})",)
-    return (*_capability_reasons(), *symmetric_memory_reasons())
+    expected = f"expected {_dotted(MINIMUM_CAPABILITY)} or newer"
+    found = enumerate(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+    old = [(index, capability) for index, capability in found if capability < MINIMUM_CAPABILITY]
+    too_old = (f"GPU {index} has compute capability {_dotted(number)}, {expected}" for index, number in old)
+    return (*too_old, *symmetric_memory_reasons())
 
 
 def symmetric_memory_reasons() -> tuple[str, ...]:
@@ -62,18 +66,6 @@ def symmetric_memory_reasons() -> tuple[str, ...]:
     pairs = permutations(range(torch.cuda.device_count()), 2)
     blind = [f"{a}->{b}" for a, b in pairs if not torch.cuda.can_device_access_peer(a, b)]
     return (f"no peer access between GPUs {', '.join(blind)}",) if blind else ()
-
-
-def _capability_reasons() -> tuple[str, ...]:
-    expected = f"expected {_dotted(MINIMUM_CAPABILITY)} or newer"
-    found = enumerate(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
-    old = [(index, capability) for index, capability in found if capability < MINIMUM_CAPABILITY]
-    return tuple(f"GPU {index} has compute capability {_dotted(number)}, {expected}" for index, number in old)
-
-
-def _leading_numbers(text: str) -> tuple[int, ...]:
-    """Major and minor of a version: '3.6.0+git' is (3, 6)."""
-    return tuple(int(part) for part in text.split("+")[0].split(".")[:2])
 
 
 def _dotted(numbers: tuple[int, ...]) -> str:

@@ -1,7 +1,5 @@
 """Collectives over shared memory: scores and tokens of every rank to all, values of slots back, sums over ranks."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -34,7 +32,7 @@ def gather_kernel(staged_ptr, gathered_ptr, numbers, BLOCK: tl.constexpr):
 
 def gather_scores(scores_TK: Tensor, plan: RoutingPlan, workspace: Workspace) -> Tensor:
     """Collective. The scores of the group, (W, C, K) fp32; unspecified for tokens that do not exist."""
-    staged = reserve_scores(plan.max_tokens, plan.top_k, workspace)
+    staged = workspace.reserve(SCORES, plan.max_tokens * plan.top_k * FP32_BYTES)
     workspace.barrier_before_write()
     stage_scores(scores_TK, staged)
     workspace.barrier_after_write()
@@ -53,16 +51,6 @@ def gather_staged_scores(staged: SharedBuffer, expert_ids_WCK: Tensor) -> Tensor
     grid = (triton.cdiv(numbers, BLOCK), world_size)
     launch(gather_kernel, grid, staged.addresses, scores_WCK, numbers, device=scores_WCK.device, BLOCK=BLOCK)
     return scores_WCK
-
-
-def reserve_scores(max_tokens: int, top_k: int, workspace: Workspace) -> SharedBuffer:
-    """Collective. Shared memory for the score of each slot of a rank, fp32."""
-    return workspace.reserve(SCORES, max_tokens * top_k * FP32_BYTES)
-
-
-def reserve_values(plan: RoutingPlan, workspace: Workspace) -> SharedBuffer:
-    """Collective. Shared memory for ``return_to_origin``: one fp32 value of each slot of a rank."""
-    return workspace.reserve(VALUES, plan.max_tokens * plan.top_k * FP32_BYTES)
 
 
 @triton.jit(do_not_specialize=["slots_per_rank", "rows"])
@@ -126,9 +114,9 @@ def collect_kernel(
 
 def return_to_origin(value_of_row_R: Tensor, plan: RoutingPlan, workspace: Workspace) -> Tensor:
     """Collective. One fp32 value of each valid row to its slot's origin rank, (T, K); 0 for dropped slots."""
-    origin, device = reserve_values(plan, workspace), value_of_row_R.device
+    slots_per_rank, device = plan.max_tokens * plan.top_k, value_of_row_R.device
+    origin = workspace.reserve(VALUES, slots_per_rank * FP32_BYTES)
     out_TK = value_of_row_R.new_empty((plan.num_tokens, plan.top_k))
-    slots_per_rank, slots = plan.max_tokens * plan.top_k, out_TK.numel()
     routing, of_experts = (plan.expert_ids, plan.row_of_slot), (plan.experts_per_rank, plan.row_capacity)
     if plan.world_size > 1:
         workspace.barrier_before_write()
@@ -137,8 +125,8 @@ def return_to_origin(value_of_row_R: Tensor, plan: RoutingPlan, workspace: Works
         launch(return_to_origin_kernel, grid, *sent, device=device, BLOCK=BLOCK)
         workspace.barrier_after_write()
     received = (origin.rows(plan.rank, (slots_per_rank,), torch.float32), value_of_row_R, *routing, out_TK)
-    sizes = (plan.rank * slots_per_rank, slots, *of_experts, plan.rank)
-    launch(collect_kernel, (triton.cdiv(slots, BLOCK),), *received, *sizes, device=device, BLOCK=BLOCK)
+    sizes = (plan.rank * slots_per_rank, out_TK.numel(), *of_experts, plan.rank)
+    launch(collect_kernel, (triton.cdiv(out_TK.numel(), BLOCK),), *received, *sizes, device=device, BLOCK=BLOCK)
     return out_TK
 
 

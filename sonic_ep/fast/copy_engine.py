@@ -1,13 +1,12 @@
 """An all-gather by the GPU's copy engines: asynchronous copies on side streams, which take no SM."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sonic_ep.fast.collectives import reserve_tokens, stage_tokens
+from sonic_ep.fast.launch import capturing
 from sonic_ep.fast.symmetric_memory import SharedBuffer
 from sonic_ep.fast.workspace import Workspace
 
@@ -25,11 +24,6 @@ class GatherEvents:
         for event in self.events:
             torch.cuda.current_stream(device).wait_event(event)
         self.awaited = True
-
-    def wait_before_next(self, device: torch.device) -> None:
-        """The next gather waits, unless it cannot, or need not: in a graph its copies follow on the same streams."""
-        if self.events and self.captured == _capturing(device) and not (self.captured and self.awaited):
-            self.wait(device)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,8 +69,11 @@ class CopyEngineGather:
 
     def stage(self, x_TH: Tensor, max_tokens: int) -> SharedBuffer:
         """Collective. The first half of ``start``."""
-        # The last gather's copies have to end before the barrier, after which peers overwrite their source.
-        self._last.wait_before_next(self._workspace.device)
+        # The last gather's copies have to end before the barrier, after which peers overwrite their source. Unless it
+        # cannot wait, or need not: in a graph copies follow on the same streams.
+        last, device = self._last, self._workspace.device
+        if last.events and last.captured == capturing(device) and not (last.captured and last.awaited):
+            last.wait(device)
         return stage_tokens(x_TH, max_tokens, self._workspace, self._name)
 
     def bring(self, x_TH: Tensor, staged: SharedBuffer, max_tokens: int, *, with_own: bool = True) -> GatherInFlight:
@@ -92,7 +89,7 @@ class CopyEngineGather:
             # Last, because the side streams wait for the current stream, which does this copy.
             gathered_WCH[group.rank, : x_TH.shape[0]].copy_(x_TH)
         # Only the events: the caller decides how long the result lives.
-        self._last = GatherEvents(events=tuple(events), captured=_capturing(self._workspace.device))
+        self._last = GatherEvents(events=tuple(events), captured=capturing(self._workspace.device))
         return GatherInFlight(gathered=gathered_WCH, events=self._last)
 
     def _copy(self, target_CH: Tensor, source_CH: Tensor, peer: int) -> list[torch.cuda.Event]:
@@ -105,7 +102,3 @@ class CopyEngineGather:
             target_CH.copy_(source_CH)
             target_CH.record_stream(stream)
             return [stream.record_event()]
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,7 +1,5 @@
 """Errors that kernels find and the host raises: a wait that failed, bad ids, too many rows, another recompute."""
 
-from __future__ import annotations
-
 import os
 import sys
 import weakref
@@ -18,7 +16,7 @@ from sonic_ep.distributed.collectives import BoundedCollectives, left, timed_out
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.distributed.sync_tag import Phase, SyncTag, mismatch
 from sonic_ep.errors import CollectiveMismatchError, PeerError, PeerLostError, PeerTimeoutError
-from sonic_ep.fast.launch import host_ints
+from sonic_ep.fast.launch import capturing, host_ints
 from sonic_ep.fast.sync import ELSEWHERE
 from sonic_ep.plan import overflow_error, recompute_error
 
@@ -30,7 +28,7 @@ PLANS_AHEAD = 8
 MOST_STEP = 2**31 - 1
 
 
-def report_at_exit(owner: Any, find: Callable[[], Exception | None]) -> weakref.finalize[..., Any]:
+def report_at_exit(owner: Any, find: Callable[[], Exception | None]) -> weakref.finalize:
     """Print what ``find`` finds, if anything, once ``owner`` is freed. ``find`` must not hold it."""
     process = os.getpid()
 
@@ -170,25 +168,25 @@ class DeviceErrors:
     @property
     def codes(self) -> Tensor:
         """Where the kernels of the plan being queued write errors, (CODES,) int32."""
-        return self._gathered if self._capturing() else self._current.own
+        return self._gathered if capturing(self._device) else self._current.own
 
     def begin(self) -> None:
         """Collective. Start a plan; wait for the plan ``PLANS_AHEAD`` before, and raise its error. No-op in capture."""
-        if not self._capturing():
+        if not capturing(self._device):
             self._plans += 1
             self._raise(self._current)
             self._current.written = None
 
     def expect(self, limits: Limits) -> None:
         """Set the bounds of the plan being queued."""
-        if self._capturing():
+        if capturing(self._device):
             self._latest.gathered_limits = limits
         else:
             self._current.limits = limits
 
     def queued(self, *, flags: bool) -> None:
         """All kernels of the plan have been queued on the current stream. flags: whether they may find an error."""
-        if self._capturing():
+        if capturing(self._device):
             if flags:
                 self._latest.gathered = self._gathered
             return
@@ -199,8 +197,7 @@ class DeviceErrors:
             current.gathered_limits = self._latest.gathered_limits
             current.gathered.copy_(self._gathered, non_blocking=True)
         if self._on_gpu and (flags or current.gathered is not None):
-            current.written = torch.cuda.Event()
-            current.written.record(torch.cuda.current_stream(self._device))
+            current.written = torch.cuda.current_stream(self._device).record_event()
 
     def compare(self, expert_ids_WCK: Tensor, again_WCK: Tensor, step: int) -> Tensor:
         """Whether the ids of a forward and of its recompute differ, bool () on the device; ``RecomputeError`` if so."""
@@ -227,9 +224,6 @@ class DeviceErrors:
     @property
     def _current(self) -> PlanErrors:
         return self._records[self._plans % PLANS_AHEAD]
-
-    def _capturing(self) -> bool:
-        return self._on_gpu and torch.cuda.is_current_stream_capturing()
 
     def _raise(self, record: PlanErrors) -> None:
         record.wait()

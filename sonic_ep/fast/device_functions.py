@@ -7,8 +7,6 @@ A kernel finds peers through a table of addresses, (W,) int64, so neither W nor 
 are only moved are moved as integers, so their dtype is not compiled in either.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice

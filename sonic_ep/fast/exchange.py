@@ -1,10 +1,4 @@
-"""Dispatch and combine of one plan, and their gradients.
-
-Dispatch and combine are each other's adjoints, as in the reference: the gradient of dispatch is a combine without
-scores in the configured combine mode, the gradient of combine dispatches d(out) in the configured dispatch mode.
-"""
-
-from __future__ import annotations
+"""Dispatch and combine of one plan, and their gradients: each is the other's adjoint, as in the reference."""
 
 import math
 from dataclasses import dataclass, replace
@@ -15,12 +9,12 @@ from torch import Tensor
 
 from sonic_ep.autograd_utils import once_differentiable, savable, unpack_saved
 from sonic_ep.distributed.sync_tag import Phase, Step
-from sonic_ep.fast.collectives import gather_scores, reserve_values, return_to_origin
-from sonic_ep.fast.combine import FastCombine
-from sonic_ep.fast.device_errors import DeviceErrors
-from sonic_ep.fast.dispatch import FastDispatch
+from sonic_ep.fast.collectives import FP32_BYTES, VALUES, gather_scores, return_to_origin
+from sonic_ep.fast.combine.base import PushedCombine
+from sonic_ep.fast.dispatch.base import PulledDispatch
 from sonic_ep.fast.launch import aligned_contiguous
 from sonic_ep.fast.permute import gather_rows, poison_if_overflowed, weigh_rows
+from sonic_ep.fast.planner import Planner
 from sonic_ep.fast.symmetric_memory import SharedBuffer
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.plan import RoutingPlan, raise_if_malformed
@@ -28,23 +22,15 @@ from sonic_ep.plan import RoutingPlan, raise_if_malformed
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Exchange:
-    """One plan with the primitives that move rows by it, for a call (step) or its gradient (backward).
-
-    max_rows: the bound on rows that the device has to check; None where there is none, or the host has checked it.
-    """
+    """One plan with the primitives that move rows by it, for a call (step) or its gradient (backward)."""
 
     plan: RoutingPlan
-    dispatch: FastDispatch
-    combine: FastCombine
+    dispatch: PulledDispatch
+    combine: PushedCombine
     workspace: Workspace
-    max_rows: int | None
-    device_errors: DeviceErrors
+    planner: Planner
     step: Step
     backward: bool = False
-
-    def in_backward(self) -> Exchange:
-        """The same, for the gradient."""
-        return replace(self, backward=True)
 
     def enter(self, phase: Phase) -> None:
         """Begin a phase of the step, see ``Workspace.enter``."""
@@ -54,28 +40,24 @@ class Exchange:
         """Collective. Allocate what rows and backward need, so that backward never has to."""
         self.dispatch.reserve(self.plan.max_tokens, row_bytes)
         self.combine.reserve(self.plan, row_bytes)
-        reserve_values(self.plan, self.workspace)
+        self.workspace.reserve(VALUES, self.plan.max_tokens * self.plan.top_k * FP32_BYTES)
 
     @property
     def group_ends(self) -> Tensor:
         """``plan.group_ends``, none of them past R, also where the plan has overflowed."""
         ends_e = self.plan.group_ends
-        return ends_e if self.max_rows is None else ends_e.clamp(max=self.plan.row_capacity)
+        return ends_e if self.planner.max_rows is None else ends_e.clamp(max=self.plan.row_capacity)
 
     def rows(self, x_TH: Tensor) -> Tensor:
         """Collective. x of the group's tokens in canonical row order, (R, H); unspecified past the valid rows."""
         x_TH = aligned_contiguous(x_TH)
-        received = self.pull(x_TH, self.stage(x_TH), self.plan.row_capacity)
+        received = self.dispatch.pull(x_TH, self.stage(x_TH), self.plan, self.plan.row_capacity)
         return self._poisoned(self.in_order(received))
 
     def stage(self, x_TH: Tensor) -> SharedBuffer:
         """Collective. The first half of a dispatch, which needs only the plan's C; x is ``aligned_contiguous``."""
         self.enter(Phase.DISPATCH)
         return self.dispatch.stage(x_TH, self.plan.max_tokens)
-
-    def pull(self, x_TH: Tensor, staged: SharedBuffer, rows: int) -> Tensor:
-        """What dispatch receives of ``staged``, in the mode's own layout; rows: R, at most that of the plan."""
-        return self.dispatch.pull(x_TH, staged, self.plan, rows)
 
     def in_order(self, received: Tensor) -> Tensor:
         """What dispatch has received as rows in canonical order, (R, H); unspecified past the valid rows."""
@@ -94,18 +76,16 @@ class Exchange:
         return self._poisoned(return_to_origin(value_of_row_R, self.plan, self.workspace))
 
     def checked(self, grad_NH: Tensor, expert_ids_WCK: Tensor) -> Tensor:
-        """The gradient, all NaN if activation checkpointing ran forward again and found other ids.
-
-        expert_ids_WCK: as autograd saved them; other memory than the plan's if forward was run again.
-        """
+        """The gradient, all NaN if forward ran again since these ids were saved, and found others than the plan's."""
         if expert_ids_WCK.data_ptr() == self.plan.expert_ids.data_ptr():
             return grad_NH
-        differs = self.device_errors.compare(self.plan.expert_ids, expert_ids_WCK, self.step.number)
+        differs = self.planner.device_errors.compare(self.plan.expert_ids, expert_ids_WCK, self.step.number)
         return grad_NH.masked_fill(differs, math.nan)
 
     def _poisoned(self, rows_NH: Tensor) -> Tensor:
         """The rows, all NaN if a rank was routed more than the bound."""
-        return rows_NH if self.max_rows is None else poison_if_overflowed(rows_NH, self.plan, self.max_rows)
+        max_rows = self.planner.max_rows
+        return rows_NH if max_rows is None else poison_if_overflowed(rows_NH, self.plan, max_rows)
 
 
 class Dispatch(torch.autograd.Function):
@@ -122,7 +102,7 @@ class Dispatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
         """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
-        exchange: Exchange = ctx.exchange.in_backward()
+        exchange: Exchange = replace(ctx.exchange, backward=True)
         (expert_ids_WCK,) = unpack_saved(ctx, exchange.workspace.group, ("expert_ids of plan",))
         raise_if_malformed(exchange.workspace.group, exchange.plan)
         return exchange.checked(exchange.sums(grad_RH, None), expert_ids_WCK), None
@@ -147,7 +127,7 @@ class Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, None]:
         """Gradients of the rows (R, H) and of the scores (T, K)."""
-        exchange: Exchange = ctx.exchange.in_backward()
+        exchange: Exchange = replace(ctx.exchange, backward=True)
         names = ("scores", "rows", "expert_ids of plan")
         scores_WCK, rows_RH, expert_ids_WCK = unpack_saved(ctx, exchange.workspace.group, names)
         raise_if_malformed(exchange.workspace.group, exchange.plan)

@@ -1,9 +1,4 @@
-"""What experts compute between their GEMMs: the activation, its gradients, and those of biases.
-
-Rows are in canonical order; results past row ``plan.group_ends[-1]`` are unspecified.
-"""
-
-from __future__ import annotations
+"""Between an expert's GEMMs: activation, gradients, biases. Rows past ``plan.group_ends[-1]`` are unspecified."""
 
 from dataclasses import dataclass
 from typing import Any

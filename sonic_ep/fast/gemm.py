@@ -4,8 +4,6 @@ Both sum in fp32, or in fp64 for fp32 operands (Hopper's tensor cores take fp64 
 once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -216,7 +214,6 @@ class LibraryGemm:
         return F.grouped_mm(a_RM.t(), b_RN, offs=group_ends_e)
 
 
-@dataclass(frozen=True, kw_only=True)
 class LoopGemm:
     """PyTorch's plain products, group by group, for the CPU, where the host waits for nothing."""
 

@@ -1,7 +1,5 @@
 """How a kernel is launched, and how rows are cut up for it."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -58,6 +56,11 @@ def host_ints(count: int, device: torch.device, dtype: torch.dtype = torch.int32
         return torch.zeros(count, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream of a GPU is captured in a graph: then the host cannot wait for it."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 on the CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -81,15 +84,11 @@ def aligned_contiguous(rows_NH: Tensor) -> Tensor:
     return rows_NH.clone() if rows_NH.data_ptr() % 4 else rows_NH
 
 
-def block_size(width: int, itemsize: int) -> int:
-    """Integers of a row that a program copies at a time: a power of two, at most ``BLOCK_BYTES``."""
-    return min(triton.next_power_of_2(width), BLOCK_BYTES // itemsize)
-
-
 def copy_constants(rows_NH: Tensor) -> dict[str, int]:
     """Constants of a kernel that copies rows, given ``as_int_view``: integers of a row, and at a time."""
     width = rows_NH.shape[1]
-    return {"INTS": width, "BLOCK": block_size(width, rows_NH.element_size()), "num_warps": ROW_WARPS}
+    at_once = min(triton.next_power_of_2(width), BLOCK_BYTES // rows_NH.element_size())
+    return {"INTS": width, "BLOCK": at_once, "num_warps": ROW_WARPS}
 
 
 def column_constants(width: int) -> dict[str, int]:

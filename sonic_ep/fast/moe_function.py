@@ -8,8 +8,6 @@ Saved for backward: what dispatch received, or x alone where it is gathered agai
 group's scores; the plan. Outputs of experts are never saved: <d(out), y> is computed as <dA, A> + <d(out), b2>.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,9 +21,9 @@ from sonic_ep.distributed.sync_tag import Phase
 from sonic_ep.fast.copy_engine import CopyEngineGather, GatherInFlight
 from sonic_ep.fast.dispatch.all_to_all import pull_to_rows
 from sonic_ep.fast.exchange import Exchange
-from sonic_ep.fast.experts import HiddenGradient, activate, activate_backward, add_bias_dots, sum_groups
+from sonic_ep.fast.experts import activate, activate_backward, add_bias_dots, sum_groups
 from sonic_ep.fast.gemm import GroupedGemm
-from sonic_ep.fast.planner import PendingPlan, Planner
+from sonic_ep.fast.planner import PendingPlan
 from sonic_ep.fast.symmetric_memory import SharedBuffer
 
 # Names of the saved tensors, in order, for errors. "x": x if backward dispatches it again, else the rows received.
@@ -34,17 +32,8 @@ SAVED = ("x", "hidden", "scores", "expert_ids of plan", "w1", "w2", None, "b2")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class StagedInputs:
-    """What is queued when forward starts: x of every rank, staged, and the plan with the scores of the group."""
-
-    staged: SharedBuffer
-    pending: PendingPlan
-    planner: Planner
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Call:
-    """One call of the layer, without the tensors that autograd tracks. begun: for forward only.
+    """One call of the layer, without the tensors that autograd tracks. staged, pending: x and plan, for forward only.
 
     shape: (..., H), of the result. exchange: in forward its plan may have more rows than arrive. gather: gathers
     x again in backward; None where the rows received are saved. training: a backward may come.
@@ -57,7 +46,8 @@ class Call:
     layout: GateLayout
     gather: CopyEngineGather | None
     training: bool
-    begun: StagedInputs | None
+    staged: SharedBuffer | None
+    pending: PendingPlan | None
 
     def experts(self, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Experts:
         """These weights with the activation of the call."""
@@ -69,23 +59,18 @@ class MoEFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x_TH: Tensor,
-        scores_TK: Tensor,
-        w1: Tensor,
-        w2: Tensor,
-        b1: Tensor | None,
-        b2: Tensor | None,
-        call: Call,
+        ctx: Any, x_TH: Tensor, scores: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, call: Call
     ) -> Tensor:
-        """Pull what is staged, apply the experts, combine. ``scores_TK``: only for its gradient."""
-        assert call.begun is not None
-        exchange, received = _pulled(x_TH, call.exchange, call.begun)
-        scores_WCK = call.begun.pending.scores_WCK
+        """Pull what is staged, apply the experts, combine. ``scores``: only for its gradient."""
+        assert call.staged is not None
+        assert call.pending is not None
+        exchange, received = _pulled(x_TH, call.exchange, call.staged, call.pending)
+        scores_WCK = call.pending.scores_WCK
         hidden_RF = call.gemm.rows(exchange.in_order(received), w1.transpose(1, 2), exchange.group_ends, b1)
         if call.training:
             source = received if call.gather is None else x_TH
-            ctx.call, ctx.call_lock = replace(call, exchange=exchange, begun=None), exchange.workspace.call_lock
+            ctx.call = replace(call, exchange=exchange, staged=None, pending=None)
+            ctx.call_lock = exchange.workspace.call_lock
             kept = source if ctx.needs_input_grad[2] else None
             ids_WCK = exchange.plan.expert_ids
             ctx.save_for_backward(kept, hidden_RF, scores_WCK, ids_WCK, w1, w2, b1, b2)
@@ -103,98 +88,51 @@ class MoEFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x (T, H), scores (T, K), w1, w2, b1 and b2; None for those that are not required."""
+        needs_x, needs_scores, _, needs_w2, needs_b1, needs_b2, _ = ctx.needs_input_grad
+        gemm, exchange = ctx.call.gemm, replace(ctx.call.exchange, backward=True)
         # First of all: under activation checkpointing this runs forward again, on every rank.
-        kept, hidden_RF, scores_WCK, ids_WCK, *weights = unpack_saved(ctx, ctx.call.exchange.workspace.group, SAVED)
-        out_grad_TH = out_grad.reshape(ctx.call.exchange.plan.num_tokens, out_grad.shape[-1])
-        saved = Saved(kept=kept, hidden=hidden_RF, scores=scores_WCK, experts=ctx.call.experts(*weights))
-        needs = Needs(*ctx.needs_input_grad[:6])
-        call = replace(ctx.call, exchange=ctx.call.exchange.in_backward())
-        return (*_gradients(call.exchange.checked(out_grad_TH, ids_WCK), saved, needs, call), None)
+        kept, hidden_RF, scores_WCK, ids_WCK, w1, w2, b1, b2 = unpack_saved(ctx, exchange.workspace.group, SAVED)
+        out_grad_TH = out_grad.reshape(exchange.plan.num_tokens, out_grad.shape[-1])
+        out_grad_RH = exchange.rows(exchange.checked(out_grad_TH, ids_WCK))
+        in_flight = None
+        if ctx.call.gather is not None and kept is not None:
+            exchange.enter(Phase.DISPATCH)
+            in_flight = ctx.call.gather.start(kept, exchange.plan.max_tokens, with_own=False)
+        grad_RI = gemm.rows(out_grad_RH, w2, exchange.group_ends)
+        between = activate_backward(hidden_RF, grad_RI, scores_WCK, ctx.call.experts(w1, w2, b1, b2), exchange.plan)
+        if b2 is not None and needs_scores:
+            add_bias_dots(out_grad_RH, b2, between.dots, exchange.plan)
+        del grad_RI
+        w2_grad = gemm.weights(out_grad_RH, between.weighted, exchange.group_ends) if needs_w2 else None
+        b2_grad = sum_groups(out_grad_RH, scores_WCK, exchange.plan) if needs_b2 else None
+        hidden_grad_RF, dots_R = between.hidden, between.dots
+        # Freed, to make room for the gradients of the rows.
+        del out_grad_RH, between
+        b1_grad = sum_groups(hidden_grad_RF, None, exchange.plan) if needs_b1 else None
+        scores_grad_TK = exchange.to_origin(dots_R) if needs_scores else None
+        x_grad_TH = exchange.sums(gemm.rows(hidden_grad_RF, w1, exchange.group_ends), None) if needs_x else None
+        w1_grad = None
+        if kept is not None:
+            rows_RH = _rows_of_w1(kept, in_flight, exchange)
+            w1_grad = gemm.weights(hidden_grad_RF, rows_RH, exchange.group_ends)
+        return x_grad_TH, scores_grad_TK, w1_grad, w2_grad, b1_grad, b2_grad, None
 
 
-def _pulled(x_TH: Tensor, exchange: Exchange, begun: StagedInputs) -> tuple[Exchange, Tensor]:
+def _pulled(x_TH: Tensor, exchange: Exchange, staged: SharedBuffer, pending: PendingPlan) -> tuple[Exchange, Tensor]:
     """The exchange, its plan cut to R rows, and the rows received. A pull that needs no R precedes the read of R."""
-    planner, pending = begun.planner, begun.pending
+    planner = exchange.planner
     if exchange.dispatch.sized_by_rows:
         rows = planner.rows(pending)
-        received = exchange.pull(x_TH, begun.staged, rows)
+        received = exchange.dispatch.pull(x_TH, staged, exchange.plan, rows)
     else:
-        received = exchange.pull(x_TH, begun.staged, exchange.plan.row_capacity)
+        received = exchange.dispatch.pull(x_TH, staged, exchange.plan, exchange.plan.row_capacity)
         rows = planner.rows(pending)
     return replace(exchange, plan=planner.sized(pending, rows)), received
 
 
-@dataclass(frozen=True, eq=False)
-class Needs:
-    """Which gradients are required, in the order of the function's inputs."""
-
-    x: bool
-    scores: bool
-    w1: bool
-    w2: bool
-    b1: bool
-    b2: bool
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Saved:
-    """What forward saved: rows received, or x, or None where the gradient of w1 is not required; h; scores; weights."""
-
-    kept: Tensor | None
-    hidden: Tensor
-    scores: Tensor
-    experts: Experts
-
-
-def _gradients(out_grad_TH: Tensor, saved: Saved, needs: Needs, call: Call) -> tuple[Tensor | None, ...]:
-    """See ``MoEFunction.backward``."""
-    exchange, experts = call.exchange, saved.experts
-    out_grad_RH = exchange.rows(out_grad_TH)
-    in_flight = _gather_again(saved, call)
-    between = _between(out_grad_RH, saved, needs, call)
-    w2_grad = call.gemm.weights(out_grad_RH, between.weighted, exchange.group_ends) if needs.w2 else None
-    b2_grad = sum_groups(out_grad_RH, saved.scores, exchange.plan) if needs.b2 else None
-    hidden_grad_RF, dots_R = between.hidden, between.dots
-    # Freed, to make room for the gradients of the rows.
-    del out_grad_RH, between
-    b1_grad = sum_groups(hidden_grad_RF, None, exchange.plan) if needs.b1 else None
-    scores_grad_TK = exchange.to_origin(dots_R) if needs.scores else None
-    x_grad_TH = _x_gradient(hidden_grad_RF, experts.w1, call) if needs.x else None
-    w1_grad = _w1_gradient(hidden_grad_RF, saved, in_flight, call)
-    return x_grad_TH, scores_grad_TK, w1_grad, w2_grad, b1_grad, b2_grad
-
-
-def _gather_again(saved: Saved, call: Call) -> GatherInFlight | None:
-    """Collective where x was saved. Start to gather it again, behind what is queued."""
-    if call.gather is None or saved.kept is None:
-        return None
-    call.exchange.enter(Phase.DISPATCH)
-    return call.gather.start(saved.kept, call.exchange.plan.max_tokens, with_own=False)
-
-
-def _between(out_grad_RH: Tensor, saved: Saved, needs: Needs, call: Call) -> HiddenGradient:
-    """DA through the down-projection, then all that needs it and h in one pass."""
-    exchange, experts = call.exchange, saved.experts
-    grad_RI = call.gemm.rows(out_grad_RH, experts.w2, exchange.group_ends)
-    between = activate_backward(saved.hidden, grad_RI, saved.scores, experts, exchange.plan)
-    if experts.b2 is not None and needs.scores:
-        add_bias_dots(out_grad_RH, experts.b2, between.dots, exchange.plan)
-    return between
-
-
-def _x_gradient(hidden_grad_RF: Tensor, w1: Tensor, call: Call) -> Tensor:
-    """Collective. Gradient of x, (T, H)."""
-    return call.exchange.sums(call.gemm.rows(hidden_grad_RF, w1, call.exchange.group_ends), None)
-
-
-def _w1_gradient(hidden_grad_RF: Tensor, saved: Saved, in_flight: GatherInFlight | None, call: Call) -> Tensor | None:
-    """Gradient of w1 from the rows that were saved, or are gathered again; None where it is not required."""
-    exchange = call.exchange
-    if saved.kept is None:
-        return None
+def _rows_of_w1(kept: Tensor, in_flight: GatherInFlight | None, exchange: Exchange) -> Tensor:
+    """The rows of the up-projection, (R, H), from those received, or from x where it is gathered again."""
     if in_flight is None:
-        rows_RH = exchange.in_order(saved.kept)
-    else:
-        in_flight.wait()
-        rows_RH = pull_to_rows(saved.kept, in_flight.addresses(), exchange.plan, exchange.plan.row_capacity)
-    return call.gemm.weights(hidden_grad_RF, rows_RH, exchange.group_ends)
+        return exchange.in_order(kept)
+    in_flight.wait()
+    return pull_to_rows(kept, in_flight.addresses(), exchange.plan, exchange.plan.row_capacity)

@@ -1,7 +1,5 @@
 """Kernels over the rows of one rank: into canonical order, gradients of the weighted sum, NaN after an overflow."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -5,8 +5,6 @@ expert and its tokens by rank, one sums the counts of the tiles before each, one
 whole tokens of one rank, in slot order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,12 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.fast.collectives import gather_staged_scores, reserve_scores, stage_scores
+from sonic_ep.fast.collectives import FP32_BYTES, SCORES, gather_staged_scores, stage_scores
 from sonic_ep.fast.device_functions import peer_pointer
 from sonic_ep.fast.launch import launch
-from sonic_ep.fast.symmetric_memory import SharedBuffer
 from sonic_ep.fast.workspace import Workspace
-from sonic_ep.plan import INDEX_DTYPE, RoutingPlan
+from sonic_ep.plan import INDEX_BYTES, INDEX_DTYPE, RoutingPlan
 
 # Staged in place of an id out of range; the plan counts it as dropped.
 OUT_OF_RANGE: tl.constexpr = tl.constexpr(-2)
@@ -261,28 +258,14 @@ class PlanShape:
         return triton.cdiv(self.max_tokens, self.tile_tokens)
 
     @property
-    def tiles(self) -> int:
-        """Tiles of the group."""
-        return self.world_size * self.tiles_per_rank
-
-    @property
-    def bins(self) -> int:
-        """Counts of each tile: slots of E experts, then tokens of W ranks."""
-        return self.num_experts + self.world_size
-
-    @property
-    def padded_experts(self) -> int:
-        """A power of two with room for E bins and one for dropped slots."""
-        return triton.next_power_of_2(self.num_experts + 1)
-
-    @property
     def sizes(self) -> tuple[int, int, int, int]:
         """What the kernels take alike: tiles of a rank, E, e and W."""
         return self.tiles_per_rank, self.num_experts, self.experts_per_rank, self.world_size
 
     def tile_constants(self) -> dict[str, int]:
         """Constants of the kernels that go over tiles."""
-        padded_k, experts = triton.next_power_of_2(self.top_k), self.padded_experts
+        # Room for E bins and one for dropped slots.
+        padded_k, experts = triton.next_power_of_2(self.top_k), triton.next_power_of_2(self.num_experts + 1)
         return {"K": self.top_k, "K_PADDED": padded_k, "TOKENS": self.tile_tokens, "EXPERTS_PADDED": experts}
 
 
@@ -303,32 +286,26 @@ def gathered_counts(
     topk_idx_TK: Tensor, shape: PlanShape, workspace: Workspace, device_errors: Tensor, scores_TK: Tensor | None = None
 ) -> TileCounts:
     """Collective. Exchange the ids, and scores if there are any, and count: all up to the totals."""
-    device = topk_idx_TK.device
-    staged = workspace.reserve("ids", shape.max_tokens * shape.top_k * INDEX_DTYPE.itemsize)
-    staged_scores = None if scores_TK is None else reserve_scores(shape.max_tokens, shape.top_k, workspace)
+    room, device = shape.max_tokens * shape.top_k, topk_idx_TK.device
+    staged = workspace.reserve("ids", room * INDEX_BYTES)
+    staged_scores = None if scores_TK is None else workspace.reserve(SCORES, room * FP32_BYTES)
     workspace.barrier_before_write()
-    stage_ids(topk_idx_TK.contiguous(), shape, staged)
+    pointers = (topk_idx_TK.contiguous(), staged.rows(shape.rank, (room,), INDEX_DTYPE))
+    grid, sizes = (triton.cdiv(room, STAGE_BLOCK),), (topk_idx_TK.numel(), room, shape.num_experts)
+    launch(stage_ids_kernel, grid, *pointers, *sizes, device=device, BLOCK=STAGE_BLOCK)
     if scores_TK is not None and staged_scores is not None:
         stage_scores(scores_TK, staged_scores)
     workspace.barrier_after_write()
     expert_ids_WCK = torch.empty((shape.world_size, shape.max_tokens, shape.top_k), dtype=INDEX_DTYPE, device=device)
-    before = torch.empty((shape.tiles, shape.bins), dtype=INDEX_DTYPE, device=device)
-    totals = torch.empty(shape.bins, dtype=INDEX_DTYPE, device=device)
-    pointers = (staged.addresses, expert_ids_WCK, before, device_errors)
-    constants = shape.tile_constants()
-    launch(count_kernel, (shape.tiles,), *pointers, shape.max_tokens, *shape.sizes, device=device, **constants)
-    grid, sizes = (triton.cdiv(shape.bins, SCAN_BINS),), (shape.tiles, shape.bins)
-    launch(scan_kernel, grid, before, totals, *sizes, device=device, TILES=SCAN_TILES, BINS=SCAN_BINS)
+    tiles, bins = shape.world_size * shape.tiles_per_rank, shape.num_experts + shape.world_size
+    before = torch.empty((tiles, bins), dtype=INDEX_DTYPE, device=device)
+    totals = torch.empty(bins, dtype=INDEX_DTYPE, device=device)
+    of_tiles = (staged.addresses, expert_ids_WCK, before, device_errors, shape.max_tokens, *shape.sizes)
+    launch(count_kernel, (tiles,), *of_tiles, device=device, **shape.tile_constants())
+    grid, constants = (triton.cdiv(bins, SCAN_BINS),), {"TILES": SCAN_TILES, "BINS": SCAN_BINS}
+    launch(scan_kernel, grid, before, totals, tiles, bins, device=device, **constants)
     scores_WCK = None if staged_scores is None else gather_staged_scores(staged_scores, expert_ids_WCK)
     return TileCounts(expert_ids=expert_ids_WCK, before=before, totals=totals, scores=scores_WCK)
-
-
-def stage_ids(topk_idx_TK: Tensor, shape: PlanShape, staged: SharedBuffer) -> None:
-    """Copy this rank's ids to shared memory; needs a barrier before and after."""
-    room = shape.max_tokens * shape.top_k
-    grid, target = (triton.cdiv(room, STAGE_BLOCK),), staged.rows(shape.rank, (room,), INDEX_DTYPE)
-    sizes = (topk_idx_TK.numel(), room, shape.num_experts)
-    launch(stage_ids_kernel, grid, topk_idx_TK, target, *sizes, device=topk_idx_TK.device, BLOCK=STAGE_BLOCK)
 
 
 def new_plan(
@@ -361,9 +338,9 @@ def placed_plan(
     pointers = (plan.expert_ids, *scanned, plan.row_of_slot, plan.slot_of_row, plan.packed_of_token)
     sizes = (shape.rank, shape.max_tokens, *shape.sizes, row_capacity)
     constants = shape.tile_constants() | {"COMPARED": COMPARED_SLOTS, "num_warps": PLACE_WARPS}
-    launch(place_kernel, (shape.tiles,), *pointers, *sizes, device=device, **constants)
+    launch(place_kernel, (counts.before.shape[0],), *pointers, *sizes, device=device, **constants)
     small = (*scanned, plan.group_ends, plan.pair_tokens, device_errors)
-    padded = {"EXPERTS_PADDED": shape.padded_experts, "RANKS_PADDED": triton.next_power_of_2(shape.world_size)}
+    padded = {"RANKS_PADDED": triton.next_power_of_2(shape.world_size), "EXPERTS_PADDED": constants["EXPERTS_PADDED"]}
     launch(totals_kernel, (shape.world_size,), *small, shape.rank, *shape.sizes, max_rows, device=device, **padded)
     return plan
 
@@ -371,6 +348,6 @@ def placed_plan(
 def empty_plan(shape: PlanShape, device: torch.device) -> RoutingPlan:
     """The plan of a group in which no rank has a token."""
     none_WCK = torch.zeros((shape.world_size, 0, shape.top_k), dtype=INDEX_DTYPE, device=device)
-    totals = torch.zeros(shape.bins, dtype=INDEX_DTYPE, device=device)
-    counts = TileCounts(expert_ids=none_WCK, before=totals.new_zeros((0, shape.bins)), totals=totals, scores=None)
+    totals = torch.zeros(shape.num_experts + shape.world_size, dtype=INDEX_DTYPE, device=device)
+    counts = TileCounts(expert_ids=none_WCK, before=totals.new_zeros((0, len(totals))), totals=totals, scores=None)
     return new_plan(counts, shape, num_tokens=0, row_capacity=0, new=torch.zeros)

@@ -3,8 +3,6 @@
 The host reads that size after the caller has queued all work that does not need it, so that the GPU stays busy.
 """
 
-from __future__ import annotations
-
 import ctypes
 import time
 from dataclasses import dataclass, replace
@@ -17,7 +15,7 @@ from sonic_ep.config import EPConfig
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.distributed.sync_tag import Phase
 from sonic_ep.fast.device_errors import DeviceErrors, Limits
-from sonic_ep.fast.launch import host_ints
+from sonic_ep.fast.launch import capturing, host_ints
 from sonic_ep.fast.plan import PlanShape, empty_plan, gathered_counts, placed_plan
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.plan import MOST_SLOTS, RoutingPlan, check_slots, room_for_rows, row_ceiling
@@ -42,8 +40,7 @@ class HostCopy:
 
     def start(self, counts: Tensor) -> None:
         """Queue the copy of int32 ``counts``, none below zero, on the current stream. Raises in graph capture."""
-        on_gpu = self._device.type == "cuda"
-        if on_gpu and torch.cuda.is_current_stream_capturing():
+        if capturing(self._device):
             raise RuntimeError(
                 "cpu_sync_on_runtime: got a call in graph capture, where the host cannot read; expected it off there"
             )
@@ -55,9 +52,8 @@ class HostCopy:
             self._ints = (ctypes.c_int32 * counts.numel()).from_address(self._host.data_ptr())
         self._host.fill_(NOT_ARRIVED)
         self._host.copy_(counts, non_blocking=True)
-        if on_gpu:
-            self._queued = torch.cuda.Event()
-            self._queued.record(torch.cuda.current_stream(self._device))
+        if self._device.type == "cuda":
+            self._queued = torch.cuda.current_stream(self._device).record_event()
 
     def wait(self) -> list[int]:
         """The counts, once all are copied. Does not wait for what has been queued since."""
@@ -92,11 +88,10 @@ class Planner:
         self._workspace = workspace
         self.device_errors = DeviceErrors(group, workspace.device, host_reads=config.cpu_sync_on_runtime)
         self._counts = HostCopy(workspace.device)
-
-    @property
-    def max_rows(self) -> int | None:
-        """The bound on rows that the device checks; None if there is none, or the host checks it."""
-        return None if self._config.cpu_sync_on_runtime else self._bound
+        # As kernels can take it: no rank has more rows than there are slots.
+        self._bound = None if config.max_rows is None else min(config.max_rows, MOST_SLOTS)
+        # The bound that the device checks; None if there is none, or the host checks it.
+        self.max_rows = None if config.cpu_sync_on_runtime else self._bound
 
     def begin(
         self, topk_idx_TK: Tensor, *, num_experts: int, max_tokens: int, distinct: bool, scores_TK: Tensor | None = None
@@ -141,8 +136,3 @@ class Planner:
         self.device_errors.raise_current()
         # A copy, so that memory for the most rows is freed.
         return replace(pending.plan, slot_of_row=pending.plan.slot_of_row[:rows].clone())
-
-    @property
-    def _bound(self) -> int | None:
-        """``max_rows`` as kernels can take it: no rank has more rows than there are slots."""
-        return None if self._config.max_rows is None else min(self._config.max_rows, MOST_SLOTS)

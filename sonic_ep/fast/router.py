@@ -5,9 +5,6 @@ fp32 GEMM in backward, the logits' gradient is cut into three bf16 parts, whose 
 number, and tensor cores sum their exact products in fp32.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.autograd_utils import apply_function, autocast_disabled, once_differentiable, savable, unpack_saved
+from sonic_ep.autograd_utils import apply_function, once_differentiable, savable, unpack_saved
 from sonic_ep.backend import Routing
 from sonic_ep.config import RouterOptions, ScoreOrder
 from sonic_ep.distributed.sync_tag import Phase
@@ -201,7 +198,7 @@ class RouterLogits(torch.autograd.Function):
         ctx.step, ctx.call_lock = workspace.step, workspace.call_lock
         ctx.x_dtype, ctx.weight_dtype = x_TH.dtype, router_w_EH.dtype
         ctx.save_for_backward(x_TH if needs_weight else None, router_w_EH if needs_x else None)
-        with autocast_disabled(x_TH.device):
+        with torch.autocast(x_TH.device.type, enabled=False):
             return product(x_TH, router_w_EH.t(), torch.float32)
 
     @staticmethod
@@ -211,10 +208,15 @@ class RouterLogits(torch.autograd.Function):
         x_TH, router_w_EH = unpack_saved(ctx, ctx.workspace.group, ("x", "router_w"))
         in_bf16_parts = ctx.x_dtype == ctx.weight_dtype == torch.bfloat16
         grad_TPE = bf16_parts(grad_TE) if in_bf16_parts else grad_TE.unsqueeze(1)
-        x_grad = None if router_w_EH is None else gradient_of_x(grad_TPE, router_w_EH, ctx.x_dtype)
+        _, parts, num_experts = grad_TPE.shape
+        x_grad = None
+        if router_w_EH is not None:
+            # One product over all P * E numbers.
+            x_grad = product(grad_TPE.flatten(1), router_w_EH.repeat(parts, 1), ctx.x_dtype)
         if x_TH is None:
             return x_grad, None, None, None
-        weight_grad = gradient_of_weight(grad_TPE, x_TH)
+        by_part = product(grad_TPE.flatten(1).t(), x_TH, torch.float32)
+        weight_grad = by_part.view(parts, num_experts, -1).sum(dim=0)
         if ctx.reduced:
             ctx.workspace.enter(Phase.ROUTER, ctx.step, backward=True)
             weight_grad = sum_over_ranks(weight_grad, ctx.workspace)
@@ -231,8 +233,8 @@ class Choose(torch.autograd.Function):
         ctx.mark_non_differentiable(chosen.topk_idx)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.group, ctx.call_lock = options, workspace.group, workspace.call_lock
-        ctx.save_for_backward(logits_TE, chosen.topk_idx, chosen.scores)
-        return chosen.topk_idx, chosen.scores
+        ctx.save_for_backward(logits_TE, chosen.topk_idx, chosen.topk_scores)
+        return chosen.topk_idx, chosen.topk_scores
 
     @staticmethod
     @once_differentiable
@@ -243,21 +245,13 @@ class Choose(torch.autograd.Function):
         return logits_gradient(routing, scores_grad_TK, ctx.options), None, None
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Choices:
-    """topk_idx (T, K) int64 and scores (T, K) fp32."""
-
-    topk_idx: Tensor
-    scores: Tensor
-
-
-def choose_experts(logits_TE: Tensor, options: RouterOptions) -> Choices:
+def choose_experts(logits_TE: Tensor, options: RouterOptions) -> Routing:
     """The K largest logits (fp32, contiguous) of each row, descending, equal ones by ascending expert; their scores."""
     num_tokens, top_k = logits_TE.shape[0], options.top_k
     topk_idx_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits_TE.device)
     scores_TK = logits_TE.new_empty(num_tokens, top_k)
     _over_tokens(choose_kernel, (logits_TE, topk_idx_TK, scores_TK), options)
-    return Choices(topk_idx=topk_idx_TK, scores=scores_TK)
+    return Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK)
 
 
 def logits_gradient(routing: Routing, scores_grad_TK: Tensor, options: RouterOptions) -> Tensor:
@@ -290,18 +284,6 @@ def bf16_parts(grad_TE: Tensor) -> Tensor:
     constants = {"E": num_experts, "PARTS": BF16_PARTS, "BLOCK": PARTS_BLOCK}
     launch(parts_kernel, (triton.cdiv(numbers, PARTS_BLOCK),), grad_TE, out_TPE, numbers, device=device, **constants)
     return out_TPE
-
-
-def gradient_of_x(grad_TPE: Tensor, router_w_EH: Tensor, dtype: torch.dtype) -> Tensor:
-    """d(x) = d(logits) . router_w, (T, H), from d(logits) in P parts: one product over all P * E of them."""
-    return product(grad_TPE.flatten(1), router_w_EH.repeat(grad_TPE.shape[1], 1), dtype)
-
-
-def gradient_of_weight(grad_TPE: Tensor, x_TH: Tensor) -> Tensor:
-    """d(router_w) = d(logits)^T . x, (E, H) fp32, from d(logits) in P parts."""
-    _, parts, num_experts = grad_TPE.shape
-    by_part = product(grad_TPE.flatten(1).t(), x_TH, torch.float32)
-    return by_part.view(parts, num_experts, -1).sum(dim=0)
 
 
 def product(left_MK: Tensor, right_KN: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,5 @@
 """Memory that ranks share: CUDA symmetric memory between GPUs, or a plain buffer for one rank."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -52,7 +50,6 @@ class Transport(Protocol):
 
     def allocate(self, nbytes: int, byte: int) -> SharedBuffer:
         """Collective. ``nbytes`` on every rank, all of them ``byte`` on all ranks before it returns on any."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +79,14 @@ host_transport: Callable[[BoundedCollectives], Transport] | None = None
 class OneRank:
     """A group of one shares with nobody."""
 
-    def __init__(self, collectives: BoundedCollectives, device: torch.device) -> None:
-        self._collectives, self._device = collectives, device
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def allocate(self, nbytes: int, byte: int) -> SharedBuffer:
         """A plain buffer."""
         local = torch.full((nbytes,), byte, dtype=torch.uint8, device=self._device)
         addresses = torch.tensor([local.data_ptr()], dtype=torch.int64, device=self._device)
-        return SharedBuffer(rank=self._collectives.group.rank, by_rank=(local,), addresses=addresses)
+        return SharedBuffer(rank=0, by_rank=(local,), addresses=addresses)
 
 
 def keep_in_step(collectives: BoundedCollectives, next_number: Callable[[], int]) -> None:
@@ -115,9 +112,14 @@ class CudaSymmetricMemory:
 
     def allocate(self, nbytes: int, byte: int) -> SharedBuffer:
         """Every rank fills its own bytes before the exchange of offers, so after it all are filled."""
-        local, error = self._filled(nbytes, byte)
+        error = None
+        try:
+            local = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=self._device)
+            local.fill_(byte)
+            torch.cuda.synchronize(self._device)
+        except RuntimeError as failed:
+            error = str(failed).splitlines()[0]
         agreed(self._collectives, Offer(nbytes=nbytes, error=error))
-        assert local is not None
         group = self._collectives.group
         process_group = group.process_group
         assert process_group is not None
@@ -131,16 +133,6 @@ class CudaSymmetricMemory:
             keep=(handle, local),
         )
 
-    def _filled(self, nbytes: int, byte: int) -> tuple[Tensor | None, str | None]:
-        """This rank's bytes, or why there are none."""
-        try:
-            local = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=self._device)
-            local.fill_(byte)
-            torch.cuda.synchronize(self._device)
-        except RuntimeError as error:
-            return None, str(error).splitlines()[0]
-        return local, None
-
     def _rendezvous_alone(self, group: Any) -> None:
         memory = symmetric_memory.empty(ALIGNMENT_BYTES, dtype=torch.uint8, device=self._device)
         symmetric_memory.rendezvous(memory, group)
@@ -149,7 +141,7 @@ class CudaSymmetricMemory:
 def transport_of(collectives: BoundedCollectives, device: torch.device) -> Transport:
     """How the ranks of a group share memory of ``device``."""
     if collectives.group.world_size == 1:
-        return OneRank(collectives, device)
+        return OneRank(device)
     if device.type == "cuda":
         return CudaSymmetricMemory(collectives, device)
     if host_transport is None:

@@ -1,7 +1,5 @@
 """Flags between ranks in kernels: signals, the barrier, and the flag of a rank that leaves."""
 
-from __future__ import annotations
-
 import time
 
 import triton

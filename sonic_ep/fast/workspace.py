@@ -5,8 +5,6 @@
 - Buffers are allocated in calls that all ranks make, never in backward or in graph capture.
 """
 
-from __future__ import annotations
-
 import time
 import weakref
 from contextlib import nullcontext
@@ -16,13 +14,12 @@ import torch
 import triton
 
 from sonic_ep.compat import keep_forever
-from sonic_ep.distributed.call_lock import CallLock
 from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.distributed.sync_tag import Phase, Step, SyncTag, after_write
 from sonic_ep.errors import ClosedError
 from sonic_ep.fast.device_errors import WaitErrors
-from sonic_ep.fast.launch import launch
+from sonic_ep.fast.launch import capturing, launch
 from sonic_ep.fast.symmetric_memory import ALIGNMENT_BYTES, SharedBuffer, Transport, transport_of
 from sonic_ep.fast.sync import barrier_kernel, leave_kernel
 
@@ -48,6 +45,7 @@ class Workspace:
         self.group = group
         self.device = device
         self._collectives = collectives or BoundedCollectives(group)
+        self.call_lock = self._collectives.call_lock
         self.wait_errors = WaitErrors(self._collectives, device)
         self._closed = False
         self._transport = transport or transport_of(self._collectives, device)
@@ -57,11 +55,6 @@ class Workspace:
         self._last_stream: torch.cuda.Stream | None = None
         weakref.finalize(self, _keep_after_trap, self.wait_errors, self._buffers, self._replaced)
         self.reserve(BARRIER, group.world_size * TAG_BYTES, 0)
-
-    @property
-    def call_lock(self) -> CallLock:
-        """The lock of the workspace's object."""
-        return self._collectives.call_lock
 
     @property
     def step(self) -> Step:
@@ -79,18 +72,15 @@ class Workspace:
         if self.device.type != "cuda":
             return
         stream = torch.cuda.current_stream(self.device)
-        capturing = torch.cuda.is_current_stream_capturing()
-        self._captured |= capturing
-        if self._last_stream is not None and self._last_stream != stream and not capturing:
+        if capturing(self.device):
+            self._captured = True
+            return
+        if self._last_stream is not None and self._last_stream != stream:
             stream.wait_stream(self._last_stream)
-        if not capturing:
-            self._last_stream = stream
+        self._last_stream = stream
 
     def leave(self) -> None:
-        """Set this rank's flag on every peer to a tag of ``Phase.LEFT``: kernels that wait for it stop at once.
-
-        The host waits for it on the current stream, ``LEAVE_SECONDS`` at most.
-        """
+        """Set this rank's flag on every peer to ``Phase.LEFT``, which ends their waits; ``LEAVE_SECONDS`` at most."""
         if self._closed or self.group.world_size == 1:
             return
         tag = SyncTag(step=self.step, phase=Phase.LEFT).tag
@@ -98,8 +88,7 @@ class Workspace:
         sizes = (self.group.world_size, self.group.rank, tag, limit)
         launch(leave_kernel, sizes[:1], self._buffers[BARRIER].addresses, *sizes, device=self.device, num_warps=1)
         if self.device.type == "cuda":
-            done = torch.cuda.Event()
-            done.record(torch.cuda.current_stream(self.device))
+            done = torch.cuda.current_stream(self.device).record_event()
             deadline = time.monotonic() + LEAVE_SECONDS
             while not done.query() and time.monotonic() < deadline:
                 time.sleep(LEAVE_SECONDS / 1000)
@@ -113,13 +102,17 @@ class Workspace:
         held = self._buffers.get(name)
         if held is not None and held.nbytes >= nbytes:
             return held
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing(self.device):
             raise RuntimeError(
                 f"{self.group}: shared buffer {name!r}: got {0 if held is None else held.nbytes} bytes, expected "
                 f"{nbytes} before graph capture: run the call once at this shape before it is captured"
             )
-        if held is not None:
-            self._retire(held)
+        if held is not None and self._captured:
+            # A captured graph may use it.
+            self._replaced.append(held)
+        elif held is not None:
+            # As peers do, to allocate.
+            self.synchronize()
         blocks = max(1, triton.cdiv(nbytes, ALIGNMENT_BYTES))
         self._buffers[name] = self._transport.allocate(ALIGNMENT_BYTES * blocks, byte)
         return self._buffers[name]
@@ -164,13 +157,6 @@ class Workspace:
             launch(kernel, grid, *arguments, *waiting, **options)
         if self.device.type == "cpu":
             self.wait_errors.raise_if_any()
-
-    def _retire(self, buffer: SharedBuffer) -> None:
-        """Keep a buffer that a captured graph may use; else wait for this rank's kernels, as peers do to allocate."""
-        if self._captured:
-            self._replaced.append(buffer)
-        else:
-            self.synchronize()
 
     def _raise_if_closed(self) -> None:
         if self._closed:

@@ -1,7 +1,5 @@
 """The reference backend: plain PyTorch over ``torch.distributed`` collectives, and the definition of right."""
 
-from __future__ import annotations
-
 import torch.distributed as dist
 
 from sonic_ep.backend import Backend

@@ -1,34 +1,29 @@
 """The reference backend: the layer in plain PyTorch over ``torch.distributed``."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from sonic_ep.autograd_utils import (
     apply_function,
-    autocast_disabled,
     disable_autocast_in_backward,
     outside_selective_checkpoint,
 )
-from sonic_ep.backend import Experts, LayerOutput, Routing, Slots
+from sonic_ep.backend import Backend, Experts, LayerOutput, Routing, Slots
 from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.distributed.collectives import BoundedCollectives
-from sonic_ep.distributed.sync_tag import Phase, SyncTag
-from sonic_ep.plan import RoutingPlan
+from sonic_ep.distributed.sync_tag import Phase
+from sonic_ep.plan import NO_ROW, RoutingPlan
 from sonic_ep.reference.combine import combine_primitives
 from sonic_ep.reference.dispatch import dispatch_primitives
 from sonic_ep.reference.exchange import Combine, Dispatch, Exchange, UpProjectionOfRowsGatheredAgain, joined_in_backward
 from sonic_ep.reference.experts import apply_experts, apply_second_half
-from sonic_ep.reference.plan import check_expert_ids, exchange_plan
+from sonic_ep.reference.plan import exchange_plan
 from sonic_ep.reference.router import route
 
 
-class ReferenceBackend:
-    """The backend protocol over ``torch.distributed``. Stateless but for its group and config."""
+class ReferenceBackend(Backend):
+    """The backend protocol over ``torch.distributed``. Holds no memory, and raises every error at once."""
 
     def __init__(self, collectives: BoundedCollectives, config: EPConfig) -> None:
         self._config = config
@@ -38,30 +33,30 @@ class ReferenceBackend:
 
     def meet(self, device: torch.device) -> None:
         """An exchange of tags."""
-        self._collectives.sync(self._sync_tag(Phase.SYNC), device)
+        self._collectives.sync(Phase.SYNC, device)
 
     def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
         """See ``sonic_ep.reference.router``."""
-        with autocast_disabled(x_TH.device):
+        with torch.autocast(x_TH.device.type, enabled=False):
             routing = route(x_TH, router_w_EH, options, self._collectives)
         disable_autocast_in_backward((routing.topk_scores, routing.logits), (x_TH, router_w_EH))
         return routing
 
     def check_expert_ids(self, topk_idx_TK: Tensor, num_experts: int) -> None:
         """Raises ``ValueError`` at once, by a read on the host."""
-        check_expert_ids(topk_idx_TK, num_experts, self._collectives.group)
+        least, most = (int(value) for value in topk_idx_TK.aminmax()) if topk_idx_TK.numel() > 0 else (0, 0)
+        if least < NO_ROW or most >= num_experts:
+            expected = f"expected 0 to {num_experts - 1}, or -1 for a dropped slot"
+            got = f"topk_idx: got expert ids from {least} to {most}"
+            raise ValueError(f"{self._collectives.group}: {got}, {expected}")
 
     @outside_selective_checkpoint
     def plan(self, topk_idx_TK: Tensor, *, num_experts: int, max_tokens: int, distinct: bool) -> RoutingPlan:
         """See ``sonic_ep.reference.plan``."""
-        self._collectives.sync(self._sync_tag(Phase.EXCHANGE), topk_idx_TK.device)
+        self._collectives.sync(Phase.EXCHANGE, topk_idx_TK.device)
+        sizes = {"num_experts": num_experts, "max_tokens": max_tokens}
         return exchange_plan(
-            topk_idx_TK,
-            num_experts=num_experts,
-            max_tokens=max_tokens,
-            distinct=distinct,
-            config=self._config,
-            collectives=self._collectives,
+            topk_idx_TK, **sizes, distinct=distinct, config=self._config, collectives=self._collectives
         )
 
     def dispatch(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
@@ -76,13 +71,10 @@ class ReferenceBackend:
 
     def layer(self, x_TH: Tensor, slots: Slots, experts: Experts, shape: torch.Size) -> LayerOutput:
         """Plan, dispatch, experts, combine."""
-        plan = self.plan(
-            slots.topk_idx,
-            num_experts=experts.w1.shape[0] * self._collectives.group.world_size,
-            max_tokens=slots.max_tokens,
-            distinct=slots.distinct,
-        )
-        with autocast_disabled(x_TH.device):
+        num_experts = experts.w1.shape[0] * self._collectives.group.world_size
+        sizes = {"num_experts": num_experts, "max_tokens": slots.max_tokens}
+        plan = self.plan(slots.topk_idx, **sizes, distinct=slots.distinct)
+        with torch.autocast(x_TH.device.type, enabled=False):
             rows_RH = self.dispatch(x_TH, plan)
             y_RH = self._apply_experts(rows_RH, x_TH, plan, experts)
             y = self._combined(y_RH, slots.topk_scores, plan, shape, self._read_later(x_TH, experts))
@@ -90,39 +82,12 @@ class ReferenceBackend:
         # The caller's own: backward looks at the plan's again.
         return LayerOutput(y=y, counts=plan.counts.clone())
 
-    def check(self) -> None:
-        """Nothing is ever pending: this backend raises at once."""
-
-    def explain(self, error: RuntimeError) -> None:
-        """Only the host waits, and it names the rank itself."""
-
-    def leave(self) -> None:
-        """Nothing to do: hosts read the store."""
-
-    def holds_memory(self) -> bool:
-        """Never."""
-        return False
-
-    def raise_in_backward(self) -> None:
-        """As always."""
-
-    def detach(self) -> None:
-        """Nothing is held."""
-
-    def close(self) -> None:
-        """Nothing is held."""
-
     def _combined(
-        self,
-        rows_RH: Tensor,
-        topk_scores_TK: Tensor,
-        plan: RoutingPlan,
-        shape: torch.Size,
-        read_later: Mapping[str, Tensor],
+        self, rows_RH: Tensor, scores_TK: Tensor, plan: RoutingPlan, shape: torch.Size, later: dict[str, Tensor]
     ) -> Tensor:
         exchange = self._exchange(plan)
-        rows_RH, scores_TK = joined_in_backward(exchange, Phase.COMBINE, rows_RH, topk_scores_TK.float())
-        return apply_function(Combine, rows_RH, scores_TK, exchange, shape, read_later)
+        rows_RH, scores_TK = joined_in_backward(exchange, Phase.COMBINE, rows_RH, scores_TK.float())
+        return apply_function(Combine, rows_RH, scores_TK, exchange, shape, later)
 
     def _gathers_again(self, experts: Experts) -> bool:
         """Whether x is dispatched again in backward, where only the gradient of w1 reads the rows."""
@@ -141,9 +106,6 @@ class ReferenceBackend:
         up = UpProjectionOfRowsGatheredAgain
         hidden_RF = apply_function(up, x_TH.detach(), rows_RH, experts.w1, experts.b1, self._exchange(plan))
         return apply_second_half(hidden_RF, plan.group_ends, experts)
-
-    def _sync_tag(self, phase: Phase) -> SyncTag:
-        return SyncTag(step=self._collectives.step, phase=phase)
 
     def _exchange(self, plan: RoutingPlan) -> Exchange:
         load = Workload(world_size=plan.world_size, top_k=plan.top_k, num_experts=plan.num_experts)

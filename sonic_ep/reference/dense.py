@@ -3,8 +3,6 @@
 In fp64 it is the truth; in the dtype of a test it is the "plain PyTorch" whose error bounds that of the backends.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -4,9 +4,6 @@ The gradient of dispatch is a combine without scores in the configured combine m
 d(out) in the configured dispatch mode.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +13,7 @@ from torch import Tensor
 from sonic_ep.autograd_utils import once_differentiable, outside_selective_checkpoint, savable, unpack_saved
 from sonic_ep.backend import CombinePrimitive, DispatchPrimitive
 from sonic_ep.distributed.collectives import BoundedCollectives
-from sonic_ep.distributed.sync_tag import Phase, Step, SyncTag
+from sonic_ep.distributed.sync_tag import Phase, Step
 from sonic_ep.plan import RoutingPlan, raise_if_malformed, recompute_error
 from sonic_ep.reference.experts import grouped_linear
 from sonic_ep.reference.plan import pad_tokens, slot_exchange
@@ -33,20 +30,13 @@ class Exchange:
     step: Step
     backward: bool = False
 
-    def in_backward(self) -> Exchange:
-        """The same, for the gradient."""
-        return replace(self, backward=True)
-
     def sync(self, phase: Phase, device: torch.device, own: int = 0) -> list[int]:
         """Collective. ``own`` of every rank, once all are in this phase of the step."""
-        sync_tag = SyncTag(step=self.step, phase=phase, backward=self.backward)
-        return self.collectives.sync(sync_tag, device, own)
+        return self.collectives.sync(phase, device, own, self.step, backward=self.backward)
 
-    def raise_if_rerouted(self, expert_ids_WCK: Tensor) -> None:
-        """Raise ``RecomputeError`` if activation checkpointing ran forward again and found other ids.
-
-        expert_ids_WCK: as autograd saved them; other memory than the plan's if forward was run again.
-        """
+    def raise_if_changed(self, expert_ids_WCK: Tensor) -> None:
+        """``ValueError`` if the plan was freed, ``RecomputeError`` if forward ran again with other ids than these."""
+        raise_if_malformed(self.collectives.group, self.plan)
         again = expert_ids_WCK.data_ptr() != self.plan.expert_ids.data_ptr()
         if again and not torch.equal(expert_ids_WCK, self.plan.expert_ids):
             raise recompute_error(self.collectives.group, self.step.number)
@@ -60,10 +50,6 @@ class Exchange:
         rows_RH = x_TH.new_zeros((self.plan.row_capacity, *x_TH.shape[1:]))
         rows_RH[: len(source_N)] = received[source_N]
         return rows_RH
-
-    def scores_of_group(self, scores_TK: Tensor) -> Tensor:
-        """Collective. The scores of all tokens of the group, (W, C, K) fp32."""
-        return self.collectives.all_gather(pad_tokens(scores_TK, self.plan.max_tokens, 0))
 
     def return_to_origin(self, value_of_row_N: Tensor) -> Tensor:
         """Collective. One value of each valid row back to its slot's token, (T, K); zero for dropped slots."""
@@ -90,10 +76,9 @@ class Dispatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
         """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
-        exchange: Exchange = ctx.exchange.in_backward()
+        exchange: Exchange = replace(ctx.exchange, backward=True)
         (expert_ids_WCK,) = unpack_saved(ctx, exchange.collectives.group, ("expert_ids of plan",))
-        raise_if_malformed(exchange.collectives.group, exchange.plan)
-        exchange.raise_if_rerouted(expert_ids_WCK)
+        exchange.raise_if_changed(expert_ids_WCK)
         exchange.sync(Phase.COMBINE, grad_RH.device)
         return exchange.combine.combine(grad_RH, None, exchange.plan), None
 
@@ -102,30 +87,25 @@ class Combine(torch.autograd.Function):
     """rows (R, H) and scores (T, K) fp32 to (T, H). Backward: d(out) is dispatched to the rows.
 
     There d(row) = round(score * d(out)), d(score) = the sum over H of d(out) * row in fp32, which returns to the token.
-    read_later: tensors of the caller, by name, that autograd's own functions read later in backward, without a check
+    later: tensors of the caller, by name, that autograd's own functions read later in backward, without a check
     for freed memory: so they are checked here, before communication.
     """
 
     @staticmethod
     @outside_selective_checkpoint
     def forward(
-        ctx: Any,
-        rows_RH: Tensor,
-        scores_TK: Tensor,
-        exchange: Exchange,
-        shape: torch.Size,
-        read_later: Mapping[str, Tensor],
+        ctx: Any, rows_RH: Tensor, scores_TK: Tensor, exchange: Exchange, shape: torch.Size, later: dict[str, Tensor]
     ) -> Tensor:
         """The weighted sums, (..., H) as ``shape`` says."""
-        scores_WCK = exchange.scores_of_group(scores_TK)
+        scores_WCK = exchange.collectives.all_gather(pad_tokens(scores_TK, exchange.plan.max_tokens, 0))
         valid_slots_N = exchange.plan.slot_of_row[: exchange.plan.rows()].long()
         ctx.exchange, ctx.call_lock = exchange, exchange.collectives.call_lock
-        ctx.names = ("scores", "rows", "expert_ids of plan", *read_later)
+        ctx.names = ("scores", "rows", "expert_ids of plan", *later)
         ctx.save_for_backward(
             scores_WCK.flatten()[valid_slots_N] if ctx.needs_input_grad[0] else None,
             rows_RH if ctx.needs_input_grad[1] else None,
             savable(exchange.plan.expert_ids),
-            *(tensor.detach() for tensor in read_later.values()),
+            *(tensor.detach() for tensor in later.values()),
         )
         # Not a view: an in-place write by the caller replaces the node of a view, and FSDP's hooks with it.
         return exchange.combine.combine(rows_RH, scores_WCK, exchange.plan).resize_(shape)
@@ -134,10 +114,9 @@ class Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """Gradients of the rows (R, H) and of the scores (T, K)."""
-        exchange: Exchange = ctx.exchange.in_backward()
+        exchange: Exchange = replace(ctx.exchange, backward=True)
         score_of_row_N, rows_RH, expert_ids_WCK, *_ = unpack_saved(ctx, exchange.collectives.group, ctx.names)
-        raise_if_malformed(exchange.collectives.group, exchange.plan)
-        exchange.raise_if_rerouted(expert_ids_WCK)
+        exchange.raise_if_changed(expert_ids_WCK)
         exchange.sync(Phase.DISPATCH, grad.device)
         out_grad_RH = exchange.rows(grad.reshape(exchange.plan.num_tokens, grad.shape[-1]))
         valid = slice(exchange.plan.rows())
@@ -171,7 +150,7 @@ class UpProjectionOfRowsGatheredAgain(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_RF: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, None]:
         """Gradients of the rows, w1 and b1, those that are required."""
-        exchange: Exchange = ctx.exchange.in_backward()
+        exchange: Exchange = replace(ctx.exchange, backward=True)
         x_TH, w1, b1 = unpack_saved(ctx, exchange.collectives.group, ("x", "w1", "b1"))
         exchange.sync(Phase.DISPATCH, x_TH.device)
         needed = ctx.needs_input_grad[1:4]

@@ -1,7 +1,5 @@
 """The experts in plain torch: a loop over this rank's experts, gradients by autograd."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

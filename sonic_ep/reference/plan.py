@@ -1,16 +1,4 @@
-"""The routing plan in plain torch, and the uneven exchanges that it implies.
-
-The worked example of ``sonic_ep.plan``:
-
->>> ids_WCK = torch.tensor([[[0, 2], [1, 0], [3, 2]], [[2, 1], [-1, 3], [0, 0]]], dtype=torch.int32)
->>> plan = build_plan(ids_WCK, rank=1, num_tokens=3, num_experts=4, row_capacity=5)
->>> plan.row_of_slot.tolist()
-[[[0, 0], [4, 1], [3, 1]], [[2, 5], [-1, 4], [2, 3]]]
->>> plan.group_ends.tolist(), plan.slot_of_row.tolist()
-([3, 5], [1, 5, 6, 4, 9])
-"""
-
-from __future__ import annotations
+"""The routing plan in plain torch, and the uneven exchanges that it implies."""
 
 from dataclasses import dataclass
 
@@ -19,18 +7,7 @@ from torch import Tensor
 
 from sonic_ep.config import EPConfig
 from sonic_ep.distributed.collectives import BoundedCollectives
-from sonic_ep.distributed.group import EPGroup
 from sonic_ep.plan import INDEX_DTYPE, NO_ROW, RoutingPlan, check_slots, room_for_rows, row_ceiling
-
-
-def check_expert_ids(topk_idx_TK: Tensor, num_experts: int, group: EPGroup) -> None:
-    """Raise ``ValueError`` if an id is outside -1..E-1. Reads the host, before any communication."""
-    if topk_idx_TK.numel() == 0:
-        return
-    least, most = (int(value) for value in topk_idx_TK.aminmax())
-    if least < NO_ROW or most >= num_experts:
-        expected = f"expected 0 to {num_experts - 1}, or -1 for a dropped slot"
-        raise ValueError(f"{group}: topk_idx: got expert ids from {least} to {most}, {expected}")
 
 
 def pad_tokens(tokens: Tensor, max_tokens: int, fill: float) -> Tensor:
@@ -49,10 +26,7 @@ def exchange_plan(
     config: EPConfig,
     collectives: BoundedCollectives,
 ) -> RoutingPlan:
-    """Collective. Gather the ids of all ranks and build this rank's plan.
-
-    Raises ``RowOverflowError`` on all ranks if one has more rows than ``config.max_rows``.
-    """
+    """Collective. This rank's plan from the ids of all. ``RowOverflowError`` on all ranks past ``config.max_rows``."""
     group, (num_tokens, top_k) = collectives.group, topk_idx_TK.shape
     sizes = {"world_size": group.world_size, "max_tokens": max_tokens, "top_k": top_k}
     check_slots(group, **sizes)
@@ -169,8 +143,5 @@ def pair_exchange(plan: RoutingPlan) -> PairExchange:
     """The exchange of one row for each distinct pair. Reads the host."""
     owner_CK = plan.owner_of_slot()[plan.rank]
     sent = [(owner_CK == rank).any(dim=1).nonzero().squeeze(1) for rank in range(plan.world_size)]
-    return PairExchange(
-        tokens=torch.cat(sent),
-        send_splits=plan.pair_tokens[plan.rank].tolist(),
-        receive_splits=plan.pair_tokens[:, plan.rank].tolist(),
-    )
+    sent_to, received_from = plan.pair_tokens[plan.rank].tolist(), plan.pair_tokens[:, plan.rank].tolist()
+    return PairExchange(tokens=torch.cat(sent), send_splits=sent_to, receive_splits=received_from)

@@ -1,7 +1,5 @@
 """The router in plain torch: logits and scores in fp32, ties to the lower expert."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from sonic_ep.autograd_utils import apply_function, once_differentiable, savable
 from sonic_ep.backend import Routing
 from sonic_ep.config import RouterOptions
 from sonic_ep.distributed.collectives import BoundedCollectives
-from sonic_ep.distributed.sync_tag import Phase, SyncTag
+from sonic_ep.distributed.sync_tag import Phase
 from sonic_ep.reference.dense import dense_scores
 
 
@@ -32,8 +30,7 @@ class RouterLogits(torch.autograd.Function):
     ) -> Tensor:
         """``x . router_w``."""
         ctx.reduced, ctx.collectives, ctx.call_lock = options.reduce_router_grad, collectives, collectives.call_lock
-        ctx.sync_tag = SyncTag(step=collectives.step, phase=Phase.ROUTER, backward=True)
-        ctx.x_dtype, ctx.weight_dtype = x_TH.dtype, router_w_EH.dtype
+        ctx.step, ctx.x_dtype, ctx.weight_dtype = collectives.step, x_TH.dtype, router_w_EH.dtype
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(savable(x_TH) if needs_weight else None, router_w_EH if needs_x else None)
         return F.linear(x_TH.float(), router_w_EH.float())
@@ -48,7 +45,7 @@ class RouterLogits(torch.autograd.Function):
             return x_grad, None, None, None
         weight_grad = grad_TE.t() @ x_TH.float()
         if ctx.reduced:
-            ctx.collectives.sync(ctx.sync_tag, weight_grad.device)
+            ctx.collectives.sync(Phase.ROUTER, weight_grad.device, step=ctx.step, backward=True)
             weight_grad = sum_over_ranks(weight_grad, ctx.collectives)
         return x_grad, weight_grad.to(ctx.weight_dtype), None, None
 

@@ -178,14 +178,14 @@ def test_nothing_behind_the_rows_is_read(rank: Rank) -> None:
 def test_shared_memory_is_sized_for_all_tokens(rank: Rank) -> None:
     """Room for every token of every rank, also of those that this rank does not have."""
     from sonic_ep.fast.collectives import SCORES
-    from sonic_ep.fast.combine.base import receiver
+    from sonic_ep.fast.combine.rank_dedup import RankDedupCombine
     from sonic_ep.fast.workspace import TAG_BYTES
 
     max_tokens = 600
     with ExpertParallel(backend="reference", max_tokens_per_rank=max_tokens) as ep:
         plan = ep.plan(torch.zeros(2, 1, dtype=torch.int64, device=rank.device), num_experts=rank.world_size)
     with workspace_of(rank) as workspace:
-        shared = receiver(workspace, plan, rows_per_token=2, row_bytes=8, most_bytes=2**20)
+        shared = RankDedupCombine(workspace).reserve(plan, row_bytes=8)
         assert shared.flags.nbytes >= (rank.world_size - 1) * max_tokens * TAG_BYTES
         assert shared.received.nbytes >= max_tokens * 2 * 8
         scores_with_ids(1.0, plan, workspace)

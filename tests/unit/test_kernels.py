@@ -192,7 +192,7 @@ def test_offsets_past_int32(pool: RankPool, request: pytest.FixtureRequest, body
 def choices_of_more_tokens_than_int32_counts(rank: Rank) -> None:
     """A call of so many is refused, but only after the router: until then no memory may be overwritten."""
     choices = choose_experts(torch.zeros(2**31 + 3, 1, device=rank.device), RouterOptions(top_k=1))
-    assert bool((choices.scores == 1).all())
+    assert bool((choices.topk_scores == 1).all())
     assert bool((choices.topk_idx == 0).all())
 
 

@@ -112,13 +112,11 @@ def test_scores_at_the_ends_of_the_range(rank: Rank) -> None:
     logits = torch.tensor(rows, device=rank.device)
     for order, norm in ALL_SCORES:
         found = fast_choices(logits, replace(TOP_2, score_order=order, norm_topk_probs=norm))
-        of_all, of_chosen = (
-            logits.softmax(dim=1).gather(1, found.topk_idx),
-            logits.gather(1, found.topk_idx).softmax(dim=1),
-        )
-        expected = of_all if order is ScoreOrder.SOFTMAX_THEN_TOPK and not norm else of_chosen
-        assert torch.equal(found.scores.isnan(), expected.isnan())
-        assert_near(found.scores.nan_to_num(7.0), expected.nan_to_num(7.0), 16)
+        over_all = order is ScoreOrder.SOFTMAX_THEN_TOPK and not norm
+        of_all = logits.softmax(dim=1).gather(1, found.topk_idx)
+        expected = of_all if over_all else logits.gather(1, found.topk_idx).softmax(dim=1)
+        assert torch.equal(found.topk_scores.isnan(), expected.isnan())
+        assert_near(found.topk_scores.nan_to_num(7.0), expected.nan_to_num(7.0), 16)
 
 
 @on_ranks(1)
@@ -181,8 +179,8 @@ def test_examples_of_the_docstrings(rank: Rank) -> None:
     for options, expected in ((TOP_2, [2 / 3, 1 / 3]), (over_all, [2 / 4, 1 / 4])):
         found = fast_choices(logits, options)
         assert found.topk_idx.tolist() == [[1, 0]]
-        assert_near(found.scores, torch.tensor([expected], device=rank.device), 8)
-    routing = Routing(logits=logits, topk_idx=found.topk_idx, topk_scores=found.scores)
+        assert_near(found.topk_scores, torch.tensor([expected], device=rank.device), 8)
+    routing = Routing(logits=logits, topk_idx=found.topk_idx, topk_scores=found.topk_scores)
     grad = logits_gradient(routing, torch.tensor([[1.0, 0.0]], device=rank.device), over_all)
     assert_near(grad, torch.tensor([[-1 / 8, 1 / 4, -1 / 8]], device=rank.device), 8)
 

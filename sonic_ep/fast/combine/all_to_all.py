@@ -1,7 +1,5 @@
 """Combine by all-to-all: one row for each remote slot goes to its origin rank, which sums."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -6,10 +6,8 @@ Senders never wait, and a sum waits only for senders before its group on every r
 all finish. Tokens are sent in chunks that fit the receive buffer, with a barrier before each.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -49,24 +47,6 @@ class Receiver:
     received: SharedBuffer
     flags: SharedBuffer
     chunk: int
-    max_tokens: int
-
-    def chunks(self) -> Iterator[tuple[int, int]]:
-        """(first token, tokens) of each chunk."""
-        for first in range(0, self.max_tokens, self.chunk):
-            yield first, min(self.chunk, self.max_tokens - first)
-
-
-def receiver(
-    workspace: Workspace, plan: RoutingPlan, *, rows_per_token: int, row_bytes: int, most_bytes: int
-) -> Receiver:
-    """Collective. Shared memory for as many of the C tokens as ``most_bytes`` allow, at least one."""
-    token_bytes = max(1, rows_per_token * row_bytes)
-    chunk = max(1, min(plan.max_tokens, most_bytes // token_bytes))
-    flag_bytes = max(1, plan.world_size - 1) * chunk * TAG_BYTES
-    received = workspace.reserve(RECEIVED, chunk * token_bytes)
-    flags = workspace.reserve(FLAGS, flag_bytes, byte=0)
-    return Receiver(received=received, flags=flags, chunk=chunk, max_tokens=plan.max_tokens)
 
 
 class PushedCombine(ABC):
@@ -85,9 +65,12 @@ class PushedCombine(ABC):
         """The most rows received for one token."""
 
     def reserve(self, plan: RoutingPlan, row_bytes: int) -> Receiver:
-        """Collective. Allocate shared memory for ``combine`` of rows of ``row_bytes``."""
-        rows, most = self._rows_per_token(plan), self._most_bytes
-        return receiver(self._workspace, plan, rows_per_token=rows, row_bytes=row_bytes, most_bytes=most)
+        """Collective. Shared memory for as many of the C tokens as ``most_bytes`` allow, at least one."""
+        token_bytes = max(1, self._rows_per_token(plan) * row_bytes)
+        chunk = max(1, min(plan.max_tokens, self._most_bytes // token_bytes))
+        received = self._workspace.reserve(RECEIVED, chunk * token_bytes)
+        flags = self._workspace.reserve(FLAGS, max(1, plan.world_size - 1) * chunk * TAG_BYTES, byte=0)
+        return Receiver(received=received, flags=flags, chunk=chunk)
 
     def combine(self, rows_RH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
         """Collective. (T, H) from rows in canonical order. Rows past the valid ones are not read."""
@@ -102,7 +85,8 @@ class PushedCombine(ABC):
         constants = {"K": plan.top_k, "K_PADDED": triton.next_power_of_2(plan.top_k), **self._constants}
         constants |= {"H": hidden, "COLUMNS": min(triton.next_power_of_2(hidden), COLUMNS), "num_warps": SUM_WARPS}
         constants["HAS_SCORES"] = scores_WCK is not None
-        for first_token, tokens in shared.chunks():
+        for first_token in range(0, plan.max_tokens, shared.chunk):
+            tokens = min(shared.chunk, plan.max_tokens - first_token)
             lag = min(tokens, LAG_TOKENS) if plan.world_size > 1 else 0
             grid, of_chunk = ((tokens + lag) * plan.world_size,), (first_token, tokens, lag, shared.chunk)
             self._workspace.barrier_before_write()

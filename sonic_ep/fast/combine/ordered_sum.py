@@ -1,7 +1,5 @@
 """The exchange of partial sums: each in a fixed order, in fp32, rounded once; +0 for an absent term changes no bit."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -1,7 +1,5 @@
 """Combine without repetition: one partial sum for each distinct (token, rank) pair goes to the token's origin rank."""
 
-from __future__ import annotations
-
 from types import MappingProxyType
 
 from sonic_ep.fast.combine.ordered_sum import PartialSums

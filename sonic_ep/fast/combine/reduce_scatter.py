@@ -1,7 +1,5 @@
 """Combine by reduce-scatter: every rank sends a partial sum of every token to its origin rank."""
 
-from __future__ import annotations
-
 from types import MappingProxyType
 
 from sonic_ep.fast.combine.ordered_sum import PartialSums

@@ -1,7 +1,5 @@
 """Dispatch by all-gather: every rank receives every token, by copy engine."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from sonic_ep.fast.collectives import TOKENS

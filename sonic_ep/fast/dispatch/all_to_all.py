@@ -1,7 +1,5 @@
 """Dispatch by all-to-all: rows straight into canonical order, each remote token read once for all its rows here."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The common half of every dispatch: tokens in shared memory, where peers read them."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """Dispatch without repetition: one row for each distinct (token, rank) pair, packed by source rank, then token."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from torch import Tensor

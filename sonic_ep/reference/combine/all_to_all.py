@@ -1,7 +1,5 @@
 """Combine by all-to-all, the plain definition: one row for each slot returns and is summed there."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

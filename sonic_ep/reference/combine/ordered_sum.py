@@ -1,7 +1,5 @@
 """The sum in every combine mode: a fixed order, fp32, one rounding."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Combine without repetition: one partial sum for each distinct (token, rank) pair returns."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Combine by reduce-scatter: every rank sums its rows of every token, and the partial sums return."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,10 +1,5 @@
 """Dispatch: rows of tokens travel to the ranks of their experts."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from types import MappingProxyType
-
 from sonic_ep.backend import DispatchPrimitive
 from sonic_ep.config import DispatchMode
 from sonic_ep.distributed.collectives import BoundedCollectives
@@ -13,12 +8,10 @@ from sonic_ep.reference.dispatch.all_to_all import AllToAllDispatch
 from sonic_ep.reference.dispatch.rank_dedup import RankDedupDispatch
 
 
-def dispatch_primitives(collectives: BoundedCollectives) -> Mapping[DispatchMode, DispatchPrimitive]:
+def dispatch_primitives(collectives: BoundedCollectives) -> dict[DispatchMode, DispatchPrimitive]:
     """Every dispatch mode over ``collectives``."""
-    return MappingProxyType(
-        {
-            DispatchMode.ALL_GATHER: AllGatherDispatch(collectives),
-            DispatchMode.ALL_TO_ALL: AllToAllDispatch(collectives),
-            DispatchMode.RANK_DEDUP: RankDedupDispatch(collectives),
-        }
-    )
+    return {
+        DispatchMode.ALL_GATHER: AllGatherDispatch(collectives),
+        DispatchMode.ALL_TO_ALL: AllToAllDispatch(collectives),
+        DispatchMode.RANK_DEDUP: RankDedupDispatch(collectives),
+    }

@@ -1,7 +1,5 @@
 """Dispatch by all-gather: every rank receives every token."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from sonic_ep.distributed.collectives import BoundedCollectives

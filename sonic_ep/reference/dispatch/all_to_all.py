@@ -1,7 +1,5 @@
 """Dispatch by all-to-all, the plain definition: one row for each slot, straight into canonical order."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from sonic_ep.distributed.collectives import BoundedCollectives

@@ -1,7 +1,5 @@
 """Dispatch without repetition: one row for each distinct (token, rank) pair."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from sonic_ep.distributed.collectives import BoundedCollectives
