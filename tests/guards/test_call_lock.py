@@ -1,10 +1,10 @@
 """One thread at a time: in a call, or in a backward; and recompute calls from within."""
 
 import signal
-import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from backends import both_backends
 from calls import in_another_thread
 from layer_inputs import layer_inputs
@@ -60,23 +60,29 @@ def test_an_error_of_the_outermost_call_is_handled_once() -> None:
 @on_ranks(2, pool="cpu_pool")
 def test_a_signals_handler_that_calls_is_refused_and_harms_nothing(rank: Rank, backend: str) -> None:
     ids = torch.zeros((1, 1), dtype=torch.int64)
-    with ExpertParallel(backend=backend, max_tokens_per_rank=1, timeout=60) as ep:
+    store, handled = dist.distributed_c10d._get_default_store(), f"{backend}: a signal was handled"
+    refused: list[str] = []
+    with ExpertParallel(backend=backend, max_tokens_per_rank=1) as ep:
         ep.plan(ids, rank.world_size)
-        refused: list[str] = []
 
         def handler(*_: object) -> None:
+            if not ep._collectives.call_lock._waiting or refused:
+                return
             with pytest.raises(ConcurrentCallError) as raised:
                 ep.plan(ids, rank.world_size)
             refused.append(str(raised.value))
+            store.set(handled, "1")
 
         if rank.rank == 0:
             before = signal.signal(signal.SIGALRM, handler)
-            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            signal.setitimer(signal.ITIMER_REAL, 0.3, 0.3)
         else:
-            time.sleep(1.5)
+            store.wait([handled])
         assert ep.plan(ids, rank.world_size).counts.tolist() == [2, 0]
         if rank.rank == 0:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
+            store.delete_key(handled)
             assert "got a call in the middle of a call" in refused[0]
 
 
@@ -112,12 +118,9 @@ class WithoutTextError(Exception):
         raise KeyError("no text")
 
 
-def test_an_error_without_text_is_not_hidden() -> None:
+def test_an_error_is_hidden_neither_by_its_want_of_text_nor_by_another_threads_call() -> None:
     with pytest.raises(WithoutTextError), ExpertParallel(backend="reference"):
         raise WithoutTextError
-
-
-def test_an_error_is_not_hidden_by_another_threads_call() -> None:
     ep = ExpertParallel(backend="reference")
 
     def fail() -> None:

@@ -1,6 +1,6 @@
 """Calls are the same on every rank, or the odd rank and what it differs in are named; threads make one at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from backends import both_backends
 from calls import HELD, HIDDEN, INTERMEDIATE, call_of, good_call, in_another_thread, routed, with_trained_experts
-from new_group import new_process_group, own_process_group
+from new_group import own_process_group
 from on_ranks import on_ranks
 from promises import promise
 from same import assert_same_bits
@@ -100,7 +101,8 @@ def test_compared_calls_are_told_apart_by_their_facts(rank: Rank, world_size: in
 @on_ranks(3, pool="cpu_pool")
 def test_calls_that_are_not_compared_are_told_apart_all_the_same(rank: Rank) -> None:
     other = 0 if rank.rank == ODD else ODD
-    for name, oddity in ODDITIES.items():
+    compares = Oddity(ep={"check_collective": True}, fact="", odd="", usual="")
+    for name, oddity in {**ODDITIES, "compares": compares}.items():
         said = refused(rank, oddity, False)
         assert said.startswith(f"rank {rank.rank} of 3: rank {other} came to phase "), (name, said)
         assert "check_collective=True tells which" in said or "did it skip a call" in said, (name, said)
@@ -109,6 +111,7 @@ def test_calls_that_are_not_compared_are_told_apart_all_the_same(rank: Rank) -> 
 @promise("usable-after-errors")
 @on_ranks(3, pool="cpu_pool")
 def test_calls_that_were_told_apart_leave_all_usable(rank: Rank) -> None:
+    """As does a functional call that is refused on one rank."""
     with ExpertParallel(backend="reference", check_collective=True) as ep:
         arguments = call_of(rank.world_size, x=torch.randn(rank.rank, HIDDEN))
         with pytest.raises(CollectiveMismatchError, match="differ in router"):
@@ -116,48 +119,38 @@ def test_calls_that_were_told_apart_leave_all_usable(rank: Rank) -> None:
         out = ep.moe(**arguments)
         assert out.y.shape == (rank.rank, HIDDEN)
         assert int(out.tokens_per_expert.sum()) == 2 * sum(range(rank.world_size))
-
-
-@on_ranks(2, pool="cpu_pool")
-def test_that_one_rank_alone_compares_is_found(rank: Rank) -> None:
-    places = ("phase sync of step 1", "phase check of step 1")
-    with calls_of_a_group(rank, backend="reference", check_collective=rank.rank == ODD) as ep:
-        here, there = places[rank.rank], places[1 - rank.rank]
-        words = f"rank {rank.rank} of 2: rank {1 - rank.rank} came to {there}, expected {here}"
-        with pytest.raises(CollectiveMismatchError, match=words):
-            planned(ep, 4)
-
-
-@promise("x-gradient")
-@pytest.mark.parametrize("is_routed", [False, True])
-@both_backends
-@on_ranks(2, pool="cpu_pool")
-def test_x_requires_a_gradient_on_every_rank_or_on_none(rank: Rank, backend: str, is_routed: bool) -> None:
-    with calls_of_a_group(rank, backend=backend) as ep:
-        arguments = call_of(rank.world_size)
-        arguments["x"].requires_grad_(rank.rank == ODD)
-        requires = "does not require" if rank.rank == ODD else "requires"
-        words = rf"x {requires} a gradient there, unlike here .*: x.requires_grad_\(\) on every rank or on none"
-        call, arguments = (ep.moe_routed, routed(arguments)) if is_routed else (ep.moe, arguments)
-        with torch.no_grad():
-            call(**arguments)
-        with pytest.raises(CollectiveMismatchError, match=words):
-            call(**arguments)
+    if rank.rank == ODD:
+        with pytest.raises(ValueError, match="top_k"):
+            sonic_ep.moe(**{**arguments, "top_k": 0}, backend="reference")
+    assert torch.equal(sonic_ep.moe(**arguments, backend="reference").tokens_per_expert, out.tokens_per_expert)
 
 
 @promise("x-gradient")
 @both_backends
 @on_ranks(2, pool="cpu_pool")
-def test_an_x_without_tokens_counts_as_trained_where_a_weight_is(rank: Rank, backend: str) -> None:
-    """And where none is, as what it is: calls without any gradient are never refused."""
-    empty = {"x": torch.randn(0, HIDDEN)} if rank.rank == ODD else {}
+def test_x_requires_a_gradient_on_every_rank_or_on_none(rank: Rank, backend: str) -> None:
+    """An x without tokens counts as one that requires it where a weight does; where none does, as what it is."""
+    odd = rank.rank == ODD
+    empty = {"x": torch.randn(0, HIDDEN)} if odd else {}
     with ExpertParallel(backend=backend) as ep:
         ep.moe(**call_of(rank.world_size, **empty))
         arguments = with_trained_experts(call_of(rank.world_size, **empty))
-        arguments["x"].requires_grad_(rank.rank != ODD)
+        arguments["x"].requires_grad_(not odd)
         ep.moe(**arguments).y.sum().backward()
-        assert (arguments["x"].grad is not None) == (rank.rank != ODD)
+        assert (arguments["x"].grad is not None) == (not odd)
         assert arguments["w1"].grad is not None
+    words = f"x {'does not require' if odd else 'requires'} a gradient there, unlike here .*"
+    for is_routed in (False, True):
+        arguments = call_of(rank.world_size)
+        arguments["x"].requires_grad_(odd)
+        with calls_of_a_group(rank, backend=backend) as ep:
+            call, arguments = (ep.moe_routed, routed(arguments)) if is_routed else (ep.moe, arguments)
+            with torch.no_grad():
+                call(**arguments)
+            with pytest.raises(
+                CollectiveMismatchError, match=rf"{words}: x.requires_grad_\(\) on every rank or on none"
+            ):
+                call(**arguments)
 
 
 @promise("usable-after-errors", "overflow")
@@ -181,12 +174,6 @@ def test_a_rank_with_too_many_tokens_may_call_again(rank: Rank, backend: str) ->
         assert ep.moe(x[:1], router_w, w1, w2, 2).tokens_per_expert.sum() == 2 * rank.world_size
 
 
-def trained_call(rank: Rank) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Arguments of ``moe``, and the leaves among them."""
-    arguments = call_of(rank.world_size)
-    return arguments, {name: value.requires_grad_() for name, value in arguments.items() if name != "top_k"}
-
-
 @promise("mismatch")
 @pytest.mark.parametrize(
     ("backend", "wanted", "phase"),
@@ -194,30 +181,26 @@ def trained_call(rank: Rank) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 )
 @on_ranks(2, pool="cpu_pool")
 def test_a_rank_that_asks_for_fewer_gradients_is_found(rank: Rank, backend: str, wanted: list[str], phase: str) -> None:
-    with calls_of_a_group(rank, backend=backend, timeout=20.0) as ep:
-        arguments, leaves = trained_call(rank)
+    """But it need not ask for the gradient of the router."""
+    odd, arguments = rank.rank == ODD, call_of(rank.world_size)
+    leaves = {name: value.requires_grad_() for name, value in arguments.items() if name != "top_k"}
+
+    def gradients(names: Iterable[str]) -> dict[str, torch.Tensor]:
         y = ep.moe(**arguments).y
+        return dict(zip(names, torch.autograd.grad(y.sum(), [leaves[name] for name in names]), strict=True))
 
-        def go_on() -> None:
-            torch.autograd.grad(y.sum(), [leaves[name] for name in (wanted if rank.rank == ODD else leaves)])
-            planned(ep, rank.world_size)
+    def go_on() -> None:
+        gradients(wanted if odd else leaves)
+        planned(ep, rank.world_size)
 
+    with calls_of_a_group(rank, backend=backend) as ep:
+        expected = gradients(leaves)
+        found = gradients([name for name in leaves if name != "router_w" or not odd])
+        assert_same_bits(found, {name: expected[name] for name in found})
         words = rf"rank {rank.rank} of 2: rank {1 - rank.rank} came to phase "
-        words += rf".* expected phase backward \({phase}\) of step 1" if rank.rank != ODD else ""
+        words += "" if odd else rf".* expected phase backward \({phase}\) of step 3"
         with pytest.raises(CollectiveMismatchError, match=words):
             go_on()
-
-
-@both_backends
-@on_ranks(2, pool="cpu_pool")
-def test_a_rank_need_not_ask_for_the_gradient_of_the_router(rank: Rank, backend: str) -> None:
-    arguments, leaves = trained_call(rank)
-    wanted = [name for name in leaves if name != "router_w" or rank.rank != ODD]
-    with ExpertParallel(backend=backend, timeout=30) as ep:
-        expected = torch.autograd.grad(ep.moe(**arguments).y.sum(), list(leaves.values()))
-        found = torch.autograd.grad(ep.moe(**arguments).y.sum(), [leaves[name] for name in wanted])
-    gradients = dict(zip(leaves, expected, strict=True))
-    assert_same_bits(found, [gradients[name] for name in wanted])
 
 
 @promise("one-call")
@@ -245,7 +228,7 @@ def test_a_second_thread_is_refused_and_the_first_unharmed(rank: Rank, backend: 
 @on_ranks(2, pool="cpu_pool")
 def test_threads_with_objects_of_their_own(rank: Rank) -> None:
     """And one object in one thread after another."""
-    groups = [new_process_group(rank) for _ in range(2)]
+    groups = [dist.new_group() for _ in range(2)]
     found: dict[int, list[int]] = {}
 
     def run(number: int) -> None:
@@ -267,7 +250,7 @@ def test_threads_with_objects_of_their_own(rank: Rank) -> None:
 @both_backends
 @on_ranks(2, pool="cpu_pool")
 def test_ranks_that_use_different_plans_are_found(rank: Rank, backend: str, objects: int) -> None:
-    made = [ExpertParallel(backend=backend, timeout=20) for _ in range(objects)]
+    made = [ExpertParallel(backend=backend) for _ in range(objects)]
     first = made[0]
     plans = [made[to % objects].plan(torch.full((3, 1), to, device=rank.device), rank.world_size) for to in (0, 1)]
     x = torch.ones(3, 8, device=rank.device)
@@ -280,32 +263,18 @@ def test_ranks_that_use_different_plans_are_found(rank: Rank, backend: str, obje
         ep.close()
 
 
-@on_ranks(2, pool="cpu_pool")
-def test_a_functional_call_that_is_refused_counts_for_nothing(rank: Rank) -> None:
-    arguments = call_of(rank.world_size)
-    if rank.rank == ODD:
-        with pytest.raises(ValueError, match="top_k"):
-            sonic_ep.moe(**{**arguments, "top_k": 0}, backend="reference")
-    counts = sonic_ep.moe(**arguments, backend="reference").tokens_per_expert
-    assert int(counts.sum()) == rank.world_size * len(arguments["x"]) * arguments["top_k"]
-
-
 def test_every_fact_of_a_call_is_in_its_digest() -> None:
     ids = torch.tensor([[0, 1]])
     with ExpertParallel(backend="reference") as ep:
         x, rows = torch.zeros(1, HIDDEN), torch.zeros(2, HIDDEN)
         plans = [ep.plan(ids, 4), ep.plan(ids, 4), ep.plan(ids, 8), ep.plan(ids[:, :1], 4)]
-        trained = good_call()["router_w"].requires_grad_()
+        trained, of_x = good_call()["router_w"].requires_grad_(), torch.zeros(5, HIDDEN, requires_grad=True)
         calls = [
             *(partial(ep.plan, *arguments) for arguments in ((ids, 4), (ids, 8), (ids[:, :1], 4))),
             *(partial(ep.dispatch, x, plan) for plan in plans[:3]),
-            lambda: ep.dispatch(x[:, :4], plans[0]),
-            lambda: ep.dispatch(x.bfloat16(), plans[0]),
+            *(partial(ep.dispatch, other, plans[0]) for other in (x[:, :4], x.bfloat16())),
             *(partial(ep.combine, rows, torch.ones(1, 2), plan) for plan in plans[:2]),
-            lambda: ep.moe(**good_call()),
-            lambda: ep.moe(**good_call(router_w=trained)),
-            lambda: ep.moe(**good_call(x=torch.zeros(5, HIDDEN, requires_grad=True))),
-            lambda: ep.moe(**good_call(top_k=1)),
+            *(partial(ep.moe, **good_call(**one)) for one in ({}, {"router_w": trained}, {"x": of_x}, {"top_k": 1})),
             *(partial(ep.moe_routed, **routed(good_call(x=x), k)) for k in (1, 2)),
         ]
         digests = []

@@ -19,7 +19,7 @@ ODD = 1
 PATIENT_SECONDS = 100.0
 
 
-def interrupted(*arguments: object, **options: object) -> None:
+def interrupted(*_: object, **options: object) -> None:
     raise KeyboardInterrupt
 
 
@@ -69,32 +69,27 @@ def test_an_error_of_one_rank_ends_the_object_on_all(
     assert why.startswith("KeyboardInterrupt" if fail is interrupted else "OutOfMemoryError: rank 1 of 3: out of")
     for rank, (first, *later) in enumerate(found):
         if rank != ODD:
-            assert first.startswith(f"PeerLostError: rank {rank} of 3: rank 1 left ({why}) while it was waited for in")
+            # Or the third rank, which has heard of it before, has left by that.
+            assert first.startswith(f"PeerLostError: rank {rank} of 3: ")
+            assert f"rank 1 left ({why}) while it was waited for in" in first
         ended = f"ClosedError: rank {rank} of 3: this ExpertParallel has ended: {first}; make a new one after the"
         assert all(words.startswith(ended) for words in later), later
-
-
-@promise("out-of-memory")
-def test_memory_that_runs_out_is_told_with_the_place() -> None:
-    with ExpertParallel(backend="reference") as ep:
-        x = torch.zeros(1, HIDDEN).expand(2**44, HIDDEN)
-        with pytest.raises(torch.OutOfMemoryError, match=r"rank 0 of 1: out of memory in phase .* of step \d"):
-            ep.moe(**good_call(x=x))
-        expected = "rank 0 of 1: out of memory in phase .* of step .: tried to allocate 2.00 GiB"
-        with pytest.raises(torch.OutOfMemoryError, match=expected), ep._call_guard.one():
-            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
-        ep.moe(**good_call())
 
 
 @promise("usable-after-errors", "out-of-memory")
 @both_backends
 @on_ranks(1, pool="cpu_pool")
-def test_memory_that_runs_out_in_backward_is_told_with_the_place(rank: Rank, backend: str) -> None:
+def test_memory_that_runs_out_is_told_with_the_place(rank: Rank, backend: str) -> None:
+    """That of the CPU in a call, and what runs out in its backward."""
     arguments = with_trained_experts(call_of(1))
     with ExpertParallel(backend=backend) as ep:
+        if backend == "reference":
+            huge = good_call(x=torch.zeros(1, HIDDEN).expand(2**44, HIDDEN))
+            with pytest.raises(torch.OutOfMemoryError, match=r"rank 0 of 1: out of memory in phase .* of step \d"):
+                ep.moe(**huge)
         ep.moe(**arguments)
         y = ep.moe(**arguments).y
-        expected = "rank 0 of 1: out of memory in phase .* of step 2: tried to allocate 2.00 GiB"
+        expected = r"rank 0 of 1: out of memory in phase .* of step \d: tried to allocate 2.00 GiB"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(EXCHANGES[backend][-1], memory_short)
             with pytest.raises(torch.OutOfMemoryError, match=expected):

@@ -96,7 +96,7 @@ FREED = {
 )
 @on_ranks(1, 2)
 def test_freed_tensors_are_refused(rank: Rank, call: str, backend: str, config: EPConfig, freed: list[str]) -> None:
-    with ExpertParallel(backend=backend, config=config, timeout=30) as ep:
+    with ExpertParallel(backend=backend, config=config) as ep:
         leaves, forward = call_of(ep, rank, call)
         for name in freed:
             assert_refused(forward, leaves, name, str(ep.group))
@@ -107,7 +107,7 @@ def test_freed_tensors_are_refused(rank: Rank, call: str, backend: str, config: 
 def test_what_backward_does_not_read_may_be_freed(rank: Rank, backend: str) -> None:
     """Biases of the up-projection, and the returned counts."""
     leaves = leaves_of(rank)
-    with ExpertParallel(backend=backend, timeout=30) as ep:
+    with ExpertParallel(backend=backend) as ep:
         out = ep.moe(**leaves, top_k=CASE.top_k)
         expected = torch.autograd.grad(out.y.square().sum(), list(leaves.values()), retain_graph=True)
         restore = free(leaves["b1"])
@@ -123,7 +123,7 @@ def test_a_freed_plan_is_refused_in_backward(rank: Rank, backend: str) -> None:
     idx, scores = routing_of(rank, CASE)
     x = torch.randn(len(idx), CASE.hidden, device=rank.device).requires_grad_()
     scores = scores.clone().requires_grad_()
-    with ExpertParallel(backend=backend, timeout=30) as ep:
+    with ExpertParallel(backend=backend) as ep:
         for field in ("expert_ids", "row_of_slot", "slot_of_row", "group_ends"):
             plan = ep.plan(idx, CASE.num_experts)
             rows = ep.dispatch(x, plan)

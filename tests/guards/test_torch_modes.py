@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from backends import both_backends
-from edge_calls import CALLS, SIZES, tensors_of
+from edge_calls import ARGUMENTS, arguments_of, outcome, run, tensors_of
 from layer_inputs import layer_inputs, routing_of
 from on_ranks import on_ranks
 from programs import output_at_end, start_program
@@ -126,9 +126,9 @@ def test_a_gradient_without_memory_is_zero(rank: Rank, backend: str) -> None:
 def test_tangents_are_refused_not_lost(rank: Rank, backend: str) -> None:
     """Each tensor of each call with a tangent, and each function as what ``torch.func.jvp`` differentiates."""
     with ExpertParallel(backend=backend) as ep:
-        for call in CALLS.values():
-            arguments = call.arguments(ep, rank.device, SIZES)
-            expected = call.outcome(ep, arguments)
+        for call in ARGUMENTS:
+            arguments = arguments_of(call, ep, rank.device)
+            expected = outcome(call, ep, arguments)
             for name in tensors_of(arguments):
                 given = arguments[name]
                 if not given.is_floating_point():
@@ -136,7 +136,7 @@ def test_tangents_are_refused_not_lost(rank: Rank, backend: str) -> None:
                 refused = pytest.raises(NotImplementedError, match=f"rank 0 of 1: {name}: got .* tangent")
 
                 def of(tensor: torch.Tensor, name: str = name) -> object:
-                    return call.run(ep, {**arguments, name: tensor})  # noqa: B023
+                    return run(call, ep, {**arguments, name: tensor})  # noqa: B023
 
                 with refused:
                     torch.func.jvp(of, (given,), (given,))
@@ -148,7 +148,7 @@ def test_tangents_are_refused_not_lost(rank: Rank, backend: str) -> None:
                     with forward_ad._set_fwd_grad_enabled(False):
                         of(dual)
             with forward_ad.dual_level():
-                assert_same_bits(call.outcome(ep, arguments), expected)
+                assert_same_bits(outcome(call, ep, arguments), expected)
 
 
 @promise("forward-mode")
