@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from backends import both_backends
 from conftest import DEVICE_TYPES
 from limits import HANG_SECONDS
@@ -18,7 +17,7 @@ from programs import exits, output_at_end, start_program
 from promises import promise
 from torch import Tensor
 
-from sonic_ep import ClosedError, EPConfig, ExpertParallel
+from sonic_ep import EPConfig, ExpertParallel
 from sonic_ep.testing import Rank
 
 ODD = 1
@@ -92,26 +91,6 @@ def assert_others_end(fault: str, backend: str, folder: Path, **options: Any) ->
         named = "\n".join(line for line in said.splitlines() if re.search(error, line))
         assert re.search(rf"rank {ODD}\b.*phase ({SEEN[fault]}) of step \d", named), (rank, said)
         assert fault not in LEFT or re.search(rf"rank {ODD} left.*{LEFT[fault]}", named), (rank, named)
-
-
-def destroyed(rank: Rank) -> None:
-    """A process group that has ended, to which the caller still refers."""
-    group = dist.group.WORLD
-    with ExpertParallel(backend="reference") as ep:
-        # The peer's start would fail if this rank were gone before.
-        dist.barrier()
-        dist.destroy_process_group()
-        try:
-            forward(ep, layer_of(rank))
-        except ClosedError as error:
-            print(error, flush=True)
-        os._exit(0 if group is not None else 1)
-
-
-def test_a_process_group_that_has_ended_is_told_as_such(tmp_path: Path) -> None:
-    for rank, (code, said) in enumerate(exits(tmp_path, destroyed, world_size=2)):
-        assert code == 0, said
-        assert f"rank {rank} of 2: the process group has been destroyed" in said
 
 
 @promise("lost-rank")

@@ -46,22 +46,6 @@ def free(tensor: Tensor) -> Callable[[], None]:
     return restore
 
 
-def assert_refused(forward: Callable[[], Tensor], leaves: dict[str, Tensor], freed: str, group: str) -> None:
-    """Forward and backward refuse ``freed`` alike, and both are right again once it is back."""
-    tensor = leaves[freed]
-    wanted = list(leaves.values())
-    expected = torch.autograd.grad(forward().square().sum(), wanted, allow_unused=True)
-    message = rf"{group}: memory of {freed}: got 0 bytes, expected at least \d+: was it freed\?"
-    loss = forward().square().sum()
-    restore = free(tensor)
-    with pytest.raises(ValueError, match=message):
-        torch.autograd.grad(loss, wanted, allow_unused=True)
-    with pytest.raises(ValueError, match=message):
-        forward()
-    restore()
-    assert_same_bits(torch.autograd.grad(forward().square().sum(), wanted, allow_unused=True), expected, freed)
-
-
 def call_of(ep: ExpertParallel, rank: Rank, call: str) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
     """Leaves by name, and what is differentiated by them."""
     leaves, (idx, scores) = leaves_of(rank), routing_of(rank, CASE)
@@ -78,28 +62,38 @@ def call_of(ep: ExpertParallel, rank: Rank, call: str) -> tuple[dict[str, Tensor
 
 # Without a router only the dispatch in backward reads x; of the logits only the router is trained, as by a loss that
 # balances experts.
-FREED = {
-    "y": [
-        ("reference", EPConfig(), ["router_w", "w1", "w2", "x"]),
-        ("fast", EPConfig(), ["router_w", "w1", "w2", "x", "b2"]),
-        ("reference", REDISPATCH, ["x", "w1", "b1"]),
-        ("fast", REDISPATCH, ["x", "w1"]),
-    ],
-    "moe_routed": [(backend, REDISPATCH, ["x"]) for backend in BACKENDS],
-    "router_logits": [(backend, EPConfig(), ["x", "router_w"]) for backend in BACKENDS],
-    "combine": [(backend, EPConfig(), ["rows"]) for backend in BACKENDS],
-}
+FREED = [
+    ("y", "reference", EPConfig(), ["router_w", "w1", "w2", "x"]),
+    ("y", "fast", EPConfig(), ["router_w", "w1", "w2", "x", "b2"]),
+    ("y", "reference", REDISPATCH, ["x", "w1", "b1"]),
+    ("y", "fast", REDISPATCH, ["x", "w1"]),
+    *(("moe_routed", backend, REDISPATCH, ["x"]) for backend in BACKENDS),
+    *(("router_logits", backend, EPConfig(), ["x", "router_w"]) for backend in BACKENDS),
+    *(("combine", backend, EPConfig(), ["rows"]) for backend in BACKENDS),
+]
 
 
-@pytest.mark.parametrize(
-    ("call", "backend", "config", "freed"), [(call, *case) for call, cases in FREED.items() for case in cases]
-)
+@pytest.mark.parametrize(("call", "backend", "config", "freed"), FREED)
 @on_ranks(1, 2)
 def test_freed_tensors_are_refused(rank: Rank, call: str, backend: str, config: EPConfig, freed: list[str]) -> None:
+    """Forward and backward refuse them alike, and both are right again once they are back."""
     with ExpertParallel(backend=backend, config=config) as ep:
         leaves, forward = call_of(ep, rank, call)
+
+        def gradients(loss: Tensor | None = None) -> tuple[Tensor | None, ...]:
+            loss = forward().square().sum() if loss is None else loss
+            return torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+
+        expected = gradients()
         for name in freed:
-            assert_refused(forward, leaves, name, str(ep.group))
+            message = rf"{ep.group}: memory of {name}: got 0 bytes, expected at least \d+: was it freed\?"
+            loss = forward().square().sum()
+            restore = free(leaves[name])
+            for refused in (partial(gradients, loss), forward):
+                with pytest.raises(ValueError, match=message):
+                    refused()
+            restore()
+            assert_same_bits(gradients(), expected, name)
 
 
 @both_backends

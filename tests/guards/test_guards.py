@@ -12,7 +12,7 @@ import pytest
 import torch
 from on_ranks import on_ranks
 from promises import promise
-from there_and_back import MODES, Modes, by_modes
+from there_and_back import Modes, by_modes
 from torch import Tensor
 
 from sonic_ep import EPConfig, ExpertParallel, RoutingPlan, RowOverflowError
@@ -32,28 +32,6 @@ def workspace_of(rank: Rank) -> Iterator[Any]:
     workspace.close()
 
 
-@contextmanager
-def late_reader(rank: Rank, name: str, kernel: str) -> Iterator[Any]:
-    """A module, of which one rank launches ``kernel``, which reads shared memory, late after a barrier."""
-    module = importlib.import_module(f"sonic_ep.fast.{name}")
-    launch = module.launch
-
-    def slow(launched: object, *arguments: object, **constants: object) -> None:
-        if launched is getattr(module, kernel) and rank.rank == 1:
-            time.sleep(0.2)
-        launch(launched, *arguments, **constants)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "launch", slow)
-        yield module
-
-
-def one_slot_each(rank: Rank) -> RoutingPlan:
-    """A plan of two tokens a rank, of which one goes to each of two ranks."""
-    with ExpertParallel(backend="reference", max_tokens_per_rank=2) as ep:
-        return ep.plan(torch.tensor([[0], [1]], device=rank.device), num_experts=2)
-
-
 def scores_with_ids(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
     """The group's scores, each of them ``number``, as they come with the ids of ``plan``."""
     from sonic_ep.fast.plan import PlanShape, gathered_counts
@@ -65,41 +43,48 @@ def scores_with_ids(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
     return gathered_counts(ids, shape, workspace, errors, scores).scores
 
 
-@pytest.mark.parametrize("call", ["gather_scores", "scores_with_ids", "return_to_origin"])
+# A kernel that reads shared memory, and its module.
+LATE_READS = {
+    "gather_scores": ("collectives", "gather_kernel"),
+    "scores_with_ids": ("collectives", "gather_kernel"),
+    "return_to_origin": ("collectives", "collect_kernel"),
+    "plan": ("plan", "count_kernel"),
+    "all_to_all": ("dispatch.all_to_all", "pull_to_rows_kernel"),
+    "rank_dedup": ("dispatch.rank_dedup", "pull_packed_kernel"),
+}
+
+
+@pytest.mark.parametrize("call", LATE_READS)
 @on_ranks(2)
 def test_a_late_reader_finds_what_was_written_for_it(rank: Rank, call: str) -> None:
-    kernel = "collect_kernel" if call == "return_to_origin" else "gather_kernel"
-    with workspace_of(rank) as workspace, late_reader(rank, "collectives", kernel) as module:
-        plan = one_slot_each(rank)
-        shape = (plan.row_capacity,) if call == "return_to_origin" else (2, 1)
-        for number in range(4):
-            workspace.enter()
-            if call == "scores_with_ids":
-                found = scores_with_ids(float(number), plan, workspace)
-            else:
-                given = torch.full(shape, float(number), device=rank.device)
-                found = getattr(module, call)(given, plan, workspace)
-            assert bool((found == number).all())
+    """One rank launches the kernel late after a barrier."""
+    name, kernel = LATE_READS[call]
+    module = importlib.import_module(f"sonic_ep.fast.{name}")
+    launch = module.launch
 
+    def slow(launched: object, *arguments: object, **constants: object) -> None:
+        if launched is getattr(module, kernel) and rank.rank == 1:
+            time.sleep(0.2)
+        launch(launched, *arguments, **constants)
 
-@on_ranks(2)
-def test_a_late_reader_finds_the_ids_of_its_plan(rank: Rank) -> None:
-    with late_reader(rank, "plan", "count_kernel"), ExpertParallel(backend="fast", max_tokens_per_rank=2) as ep:
-        for number in range(4):
-            plan = ep.plan(torch.full((2, 1), number, device=rank.device), num_experts=4)
-            assert plan.expert_ids.flatten().tolist() == [number] * 4
+    def read(number: float) -> Tensor:
+        if call == "scores_with_ids":
+            return scores_with_ids(number, plan, workspace)
+        if call == "plan":
+            return ep.plan(torch.full((2, 1), int(number), device=rank.device), num_experts=4).expert_ids
+        shapes = {"gather_scores": (2, 1), "return_to_origin": (plan.row_capacity,)}
+        given = torch.full(shapes.get(call, (2, 4)), number, device=rank.device)
+        return getattr(module, call)(given, plan, workspace) if call in shapes else ep.dispatch(given, plan)[:2]
 
-
-@pytest.mark.parametrize("mode", ["all_to_all", "rank_dedup"])
-@on_ranks(2)
-def test_a_late_reader_finds_the_tokens_of_its_dispatch(rank: Rank, mode: str) -> None:
-    kernel = "pull_packed_kernel" if mode == "rank_dedup" else "pull_to_rows_kernel"
-    config = EPConfig(dispatch=mode)
-    with late_reader(rank, f"dispatch.{mode}", kernel), ExpertParallel(backend="fast", config=config) as ep:
+    config = EPConfig(dispatch=call if "dispatch" in name else "auto")
+    with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=2) as ep, workspace_of(rank) as workspace:
+        # Of two tokens of a rank one goes to each of two ranks.
         plan = ep.plan(torch.tensor([[0], [1]], device=rank.device), num_experts=2)
-        for number in range(4):
-            rows = ep.dispatch(torch.full((2, 4), float(number), device=rank.device), plan)
-            assert bool((rows[: plan.rows()] == number).all())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "launch", slow)
+            for number in range(4):
+                workspace.enter()
+                assert bool((read(float(number)) == number).all())
 
 
 @on_ranks(2)
@@ -112,8 +97,9 @@ def test_scores_are_read_after_a_late_rank_has_staged_them(rank: Rank) -> None:
         time.sleep(0.2 * rank.rank)
         stage(scores, staged)
 
+    with ExpertParallel(backend="reference", max_tokens_per_rank=2) as ep:
+        plan = ep.plan(torch.tensor([[0], [1]], device=rank.device), num_experts=2)
     with workspace_of(rank) as workspace, pytest.MonkeyPatch.context() as patch:
-        plan = one_slot_each(rank)
         patch.setattr(module, "stage_scores", slow)
         for number in range(2):
             workspace.enter()
@@ -174,24 +160,6 @@ def test_nothing_behind_the_rows_is_read(rank: Rank) -> None:
         assert not bool((return_to_origin(values[:room], plan, workspace) == CANARY).any())
 
 
-@on_ranks(3, pool="cpu_pool")
-def test_shared_memory_is_sized_for_all_tokens(rank: Rank) -> None:
-    """Room for every token of every rank, also of those that this rank does not have."""
-    from sonic_ep.fast.collectives import SCORES
-    from sonic_ep.fast.combine.base import receiver
-    from sonic_ep.fast.workspace import TAG_BYTES
-
-    max_tokens = 600
-    with ExpertParallel(backend="reference", max_tokens_per_rank=max_tokens) as ep:
-        plan = ep.plan(torch.zeros(2, 1, dtype=torch.int64, device=rank.device), num_experts=rank.world_size)
-    with workspace_of(rank) as workspace:
-        shared = receiver(workspace, plan, rows_per_token=2, row_bytes=8, most_bytes=2**20)
-        assert shared.flags.nbytes >= (rank.world_size - 1) * max_tokens * TAG_BYTES
-        assert shared.received.nbytes >= max_tokens * 2 * 8
-        scores_with_ids(1.0, plan, workspace)
-        assert workspace.reserve(SCORES, 1).nbytes >= max_tokens * torch.float32.itemsize
-
-
 @on_ranks(2, 3)
 def test_nothing_is_sent_without_a_slot(rank: Rank) -> None:
     """A partial sum arrives from each rank that has a slot of the token, and from no other."""
@@ -248,7 +216,3 @@ def test_ranks_may_need_different_gradients(rank: Rank, modes: Modes) -> None:
             assert [grad is not None for grad in found] == list(mine)
             if mine[0]:
                 assert_bitwise(found[0], expected[0], "dx")
-
-
-def test_modes_cover_every_primitive() -> None:
-    assert len({dispatch for dispatch, _ in MODES}) == len({combine for _, combine in MODES}) == 3

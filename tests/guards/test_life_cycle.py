@@ -18,7 +18,7 @@ from same import assert_same_bits
 from torch.distributed import _symmetric_memory as symmetric_memory
 
 import sonic_ep
-from sonic_ep import ClosedError, EPConfig, ExpertParallel
+from sonic_ep import ClosedError, ExpertParallel
 from sonic_ep.errors import CollectiveMismatchError, PeerError
 from sonic_ep.testing import Rank, assert_bitwise
 
@@ -119,28 +119,6 @@ def test_what_is_forgotten_warns_and_its_graph_lives_on(rank: Rank, backend: str
         assert_same_bits(torch.autograd.grad(graph.square().sum(), leaves), expected)
     words = f"rank {rank.rank} of 2: this ExpertParallel was not closed: call close(), or use it in a with"
     assert (functional, freed) == ([], [words] if backend == "fast" else [])
-
-
-@both_backends
-@on_ranks(2)
-def test_two_objects_of_one_group_take_turns(rank: Rank, backend: str) -> None:
-    configs = (EPConfig(dispatch="all_to_all", combine="rank_dedup"), EPConfig(redispatch_x_in_backward=True))
-    alone = []
-    for seed, config in enumerate(configs):
-        with ExpertParallel(backend=backend, config=config) as ep:
-            leaves = layer_of(rank, seed)
-            y = ep.moe(*leaves, TOP_K).y
-            alone.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
-    first, second = (ExpertParallel(backend=backend, config=config) for config in configs)
-    with first, second:
-        for order in ((0, 1), (1, 0)):
-            layers = [layer_of(rank, seed) for seed in range(2)]
-            outs = [ep.moe(*leaves, TOP_K).y for ep, leaves in zip((first, second), layers, strict=True)]
-            planned(first, rank)
-            for number in order:
-                found = [outs[number].detach(), *torch.autograd.grad(outs[number].square().sum(), layers[number])]
-                assert_same_bits(found, alone[number])
-                planned(second, rank)
 
 
 @pytest.mark.parametrize("order", ["made", "called", "called later"])
