@@ -1,9 +1,12 @@
-"""Calls are the same on every rank, or the odd rank and what it differs in are named; threads make one at a time."""
+"""Calls are the same on every rank, or the odd rank and what it differs in are named.
 
+An object admits one thread at a time, in a call or in a backward, and recompute from within.
+"""
+
+import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 import torch.distributed as dist
 from backends import both_backends
 from calls import HELD, HIDDEN, INTERMEDIATE, call_of, good_call, in_another_thread, routed, with_trained_experts
+from layer_inputs import layer_inputs
 from new_group import own_process_group
 from on_ranks import on_ranks
 from promises import promise
@@ -19,41 +23,32 @@ from same import assert_same_bits
 
 import sonic_ep
 from sonic_ep import ClosedError, CollectiveMismatchError, EPConfig, ExpertParallel
-from sonic_ep.testing import Rank
+from sonic_ep.distributed.call_lock import CallLock
+from sonic_ep.errors import ConcurrentCallError
+from sonic_ep.testing import CASES, Rank
 
 ODD = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Oddity:
-    """What the odd rank does otherwise, and how that is told: the fact, its own value and that of the others."""
-
-    ep: dict[str, Any] = field(default_factory=dict)
-    call: dict[str, Any] = field(default_factory=dict)
-    plans: bool = False
-    fact: str
-    odd: str
-    usual: str
 
 
 BIASES = {"b1": torch.zeros(HELD, 2 * INTERMEDIATE), "b2": torch.zeros(HELD, HIDDEN)}
 TRAINED = {"w1": torch.zeros(HELD, 2 * INTERMEDIATE, HIDDEN, requires_grad=True)}
 DEFAULTS, ROUTER = "EPConfig(dispatch='auto', combine='auto'", "RouterOptions(top_k="
-ODDITIES = {
-    "H": Oddity(call={"hidden": 16}, fact="H", odd="16", usual="8"),
-    "dtype": Oddity(call={"dtype": torch.bfloat16}, fact="dtype", odd="torch.bfloat16", usual="torch.float32"),
-    "K": Oddity(call={"top_k": 1}, fact="router", odd=f"{ROUTER}1,", usual=f"{ROUTER}2,"),
-    "E": Oddity(call={"held": 4}, fact="w1", odd="(4, 8, 8)", usual="(2, 8, 8)"),
-    "activation": Oddity(call={"activation": "geglu"}, fact="activation", odd="geglu", usual="swiglu"),
-    "layout": Oddity(call={"gate_layout": "concat"}, fact="gate_layout", odd="concat", usual="interleaved"),
-    "biases": Oddity(call=BIASES, fact="biases", odd="True", usual="False"),
-    "training": Oddity(call=TRAINED, fact="w1 trained", odd="True", usual="False"),
-    "scores": Oddity(call={"norm_topk_probs": True}, fact="router", odd=ROUTER, usual=ROUTER),
-    "call": Oddity(plans=True, fact="call", odd="plan", usual="moe"),
-    "config": Oddity(ep={"config": EPConfig(max_rows=99)}, fact="config", odd=DEFAULTS, usual=DEFAULTS),
-    "bound": Oddity(ep={"max_tokens_per_rank": 9}, fact="max_tokens_per_rank", odd="9", usual="8"),
-    "backend": Oddity(ep={"backend": "fast"}, fact="backend", odd="fast", usual="reference"),
-}
+# What the odd rank does otherwise, in its object or its call, and how that is told: fact, its own value, the others'.
+ODDITIES: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [
+    ({}, {"hidden": 16}, "H", "16", "8"),
+    ({}, {"dtype": torch.bfloat16}, "dtype", "torch.bfloat16", "torch.float32"),
+    ({}, {"top_k": 1}, "router", f"{ROUTER}1,", f"{ROUTER}2,"),
+    ({}, {"held": 4}, "w1", "(4, 8, 8)", "(2, 8, 8)"),
+    ({}, {"activation": "geglu"}, "activation", "geglu", "swiglu"),
+    ({}, {"gate_layout": "concat"}, "gate_layout", "concat", "interleaved"),
+    ({}, BIASES, "biases", "True", "False"),
+    ({}, TRAINED, "w1 trained", "True", "False"),
+    ({}, {"norm_topk_probs": True}, "router", ROUTER, ROUTER),
+    ({}, {"plans": True}, "call", "plan", "moe"),
+    ({"config": EPConfig(max_rows=99)}, {}, "config", DEFAULTS, DEFAULTS),
+    ({"max_tokens_per_rank": 9}, {}, "max_tokens_per_rank", "9", "8"),
+    ({"backend": "fast"}, {}, "backend", "fast", "reference"),
+]
 
 
 def planned(ep: ExpertParallel, num_experts: int) -> object:
@@ -67,17 +62,17 @@ def calls_of_a_group(rank: Rank, **options: Any) -> Iterator[ExpertParallel]:
         yield ep
 
 
-def refused(rank: Rank, oddity: Oddity, check: bool) -> str:
+def refused(rank: Rank, options: dict[str, Any], changes: dict[str, Any], check: bool) -> str:
     """The error of a call that is odd on one rank."""
     odd = rank.rank == ODD
     common = {"backend": "reference", "max_tokens_per_rank": 8, "check_collective": check}
-    with calls_of_a_group(rank, **{**common, **(oddity.ep if odd else {})}) as ep:
-        call = call_of(rank.world_size, **(oddity.call if odd else {}))
+    with calls_of_a_group(rank, **{**common, **(options if odd else {})}) as ep:
+        call = call_of(rank.world_size, **(changes if odd else {}))
         with pytest.raises(CollectiveMismatchError) as raised:
-            planned(ep, 2 * rank.world_size) if odd and oddity.plans else ep.moe(**call)
+            planned(ep, 2 * rank.world_size) if "plans" in call else ep.moe(**call)
         if not check:
             with pytest.raises(ClosedError, match="has ended: CollectiveMismatchError"):
-                ep.moe(**call)
+                planned(ep, 2 * rank.world_size)
     return str(raised.value)
 
 
@@ -86,14 +81,14 @@ def refused(rank: Rank, oddity: Oddity, check: bool) -> str:
 @on_ranks(2, 3, pool="cpu_pool")
 def test_compared_calls_are_told_apart_by_their_facts(rank: Rank, world_size: int) -> None:
     others = f"rank{'s' if world_size > 2 else ''} " + ", ".join(str(r) for r in range(world_size) if r != ODD)
-    for name, oddity in ODDITIES.items():
-        where, said = refused(rank, oddity, True).split(" differ in ")
+    for options, changes, fact, odd, usual in ODDITIES:
+        where, said = refused(rank, options, changes, True).split(" differ in ")
         assert where.startswith(f"rank {rank.rank} of {world_size}: step 1: calls have to be the same on every rank")
-        fact = dict(part.split(": ", 1) for part in said.split("; "))[oddity.fact]
-        assert oddity.odd in fact.split(f" on rank {ODD}")[0], said
-        assert all(words in fact for words in (oddity.usual, f" on rank {ODD}", f" on {others}")), said
+        told = dict(part.split(": ", 1) for part in said.split("; "))[fact]
+        assert odd in told.split(f" on rank {ODD}")[0], said
+        assert all(words in told for words in (usual, f" on rank {ODD}", f" on {others}")), said
         # The odd rank comes first, where most agree.
-        assert world_size == 2 or fact.startswith(oddity.odd), name
+        assert world_size == 2 or told.startswith(odd), said
 
 
 @promise("mismatch")
@@ -101,11 +96,10 @@ def test_compared_calls_are_told_apart_by_their_facts(rank: Rank, world_size: in
 @on_ranks(3, pool="cpu_pool")
 def test_calls_that_are_not_compared_are_told_apart_all_the_same(rank: Rank) -> None:
     other = 0 if rank.rank == ODD else ODD
-    compares = Oddity(ep={"check_collective": True}, fact="", odd="", usual="")
-    for name, oddity in {**ODDITIES, "compares": compares}.items():
-        said = refused(rank, oddity, False)
-        assert said.startswith(f"rank {rank.rank} of 3: rank {other} came to phase "), (name, said)
-        assert "check_collective=True tells which" in said or "did it skip a call" in said, (name, said)
+    for options, changes, *_ in [*ODDITIES, ({"check_collective": True}, {})]:
+        said = refused(rank, options, changes, False)
+        assert said.startswith(f"rank {rank.rank} of 3: rank {other} came to phase "), (options, changes, said)
+        assert "check_collective=True tells which" in said or "did it skip a call" in said, (options, changes, said)
 
 
 @promise("usable-after-errors")
@@ -284,3 +278,117 @@ def test_every_fact_of_a_call_is_in_its_digest() -> None:
         assert len(set(digests)) == len(calls)
         calls[0]()
         assert ep._collectives.sync_tag.step.call == digests[0]
+
+
+@promise("one-call")
+def test_the_lock_refuses_threads_waits_and_an_early_close() -> None:
+    lock = CallLock("an object")
+
+    def once(*, last: bool = False) -> None:
+        with lock.taken(last=last):
+            return
+
+    with lock.taken():
+        once()
+        (refused,) = in_another_thread(once)
+        assert refused.startswith("an object: got a call while another thread is in one")
+        with lock.waiting(), pytest.raises(ConcurrentCallError, match="an object: got a call in the middle of a call"):
+            once()
+        once()
+        with pytest.raises(ConcurrentCallError, match=r"got close\(\) in the middle of a call"):
+            once(last=True)
+    assert in_another_thread(once) == []
+    with pytest.raises(KeyError), lock.taken():
+        raise KeyError
+    assert in_another_thread(once) == []
+    lock.end("has ended: the first")
+    lock.end("is closed")
+    with pytest.raises(ClosedError, match="an object: this ExpertParallel has ended: the first"):
+        once()
+    once(last=True)
+
+
+def test_an_error_of_the_outermost_call_is_handled_once() -> None:
+    lock, seen = CallLock("an object"), []
+    lock.after_error(lambda error: seen.append((type(error), lock.begun)))
+    with pytest.raises(KeyError), lock.taken(begun=True), lock.taken():
+        raise KeyError
+    with pytest.raises(KeyError), lock.taken():
+        raise KeyError
+    assert seen == [(KeyError, True), (KeyError, False)]
+
+
+@promise("one-call")
+@both_backends
+@on_ranks(2, pool="cpu_pool")
+def test_a_signals_handler_that_calls_is_refused_and_harms_nothing(rank: Rank, backend: str) -> None:
+    ids = torch.zeros((1, 1), dtype=torch.int64)
+    store, handled = dist.distributed_c10d._get_default_store(), f"{backend}: a signal was handled"
+    refused: list[str] = []
+    with ExpertParallel(backend=backend, max_tokens_per_rank=1) as ep:
+        ep.plan(ids, rank.world_size)
+
+        def handler(*_: object) -> None:
+            if not ep._collectives.call_lock._waiting or refused:
+                return
+            with pytest.raises(ConcurrentCallError) as raised:
+                ep.plan(ids, rank.world_size)
+            refused.append(str(raised.value))
+            store.set(handled, "1")
+
+        if rank.rank == 0:
+            before = signal.signal(signal.SIGALRM, handler)
+            signal.setitimer(signal.ITIMER_REAL, 0.3, 0.3)
+        else:
+            store.wait([handled])
+        assert ep.plan(ids, rank.world_size).counts.tolist() == [2, 0]
+        if rank.rank == 0:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+            store.delete_key(handled)
+            assert "got a call in the middle of a call" in refused[0]
+
+
+@promise("one-call")
+@both_backends
+@on_ranks(1)
+def test_a_backward_takes_the_lock(rank: Rank, backend: str) -> None:
+    """A backward in another thread, while this one is in a call and after."""
+    x, weights, dy = layer_inputs(rank, CASES["uneven_tokens"])
+    with ExpertParallel(backend=backend) as ep:
+        y = ep.moe(x, *weights, CASES["uneven_tokens"].top_k).y
+        with ep._call_guard.one():
+            (refused,) = in_another_thread(lambda: y.backward(dy, retain_graph=True))
+        assert "got a call while another thread is in one" in refused
+        assert in_another_thread(lambda: y.backward(dy)) == []
+
+
+@pytest.mark.fast
+@on_ranks(1, pool="cpu_pool")
+def test_the_interpreter_runs_the_kernel_of_one_thread(rank: Rank) -> None:
+    from sonic_ep.fast.launch import alone_in_this_process
+
+    idx = torch.zeros((1, 1), dtype=torch.int64)
+    with ExpertParallel(backend="fast") as ep:
+        with alone_in_this_process():
+            (refused,) = in_another_thread(lambda: ep.plan(idx, 1))
+        assert refused.startswith("Triton's interpreter: got a kernel while another thread runs one")
+        assert in_another_thread(lambda: ep.plan(idx, 1)) == []
+
+
+class WithoutTextError(Exception):
+    def __str__(self) -> str:
+        raise KeyError("no text")
+
+
+def test_an_error_is_hidden_neither_by_its_want_of_text_nor_by_another_threads_call() -> None:
+    with pytest.raises(WithoutTextError), ExpertParallel(backend="reference"):
+        raise WithoutTextError
+    ep = ExpertParallel(backend="reference")
+
+    def fail() -> None:
+        with ep:
+            raise KeyError("labels")
+
+    with ep._call_guard.one():
+        assert in_another_thread(fail) == ["'labels'"]

@@ -43,10 +43,11 @@ def scores_with_ids(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
     return gathered_counts(ids, shape, workspace, errors, scores).scores
 
 
-# A kernel that reads shared memory, and its module.
-LATE_READS = {
+# What one rank does late, and its module: it launches a kernel that reads shared memory, or it writes.
+LATE = {
     "gather_scores": ("collectives", "gather_kernel"),
     "scores_with_ids": ("collectives", "gather_kernel"),
+    "staged scores_with_ids": ("plan", "stage_scores"),
     "return_to_origin": ("collectives", "collect_kernel"),
     "plan": ("plan", "count_kernel"),
     "all_to_all": ("dispatch.all_to_all", "pull_to_rows_kernel"),
@@ -54,21 +55,21 @@ LATE_READS = {
 }
 
 
-@pytest.mark.parametrize("call", LATE_READS)
+@pytest.mark.parametrize("call", LATE)
 @on_ranks(2)
-def test_a_late_reader_finds_what_was_written_for_it(rank: Rank, call: str) -> None:
-    """One rank launches the kernel late after a barrier."""
-    name, kernel = LATE_READS[call]
+def test_a_late_rank_finds_what_was_written_for_it_and_is_waited_for(rank: Rank, call: str) -> None:
+    name, late = LATE[call]
     module = importlib.import_module(f"sonic_ep.fast.{name}")
-    launch = module.launch
+    slowed = "launch" if late.endswith("_kernel") else late
+    function, kernel = getattr(module, slowed), getattr(module, late)
 
-    def slow(launched: object, *arguments: object, **constants: object) -> None:
-        if launched is getattr(module, kernel) and rank.rank == 1:
+    def slow(*arguments: object, **constants: object) -> None:
+        if rank.rank == 1 and (slowed == late or arguments[0] is kernel):
             time.sleep(0.2)
-        launch(launched, *arguments, **constants)
+        function(*arguments, **constants)
 
     def read(number: float) -> Tensor:
-        if call == "scores_with_ids":
+        if "scores_with_ids" in call:
             return scores_with_ids(number, plan, workspace)
         if call == "plan":
             return ep.plan(torch.full((2, 1), int(number), device=rank.device), num_experts=4).expert_ids
@@ -81,29 +82,10 @@ def test_a_late_reader_finds_what_was_written_for_it(rank: Rank, call: str) -> N
         # Of two tokens of a rank one goes to each of two ranks.
         plan = ep.plan(torch.tensor([[0], [1]], device=rank.device), num_experts=2)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "launch", slow)
+            patch.setattr(module, slowed, slow)
             for number in range(4):
                 workspace.enter()
                 assert bool((read(float(number)) == number).all())
-
-
-@on_ranks(2)
-def test_scores_are_read_after_a_late_rank_has_staged_them(rank: Rank) -> None:
-    from sonic_ep.fast import plan as module
-
-    stage = module.stage_scores
-
-    def slow(scores: Tensor, staged: Any) -> None:
-        time.sleep(0.2 * rank.rank)
-        stage(scores, staged)
-
-    with ExpertParallel(backend="reference", max_tokens_per_rank=2) as ep:
-        plan = ep.plan(torch.tensor([[0], [1]], device=rank.device), num_experts=2)
-    with workspace_of(rank) as workspace, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "stage_scores", slow)
-        for number in range(2):
-            workspace.enter()
-            assert bool((scores_with_ids(float(number), plan, workspace) == number).all())
 
 
 # Wider than what a kernel overwrites or weighs at a time.
@@ -201,7 +183,7 @@ def gradients(ep: ExpertParallel, inputs: Inputs, tokens: slice, wanted: tuple[b
 
 @promise("x-gradient")
 @by_modes
-@on_ranks(3)
+@on_ranks(2)
 def test_ranks_may_need_different_gradients(rank: Rank, modes: Modes) -> None:
     """x, scores or both, on rank 0 alone; and backward shares no new memory."""
     inputs = draw(CASES["uneven_tokens"], rank.world_size, rank.device)
