@@ -4,11 +4,12 @@ import os
 import re
 import signal
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-from backends import both_backends
+from backends import BACKENDS, both_backends
 from conftest import DEVICE_TYPES
 from limits import HANG_SECONDS
 from lives import TOP_K, layer_of
@@ -18,6 +19,7 @@ from promises import promise
 from torch import Tensor
 
 from sonic_ep import EPConfig, ExpertParallel
+from sonic_ep.distributed import rank_status
 from sonic_ep.testing import Rank
 
 ODD = 1
@@ -45,6 +47,9 @@ def train(rank: Rank, fault: str, backend: str) -> None:
     """Three steps of two layers of unlike shape; the odd rank does what ``fault`` says in the second step."""
     wide, narrow = (layer_of(rank, hidden=hidden, tokens=5) for hidden in (64, 32))
     faulty = rank.rank == ODD
+    if fault in LEFT:
+        # The store of a busy machine may be slow to tell why.
+        rank_status.ANSWER_SECONDS = HANG_SECONDS
     with ExpertParallel(backend=backend) as ep:
         # Kernels are compiled, and ranks that started apart are together, before time counts.
         (forward(ep, wide).sum() + forward(ep, narrow).sum()).backward()
@@ -100,10 +105,15 @@ def test_the_rank_with_the_store_is_not_blamed_for_another(fault: str, tmp_path:
     assert_others_end(fault, "reference", tmp_path, world_size=4, store_at_rank_0=True)
 
 
+# They go the way of another fault on that backend.
+ALIKE = {("reference", "another order"), ("reference", "raises")}
+ALIKE |= {("fast", "another order"), ("fast", "hangs"), ("fast", "too many tokens")}
+FAULTS = [pytest.param(*case, marks=pytest.mark.thorough if case in ALIKE else ()) for case in product(BACKENDS, SEEN)]
+
+
 @promise("bounded-waits", "left-by-error", "mismatch")
 @pytest.mark.parametrize("device_type", DEVICE_TYPES)
-@pytest.mark.parametrize("fault", SEEN)
-@both_backends
+@pytest.mark.parametrize(("backend", "fault"), FAULTS)
 def test_the_others_end_in_time_and_name_the_rank(backend: str, fault: str, device_type: str, tmp_path: Path) -> None:
     world_size = 2 if device_type == "cuda" else 3
     assert_others_end(fault, backend, tmp_path, world_size=world_size, device_type=device_type)
