@@ -1,58 +1,53 @@
-"""Calls are the same on every rank, or the odd rank and what it differs in are named; threads make one at a time."""
+"""Calls are the same on every rank, or the odd rank and what it differs in are named.
 
-from collections.abc import Iterator
+An object admits one thread at a time, in a call or in a backward, and recompute from within.
+"""
+
+import signal
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from backends import both_backends
 from calls import HELD, HIDDEN, INTERMEDIATE, call_of, good_call, in_another_thread, routed, with_trained_experts
-from new_group import new_process_group, own_process_group
+from layer_inputs import layer_inputs
+from new_group import own_process_group
 from on_ranks import on_ranks
 from promises import promise
 from same import assert_same_bits
 
 import sonic_ep
 from sonic_ep import ClosedError, CollectiveMismatchError, EPConfig, ExpertParallel
-from sonic_ep.testing import Rank
+from sonic_ep.errors import ConcurrentCallError
+from sonic_ep.testing import CASES, Rank
 
 ODD = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Oddity:
-    """What the odd rank does otherwise, and how that is told: the fact, its own value and that of the others."""
-
-    ep: dict[str, Any] = field(default_factory=dict)
-    call: dict[str, Any] = field(default_factory=dict)
-    plans: bool = False
-    fact: str
-    odd: str
-    usual: str
 
 
 BIASES = {"b1": torch.zeros(HELD, 2 * INTERMEDIATE), "b2": torch.zeros(HELD, HIDDEN)}
 TRAINED = {"w1": torch.zeros(HELD, 2 * INTERMEDIATE, HIDDEN, requires_grad=True)}
 DEFAULTS, ROUTER = "EPConfig(dispatch='auto', combine='auto'", "RouterOptions(top_k="
-ODDITIES = {
-    "H": Oddity(call={"hidden": 16}, fact="H", odd="16", usual="8"),
-    "dtype": Oddity(call={"dtype": torch.bfloat16}, fact="dtype", odd="torch.bfloat16", usual="torch.float32"),
-    "K": Oddity(call={"top_k": 1}, fact="router", odd=f"{ROUTER}1,", usual=f"{ROUTER}2,"),
-    "E": Oddity(call={"held": 4}, fact="w1", odd="(4, 8, 8)", usual="(2, 8, 8)"),
-    "activation": Oddity(call={"activation": "geglu"}, fact="activation", odd="geglu", usual="swiglu"),
-    "layout": Oddity(call={"gate_layout": "concat"}, fact="gate_layout", odd="concat", usual="interleaved"),
-    "biases": Oddity(call=BIASES, fact="biases", odd="True", usual="False"),
-    "training": Oddity(call=TRAINED, fact="w1 trained", odd="True", usual="False"),
-    "scores": Oddity(call={"norm_topk_probs": True}, fact="router", odd=ROUTER, usual=ROUTER),
-    "call": Oddity(plans=True, fact="call", odd="plan", usual="moe"),
-    "config": Oddity(ep={"config": EPConfig(max_rows=99)}, fact="config", odd=DEFAULTS, usual=DEFAULTS),
-    "bound": Oddity(ep={"max_tokens_per_rank": 9}, fact="max_tokens_per_rank", odd="9", usual="8"),
-    "backend": Oddity(ep={"backend": "fast"}, fact="backend", odd="fast", usual="reference"),
-}
+# What the odd rank does otherwise, in its object or its call, and how that is told: fact, its own value, the others'.
+ODDITIES: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [
+    ({}, {"hidden": 16}, "H", "16", "8"),
+    ({}, {"dtype": torch.bfloat16}, "dtype", "torch.bfloat16", "torch.float32"),
+    ({}, {"top_k": 1}, "router", f"{ROUTER}1,", f"{ROUTER}2,"),
+    ({}, {"held": 4}, "w1", "(4, 8, 8)", "(2, 8, 8)"),
+    ({}, {"activation": "geglu"}, "activation", "geglu", "swiglu"),
+    ({}, {"gate_layout": "concat"}, "gate_layout", "concat", "interleaved"),
+    ({}, BIASES, "biases", "True", "False"),
+    ({}, TRAINED, "w1 trained", "True", "False"),
+    ({}, {"norm_topk_probs": True}, "router", ROUTER, ROUTER),
+    ({}, {"plans": True}, "call", "plan", "moe"),
+    ({"config": EPConfig(max_rows=99)}, {}, "config", DEFAULTS, DEFAULTS),
+    ({"max_tokens_per_rank": 9}, {}, "max_tokens_per_rank", "9", "8"),
+    ({"backend": "fast"}, {}, "backend", "fast", "reference"),
+]
 
 
 def planned(ep: ExpertParallel, num_experts: int) -> object:
@@ -66,17 +61,17 @@ def calls_of_a_group(rank: Rank, **options: Any) -> Iterator[ExpertParallel]:
         yield ep
 
 
-def refused(rank: Rank, oddity: Oddity, check: bool) -> str:
+def refused(rank: Rank, options: dict[str, Any], changes: dict[str, Any], check: bool) -> str:
     """The error of a call that is odd on one rank."""
     odd = rank.rank == ODD
     common = {"backend": "reference", "max_tokens_per_rank": 8, "check_collective": check}
-    with calls_of_a_group(rank, **{**common, **(oddity.ep if odd else {})}) as ep:
-        call = call_of(rank.world_size, **(oddity.call if odd else {}))
+    with calls_of_a_group(rank, **{**common, **(options if odd else {})}) as ep:
+        call = call_of(rank.world_size, **(changes if odd else {}))
         with pytest.raises(CollectiveMismatchError) as raised:
-            planned(ep, 2 * rank.world_size) if odd and oddity.plans else ep.moe(**call)
+            planned(ep, 2 * rank.world_size) if "plans" in call else ep.moe(**call)
         if not check:
             with pytest.raises(ClosedError, match="has ended: CollectiveMismatchError"):
-                ep.moe(**call)
+                planned(ep, 2 * rank.world_size)
     return str(raised.value)
 
 
@@ -85,14 +80,14 @@ def refused(rank: Rank, oddity: Oddity, check: bool) -> str:
 @on_ranks(2, 3, pool="cpu_pool")
 def test_compared_calls_are_told_apart_by_their_facts(rank: Rank, world_size: int) -> None:
     others = f"rank{'s' if world_size > 2 else ''} " + ", ".join(str(r) for r in range(world_size) if r != ODD)
-    for name, oddity in ODDITIES.items():
-        where, said = refused(rank, oddity, True).split(" differ in ")
+    for options, changes, fact, odd, usual in ODDITIES:
+        where, said = refused(rank, options, changes, True).split(" differ in ")
         assert where.startswith(f"rank {rank.rank} of {world_size}: step 1: calls have to be the same on every rank")
-        fact = dict(part.split(": ", 1) for part in said.split("; "))[oddity.fact]
-        assert oddity.odd in fact.split(f" on rank {ODD}")[0], said
-        assert all(words in fact for words in (oddity.usual, f" on rank {ODD}", f" on {others}")), said
+        told = dict(part.split(": ", 1) for part in said.split("; "))[fact]
+        assert odd in told.split(f" on rank {ODD}")[0], said
+        assert all(words in told for words in (usual, f" on rank {ODD}", f" on {others}")), said
         # The odd rank comes first, where most agree.
-        assert world_size == 2 or fact.startswith(oddity.odd), name
+        assert world_size == 2 or told.startswith(odd), said
 
 
 @promise("mismatch")
@@ -100,15 +95,16 @@ def test_compared_calls_are_told_apart_by_their_facts(rank: Rank, world_size: in
 @on_ranks(3, pool="cpu_pool")
 def test_calls_that_are_not_compared_are_told_apart_all_the_same(rank: Rank) -> None:
     other = 0 if rank.rank == ODD else ODD
-    for name, oddity in ODDITIES.items():
-        said = refused(rank, oddity, False)
-        assert said.startswith(f"rank {rank.rank} of 3: rank {other} came to phase "), (name, said)
-        assert "check_collective=True tells which" in said or "did it skip a call" in said, (name, said)
+    for options, changes, *_ in [*ODDITIES, ({"check_collective": True}, {})]:
+        said = refused(rank, options, changes, False)
+        assert said.startswith(f"rank {rank.rank} of 3: rank {other} came to phase "), (options, changes, said)
+        assert "check_collective=True tells which" in said or "did it skip a call" in said, (options, changes, said)
 
 
 @promise("usable-after-errors")
 @on_ranks(3, pool="cpu_pool")
 def test_calls_that_were_told_apart_leave_all_usable(rank: Rank) -> None:
+    """As does a functional call that is refused on one rank."""
     with ExpertParallel(backend="reference", check_collective=True) as ep:
         arguments = call_of(rank.world_size, x=torch.randn(rank.rank, HIDDEN))
         with pytest.raises(CollectiveMismatchError, match="differ in router"):
@@ -116,48 +112,38 @@ def test_calls_that_were_told_apart_leave_all_usable(rank: Rank) -> None:
         out = ep.moe(**arguments)
         assert out.y.shape == (rank.rank, HIDDEN)
         assert int(out.tokens_per_expert.sum()) == 2 * sum(range(rank.world_size))
-
-
-@on_ranks(2, pool="cpu_pool")
-def test_that_one_rank_alone_compares_is_found(rank: Rank) -> None:
-    places = ("phase sync of step 1", "phase check of step 1")
-    with calls_of_a_group(rank, backend="reference", check_collective=rank.rank == ODD) as ep:
-        here, there = places[rank.rank], places[1 - rank.rank]
-        words = f"rank {rank.rank} of 2: rank {1 - rank.rank} came to {there}, expected {here}"
-        with pytest.raises(CollectiveMismatchError, match=words):
-            planned(ep, 4)
-
-
-@promise("x-gradient")
-@pytest.mark.parametrize("is_routed", [False, True])
-@both_backends
-@on_ranks(2, pool="cpu_pool")
-def test_x_requires_a_gradient_on_every_rank_or_on_none(rank: Rank, backend: str, is_routed: bool) -> None:
-    with calls_of_a_group(rank, backend=backend) as ep:
-        arguments = call_of(rank.world_size)
-        arguments["x"].requires_grad_(rank.rank == ODD)
-        requires = "does not require" if rank.rank == ODD else "requires"
-        words = rf"x {requires} a gradient there, unlike here .*: x.requires_grad_\(\) on every rank or on none"
-        call, arguments = (ep.moe_routed, routed(arguments)) if is_routed else (ep.moe, arguments)
-        with torch.no_grad():
-            call(**arguments)
-        with pytest.raises(CollectiveMismatchError, match=words):
-            call(**arguments)
+    if rank.rank == ODD:
+        with pytest.raises(ValueError, match="top_k"):
+            sonic_ep.moe(**{**arguments, "top_k": 0}, backend="reference")
+    assert torch.equal(sonic_ep.moe(**arguments, backend="reference").tokens_per_expert, out.tokens_per_expert)
 
 
 @promise("x-gradient")
 @both_backends
 @on_ranks(2, pool="cpu_pool")
-def test_an_x_without_tokens_counts_as_trained_where_a_weight_is(rank: Rank, backend: str) -> None:
-    """And where none is, as what it is: calls without any gradient are never refused."""
-    empty = {"x": torch.randn(0, HIDDEN)} if rank.rank == ODD else {}
+def test_x_requires_a_gradient_on_every_rank_or_on_none(rank: Rank, backend: str) -> None:
+    """An x without tokens counts as one that requires it where a weight does; where none does, as what it is."""
+    odd = rank.rank == ODD
+    empty = {"x": torch.randn(0, HIDDEN)} if odd else {}
     with ExpertParallel(backend=backend) as ep:
         ep.moe(**call_of(rank.world_size, **empty))
         arguments = with_trained_experts(call_of(rank.world_size, **empty))
-        arguments["x"].requires_grad_(rank.rank != ODD)
+        arguments["x"].requires_grad_(not odd)
         ep.moe(**arguments).y.sum().backward()
-        assert (arguments["x"].grad is not None) == (rank.rank != ODD)
+        assert (arguments["x"].grad is not None) == (not odd)
         assert arguments["w1"].grad is not None
+    words = f"x {'does not require' if odd else 'requires'} a gradient there, unlike here .*"
+    for is_routed in (False, True):
+        arguments = call_of(rank.world_size)
+        arguments["x"].requires_grad_(odd)
+        with calls_of_a_group(rank, backend=backend) as ep:
+            call, arguments = (ep.moe_routed, routed(arguments)) if is_routed else (ep.moe, arguments)
+            with torch.no_grad():
+                call(**arguments)
+            with pytest.raises(
+                CollectiveMismatchError, match=rf"{words}: x.requires_grad_\(\) on every rank or on none"
+            ):
+                call(**arguments)
 
 
 @promise("usable-after-errors", "overflow")
@@ -181,12 +167,6 @@ def test_a_rank_with_too_many_tokens_may_call_again(rank: Rank, backend: str) ->
         assert ep.moe(x[:1], router_w, w1, w2, 2).tokens_per_expert.sum() == 2 * rank.world_size
 
 
-def trained_call(rank: Rank) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Arguments of ``moe``, and the leaves among them."""
-    arguments = call_of(rank.world_size)
-    return arguments, {name: value.requires_grad_() for name, value in arguments.items() if name != "top_k"}
-
-
 @promise("mismatch")
 @pytest.mark.parametrize(
     ("backend", "wanted", "phase"),
@@ -194,30 +174,26 @@ def trained_call(rank: Rank) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 )
 @on_ranks(2, pool="cpu_pool")
 def test_a_rank_that_asks_for_fewer_gradients_is_found(rank: Rank, backend: str, wanted: list[str], phase: str) -> None:
-    with calls_of_a_group(rank, backend=backend, timeout=20.0) as ep:
-        arguments, leaves = trained_call(rank)
+    """But it need not ask for the gradient of the router."""
+    odd, arguments = rank.rank == ODD, call_of(rank.world_size)
+    leaves = {name: value.requires_grad_() for name, value in arguments.items() if name != "top_k"}
+
+    def gradients(names: Iterable[str]) -> dict[str, torch.Tensor]:
         y = ep.moe(**arguments).y
+        return dict(zip(names, torch.autograd.grad(y.sum(), [leaves[name] for name in names]), strict=True))
 
-        def go_on() -> None:
-            torch.autograd.grad(y.sum(), [leaves[name] for name in (wanted if rank.rank == ODD else leaves)])
-            planned(ep, rank.world_size)
+    def go_on() -> None:
+        gradients(wanted if odd else leaves)
+        planned(ep, rank.world_size)
 
+    with calls_of_a_group(rank, backend=backend) as ep:
+        expected = gradients(leaves)
+        found = gradients([name for name in leaves if name != "router_w" or not odd])
+        assert_same_bits(found, {name: expected[name] for name in found})
         words = rf"rank {rank.rank} of 2: rank {1 - rank.rank} came to phase "
-        words += rf".* expected phase backward \({phase}\) of step 1" if rank.rank != ODD else ""
+        words += "" if odd else rf".* expected phase backward \({phase}\) of step 3"
         with pytest.raises(CollectiveMismatchError, match=words):
             go_on()
-
-
-@both_backends
-@on_ranks(2, pool="cpu_pool")
-def test_a_rank_need_not_ask_for_the_gradient_of_the_router(rank: Rank, backend: str) -> None:
-    arguments, leaves = trained_call(rank)
-    wanted = [name for name in leaves if name != "router_w" or rank.rank != ODD]
-    with ExpertParallel(backend=backend, timeout=30) as ep:
-        expected = torch.autograd.grad(ep.moe(**arguments).y.sum(), list(leaves.values()))
-        found = torch.autograd.grad(ep.moe(**arguments).y.sum(), [leaves[name] for name in wanted])
-    gradients = dict(zip(leaves, expected, strict=True))
-    assert_same_bits(found, [gradients[name] for name in wanted])
 
 
 @promise("one-call")
@@ -232,6 +208,8 @@ def test_a_second_thread_is_refused_and_the_first_unharmed(rank: Rank, backend: 
 
         def interrupted(*arguments: Any, **options: Any) -> object:
             errors.extend(in_another_thread(lambda: ep.plan(idx, rank.world_size), ep.check, ep.close))
+            with pytest.raises(ConcurrentCallError, match=r"got close\(\) in the middle of a call of the same thread"):
+                ep.close()
             return make(*arguments, **options)
 
         with pytest.MonkeyPatch.context() as patch:
@@ -245,7 +223,7 @@ def test_a_second_thread_is_refused_and_the_first_unharmed(rank: Rank, backend: 
 @on_ranks(2, pool="cpu_pool")
 def test_threads_with_objects_of_their_own(rank: Rank) -> None:
     """And one object in one thread after another."""
-    groups = [new_process_group(rank) for _ in range(2)]
+    groups = [dist.new_group() for _ in range(2)]
     found: dict[int, list[int]] = {}
 
     def run(number: int) -> None:
@@ -267,7 +245,7 @@ def test_threads_with_objects_of_their_own(rank: Rank) -> None:
 @both_backends
 @on_ranks(2, pool="cpu_pool")
 def test_ranks_that_use_different_plans_are_found(rank: Rank, backend: str, objects: int) -> None:
-    made = [ExpertParallel(backend=backend, timeout=20) for _ in range(objects)]
+    made = [ExpertParallel(backend=backend) for _ in range(objects)]
     first = made[0]
     plans = [made[to % objects].plan(torch.full((3, 1), to, device=rank.device), rank.world_size) for to in (0, 1)]
     x = torch.ones(3, 8, device=rank.device)
@@ -280,32 +258,18 @@ def test_ranks_that_use_different_plans_are_found(rank: Rank, backend: str, obje
         ep.close()
 
 
-@on_ranks(2, pool="cpu_pool")
-def test_a_functional_call_that_is_refused_counts_for_nothing(rank: Rank) -> None:
-    arguments = call_of(rank.world_size)
-    if rank.rank == ODD:
-        with pytest.raises(ValueError, match="top_k"):
-            sonic_ep.moe(**{**arguments, "top_k": 0}, backend="reference")
-    counts = sonic_ep.moe(**arguments, backend="reference").tokens_per_expert
-    assert int(counts.sum()) == rank.world_size * len(arguments["x"]) * arguments["top_k"]
-
-
 def test_every_fact_of_a_call_is_in_its_digest() -> None:
     ids = torch.tensor([[0, 1]])
     with ExpertParallel(backend="reference") as ep:
         x, rows = torch.zeros(1, HIDDEN), torch.zeros(2, HIDDEN)
         plans = [ep.plan(ids, 4), ep.plan(ids, 4), ep.plan(ids, 8), ep.plan(ids[:, :1], 4)]
-        trained = good_call()["router_w"].requires_grad_()
+        trained, of_x = good_call()["router_w"].requires_grad_(), torch.zeros(5, HIDDEN, requires_grad=True)
         calls = [
             *(partial(ep.plan, *arguments) for arguments in ((ids, 4), (ids, 8), (ids[:, :1], 4))),
             *(partial(ep.dispatch, x, plan) for plan in plans[:3]),
-            lambda: ep.dispatch(x[:, :4], plans[0]),
-            lambda: ep.dispatch(x.bfloat16(), plans[0]),
+            *(partial(ep.dispatch, other, plans[0]) for other in (x[:, :4], x.bfloat16())),
             *(partial(ep.combine, rows, torch.ones(1, 2), plan) for plan in plans[:2]),
-            lambda: ep.moe(**good_call()),
-            lambda: ep.moe(**good_call(router_w=trained)),
-            lambda: ep.moe(**good_call(x=torch.zeros(5, HIDDEN, requires_grad=True))),
-            lambda: ep.moe(**good_call(top_k=1)),
+            *(partial(ep.moe, **good_call(**one)) for one in ({}, {"router_w": trained}, {"x": of_x}, {"top_k": 1})),
             *(partial(ep.moe_routed, **routed(good_call(x=x), k)) for k in (1, 2)),
         ]
         digests = []
@@ -315,3 +279,79 @@ def test_every_fact_of_a_call_is_in_its_digest() -> None:
         assert len(set(digests)) == len(calls)
         calls[0]()
         assert ep._collectives.sync_tag.step.call == digests[0]
+
+
+@promise("one-call")
+@both_backends
+@on_ranks(2, pool="cpu_pool")
+def test_a_signals_handler_that_calls_is_refused_and_harms_nothing(rank: Rank, backend: str) -> None:
+    ids = torch.zeros((1, 1), dtype=torch.int64)
+    store, handled = dist.distributed_c10d._get_default_store(), f"{backend}: a signal was handled"
+    refused: list[str] = []
+    with ExpertParallel(backend=backend, max_tokens_per_rank=1) as ep:
+        ep.plan(ids, rank.world_size)
+
+        def handler(*_: object) -> None:
+            if not ep._collectives.call_lock._waiting or refused:
+                return
+            with pytest.raises(ConcurrentCallError) as raised:
+                ep.plan(ids, rank.world_size)
+            refused.append(str(raised.value))
+            store.set(handled, "1")
+
+        if rank.rank == 0:
+            before = signal.signal(signal.SIGALRM, handler)
+            signal.setitimer(signal.ITIMER_REAL, 0.3, 0.3)
+        else:
+            store.wait([handled])
+        assert ep.plan(ids, rank.world_size).counts.tolist() == [2, 0]
+        if rank.rank == 0:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+            store.delete_key(handled)
+            assert "got a call in the middle of a call" in refused[0]
+
+
+@promise("one-call")
+@both_backends
+@on_ranks(1)
+def test_a_backward_takes_the_lock(rank: Rank, backend: str) -> None:
+    """A backward in another thread, while this one is in a call and after."""
+    x, weights, dy = layer_inputs(rank, CASES["uneven_tokens"])
+    with ExpertParallel(backend=backend) as ep:
+        y = ep.moe(x, *weights, CASES["uneven_tokens"].top_k).y
+        with ep._call_guard.one():
+            (refused,) = in_another_thread(lambda: y.backward(dy, retain_graph=True))
+        assert "got a call while another thread is in one" in refused
+        assert in_another_thread(lambda: y.backward(dy)) == []
+
+
+@pytest.mark.fast
+@on_ranks(1, pool="cpu_pool")
+def test_the_interpreter_runs_the_kernel_of_one_thread(rank: Rank) -> None:
+    from sonic_ep.fast.launch import alone_in_this_process
+
+    idx = torch.zeros((1, 1), dtype=torch.int64)
+    with ExpertParallel(backend="fast") as ep:
+        with alone_in_this_process():
+            (refused,) = in_another_thread(lambda: ep.plan(idx, 1))
+        assert refused.startswith("Triton's interpreter: got a kernel while another thread runs one")
+        assert in_another_thread(lambda: ep.plan(idx, 1)) == []
+
+
+class WithoutTextError(Exception):
+    def __str__(self) -> str:
+        raise KeyError("no text")
+
+
+def test_an_error_is_hidden_neither_by_its_want_of_text_nor_by_another_threads_call() -> None:
+    with pytest.raises(WithoutTextError), ExpertParallel(backend="reference"):
+        raise WithoutTextError
+    ep = ExpertParallel(backend="reference")
+
+    def fail() -> None:
+        with ep:
+            raise KeyError("labels")
+
+    with ep._call_guard.one():
+        assert in_another_thread(fail) == ["'labels'"]

@@ -7,7 +7,8 @@ from itertools import product
 import pytest
 import torch
 from backends import both_backends
-from calls import HIDDEN, call_of, good_call, memory_short, with_trained_experts
+from calls import HIDDEN, call_of, good_call, with_trained_experts
+from limits import HANG_SECONDS
 from new_group import own_process_group
 from on_ranks import on_ranks
 from promises import promise
@@ -20,7 +21,11 @@ ODD = 1
 PATIENT_SECONDS = 100.0
 
 
-def interrupted(*arguments: object, **options: object) -> None:
+def memory_short(*_: object, **options: object) -> None:
+    raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+
+
+def interrupted(*_: object, **options: object) -> None:
     raise KeyboardInterrupt
 
 
@@ -39,6 +44,8 @@ EXCHANGES = {
 def fails_once(rank: Rank, backend: str, fail: Callable[..., None], backward: bool) -> list[str]:
     """What the second call, or its backward, raises on each rank, and what everything raises that follows."""
     with own_process_group(rank) as group, pytest.MonkeyPatch.context() as patch:
+        # The store of a busy machine may be slow to tell why a rank has left.
+        patch.setattr("sonic_ep.distributed.rank_status.ANSWER_SECONDS", HANG_SECONDS)
         ep = ExpertParallel(group, backend=backend, timeout=PATIENT_SECONDS)
         call = partial(ep.moe, **with_trained_experts(call_of(rank.world_size)))
         first = call().y.sum()
@@ -75,32 +82,27 @@ def test_an_error_of_one_rank_ends_the_object_on_all(
     assert why.startswith(expected.get(fail, "OutOfMemoryError: rank 1 of 3: out of"))
     for rank, (first, *later) in enumerate(found):
         if rank != ODD:
-            assert first.startswith(f"PeerLostError: rank {rank} of 3: rank 1 left ({why}) while it was waited for in")
+            # Or the third rank, which has heard of it before, has left by that.
+            assert first.startswith(f"PeerLostError: rank {rank} of 3: ")
+            assert f"rank 1 left ({why}) while it was waited for in" in first
         ended = f"ClosedError: rank {rank} of 3: this ExpertParallel has ended: {first}; make a new one after the"
         assert all(words.startswith(ended) for words in later), later
-
-
-@promise("out-of-memory")
-def test_memory_that_runs_out_is_told_with_the_place() -> None:
-    with ExpertParallel(backend="reference") as ep:
-        x = torch.zeros(1, HIDDEN).expand(2**44, HIDDEN)
-        with pytest.raises(torch.OutOfMemoryError, match=r"rank 0 of 1: out of memory in phase .* of step \d"):
-            ep.moe(**good_call(x=x))
-        expected = "rank 0 of 1: out of memory in phase .* of step .: tried to allocate 2.00 GiB"
-        with pytest.raises(torch.OutOfMemoryError, match=expected), ep._call_guard.one():
-            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
-        ep.moe(**good_call())
 
 
 @promise("usable-after-errors", "out-of-memory")
 @both_backends
 @on_ranks(1, pool="cpu_pool")
-def test_memory_that_runs_out_in_backward_is_told_with_the_place(rank: Rank, backend: str) -> None:
+def test_memory_that_runs_out_is_told_with_the_place(rank: Rank, backend: str) -> None:
+    """That of the CPU in a call, and what runs out in its backward."""
     arguments = with_trained_experts(call_of(1))
     with ExpertParallel(backend=backend) as ep:
+        if backend == "reference":
+            huge = good_call(x=torch.zeros(1, HIDDEN).expand(2**44, HIDDEN))
+            with pytest.raises(torch.OutOfMemoryError, match=r"rank 0 of 1: out of memory in phase .* of step \d"):
+                ep.moe(**huge)
         ep.moe(**arguments)
         y = ep.moe(**arguments).y
-        expected = "rank 0 of 1: out of memory in phase .* of step 2: tried to allocate 2.00 GiB"
+        expected = r"rank 0 of 1: out of memory in phase .* of step \d: tried to allocate 2.00 GiB"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(EXCHANGES[backend][-1], memory_short)
             with pytest.raises(torch.OutOfMemoryError, match=expected):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from on_ranks import on_ranks
 from promises import promise
-from there_and_back import MODES, Modes, by_modes
+from there_and_back import Modes, by_modes
 from torch import Tensor
 
 from sonic_ep import EPConfig, ExpertParallel, RoutingPlan, RowOverflowError
@@ -32,28 +32,6 @@ def workspace_of(rank: Rank) -> Iterator[Any]:
     workspace.close()
 
 
-@contextmanager
-def late_reader(rank: Rank, name: str, kernel: str) -> Iterator[Any]:
-    """A module, of which one rank launches ``kernel``, which reads shared memory, late after a barrier."""
-    module = importlib.import_module(f"sonic_ep.fast.{name}")
-    launch = module.launch
-
-    def slow(launched: object, *arguments: object, **constants: object) -> None:
-        if launched is getattr(module, kernel) and rank.rank == 1:
-            time.sleep(0.2)
-        launch(launched, *arguments, **constants)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "launch", slow)
-        yield module
-
-
-def one_slot_each(rank: Rank) -> RoutingPlan:
-    """A plan of two tokens a rank, of which one goes to each of two ranks."""
-    with ExpertParallel(backend="reference", max_tokens_per_rank=2) as ep:
-        return ep.plan(torch.tensor([[0], [1]], device=rank.device), num_experts=2)
-
-
 def scores_with_ids(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
     """The group's scores, each of them ``number``, as they come with the ids of ``plan``."""
     from sonic_ep.fast.plan import PlanShape, gathered_counts
@@ -65,59 +43,49 @@ def scores_with_ids(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
     return gathered_counts(ids, shape, workspace, errors, scores).scores
 
 
-@pytest.mark.parametrize("call", ["gather_scores", "scores_with_ids", "return_to_origin"])
+# What one rank does late, and its module: it launches a kernel that reads shared memory, or it writes.
+LATE = {
+    "gather_scores": ("collectives", "gather_kernel"),
+    "scores_with_ids": ("collectives", "gather_kernel"),
+    "staged scores_with_ids": ("plan", "stage_scores"),
+    "return_to_origin": ("collectives", "collect_kernel"),
+    "plan": ("plan", "count_kernel"),
+    "all_to_all": ("dispatch.all_to_all", "pull_to_rows_kernel"),
+    "rank_dedup": ("dispatch.rank_dedup", "pull_packed_kernel"),
+}
+
+
+@pytest.mark.parametrize("call", LATE)
 @on_ranks(2)
-def test_a_late_reader_finds_what_was_written_for_it(rank: Rank, call: str) -> None:
-    kernel = "collect_kernel" if call == "return_to_origin" else "gather_kernel"
-    with workspace_of(rank) as workspace, late_reader(rank, "collectives", kernel) as module:
-        plan = one_slot_each(rank)
-        shape = (plan.row_capacity,) if call == "return_to_origin" else (2, 1)
-        for number in range(4):
-            workspace.enter()
-            if call == "scores_with_ids":
-                found = scores_with_ids(float(number), plan, workspace)
-            else:
-                given = torch.full(shape, float(number), device=rank.device)
-                found = getattr(module, call)(given, plan, workspace)
-            assert bool((found == number).all())
+def test_a_late_rank_finds_what_was_written_for_it_and_is_waited_for(rank: Rank, call: str) -> None:
+    name, late = LATE[call]
+    module = importlib.import_module(f"sonic_ep.fast.{name}")
+    slowed = "launch" if late.endswith("_kernel") else late
+    function, kernel = getattr(module, slowed), getattr(module, late)
 
+    def slow(*arguments: object, **constants: object) -> None:
+        if rank.rank == 1 and (slowed == late or arguments[0] is kernel):
+            time.sleep(0.2)
+        function(*arguments, **constants)
 
-@on_ranks(2)
-def test_a_late_reader_finds_the_ids_of_its_plan(rank: Rank) -> None:
-    with late_reader(rank, "plan", "count_kernel"), ExpertParallel(backend="fast", max_tokens_per_rank=2) as ep:
-        for number in range(4):
-            plan = ep.plan(torch.full((2, 1), number, device=rank.device), num_experts=4)
-            assert plan.expert_ids.flatten().tolist() == [number] * 4
+    def read(number: float) -> Tensor:
+        if "scores_with_ids" in call:
+            return scores_with_ids(number, plan, workspace)
+        if call == "plan":
+            return ep.plan(torch.full((2, 1), int(number), device=rank.device), num_experts=4).expert_ids
+        shapes = {"gather_scores": (2, 1), "return_to_origin": (plan.row_capacity,)}
+        given = torch.full(shapes.get(call, (2, 4)), number, device=rank.device)
+        return getattr(module, call)(given, plan, workspace) if call in shapes else ep.dispatch(given, plan)[:2]
 
-
-@pytest.mark.parametrize("mode", ["all_to_all", "rank_dedup"])
-@on_ranks(2)
-def test_a_late_reader_finds_the_tokens_of_its_dispatch(rank: Rank, mode: str) -> None:
-    kernel = "pull_packed_kernel" if mode == "rank_dedup" else "pull_to_rows_kernel"
-    config = EPConfig(dispatch=mode)
-    with late_reader(rank, f"dispatch.{mode}", kernel), ExpertParallel(backend="fast", config=config) as ep:
+    config = EPConfig(dispatch=call if "dispatch" in name else "auto")
+    with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=2) as ep, workspace_of(rank) as workspace:
+        # Of two tokens of a rank one goes to each of two ranks.
         plan = ep.plan(torch.tensor([[0], [1]], device=rank.device), num_experts=2)
-        for number in range(4):
-            rows = ep.dispatch(torch.full((2, 4), float(number), device=rank.device), plan)
-            assert bool((rows[: plan.rows()] == number).all())
-
-
-@on_ranks(2)
-def test_scores_are_read_after_a_late_rank_has_staged_them(rank: Rank) -> None:
-    from sonic_ep.fast import plan as module
-
-    stage = module.stage_scores
-
-    def slow(scores: Tensor, staged: Any) -> None:
-        time.sleep(0.2 * rank.rank)
-        stage(scores, staged)
-
-    with workspace_of(rank) as workspace, pytest.MonkeyPatch.context() as patch:
-        plan = one_slot_each(rank)
-        patch.setattr(module, "stage_scores", slow)
-        for number in range(2):
-            workspace.enter()
-            assert bool((scores_with_ids(float(number), plan, workspace) == number).all())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, slowed, slow)
+            for number in range(4):
+                workspace.enter()
+                assert bool((read(float(number)) == number).all())
 
 
 # Wider than what a kernel overwrites or weighs at a time.
@@ -233,7 +201,7 @@ def gradients(ep: ExpertParallel, inputs: Inputs, tokens: slice, wanted: tuple[b
 
 @promise("x-gradient")
 @by_modes
-@on_ranks(3)
+@on_ranks(2)
 def test_ranks_may_need_different_gradients(rank: Rank, modes: Modes) -> None:
     """x, scores or both, on rank 0 alone; and backward shares no new memory."""
     inputs = draw(CASES["uneven_tokens"], rank.world_size, rank.device)
@@ -248,7 +216,3 @@ def test_ranks_may_need_different_gradients(rank: Rank, modes: Modes) -> None:
             assert [grad is not None for grad in found] == list(mine)
             if mine[0]:
                 assert_bitwise(found[0], expected[0], "dx")
-
-
-def test_modes_cover_every_primitive() -> None:
-    assert len({dispatch for dispatch, _ in MODES}) == len({combine for _, combine in MODES}) == 3

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from backends import both_backends
-from edge_calls import CALLS, SIZES, tensors_of
+from edge_calls import ARGUMENTS, arguments_of, outcome, run, tensors_of
 from layer_inputs import layer_inputs, routing_of
 from on_ranks import on_ranks
 from programs import output_at_end, start_program
@@ -14,7 +14,7 @@ from same import assert_same_bits
 from torch.autograd import forward_ad
 
 from sonic_ep import EPConfig, ExpertParallel
-from sonic_ep.testing import CASES, Case, Rank, assert_bitwise
+from sonic_ep.testing import CASES, Case, Rank
 
 CASE = CASES["uniform"]
 
@@ -85,11 +85,11 @@ def test_autocast_changes_no_bit_forward_and_backward(rank: Rank, backend: str, 
             assert_same_bits((*found, *late), (*expected, *expected[1:]))
 
 
-@promise("second-derivatives")
+@promise("second-derivatives", "forward-mode")
 @both_backends
 @on_ranks(2)
-def test_second_derivatives_are_refused_not_wrong(rank: Rank, backend: str) -> None:
-    """Refused as soon as a graph of the gradient is asked for, by all ranks alike."""
+def test_second_derivatives_and_gradients_with_tangents_are_refused_not_wrong(rank: Rank, backend: str) -> None:
+    """Before any communication: as soon as a graph of the gradient is asked for, or a tangent comes in."""
     x, weights, dy = layer_inputs(rank, CASE)
     idx, scores = routing_of(rank, CASE)
     with ExpertParallel(backend=backend) as ep:
@@ -106,18 +106,12 @@ def test_second_derivatives_are_refused_not_wrong(rank: Rank, backend: str) -> N
         for arguments in ((loss(), x), (of_dispatch, x), of_combine):
             with pytest.raises(RuntimeError, match="create_graph=True"):
                 torch.autograd.grad(*arguments, create_graph=True)
+        with forward_ad.dual_level():
+            y = ep.moe(x, *weights, CASE.top_k).y
+            with pytest.raises(NotImplementedError, match="a gradient with a tangent"):
+                torch.autograd.grad(y, x, forward_ad.make_dual(dy, dy), retain_graph=True)
+            assert forward_ad.unpack_dual(torch.autograd.grad(y, x, dy)[0]).tangent is None
         assert_same_bits(torch.autograd.grad(loss(), x), expected)
-
-
-@both_backends
-@on_ranks(1)
-def test_a_gradient_without_memory_is_zero(rank: Rank, backend: str) -> None:
-    x, weights, dy = layer_inputs(rank, CASE)
-    with ExpertParallel(backend=backend) as ep:
-        y = ep.moe(x, *weights, CASE.top_k).y
-        y.backward(torch._efficientzerotensor(dy.shape, dtype=dy.dtype, device=dy.device))
-    for leaf in (x, *weights):
-        assert_bitwise(leaf.grad.abs(), torch.zeros_like(leaf))
 
 
 @promise("forward-mode")
@@ -126,9 +120,9 @@ def test_a_gradient_without_memory_is_zero(rank: Rank, backend: str) -> None:
 def test_tangents_are_refused_not_lost(rank: Rank, backend: str) -> None:
     """Each tensor of each call with a tangent, and each function as what ``torch.func.jvp`` differentiates."""
     with ExpertParallel(backend=backend) as ep:
-        for call in CALLS.values():
-            arguments = call.arguments(ep, rank.device, SIZES)
-            expected = call.outcome(ep, arguments)
+        for call in ARGUMENTS:
+            arguments = arguments_of(call, ep, rank.device)
+            expected = outcome(call, ep, arguments)
             for name in tensors_of(arguments):
                 given = arguments[name]
                 if not given.is_floating_point():
@@ -136,7 +130,7 @@ def test_tangents_are_refused_not_lost(rank: Rank, backend: str) -> None:
                 refused = pytest.raises(NotImplementedError, match=f"rank 0 of 1: {name}: got .* tangent")
 
                 def of(tensor: torch.Tensor, name: str = name) -> object:
-                    return call.run(ep, {**arguments, name: tensor})  # noqa: B023
+                    return run(call, ep, {**arguments, name: tensor})  # noqa: B023
 
                 with refused:
                     torch.func.jvp(of, (given,), (given,))
@@ -148,17 +142,4 @@ def test_tangents_are_refused_not_lost(rank: Rank, backend: str) -> None:
                     with forward_ad._set_fwd_grad_enabled(False):
                         of(dual)
             with forward_ad.dual_level():
-                assert_same_bits(call.outcome(ep, arguments), expected)
-
-
-@promise("forward-mode")
-@both_backends
-@on_ranks(2)
-def test_gradients_with_tangents_are_refused_not_wrong(rank: Rank, backend: str) -> None:
-    """Refused before any communication: backward without one goes on."""
-    x, weights, dy = layer_inputs(rank, CASE)
-    with ExpertParallel(backend=backend) as ep, forward_ad.dual_level():
-        y = ep.moe(x, *weights, CASE.top_k).y
-        with pytest.raises(NotImplementedError, match="a gradient with a tangent"):
-            torch.autograd.grad(y, x, forward_ad.make_dual(dy, dy), retain_graph=True)
-        assert forward_ad.unpack_dual(torch.autograd.grad(y, x, dy)[0]).tangent is None
+                assert_same_bits(outcome(call, ep, arguments), expected)

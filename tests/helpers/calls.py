@@ -19,16 +19,15 @@ def good_call(
     return {**{name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}, "top_k": TOP_K, **changes}
 
 
-def good_routed_call(**changes: Any) -> dict[str, Any]:
-    """Arguments of ``moe_routed`` that are right, but for ``changes``."""
-    return {**routed(good_call()), **changes}
-
-
 def routed(arguments: dict[str, Any], k: int = TOP_K) -> dict[str, Any]:
     """Arguments of ``moe_routed`` of those of ``moe``: every token chooses the first ``k`` experts."""
     experts = {name: value for name, value in arguments.items() if name not in ("router_w", "top_k")}
     tokens = len(arguments["x"])
     return {**experts, "topk_idx": torch.arange(k).repeat(tokens, 1), "topk_scores": torch.rand(tokens, k)}
+
+
+def good_routed_call(**changes: Any) -> dict[str, Any]:
+    return {**routed(good_call()), **changes}
 
 
 def call_of(world_size: int, *, held: int = HELD, **changes: Any) -> dict[str, Any]:
@@ -38,10 +37,6 @@ def call_of(world_size: int, *, held: int = HELD, **changes: Any) -> dict[str, A
 
 def with_trained_experts(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, "w1": arguments["w1"].requires_grad_()}
-
-
-def memory_short(*arguments: object, **options: object) -> None:
-    raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
 
 
 def in_another_thread(*calls: Callable[[], object]) -> list[str]:

@@ -8,15 +8,25 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from same import assert_same_bits
 from torch import Tensor
 
 from sonic_ep import ExpertParallel, RoutingPlan
-from sonic_ep.testing import assert_bitwise
 
 # CPU time of this process: other load on its cores does not count.
 MOST_SECONDS = 1.0
 Arguments = dict[str, Any]
 Outcome = list[Tensor]
+
+OF_EXPERTS = ("w1", "w2", "b1", "b2", "activation")
+# Of each public call.
+ARGUMENTS = {
+    "moe": ("x", "router_w", "top_k", *OF_EXPERTS),
+    "moe_routed": ("x", "topk_idx", "topk_scores", *OF_EXPERTS),
+    "plan": ("topk_idx", "num_experts"),
+    "dispatch": ("x", "plan"),
+    "combine": ("rows", "topk_scores", "plan"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,32 +45,45 @@ SIZES = Sizes()
 ONES = Sizes(tokens=1, num_experts=1, top_k=1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """A public call, and a function that makes right arguments for it."""
+def arguments_of(call: str, ep: ExpertParallel, device: torch.device, sizes: Sizes = SIZES) -> Arguments:
+    """Right arguments."""
+    T, H, I, E, K = sizes.tokens, sizes.hidden, sizes.intermediate, sizes.num_experts, sizes.top_k  # noqa: E741
+    shapes = {"x": (T, H), "router_w": (E, H), "w1": (E, I, H), "w2": (E, H, I), "b1": (E, I), "b2": (E, H)}
+    found: Arguments = {name: whole(shape, seed).to(device) for seed, (name, shape) in enumerate(shapes.items())}
+    found["topk_idx"] = (torch.arange(T * K).view(T, K) % E).to(device)
+    found["topk_scores"] = 2.0 ** whole((T, K)).to(device)
+    # The score of a token's only expert is 1.
+    found |= {"top_k": 1, "num_experts": E, "activation": "relu"}
+    if "plan" in ARGUMENTS[call]:
+        found["plan"] = ep.plan(found["topk_idx"], E)
+        found["rows"] = whole((found["plan"].row_capacity, H)).to(device)
+    return {name: found[name] for name in ARGUMENTS[call]}
 
-    name: str
-    arguments: Callable[[ExpertParallel, torch.device, Sizes], Arguments]
 
-    def run(self, ep: ExpertParallel, arguments: Arguments) -> Any:
-        """A tensor, several, or a plan."""
-        found = getattr(ep, self.name)(**arguments)
-        # Rows past the valid ones may hold anything.
-        return found[: arguments["plan"].rows()] if self.name == "dispatch" else found
+def tensors_of(arguments: Arguments) -> list[str]:
+    return [name for name, value in arguments.items() if isinstance(value, Tensor)]
 
-    def outcome(
-        self, ep: ExpertParallel, arguments: Arguments, hold: Callable[[Tensor], Tensor] = torch.clone
-    ) -> Outcome:
-        """Results, and gradients of all arguments that require one. hold: changes the gradients that come in."""
-        trained = [value for value in arguments.values() if isinstance(value, Tensor) and value.requires_grad]
-        found = self.run(ep, arguments)
-        if isinstance(found, RoutingPlan):
-            return [value for f in fields(found) if isinstance(value := getattr(found, f.name), Tensor)]
-        results = list(found) if isinstance(found, tuple) else [found]
-        outputs = [result for result in results if result.requires_grad]
-        probes = [hold(probe(output)) for output in outputs]
-        grads = torch.autograd.grad(outputs, trained, probes, allow_unused=True) if outputs else ()
-        return results + [torch.zeros(0) if grad is None else grad for grad in grads]
+
+def run(call: str, ep: ExpertParallel, arguments: Arguments) -> Any:
+    """A tensor, several, or a plan."""
+    found = getattr(ep, call)(**arguments)
+    # Rows past the valid ones may hold anything.
+    return found[: arguments["plan"].rows()] if call == "dispatch" else found
+
+
+def outcome(
+    call: str, ep: ExpertParallel, arguments: Arguments, hold: Callable[[Tensor], Tensor] = torch.clone
+) -> Outcome:
+    """Results, and gradients of all arguments that require one. hold: changes the gradients that come in."""
+    trained = [value for value in arguments.values() if isinstance(value, Tensor) and value.requires_grad]
+    found = run(call, ep, arguments)
+    if isinstance(found, RoutingPlan):
+        return [value for f in fields(found) if isinstance(value := getattr(found, f.name), Tensor)]
+    results = list(found) if isinstance(found, tuple) else [found]
+    outputs = [result for result in results if result.requires_grad]
+    probes = [hold(whole(output.shape).to(output.device, output.dtype)) for output in outputs]
+    grads = torch.autograd.grad(outputs, trained, probes, allow_unused=True) if outputs else ()
+    return results + [torch.zeros(0) if grad is None else grad for grad in grads]
 
 
 def leaves(arguments: Arguments) -> Arguments:
@@ -68,10 +91,6 @@ def leaves(arguments: Arguments) -> Arguments:
         if isinstance(value, Tensor) and value.is_floating_point() and value.is_leaf and not value.is_inference():
             value.requires_grad_()
     return arguments
-
-
-def probe(tensor: Tensor) -> Tensor:
-    return whole(tensor.shape).to(tensor.device, tensor.dtype)
 
 
 def whole(shape: Sequence[int], seed: int = 5) -> Tensor:
@@ -88,14 +107,14 @@ def plain(value: Any) -> Any:
         return torch.empty(held.shape, dtype=held.dtype, device=held.device).copy_(held)
 
 
-def complaint(ep: ExpertParallel, call: Call, arguments: Arguments, changes: Arguments, base: Outcome) -> str | None:
+def complaint(call: str, ep: ExpertParallel, arguments: Arguments, changes: Arguments, base: Outcome) -> str | None:
     """What is wrong with the call with ``changes``: it has to be right, or a ``ValueError`` or ``TypeError`` at once.
 
     base: the outcome of ``leaves(arguments)``.
     """
     started = time.process_time()
     try:
-        found = call.outcome(ep, {**leaves(arguments), **leaves(changes)})
+        found = outcome(call, ep, {**leaves(arguments), **leaves(changes)})
         ep.check()
     except (ValueError, TypeError):
         took = time.process_time() - started
@@ -105,9 +124,9 @@ def complaint(ep: ExpertParallel, call: Call, arguments: Arguments, changes: Arg
     if not all(isinstance(value, Tensor) for value in changes.values()):
         return "was taken"
     same = {name: plain(value).requires_grad_(value.requires_grad) for name, value in changes.items()}
-    alike = all(_alike(value, arguments[name]) for name, value in same.items())
     try:
-        assert_same(found, base if alike else call.outcome(ep, {**arguments, **same}))
+        alike = all(_alike(value, arguments[name]) for name, value in same.items())
+        assert_same(found, base if alike else outcome(call, ep, {**arguments, **same}))
     except AssertionError as error:
         return f"wrong: {error}"
     return None
@@ -120,49 +139,4 @@ def _alike(value: Tensor, other: Tensor) -> bool:
 
 def assert_same(found: Outcome, expected: Outcome) -> None:
     """The same bits, but for the sign of a zero."""
-    assert len(found) == len(expected), (len(found), len(expected))
-    for place, (got, want) in enumerate(zip(found, expected, strict=True)):
-        assert_bitwise(plain(got) + 0, want.detach() + 0, f"result {place}")
-
-
-def _drawn(device: torch.device, sizes: Sizes) -> Arguments:
-    T, H, I, E, K = sizes.tokens, sizes.hidden, sizes.intermediate, sizes.num_experts, sizes.top_k  # noqa: E741
-    shapes = {"x": (T, H), "router_w": (E, H), "w1": (E, I, H), "w2": (E, H, I), "b1": (E, I), "b2": (E, H)}
-    return {
-        **{name: whole(shape, seed).to(device) for seed, (name, shape) in enumerate(shapes.items())},
-        "topk_idx": (torch.arange(T * K).view(T, K) % E).to(device),
-        "topk_scores": 2.0 ** whole((T, K)).to(device),
-        # The score of a token's only expert is 1.
-        "top_k": 1,
-        "num_experts": E,
-        "activation": "relu",
-    }
-
-
-def _these(*names: str) -> Callable[[ExpertParallel, torch.device, Sizes], Arguments]:
-    return lambda _, device, sizes: {name: value for name, value in _drawn(device, sizes).items() if name in names}
-
-
-def _of_plan(*names: str) -> Callable[[ExpertParallel, torch.device, Sizes], Arguments]:
-    def arguments(ep: ExpertParallel, device: torch.device, sizes: Sizes) -> Arguments:
-        found = _drawn(device, sizes)
-        plan = ep.plan(found["topk_idx"], sizes.num_experts)
-        found["rows"] = whole((plan.row_capacity, sizes.hidden)).to(device)
-        return {**{name: found[name] for name in names}, "plan": plan}
-
-    return arguments
-
-
-OF_EXPERTS = ("w1", "w2", "b1", "b2", "activation")
-ARGUMENTS = {
-    "moe": _these("x", "router_w", "top_k", *OF_EXPERTS),
-    "moe_routed": _these("x", "topk_idx", "topk_scores", *OF_EXPERTS),
-    "plan": _these("topk_idx", "num_experts"),
-    "dispatch": _of_plan("x"),
-    "combine": _of_plan("rows", "topk_scores"),
-}
-CALLS = {name: Call(name=name, arguments=arguments) for name, arguments in ARGUMENTS.items()}
-
-
-def tensors_of(arguments: Arguments) -> list[str]:
-    return [name for name, value in arguments.items() if isinstance(value, Tensor)]
+    assert_same_bits([plain(got) + 0 for got in found], [want.detach() + 0 for want in expected])

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,92 +32,65 @@ def output_at_end(process: subprocess.Popen[str]) -> str:
     return process.communicate(timeout=HANG_SECONDS)[0]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ended:
-    """How a rank ended. seconds: after ``Program.fault``."""
+def exits(
+    folder: Path,
+    body: Callable[..., None],
+    *arguments: Any,
+    world_size: int,
+    device_type: str = "cpu",
+    odd: int | None = None,
+    store_at_rank_0: bool = False,
+) -> list[tuple[int | None, str]]:
+    """Exit code and output of each rank of ``body(rank, *arguments)``.
 
-    code: int
-    said: str
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Program:
-    """``body(program, rank, *arguments)`` on every rank. store_at_rank_0: a server, not a file."""
-
-    body: Callable[..., None]
-    arguments: tuple[Any, ...]
-    world_size: int
-    device_type: str
-    folder: Path
-    odd: int
-    patience: float = HANG_SECONDS
-    store_at_rank_0: bool = False
-
-    def run(self) -> list[Ended]:
-        """Run to the end. Kills ranks after ``patience`` seconds; and ``odd``, after ``fault``, as the last."""
-        context = starting_context()
-        ranks = [context.Process(target=run_rank, args=(self, rank)) for rank in range(self.world_size)]
-        for process in ranks:
-            process.start()
-        deadline, ends = time.monotonic() + self.patience, [0.0] * len(ranks)
-        while any(end == 0 for end in ends):
-            others_ended = all(end > 0 for rank, end in enumerate(ends) if rank != self.odd)
-            for rank, process in enumerate(ranks):
-                if time.monotonic() > deadline or (rank == self.odd and others_ended and self.faulty):
-                    process.kill()
-                process.join(0.02)
-                if process.exitcode is not None and ends[rank] == 0:
-                    ends[rank] = time.time()
-        fault = float(self.faulted.read_text()) if self.faulty else min(ends)
-        return [
-            Ended(code=process.exitcode, said=self.output_of(rank).read_text(), seconds=ends[rank] - fault)
-            for rank, process in enumerate(ranks)
-        ]
-
-    def output_of(self, rank: int) -> Path:
-        return self.folder / f"output_of_{rank}"
-
-    def store(self, rank: int) -> dist.Store:
-        if not self.store_at_rank_0:
-            return dist.FileStore(str(self.folder / "store"), self.world_size)
-        at = self.folder / "port"
-        if rank == 0:
-            server = dist.TCPStore("127.0.0.1", 0, self.world_size, is_master=True, wait_for_workers=False)
-            at.with_suffix(".new").write_text(str(server.port))
-            at.with_suffix(".new").rename(at)
-            return server
-        while not at.exists():
-            time.sleep(0.02)
-        return dist.TCPStore("127.0.0.1", int(at.read_text()), self.world_size, wait_for_workers=False)
-
-    @property
-    def faulted(self) -> Path:
-        return self.folder / "fault"
-
-    @property
-    def faulty(self) -> bool:
-        return self.faulted.exists() and bool(self.faulted.read_text())
-
-    def fault(self) -> None:
-        self.faulted.write_text(str(time.time()))
+    odd: is killed when the others have ended; all are that hang. store_at_rank_0: a server, not a file.
+    """
+    common = (world_size, device_type, folder, store_at_rank_0, body, arguments)
+    ranks = [starting_context().Process(target=_run_rank, args=(rank, *common)) for rank in range(world_size)]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + HANG_SECONDS
+    for rank in sorted(range(world_size), key=lambda rank: rank == odd):
+        ranks[rank].join(0 if rank == odd else max(0, deadline - time.monotonic()))
+        ranks[rank].kill()
+        ranks[rank].join()
+    return [(process.exitcode, (folder / f"output_of_{rank}").read_text()) for rank, process in enumerate(ranks)]
 
 
-def run_rank(program: Program, rank: int) -> None:
-    os.environ.update(SETTINGS[program.device_type])
+def _run_rank(
+    rank: int,
+    world_size: int,
+    device_type: str,
+    folder: Path,
+    store_at_rank_0: bool,
+    body: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> None:
+    os.environ.update(SETTINGS[device_type])
     install_interpreter()
-    output = os.open(program.output_of(rank), os.O_CREAT | os.O_WRONLY)
+    output = os.open(folder / f"output_of_{rank}", os.O_CREAT | os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
     # A rank that does not end prints where it is.
-    faulthandler.dump_traceback_later(program.patience / 2, exit=False)
-    own_device = program.device_type == "cuda" and program.world_size <= torch.cuda.device_count()
-    device = device_of_rank(rank) if program.device_type == "cuda" else torch.device("cpu")
+    faulthandler.dump_traceback_later(HANG_SECONDS / 2, exit=False)
+    own_device = device_type == "cuda" and world_size <= torch.cuda.device_count()
+    device = device_of_rank(rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = program.store(rank)
-    dist.init_process_group("nccl" if own_device else "gloo", store=store, rank=rank, world_size=program.world_size)
+    store = _served(folder / "port", rank) if store_at_rank_0 else dist.FileStore(str(folder / "store"), world_size)
+    dist.init_process_group("nccl" if own_device else "gloo", store=store, rank=rank, world_size=world_size)
     del store
-    program.body(program, Rank(rank=rank, world_size=program.world_size, device=device), *program.arguments)
+    body(Rank(rank=rank, world_size=world_size, device=device), *arguments)
     dist.destroy_process_group()
+
+
+def _served(at: Path, rank: int) -> dist.Store:
+    if rank == 0:
+        server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        at.with_suffix(".new").write_text(str(server.port))
+        at.with_suffix(".new").rename(at)
+        return server
+    while not at.exists():
+        time.sleep(0.02)
+    return dist.TCPStore("127.0.0.1", int(at.read_text()), wait_for_workers=False)
