@@ -99,15 +99,15 @@ def test_micro_batches_add_up_with_inference_between(rank: Rank, flags: dict[str
 
 
 @contextmanager
-def recorded() -> Iterator[list[str]]:
-    """Names of the grouped products and combines that are queued while this lasts."""
+def recorded() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
+    """Names and arguments of the grouped products and combines that are queued while this lasts."""
     from sonic_ep.fast import gemm
     from sonic_ep.fast.exchange import Exchange
 
-    seen: list[str] = []
+    seen: list[tuple[str, tuple[Any, ...]]] = []
 
     def noting(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *arguments: seen.append(method.__name__) or method(*arguments)
+        return lambda *arguments: seen.append((method.__name__, arguments)) or method(*arguments)
 
     products = product((gemm.LibraryGemm, gemm.LoopGemm, gemm.TritonGemm), ("rows", "weights"))
     with pytest.MonkeyPatch.context() as patch:
@@ -138,7 +138,7 @@ def test_only_what_is_required_is_computed(rank: Rank, need: str, calls: list[st
         y = ep.moe(x, router_w, w1, w2, case.top_k).y
         with recorded() as seen:
             y.backward(dy)
-    assert seen == calls
+    assert [name for name, _ in seen] == calls
     assert (x.grad is not None) == (need == "x")
 
 
@@ -227,32 +227,37 @@ def test_exact_sizes_are_refused_in_a_graph_by_name(rank: Rank) -> None:
 
 @promise("overflow")
 @on_ranks(2)
-@pytest.mark.parametrize("sync", [False, True])
-def test_overflow_is_loud_and_leaves_the_group_usable(rank: Rank, sync: bool) -> None:
+@pytest.mark.parametrize(("case", "sync"), [(CASES["uniform"], True), (CASES["uniform"], False), (GRAPHED, False)])
+def test_overflow_is_loud_and_leaves_the_group_usable(rank: Rank, case: Case, sync: bool) -> None:
     """More rows than the bound: NaN and an error, or the error at once; and the next call is right again."""
     from sonic_ep.fast.device_errors import PLANS_AHEAD
 
-    inputs = draw(CASES["uniform"], rank.world_size, rank.device)
+    inputs = draw(case, rank.world_size, rank.device)
     tokens, experts = inputs.tokens_of(rank.rank), leaf_experts(inputs.experts, inputs.experts_of(rank.rank))
     arguments = (inputs.topk_scores[tokens], experts.w1, experts.w2, experts.b1, experts.b2)
-    x = leaf(inputs.x[tokens])
-    few = inputs.topk_idx[tokens].clone()
+    x, many = leaf(inputs.x[tokens]), inputs.topk_idx[tokens]
+    few = many.clone()
     few[1:] = -1
     with ExpertParallel(backend="fast", config=EPConfig(max_rows=9, cpu_sync_on_runtime=sync)) as ep:
         expected = ep.moe_routed(x, few, *arguments)
         assert expected.isfinite().all()
         if sync:
             with pytest.raises(RuntimeError, match="max_rows: got 9, expected at least"):
-                ep.moe_routed(x, inputs.topk_idx[tokens], *arguments)
+                ep.moe_routed(x, many, *arguments)
         else:
-            y = ep.moe_routed(x, inputs.topk_idx[tokens], *arguments)
+            with recorded() as seen:
+                y = ep.moe_routed(x, many, *arguments)
+                x_grad, *weight_grads = torch.autograd.grad(y, [x, experts.w1, experts.w2], inputs.dy[tokens])
             assert y.isnan().all()
-            x_grad, *weight_grads = torch.autograd.grad(y, [x, experts.w1, experts.w2], inputs.dy[tokens])
             assert x_grad.isnan().all()
             for grad in weight_grads:
                 # An expert without a row has zeros.
                 assert grad.isnan().any()
                 assert (grad.isnan() | (grad == 0)).all()
+            # PyTorch's products would read past the end.
+            told = [(int(given[3][-1]), len(given[1])) for name, given in seen if name != "sums"]
+            assert len(told) == 6
+            assert all(ends <= rows == 9 for ends, rows in told)
             for _ in range(PLANS_AHEAD - 1):
                 assert_bitwise(ep.moe_routed(x, few, *arguments), expected)
             with pytest.raises(RuntimeError, match="max_rows: got 9, expected at least"):
