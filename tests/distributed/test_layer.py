@@ -17,7 +17,7 @@ from sonic_ep.plan import RoutingPlan
 from sonic_ep.testing import CASES, Rank, assert_bitwise, draw, verify_moe, verify_routed
 
 
-@on_ranks(4)
+@on_ranks(2)
 @pytest.mark.parametrize("case", ["uniform", "empty_experts", "zero_token_ranks", "one_rank"])
 @pytest.mark.parametrize("redispatch", [False, True])
 def test_redispatch_keeps_x_alone_and_gathers_it_again(rank: Rank, case: str, redispatch: bool) -> None:
@@ -75,7 +75,7 @@ def test_what_backward_keeps(rank: Rank, redispatch: bool, train_scores: bool) -
     assert sum(kept.values()) == (x.numel() if redispatch else rows) + train_scores * rows
 
 
-@on_ranks(4)
+@on_ranks(2)
 @pytest.mark.parametrize("case", ["uniform", "zero_token_ranks", "one_rank"])
 @both_backends
 def test_cpu_sync_sizes_rows_exactly(rank: Rank, backend: str, case: str) -> None:
@@ -89,7 +89,7 @@ def test_cpu_sync_sizes_rows_exactly(rank: Rank, backend: str, case: str) -> Non
 
 
 @on_ranks(4)
-@pytest.mark.parametrize("members", [1, 2, 4])
+@pytest.mark.parametrize("members", [1, 2])
 @both_backends
 def test_subgroups_of_the_world(rank: Rank, backend: str, members: int) -> None:
     """Groups of ``members`` ranks side by side, each with a routing of its own."""

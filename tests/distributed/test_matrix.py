@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 import torch
-from backends import BACKENDS, dispatch_primitives_of
+from backends import dispatch_primitives_of
 from combine_by_hand import HIDDEN, canonical, combined_by_hand, expert_rows, owners_of_slots, row_buffer
 from layer_inputs import plan_of
 from matrix import DIAGONAL, FLAGS, SIZES, Cell, matrix
@@ -56,18 +56,6 @@ def test_routed_layer_matches_the_oracle(
 ) -> None:
     with ExpertParallel(backend=backend, config=EPConfig(dispatch=dispatch, combine=combine)) as ep:
         assert_accurate(verify_routed(CASES[case], ep, rank.device))
-
-
-def test_every_day_takes_every_case_and_every_mode() -> None:
-    marks = test_routed_layer_matches_the_oracle.pytestmark  # type: ignore[attr-defined]
-    (cells,) = (mark.args[1] for mark in marks if mark.name == "parametrize")
-    everyday = {cell.values for cell in cells if not cell.marks}
-    assert {(backend, case) for backend, size, case, *_ in everyday if size == 2} == set(product(BACKENDS, CASES))
-    for size in (1, 3):
-        modes = [(cell[0], cell[3], cell[4]) for cell in everyday if cell[1] == size]
-        assert {(backend, mode) for backend, mode, _ in modes} == set(product(BACKENDS, DispatchMode))
-        assert {(backend, mode) for backend, _, mode in modes} == set(product(BACKENDS, CombineMode))
-    assert {cell.values for cell in cells} >= set(product(BACKENDS, SIZES[:4], CASES, DispatchMode, CombineMode))
 
 
 @promise("accuracy")
@@ -137,32 +125,19 @@ def test_modes_agree_bit_for_bit(rank: Rank, backend: str, case: str) -> None:
 @promise("order")
 @on_ranks()
 @matrix(
-    lambda cell: (
-        cell["world_size"] == 3
-        if cell["backend"] == "reference"
-        else cell["world_size"] == 2 and cell["dispatch"] is DispatchMode.RANK_DEDUP
-    ),
-    world_size=SIZES[:4],
-    case=CASES,
-    dispatch=DispatchMode,
+    lambda cell: cell["world_size"] == (3 if cell["backend"] == "reference" else 2), world_size=SIZES[:4], case=CASES
 )
-def test_rows_arrive_in_canonical_order(rank: Rank, backend: str, case: str, dispatch: DispatchMode) -> None:
-    inputs = draw(CASES[case], rank.world_size, rank.device)
-    with ExpertParallel(backend=backend, config=EPConfig(dispatch=dispatch)) as ep:
-        plan = plan_of(ep, inputs)
-        rows = ep.dispatch(inputs.x[inputs.tokens_of(rank.rank)], plan)
-    assert rows.shape == (plan.row_capacity, inputs.case.hidden)
-    token_of_slot = torch.arange(len(inputs.x), device=rank.device)[:, None].expand_as(inputs.topk_idx)
-    assert_bitwise(rows[: plan.rows()], inputs.x[canonical(inputs, token_of_slot, rank.rank)])
-
-
-@on_ranks()
-@matrix(lambda cell: cell["world_size"] == 2, world_size=(2, 4), case=CASES)
-def test_each_mode_receives_what_it_says(rank: Rank, backend: str, case: str) -> None:
+def test_each_mode_receives_its_tokens_and_rows_arrive_in_canonical_order(rank: Rank, backend: str, case: str) -> None:
     inputs = draw(CASES[case], rank.world_size, rank.device)
     x_TH = inputs.x[inputs.tokens_of(rank.rank)]
-    with ExpertParallel(backend=backend) as ep:
-        plan = plan_of(ep, inputs)
+    token_of_slot = torch.arange(len(inputs.x), device=rank.device)[:, None].expand_as(inputs.topk_idx)
+    expected = inputs.x[canonical(inputs, token_of_slot, rank.rank)]
+    for mode in DispatchMode:
+        with ExpertParallel(backend=backend, config=EPConfig(dispatch=mode)) as ep:
+            plan = plan_of(ep, inputs)
+            rows = ep.dispatch(x_TH, plan)
+        assert rows.shape == (plan.row_capacity, inputs.case.hidden)
+        assert_bitwise(rows[: plan.rows()], expected, mode.value)
     primitives = dispatch_primitives_of(backend, rank.device)
     received = {mode: primitive.receive(x_TH, plan) for mode, primitive in primitives.items()}
     here = (owners_of_slots(inputs, plan.experts_per_rank) == rank.rank).any(dim=1)

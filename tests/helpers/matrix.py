@@ -14,7 +14,6 @@ Cell = Mapping[str, Any]
 Axes = Mapping[str, Sequence[Any]]
 
 SIZES = (1, 2, 3, 4, 8)
-MOST_INTERPRETED = 4
 DIAGONAL = tuple(zip(DispatchMode, CombineMode, strict=True))
 FLAGS = [
     {"redispatch_x_in_backward": again, "cpu_sync_on_runtime": exact}
@@ -39,8 +38,8 @@ by_backend_and_flags = pytest.mark.parametrize(
 def matrix(everyday: Callable[[Cell], bool] | None = None, **axes: Iterable[Any]) -> pytest.MarkDecorator:
     """Parametrizes a test with every combination of both backends and the values of ``axes``.
 
-    Combinations for which ``everyday`` is false are marked ``thorough``. Its default: a pairwise cover, on two ranks
-    every case of both backends, on one and three ranks every mode.
+    Combinations for which ``everyday`` is false are marked ``thorough``. Its default: on two ranks (or the first number
+    of ranks) every pair of values, and on one and three ranks every mode.
     """
     values: Axes = {"backend": BACKENDS, **{name: tuple(axis) for name, axis in axes.items()}}
     chosen = {tuple(cell[name] for name in values) for cell in _everyday(values)}
@@ -55,19 +54,13 @@ def matrix(everyday: Callable[[Cell], bool] | None = None, **axes: Iterable[Any]
 
 
 def _everyday(axes: Axes) -> Iterator[Cell]:
-    sizes = [size for size in axes["world_size"] if size <= MOST_INTERPRETED]
-    yield from pairwise({**axes, "world_size": sizes})
-    if "case" in axes and 2 in sizes:
-        yield from _in_turn(axes, "backend", "case", world_size=2)
+    sizes = axes["world_size"]
+    yield from pairwise({**axes, "world_size": (2 if 2 in sizes else sizes[0],)})
     for size, modes in product({1, 3} & set(sizes), {"dispatch", "combine"} & set(axes)):
-        yield from _in_turn(axes, "backend", modes, world_size=size)
-
-
-def _in_turn(axes: Axes, *names: str, **fixed: Any) -> Iterator[Cell]:
-    """Every combination of the axes ``names``; the values of the others take turns."""
-    for place, values in enumerate(product(*(axes[name] for name in names))):
-        others = {name: axis[place % len(axis)] for name, axis in axes.items()}
-        yield {**others, **dict(zip(names, values, strict=True)), **fixed}
+        # Every mode on both backends; the values of the other axes take turns.
+        for place, (backend, mode) in enumerate(product(axes["backend"], axes[modes])):
+            others = {name: axis[place % len(axis)] for name, axis in axes.items()}
+            yield {**others, "backend": backend, modes: mode, "world_size": size}
 
 
 def _name(value: Any) -> str:
