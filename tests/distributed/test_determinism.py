@@ -20,7 +20,7 @@ from sonic_ep.testing.cases import dropping, repeating
 from sonic_ep.testing.oracle import Outcome, run_moe, run_routed
 
 # Of two inputs that take turns, half of them each.
-REPETITIONS, FEW = 200, 8
+REPETITIONS, FEW = 100, 8
 # Repetitions between two calls of something else.
 OTHERS_EVERY = 25
 MOST_SECONDS_LATE, MOST_CYCLES_LATE = 2e-3, 2_000_000

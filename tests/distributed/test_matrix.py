@@ -212,6 +212,7 @@ def test_order_and_roundings(rank: Rank, backend: str, case: str, dtype: torch.d
 def test_gradients_of_rows_and_scores(
     rank: Rank, backend: str, case: str, dtype: torch.dtype, dispatch: DispatchMode
 ) -> None:
+    """Products and sums in fp32; a row's gradient is rounded once, and the gradient that comes in stays as it is."""
     inputs = draw(replace(CASES[case], dtype=dtype), rank.world_size, rank.device)
     tokens, slots = inputs.tokens_of(rank.rank), expert_rows(inputs)
     scores = inputs.topk_scores[tokens].clone().requires_grad_()
@@ -219,7 +220,8 @@ def test_gradients_of_rows_and_scores(
     with ExpertParallel(backend=backend, config=EPConfig(dispatch=dispatch)) as ep:
         plan = plan_of(ep, inputs)
         rows = row_buffer(plan, inputs, slots).requires_grad_()
-        ep.combine(rows, scores, plan).backward(dy)
+        ep.combine(rows, scores, plan).backward(kept := dy.clone())
+    assert_bitwise(kept, dy)
     weighted = inputs.topk_scores[:, :, None] * inputs.dy[:, None, :HIDDEN].float()
     expected_rows = canonical(inputs, weighted.to(dtype), rank.rank)
     assert_bitwise(rows.grad[: plan.rows()], expected_rows, "gradient of the rows")

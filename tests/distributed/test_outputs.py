@@ -34,7 +34,7 @@ def outputs(ep: ExpertParallel, rank: Rank) -> dict[str, Callable[[Tensor, list[
 
 
 @promise("outputs")
-@on_ranks(1, 2)
+@on_ranks(2)
 @both_backends
 def test_an_output_may_be_written_in_place(rank: Rank, backend: str) -> None:
     """Gradients are those of operations out of place, and hooks are called."""
@@ -60,7 +60,7 @@ def test_an_output_may_be_written_in_place(rank: Rank, backend: str) -> None:
 
 
 @promise("outputs")
-@on_ranks(1, 2)
+@on_ranks(2)
 @both_backends
 def test_pytree_checkpointing_and_module_hooks_find_the_tensors_of_an_output(rank: Rank, backend: str) -> None:
     torch.manual_seed(rank.rank)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,35 +121,33 @@ def test_the_fast_backend_trains_as_the_reference_does(tmp_path: Path) -> None:
     assert done.numbers["agree"] is True
 
 
-# A shift of all logits of a token leaves its choices as they are, and with them the dense losses.
-@pytest.mark.parametrize(
-    ("compared", "shift", "said"),
-    [(None, 0, None), ("loss", 1e-4, "losses"), ("loss", math.nan, "losses"), ("logits", 1e-4, "router logits")],
-)
-def test_a_second_run_that_deviates_is_red(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], compared: str | None, shift: float, said: str | None
-) -> None:
-    """The second run is the first, on one rank, but for the shift."""
+def test_a_second_run_that_deviates_is_red(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second run is the first, on one rank, but for a shift."""
     runs, model, training = (module_of_example(f"lm_{name}") for name in ("runs", "model", "training"))
     written = [f"--json={tmp_path / 'numbers.json'}", f"--output={tmp_path / 'picture.png'}"]
     sizes = ["--nproc=1", "--backend=reference", "--steps=3", "--context=4"]
     settings = module_of_example("lm_options").parse_settings([*sizes, *written], None)
     lone = runs.build(settings, runs.ExpertParallel(backend="reference"), model.ExpertParallelFeedForward, CPU)
     steps = list(runs.steps_of(lone, settings, training.OneProcess(), CPU))
-    found = {name: torch.stack([getattr(step, name) for step in steps]) for name in ("loss", "logits")}
-    second = {name: values + shift if name == compared else values for name, values in found.items()}
-    recorded = [
-        runs.Recorded(backend=backend, losses=of["loss"], logits=of["logits"])
-        for backend, of in (("reference", found), ("fast", second))
-    ]
-    outcomes = [runs.train_densely(settings, run, CPU) for run in recorded]
-    code = module_of_example("train_lm").judge(outcomes, recorded, settings, CPU)
-    done = Finished(stdout=capsys.readouterr().out, folder=tmp_path)
-    assert (code, done.numbers["agree"]) == ((0, True) if said is None else (1, False))
-    assert {backend: run["agree"] for backend, run in done.runs.items()} == {"reference": True, "fast": said is None}
-    assert done.stdout.count("DIFFER") == (said is not None)
-    assert said is None or f"fast: {said} DIFFER" in done.stdout
-    assert said is not None or done.runs["fast"] == done.runs["reference"]
+    losses, logits = (torch.stack([getattr(step, name) for step in steps]) for name in ("loss", "logits"))
+    first = runs.Recorded(backend="reference", losses=losses, logits=logits)
+    outcome = runs.train_densely(settings, first, CPU)
+    # A shift of all logits of a token leaves its choices as they are, and with them the dense losses.
+    for changed, said in (
+        ({}, None),
+        ({"losses": losses + 1e-4}, "losses"),
+        ({"losses": losses + math.nan}, "losses"),
+        ({"logits": logits + 1e-4}, "router logits"),
+    ):
+        second = replace(first, backend="fast", **changed)
+        outcomes = [outcome, runs.train_densely(settings, second, CPU)]
+        code = module_of_example("train_lm").judge(outcomes, [first, second], settings, CPU)
+        done = Finished(stdout=capsys.readouterr().out, folder=tmp_path)
+        assert (code, done.numbers["agree"]) == ((0, True) if said is None else (1, False))
+        assert {name: run["agree"] for name, run in done.runs.items()} == {"reference": True, "fast": said is None}
+        assert done.stdout.count("DIFFER") == (said is not None)
+        assert said is None or f"fast: {said} DIFFER" in done.stdout
+        assert said is not None or done.runs["fast"] == done.runs["reference"]
 
 
 @pytest.mark.fast
@@ -195,6 +193,7 @@ def test_runs_that_are_asked_for(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ("--nproc=0", "--nproc: got '0'"),
         ("--steps 0", "--steps: got '0', expected a whole number from 1 to"),
         ("--steps many", "--steps: got 'many', expected a whole number"),
         ("--nproc -1", "--nproc: got '-1', expected a whole number from 1 to 16"),
@@ -218,13 +217,11 @@ def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str], wrong: st
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("wrong", "message"), [("--nproc=0", "--nproc: got '0'"), ("--backend=fast", NO_GPU)])
-def test_wrong_arguments_start_no_ranks(tmp_path: Path, wrong: str, message: str) -> None:
+def test_wrong_arguments_start_no_ranks(tmp_path: Path) -> None:
     options = {"cwd": tmp_path, "env": without_gpus(), "capture_output": True, "text": True, "timeout": HANG_SECONDS}
-    done = subprocess.run(command(wrong), **options)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert not done.stdout
+    done = subprocess.run(command("--backend=fast"), **options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert NO_GPU in done.stderr
     assert not list(tmp_path.iterdir())
 
 
