@@ -137,7 +137,8 @@ def test_nothing_is_left_between_steps(pool: RankPool, backend: str) -> None:
     assert len(levels) >= 2 * 3
 
 
-def test_a_loss_that_is_off_is_red(recorded: Any, judge: Judge) -> None:
+@promise("steady-steps")
+def test_a_loss_that_is_off_and_memory_that_grows_are_red(recorded: Any, judge: Judge) -> None:
     off = recorded.losses.clone()
     off[-1] += 1e-4
     code, document, said = judge(replace(recorded, losses=off, held=()))
@@ -146,10 +147,6 @@ def test_a_loss_that_is_off_is_red(recorded: Any, judge: Judge) -> None:
     # And so are tokens in another order.
     turned = replace(recorded, logits=[logits.flip(1) for logits in recorded.logits])
     assert not module_of_example("lm_runs").train_densely(settings_of("--nproc=2", *SOAK), turned, CPU).logits.ok
-
-
-@promise("steady-steps")
-def test_memory_that_grows_is_red(recorded: Any, judge: Judge) -> None:
     growing = (held(samples()), held(samples(allocated=[7, 7, 8, 9]), rank=1))
     code, document, said = judge(replace(recorded, held=growing))
     run = document["runs"]["reference"]
