@@ -20,7 +20,6 @@ from torch import Tensor
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.plan import RoutingPlan
-from sonic_ep.reference.combine.ordered_sum import ordered_sum
 from sonic_ep.testing import (
     CASES,
     Accuracy,
@@ -242,20 +241,3 @@ def test_scores_of_any_float_are_used_in_fp32(
         plan = ep.plan(idx, num_experts=2)
         rows = torch.randn(plan.row_capacity, HIDDEN, generator=generator).to(rank.device, torch.bfloat16)
         assert_bitwise(ep.combine(rows, scores, plan), ep.combine(rows, scores.float(), plan))
-
-
-def test_the_two_roundings_differ_from_one() -> None:
-    """256 + 1 + 1 is 258 at once, and 256 in bf16 if rounded in between."""
-    rows = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
-    at_once = ordered_sum(rows, torch.tensor([[0, 1, 2]]))
-    first = ordered_sum(rows, torch.tensor([[0, 1]]))
-    in_two = ordered_sum(torch.cat([first, rows[2:]]), torch.tensor([[0, 1]]))
-    assert (at_once.item(), in_two.item()) == (258.0, 256.0)
-
-
-def test_an_absent_term_is_no_term() -> None:
-    """Not even a NaN or an infinite score of it counts, and no minus zero appears."""
-    rows = torch.tensor([[-1.0], [float("nan")]])
-    weights = torch.tensor([[2.0, float("inf")], [float("nan"), float("nan")]])
-    out = ordered_sum(rows, torch.tensor([[0, -1], [-1, -1]]), weights)
-    assert_bitwise(out, torch.tensor([[-2.0], [0.0]]))

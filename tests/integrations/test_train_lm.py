@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +30,6 @@ def alone() -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finished:
-    """What the example says. numbers: its JSON. folder: of what it writes."""
-
-    stdout: str
-    folder: Path
-
-    @property
-    def numbers(self) -> dict[str, Any]:
-        return json.loads((self.folder / "numbers.json").read_text())
-
-    @property
-    def runs(self) -> dict[str, dict[str, Any]]:
-        return self.numbers["runs"]
-
-
 def command(*options: str) -> list[str]:
     return [sys.executable, str(EXAMPLES / "train_lm.py"), *options]
 
@@ -59,11 +43,16 @@ def without_gpus() -> dict[str, str]:
     return {**others, "CUDA_VISIBLE_DEVICES": ""}
 
 
-def finish(folder: Path, *options: str, env: dict[str, str]) -> Finished:
+def numbers_in(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "numbers.json").read_text())
+
+
+def finish(folder: Path, *options: str, env: dict[str, str]) -> str:
+    """What the example says; its JSON is in ``folder``."""
     line = command("--nproc=2", "--output=picture.png", "--json=numbers.json", *options)
     done = subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
-    return Finished(stdout=done.stdout, folder=folder)
+    return done.stdout
 
 
 def assert_agrees(run: dict[str, Any]) -> None:
@@ -84,26 +73,27 @@ def agreement_of(run: dict[str, Any], shift: float) -> Any:
 def test_losses_of_all_runs_fall_and_agree(tmp_path: Path) -> None:
     """Every backend runs, or one line says why not; a bound follows from the dense runs."""
     flags = ["--redispatch_x_in_backward", "--cpu-sync-on-runtime", "--dispatch=rank_dedup"]
-    done = finish(tmp_path, f"--steps={STEPS}", *flags, env=environment())
-    numbers, lines = done.numbers, done.stdout.splitlines()
+    said = finish(tmp_path, f"--steps={STEPS}", *flags, env=environment())
+    numbers, lines = numbers_in(tmp_path), said.splitlines()
+    runs = numbers["runs"]
     assert numbers["agree"] is True
-    for backend, run in done.runs.items():
+    for backend, run in runs.items():
         assert_agrees(run)
         for losses in run["losses"].values():
             assert len(losses) == STEPS
             assert losses[-1] < losses[0] - 1
         first, last = (run["losses"]["expert_parallel"][place] for place in (0, -1))
-        assert f"{backend}: loss {first:.3f} -> {last:.3f} in {STEPS} steps" in done.stdout
-        assert f"{backend}: losses agree: largest distance" in done.stdout
+        assert f"{backend}: loss {first:.3f} -> {last:.3f} in {STEPS} steps" in said
+        assert f"{backend}: losses agree: largest distance" in said
         found = agreement_of(run, 0.0)
         assert found.ok
         assert list(found.bounds) == run["loss_distance"]["bound"]
         assert not any(agreement_of(run, shift).ok for shift in (1e-3, 1e-5, math.inf, math.nan))
-    assert " s in all" in done.stdout
+    assert " s in all" in said
     started = [line.split(",")[0] for line in lines if line.startswith("backend ")]
-    assert started == [f"backend {backend}" for backend in done.runs]
-    left_out = [] if "fast" in done.runs else [f"no fast run: {numbers['left_out']}"]
-    assert list(done.runs) == ["reference", "fast"][: 2 - len(left_out)]
+    assert started == [f"backend {backend}" for backend in runs]
+    left_out = [] if "fast" in runs else [f"no fast run: {numbers['left_out']}"]
+    assert list(runs) == ["reference", "fast"][: 2 - len(left_out)]
     assert [line for line in lines if line.startswith("no fast run: ")] == left_out
     pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'sonic-ep[viz]'")
     assert (tmp_path / "picture.png").read_bytes().startswith(PNG_SIGNATURE)
@@ -113,12 +103,13 @@ def test_losses_of_all_runs_fall_and_agree(tmp_path: Path) -> None:
 def test_the_fast_backend_trains_as_the_reference_does(tmp_path: Path) -> None:
     """On the CPU, where its kernels are interpreted, at the smallest sizes."""
     env = {**without_gpus(), "TRITON_INTERPRET": "1"}
-    done = finish(tmp_path, "--backend=fast", "--steps=2", "--context=2", env=env)
-    assert list(done.runs) == ["reference", "fast"]
-    for backend, run in done.runs.items():
-        assert f"backend {backend}, 2 ranks on cpu" in done.stdout
+    said = finish(tmp_path, "--backend=fast", "--steps=2", "--context=2", env=env)
+    numbers = numbers_in(tmp_path)
+    assert list(numbers["runs"]) == ["reference", "fast"]
+    for backend, run in numbers["runs"].items():
+        assert f"backend {backend}, 2 ranks on cpu" in said
         assert_agrees(run)
-    assert done.numbers["agree"] is True
+    assert numbers["agree"] is True
 
 
 def test_a_second_run_that_deviates_is_red(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,12 +133,16 @@ def test_a_second_run_that_deviates_is_red(tmp_path: Path, capsys: pytest.Captur
         second = replace(first, backend="fast", **changed)
         outcomes = [outcome, runs.train_densely(settings, second, CPU)]
         code = module_of_example("train_lm").judge(outcomes, [first, second], settings, CPU)
-        done = Finished(stdout=capsys.readouterr().out, folder=tmp_path)
-        assert (code, done.numbers["agree"]) == ((0, True) if said is None else (1, False))
-        assert {name: run["agree"] for name, run in done.runs.items()} == {"reference": True, "fast": said is None}
-        assert done.stdout.count("DIFFER") == (said is not None)
-        assert said is None or f"fast: {said} DIFFER" in done.stdout
-        assert said is not None or done.runs["fast"] == done.runs["reference"]
+        numbers, stdout = numbers_in(tmp_path), capsys.readouterr().out
+        agree = {name: run["agree"] for name, run in numbers["runs"].items()}
+        assert (code, numbers["agree"]) == ((0, True) if said is None else (1, False))
+        assert {name: run["agree"] for name, run in numbers["runs"].items()} == {
+            "reference": True,
+            "fast": said is None,
+        }
+        assert stdout.count("DIFFER") == (said is not None)
+        assert said is None or f"fast: {said} DIFFER" in stdout
+        assert said is not None or numbers["runs"]["fast"] == numbers["runs"]["reference"]
 
 
 @pytest.mark.fast
