@@ -90,7 +90,7 @@ def test_cpu_sync_sizes_rows_exactly(rank: Rank, backend: str, case: str) -> Non
 
 @on_ranks(4)
 @pytest.mark.parametrize("members", [1, 2])
-@both_backends
+@pytest.mark.parametrize("backend", ["reference", pytest.param("fast", marks=pytest.mark.thorough)])
 def test_subgroups_of_the_world(rank: Rank, backend: str, members: int) -> None:
     """Groups of ``members`` ranks side by side, each with a routing of its own."""
     first = rank.rank // members * members
