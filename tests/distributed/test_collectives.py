@@ -1,6 +1,7 @@
 """The two collectives and the one adjoint that the reference is built on."""
 
-import pytest
+from itertools import product
+
 import torch
 from on_ranks import on_ranks
 
@@ -18,19 +19,19 @@ def part(source: int, target: int, dtype: torch.dtype, device: torch.device) -> 
     return (torch.arange(rows * 3, device=device) + 100 * source + 10 * target).view(rows, 3).to(dtype)
 
 
-@on_ranks(1, 2, 3, 4)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_arrive_whole_and_in_rank_order(rank: Rank, dtype: torch.dtype) -> None:
+@on_ranks(1, 2, 3)
+def test_rows_arrive_whole_and_in_rank_order(rank: Rank) -> None:
     collectives = BoundedCollectives(resolve_group(None))
     world = range(rank.world_size)
-    for shape in ((4, 2), (0, 2), ()):
+    for dtype, shape in product(DTYPES, ((4, 2), (0, 2), ())):
         mine = torch.full(shape, rank.rank + 1, dtype=dtype, device=rank.device)
         expected = torch.stack([torch.full_like(mine, other + 1) for other in world])
         assert_bitwise(collectives.all_gather(mine), expected)
-    sent = [part(rank.rank, other, dtype, rank.device) for other in world]
-    due = [part(other, rank.rank, dtype, rank.device) for other in world]
-    received = collectives.all_to_all_rows(torch.cat(sent), [len(s) for s in sent], [len(d) for d in due])
-    assert_bitwise(received, torch.cat(due))
+    for dtype in DTYPES:
+        sent = [part(rank.rank, other, dtype, rank.device) for other in world]
+        due = [part(other, rank.rank, dtype, rank.device) for other in world]
+        received = collectives.all_to_all_rows(torch.cat(sent), [len(s) for s in sent], [len(d) for d in due])
+        assert_bitwise(received, torch.cat(due))
 
 
 def test_a_group_of_one_needs_no_process_group() -> None:

@@ -1,4 +1,4 @@
-"""Calls of the fast layer that share memory: stacks, micro-batches, inference between; graphs, streams, overflow."""
+"""Calls of the fast layer that share memory: stacks, overflow, graphs, streams."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +18,8 @@ from there_and_back import MODES, Modes, assert_same, both, by_modes, changing, 
 from torch import Tensor
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
+from sonic_ep.backend import Experts
+from sonic_ep.plan import RoutingPlan
 from sonic_ep.reference.dense import dense_moe
 from sonic_ep.testing import CASES, Case, Inputs, Rank, assert_bitwise, draw
 from sonic_ep.testing.checks import Yardstick
@@ -25,89 +27,64 @@ from sonic_ep.testing.oracle import gather_parts, leaf, leaf_experts
 
 pytestmark = pytest.mark.fast
 LAYERS = 4
-# No flag changes a bit (test_matrix); interpreted, the setting with both runs every day.
-FLAGS = [pytest.param(NO_FLAGS, marks=pytest.mark.thorough), BOTH_FLAGS]
+Layer = Callable[[Tensor, Inputs, Experts], Tensor]
 # bf16 in sizes of whole 16 bytes: what captures in a graph by PyTorch's own products, and here by ours.
 GRAPHED = replace(CASES["uniform_bf16"], hidden=64, intermediate=32, bias=False)
 
 
-def stack_on_ranks(drawn: list[Inputs], ep: ExpertParallel) -> list[Tensor]:
-    """y, dx and the gradients of w1 and w2 of residual layers of one shape, this rank's share."""
-    tokens, held = drawn[0].tokens_of(ep.rank), drawn[0].experts_of(ep.rank)
-    x = leaf(drawn[0].x[tokens])
-    experts = [leaf_experts(inputs.experts, held) for inputs in drawn]
+def trained(drawn: list[Inputs], x: Tensor, experts: list[Experts], dy: Tensor, layer: Layer) -> list[Tensor]:
+    """y, dx and the gradients of w1 and w2 of residual layers of one shape."""
     y = x
     for inputs, own in zip(drawn, experts, strict=True):
-        scores = inputs.topk_scores[tokens]
-        y = y + ep.moe_routed(y, inputs.topk_idx[tokens], scores, own.w1, own.w2, b1=own.b1, b2=own.b2)
-    y.backward(drawn[0].dy[tokens])
+        y = y + layer(y, inputs, own)
+    y.backward(dy)
     return [y.detach(), x.grad, *(w.grad for own in experts for w in (own.w1, own.w2))]
 
 
 def dense_stack(drawn: list[Inputs], dtype: torch.dtype) -> list[Tensor]:
-    """The same without ranks, of all tokens and experts."""
-    x = leaf(drawn[0].x.to(dtype))
+    """The truth, without ranks, of all tokens and experts."""
     experts = [leaf_experts(inputs.experts, dtype=dtype) for inputs in drawn]
-    y = x
-    for inputs, own in zip(drawn, experts, strict=True):
-        y = y + dense_moe(y, inputs.topk_idx, inputs.topk_scores.to(dtype), own)
-    y.backward(drawn[0].dy.to(dtype))
-    return [y.detach(), x.grad, *(w.grad for own in experts for w in (own.w1, own.w2))]
+
+    def layer(y: Tensor, inputs: Inputs, own: Experts) -> Tensor:
+        return dense_moe(y, inputs.topk_idx, inputs.topk_scores.to(dtype), own)
+
+    return trained(drawn, leaf(drawn[0].x.to(dtype)), experts, drawn[0].dy.to(dtype), layer)
 
 
 @promise("nothing-shared")
 @on_ranks(2)
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("flags", [pytest.param(NO_FLAGS, marks=pytest.mark.thorough), BOTH_FLAGS], ids=str)
 def test_four_layers_of_one_shape_share_memory(rank: Rank, flags: dict[str, bool]) -> None:
     case = CASES["uneven_tokens"]
     drawn = [draw(replace(case, seed=seed), rank.world_size, rank.device) for seed in range(LAYERS)]
     with ExpertParallel(backend="fast", config=EPConfig(**flags)) as ep:
-        found = stack_on_ranks(drawn, ep)
-        shares = [drawn[0].tokens_of(ep.rank)] * 2 + [drawn[0].experts_of(ep.rank)] * (2 * LAYERS)
+        tokens, held = drawn[0].tokens_of(ep.rank), drawn[0].experts_of(ep.rank)
+
+        def layer(y: Tensor, inputs: Inputs, own: Experts) -> Tensor:
+            routing = (inputs.topk_idx[tokens], inputs.topk_scores[tokens])
+            return ep.moe_routed(y, *routing, own.w1, own.w2, b1=own.b1, b2=own.b2)
+
+        experts = [leaf_experts(inputs.experts, held) for inputs in drawn]
+        found = trained(drawn, leaf(drawn[0].x[tokens]), experts, drawn[0].dy[tokens], layer)
         truths, plains = dense_stack(drawn, torch.float64), dense_stack(drawn, case.dtype)
         sticks = [Yardstick(truth, plain) for truth, plain in zip(truths, plains, strict=True)]
+        shares = [tokens] * 2 + [held] * (2 * LAYERS)
         parts = [stick.part(got, share) for stick, got, share in zip(sticks, found, shares, strict=True)]
         by_rank = gather_parts(parts, ep.group, rank.device)
     judged = [stick.judge(str(place), [of[place] for of in by_rank]) for place, stick in enumerate(sticks)]
     assert not (wrong := [str(accuracy) for accuracy in judged if not accuracy.ok]), wrong
 
 
-@on_ranks(2)
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
-def test_micro_batches_add_up_with_inference_between(rank: Rank, flags: dict[str, bool]) -> None:
-    """Gradients of two micro-batches add up in the parameters, whether or not inference comes between."""
-    case = CASES["uneven_tokens"]
-    x, weights, dy = layer_inputs(rank, case)
-    other = leaf(x.detach().flip(0) * 2)
-    with ExpertParallel(backend="fast", config=EPConfig(**flags)) as ep:
-
-        def gradients(x: Tensor) -> list[Tensor]:
-            return list(torch.autograd.grad(ep.moe(x, *weights, case.top_k).y, weights, dy))
-
-        expected = [first + second for first, second in zip(gradients(x), gradients(other), strict=True)]
-        inferred = ep.moe(other, *weights, case.top_k).y.detach()
-        for quiet in (torch.no_grad(), torch.inference_mode()):
-            for weight in weights:
-                weight.grad = None
-            for batch in (x, other):
-                y = ep.moe(batch, *weights, case.top_k).y
-                # It may not use memory that backward needs.
-                with quiet:
-                    assert_bitwise(ep.moe(other, *weights, case.top_k).y, inferred)
-                y.backward(dy)
-            assert_same_bits([weight.grad for weight in weights], expected)
-
-
 @contextmanager
-def recorded() -> Iterator[list[str]]:
-    """Names of the grouped products and combines that are queued while this lasts."""
+def recorded() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
+    """Names and arguments of the grouped products and combines that are queued while this lasts."""
     from sonic_ep.fast import gemm
     from sonic_ep.fast.exchange import Exchange
 
-    seen: list[str] = []
+    seen: list[tuple[str, tuple[Any, ...]]] = []
 
     def noting(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *arguments: seen.append(method.__name__) or method(*arguments)
+        return lambda *arguments: seen.append((method.__name__, arguments)) or method(*arguments)
 
     products = product((gemm.LibraryGemm, gemm.LoopGemm, gemm.TritonGemm), ("rows", "weights"))
     with pytest.MonkeyPatch.context() as patch:
@@ -138,7 +115,7 @@ def test_only_what_is_required_is_computed(rank: Rank, need: str, calls: list[st
         y = ep.moe(x, router_w, w1, w2, case.top_k).y
         with recorded() as seen:
             y.backward(dy)
-    assert seen == calls
+    assert [name for name, _ in seen] == calls
     assert (x.grad is not None) == (need == "x")
 
 
@@ -227,32 +204,37 @@ def test_exact_sizes_are_refused_in_a_graph_by_name(rank: Rank) -> None:
 
 @promise("overflow")
 @on_ranks(2)
-@pytest.mark.parametrize("sync", [False, True])
-def test_overflow_is_loud_and_leaves_the_group_usable(rank: Rank, sync: bool) -> None:
+@pytest.mark.parametrize(("case", "sync"), [(CASES["uniform"], True), (CASES["uniform"], False), (GRAPHED, False)])
+def test_overflow_is_loud_and_leaves_the_group_usable(rank: Rank, case: Case, sync: bool) -> None:
     """More rows than the bound: NaN and an error, or the error at once; and the next call is right again."""
     from sonic_ep.fast.device_errors import PLANS_AHEAD
 
-    inputs = draw(CASES["uniform"], rank.world_size, rank.device)
+    inputs = draw(case, rank.world_size, rank.device)
     tokens, experts = inputs.tokens_of(rank.rank), leaf_experts(inputs.experts, inputs.experts_of(rank.rank))
     arguments = (inputs.topk_scores[tokens], experts.w1, experts.w2, experts.b1, experts.b2)
-    x = leaf(inputs.x[tokens])
-    few = inputs.topk_idx[tokens].clone()
+    x, many = leaf(inputs.x[tokens]), inputs.topk_idx[tokens]
+    few = many.clone()
     few[1:] = -1
     with ExpertParallel(backend="fast", config=EPConfig(max_rows=9, cpu_sync_on_runtime=sync)) as ep:
         expected = ep.moe_routed(x, few, *arguments)
         assert expected.isfinite().all()
         if sync:
             with pytest.raises(RuntimeError, match="max_rows: got 9, expected at least"):
-                ep.moe_routed(x, inputs.topk_idx[tokens], *arguments)
+                ep.moe_routed(x, many, *arguments)
         else:
-            y = ep.moe_routed(x, inputs.topk_idx[tokens], *arguments)
+            with recorded() as seen:
+                y = ep.moe_routed(x, many, *arguments)
+                x_grad, *weight_grads = torch.autograd.grad(y, [x, experts.w1, experts.w2], inputs.dy[tokens])
             assert y.isnan().all()
-            x_grad, *weight_grads = torch.autograd.grad(y, [x, experts.w1, experts.w2], inputs.dy[tokens])
             assert x_grad.isnan().all()
             for grad in weight_grads:
                 # An expert without a row has zeros.
                 assert grad.isnan().any()
                 assert (grad.isnan() | (grad == 0)).all()
+            # PyTorch's products would read past the end.
+            told = [(int(given[3][-1]), len(given[1])) for name, given in seen if name != "sums"]
+            assert len(told) == 6
+            assert all(ends <= rows == 9 for ends, rows in told)
             for _ in range(PLANS_AHEAD - 1):
                 assert_bitwise(ep.moe_routed(x, few, *arguments), expected)
             with pytest.raises(RuntimeError, match="max_rows: got 9, expected at least"):
@@ -264,8 +246,7 @@ def test_overflow_is_loud_and_leaves_the_group_usable(rank: Rank, sync: bool) ->
 @by_modes
 def test_graphs_replayed_among_eager_calls(rank: Rank, modes: Modes) -> None:
     """Three graphs, each replayed three times with new inputs, and eager calls in between."""
-    drawn = [draw(changing(0), rank.world_size, rank.device)]
-    drawn += [draw(replace(drawn[0].case, seed=seed), rank.world_size, rank.device) for seed in (7, 8, 9)]
+    drawn = [draw(replace(changing(0), seed=seed), rank.world_size, rank.device) for seed in (6, 7, 8, 9)]
     tokens = drawn[0].tokens_of(rank.rank)
     with both(modes) as (fast, reference), torch.no_grad():
         idx, x, scores = (tensor[tokens].clone() for tensor in (drawn[0].topk_idx, drawn[0].x, drawn[0].topk_scores))
@@ -292,20 +273,19 @@ def test_a_graph_outlives_growth(rank: Rank) -> None:
     """A graph keeps its shared memory when a larger call replaces it."""
     inputs = draw(changing(0), rank.world_size, rank.device)
     wide = draw(replace(changing(1), hidden=512), rank.world_size, rank.device)
-    tokens = inputs.tokens_of(rank.rank)
     with both(MODES[2]) as (fast, reference), torch.no_grad():
-        expected = outcome_without_gradients(reference, inputs)
-        outcome_without_gradients(fast, inputs)
-        plan, x, scores = plan_of(fast, inputs), inputs.x[tokens], inputs.topk_scores[tokens]
-        graph, y = captured(lambda: fast.combine(fast.dispatch(x, plan), scores, plan))
-        assert_bitwise(outcome_without_gradients(fast, wide), outcome_without_gradients(reference, wide))
+
+        def forward(ep: ExpertParallel, of: Inputs, plan: RoutingPlan) -> Tensor:
+            tokens = of.tokens_of(ep.rank)
+            return ep.combine(ep.dispatch(of.x[tokens], plan), of.topk_scores[tokens], plan)
+
+        expected, of_wide = (forward(reference, of, plan_of(reference, of)) for of in (inputs, wide))
+        plan = plan_of(fast, inputs)
+        forward(fast, inputs, plan)
+        graph, y = captured(lambda: forward(fast, inputs, plan))
+        assert_bitwise(forward(fast, wide, plan_of(fast, wide)), of_wide)
         graph.replay()
         assert_bitwise(y, expected)
-
-
-def outcome_without_gradients(ep: ExpertParallel, inputs: Inputs) -> Tensor:
-    tokens, plan = inputs.tokens_of(ep.rank), plan_of(ep, inputs)
-    return ep.combine(ep.dispatch(inputs.x[tokens], plan), inputs.topk_scores[tokens], plan)
 
 
 @on_ranks(2, pool="cuda_pool")

@@ -11,23 +11,21 @@ from itertools import count, islice
 from pathlib import Path
 from random import Random
 
-import property_run
 import pytest
 import torch
 from exact_inputs import exact_inputs
 from promises import promise
-from property_run import main
-from random_cases import Kind, example_of
-from run_examples import AGAIN, Failure, differences, failures
+from property_run import differences, failures, main
+from random_cases import example_of
 
 from sonic_ep.config import ScoreOrder
-from sonic_ep.testing import Rank, RankPool
+from sonic_ep.testing import RankPool
 from sonic_ep.testing.oracle import moe_oracle, routed_oracle
 
 # Examples in a call of live ranks, and calls. Interpreted, an example takes some ten times as long.
-BATCH = 40
-BATCHES = {"reference": 12, "fast": 4}
-EVERYDAY = {"reference": 6, "fast": 1}
+BATCH = 20
+BATCHES = {"reference": 24, "fast": 8}
+EVERYDAY = {"reference": 4, "fast": 1}
 MOST_SEEDS = 2**31
 
 
@@ -35,7 +33,7 @@ def soon_interpreted(seed: int) -> bool:
     """Exact examples of few ranks: of one rank all, of two every third, of three every sixth."""
     example = example_of(seed)
     every = {1: 1, 2: 3, 3: 6}.get(example.world_size)
-    return example.kind.exact and every is not None and seed % every == 0
+    return example.exact and every is not None and seed % every == 0
 
 
 def seeds_of(backend: str, batch: int) -> list[int]:
@@ -61,7 +59,7 @@ def test_any_example(pool: RankPool, backend: str, batch: int) -> None:
 
 def test_examples_are_of_every_kind() -> None:
     examples = [example_of(seed) for seed in range(BATCH * BATCHES["reference"])]
-    assert {example.kind for example in examples} == set(Kind)
+    assert len({(example.exact, example.routed) for example in examples}) == 4
     assert {example.world_size for example in examples} == {1, 2, 3, 4}
     assert len({example.modes for example in examples}) == 16
     assert len({(e.config.redispatch_x_in_backward, e.config.cpu_sync_on_runtime, e.tight) for e in examples}) == 8
@@ -69,66 +67,24 @@ def test_examples_are_of_every_kind() -> None:
     assert {example.case.score_order for example in examples} == set(ScoreOrder)
     assert any(sum(example.case.tokens) == 0 for example in examples)
     assert any(0 in example.case.tokens and sum(example.case.tokens) for example in examples)
-    assert example_of(7) == example_of(7)
 
 
 def test_exact_examples_are_not_of_zeros() -> None:
     """Zeros alone would be right too often. Plain PyTorch is exact here."""
     zeros: Counter[str] = Counter()
-    examples = [e for e in map(example_of, range(60)) if e.kind.exact and sum(e.case.tokens)]
+    examples = [e for e in map(example_of, range(40)) if e.exact and sum(e.case.tokens)]
     for example in examples:
         inputs = exact_inputs(example)
-        oracle = routed_oracle(inputs) if example.kind.routed else moe_oracle(inputs, inputs.topk_idx)
-        assert differences(oracle.plain, oracle.truth, lambda name: slice(None), "") == []
+        oracle = routed_oracle(inputs) if example.routed else moe_oracle(inputs, inputs.topk_idx)
+        assert differences(oracle.plain, oracle.truth, lambda name: slice(None)) == []
         zeros.update(name for name, truth in oracle.truth.items() if not truth.any())
     # Where all is dropped, or all h are below zero.
     assert max(zeros.values(), default=0) <= len(examples) / 4
 
 
-def test_one_element_that_differs_is_named() -> None:
-    inputs = exact_inputs(next(e for e in map(example_of, range(99)) if e.kind.routed and sum(e.case.tokens) > 2))
-    truth = routed_oracle(inputs).truth
-    wrong = truth["y"].clone()
-    wrong[1, 0] += 1
-    (said,) = differences({**truth, "y": wrong}, truth, lambda name: slice(None), "")
-    assert said.startswith(f"y: 1 of {wrong.numel()} differ, the first at (1, 0): got ")
-    (said,) = differences({**truth, "dx": truth["dx"][1:]}, truth, lambda name: slice(None), "")
-    assert said.startswith("dx: got shape ")
-
-
-def test_the_long_run_counts_what_it_ran(cpu_pool: RankPool, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_long_run_records_what_it_ran(cpu_pool: RankPool, tmp_path: Path) -> None:
     arguments = ["--examples", "2", "--seed", "4", "--backend", "reference", "--json", str(tmp_path / "found.json")]
     assert main([*arguments, "--commit", "a commit"], cpu_pool) == 0
-    assert "reference: 2 of 2 examples, 0 wrong" in capfd.readouterr().out
     document = json.loads((tmp_path / "found.json").read_text())
     assert (document["kind"], document["examples"], document["failures"]) == ("properties", {"reference": 2}, [])
-    assert sum(document["by_modes"].values()) == sum(document["by_world_size"].values()) == 2
-    origin = document["environment"]
-    assert (origin["gpu"], origin["commit"]) == (None, "a commit")
-    assert origin["command"] == "python tests/helpers/property_run.py --examples 2 --seed 4 --backend reference"
-
-
-def test_the_long_run_ends_red_and_says_how_to_see_it_again(
-    cpu_pool: RankPool, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An error on a rank stops the whole batch; its example is still found."""
-    monkeypatch.setattr(property_run, "BATCH", 2)
-    monkeypatch.setattr(property_run, "failures", one_wrong)
-    assert main(["--examples", "2", "--backend", "reference", "--json", str(tmp_path / "found.json")], cpu_pool) == 1
-    said = capfd.readouterr().out
-    assert AGAIN.format("reference", 1) in said
-    assert "reference: 2 of 2 examples, 1 wrong" in said
-    (failure,) = json.loads((tmp_path / "found.json").read_text())["failures"]
-    assert failure["seed"] == 1
-    assert "the cause" in failure["said"][0]
-
-
-def one_wrong(pool: RankPool, backend: str, seeds: range) -> list[Failure]:
-    """As ``failures``, of an example that raises on its rank."""
-    return pool.run(raise_at_one, list(seeds), world_size=1)[0]
-
-
-def raise_at_one(rank: Rank, seeds: list[int]) -> list[Failure]:
-    if 1 in seeds:
-        raise ValueError("the cause")
-    return []
+    assert sum(document["by_modes"].values()) == 2

@@ -14,7 +14,6 @@ Cell = Mapping[str, Any]
 Axes = Mapping[str, Sequence[Any]]
 
 SIZES = (1, 2, 3, 4, 8)
-MOST_INTERPRETED = 4
 DIAGONAL = tuple(zip(DispatchMode, CombineMode, strict=True))
 FLAGS = [
     {"redispatch_x_in_backward": again, "cpu_sync_on_runtime": exact}
@@ -39,11 +38,11 @@ by_backend_and_flags = pytest.mark.parametrize(
 def matrix(everyday: Callable[[Cell], bool] | None = None, **axes: Iterable[Any]) -> pytest.MarkDecorator:
     """Parametrizes a test with every combination of both backends and the values of ``axes``.
 
-    Combinations for which ``everyday`` is false are marked ``thorough``. Its default: a pairwise cover, on two ranks
-    every case of both backends, on one and three ranks every mode.
+    Combinations for which ``everyday`` is false are marked ``thorough``. Its default, on both backends: on two ranks
+    (or the first number of ranks) every case, and every pair of values of the other axes; on one and three, every mode.
     """
     values: Axes = {"backend": BACKENDS, **{name: tuple(axis) for name, axis in axes.items()}}
-    chosen = {tuple(cell[name] for name in values) for cell in _everyday(values)}
+    chosen = () if everyday else {tuple(cell[name] for name in values) for cell in _everyday(values)}
     parameters = []
     for place in product(*values.values()):
         cell = dict(zip(values, place, strict=True))
@@ -55,19 +54,14 @@ def matrix(everyday: Callable[[Cell], bool] | None = None, **axes: Iterable[Any]
 
 
 def _everyday(axes: Axes) -> Iterator[Cell]:
-    sizes = [size for size in axes["world_size"] if size <= MOST_INTERPRETED]
-    yield from pairwise({**axes, "world_size": sizes})
-    if "case" in axes and 2 in sizes:
-        yield from _in_turn(axes, "backend", "case", world_size=2)
-    for size, modes in product({1, 3} & set(sizes), {"dispatch", "combine"} & set(axes)):
-        yield from _in_turn(axes, "backend", modes, world_size=size)
-
-
-def _in_turn(axes: Axes, *names: str, **fixed: Any) -> Iterator[Cell]:
-    """Every combination of the axes ``names``; the values of the others take turns."""
-    for place, values in enumerate(product(*(axes[name] for name in names))):
-        others = {name: axis[place % len(axis)] for name, axis in axes.items()}
-        yield {**others, **dict(zip(names, values, strict=True)), **fixed}
+    sizes, cases = axes["world_size"], axes.get("case", (None,))
+    pairs = pairwise({name: axis for name, axis in axes.items() if name not in ("backend", "world_size", "case")})
+    for place, backend in product(range(max(len(pairs), len(cases))), axes["backend"]):
+        size = 2 if 2 in sizes else sizes[0]
+        yield {"backend": backend, "world_size": size, "case": cases[place % len(cases)], **pairs[place % len(pairs)]}
+    # Among the cases from the tenth on are those with other numbers of tokens on every rank.
+    for size, backend, place in product({1, 3} & set(sizes), axes["backend"], range(9, 9 + len(DispatchMode))):
+        yield {name: axis[place % len(axis)] for name, axis in axes.items()} | {"backend": backend, "world_size": size}
 
 
 def _name(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Many examples of the property tests, or one again: ``python tests/helpers/property_run.py --seed 1 --examples 1``.
+"""Examples of the property tests on live ranks: ``python tests/helpers/property_run.py --seed 1 --examples 1``.
 
 Example i has the seed ``--seed`` + i, and runs on one backend or on both. Exits with 1 and the seeds if any is wrong.
 """
@@ -10,43 +10,159 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from backends import BACKENDS
-from random_cases import example_of
-from run_examples import Failure, failures
+from exact_inputs import exact_inputs
+from limits import HANG_SECONDS
+from random_cases import Example, example_of
+from torch import Tensor
 
+from sonic_ep import ExpertParallel
+from sonic_ep.backend import Experts
 from sonic_ep.distributed.group import device_of_rank
+from sonic_ep.plan import row_ceiling
 from sonic_ep.profiler.machine import environment
-from sonic_ep.testing import RankError, RankPool
+from sonic_ep.testing import Inputs, Rank, RankError, RankPool, draw, verify_moe, verify_routed
+from sonic_ep.testing.oracle import BY_TOKENS, Outcome, moe_oracle, routed_oracle, run_moe, run_routed
 
 BATCH = 50
+# What every rank holds whole.
+OF_ALL = ("drouter_w", "tokens_per_expert")
+COMMAND = "python tests/helpers/property_run.py --examples {} --seed {} --backend {}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """An example that is wrong. again: the command that runs it alone. said: every error."""
+
+    again: str
+    example: str
+    said: list[str]
+
+    def __str__(self) -> str:
+        return "\n  ".join([self.again, self.example, *self.said])
+
+
+def failures(pool: RankPool, backend: str, seeds: Iterable[int]) -> list[Failure]:
+    """Runs the examples, one call for each number of ranks. Raises ``RankError``, with the seed, if one raises."""
+    by_ranks: dict[int, list[int]] = {}
+    for seed in seeds:
+        by_ranks.setdefault(example_of(seed).world_size, []).append(seed)
+    found = []
+    for world_size, group in sorted(by_ranks.items()):
+        timeout = HANG_SECONDS + 10 * len(group)
+        by_rank = pool.run(errors_of_seeds, backend, group, world_size=world_size, timeout=timeout)
+        for seed, of_ranks in zip(group, zip(*by_rank, strict=True), strict=True):
+            said = [f"rank {rank}: {line}" for rank, lines in enumerate(of_ranks) for line in lines]
+            if said:
+                found.append(Failure(again=COMMAND.format(1, seed, backend), example=str(example_of(seed)), said=said))
+    return found
+
+
+def errors_of_seeds(rank: Rank, backend: str, seeds: Sequence[int]) -> list[list[str]]:
+    """The errors of each example on this rank."""
+    found = []
+    for seed in seeds:
+        example = example_of(seed)
+        try:
+            found.append((_exact if example.exact else _accurate)(rank, backend, example))
+        except Exception as error:
+            raise AssertionError(f"{COMMAND.format(1, seed, backend)}: {example} raised {error!r}") from error
+    return found
+
+
+def _exact(rank: Rank, backend: str, example: Example) -> list[str]:
+    inputs = exact_inputs(example)
+    if example.routed:
+        oracle, run, counts = routed_oracle(inputs), run_routed, {}
+    else:
+        oracle, run = moe_oracle(inputs, inputs.topk_idx), run_moe
+        counts = {"tokens_per_expert": torch.bincount(inputs.topk_idx.flatten(), minlength=inputs.case.num_experts)}
+    with _parallel(backend, example, inputs) as ep:
+        outcome = run(_moved(inputs, rank.device), ep)
+        ep.check()
+    return differences(outcome, {**oracle.truth, **counts}, partial(_share, inputs, rank.rank))
+
+
+def _accurate(rank: Rank, backend: str, example: Example) -> list[str]:
+    verify = verify_routed if example.routed else verify_moe
+    with _parallel(backend, example, draw(example.case, example.world_size)) as ep:
+        findings = verify(example.case, ep, rank.device)
+        ep.check()
+    return [str(finding) for finding in findings if not finding.ok]
+
+
+def _parallel(backend: str, example: Example, inputs: Inputs) -> ExpertParallel:
+    config = replace(example.config, max_rows=_rows(inputs, example) if example.tight else None)
+    return ExpertParallel(backend=backend, config=config, max_tokens_per_rank=example.max_tokens)
+
+
+def _rows(inputs: Inputs, example: Example) -> int:
+    """The most rows that a rank receives, or may receive where the tested router decides; at least 1."""
+    case, held = inputs.case, inputs.case.num_experts // inputs.world_size
+    if not example.exact and not example.routed:
+        sizes = {"world_size": inputs.world_size, "max_tokens": max(case.tokens), "top_k": case.top_k}
+        return max(1, row_ceiling(**sizes, experts_per_rank=held, distinct=True))
+    owner_S = inputs.topk_idx[inputs.topk_idx >= 0] // held
+    return max(1, int(torch.bincount(owner_S.long(), minlength=1).max()))
+
+
+def _moved(inputs: Inputs, device: torch.device) -> Inputs:
+    def moved(of: Inputs | Experts) -> dict[str, Tensor]:
+        return {name: value.to(device) for name, value in vars(of).items() if isinstance(value, Tensor)}
+
+    return replace(inputs, **moved(inputs), experts=replace(inputs.experts, **moved(inputs.experts)))
+
+
+def _share(inputs: Inputs, rank: int, name: str) -> slice:
+    if name in OF_ALL:
+        return slice(None)
+    return inputs.tokens_of(rank) if name in BY_TOKENS else inputs.experts_of(rank)
+
+
+def differences(outcome: Outcome, truth: Outcome, share: Callable[[str], slice]) -> list[str]:
+    """Where ``outcome`` differs from the truth. +0 equals -0."""
+    said = []
+    for name, whole in truth.items():
+        got = outcome[name].cpu()
+        expected = whole[share(name)].to(got.dtype)
+        if got.shape != expected.shape:
+            said.append(f"{name}: got shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
+        elif (wrong := got != expected).any():
+            first = tuple(wrong.nonzero()[0].tolist())
+            values = f"got {got[first].item()!r}, expected {expected[first].item()!r}"
+            said.append(f"{name}: {int(wrong.sum())} of {wrong.numel()} differ, the first at {first}: {values}")
+    return said
 
 
 def main(arguments: Sequence[str] | None = None, live: RankPool | None = None) -> int:
     """Returns an exit code. live: ranks to use instead of ranks of its own."""
     options = _options(arguments)
-    seeds = range(options.seed, options.seed + options.examples)
     backends = BACKENDS if options.backend == "both" else [options.backend]
-    started = time.monotonic()
-    found: list[Failure] = []
+    started, found = time.monotonic(), []
     with RankPool(options.device) if live is None else nullcontext(live) as pool:
         for backend in backends:
-            for first in range(0, len(seeds), BATCH):
-                batch = seeds[first : first + BATCH]
-                found += _failures(pool, backend, batch)
-                done = f"{backend}: {batch.stop - options.seed} of {options.examples} examples"
+            for first in range(0, options.examples, BATCH):
+                count = min(BATCH, options.examples - first)
+                seeds = range(options.seed + first, options.seed + first + count)
+                try:
+                    found += failures(pool, backend, seeds)
+                except RankError as error:
+                    again = COMMAND.format(count, seeds.start, backend)
+                    found.append(Failure(again=again, example="one of these", said=[str(error)]))
+                done = f"{backend}: {first + count} of {options.examples} examples"
                 print(f"{done}, {len(found)} wrong, {time.monotonic() - started:.0f} s", flush=True)
-    for failure in found:
-        print(failure, flush=True)
+    print(*found, sep="\n", flush=True)
     if options.json is not None:
-        document = _document(options, backends, found, time.monotonic() - started)
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+        document = {**_document(options, backends), "seconds": round(time.monotonic() - started, 1)}
+        options.json.write_text(json.dumps({**document, "failures": list(map(asdict, found))}, indent=2) + "\n")
     return 1 if found else 0
 
 
@@ -64,39 +180,18 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _failures(pool: RankPool, backend: str, batch: range) -> list[Failure]:
-    """Failures of the batch; where ranks have stopped at an error, each example runs by itself."""
-    try:
-        return failures(pool, backend, batch)
-    except RankError as error:
-        if len(batch) == 1:
-            return [Failure(backend=backend, seed=batch.start, said=(str(error),))]
-        return [failure for seed in batch for failure in _failures(pool, backend, range(seed, seed + 1))]
-
-
-def _document(
-    options: argparse.Namespace, backends: Sequence[str], found: Sequence[Failure], seconds: float
-) -> dict[str, Any]:
+def _document(options: argparse.Namespace, backends: Sequence[str]) -> dict[str, Any]:
     examples = [example_of(seed) for seed in range(options.seed, options.seed + options.examples)]
     device = device_of_rank(0) if options.device == "cuda" else torch.device("cpu")
-    which = f"--examples {options.examples} --seed {options.seed} --backend {options.backend}"
-    command = f"python tests/helpers/property_run.py {which}"
+    command = COMMAND.format(options.examples, options.seed, options.backend)
     most = max(example.world_size for example in examples)
     return {
         "kind": "properties",
         "environment": environment(device, most, options.commit, command),
         "examples": {backend: len(examples) for backend in backends},
-        "by_kind": _counted(e.kind.value for e in examples),
-        "by_world_size": _counted(str(e.world_size) for e in examples),
-        "by_modes": _counted(e.modes for e in examples),
-        "by_dtype": _counted(str(e.case.dtype).removeprefix("torch.") for e in examples),
-        "seconds": round(seconds, 1),
-        "failures": [{"again": failure.again, **asdict(failure)} for failure in found],
+        "by_kind": Counter(example.case.name for example in examples),
+        "by_modes": Counter(example.modes for example in examples),
     }
-
-
-def _counted(values: Iterable[str]) -> dict[str, int]:
-    return dict(sorted(Counter(values).items()))
 
 
 if __name__ == "__main__":

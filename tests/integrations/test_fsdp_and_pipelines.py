@@ -2,8 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +31,7 @@ LOSS = nn.MSELoss(reduction="sum")
 
 
 @promise("split-backward")
-@on_ranks(1, 2)
+@on_ranks(2)
 @pytest.mark.parametrize(("top_k", "balanced"), [(3, False), (6, True)])
 @both_backends
 def test_backward_in_two_halves(rank: Rank, backend: str, top_k: int, balanced: bool) -> None:
@@ -139,6 +138,7 @@ def test_an_interleaved_schedule_that_splits_backward(rank: Rank, backend: str) 
 
 
 Gradients = dict[str, Tensor | None]
+Call = Callable[[nn.Module, Tensor], Tensor]
 
 
 class Net(nn.Module):
@@ -157,16 +157,7 @@ class Net(nn.Module):
         return self.back(y)
 
 
-@contextmanager
-def alone(rank: Rank, backend: str) -> Iterator[tuple[ExpertParallel, DeviceMesh]]:
-    """A group of this rank alone, and the mesh of all ranks."""
-    mesh = init_device_mesh(rank.device.type, (rank.world_size,))
-    own = [dist.new_group([other]) for other in range(rank.world_size)][rank.rank]
-    with ExpertParallel(own, backend=backend) as ep:
-        yield ep, mesh
-
-
-def gradients_of(module: nn.Module, rank: Rank, call: Callable[[nn.Module, Tensor], Tensor]) -> Gradients:
+def gradients_of(module: nn.Module, rank: Rank, call: Call) -> Gradients:
     """Of this rank's x and of every parameter, unsharded."""
     module.zero_grad()
     torch.manual_seed(10 + rank.rank)
@@ -188,7 +179,14 @@ def averaged(gradients: Gradients, mesh: DeviceMesh) -> Gradients:
     return gradients
 
 
-def assert_same(found: Gradients, expected: Gradients) -> None:
+def assert_sharded_is_right(
+    rank: Rank, mesh: DeviceMesh, module: nn.Module, shard: Callable[[], object], calls: Sequence[Call]
+) -> None:
+    """calls: without FSDP, and with it."""
+    expected = averaged(gradients_of(module, rank, calls[0]), mesh)
+    module.zero_grad()
+    shard()
+    found = gradients_of(module, rank, calls[-1])
     assert found.keys() == expected.keys()
     for name, want in expected.items():
         got = found[name]
@@ -202,38 +200,34 @@ def assert_sharded_layer_is_right(rank: Rank, ep: ExpertParallel, mesh: DeviceMe
     """The layer as the root of FSDP, its output written in place."""
     torch.manual_seed(3)
     layer = MoE(HIDDEN, 4, 4, 2, ep=ep, bias=True, device=rank.device)
-    expected = averaged(gradients_of(layer, rank, lambda layer, x: layer(x).y + x), mesh)
-    layer.zero_grad()
-    fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
-    assert_same(gradients_of(layer, rank, lambda layer, x: layer(x).y.add_(x)), expected)
-
-
-@promise("fsdp")
-@on_ranks(2)
-@pytest.mark.parametrize("reshard", [True, False])
-@both_backends
-def test_a_sharded_layer_whose_output_is_written_in_place(rank: Rank, backend: str, reshard: bool) -> None:
-    with alone(rank, backend) as (ep, mesh):
-        assert_sharded_layer_is_right(rank, ep, mesh, reshard)
+    calls = (lambda layer, x: layer(x).y + x, lambda layer, x: layer(x).y.add_(x))
+    assert_sharded_is_right(
+        rank, mesh, layer, lambda: fully_shard(layer, mesh=mesh, reshard_after_forward=reshard), calls
+    )
 
 
 @promise("fsdp")
 @on_ranks(2)
 @both_backends
-def test_a_sharded_layer_inside_a_sharded_net(rank: Rank, backend: str) -> None:
-    with alone(rank, backend) as (ep, mesh):
+def test_a_sharded_layer_and_a_net_around_one(rank: Rank, backend: str) -> None:
+    mesh = init_device_mesh(rank.device.type, (rank.world_size,))
+    own = [dist.new_group([other]) for other in range(rank.world_size)][rank.rank]
+    with ExpertParallel(own, backend=backend) as ep:
+        for reshard in (True, False):
+            assert_sharded_layer_is_right(rank, ep, mesh, reshard)
         torch.manual_seed(3)
         net = Net(ep, rank.device)
-        expected = averaged(gradients_of(net, rank, nn.Module.__call__), mesh)
-        net.zero_grad()
-        fully_shard(net.moe, mesh=mesh, reshard_after_forward=True)
-        fully_shard(net, mesh=mesh)
-        assert_same(gradients_of(net, rank, nn.Module.__call__), expected)
+
+        def shard() -> None:
+            fully_shard(net.moe, mesh=mesh, reshard_after_forward=True)
+            fully_shard(net, mesh=mesh)
+
+        assert_sharded_is_right(rank, mesh, net, shard, [nn.Module.__call__])
 
 
 @promise("fsdp")
 @on_ranks(4, pool="cpu_pool")
-@both_backends
+@pytest.mark.parametrize("backend", ["reference", pytest.param("fast", marks=pytest.mark.thorough)])
 def test_groups_of_two_ranks_whose_replicas_are_sharded(rank: Rank, backend: str) -> None:
     mesh = init_device_mesh(rank.device.type, (2, 2), mesh_dim_names=("data", "expert"))
     with ExpertParallel(mesh["expert"], backend=backend) as ep:

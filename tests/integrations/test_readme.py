@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 EXAMPLE, PROFILES, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.thorough), 2])
 def test_the_example_runs_on_one_rank_and_on_several(nproc: int, tmp_path: Path) -> None:
     script = tmp_path / "this_file.py"
     script.write_text(EXAMPLE)

@@ -4,11 +4,13 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from backends import both_backends
 from promises import promise
 from training_example import module_of_example, no_launcher, train
 
@@ -32,8 +34,8 @@ def settings_of(*arguments: str) -> Any:
     return module_of_example("lm_options").parse_settings(["--backend=reference", *arguments], None)
 
 
-def layouts(ranks: int, steps: int = 2000, seed: int = 0) -> Any:
-    return settings_of(f"--nproc={ranks}", f"--steps={steps}", f"--seed={seed}", "--soak").course.layouts
+def layouts(ranks: int, seed: int = 0) -> Any:
+    return settings_of(f"--nproc={ranks}", "--steps=2000", f"--seed={seed}", "--soak").course.layouts
 
 
 def samples(**changed: list[int]) -> list[Any]:
@@ -61,11 +63,7 @@ def test_tokens_change_from_step_to_step_and_are_the_whole_batch(ranks: int) -> 
         # In its first step a rank has the whole batch.
         assert found[rank].tokens == tuple(16 * 64 * (other == rank) for other in range(ranks))
     assert sum(layout.one_byte for layout in found) == 2000 // 8 - (ranks > 0)
-
-
-def test_seeds_give_steps_of_their_own() -> None:
-    assert layouts(2, 50, seed=1) == layouts(2, 50, seed=1)
-    assert layouts(2, 50, seed=1) != layouts(2, 50, seed=2)
+    assert found == layouts(ranks) != layouts(ranks, seed=1)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -103,6 +101,7 @@ def judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Judge:
     return judged
 
 
+@promise("steady-steps")
 def test_a_soak_of_two_ranks(recorded: Any, judge: Judge) -> None:
     settings = settings_of("--nproc=2", *SOAK)
     tokens = [logits.shape[1] for logits in recorded.logits]
@@ -127,7 +126,8 @@ def test_a_soak_of_two_ranks(recorded: Any, judge: Judge) -> None:
 
 
 @promise("steady-steps")
-@pytest.mark.parametrize("backend", ["reference", pytest.param("fast", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@both_backends
 def test_nothing_is_left_between_steps(pool: RankPool, backend: str) -> None:
     """On a GPU its memory too, to the byte."""
     module_of_example("lm_runs")
@@ -137,7 +137,8 @@ def test_nothing_is_left_between_steps(pool: RankPool, backend: str) -> None:
     assert len(levels) >= 2 * 3
 
 
-def test_a_loss_that_is_off_is_red(recorded: Any, judge: Judge) -> None:
+@promise("steady-steps")
+def test_a_loss_that_is_off_and_memory_that_grows_are_red(recorded: Any, judge: Judge) -> None:
     off = recorded.losses.clone()
     off[-1] += 1e-4
     code, document, said = judge(replace(recorded, losses=off, held=()))
@@ -146,10 +147,6 @@ def test_a_loss_that_is_off_is_red(recorded: Any, judge: Judge) -> None:
     # And so are tokens in another order.
     turned = replace(recorded, logits=[logits.flip(1) for logits in recorded.logits])
     assert not module_of_example("lm_runs").train_densely(settings_of("--nproc=2", *SOAK), turned, CPU).logits.ok
-
-
-@promise("steady-steps")
-def test_memory_that_grows_is_red(recorded: Any, judge: Judge) -> None:
     growing = (held(samples()), held(samples(allocated=[7, 7, 8, 9]), rank=1))
     code, document, said = judge(replace(recorded, held=growing))
     run = document["runs"]["reference"]
@@ -163,32 +160,21 @@ def grown(name: str, *values: int, tokens: int = 1) -> list[str]:
     return [level.name for level in held(samples(**{name: list(values)}), tokens).levels if not level.flat]
 
 
-@pytest.mark.parametrize("name", EQUAL)
-@pytest.mark.parametrize("values", [[7, 7, 7, 8], [7, 7, 8, 7], [7, 7, 7, 6]])
-def test_what_has_to_stay_equal(name: str, values: list[int]) -> None:
-    assert grown(name, *values) == [name]
-
-
-# Python takes a MiB, and the C library 128 KiB in each of 7 threads; a page of a device are two MiB.
-@pytest.mark.parametrize(("name", "unit"), [("anonymous", 2**20 + 7 * 2**17), ("used", 2**21)])
-def test_what_may_grow_by_an_allocation_or_a_number_a_token(name: str, unit: int) -> None:
-    assert grown(name, 7, 7, 7, 7 + unit) == []
-    assert grown(name, 7, 7, 7, 7 + unit + 1) == [name]
+def test_what_has_to_stay_equal_and_what_may_grow() -> None:
+    """By an allocation, or by a number for each token. The warm-up may, and needs samples behind it."""
+    for name, values in product(EQUAL, ([7, 7, 7, 8], [7, 7, 8, 7], [7, 7, 7, 6])):
+        assert grown(name, *values) == [name]
     tokens, most = 10**6, 4 * 2 * 10**6
-    assert grown(name, 7, 7, 7, 7 + most, tokens=tokens) == []
-    assert grown(name, 7, 7, 7, 0, tokens=tokens) == []
-    assert grown(name, 7, 7, 7 + most + 1, 7, tokens=tokens) == [name]
-
-
-def test_the_warm_up_may_grow_and_needs_samples_behind_it() -> None:
+    # Python takes a MiB, and the C library 128 KiB in each of 7 threads; a page of a device are two MiB.
+    for name, unit in (("anonymous", 2**20 + 7 * 2**17), ("used", 2**21)):
+        assert grown(name, 7, 7, 7, 7 + unit) == []
+        assert grown(name, 7, 7, 7, 7 + unit + 1) == [name]
+        assert grown(name, 7, 7, 7, 7 + most, tokens=tokens) == []
+        assert grown(name, 7, 7, 7, 0, tokens=tokens) == []
+        assert grown(name, 7, 7, 7 + most + 1, 7, tokens=tokens) == [name]
     assert held(samples(**{name: [1, 7, 7, 7] for name in [*EQUAL, *BOUNDED]}), tokens=0).flat
     with pytest.raises(ValueError, match="got 1 samples behind a warm-up of 4 steps"):
         held(samples(), warm_up=4)
-
-
-def started(thread: threading.Thread) -> threading.Thread:
-    thread.start()
-    return thread
 
 
 @pytest.mark.parametrize("leak", ["nothing", "tensors", "descriptors", "threads"])
@@ -200,12 +186,14 @@ def test_a_step_that_leaves_something_behind_is_red(leak: str, tmp_path: Path) -
         "nothing": lambda: None,
         "tensors": lambda: torch.zeros(1),
         "descriptors": lambda: (tmp_path / str(len(kept))).open("w"),
-        "threads": lambda: started(threading.Thread(target=over.wait)),
+        "threads": lambda: threading.Thread(target=over.wait),
     }
 
     def leaking(steps: Iterator[Any]) -> Iterator[Any]:
         while True:
             kept.append(leaks[leak]())
+            if leak == "threads":
+                kept[-1].start()
             yield next(steps)
 
     ep = runs.ExpertParallel(backend="reference", max_tokens_per_rank=16)

@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +30,6 @@ def alone() -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finished:
-    """What the example says. numbers: its JSON. folder: of what it writes."""
-
-    code: int
-    stdout: str
-    folder: Path
-
-    @property
-    def numbers(self) -> dict[str, Any]:
-        return json.loads((self.folder / "numbers.json").read_text())
-
-    @property
-    def runs(self) -> dict[str, dict[str, Any]]:
-        return self.numbers["runs"]
-
-
 def command(*options: str) -> list[str]:
     return [sys.executable, str(EXAMPLES / "train_lm.py"), *options]
 
@@ -59,17 +43,16 @@ def without_gpus() -> dict[str, str]:
     return {**others, "CUDA_VISIBLE_DEVICES": ""}
 
 
-def finish(folder: Path, *options: str, env: dict[str, str]) -> Finished:
+def numbers_in(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "numbers.json").read_text())
+
+
+def finish(folder: Path, *options: str, env: dict[str, str]) -> str:
+    """What the example says; its JSON is in ``folder``."""
     line = command("--nproc=2", "--output=picture.png", "--json=numbers.json", *options)
     done = subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
-    return Finished(code=0, stdout=done.stdout, folder=folder)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    flags = ["--redispatch_x_in_backward", "--cpu-sync-on-runtime", "--dispatch=rank_dedup"]
-    return finish(tmp_path_factory.mktemp("train_lm"), f"--steps={STEPS}", *flags, env=environment())
+    return done.stdout
 
 
 def assert_agrees(run: dict[str, Any]) -> None:
@@ -80,135 +63,6 @@ def assert_agrees(run: dict[str, Any]) -> None:
             assert tested <= bound < 1e-4
 
 
-def test_losses_of_all_runs_fall_and_agree(finished: Finished) -> None:
-    assert finished.numbers["agree"] is True
-    for backend, run in finished.runs.items():
-        assert_agrees(run)
-        for losses in run["losses"].values():
-            assert len(losses) == STEPS
-            assert losses[-1] < losses[0] - 1
-        first, last = (run["losses"]["expert_parallel"][place] for place in (0, -1))
-        assert f"{backend}: loss {first:.3f} -> {last:.3f} in {STEPS} steps" in finished.stdout
-        assert f"{backend}: losses agree: largest distance" in finished.stdout
-    assert " s in all" in finished.stdout
-
-
-def test_every_backend_runs_or_one_line_says_why_not(finished: Finished) -> None:
-    lines = finished.stdout.splitlines()
-    started = [line.split(",")[0] for line in lines if line.startswith("backend ")]
-    assert started == [f"backend {backend}" for backend in finished.runs]
-    left_out = [] if "fast" in finished.runs else [f"no fast run: {finished.numbers['left_out']}"]
-    assert list(finished.runs) == ["reference", "fast"][: 2 - len(left_out)]
-    assert [line for line in lines if line.startswith("no fast run: ")] == left_out
-
-
-def test_picture_is_written(finished: Finished) -> None:
-    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'sonic-ep[viz]'")
-    assert (finished.folder / "picture.png").read_bytes().startswith(PNG_SIGNATURE)
-
-
-@pytest.mark.fast
-def test_the_fast_backend_trains_as_the_reference_does(tmp_path: Path) -> None:
-    """On the CPU, where its kernels are interpreted, at the smallest sizes."""
-    env = {**without_gpus(), "TRITON_INTERPRET": "1"}
-    done = finish(tmp_path, "--backend=fast", "--steps=2", "--context=2", env=env)
-    assert list(done.runs) == ["reference", "fast"]
-    for backend, run in done.runs.items():
-        assert f"backend {backend}, 2 ranks on cpu" in done.stdout
-        assert_agrees(run)
-    assert done.numbers["agree"] is True
-
-
-Judge = Callable[[dict[str, float]], Finished]
-
-
-@pytest.fixture
-def judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Judge:
-    """Trains on one rank, and judges a second run beside it: the same but for what is added to its numbers."""
-    runs, model, training = (module_of_example(f"lm_{name}") for name in ("runs", "model", "training"))
-    written = [f"--json={tmp_path / 'numbers.json'}", f"--output={tmp_path / 'picture.png'}"]
-    sizes = ["--nproc=1", "--backend=reference", "--steps=3", "--context=4"]
-    settings = module_of_example("lm_options").parse_settings([*sizes, *written], None)
-
-    def judged(added: dict[str, float]) -> Finished:
-        ep = runs.ExpertParallel(backend="reference")
-        lone = runs.build(settings, ep, model.ExpertParallelFeedForward, CPU)
-        steps = list(runs.steps_of(lone, settings, training.OneProcess(), CPU))
-        loss, logits = (torch.stack([getattr(step, name) for step in steps]) for name in ("loss", "logits"))
-        second = {"losses": loss + added.get("loss", 0.0), "logits": logits + added.get("logits", 0.0)}
-        recorded = [
-            runs.Recorded(backend="reference", losses=loss, logits=logits),
-            runs.Recorded(backend="fast", **second),
-        ]
-        outcomes = [runs.train_densely(settings, run, CPU) for run in recorded]
-        code = module_of_example("train_lm").judge(outcomes, recorded, settings, CPU)
-        return Finished(code=code, stdout=capsys.readouterr().out, folder=tmp_path)
-
-    return judged
-
-
-def test_two_runs_that_agree_are_green(judge: Judge) -> None:
-    found = judge({})
-    assert found.code == 0
-    assert found.numbers["agree"] is True
-    assert found.runs["fast"] == found.runs["reference"]
-
-
-# A shift of all logits of a token leaves its choices as they are, and with them the dense losses.
-@pytest.mark.parametrize(
-    ("compared", "shift", "said"),
-    [("loss", 1e-4, "losses"), ("loss", math.nan, "losses"), ("logits", 1e-4, "router logits")],
-)
-def test_a_second_run_that_deviates_is_red(judge: Judge, compared: str, shift: float, said: str) -> None:
-    found = judge({compared: shift})
-    assert (found.code, found.numbers["agree"]) == (1, False)
-    assert {backend: run["agree"] for backend, run in found.runs.items()} == {"reference": True, "fast": False}
-    assert found.stdout.count("DIFFER") == 1
-    assert f"fast: {said} DIFFER" in found.stdout
-
-
-Pretend = Callable[[int, bool], None]
-
-
-@pytest.fixture
-def pretend(monkeypatch: pytest.MonkeyPatch) -> Pretend:
-    """Has the example take this machine for one with so many GPUs, with or without the interpreter."""
-
-    def become(gpus: int, interpreted: bool) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _index: (9, 0))
-        monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda _a, _b: True)
-        for name in ("sonic_ep.fast", "sonic_ep.fast.capabilities"):
-            monkeypatch.setattr(f"{name}.interpreted", lambda: interpreted)
-
-    return become
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize(
-    ("gpus", "interpreted", "asked", "backends", "left_out"),
-    [
-        (0, False, "auto", ["reference"], NO_GPU),
-        (0, False, "reference", ["reference"], None),
-        (0, True, "auto", ["reference"], SLOW),
-        (0, True, "fast", ["reference", "fast"], None),
-        (2, False, "auto", ["reference", "fast"], None),
-        (2, False, "fast", ["reference", "fast"], None),
-        (2, False, "reference", ["reference"], None),
-        (1, False, "auto", ["reference"], "got 1 GPUs for 2 ranks, expected one for each"),
-    ],
-)
-def test_runs_that_are_asked_for(
-    pretend: Pretend, gpus: int, interpreted: bool, asked: str, backends: list[str], left_out: str | None
-) -> None:
-    pretend(gpus, interpreted)
-    tested = module_of_example("lm_options").parse_settings(["--nproc=2", f"--backend={asked}"], None).tested
-    assert list(tested.backends) == backends
-    assert (tested.left_out is None) == (left_out is None)
-    assert left_out is None or left_out in tested.left_out
-
-
 def agreement_of(run: dict[str, Any], shift: float) -> Any:
     comparison, distances = module_of_example("lm_comparison"), run["loss_distance"]
     columns = (distances["expert_parallel"], distances["dense_fp32"], run["losses"]["dense_fp64"])
@@ -216,34 +70,122 @@ def agreement_of(run: dict[str, Any], shift: float) -> Any:
     return comparison.agreement("losses", gaps)
 
 
-def test_bounds_follow_from_the_dense_runs(finished: Finished) -> None:
-    for run in finished.runs.values():
+def test_losses_of_all_runs_fall_and_agree(tmp_path: Path) -> None:
+    """Every backend runs, or one line says why not; a bound follows from the dense runs."""
+    flags = ["--redispatch_x_in_backward", "--cpu-sync-on-runtime", "--dispatch=rank_dedup"]
+    said = finish(tmp_path, f"--steps={STEPS}", *flags, env=environment())
+    numbers, lines = numbers_in(tmp_path), said.splitlines()
+    runs = numbers["runs"]
+    assert numbers["agree"] is True
+    for backend, run in runs.items():
+        assert_agrees(run)
+        for losses in run["losses"].values():
+            assert len(losses) == STEPS
+            assert losses[-1] < losses[0] - 1
+        first, last = (run["losses"]["expert_parallel"][place] for place in (0, -1))
+        assert f"{backend}: loss {first:.3f} -> {last:.3f} in {STEPS} steps" in said
+        assert f"{backend}: losses agree: largest distance" in said
         found = agreement_of(run, 0.0)
         assert found.ok
         assert list(found.bounds) == run["loss_distance"]["bound"]
-        for shift in (1e-3, 1e-5, math.inf, math.nan):
-            assert not agreement_of(run, shift).ok
-
-
-def assert_refused(wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        module_of_example("lm_options").parse_settings(wrong, None)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+        assert not any(agreement_of(run, shift).ok for shift in (1e-3, 1e-5, math.inf, math.nan))
+    assert " s in all" in said
+    started = [line.split(",")[0] for line in lines if line.startswith("backend ")]
+    assert started == [f"backend {backend}" for backend in runs]
+    left_out = [] if "fast" in runs else [f"no fast run: {numbers['left_out']}"]
+    assert list(runs) == ["reference", "fast"][: 2 - len(left_out)]
+    assert [line for line in lines if line.startswith("no fast run: ")] == left_out
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'sonic-ep[viz]'")
+    assert (tmp_path / "picture.png").read_bytes().startswith(PNG_SIGNATURE)
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize(("gpus", "reason"), [(0, NO_GPU), (1, "got 1 GPUs for 2 ranks")])
-def test_fast_by_name_where_it_cannot_run_is_an_error(
-    pretend: Pretend, capsys: pytest.CaptureFixture[str], gpus: int, reason: str
+def test_the_fast_backend_trains_as_the_reference_does(tmp_path: Path) -> None:
+    """On the CPU, where its kernels are interpreted, at the smallest sizes."""
+    env = {**without_gpus(), "TRITON_INTERPRET": "1"}
+    said = finish(tmp_path, "--backend=fast", "--steps=2", "--context=2", env=env)
+    numbers = numbers_in(tmp_path)
+    assert list(numbers["runs"]) == ["reference", "fast"]
+    for backend, run in numbers["runs"].items():
+        assert f"backend {backend}, 2 ranks on cpu" in said
+        assert_agrees(run)
+    assert numbers["agree"] is True
+
+
+def test_a_second_run_that_deviates_is_red(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second run is the first, on one rank, but for a shift."""
+    runs, model, training = (module_of_example(f"lm_{name}") for name in ("runs", "model", "training"))
+    written = [f"--json={tmp_path / 'numbers.json'}", f"--output={tmp_path / 'picture.png'}"]
+    sizes = ["--nproc=1", "--backend=reference", "--steps=3", "--context=4"]
+    settings = module_of_example("lm_options").parse_settings([*sizes, *written], None)
+    lone = runs.build(settings, runs.ExpertParallel(backend="reference"), model.ExpertParallelFeedForward, CPU)
+    steps = list(runs.steps_of(lone, settings, training.OneProcess(), CPU))
+    losses, logits = (torch.stack([getattr(step, name) for step in steps]) for name in ("loss", "logits"))
+    first = runs.Recorded(backend="reference", losses=losses, logits=logits)
+    outcome = runs.train_densely(settings, first, CPU)
+    # A shift of all logits of a token leaves its choices as they are, and with them the dense losses.
+    for changed, said in (
+        ({}, None),
+        ({"losses": losses + 1e-4}, "losses"),
+        ({"losses": losses + math.nan}, "losses"),
+        ({"logits": logits + 1e-4}, "router logits"),
+    ):
+        second = replace(first, backend="fast", **changed)
+        outcomes = [outcome, runs.train_densely(settings, second, CPU)]
+        code = module_of_example("train_lm").judge(outcomes, [first, second], settings, CPU)
+        numbers, stdout = numbers_in(tmp_path), capsys.readouterr().out
+        agree = {name: run["agree"] for name, run in numbers["runs"].items()}
+        assert (code, numbers["agree"]) == ((0, True) if said is None else (1, False))
+        assert agree == {"reference": True, "fast": said is None}
+        assert stdout.count("DIFFER") == (said is not None)
+        assert said is None or f"fast: {said} DIFFER" in stdout
+        assert said is not None or numbers["runs"]["fast"] == numbers["runs"]["reference"]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("gpus", "interpreted", "asked", "backends", "said"),
+    [
+        (0, False, "auto", ["reference"], NO_GPU),
+        (0, False, "reference", ["reference"], ""),
+        (0, False, "fast", None, NO_GPU),
+        (0, True, "auto", ["reference"], SLOW),
+        (0, True, "fast", ["reference", "fast"], ""),
+        (2, False, "auto", ["reference", "fast"], ""),
+        (2, False, "fast", ["reference", "fast"], ""),
+        (2, False, "reference", ["reference"], ""),
+        (1, False, "auto", ["reference"], "got 1 GPUs for 2 ranks, expected one for each"),
+        (1, False, "fast", None, "got 1 GPUs for 2 ranks"),
+    ],
+)
+def test_runs_that_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    gpus: int,
+    interpreted: bool,
+    asked: str,
+    backends: list[str] | None,
+    said: str,
 ) -> None:
-    pretend(gpus, False)
-    assert_refused(["--nproc=2", "--backend=fast"], reason, capsys)
+    """On a machine with so many GPUs, with or without the interpreter. backends: None where the call is refused."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda _a, _b: True)
+    for name in ("sonic_ep.fast", "sonic_ep.fast.capabilities"):
+        monkeypatch.setattr(f"{name}.interpreted", lambda: interpreted)
+    with nullcontext() if backends else pytest.raises(SystemExit, match="2"):
+        tested = module_of_example("lm_options").parse_settings(["--nproc=2", f"--backend={asked}"], None).tested
+        assert list(tested.backends) == backends
+        assert (tested.left_out is None) == (not said)
+        assert said in (tested.left_out or "")
+    assert backends is not None or said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ("--nproc=0", "--nproc: got '0'"),
         ("--steps 0", "--steps: got '0', expected a whole number from 1 to"),
         ("--steps many", "--steps: got 'many', expected a whole number"),
         ("--nproc -1", "--nproc: got '-1', expected a whole number from 1 to 16"),
@@ -261,16 +203,17 @@ def test_fast_by_name_where_it_cannot_run_is_an_error(
     ],
 )
 def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str], wrong: str, message: str) -> None:
-    assert_refused(wrong.split(), message, capsys)
+    with pytest.raises(SystemExit) as stop:
+        module_of_example("lm_options").parse_settings(wrong.split(), None)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("wrong", "message"), [("--nproc=0", "--nproc: got '0'"), ("--backend=fast", NO_GPU)])
-def test_wrong_arguments_start_no_ranks(tmp_path: Path, wrong: str, message: str) -> None:
+def test_wrong_arguments_start_no_ranks(tmp_path: Path) -> None:
     options = {"cwd": tmp_path, "env": without_gpus(), "capture_output": True, "text": True, "timeout": HANG_SECONDS}
-    done = subprocess.run(command(wrong), **options)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert not done.stdout
+    done = subprocess.run(command("--backend=fast"), **options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert NO_GPU in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -180,19 +180,19 @@ def trained(rank: Rank, wrapper: str, way: str) -> tuple[dict[str, Tensor], floa
     return parameters(names), scaler.get_scale()
 
 
-@by_wrapper
 @pytest.mark.parametrize("way", [PLAIN, CLIPPED, SCALED, ADAPTED])
-def test_a_wrapped_model_trains_like_one_process_with_all_tokens(cpu_pool: RankPool, wrapper: str, way: str) -> None:
+def test_a_wrapped_model_trains_like_one_process_with_all_tokens(cpu_pool: RankPool, way: str) -> None:
     ((alone, scale),) = cpu_pool.run(trained, NONE, way, world_size=1)
-    shares = cpu_pool.run(trained, wrapper, way, world_size=2)
-    assert [scale_there for _, scale_there in shares] == [scale, scale]
-    for name, expected in alone.items():
-        here, there = (share[name] for share, _ in shares)
-        of_experts = name.startswith("layer.") and name != "layer.router_w"
-        # Gradients are sums over all tokens, in another order.
-        assert_near(torch.cat([here, there]) if of_experts else here, expected, units=len(CUTS) * TOKENS)
-        if not of_experts:
-            assert_bitwise(there, here, name)
+    for wrapper in WRAPPERS:
+        shares = cpu_pool.run(trained, wrapper, way, world_size=2)
+        assert [scale_there for _, scale_there in shares] == [scale, scale], wrapper
+        for name, expected in alone.items():
+            here, there = (share[name] for share, _ in shares)
+            of_experts = name.startswith("layer.") and name != "layer.router_w"
+            # Gradients are sums over all tokens, in another order.
+            assert_near(torch.cat([here, there]) if of_experts else here, expected, units=len(CUTS) * TOKENS)
+            if not of_experts:
+                assert_bitwise(there, here, f"{name} in {wrapper}")
 
 
 def of_both_ranks(value: Any) -> list[Any]:
@@ -231,19 +231,15 @@ def in_ddp(rank: Rank, **options: Any) -> Names:
 
 
 @on_ranks(2, pool="cpu_pool")
-def test_a_router_gradient_that_is_summed_before_the_wrapper_averages_is_w_times_the_mean(rank: Rank) -> None:
+def test_without_the_lines_router_gradients_are_w_times_the_mean_and_each_rank_clips_by_another_norm(
+    rank: Rank,
+) -> None:
     grads = []
-    for reduced in (False, True):
+    for reduced in (True, False):
         names = in_ddp(rank, reduce_router_grad=reduced)
         loss_of(names, 0).backward()
-        grads.append(names["layer"].router_w.grad)
-    assert_bitwise(grads[1], 2 * grads[0])
-
-
-@on_ranks(2, pool="cpu_pool")
-def test_without_the_lines_each_rank_clips_by_another_norm(rank: Rank) -> None:
-    names = in_ddp(rank)
-    loss_of(names, 0).backward()
+        grads.append(names["layer"].router_w.grad.clone())
+    assert_bitwise(grads[0], 2 * grads[1])
     run_block(names, "Means")
     here, there = of_both_ranks(torch.nn.utils.clip_grad_norm_(names["model"].parameters(), MAX_NORM).item())
     assert here != there
@@ -285,24 +281,21 @@ def test_a_layer_of_another_dtype_is_wrapped_by_itself_first(rank: Rank, wrapper
 
 
 @on_ranks(2, pool="cpu_pool")
-def test_every_rank_saves_its_experts(rank: Rank, tmp_path: Path) -> None:
+def test_every_rank_saves_its_experts_and_a_distributed_checkpoint_keeps_those_of_one(
+    rank: Rank, tmp_path: Path
+) -> None:
     names = {**given(rank), "folder": str(tmp_path)}
     prepare(names, NONE)
     run_block(names, "Checkpoint")
-    again = MoE(*SIZES, names["ep"], bias=True)
+    again, layer = MoE(*SIZES, names["ep"], bias=True), names["layer"]
     state = torch.load(tmp_path / f"experts_{rank.rank}.pt")
     for own, saved in zip(again.expert_parameters(), state["experts"], strict=True):
         own.data.copy_(saved)
-    assert_same_bits(again.expert_parameters(), names["layer"].expert_parameters())
+    assert_same_bits(again.expert_parameters(), layer.expert_parameters())
     assert state["optimizer"]["param_groups"][0]["lr"] == LR
     dist.barrier()
     assert len(list(tmp_path.iterdir())) == 2
-
-
-@on_ranks(2, pool="cpu_pool")
-def test_a_distributed_checkpoint_keeps_the_experts_of_one_rank(rank: Rank, tmp_path: Path) -> None:
-    layer = given(rank)["layer"]
-    dcp.save(layer.state_dict(), checkpoint_id=tmp_path)
-    state = {name: torch.zeros_like(value) for name, value in layer.state_dict().items()}
-    dcp.load(state, checkpoint_id=tmp_path)
-    assert_bitwise(*of_both_ranks(state["w1"]))
+    dcp.save(layer.state_dict(), checkpoint_id=tmp_path / "whole")
+    loaded = {name: torch.zeros_like(value) for name, value in layer.state_dict().items()}
+    dcp.load(loaded, checkpoint_id=tmp_path / "whole")
+    assert_bitwise(*of_both_ranks(loaded["w1"]))
