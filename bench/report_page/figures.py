@@ -15,8 +15,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from report_page.computed import COMPUTED, Extrapolation, GridCell, WinnerGrid
-from report_page.selection import GEMMS, Bandwidth, LayerGroup, limit_us, total_us
-from report_page.spread import LARGE_PERCENT, LARGE_US, Measurement, Repeated
+from report_page.selection import (
+    GEMMS,
+    LARGE_PERCENT,
+    LARGE_US,
+    Bandwidth,
+    LayerGroup,
+    Measurement,
+    Repeated,
+    limit_us,
+    total_us,
+)
 
 WIDTH, LETTERS, PNG_DPI = 9.2, 125, 150
 INK, QUIET, GRID = "#1c2330", "#5a6475", "#dde1e8"
