@@ -15,16 +15,7 @@ import torch
 from schema import AccuracyRecord, Breakdown, Derived, Layer, MemoryUse, PassTimes, Profile, Settings, SetupRecord
 
 from harness.context import BenchCase, BenchContext, Finding, Rounds
-from harness.layer import (
-    LayerUnderTest,
-    Pass,
-    given_routing,
-    group_of_this_rank,
-    modes_of,
-    prove_one_gpu,
-    prove_routed,
-    same_rows,
-)
+from harness.layer import LayerUnderTest, Pass, group_of_this_rank, modes_of
 from harness.memory_use import memory_use
 from harness.results import micros, shape_record, time_fields
 from sonic_ep.api import ExpertParallel
@@ -206,12 +197,12 @@ class EndToEnd:
 
     def with_its_own_rows(self) -> tuple[tuple[MemoryUse, ...], Mapping[Pass, Found]]:
         """Collective: memory; and the layer beside its GEMMs, its routing given, and its rows without a link."""
-        layer, call = self.layer, given_routing(self.layer)
-        given = prove_routed(layer, call, layer.context.group)
+        layer, call = self.layer, self.layer.given_routing()
+        given = layer.prove_routed(call, layer.context.group)
         cases: list[CaseOfPass] = [partial(layer.case, LAYER, self.ep), partial(given.case, GIVEN, self.ep)]
         with ExitStack() as opened:
             if self.alone is not None:
-                local = prove_routed(layer, same_rows(layer), self.alone)
+                local = layer.prove_routed(layer.same_rows(), self.alone)
                 cases.append(partial(local.case, LOCAL, opened.enter_context(self.over_alone(self.alone))))
             memory = memory_use(call, layer.shape, self.ep, backward=self.setup.backward)
             # Last: their results are the largest, and would take memory in the rounds of others.
@@ -225,7 +216,7 @@ class EndToEnd:
         cases: list[CaseOfPass] = []
         with ExitStack() as opened:
             if self.alone is not None:
-                whole = prove_one_gpu(layer, self.alone)
+                whole = layer.prove_one_gpu(self.alone)
                 cases.append(partial(whole.case, ONE_GPU, opened.enter_context(self.over_alone(self.alone))))
             if layer.backend != "reference":
                 # It has exact sizes, in its favour.

@@ -194,6 +194,45 @@ class LayerUnderTest:
         """The GEMMs, of random numbers."""
         return replace(products.case(name, self.shape, backward=which is Pass.STEP), flops=self.flops[which])
 
+    def given_routing(self) -> RoutedCall:
+        """The layer's own tokens, experts and choices, without its router."""
+        call, chosen = self.problem.call, self.choices
+        scores = dense_scores(self.answer.outcome[LOGITS], chosen, call.options).detach().requires_grad_()
+        return RoutedCall(x=call.x, dy=call.dy, experts=call.experts, topk_idx=chosen, topk_scores=scores)
+
+    def same_rows(self) -> RoutedCall:
+        """A call of this rank alone whose experts get as many rows as in the group: nothing but the link is missing."""
+        problem, shape = self.problem, self.shape
+        generator = torch.Generator(problem.device).manual_seed(7 + problem.group.rank)
+        topk_idx = experts_of_rows(self.routing.plan, generator)
+
+        def normal(dtype: torch.dtype, width: int) -> Tensor:
+            return torch.randn((topk_idx.shape[0], width), generator=generator, device=problem.device).to(dtype)
+
+        return RoutedCall(
+            x=normal(shape.dtype, shape.hidden).requires_grad_(),
+            dy=normal(shape.dtype, shape.hidden),
+            experts=problem.call.experts,
+            topk_idx=topk_idx,
+            topk_scores=normal(torch.float32, topk_idx.shape[1]).softmax(dim=1).requires_grad_(),
+        )
+
+    def prove_routed(self, call: RoutedCall, group: EPGroup) -> ProvenCall:
+        """Collective: a call of ``moe_routed`` over ``group`` with the backend, modes and FLOPs of the layer."""
+        experts = self.shape.num_experts // self.problem.group.world_size * group.world_size
+        shape = replace(self.shape, tokens=call.x.shape[0], top_k=call.top_k, num_experts=experts)
+        with ExpertParallel(group.process_group, self.backend, self.config) as ep:
+            return replace(prove_call(self.context, shape, call, ep), flops=self.flops)
+
+    def prove_one_gpu(self, alone: EPGroup) -> ProvenCall:
+        """Collective: the layer with all of its experts on this rank, and as many tokens as a rank of the group has.
+
+        Raises ``WrongResultError`` on every rank if it is wrong on any. Only the outcome is kept: experts are large.
+        """
+        whole = LayerUnderTest.of(self.context, self.problem.on_one_rank(alone), self.backend, self.config)
+        expect_everywhere(self.context, whole.judged, "all experts on one rank: ")
+        return ProvenCall(shape=whole.shape, call=whole.problem.call, outcome=whole.judged.outcome, flops=whole.flops)
+
 
 def group_of_this_rank(group: EPGroup) -> EPGroup:
     """Collective: a group of this rank alone."""
@@ -201,31 +240,6 @@ def group_of_this_rank(group: EPGroup) -> EPGroup:
         return group
     groups = [dist.new_group([member]) for member in dist.get_process_group_ranks(group.process_group)]
     return resolve_group(groups[group.rank])
-
-
-def given_routing(layer: LayerUnderTest) -> RoutedCall:
-    """The layer's own tokens, experts and choices, without its router."""
-    call, chosen = layer.problem.call, layer.choices
-    scores = dense_scores(layer.answer.outcome[LOGITS], chosen, call.options).detach().requires_grad_()
-    return RoutedCall(x=call.x, dy=call.dy, experts=call.experts, topk_idx=chosen, topk_scores=scores)
-
-
-def same_rows(layer: LayerUnderTest) -> RoutedCall:
-    """A call of this rank alone whose experts get as many rows as in the group: nothing but the link is missing."""
-    problem, shape = layer.problem, layer.shape
-    generator = torch.Generator(problem.device).manual_seed(7 + problem.group.rank)
-    topk_idx = experts_of_rows(layer.routing.plan, generator)
-
-    def normal(dtype: torch.dtype, width: int) -> Tensor:
-        return torch.randn((topk_idx.shape[0], width), generator=generator, device=problem.device).to(dtype)
-
-    return RoutedCall(
-        x=normal(shape.dtype, shape.hidden).requires_grad_(),
-        dy=normal(shape.dtype, shape.hidden),
-        experts=problem.call.experts,
-        topk_idx=topk_idx,
-        topk_scores=normal(torch.float32, topk_idx.shape[1]).softmax(dim=1).requires_grad_(),
-    )
 
 
 def experts_of_rows(plan: RoutingPlan, generator: torch.Generator) -> Tensor:
@@ -244,27 +258,9 @@ def experts_of_rows(plan: RoutingPlan, generator: torch.Generator) -> Tensor:
     return slots
 
 
-def prove_routed(layer: LayerUnderTest, call: RoutedCall, group: EPGroup) -> ProvenCall:
-    """Collective: a call of ``moe_routed`` over ``group`` with the backend, modes and FLOPs of the layer."""
-    experts = layer.shape.num_experts // layer.problem.group.world_size * group.world_size
-    shape = replace(layer.shape, tokens=call.x.shape[0], top_k=call.top_k, num_experts=experts)
-    with ExpertParallel(group.process_group, layer.backend, layer.config) as ep:
-        return replace(prove_call(layer.context, shape, call, ep), flops=layer.flops)
-
-
 def prove_call(context: BenchContext, shape: Shape, call: RoutedCall, ep: ExpertParallel) -> ProvenCall:
     """Collective: hold a call against the oracle. Raises ``WrongResultError`` on every rank if it is wrong on any."""
     answer = judge(oracle_of(call, ep.group), call.run(ep))
     context.free_cached_memory()
     expect_everywhere(context, answer)
     return ProvenCall(shape=shape, call=call, outcome=answer.outcome)
-
-
-def prove_one_gpu(layer: LayerUnderTest, alone: EPGroup) -> ProvenCall:
-    """Collective: the layer with all of its experts on this rank, and as many tokens as a rank of the group has.
-
-    Raises ``WrongResultError`` on every rank if it is wrong on any. Only the outcome is kept: all experts are large.
-    """
-    whole = LayerUnderTest.of(layer.context, layer.problem.on_one_rank(alone), layer.backend, layer.config)
-    expect_everywhere(layer.context, whole.judged, "all experts on one rank: ")
-    return ProvenCall(shape=whole.shape, call=whole.problem.call, outcome=whole.judged.outcome, flops=whole.flops)

@@ -76,18 +76,16 @@ def test_the_last_round_alone_is_kept() -> None:
     made: list[weakref.ref[torch.Tensor]] = []
 
     def make() -> torch.Tensor:
-        assert [before for before in made if before() is not None] == [], "an earlier round takes memory"
+        assert not any(before() is not None for before in made), "an earlier round takes memory"
         result = torch.tensor([float(len(made))])
         made.append(weakref.ref(result))
         return result
 
     keep = KeepLast(make, 5)
-    for _ in range(4):
-        keep()
+    for _ in range(5):
         assert keep.result is None
-    keep()
-    assert keep.result.tolist() == [4.0]
-    assert made[-1]() is keep.result
+        keep()
+    assert (keep.result.tolist(), made[-1]() is keep.result) == ([4.0], True)
 
 
 def test_other_inputs_are_others_and_then_the_very_same() -> None:
@@ -96,24 +94,19 @@ def test_other_inputs_are_others_and_then_the_very_same() -> None:
     before, places = [tensor.clone() for tensor in inputs], [tensor.data_ptr() for tensor in inputs]
     with other_inputs(*inputs):
         assert_bitwise(inputs[0], -before[0][[2, 0, 1]], "rows one further, with the other sign")
-        assert inputs[1].tolist() == [-1, 3, 5]
-        assert inputs[3].tolist() == [-2.0]
+        assert (inputs[1].tolist(), inputs[3].tolist()) == ([-1, 3, 5], [-2.0])
     for tensor, right, place in zip(inputs, before, places, strict=True):
         assert_bitwise(tensor, right, "an input")
         assert tensor.data_ptr() == place
-
-
-def test_inputs_that_overlap_come_back_and_one_given_twice_is_turned_once() -> None:
+    # One given twice is turned once, and inputs that overlap come back.
     given = torch.arange(1.0, 7.0).view(3, 2).requires_grad_()
-    before, part = given.detach().clone(), given.detach()[1:]
+    copy, part = given.detach().clone(), given.detach()[1:]
     with other_inputs(given, given, part):
         assert given.tolist() == [[-5.0, -6.0], [3.0, 4.0], [1.0, 2.0]]
-    assert_bitwise(given.detach(), before, "overlapping inputs")
-
-
-def test_inputs_come_back_after_an_error_and_where_one_cannot_be_turned() -> None:
-    given, repeated = torch.tensor([1.0, 2.0]), torch.tensor([3.0]).expand(2)
-    with pytest.raises(RuntimeError), other_inputs(given, repeated):
+    assert_bitwise(given.detach(), copy, "overlapping inputs")
+    # So they do after an error, and where one cannot be turned, since its elements share memory.
+    given = torch.tensor([1.0, 2.0])
+    with pytest.raises(RuntimeError), other_inputs(given, torch.tensor([3.0]).expand(2)):
         pytest.fail("a tensor whose elements share memory was turned")
     with pytest.raises(ZeroDivisionError), other_inputs(given):
         _ = 1 / 0
@@ -155,33 +148,13 @@ def test_cases_take_turns() -> None:
     assert {name: finding.timing.rounds for name, finding in found.items()} == rounds
 
 
-# Two calls prove it, two rounds are timed, two calls prove it again.
-@pytest.mark.usefixtures("seconds_in_order")
-@pytest.mark.parametrize(("wrong_from", "calls_of_it"), [(1, 2), (3, 4), (5, 6)], ids=["before", "timed", "after"])
-def test_a_wrong_case_stops_no_other(wrong_from: int, calls_of_it: int) -> None:
-    calls: list[str] = []
-    context = context_of()
-    cases = [
-        case_of("a", calls, wrong_from),
-        case_of("b", calls, compared_with=(Comparison(name="a", text="a", most=1.0),)),
-    ]
-    found = context.alternate(cases, Method.EAGER, Rounds(rounds=2, warmup=0))
-    assert (calls.count("a"), calls.count("b")) == (calls_of_it, 6)
-    # It would keep graphs and their memory alive until the end of the run.
-    assert found["a"].__traceback__ is None
-    with pytest.raises(WrongResultError, match=f"rank 0 of 1: a: wrong in call {calls_of_it}"):
-        context.record(found["a"])
-    assert context.record(found["b"]).entry.baselines == ()
-    assert [entry.name for entry in context.results.entries] == ["b"]
-
-
 @pytest.mark.usefixtures("seconds_in_order")
 @pytest.mark.parametrize(("most", "met"), [(1.0, True), (0.9, False)])
 def test_thresholds_are_of_the_medians_compared(most: float, met: bool) -> None:
     """Medians 3 and 4 s: with 1 s of link beside them 4 s, of which 1.0 times is met and 0.9 times is not."""
     against = Comparison(name="a", text="products and bytes", link=1.0, most=most)
     cases = [case_of("a"), case_of("b", compared_with=(against,), flops=8e12)]
-    context = context_of()
+    context = replace(context_of(), held=True)
     found = context.alternate(cases, Method.EAGER, Rounds(rounds=3, warmup=0))
     said = msgspec.to_builtins(context.record(found["b"]).entry)
     assert list(said["against"]) == [
@@ -202,18 +175,18 @@ def traffic_of(**more: Any) -> LinkTraffic:
 def finding_of(seconds: float) -> Finding:
     """The traffic in ``seconds``, with the threshold of 80% of its ceiling."""
     case = case_of(traffic=traffic_of(), threshold=traffic_of().at_least(0.8))
-    return Finding.of(case, Method.EAGER, {"work": Timing(rounds=(seconds,) * 3)})
+    return Finding.of(case, Method.EAGER, {"work": Timing(rounds=(seconds,) * 3)}, held=True)
 
 
-def test_thresholds_are_times() -> None:
-    for threshold in (traffic_of().at_least(0.8), traffic_of().at_most(1.25)):
-        assert threshold is not None
-        assert threshold.seconds == pytest.approx(0.625)
+def test_thresholds_are_times_and_floors_those_of_the_slower() -> None:
+    assert [
+        threshold and threshold.seconds for threshold in (traffic_of().at_least(0.8), traffic_of().at_most(1.25))
+    ] == [pytest.approx(0.625)] * 2
     assert (finding_of(0.6).entry.met, finding_of(0.7).entry.met) == (True, False)
-    assert LinkTraffic(nbytes=1, ceiling=None).at_least(0.5) is None
-
-
-def test_an_entry_as_json_and_in_the_table() -> None:
+    assert traffic_of(memory_bytes=400e9).floor == (0.5, "link")
+    assert traffic_of(memory_bytes=600e9).floor == (0.6, "memory")
+    unknown = LinkTraffic(nbytes=1, ceiling=None)
+    assert unknown.at_least(0.5) is unknown.floor is None
     entry = finding_of(0.7).entry
     found = msgspec.to_builtins(entry)
     assert found["shape"] == {"T": 2, "H": 8, "I": 8, "E": 2, "K": 1, "dtype": "bfloat16"}
@@ -232,23 +205,27 @@ def test_every_measured_rate_is_reported() -> None:
     assert alone.table()[:2] == ["no ceilings: no link between GPUs was measured", "rates in GB/s: memory 5.0"]
 
 
-def test_the_floor_is_that_of_the_slower() -> None:
-    assert traffic_of(memory_bytes=400e9).floor == (0.5, "link")
-    assert traffic_of(memory_bytes=600e9).floor == (0.6, "memory")
-    assert LinkTraffic(nbytes=1, ceiling=None).floor is None
-
-
-# Two calls prove the case before it is timed, two rounds are timed, two calls prove it again.
+# Two calls prove a case before it is timed, two rounds are timed, two calls prove it again.
 @on_ranks(2, pool="cpu_pool")
-@pytest.mark.parametrize(("first_wrong", "calls"), [(1, 2), (3, 4), (5, 6)], ids=["before", "timed", "after"])
-def test_what_is_wrong_on_one_rank_fails_on_all(rank: Rank, first_wrong: int, calls: int) -> None:
-    made: list[str] = []
+@pytest.mark.parametrize(("wrong_from", "calls_of_it"), [(1, 2), (3, 4), (5, 6)], ids=["before", "timed", "after"])
+def test_a_case_that_is_wrong_on_one_rank_fails_on_all_and_stops_no_other(
+    rank: Rank, wrong_from: int, calls_of_it: int
+) -> None:
+    calls: list[str] = []
+    against = Comparison(name="a", text="a", most=1.0)
+    cases = [
+        case_of("a", calls, wrong_from if rank.rank == 1 else math.inf),
+        case_of("b", calls, compared_with=(against,)),
+    ]
     with context_on(rank) as context:
-        case = case_of("work", made, first_wrong if rank.rank == 1 else math.inf)
-        with pytest.raises(WrongResultError) as wrong:
-            context.run(case, Method.EAGER)
-        assert str(wrong.value) == f"rank 1 of 2: work: wrong in call {calls}"
-        assert (len(made), context.results.entries) == (calls, [])
+        found = context.alternate(cases, Method.EAGER, Rounds(rounds=2, warmup=0))
+        assert (calls.count("a"), calls.count("b")) == (calls_of_it, 6)
+        # It would keep graphs and their memory alive until the end of the run.
+        assert found["a"].__traceback__ is None
+        with pytest.raises(WrongResultError, match=f"^rank 1 of 2: a: wrong in call {calls_of_it}$"):
+            context.record(found["a"])
+        assert context.record(found["b"]).entry.baselines == ()
+        assert [entry.name for entry in context.results.entries] == ["b"]
 
 
 @on_ranks(2, pool="cpu_pool")

@@ -65,7 +65,9 @@ def test_what_takes_turns() -> None:
     step, forward = Pass.STEP, Pass.INFERENCE
     assert layer.together_with(gpu, layer.AGAIN, step, Method.QUEUED) == layer.SETTINGS
     assert layer.together_with(gpu, layer.AGAIN, step, Method.GRAPH) == (layer.BASE, layer.AGAIN)
-    assert not any(other.again for other in layer.together_with(gpu, layer.BASE, forward, Method.QUEUED))
+    assert not any(
+        other.redispatch_x_in_backward for other in layer.together_with(gpu, layer.BASE, forward, Method.QUEUED)
+    )
     for setting, which, method in ((layer.SYNC, step, Method.GRAPH), (layer.AGAIN, forward, Method.QUEUED)):
         with pytest.raises(pytest.skip.Exception):
             layer.together_with(gpu, setting, which, method)
