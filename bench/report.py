@@ -25,13 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--png-folder", type=Path, help="where PNGs go (beside the page, its name and _png)")
     options = parser.parse_args(arguments)
     output = options.output
-    folder = options.png_folder or output.with_name(f"{output.stem}_png")
     try:
         documents, passed_over = load(options.files)
         if output.is_dir():
             raise ValueError(f"--output: expected the path of a file, got the folder {output}")
         if output.resolve() in [path.resolve() for path in options.files]:
             raise ValueError(f"--output: expected the path of a page, got {output}, one of the results")
+        folder = options.png_folder or output.with_name(f"{output.stem}_png")
         figures = write_report(documents, output, folder)
     except (ValueError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)

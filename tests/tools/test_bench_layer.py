@@ -1,7 +1,6 @@
 """The suite of the layer: what takes turns, what it costs at the least, and a wrong gradient."""
 
 import importlib
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,19 +57,6 @@ def test_flops_and_bytes_by_hand(rank: Rank) -> None:
     once = [pairs / 2.0 + back, 6 * row_bytes / 1.0 + back]
     assert [layer.flops[which] for which in passes] == [forward, 3 * forward]
     assert seconds == pytest.approx([once[0], 2 * once[0], once[1], 2 * once[1]])
-
-
-def test_what_takes_turns() -> None:
-    layer, gpu = suite(), SimpleNamespace(on_gpu=True)
-    step, forward = Pass.STEP, Pass.INFERENCE
-    assert layer.together_with(gpu, layer.AGAIN, step, Method.QUEUED) == layer.SETTINGS
-    assert layer.together_with(gpu, layer.AGAIN, step, Method.GRAPH) == (layer.BASE, layer.AGAIN)
-    assert not any(
-        other.redispatch_x_in_backward for other in layer.together_with(gpu, layer.BASE, forward, Method.QUEUED)
-    )
-    for setting, which, method in ((layer.SYNC, step, Method.GRAPH), (layer.AGAIN, forward, Method.QUEUED)):
-        with pytest.raises(pytest.skip.Exception):
-            layer.together_with(gpu, setting, which, method)
 
 
 @pytest.mark.fast
