@@ -60,7 +60,7 @@ def profile(
     tokens: int = 4096, hidden: int = 4096, top_k: int = 8, routing: str = "uniform", backend: str = "fast"
 ) -> Json:
     """Every mode at 80 % of its ceiling for its bytes, all_to_all's combine with K/2 times as many."""
-    row = tokens * hidden * 2
+    row = tokens * hidden * 2.0
     modes = [{"kind": "plan", "mode": "", **times(42), "link_bytes": 0.0, "gb_per_s": None, "percent": None}]
     for kind, mode in [*(("dispatch", name) for name in DISPATCH), *(("combine", name) for name in COMBINE)]:
         way = "write" if kind == "combine" else "copy_engine_in" if mode == "all_gather" else "read"

@@ -1,6 +1,5 @@
 """``bench/moe_ep.py`` and ``bench/sweep.py``: options, exit codes, tables and files."""
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,6 +20,7 @@ import sonic_ep.cli as cli_module
 from sonic_ep import EPConfig
 from sonic_ep.cli import run_command
 from sonic_ep.cli.exit_codes import FAIL, PASS, WRONG_ARGUMENTS
+from sonic_ep.cli.options import parse_thiek
 from sonic_ep.config import ScoreOrder
 from sonic_ep.testing.layer_problem import LayerOptions, RoutingKind
 from sonic_ep.testing.oracle import LayerCall
@@ -74,7 +74,7 @@ def test_the_line_of_the_readme_on_a_machine_without_gpus(tmp_path: Path) -> Non
 
 @without_gpus
 def test_a_shape_that_a_cpu_does_in_seconds_is_run_and_on_gpus_any(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = parsed(*SMALL).thiek
+    asked, readme = (parse_thiek(shape) for shape in (SMALL[1], README_SHAPE))
     assert moe_ep.chosen_shape(asked, 2) == (asked, "no GPU: on the CPU, whose times mean nothing for GPUs")
     # 12 rows of tokens and one of each of 4 experts, the router, and loops over the experts.
     assert moe_ep.operations(asked) == 18 * (12 + 4) * 16 * 8 + 6 * 6 * 4 * 16 + 4e7
@@ -83,45 +83,30 @@ def test_a_shape_that_a_cpu_does_in_seconds_is_run_and_on_gpus_any(monkeypatch: 
     assert note == "no GPU: the small default 256,64,32,32,2 on the CPU, whose times mean nothing for GPUs"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert str(moe_ep.chosen_shape(None, 8)[0]) == "131072,4096,1536,64,8"
-    asked = parsed("--thiek", README_SHAPE).thiek
-    assert moe_ep.chosen_shape(asked, 8) == (asked, None)
-
-
-def parsed(*argv: str) -> argparse.Namespace:
-    return moe_ep.parser().parse_args(argv)
-
-
-def setup_for(*argv: str) -> Setup:
-    options = parsed(*argv)
-    return moe_ep.setup_of(options, moe_ep.chosen_shape(options.thiek, 2)[0], 2, "reference")
+    assert moe_ep.chosen_shape(readme, 8) == (readme, None)
 
 
 CONFIG_WORDS = ["--dispatch_mode", "all_to_all", "--combine_mode", "rank_dedup", "--redispatch_x_in_backward"]
 OPTION_WORDS = ["--add_bias", "--norm_topk_probs", "--topk_over_softmax", "--concat_layout", "--skip_bench_bwd"]
 CHOICES = ["--activation", "relu_sq", "--routing", "one_rank", "--dtype", "float16"]
-ALL_OPTIONS = LayerOptions(
-    activation="relu_sq",
-    gate_layout="concat",
-    score_order=ScoreOrder.SOFTMAX_THEN_TOPK,
-    norm_topk_probs=True,
-    biased=True,
-    routing=RoutingKind.ONE_RANK,
-)
+ALL_OPTIONS: dict[str, Any] = {"activation": "relu_sq", "gate_layout": "concat", "norm_topk_probs": True}
+ALL_OPTIONS |= {"score_order": ScoreOrder.SOFTMAX_THEN_TOPK, "biased": True, "routing": RoutingKind.ONE_RANK}
 
 
-@pytest.mark.parametrize("exact", ["--CPU_sync_on_runtime", "--cpu_sync_on_runtime"])
-def test_every_spelling(exact: str) -> None:
-    argv = [*SMALL, *CONFIG_WORDS, exact, *OPTION_WORDS, *CHOICES]
-    # Options in dashes; what they are given stays.
-    dashed = [f"--{word[2:].replace('_', '-')}" if word.startswith("--") else word for word in argv]
-    for spelt in (argv, dashed):
-        setup = setup_for(*spelt)
-        assert setup.config == EPConfig("all_to_all", "rank_dedup", True, True)
-        assert (setup.backward, setup.options, setup.shape.dtype) == (False, ALL_OPTIONS, torch.float16)
-        assert (setup.record.thiek, setup.shape.tokens) == ((6, 16, 8, 4, 2), 3)
+def test_every_spelling_and_what_is_run_if_nothing_is_said() -> None:
+    def setup_for(*argv: str) -> Setup:
+        options = moe_ep.parser().parse_args(argv)
+        return moe_ep.setup_of(options, options.thiek, 2, "reference")
 
-
-def test_what_is_run_if_nothing_is_said() -> None:
+    for exact in ("--CPU_sync_on_runtime", "--cpu_sync_on_runtime"):
+        argv = [*SMALL, *CONFIG_WORDS, exact, *OPTION_WORDS, *CHOICES]
+        # Options in dashes; what they are given stays.
+        dashed = [f"--{word[2:].replace('_', '-')}" if word.startswith("--") else word for word in argv]
+        for spelt in (argv, dashed):
+            setup = setup_for(*spelt)
+            assert setup.config == EPConfig("all_to_all", "rank_dedup", True, True)
+            assert (setup.backward, vars(setup.options), setup.shape.dtype) == (False, ALL_OPTIONS, torch.float16)
+            assert (setup.record.thiek, setup.shape.tokens) == ((6, 16, 8, 4, 2), 3)
     setup = setup_for(*SMALL)
     assert (setup.config, setup.options, setup.backward) == (EPConfig(), LayerOptions(), True)
     assert setup.shape.dtype is torch.bfloat16

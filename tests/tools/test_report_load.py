@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import msgspec
 import pytest
 from profiles import Asked
 from profiles import profile as profile_report
-from report_documents import Json, changed, document, entry, layer, loaded, point, profile, suite, sweep
+from report_documents import Json, changed, document, entry, layer, loaded, point, profile, settings, suite, sweep
 from report_page.load import load
 from schema import KINDS, MOST, Profile, ProfileDocument, Settings, Untimed
 
@@ -91,38 +92,27 @@ def test_files_that_are_no_documents(tmp_path: Path, text: str | bytes | None, m
         load([path])
 
 
-NUMBERS: list[tuple[Json, Way]] = [
-    *((SUITE, ("rates_gb_per_s", name)) for name in ("copy_engine_in", "copy_engine_out", "read", "write", "memory")),
-    *((SUITE, ("entries", 0, name)) for name in ("gb_per_s", "percent", "floor_us", "tflop_per_s", "bar_us")),
-    *((SUITE, ("entries", 0, name)) for name in ("median_us", "p10_us", "p90_us", "min_us", "max_us")),
-    *((layer(), ("accuracy", 0, name)) for name in ("error", "bound", "worst_row", "worst_row_bound")),
-    *((layer(), ("derived", 0, name)) for name in ("link_us", "over_gemms", "over_gemms_and_link")),
-    *((layer(), ("profile", "modes", 1, name)) for name in ("median_us", "link_bytes", "gb_per_s", "percent")),
-    (layer(), ("times", 0, "tflop_per_s")),
-    (layer(), ("breakdown", 0, "parts", "rest")),
-    (SWEEP, ("points", 0, "over_best", "forward, training")),
-    (SWEEP, ("points", 0, "pairs", 0, "median_us")),
-]
-COUNTS: list[tuple[Json, Way]] = [
-    *((SUITE, ("environment", name)) for name in ("gpus", "world_size")),
-    *((SUITE, ("entries", 0, "shape", name)) for name in ("T", "H", "I", "E", "K")),
-    (SUITE, ("entries", 0, "rounds")),
-    (layer(), ("setup", "thiek", 3)),
-    (layer(), ("memory", 0, "formula_bytes")),
-    (layer(), ("memory", 0, "measured_bytes")),
-    (layer(), ("config", "max_rows")),
-    *((layer(), ("profile", "shape", name)) for name in ("hidden", "top_k", "num_experts")),
-    (layer(), ("profile", "shape", "tokens", 0)),
-    (layer(), ("profile", "ranks_per_gpu")),
-]
 NO_NUMBERS = (10**400, -(10**400), 10**200, 1e300, float("nan"), float("inf"), float("-inf"), -1, True, "1", [1])
+NO_COUNTS = (*NO_NUMBERS, 1.5, 1.0, MOST + 1)
 
 
-@pytest.mark.parametrize(("content", "path"), [*NUMBERS, *COUNTS], ids=lambda found: str(found)[-60:])
-def test_what_is_no_number_is_refused_with_a_short_message(tmp_path: Path, content: Json, path: Way) -> None:
-    for value in [*NO_NUMBERS, *([1.5, 1.0, MOST + 1] if (content, path) in COUNTS else [])]:
-        with pytest.raises(ValueError, match=r"a\.json: .{1,300}$"):
-            loaded(tmp_path, a=changed(content, path, value))
+def numbers_in(value: Any, way: Way = ()) -> Iterator[tuple[Way, float]]:
+    """All but those that may be below zero; of a list in its last element."""
+    if isinstance(value, dict | list):
+        for name, each in value.items() if isinstance(value, dict) else [*enumerate(value)][-1:]:
+            yield from numbers_in(each, (*way, name))
+    elif isinstance(value, int | float) and not isinstance(value, bool) and "exposed_communication_us" not in way:
+        yield way, value
+
+
+@pytest.mark.parametrize(
+    "content", [SUITE, PROFILE, layer(config=settings(max_rows=7)), SWEEP], ids=["suite", "profile", "layer", "sweep"]
+)
+def test_what_is_no_number_is_refused_with_a_short_message(tmp_path: Path, content: Json) -> None:
+    for way, number in numbers_in(content):
+        for value in NO_COUNTS if isinstance(number, int) else NO_NUMBERS:
+            with pytest.raises(ValueError, match=r"a\.json: .{1,300}$"):
+                loaded(tmp_path, a=changed(content, way, value))
 
 
 @pytest.mark.parametrize(
