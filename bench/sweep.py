@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import torch
 from harness.context import BenchContext, Method, layer_context, run_script
@@ -64,9 +65,8 @@ HIE_ON_GPUS, HIE_ON_CPU = (4096, 1536, 64), (32, 16, 8)
 
 def parser() -> argparse.ArgumentParser:
     """Options of the script."""
-    found = CommandParser(
-        prog="sweep.py", description="Profile and layer with every pair of modes, over sizes and routings."
-    )
+    text = "Profile and layer with every pair of modes, over sizes and routings."
+    found = CommandParser(prog="sweep.py", description=text)
     add_nproc(found)
     text = "tokens of each rank, top-k, routing; may be repeated (default: a grid)"
     found.add_argument("--point", action="append", type=parse_point, metavar="T,K,ROUTING", help=text)
@@ -101,15 +101,11 @@ def setups_of(options: argparse.Namespace, world_size: int, backend: str) -> lis
         if top_k > held:
             raise ValueError(f"--point: got K={top_k}, expected at most {held} for {routing.value}")
     sizes = {"hidden": hidden, "intermediate": intermediate, "num_experts": experts}
+    shapes = [Shape(tokens=tokens, top_k=top_k, dtype=DTYPES[options.dtype], **sizes) for tokens, top_k, _ in points]
+    given: dict[str, Any] = {"world_size": world_size, "backend": backend, "config": EPConfig()}
     return [
-        Setup(
-            shape=Shape(tokens=tokens, top_k=top_k, dtype=DTYPES[options.dtype], **sizes),
-            world_size=world_size,
-            options=LayerOptions(routing=routing),
-            backend=backend,
-            config=EPConfig(),
-        )
-        for tokens, top_k, routing in points
+        Setup(shape=shape, options=LayerOptions(routing=routing), **given)
+        for shape, (_, _, routing) in zip(shapes, points, strict=True)
     ]
 
 
@@ -148,15 +144,10 @@ def pairs_in_turn(
     cases = [layers[pair.combine].case(name, ep, which) for pair, name, ep in zip(PAIRS, names, over, strict=True)]
     method = method_of(context, over[0].backend, shape)
     found = context.alternate(cases, method, rounds_of(context))
+    times = [time_fields(context.record(found[name]).timing) for name in names]
     return [
-        PairTimes(
-            dispatch=pair.dispatch,
-            combine=pair.combine,
-            pass_name=which.value,
-            how=method.value,
-            **time_fields(context.record(found[name]).timing),
-        )
-        for pair, name in zip(PAIRS, names, strict=True)
+        PairTimes(**vars(pair), pass_name=which.value, how=method.value, **taken)
+        for pair, taken in zip(PAIRS, times, strict=True)
     ]
 
 
