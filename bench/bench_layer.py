@@ -42,17 +42,16 @@ TOGETHER_INTERPRETED = ((BASE, BOTH),)
 TOGETHER_AS_GRAPHS = ((BASE, AGAIN), (BY_RANK, GATHERED))
 
 # The names of cases.
-PRODUCTS, REFERENCE = "grouped_mm of a layer: {}", "reference layer: {}"
+PRODUCTS, LAYER, REFERENCE = "grouped_mm of a layer: {}", "layer {}: {}", "reference layer: {}"
 
 
-def layer_name(setting: EPConfig, *more: str) -> str:
-    """Of a case, without its pass."""
+def words_of(setting: EPConfig, *more: str) -> str:
+    """Modes, the flags that are set, and ``more``."""
     flags = {"redispatch": setting.redispatch_x_in_backward, "cpu_sync": setting.cpu_sync_on_runtime}
-    words = [setting.dispatch, setting.combine, *(name for name, given in flags.items() if given), *more]
-    return f"layer {', '.join(words)}: {{}}"
+    return ", ".join([setting.dispatch, setting.combine, *(name for name, given in flags.items() if given), *more])
 
 
-AGAINST_REFERENCE = layer_name(BASE, "beside the reference")
+AGAINST_REFERENCE = LAYER.format(words_of(BASE, "beside the reference"), "{}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,16 +88,16 @@ class LayerBatches:
             for setting in settings:
                 ep = stack.enter_context(self.layer.over(setting))
                 compared_with = self._comparisons(setting, which, held=method is Method.QUEUED and not biased)
-                name = layer_name(setting, *["biases"] * biased).format(which.value)
+                name = LAYER.format(words_of(setting, *["biases"] * biased), which.value)
                 cases.append(self.layer.case(name, ep, which, compared_with))
             return self.context.alternate(cases, method, self.context.rounds(ROUNDS))
 
     def _against_reference(self, which: Pass, method: Method) -> Found:
         """The reference has exact sizes, in its favour."""
-        name, name_beside_it = REFERENCE.format(which.value), AGAINST_REFERENCE.format(which.value)
+        name, own_name = REFERENCE.format(which.value), AGAINST_REFERENCE.format(which.value)
         against = Comparison(name=name, text="the reference", most=MOST_OF_REFERENCE)
         with self.layer.over(SYNC, "reference") as reference, self.layer.over() as fast:
-            cases = [self.layer.case(name, reference, which), self.layer.case(name_beside_it, fast, which, (against,))]
+            cases = [self.layer.case(name, reference, which), self.layer.case(own_name, fast, which, (against,))]
             return self.context.alternate(cases, method, self.context.rounds(ROUNDS_OF_REFERENCE))
 
     def _comparisons(self, setting: EPConfig, which: Pass, *, held: bool) -> tuple[Comparison, ...]:
@@ -110,8 +109,8 @@ class LayerBatches:
             found.append(Comparison(name=PRODUCTS.format(which.value), text="products and bytes", link=link, most=most))
         if setting in (AGAIN, SYNC, BOTH):
             most = MOST_WITH_X_AGAIN if held and setting == AGAIN else None
-            name = layer_name(BASE).format(which.value)
-            found.append(Comparison(name=name, text="that without flags", most=most))
+            without = LAYER.format(words_of(BASE), which.value)
+            found.append(Comparison(name=without, text="that without flags", most=most))
         return tuple(found)
 
 
@@ -150,13 +149,13 @@ def bench_products(context: SuiteContext, batches: LayerBatches, tell: Tell, met
 
 
 @each_pass
-@pytest.mark.parametrize("setting", SETTINGS, ids=layer_name)
+@pytest.mark.parametrize("setting", SETTINGS, ids=words_of)
 def bench_layer(
     context: SuiteContext, batches: LayerBatches, tell: Tell, method: Method, setting: EPConfig, which: Pass
 ) -> None:
     """``ep.moe``. Every setting gives the same bits, eager and as a graph."""
     found = batches.measured(together_with(context, setting, which, method), which, method)
-    tell(context.record(found[layer_name(setting).format(which.value)]))
+    tell(context.record(found[LAYER.format(words_of(setting), which.value)]))
 
 
 @each_pass
@@ -174,4 +173,4 @@ def bench_biased(context: SuiteContext, tell: Tell, which: Pass) -> None:
     skip_if_interpreted(context)
     batches = LayerBatches.of(context, LayerOptions(biased=True))
     found = batches.measured((BASE,), which, context.behind_work)
-    tell(context.record(found[layer_name(BASE, "biases").format(which.value)]))
+    tell(context.record(found[LAYER.format(words_of(BASE, "biases"), which.value)]))

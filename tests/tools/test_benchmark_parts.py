@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from end_to_end import MODES, SHAPE, context_on, layer_on
-from harness.layer import LayerUnderTest, ProvenCall, experts_of_rows, group_of_this_rank
+from harness.context import SMOKE
+from harness.layer import LayerUnderTest, Pass, ProvenCall, experts_of_rows, group_of_this_rank
 from harness.products import Products
 from near import assert_near
 from on_ranks import on_ranks
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from sonic_ep import ExpertParallel
 from sonic_ep.compat import release_of
-from sonic_ep.config import ScoreOrder
+from sonic_ep.config import CombineMode, DispatchMode, ModePair, ScoreOrder
+from sonic_ep.cost import LinkBandwidth
 from sonic_ep.profiler.agreement import WrongResultError, gathered
 from sonic_ep.testing import Rank, assert_bitwise
 from sonic_ep.testing.answer import Answer, faults_of, judge, oracle_of
 from sonic_ep.testing.layer_problem import LayerOptions, LayerProblem, RoutingKind, near_ties
 from sonic_ep.testing.oracle import ALONE, LOGITS, LayerCall, Outcome, dense_outcome
+from sonic_ep.testing.routing_problem import RoutingProblem
 
 CPU = torch.device("cpu")
 BIASED = LayerOptions(biased=True)
@@ -89,6 +92,31 @@ def test_experts_of_rows_by_hand() -> None:
     assert large.bincount().tolist() == [5, 0, 7]
     # In random order, or it would be local in a way that the rows of the group are not.
     assert large.tolist() != sorted(large.tolist())
+
+
+@on_ranks(2, pool="cpu_pool")
+def test_flops_and_bytes_by_hand(rank: Rank) -> None:
+    """Both ranks choose alike: 5 tokens have experts of rank 0, and 2 of rank 1."""
+    rates = LinkBandwidth(copy_engine_in=1.0, copy_engine_out=1.0, read=2.0, write=4.0)
+    with context_on(rank, rates) as context:
+        place = {"shape": SMOKE.layer, "group": context.group, "device": rank.device}
+        layer = LayerUnderTest.of(context, LayerProblem(**place), "reference", MODES)
+        chosen_TK = torch.tensor([[0, 1], [4, 5], [0, 4], [2, 3], [2, 3], [1, 2]])
+        vars(layer)["routing"] = RoutingProblem(**place, chosen_TK=chosen_TK)
+        passes = (Pass.INFERENCE, Pass.STEP)
+        seconds = [
+            layer.link_seconds(ModePair(dispatch=mode, combine=CombineMode.RANK_DEDUP), which)
+            for mode in (DispatchMode.RANK_DEDUP, DispatchMode.ALL_GATHER)
+            for which in passes
+        ]
+        assert sum(gathered(context.group, int(layer.routing.valid_rows))) / 2 == 12
+        forward, row_bytes = 2 * 12 * 16 * (2 * 8 + 8), 16 * 2
+        # Rank 0 receives 5 tokens and sends back as many sums; rank 1 receives 2. The busier one counts.
+        pairs = 5 * row_bytes
+        back = pairs / 4.0
+        once = [pairs / 2.0 + back, 6 * row_bytes / 1.0 + back]
+        assert [layer.flops[which] for which in passes] == [forward, 3 * forward]
+        assert seconds == pytest.approx([once[0], 2 * once[0], once[1], 2 * once[1]])
 
 
 @on_ranks(2, 3, pool="cpu_pool")
