@@ -1,1 +1,1 @@
-"""The page of ``bench/report.py``: ``load`` reads files, ``sections`` says what stands where, ``page`` writes it."""
+"""The page of ``bench/report.py``: ``load`` reads, ``selection`` and ``computed`` choose, ``figures`` and ``page`` draw."""

@@ -106,19 +106,19 @@ DOCUMENTED = Shape(tokens=3, hidden=8, intermediate=4, num_experts=4, top_k=2)
 
 @pytest.mark.fast
 @on_ranks(2, pool="cpu_pool")
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
-def test_formulas_of_a_layer(rank: Rank, again: bool) -> None:
-    config = replace(MODES, redispatch_x_in_backward=again)
-    with (
-        layer_on(rank, DOCUMENTED) as layer,
-        ExpertParallel(backend="fast", config=config, max_tokens_per_rank=DOCUMENTED.tokens) as ep,
-    ):
-        found = memory_use(layer.given_routing(), layer.shape, ep, backward=True)
-    assert all(use.measured_bytes is None for use in found)
-    # The docstring of sonic_ep.testing.memory_model has the first and the last: 192 + 192 + 48 + 216, and 3584.
+def test_formulas_of_a_layer(rank: Rank) -> None:
     names = ["saved activations", "peak of forward, inference", "peak of forward, training", "peak of backward"]
-    assert [use.what for use in found] == [*names, "shared memory"]
-    assert [use.formula_bytes for use in found] == ([456, 648, 744, 984, 4096] if again else [648, 648, 936, 696, 3584])
+    # The docstring of sonic_ep.testing.memory_model has the first and the last: 192 + 192 + 48 + 216, and 3584.
+    formulas = {False: [648, 648, 936, 696, 3584], True: [456, 648, 744, 984, 4096]}
+    with layer_on(rank, DOCUMENTED) as layer:
+        for again, expected in formulas.items():
+            config = replace(MODES, redispatch_x_in_backward=again)
+            with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=DOCUMENTED.tokens) as ep:
+                found = memory_use(layer.given_routing(), layer.shape, ep, backward=True)
+            assert all(use.measured_bytes is None for use in found)
+            assert {use.what: use.formula_bytes for use in found} == dict(
+                zip([*names, "shared memory"], expected, strict=True)
+            )
 
 
 # Rows, tokens and weights are multiples of 2 MiB, as are the allocator's segments.
