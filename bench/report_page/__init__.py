@@ -1,1 +1,1 @@
-"""The page of ``bench/report.py``: ``load`` reads, ``selection`` and ``computed`` choose, ``figures`` and ``page`` draw."""
+"""The page of ``bench/report.py``: read by ``load``, chosen by ``selection`` and ``computed``, drawn by the others."""
