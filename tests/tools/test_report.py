@@ -174,7 +174,7 @@ def test_without_a_library_one_line_says_what_to_install(tmp_path: Path) -> None
 
 
 def test_the_page_and_its_drawings_are_the_same_every_time(tmp_path: Path) -> None:
-    documents = loaded(tmp_path, a=sweep(point(1024), point(4096)))
+    documents = loaded(tmp_path, a=suite(entry("x", 10.0)))
     for name in ("first", "second"):
         write_report(documents, tmp_path / name, tmp_path / "png")
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
