@@ -8,11 +8,9 @@ from functools import cache
 
 import pytest
 import torch
-from bench_combine import combine_case
-from bench_dispatch import receive_case
-from harness.baselines import prove_call
+from bench_primitives import combine_case, each_combine, each_dispatch, receive_case
 from harness.context import Rounds, RunCase, SuiteContext, Tell
-from harness.layer import Pass
+from harness.layer import Pass, prove_call
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.testing import CASES, Case
@@ -54,7 +52,7 @@ def _fewer_where_interpreted(context: SuiteContext, request: pytest.FixtureReque
 
 
 @each_case
-@pytest.mark.parametrize("mode", list(DispatchMode), ids=lambda mode: mode.value)
+@each_dispatch
 def bench_dispatch_of_case(
     context: SuiteContext, problem_of: ProblemOf, run: RunCase, case: Case, mode: DispatchMode
 ) -> None:
@@ -64,7 +62,7 @@ def bench_dispatch_of_case(
 
 
 @each_case
-@pytest.mark.parametrize("mode", list(CombineMode), ids=lambda mode: mode.value)
+@each_combine
 def bench_combine_of_case(
     context: SuiteContext, problem_of: ProblemOf, run: RunCase, case: Case, mode: CombineMode
 ) -> None:
@@ -78,13 +76,8 @@ def bench_layer_of_case(context: SuiteContext, problem_of: ProblemOf, tell: Tell
     """``ep.moe_routed``, forward and backward."""
     problem = problem_of(case, context.sizes.layer)
     random = LayerProblem(shape=problem.shape, group=context.group, device=context.device).call
-    call = RoutedCall(
-        x=random.x,
-        dy=random.dy,
-        experts=random.experts,
-        topk_idx=problem.topk_idx_TK,
-        topk_scores=problem.scores_TK.clone().requires_grad_(),
-    )
+    given = {"topk_idx": problem.topk_idx_TK, "topk_scores": problem.scores_TK.clone().requires_grad_()}
+    call = RoutedCall(x=random.x, dy=random.dy, experts=random.experts, **given)
     with ExpertParallel(backend="fast", config=CONFIG, max_tokens_per_rank=problem.shape.tokens) as ep:
         proven = prove_call(context, problem.shape, call, ep)
         timed = proven.case(f"{case.name}: layer, {Pass.STEP.value}", ep, Pass.STEP)

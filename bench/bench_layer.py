@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import pytest
 from harness.context import Comparison, Finding, Method, Rounds, SuiteContext, Tell
-from harness.layer import LayerUnderTest, Pass
+from harness.layer import LayerUnderTest, Pass, modes_of
 from harness.products import Products
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig
-from sonic_ep.config import ModePair
 from sonic_ep.profiler.agreement import WrongResultError
 from sonic_ep.testing.layer_problem import LayerOptions, LayerProblem
 
@@ -25,8 +24,6 @@ Found = Mapping[str, Finding | WrongResultError]
 
 ROUNDS = Rounds(rounds=20, warmup=3)
 ROUNDS_OF_REFERENCE = Rounds(rounds=10, warmup=2)
-COMBINE = CombineMode.RANK_DEDUP
-PASSES = (Pass.INFERENCE, Pass.STEP)
 # At most so many times the GEMMs and the bytes.
 MOST = {Pass.INFERENCE: 1.15, Pass.STEP: 1.20}
 # At most so many times the reference's time, and the time without flags.
@@ -34,44 +31,27 @@ MOST_OF_REFERENCE = 0.5
 MOST_WITH_X_AGAIN = 1.03
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """A dispatch mode and flags of ``EPConfig``, and whether there are biases."""
-
-    dispatch: DispatchMode = DispatchMode.ALL_TO_ALL
-    again: bool = False
-    sync: bool = False
-    biased: bool = False
-
-    @property
-    def config(self) -> EPConfig:
-        """As the layer wants it."""
-        flags = {"redispatch_x_in_backward": self.again, "cpu_sync_on_runtime": self.sync}
-        return EPConfig(dispatch=self.dispatch, combine=COMBINE, **flags)
-
-    def __str__(self) -> str:
-        flags = {"redispatch": self.again, "cpu_sync": self.sync, "biases": self.biased}
-        words = [f"{self.dispatch.value}, {COMBINE.value}", *(name for name, given in flags.items() if given)]
-        return ", ".join(words)
-
-
-BASE = Setting()
-AGAIN = Setting(again=True)
-SYNC = Setting(sync=True)
-BOTH = Setting(again=True, sync=True)
-BY_RANK = Setting(dispatch=DispatchMode.RANK_DEDUP)
-GATHERED = Setting(dispatch=DispatchMode.ALL_GATHER)
-BIASED = Setting(biased=True)
+BASE = EPConfig(DispatchMode.ALL_TO_ALL, CombineMode.RANK_DEDUP)
+AGAIN, SYNC = replace(BASE, redispatch_x_in_backward=True), replace(BASE, cpu_sync_on_runtime=True)
+BOTH = replace(AGAIN, cpu_sync_on_runtime=True)
+BY_RANK, GATHERED = replace(BASE, dispatch=DispatchMode.RANK_DEDUP), replace(BASE, dispatch=DispatchMode.ALL_GATHER)
 SETTINGS = (BASE, AGAIN, SYNC, BOTH, BY_RANK, GATHERED)
 # What takes turns. A graph keeps its memory for itself, and has no place for a read on the host.
 TOGETHER = (SETTINGS,)
 TOGETHER_INTERPRETED = ((BASE, BOTH),)
 TOGETHER_AS_GRAPHS = ((BASE, AGAIN), (BY_RANK, GATHERED))
 
-
 # The names of cases.
 PRODUCTS, LAYER, REFERENCE = "grouped_mm of a layer: {}", "layer {}: {}", "reference layer: {}"
-AGAINST_REFERENCE = f"layer {BASE}, beside the reference: {{}}"
+
+
+def words_of(setting: EPConfig, *more: str) -> str:
+    """Modes, the flags that are set, and ``more``."""
+    flags = {"redispatch": setting.redispatch_x_in_backward, "cpu_sync": setting.cpu_sync_on_runtime}
+    return ", ".join([setting.dispatch, setting.combine, *(name for name, given in flags.items() if given), *more])
+
+
+AGAINST_REFERENCE = LAYER.format(words_of(BASE, "beside the reference"), "{}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,7 +60,7 @@ class LayerBatches:
 
     context: SuiteContext
     layer: LayerUnderTest
-    found: dict[tuple[tuple[Setting, ...], Pass, Method], Found] = field(default_factory=dict)
+    found: dict[tuple[tuple[EPConfig, ...], Pass, Method], Found] = field(default_factory=dict)
 
     @cached_property
     def products(self) -> Products:
@@ -92,57 +72,56 @@ class LayerBatches:
         """A layer of the fast backend, drawn for this rank."""
         shape = context.sizes.layer
         problem = LayerProblem(shape=shape, options=options, group=context.group, device=context.device)
-        return LayerBatches(context=context, layer=LayerUnderTest.of(context, problem, "fast", BASE.config))
+        return LayerBatches(context=context, layer=LayerUnderTest.of(context, problem, "fast", BASE))
 
-    def measured(self, settings: tuple[Setting, ...], which: Pass, method: Method) -> Found:
+    def measured(self, settings: tuple[EPConfig, ...], which: Pass, method: Method) -> Found:
         """The GEMMs, then each setting, in turn; no settings: the reference and the layer."""
         place = (settings, which, method)
         if place not in self.found:
             self.found[place] = self._alternation(*place) if settings else self._against_reference(which, method)
         return self.found[place]
 
-    def _alternation(self, settings: Sequence[Setting], which: Pass, method: Method) -> Found:
-        held = self.context.held and method is Method.QUEUED
+    def _alternation(self, settings: Sequence[EPConfig], which: Pass, method: Method) -> Found:
         cases = [self.layer.products_alone(PRODUCTS.format(which.value), which, self.products)]
+        biased = self.layer.problem.options.biased
         with ExitStack() as stack:
             for setting in settings:
-                ep = stack.enter_context(self.layer.over(setting.config))
-                compared_with = self._comparisons(setting, which, held=held)
-                cases.append(self.layer.case(LAYER.format(setting, which.value), ep, which, compared_with))
+                ep = stack.enter_context(self.layer.over(setting))
+                compared_with = self._comparisons(setting, which, held=method is Method.QUEUED and not biased)
+                name = LAYER.format(words_of(setting, *["biases"] * biased), which.value)
+                cases.append(self.layer.case(name, ep, which, compared_with))
             return self.context.alternate(cases, method, self.context.rounds(ROUNDS))
 
     def _against_reference(self, which: Pass, method: Method) -> Found:
         """The reference has exact sizes, in its favour."""
-        most = MOST_OF_REFERENCE if self.context.held else None
-        against = Comparison(name=REFERENCE.format(which.value), text="the reference", most=most)
-        with self.layer.over(SYNC.config, "reference") as reference, self.layer.over() as fast:
-            cases = [
-                self.layer.case(REFERENCE.format(which.value), reference, which),
-                self.layer.case(AGAINST_REFERENCE.format(which.value), fast, which, (against,)),
-            ]
+        name, own_name = REFERENCE.format(which.value), AGAINST_REFERENCE.format(which.value)
+        against = Comparison(name=name, text="the reference", most=MOST_OF_REFERENCE)
+        with self.layer.over(SYNC, "reference") as reference, self.layer.over() as fast:
+            cases = [self.layer.case(name, reference, which), self.layer.case(own_name, fast, which, (against,))]
             return self.context.alternate(cases, method, self.context.rounds(ROUNDS_OF_REFERENCE))
 
-    def _comparisons(self, setting: Setting, which: Pass, *, held: bool) -> tuple[Comparison, ...]:
+    def _comparisons(self, setting: EPConfig, which: Pass, *, held: bool) -> tuple[Comparison, ...]:
         """What a setting is compared with: its GEMMs and bytes, and with a flag the same without any."""
         found = []
-        link = self.layer.link_seconds(ModePair(dispatch=setting.dispatch, combine=COMBINE), which)
+        link = self.layer.link_seconds(modes_of(setting), which)
         if link is not None:
             most = MOST[which] if held and setting == BASE else None
             found.append(Comparison(name=PRODUCTS.format(which.value), text="products and bytes", link=link, most=most))
-        if setting.again or setting.sync:
+        if setting in (AGAIN, SYNC, BOTH):
             most = MOST_WITH_X_AGAIN if held and setting == AGAIN else None
-            found.append(Comparison(name=LAYER.format(BASE, which.value), text="that without flags", most=most))
+            without = LAYER.format(words_of(BASE), which.value)
+            found.append(Comparison(name=without, text="that without flags", most=most))
         return tuple(found)
 
 
-def together_with(context: SuiteContext, setting: Setting, which: Pass, method: Method) -> tuple[Setting, ...]:
+def together_with(context: SuiteContext, setting: EPConfig, which: Pass, method: Method) -> tuple[EPConfig, ...]:
     """What takes turns with ``setting``, itself among it; skips the bench where it has no place."""
     groups = TOGETHER_AS_GRAPHS if method is Method.GRAPH else TOGETHER if context.on_gpu else TOGETHER_INTERPRETED
-    if which is Pass.INFERENCE and setting.again:
+    if which is Pass.INFERENCE and setting.redispatch_x_in_backward:
         pytest.skip("without a backward nothing is gathered again")
     for group in groups:
         if setting in group:
-            return tuple(other for other in group if which is Pass.STEP or not other.again)
+            return tuple(other for other in group if which is Pass.STEP or not other.redispatch_x_in_backward)
     skip_if_interpreted(context)
     pytest.skip("a graph has no place for a read on the host")
 
@@ -159,13 +138,7 @@ def batches(context: SuiteContext) -> LayerBatches:
     return LayerBatches.of(context, LayerOptions())
 
 
-@pytest.fixture(scope="session")
-def biased_batches(context: SuiteContext) -> LayerBatches:
-    """The layer with biases."""
-    return LayerBatches.of(context, LayerOptions(biased=True))
-
-
-each_pass = pytest.mark.parametrize("which", PASSES, ids=lambda which: which.name.lower())
+each_pass = pytest.mark.parametrize("which", [Pass.INFERENCE, Pass.STEP], ids=lambda which: which.name.lower())
 
 
 @each_pass
@@ -176,13 +149,13 @@ def bench_products(context: SuiteContext, batches: LayerBatches, tell: Tell, met
 
 
 @each_pass
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("setting", SETTINGS, ids=words_of)
 def bench_layer(
-    context: SuiteContext, batches: LayerBatches, tell: Tell, method: Method, setting: Setting, which: Pass
+    context: SuiteContext, batches: LayerBatches, tell: Tell, method: Method, setting: EPConfig, which: Pass
 ) -> None:
     """``ep.moe``. Every setting gives the same bits, eager and as a graph."""
     found = batches.measured(together_with(context, setting, which, method), which, method)
-    tell(context.record(found[LAYER.format(setting, which.value)]))
+    tell(context.record(found[LAYER.format(words_of(setting), which.value)]))
 
 
 @each_pass
@@ -195,8 +168,9 @@ def bench_reference(context: SuiteContext, batches: LayerBatches, tell: Tell, na
 
 
 @each_pass
-def bench_biased(context: SuiteContext, biased_batches: LayerBatches, tell: Tell, which: Pass) -> None:
+def bench_biased(context: SuiteContext, tell: Tell, which: Pass) -> None:
     """``ep.moe`` with biases."""
     skip_if_interpreted(context)
-    found = biased_batches.measured((BIASED,), which, context.behind_work)
-    tell(context.record(found[LAYER.format(BIASED, which.value)]))
+    batches = LayerBatches.of(context, LayerOptions(biased=True))
+    found = batches.measured((BASE,), which, context.behind_work)
+    tell(context.record(found[LAYER.format(words_of(BASE, "biases"), which.value)]))

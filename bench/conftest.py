@@ -117,35 +117,27 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
 
 
 @pytest.fixture(scope="session")
-def place() -> Iterator[Place]:
-    """This rank, in the group for the whole run."""
-    with joined_group() as joined, ExitStack() as steady:
-        if joined.device.type == "cuda":
-            steady.enter_context(own_core(joined.rank, joined.world_size))
-            steady.enter_context(freeze_garbage())
-        yield joined
-
-
-@pytest.fixture(scope="session")
-def context(place: Place, request: pytest.FixtureRequest) -> Iterator[SuiteContext]:
+def context(request: pytest.FixtureRequest) -> Iterator[SuiteContext]:
     """The group and its shared memory, and the rates of the link and of memory, measured first."""
     install_interpreter()
     options = request.config.option
-    sizes = chosen_sizes(place, options.thek)
-    group = resolve_group(None)
-    reasons = unavailable_reasons("fast", group)
-    if reasons:
-        pytest.skip(f"backend 'fast' cannot run here: {'; '.join(reasons)}")
-    arguments = [str(word) for word in request.config.invocation_params.args]
-    command = command_of(group.world_size, "-m pytest", arguments)
-    workspace = Workspace(group, place.device)
-    timer = RoundTimer(group=group, device=place.device, barrier=workspace.barrier_before_write)
-    machine = environment(place.device, group.world_size, options.commit, command)
-    results = measured_results(timer, machine, sizes.large.tokens * sizes.large.row_bytes)
-    request.config.stash[RESULTS] = results
-    held = options.thek is None and thresholds_hold(place.device, place.world_size)
-    yield SuiteContext(timer=timer, results=results, held=held, workspace=workspace, sizes=sizes)
-    workspace.close()
+    with joined_group() as place, ExitStack() as opened:
+        if place.device.type == "cuda":
+            opened.enter_context(own_core(place.rank, place.world_size))
+            opened.enter_context(freeze_garbage())
+        group, sizes = resolve_group(None), chosen_sizes(place, options.thek)
+        reasons = unavailable_reasons("fast", group)
+        if reasons:
+            pytest.skip(f"backend 'fast' cannot run here: {'; '.join(reasons)}")
+        command = command_of(group.world_size, "-m pytest", [*map(str, request.config.invocation_params.args)])
+        workspace = Workspace(group, place.device)
+        timer = RoundTimer(group=group, device=place.device, barrier=workspace.barrier_before_write)
+        machine = environment(place.device, group.world_size, options.commit, command)
+        results = measured_results(timer, machine, sizes.large.tokens * sizes.large.row_bytes)
+        request.config.stash[RESULTS] = results
+        held = options.thek is None and thresholds_hold(place.device, place.world_size)
+        yield SuiteContext(timer=timer, results=results, held=held, workspace=workspace, sizes=sizes)
+        workspace.close()
 
 
 @pytest.fixture(scope="session")

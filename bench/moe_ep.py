@@ -12,8 +12,7 @@ from dataclasses import asdict
 
 import torch
 from harness.context import layer_context, run_script
-from harness.end_to_end import run_end_to_end
-from harness.layer_report import Setup
+from harness.end_to_end import Setup, run_end_to_end
 from schema import Layer
 
 from sonic_ep.activation import ACTIVATIONS
@@ -63,9 +62,8 @@ def run(options: argparse.Namespace) -> int:
     """Collective: verify, profile, time, tell, write."""
 
     def documents(run: Run) -> Iterator[Layer]:
-        world_size = run.place.world_size
-        shape, note = chosen_shape(options.thiek, world_size)
-        setup = setup_of(options, shape, world_size, run.backend)
+        shape, note = chosen_shape(options.thiek, run.place.world_size)
+        setup = setup_of(options, shape, run.place.world_size, run.backend)
         for line in [*([] if note is None else [note]), *setup.lines()]:
             run.say(line)
         with layer_context(run, options.commit) as context:

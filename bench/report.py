@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 try:
-    from report_page.load import file_names, load
+    from report_page.load import load
     from report_page.page import write_report
 except ModuleNotFoundError as error:
     sys.exit(f"report: {error}: pip install 'sonic-ep[bench]'")
@@ -24,26 +24,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page (%(default)s)")
     parser.add_argument("--png-folder", type=Path, help="where PNGs go (beside the page, its name and _png)")
     options = parser.parse_args(arguments)
+    output = options.output
     try:
-        print("\n".join(report(options.files, options.output, options.png_folder)))
+        documents, passed_over = load(options.files)
+        if output.is_dir():
+            raise ValueError(f"--output: expected the path of a file, got the folder {output}")
+        if output.resolve() in [path.resolve() for path in options.files]:
+            raise ValueError(f"--output: expected the path of a page, got {output}, one of the results")
+        folder = options.png_folder or output.with_name(f"{output.stem}_png")
+        figures = write_report(documents, output, folder)
     except (ValueError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    for name in passed_over:
+        print(f"{name}: passed over, it records no times")
+    print(f"{output}: {len(documents)} files, {figures} figures, also as PNG in {folder}")
     return 0
-
-
-def report(files: Sequence[Path], output: Path, png_folder: Path | None) -> list[str]:
-    """What was done, in lines. Raises ``ValueError`` before anything is written, ``OSError`` where that fails."""
-    file_names(files)
-    if output.is_dir():
-        raise ValueError(f"--output: expected the path of a file, got the folder {output}")
-    if output.resolve() in [path.resolve() for path in files]:
-        raise ValueError(f"--output: expected the path of a page, got {output}, one of the results")
-    folder = png_folder or output.with_name(f"{output.stem}_png")
-    documents, passed_over = load(files)
-    figures = write_report(documents, output, folder)
-    done = f"{output}: {len(documents)} files, {figures} figures, also as PNG in {folder}"
-    return [*(f"{name}: passed over, it records no times" for name in passed_over), done]
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 from harness.context import BenchContext, Method, layer_context, run_script
-from harness.end_to_end import predicted_modes, profiled, rounds_of, with_modes
-from harness.layer import LayerUnderTest, Pass, modes_of
-from harness.layer_report import Setup
+from harness.end_to_end import Setup, rounds_of
+from harness.layer import LayerUnderTest, Pass
 from harness.results import shape_record, time_fields
 from schema import PairTimes, Point, Profile, Sweep
 
@@ -28,7 +28,7 @@ from sonic_ep.cli.measured import Run, add_output, checked_ranks
 from sonic_ep.cli.options import DTYPES, add_nproc, parse_count
 from sonic_ep.config import AUTO, CombineMode, DispatchMode, EPConfig, ModePair
 from sonic_ep.profiler import ProfileReport
-from sonic_ep.testing.layer_problem import LayerOptions, LayerProblem, RoutingKind, Shape
+from sonic_ep.testing.layer_problem import LayerOptions, RoutingKind, Shape
 
 PASSES = (Pass.TRAINING, Pass.STEP)
 # Slots of a rank, T*K, up to which a layer is small.
@@ -36,22 +36,12 @@ MOST_SLOTS_OF_GRAPHS = 2**14
 PAIRS = tuple(ModePair(dispatch=dispatch, combine=combine) for dispatch in DispatchMode for combine in CombineMode)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GridPoint:
+def parse_point(text: str) -> tuple[int, int, RoutingKind]:
     """T of each rank, K, and where tokens go."""
-
-    tokens: int
-    top_k: int
-    routing: RoutingKind
-
-
-def parse_point(text: str) -> GridPoint:
-    """T,K,routing."""
-    parts = text.split(",")
-    if len(parts) != 3 or parts[2] not in {kind.value for kind in RoutingKind}:
-        kinds = "|".join(kind.value for kind in RoutingKind)
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected T,K,{kinds}")
-    return GridPoint(tokens=parse_count(parts[0]), top_k=parse_count(parts[1]), routing=RoutingKind(parts[2]))
+    parts, kinds = text.split(","), [kind.value for kind in RoutingKind]
+    if len(parts) != 3 or parts[2] not in kinds:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected T,K,{'|'.join(kinds)}")
+    return parse_count(parts[0]), parse_count(parts[1]), RoutingKind(parts[2])
 
 
 def parse_hie(text: str) -> tuple[int, int, int]:
@@ -75,9 +65,8 @@ HIE_ON_GPUS, HIE_ON_CPU = (4096, 1536, 64), (32, 16, 8)
 
 def parser() -> argparse.ArgumentParser:
     """Options of the script."""
-    found = CommandParser(
-        prog="sweep.py", description="Profile and layer with every pair of modes, over sizes and routings."
-    )
+    text = "Profile and layer with every pair of modes, over sizes and routings."
+    found = CommandParser(prog="sweep.py", description=text)
     add_nproc(found)
     text = "tokens of each rank, top-k, routing; may be repeated (default: a grid)"
     found.add_argument("--point", action="append", type=parse_point, metavar="T,K,ROUTING", help=text)
@@ -107,20 +96,16 @@ def setups_of(options: argparse.Namespace, world_size: int, backend: str) -> lis
     if experts % world_size:
         raise ValueError(f"--hie: got E={experts}, expected a multiple of the {world_size} ranks")
     points = options.point or [parse_point(text) for text in (POINTS_ON_GPUS if on_gpu else POINTS_ON_CPU)]
-    for point in points:
-        held = experts // world_size if point.routing is RoutingKind.ONE_RANK else experts
-        if point.top_k > held:
-            raise ValueError(f"--point: got K={point.top_k}, expected at most {held} for {point.routing.value}")
+    for _, top_k, routing in points:
+        held = experts // world_size if routing is RoutingKind.ONE_RANK else experts
+        if top_k > held:
+            raise ValueError(f"--point: got K={top_k}, expected at most {held} for {routing.value}")
     sizes = {"hidden": hidden, "intermediate": intermediate, "num_experts": experts}
+    shapes = [Shape(tokens=tokens, top_k=top_k, dtype=DTYPES[options.dtype], **sizes) for tokens, top_k, _ in points]
+    given: dict[str, Any] = {"world_size": world_size, "backend": backend, "config": EPConfig()}
     return [
-        Setup(
-            shape=Shape(tokens=point.tokens, top_k=point.top_k, dtype=DTYPES[options.dtype], **sizes),
-            world_size=world_size,
-            options=LayerOptions(routing=point.routing),
-            backend=backend,
-            config=EPConfig(),
-        )
-        for point in points
+        Setup(shape=shape, options=LayerOptions(routing=routing), **given)
+        for shape, (_, _, routing) in zip(shapes, points, strict=True)
     ]
 
 
@@ -135,18 +120,16 @@ def run_sweep(setups: Sequence[Setup], context: BenchContext, say: Callable[[str
 
 def run_point(setup: Setup, context: BenchContext) -> Point:
     """Collective: the profile, and every pair end to end, each found right before."""
-    problem = LayerProblem(shape=setup.shape, group=context.group, device=context.device, options=setup.options)
-    predicted = predicted_modes(setup)
-    first = LayerUnderTest.of(context, problem, setup.backend, with_modes(setup.config, predicted))
+    first, predicted = setup.layer(context), setup.predicted()
     # Sums are rounded in one of two ways, so there are two answers: reduce_scatter and rank_dedup give the same bits.
     by_slots, by_ranks = (
         replace(first, config=replace(first.config, combine=combine))
         for combine in (CombineMode.ALL_TO_ALL, CombineMode.RANK_DEDUP)
     )
     layers = {mode: by_slots if mode is CombineMode.ALL_TO_ALL else by_ranks for mode in CombineMode}
-    profile = profiled(layers[predicted.combine], setup)
+    profile = setup.profiled(layers[predicted.combine])
     with ExitStack() as opened:
-        over = [opened.enter_context(layers[pair.combine].over(with_modes(setup.config, pair))) for pair in PAIRS]
+        over = [opened.enter_context(layers[pair.combine].over(setup.with_modes(pair))) for pair in PAIRS]
         times = [found for which in PASSES for found in pairs_in_turn(layers, over, which)]
     context.free_cached_memory()
     return point_of(setup, profile, times, predicted)
@@ -157,21 +140,14 @@ def pairs_in_turn(
 ) -> list[PairTimes]:
     """Collective: all nine pairs, round by round. Raises ``WrongResultError`` on every rank if one is wrong on any."""
     context, shape = layers[CombineMode.ALL_TO_ALL].context, layers[CombineMode.ALL_TO_ALL].shape
-    cases = [
-        layers[pair.combine].case(f"{pair.dispatch.value}, {pair.combine.value}", ep, which)
-        for pair, ep in zip(PAIRS, over, strict=True)
-    ]
+    names = [f"{pair.dispatch.value}, {pair.combine.value}" for pair in PAIRS]
+    cases = [layers[pair.combine].case(name, ep, which) for pair, name, ep in zip(PAIRS, names, over, strict=True)]
     method = method_of(context, over[0].backend, shape)
     found = context.alternate(cases, method, rounds_of(context))
+    times = [time_fields(context.record(found[name]).timing) for name in names]
     return [
-        PairTimes(
-            dispatch=pair.dispatch,
-            combine=pair.combine,
-            pass_name=which.value,
-            how=method.value,
-            **time_fields(context.record(found[case.name]).timing),
-        )
-        for pair, case in zip(PAIRS, cases, strict=True)
+        PairTimes(**vars(pair), pass_name=which.value, how=method.value, **taken)
+        for pair, taken in zip(PAIRS, times, strict=True)
     ]
 
 
@@ -183,15 +159,14 @@ def method_of(context: BenchContext, backend: str, shape: Shape) -> Method:
 
 def point_of(setup: Setup, profile: ProfileReport, times: Sequence[PairTimes], predicted: ModePair) -> Point:
     """The record of one point. predicted: the pair that ``sonic_ep.cost`` takes without a profile."""
-    picked = modes_of(profile.config)
     return Point(
         shape=shape_record(setup.shape),
         routing=setup.options.routing.value,
         profile=Profile.of(profile),
         pairs=tuple(times),
-        picked=picked,
+        picked=profile.picked,
         predicted=predicted,
-        over_best=over_best(times, picked),
+        over_best=over_best(times, profile.picked),
         predicted_over_best=over_best(times, predicted),
     )
 
@@ -209,10 +184,8 @@ def point_line(point: Point) -> str:
     """For people."""
     shape, best = point.shape, point.fastest(point.pairs[-1].pass_name)[0]
     words = [f"T={shape.tokens:<6} K={shape.top_k:<2} {point.routing:<8}"]
-    for name, pair, over in (
-        ("picked", point.picked, point.over_best),
-        ("predicted", point.predicted, point.predicted_over_best),
-    ):
+    picks = ("picked", point.picked, point.over_best), ("predicted", point.predicted, point.predicted_over_best)
+    for name, pair, over in picks:
         ratios = "/".join(f"{ratio:.3f}" for ratio in over.values())
         words.append(f"{name} {pair.dispatch.value}+{pair.combine.value}: {ratios} of the best")
     words.append(f"best {best.dispatch.value}+{best.combine.value} {best.median_us / 1e3:.3f} ms")

@@ -94,8 +94,11 @@ class Finding:
     flops: float | None
 
     @staticmethod
-    def of(case: BenchCase, method: Method, timings: Mapping[str, Timing]) -> Finding:
-        """Compared with the other cases in ``timings``; keeps no function. Raises ``AboveCeilingError`` if too fast."""
+    def of(case: BenchCase, method: Method, timings: Mapping[str, Timing], *, held: bool = False) -> Finding:
+        """Compared with the other cases in ``timings``, and its thresholds if ``held``; keeps no function.
+
+        Raises ``AboveCeilingError`` if it is too fast.
+        """
         timing, baselines, limit = timings[case.name], [], case.threshold
         median = timing.median
         for other in case.compared_with:
@@ -106,15 +109,16 @@ class Finding:
                 baselines.append(Baseline(what=other.text, **times, ratio=round(median / total, 4)))
                 if other.most is not None:
                     limit = Threshold(text=f"at most {other.most:g} times {other.text}", seconds=other.most * total)
-        traffic = {} if case.traffic is None else case.traffic.figures(median, f"{case.name}, {method.value}")
+        found = {} if case.traffic is None else case.traffic.figures(median, f"{case.name}, {method.value}")
+        if held and limit is not None:
+            found |= {"threshold": limit.text, "threshold_us": micros(limit.seconds), "met": median <= limit.seconds}
         entry = Entry(
             name=case.name,
             how=method.value,
             shape=shape_record(case.shape),
             tflop_per_s=None if case.flops is None else round(case.flops / median / 1e12, 2),
             baselines=tuple(baselines),
-            **traffic,
-            **({} if limit is None else limit.fields(median)),
+            **found,
             **time_fields(timing),
         )
         return Finding(entry=entry, timing=timing, flops=case.flops)
@@ -184,7 +188,8 @@ class BenchContext:
             del timed
             works = _passing(works, stage.prove, wrong)
         timings = {name: timings[name] for name in works}
-        return {**{case.name: Finding.of(case, method, timings) for case in cases if case.name in works}, **wrong}
+        right = [case for case in cases if case.name in works]
+        return {**{case.name: Finding.of(case, method, timings, held=self.held) for case in right}, **wrong}
 
     def free_cached_memory(self) -> None:
         """Give unused memory of PyTorch's allocator back to the GPU."""
@@ -193,16 +198,12 @@ class BenchContext:
 
     def traffic(self, nbytes: float, ceiling: str, memory_bytes: float | None = None) -> LinkTraffic | None:
         """Bytes over the link compared with one of ``LinkBandwidth``; None on one rank."""
-        bandwidth = self.results.bandwidth
         if self.group.world_size == 1:
             return None
+        bandwidth, memory_rate = self.results.bandwidth, self.results.memory_rate
         rate = None if bandwidth is None else getattr(bandwidth, ceiling)
-        return LinkTraffic(
-            nbytes=nbytes,
-            ceiling=rate and Ceiling(name=f"the {ceiling} ceiling", bytes_per_second=rate),
-            memory_bytes=memory_bytes,
-            memory_rate=self.results.memory_rate,
-        )
+        limit = rate and Ceiling(name=f"the {ceiling} ceiling", bytes_per_second=rate)
+        return LinkTraffic(nbytes=nbytes, ceiling=limit, memory_bytes=memory_bytes, memory_rate=memory_rate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,28 +272,20 @@ def run_script(options: argparse.Namespace, path: str, documents: Callable[[Run]
 
 @contextmanager
 def other_inputs(*inputs: Tensor) -> Iterator[None]:
-    """The rows of each tensor in another order while this lasts, floats with the other sign.
+    """The rows of each tensor one further down while this lasts, the last on top, floats with the other sign.
 
     It is undone, the last first, and not copied back: that would take as much memory again.
     """
-    different = {id(tensor): tensor for tensor in inputs}
+
+    def turn_rows(tensor: Tensor, by: int) -> None:
+        moved = tensor.roll(by, dims=0)
+        tensor.copy_(moved.neg_() if moved.is_floating_point() else moved)
+
     with torch.no_grad(), ExitStack() as turned:
-        for tensor in different.values():
+        for tensor in {id(tensor): tensor for tensor in inputs}.values():
             turn_rows(tensor, 1)
             turned.callback(turn_rows, tensor, -1)
         yield
-
-
-def turn_rows(tensor: Tensor, by: int) -> None:
-    """Move the rows ``by`` rows down in place, the last to the top; floats change their sign.
-
-    >>> given = torch.tensor([1.0, 2.0, 4.0])
-    >>> turn_rows(given, 1)
-    >>> given
-    tensor([-4., -1., -2.])
-    """
-    moved = tensor.roll(by, dims=0)
-    tensor.copy_(moved.neg_() if moved.is_floating_point() else moved)
 
 
 def _passing(

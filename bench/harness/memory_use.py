@@ -37,8 +37,7 @@ def memory_use(call: RoutedCall, shape: Shape, ep: ExpertParallel, *, backward: 
 
 def formulas(call: RoutedCall, shape: Shape, ep: ExpertParallel) -> dict[str, int]:
     """Collective: what the fast backend's formulas give for this rank."""
-    modes = modes_of(ep.config)
-    plan = ep.plan(call.topk_idx, shape.num_experts)
+    modes, plan = modes_of(ep.config), ep.plan(call.topk_idx, shape.num_experts)
     layer = memory_model.LayerShape(
         world_size=ep.world_size,
         max_tokens=plan.max_tokens,
@@ -64,7 +63,6 @@ def formulas(call: RoutedCall, shape: Shape, ep: ExpertParallel) -> dict[str, in
 
 def measured(call: RoutedCall, ep: ExpertParallel, *, backward: bool) -> dict[str, int]:
     """Collective: what the allocator of this rank's GPU counts. It does not own shared memory."""
-    device = call.x.device
 
     def step(outputs: Any) -> Any:
         return gradients(outputs, call.leaves, call.output_gradients())
@@ -73,11 +71,11 @@ def measured(call: RoutedCall, ep: ExpertParallel, *, backward: bool) -> dict[st
     for _ in range(2):
         step(call.forward(ep))
     with torch.no_grad():
-        _, inference, _ = allocated(lambda: call.forward(ep), device)
-    outputs, forward, kept = allocated(lambda: call.forward(ep), device)
+        _, inference, _ = allocated(lambda: call.forward(ep), call.x.device)
+    outputs, forward, kept = allocated(lambda: call.forward(ep), call.x.device)
     found = {SAVED: kept - outputs["y"].nbytes, INFERENCE: inference, FORWARD: forward}
     if backward:
-        _, found[BACKWARD], _ = allocated(lambda: step(outputs), device)
+        _, found[BACKWARD], _ = allocated(lambda: step(outputs), call.x.device)
     return found
 
 

@@ -40,11 +40,7 @@ class NcclSlotExchange:
 
     def exact_sums(self) -> Tensor:
         """The weighted sums of this rank's tokens in fp64, (T, H)."""
-        scores_TK, rows_TKH = self._problem.scores_TK.double(), self._rows_of_slots()
-        total_TH = torch.zeros_like(rows_TKH[:, 0], dtype=torch.float64)
-        for k in range(scores_TK.shape[1]):
-            total_TH += rows_TKH[:, k].double() * scores_TK[:, k, None]
-        return total_TH
+        return torch.einsum("tk,tkh->th", self._problem.scores_TK.double(), self._rows_of_slots().double())
 
     def _rows_of_slots(self) -> Tensor:
         """The rows of this rank's slots, (T, K, H)."""
@@ -74,8 +70,11 @@ def dispatch_by_all_gather(problem: RoutingProblem) -> Callable[[], Tensor]:
 
 def combine_by_reduce_scatter(problem: RoutingProblem) -> Callable[[], Tensor]:
     """Sums (T, H) of dense partial sums (W*T, H) that every rank has made beforehand."""
-    scatter = collective("reduce_scatter_single", "reduce_scatter_tensor")
-    partial_NH = dense_partials(problem)
+    scatter, plan = collective("reduce_scatter_single", "reduce_scatter_tensor"), problem.plan
+    slots_N = plan.slot_of_row[: problem.valid_rows].long()
+    weighted_NH = problem.rows_RH[: problem.valid_rows].float() * problem.scores_WCK.flatten()[slots_N, None]
+    total_NH = weighted_NH.new_zeros((plan.world_size * plan.max_tokens, problem.shape.hidden))
+    partial_NH = total_NH.index_add_(0, slots_N // plan.top_k, weighted_NH).to(problem.shape.dtype)
 
     def combine() -> Tensor:
         out_TH = torch.empty_like(problem.x_TH)
@@ -83,15 +82,6 @@ def combine_by_reduce_scatter(problem: RoutingProblem) -> Callable[[], Tensor]:
         return out_TH
 
     return combine
-
-
-def dense_partials(problem: RoutingProblem) -> Tensor:
-    """This rank's weighted sum of every token's rows here, (W*T, H), in the dtype of the rows."""
-    plan = problem.plan
-    slots_N = plan.slot_of_row[: problem.valid_rows].long()
-    weighted_NH = problem.rows_RH[: problem.valid_rows].float() * problem.scores_WCK.flatten()[slots_N, None]
-    total = weighted_NH.new_zeros((plan.world_size * plan.max_tokens, problem.shape.hidden))
-    return total.index_add_(0, slots_N // plan.top_k, weighted_NH).to(problem.shape.dtype)
 
 
 def collective(name: str, older_name: str) -> Callable[..., object]:

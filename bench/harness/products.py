@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -19,21 +18,10 @@ from sonic_ep.testing.layer_problem import LayerProblem, Shape
 ROW_MULTIPLE = 16
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Products:
     """Random operands: ends (e,) int32; rows, out_grad (R, H); hidden_grad (R, 2I or I); activated (R, I)."""
 
-    ends: Tensor
-    rows: Tensor
-    out_grad: Tensor
-    hidden_grad: Tensor
-    activated: Tensor
-    w1: Tensor
-    w2: Tensor
-
-    @staticmethod
-    def of(problem: LayerProblem, ends_e: Tensor, rows: int) -> Products:
-        """Drawn for ``rows`` rows."""
+    def __init__(self, problem: LayerProblem, ends_e: Tensor, rows: int) -> None:
         w1, w2 = problem.call.experts.w1.detach(), problem.call.experts.w2.detach()
         generator = torch.Generator(w1.device).manual_seed(problem.group.rank)
 
@@ -41,15 +29,9 @@ class Products:
             return w1.new_empty((rows, width)).normal_(generator=generator)
 
         hidden, intermediate = w2.shape[1:]
-        return Products(
-            ends=ends_e,
-            rows=normal(hidden),
-            out_grad=normal(hidden),
-            hidden_grad=normal(w1.shape[1]),
-            activated=normal(intermediate),
-            w1=w1,
-            w2=w2,
-        )
+        self.ends, self.w1, self.w2 = ends_e, w1, w2
+        self.rows, self.out_grad = normal(hidden), normal(hidden)
+        self.hidden_grad, self.activated = normal(w1.shape[1]), normal(intermediate)
 
     def case(self, name: str, shape: Shape, *, backward: bool) -> BenchCase:
         """The two of a forward, or all six."""
@@ -70,10 +52,9 @@ class Products:
     def operands(self, *, backward: bool) -> list[tuple[Tensor, Tensor]]:
         """Left (R, .) and right of the two of a forward, or of all six; a right of (R, .) is summed over rows."""
         forward = [(self.rows, self.w1.transpose(1, 2)), (self.activated, self.w2.transpose(1, 2))]
-        if not backward:
-            return forward
         of_rows = [(self.out_grad, self.w2), (self.hidden_grad, self.w1)]
-        return [*forward, *of_rows, (self.out_grad, self.activated), (self.hidden_grad, self.rows)]
+        of_weights = [(self.out_grad, self.activated), (self.hidden_grad, self.rows)]
+        return [*forward, *of_rows, *of_weights] if backward else forward
 
     def all_of(self, operands: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """Each of the products, in order."""
@@ -93,8 +74,7 @@ class Products:
         """The group with most rows, as accurate as a product of its own."""
         sizes = self.ends.diff(prepend=self.ends.new_zeros(1))
         group = int(sizes.argmax())
-        end = int(self.ends[group])
-        rows = slice(end - int(sizes[group]), end)
+        rows = slice(int(self.ends[group] - sizes[group]), int(self.ends[group]))
         by_rows = right.ndim == 3
         a, b = (left[rows], right[group]) if by_rows else (left[rows].t(), right[rows])
         wide = torch.float64 if a.dtype is torch.float32 else torch.float32

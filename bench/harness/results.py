@@ -1,4 +1,4 @@
-"""What a run of the suites found: thresholds, traffic and floors, the entries, and their table."""
+"""What a run found: thresholds, traffic and floors, the entries, and their table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from sonic_ep.profiler.timing import Ceiling, RoundTimer, Timing
 from sonic_ep.testing.layer_problem import Shape
 
 DocumentT = TypeVar("DocumentT", bound=Document)
-MET = {True: "met", False: "MISSED"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +24,6 @@ class Threshold:
 
     text: str
     seconds: float
-
-    def fields(self, median: float) -> dict[str, Any]:
-        """Those of an ``Entry``."""
-        return {"threshold": self.text, "threshold_us": micros(self.seconds), "met": median <= self.seconds}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,28 +49,22 @@ class LinkTraffic:
 
     def at_least(self, share: float) -> Threshold | None:
         """The threshold of ``share`` of the ceiling; None without a ceiling."""
-        return self._threshold(1 / share, f"at least {share:.0%} of")
+        return self.at_most(1 / share, f"at least {share:.0%} of")
 
-    def at_most(self, times: float) -> Threshold | None:
+    def at_most(self, times: float, text: str | None = None) -> Threshold | None:
         """The threshold of ``times`` what the bytes take at the ceiling; None without a ceiling."""
-        return self._threshold(times, f"at most {times:g} times the bytes at")
-
-    def _threshold(self, times: float, text: str) -> Threshold | None:
         if self.ceiling is None:
             return None
-        seconds = times * self.nbytes / self.ceiling.bytes_per_second
-        return Threshold(text=f"{text} {self.ceiling.name}", seconds=seconds)
+        text = f"{text or f'at most {times:g} times the bytes at'} {self.ceiling.name}"
+        return Threshold(text=text, seconds=times * self.nbytes / self.ceiling.bytes_per_second)
 
     def figures(self, median: float, name: str) -> dict[str, Any]:
         """Fields of an ``Entry`` with this median. Raises ``AboveCeilingError`` if it is above the ceiling."""
-        found: dict[str, Any] = {
-            "remote_bytes": round(self.nbytes),
-            "gb_per_s": round(self.nbytes / median / GIGA, 2),
-            "memory_bytes": None if self.memory_bytes is None else round(self.memory_bytes),
-        }
+        found: dict[str, Any] = {"remote_bytes": round(self.nbytes), "gb_per_s": round(self.nbytes / median / GIGA, 2)}
+        if self.memory_bytes is not None:
+            found["memory_bytes"] = round(self.memory_bytes)
         if self.ceiling is not None and self.floor is not None:
-            share = self.ceiling.share_of(self.nbytes, median, name)
-            seconds, by = self.floor
+            share, (seconds, by) = self.ceiling.share_of(self.nbytes, median, name), self.floor
             found |= {"ceiling": self.ceiling.name, "percent": round(100 * share, 2)}
             found |= {"floor_us": micros(seconds), "floor_by": by}
         return found
@@ -91,34 +80,30 @@ class Results:
     entries: list[Entry] = field(default_factory=list)
 
     def document(self, kind: type[DocumentT], **content: Any) -> DocumentT:
-        """A document of this run."""
+        """A document of this run, with every rate that was measured."""
+        link = {} if self.bandwidth is None else asdict(self.bandwidth)
+        found = link if self.memory_rate is None else {**link, "memory": self.memory_rate}
+        rates = {name: round(rate / GIGA, 2) for name, rate in found.items()}
         # Left out where nothing was measured: the default is not written.
-        rates: dict[str, Any] = {"rates_gb_per_s": self.rates} if self.bandwidth or self.memory_rate else {}
-        return kind(environment=self.environment, **rates, **content)
+        given: dict[str, Any] = {"rates_gb_per_s": RatesRecord(**rates)} if rates else {}
+        return kind(environment=self.environment, **given, **content)
 
     @property
     def suite(self) -> Suite:
         """The entries as a document."""
         return self.document(Suite, entries=tuple(self.entries))
 
-    @property
-    def rates(self) -> RatesRecord:
-        """Every rate that was measured, in GB/s."""
-        link = {} if self.bandwidth is None else asdict(self.bandwidth)
-        rates = link if self.memory_rate is None else {**link, "memory": self.memory_rate}
-        return RatesRecord(**{name: round(rate / GIGA, 2) for name, rate in rates.items()})
-
     def table(self) -> list[str]:
         """One line for each entry, below the ceilings."""
         names = [f"{entry.name}, T={entry.shape.tokens}" for entry in self.entries]
         width = max((len(name) for name in names), default=0)
         columns = f"{'median us':>10} {'p10':>9} {'p90':>9} {'GB/s':>6} {'%':>5} {'TF/s':>6} {'floor us':>9} {'by':<6}"
-        rates = ", ".join(f"{name} {rate:.1f}" for name, rate in msgspec.to_builtins(self.rates).items())
+        rates = ", ".join(f"{name} {rate:.1f}" for name, rate in msgspec.to_builtins(self.suite.rates_gb_per_s).items())
         return [
             *([] if self.bandwidth else ["no ceilings: no link between GPUs was measured"]),
             *([f"rates in GB/s: {rates}"] if rates else []),
             f"{'what':<{width}} {'how':<6} {columns}  threshold",
-            *(f"{name:<{width}} {_figures(entry)}" for name, entry in zip(names, self.entries, strict=True)),
+            *(f"{name:<{width}} {_columns(entry)}" for name, entry in zip(names, self.entries, strict=True)),
         ]
 
 
@@ -135,39 +120,29 @@ def measured_results(
         )
 
 
-def micros(seconds: float) -> float:
-    """Microseconds, rounded as records have them."""
-    return round(seconds * 1e6, 2)
-
-
 def time_fields(timing: Timing) -> dict[str, Any]:
     """Those of ``Times``."""
     return {**timing.as_json()}
 
 
+def micros(seconds: float) -> float:
+    """Microseconds, rounded as records have them."""
+    return round(seconds * 1e6, 2)
+
+
 def shape_record(shape: Shape) -> ShapeRecord:
-    """For a document."""
-    return ShapeRecord(**{**asdict(shape), "dtype": dtype_name(shape)})
+    """For a document, whose dtypes have no module."""
+    return ShapeRecord(**{**asdict(shape), "dtype": str(shape.dtype).removeprefix("torch.")})
 
 
-def dtype_name(shape: Shape) -> Any:
-    """Without its module."""
-    return str(shape.dtype).removeprefix("torch.")
-
-
-def _figures(entry: Entry) -> str:
-    """The columns of an entry behind its name."""
-    rate, share, tflops = (
-        "" if value is None else f"{value:.1f}" for value in (entry.gb_per_s, entry.percent, entry.tflop_per_s)
+def _columns(entry: Entry) -> str:
+    """Those of an entry behind its name; at last the threshold, and how many times its baselines the entry took."""
+    rate, share, tflops, floor = (
+        "" if value is None else f"{value:.1f}"
+        for value in (entry.gb_per_s, entry.percent, entry.tflop_per_s, entry.floor_us)
     )
-    floor = "" if entry.floor_us is None else f"{entry.floor_us:.1f}"
     figures = f"{entry.median_us:>10.1f} {entry.p10_us:>9.1f} {entry.p90_us:>9.1f} {rate:>6} {share:>5} {tflops:>6}"
-    return f"{entry.how:<6} {figures} {floor:>9} {entry.floor_by or '':<6}  {_judgement(entry)}"
-
-
-def _judgement(entry: Entry) -> str:
-    """The threshold, and how many times its baselines the entry took."""
-    words = [f"{baseline.ratio:.3f} times {baseline.what}" for baseline in entry.baselines]
+    judged = [f"{baseline.ratio:.3f} times {baseline.what}" for baseline in entry.baselines]
     if entry.met is not None:
-        words.insert(0, f"{MET[entry.met]}: {entry.threshold} ({entry.threshold_us:.1f} us)")
-    return "; ".join(words)
+        judged.insert(0, f"{'met' if entry.met else 'MISSED'}: {entry.threshold} ({entry.threshold_us:.1f} us)")
+    return f"{entry.how:<6} {figures} {floor:>9} {entry.floor_by or '':<6}  {'; '.join(judged)}"

@@ -29,11 +29,7 @@ def own_core(rank: int, ranks: int) -> Iterator[None]:
 
 
 def core_of(rank: int, ranks: int, cores: Sequence[int]) -> int | None:
-    """The middle one of a rank's share of the cores; None if that is less than two.
-
-    >>> core_of(1, 2, [0, 1, 2, 3, 8, 9, 10, 11])
-    10
-    """
+    """The middle one of a rank's share of the cores, as 10 for rank 1 of 2 on 0-3 and 8-11; None below two."""
     share = len(cores) // ranks
     return None if share < 2 else cores[rank * share + share // 2]
 

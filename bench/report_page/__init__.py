@@ -1,1 +1,1 @@
-"""The page of ``bench/report.py``: ``load`` reads files, ``sections`` says what stands where, ``page`` writes it."""
+"""The page of ``bench/report.py``: read by ``load``, chosen by ``selection`` and ``computed``, drawn by the others."""

@@ -15,20 +15,34 @@ COMPUTED = "computed, not measured"
 EXTRAPOLATED_WORLD_SIZES = (4, 8, 16)
 GRID_WORLD_SIZES = (2, 4, 8, 16)
 GRID_TOP_K = (1, 2, 4, 8)
-Points = Sequence[tuple[Sweep, Point]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RatedMachine:
-    """One kind of GPU in a group of one size, with the rates of its latest file that has them all."""
+    """One kind of GPU in a group of one size: its files, and the latest of them that has all rates."""
 
+    files: list[Document]
     document: Document
     rates: Rates
 
     @property
     def world_size(self) -> int:
-        """Of the file."""
+        """Of the files."""
         return self.document.environment.world_size
+
+    @property
+    def points(self) -> list[tuple[Sweep, Point]]:
+        """Those that may stand beside computed cells: the cost rule is of the fast backend and uniform routing."""
+        found = [(sweep, point) for sweep in self.files if isinstance(sweep, Sweep) for point in sweep.points]
+        return [(sweep, point) for sweep, point in found if (point.routing, point.profile.backend) == (UNIFORM, "fast")]
+
+    @property
+    def layer_shapes(self) -> list[ShapeRecord]:
+        """Shapes of the layers; without any, those of the suites, or the largest sweep's."""
+        layers = [layer.setup.rank_shape for layer in self.files if isinstance(layer, Layer)]
+        entries = [entry.shape for suite in self.files if isinstance(suite, Suite) for entry in suite.entries]
+        swept = sorted((point.shape for _, point in self.points), key=lambda shape: shape.rank_bytes)
+        return list(dict.fromkeys(layers or [shape for shape in entries if shape.intermediate] or swept[-1:]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,19 +100,19 @@ class Extrapolation:
     left_out: list[int]
 
 
-def identity(document: Document) -> tuple[str | None, int]:
-    """GPU and W of a file: those that share both may stand together."""
-    return document.environment.gpu, document.environment.world_size
-
-
 def machines(documents: Sequence[Document]) -> list[RatedMachine]:
     """Those whose rates are known, in the order in which they first appear."""
-    found: dict[tuple[str | None, int], list[RatedMachine]] = {}
+    files: dict[tuple[str | None, int], list[Document]] = {}
     for document in documents:
-        rates = None if document.environment.shares_gpus else document.rates_gb_per_s.for_costs()
-        if rates is not None:
-            found.setdefault(identity(document), []).append(RatedMachine(document=document, rates=rates))
-    return [max(files, key=lambda machine: machine.document.environment.date) for files in found.values()]
+        files.setdefault((document.environment.gpu, document.environment.world_size), []).append(document)
+    found = []
+    for here in files.values():
+        own = [document for document in here if not document.environment.shares_gpus]
+        rated = [(document, rates) for document in own if (rates := document.rates_gb_per_s.for_costs())]
+        if rated:
+            document, rates = max(rated, key=lambda each: each[0].environment.date)
+            found.append(RatedMachine(files=here, document=document, rates=rates))
+    return found
 
 
 def at_world_size(shape: ShapeRecord, world_size: int, rates: Rates) -> AtWorldSize:
@@ -129,42 +143,33 @@ def extrapolations(documents: Sequence[Document]) -> list[Extrapolation]:
     found = []
     for machine in machines(documents):
         sizes = sorted({*EXTRAPOLATED_WORLD_SIZES, machine.world_size} - {1})
-        for shape in layer_shapes(documents, machine):
+        for shape in machine.layer_shapes:
             steps = [at_world_size(shape, size, machine.rates) for size in sizes if shape.num_experts % size == 0]
             left_out = [size for size in sizes if shape.num_experts % size]
             found.append(Extrapolation(machine=machine, shape=shape, steps=steps, left_out=left_out))
     return found
 
 
-def layer_shapes(documents: Sequence[Document], machine: RatedMachine) -> list[ShapeRecord]:
-    """Shapes of the layers timed on ``machine``; without any, those of its suites, or its largest sweep's."""
-    here = [document for document in documents if identity(document) == identity(machine.document)]
-    layers = [layer.setup.rank_shape for layer in here if isinstance(layer, Layer)]
-    entries = [entry.shape for suite in here if isinstance(suite, Suite) for entry in suite.entries]
-    swept = sorted((point.shape for _, point in _uniform_points(here)), key=lambda shape: shape.rank_bytes)
-    return list(dict.fromkeys(layers or [shape for shape in entries if shape.intermediate is not None] or swept[-1:]))
-
-
 def winner_grids(documents: Sequence[Document]) -> list[WinnerGrid]:
     """One for each machine and each E of its sweeps, or of its layers where it has no sweep."""
     grids = []
     for machine in machines(documents):
-        points = _uniform_points([d for d in documents if identity(d) == identity(machine.document)])
-        shapes = [point.shape for _, point in points] or layer_shapes(documents, machine)
+        shapes = [point.shape for _, point in machine.points] or machine.layer_shapes
         for experts in sorted({shape.num_experts for shape in shapes}):
             sizes = [size for size in sorted({machine.world_size, *GRID_WORLD_SIZES} - {1}) if experts % size == 0]
             choices = {shape.top_k for shape in shapes if shape.num_experts == experts} | set(GRID_TOP_K)
             places = [(top_k, size) for top_k in sorted(choices) if top_k <= experts for size in sizes]
             loads = [Workload(world_size=size, top_k=top_k, num_experts=experts) for top_k, size in places]
-            cells = [_cell(machine, load, points) for load in loads]
-            grids.append(WinnerGrid(machine=machine, num_experts=experts, cells=cells))
-    return [grid for grid in grids if grid.cells]
+            if loads:
+                cells = [_cell(machine, load) for load in loads]
+                grids.append(WinnerGrid(machine=machine, num_experts=experts, cells=cells))
+    return grids
 
 
-def _cell(machine: RatedMachine, load: Workload, points: Points) -> GridCell:
+def _cell(machine: RatedMachine, load: Workload) -> GridCell:
     """Measured at the largest point with this W, E and K: forward and backward together where that was timed."""
     here = (load.world_size, load.num_experts, load.top_k)
-    fitting = [(s, p) for s, p in points if (machine.world_size, p.shape.num_experts, p.shape.top_k) == here]
+    fitting = [(s, p) for s, p in machine.points if (machine.world_size, p.shape.num_experts, p.shape.top_k) == here]
     sweep, point = max(fitting, key=lambda found: found[1].shape.rank_bytes, default=(None, None))
     return GridCell(
         world_size=load.world_size,
@@ -174,9 +179,3 @@ def _cell(machine: RatedMachine, load: Workload, points: Points) -> GridCell:
         sweep=sweep,
         point=point,
     )
-
-
-def _uniform_points(documents: Sequence[Document]) -> Points:
-    """Points that may stand beside computed cells: the cost rule is that of the fast backend and uniform routing."""
-    found = [(sweep, point) for sweep in documents if isinstance(sweep, Sweep) for point in sweep.points]
-    return [(sweep, point) for sweep, point in found if (point.routing, point.profile.backend) == (UNIFORM, "fast")]

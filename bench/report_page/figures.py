@@ -14,9 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from report_page import selection
 from report_page.computed import COMPUTED, Extrapolation, GridCell, WinnerGrid
-from report_page.selection import GEMMS, Bandwidth, LayerGroup, limit_us, total_us
-from report_page.spread import LARGE_PERCENT, LARGE_US, Measurement, Repeated
 
 WIDTH, LETTERS, PNG_DPI = 9.2, 125, 150
 INK, QUIET, GRID = "#1c2330", "#5a6475", "#dde1e8"
@@ -27,7 +26,7 @@ STYLES = {
     "all_to_all": (BLUE, "o"), "rank_dedup": (TEAL, "s"), "all_gather": (ORANGE, "^"), "reduce_scatter": (PURPLE, "D"),
     "suite": (BLUE, "o"), "profile": (ORANGE, "s"), "layer": (TEAL, "^"), "sweep": (PURPLE, "D"),
 }  # fmt: skip
-PART_COLOURS = {"plan": GREY, "dispatch": BLUE, GEMMS: "#c9ced8", "combine": TEAL, "rest": ORANGE}
+PART_COLOURS = {"plan": GREY, "dispatch": BLUE, selection.GEMMS: "#c9ced8", "combine": TEAL, "rest": ORANGE}
 # Below this, a spread is drawn at it: the axis is logarithmic.
 LEAST_PERCENT = 0.01
 LABEL_LETTERS = 42
@@ -59,7 +58,7 @@ def save(
     return f"data:image/svg+xml;base64,{b64encode(svg.getvalue()).decode()}"
 
 
-def bandwidth(figure: Figure, found: Bandwidth) -> None:
+def bandwidth(figure: Figure, found: selection.Bandwidth) -> None:
     """GB/s of each mode over the bytes of a rank's x, with the ceiling of its way as a line."""
     axes = _axes(figure, 4.2)
     for mode, line in found.lines.items():
@@ -82,7 +81,7 @@ def bandwidth(figure: Figure, found: Bandwidth) -> None:
     _legend(axes)
 
 
-def breakdown(figure: Figure, found: tuple[LayerGroup, str]) -> None:
+def breakdown(figure: Figure, found: tuple[selection.LayerGroup, str]) -> None:
     """One stacked bar for each layer, and marks for its time and for the GEMMs alone with the link."""
     group, pass_name = found
     bars = group.breakdowns(pass_name)
@@ -93,7 +92,7 @@ def breakdown(figure: Figure, found: tuple[LayerGroup, str]) -> None:
             label = name if name in PART_COLOURS else "other"
             axes.barh(place, us / 1e3, 0.5, left=end, color=PART_COLOURS.get(name, SKY), label=label)
             end += us / 1e3
-        limit, total = limit_us(layer, pass_name), total_us(layer, pass_name, parts) / 1e3
+        limit, total = selection.limit_us(layer, pass_name), selection.total_us(layer, pass_name, parts) / 1e3
         if limit is not None:
             label = "GEMMs and link alone"
             axes.vlines(limit / 1e3, place - 0.35, place + 0.35, color=INK, linewidth=2, label=label)
@@ -104,7 +103,7 @@ def breakdown(figure: Figure, found: tuple[LayerGroup, str]) -> None:
     _name_bars(axes, list(bars))
 
 
-def memory(figure: Figure, group: LayerGroup) -> None:
+def memory(figure: Figure, group: selection.LayerGroup) -> None:
     """For each kind of memory one bar a layer, as measured, and the formula as a mark."""
     bars = [(use, label) for label, layer in group.layers.items() for use in layer.known_memory]
     kinds = [use.what for use, _ in bars]
@@ -171,7 +170,7 @@ def extrapolation(figure: Figure, found: Extrapolation) -> None:
         axes.legend(loc="upper left", borderaxespad=1)
 
 
-def between_runs(figure: Figure, again: Sequence[Repeated]) -> None:
+def between_runs(figure: Figure, again: Sequence[selection.Repeated]) -> None:
     """Difference between runs over the smallest median, with what counts as a difference."""
     axes = _axes(figure, 3.6)
     for differs, colour, words in ((False, BLUE, "all others"), (True, ORANGE, "above 100 µs and 5% or more")):
@@ -179,14 +178,14 @@ def between_runs(figure: Figure, again: Sequence[Repeated]) -> None:
         if found:
             x, y = [min(one.medians_us) for one in found], [one.difference_percent for one in found]
             axes.scatter(x, y, s=18, alpha=0.7, color=colour, label=f"{words}: {len(found)}")
-    axes.axhline(LARGE_PERCENT, color=QUIET, linestyle="--", linewidth=1)
-    axes.axvline(LARGE_US, color=QUIET, linestyle="--", linewidth=1)
+    axes.axhline(selection.LARGE_PERCENT, color=QUIET, linestyle="--", linewidth=1)
+    axes.axvline(selection.LARGE_US, color=QUIET, linestyle="--", linewidth=1)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("largest over smallest median, %")
     _time_axis(axes, "smallest median")
 
 
-def within_runs(figure: Figure, runs: Sequence[Sequence[Measurement]]) -> None:
+def within_runs(figure: Figure, runs: Sequence[Sequence[selection.Measurement]]) -> None:
     """p10 to p90 in percent of the median over the median, one dot for each time."""
     axes = _axes(figure, 3.6)
     for kind in dict.fromkeys(run[0].document.kind for run in runs):

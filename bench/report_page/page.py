@@ -11,7 +11,7 @@ from typing import NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from schema import Document, pair_name
 
-from report_page import computed, figures, load, selection, spread
+from report_page import computed, figures, load, selection
 
 LOADER = FileSystemLoader(Path(__file__).parent)
 TEMPLATES = Environment(loader=LOADER, autoescape=True, undefined=StrictUndefined, extensions=["jinja2.ext.do"])
@@ -36,10 +36,10 @@ def write_report(documents: Sequence[Document], output: Path, png_folder: Path) 
 
 def render(documents: Sequence[Document], save: Callable[..., str]) -> str:
     """The page. save: takes drawing function, data, name, title and notes; returns the address of the image."""
-    modules = {"computed": computed, "figures": figures, "load": load, "selection": selection, "spread": spread}
+    modules = {"computed": computed, "figures": figures, "load": load, "selection": selection}
     of_kind = {kind: [d for d in documents if d.kind == kind] for kind in ("suite", "profile", "layer", "sweep")}
-    TEMPLATES.filters |= {"places": number, "median": median, "pair": pair_name, "measurements": spread.measurements}
-    TEMPLATES.filters |= {"columns": columns}
+    TEMPLATES.filters |= {"places": number, "median": median, "pair": pair_name, "columns": columns}
+    TEMPLATES.filters |= {"measurements": selection.measurements}
     TEMPLATES.globals |= {"Cell": Cell, "laid_out": laid_out, "judgement": judgement}
     template = TEMPLATES.get_template("page.html.j2")
     return template.render(**modules, **of_kind, documents=documents, save=save)

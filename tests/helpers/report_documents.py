@@ -42,9 +42,9 @@ def document(kind: str, content: Json, **changes: Any) -> Json:
     return {"kind": kind, "environment": environment(**changes), "rates_gb_per_s": RATES, **content}
 
 
-def entry(name: str, median: float, how: str = "queued", **more: Any) -> Json:
+def entry(name: str, median: float, how: str = "queued", wide: float = 0.01, **more: Any) -> Json:
     shape = {"T": 4096, "H": 4096, "I": 1536, "E": 64, "K": 8, "dtype": "bfloat16"}
-    return {"name": name, "how": how, "shape": shape, **times(median), **more}
+    return {"name": name, "how": how, "shape": shape, **times(median, wide), **more}
 
 
 def suite(*entries: Json, **changes: Any) -> Json:
@@ -60,7 +60,7 @@ def profile(
     tokens: int = 4096, hidden: int = 4096, top_k: int = 8, routing: str = "uniform", backend: str = "fast"
 ) -> Json:
     """Every mode at 80 % of its ceiling for its bytes, all_to_all's combine with K/2 times as many."""
-    row = tokens * hidden * 2
+    row = tokens * hidden * 2.0
     modes = [{"kind": "plan", "mode": "", **times(42), "link_bytes": 0.0, "gb_per_s": None, "percent": None}]
     for kind, mode in [*(("dispatch", name) for name in DISPATCH), *(("combine", name) for name in COMBINE)]:
         way = "write" if kind == "combine" else "copy_engine_in" if mode == "all_gather" else "read"
@@ -154,18 +154,21 @@ def anchors(page: str) -> set[str]:
     return set(re.findall(r'<section id="(\w+)"', page))
 
 
-def all_kinds() -> dict[str, Json]:
+def every_kind(folder: Path) -> list[Path]:
+    """The files of two layers, and of one document of each other kind."""
     entries = [
         entry("dispatch all_to_all", 540.0, gb_per_s=248.0, ceiling="the read ceiling", percent=74.6, floor_us=449.0),
         entry("layer", 8680.0, tflop_per_s=570.0, bar="at most 1.2 of the GEMMs", bar_us=8400.0, met=False),
     ]
-    return {
-        "suite": suite(*entries),
-        "profile": document("profile", profile()),
-        "layer": layer(),
-        "redispatch": layer(config=settings(redispatch_x_in_backward=True), scale=1.05),
-        "sweep": sweep(point(1024), point(4096), point(4096, top_k=2, fastest=5), point(1024, routing="skewed")),
-    }
+    points = point(1024), point(4096), point(4096, top_k=2, fastest=5), point(1024, routing="skewed")
+    return written(
+        folder,
+        suite=suite(*entries),
+        profile=document("profile", profile()),
+        layer=layer(),
+        redispatch=layer(config=settings(redispatch_x_in_backward=True), scale=1.05),
+        sweep=sweep(*points),
+    )
 
 
 def changed(content: Json, path: tuple[str | int, ...], value: Any) -> Json:

@@ -1,6 +1,6 @@
 """The end-to-end benchmark: complete where the layer is right, red and without a time where it is not."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from end_to_end import MANY, SHAPE, SMALLEST, Kept, run_on_rank, said_before, watched_on_rank
+from end_to_end import MANY, SHAPE, SMALLEST, context_on, few_rounds, run_on_rank, setup_of, watched_on_rank
+from harness.end_to_end import DERIVED, run_end_to_end
 from harness.layer import Pass
-from harness.layer_report import DERIVED, accuracy_lines
 from schema import Layer
 
 from sonic_ep import CombineMode, DispatchMode, ExpertParallel
@@ -21,6 +21,7 @@ from sonic_ep.profiler import WrongResultError
 from sonic_ep.profiler.report import EVERY_MODE, EVERY_PAIR
 from sonic_ep.testing import Rank, RankPool
 from sonic_ep.testing.cases import pairwise
+from sonic_ep.testing.layer_problem import Shape
 from sonic_ep.testing.oracle import LayerCall
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -38,7 +39,6 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "backward": (True, False),
 }
 SETTINGS = pairwise(OPTIONS)
-NO_GRADIENTS = {"training": False, "backward": False}
 FAST_LINK = LinkBandwidth(copy_engine_in=1e15, copy_engine_out=1e15, read=1e15, write=1e15)
 
 
@@ -46,20 +46,33 @@ def trials() -> Iterator[Any]:
     """Every setting on one rank and on two; each second of them on the CPU as well, in turn on one and on two."""
     for place, setting in enumerate(SETTINGS):
         for world_size in (1, 2):
-            everyday = place % 2 == 0 and place < 16 and world_size == 1 + place // 2 % 2
+            everyday = place % 2 == 0 and place < 12 and world_size == 1 + place // 2 % 2
             yield pytest.param(setting, world_size, marks=() if everyday else pytest.mark.thorough)
 
 
-def passes_of(setting: dict[str, Any]) -> list[str]:
-    return [which.value for which in Pass if which is not Pass.STEP or setting.get("backward", True)]
-
-
-def timed_of(backend: str, world_size: int, by: str | None) -> list[str]:
-    """What is timed in each pass."""
-    slow = [] if world_size == 1 else ["one GPU"]
-    slow += [] if backend == "reference" else [f"reference over {by or 'one rank'}"]
-    local = [] if world_size == 1 else ["same rows locally"]
-    return ["grouped GEMMs", "layer", "given routing", *local, *(["layer, beside these", *slow] if slow else [])]
+def check(found: list[tuple[Layer, list[str]]], setting: dict[str, Any], backend: str, device_type: str) -> Layer:
+    """What holds of every run: the document, which is the same on every rank and a valid one."""
+    said, world_size = found[0][1], len(found)
+    written = msgspec.json.encode(found[0][0])
+    assert all((msgspec.json.encode(other), lines) == (written, said) for other, lines in found)
+    document = msgspec.json.decode(written, type=Layer)
+    assert (document.setup.world_size, document.setup.backend) == (world_size, backend)
+    check_accuracy(document, setting.get("biased", False))
+    check_modes(document, setting)
+    check_times(document, setting.get("backward", True))
+    check_memory(document, device_type == "cuda", setting.get("backward", True))
+    # Every figure has its line, and the accuracies stand before the first of them.
+    text = "\n".join(said)
+    assert sum(line.endswith("PASS") for line in said) == len(document.accuracy) * text.count("verifying ")
+    assert "FAIL" not in text
+    assert text.index("PASS") < text.index("picked: ") < text.index("memory, MiB") < text.index("TFLOP/s a rank")
+    times = [f"{each.pass_name:<22} {each.what} " for each in document.times]
+    for start in [*times, *(f"{each.what} " for each in document.memory)]:
+        assert sum(line.startswith(start) for line in said) == 1
+    for name, figure in DERIVED.items():
+        lines = [line for line in said if line.strip().startswith(f"{figure} ")]
+        assert len(lines) == sum(getattr(each, name) is not None for each in document.derived)
+    return document
 
 
 def check_accuracy(document: Layer, biased: bool) -> None:
@@ -74,11 +87,14 @@ def check_accuracy(document: Layer, biased: bool) -> None:
         assert (each.error == 0) == constant
 
 
-def check_config(document: Layer, setting: dict[str, Any]) -> None:
-    """What was asked for is kept, and nothing is left to be chosen."""
-    assert document.profile is not None
-    config = document.config
-    assert config == document.profile.config
+def check_modes(document: Layer, setting: dict[str, Any]) -> None:
+    """Everything is profiled; what was asked for is kept, and nothing is left to be chosen."""
+    profile, setup, config = document.profile, document.setup, document.config
+    assert profile is not None
+    assert [(each.kind, each.mode) for each in profile.modes] == EVERY_MODE
+    assert [(each.dispatch, each.combine) for each in profile.pairs] == EVERY_PAIR
+    assert (profile.backend, profile.shape.routing, profile.config) == (setup.backend, "given", config)
+    assert (sum(profile.shape.tokens), len(profile.shape.tokens)) == (setup.thiek[0], setup.world_size)
     for name in ("redispatch_x_in_backward", "cpu_sync_on_runtime"):
         assert getattr(config, name) == setting.get(name, False)
     for name, modes in (("dispatch", DispatchMode), ("combine", CombineMode)):
@@ -86,78 +102,39 @@ def check_config(document: Layer, setting: dict[str, Any]) -> None:
         assert got in [mode.value for mode in modes] if asked == "auto" else got == asked.value
 
 
-def check_profile(document: Layer, backend: str, world_size: int) -> None:
-    profile = document.profile
-    assert profile is not None
-    assert [(each.kind, each.mode) for each in profile.modes] == EVERY_MODE
-    assert [(each.dispatch, each.combine) for each in profile.pairs] == EVERY_PAIR
-    assert (profile.backend, profile.shape.routing) == (backend, "given")
-    assert document.setup.thiek[0] == sum(profile.shape.tokens)
-    assert len(profile.shape.tokens) == world_size
-
-
-def check_derived(document: Layer, passes: list[str], backend: str, world_size: int) -> None:
-    assert [each.pass_name for each in document.derived] == passes
-    alone, link_known = world_size == 1, world_size == 1 or document.rates_gb_per_s.read is not None
+def check_times(document: Layer, backward: bool) -> None:
+    passes, alone = (
+        [which.value for which in Pass if backward or which is not Pass.STEP],
+        document.setup.world_size == 1,
+    )
+    with_reference = document.setup.backend == "fast"
+    slow = [] if alone else ["one GPU"]
+    slow += [f"reference over {document.environment.process_group or 'one rank'}"] if with_reference else []
+    names = ["grouped GEMMs", "layer", "given routing", *([] if alone else ["same rows locally"])]
+    names += ["layer, beside these", *slow] if slow else []
+    assert [(each.pass_name, each.what) for each in document.times] == [(p, n) for p in passes for n in names]
+    assert [each.pass_name for each in document.derived] == [each.pass_name for each in document.breakdown] == passes
     for each in document.derived:
         there = {name for name, value in msgspec.structs.asdict(each).items() if value is not None}
         assert there == {
             *("pass_name", "over_gemms"),
             *(() if alone else ("exposed_communication_us", "scaling_efficiency")),
-            *(("link_us", "over_gemms_and_link") if link_known else ()),
-            *(() if backend == "reference" else ("over_reference",)),
+            *(("link_us", "over_gemms_and_link") if alone or document.rates_gb_per_s.read is not None else ()),
+            *(("over_reference",) if with_reference else ()),
         }
         assert all(getattr(each, name) > 0 for name in there & {"over_gemms", "scaling_efficiency"})
         assert not alone or each.link_us == 0
-    assert [each.pass_name for each in document.breakdown] == passes
     for each in document.breakdown:
         assert list(each.parts) == ["plan", "dispatch", "grouped GEMMs", "combine", "rest"]
         assert all(part > 0 for name, part in each.parts.items() if name != "rest")
 
 
-def check_memory(document: Layer, backend: str, on_gpu: bool, backward: bool) -> None:
+def check_memory(document: Layer, on_gpu: bool, backward: bool) -> None:
     names = ["saved activations", "peak of forward, inference", "peak of forward, training", "peak of backward"]
     assert [each.what for each in document.memory] == [*(names if backward else names[:-1]), "shared memory"]
     for each in document.memory:
-        assert (each.formula_bytes is None) == (backend == "reference")
+        assert (each.formula_bytes is None) == (document.setup.backend == "reference")
         assert (each.measured_bytes is not None) == (on_gpu and each.what != "shared memory")
-
-
-def check_said(said: list[str], document: Layer) -> None:
-    """Every figure has its line, and the accuracies stand before the first of them."""
-    text = "\n".join(said)
-    passed = [line for line in said if line.endswith("PASS")]
-    assert len(passed) == len(document.accuracy) * text.count("verifying ")
-    assert "FAIL" not in text
-    assert f"picked: dispatch {document.config.dispatch}, combine {document.config.combine}" in text
-    assert text.index("PASS") < text.index("picked: ") < text.index("memory, MiB") < text.index("TFLOP/s a rank")
-    for start in [
-        *(f"{each.pass_name:<22} {each.what} " for each in document.times),
-        *(f"{each.what} " for each in document.memory),
-    ]:
-        assert sum(line.startswith(start) for line in said) == 1
-    for name, figure in DERIVED.items():
-        lines = [line for line in said if line.strip().startswith(f"{figure} ")]
-        assert len(lines) == sum(getattr(each, name) is not None for each in document.derived)
-
-
-def check(found: list[tuple[Layer, list[str]]], setting: dict[str, Any], backend: str, device_type: str) -> Layer:
-    """What holds of every run: the document, which is the same on every rank and a valid one."""
-    said, world_size, passes = found[0][1], len(found), passes_of(setting)
-    assert all(
-        (msgspec.json.encode(other), lines) == (msgspec.json.encode(found[0][0]), said) for other, lines in found
-    )
-    document = msgspec.json.decode(msgspec.json.encode(found[0][0]), type=Layer)
-    names = timed_of(backend, world_size, document.environment.process_group)
-    assert (document.setup.world_size, document.setup.backend) == (world_size, backend)
-    assert [(each.pass_name, each.what) for each in document.times] == [(p, n) for p in passes for n in names]
-    check_accuracy(document, setting.get("biased", False))
-    check_config(document, setting)
-    check_profile(document, backend, world_size)
-    check_derived(document, passes, backend, world_size)
-    check_memory(document, backend, device_type == "cuda", setting.get("backward", True))
-    check_said(said, document)
-    return document
 
 
 @pytest.mark.parametrize(("setting", "world_size"), list(trials()))
@@ -175,29 +152,26 @@ def test_a_report_of_the_fast_backend_is_complete(pool: RankPool, setting: dict[
     check(found, setting, backend, pool._device_type)
 
 
-@pytest.mark.parametrize("backend", ["fast"])
-def test_the_fast_backend_against_the_reference(cpu_pool: RankPool, backend: str) -> None:
-    setting = {"dispatch": DispatchMode.RANK_DEDUP, "combine": CombineMode.RANK_DEDUP, "backward": False}
-    found = cpu_pool.run(watched_on_rank, setting, backend, SMALLEST, world_size=2)
-    document = check([(document, said) for document, said, _ in found], setting, backend, "cpu")
-    assert any(each.what == "reference over gloo" for each in document.times)
-    assert [kept for _, _, kept in found] == [Kept(alive=[], open=[], exact=True)] * 2
+MODES = {"dispatch": DispatchMode.ALL_TO_ALL, "combine": CombineMode.RANK_DEDUP}
+RANK_DEDUP = {"dispatch": DispatchMode.RANK_DEDUP, "combine": CombineMode.RANK_DEDUP, "backward": False}
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_baselines_are_freed(cpu_pool: RankPool, world_size: int) -> None:
-    found = cpu_pool.run(watched_on_rank, {}, "reference", SHAPE, world_size=world_size)
-    assert [kept for _, _, kept in found] == [Kept(alive=[], open=[], exact=True)] * world_size
-
-
-def test_a_rank_may_have_fewer_experts_than_a_token_chooses(cpu_pool: RankPool) -> None:
-    for document, _ in cpu_pool.run(run_on_rank, {}, "reference", replace(SHAPE, num_experts=4, top_k=4), world_size=2):
-        assert {"same rows locally", "one GPU"} <= {timed.what for timed in document.times}
-
-
-def test_with_ceilings_the_link_is_counted(cpu_pool: RankPool) -> None:
-    found = cpu_pool.run(run_on_rank, {"backward": False}, "reference", SHAPE, FAST_LINK, world_size=2)
-    document = check(found, {"backward": False}, "reference", "cpu")
+@pytest.mark.parametrize(
+    ("backend", "setting", "shape", "world_size"),
+    [
+        ("fast", RANK_DEDUP, SMALLEST, 2),
+        ("reference", {}, SHAPE, 1),
+        # A rank has fewer experts than a token chooses.
+        ("reference", {}, replace(SHAPE, num_experts=4, top_k=4), 2),
+    ],
+)
+def test_baselines_are_freed_and_with_ceilings_the_link_is_counted(
+    cpu_pool: RankPool, backend: str, setting: dict[str, Any], shape: Shape, world_size: int
+) -> None:
+    found = cpu_pool.run(watched_on_rank, setting, backend, shape, FAST_LINK, world_size=world_size)
+    document = check([run for run, _, _ in found], setting, backend, "cpu")
+    # Every layer of the reference beside a fast one has exact sizes.
+    assert [(kept, all(exact), bool(exact)) for _, kept, exact in found] == [([], True, backend == "fast")] * world_size
     assert all((each.over_gemms_and_link or 0) <= (each.over_gemms or 0) for each in document.derived)
     assert document.rates_gb_per_s.read == 1e6
     assert document.profile is not None
@@ -210,8 +184,9 @@ def times_of(part: str, factor: float, calls: int, backward: bool, patched: pyte
 
     def corrupted(self: LayerCall, ep: ExpertParallel, **which: bool) -> Any:
         found = honest(self, ep, **which)
-        # Of the layer, not of its baselines.
-        if "router_logits" not in found or (which != NO_GRADIENTS) != backward:
+        # Of the layer, not of its baselines, in inference or where there are gradients.
+        passed = {"training": True, "backward": True, **which} == {"training": backward, "backward": backward}
+        if "router_logits" not in found or not passed:
             return found
         wrong = next(counted) == calls and rank.rank == 1
         return {**found, part: found[part] * factor} if wrong else found
@@ -219,9 +194,20 @@ def times_of(part: str, factor: float, calls: int, backward: bool, patched: pyte
     patched.setattr(LayerCall, "run", corrupted)
 
 
+def said_before(rank: Rank, poison: Callable[[Any, Rank], None]) -> tuple[str, list[str], int]:
+    """What a benchmark raises after ``poison`` has patched something, what it has said, and entries of results."""
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patched, context_on(rank) as context:
+        few_rounds(patched)
+        poison(patched, rank)
+        with pytest.raises(WrongResultError) as raised:
+            run_end_to_end(setup_of(MODES, rank.world_size, "reference", SHAPE), context, said.append)
+        return str(raised.value), said, len(context.results.entries)
+
+
 def refused(cpu_pool: RankPool, poison: Any) -> tuple[str, list[str], int]:
     """``said_before`` of both ranks, which agree."""
-    found, other = cpu_pool.run(said_before, WrongResultError, poison, world_size=2)
+    found, other = cpu_pool.run(said_before, poison, world_size=2)
     assert found == other
     return found
 
@@ -233,7 +219,7 @@ def test_a_wrong_layer_fails_and_has_no_times(cpu_pool: RankPool, part: str, nam
     assert f"; rank 1 of 2: {name}: relative error " in message
     assert entries == 0
     assert said[0].startswith("verifying ")
-    assert said[1] == accuracy_lines([])[0]
+    assert said[1].startswith("against a wider dtype ")
     assert [line.split()[0] for line in said[2:]] == ["o", "dx", "drouter_w", "dw1", "dw2"]
     assert [line.split()[0] for line in said if line.endswith("FAIL")] == [name]
 
@@ -250,22 +236,21 @@ def corrupt_dispatch(patched: pytest.MonkeyPatch, rank: Rank) -> None:
 
 
 def only_the_accuracies(said: list[str]) -> bool:
-    """Nothing but one table of accuracies, or two, was said."""
-    starts = all(line.startswith("verifying ") for line in said[::7])
-    return starts and all(line.endswith("PASS") for place, line in enumerate(said) if place % 7 > 1)
+    """Nothing but one table of accuracies was said."""
+    return said[0].startswith("verifying ") and len(said) == 7 and all(line.endswith("PASS") for line in said[2:])
+
+
+# Two calls prove a pass, one round is timed, two calls prove it again; with gradients the layer was verified before.
+@pytest.mark.parametrize(("part", "calls"), [("y", 1), ("y", 2), ("y", 4), ("dw1", 2)])
+def test_a_pass_that_is_wrong_once_is_found(cpu_pool: RankPool, part: str, calls: int) -> None:
+    message, said, _ = refused(cpu_pool, partial(times_of, part, -1, calls, part == "dw1"))
+    assert message.startswith(f"rank 1 of 2: layer: {part}: ")
+    assert "rank 0" not in message
+    assert only_the_accuracies(said)
 
 
 def test_a_wrong_primitive_fails_and_has_no_times(cpu_pool: RankPool) -> None:
     message, said, entries = refused(cpu_pool, corrupt_dispatch)
     assert message.startswith("rank 1 of 2: dispatch by all_gather: rows: ")
     assert entries == 0
-    assert only_the_accuracies(said)
-
-
-# Of the passes that come first there are two calls that prove it, one round that is timed, two that prove it again.
-@pytest.mark.parametrize("calls", [1, 2, 4], ids=["before", "timed", "after"])
-def test_a_pass_that_is_wrong_once_is_found(cpu_pool: RankPool, calls: int) -> None:
-    message, said, _ = refused(cpu_pool, partial(times_of, "y", -1, calls, False))
-    assert message.startswith("rank 1 of 2: layer: y: ")
-    assert "rank 0" not in message
     assert only_the_accuracies(said)

@@ -8,15 +8,13 @@ import msgspec
 import pytest
 import torch
 from end_to_end import MODES, SHAPE, SMALLEST, context_on, few_rounds, layer_on, setup_of
-from harness.baselines import given_routing
 from harness.context import BenchCase, Finding, Method
-from harness.end_to_end import EndToEnd
+from harness.end_to_end import EndToEnd, time_lines
 from harness.layer import Pass
-from harness.layer_report import derived_lines, time_lines
 from harness.memory_use import memory_use
 from harness.results import time_fields
 from on_ranks import on_ranks
-from schema import PairTimes, Point
+from schema import PairTimes
 from sweep import MOST_SLOTS_OF_GRAPHS, PAIRS, method_of, over_best, point_line, point_of, run_sweep
 
 from sonic_ep import EPConfig, ExpertParallel
@@ -25,7 +23,7 @@ from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.profiler import NetworkProfiler
 from sonic_ep.profiler.agreement import WrongResultError, gathered
 from sonic_ep.profiler.timing import Timing
-from sonic_ep.testing import Rank, RankPool, memory_model
+from sonic_ep.testing import Rank, RankPool
 from sonic_ep.testing.layer_problem import LayerProblem, Shape
 from sonic_ep.testing.oracle import LayerCall, RoutedCall
 
@@ -68,14 +66,8 @@ def test_derived_by_hand() -> None:
         "scaling_efficiency": 0.8,
         "over_reference": 0.25,
     }
-    assert [line.split()[-2:] for line in derived_lines([found])[1:3]] == [["500.000", "ms"], ["500.000", "ms"]]
-    assert [line.split()[-1] for line in derived_lines([found])[3:]] == ["1.500", "1.200", "0.800", "0.250"]
-
-
-def test_derived_without_baselines() -> None:
-    found = end_to_end(link=None).derived(Pass.TRAINING, findings_of({"grouped GEMMs": 2.0, "layer": 3.0}))
-    given = {name for name, value in msgspec.to_builtins(found).items() if value is not None}
-    assert given == {"pass", "over_gemms"}
+    less = end_to_end(link=None).derived(Pass.TRAINING, findings_of({"grouped GEMMs": 2.0, "layer": 3.0}))
+    assert {name for name, value in msgspec.to_builtins(less).items() if value is not None} == {"pass", "over_gemms"}
 
 
 def test_the_breakdown_by_hand() -> None:
@@ -101,54 +93,32 @@ def test_rates_by_hand() -> None:
     lines = time_lines([timed, without])
     assert lines[1].split()[-4:] == ["2000.000", "120.0%", "4.00", "16.00"]
     assert lines[2].split()[-2:] == ["-", "-"]
-
-
-def test_what_runs_on_one_rank_is_no_group() -> None:
+    # What runs on one rank is no group.
     found = findings_of({**SECONDS, **SLOW_SECONDS}, flops=1e12)
-    timed = [end_to_end(link=None).timed(Pass.STEP, finding) for finding in found.values()]
-    ranks = {each.what: round((each.tflop_per_s_of_group or 0) / (each.tflop_per_s or 1)) for each in timed}
-    alone = {"same rows locally": 1, "one GPU": 1}
-    assert ranks == {**dict.fromkeys(found, 4), **alone}
+    rates = [end_to_end(link=None).timed(Pass.STEP, finding) for finding in found.values()]
+    ranks = {each.what: round((each.tflop_per_s_of_group or 0) / (each.tflop_per_s or 1)) for each in rates}
+    assert ranks == {**dict.fromkeys(found, 4), "same rows locally": 1, "one GPU": 1}
 
 
 # The worked example of sonic_ep.plan: W*C*K = 12 rows.
 DOCUMENTED = Shape(tokens=3, hidden=8, intermediate=4, num_experts=4, top_k=2)
-DOCUMENTED_BY_HAND = memory_model.LayerShape(
-    world_size=2, max_tokens=3, tokens=3, top_k=2, num_experts=4, hidden=8, intermediate=4, itemsize=2, rows=12
-)
 
 
 @pytest.mark.fast
 @on_ranks(2, pool="cpu_pool")
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
-def test_formulas_of_a_layer(rank: Rank, again: bool) -> None:
-    config = replace(MODES, redispatch_x_in_backward=again)
-    with (
-        layer_on(rank, DOCUMENTED) as layer,
-        ExpertParallel(backend="fast", config=config, max_tokens_per_rank=DOCUMENTED.tokens) as ep,
-    ):
-        found = memory_use(given_routing(layer), layer.shape, ep, backward=True)
-    assert all(use.measured_bytes is None for use in found)
-    shape, mode = DOCUMENTED_BY_HAND, DispatchMode.ALL_TO_ALL
-    pair, flag = ModePair(dispatch=mode, combine=CombineMode.RANK_DEDUP), {"redispatch_x_in_backward": again}
-    assert {use.what: use.formula_bytes for use in found} == {
-        "saved activations": memory_model.saved_bytes(shape, mode, **flag).total,
-        "peak of forward, inference": memory_model.forward_peak_bytes(shape, mode, training=False, **flag),
-        "peak of forward, training": memory_model.forward_peak_bytes(shape, mode, training=True, **flag),
-        "peak of backward": memory_model.backward_peak_bytes(shape, mode, **flag),
-        "shared memory": memory_model.symmetric_bytes(shape, pair, **flag).total,
-    }
-    if not again:
-        # The docstring of sonic_ep.testing.memory_model.
-        assert (found[0].formula_bytes, found[-1].formula_bytes) == (192 + 192 + 48 + 216, 3584)
-
-
-@on_ranks(2, pool="cpu_pool")
-def test_the_reference_has_no_formulas(rank: Rank) -> None:
-    with layer_on(rank) as layer, layer.over() as ep:
-        found = memory_use(given_routing(layer), layer.shape, ep, backward=False)
-    assert len(found) == 4
-    assert all((use.formula_bytes, use.measured_bytes) == (None, None) for use in found)
+def test_formulas_of_a_layer(rank: Rank) -> None:
+    names = ["saved activations", "peak of forward, inference", "peak of forward, training", "peak of backward"]
+    # The docstring of sonic_ep.testing.memory_model has the first and the last: 192 + 192 + 48 + 216, and 3584.
+    formulas = {False: [648, 648, 936, 696, 3584], True: [456, 648, 744, 984, 4096]}
+    with layer_on(rank, DOCUMENTED) as layer:
+        for again, expected in formulas.items():
+            config = replace(MODES, redispatch_x_in_backward=again)
+            with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=DOCUMENTED.tokens) as ep:
+                found = memory_use(layer.given_routing(), layer.shape, ep, backward=True)
+            assert all(use.measured_bytes is None for use in found)
+            assert {use.what: use.formula_bytes for use in found} == dict(
+                zip([*names, "shared memory"], expected, strict=True)
+            )
 
 
 # Rows, tokens and weights are multiples of 2 MiB, as are the allocator's segments.
@@ -187,8 +157,13 @@ PASSES = (Pass.TRAINING, Pass.STEP)
 TRAINING, STEP = (which.value for which in PASSES)
 
 
-@pytest.fixture(scope="module")
-def made_up(cpu_pool: RankPool) -> Point:
+def profile_of_sweep(rank: Rank) -> Any:
+    with ExpertParallel(backend="reference") as ep:
+        profiler = NetworkProfiler(ep, cache=None, rounds=1)
+        return profiler.profile(tokens=2, hidden=8, top_k=1, num_experts=2, dtype=torch.bfloat16)
+
+
+def test_a_point_by_hand(cpu_pool: RankPool) -> None:
     """All pairs take 4 s in a forward and 8 s with a backward, but for those named here. Picked: A2A."""
     other = ModePair(dispatch=DispatchMode.ALL_GATHER, combine=CombineMode.ALL_TO_ALL)
     seconds = {(Pass.TRAINING, other): 2.0, (Pass.STEP, A2A): 6.0}
@@ -205,69 +180,47 @@ def made_up(cpu_pool: RankPool) -> Point:
     ]
     (profile,) = cpu_pool.run(profile_of_sweep, world_size=1)
     profile = replace(profile, config=EPConfig(A2A.dispatch, A2A.combine))
-    return point_of(setup_of({"routing": "skewed"}, 1, "reference", SHAPE), profile, times, DEDUP)
-
-
-def profile_of_sweep(rank: Rank) -> Any:
-    with ExpertParallel(backend="reference") as ep:
-        profiler = NetworkProfiler(ep, cache=None, rounds=1)
-        return profiler.profile(tokens=2, hidden=8, top_k=1, num_experts=2, dtype=torch.bfloat16)
-
-
-def test_a_point_by_hand(made_up: Point) -> None:
-    assert made_up.picked == A2A
+    made_up = point_of(setup_of({"routing": "skewed"}, 1, "reference", SHAPE), profile, times, DEDUP)
+    assert (made_up.picked, made_up.predicted) == (A2A, DEDUP)
     assert made_up.over_best == {TRAINING: 2.0, STEP: 1.0}
     assert made_up.predicted_over_best == over_best(made_up.pairs, DEDUP) == {TRAINING: 2.0, STEP: 1.3333}
     assert point_line(made_up) == (
         "T=7      K=2  skewed  ; picked all_to_all+all_to_all: 2.000/1.000 of the best; "
         "predicted rank_dedup+rank_dedup: 2.000/1.333 of the best; best all_to_all+all_to_all 6000.000 ms"
     )
-
-
-def test_a_point_as_json(made_up: Point) -> None:
     document = msgspec.to_builtins(made_up)
     assert document["shape"] == {"T": 7, "H": 16, "I": 8, "E": 12, "K": 2, "dtype": "bfloat16"}
     assert document["routing"] == "skewed"
-    assert (document["picked"], document["predicted"]) == (
-        {"dispatch": "all_to_all", "combine": "all_to_all"},
-        {"dispatch": "rank_dedup", "combine": "rank_dedup"},
-    )
     assert len(document["pairs"]) == 18
     first = {"dispatch": "all_gather", "combine": "all_to_all", "pass": TRAINING, "how": "queued"}
     micros = dict.fromkeys(("median_us", "p10_us", "p90_us", "min_us", "max_us"), 2e6)
     assert document["pairs"][0] == {**first, "rounds": 3, **micros}
 
 
-def sweep(rank: Rank, corrupted: DispatchMode | None) -> tuple[list[dict[str, Any]], list[str]] | str:
-    """Two points, or what is raised where rank 1 gets every output of one dispatch mode wrong."""
+@on_ranks(2, pool="cpu_pool")
+def test_a_sweep_and_one_with_a_wrong_pair_that_says_nothing_of_the_point(rank: Rank) -> None:
+    """Rank 1 gets every output of one dispatch mode wrong."""
     said: list[str] = []
-    settings = [{}, {"routing": "one_rank"}] if corrupted is None else [{}]
-    setups = [setup_of(setting, rank.world_size, "reference", SMALLEST) for setting in settings]
+    setups = [setup_of(setting, rank.world_size, "reference", SMALLEST) for setting in ({}, {"routing": "one_rank"})]
     honest = LayerCall.run
 
     def wrong(self: LayerCall, ep: ExpertParallel, **which: bool) -> Any:
-        found = honest(self, ep, **which)
-        fault = rank.rank == 1 and ep.config.dispatch is corrupted and which == {"training": True, "backward": False}
+        found, fault = honest(self, ep, **which), which == {"training": True, "backward": False}
+        fault = fault and rank.rank == 1 and ep.config.dispatch is DispatchMode.RANK_DEDUP
         return {**found, "y": -found["y"]} if fault else found
 
     with pytest.MonkeyPatch.context() as patched, context_on(rank) as context:
         few_rounds(patched)
+        first, both = (msgspec.to_builtins(document) for document in run_sweep(setups, context, said.append))
+        assert len(said) == 2
         patched.setattr(LayerCall, "run", wrong)
-        if corrupted is not None:
-            with pytest.raises(WrongResultError) as raised:
-                list(run_sweep(setups, context, said.append))
-            assert said == []
-            return str(raised.value)
-        documents = [msgspec.to_builtins(document) for document in run_sweep(setups, context, said.append)]
-        return documents, said
-
-
-def test_a_sweep(cpu_pool: RankPool) -> None:
-    (first, both), said = same(cpu_pool.run(sweep, None, world_size=2))
+        with pytest.raises(WrongResultError, match=r"^rank 1 of 2: rank_dedup, all_to_all: y: "):
+            list(run_sweep(setups[:1], context, said.append))
+        assert len(said) == 2
+        assert gathered(context.group, (first, both, said)) == [(first, both, said)] * 2
     assert both["kind"] == "sweep"
     assert first["points"] == both["points"][:1]
     assert [each["routing"] for each in both["points"]] == ["uniform", "one_rank"]
-    assert len(said) == 2
     for each in both["points"]:
         names = [(pair["pass"], pair["dispatch"], pair["combine"]) for pair in each["pairs"]]
         assert names == [(w.value, pair.dispatch.value, pair.combine.value) for w in PASSES for pair in PAIRS]
@@ -278,17 +231,6 @@ def test_a_sweep(cpu_pool: RankPool) -> None:
         assert each["picked"].items() <= each["profile"]["config"].items()
 
 
-def same(found: list[Any]) -> Any:
-    assert all(of_rank == found[0] for of_rank in found)
-    return found[0]
-
-
-def test_a_sweep_with_a_wrong_pair_says_nothing_of_the_point(cpu_pool: RankPool) -> None:
-    assert same(cpu_pool.run(sweep, DispatchMode.RANK_DEDUP, world_size=2)).startswith(
-        "rank 1 of 2: rank_dedup, all_to_all: y: "
-    )
-
-
 def test_how_a_pair_is_launched() -> None:
     gpu = SimpleNamespace(on_gpu=True, behind_work=Method.QUEUED)
     cpu = SimpleNamespace(on_gpu=False, behind_work=Method.EAGER)
@@ -297,12 +239,3 @@ def test_how_a_pair_is_launched() -> None:
     assert method_of(gpu, "fast", small) is Method.GRAPH
     assert method_of(gpu, "fast", large) is method_of(gpu, "reference", small) is Method.QUEUED
     assert method_of(cpu, "fast", small) is Method.EAGER
-
-
-@pytest.mark.parametrize(
-    ("backend", "tokens", "few"), [("fast", 127, True), ("fast", 128, False), ("reference", 1, False)]
-)
-def test_few_tokens_are_said_to_be_few(backend: str, tokens: int, few: bool) -> None:
-    lines = setup_of({}, 2, backend, replace(SHAPE, tokens=tokens)).lines()
-    assert lines[0].startswith(f"T,H,I,E,K = {2 * tokens},")
-    assert [line.split(" are few")[0] for line in lines[2:]] == ([f"note: {tokens} tokens a rank"] if few else [])

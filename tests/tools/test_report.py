@@ -1,10 +1,12 @@
-"""The page of ``bench/report.py``: what it shows, what it computes, what it refuses, and that it asks for nothing."""
+"""The page of ``bench/report.py``: what it shows, what it refuses, and that it asks for nothing."""
 
 import base64
+import doctest
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from xml.etree import ElementTree
 
 import matplotlib.image
@@ -13,10 +15,10 @@ import report
 from limits import HANG_SECONDS
 from report_documents import (
     Json,
-    all_kinds,
     anchors,
     document,
     entry,
+    every_kind,
     layer,
     loaded,
     point,
@@ -24,8 +26,8 @@ from report_documents import (
     shown,
     suite,
     sweep,
-    written,
 )
+from report_page import computed, figures, load, page
 from report_page.page import write_report
 
 from sonic_ep.profiler.machine import TWO_GPUS_NOTE
@@ -51,13 +53,8 @@ def tree(text: str) -> ElementTree.Element:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a report of every kind of document and the real results."""
     folder = tmp_path_factory.mktemp("report")
-    paths = written(folder, **all_kinds())
-    assert report.main([*map(str, [REAL, *paths]), "-o", str(folder / "out" / "page.html")]) == 0
+    assert report.main([*map(str, [REAL, *every_kind(folder)]), "-o", str(folder / "out" / "page.html")]) == 0
     return folder / "out"
-
-
-def section(folder: Path, anchor: str) -> str:
-    return (folder / "page.html").read_text().partition(f'<section id="{anchor}">')[2].partition("</section>")[0]
 
 
 def test_the_page_is_complete_and_asks_for_nothing(whole: Path) -> None:
@@ -67,21 +64,16 @@ def test_the_page_is_complete_and_asks_for_nothing(whole: Path) -> None:
     ids = [e.attrib["id"] for e in elements if "id" in e.attrib]
     alts = [e.attrib["alt"] for e in elements if e.tag == "img"]
     assert all(reference.startswith(("data:image/svg+xml;base64,", "#")) for reference in references)
-    assert "url(" not in text
-    assert "@import" not in text
+    assert not [word for word in ("url(", "@import") if word in text]
     assert "\n:root" in text, "the style stands as it was written"
     assert {reference[1:] for reference in references if reference.startswith("#")} == ANCHORS == anchors(text)
     assert len(ids) == len(set(ids))
     assert all(alts)
     assert len(alts) >= 8
-
-
-def test_drawings_ask_for_nothing_either(whole: Path) -> None:
-    drawings = re.findall(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)", (whole / "page.html").read_text())
-    for drawing in drawings:
-        text = base64.b64decode(drawing).decode()
-        assert "<script" not in text
-        assert re.findall(r'(?:href|src)="(?!#)', text) == []
+    for drawing in re.findall(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)", text):
+        drawn = base64.b64decode(drawing).decode()
+        assert "<script" not in drawn
+        assert re.findall(r'(?:href|src)="(?!#)', drawn) == []
 
 
 def test_every_figure_is_a_png_that_is_not_blank(whole: Path) -> None:
@@ -95,24 +87,17 @@ def test_every_figure_is_a_png_that_is_not_blank(whole: Path) -> None:
         assert colours.mean() > 0.001, path
 
 
-def test_computed_is_called_computed(whole: Path) -> None:
-    titles = re.findall(r"<(?:h2|strong|caption><span)>(.*?)</", section(whole, "extrapolation"))
+def test_what_is_computed_and_what_two_gpus_flatter_is_called_so(whole: Path) -> None:
+    text = (whole / "page.html").read_text()
+    sections = {name: text.partition(f'<section id="{name}">')[2].partition("</section>")[0] for name in ANCHORS}
+    titles = re.findall(r"<(?:h2|strong|caption><span)>(.*?)</", sections["extrapolation"])
     assert len(titles) >= 3
     assert all("computed, not measured" in title.lower() for title in titles)
-    grid = section(whole, "winners")
-    assert "W=2, K=8: all_gather + rank_dedup, measured." in grid
-    assert "W=8, K=8: all_to_all + rank_dedup, computed." in grid
-
-
-@pytest.mark.parametrize("anchor", sorted(ANCHORS - {"environment", "extrapolation"}))
-def test_two_gpus_have_their_caveat_wherever_they_were_measured(whole: Path, anchor: str) -> None:
-    assert TWO_GPUS_NOTE in section(whole, anchor)
-    assert "NVIDIA H100 80GB HBM3, W=2, commit abc1234, 2026-11-25" in section(whole, anchor)
-
-
-def test_link_bytes_are_those_of_the_busiest_rank(whole: Path) -> None:
-    assert "reach the busiest rank" in section(whole, "bandwidth")
-    assert "into the busiest rank, MiB" in section(whole, "profiles")
+    assert "W=2, K=8: all_gather + rank_dedup, measured." in sections["winners"]
+    assert "W=8, K=8: all_to_all + rank_dedup, computed." in sections["winners"]
+    for name in ANCHORS - {"environment", "extrapolation"}:
+        assert TWO_GPUS_NOTE in sections[name], name
+        assert "NVIDIA H100 80GB HBM3, W=2, commit abc1234, 2026-11-25" in sections[name], name
 
 
 UNKNOWN_MEMORY = [{"what": "saved activations", "formula_bytes": None, "measured_bytes": None}]
@@ -139,19 +124,16 @@ def test_sections_are_there_only_with_data(tmp_path: Path, content: Json, expect
 def test_hostile_strings_are_text(tmp_path: Path) -> None:
     shout = entry(HOSTILE, 10.0, how=HOSTILE, ceiling=HOSTILE, bar=HOSTILE, met=True)
     changes = {"gpu": HOSTILE, "command": HOSTILE, "note": HOSTILE + "\x00\u202e", "commit": HOSTILE}
-    content = {
-        "a": suite(shout, **changes),
-        "b": suite(shout, **changes),
-        "c": layer({"activation": HOSTILE}, **changes),
-    }
-    content["c"]["memory"][0]["what"] = HOSTILE
-    content["c"]["breakdown"] = [{"pass": HOSTILE, "parts": {HOSTILE: 1.0, "rest": 2.0}}]
-    output = tmp_path / "page.html"
-    write_report(loaded(tmp_path, **content), output, tmp_path / "png")
-    page = tree(output.read_text())
-    assert " ".join(page.itertext()).count(HOSTILE) > 20
-    assert any(HOSTILE in image.attrib["alt"] for image in page.iter("img"))
-    assert not {"\x00", "\u202e"} & set(output.read_text())
+    loud = layer({"activation": HOSTILE}, **changes)
+    loud["memory"][0]["what"] = HOSTILE
+    loud["breakdown"] = [{"pass": HOSTILE, "parts": {HOSTILE: 1.0, "rest": 2.0}}]
+    documents = loaded(tmp_path, a=suite(shout, **changes), b=suite(shout, **changes), c=loud)
+    write_report(documents, tmp_path / "page.html", tmp_path / "png")
+    text = (tmp_path / "page.html").read_text()
+    root = tree(text)
+    assert " ".join(root.itertext()).count(HOSTILE) > 20
+    assert any(HOSTILE in image.attrib["alt"] for image in root.iter("img"))
+    assert not {"\x00", "\u202e"} & set(text)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +154,7 @@ def test_wrong_places_are_refused_before_anything_is_written(
     code: int,
     message: str,
 ) -> None:
-    written(tmp_path, a=suite(entry("x", 10.0)))
+    loaded(tmp_path, a=suite(entry("x", 10.0)))
     monkeypatch.chdir(tmp_path)
     assert report.main(words) == code
     assert capsys.readouterr().err == f"report: {message}\n"
@@ -192,7 +174,14 @@ def test_without_a_library_one_line_says_what_to_install(tmp_path: Path) -> None
 
 
 def test_the_page_and_its_drawings_are_the_same_every_time(tmp_path: Path) -> None:
-    documents = loaded(tmp_path, a=sweep(point(1024), point(4096)), b=suite(entry("x", 10.0)))
+    documents = loaded(tmp_path, a=suite(entry("x", 10.0)))
     for name in ("first", "second"):
         write_report(documents, tmp_path / name, tmp_path / "png")
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
+@pytest.mark.parametrize("module", [computed, figures, load, page], ids=lambda module: module.__name__)
+def test_examples_in_docstrings(module: ModuleType) -> None:
+    found = doctest.testmod(module)
+    assert found.attempted
+    assert not found.failed
