@@ -14,9 +14,9 @@ from sonic_ep import CombineMode
 from sonic_ep.cost import WAY_OF_COMBINE, combine_traffic
 from sonic_ep.fast.collectives import gather_scores
 from sonic_ep.fast.combine import combine_primitives
+from sonic_ep.profiler.problem import RoutingProblem
 from sonic_ep.profiler.verification import assert_bitwise
 from sonic_ep.testing import assert_as_accurate
-from sonic_ep.testing.routing_problem import RoutingProblem
 
 SCORE_BYTES = 4
 # Rows in, sums out, by the mode that moves least: at most so many times what the bytes take at the ceiling.

@@ -16,8 +16,8 @@ from sonic_ep.fast.copy_engine import CopyEngineGather
 from sonic_ep.fast.dispatch import dispatch_primitives
 from sonic_ep.fast.dispatch.all_to_all import pull_to_rows
 from sonic_ep.fast.dispatch.rank_dedup import pull_packed
+from sonic_ep.profiler.problem import RoutingProblem
 from sonic_ep.profiler.verification import assert_bitwise
-from sonic_ep.testing.routing_problem import RoutingProblem
 
 # The share of its ceiling that each mode has to reach over the link.
 LEAST_SHARE = {DispatchMode.ALL_GATHER: 0.93, DispatchMode.ALL_TO_ALL: 0.92, DispatchMode.RANK_DEDUP: 0.93}

@@ -7,25 +7,12 @@ from dataclasses import replace
 import pytest
 from harness.context import BenchCase, Method, RunCase, SuiteContext, other_inputs
 from harness.results import Threshold
-from torch import Tensor
 
-from sonic_ep import ExpertParallel, RoutingPlan
-from sonic_ep.plan import ROUTING_FIELDS
-from sonic_ep.profiler.verification import assert_bitwise, expect
-from sonic_ep.testing.routing_problem import RoutingProblem
+from sonic_ep import ExpertParallel
+from sonic_ep.profiler.problem import RoutingProblem
 
 # Slots of the group, and the microseconds that a plan of them may take.
 MOST_MICROS = {262_144: 80, 1_048_576: 150}
-
-
-def expect_plan(got: RoutingPlan, expected: RoutingPlan) -> None:
-    """Raise ``AssertionError`` unless every field is equal."""
-    for name in ROUTING_FIELDS:
-        value, right = getattr(got, name), getattr(expected, name)
-        if isinstance(right, Tensor):
-            assert_bitwise(value, right, name)
-        else:
-            expect(value == right, f"{name}: got {value}, expected {right}")
 
 
 def threshold_of(slots: int, context: SuiteContext) -> Threshold | None:
@@ -49,7 +36,7 @@ def bench_plan(context: SuiteContext, run: RunCase, method: Method, size: int) -
             name="plan",
             shape=shape,
             run=lambda: ep.plan(problem.topk_idx_TK, shape.num_experts),
-            check=lambda got: expect_plan(got, problem.plan),
+            check=problem.check_plan,
             other_inputs=lambda: other_inputs(problem.topk_idx_TK),
             threshold=threshold_of(world_size * shape.tokens * shape.top_k, context),
         )

@@ -10,8 +10,8 @@ from harness.results import Threshold
 from torch import Tensor
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
+from sonic_ep.profiler.problem import RoutingProblem
 from sonic_ep.profiler.verification import assert_bitwise
-from sonic_ep.testing.routing_problem import RoutingProblem
 
 # Of the first pair in a graph, with a plan that was made before.
 MOST = Threshold(text="at most 60 us", seconds=60e-6)

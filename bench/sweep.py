@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from harness.context import BenchContext, Method, layer_context, run_script
@@ -28,7 +29,9 @@ from sonic_ep.cli.measured import Run, add_output, checked_ranks
 from sonic_ep.cli.options import DTYPES, add_nproc, parse_count
 from sonic_ep.config import AUTO, CombineMode, DispatchMode, EPConfig, ModePair
 from sonic_ep.profiler import ProfileReport
-from sonic_ep.testing.layer_problem import LayerOptions, LayerProblem, RoutingKind, Shape
+from sonic_ep.profiler.problem import Shape
+from sonic_ep.profiler.routings import ROUTINGS, RoutingName
+from sonic_ep.testing.layer_problem import LayerOptions, LayerProblem
 
 PASSES = (Pass.TRAINING, Pass.STEP)
 # Slots of a rank, T*K, up to which a layer is small.
@@ -42,16 +45,16 @@ class GridPoint:
 
     tokens: int
     top_k: int
-    routing: RoutingKind
+    routing: RoutingName
 
 
 def parse_point(text: str) -> GridPoint:
     """T,K,routing."""
     parts = text.split(",")
-    if len(parts) != 3 or parts[2] not in {kind.value for kind in RoutingKind}:
-        kinds = "|".join(kind.value for kind in RoutingKind)
+    if len(parts) != 3 or parts[2] not in ROUTINGS:
+        kinds = "|".join(ROUTINGS)
         raise argparse.ArgumentTypeError(f"got {text!r}, expected T,K,{kinds}")
-    return GridPoint(tokens=parse_count(parts[0]), top_k=parse_count(parts[1]), routing=RoutingKind(parts[2]))
+    return GridPoint(tokens=parse_count(parts[0]), top_k=parse_count(parts[1]), routing=cast(RoutingName, parts[2]))
 
 
 def parse_hie(text: str) -> tuple[int, int, int]:
@@ -108,9 +111,9 @@ def setups_of(options: argparse.Namespace, world_size: int, backend: str) -> lis
         raise ValueError(f"--hie: got E={experts}, expected a multiple of the {world_size} ranks")
     points = options.point or [parse_point(text) for text in (POINTS_ON_GPUS if on_gpu else POINTS_ON_CPU)]
     for point in points:
-        held = experts // world_size if point.routing is RoutingKind.ONE_RANK else experts
+        held = experts // world_size if point.routing == "one_rank" else experts
         if point.top_k > held:
-            raise ValueError(f"--point: got K={point.top_k}, expected at most {held} for {point.routing.value}")
+            raise ValueError(f"--point: got K={point.top_k}, expected at most {held} for {point.routing}")
     sizes = {"hidden": hidden, "intermediate": intermediate, "num_experts": experts}
     return [
         Setup(
@@ -186,7 +189,7 @@ def point_of(setup: Setup, profile: ProfileReport, times: Sequence[PairTimes], p
     picked = modes_of(profile.config)
     return Point(
         shape=shape_record(setup.shape),
-        routing=setup.options.routing.value,
+        routing=setup.options.routing,
         profile=Profile.of(profile),
         pairs=tuple(times),
         picked=picked,

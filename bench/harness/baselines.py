@@ -13,9 +13,9 @@ from harness.layer import LayerUnderTest, ProvenCall, expect_everywhere
 from sonic_ep.api import ExpertParallel
 from sonic_ep.distributed.group import EPGroup, resolve_group
 from sonic_ep.plan import RoutingPlan
+from sonic_ep.profiler.problem import Shape
 from sonic_ep.reference.dense import dense_scores
 from sonic_ep.testing.answer import judge, oracle_of
-from sonic_ep.testing.layer_problem import Shape
 from sonic_ep.testing.oracle import LOGITS, RoutedCall
 
 

@@ -11,8 +11,9 @@ from schema import AccuracyRecord, Derived, Layer, MemoryUse, PassTimes, SetupRe
 from harness.results import dtype_name
 from sonic_ep.config import EPConfig
 from sonic_ep.profiler import ProfileReport
+from sonic_ep.profiler.problem import Shape
 from sonic_ep.testing.checks import Accuracy
-from sonic_ep.testing.layer_problem import LayerOptions, Shape
+from sonic_ep.testing.layer_problem import LayerOptions
 
 # With fewer tokens than that, one right result in a hundred and more has twice the error of another, by chance.
 FEW_TOKENS = 128
@@ -53,7 +54,7 @@ class Setup:
             score_order=options.score_order.value,
             add_bias=options.biased,
             norm_topk_probs=options.norm_topk_probs,
-            routing=options.routing.value,
+            routing=options.routing,
             backend=self.backend,
         )
 

@@ -12,8 +12,8 @@ from schema import MemoryUse
 from harness.layer import modes_of
 from sonic_ep.api import ExpertParallel
 from sonic_ep.profiler.agreement import gathered
+from sonic_ep.profiler.problem import Shape
 from sonic_ep.testing import memory_model
-from sonic_ep.testing.layer_problem import Shape
 from sonic_ep.testing.oracle import RoutedCall, gradients
 
 SAVED, INFERENCE = "saved activations", "peak of forward, inference"

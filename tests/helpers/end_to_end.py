@@ -20,9 +20,10 @@ from harness.results import Results
 from sonic_ep import EPConfig, ExpertParallel
 from sonic_ep.cost import LinkBandwidth
 from sonic_ep.profiler import profiler
+from sonic_ep.profiler.problem import Shape
 from sonic_ep.profiler.timing import RoundTimer
 from sonic_ep.testing import Rank
-from sonic_ep.testing.layer_problem import LayerOptions, LayerProblem, RoutingKind, Shape
+from sonic_ep.testing.layer_problem import LayerOptions, LayerProblem
 
 SHAPE = Shape(tokens=7, hidden=16, intermediate=8, num_experts=12, top_k=2)
 # Enough tokens that no error is luck; on GPUs.
@@ -72,7 +73,7 @@ def setup_of(setting: dict[str, Any], world_size: int, backend: str, shape: Shap
     return Setup(
         shape=Shape(**sizes, dtype=left.pop("dtype", torch.bfloat16)),
         world_size=world_size,
-        options=LayerOptions(routing=RoutingKind(left.pop("routing", "uniform")), **left),
+        options=LayerOptions(**left),
         backend=backend,
         config=config,
         backward=backward,

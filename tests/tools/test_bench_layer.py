@@ -16,11 +16,11 @@ from sonic_ep.config import ModePair
 from sonic_ep.cost import LinkBandwidth
 from sonic_ep.distributed.group import resolve_group
 from sonic_ep.profiler.agreement import WrongResultError, gathered
+from sonic_ep.profiler.problem import RoutingProblem
 from sonic_ep.profiler.timing import RoundTimer
 from sonic_ep.testing import Rank
 from sonic_ep.testing.layer_problem import LayerOptions, LayerProblem
 from sonic_ep.testing.oracle import LayerCall
-from sonic_ep.testing.routing_problem import RoutingProblem
 
 
 def suite() -> Any:
@@ -42,7 +42,7 @@ def test_flops_and_bytes_by_hand(rank: Rank) -> None:
     place = {"shape": SMOKE.layer, "group": context.group, "device": rank.device}
     layer = LayerUnderTest.of(context, LayerProblem(**place), "reference", EPConfig())
     chosen_TK = torch.tensor([[0, 1], [4, 5], [0, 4], [2, 3], [2, 3], [1, 2]])
-    vars(layer)["routing"] = RoutingProblem(**place, chosen_TK=chosen_TK)
+    vars(layer)["routing"] = RoutingProblem(**place, routing=chosen_TK)
     passes = (Pass.INFERENCE, Pass.STEP)
     seconds = [
         layer.link_seconds(ModePair(dispatch=mode, combine=CombineMode.RANK_DEDUP), which)

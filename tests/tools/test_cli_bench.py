@@ -24,7 +24,6 @@ from sonic_ep.cli.exit_codes import FAIL, PASS, WRONG_ARGUMENTS
 from sonic_ep.config import ScoreOrder
 from sonic_ep.profiler.agreement import WrongResultError
 from sonic_ep.profiler.timing import AboveCeilingError
-from sonic_ep.testing.layer_problem import RoutingKind
 from sonic_ep.testing.oracle import LayerCall
 
 ROOT = Path(__file__).parents[2]
@@ -150,7 +149,7 @@ def test_every_spelling(exact: str) -> None:
         assert not setup.backward
         options = setup.options
         assert (options.biased, options.norm_topk_probs, options.gate_layout) == (True, True, "concat")
-        assert (options.score_order, options.routing) == (ScoreOrder.SOFTMAX_THEN_TOPK, RoutingKind.ONE_RANK)
+        assert (options.score_order, options.routing) == (ScoreOrder.SOFTMAX_THEN_TOPK, "one_rank")
         assert (options.activation, setup.shape.dtype) == ("relu_sq", torch.float16)
         assert (setup.record.thiek, setup.shape.tokens) == ((6, 16, 8, 4, 2), 3)
 
@@ -161,7 +160,7 @@ def test_what_is_run_if_nothing_is_said() -> None:
     assert setup.backward
     options = setup.options
     assert (options.biased, options.norm_topk_probs, options.gate_layout) == (False, False, "interleaved")
-    assert (options.score_order, options.routing) == (ScoreOrder.TOPK_THEN_SOFTMAX, RoutingKind.UNIFORM)
+    assert (options.score_order, options.routing) == (ScoreOrder.TOPK_THEN_SOFTMAX, "uniform")
     assert setup.shape.dtype is torch.bfloat16
 
 

@@ -79,7 +79,7 @@ def test_a_closed_one_is_told_on_every_rank(rank: Rank, closing: int) -> None:
 def fail_to_draw(patched: Any, rank: int) -> None:
     """As if the last of two ranks had no memory left."""
     if rank:
-        patched.setattr(problem, "_generator", Mock(side_effect=MemoryError("no memory left")))
+        patched.setattr(problem, "generator_of", Mock(side_effect=MemoryError("no memory left")))
 
 
 def test_an_error_in_drawing_on_one_rank_is_one_on_every_rank(cpu_pool: RankPool) -> None:
