@@ -54,11 +54,11 @@ def formulas(call: RoutedCall, shape: Shape, ep: ExpertParallel) -> dict[str, in
     )
     again = {"redispatch_x_in_backward": ep.config.redispatch_x_in_backward}
     return {
-        SAVED: memory_model.saved_bytes(layer, modes.dispatch, **again).total,
+        SAVED: sum(memory_model.saved_bytes(layer, modes.dispatch, **again).values()),
         INFERENCE: memory_model.forward_peak_bytes(layer, modes.dispatch, training=False, **again),
         FORWARD: memory_model.forward_peak_bytes(layer, modes.dispatch, training=True, **again),
         BACKWARD: memory_model.backward_peak_bytes(layer, modes.dispatch, **again),
-        SHARED: memory_model.symmetric_bytes(layer, modes, **again).total,
+        SHARED: sum(memory_model.symmetric_bytes(layer, modes, **again).values()),
     }
 
 

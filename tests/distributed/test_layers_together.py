@@ -67,7 +67,7 @@ def test_four_layers_of_one_shape_share_memory(rank: Rank, flags: dict[str, bool
         truths, plains = dense_stack(drawn, torch.float64), dense_stack(drawn, case.dtype)
         sticks = [Yardstick(truth, plain) for truth, plain in zip(truths, plains, strict=True)]
         parts = [stick.part(got, share) for stick, got, share in zip(sticks, found, shares, strict=True)]
-        by_rank = gather_parts(parts, ep.group, rank.device)
+        by_rank = gather_parts(parts, ep.group)
     judged = [stick.judge(str(place), [of[place] for of in by_rank]) for place, stick in enumerate(sticks)]
     assert not (wrong := [str(accuracy) for accuracy in judged if not accuracy.ok]), wrong
 

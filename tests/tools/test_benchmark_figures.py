@@ -133,11 +133,11 @@ def test_formulas_of_a_layer(rank: Rank, again: bool) -> None:
     shape, mode = DOCUMENTED_BY_HAND, DispatchMode.ALL_TO_ALL
     pair, flag = ModePair(dispatch=mode, combine=CombineMode.RANK_DEDUP), {"redispatch_x_in_backward": again}
     assert {use.what: use.formula_bytes for use in found} == {
-        "saved activations": memory_model.saved_bytes(shape, mode, **flag).total,
+        "saved activations": sum(memory_model.saved_bytes(shape, mode, **flag).values()),
         "peak of forward, inference": memory_model.forward_peak_bytes(shape, mode, training=False, **flag),
         "peak of forward, training": memory_model.forward_peak_bytes(shape, mode, training=True, **flag),
         "peak of backward": memory_model.backward_peak_bytes(shape, mode, **flag),
-        "shared memory": memory_model.symmetric_bytes(shape, pair, **flag).total,
+        "shared memory": sum(memory_model.symmetric_bytes(shape, pair, **flag).values()),
     }
     if not again:
         # The docstring of sonic_ep.testing.memory_model.

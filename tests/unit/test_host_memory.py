@@ -7,8 +7,7 @@ import resource
 import signal
 import stat
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -29,18 +28,15 @@ NAME = "sonic_ep_" + "0123456789abcdef" * 2
 TOO_MANY_BYTES = 2**45
 
 
-@contextmanager
-def files_in(folder: Path) -> Iterator[None]:
+def use(folder: Path, patch: pytest.MonkeyPatch) -> None:
     """Shared files are created in ``folder``, where no other process removes any."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sonic_ep.testing.host_memory.folder", lambda: folder)
-        yield
+    patch.setattr("sonic_ep.testing.host_memory.folder", lambda: folder)
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    with files_in(tmp_path):
-        yield tmp_path
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    use(tmp_path, monkeypatch)
+    return tmp_path
 
 
 def aged(path: Path) -> Path:
@@ -62,7 +58,10 @@ def host_memory() -> ModuleType:
 
 
 @promise("shared-files")
-def test_files_are_private_unguessable_and_locked(host_memory: ModuleType) -> None:
+def test_files_are_private_unguessable_and_locked(
+    folder: Path, host_memory: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if its name was guessed, an existing file is not taken for a new one: it would be open to its creator."""
     with host_memory.shared_file(100) as first, host_memory.shared_file(100) as second:
         assert first.name != second.name
         for path in (first, second):
@@ -71,20 +70,12 @@ def test_files_are_private_unguessable_and_locked(host_memory: ModuleType) -> No
             assert path.stat().st_size == 100
             with path.open() as file, pytest.raises(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    assert not first.exists()
-    assert not second.exists()
-
-
-def test_an_existing_file_is_never_taken_for_a_new_one(
-    folder: Path, host_memory: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Even if its name was guessed: it would be open to its creator."""
+    assert list(folder.iterdir()) == []
     monkeypatch.setattr(host_memory.secrets, "token_hex", lambda nbytes: NAME.removeprefix("sonic_ep_"))
     (folder / NAME).symlink_to(folder / "elsewhere")
     with pytest.raises(FileExistsError), host_memory.shared_file(100):
         pass
-    assert not (folder / "elsewhere").exists()
-    assert (folder / NAME).is_symlink()
+    assert [path.name for path in folder.iterdir()] == [NAME]
 
 
 def locked(path: Path, patch: pytest.MonkeyPatch) -> object:
@@ -104,19 +95,14 @@ def a_link(path: Path, patch: pytest.MonkeyPatch) -> None:
     aged(path)
 
 
-OTHER_NAMES = {
-    "a shorter name": NAME[:-1],
-    "a longer name": NAME + "0",
-    "not hexadecimal": NAME[:-1] + "x",
-    "another prefix": "somebody_else_" + NAME,
-}
+OTHER_NAMES = (NAME[:-1], NAME + "0", NAME[:-1] + "x", "somebody_else_" + NAME)
 NOT_ABANDONED: dict[str, Callable[[Path, pytest.MonkeyPatch], object]] = {
     "young": lambda path, patch: path.write_bytes(b"just created"),
     "locked by a live process": locked,
     "of another user": of_another_user,
     "a link": a_link,
     "a folder": lambda path, patch: path.mkdir() or aged(path),
-    **{why: lambda path, patch, name=name: old_file(path.with_name(name)) for why, name in OTHER_NAMES.items()},
+    "of other names": lambda path, patch: [old_file(path.with_name(name)) for name in OTHER_NAMES],
 }
 
 
@@ -175,15 +161,6 @@ def test_more_memory_than_there_is_is_refused_on_all_ranks(rank: Rank) -> None:
         workspace.barrier_before_write()
 
 
-@contextmanager
-def no_files_above(nbytes: int) -> Iterator[None]:
-    """As where memory is bounded, or other processes have taken the rest."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @promise("out-of-memory")
 @on_ranks(3, pool="cpu_pool")
 def test_memory_short_on_one_rank_is_reported_on_all(rank: Rank) -> None:
@@ -193,8 +170,12 @@ def test_memory_short_on_one_rank_is_reported_on_all(rank: Rank) -> None:
         plan = ep.plan(idx, rank.world_size)
         narrow, wide = (torch.full((2, hidden), float(rank.rank)) for hidden in (8, 2**16))
         ep.dispatch(narrow, plan)
-        with no_files_above(2**16 if rank.rank == 1 else 2**40), pytest.raises(SharedMemoryError) as raised:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if rank.rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+        with pytest.raises(SharedMemoryError) as raised:
             ep.dispatch(wide, plan)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert str(raised.value).startswith(f"rank {rank.rank} of 3: shared memory: got no ")
         assert str(raised.value).endswith(" bytes on rank 1: [Errno 27] File too large")
         assert lasting_files() == []
@@ -204,14 +185,16 @@ def test_memory_short_on_one_rank_is_reported_on_all(rank: Rank) -> None:
 
 def killed_after_allocation(rank: Rank, folder: Path) -> None:
     """Each rank has created its file; the first to map one is killed."""
-    with pytest.MonkeyPatch.context() as patch, files_in(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        use(folder, patch)
         patch.setattr(torch, "from_file", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
         new_workspace(rank)
 
 
 def started_again(rank: Rank, folder: Path) -> None:
-    with files_in(folder), workspace_of(rank):
-        pass
+    with pytest.MonkeyPatch.context() as patch:
+        use(folder, patch)
+        new_workspace(rank).close()
 
 
 @promise("shared-files")
