@@ -172,9 +172,9 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     | {"score_order": tuple(ScoreOrder), "norm_topk_probs": BOOLEANS}
     | {"dtype": (torch.float32, torch.bfloat16, torch.float16)}
 )
-FLAGS = ("redispatch_x_in_backward", "cpu_sync_on_runtime")
 CONFIG_OPTIONS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
-    {"dispatch": tuple(DispatchMode), "combine": tuple(CombineMode), **dict.fromkeys(FLAGS, BOOLEANS)}
+    {"dispatch": tuple(DispatchMode), "combine": tuple(CombineMode)}
+    | dict.fromkeys(("redispatch_x_in_backward", "cpu_sync_on_runtime"), BOOLEANS)
 )
 
 
@@ -213,17 +213,9 @@ class OptionTrial:
 def option_trials() -> list[OptionTrial]:
     """Trials that have every pair of values of ``OPTIONS`` and ``CONFIG_OPTIONS``, on one small shape."""
     base = Case(name="options", top_k=4, tokens=(12, 7), hidden=48, seed=20)
-    return [
-        OptionTrial(
-            case=replace(base, name=_option_name(setting), **{name: setting[name] for name in OPTIONS}),
-            config=EPConfig(**{name: setting[name] for name in CONFIG_OPTIONS}),
-        )
-        for setting in pairwise({**OPTIONS, **CONFIG_OPTIONS})
-    ]
-
-
-def _option_name(setting: Mapping[str, Any]) -> str:
-    names = [setting["activation"], setting["gate_layout"], setting["score_order"].value]
-    names += [name for name in ("bias", "norm_topk_probs") if setting[name]]
-    names += [str(setting["dtype"]).removeprefix("torch."), setting["dispatch"].value, setting["combine"].value]
-    return "-".join([*names, *(name for name in FLAGS if setting[name])])
+    trials = []
+    for setting in pairwise({**OPTIONS, **CONFIG_OPTIONS}):
+        name = "-".join(str(getattr(value, "value", value)).removeprefix("torch.") for value in setting.values())
+        case, config = ({option: setting[option] for option in of} for of in (OPTIONS, CONFIG_OPTIONS))
+        trials.append(OptionTrial(case=replace(base, name=name, **case), config=EPConfig(**config)))
+    return trials

@@ -62,9 +62,9 @@ def weights_of(experts: Experts) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerCall(ABC):
-    """One rank's call of the layer: x and the gradient dy of its output, (T, H), and the experts of this rank.
+    """One rank's call of the layer: x and the gradient dy of its output, (T, H), and its experts; leaves require grad.
 
-    All leaves (x, scores or router, weights) require gradients.
+    tokens: the leaves of the tokens, by name; weights: the others, the router alike on all ranks, and the experts.
     """
 
     x: Tensor
@@ -78,12 +78,12 @@ class LayerCall(ABC):
 
     @property
     def tokens(self) -> Leaves:
-        """The leaves of the tokens."""
+        """X, and scores that are given."""
         return {"x": self.x}
 
     @property
     def weights(self) -> Leaves:
-        """The other leaves: the router, alike on all ranks, and this rank's experts."""
+        """The experts, and the router of ``moe``."""
         return weights_of(self.experts)
 
     @property
@@ -240,8 +240,7 @@ def dense_outcome(call: LayerCall, group: EPGroup, dtype: torch.dtype, at_a_time
     for name, total in sums.items():
         if group.world_size > 1:
             dist.all_reduce(total, group=group.process_group)
-        held = call.weights[name].shape[0]
-        share = total if name == ROUTER else total[group.rank * held : (group.rank + 1) * held]
+        share = total if name == ROUTER else total.chunk(group.world_size)[group.rank]
         outcome[f"d{name}"] = share.to(dtype, copy=True)
     return outcome
 
@@ -298,24 +297,10 @@ def compare(
     return judge_parts(measured, outcome, ep.group)
 
 
-def _shared(inputs: Inputs, rank: int | None) -> tuple[slice, dict[str, Any]]:
-    """The tokens of ``rank`` or of all, and what both kinds of calls have of them."""
-    tokens, experts = (ALL, ALL) if rank is None else (inputs.tokens_of(rank), inputs.experts_of(rank))
-    shared = {"x": leaf(inputs.x[tokens]), "dy": inputs.dy[tokens], "experts": leaf_experts(inputs.experts, experts)}
-    return tokens, shared
-
-
 def routed_call(inputs: Inputs, rank: int | None = None) -> RoutedCall:
     """The case through ``moe_routed``: the share of ``rank``, or all ranks' together."""
     tokens, shared = _shared(inputs, rank)
     return RoutedCall(topk_idx=inputs.topk_idx[tokens], topk_scores=leaf(inputs.topk_scores[tokens]), **shared)
-
-
-def router_call(inputs: Inputs, rank: int | None = None, choices: Tensor | None = None) -> RouterCall:
-    """The case through ``moe``: the share of ``rank``, or all ranks' together, whose choices (N, K) may be known."""
-    tokens, shared = _shared(inputs, rank)
-    router_w, dlogits, options = leaf(inputs.router_w), inputs.dlogits[tokens], inputs.case.router_options()
-    return RouterCall(router_w=router_w, options=options, dlogits=dlogits, choices=choices, **shared)
 
 
 def run_routed(inputs: Inputs, ep: ExpertParallel) -> Outcome:
@@ -323,19 +308,32 @@ def run_routed(inputs: Inputs, ep: ExpertParallel) -> Outcome:
     return routed_call(inputs, ep.rank).run(ep)
 
 
-def run_moe(inputs: Inputs, ep: ExpertParallel) -> Outcome:
-    """This rank's share of the case through ``ep.moe``, forward and backward, the logits' gradient included."""
-    return router_call(inputs, ep.rank).run(ep)
-
-
 def routed_oracle(inputs: Inputs) -> Oracle:
     """What ``run_routed`` should give, for all ranks at once."""
     return Oracle(call=routed_call(inputs))
 
 
+def run_moe(inputs: Inputs, ep: ExpertParallel) -> Outcome:
+    """This rank's share of the case through ``ep.moe``, forward and backward, the logits' gradient included."""
+    return _router_call(inputs, ep.rank).run(ep)
+
+
 def moe_oracle(inputs: Inputs, topk_idx: Tensor) -> Oracle:
     """What ``run_moe`` should give, for all ranks at once, where the choices (N, K) are known."""
-    return Oracle(call=router_call(inputs, choices=topk_idx))
+    return Oracle(call=replace(_router_call(inputs), choices=topk_idx))
+
+
+def _router_call(inputs: Inputs, rank: int | None = None) -> RouterCall:
+    tokens, shared = _shared(inputs, rank)
+    router_w, options = leaf(inputs.router_w), inputs.case.router_options()
+    return RouterCall(router_w=router_w, options=options, dlogits=inputs.dlogits[tokens], **shared)
+
+
+def _shared(inputs: Inputs, rank: int | None) -> tuple[slice, dict[str, Any]]:
+    """The tokens of ``rank`` or of all, and what both kinds of calls have of them."""
+    tokens, experts = (ALL, ALL) if rank is None else (inputs.tokens_of(rank), inputs.experts_of(rank))
+    shared = {"x": leaf(inputs.x[tokens]), "dy": inputs.dy[tokens], "experts": leaf_experts(inputs.experts, experts)}
+    return tokens, shared
 
 
 # Kept for the next call with the same case.
