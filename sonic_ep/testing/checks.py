@@ -26,10 +26,6 @@ class Errors:
     norm: float
     worst_row: float
 
-    def within(self, bound: Errors) -> bool:
-        """Whether both are at most those of ``bound``."""
-        return self.norm <= bound.norm and self.worst_row <= bound.worst_row
-
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
@@ -42,7 +38,7 @@ class Accuracy:
     @property
     def ok(self) -> bool:
         """Whether both errors are within their bounds."""
-        return self.got.within(self.bound)
+        return self.got.norm <= self.bound.norm and self.got.worst_row <= self.bound.worst_row
 
     @property
     def ratio(self) -> float:
