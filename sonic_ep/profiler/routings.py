@@ -27,12 +27,19 @@ class Weighted:
         return (times_TE / self.weights(sizes.num_experts, world_size)).argsort(dim=1)[:, : sizes.top_k]
 
 
+# Functions with names, which can be pickled.
+def _alike(num_experts: int, world_size: int) -> Tensor:
+    return torch.ones(num_experts)
+
+
+def _falling(num_experts: int, world_size: int) -> Tensor:
+    return 1 / torch.arange(1, num_experts + 1)
+
+
 def _of_last_rank(num_experts: int, world_size: int) -> Tensor:
     return (torch.arange(num_experts) >= num_experts - num_experts // world_size).float()
 
 
-uniform = Weighted(lambda num_experts, world_size: torch.ones(num_experts))
-skewed = Weighted(lambda num_experts, world_size: 1 / torch.arange(1, num_experts + 1))
-one_rank = Weighted(_of_last_rank)
+uniform, skewed, one_rank = Weighted(_alike), Weighted(_falling), Weighted(_of_last_rank)
 
 ROUTINGS: Mapping[str, Weighted] = MappingProxyType({"uniform": uniform, "skewed": skewed, "one_rank": one_rank})
