@@ -13,10 +13,10 @@ from harness.context import Rounds, RunCase, SuiteContext, Tell
 from harness.layer import Pass, prove_call
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
+from sonic_ep.profiler.problem import RoutingProblem, Shape
 from sonic_ep.testing import CASES, Case
-from sonic_ep.testing.layer_problem import LayerProblem, Shape
+from sonic_ep.testing.layer_problem import LayerProblem
 from sonic_ep.testing.oracle import RoutedCall
-from sonic_ep.testing.routing_problem import RoutingProblem
 
 ProblemOf = Callable[[Case, Shape], RoutingProblem]
 
@@ -38,7 +38,7 @@ def problem_of(context: SuiteContext) -> ProblemOf:
         generator = torch.Generator().manual_seed(1000 * case.seed + context.group.rank)
         fitted = replace(case, num_experts=shape.num_experts, top_k=shape.top_k)
         chosen_TK = case.choose(generator, shape.tokens, fitted, context.group.world_size).to(context.device)
-        return RoutingProblem(shape=shape, group=context.group, device=context.device, chosen_TK=chosen_TK)
+        return RoutingProblem(shape=shape, group=context.group, device=context.device, routing=chosen_TK)
 
     return problem
 

@@ -19,9 +19,9 @@ from sonic_ep.fast.dispatch import dispatch_primitives
 from sonic_ep.fast.dispatch.all_to_all import pull_to_rows
 from sonic_ep.fast.dispatch.rank_dedup import pull_packed
 from sonic_ep.plan import ROUTING_FIELDS
+from sonic_ep.profiler.problem import RoutingProblem
 from sonic_ep.profiler.verification import assert_bitwise, expect
 from sonic_ep.testing import assert_as_accurate
-from sonic_ep.testing.routing_problem import RoutingProblem
 
 # Thresholds. The share of its ceiling that each dispatch mode has to reach over the link.
 LEAST_SHARE = {DispatchMode.ALL_GATHER: 0.93, DispatchMode.ALL_TO_ALL: 0.92, DispatchMode.RANK_DEDUP: 0.93}

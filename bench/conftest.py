@@ -32,10 +32,9 @@ from sonic_ep.distributed.group import resolve_group
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.profiler.agreement import WrongResultError
 from sonic_ep.profiler.machine import command_of, environment
+from sonic_ep.profiler.problem import RoutingProblem, Shape
 from sonic_ep.profiler.timing import AboveCeilingError, RoundTimer
 from sonic_ep.testing.interpreted import install_interpreter
-from sonic_ep.testing.layer_problem import Shape
-from sonic_ep.testing.routing_problem import RoutingProblem
 
 SIZES_ON_GPUS = Sizes(
     large=Shape(tokens=16384, hidden=4096, num_experts=64, top_k=8),

@@ -20,7 +20,9 @@ from sonic_ep.cli import CommandParser, run_command
 from sonic_ep.cli.measured import Run, add_output, checked_ranks
 from sonic_ep.cli.options import DTYPES, Thiek, add_call, add_config, add_nproc, config_of, spellings
 from sonic_ep.config import ScoreOrder
-from sonic_ep.testing.layer_problem import LayerOptions, RoutingKind, Shape
+from sonic_ep.profiler.problem import Shape
+from sonic_ep.profiler.routings import ROUTINGS
+from sonic_ep.testing.layer_problem import LayerOptions
 
 # Operations of a forward and backward that a CPU does in some seconds.
 MOST_FLOPS_OF_CPU = 2e10
@@ -39,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     """Options of the script."""
     found = CommandParser(prog="moe_ep.py", description="The layer end to end: verified, profiled, then timed.")
     add_nproc(found)
-    add_call(found, tuple(kind.value for kind in RoutingKind))
+    add_call(found, tuple(ROUTINGS))
     add_config(found)
     found.add_argument("--activation", choices=tuple(ACTIVATIONS), default="swiglu")
     for name, text in FLAGS:
@@ -107,7 +109,7 @@ def setup_of(options: argparse.Namespace, shape: Thiek, world_size: int, backend
             score_order=ScoreOrder.SOFTMAX_THEN_TOPK if options.topk_over_softmax else ScoreOrder.TOPK_THEN_SOFTMAX,
             norm_topk_probs=options.norm_topk_probs,
             biased=options.add_bias,
-            routing=RoutingKind(options.routing),
+            routing=options.routing,
         ),
         backend=backend,
         config=config_of(options),

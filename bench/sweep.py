@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from harness.context import BenchContext, Method, layer_context, run_script
@@ -28,7 +28,9 @@ from sonic_ep.cli.measured import Run, add_output, checked_ranks
 from sonic_ep.cli.options import DTYPES, add_nproc, parse_count
 from sonic_ep.config import AUTO, CombineMode, DispatchMode, EPConfig, ModePair
 from sonic_ep.profiler import ProfileReport
-from sonic_ep.testing.layer_problem import LayerOptions, RoutingKind, Shape
+from sonic_ep.profiler.problem import Shape
+from sonic_ep.profiler.routings import ROUTINGS, RoutingName
+from sonic_ep.testing.layer_problem import LayerOptions
 
 PASSES = (Pass.TRAINING, Pass.STEP)
 # Slots of a rank, T*K, up to which a layer is small.
@@ -36,12 +38,12 @@ MOST_SLOTS_OF_GRAPHS = 2**14
 PAIRS = tuple(ModePair(dispatch=dispatch, combine=combine) for dispatch in DispatchMode for combine in CombineMode)
 
 
-def parse_point(text: str) -> tuple[int, int, RoutingKind]:
+def parse_point(text: str) -> tuple[int, int, RoutingName]:
     """T of each rank, K, and where tokens go."""
-    parts, kinds = text.split(","), [kind.value for kind in RoutingKind]
-    if len(parts) != 3 or parts[2] not in kinds:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected T,K,{'|'.join(kinds)}")
-    return parse_count(parts[0]), parse_count(parts[1]), RoutingKind(parts[2])
+    parts = text.split(",")
+    if len(parts) != 3 or parts[2] not in ROUTINGS:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected T,K,{'|'.join(ROUTINGS)}")
+    return parse_count(parts[0]), parse_count(parts[1]), cast(RoutingName, parts[2])
 
 
 def parse_hie(text: str) -> tuple[int, int, int]:
@@ -97,9 +99,9 @@ def setups_of(options: argparse.Namespace, world_size: int, backend: str) -> lis
         raise ValueError(f"--hie: got E={experts}, expected a multiple of the {world_size} ranks")
     points = options.point or [parse_point(text) for text in (POINTS_ON_GPUS if on_gpu else POINTS_ON_CPU)]
     for _, top_k, routing in points:
-        held = experts // world_size if routing is RoutingKind.ONE_RANK else experts
+        held = experts // world_size if routing == "one_rank" else experts
         if top_k > held:
-            raise ValueError(f"--point: got K={top_k}, expected at most {held} for {routing.value}")
+            raise ValueError(f"--point: got K={top_k}, expected at most {held} for {routing}")
     sizes = {"hidden": hidden, "intermediate": intermediate, "num_experts": experts}
     shapes = [Shape(tokens=tokens, top_k=top_k, dtype=DTYPES[options.dtype], **sizes) for tokens, top_k, _ in points]
     given: dict[str, Any] = {"world_size": world_size, "backend": backend, "config": EPConfig()}
@@ -161,7 +163,7 @@ def point_of(setup: Setup, profile: ProfileReport, times: Sequence[PairTimes], p
     """The record of one point. predicted: the pair that ``sonic_ep.cost`` takes without a profile."""
     return Point(
         shape=shape_record(setup.shape),
-        routing=setup.options.routing.value,
+        routing=setup.options.routing,
         profile=Profile.of(profile),
         pairs=tuple(times),
         picked=profile.picked,

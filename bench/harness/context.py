@@ -22,9 +22,9 @@ from sonic_ep.profiler.agreement import WrongResultError
 from sonic_ep.profiler.bandwidth import ROUNDS, ROUNDS_OF_SHARED_GPUS
 from sonic_ep.profiler.machine import environment
 from sonic_ep.profiler.measuring import Stage, TimedWork
+from sonic_ep.profiler.problem import Shape
 from sonic_ep.profiler.timing import Ceiling, RoundTimer, Timing
 from sonic_ep.testing.interpreted import install_interpreter
-from sonic_ep.testing.layer_problem import Shape
 
 if TYPE_CHECKING:
     # It needs triton, which the reference does without.

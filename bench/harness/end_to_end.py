@@ -23,8 +23,9 @@ from sonic_ep.config import EPConfig, ModePair
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.profiler import NetworkProfiler, ProfileReport
+from sonic_ep.profiler.problem import Shape
 from sonic_ep.testing.checks import Accuracy
-from sonic_ep.testing.layer_problem import LayerOptions, LayerProblem, Shape
+from sonic_ep.testing.layer_problem import LayerOptions, LayerProblem
 
 Say = Callable[[str], None]
 Found = Mapping[str, Finding]
@@ -83,7 +84,7 @@ class Setup:
             score_order=options.score_order.value,
             add_bias=options.biased,
             norm_topk_probs=options.norm_topk_probs,
-            routing=options.routing.value,
+            routing=options.routing,
             backend=self.backend,
         )
 

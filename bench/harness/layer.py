@@ -19,13 +19,13 @@ from sonic_ep.cost import WAY_OF_COMBINE, WAY_OF_DISPATCH, combine_traffic, disp
 from sonic_ep.distributed.group import EPGroup, resolve_group
 from sonic_ep.plan import RoutingPlan
 from sonic_ep.profiler.agreement import WrongResultError, in_step
+from sonic_ep.profiler.problem import RoutingProblem, Shape
 from sonic_ep.profiler.verification import assert_bitwise, expect
 from sonic_ep.reference.dense import dense_scores
 from sonic_ep.reference.router import choose_experts
 from sonic_ep.testing.answer import Answer, faults_of, judge, oracle_of
-from sonic_ep.testing.layer_problem import LayerProblem, Shape
+from sonic_ep.testing.layer_problem import LayerProblem
 from sonic_ep.testing.oracle import LOGITS, LayerCall, Oracle, Outcome, RoutedCall
-from sonic_ep.testing.routing_problem import RoutingProblem
 
 
 def modes_of(config: EPConfig) -> ModePair:
@@ -144,7 +144,7 @@ class LayerUnderTest:
     def routing(self) -> RoutingProblem:
         """Where the layer's router sends its tokens."""
         problem = self.problem
-        return RoutingProblem(shape=problem.shape, group=problem.group, device=problem.device, chosen_TK=self.choices)
+        return RoutingProblem(shape=problem.shape, group=problem.group, device=problem.device, routing=self.choices)
 
     def products(self) -> Products:
         """Of the rows that come here: as large as what passes through the layer, so the caller's to keep."""

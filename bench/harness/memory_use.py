@@ -12,8 +12,8 @@ from schema import MemoryUse
 from harness.layer import modes_of
 from sonic_ep.api import ExpertParallel
 from sonic_ep.profiler.agreement import gathered
+from sonic_ep.profiler.problem import Shape
 from sonic_ep.testing import memory_model
-from sonic_ep.testing.layer_problem import Shape
 from sonic_ep.testing.oracle import RoutedCall, gradients
 
 SAVED, INFERENCE = "saved activations", "peak of forward, inference"
@@ -53,11 +53,11 @@ def formulas(call: RoutedCall, shape: Shape, ep: ExpertParallel) -> dict[str, in
     )
     again = {"redispatch_x_in_backward": ep.config.redispatch_x_in_backward}
     return {
-        SAVED: memory_model.saved_bytes(layer, modes.dispatch, **again).total,
+        SAVED: sum(memory_model.saved_bytes(layer, modes.dispatch, **again).values()),
         INFERENCE: memory_model.forward_peak_bytes(layer, modes.dispatch, training=False, **again),
         FORWARD: memory_model.forward_peak_bytes(layer, modes.dispatch, training=True, **again),
         BACKWARD: memory_model.backward_peak_bytes(layer, modes.dispatch, **again),
-        SHARED: memory_model.symmetric_bytes(layer, modes, **again).total,
+        SHARED: sum(memory_model.symmetric_bytes(layer, modes, **again).values()),
     }
 
 

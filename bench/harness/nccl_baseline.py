@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sonic_ep.profiler.problem import RoutingProblem
 from sonic_ep.reference.plan import slot_exchange
-from sonic_ep.testing.routing_problem import RoutingProblem
 
 
 class NcclSlotExchange:

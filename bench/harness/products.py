@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness.context import BenchCase, other_inputs
+from sonic_ep.profiler.problem import Shape
 from sonic_ep.testing.checks import assert_as_accurate
-from sonic_ep.testing.layer_problem import LayerProblem, Shape
+from sonic_ep.testing.layer_problem import LayerProblem
 
 # Bytes that a row has to be a multiple of for ``grouped_mm``.
 ROW_MULTIPLE = 16

@@ -12,8 +12,8 @@ from schema import GIGA, Document, Entry, Environment, RatesRecord, ShapeRecord,
 
 from sonic_ep.cost import LinkBandwidth
 from sonic_ep.profiler.bandwidth import LINK_BYTES, ROUNDS, measured_bandwidth, memory_rate
+from sonic_ep.profiler.problem import Shape
 from sonic_ep.profiler.timing import Ceiling, RoundTimer, Timing
-from sonic_ep.testing.layer_problem import Shape
 
 DocumentT = TypeVar("DocumentT", bound=Document)
 

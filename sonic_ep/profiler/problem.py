@@ -1,12 +1,13 @@
-"""What a profile times: the plan, every mode and every pair of modes, on random data, with the reference's results."""
+"""The random problem: inputs of one rank, and the reference's results for them; and the works of a profile."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from statistics import fmean
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,66 +15,109 @@ from torch import Tensor
 from sonic_ep.api import ExpertParallel
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig
 from sonic_ep.cost import RankCounts, rank_counts
+from sonic_ep.distributed.collectives import BoundedCollectives
+from sonic_ep.distributed.group import EPGroup
 from sonic_ep.plan import NO_ROW, ROUTING_FIELDS, RoutingPlan
 from sonic_ep.profiler.agreement import in_step
 from sonic_ep.profiler.measuring import TimedWork
-from sonic_ep.profiler.report import COMBINE, DISPATCH, PLAN, ProfileShape
+from sonic_ep.profiler.report import COMBINE, DISPATCH, PLAN
+from sonic_ep.profiler.routings import ROUTINGS
 from sonic_ep.profiler.verification import assert_bitwise, expect
+from sonic_ep.reference.combine import combine_primitives
+from sonic_ep.reference.dispatch import dispatch_primitives
+from sonic_ep.reference.plan import exchange_plan, pad_tokens
 
-# Seeds of x, scores and rows, to which ranks add their number.
-X_SEED, SCORES_SEED, ROWS_SEED = 1_000_003, 2_000_003, 3_000_017
+KeyT = TypeVar("KeyT")
 
 
-@contextmanager
-def open_lanes(ep: ExpertParallel, backend: str, config: EPConfig, max_tokens: int) -> Iterator[list[ExpertParallel]]:
-    """Collective. Three lanes over the group of ``ep``, lane i for dispatch mode i and for combine mode i.
+def generator_of(device: torch.device | str, stream: int, rank: int) -> torch.Generator:
+    """Random numbers of one rank, apart for each stream."""
+    return torch.Generator(device).manual_seed(100_000 * stream + rank)
 
-    config: the flags. ``max_rows`` is left out: a profile must not fail where a layer would not.
-    """
-    with ExitStack() as opened:
-        lanes = []
-        for dispatch, combine in zip(DispatchMode, CombineMode, strict=True):
-            modes = replace(config, dispatch=dispatch, combine=combine, max_rows=None)
-            lane = ExpertParallel(ep.group.process_group, backend, modes, max_tokens_per_rank=max_tokens)
-            lanes.append(opened.enter_context(lane))
-        yield lanes
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """T of this rank, H, E and K, the dtype of the rows, and I where there are experts."""
+
+    tokens: int
+    hidden: int
+    num_experts: int
+    top_k: int
+    intermediate: int | None = None
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.hidden * self.dtype.itemsize
+
+    @property
+    def expert_width(self) -> int:
+        """I, of a shape with experts."""
+        assert self.intermediate is not None, "a shape without experts"
+        return self.intermediate
+
+
+class _Computed(dict[KeyT, Tensor]):
+    """Tensors that are computed when they are first asked for."""
+
+    def __init__(self, compute: Callable[[KeyT], Tensor]) -> None:
+        super().__init__()
+        self._compute = compute
+
+    def __missing__(self, key: KeyT) -> Tensor:
+        self[key] = self._compute(key)
+        return self[key]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ProfileInputs:
-    """Random inputs of this rank: ids (T, K) int64, x (T, H), scores (T, K) fp32, the plan of the ids, rows (R, H).
+class RoutingProblem:
+    """Inputs of this rank and the reference's results, each drawn or computed once, when first asked for.
 
-    Rows are drawn apart, so that those of one token differ, and NaN after the valid ones.
+    routing: a name of ``ROUTINGS``, or this rank's ids (T, K), which are copied. tokens: T of every rank, where it is
+    not the shape's. config: ``cpu_sync_on_runtime`` says for how many rows the plan has room.
     """
 
-    num_experts: int
-    ids_TK: Tensor
-    x_TH: Tensor
-    scores_TK: Tensor
-    plan: RoutingPlan
-    rows_RH: Tensor
+    shape: Shape
+    group: EPGroup
+    device: torch.device
+    routing: str | Tensor = "uniform"
+    tokens: tuple[int, ...] = ()
+    config: EPConfig = field(default_factory=EPConfig)
 
-    @staticmethod
-    def drawn(draw_ids: Callable[[], Tensor], shape: ProfileShape, lane: ExpertParallel) -> ProfileInputs:
-        """Collective. Around the ids of ``draw_ids``, on their device; an error in drawing is one on every rank."""
-        dtype, rank, hidden, num_experts = shape.row_dtype, lane.rank, shape.hidden, shape.num_experts
+    def draw(self) -> None:
+        """Collective. All inputs; an error in drawing is one on every rank."""
+        in_step(self.group, lambda: (self.topk_idx_TK, self.x_TH, self.scores_TK))
+        # Rows are as many as the plan says, and a plan is collective.
+        self.plan  # noqa: B018
+        in_step(self.group, lambda: self.rows_RH)
 
-        def tokens() -> dict[str, Tensor]:
-            ids_TK = draw_ids()
-            device = ids_TK.device
-            x_TH = torch.randn((len(ids_TK), hidden), generator=_generator(device, X_SEED + rank), device=device)
-            scores_TK = torch.rand(ids_TK.shape, generator=_generator(device, SCORES_SEED + rank), device=device)
-            return {"ids_TK": ids_TK, "x_TH": x_TH.to(dtype), "scores_TK": scores_TK + 0.05}
+    @cached_property
+    def topk_idx_TK(self) -> Tensor:
+        """The experts of each token, int64 as a router's top-k gives them."""
+        if isinstance(self.routing, Tensor):
+            return self.routing.to(self.device, torch.int64, copy=True).contiguous()
+        generator = generator_of("cpu", 0, self.group.rank)
+        ids_TK = ROUTINGS[self.routing](generator, self.shape.tokens, self.shape, self.group.world_size)
+        return ids_TK.to(self.device)
 
-        drawn = in_step(lane.group, tokens)
-        device, plan = drawn["ids_TK"].device, lane.plan(drawn["ids_TK"], num_experts)
+    @cached_property
+    def x_TH(self) -> Tensor:
+        """Tokens, normally distributed."""
+        return self._drawn(torch.randn, self.shape.hidden, 1).to(self.shape.dtype)
 
-        def rows() -> Tensor:
-            rows_RH = torch.full((plan.row_capacity, hidden), float("nan"), dtype=dtype, device=device)
-            rows_RH[: plan.rows()].normal_(generator=_generator(device, ROWS_SEED + rank))
-            return rows_RH
+    @cached_property
+    def scores_TK(self) -> Tensor:
+        """Scores of the choices, fp32, each above zero."""
+        return self._drawn(torch.rand, self.shape.top_k, 2) + 0.05
 
-        return ProfileInputs(num_experts=num_experts, plan=plan, rows_RH=in_step(lane.group, rows), **drawn)
+    @cached_property
+    def rows_RH(self) -> Tensor:
+        """Rows of experts, normally distributed, so that those of one token differ; NaN behind the valid ones."""
+        size = (self.plan.row_capacity, self.shape.hidden)
+        rows_RH = torch.full(size, float("nan"), dtype=self.shape.dtype, device=self.device)
+        rows_RH[: self.valid_rows].normal_(generator=generator_of(self.device, 3, self.group.rank))
+        return rows_RH
 
     @contextmanager
     def changed(self) -> Iterator[None]:
@@ -84,83 +128,137 @@ class ProfileInputs:
         finally:
             self._change(-1)
 
-    def _change(self, step: int) -> None:
-        self.ids_TK.copy_(((self.ids_TK + step) % self.num_experts).where(self.ids_TK >= 0, NO_ROW))
-        self.x_TH.neg_()
-        self.rows_RH.neg_()
-
-    def round_trip(self, dispatch: ExpertParallel, combine: ExpertParallel) -> Tensor:
-        """Collective. Plan, dispatch and combine of x."""
-        plan = dispatch.plan(self.ids_TK, self.num_experts)
-        return combine.combine(dispatch.dispatch(self.x_TH, plan), self.scores_TK, plan)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Answers:
-    """The reference's plan, valid rows of x, and sums by each combine mode of the inputs' rows and of the rows of x."""
-
-    plan: RoutingPlan
-    rows_of_x: Tensor
-    sums: Sequence[Tensor]
-    round_trips: Sequence[Tensor]
-
-    @staticmethod
-    def of(inputs: ProfileInputs, lanes: Sequence[ExpertParallel]) -> Answers:
-        """Collective. lanes: of the reference, with exact sizes."""
-        plan = lanes[0].plan(inputs.ids_TK, inputs.num_experts)
-        rows_of_x = lanes[0].dispatch(inputs.x_TH, plan)
-        sums, round_trips = (
-            [lane.combine(rows_RH, inputs.scores_TK, plan) for lane in lanes]
-            for rows_RH in (inputs.rows_RH[: plan.rows()], rows_of_x)
+    @cached_property
+    def plan(self) -> RoutingPlan:
+        """The reference's plan."""
+        return exchange_plan(
+            self.topk_idx_TK,
+            num_experts=self.shape.num_experts,
+            max_tokens=max(self._tokens_of_ranks),
+            distinct=False,
+            config=self.config,
+            collectives=self._collectives,
         )
-        return Answers(plan=plan, rows_of_x=rows_of_x, sums=sums, round_trips=round_trips)
+
+    @cached_property
+    def valid_rows(self) -> int:
+        """Rows that this rank receives."""
+        return self.plan.rows()
+
+    @cached_property
+    def received(self) -> dict[DispatchMode, Tensor]:
+        """What each dispatch mode of the reference receives; by all_to_all the valid rows of x in canonical order."""
+        modes = dispatch_primitives(self._collectives)
+        return _Computed(lambda mode: modes[mode].receive(self.x_TH, self._exact_plan))
+
+    @cached_property
+    def scores_WCK(self) -> Tensor:
+        """The scores of all ranks' slots."""
+        return self._collectives.all_gather(pad_tokens(self.scores_TK, self.plan.max_tokens, 0))
+
+    @cached_property
+    def sums(self) -> dict[tuple[CombineMode, bool], Tensor]:
+        """What each combine mode of the reference gives for ``rows_RH``, with scores or without."""
+        return _Computed(lambda key: self._combined(key[0], self.rows_RH, self.scores_WCK if key[1] else None))
+
+    @cached_property
+    def round_trips(self) -> dict[CombineMode, Tensor]:
+        """What each combine mode of the reference gives for the rows of x, with scores."""
+        return _Computed(lambda mode: self._combined(mode, self.received[DispatchMode.ALL_TO_ALL], self.scores_WCK))
 
     def check_plan(self, got: RoutingPlan) -> None:
-        """Every field, and of ``slot_of_row`` the valid part."""
+        """Raise ``AssertionError`` unless every field is the reference's."""
         for name in ROUTING_FIELDS:
-            expected, found = getattr(self.plan, name), getattr(got, name)
+            found, expected = getattr(got, name), getattr(self.plan, name)
             if isinstance(expected, Tensor):
-                valid = expected.shape[0] if name == "slot_of_row" else None
-                assert_bitwise(found[:valid], expected, name)
+                assert_bitwise(found, expected, name)
             else:
                 expect(found == expected, f"{name}: got {found}, expected {expected}")
 
-    def check_rows(self, got: Tensor) -> None:
-        """The valid rows."""
-        assert_bitwise(got[: self.rows_of_x.shape[0]], self.rows_of_x, "rows")
-
-    def counts(self, tokens: tuple[int, ...]) -> list[RankCounts]:
+    @cached_property
+    def counts(self) -> list[RankCounts]:
         """Of every rank, the same on each of them."""
-        owner_WCK, ranks = self.plan.owner_of_slot(), range(len(tokens))
-        slots = [[int((owner_CK == owner).sum()) for owner in ranks] for owner_CK in owner_WCK]
-        count = partial(rank_counts, max_tokens=self.plan.max_tokens, pair_slots=slots)
-        return [count(rank, tokens=n, pair_tokens=self.plan.pair_tokens.tolist()) for rank, n in enumerate(tokens)]
+        ranks = range(self.group.world_size)
+        slots = [[int((owner_CK == owner).sum()) for owner in ranks] for owner_CK in self.plan.owner_of_slot()]
+        pairs: Any = {"pair_tokens": self.plan.pair_tokens.tolist(), "pair_slots": slots}
+        of_ranks = enumerate(self._tokens_of_ranks)
+        return [rank_counts(rank, max_tokens=self.plan.max_tokens, tokens=n, **pairs) for rank, n in of_ranks]
+
+    def mean(self, count: Callable[[RankCounts], int]) -> float:
+        """The mean over the ranks of what ``count`` makes of each one's counts."""
+        return fmean(map(count, self.counts))
+
+    @cached_property
+    def _collectives(self) -> BoundedCollectives:
+        return BoundedCollectives(self.group)
+
+    @property
+    def _tokens_of_ranks(self) -> tuple[int, ...]:
+        return self.tokens or (self.shape.tokens,) * self.group.world_size
+
+    @property
+    def _exact_plan(self) -> RoutingPlan:
+        """With room for the valid rows alone: the rest of what the reference makes of a plan is large."""
+        return replace(self.plan, slot_of_row=self.plan.slot_of_row[: self.valid_rows])
+
+    def _combined(self, mode: CombineMode, rows_RH: Tensor, scores_WCK: Tensor | None) -> Tensor:
+        return combine_primitives(self._collectives)[mode].combine(rows_RH, scores_WCK, self.plan)
+
+    def _drawn(self, draw: Callable[..., Tensor], width: int, stream: int) -> Tensor:
+        generator = generator_of(self.device, stream, self.group.rank)
+        return draw((self.shape.tokens, width), generator=generator, device=self.device)
+
+    def _change(self, step: int) -> None:
+        ids_TK = self.topk_idx_TK
+        ids_TK.copy_(((ids_TK + step) % self.shape.num_experts).where(ids_TK >= 0, NO_ROW))
+        self.x_TH.neg_()
+        self.rows_RH.neg_()
 
 
-def works_of(inputs: ProfileInputs, lanes: Sequence[ExpertParallel], answers: Answers) -> list[TimedWork]:
-    """The plan, modes in the order of a report, pairs in the order of a report."""
-    x_TH, rows_RH, scores_TK, plan = inputs.x_TH, inputs.rows_RH, inputs.scores_TK, inputs.plan
+@contextmanager
+def open_lanes(ep: ExpertParallel, max_tokens: int) -> Iterator[list[ExpertParallel]]:
+    """Collective. Three lanes with the group, backend and flags of ``ep``, lane i for mode i of both kinds.
+
+    ``max_rows`` is left out: a profile must not fail where a layer would not.
+    """
+    with ExitStack() as opened:
+        lanes = []
+        for dispatch, combine in zip(DispatchMode, CombineMode, strict=True):
+            modes = replace(ep.config, dispatch=dispatch, combine=combine, max_rows=None)
+            lane = ExpertParallel(ep.group.process_group, ep.backend, modes, max_tokens_per_rank=max_tokens)
+            lanes.append(opened.enter_context(lane))
+        yield lanes
+
+
+def works_of(problem: RoutingProblem, lanes: Sequence[ExpertParallel]) -> list[TimedWork]:
+    """Collective. The plan, modes in the order of a report, pairs in the order of a report."""
+    x_TH, ids_TK, scores_TK = problem.x_TH, problem.topk_idx_TK, problem.scores_TK
+    num_experts = problem.shape.num_experts
+    plan, rows_of_x = lanes[0].plan(ids_TK, num_experts), problem.received[DispatchMode.ALL_TO_ALL]
     works: list[TimedWork] = []
 
-    def add(name: str, check: Callable[[Any], None], run: Callable[..., Any], *arguments: object) -> None:
-        run = partial(run, *arguments)
-        works.append(TimedWork(name=name, run=run, check=check, other_inputs=inputs.changed))
+    def add(name: str, check: Callable[[Any], None], run: Callable[[], Any]) -> None:
+        works.append(TimedWork(name=name, run=run, check=check, other_inputs=problem.changed))
+
+    def check_rows(got: Tensor) -> None:
+        # Behind the valid rows there may be room for more.
+        assert_bitwise(got[: len(rows_of_x)], rows_of_x, "rows")
 
     def sums(expected: Tensor) -> Callable[[Tensor], None]:
         return partial(assert_bitwise, expected=expected, name="sums")
 
+    def round_trip(dispatch: ExpertParallel, combine: ExpertParallel) -> Tensor:
+        made = dispatch.plan(ids_TK, num_experts)
+        return combine.combine(dispatch.dispatch(x_TH, made), scores_TK, made)
+
     dispatches = [(f"{DISPATCH} by {mode.value}", lane) for mode, lane in zip(DispatchMode, lanes, strict=True)]
-    combines = [(f"{COMBINE} by {mode.value}", lane) for mode, lane in zip(CombineMode, lanes, strict=True)]
-    add(PLAN, answers.check_plan, lanes[0].plan, inputs.ids_TK, inputs.num_experts)
+    combines = [(f"{COMBINE} by {mode.value}", mode, lane) for mode, lane in zip(CombineMode, lanes, strict=True)]
+    add(PLAN, problem.check_plan, partial(lanes[0].plan, ids_TK, num_experts))
     for name, lane in dispatches:
-        add(name, answers.check_rows, lane.dispatch, x_TH, plan)
-    for (name, lane), expected in zip(combines, answers.sums, strict=True):
-        add(name, sums(expected), lane.combine, rows_RH, scores_TK, plan)
-    for dispatch, first in dispatches:
-        for (combine, second), expected in zip(combines, answers.round_trips, strict=True):
-            add(f"{dispatch} and {combine}", sums(expected), inputs.round_trip, first, second)
+        add(name, check_rows, partial(lane.dispatch, x_TH, plan))
+    for name, mode, lane in combines:
+        add(name, sums(problem.sums[mode, True]), partial(lane.combine, problem.rows_RH, scores_TK, plan))
+    for name, first in dispatches:
+        for other, mode, second in combines:
+            add(f"{name} and {other}", sums(problem.round_trips[mode]), partial(round_trip, first, second))
     return works
-
-
-def _generator(device: torch.device, seed: int) -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed)

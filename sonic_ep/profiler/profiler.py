@@ -26,7 +26,7 @@ from sonic_ep.profiler.cache import DEFAULT_FOLDER, Cache
 from sonic_ep.profiler.choice import link_loads, mode_times, pick, require_answer
 from sonic_ep.profiler.machine import commit, date_now, this_machine
 from sonic_ep.profiler.measuring import Stage
-from sonic_ep.profiler.problem import Answers, ProfileInputs, open_lanes, works_of
+from sonic_ep.profiler.problem import RoutingProblem, Shape, open_lanes, works_of
 from sonic_ep.profiler.report import EVERY_PAIR, REFERENCE, Origin, PairTime, ProfileReport, Spread, whole_numbers
 from sonic_ep.profiler.request import GroupRequest, ProfileRequest, RequestSummary
 from sonic_ep.profiler.timing import AboveCeilingError, RoundTimer, Timing
@@ -138,28 +138,34 @@ class NetworkProfiler:
             if rates is None:
                 rounds = ROUNDS_OF_SHARED_GPUS if (agreed.ranks_per_gpu or 1) > 1 else ROUNDS
                 rates = measured_bandwidth(group, device, rounds=rounds)
-            timings, answers = self._timed(request, agreed)
+            timings, problem = self._timed(request, agreed)
 
         def judge() -> ProfileReport | None:
-            return None if group.rank else self._judged(agreed, timings, answers, rates)
+            return None if group.rank else self._judged(agreed, timings, problem, rates)
 
         report = gathered(group, in_step(group, judge, AboveCeilingError))[0]
         assert report is not None
         return report
 
-    def _timed(self, request: ProfileRequest, agreed: GroupRequest) -> tuple[list[Timing], Answers]:
-        """Collective. Draw inputs, get the reference's answers, and time all works."""
-        ep, config, shape, device = self._ep, self._ep.config, agreed.shape, request.device
-        draw_ids = partial(request.draw_ids, ep.rank, ep.world_size)
-        with open_lanes(ep, ep.backend, config, shape.max_tokens) as lanes:
-            inputs = ProfileInputs.drawn(draw_ids, shape, lanes[0])
-            with open_lanes(ep, REFERENCE, replace(config, cpu_sync_on_runtime=True), shape.max_tokens) as exact:
-                answers = Answers.of(inputs, exact)
+    def _timed(self, request: ProfileRequest, agreed: GroupRequest) -> tuple[list[Timing], RoutingProblem]:
+        """Collective. Draw inputs, get the reference's results, and time all works."""
+        ep, config, device, tokens = self._ep, self._ep.config, request.device, agreed.shape.tokens
+        sizes = {name: getattr(request, name) for name in ("tokens", "hidden", "num_experts", "top_k", "dtype")}
+        problem = RoutingProblem(
+            shape=Shape(**sizes),
+            group=ep.group,
+            device=device,
+            routing=request.routing,
+            tokens=tokens,
+            config=replace(config, max_rows=None),
+        )
+        problem.draw()
+        with open_lanes(ep, max(tokens)) as lanes:
             # A read on the host cannot be captured, and the reference reads everywhere.
             captures = device.type == "cuda" and ep.backend != REFERENCE and not config.cpu_sync_on_runtime
             timer = RoundTimer(group=ep.group, device=device, barrier=partial(lanes[0].meet, device))
-            stage = Stage(timer=timer, as_graphs=captures and inputs.rows_RH.nbytes <= MOST_BYTES_OF_GRAPHS)
-            works = [stage.launched(work) for work in works_of(inputs, lanes, answers)]
+            stage = Stage(timer=timer, as_graphs=captures and problem.rows_RH.nbytes <= MOST_BYTES_OF_GRAPHS)
+            works = [stage.launched(work) for work in works_of(problem, lanes)]
             for work in works:
                 stage.prove(work)
             # Interpreted kernels take seconds a round.
@@ -168,14 +174,14 @@ class NetworkProfiler:
             results = stage.time(works, rounds=self._rounds or fitting)
             for result in results:
                 stage.confirm(result)
-            return [result.timing for result in results], answers
+            return [result.timing for result in results], problem
 
     def _judged(
-        self, agreed: GroupRequest, timings: list[Timing], answers: Answers, rates: LinkBandwidth | None
+        self, agreed: GroupRequest, timings: list[Timing], problem: RoutingProblem, rates: LinkBandwidth | None
     ) -> ProfileReport:
         """The report. Raises ``AboveCeilingError`` if a rate is above its ceiling."""
         shape, backend = agreed.shape, self._ep.backend
-        loads = link_loads(shape, backend, answers.counts(shape.tokens))
+        loads = link_loads(shape, backend, problem.counts)
         pairs = tuple(
             PairTime(dispatch=dispatch, combine=combine, spread=Spread.of(timing))
             for (dispatch, combine), timing in zip(EVERY_PAIR, timings[len(loads) :], strict=True)

@@ -24,7 +24,6 @@ from sonic_ep.profiler.routings import ROUTINGS
 GIVEN = "given"
 # Of files in the cache; incremented whenever one changes its meaning.
 FORMAT = 1
-SEED = 7919
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,13 +47,6 @@ class ProfileRequest:
         check_top_k(checker, self.top_k, self.num_experts)
         checker.require(self.dtype in ROW_DTYPES, "dtype", repr(self.dtype), " or ".join(map(str, ROW_DTYPES)))
         return replace(self, routing=self._checked_routing(checker), device=_checked_device(checker, self.device))
-
-    def draw_ids(self, rank: int, world_size: int) -> Tensor:
-        """Experts of this rank's tokens, (T, K) int64, on the device, in memory of its own."""
-        if isinstance(self.routing, Tensor):
-            return self.routing.to(self.device, torch.int64, copy=True).contiguous()
-        generator = torch.Generator().manual_seed(SEED + rank)
-        return ROUTINGS[self.routing](generator, self.tokens, self, world_size).to(self.device)
 
     def summary(
         self, ep: ExpertParallel, rounds: int | None, rates: LinkBandwidth | None, machine: Machine

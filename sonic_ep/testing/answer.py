@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.reference.router import choose_experts
@@ -48,18 +49,11 @@ def judge(oracle: Oracle, outcome: Outcome, reference: Outcome | None = None) ->
     reference: the outcome of the reference, which is compared with the oracle itself before it may say how accurate
     others have to be; None: plain PyTorch says so. The output is named o, as in reports.
     """
-    truth, top_k, plain = oracle.truth, oracle.call.top_k, reference or oracle.plain
-    held = (
-        [("", outcome, plain)] if reference is None else [("reference's ", plain, oracle.plain), ("", outcome, plain)]
-    )
-    accuracies = tuple(
-        replace(each, name=prefix + ("o" if each.name == "y" else each.name))
-        for prefix, got, yardstick in held
-        for each in _accuracies(got, truth, yardstick, oracle.group)
-    )
-    chosen = [choose_experts(each[LOGITS], top_k).sort(dim=1).values for each in (outcome, truth) if LOGITS in each]
-    same = all(torch.equal(chosen[0], other) for other in chosen[1:])
-    return Answer(outcome=outcome, plain=plain, truth=truth, accuracies=accuracies, same_choices=same)
+    truth, plain = oracle.truth, reference or oracle.plain
+    accuracies = [] if reference is None else _accuracies(reference, truth, oracle.plain, oracle.group, "reference's ")
+    accuracies += _accuracies(outcome, truth, plain, oracle.group)
+    same = LOGITS not in truth or torch.equal(*(_chosen(each, oracle.call.top_k) for each in (outcome, truth)))
+    return Answer(outcome=outcome, plain=plain, truth=truth, accuracies=tuple(accuracies), same_choices=same)
 
 
 def faults_of(got: Outcome, truth: Outcome, plain: Outcome) -> list[str]:
@@ -67,7 +61,12 @@ def faults_of(got: Outcome, truth: Outcome, plain: Outcome) -> list[str]:
     return [str(accuracy) for accuracy in _accuracies(got, truth, plain, ALONE) if not accuracy.ok]
 
 
-def _accuracies(got: Outcome, truth: Outcome, plain: Outcome, group: EPGroup) -> list[Accuracy]:
+def _chosen(outcome: Outcome, top_k: int) -> Tensor:
+    return choose_experts(outcome[LOGITS], top_k).sort(dim=1).values
+
+
+def _accuracies(got: Outcome, truth: Outcome, plain: Outcome, group: EPGroup, prefix: str = "") -> list[Accuracy]:
     """Collective: of the output and every gradient, on all ranks together, each with its own truth."""
-    names = [name for name in truth if name != LOGITS]
-    return judge_parts({name: Yardstick(truth[name], plain[name]).parts(got[name]) for name in names}, got, group)
+    parts = {name: Yardstick(truth[name], plain[name]).parts(got[name]) for name in truth if name != LOGITS}
+    found = judge_parts(parts, got, group)
+    return [replace(each, name=prefix + ("o" if each.name == "y" else each.name)) for each in found]

@@ -5,7 +5,7 @@ A case is drawn whole, for all ranks, from its seed, on every rank alike: no ran
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from types import MappingProxyType
@@ -133,14 +133,11 @@ def draw(case: Case, world_size: int, device: torch.device | str = "cpu") -> Inp
     """The inputs of ``case`` for a group of ``world_size`` ranks, drawn on the CPU, so the same on any device."""
     generator = torch.Generator().manual_seed(1_000 * case.seed + world_size)
     tokens = sum(case.tokens_of_rank(rank) for rank in range(world_size))
-    width = ACTIVATIONS[case.activation].up_width(case.intermediate)
 
     def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = case.dtype) -> Tensor:
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype).to(device)
 
-    def bias(*shape: int) -> Tensor | None:
-        return normal(*shape, scale=0.1) if case.bias else None
-
+    sizes = (case.num_experts, case.hidden, case.intermediate)
     return Inputs(
         case=case,
         world_size=world_size,
@@ -150,14 +147,22 @@ def draw(case: Case, world_size: int, device: torch.device | str = "cpu") -> Inp
         topk_scores=torch.rand(tokens, case.top_k, generator=generator).add(0.05).to(device),
         router_w=normal(case.num_experts, case.hidden, scale=case.hidden**-0.5),
         dlogits=normal(tokens, case.num_experts, scale=0.1, dtype=torch.float32),
-        experts=Experts(
-            w1=normal(case.num_experts, width, case.hidden, scale=case.hidden**-0.5),
-            w2=normal(case.num_experts, case.hidden, case.intermediate, scale=case.intermediate**-0.5),
-            b1=bias(case.num_experts, width),
-            b2=bias(case.num_experts, case.hidden),
-            activation=ACTIVATIONS[case.activation],
-            layout=GATE_LAYOUTS[case.gate_layout],
-        ),
+        experts=random_experts(normal, *sizes, case.activation, case.gate_layout, bias=case.bias),
+    )
+
+
+def random_experts(
+    normal: Callable[..., Tensor], count: int, hidden: int, inner: int, activation: str, layout: str, *, bias: bool
+) -> Experts:
+    """Experts by ``normal(*shape, scale=)``, scaled to keep the size of what they multiply. inner: I."""
+    width = ACTIVATIONS[activation].up_width(inner)
+    return Experts(
+        w1=normal(count, width, hidden, scale=hidden**-0.5),
+        w2=normal(count, hidden, inner, scale=inner**-0.5),
+        b1=normal(count, width, scale=0.1) if bias else None,
+        b2=normal(count, hidden, scale=0.1) if bias else None,
+        activation=ACTIVATIONS[activation],
+        layout=GATE_LAYOUTS[layout],
     )
 
 
@@ -167,9 +172,9 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     | {"score_order": tuple(ScoreOrder), "norm_topk_probs": BOOLEANS}
     | {"dtype": (torch.float32, torch.bfloat16, torch.float16)}
 )
-FLAGS = ("redispatch_x_in_backward", "cpu_sync_on_runtime")
 CONFIG_OPTIONS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
-    {"dispatch": tuple(DispatchMode), "combine": tuple(CombineMode), **dict.fromkeys(FLAGS, BOOLEANS)}
+    {"dispatch": tuple(DispatchMode), "combine": tuple(CombineMode)}
+    | dict.fromkeys(("redispatch_x_in_backward", "cpu_sync_on_runtime"), BOOLEANS)
 )
 
 
@@ -208,17 +213,9 @@ class OptionTrial:
 def option_trials() -> list[OptionTrial]:
     """Trials that have every pair of values of ``OPTIONS`` and ``CONFIG_OPTIONS``, on one small shape."""
     base = Case(name="options", top_k=4, tokens=(12, 7), hidden=48, seed=20)
-    return [
-        OptionTrial(
-            case=replace(base, name=_option_name(setting), **{name: setting[name] for name in OPTIONS}),
-            config=EPConfig(**{name: setting[name] for name in CONFIG_OPTIONS}),
-        )
-        for setting in pairwise({**OPTIONS, **CONFIG_OPTIONS})
-    ]
-
-
-def _option_name(setting: Mapping[str, Any]) -> str:
-    names = [setting["activation"], setting["gate_layout"], setting["score_order"].value]
-    names += [name for name in ("bias", "norm_topk_probs") if setting[name]]
-    names += [str(setting["dtype"]).removeprefix("torch."), setting["dispatch"].value, setting["combine"].value]
-    return "-".join([*names, *(name for name in FLAGS if setting[name])])
+    trials = []
+    for setting in pairwise({**OPTIONS, **CONFIG_OPTIONS}):
+        name = "-".join(str(getattr(value, "value", value)).removeprefix("torch.") for value in setting.values())
+        case, config = ({option: setting[option] for option in of} for of in (OPTIONS, CONFIG_OPTIONS))
+        trials.append(OptionTrial(case=replace(base, name=name, **case), config=EPConfig(**config)))
+    return trials

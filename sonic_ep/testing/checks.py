@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
 
@@ -26,10 +26,6 @@ class Errors:
     norm: float
     worst_row: float
 
-    def within(self, bound: Errors) -> bool:
-        """Whether both errors are at most those of ``bound``."""
-        return self.norm <= bound.norm and self.worst_row <= bound.worst_row
-
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
@@ -42,7 +38,7 @@ class Accuracy:
     @property
     def ok(self) -> bool:
         """Whether both errors are within their bounds."""
-        return self.got.within(self.bound)
+        return self.got.norm <= self.bound.norm and self.got.worst_row <= self.bound.worst_row
 
     @property
     def ratio(self) -> float:
@@ -54,14 +50,6 @@ class Accuracy:
             f"{self.name}: relative error {self.got.norm:.3g} (at most {self.bound.norm:.3g}), "
             f"worst row {self.got.worst_row:.3g} (at most {self.bound.worst_row:.3g})"
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """One rank's share of the errors: the squared norm of the difference; worst_row as in ``Errors``."""
-
-    square: float
-    worst_row: float
 
 
 class Yardstick:
@@ -83,8 +71,8 @@ class Yardstick:
         self._zero_rows = (self._truth == 0).all(dim=-1) & (plain == 0).all(dim=-1)
         self._bound = bound_of(_joined([self.part(plain)], self._norm), plain.dtype)
 
-    def part(self, got: Tensor, share: slice = slice(None)) -> Part:
-        """The part of ``got``, which is ``share`` of the whole along the first dimension.
+    def part(self, got: Tensor, share: slice = slice(None)) -> Tensor:
+        """The part of ``got``, which is ``share`` of the whole: the square of its distance, and its worst row.
 
         Infinite if anything is not finite, or not zero in a row that is exactly zero in the truth and in plain PyTorch.
         """
@@ -92,37 +80,37 @@ class Yardstick:
         expect(got.dtype == self._plain.dtype, f"got {got.dtype}, expected {self._plain.dtype}")
         expect(got.shape == truth.shape, f"got shape {tuple(got.shape)}, expected {tuple(truth.shape)}")
         if got.numel() == 0:
-            return Part(square=0.0, worst_row=0.0)
+            return truth.new_zeros(2)
         difference = got.detach().double() - truth
         nonzero = bool((got.detach()[self._zero_rows[share]] != 0).any())
         if nonzero or not bool(difference.isfinite().all()):
-            return Part(square=inf, worst_row=inf)
+            return truth.new_full((2,), inf)
         distance = torch.linalg.vector_norm(difference, dim=-1)
         # A scale of zero means a truth of zeros only; a difference from that is infinitely wrong.
         relative = torch.where(distance > 0, distance / self._row_scale[share], 0.0)
-        return Part(square=float(difference.square().sum()), worst_row=float(relative.max()))
+        return torch.stack([difference.square().sum(), relative.max()])
 
-    def parts(self, got: Tensor, share: slice = slice(None)) -> list[Part]:
-        """A share as ``pooled`` takes it: the parts of the truth itself, of ``got`` and of plain PyTorch."""
-        size = Part(square=float(self._truth[share].square().sum()), worst_row=0.0)
-        return [size, self.part(got, share), self.part(self._plain[share], share)]
+    def parts(self, got: Tensor, share: slice = slice(None)) -> Tensor:
+        """A share as ``pooled`` takes it, (3, 2): the parts of the truth itself, of ``got`` and of plain PyTorch."""
+        square = self._truth[share].square().sum()
+        size = torch.stack([square, torch.zeros_like(square)])
+        return torch.stack([size, self.part(got, share), self.part(self._plain[share], share)])
 
-    def judge(self, name: str, parts: Iterable[Part]) -> Accuracy:
+    def judge(self, name: str, parts: Iterable[Tensor]) -> Accuracy:
         """The errors of the whole from the parts of all shares."""
         return Accuracy(name=name, got=_joined(parts, self._norm), bound=self._bound)
 
 
-def pooled(name: str, shares: Iterable[Sequence[Part]], dtype: torch.dtype) -> Accuracy:
+def pooled(name: str, shares: Iterable[Tensor], dtype: torch.dtype) -> Accuracy:
     """The errors of a tensor from each rank's ``Yardstick.parts``: squares are summed, and the worst row of all counts.
 
-    >>> def part(square): return Part(square=square, worst_row=0.0)
-    >>> shares = [(part(size), part(9.0), part(8.0)) for size in (9.0, 16.0)]
+    >>> shares = [torch.tensor([[size, 0.0], [9.0, 0.0], [8.0, 0.0]]) for size in (9.0, 16.0)]
     >>> found = pooled("y", shares, torch.float32)
     >>> round(found.got.norm ** 2, 6), round(found.bound.norm ** 2, 6)
     (0.72, 2.56)
     """
     truth, got, plain = zip(*shares, strict=True)
-    size = sum(part.square for part in truth) ** 0.5
+    size = _joined(truth, 1.0).norm
     return Accuracy(name=name, got=_joined(got, size), bound=bound_of(_joined(plain, size), dtype))
 
 
@@ -130,9 +118,8 @@ def bound_of(plain: Errors, dtype: torch.dtype) -> Errors:
     """The errors that are admitted where plain PyTorch in ``dtype`` makes those of ``plain``."""
     # No result can be expected to be better than the truth, rounded.
     half_ulp = torch.finfo(dtype).eps / 2
-    return Errors(
-        norm=ACCURACY_FACTOR * max(plain.norm, half_ulp), worst_row=ACCURACY_FACTOR * max(plain.worst_row, half_ulp)
-    )
+    norm, worst_row = (ACCURACY_FACTOR * max(error, half_ulp) for error in (plain.norm, plain.worst_row))
+    return Errors(norm=norm, worst_row=worst_row)
 
 
 def assert_as_accurate(got: Tensor, truth: Tensor, plain: Tensor, name: str = "tensor") -> None:
@@ -149,10 +136,10 @@ def assert_as_accurate(got: Tensor, truth: Tensor, plain: Tensor, name: str = "t
     expect(accuracy.ok, str(accuracy))
 
 
-def _joined(parts: Iterable[Part], size: float) -> Errors:
+def _joined(parts: Iterable[Tensor], size: float) -> Errors:
     """The errors of all parts together, where the truth has the norm ``size``."""
-    squares, worst_rows = zip(*((part.square, part.worst_row) for part in parts), strict=True)
-    return Errors(norm=_ratio(sum(squares) ** 0.5, size), worst_row=max(worst_rows))
+    squares, worst_rows = torch.stack(list(parts)).unbind(dim=1)
+    return Errors(norm=_ratio(float(squares.sum()) ** 0.5, size), worst_row=float(worst_rows.max()))
 
 
 def _ratio(distance: float, size: float) -> float:

@@ -1,8 +1,7 @@
 """Triton's interpreter, several times faster: kernels on the CPU, for tests.
 
-Most of its time changes no result: it patches Triton's language at every call of a function, not once a launch; checks
-integers for overflow, which only a debug mode asserts; computes for each value what its type alone decides; and checks
-the types of operands, most of which have one type that NumPy handles as it is.
+Most of its time changes no result: it patches Triton's language at every call of a function, checks integers for
+overflow, and computes and checks for each value what its type alone decides.
 """
 
 from __future__ import annotations
@@ -156,32 +155,6 @@ def on_numpy(operation: Callable[..., Any], numpy_operation: Any, types: dict[st
     return computed
 
 
-def moved_pointers(pointers: Any, offsets: Any) -> Any:
-    """The type of pointers plus signed integers: scalars, blocks of one shape, or a block and a scalar; else None."""
-    if type(pointers) is not tl.tensor or type(offsets) is not tl.tensor or not pointers.type.scalar.is_ptr():
-        return None
-    if offsets.type.scalar.name not in ("int32", "int64"):
-        return None
-    if not offsets.type.is_block():
-        return pointers.type
-    if not pointers.type.is_block():
-        return offsets.type.with_element_ty(pointers.type)
-    return pointers.type if list(pointers.type.shape) == list(offsets.type.shape) else None
-
-
-def on_addresses(add: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton's sum, without its checks where a pointer is moved."""
-
-    @wraps(add)
-    def computed(semantic: Any, one: Any, other: Any, *how: Any, **named: Any) -> Any:
-        moved = moved_pointers(one, other)
-        if moved is None:
-            return add(semantic, one, other, *how, **named)
-        return tl.tensor(semantic.builder.create_addptr(one.handle, other.handle), moved)
-
-    return computed
-
-
 def hasten() -> None:
     """Make the interpreter of this process faster without changing a result; no effect where its internals differ."""
     patch = getattr(interpreter, "_patch_lang", None)
@@ -201,7 +174,6 @@ def hasten() -> None:
         return
     interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
     semantic = interpreter.TritonSemantic
-    semantic.add = on_addresses(semantic.add)
     for operations, types, result in OPERATIONS:
         for name, numpy_operation in operations.items():
             setattr(semantic, name, on_numpy(getattr(semantic, name), numpy_operation, types, result))

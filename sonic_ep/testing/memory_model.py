@@ -8,14 +8,14 @@ example of ``sonic_ep.plan`` on rank 0, H=8, I=4, bf16 with a gated activation: 
 >>> sizes = dict(world_size=2, max_tokens=3, tokens=3, top_k=2, num_experts=4, hidden=8, intermediate=4, itemsize=2)
 >>> ceiling, exact = LayerShape(rows=12, **sizes), LayerShape(rows=6, **sizes)
 >>> saved_bytes(ceiling, modes.dispatch)
-SavedMemory(received=192, hidden=192, scores=48, plan=216)
+{'received': 192, 'hidden': 192, 'scores': 48, 'plan': 216}
 >>> saved_bytes(exact, modes.dispatch, redispatch_x_in_backward=True)
-SavedMemory(received=0, hidden=96, scores=48, plan=192)
+{'received': 0, 'hidden': 96, 'scores': 48, 'plan': 192}
 >>> dict(forward_steps(exact, modes.dispatch, training=False))
 {'up': 432, 'activate': 384, 'down': 384, 'combine': 384}
 >>> forward_peak_bytes(exact, modes.dispatch, training=True), backward_peak_bytes(exact, modes.dispatch)
 (576, 576)
->>> symmetric_bytes(ceiling, modes).total
+>>> sum(symmetric_bytes(ceiling, modes).values())
 3584
 """
 
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from sonic_ep.config import CombineMode, DispatchMode, ModePair
 
@@ -75,33 +75,20 @@ class LayerShape:
         return math.prod(extents[letter] for letter in letters)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SavedMemory:
-    """Bytes that the layer keeps from forward to backward; neither x, y nor weights.
-
-    received: the rows of dispatch. hidden: the pre-activation, b1 in it. scores: those of the group. plan: its fields.
-    """
-
-    received: int
-    hidden: int
-    scores: int
-    plan: int
-
-    @property
-    def total(self) -> int:
-        """The sum."""
-        return sum(astuple(self))
-
-
 def received_bytes(shape: LayerShape, dispatch: DispatchMode) -> int:
     """Bytes that dispatch receives: (R, H) in canonical order, or room for each token of the group once, (W*C, H)."""
     return shape.values("RH" if dispatch is DispatchMode.ALL_TO_ALL else "WCH")
 
 
-def saved_bytes(shape: LayerShape, dispatch: DispatchMode, *, redispatch_x_in_backward: bool = False) -> SavedMemory:
-    """What forward keeps for backward. The x that is gathered again is the caller's own, T*H*itemsize, not counted."""
+def saved_bytes(
+    shape: LayerShape, dispatch: DispatchMode, *, redispatch_x_in_backward: bool = False
+) -> Mapping[str, int]:
+    """What forward keeps for backward: rows of dispatch, the pre-activation, scores of the group, the plan.
+
+    Neither x, which may be dispatched again and is the caller's own, nor y, nor weights.
+    """
     received = 0 if redispatch_x_in_backward else received_bytes(shape, dispatch)
-    return SavedMemory(received=received, hidden=shape.values("RF"), scores=shape.numbers("WCK"), plan=shape.plan)
+    return {"received": received, "hidden": shape.values("RF"), "scores": shape.numbers("WCK"), "plan": shape.plan}
 
 
 def forward_steps(
@@ -153,9 +140,9 @@ def backward_steps(
     }
 
 
-def forward_peak_bytes(shape: LayerShape, dispatch: DispatchMode, *, training: bool, **options: bool) -> int:
+def forward_peak_bytes(shape: LayerShape, dispatch: DispatchMode, **options: bool) -> int:
     """The most of ``forward_steps``."""
-    return max(forward_steps(shape, dispatch, training=training, **options).values())
+    return max(forward_steps(shape, dispatch, **options).values())
 
 
 def backward_peak_bytes(shape: LayerShape, dispatch: DispatchMode, **options: bool) -> int:
@@ -163,31 +150,12 @@ def backward_peak_bytes(shape: LayerShape, dispatch: DispatchMode, **options: bo
     return max(backward_steps(shape, dispatch, **options).values())
 
 
-@dataclass(frozen=True, kw_only=True)
-class SymmetricMemory:
-    """Bytes that a group shares on each rank, by buffer, for its lifetime; all calls use the same.
+def symmetric_bytes(shape: LayerShape, modes: ModePair, *, redispatch_x_in_backward: bool = False) -> Mapping[str, int]:
+    """What the group shares on each rank for its lifetime, by buffer, for calls of this shape, whatever R.
 
-    barrier: its flags. ids, scores: of the slots of a rank. tokens: x, where peers read it; tokens_again: in backward.
-    received, received_flags: of combine, at a time. values_of_slots: gradients of scores for their origin ranks.
+    tokens: x, where peers read it. received, received_flags: of combine, at a time. values_of_slots: gradients of
+    scores for their origin ranks. A router that sums its gradient has (E, H) fp32 more.
     """
-
-    barrier: int
-    ids: int
-    scores: int
-    tokens: int
-    tokens_again: int
-    received: int
-    received_flags: int
-    values_of_slots: int
-
-    @property
-    def total(self) -> int:
-        """The sum."""
-        return sum(astuple(self))
-
-
-def symmetric_bytes(shape: LayerShape, modes: ModePair, *, redispatch_x_in_backward: bool = False) -> SymmetricMemory:
-    """The group's buffers for calls of this shape, whatever R. A router that sums its gradient has (E, H) fp32 more."""
     slots = _in_blocks(shape.numbers("CK"))
     # One rank has no peers to read its tokens or to send it rows.
     shared = shape.world_size > 1
@@ -195,16 +163,16 @@ def symmetric_bytes(shape: LayerShape, modes: ModePair, *, redispatch_x_in_backw
     rows_per_token = shape.top_k if modes.combine is CombineMode.ALL_TO_ALL else shape.world_size - 1
     token_bytes = max(1, rows_per_token * shape.values("H") if shared else 0)
     tokens_at_a_time = max(1, min(shape.max_tokens, MOST_RECEIVED_BYTES // token_bytes))
-    return SymmetricMemory(
-        barrier=_in_blocks(shape.world_size * TAG_BYTES),
-        ids=slots,
-        scores=slots,
-        tokens=tokens,
-        tokens_again=tokens if redispatch_x_in_backward else 0,
-        received=_in_blocks(tokens_at_a_time * token_bytes),
-        received_flags=_in_blocks(max(1, shape.world_size - 1) * tokens_at_a_time * TAG_BYTES),
-        values_of_slots=slots,
-    )
+    return {
+        "barrier": _in_blocks(shape.world_size * TAG_BYTES),
+        "ids": slots,
+        "scores": slots,
+        "tokens": tokens,
+        "tokens_again": tokens if redispatch_x_in_backward else 0,
+        "received": _in_blocks(tokens_at_a_time * token_bytes),
+        "received_flags": _in_blocks(max(1, shape.world_size - 1) * tokens_at_a_time * TAG_BYTES),
+        "values_of_slots": slots,
+    }
 
 
 def _in_blocks(nbytes: int) -> int:

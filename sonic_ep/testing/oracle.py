@@ -7,7 +7,7 @@ be. Each rank measures its share, and the shares of all ranks are judged togethe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import inf
@@ -26,10 +26,9 @@ from sonic_ep.distributed.group import EPGroup
 from sonic_ep.reference.dense import dense_moe, dense_scores
 from sonic_ep.reference.router import choose_experts
 from sonic_ep.testing.cases import Case, Inputs, draw
-from sonic_ep.testing.checks import Accuracy, Part, Yardstick, pooled
+from sonic_ep.testing.checks import Accuracy, Yardstick, pooled
 
 NO_FACTS: Mapping[str, bool] = MappingProxyType({})
-HOLDS, BROKEN = Part(square=0.0, worst_row=0.0), Part(square=inf, worst_row=inf)
 ALONE = EPGroup(rank=0, world_size=1)
 ALL = slice(None)
 ROUTER, LOGITS = "router_w", "router_logits"
@@ -63,9 +62,9 @@ def weights_of(experts: Experts) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerCall(ABC):
-    """One rank's call of the layer: x and the gradient dy of its output, (T, H), and the experts of this rank.
+    """One rank's call of the layer: x and the gradient dy of its output, (T, H), and its experts; leaves require grad.
 
-    All leaves (x, scores or router, weights) require gradients.
+    tokens: the leaves of the tokens, by name; weights: the others, the router alike on all ranks, and the experts.
     """
 
     x: Tensor
@@ -79,12 +78,12 @@ class LayerCall(ABC):
 
     @property
     def tokens(self) -> Leaves:
-        """The leaves of the tokens."""
+        """X, and scores that are given."""
         return {"x": self.x}
 
     @property
     def weights(self) -> Leaves:
-        """The other leaves: the router, alike on all ranks, and this rank's experts."""
+        """The experts, and the router of ``moe``."""
         return weights_of(self.experts)
 
     @property
@@ -241,8 +240,7 @@ def dense_outcome(call: LayerCall, group: EPGroup, dtype: torch.dtype, at_a_time
     for name, total in sums.items():
         if group.world_size > 1:
             dist.all_reduce(total, group=group.process_group)
-        held = call.weights[name].shape[0]
-        share = total if name == ROUTER else total[group.rank * held : (group.rank + 1) * held]
+        share = total if name == ROUTER else total.chunk(group.world_size)[group.rank]
         outcome[f"d{name}"] = share.to(dtype, copy=True)
     return outcome
 
@@ -263,25 +261,20 @@ def gathered_experts(share: Tensor, group: EPGroup) -> Tensor:
     return torch.cat(shares)
 
 
-def gather_parts(parts: list[Part], group: EPGroup, device: torch.device) -> list[list[Part]]:
-    """Collective: the parts of every rank, in rank order."""
-    mine = torch.tensor([[part.square, part.worst_row] for part in parts], dtype=torch.float64, device=device)
-    every = [mine]
-    if group.process_group is not None:
-        every = [torch.empty_like(mine) for _ in range(group.world_size)]
-        dist.all_gather(every, mine, group=group.process_group)
-    return [[Part(square=square, worst_row=worst) for square, worst in rank.tolist()] for rank in every]
+def gather_parts(parts: Iterable[Tensor], group: EPGroup) -> Tensor:
+    """Collective: the parts of every rank, (W, parts, ...)."""
+    mine = torch.stack(list(parts))
+    return gathered_experts(mine[None], group) if group.process_group is not None else mine[None]
 
 
-def judge_parts(measured: Mapping[str, list[Part]], outcome: Outcome, group: EPGroup) -> list[Accuracy]:
+def judge_parts(measured: Mapping[str, Tensor], outcome: Outcome, group: EPGroup) -> list[Accuracy]:
     """Collective: how accurate tensors are on all ranks together, from ``Yardstick.parts`` of each rank."""
-    of_ranks = gather_parts([part for parts in measured.values() for part in parts], group, outcome["y"].device)
+    of_ranks = gather_parts(measured.values(), group).cpu()
     findings = []
-    for place, name in enumerate(measured):
-        shares = [parts[3 * place : 3 * place + 3] for parts in of_ranks]
+    for name, shares in zip(measured, of_ranks.unbind(dim=1), strict=True):
         dtype = outcome[name].dtype if name in outcome else torch.float64
         # Every rank holds the whole gradient of the router; the worst of them counts.
-        wholes = [[share] for share in shares] if name == f"d{ROUTER}" else [shares]
+        wholes = shares[:, None] if name == f"d{ROUTER}" else shares[None]
         findings.append(max((pooled(name, whole, dtype) for whole in wholes), key=lambda found: found.ratio))
     return findings
 
@@ -293,13 +286,47 @@ def compare(
 
     facts: what else has to be true on every rank, by name; an infinite error where it is not.
     """
-    measured = {}
-    for name, truth in oracle.truth.items():
-        share = inputs.tokens_of(ep.rank) if name in BY_TOKENS else inputs.experts_of(ep.rank)
-        share = ALL if name == f"d{ROUTER}" else share
-        measured[name] = Yardstick(truth, oracle.plain[name]).parts(outcome[name], share)
-    measured |= {name: [HOLDS, HOLDS if holds else BROKEN, HOLDS] for name, holds in facts.items()}
+    shares = dict.fromkeys(BY_TOKENS, inputs.tokens_of(ep.rank)) | {f"d{ROUTER}": ALL}
+    measured = {
+        name: Yardstick(truth, oracle.plain[name]).parts(outcome[name], shares.get(name, inputs.experts_of(ep.rank)))
+        for name, truth in oracle.truth.items()
+    }
+    for name, holds in facts.items():
+        measured[name] = outcome["y"].new_zeros((3, 2), dtype=torch.float64)
+        measured[name][1] = 0.0 if holds else inf
     return judge_parts(measured, outcome, ep.group)
+
+
+def routed_call(inputs: Inputs, rank: int | None = None) -> RoutedCall:
+    """The case through ``moe_routed``: the share of ``rank``, or all ranks' together."""
+    tokens, shared = _shared(inputs, rank)
+    return RoutedCall(topk_idx=inputs.topk_idx[tokens], topk_scores=leaf(inputs.topk_scores[tokens]), **shared)
+
+
+def run_routed(inputs: Inputs, ep: ExpertParallel) -> Outcome:
+    """This rank's share of the case through ``ep.moe_routed``, forward and backward."""
+    return routed_call(inputs, ep.rank).run(ep)
+
+
+def routed_oracle(inputs: Inputs) -> Oracle:
+    """What ``run_routed`` should give, for all ranks at once."""
+    return Oracle(call=routed_call(inputs))
+
+
+def run_moe(inputs: Inputs, ep: ExpertParallel) -> Outcome:
+    """This rank's share of the case through ``ep.moe``, forward and backward, the logits' gradient included."""
+    return _router_call(inputs, ep.rank).run(ep)
+
+
+def moe_oracle(inputs: Inputs, topk_idx: Tensor) -> Oracle:
+    """What ``run_moe`` should give, for all ranks at once, where the choices (N, K) are known."""
+    return Oracle(call=replace(_router_call(inputs), choices=topk_idx))
+
+
+def _router_call(inputs: Inputs, rank: int | None = None) -> RouterCall:
+    tokens, shared = _shared(inputs, rank)
+    router_w, options = leaf(inputs.router_w), inputs.case.router_options()
+    return RouterCall(router_w=router_w, options=options, dlogits=inputs.dlogits[tokens], **shared)
 
 
 def _shared(inputs: Inputs, rank: int | None) -> tuple[slice, dict[str, Any]]:
@@ -309,43 +336,8 @@ def _shared(inputs: Inputs, rank: int | None) -> tuple[slice, dict[str, Any]]:
     return tokens, shared
 
 
-def routed_call(inputs: Inputs, rank: int | None = None) -> RoutedCall:
-    """The case through ``moe_routed``: the share of ``rank``, or all ranks' together."""
-    tokens, shared = _shared(inputs, rank)
-    return RoutedCall(topk_idx=inputs.topk_idx[tokens], topk_scores=leaf(inputs.topk_scores[tokens]), **shared)
-
-
-def router_call(inputs: Inputs, rank: int | None = None, choices: Tensor | None = None) -> RouterCall:
-    """The case through ``moe``: the share of ``rank``, or all ranks' together, whose choices (N, K) may be known."""
-    tokens, shared = _shared(inputs, rank)
-    router_w, dlogits, options = leaf(inputs.router_w), inputs.dlogits[tokens], inputs.case.router_options()
-    return RouterCall(router_w=router_w, options=options, dlogits=dlogits, choices=choices, **shared)
-
-
-def run_routed(inputs: Inputs, ep: ExpertParallel) -> Outcome:
-    """This rank's share of the case through ``ep.moe_routed``, forward and backward."""
-    return routed_call(inputs, ep.rank).run(ep)
-
-
-def run_moe(inputs: Inputs, ep: ExpertParallel) -> Outcome:
-    """This rank's share of the case through ``ep.moe``, forward and backward, the logits' gradient included."""
-    return router_call(inputs, ep.rank).run(ep)
-
-
-def routed_oracle(inputs: Inputs) -> Oracle:
-    """What ``run_routed`` should give, for all ranks at once."""
-    return Oracle(call=routed_call(inputs))
-
-
-def moe_oracle(inputs: Inputs, topk_idx: Tensor) -> Oracle:
-    """What ``run_moe`` should give, for all ranks at once, where the choices (N, K) are known."""
-    return Oracle(call=router_call(inputs, choices=topk_idx))
-
-
-@lru_cache(maxsize=4)
-def drawn(case: Case, world_size: int, device: torch.device) -> Inputs:
-    """``draw``, kept for the next call with the same case."""
-    return draw(case, world_size, device)
+# Kept for the next call with the same case.
+drawn = lru_cache(maxsize=4)(draw)
 
 
 @lru_cache(maxsize=4)

@@ -17,10 +17,9 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +33,6 @@ from sonic_ep.testing.interpreted import install_interpreter
 SETTINGS = {"cpu": {"TRITON_INTERPRET": "1"}, "cuda": {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}}
 
 # Ranks are forked from a server that has imported PyTorch and what its first backward imports: that saves two seconds.
-# The server has not touched CUDA and has no threads that a fork would lose.
 START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 IMPORTED_ONCE = ["torch", "torch.fx.experimental.symbolic_shapes"]
 
@@ -85,7 +83,7 @@ class _Answer:
     died: bool = False
 
 
-class RankPool:
+class RankPool(AbstractContextManager["RankPool"]):
     """Runs functions on W ranks at once.
 
     device_type: "cpu" (gloo; Triton kernels are interpreted) or "cuda" (NCCL where each rank has its own device, else
@@ -113,15 +111,15 @@ class RankPool:
         if self._closed:
             raise RuntimeError("RankPool: got a call after close(), expected an open pool")
         while len(self._workers) < world_size:
-            self._workers.append(_Worker.start(len(self._workers), self._device_type))
+            self._workers.append(_Worker(len(self._workers), self._device_type))
         if self._formed not in (None, 1, world_size):
             # NCCL waits for every rank of a group that is left: all leave it together, by a job without a store.
-            self._call(_Job(function=_stand_by, world_size=self._formed), self._timeout)
+            self._call(_Job(function=repr, world_size=self._formed), self._timeout)
         if self._formed != world_size:
             # A new process group needs a new store.
             self._groups_formed += 1
             self._formed = world_size
-        store = None if world_size == 1 else str(Path(self._folder.name) / f"store_{self._groups_formed}")
+        store = None if world_size == 1 else f"{self._folder.name}/store_{self._groups_formed}"
         job = _Job(function=function, world_size=world_size, arguments=arguments, store=store)
         return self._call(job, self._timeout if timeout is None else timeout)
 
@@ -145,9 +143,6 @@ class RankPool:
         self.stop()
         self._folder.cleanup()
 
-    def __enter__(self) -> RankPool:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.close()
 
@@ -164,24 +159,18 @@ class RankPool:
             raise
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class _Worker:
     """A live rank, seen from the pool."""
 
-    rank: int
-    process: BaseProcess
-    connection: Connection
-
-    @staticmethod
-    def start(rank: int, device_type: str) -> _Worker:
+    def __init__(self, rank: int, device_type: str) -> None:
         context = starting_context()
-        ours, theirs = context.Pipe()
+        self.rank = rank
+        self.connection, theirs = context.Pipe()
         # The server has the environment of the time when it started.
         arguments = (rank, device_type, theirs, dict(os.environ) | SETTINGS[device_type])
-        process = context.Process(target=_serve, args=arguments, daemon=True, name=f"rank {rank}")
-        process.start()
+        self.process = context.Process(target=_serve, args=arguments, daemon=True, name=f"rank {rank}")
+        self.process.start()
         theirs.close()
-        return _Worker(rank=rank, process=process, connection=ours)
 
     def send(self, payload: bytes) -> None:
         """Hand over a job. Raises ``RankError`` if the process has died since the last one."""
@@ -206,12 +195,12 @@ def _collect(workers: Sequence[_Worker], timeout: float) -> list[Any]:
     answers: dict[int, _Answer] = {}
     deadline = time.monotonic() + timeout
     while len(answers) < len(workers):
-        waiting = {worker.connection: worker for worker in workers if worker.rank not in answers}
+        waiting: dict[Any, _Worker] = {worker.connection: worker for worker in workers if worker.rank not in answers}
         ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
         if not ready:
             break
         for connection in ready:
-            worker = waiting[connection]  # type: ignore[index]
+            worker = waiting[connection]
             answers[worker.rank] = worker.receive()
             if answers[worker.rank].failure is not None:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
@@ -267,10 +256,6 @@ def _poison_new_memory() -> None:
     # PyTorch fills only in its deterministic mode. Set by use_deterministic_algorithms it would import the compiler.
     torch.set_deterministic_debug_mode("warn")
     warnings.filterwarnings("ignore", message=".*deterministic.*")
-
-
-def _stand_by(rank: Rank) -> None:
-    """Nothing to do: a job without a store is how a rank leaves its process group."""
 
 
 def _join_group(rank: Rank, store: str | None) -> None:

@@ -70,7 +70,7 @@ def test_four_layers_of_one_shape_share_memory(rank: Rank, flags: dict[str, bool
         sticks = [Yardstick(truth, plain) for truth, plain in zip(truths, plains, strict=True)]
         shares = [tokens] * 2 + [held] * (2 * LAYERS)
         parts = [stick.part(got, share) for stick, got, share in zip(sticks, found, shares, strict=True)]
-        by_rank = gather_parts(parts, ep.group, rank.device)
+        by_rank = gather_parts(parts, ep.group)
     judged = [stick.judge(str(place), [of[place] for of in by_rank]) for place, stick in enumerate(sticks)]
     assert not (wrong := [str(accuracy) for accuracy in judged if not accuracy.ok]), wrong
 

@@ -16,9 +16,10 @@ from harness.results import Results
 from sonic_ep import EPConfig, ExpertParallel
 from sonic_ep.cost import LinkBandwidth
 from sonic_ep.profiler import profiler
+from sonic_ep.profiler.problem import Shape
 from sonic_ep.profiler.timing import RoundTimer
 from sonic_ep.testing import Rank
-from sonic_ep.testing.layer_problem import LayerOptions, LayerProblem, RoutingKind, Shape
+from sonic_ep.testing.layer_problem import LayerOptions, LayerProblem
 
 SHAPE = Shape(tokens=7, hidden=16, intermediate=8, num_experts=12, top_k=2)
 # Enough tokens that no error is luck; on GPUs.
@@ -66,7 +67,7 @@ def setup_of(setting: dict[str, Any], world_size: int, backend: str, shape: Shap
     config = EPConfig(**{name: left.pop(name) for name in CONFIG_NAMES if name in left})
     given = {"backward": left.pop("backward"), "world_size": world_size, "backend": backend, "config": config}
     sized = Shape(**{**vars(shape), "dtype": left.pop("dtype")})
-    return module.Setup(shape=sized, options=LayerOptions(routing=RoutingKind(left.pop("routing")), **left), **given)
+    return module.Setup(shape=sized, options=LayerOptions(**left), **given)
 
 
 def run_on_rank(

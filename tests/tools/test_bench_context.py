@@ -19,9 +19,9 @@ from sonic_ep.cost import LinkBandwidth
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.profiler.agreement import WrongResultError
 from sonic_ep.profiler.measuring import KeepLast
+from sonic_ep.profiler.problem import Shape
 from sonic_ep.profiler.timing import AboveCeilingError, Ceiling, RoundTimer, Timing
 from sonic_ep.testing import Rank, assert_bitwise
-from sonic_ep.testing.layer_problem import Shape
 
 LARGEST_NUMBER = torch.finfo(torch.bfloat16).max
 CEILINGS = LinkBandwidth(copy_engine_in=1e9, copy_engine_out=2e9, read=3e9, write=4e9)

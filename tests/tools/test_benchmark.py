@@ -18,10 +18,10 @@ from sonic_ep import CombineMode, DispatchMode, ExpertParallel
 from sonic_ep.config import ScoreOrder
 from sonic_ep.cost import LinkBandwidth
 from sonic_ep.profiler import WrongResultError
+from sonic_ep.profiler.problem import Shape
 from sonic_ep.profiler.report import EVERY_MODE, EVERY_PAIR
 from sonic_ep.testing import Rank, RankPool
 from sonic_ep.testing.cases import pairwise
-from sonic_ep.testing.layer_problem import Shape
 from sonic_ep.testing.oracle import LayerCall
 
 OPTIONS: dict[str, tuple[Any, ...]] = {

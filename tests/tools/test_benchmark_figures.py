@@ -22,9 +22,10 @@ from sonic_ep.config import CombineMode, DispatchMode, ModePair
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.profiler import NetworkProfiler
 from sonic_ep.profiler.agreement import WrongResultError, gathered
+from sonic_ep.profiler.problem import Shape
 from sonic_ep.profiler.timing import Timing
 from sonic_ep.testing import Rank, RankPool
-from sonic_ep.testing.layer_problem import LayerProblem, Shape
+from sonic_ep.testing.layer_problem import LayerProblem
 from sonic_ep.testing.oracle import LayerCall, RoutedCall
 
 REFERENCE = "reference over nccl"

@@ -22,7 +22,7 @@ from sonic_ep.cli import run_command
 from sonic_ep.cli.exit_codes import FAIL, PASS, WRONG_ARGUMENTS
 from sonic_ep.cli.options import parse_thiek
 from sonic_ep.config import ScoreOrder
-from sonic_ep.testing.layer_problem import LayerOptions, RoutingKind
+from sonic_ep.testing.layer_problem import LayerOptions
 from sonic_ep.testing.oracle import LayerCall
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +90,7 @@ CONFIG_WORDS = ["--dispatch_mode", "all_to_all", "--combine_mode", "rank_dedup",
 OPTION_WORDS = ["--add_bias", "--norm_topk_probs", "--topk_over_softmax", "--concat_layout", "--skip_bench_bwd"]
 CHOICES = ["--activation", "relu_sq", "--routing", "one_rank", "--dtype", "float16"]
 ALL_OPTIONS: dict[str, Any] = {"activation": "relu_sq", "gate_layout": "concat", "norm_topk_probs": True}
-ALL_OPTIONS |= {"score_order": ScoreOrder.SOFTMAX_THEN_TOPK, "biased": True, "routing": RoutingKind.ONE_RANK}
+ALL_OPTIONS |= {"score_order": ScoreOrder.SOFTMAX_THEN_TOPK, "biased": True, "routing": "one_rank"}
 
 
 def test_every_spelling_and_what_is_run_if_nothing_is_said() -> None:

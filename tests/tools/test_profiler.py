@@ -19,11 +19,12 @@ import sonic_ep.profiler.profiler as profiler_module
 from sonic_ep import CombineMode, EPConfig, ExpertParallel, NetworkProfiler, ProfileReport
 from sonic_ep.cost import LinkBandwidth
 from sonic_ep.profiler import WrongResultError, default_device
-from sonic_ep.profiler.problem import ProfileInputs
+from sonic_ep.profiler.problem import RoutingProblem, Shape
 from sonic_ep.profiler.profiler import FEWEST_ROUNDS, MOST_ROUNDS
-from sonic_ep.profiler.report import EVERY_MODE, EVERY_PAIR, ProfileShape
+from sonic_ep.profiler.report import EVERY_MODE, EVERY_PAIR
 from sonic_ep.profiler.timing import AboveCeilingError, RoundTimer, Timing
 from sonic_ep.testing import Rank
+from sonic_ep.testing.oracle import ALONE
 
 CPU = torch.device("cpu")
 # Of three ranks: dropped slots, a token without any, an expert twice, and a rank without tokens.
@@ -227,10 +228,10 @@ def test_rank_0_decides_and_its_errors_reach_all(rank: Rank) -> None:
 
 def test_inputs() -> None:
     """Rows after the valid ones are NaN, and changed inputs differ until they are restored exactly."""
-    shape = ProfileShape(tokens=(3,), hidden=16, top_k=2, num_experts=6, dtype="bfloat16", routing="given")
     given = GIVEN[0]["routing"]
-    with ExpertParallel(backend="reference") as ep:
-        inputs = ProfileInputs.drawn(given.clone, shape, ep)
+    shape = Shape(tokens=3, hidden=16, top_k=2, num_experts=6)
+    inputs = RoutingProblem(shape=shape, group=ALONE, device=torch.device("cpu"), routing=given)
+    inputs.draw()
     x_TH, rows_RH, rows = inputs.x_TH, inputs.rows_RH, inputs.plan.rows()
     # A slot is dropped, so there is a place more than there are rows.
     assert inputs.plan.row_capacity == rows + 1
@@ -239,10 +240,10 @@ def test_inputs() -> None:
     assert rows_RH[rows:].isnan().all()
     before = [tensor.clone() for tensor in (x_TH, rows_RH.view(torch.int16))]
     with inputs.changed():
-        assert inputs.ids_TK.tolist() == [[1, 0], [-1, 3], [4, 4]]
+        assert inputs.topk_idx_TK.tolist() == [[1, 0], [-1, 3], [4, 4]]
         assert torch.equal(x_TH, -before[0])
         assert (rows_RH.view(torch.int16) != before[1]).all()
-    assert torch.equal(inputs.ids_TK, given)
+    assert torch.equal(inputs.topk_idx_TK, given)
     assert torch.equal(x_TH, before[0])
     assert torch.equal(rows_RH.view(torch.int16), before[1])
 

@@ -43,7 +43,7 @@ def test_cases_are_what_their_names_say() -> None:
     assert drawn("top_all").topk_idx.sort(dim=1).values.eq(torch.arange(24)).all()
 
 
-def test_pairwise_covers_every_pair_of_values_and_is_the_same_in_every_process() -> None:
+def test_trials_cover_every_pair_of_values_and_are_the_same_in_every_process() -> None:
     options = {**OPTIONS, **CONFIG_OPTIONS}
     settings = pairwise(options)
     assert len(settings) < 40
@@ -53,11 +53,8 @@ def test_pairwise_covers_every_pair_of_values_and_is_the_same_in_every_process()
     settings = pairwise({"letter": ("a", "b"), "digit": (1, 2, 3), "sign": ("+", "-")})
     found = [(setting["letter"], setting["digit"], setting["sign"]) for setting in settings]
     assert found == [("a", 1, "+"), ("a", 2, "-"), ("a", 3, "+"), ("b", 1, "-"), ("b", 2, "+"), ("b", 3, "-")]
-
-
-def test_option_trials_carry_their_settings() -> None:
     trials = option_trials()
-    assert len({trial.case.name for trial in trials}) == len(trials) == len(pairwise({**OPTIONS, **CONFIG_OPTIONS}))
+    assert len({trial.case.name for trial in trials}) == len(trials) == len(pairwise(options))
     for names, of_trial in ((OPTIONS, "case"), (CONFIG_OPTIONS, "config")):
         for name, values in names.items():
             assert {getattr(getattr(trial, of_trial), name) for trial in trials} == set(values)

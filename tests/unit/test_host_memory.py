@@ -1,20 +1,14 @@
-"""Shared files: private, locked, unlinked once mapped, removed when abandoned, and refused where memory is short."""
+"""Shared files: private, without a name, and refused where memory is short."""
 
-import fcntl
-import importlib
 import os
 import resource
 import signal
 import stat
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from host_files import PATTERN, lasting_files, shared_files
 from on_ranks import on_ranks
 from promises import promise
 from workspaces import new_workspace, workspace_of
@@ -24,137 +18,54 @@ from sonic_ep.errors import SharedMemoryError
 from sonic_ep.testing import Rank, RankError, RankPool
 
 pytestmark = pytest.mark.fast
-NAME = "sonic_ep_" + "0123456789abcdef" * 2
 # More than any machine has.
 TOO_MANY_BYTES = 2**45
 
 
-@contextmanager
-def files_in(folder: Path) -> Iterator[None]:
-    """Shared files are created in ``folder``, where no other process removes any."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sonic_ep.testing.host_memory.folder", lambda: folder)
-        yield
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    with files_in(tmp_path):
-        yield tmp_path
-
-
-def aged(path: Path) -> Path:
-    """An hour old."""
-    before = time.time() - 3600
-    os.utime(path, (before, before), follow_symlinks=False)
-    return path
-
-
-def old_file(path: Path) -> Path:
-    path.write_bytes(b"left behind")
-    return aged(path)
-
-
-@pytest.fixture
-def host_memory() -> ModuleType:
-    """Imported late: triton reads at import whether it interprets, and only ranks have that setting."""
-    return importlib.import_module("sonic_ep.testing.host_memory")
-
-
-@promise("shared-files")
-def test_files_are_private_unguessable_and_locked(host_memory: ModuleType) -> None:
-    with host_memory.shared_file(100) as first, host_memory.shared_file(100) as second:
-        assert first.name != second.name
-        for path in (first, second):
-            assert path.match(PATTERN)
-            assert stat.S_IMODE(path.stat().st_mode) == 0o600
-            assert path.stat().st_size == 100
-            with path.open() as file, pytest.raises(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    assert not first.exists()
-    assert not second.exists()
-
-
-def test_an_existing_file_is_never_taken_for_a_new_one(
-    folder: Path, host_memory: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Even if its name was guessed: it would be open to its creator."""
-    monkeypatch.setattr(host_memory.secrets, "token_hex", lambda nbytes: NAME.removeprefix("sonic_ep_"))
-    (folder / NAME).symlink_to(folder / "elsewhere")
-    with pytest.raises(FileExistsError), host_memory.shared_file(100):
-        pass
-    assert not (folder / "elsewhere").exists()
-    assert (folder / NAME).is_symlink()
-
-
-def locked(path: Path, patch: pytest.MonkeyPatch) -> object:
-    file = path.open("w")
-    fcntl.flock(file, fcntl.LOCK_EX)
-    aged(path)
-    return file
-
-
-def of_another_user(path: Path, patch: pytest.MonkeyPatch) -> None:
-    owner = old_file(path).stat().st_uid
-    patch.setattr(os, "getuid", lambda: owner + 1)
-
-
-def a_link(path: Path, patch: pytest.MonkeyPatch) -> None:
-    path.symlink_to(old_file(path.with_name("target")))
-    aged(path)
-
-
-OTHER_NAMES = {
-    "a shorter name": NAME[:-1],
-    "a longer name": NAME + "0",
-    "not hexadecimal": NAME[:-1] + "x",
-    "another prefix": "somebody_else_" + NAME,
-}
-NOT_ABANDONED: dict[str, Callable[[Path, pytest.MonkeyPatch], object]] = {
-    "young": lambda path, patch: path.write_bytes(b"just created"),
-    "locked by a live process": locked,
-    "of another user": of_another_user,
-    "a link": a_link,
-    "a folder": lambda path, patch: path.mkdir() or aged(path),
-    **{why: lambda path, patch, name=name: old_file(path.with_name(name)) for why, name in OTHER_NAMES.items()},
-}
-
-
-@promise("shared-files")
-@pytest.mark.parametrize("why", NOT_ABANDONED)
-def test_other_files_are_never_removed(
-    folder: Path, host_memory: ModuleType, why: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    held = NOT_ABANDONED[why](folder / NAME, monkeypatch)
-    before = set(folder.iterdir())
-    assert before
-    host_memory.remove_abandoned()
-    assert set(folder.iterdir()) == before
-    del held
-
-
-def test_a_file_of_a_killed_process_is_removed_once_it_is_old(folder: Path, host_memory: ModuleType) -> None:
-    child = os.fork()
-    if child == 0:
-        with host_memory.shared_file(100):
-            os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(child, 0)
-    (left,) = shared_files(folder)
-    host_memory.remove_abandoned()
-    assert left.exists(), "another rank may just have created it, and not locked it yet"
-    aged(left)
-    host_memory.remove_abandoned()
-    assert not left.exists()
+def use(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Shared files are created in ``folder``."""
+    patch.setattr("sonic_ep.testing.host_memory.folder", lambda: folder)
 
 
 @promise("shared-files")
 @on_ranks(3, pool="cpu_pool")
-def test_no_file_is_left_even_while_it_is_mapped(rank: Rank) -> None:
-    with workspace_of(rank) as workspace:
-        workspace.reserve("rows", 100)
-        workspace.barrier_after_write()
-        assert lasting_files() == []
-        workspace.barrier_before_write()
+def test_files_are_private_and_have_no_name(rank: Rank, tmp_path: Path) -> None:
+    """Even while they are open: nothing can be guessed, and nothing is left."""
+    honest, found = torch.from_file, []
+
+    def from_file(path: str, **options: Any) -> torch.Tensor:
+        found.append(os.stat(path))
+        return honest(path, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        use(tmp_path, patch)
+        patch.setattr(torch, "from_file", from_file)
+        with workspace_of(rank) as workspace:
+            rows = workspace.reserve("rows", 100)
+            assert list(tmp_path.iterdir()) == []
+            workspace.enter()
+            rows.local.fill_(rank.rank)
+            workspace.barrier_after_write()
+            assert [int(of_rank[99]) for of_rank in rows.by_rank] == [0, 1, 2]
+            workspace.barrier_before_write()
+    assert len(found) % rank.world_size == 0
+    assert len({file.st_ino for file in found}) == len(found) > 0
+    assert {(stat.S_IMODE(file.st_mode), file.st_nlink) for file in found} == {(0o600, 0)}
+
+
+def killed_after_allocation(rank: Rank, folder: Path) -> None:
+    """Each rank has created its file; the first to map one is killed."""
+    with pytest.MonkeyPatch.context() as patch:
+        use(folder, patch)
+        patch.setattr(torch, "from_file", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        new_workspace(rank)
+
+
+@promise("shared-files")
+def test_killed_ranks_leave_no_file(cpu_pool: RankPool, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="died, exit code -9"):
+        cpu_pool.run(killed_after_allocation, tmp_path, world_size=2)
+    assert list(tmp_path.iterdir()) == []
 
 
 @promise("out-of-memory")
@@ -175,15 +86,6 @@ def test_more_memory_than_there_is_is_refused_on_all_ranks(rank: Rank) -> None:
         workspace.barrier_before_write()
 
 
-@contextmanager
-def no_files_above(nbytes: int) -> Iterator[None]:
-    """As where memory is bounded, or other processes have taken the rest."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @promise("out-of-memory")
 @on_ranks(3, pool="cpu_pool")
 def test_memory_short_on_one_rank_is_reported_on_all(rank: Rank) -> None:
@@ -193,37 +95,13 @@ def test_memory_short_on_one_rank_is_reported_on_all(rank: Rank) -> None:
         plan = ep.plan(idx, rank.world_size)
         narrow, wide = (torch.full((2, hidden), float(rank.rank)) for hidden in (8, 2**16))
         ep.dispatch(narrow, plan)
-        with no_files_above(2**16 if rank.rank == 1 else 2**40), pytest.raises(SharedMemoryError) as raised:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if rank.rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+        with pytest.raises(SharedMemoryError) as raised:
             ep.dispatch(wide, plan)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert str(raised.value).startswith(f"rank {rank.rank} of 3: shared memory: got no ")
         assert str(raised.value).endswith(" bytes on rank 1: [Errno 27] File too large")
-        assert lasting_files() == []
         assert torch.equal(ep.dispatch(narrow, plan)[:2], narrow)
         assert torch.equal(ep.dispatch(wide, plan)[:2], wide)
-
-
-def killed_after_allocation(rank: Rank, folder: Path) -> None:
-    """Each rank has created its file; the first to map one is killed."""
-    with pytest.MonkeyPatch.context() as patch, files_in(folder):
-        patch.setattr(torch, "from_file", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-        new_workspace(rank)
-
-
-def started_again(rank: Rank, folder: Path) -> None:
-    with files_in(folder), workspace_of(rank):
-        pass
-
-
-@promise("shared-files")
-def test_files_of_killed_ranks_are_removed_by_the_next_start(cpu_pool: RankPool, tmp_path: Path) -> None:
-    with pytest.raises(RankError, match="died, exit code -9"):
-        cpu_pool.run(killed_after_allocation, tmp_path, world_size=2)
-    # One a rank, unless a rank saw the other's death and removed its own.
-    left = shared_files(tmp_path)
-    assert left
-    cpu_pool.run(started_again, tmp_path, world_size=2)
-    assert shared_files(tmp_path) == left, "they are young: their processes may live"
-    for path in left:
-        aged(path)
-    cpu_pool.run(started_again, tmp_path, world_size=2)
-    assert shared_files(tmp_path) == []

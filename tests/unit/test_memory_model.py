@@ -1,12 +1,12 @@
 """Memory formulas against allocations: tensor by tensor under the interpreter, by PyTorch's allocator on GPUs."""
 
 import gc
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
-from harness.memory_use import allocated
+from harness.memory_use import BACKWARD, FORWARD, INFERENCE, SAVED, measured
 from on_ranks import on_ranks
 from promises import promise
 from there_and_back import Modes, by_modes
@@ -29,7 +29,7 @@ from sonic_ep.testing.memory_model import (
     saved_bytes,
     symmetric_bytes,
 )
-from sonic_ep.testing.oracle import RoutedCall, gradients, routed_call
+from sonic_ep.testing.oracle import Outcome, RoutedCall, gradients, routed_call
 
 pytest.importorskip("triton")
 from sonic_ep.fast.combine.base import MOST_RECEIVED_BYTES as MOST_RECEIVED
@@ -73,22 +73,8 @@ ROUNDINGS = 11 * 512
 PRODUCT_BYTES = 2**19
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class MeasuredCall:
+def measured_call(rank: Rank, case: Case, ep: ExpertParallel) -> tuple[RoutedCall, LayerShape]:
     """A call of one rank's share of a case, and the shape that the formulas take."""
-
-    call: RoutedCall
-    ep: ExpertParallel
-    shape: LayerShape
-
-    def forward(self) -> Tensor:
-        return self.call.forward(self.ep)["y"]
-
-    def backward(self, y: Tensor) -> dict[str, Tensor]:
-        return gradients({"y": y}, self.call.leaves, self.call.output_gradients())
-
-
-def measured_call(rank: Rank, case: Case, ep: ExpertParallel) -> MeasuredCall:
     inputs = draw(case, rank.world_size, rank.device)
     call, held = routed_call(inputs, rank.rank), case.num_experts // rank.world_size
     # Not views of the whole group's: the layer copies what is not aligned.
@@ -107,7 +93,11 @@ def measured_call(rank: Rank, case: Case, ep: ExpertParallel) -> MeasuredCall:
         gated=call.experts.activation.gated,
         biases=case.bias,
     )
-    return MeasuredCall(call=call, ep=ep, shape=shape)
+    return call, shape
+
+
+def backward(call: RoutedCall, outputs: Outcome) -> dict[str, Tensor]:
+    return gradients(outputs, call.leaves, call.output_gradients())
 
 
 def address(tensor: Tensor) -> int:
@@ -125,25 +115,21 @@ def storage_bytes(tensors: list[Tensor]) -> int:
 @by_exact
 def test_saved_tensors(rank: Rank, dispatch: DispatchMode, again: bool, exact: bool) -> None:
     with ExpertParallel(backend="fast", config=config_of(dispatch, again=again, exact=exact)) as ep:
-        call, saved = measured_call(rank, SMALL, ep), []
-
-        def pack(tensor: Tensor) -> Tensor:
-            saved.append(tensor.detach())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            y = call.forward()
+        (call, shape), saved = measured_call(rank, SMALL, ep), []
+        keep = lambda tensor: saved.append(tensor.detach()) or tensor  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = call.forward(ep)["y"]
         # y is a view of the layer's output; up to PyTorch 2.12 a node of its own stands before that of the layer.
         node = y.grad_fn if hasattr(y.grad_fn, "call") else y.grad_fn.next_functions[0][0]
         plan = node.call.exchange.plan
         of_plan = [value for field in fields(plan) if isinstance(value := getattr(plan, field.name), Tensor)]
-        known = {address(tensor) for tensor in (*call.call.leaves.values(), *of_plan)}
-        formula = saved_bytes(call.shape, dispatch, redispatch_x_in_backward=again)
+        known = {address(tensor) for tensor in (*call.leaves.values(), *of_plan)}
+        formula = saved_bytes(shape, dispatch, redispatch_x_in_backward=again)
         others = storage_bytes([tensor for tensor in saved if address(tensor) not in known])
-        assert others == formula.received + formula.hidden + formula.scores
-        assert storage_bytes(of_plan) == formula.plan
-        x = [tensor for tensor in saved if tensor.data_ptr() == call.call.x.data_ptr()]
-        assert storage_bytes(x) == (call.shape.values("TH") if again else 0)
+        assert others == sum(formula.values()) - formula["plan"]
+        assert storage_bytes(of_plan) == formula["plan"]
+        x = [tensor for tensor in saved if tensor.data_ptr() == call.x.data_ptr()]
+        assert storage_bytes(x) == (shape.values("TH") if again else 0)
 
 
 class LiveMemory(TorchDispatchMode):
@@ -189,44 +175,54 @@ def assert_peaks(shape: LayerShape, config: EPConfig, found: list[int], slack: l
     formula = {
         "peak of inference": forward_peak_bytes(shape, dispatch, training=False, **again),
         "peak of forward": forward_peak_bytes(shape, dispatch, training=True, **again),
-        "saved, and y": saved_bytes(shape, dispatch, **again).total + shape.values("TH"),
+        "saved, and y": sum(saved_bytes(shape, dispatch, **again).values()) + shape.values("TH"),
         "peak of backward": backward_peak_bytes(shape, dispatch, **again),
     }
     for (what, nbytes), got, more in zip(formula.items(), found, slack, strict=True):
         assert 0 <= got - nbytes <= more, f"{what}: formula {nbytes}, found {got} ({got - nbytes:+}, at most +{more})"
 
 
-PEAKS = {
-    **{f"{mode.value}, no flag": (WIDE, config_of(mode)) for mode in DispatchMode},
-    **{f"{mode.value}, both flags": (WIDE, config_of(mode, again=True, exact=True)) for mode in DispatchMode},
-    "at the activation": (NARROW, config_of()),
-    "at the activation, exact rows": (replace(NARROW, bias=True), config_of(exact=True)),
+def peaks(name: str, case: Case, config: EPConfig, *, daily: bool = True) -> Any:
+    return pytest.param(case, config, id=name, marks=() if daily else pytest.mark.thorough)
+
+
+# Every day each mode once.
+PEAKS = [
+    *(peaks(f"{d.value}, no flag", WIDE, config_of(d), daily=d is DispatchMode.RANK_DEDUP) for d in DispatchMode),
+    *(
+        peaks(
+            f"{d.value}, both flags", WIDE, config_of(d, again=True, exact=True), daily=d is not DispatchMode.RANK_DEDUP
+        )
+        for d in DispatchMode
+    ),
+    peaks("at the activation", NARROW, config_of(), daily=False),
+    peaks("at the activation, exact rows", replace(NARROW, bias=True), config_of(exact=True)),
     # 9 tokens in all, so 18 rows at the most, where the ceiling is 28.
-    "at the activation, max_rows": (NARROW, replace(config_of(), max_rows=18)),
-}
+    peaks("at the activation, max_rows", NARROW, replace(config_of(), max_rows=18)),
+]
 
 
 @promise("memory-formulas")
 @on_ranks(2, pool="cpu_pool")
-@pytest.mark.parametrize(("case", "config"), PEAKS.values(), ids=PEAKS.keys())
+@pytest.mark.parametrize(("case", "config"), PEAKS)
 def test_peaks(rank: Rank, case: Case, config: EPConfig) -> None:
     with pytest.MonkeyPatch.context() as patch, ExpertParallel(backend="fast", config=config) as ep:
         # The products of a GPU: on the CPU a plain loop widens its operands instead.
         patch.setattr("sonic_ep.fast.backend.grouped_gemm", lambda operands, rows_per_group: LibraryGemm())
-        call = measured_call(rank, case, ep)
+        call, shape = measured_call(rank, case, ep)
         # The first call allocates shared memory.
-        call.forward()
+        call.forward(ep)
         with torch.no_grad(), LiveMemory() as inference:
-            call.forward()
+            call.forward(ep)
         with LiveMemory() as forward:
-            y = call.forward()
+            outputs = call.forward(ep)
         kept = forward.now()
-        with LiveMemory() as backward:
-            call.backward(y)
+        with LiveMemory() as behind:
+            backward(call, outputs)
         # With exact rows, the slots of the ceiling's rows live until forward ends.
-        of_forward = UNCOUNTED_BYTES + (call.shape.numbers("WCK") if config.cpu_sync_on_runtime else 0)
-        found, slack = [inference.most, forward.most, kept, backward.most], [of_forward, of_forward, 0, UNCOUNTED_BYTES]
-        assert_peaks(call.shape, config, found, slack)
+        of_forward = UNCOUNTED_BYTES + (shape.numbers("WCK") if config.cpu_sync_on_runtime else 0)
+        found, slack = [inference.most, forward.most, kept, behind.most], [of_forward, of_forward, 0, UNCOUNTED_BYTES]
+        assert_peaks(shape, config, found, slack)
 
 
 @promise("memory-formulas")
@@ -238,14 +234,14 @@ def test_shared_buffers(rank: Rank, modes: Modes, again: bool) -> None:
     # Longer than a block of shared memory, and not a multiple of one.
     case, flags = replace(SMALL, hidden=36), {"redispatch_x_in_backward": again}
     with ExpertParallel(backend="fast", config=EPConfig(dispatch=modes[0], combine=modes[1], **flags)) as ep:
-        call = measured_call(rank, case, ep)
-        call.forward()
+        call, shape = measured_call(rank, case, ep)
+        call.forward(ep)
         buffers = ep._backend._context(rank.device).workspace._buffers
         found = {name: buffer.nbytes for name, buffer in buffers.items()}
-    formula = asdict(symmetric_bytes(call.shape, ModePair(dispatch=modes[0], combine=modes[1]), **flags))
+    formula = symmetric_bytes(shape, ModePair(dispatch=modes[0], combine=modes[1]), **flags)
     # The flags of barriers come first, under a name of their own.
-    assert found.pop(next(iter(found))) == formula.pop(next(iter(formula)))
-    assert found == {name: nbytes for name, nbytes in formula.items() if nbytes}
+    assert found.pop(next(iter(found))) == formula["barrier"]
+    assert found == {name: nbytes for name, nbytes in formula.items() if nbytes and name != "barrier"}
 
 
 def test_memory_that_combine_receives_at_a_time_is_bounded() -> None:
@@ -254,10 +250,10 @@ def test_memory_that_combine_receives_at_a_time_is_bounded() -> None:
     shape = LayerShape(**sizes, intermediate=8, itemsize=2, rows=8)
     pair = ModePair(dispatch=DispatchMode.ALL_TO_ALL, combine=CombineMode.ALL_TO_ALL)
     shared = symmetric_bytes(shape, pair)
-    assert (shared.received, shared.received_flags) == (2**29, 3 * 4096 * 8)
+    assert (shared["received"], shared["received_flags"]) == (2**29, 3 * 4096 * 8)
     # Of its three partial sums, 48 KiB, there is room for all tokens.
     shared = symmetric_bytes(shape, replace(pair, combine=CombineMode.REDUCE_SCATTER))
-    assert (shared.received, shared.received_flags) == (8192 * 3 * 2**14, 3 * 8192 * 8)
+    assert (shared["received"], shared["received_flags"]) == (8192 * 3 * 2**14, 3 * 8192 * 8)
 
 
 @on_ranks(2, pool="cuda_pool")
@@ -268,13 +264,9 @@ def test_peaks_of_the_allocator_on_a_gpu(rank: Rank, dispatch: DispatchMode, aga
     """Rows of rank 0 and 1: 6144 if exact, 16384 at the ceiling."""
     config = config_of(dispatch, again=again, exact=exact)
     with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=max(LARGE.tokens)) as ep:
-        call = measured_call(rank, LARGE, ep)
-        # Kernels are compiled, and lasting memory is allocated: shared memory, workspaces of libraries.
-        for _ in range(2):
-            call.backward(call.forward())
-        with torch.no_grad():
-            _, inference, _ = allocated(call.forward, rank.device)
-        y, forward, kept = allocated(call.forward, rank.device)
-        _, backward, _ = allocated(lambda: call.backward(y), rank.device)
+        call, shape = measured_call(rank, LARGE, ep)
+        # The peaks of what runs, as the benchmark measures them.
+        found = measured(call, ep, backward=True)
+        kept = found[SAVED] + shape.values("TH")
         slack = [PRODUCT_BYTES, PRODUCT_BYTES, ROUNDINGS, PRODUCT_BYTES]
-        assert_peaks(call.shape, config, [inference, forward, kept, backward], slack)
+        assert_peaks(shape, config, [found[INFERENCE], found[FORWARD], kept, found[BACKWARD]], slack)
