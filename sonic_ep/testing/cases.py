@@ -198,7 +198,7 @@ def pairwise(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
                 ]
                 setting[name] = options[name][added.index(max(added))]
             missing -= {frozenset(covered) for covered in combinations(setting.items(), 2)}
-            chosen.append(setting)
+            chosen.append({name: setting[name] for name in options})
     return chosen
 
 
