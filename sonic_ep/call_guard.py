@@ -1,6 +1,5 @@
 """The calls of one ``ExpertParallel``: one at a time, compared across ranks by digest, until closed or failed."""
 
-import re
 import sys
 import warnings
 import weakref
@@ -21,7 +20,7 @@ Facts = tuple[tuple[str, object], ...]
 DIGESTS_KEPT = 64
 # PyTorch has no error type of its own for the memory of a CPU.
 CPU_ALLOCATOR = "DefaultCPUAllocator"
-# Raised on all ranks alike, as the library's own ``ValueError``s are: the object stays usable.
+# Raised on all ranks alike, as this library's ``ValueError``s are: the object stays usable.
 ALIKE = (RowOverflowError, RecomputeError, SharedMemoryError)
 
 
@@ -164,8 +163,9 @@ def _raise_clearer(error: BaseException, backend: Backend | None, collectives: B
 
 
 def _end_if_out_of_step(error: BaseException, backend: Backend | None, collectives: BoundedCollectives) -> None:
-    # The library's own begin with the rank; any other is of a hook, or of a model in recompute, on this rank alone.
-    refused = isinstance(error, ValueError) and re.match(r"\w+: rank \d+ of \d", _text_of(error)) is not None
+    # Those of this library begin with the group. Others are of a hook, or of a model in recompute: of this rank alone.
+    own = f"{type(error).__name__}: {collectives.group}"
+    refused = isinstance(error, ValueError) and _text_of(error).startswith(own)
     alike = refused or isinstance(error, ALIKE) or is_second_backward(error)
     if collectives.call_lock.begun and not (collectives.group.world_size == 1 or alike or _capturing()):
         _report(error, backend, collectives)
