@@ -214,6 +214,7 @@ class LibraryGemm:
         return F.grouped_mm(a_RM.t(), b_RN, offs=group_ends_e)
 
 
+@dataclass(frozen=True, kw_only=True)
 class LoopGemm:
     """PyTorch's plain products, group by group, for the CPU, where the host waits for nothing."""
 
