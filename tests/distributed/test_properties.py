@@ -54,7 +54,7 @@ def seeds_of(backend: str, batch: int) -> list[int]:
 )
 def test_any_example(pool: RankPool, backend: str, batch: int) -> None:
     found = failures(pool, backend, seeds_of(backend, batch))
-    assert not found, "\n".join(map(str, found))
+    assert not found, "\n".join(found)
 
 
 def test_examples_are_of_every_kind() -> None:

@@ -40,8 +40,6 @@ LR = 0.5
 # Less than any norm here.
 MAX_NORM = 0.1
 
-by_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
-
 Names = dict[str, Any]
 
 
@@ -202,28 +200,6 @@ def of_both_ranks(value: Any) -> list[Any]:
     return values
 
 
-@on_ranks(2, pool="cpu_pool")
-@by_wrapper
-def test_without_the_lines_all_ranks_have_the_same_experts(rank: Rank, wrapper: str) -> None:
-    """One step of a model whose experts were not kept out."""
-    names = given(rank)
-    before = of_both_ranks(parameters(names))
-    run_block(names, "Experts")
-    if wrapper != ZERO:
-        names["held"] = set()
-    wrap(names, DDP if wrapper == ZERO else wrapper)
-    names["others"] = list(names["model"].parameters())
-    names["optimizers"] = [torch.optim.SGD(names["others"], lr=LR)]
-    if wrapper == ZERO:
-        run_block(names, ZERO)
-    loss_of(names, 0).backward()
-    names["optimizers"][0].step()
-    after = of_both_ranks(parameters(names))
-    for name in ("layer.w1", "layer.w2"):
-        assert not torch.equal(before[0][name], before[1][name])
-        assert_bitwise(after[0][name], after[1][name], name)
-
-
 def in_ddp(rank: Rank, **options: Any) -> Names:
     names = given(rank, **options)
     prepare(names, DDP)
@@ -243,17 +219,6 @@ def test_without_the_lines_router_gradients_are_w_times_the_mean_and_each_rank_c
     run_block(names, "Means")
     here, there = of_both_ranks(torch.nn.utils.clip_grad_norm_(names["model"].parameters(), MAX_NORM).item())
     assert here != there
-
-
-@on_ranks(2, pool="cpu_pool")
-def test_without_the_line_an_overflow_on_one_rank_parts_scales_and_replicas(rank: Rank) -> None:
-    names = in_ddp(rank)
-    scaler = torch.amp.GradScaler(rank.device.type)
-    for step in range(2):
-        train_step(names, step, scaler, clips=False, overflows=step == 0)
-    (here, scale), (there, scale_there) = of_both_ranks((parameters(names)["embed.weight"], scaler.get_scale()))
-    assert scale == 2 * scale_there
-    assert not torch.equal(here, there)
 
 
 @on_ranks(2, pool="cpu_pool")
