@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 from backends import BACKENDS
-from exact_inputs import exact_inputs
 from limits import HANG_SECONDS
-from random_cases import Example, example_of
+from random_cases import Example, exact_inputs, example_of
 from torch import Tensor
 
 from sonic_ep import ExpertParallel

