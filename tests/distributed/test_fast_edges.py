@@ -22,8 +22,7 @@ from sonic_ep.testing.oracle import leaf, run_routed
 pytestmark = pytest.mark.fast
 AGAIN = EPConfig(redispatch_x_in_backward=True)
 # Of two ranks.
-SIZES = {"tokens": (3,), "hidden": 8, "intermediate": 4, "num_experts": 4, "top_k": 2}
-CASE = Case(name="edges", dtype=torch.bfloat16, **SIZES)
+CASE = Case(name="edges", dtype=torch.bfloat16, tokens=(3,), hidden=8, intermediate=4, num_experts=4, top_k=2)
 TOKENS, HIDDEN = 3, CASE.hidden
 
 

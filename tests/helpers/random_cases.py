@@ -7,6 +7,7 @@ anything, so that one bit of difference is an error. The others are compared wit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
@@ -17,11 +18,11 @@ from torch import Tensor
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
-from sonic_ep.backend import Experts
 from sonic_ep.config import AUTO, ScoreOrder
 from sonic_ep.reference.dense import dense_scores
 from sonic_ep.reference.router import choose_experts
 from sonic_ep.testing import Case, Inputs
+from sonic_ep.testing.cases import random_experts
 from sonic_ep.testing.oracle import routed_oracle, weights_of, with_weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,7 +97,7 @@ def example_of(seed: int) -> Example:
 def _case(random: Random, exact: bool, routed: bool, world_size: int) -> Case:
     num_experts = world_size * random.choice([1, 1, 2, 2, 3, 4])
     top_k = random.choice([1, min(2, num_experts), random.randint(1, min(5, num_experts)), min(num_experts, 6)])
-    tokens = _few_tokens(random, world_size) if exact else _many_tokens(random, world_size)
+    tokens = _tokens(random, exact, world_size)
     hidden, intermediate = random.choice([1, 2, 3, 5, 8, 8, 16, 17, 24]), random.choice([1, 2, 3, 4, 4, 7, 8, 8])
     dropped = random.choices([0, 0.2, 0.5, 1], weights=[6, 3, 2, 1])[0]
     choose = partial(_choose, spread=random.choice(SPREADS), repeated=random.random() < 0.3, dropped=dropped)
@@ -116,15 +117,11 @@ def _case(random: Random, exact: bool, routed: bool, world_size: int) -> Case:
     return Case(name=name, tokens=tokens, choose=choose, **sizes, **options)
 
 
-def _few_tokens(random: Random, world_size: int) -> tuple[int, ...]:
-    """T of each rank; in one of twelve examples none."""
-    if random.random() < 1 / 12:
-        return (0,) * world_size
-    return tuple(random.choice([0, 1, 1, 2, 3, 5, 7]) for _ in range(world_size))
-
-
-def _many_tokens(random: Random, world_size: int) -> tuple[int, ...]:
-    """T of each rank, none on some; enough on all together."""
+def _tokens(random: Random, exact: bool, world_size: int) -> tuple[int, ...]:
+    """T of each rank: few, in one of twelve examples none; or enough on all together, none on some."""
+    if exact:
+        none = random.random() < 1 / 12
+        return (0,) * world_size if none else tuple(random.choice([0, 1, 1, 2, 3, 5, 7]) for _ in range(world_size))
     shares = [random.choice([0, 1, 2, 3]) for _ in range(world_size)]
     shares[random.randrange(world_size)] = 3
     return tuple(-(-TOKENS_ENOUGH * share // sum(shares)) for share in shares)
@@ -138,7 +135,7 @@ def _choose(
     *,
     spread: str,
     repeated: bool,
-    dropped: float,
+    dropped: float
 ) -> Tensor:
     """The experts of tokens, (N, K) int64.
 
@@ -162,71 +159,56 @@ def _choose(
     return idx_NK
 
 
-@dataclass(frozen=True, kw_only=True)
-class Draw:
-    """Draws whole numbers of one share of entries that are not zero."""
-
-    generator: torch.Generator
-    share: float
-    most: int
-    dtype: torch.dtype
-
-    def whole(self, *shape: int) -> Tensor:
-        """Whole numbers from ``-most`` to ``most``, most of them zero where the share is small."""
-        values = torch.randint(-self.most, self.most + 1, shape, generator=self.generator)
-        return (values * (torch.rand(shape, generator=self.generator) < self.share)).to(self.dtype)
-
-
 def exact_inputs(example: Example) -> Inputs:
     """The inputs of an exact example, on the CPU; the densest of which the certificate holds."""
-    dtype = example.case.dtype
     for place, share in enumerate(SHARES):
-        generator = torch.Generator().manual_seed(example.case.seed * len(SHARES) + place)
-        inputs = _drawn(example, Draw(generator=generator, share=share, most=LARGEST[dtype], dtype=dtype))
+        inputs = _drawn(example, torch.Generator().manual_seed(example.case.seed * len(SHARES) + place), share)
         if _fits(inputs, example.routed):
             return inputs
-    raise AssertionError(f"seed {example.seed}: no share of entries makes its sums fit {dtype}")
+    raise AssertionError(f"seed {example.seed}: no share of entries makes its sums fit {example.case.dtype}")
 
 
-def _drawn(example: Example, draw: Draw) -> Inputs:
-    case, world_size = example.case, example.world_size
+def _drawn(example: Example, generator: torch.Generator, share: float) -> Inputs:
+    case, world_size, most = example.case, example.world_size, LARGEST[example.case.dtype]
+
+    def whole(*shape: int) -> Tensor:
+        """Whole numbers from ``-most`` to ``most``, of which about a ``share`` are not zero."""
+        values = torch.randint(-most, most + 1, shape, generator=generator)
+        return (values * (torch.rand(shape, generator=generator) < share)).to(case.dtype)
+
     tokens = sum(case.tokens_of_rank(rank) for rank in range(world_size))
     if example.routed:
-        x, router_w = draw.whole(tokens, case.hidden), draw.whole(case.num_experts, case.hidden)
-        idx = case.choose(draw.generator, tokens, case, world_size).to(example.ids_dtype)
-        choices = torch.randint(len(SCORES), idx.shape, generator=draw.generator)
+        x, router_w = whole(tokens, case.hidden), whole(case.num_experts, case.hidden)
+        idx = case.choose(generator, tokens, case, world_size).to(example.ids_dtype)
+        choices = torch.randint(len(SCORES), idx.shape, generator=generator)
         scores = torch.tensor(SCORES)[choices].to(example.scores_dtype)
     else:
-        case, x, router_w = _router(case, tokens, draw)
+        case, x, router_w = _router(case, tokens, whole, generator)
         # Logits are whole numbers that fp32 holds: their order, and so the choice, has one right answer.
         logits = x.double() @ router_w.double().T
         idx = choose_experts(logits, case.top_k)
         scores = dense_scores(logits, idx, case.router_options()).float()
-    width = ACTIVATIONS[case.activation].up_width(case.intermediate)
-    experts = Experts(
-        w1=draw.whole(case.num_experts, width, case.hidden),
-        w2=draw.whole(case.num_experts, case.hidden, case.intermediate),
-        b1=draw.whole(case.num_experts, width) if case.bias else None,
-        b2=draw.whole(case.num_experts, case.hidden) if case.bias else None,
-        activation=ACTIVATIONS[case.activation],
-        layout=GATE_LAYOUTS[case.gate_layout],
-    )
-    dy, dlogits = draw.whole(tokens, case.hidden), draw.whole(tokens, case.num_experts).float()
+    sizes = (case.num_experts, case.hidden, case.intermediate)
+    kinds = (case.activation, case.gate_layout)
+    experts = random_experts(lambda *shape, scale: whole(*shape), *sizes, *kinds, bias=case.bias)
+    dy, dlogits = whole(tokens, case.hidden), whole(tokens, case.num_experts).float()
     routing = {"topk_idx": idx, "topk_scores": scores, "router_w": router_w, "dlogits": dlogits}
     return Inputs(case=case, world_size=world_size, x=x, dy=dy, experts=experts, **routing)
 
 
-def _router(case: Case, tokens: int, draw: Draw) -> tuple[Case, Tensor, Tensor]:
+def _router(
+    case: Case, tokens: int, whole: Callable[..., Tensor], generator: torch.Generator
+) -> tuple[Case, Tensor, Tensor]:
     """The case, x and router_w: logits tie, or are so far apart that the smaller counts for nothing.
 
     A softmax of 1, 2 or 4 equal logits is exact. In half precision a token has one expert, with the score 1: 128 times
     a gradient would not fit.
     """
     # Experts share their row with one or three others, or have it alone.
-    classes = max(1, case.num_experts // 2 ** int(torch.randint(3, (), generator=draw.generator)))
-    rows_CH = torch.randint(-1, 2, (classes, case.hidden), generator=draw.generator).to(draw.dtype) * APART
-    router_w_EH = rows_CH[torch.randperm(case.num_experts, generator=draw.generator) % classes]
-    candidates_MH = draw.whole(CANDIDATES * tokens, case.hidden)
+    classes = max(1, case.num_experts // 2 ** int(torch.randint(3, (), generator=generator)))
+    rows_CH = torch.randint(-1, 2, (classes, case.hidden), generator=generator).to(case.dtype) * APART
+    router_w_EH = rows_CH[torch.randperm(case.num_experts, generator=generator) % classes]
+    candidates_MH = whole(CANDIDATES * tokens, case.hidden)
     logits_ME = candidates_MH.double() @ router_w_EH.double().T
     tied_M, powers = (logits_ME == logits_ME.amax(dim=1, keepdim=True)).sum(dim=1), torch.tensor([1, 2, MOST_TIED])
     good_M = torch.isin(tied_M.clamp(max=case.top_k), powers)
@@ -235,7 +217,7 @@ def _router(case: Case, tokens: int, draw: Draw) -> tuple[Case, Tensor, Tensor]:
     if case.dtype == torch.float32 and int(good_M.sum()) >= tokens:
         return case, candidates_MH[good_M][:tokens], router_w_EH
     case = replace(case, top_k=1, score_order=ScoreOrder.TOPK_THEN_SOFTMAX)
-    return case, candidates_MH[:tokens], draw.whole(case.num_experts, case.hidden)
+    return case, candidates_MH[:tokens], whole(case.num_experts, case.hidden)
 
 
 def _fits(inputs: Inputs, routed: bool) -> bool:

@@ -98,10 +98,7 @@ def test_a_soak_of_two_ranks(recorded: Any, judge: Judge) -> None:
     # In so few steps Python itself has not settled.
     code, document, said = judge(replace(recorded, held=(held(samples()), held(samples(), rank=1))))
     assert (code, document["kind"], document["ok"]) == (0, "soak", True)
-    environment = document["environment"]
-    assert environment.keys() >= {"gpu", "commit", "command", "note"}
-    assert environment["process_group"] == "gloo"
-    assert environment["command"].startswith("python examples/train_lm.py --backend=reference --nproc=2")
+    assert document["environment"]["process_group"] == "gloo"
     assert (document["settings"]["capacity"], document["settings"]["learning_rate"]) == (32, 0.01)
     assert [part["most"] for part in document["tokens"]] == [32, 32]
     assert document["steps_without_tokens"] == [1, 1]

@@ -199,7 +199,7 @@ def in_ddp(rank: Rank, **options: Any) -> Names:
 
 
 @on_ranks(2, pool="cpu_pool")
-def test_with_another_option_router_gradients_are_w_times_the_mean(rank: Rank) -> None:
+def test_reduced_router_gradients_are_w_times_the_mean(rank: Rank) -> None:
     grads = []
     for reduced in (True, False):
         names = in_ddp(rank, reduce_router_grad=reduced)
