@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from backends import BACKENDS, both_backends
-from layer_inputs import layer_inputs, routing_of
+from layer_inputs import routing_of
 from matrix import DIAGONAL
 from on_ranks import on_ranks
 from promises import promise

@@ -12,7 +12,6 @@ from pathlib import Path
 from random import Random
 
 import pytest
-import torch
 from promises import promise
 from property_run import differences, failures, main
 from random_cases import exact_inputs, example_of

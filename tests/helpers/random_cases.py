@@ -1,8 +1,8 @@
 """Examples of property tests: a seed gives shapes, routing, options and modes, the same on any machine.
 
-In exact ones inputs are whole numbers and scores powers of two, so every product and every sum is a multiple of a known
-unit. Where the sum of all absolute values, in that unit, fits the significand of the dtype, no order of summation rounds
-anything, so that one bit of difference is an error. The others are compared with plain PyTorch.
+In exact ones inputs are whole numbers and scores powers of two, so every product and sum is a multiple of a known unit.
+Where the sum of all absolute values, in that unit, fits the significand of the dtype, no order of summation rounds, and
+one bit of difference is an error. The others are compared with plain PyTorch.
 """
 
 from __future__ import annotations
@@ -128,14 +128,7 @@ def _tokens(random: Random, exact: bool, world_size: int) -> tuple[int, ...]:
 
 
 def _choose(
-    generator: torch.Generator,
-    tokens: int,
-    case: Case,
-    world_size: int,
-    *,
-    spread: str,
-    repeated: bool,
-    dropped: float
+    generator: torch.Generator, tokens: int, case: Case, world_size: int, *, spread: str, repeated: bool, dropped: float
 ) -> Tensor:
     """The experts of tokens, (N, K) int64.
 

@@ -70,7 +70,7 @@ def test_losses_of_all_runs_fall_and_agree(tmp_path: Path) -> None:
     said, numbers = finish(tmp_path, f"--steps={STEPS}", *flags, env=environment())
     runs = numbers["runs"]
     assert numbers["agree"] is True
-    for backend, run in runs.items():
+    for run in runs.values():
         assert_agrees(run)
         for losses in run["losses"].values():
             assert len(losses) == STEPS
