@@ -191,16 +191,14 @@ def test_each_mode_receives_its_tokens_and_rows_arrive_in_canonical_order(rank: 
     assert received[DispatchMode.ALL_TO_ALL].shape[0] == plan.row_capacity
 
 
-def assert_combined_by_hand(
-    found: Tensor, plan: RoutingPlan, inputs: Inputs, scores: Tensor, combine: CombineMode
-) -> None:
-    """Holds this rank's ``found`` against sums by hand. scores: (N, K)."""
+def assert_combined_by_hand(got: Tensor, plan: RoutingPlan, inputs: Inputs, scores: Tensor, mode: CombineMode) -> None:
+    """Holds what this rank ``got`` against sums by hand. scores: (N, K)."""
     tokens = inputs.tokens_of(plan.rank)
     rows, owners = expert_rows(inputs)[tokens], owners_of_slots(inputs, plan.experts_per_rank)[tokens].tolist()
-    assert found.shape == (len(owners), HIDDEN)
+    assert got.shape == (len(owners), HIDDEN)
     for token, owner in enumerate(owners):
-        expected = combined_by_hand(combine, rows[token], scores[tokens][token], owner)
-        assert_bitwise(found[token].cpu(), expected.cpu(), f"token {token}")
+        expected = combined_by_hand(mode, rows[token], scores[tokens][token], owner)
+        assert_bitwise(got[token].cpu(), expected.cpu(), f"token {token}")
 
 
 @on_ranks()
@@ -270,9 +268,7 @@ def test_gradients_of_rows_and_scores(
 
 @on_ranks()
 @matrix(world_size=(2,), dtype=(torch.float64, torch.float16, torch.bfloat16), combine=CombineMode)
-def test_scores_of_any_float_are_used_in_fp32(
-    rank: Rank, backend: str, dtype: torch.dtype, combine: CombineMode
-) -> None:
+def test_any_scores_are_used_in_fp32(rank: Rank, backend: str, dtype: torch.dtype, combine: CombineMode) -> None:
     generator = torch.Generator().manual_seed(rank.rank)
     idx = torch.tensor([[0, 1], [1, 0]], device=rank.device)
     scores = torch.rand(2, 2, dtype=torch.float64, generator=generator).to(rank.device, dtype)
