@@ -169,7 +169,7 @@ def test_ctrl_c_ends_every_rank(tmp_path: Path) -> None:
             assert launcher.poll() is None
         ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         launcher.send_signal(signal.SIGINT)
-        assert launcher.wait(timeout=30) == 128 + signal.SIGINT
+        assert launcher.wait(timeout=HANG_SECONDS) == 128 + signal.SIGINT
     finally:
         launcher.kill()
     assert len(ranks) == 2
