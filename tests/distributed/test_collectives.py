@@ -6,7 +6,7 @@ import torch
 from on_ranks import on_ranks
 
 from sonic_ep.distributed.collectives import BoundedCollectives
-from sonic_ep.distributed.group import EPGroup, resolve_group
+from sonic_ep.distributed.group import resolve_group
 from sonic_ep.reference.router import sum_over_ranks
 from sonic_ep.testing import Rank, assert_bitwise
 
@@ -32,13 +32,6 @@ def test_rows_arrive_whole_and_in_rank_order(rank: Rank) -> None:
         due = [part(other, rank.rank, dtype, rank.device) for other in world]
         received = collectives.all_to_all_rows(torch.cat(sent), [len(s) for s in sent], [len(d) for d in due])
         assert_bitwise(received, torch.cat(due))
-
-
-def test_a_group_of_one_needs_no_process_group() -> None:
-    collectives = BoundedCollectives(EPGroup(rank=0, world_size=1))
-    own = torch.tensor([1.0, 2.0])
-    assert_bitwise(collectives.all_gather(own), own[None])
-    assert_bitwise(collectives.all_to_all_rows(own, [2], [2]), own)
 
 
 @on_ranks(3)

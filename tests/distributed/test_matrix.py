@@ -9,7 +9,6 @@ from itertools import product
 import pytest
 import torch
 from backends import dispatch_primitives_of
-from combine_by_hand import HIDDEN, canonical, combined_by_hand, expert_rows, owners_of_slots, row_buffer
 from layer_inputs import plan_of
 from matrix import DIAGONAL, FLAGS, SIZES, Cell, matrix
 from near import assert_near
@@ -20,23 +19,14 @@ from torch import Tensor
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.plan import RoutingPlan
-from sonic_ep.testing import (
-    CASES,
-    Accuracy,
-    Inputs,
-    OptionTrial,
-    Rank,
-    assert_bitwise,
-    draw,
-    option_trials,
-    verify_moe,
-    verify_routed,
-)
+from sonic_ep.testing import CASES, Accuracy, Inputs, Rank, assert_bitwise, draw, verify_moe, verify_routed
+from sonic_ep.testing.cases import OptionTrial, option_trials
 from sonic_ep.testing.oracle import run_moe, run_routed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What runs with all flags every day. Other tests of the fast backend have both flags.
 INTERPRETED_FLAGS = {"case": "zero_token_ranks", "combine": CombineMode.RANK_DEDUP}
+HIDDEN = 8
 OPTION_TRIALS = {trial.case.name: trial for trial in option_trials()}
 
 
@@ -129,6 +119,50 @@ def test_modes_agree_bit_for_bit(rank: Rank, backend: str, case: str) -> None:
             assert_same_bits(outcome, expected, f"with {dispatch.value}+{combine.value}")
 
 
+def expert_rows(inputs: Inputs) -> Tensor:
+    """A made-up output of every slot, (N, K, H): any rank can tell it from the slot's number."""
+    tokens, top_k = inputs.topk_idx.shape
+    generator = torch.Generator().manual_seed(99)
+    rows = torch.randn(tokens, top_k, HIDDEN, generator=generator, dtype=torch.float64)
+    return rows.to(inputs.case.dtype).to(inputs.x.device)
+
+
+def one_by_one(terms: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """fp32 sum from the left, starting at zero, one rounding."""
+    total = torch.zeros(HIDDEN, dtype=torch.float32, device=terms[0].device if terms else "cpu")
+    for term in terms:
+        total = total + term.float()
+    return total.to(dtype)
+
+
+def combined_by_hand(mode: CombineMode, rows: Tensor, scores: Tensor, owners: list[int]) -> Tensor:
+    """all_to_all: round(sum over k). Otherwise round(sum over ranks of round(sum over k on the rank))."""
+    terms = [score * row.float() for score, row in zip(scores, rows, strict=True)]
+    if mode is CombineMode.ALL_TO_ALL:
+        return one_by_one([term for term, owner in zip(terms, owners, strict=True) if owner >= 0], rows.dtype)
+    by_rank = [[t for t, owner in zip(terms, owners, strict=True) if owner == r] for r in sorted(set(owners) - {-1})]
+    return one_by_one([one_by_one(own, rows.dtype) for own in by_rank], rows.dtype)
+
+
+def canonical(inputs: Inputs, slots: Tensor, rank: int) -> Tensor:
+    """The rank's entries of ``slots`` (N, K, ...) in the order of its rows."""
+    experts = range(*inputs.experts_of(rank).indices(inputs.case.num_experts))
+    where = torch.cat([(inputs.topk_idx == expert).nonzero() for expert in experts])
+    return slots[where[:, 0], where[:, 1]]
+
+
+def row_buffer(plan: RoutingPlan, inputs: Inputs, slots: Tensor) -> Tensor:
+    """(R, H): the valid rows of ``slots`` (N, K, H), NaN behind them."""
+    rows = slots.new_full((plan.row_capacity, HIDDEN), float("nan"))
+    rows[: plan.rows()] = canonical(inputs, slots, plan.rank)
+    return rows
+
+
+def owners_of_slots(inputs: Inputs, experts_per_rank: int) -> Tensor:
+    """Rank of each slot's expert, (N, K); -1 where the slot is dropped."""
+    return (inputs.topk_idx // experts_per_rank).where(inputs.topk_idx >= 0, -1)
+
+
 @promise("order")
 @on_ranks()
 @matrix(
@@ -157,16 +191,14 @@ def test_each_mode_receives_its_tokens_and_rows_arrive_in_canonical_order(rank: 
     assert received[DispatchMode.ALL_TO_ALL].shape[0] == plan.row_capacity
 
 
-def assert_combined_by_hand(
-    found: Tensor, plan: RoutingPlan, inputs: Inputs, scores: Tensor, combine: CombineMode
-) -> None:
-    """Holds this rank's ``found`` against sums by hand. scores: (N, K)."""
+def assert_combined_by_hand(got: Tensor, plan: RoutingPlan, inputs: Inputs, scores: Tensor, mode: CombineMode) -> None:
+    """Holds what this rank ``got`` against sums by hand. scores: (N, K)."""
     tokens = inputs.tokens_of(plan.rank)
     rows, owners = expert_rows(inputs)[tokens], owners_of_slots(inputs, plan.experts_per_rank)[tokens].tolist()
-    assert found.shape == (len(owners), HIDDEN)
+    assert got.shape == (len(owners), HIDDEN)
     for token, owner in enumerate(owners):
-        expected = combined_by_hand(combine, rows[token], scores[tokens][token], owner)
-        assert_bitwise(found[token].cpu(), expected.cpu(), f"token {token}")
+        expected = combined_by_hand(mode, rows[token], scores[tokens][token], owner)
+        assert_bitwise(got[token].cpu(), expected.cpu(), f"token {token}")
 
 
 @on_ranks()
@@ -206,24 +238,29 @@ def test_order_and_roundings(rank: Rank, backend: str, case: str, dtype: torch.d
     assert_combined_by_hand(y, plan, inputs, scores, combine)
 
 
+@promise("written")
 @on_ranks()
-@matrix(world_size=(2, 4), case=("uniform", "dropped_slots", "repeated_experts"), dtype=DTYPES, dispatch=DispatchMode)
+@matrix(world_size=(2, 4), case=("uniform", "dropped_slots", "repeated_experts"), dtype=DTYPES, modes=DIAGONAL)
 def test_gradients_of_rows_and_scores(
-    rank: Rank, backend: str, case: str, dtype: torch.dtype, dispatch: DispatchMode
+    rank: Rank, backend: str, case: str, dtype: torch.dtype, modes: tuple[DispatchMode, CombineMode]
 ) -> None:
-    """Products and sums in fp32; a row's gradient is rounded once, and the gradient that comes in stays as it is."""
+    """Products and sums in fp32; a row's gradient is rounded once, and the gradient that comes in stays as it is.
+
+    Rows without a slot have the gradient zero: sums over all rows, as of a bias, run over them too.
+    """
     inputs = draw(replace(CASES[case], dtype=dtype), rank.world_size, rank.device)
     tokens, slots = inputs.tokens_of(rank.rank), expert_rows(inputs)
     scores = inputs.topk_scores[tokens].clone().requires_grad_()
     dy = inputs.dy[tokens, :HIDDEN].contiguous()
-    with ExpertParallel(backend=backend, config=EPConfig(dispatch=dispatch)) as ep:
+    with ExpertParallel(backend=backend, config=EPConfig(dispatch=modes[0], combine=modes[1])) as ep:
         plan = plan_of(ep, inputs)
         rows = row_buffer(plan, inputs, slots).requires_grad_()
         ep.combine(rows, scores, plan).backward(kept := dy.clone())
     assert_bitwise(kept, dy)
     weighted = inputs.topk_scores[:, :, None] * inputs.dy[:, None, :HIDDEN].float()
-    expected_rows = canonical(inputs, weighted.to(dtype), rank.rank)
-    assert_bitwise(rows.grad[: plan.rows()], expected_rows, "gradient of the rows")
+    expected_rows = torch.zeros_like(rows)
+    expected_rows[: plan.rows()] = canonical(inputs, weighted.to(dtype), rank.rank)
+    assert_bitwise(rows.grad, expected_rows, "gradient of the rows")
     expected_scores = (slots[tokens].float() * dy[:, None].float()).sum(dim=-1)
     expected_scores[inputs.topk_idx[tokens] < 0] = 0
     assert_near(scores.grad, expected_scores, HIDDEN)
@@ -231,9 +268,7 @@ def test_gradients_of_rows_and_scores(
 
 @on_ranks()
 @matrix(world_size=(2,), dtype=(torch.float64, torch.float16, torch.bfloat16), combine=CombineMode)
-def test_scores_of_any_float_are_used_in_fp32(
-    rank: Rank, backend: str, dtype: torch.dtype, combine: CombineMode
-) -> None:
+def test_any_scores_are_used_in_fp32(rank: Rank, backend: str, dtype: torch.dtype, combine: CombineMode) -> None:
     generator = torch.Generator().manual_seed(rank.rank)
     idx = torch.tensor([[0, 1], [1, 0]], device=rank.device)
     scores = torch.rand(2, 2, dtype=torch.float64, generator=generator).to(rank.device, dtype)

@@ -8,12 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from backends import BACKENDS, both_backends
-from layer_inputs import layer_inputs, routing_of
+from layer_inputs import routing_of
 from matrix import DIAGONAL
 from on_ranks import on_ranks
 from promises import promise
 from same import assert_same_bits
-from there_and_back import Modes, by_modes
 from torch import Tensor
 
 from sonic_ep import EPConfig, ExpertParallel
@@ -143,49 +142,6 @@ def small(case: Case) -> Case:
     """The same kind of routing in few rows."""
     tokens = tuple(min(count, most) for count, most in zip((*case.tokens, *case.tokens), (4, 2), strict=False))
     return replace(case, tokens=tokens, hidden=8, intermediate=4, num_experts=8, top_k=2)
-
-
-@promise("written")
-@on_ranks(2)
-@both_backends
-def test_rows_without_a_slot_have_the_gradient_zero(rank: Rank, backend: str) -> None:
-    """One token of which one slot is dropped, so that one of two rows is valid."""
-    with ExpertParallel(backend=backend) as ep:
-        idx = torch.tensor([[0, -1]], device=rank.device)
-        plan = ep.plan(idx[: 1 if rank.rank == 0 else 0], 2)
-        tokens = plan.num_tokens
-        rows = torch.ones(plan.row_capacity, 4, device=rank.device, requires_grad=True)
-        scores = torch.ones(tokens, 2, device=rank.device, requires_grad=True)
-        ep.combine(rows, scores, plan).sum().backward()
-        expected = torch.zeros_like(rows)
-        expected[: plan.rows()] = 1
-        assert_bitwise(rows.grad, expected)
-        assert scores.grad.tolist() == [[4.0, 0.0]] * tokens
-
-
-def scaled_and_shifted(rank: Rank, case: Case, backend: str, config: EPConfig) -> list[Tensor]:
-    """Gradients of a scale and a bias, whose sums run over invalid rows too."""
-    idx, scores = routing_of(rank, case)
-    x = layer_inputs(rank, case)[0]
-    with ExpertParallel(backend=backend, config=config) as ep:
-        plan = ep.plan(idx, case.num_experts)
-        valid = torch.arange(plan.row_capacity, device=rank.device) < plan.group_ends[-1]
-        scale, bias = (torch.full((case.hidden,), n, device=rank.device, requires_grad=True) for n in (2.0, 1.0))
-        rows = torch.where(valid[:, None], ep.dispatch(x, plan), 0)
-        with torch.autograd.detect_anomaly(check_nan=True):
-            y = ep.combine(rows * scale + bias, scores, plan)
-            return list(torch.autograd.grad(y.sum(), [scale, bias]))
-
-
-@promise("written")
-@on_ranks(2)
-@pytest.mark.fast
-@by_modes
-def test_sums_over_all_rows_are_those_of_the_reference(rank: Rank, modes: Modes) -> None:
-    case, config = small(CASES["dropped_slots"]), EPConfig(dispatch=modes[0], combine=modes[1])
-    found, expected = (scaled_and_shifted(rank, case, backend, config) for backend in ("fast", "reference"))
-    assert all(want.isfinite().all() for want in expected)
-    assert_same_bits(found, expected)
 
 
 def assert_written(tensors: dict[str, Tensor | None], what: str) -> None:

@@ -8,20 +8,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
-from typing import Any
 
 import torch
 from backends import BACKENDS
-from exact_inputs import exact_inputs
 from limits import HANG_SECONDS
-from random_cases import Example, example_of
+from random_cases import Example, exact_inputs, example_of
 from torch import Tensor
 
 from sonic_ep import ExpertParallel
@@ -38,43 +36,28 @@ OF_ALL = ("drouter_w", "tokens_per_expert")
 COMMAND = "python tests/helpers/property_run.py --examples {} --seed {} --backend {}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Failure:
-    """An example that is wrong. again: the command that runs it alone. said: every error."""
-
-    again: str
-    example: str
-    said: list[str]
-
-    def __str__(self) -> str:
-        return "\n  ".join([self.again, self.example, *self.said])
-
-
-def failures(pool: RankPool, backend: str, seeds: Iterable[int]) -> list[Failure]:
+def failures(pool: RankPool, backend: str, seeds: Iterable[int]) -> list[str]:
     """Runs the examples, one call for each number of ranks. Raises ``RankError``, with the seed, if one raises."""
-    by_ranks: dict[int, list[int]] = {}
+    by_ranks: dict[int, list[int]] = defaultdict(list)
     for seed in seeds:
-        by_ranks.setdefault(example_of(seed).world_size, []).append(seed)
-    found = []
+        by_ranks[example_of(seed).world_size].append(seed)
+    found: list[str] = []
     for world_size, group in sorted(by_ranks.items()):
         timeout = HANG_SECONDS + 10 * len(group)
-        by_rank = pool.run(errors_of_seeds, backend, group, world_size=world_size, timeout=timeout)
-        for seed, of_ranks in zip(group, zip(*by_rank, strict=True), strict=True):
-            said = [f"rank {rank}: {line}" for rank, lines in enumerate(of_ranks) for line in lines]
-            if said:
-                found.append(Failure(again=COMMAND.format(1, seed, backend), example=str(example_of(seed)), said=said))
+        found += chain(*pool.run(errors_of_seeds, backend, group, world_size=world_size, timeout=timeout))
     return found
 
 
-def errors_of_seeds(rank: Rank, backend: str, seeds: Sequence[int]) -> list[list[str]]:
-    """The errors of each example on this rank."""
+def errors_of_seeds(rank: Rank, backend: str, seeds: Sequence[int]) -> list[str]:
+    """The errors on this rank, each behind the command that runs its example alone."""
     found = []
     for seed in seeds:
         example = example_of(seed)
+        again = f"{COMMAND.format(1, seed, backend)}: {example}, rank {rank.rank}"
         try:
-            found.append((_exact if example.exact else _accurate)(rank, backend, example))
+            found += [f"{again}: {line}" for line in (_exact if example.exact else _accurate)(rank, backend, example)]
         except Exception as error:
-            raise AssertionError(f"{COMMAND.format(1, seed, backend)}: {example} raised {error!r}") from error
+            raise AssertionError(f"{again} raised {error!r}") from error
     return found
 
 
@@ -144,29 +127,6 @@ def differences(outcome: Outcome, truth: Outcome, share: Callable[[str], slice])
 
 def main(arguments: Sequence[str] | None = None, live: RankPool | None = None) -> int:
     """Returns an exit code. live: ranks to use instead of ranks of its own."""
-    options = _options(arguments)
-    backends = BACKENDS if options.backend == "both" else [options.backend]
-    started, found = time.monotonic(), []
-    with RankPool(options.device) if live is None else nullcontext(live) as pool:
-        for backend in backends:
-            for first in range(0, options.examples, BATCH):
-                count = min(BATCH, options.examples - first)
-                seeds = range(options.seed + first, options.seed + first + count)
-                try:
-                    found += failures(pool, backend, seeds)
-                except RankError as error:
-                    again = COMMAND.format(count, seeds.start, backend)
-                    found.append(Failure(again=again, example="one of these", said=[str(error)]))
-                done = f"{backend}: {first + count} of {options.examples} examples"
-                print(f"{done}, {len(found)} wrong, {time.monotonic() - started:.0f} s", flush=True)
-    print(*found, sep="\n", flush=True)
-    if options.json is not None:
-        document = {**_document(options, backends), "seconds": round(time.monotonic() - started, 1)}
-        options.json.write_text(json.dumps({**document, "failures": list(map(asdict, found))}, indent=2) + "\n")
-    return 1 if found else 0
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="property_run.py", description="Examples of the property tests.")
     parser.add_argument("--examples", type=int, default=10_000, metavar="N", help="on each backend (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first example (default: 0)")
@@ -175,23 +135,30 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="PATH", help="what came of it")
     parser.add_argument("--commit", metavar="NAME", help="of the code, where git cannot tell")
     options = parser.parse_args(arguments)
-    if options.examples < 1 or options.seed < 0:
-        parser.error(f"got --examples {options.examples} --seed {options.seed}, expected at least 1 and at least 0")
-    return options
-
-
-def _document(options: argparse.Namespace, backends: Sequence[str]) -> dict[str, Any]:
-    examples = [example_of(seed) for seed in range(options.seed, options.seed + options.examples)]
-    device = device_of_rank(0) if options.device == "cuda" else torch.device("cpu")
-    command = COMMAND.format(options.examples, options.seed, options.backend)
-    most = max(example.world_size for example in examples)
-    return {
-        "kind": "properties",
-        "environment": environment(device, most, options.commit, command),
-        "examples": {backend: len(examples) for backend in backends},
-        "by_kind": Counter(example.case.name for example in examples),
-        "by_modes": Counter(example.modes for example in examples),
-    }
+    backends = BACKENDS if options.backend == "both" else [options.backend]
+    seeds, found = range(options.seed, options.seed + options.examples), []
+    with RankPool(options.device) if live is None else nullcontext(live) as pool:
+        for backend, first in product(backends, range(0, len(seeds), BATCH)):
+            try:
+                found += failures(pool, backend, seeds[first : first + BATCH])
+            except RankError as error:
+                found.append(str(error))
+            print(f"{backend}: {first} to {first + BATCH} of {len(seeds)} examples, {len(found)} wrong", flush=True)
+    print(*found, sep="\n", flush=True)
+    if options.json is not None:
+        examples, command = [*map(example_of, seeds)], COMMAND.format(len(seeds), seeds.start, options.backend)
+        device = device_of_rank(0) if options.device == "cuda" else torch.device("cpu")
+        most = max(example.world_size for example in examples)
+        document = {
+            "kind": "properties",
+            "environment": environment(device, most, options.commit, command),
+            "examples": dict.fromkeys(backends, len(examples)),
+            "by_kind": Counter(example.case.name for example in examples),
+            "by_modes": Counter(example.modes for example in examples),
+            "failures": found,
+        }
+        options.json.write_text(json.dumps(document, indent=2) + "\n")
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -137,7 +138,6 @@ def test_an_interleaved_schedule_that_splits_backward(rank: Rank, backend: str) 
                 assert error < count * TOKENS * torch.finfo(torch.float32).eps, f"stage {place}: {error}"
 
 
-Gradients = dict[str, Tensor | None]
 Call = Callable[[nn.Module, Tensor], Tensor]
 
 
@@ -157,42 +157,31 @@ class Net(nn.Module):
         return self.back(y)
 
 
-def gradients_of(module: nn.Module, rank: Rank, call: Call) -> Gradients:
-    """Of this rank's x and of every parameter, unsharded."""
-    module.zero_grad()
+def assert_sharded_is_right(
+    rank: Rank, mesh: DeviceMesh, module: nn.Module, shard: Callable[[], object], call: Call = nn.Module.__call__
+) -> None:
+    """Gradients of this rank's x, and of every parameter unsharded, are the means of those without FSDP."""
     torch.manual_seed(10 + rank.rank)
     x = torch.randn(5, HIDDEN, device=rank.device, requires_grad=True)
-    call(module, x).square().sum().backward()
 
-    def whole(tensor: Tensor | None) -> Tensor | None:
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    def gradients() -> dict[str, Tensor]:
+        call(module, x).square().sum().backward()
+        leaves = {"x": x, **dict(module.named_parameters())}
+        grads = {name: tensor.grad for name, tensor in leaves.items()}
+        module.zero_grad()
+        x.grad = None
+        return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
 
-    return {"x": x.grad, **{name: whole(parameter.grad) for name, parameter in module.named_parameters()}}
-
-
-def averaged(gradients: Gradients, mesh: DeviceMesh) -> Gradients:
-    """Gradients of parameters as FSDP averages them."""
-    for name, gradient in gradients.items():
-        if gradient is not None and name != "x":
-            dist.all_reduce(gradient, group=mesh.get_group())
-            gradient /= mesh.size()
-    return gradients
-
-
-def assert_sharded_is_right(
-    rank: Rank, mesh: DeviceMesh, module: nn.Module, shard: Callable[[], object], calls: Sequence[Call]
-) -> None:
-    """calls: without FSDP, and with it."""
-    expected = averaged(gradients_of(module, rank, calls[0]), mesh)
-    module.zero_grad()
+    expected = gradients()
+    for name in list(expected)[1:]:
+        dist.all_reduce(expected[name], group=mesh.get_group())
+        expected[name] /= mesh.size()
     shard()
-    found = gradients_of(module, rank, calls[-1])
+    found = gradients()
     assert found.keys() == expected.keys()
     for name, want in expected.items():
-        got = found[name]
-        assert got is not None, f"no gradient of {name}"
         # FSDP's hooks change the order of a sum of three terms.
-        error = (got - want).norm() / want.norm()
+        error = (found[name] - want).norm() / want.norm()
         assert error <= 4 * torch.finfo(want.dtype).eps, f"{name}: {error}"
 
 
@@ -200,10 +189,8 @@ def assert_sharded_layer_is_right(rank: Rank, ep: ExpertParallel, mesh: DeviceMe
     """The layer as the root of FSDP, its output written in place."""
     torch.manual_seed(3)
     layer = MoE(HIDDEN, 4, 4, 2, ep=ep, bias=True, device=rank.device)
-    calls = (lambda layer, x: layer(x).y + x, lambda layer, x: layer(x).y.add_(x))
-    assert_sharded_is_right(
-        rank, mesh, layer, lambda: fully_shard(layer, mesh=mesh, reshard_after_forward=reshard), calls
-    )
+    shard = partial(fully_shard, layer, mesh=mesh, reshard_after_forward=reshard)
+    assert_sharded_is_right(rank, mesh, layer, shard, lambda layer, x: layer(x).y.add_(x))
 
 
 @promise("fsdp")
@@ -222,7 +209,7 @@ def test_a_sharded_layer_and_a_net_around_one(rank: Rank, backend: str) -> None:
             fully_shard(net.moe, mesh=mesh, reshard_after_forward=True)
             fully_shard(net, mesh=mesh)
 
-        assert_sharded_is_right(rank, mesh, net, shard, [nn.Module.__call__])
+        assert_sharded_is_right(rank, mesh, net, shard)
 
 
 @promise("fsdp")

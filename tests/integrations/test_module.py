@@ -71,18 +71,6 @@ def test_forward_and_state() -> None:
     assert "num_experts=8 (8 here), top_k=2" in repr(layer)
 
 
-def test_built_on_the_meta_device_and_filled_later() -> None:
-    torch.manual_seed(3)
-    expected = MoE(*SIZES, ExpertParallel(), bias=True)
-    with torch.device("meta"):
-        layer = MoE(*SIZES, ExpertParallel(), bias=True)
-    assert layer.w1.is_meta
-    torch.manual_seed(3)
-    layer.to_empty(device="cpu").reset_parameters()
-    for name, value in expected.state_dict().items():
-        assert_bitwise(layer.state_dict()[name], value, name)
-
-
 @promise("reset-parameters")
 @on_ranks(4, pool="cpu_pool")
 def test_sharded_on_the_meta_device_and_filled_later(rank: Rank) -> None:

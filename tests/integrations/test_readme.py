@@ -29,16 +29,12 @@ def test_the_example_runs_on_one_rank_and_on_several(nproc: int, tmp_path: Path)
 
 
 def test_the_lines_about_profiles_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     with sonic_ep.ExpertParallel(backend="reference") as ep:
         names = {"sonic_ep": sonic_ep, "torch": torch, "ep": ep, "group": None, "T": 8, "H": 16, "K": 2, "E": 4}
         exec(PROFILES, names)
     assert names["ep"].config == names["profile"].config
     assert list((tmp_path / ".cache" / "sonic_ep" / "profiles").iterdir())
-
-
-def test_the_example_is_short() -> None:
-    assert sum(bool(line.strip()) for line in EXAMPLE.splitlines()) <= 15
 
 
 def test_every_make_target_named_here_exists() -> None:

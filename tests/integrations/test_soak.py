@@ -66,19 +66,6 @@ def test_tokens_change_from_step_to_step_and_are_the_whole_batch(ranks: int) -> 
     assert found == layouts(ranks) != layouts(ranks, seed=1)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_have_the_tokens_of_one_process_in_its_order(ranks: int) -> None:
-    batches = module_of_example("lm_batches")
-    text = batches.standard_library_text()
-    course = settings_of(f"--nproc={ranks}", f"--experts={2 * ranks}", "--soak", "--steps=40").course.layouts
-    alone = [replace(layout, sequences=(16,)) for layout in course]
-    drawn = (batches.batches(text, layouts, 3) for layouts in (course, alone))
-    for spread, whole, layout in zip(*drawn, course, strict=True):
-        assert torch.equal(torch.cat([spread.of_rank(rank) for rank in range(ranks)]), whole.windows)
-        assert spread.windows.shape == (16, layout.context + 1)
-        assert (len(spread.windows.unique()) == 1) == layout.one_byte or layout.context == 1
-
-
 @pytest.fixture(scope="module")
 def recorded(cpu_pool: RankPool) -> Any:
     """Two ranks in a soak."""
@@ -111,10 +98,7 @@ def test_a_soak_of_two_ranks(recorded: Any, judge: Judge) -> None:
     # In so few steps Python itself has not settled.
     code, document, said = judge(replace(recorded, held=(held(samples()), held(samples(), rank=1))))
     assert (code, document["kind"], document["ok"]) == (0, "soak", True)
-    environment = document["environment"]
-    assert environment.keys() >= {"gpu", "commit", "command", "note"}
-    assert environment["process_group"] == "gloo"
-    assert environment["command"].startswith("python examples/train_lm.py --backend=reference --nproc=2")
+    assert document["environment"]["process_group"] == "gloo"
     assert (document["settings"]["capacity"], document["settings"]["learning_rate"]) == (32, 0.01)
     assert [part["most"] for part in document["tokens"]] == [32, 32]
     assert document["steps_without_tokens"] == [1, 1]
@@ -179,61 +163,21 @@ def test_what_has_to_stay_equal_and_what_may_grow() -> None:
 
 @pytest.mark.parametrize("leak", ["nothing", "tensors", "descriptors", "threads"])
 def test_a_step_that_leaves_something_behind_is_red(leak: str, tmp_path: Path) -> None:
-    runs, model, training = (module_of_example(f"lm_{name}") for name in ("runs", "model", "training"))
-    settings = settings_of("--nproc=1", "--soak", "--steps=3", "--context=1")
-    kept, over = [], threading.Event()
+    settings, runs = settings_of("--nproc=1", "--soak", "--steps=3"), module_of_example("lm_runs")
+    watch, kept, over = runs.Watch(CPU, settings.course.samples_at), [], threading.Event()
     leaks = {
         "nothing": lambda: None,
         "tensors": lambda: torch.zeros(1),
         "descriptors": lambda: (tmp_path / str(len(kept))).open("w"),
         "threads": lambda: threading.Thread(target=over.wait),
     }
-
-    def leaking(steps: Iterator[Any]) -> Iterator[Any]:
-        while True:
-            kept.append(leaks[leak]())
-            if leak == "threads":
-                kept[-1].start()
-            yield next(steps)
-
-    ep = runs.ExpertParallel(backend="reference", max_tokens_per_rank=16)
-    lone = runs.build(settings, ep, model.ExpertParallelFeedForward, CPU)
-    steps = runs.steps_of(lone, settings, training.OneProcess(), CPU)
-    watch = runs.Watch(CPU, settings.course.samples_at)
-    try:
-        runs.keep_all(leaking(steps), runs.Journal(settings, 0, CPU), watch, runs.Progress(run="lone", steps=3))
-    finally:
-        over.set()
-        for thing in kept:
-            getattr(thing, "join", getattr(thing, "close", over.set))()
+    for done in range(1, 4):
+        kept.append(leaks[leak]())
+        getattr(kept[-1], "start", over.clear)()
+        watch.look(done)
+    over.set()
+    for thing in kept:
+        getattr(thing, "join", getattr(thing, "close", over.set))()
     (found,) = runs.held_by_ranks([watch.samples], settings.course)
     changed = [level.name for level in found.levels if level.name in EQUAL and not level.flat]
     assert changed == ([] if leak == "nothing" else [leak])
-
-
-def test_skew_is_of_the_rank_and_the_expert_with_most_rows() -> None:
-    settings = settings_of("--nproc=2", "--experts=4")
-    chosen = [torch.tensor([[0, 1], [0, 1], [0, 3]]), torch.tensor([[2, 3]]), torch.tensor([[0, 2]])]
-    skew = module_of_example("lm_soak").skew_of(chosen, settings)
-    assert (skew.busiest_rank.least, skew.busiest_rank.most) == (0.5, 1.0)
-    assert skew.busiest_rank.middle == pytest.approx(5 / 6)
-    assert skew.busiest_expert.least == 0.5
-
-
-def test_two_runs_beside_each_other(recorded: Any) -> None:
-    settings, runs = settings_of("--nproc=2", *SOAK), module_of_example("lm_runs")
-    # The second chooses otherwise for one token of one layer.
-    logits = [step.clone() for step in recorded.logits]
-    logits[0][0, 0] = -logits[0][0, 0]
-    second = replace(recorded, backend="fast", logits=logits)
-    outcomes = [runs.train_densely(settings, run, CPU) for run in (recorded, second)]
-    soak = module_of_example("lm_soak").soaked(outcomes, [recorded, second], settings, CPU)
-    (apart,) = soak.apart
-    assert apart["runs"] == ["reference", "fast"]
-    assert apart["tokens_that_chose_otherwise"] == 1
-    assert apart["tokens"] == 2 * sum(step.shape[1] for step in recorded.logits)
-    assert apart["largest_loss_difference"] == 0
-    # Only the fp64 run differs, and by more than rounding.
-    assert apart["of_dense_fp64"] > 0
-    assert apart["most_of_bound"] > 1
-    assert any("1 of " in line and "chose otherwise" in line for line in soak.lines())

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ STEPS = 10
 NO_GPU = "no CUDA device: torch.cuda.is_available() is False"
 SLOW = "Triton's interpreter runs its kernels"
 PNG_SIGNATURE = b"\x89PNG\r\n"
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -43,16 +41,12 @@ def without_gpus() -> dict[str, str]:
     return {**others, "CUDA_VISIBLE_DEVICES": ""}
 
 
-def numbers_in(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "numbers.json").read_text())
-
-
-def finish(folder: Path, *options: str, env: dict[str, str]) -> str:
-    """What the example says; its JSON is in ``folder``."""
+def finish(folder: Path, *options: str, env: dict[str, str]) -> tuple[str, dict[str, Any]]:
+    """What the example says, and its JSON."""
     line = command("--nproc=2", "--output=picture.png", "--json=numbers.json", *options)
     done = subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout, json.loads((folder / "numbers.json").read_text())
 
 
 def assert_agrees(run: dict[str, Any]) -> None:
@@ -73,28 +67,21 @@ def agreement_of(run: dict[str, Any], shift: float) -> Any:
 def test_losses_of_all_runs_fall_and_agree(tmp_path: Path) -> None:
     """Every backend runs, or one line says why not; a bound follows from the dense runs."""
     flags = ["--redispatch_x_in_backward", "--cpu-sync-on-runtime", "--dispatch=rank_dedup"]
-    said = finish(tmp_path, f"--steps={STEPS}", *flags, env=environment())
-    numbers, lines = numbers_in(tmp_path), said.splitlines()
+    said, numbers = finish(tmp_path, f"--steps={STEPS}", *flags, env=environment())
     runs = numbers["runs"]
     assert numbers["agree"] is True
-    for backend, run in runs.items():
+    for run in runs.values():
         assert_agrees(run)
         for losses in run["losses"].values():
             assert len(losses) == STEPS
             assert losses[-1] < losses[0] - 1
-        first, last = (run["losses"]["expert_parallel"][place] for place in (0, -1))
-        assert f"{backend}: loss {first:.3f} -> {last:.3f} in {STEPS} steps" in said
-        assert f"{backend}: losses agree: largest distance" in said
         found = agreement_of(run, 0.0)
         assert found.ok
         assert list(found.bounds) == run["loss_distance"]["bound"]
         assert not any(agreement_of(run, shift).ok for shift in (1e-3, 1e-5, math.inf, math.nan))
-    assert " s in all" in said
-    started = [line.split(",")[0] for line in lines if line.startswith("backend ")]
-    assert started == [f"backend {backend}" for backend in runs]
     left_out = [] if "fast" in runs else [f"no fast run: {numbers['left_out']}"]
     assert list(runs) == ["reference", "fast"][: 2 - len(left_out)]
-    assert [line for line in lines if line.startswith("no fast run: ")] == left_out
+    assert [line for line in said.splitlines() if line.startswith("no fast run: ")] == left_out
     pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'sonic-ep[viz]'")
     assert (tmp_path / "picture.png").read_bytes().startswith(PNG_SIGNATURE)
 
@@ -103,8 +90,7 @@ def test_losses_of_all_runs_fall_and_agree(tmp_path: Path) -> None:
 def test_the_fast_backend_trains_as_the_reference_does(tmp_path: Path) -> None:
     """On the CPU, where its kernels are interpreted, at the smallest sizes."""
     env = {**without_gpus(), "TRITON_INTERPRET": "1"}
-    said = finish(tmp_path, "--backend=fast", "--steps=2", "--context=2", env=env)
-    numbers = numbers_in(tmp_path)
+    said, numbers = finish(tmp_path, "--backend=fast", "--steps=2", "--context=2", env=env)
     assert list(numbers["runs"]) == ["reference", "fast"]
     for backend, run in numbers["runs"].items():
         assert f"backend {backend}, 2 ranks on cpu" in said
@@ -112,62 +98,24 @@ def test_the_fast_backend_trains_as_the_reference_does(tmp_path: Path) -> None:
     assert numbers["agree"] is True
 
 
-def test_a_second_run_that_deviates_is_red(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The second run is the first, on one rank, but for a shift."""
-    runs, model, training = (module_of_example(f"lm_{name}") for name in ("runs", "model", "training"))
-    written = [f"--json={tmp_path / 'numbers.json'}", f"--output={tmp_path / 'picture.png'}"]
-    sizes = ["--nproc=1", "--backend=reference", "--steps=3", "--context=4"]
-    settings = module_of_example("lm_options").parse_settings([*sizes, *written], None)
-    lone = runs.build(settings, runs.ExpertParallel(backend="reference"), model.ExpertParallelFeedForward, CPU)
-    steps = list(runs.steps_of(lone, settings, training.OneProcess(), CPU))
-    losses, logits = (torch.stack([getattr(step, name) for step in steps]) for name in ("loss", "logits"))
-    first = runs.Recorded(backend="reference", losses=losses, logits=logits)
-    outcome = runs.train_densely(settings, first, CPU)
-    # A shift of all logits of a token leaves its choices as they are, and with them the dense losses.
-    for changed, said in (
-        ({}, None),
-        ({"losses": losses + 1e-4}, "losses"),
-        ({"losses": losses + math.nan}, "losses"),
-        ({"logits": logits + 1e-4}, "router logits"),
-    ):
-        second = replace(first, backend="fast", **changed)
-        outcomes = [outcome, runs.train_densely(settings, second, CPU)]
-        code = module_of_example("train_lm").judge(outcomes, [first, second], settings, CPU)
-        numbers, stdout = numbers_in(tmp_path), capsys.readouterr().out
-        agree = {name: run["agree"] for name, run in numbers["runs"].items()}
-        assert (code, numbers["agree"]) == ((0, True) if said is None else (1, False))
-        assert agree == {"reference": True, "fast": said is None}
-        assert stdout.count("DIFFER") == (said is not None)
-        assert said is None or f"fast: {said} DIFFER" in stdout
-        assert said is not None or numbers["runs"]["fast"] == numbers["runs"]["reference"]
+# GPUs, whether kernels are interpreted, the backend asked for, those that run, and what is said.
+MACHINES = [
+    (0, False, "auto", ["reference"], NO_GPU),
+    (0, True, "auto", ["reference"], SLOW),
+    (0, True, "fast", ["reference", "fast"], ""),
+    (2, False, "auto", ["reference", "fast"], ""),
+    (2, False, "fast", ["reference", "fast"], ""),
+    (2, False, "reference", ["reference"], ""),
+    (1, False, "auto", ["reference"], "got 1 GPUs for 2 ranks, expected one for each"),
+    (1, False, "fast", None, "got 1 GPUs for 2 ranks"),
+]
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize(
-    ("gpus", "interpreted", "asked", "backends", "said"),
-    [
-        (0, False, "auto", ["reference"], NO_GPU),
-        (0, False, "reference", ["reference"], ""),
-        (0, False, "fast", None, NO_GPU),
-        (0, True, "auto", ["reference"], SLOW),
-        (0, True, "fast", ["reference", "fast"], ""),
-        (2, False, "auto", ["reference", "fast"], ""),
-        (2, False, "fast", ["reference", "fast"], ""),
-        (2, False, "reference", ["reference"], ""),
-        (1, False, "auto", ["reference"], "got 1 GPUs for 2 ranks, expected one for each"),
-        (1, False, "fast", None, "got 1 GPUs for 2 ranks"),
-    ],
-)
-def test_runs_that_are_asked_for(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    gpus: int,
-    interpreted: bool,
-    asked: str,
-    backends: list[str] | None,
-    said: str,
-) -> None:
-    """On a machine with so many GPUs, with or without the interpreter. backends: None where the call is refused."""
+@pytest.mark.parametrize("machine", MACHINES, ids=str)
+def test_backends_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], machine: Any) -> None:
+    """No backends where the call is refused."""
+    gpus, interpreted, asked, backends, said = machine
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _index: (9, 0))
@@ -185,21 +133,15 @@ def test_runs_that_are_asked_for(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("--nproc=0", "--nproc: got '0'"),
         ("--steps 0", "--steps: got '0', expected a whole number from 1 to"),
         ("--steps many", "--steps: got 'many', expected a whole number"),
         ("--nproc -1", "--nproc: got '-1', expected a whole number from 1 to 16"),
         ("--nproc 3", "--experts: got 8, expected a multiple of the 3 ranks"),
         ("--experts 8 --top_k 9", "--top-k: got 9, expected at most the 8 experts"),
-        ("--context 0", "--context: got '0'"),
         ("--seed -1", "--seed: got '-1'"),
-        ("--backend magic", "invalid choice: 'magic'"),
-        ("--dispatch pigeon", "invalid choice: 'pigeon'"),
-        ("--combine glue", "invalid choice: 'glue'"),
         ("--output missing/picture.png", "there is no folder missing"),
         ("--json .", "expected the path of a file"),
         ("--soak --nproc 2 --steps 3", "--steps: got 3, expected at least 4 with --soak"),
-        ("--colour", "unrecognized arguments: --colour"),
     ],
 )
 def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str], wrong: str, message: str) -> None:
@@ -227,7 +169,7 @@ def test_ctrl_c_ends_every_rank(tmp_path: Path) -> None:
             assert launcher.poll() is None
         ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         launcher.send_signal(signal.SIGINT)
-        assert launcher.wait(timeout=30) == 128 + signal.SIGINT
+        assert launcher.wait(timeout=HANG_SECONDS) == 128 + signal.SIGINT
     finally:
         launcher.kill()
     assert len(ranks) == 2
