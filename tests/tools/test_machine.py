@@ -15,31 +15,24 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def test_the_digest_is_that_of_names_and_content_of_the_code(tmp_path: Path) -> None:
-    code, moved = tmp_path / "package", tmp_path / "elsewhere" / "another_name"
-    (code / "inside").mkdir(parents=True)
-
-    def digest_with(**texts: str | None) -> str:
-        """Files of these texts; None removes one."""
+    one, two, changed = "a = 1\n", "b = 2\n", "b = 3\n"
+    codes = [{"one": one, "inside/two": two}, {"one": one, "inside/two": changed}, {"won": one, "inside/two": changed}]
+    # The last has the same bytes in sequence, cut at another place.
+    codes += [{"won": one, "two": changed}, {"won": one, "two": changed, "a": ""}, {"won": changed + one, "two": ""}]
+    digests = []
+    for number, texts in enumerate(codes):
+        folder = tmp_path / str(number)
+        (folder / "inside").mkdir(parents=True)
         for name, text in texts.items():
-            path = code / f"{name.replace('__', '/')}.py"
-            path.unlink() if text is None else path.write_text(text)
-        return code_digest(code)
-
-    digests = [digest_with(one="a = 1\n", inside__two="b = 2\n")]
+            (folder / f"{name}.py").write_text(text)
+        digests.append(code_digest(folder))
+        # Bytecode, data, prose and where it lies are no code.
+        (folder / "__pycache__").mkdir()
+        (folder / "__pycache__" / "one.cpython-311.pyc").write_bytes(b"bytes")
+        (folder / "notes.md").write_text("notes")
+        assert code_digest(folder.rename(tmp_path / f"moved {number}")) == digests[-1]
+    assert len(set(digests)) == len(digests) == 6
     assert len(digests[0]) == 12
-    shutil.copytree(code, moved)
-    # Bytecode, data and prose are no code.
-    (moved / "__pycache__").mkdir()
-    (moved / "__pycache__" / "one.cpython-311.pyc").write_bytes(b"bytes")
-    (moved / "notes.md").write_text("notes")
-    assert code_digest(moved) == digests[0]
-    digests.append(digest_with(inside__two="b = 3\n"))
-    digests.append(digest_with(one=None, won="a = 1\n"))
-    digests.append(digest_with(inside__two=None, two="b = 3\n"))
-    digests.append(digest_with(empty=""))
-    # The same bytes in sequence, cut at another place.
-    digests.append(digest_with(two="", won="b = 3\na = 1\n"))
-    assert len(set(digests)) == len(digests)
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

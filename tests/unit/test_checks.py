@@ -17,18 +17,8 @@ from sonic_ep import ExpertParallel
 from sonic_ep.profiler import verification
 from sonic_ep.reference.dense import dense_moe
 from sonic_ep.reference.router import choose_experts
-from sonic_ep.testing import (
-    CASES,
-    Accuracy,
-    Errors,
-    Inputs,
-    Rank,
-    Yardstick,
-    assert_as_accurate,
-    assert_bitwise,
-    checks,
-    draw,
-)
+from sonic_ep.testing import CASES, Inputs, Rank, assert_as_accurate, assert_bitwise, checks, draw
+from sonic_ep.testing.checks import Accuracy, Errors, Yardstick
 from sonic_ep.testing.oracle import compare, moe_oracle, routed_oracle, run_moe, run_routed
 
 WORLD_SIZE = 4
