@@ -116,9 +116,8 @@ def test_cases_are_made_to_fit_any_number_of_ranks(world_size: int) -> None:
     assert [case.name for case in chosen] == ["top_1"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
         ([], "the following arguments are required: command"),
         (["tidy"], "invalid choice: 'tidy'"),
         (["bench"], "invalid choice: 'bench'"),
@@ -129,13 +128,11 @@ def test_cases_are_made_to_fit_any_number_of_ranks(world_size: int) -> None:
         (["verify", "--case", "nothing"], "invalid choice: 'nothing'"),
         (["verify", "--backend", "turbo"], "invalid choice: 'turbo'"),
         (["verify", "--d", "bfloat16"], "unrecognized arguments: --d bfloat16"),
-    ],
-)
-def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        main(arguments)
-    assert left.value.code == WRONG_ARGUMENTS
-    assert message in capsys.readouterr().err
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+        assert left.value.code == WRONG_ARGUMENTS
+        assert message in capsys.readouterr().err
 
 
 def test_what_cannot_be_verified_is_said_once_and_no_rank_is_started(

@@ -22,9 +22,8 @@ SHAPE = ProfileShape(tokens=(1, 1), hidden=1, top_k=8, num_experts=64, dtype="bf
 GATHER_A2A, A2A_DEDUP, RS = ("all_gather", "all_to_all"), ("all_to_all", "rank_dedup"), "reduce_scatter"
 
 
-@pytest.mark.parametrize(
-    ("medians", "config", "expected"),
-    [
+def test_the_pick() -> None:
+    for medians, config, expected in (
         ({GATHER_A2A: 90.0}, {}, GATHER_A2A),
         # Within a percent of each other: the predicted one, or else the first.
         ({GATHER_A2A: 90.0, A2A_DEDUP: 90.8}, {}, A2A_DEDUP),
@@ -34,14 +33,12 @@ GATHER_A2A, A2A_DEDUP, RS = ("all_gather", "all_to_all"), ("all_to_all", "rank_d
         ({GATHER_A2A: 90.0}, {"dispatch": "rank_dedup"}, ("rank_dedup",) * 2),
         ({GATHER_A2A: 50.0, ("rank_dedup", RS): 99.5}, {"combine": RS}, ("all_to_all", RS)),
         ({GATHER_A2A: 1.0}, {"dispatch": "all_to_all", "combine": "all_to_all"}, ("all_to_all",) * 2),
-    ],
-)
-def test_the_pick(medians: dict[tuple[str, str], float], config: Any, expected: tuple[str, str]) -> None:
-    # The others take 100.
-    spreads = [Spread.of(Timing(rounds=(medians.get(pair, 100.0) / 1e6,))) for pair in EVERY_PAIR]
-    pairs = [PairTime(dispatch=d, combine=c, spread=s) for (d, c), s in zip(EVERY_PAIR, spreads, strict=True)]
-    picked = pick(pairs, EPConfig(**config), SHAPE)
-    assert (picked.dispatch, picked.combine) == expected
+    ):
+        # The others take 100.
+        spreads = [Spread.of(Timing(rounds=(medians.get(pair, 100.0) / 1e6,))) for pair in EVERY_PAIR]
+        pairs = [PairTime(dispatch=d, combine=c, spread=s) for (d, c), s in zip(EVERY_PAIR, spreads, strict=True)]
+        picked = pick(pairs, EPConfig(**config), SHAPE)
+        assert (picked.dispatch, picked.combine) == expected, (medians, config)
 
 
 CEILINGS = LinkBandwidth(copy_engine_in=100e9, copy_engine_out=100e9, read=100e9, write=100e9)
@@ -55,9 +52,8 @@ def dispatch_of(into: tuple[int, ...], out_of: tuple[int, ...], seconds: float) 
     return mode_times(timings, loads, CEILINGS)[1]
 
 
-@pytest.mark.parametrize(
-    ("into", "out_of", "allowed"),
-    [
+def test_what_a_ceiling_allows() -> None:
+    for of_into, of_out, allowed in (
         # Both directions of all ranks are busy: the busiest may not be faster than the ceiling.
         ((100, 110), (110, 100), 110),
         ((100, 100), (100, 110), 100),
@@ -65,16 +61,15 @@ def dispatch_of(into: tuple[int, ...], out_of: tuple[int, ...], seconds: float) 
         ((0, 100), (100, 0), 50),
         ((100, 111), (105, 106), 105.5),
         ((100, 100), (80, 120), 100),
-    ],
-)
-def test_what_a_ceiling_allows(into: tuple[int, ...], out_of: tuple[int, ...], allowed: float) -> None:
-    into, out_of = (tuple(10**6 * megabytes for megabytes in each) for each in (into, out_of))
-    # So many seconds bring the allowed bytes just below what is too much.
-    seconds = allowed * 1e6 / (CEILINGS.copy_engine_in * MOST_ABOVE_CEILING)
-    found = dispatch_of(into, out_of, seconds * 1.001)
-    assert found.percent == pytest.approx(100 * MOST_ABOVE_CEILING * max(into) / allowed / 1e6 / 1.001, abs=0.01)
-    with pytest.raises(AboveCeilingError, match="dispatch all_gather: got "):
-        dispatch_of(into, out_of, seconds * 0.999)
+    ):
+        into, out_of = (tuple(10**6 * megabytes for megabytes in each) for each in (of_into, of_out))
+        # So many seconds bring the allowed bytes just below what is too much.
+        seconds = allowed * 1e6 / (CEILINGS.copy_engine_in * MOST_ABOVE_CEILING)
+        found = dispatch_of(into, out_of, seconds * 1.001)
+        expected = 100 * MOST_ABOVE_CEILING * max(of_into) / allowed / 1.001
+        assert found.percent == pytest.approx(expected, abs=0.01), (of_into, of_out)
+        with pytest.raises(AboveCeilingError, match="dispatch all_gather: got "):
+            dispatch_of(into, out_of, seconds * 0.999)
 
 
 def test_rates_are_those_of_the_busiest_rank() -> None:
