@@ -109,25 +109,20 @@ def test_this_machine_with_a_gpu() -> None:
     assert (found.link is not None) == (found.gpus > 1)
 
 
-@pytest.mark.parametrize(
-    ("device", "world_size", "note"),
-    [
+def test_the_environment_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = this_machine(CPU)
+    monkeypatch.setattr(module, "this_machine", lambda device: here)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device, world_size, note in (
         (CPU, 2, "on the CPU: the times mean nothing for GPUs"),
         (GPU, 3, "3 ranks took turns on 2 GPUs: the times mean nothing for a GPU each"),
         (GPU, 2, module.TWO_GPUS_NOTE),
         (GPU, 1, None),
-    ],
-)
-def test_the_environment_of_a_run(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device, world_size: int, note: str | None
-) -> None:
-    here = this_machine(CPU)
-    monkeypatch.setattr(module, "this_machine", lambda device: here)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    found = module.environment(device, world_size, "a name", "python program.py")
-    assert (found["note"], found["commit"], found["command"]) == (note, "a name", "python program.py")
-    assert (found["world_size"], found["process_group"], found["code"]) == (world_size, None, here.code)
-    assert "cores" in found["processor"]
+    ):
+        found = module.environment(device, world_size, "a name", "python program.py")
+        assert (found["note"], found["commit"], found["command"]) == (note, "a name", "python program.py")
+        assert (found["world_size"], found["process_group"], found["code"]) == (world_size, None, here.code)
+        assert "cores" in found["processor"]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     command = module.command_of(2, "program.py", ["--name", "two parts"])
     assert command == "TRITON_INTERPRET=1 python program.py --name 'two parts'"

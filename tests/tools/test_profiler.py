@@ -138,9 +138,11 @@ def wrong_in_calls(patched: pytest.MonkeyPatch, name: str, begin: int, end: floa
     patched.setattr(ExpertParallel, name, call)
 
 
-@pytest.mark.parametrize(
-    ("name", "begin", "end", "message"),
-    [
+@on_ranks(2)
+def test_a_wrong_result_is_refused_on_every_rank(rank: Rank) -> None:
+    # Distinct experts on few tokens: every rank receives rows.
+    asked = Asked(changed={0: GIVEN[0], 1: {**GIVEN[0], "routing": torch.tensor([[5, 4], [0, 3], [2, 1]])}})
+    for name, begin, end, message in (
         # Every mode and pair runs twice before anything is timed: modes first, in order.
         ("dispatch", 4, 6, "dispatch by rank_dedup: rows: 1 of "),
         ("combine", 4, 6, "combine by rank_dedup: sums: 1 of "),
@@ -148,19 +150,14 @@ def wrong_in_calls(patched: pytest.MonkeyPatch, name: str, begin: int, end: floa
         ("dispatch", 2 * (3 + 9), inf, "dispatch by all_gather: rows: 1 of "),
         # At first: then nothing may be timed.
         ("dispatch", 0, 2, "dispatch by all_gather: rows: 1 of "),
-    ],
-)
-@on_ranks(2)
-def test_a_wrong_result_is_refused_on_every_rank(rank: Rank, name: str, begin: int, end: float, message: str) -> None:
-    # Distinct experts on few tokens: every rank receives rows.
-    asked = Asked(changed={0: GIVEN[0], 1: {**GIVEN[0], "routing": torch.tensor([[5, 4], [0, 3], [2, 1]])}})
-    with pytest.MonkeyPatch.context() as patched:
-        if rank.rank:
-            wrong_in_calls(patched, name, begin, end)
-        if begin == 0:
-            timed = Mock(side_effect=NotImplementedError("timed, although a result is wrong"))
-            patched.setattr(RoundTimer, "time", timed)
-        assert said_by_all(rank, asked, WrongResultError).startswith(f"rank 1 of 2: {message}")
+    ):
+        with pytest.MonkeyPatch.context() as patched:
+            if rank.rank:
+                wrong_in_calls(patched, name, begin, end)
+            if begin == 0:
+                timed = Mock(side_effect=NotImplementedError("timed, although a result is wrong"))
+                patched.setattr(RoundTimer, "time", timed)
+            assert said_by_all(rank, asked, WrongResultError).startswith(f"rank 1 of 2: {message}")
 
 
 def test_a_stale_result_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

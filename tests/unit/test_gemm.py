@@ -15,8 +15,6 @@ from sonic_ep.testing import Rank, assert_as_accurate, assert_bitwise
 
 # Only ranks launch anything: this process need not interpret.
 pytest.importorskip("triton")
-import triton
-
 from sonic_ep.fast import gemm as module
 from sonic_ep.fast.gemm import GroupedGemm, LibraryGemm, LoopGemm, TileShape, TritonGemm, grouped_gemm, tile_shape
 from sonic_ep.fast.launch import launch
@@ -144,24 +142,16 @@ def test_groups_that_end_past_the_last_row(rank: Rank, sizes: tuple[int, ...]) -
 
 
 @on_ranks(1)
-def test_tiles_end_with_the_rows(rank: Rank) -> None:
-    def written(programs: int, rows: int, group_ends: Sequence[int]) -> Tensor:
-        """Where the first programs of a product write, 16 rows more than there are."""
-        experts, groups = len(group_ends), torch.tensor(group_ends, dtype=torch.int32, device=rank.device)
-        a, b = torch.ones(rows, 16, device=rank.device), torch.ones(experts, 16, 16, device=rank.device)
-        out = torch.zeros(rows + 16, 16, device=rank.device)
-        arguments = (a, b, a, out, groups, experts, rows, triton.cdiv(rows, 16) + experts - 1)
-        constants = {"K": 16, "N": 16, "EXPERTS": triton.next_power_of_2(experts), "HAS_BIAS": False}
-        constants |= dict(zip(("STRIDE_E", "STRIDE_K", "STRIDE_N"), b.stride(), strict=True)) | SMALL_TILES.constants()
-        launch(module.rows_kernel, (programs,), *arguments, device=rank.device, **constants)
-        return out.bool()
-
-    # Groups that end at rows 20 20 25: tiles that end at rows 16, 20 and 25, then none.
-    for programs, end in ((1, 16), (2, 20), (3, 25), (4, 25)):
-        found = written(programs, 27, (20, 20, 25))
-        assert found[:end].all()
-        assert not found[end:].any()
-    assert written(4, 25, (20, 20, 90)).sum(dim=0).tolist() == [25] * 16, "nothing is written past the last row"
+def test_nothing_is_written_past_the_last_row(rank: Rank) -> None:
+    """Where groups end past it, too."""
+    groups = torch.tensor([20, 20, 90], dtype=torch.int32, device=rank.device)
+    a, b = torch.ones(25, 16, device=rank.device), torch.ones(3, 16, 16, device=rank.device)
+    out = torch.zeros(41, 16, device=rank.device)
+    constants = {"K": 16, "N": 16, "EXPERTS": 4, "HAS_BIAS": False, **SMALL_TILES.constants()}
+    constants |= dict(zip(("STRIDE_E", "STRIDE_K", "STRIDE_N"), b.stride(), strict=True))
+    launch(module.rows_kernel, (4,), a, b, a, out, groups, 3, 25, 4, device=rank.device, **constants)
+    assert out.bool().all(dim=1).tolist() == [True] * 25 + [False] * 16
+    assert not out[25:].any()
 
 
 @on_ranks(1)

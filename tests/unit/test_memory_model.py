@@ -1,7 +1,7 @@
 """Memory formulas against allocations: tensor by tensor under the interpreter, by PyTorch's allocator on GPUs."""
 
 import gc
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -95,34 +95,6 @@ def address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def storage_bytes(tensors: list[Tensor]) -> int:
-    return sum({address(t): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-@promise("memory-formulas")
-@on_ranks(2, pool="cpu_pool")
-@by_dispatch
-@by_again
-@by_exact
-def test_saved_tensors(rank: Rank, dispatch: DispatchMode, again: bool, exact: bool) -> None:
-    with ExpertParallel(backend="fast", config=config_of(dispatch, again=again, exact=exact)) as ep:
-        (call, shape), saved = measured_call(rank, SMALL, ep), []
-        keep = lambda tensor: saved.append(tensor.detach()) or tensor  # noqa: E731
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = call.forward(ep)["y"]
-        # y is a view of the layer's output; up to PyTorch 2.12 a node of its own stands before that of the layer.
-        node = y.grad_fn if hasattr(y.grad_fn, "call") else y.grad_fn.next_functions[0][0]
-        plan = node.call.exchange.plan
-        of_plan = [value for field in fields(plan) if isinstance(value := getattr(plan, field.name), Tensor)]
-        known = {address(tensor) for tensor in (*call.leaves.values(), *of_plan)}
-        formula = saved_bytes(shape, dispatch, redispatch_x_in_backward=again)
-        others = storage_bytes([tensor for tensor in saved if address(tensor) not in known])
-        assert others == sum(formula.values()) - formula["plan"]
-        assert storage_bytes(of_plan) == formula["plan"]
-        x = [tensor for tensor in saved if tensor.data_ptr() == call.x.data_ptr()]
-        assert storage_bytes(x) == (shape.values("TH") if again else 0)
-
-
 class LiveMemory(TorchDispatchMode):
     """Bytes of the live tensors that operations have made: now, and the most at any time."""
 
@@ -173,25 +145,19 @@ def assert_peaks(shape: LayerShape, config: EPConfig, found: list[int], slack: l
         assert 0 <= got - nbytes <= more, f"{what}: formula {nbytes}, found {got} ({got - nbytes:+}, at most +{more})"
 
 
-def peaks(name: str, case: Case, config: EPConfig, *, daily: bool = True) -> Any:
-    return pytest.param(case, config, id=name, marks=() if daily else pytest.mark.thorough)
-
-
-BOTH, DEDUP = {"again": True, "exact": True}, DispatchMode.RANK_DEDUP
-# Every day each mode once.
-PEAKS = [
-    *(peaks(f"{d.value}, no flag", WIDE, config_of(d), daily=d is DEDUP) for d in DispatchMode),
-    *(peaks(f"{d.value}, both flags", WIDE, config_of(d, **BOTH), daily=d is not DEDUP) for d in DispatchMode),
-    peaks("at the activation", NARROW, config_of(), daily=False),
-    peaks("at the activation, exact rows", replace(NARROW, bias=True), config_of(exact=True)),
+PEAKS = {
+    **{f"{mode.value}, no flag": (WIDE, config_of(mode)) for mode in DispatchMode},
+    **{f"{mode.value}, both flags": (WIDE, config_of(mode, again=True, exact=True)) for mode in DispatchMode},
+    "at the activation": (NARROW, config_of()),
+    "at the activation, exact rows": (replace(NARROW, bias=True), config_of(exact=True)),
     # 9 tokens in all, so 18 rows at the most, where the ceiling is 28.
-    peaks("at the activation, max_rows", NARROW, replace(config_of(), max_rows=18)),
-]
+    "at the activation, max_rows": (NARROW, replace(config_of(), max_rows=18)),
+}
 
 
 @promise("memory-formulas")
 @on_ranks(2, pool="cpu_pool")
-@pytest.mark.parametrize(("case", "config"), PEAKS)
+@pytest.mark.parametrize(("case", "config"), PEAKS.values(), ids=PEAKS)
 def test_peaks(rank: Rank, case: Case, config: EPConfig) -> None:
     with pytest.MonkeyPatch.context() as patch, ExpertParallel(backend="fast", config=config) as ep:
         # The products of a GPU: on the CPU a plain loop widens its operands instead.
