@@ -87,9 +87,7 @@ def test_what_is_wrong_is_told_before_a_rank_is_started(tmp_path: Path) -> None:
             options.check(options)
 
 
-def test_a_profile_that_is_refused_fails(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_profile_that_is_refused_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for error in (WrongResultError("rows differ"), AboveCeilingError("too fast")):
         monkeypatch.setattr(command.NetworkProfiler, "profile", Mock(side_effect=error))
         assert run(*SMALL) == FAIL

@@ -15,7 +15,7 @@ from on_ranks import on_ranks
 from profiles import SIZES, Asked, profile, profile_of_all, said_by_all
 
 import sonic_ep.profiler.profiler as profiler_module
-from sonic_ep import CombineMode, EPConfig, ExpertParallel, NetworkProfiler, ProfileReport
+from sonic_ep import CombineMode, EPConfig, ExpertParallel, ProfileReport
 from sonic_ep.cost import LinkBandwidth
 from sonic_ep.profiler import WrongResultError, default_device
 from sonic_ep.profiler.problem import RoutingProblem, Shape

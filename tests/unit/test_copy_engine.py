@@ -65,7 +65,7 @@ def test_no_kernel_takes_part_in_the_copies(rank: Rank) -> None:
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
             found = gather.bring(x[:0], staged, max_tokens).wait()
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
         theirs = found.view(rank.world_size, max_tokens, 4096)[1 - rank.rank]
         assert bool((theirs == 2 - rank.rank).all())
     names = {event.name for event in seen.events() if event.device_type == DeviceType.CUDA}

@@ -52,10 +52,10 @@ def by_loop(kind: str, a: Tensor, b: Tensor, sizes: Sequence[int], bias: Tensor 
 
 
 def check(
-    gemm: GroupedGemm, kind: str, a: Tensor, b: Tensor, sizes: Sequence[int], behind: int = 3, bias: Tensor | None = None
+    gemm: GroupedGemm, kind: str, a: Tensor, b: Tensor, sizes: Sequence[int], after: int = 3, bias: Tensor | None = None
 ) -> None:
-    """a, and b of "weights": the valid rows only; NaN rows are put behind them."""
-    given = [with_nan_behind(a, behind), b if kind == "rows" else with_nan_behind(b, behind), ends(a.device, sizes)]
+    """a, and b of "weights": the valid rows only; NaN rows are put after them."""
+    given = [with_nan_behind(a, after), b if kind == "rows" else with_nan_behind(b, after), ends(a.device, sizes)]
     # On GPUs, PyTorch raises where the host would wait for the device.
     set_mode = torch.cuda.set_sync_debug_mode if a.device.type == "cuda" else lambda mode: None
     set_mode("error")
@@ -65,7 +65,7 @@ def check(
         set_mode("default")
     truth = by_loop(kind, a.double(), b.double(), sizes, None if bias is None else bias.double())
     if kind == "rows":
-        assert found.shape == (sum(sizes) + behind, b.shape[2])
+        assert found.shape == (sum(sizes) + after, b.shape[2])
         found = found[: sum(sizes)]
     else:
         assert [bool((of_group == 0).all()) for of_group in found] == [size == 0 for size in sizes]
