@@ -39,10 +39,8 @@ def test_the_digest_is_that_of_names_and_content_of_the_code(tmp_path: Path) -> 
 def test_the_commit_and_whether_files_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*arguments: str) -> str:
         who = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.com")
-        done = subprocess.run(
-            ["git", *who, "-C", str(tmp_path), *arguments], check=True, capture_output=True, text=True
-        )
-        return done.stdout.strip()
+        command = ["git", *who, "-C", str(tmp_path), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     (tmp_path / "file.py").write_text("a = 1\n")

@@ -89,11 +89,8 @@ def test_notes(report: ProfileReport) -> None:
     assert report.note == "on the CPU, in plain PyTorch: the times mean nothing for GPUs"
     on_gpus = replace(report, machine=replace(report.machine, gpu="GPU"))
     of_two = replace(on_gpus, shape=replace(report.shape, tokens=(5, 5)), ranks_per_gpu=1)
-    notes = {
-        replace(of_two, ranks_per_gpu=2): "2 ranks take turns on one GPU: the times mean nothing for a GPU each",
-        of_two: TWO_GPUS_NOTE,
-    }
-    for noted, note in notes.items():
+    turns = "2 ranks take turns on one GPU: the times mean nothing for a GPU each"
+    for noted, note in ((replace(of_two, ranks_per_gpu=2), turns), (of_two, TWO_GPUS_NOTE)):
         assert noted.note == noted.as_json()["environment"]["note"] == note
         assert f"note: {note}" in noted.table()
     for tokens in ((5,), (5, 5, 5)):
