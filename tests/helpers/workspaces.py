@@ -27,3 +27,12 @@ def workspace_of(rank: Rank) -> Iterator[Any]:
     workspace = new_workspace(rank)
     yield workspace
     workspace.close()
+
+
+def assert_every_rank_reads(workspace: Any, rows: Any) -> None:
+    """Collective. Every rank's bytes of a buffer, which it fills with its number, are read by all."""
+    workspace.enter()
+    rows.local.fill_(workspace.group.rank)
+    workspace.barrier_after_write()
+    assert [int(of_rank[-1]) for of_rank in rows.by_rank] == list(range(workspace.group.world_size))
+    workspace.barrier_before_write()

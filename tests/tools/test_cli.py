@@ -33,10 +33,6 @@ COMMAND = [sys.executable, "-m", "sonic_ep"]
 ALONE = EPGroup(rank=0, world_size=1)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=HANG_SECONDS)
-
-
 def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["doctor"]) == PASS
     out = capsys.readouterr().out
@@ -64,7 +60,8 @@ def test_verify_on_one_rank(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_verify_on_several_ranks_and_a_given_shape() -> None:
-    done = run("verify", "--nproc", "3", "--thiek", "50,32,16,12,4", "--dtype", "bfloat16")
+    arguments = [*COMMAND, "verify", "--nproc", "3", "--thiek", "50,32,16,12,4", "--dtype", "bfloat16"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == PASS, done.stderr
     assert done.stdout.count("T50-H32-I16-E12-K4") == 2
     assert "72 runs, 0 failures" in done.stdout
@@ -116,9 +113,8 @@ def test_cases_are_made_to_fit_any_number_of_ranks(world_size: int) -> None:
     assert [case.name for case in chosen] == ["top_1"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
         ([], "the following arguments are required: command"),
         (["tidy"], "invalid choice: 'tidy'"),
         (["bench"], "invalid choice: 'bench'"),
@@ -129,13 +125,11 @@ def test_cases_are_made_to_fit_any_number_of_ranks(world_size: int) -> None:
         (["verify", "--case", "nothing"], "invalid choice: 'nothing'"),
         (["verify", "--backend", "turbo"], "invalid choice: 'turbo'"),
         (["verify", "--d", "bfloat16"], "unrecognized arguments: --d bfloat16"),
-    ],
-)
-def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        main(arguments)
-    assert left.value.code == WRONG_ARGUMENTS
-    assert message in capsys.readouterr().err
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+        assert left.value.code == WRONG_ARGUMENTS
+        assert message in capsys.readouterr().err
 
 
 def test_what_cannot_be_verified_is_said_once_and_no_rank_is_started(

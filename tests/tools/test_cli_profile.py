@@ -75,26 +75,20 @@ def test_what_is_profiled_if_nothing_is_said(capsys: pytest.CaptureFixture[str])
         assert capsys.readouterr().out.startswith("no --thiek was given: --thiek 64,32,16,8,2\n")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_what_is_wrong_is_told_before_a_rank_is_started(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for arguments, message in (
         (["--thiek", "6,16,1,4,2", "--nproc", "3"], "--thiek: got E=4, expected a multiple of the 3 ranks"),
         (["--thiek=6,16,1,4,3", "--nproc=2", "--routing=one_rank"], "--thiek: got K=3, expected at most the 2"),
-        (["--json=FOLDER/file/profile.json"], r"--json: got .*, expected the path of a file to write"),
-    ],
-)
-def test_what_is_wrong_is_told_before_a_rank_is_started(arguments: list[str], message: str, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    given = [argument.replace("FOLDER", str(tmp_path)) for argument in arguments]
-    options = parsed(*given, "--backend", "reference")
-    with pytest.raises(ValueError, match=message):
-        options.check(options)
+        ([f"--json={tmp_path}/file/profile.json"], r"--json: got .*, expected the path of a file to write"),
+    ):
+        options = parsed(*arguments, "--backend", "reference")
+        with pytest.raises(ValueError, match=message):
+            options.check(options)
 
 
-@pytest.mark.parametrize("error", [WrongResultError("rows differ"), AboveCeilingError("too fast")])
-def test_a_profile_that_is_refused_fails(
-    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(command.NetworkProfiler, "profile", Mock(side_effect=error))
-    assert run(*SMALL) == FAIL
-    assert capsys.readouterr().out == f"FAIL: {error}\n"
+def test_a_profile_that_is_refused_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for error in (WrongResultError("rows differ"), AboveCeilingError("too fast")):
+        monkeypatch.setattr(command.NetworkProfiler, "profile", Mock(side_effect=error))
+        assert run(*SMALL) == FAIL
+        assert capsys.readouterr().out == f"FAIL: {error}\n"

@@ -15,41 +15,32 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def test_the_digest_is_that_of_names_and_content_of_the_code(tmp_path: Path) -> None:
-    code, moved = tmp_path / "package", tmp_path / "elsewhere" / "another_name"
-    (code / "inside").mkdir(parents=True)
-
-    def digest_with(**texts: str | None) -> str:
-        """Files of these texts; None removes one."""
+    one, two, changed = "a = 1\n", "b = 2\n", "b = 3\n"
+    codes = [{"one": one, "inside/two": two}, {"one": one, "inside/two": changed}, {"won": one, "inside/two": changed}]
+    # The last has the same bytes in sequence, cut at another place.
+    codes += [{"won": one, "two": changed}, {"won": one, "two": changed, "a": ""}, {"won": changed + one, "two": ""}]
+    digests = []
+    for number, texts in enumerate(codes):
+        folder = tmp_path / str(number)
+        (folder / "inside").mkdir(parents=True)
         for name, text in texts.items():
-            path = code / f"{name.replace('__', '/')}.py"
-            path.unlink() if text is None else path.write_text(text)
-        return code_digest(code)
-
-    digests = [digest_with(one="a = 1\n", inside__two="b = 2\n")]
+            (folder / f"{name}.py").write_text(text)
+        digests.append(code_digest(folder))
+        # Bytecode, data, prose and where it lies are no code.
+        (folder / "__pycache__").mkdir()
+        (folder / "__pycache__" / "one.cpython-311.pyc").write_bytes(b"bytes")
+        (folder / "notes.md").write_text("notes")
+        assert code_digest(folder.rename(tmp_path / f"moved {number}")) == digests[-1]
+    assert len(set(digests)) == len(digests) == 6
     assert len(digests[0]) == 12
-    shutil.copytree(code, moved)
-    # Bytecode, data and prose are no code.
-    (moved / "__pycache__").mkdir()
-    (moved / "__pycache__" / "one.cpython-311.pyc").write_bytes(b"bytes")
-    (moved / "notes.md").write_text("notes")
-    assert code_digest(moved) == digests[0]
-    digests.append(digest_with(inside__two="b = 3\n"))
-    digests.append(digest_with(one=None, won="a = 1\n"))
-    digests.append(digest_with(inside__two=None, two="b = 3\n"))
-    digests.append(digest_with(empty=""))
-    # The same bytes in sequence, cut at another place.
-    digests.append(digest_with(two="", won="b = 3\na = 1\n"))
-    assert len(set(digests)) == len(digests)
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_the_commit_and_whether_files_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*arguments: str) -> str:
         who = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.com")
-        done = subprocess.run(
-            ["git", *who, "-C", str(tmp_path), *arguments], check=True, capture_output=True, text=True
-        )
-        return done.stdout.strip()
+        command = ["git", *who, "-C", str(tmp_path), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     (tmp_path / "file.py").write_text("a = 1\n")
@@ -116,25 +107,20 @@ def test_this_machine_with_a_gpu() -> None:
     assert (found.link is not None) == (found.gpus > 1)
 
 
-@pytest.mark.parametrize(
-    ("device", "world_size", "note"),
-    [
+def test_the_environment_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = this_machine(CPU)
+    monkeypatch.setattr(module, "this_machine", lambda device: here)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device, world_size, note in (
         (CPU, 2, "on the CPU: the times mean nothing for GPUs"),
         (GPU, 3, "3 ranks took turns on 2 GPUs: the times mean nothing for a GPU each"),
         (GPU, 2, module.TWO_GPUS_NOTE),
         (GPU, 1, None),
-    ],
-)
-def test_the_environment_of_a_run(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device, world_size: int, note: str | None
-) -> None:
-    here = this_machine(CPU)
-    monkeypatch.setattr(module, "this_machine", lambda device: here)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    found = module.environment(device, world_size, "a name", "python program.py")
-    assert (found["note"], found["commit"], found["command"]) == (note, "a name", "python program.py")
-    assert (found["world_size"], found["process_group"], found["code"]) == (world_size, None, here.code)
-    assert "cores" in found["processor"]
+    ):
+        found = module.environment(device, world_size, "a name", "python program.py")
+        assert (found["note"], found["commit"], found["command"]) == (note, "a name", "python program.py")
+        assert (found["world_size"], found["process_group"], found["code"]) == (world_size, None, here.code)
+        assert "cores" in found["processor"]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     command = module.command_of(2, "program.py", ["--name", "two parts"])
     assert command == "TRITON_INTERPRET=1 python program.py --name 'two parts'"

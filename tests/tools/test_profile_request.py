@@ -69,9 +69,8 @@ def test_a_closed_one_is_told_on_every_rank(rank: Rank, closing: int) -> None:
     assert len(set(gathered(ep.group, str(raised.value)))) == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_wrong_arguments() -> None:
+    for arguments, message in (
         ({"tokens": 2.0}, "tokens: got 2.0, expected a whole number of at least 0"),
         ({"tokens": 0}, "tokens: got none on any rank, expected at least one in the group"),
         ({"hidden": 0}, "hidden: got 0, expected a whole number of at least 1"),
@@ -90,11 +89,9 @@ def test_a_closed_one_is_told_on_every_rank(rank: Rank, closing: int) -> None:
         ({"device": "cpu"}, "device: got 'cpu', expected a torch.device, or None"),
         ({"device": torch.device("meta")}, "device: got meta, expected one that the group moves: cpu, cuda"),
         ({"rounds": 0}, "rank 0 of 1: rounds: got 0, expected a whole number of at least 1"),
-    ],
-)
-def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        profile(Asked(arguments=arguments))
+    ):
+        with pytest.raises(ValueError, match=message):
+            profile(Asked(arguments=arguments))
 
 
 def test_wrong_profilers() -> None:

@@ -14,9 +14,8 @@ from backends import both_backends
 from on_ranks import on_ranks
 from profiles import SIZES, Asked, profile, profile_of_all, said_by_all
 
-import sonic_ep
 import sonic_ep.profiler.profiler as profiler_module
-from sonic_ep import CombineMode, EPConfig, ExpertParallel, NetworkProfiler, ProfileReport
+from sonic_ep import CombineMode, EPConfig, ExpertParallel, ProfileReport
 from sonic_ep.cost import LinkBandwidth
 from sonic_ep.profiler import WrongResultError, default_device
 from sonic_ep.profiler.problem import RoutingProblem, Shape
@@ -139,9 +138,11 @@ def wrong_in_calls(patched: pytest.MonkeyPatch, name: str, begin: int, end: floa
     patched.setattr(ExpertParallel, name, call)
 
 
-@pytest.mark.parametrize(
-    ("name", "begin", "end", "message"),
-    [
+@on_ranks(2)
+def test_a_wrong_result_is_refused_on_every_rank(rank: Rank) -> None:
+    # Distinct experts on few tokens: every rank receives rows.
+    asked = Asked(changed={0: GIVEN[0], 1: {**GIVEN[0], "routing": torch.tensor([[5, 4], [0, 3], [2, 1]])}})
+    for name, begin, end, message in (
         # Every mode and pair runs twice before anything is timed: modes first, in order.
         ("dispatch", 4, 6, "dispatch by rank_dedup: rows: 1 of "),
         ("combine", 4, 6, "combine by rank_dedup: sums: 1 of "),
@@ -149,19 +150,14 @@ def wrong_in_calls(patched: pytest.MonkeyPatch, name: str, begin: int, end: floa
         ("dispatch", 2 * (3 + 9), inf, "dispatch by all_gather: rows: 1 of "),
         # At first: then nothing may be timed.
         ("dispatch", 0, 2, "dispatch by all_gather: rows: 1 of "),
-    ],
-)
-@on_ranks(2)
-def test_a_wrong_result_is_refused_on_every_rank(rank: Rank, name: str, begin: int, end: float, message: str) -> None:
-    # Distinct experts on few tokens: every rank receives rows.
-    asked = Asked(changed={0: GIVEN[0], 1: {**GIVEN[0], "routing": torch.tensor([[5, 4], [0, 3], [2, 1]])}})
-    with pytest.MonkeyPatch.context() as patched:
-        if rank.rank:
-            wrong_in_calls(patched, name, begin, end)
-        if begin == 0:
-            timed = Mock(side_effect=NotImplementedError("timed, although a result is wrong"))
-            patched.setattr(RoundTimer, "time", timed)
-        assert said_by_all(rank, asked, WrongResultError).startswith(f"rank 1 of 2: {message}")
+    ):
+        with pytest.MonkeyPatch.context() as patched:
+            if rank.rank:
+                wrong_in_calls(patched, name, begin, end)
+            if begin == 0:
+                timed = Mock(side_effect=NotImplementedError("timed, although a result is wrong"))
+                patched.setattr(RoundTimer, "time", timed)
+            assert said_by_all(rank, asked, WrongResultError).startswith(f"rank 1 of 2: {message}")
 
 
 def test_a_stale_result_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,28 +224,15 @@ def test_rank_0_decides_and_its_errors_reach_all(rank: Rank) -> None:
 
 def test_inputs() -> None:
     """Rows after the valid ones are NaN, and changed inputs differ until they are restored exactly."""
-    given = GIVEN[0]["routing"]
     shape = Shape(tokens=3, hidden=16, top_k=2, num_experts=6)
-    inputs = RoutingProblem(shape=shape, group=ALONE, device=torch.device("cpu"), routing=given)
+    inputs = RoutingProblem(shape=shape, group=ALONE, device=CPU, routing=GIVEN[0]["routing"])
     inputs.draw()
-    x_TH, rows_RH, rows = inputs.x_TH, inputs.rows_RH, inputs.plan.rows()
-    # A slot is dropped, so there is a place more than there are rows.
-    assert inputs.plan.row_capacity == rows + 1
-    assert rows_RH.shape == (rows + 1, 16)
-    assert rows_RH[:rows].isfinite().all()
-    assert rows_RH[rows:].isnan().all()
-    before = [tensor.clone() for tensor in (x_TH, rows_RH.view(torch.int16))]
+    # A slot is dropped, so there is a place more than the five rows.
+    assert inputs.rows_RH.isnan().sum(dim=1).tolist() == [0] * 5 + [16]
+    held = [inputs.topk_idx_TK, inputs.x_TH, inputs.rows_RH.view(torch.int16)]
+    before = [tensor.clone() for tensor in held]
     with inputs.changed():
         assert inputs.topk_idx_TK.tolist() == [[1, 0], [-1, 3], [4, 4]]
-        assert torch.equal(x_TH, -before[0])
-        assert (rows_RH.view(torch.int16) != before[1]).all()
-    assert torch.equal(inputs.topk_idx_TK, given)
-    assert torch.equal(x_TH, before[0])
-    assert torch.equal(rows_RH.view(torch.int16), before[1])
-
-
-def test_exported_when_asked_for() -> None:
-    assert {"NetworkProfiler", "ProfileReport"} <= set(dir(sonic_ep)) & set(sonic_ep.__all__)
-    assert sonic_ep.NetworkProfiler is NetworkProfiler
-    with pytest.raises(AttributeError, match="no attribute 'NetworkProfilers'"):
-        sonic_ep.NetworkProfilers  # noqa: B018
+        assert torch.equal(inputs.x_TH, -before[1])
+        assert (held[2] != before[2]).all()
+    assert all(map(torch.equal, held, before))

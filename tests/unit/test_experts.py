@@ -57,15 +57,11 @@ def between(rank: Rank, name: str, layout: str, dtype: torch.dtype) -> SimpleNam
     slot_of_row = torch.cat([slots, slots.new_full((BEHIND,), -1)]).int()
     sizes = {"experts_per_rank": len(GROUP_ENDS), "row_capacity": ROWS + BEHIND}
     unused = torch.empty(len(GROUP_ENDS), 5, WIDTH, device=rank.device, dtype=dtype)
-    return SimpleNamespace(
-        hidden=hidden,
-        grad=grad,
-        scores=scores,
-        plan=SimpleNamespace(group_ends=group_ends, slot_of_row=slot_of_row, **sizes),
-        experts=Experts(w1=unused, w2=unused, b1=None, b2=None, activation=activation, layout=GATE_LAYOUTS[layout]),
-        score_of_row=scores[slots].double()[:, None],
-        expert_of_row=torch.searchsorted(group_ends, torch.arange(ROWS, device=rank.device), right=True),
-    )
+    plan = SimpleNamespace(group_ends=group_ends, slot_of_row=slot_of_row, **sizes)
+    experts = Experts(w1=unused, w2=unused, b1=None, b2=None, activation=activation, layout=GATE_LAYOUTS[layout])
+    expert_of_row = torch.searchsorted(group_ends, torch.arange(ROWS, device=rank.device), right=True)
+    of_rows = {"score_of_row": scores[slots].double()[:, None], "expert_of_row": expert_of_row}
+    return SimpleNamespace(hidden=hidden, grad=grad, scores=scores, plan=plan, experts=experts, **of_rows)
 
 
 def by_autograd(given: SimpleNamespace, dtype: torch.dtype) -> dict[str, Tensor]:

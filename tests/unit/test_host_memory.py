@@ -11,7 +11,7 @@ import pytest
 import torch
 from on_ranks import on_ranks
 from promises import promise
-from workspaces import new_workspace, workspace_of
+from workspaces import assert_every_rank_reads, new_workspace, workspace_of
 
 from sonic_ep import ExpertParallel
 from sonic_ep.errors import SharedMemoryError
@@ -20,11 +20,7 @@ from sonic_ep.testing import Rank, RankError, RankPool
 pytestmark = pytest.mark.fast
 # More than any machine has.
 TOO_MANY_BYTES = 2**45
-
-
-def use(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """Shared files are created in ``folder``."""
-    patch.setattr("sonic_ep.testing.host_memory.folder", lambda: folder)
+FOLDER_OF_FILES = "sonic_ep.testing.host_memory.folder"
 
 
 @promise("shared-files")
@@ -38,16 +34,12 @@ def test_files_are_private_and_have_no_name(rank: Rank, tmp_path: Path) -> None:
         return honest(path, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        use(tmp_path, patch)
+        patch.setattr(FOLDER_OF_FILES, lambda: tmp_path)
         patch.setattr(torch, "from_file", from_file)
         with workspace_of(rank) as workspace:
             rows = workspace.reserve("rows", 100)
             assert list(tmp_path.iterdir()) == []
-            workspace.enter()
-            rows.local.fill_(rank.rank)
-            workspace.barrier_after_write()
-            assert [int(of_rank[99]) for of_rank in rows.by_rank] == [0, 1, 2]
-            workspace.barrier_before_write()
+            assert_every_rank_reads(workspace, rows)
     assert len(found) % rank.world_size == 0
     assert len({file.st_ino for file in found}) == len(found) > 0
     assert {(stat.S_IMODE(file.st_mode), file.st_nlink) for file in found} == {(0o600, 0)}
@@ -56,7 +48,7 @@ def test_files_are_private_and_have_no_name(rank: Rank, tmp_path: Path) -> None:
 def killed_after_allocation(rank: Rank, folder: Path) -> None:
     """Each rank has created its file; the first to map one is killed."""
     with pytest.MonkeyPatch.context() as patch:
-        use(folder, patch)
+        patch.setattr(FOLDER_OF_FILES, lambda: folder)
         patch.setattr(torch, "from_file", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
         new_workspace(rank)
 
@@ -78,12 +70,7 @@ def test_more_memory_than_there_is_is_refused_on_all_ranks(rank: Rank) -> None:
         said = str(raised.value)
         assert said.startswith(f"rank {rank.rank} of 2: shared memory: got no {TOO_MANY_BYTES} bytes on rank 0: ")
         assert "; rank 1: " in said
-        rows = workspace.reserve("rows", 100)
-        workspace.enter()
-        rows.local.fill_(rank.rank)
-        workspace.barrier_after_write()
-        assert [int(of_rank[99]) for of_rank in rows.by_rank] == list(range(rank.world_size))
-        workspace.barrier_before_write()
+        assert_every_rank_reads(workspace, workspace.reserve("rows", 100))
 
 
 @promise("out-of-memory")

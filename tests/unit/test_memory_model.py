@@ -1,7 +1,7 @@
 """Memory formulas against allocations: tensor by tensor under the interpreter, by PyTorch's allocator on GPUs."""
 
 import gc
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,21 +18,12 @@ from torch.utils._pytree import tree_leaves
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.config import ModePair
 from sonic_ep.plan import row_ceiling
-from sonic_ep.testing import CASES, Case, Rank, draw
-from sonic_ep.testing.memory_model import (
-    INDEX_BYTES,
-    MOST_RECEIVED_BYTES,
-    SHARED_BLOCK_BYTES,
-    LayerShape,
-    backward_peak_bytes,
-    forward_peak_bytes,
-    saved_bytes,
-    symmetric_bytes,
-)
+from sonic_ep.testing import CASES, Case, Rank, draw, memory_model
+from sonic_ep.testing.memory_model import LayerShape, backward_peak_bytes, forward_peak_bytes, saved_bytes
 from sonic_ep.testing.oracle import Outcome, RoutedCall, gradients, routed_call
 
 pytest.importorskip("triton")
-from sonic_ep.fast.combine.base import MOST_RECEIVED_BYTES as MOST_RECEIVED
+from sonic_ep.fast.combine.base import MOST_RECEIVED_BYTES
 from sonic_ep.fast.gemm import LibraryGemm
 from sonic_ep.fast.symmetric_memory import ALIGNMENT_BYTES
 
@@ -47,7 +38,7 @@ SMALL = replace(CASES["uneven_tokens"], name="small", tokens=(7, 2), num_experts
 WIDE = replace(SMALL, name="wide", tokens=(13, 2), hidden=64, intermediate=4, num_experts=2, top_k=1, bias=False)
 NARROW = replace(SMALL, name="narrow", hidden=16, intermediate=64, num_experts=2, bias=False)
 # No formula counts a few integers for each rank: addresses, wants, and where rows are bounded, ends of groups.
-UNCOUNTED_BYTES = 16 * INDEX_BYTES
+UNCOUNTED_BYTES = 16 * memory_model.INDEX_BYTES
 
 
 def config_of(dispatch: str = "all_to_all", *, again: bool = False, exact: bool = False) -> EPConfig:
@@ -104,34 +95,6 @@ def address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def storage_bytes(tensors: list[Tensor]) -> int:
-    return sum({address(t): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-@promise("memory-formulas")
-@on_ranks(2, pool="cpu_pool")
-@by_dispatch
-@by_again
-@by_exact
-def test_saved_tensors(rank: Rank, dispatch: DispatchMode, again: bool, exact: bool) -> None:
-    with ExpertParallel(backend="fast", config=config_of(dispatch, again=again, exact=exact)) as ep:
-        (call, shape), saved = measured_call(rank, SMALL, ep), []
-        keep = lambda tensor: saved.append(tensor.detach()) or tensor  # noqa: E731
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = call.forward(ep)["y"]
-        # y is a view of the layer's output; up to PyTorch 2.12 a node of its own stands before that of the layer.
-        node = y.grad_fn if hasattr(y.grad_fn, "call") else y.grad_fn.next_functions[0][0]
-        plan = node.call.exchange.plan
-        of_plan = [value for field in fields(plan) if isinstance(value := getattr(plan, field.name), Tensor)]
-        known = {address(tensor) for tensor in (*call.leaves.values(), *of_plan)}
-        formula = saved_bytes(shape, dispatch, redispatch_x_in_backward=again)
-        others = storage_bytes([tensor for tensor in saved if address(tensor) not in known])
-        assert others == sum(formula.values()) - formula["plan"]
-        assert storage_bytes(of_plan) == formula["plan"]
-        x = [tensor for tensor in saved if tensor.data_ptr() == call.x.data_ptr()]
-        assert storage_bytes(x) == (shape.values("TH") if again else 0)
-
-
 class LiveMemory(TorchDispatchMode):
     """Bytes of the live tensors that operations have made: now, and the most at any time."""
 
@@ -182,29 +145,22 @@ def assert_peaks(shape: LayerShape, config: EPConfig, found: list[int], slack: l
         assert 0 <= got - nbytes <= more, f"{what}: formula {nbytes}, found {got} ({got - nbytes:+}, at most +{more})"
 
 
-def peaks(name: str, case: Case, config: EPConfig, *, daily: bool = True) -> Any:
-    return pytest.param(case, config, id=name, marks=() if daily else pytest.mark.thorough)
-
-
-# Every day each mode once.
-PEAKS = [
-    *(peaks(f"{d.value}, no flag", WIDE, config_of(d), daily=d is DispatchMode.RANK_DEDUP) for d in DispatchMode),
-    *(
-        peaks(
-            f"{d.value}, both flags", WIDE, config_of(d, again=True, exact=True), daily=d is not DispatchMode.RANK_DEDUP
-        )
-        for d in DispatchMode
-    ),
-    peaks("at the activation", NARROW, config_of(), daily=False),
-    peaks("at the activation, exact rows", replace(NARROW, bias=True), config_of(exact=True)),
+PEAKS = {
+    **{f"{mode.value}, no flag": (WIDE, config_of(mode)) for mode in DispatchMode},
+    **{f"{mode.value}, both flags": (WIDE, config_of(mode, again=True, exact=True)) for mode in DispatchMode},
+    "at the activation": (NARROW, config_of()),
+    "at the activation, exact rows": (replace(NARROW, bias=True), config_of(exact=True)),
     # 9 tokens in all, so 18 rows at the most, where the ceiling is 28.
-    peaks("at the activation, max_rows", NARROW, replace(config_of(), max_rows=18)),
-]
+    "at the activation, max_rows": (NARROW, replace(config_of(again=True), max_rows=18)),
+}
+# Every day each mode once, and every setting of both flags.
+LATER = ("all_gather, no flag", "all_to_all, no flag", "rank_dedup, both flags", "at the activation")
+MARKED = [pytest.param(*PEAKS[name], id=name, marks=[pytest.mark.thorough] * (name in LATER)) for name in PEAKS]
 
 
 @promise("memory-formulas")
 @on_ranks(2, pool="cpu_pool")
-@pytest.mark.parametrize(("case", "config"), PEAKS)
+@pytest.mark.parametrize(("case", "config"), MARKED)
 def test_peaks(rank: Rank, case: Case, config: EPConfig) -> None:
     with pytest.MonkeyPatch.context() as patch, ExpertParallel(backend="fast", config=config) as ep:
         # The products of a GPU: on the CPU a plain loop widens its operands instead.
@@ -230,7 +186,8 @@ def test_peaks(rank: Rank, case: Case, config: EPConfig) -> None:
 @by_again
 @by_modes
 def test_shared_buffers(rank: Rank, modes: Modes, again: bool) -> None:
-    assert (ALIGNMENT_BYTES, MOST_RECEIVED) == (SHARED_BLOCK_BYTES, MOST_RECEIVED_BYTES)
+    assert ALIGNMENT_BYTES == memory_model.SHARED_BLOCK_BYTES
+    assert MOST_RECEIVED_BYTES == memory_model.MOST_RECEIVED_BYTES
     # Longer than a block of shared memory, and not a multiple of one.
     case, flags = replace(SMALL, hidden=36), {"redispatch_x_in_backward": again}
     with ExpertParallel(backend="fast", config=EPConfig(dispatch=modes[0], combine=modes[1], **flags)) as ep:
@@ -238,7 +195,7 @@ def test_shared_buffers(rank: Rank, modes: Modes, again: bool) -> None:
         call.forward(ep)
         buffers = ep._backend._context(rank.device).workspace._buffers
         found = {name: buffer.nbytes for name, buffer in buffers.items()}
-    formula = symmetric_bytes(shape, ModePair(dispatch=modes[0], combine=modes[1]), **flags)
+    formula = memory_model.symmetric_bytes(shape, ModePair(dispatch=modes[0], combine=modes[1]), **flags)
     # The flags of barriers come first, under a name of their own.
     assert found.pop(next(iter(found))) == formula["barrier"]
     assert found == {name: nbytes for name, nbytes in formula.items() if nbytes and name != "barrier"}
@@ -249,10 +206,10 @@ def test_memory_that_combine_receives_at_a_time_is_bounded() -> None:
     sizes = {"world_size": 4, "max_tokens": 8192, "tokens": 1, "top_k": 8, "num_experts": 64, "hidden": 8192}
     shape = LayerShape(**sizes, intermediate=8, itemsize=2, rows=8)
     pair = ModePair(dispatch=DispatchMode.ALL_TO_ALL, combine=CombineMode.ALL_TO_ALL)
-    shared = symmetric_bytes(shape, pair)
+    shared = memory_model.symmetric_bytes(shape, pair)
     assert (shared["received"], shared["received_flags"]) == (2**29, 3 * 4096 * 8)
     # Of its three partial sums, 48 KiB, there is room for all tokens.
-    shared = symmetric_bytes(shape, replace(pair, combine=CombineMode.REDUCE_SCATTER))
+    shared = memory_model.symmetric_bytes(shape, replace(pair, combine=CombineMode.REDUCE_SCATTER))
     assert (shared["received"], shared["received_flags"]) == (8192 * 3 * 2**14, 3 * 8192 * 8)
 
 

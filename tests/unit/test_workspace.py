@@ -9,7 +9,7 @@ import torch.distributed as dist
 from limits import HANG_SECONDS
 from on_ranks import on_ranks
 from promises import promise
-from workspaces import new_workspace, workspace_of
+from workspaces import assert_every_rank_reads, new_workspace, workspace_of
 
 from sonic_ep import ClosedError, ExpertParallel
 from sonic_ep.distributed.collectives import BoundedCollectives
@@ -82,11 +82,7 @@ def test_a_buffer_grows_and_never_shrinks_and_is_gone_after_close(rank: Rank) ->
         assert large.nbytes > small.nbytes
         assert bool((large.local == 0xFF).all())
         assert workspace.reserve("rows", 1) is large
-        workspace.enter()
-        large.local.fill_(rank.rank)
-        workspace.barrier_after_write()
-        assert [int(of_rank[-1]) for of_rank in large.by_rank] == list(range(rank.world_size))
-        workspace.barrier_before_write()
+        assert_every_rank_reads(workspace, large)
     for call in (workspace.enter, lambda: workspace.reserve("rows", 8)):
         with pytest.raises(ClosedError, match="got a call after close"):
             call()
