@@ -19,6 +19,28 @@ Owners = list[list[list[int]]]
 Moves = Iterator[tuple[int, int, int, int]]
 
 
+def test_worked_example() -> None:
+    """The example of ``sonic_ep.plan``: rows of rank 0 (6 valid, 3 of them remote) and of rank 1 (5, 3 of them)."""
+    matrices = {"pair_tokens": [[2, 2], [2, 2]], "pair_slots": [[3, 3], [3, 2]]}
+    first, second = (rank_counts(rank, max_tokens=3, tokens=3, **matrices) for rank in range(2))
+    assert dispatch_traffic(first, 1) == {
+        # Stage 3 + 3; copy its own 3 + 3; serve 3; write 3 received.
+        DispatchMode.ALL_GATHER: Traffic(link_in=3, link_out=3, memory=18),
+        # Stage 3 + 3; read 2 of its own; serve 2; write 6 rows, or the 4 tokens they are copies of.
+        DispatchMode.ALL_TO_ALL: Traffic(link_in=2, link_out=2, memory=16),
+        DispatchMode.RANK_DEDUP: Traffic(link_in=2, link_out=2, memory=14),
+    }
+    assert combine_traffic(first, 1) == {
+        # Read 6 rows; 3 (or 2) arrive and are read; write 3 tokens.
+        CombineMode.ALL_TO_ALL: Traffic(link_in=3, link_out=3, memory=15),
+        CombineMode.REDUCE_SCATTER: Traffic(link_in=3, link_out=3, memory=15),
+        CombineMode.RANK_DEDUP: Traffic(link_in=2, link_out=2, memory=13),
+    }
+    assert (cost.staging_bytes(first, 1), cost.staging_bytes(second, 4)) == (6, 24)
+    assert dispatch_traffic(second, 4)[DispatchMode.ALL_TO_ALL] == Traffic(link_in=8, link_out=8, memory=60)
+    assert combine_traffic(second, 4)[CombineMode.ALL_TO_ALL] == Traffic(link_in=12, link_out=12, memory=56)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("top_k", [1, 2, 8])
 def test_auto_picks_modes_and_a_choice_of_the_caller_stands(world_size: int, top_k: int) -> None:

@@ -15,8 +15,22 @@ from sonic_ep.testing import Rank, assert_as_accurate, assert_bitwise
 
 # Only ranks launch anything: this process need not interpret.
 pytest.importorskip("triton")
-from sonic_ep.fast import gemm as module
-from sonic_ep.fast.gemm import GroupedGemm, LibraryGemm, LoopGemm, TileShape, TritonGemm, grouped_gemm, tile_shape
+import triton
+
+from sonic_ep.fast.gemm import (
+    LARGEST,
+    LARGEST_INTERPRETED,
+    LEAST_EXTENT,
+    GroupedGemm,
+    LibraryGemm,
+    LoopGemm,
+    TileShape,
+    TritonGemm,
+    grouped_gemm,
+    library_serves,
+    rows_kernel,
+    tile_shape,
+)
 from sonic_ep.fast.launch import launch
 
 pytestmark = pytest.mark.fast
@@ -52,10 +66,16 @@ def by_loop(kind: str, a: Tensor, b: Tensor, sizes: Sequence[int], bias: Tensor 
 
 
 def check(
-    gemm: GroupedGemm, kind: str, a: Tensor, b: Tensor, sizes: Sequence[int], after: int = 3, bias: Tensor | None = None
+    gemm: GroupedGemm,
+    kind: str,
+    a: Tensor,
+    b: Tensor,
+    sizes: Sequence[int],
+    behind: int = 3,
+    bias: Tensor | None = None,
 ) -> None:
-    """a, and b of "weights": the valid rows only; NaN rows are put after them."""
-    given = [with_nan_behind(a, after), b if kind == "rows" else with_nan_behind(b, after), ends(a.device, sizes)]
+    """a, and b of "weights": the valid rows only; NaN rows are put behind them."""
+    given = [with_nan_behind(a, behind), b if kind == "rows" else with_nan_behind(b, behind), ends(a.device, sizes)]
     # On GPUs, PyTorch raises where the host would wait for the device.
     set_mode = torch.cuda.set_sync_debug_mode if a.device.type == "cuda" else lambda mode: None
     set_mode("error")
@@ -65,7 +85,7 @@ def check(
         set_mode("default")
     truth = by_loop(kind, a.double(), b.double(), sizes, None if bias is None else bias.double())
     if kind == "rows":
-        assert found.shape == (sum(sizes) + after, b.shape[2])
+        assert found.shape == (sum(sizes) + behind, b.shape[2])
         found = found[: sum(sizes)]
     else:
         assert [bool((of_group == 0).all()) for of_group in found] == [size == 0 for size in sizes]
@@ -87,7 +107,7 @@ def check_products(
 @by_dtype
 @pytest.mark.parametrize("sizes", GROUPS, ids=str)
 def test_products_match_a_loop(rank: Rank, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
-    serves = module.library_serves([random(rank, dtype, 8, 8)])
+    serves = library_serves([random(rank, dtype, 8, 8)])
     assert serves or rank.device.type == "cuda"
     for behind in (3, 0):
         check_products(rank, TritonGemm(), sizes, ODD, dtype, behind)
@@ -142,27 +162,41 @@ def test_groups_that_end_past_the_last_row(rank: Rank, sizes: tuple[int, ...]) -
 
 
 @on_ranks(1)
-def test_nothing_is_written_past_the_last_row(rank: Rank) -> None:
-    """Where groups end past it, too."""
-    groups = torch.tensor([20, 20, 90], dtype=torch.int32, device=rank.device)
-    a, b = torch.ones(25, 16, device=rank.device), torch.ones(3, 16, 16, device=rank.device)
-    out = torch.zeros(41, 16, device=rank.device)
-    constants = {"K": 16, "N": 16, "EXPERTS": 4, "HAS_BIAS": False, **SMALL_TILES.constants()}
-    constants |= dict(zip(("STRIDE_E", "STRIDE_K", "STRIDE_N"), b.stride(), strict=True))
-    launch(module.rows_kernel, (4,), a, b, a, out, groups, 3, 25, 4, device=rank.device, **constants)
-    assert out.bool().sum(dim=1).tolist() == [16] * 25 + [0] * 16
+def test_tiles_go_down_in_bands_and_end_with_the_rows(rank: Rank) -> None:
+    def written(programs: int, rows: int, group_ends: Sequence[int], columns: int) -> Tensor:
+        """Where the first programs of a product write, 16 rows more than there are."""
+        experts, groups = len(group_ends), torch.tensor(group_ends, dtype=torch.int32, device=rank.device)
+        a, b = torch.ones(rows, 16, device=rank.device), torch.ones(experts, 16, columns, device=rank.device)
+        out = torch.zeros(rows + 16, columns, device=rank.device)
+        arguments = (a, b, a, out, groups, experts, rows, triton.cdiv(rows, 16) + experts - 1)
+        constants = {"K": 16, "N": columns, "EXPERTS": triton.next_power_of_2(experts), "HAS_BIAS": False}
+        constants |= dict(zip(("STRIDE_E", "STRIDE_K", "STRIDE_N"), b.stride(), strict=True)) | SMALL_TILES.constants()
+        launch(rows_kernel, (programs,), *arguments, device=rank.device, **constants)
+        return out.bool()
+
+    # Groups that end at rows 20 20 25: tiles that end at rows 16, 20 and 25, then none.
+    for programs, end in ((1, 16), (2, 20), (3, 25), (4, 25)):
+        found = written(programs, 27, (20, 20, 25), 16)
+        assert found[:end].all()
+        assert not found[end:].any()
+    assert written(4, 25, (20, 20, 90), 16).sum(dim=0).tolist() == [25] * 16, "nothing is written past the last row"
+    # Nine tiles of rows by two of columns: eight down the first column, eight down the second, then both of the ninth.
+    for programs, heights in ((1, (1, 0)), (8, (8, 0)), (9, (8, 1)), (16, (8, 8)), (17, (9, 8)), (18, (9, 9))):
+        found = written(programs, 9 * 16, (9 * 16,), 32).view(10, 16, 2, 16)
+        for column, height in enumerate(heights):
+            assert found[:height, :, column].all()
+            assert not found[height:, :, column].any()
 
 
 @on_ranks(1)
 @by_dtype
 def test_tiles_are_no_larger_than_needed(rank: Rank, dtype: torch.dtype) -> None:
-    largest = module.LARGEST[dtype.itemsize]
+    largest = LARGEST[dtype.itemsize]
     # A program has at most 227 KiB of shared memory on Hopper.
     assert (largest.height + largest.width) * largest.depth * largest.stages * dtype.itemsize <= 227 * 2**10
-    expected = module.LARGEST_INTERPRETED if rank.device.type == "cpu" else largest
-    assert tile_shape(dtype, 4096, 4096, 4096) == expected
+    assert tile_shape(dtype, 4096, 4096, 4096) == (LARGEST_INTERPRETED if rank.device.type == "cpu" else largest)
     least = tile_shape(dtype, 1, 17, 3)
-    assert (least.height, least.width, least.depth) == (module.LEAST_EXTENT, 32, module.LEAST_EXTENT)
+    assert (least.height, least.width, least.depth) == (LEAST_EXTENT, 32, LEAST_EXTENT)
 
 
 def layer_operands(rank: Rank, dtype: torch.dtype, hidden: int, up: int, inner: int) -> list[Tensor]:

@@ -14,10 +14,11 @@ from backends import ON_GPUS, both_backends
 from on_ranks import on_ranks
 from promises import promise
 from torch import Tensor
+from workspaces import workspace_of
 
 from sonic_ep import EPConfig, ExpertParallel, PlanError, RoutingPlan, RowOverflowError
 from sonic_ep.plan import malformed_field, row_ceiling
-from sonic_ep.reference.plan import build_plan
+from sonic_ep.reference.plan import build_plan, pair_exchange, slot_exchange
 from sonic_ep.testing import CASES, Case, Rank, assert_bitwise, draw
 from sonic_ep.testing.cases import repeating
 
@@ -46,6 +47,13 @@ def test_worked_example() -> None:
         assert plan.slot_of_row.tolist() == slot_of_row
         assert plan.packed_of_token.tolist() == packed_of_token
         assert (plan.rows(), plan.packed_rows()) == (group_ends[-1], 4)
+    slots, pairs = slot_exchange(plans[0]), pair_exchange(plans[0])
+    # Rank 0 keeps slots 0, 3, 2 (rows 0, 1, 4 of its own) and sends 1, 5, 4 (rows 0, 1, 3 of rank 1).
+    assert slots.slots.tolist() == [0, 3, 2, 1, 5, 4]
+    assert slots.rows.tolist() == [0, 1, 4, 2, 3, 5]
+    assert (slots.send_splits, slots.receive_splits) == ([3, 3], [3, 3])
+    assert pairs.tokens.tolist() == [0, 1, 0, 2]
+    assert (pairs.send_splits, pairs.receive_splits) == ([2, 2], [2, 2])
 
 
 def by_hand(ids: list[list[list[int]]], rank: int, num_experts: int) -> dict[str, list[int]]:
@@ -265,6 +273,31 @@ def test_max_tokens_is_agreed_on_in_the_first_call_with_tokens(rank: Rank, backe
     for plan in plans:
         plan.check()
     assert [plan.max_tokens for plan in plans] == [0, 5, 5, 5]
+
+
+@pytest.mark.fast
+@on_ranks(1, 3)
+@pytest.mark.parametrize("name", ["uneven_tokens", "zero_token_ranks"])
+def test_scores_and_ids_are_exchanged_together(rank: Rank, name: str) -> None:
+    from sonic_ep.fast.plan import PlanShape, gathered_counts
+
+    case, ranks = CASES[name], range(rank.world_size)
+    inputs, barriers = draw(case, rank.world_size, rank.device), []
+    own, max_tokens = inputs.tokens_of(rank.rank), max(map(case.tokens_of_rank, ranks))
+    sizes = {"max_tokens": max_tokens, "top_k": case.top_k, "num_experts": case.num_experts}
+    shape = PlanShape(rank=rank.rank, world_size=rank.world_size, **sizes)
+    errors, scores = torch.zeros(3, dtype=torch.int32, device=rank.device), inputs.topk_scores[own].double()
+    with workspace_of(rank) as workspace, pytest.MonkeyPatch.context() as patch:
+        for barrier in ("barrier_before_write", "barrier_after_write"):
+            run = getattr(workspace, barrier)
+            patch.setattr(workspace, barrier, lambda run=run, name=barrier: (barriers.append(name), run()))
+        counts = gathered_counts(inputs.topk_idx[own], shape, workspace, errors, scores)
+        assert barriers == ["barrier_before_write", "barrier_after_write"]
+        for source in ranks:
+            theirs, here = inputs.tokens_of(source), slice(case.tokens_of_rank(source))
+            assert_bitwise(counts.expert_ids[source, here], inputs.topk_idx[theirs].int(), "ids")
+            assert_bitwise(counts.scores[source, here], inputs.topk_scores[theirs], "scores")
+        workspace.barrier_after_write()
 
 
 @pytest.mark.fast
