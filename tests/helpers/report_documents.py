@@ -16,8 +16,6 @@ from sonic_ep.config import CombineMode, DispatchMode
 DISPATCH = tuple(mode.value for mode in DispatchMode)
 COMBINE = tuple(mode.value for mode in CombineMode)
 Json = dict[str, Any]
-
-
 RATES = {"copy_engine_in": 350.0, "copy_engine_out": 375.0, "read": 330.0, "write": 360.0, "memory": 3000.0}
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from end_to_end import TORCHRUN, python_in_root
 
-run = partial(python_in_root, interpreted=True)
+run = partial(python_in_root, TRITON_INTERPRET="1")
 PYTEST = ["-m", "pytest", "bench", "-p", "no:cacheprovider"]
 ENTRY_FIELDS = {"name", "how", "shape", "rounds", "median_us", "p10_us", "p90_us", "min_us", "max_us"}
 RANK_DEDUP = "layer all_to_all, rank_dedup"
@@ -96,7 +96,7 @@ def test_what_is_right_in_its_first_call_only_is_not_timed(tmp_path: Path, monke
 
 
 def test_without_an_interpreter_or_with_wrong_arguments_it_says_so() -> None:
-    done = run(*PYTEST, "-k", "bench_plan", interpreted=False)
+    done = python_in_root(*PYTEST, "-k", "bench_plan")
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(words in done.stdout for words in ("no CUDA device", "TRITON_INTERPRET=1"))
     assert "passed" not in done.stdout

@@ -1,23 +1,26 @@
 """The end-to-end benchmark: complete where the layer is right, red and without a time where it is not."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any
+from unittest.mock import patch
 
 import msgspec
 import pytest
 import torch
-from end_to_end import MANY, SHAPE, SMALLEST, context_on, few_rounds, run_on_rank, setup_of, watched_on_rank
+from end_to_end import MANY, SHAPE, SMALLEST, context_on, few_rounds, run_on_rank, setup_of
 from harness.end_to_end import run_end_to_end
-from harness.layer import Pass
+from harness.layer import LayerUnderTest, Pass
 from on_ranks import on_ranks
 from schema import Layer
 
 from sonic_ep import CombineMode, DispatchMode, ExpertParallel
 from sonic_ep.config import ScoreOrder
 from sonic_ep.cost import LinkBandwidth
+from sonic_ep.distributed.group import resolve_group
 from sonic_ep.profiler.agreement import WrongResultError, gathered
 from sonic_ep.profiler.problem import Shape
 from sonic_ep.profiler.report import EVERY_MODE, EVERY_PAIR
@@ -28,10 +31,7 @@ from sonic_ep.testing.oracle import LayerCall
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "dispatch": ("auto", *DispatchMode),
     "combine": ("auto", *CombineMode),
-    "redispatch_x_in_backward": (False, True),
-    "cpu_sync_on_runtime": (False, True),
-    "biased": (False, True),
-    "norm_topk_probs": (False, True),
+    **dict.fromkeys(("redispatch_x_in_backward", "cpu_sync_on_runtime", "biased", "norm_topk_probs"), (False, True)),
     "score_order": tuple(ScoreOrder),
     "gate_layout": ("interleaved", "concat"),
     "activation": ("swiglu", "gelu", "relu_sq"),
@@ -145,14 +145,35 @@ ON_RANKS = [
 ]
 
 
+@on_ranks(pool="cpu_pool")
 @pytest.mark.parametrize(("backend", "setting", "shape", "world_size"), ON_RANKS)
 def test_baselines_are_freed_and_with_ceilings_the_link_is_counted(
-    cpu_pool: RankPool, backend: str, setting: dict[str, Any], shape: Shape, world_size: int
+    rank: Rank, backend: str, setting: dict[str, Any], shape: Shape, world_size: int
 ) -> None:
-    found = cpu_pool.run(watched_on_rank, setting, backend, shape, FAST_LINK, world_size=world_size)
-    document = check([run for run, _, _ in found], setting, backend, "cpu")
-    # Every layer of the reference beside a fast one has exact sizes.
-    assert [(kept, all(exact), bool(exact)) for _, kept, exact in found] == [([], True, backend == "fast")] * world_size
+    """Baselines are freed when the second batch of cases begins, and in the end."""
+    made: list[weakref.ref[Any]] = []
+
+    def watch(name: str) -> Any:
+        honest = getattr(LayerUnderTest, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            assert name != "prove_one_gpu" or {each() for each in made} == {None}
+            found = honest(*arguments, **options)
+            made.append(weakref.ref(found))
+            return found
+
+        return patch.object(LayerUnderTest, name, call)
+
+    started = patch.object(ExpertParallel, "__init__", autospec=True, side_effect=ExpertParallel.__init__)
+    with started as starts, watch("prove_routed"), watch("products"), watch("prove_one_gpu"):
+        run = run_on_rank(rank, setting, backend, shape, FAST_LINK)
+    assert [each() for each in made] == [None] * (4 if world_size > 1 else 2)
+    # All but the context's own.
+    opened = [call.args[0] for call in starts.call_args_list[1:]]
+    assert all(ep._call_guard.closed for ep in opened)
+    if backend == "fast":
+        assert {ep.config.cpu_sync_on_runtime for ep in opened if ep.backend == "reference"} == {True}
+    document = check(gathered(resolve_group(None), run), setting, backend, "cpu")
     assert all((each.over_gemms_and_link or 0) <= (each.over_gemms or 0) for each in document.derived)
     assert document.rates_gb_per_s.read == 1e6
     assert document.profile is not None

@@ -69,7 +69,7 @@ def test_errors_name_place_expected_and_got(tmp_path: Path, content: Json, path:
 
 def test_files_that_are_no_documents(tmp_path: Path) -> None:
     text, path = json.dumps(SUITE), tmp_path / "a.json"
-    with pytest.raises(ValueError, match="a.json: expected a readable file: No such file or directory"):
+    with pytest.raises(ValueError, match=r"a\.json: expected a readable file: No such file or directory"):
         load([path])
     for content, message in {
         b"{": "expected JSON: ",

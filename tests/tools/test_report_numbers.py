@@ -1,4 +1,4 @@
-"""What the report computes and compares: spread, winners, extrapolation, rows of sizes, names of layers."""
+"""What the report computes and compares: spread, winners, extrapolation, rates and caveats."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from report_documents import RATES, document, entry, layer, loaded, point, profile, settings, shown, suite, sweep
 from report_page.computed import extrapolations, machines, winner_grids
 from report_page.load import NO_GPU, SHARED, caveats
-from report_page.selection import bandwidths, between_words, longest_row, measurements, repeated
+from report_page.selection import between_words, measurements, repeated
 
 from sonic_ep.config import CombineMode, DispatchMode
 from sonic_ep.profiler.machine import TWO_GPUS_NOTE
@@ -83,16 +83,6 @@ def test_winners_are_measured_at_the_sweeps_own_world_size_and_on_the_fast_backe
     assert (won.shown.dispatch, won.shown.combine) == (DispatchMode.RANK_DEDUP, CombineMode.RANK_DEDUP)
     assert {cell.world_size for cell in grid.cells} == {2, 4, 8, 16}
     assert winner_grids(loaded(tmp_path, a=reference)) == []
-
-
-def test_bandwidth_keeps_to_one_row_of_sizes(tmp_path: Path) -> None:
-    points = [point(2048), point(512), point(512, top_k=2), point(1024, routing="one_rank")]
-    (swept,) = loaded(tmp_path, a=sweep(*points))
-    row, fixed = longest_row([found for found in swept.points if found.routing == "uniform"])
-    assert ([found.shape.tokens for found in row], fixed) == ([512, 2048], "H=4096, E=64, K=8, bfloat16")
-    dispatch, combine = bandwidths([swept])
-    assert (list(dispatch.lines), list(combine.limits)) == (sorted(DispatchMode), ["write"])
-    assert dispatch.limits == {"copy_engine_in": 350.0, "read": 330.0}
 
 
 def test_the_newest_rates_of_a_machine_win(tmp_path: Path) -> None:
