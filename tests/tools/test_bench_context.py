@@ -4,7 +4,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import count, product
+from itertools import count
 from typing import Any
 from unittest.mock import Mock
 
@@ -21,7 +21,6 @@ from sonic_ep.cost import LinkBandwidth
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.profiler.agreement import WrongResultError
 from sonic_ep.profiler.measuring import KeepLast
-from sonic_ep.profiler.problem import Shape
 from sonic_ep.profiler.timing import AboveCeilingError, Ceiling, RoundTimer, Timing
 from sonic_ep.profiler.verification import expect
 from sonic_ep.testing import Rank, assert_bitwise
@@ -87,14 +86,6 @@ def test_other_inputs_are_others_and_then_the_very_same() -> None:
     with pytest.raises(ZeroDivisionError), other_inputs(given):
         raise ZeroDivisionError
     assert given.tolist() == [1.0, 2.0]
-
-
-def test_what_the_host_may_take_longer_for_has_more_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    alternate, large = Mock(return_value={"work": Mock()}), Shape(tokens=2**20, hidden=64, num_experts=8, top_k=2)
-    monkeypatch.setattr(BenchContext, "alternate", alternate)
-    for shape, method in [*product([large], Method), (replace(large, tokens=16), Method.QUEUED)]:
-        context_of("cuda").run(case_of(shape=shape), method)
-    assert [call.args[2].rounds for call in alternate.call_args_list] == [200, 50, 50, 200]
 
 
 def test_cases_take_turns_and_medians_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:

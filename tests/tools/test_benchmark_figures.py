@@ -117,12 +117,7 @@ def test_a_point_by_hand() -> None:
     assert (made_up.picked, made_up.predicted) == (A2A, DEDUP)
     assert made_up.over_best == {TRAINING: 2.0, STEP: 1.0}
     assert made_up.predicted_over_best == over_best(made_up.pairs, DEDUP) == {TRAINING: 2.0, STEP: 1.3333}
-    document = msgspec.to_builtins(made_up)
-    assert document["shape"] == {"T": 7, "H": 16, "I": 8, "E": 12, "K": 2, "dtype": "bfloat16"}
-    assert (document["routing"], len(document["pairs"])) == ("skewed", 18)
-    first = {"dispatch": "all_gather", "combine": "all_to_all", "pass": TRAINING, "how": "queued"}
-    micros = dict.fromkeys(("median_us", "p10_us", "p90_us", "min_us", "max_us"), 2e6)
-    assert document["pairs"][0] == {**first, "rounds": 3, **micros}
+    assert (made_up.shape.tokens, made_up.routing, len(made_up.pairs)) == (7, "skewed", 18)
 
 
 @on_ranks(2, pool="cpu_pool")
