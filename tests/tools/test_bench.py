@@ -14,15 +14,10 @@ from end_to_end import TORCHRUN, python_in_root
 run = partial(python_in_root, TRITON_INTERPRET="1")
 PYTEST = ["-m", "pytest", "bench", "-p", "no:cacheprovider"]
 ENTRY_FIELDS = {"name", "how", "shape", "rounds", "median_us", "p10_us", "p90_us", "min_us", "max_us"}
-RANK_DEDUP = "layer all_to_all, rank_dedup"
-OF_INFERENCE = {
-    f"{name}: forward, inference"
-    for name in ("grouped_mm of a layer", RANK_DEDUP, f"{RANK_DEDUP}, beside the reference", "reference layer")
-}
-OF_TRAINING = {
-    f"{name}: forward and backward"
-    for name in ("grouped_mm of a layer", RANK_DEDUP, f"{RANK_DEDUP}, redispatch, cpu_sync")
-}
+LAYERS = ("grouped_mm of a layer", "layer all_to_all, rank_dedup")
+BESIDE, AGAIN = (f"{LAYERS[1]}, {words}" for words in ("beside the reference", "redispatch, cpu_sync"))
+OF_INFERENCE = {f"{name}: forward, inference" for name in (*LAYERS, BESIDE, "reference layer")}
+OF_TRAINING = {f"{name}: forward and backward" for name in (*LAYERS, AGAIN)}
 
 
 def checked(done: subprocess.CompletedProcess[str], path: Path, world_size: int) -> list[dict[str, Any]]:

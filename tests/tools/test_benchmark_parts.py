@@ -212,7 +212,7 @@ def test_every_faulted_gradient_is_red(
             assert reds(judge(oracle, bad, bad)) == [f"reference's {shown}"]
             if factor == 1.1:
                 found = faults_of(bad, oracle.truth, plain)
-                assert [fault.split(":")[0] for fault in found] == ([name] if is_wrong else [])
+                assert [fault.split(":")[0] for fault in found] == ([shown] if is_wrong else [])
 
 
 def reds(answer: Answer) -> list[str]:
