@@ -138,7 +138,8 @@ RANK_DEDUP = {"dispatch": DispatchMode.RANK_DEDUP, "combine": CombineMode.RANK_D
 
 
 ON_RANKS = [
-    ("fast", RANK_DEDUP, SMALLEST, 2),
+    # With the smallest's two tokens a right gradient of the scores has more than twice plain PyTorch's error, by chance.
+    ("fast", RANK_DEDUP, replace(SMALLEST, tokens=4), 2),
     ("reference", {}, SHAPE, 1),
     # A rank has fewer experts than a token chooses.
     ("reference", {}, replace(SHAPE, num_experts=4, top_k=4), 2),
