@@ -138,7 +138,7 @@ RANK_DEDUP = {"dispatch": DispatchMode.RANK_DEDUP, "combine": CombineMode.RANK_D
 
 
 ON_RANKS = [
-    # With the smallest's two tokens a right gradient of the scores has more than twice plain PyTorch's error, by chance.
+    # With two tokens a right gradient of the scores has more than twice the error of plain PyTorch, by chance.
     ("fast", RANK_DEDUP, replace(SMALLEST, tokens=4), 2),
     ("reference", {}, SHAPE, 1),
     # A rank has fewer experts than a token chooses.
