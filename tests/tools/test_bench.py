@@ -106,9 +106,9 @@ TOKENS, EXPERTS, TOP_K, ROW_BYTES = 6, 8, 2, 16 * torch.bfloat16.itemsize
 def rows_by_hand() -> dict[str, dict[str, float]]:
     """Bytes in rows, of the smoke size on two ranks, the mean of both: over the link, and through memory."""
     # The rank of each choice, from ids drawn as the benches draw them.
-    generators = [torch.Generator().manual_seed(2000 + rank) for rank in range(2)]
+    generators = [torch.Generator().manual_seed(rank) for rank in range(2)]
     drawn_RTE = torch.stack([torch.rand(TOKENS, EXPERTS, generator=generator) for generator in generators])
-    owner_RTK = drawn_RTE.topk(TOP_K, dim=2).indices // (EXPERTS // 2)
+    owner_RTK = drawn_RTE.topk(TOP_K, dim=2, largest=False).indices // (EXPERTS // 2)
     is_own = owner_RTK == torch.arange(2)[:, None, None]
     kept, away = (float(which.any(dim=2).sum()) / 2 for which in (is_own, ~is_own))
     slots_away, rows = float((~is_own).sum()) / 2, TOKENS * TOP_K
