@@ -1,8 +1,12 @@
 """End-to-end benchmarks of tiny layers, for the tests of the benchmark."""
 
-import weakref
-from collections.abc import Callable, Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import harness.end_to_end as module
@@ -12,6 +16,7 @@ import torch.distributed as dist
 from harness.context import BenchContext, Rounds
 from harness.layer import LayerUnderTest
 from harness.results import Results
+from limits import HANG_SECONDS
 
 from sonic_ep import EPConfig, ExpertParallel
 from sonic_ep.cost import LinkBandwidth
@@ -28,8 +33,18 @@ MANY = Shape(tokens=256, hidden=64, intermediate=32, num_experts=8, top_k=4)
 SMALLEST = Shape(tokens=2, hidden=8, intermediate=8, num_experts=2, top_k=1)
 MODES = EPConfig(dispatch="all_to_all", combine="rank_dedup")
 CONFIG_NAMES = ("dispatch", "combine", "redispatch_x_in_backward", "cpu_sync_on_runtime")
-
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 Run = tuple[schema.Layer, list[str]]
+
+
+def python_in_root(*words: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """A Python of its own in the root of the repository, on the CPU."""
+    # With the variables of pytest-xdist about, pytest-benchmark takes itself for a part of its run and reports nothing.
+    dropped = ("PYTEST_XDIST_", "TRITON_INTERPRET")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **settings}
+    options = {"capture_output": True, "text": True, "timeout": HANG_SECONDS, "cwd": Path(__file__).parents[2]}
+    return subprocess.run([sys.executable, *words], env=environment, **options)
 
 
 def few_rounds(patched: pytest.MonkeyPatch) -> None:
@@ -63,67 +78,17 @@ def layer_on(rank: Rank, shape: Shape = SHAPE, options: LayerOptions | None = No
 
 def setup_of(setting: dict[str, Any], world_size: int, backend: str, shape: Shape) -> module.Setup:
     """What ``setting`` asks for; what it leaves out is the default."""
-    left = {"backward": True, "routing": "uniform", "dtype": shape.dtype, **setting}
+    left = {"backward": True, "dtype": shape.dtype, **setting}
     config = EPConfig(**{name: left.pop(name) for name in CONFIG_NAMES if name in left})
     given = {"backward": left.pop("backward"), "world_size": world_size, "backend": backend, "config": config}
-    sized = Shape(**{**vars(shape), "dtype": left.pop("dtype")})
-    return module.Setup(shape=sized, options=LayerOptions(**left), **given)
+    return module.Setup(shape=replace(shape, dtype=left.pop("dtype")), options=LayerOptions(**left), **given)
 
 
 def run_on_rank(
-    rank: Rank,
-    setting: dict[str, Any],
-    backend: str = "reference",
-    shape: Shape = SHAPE,
-    bandwidth: LinkBandwidth | None = None,
+    rank: Rank, setting: dict[str, Any], backend: str, shape: Shape = SHAPE, bandwidth: LinkBandwidth | None = None
 ) -> Run:
     """The document, and all that was said."""
     said: list[str] = []
-    setup = setup_of(setting, rank.world_size, backend, shape)
     with pytest.MonkeyPatch.context() as patched, context_on(rank, bandwidth) as context:
         few_rounds(patched)
-        return module.run_end_to_end(setup, context, said.append), said
-
-
-def watched_on_rank(rank: Rank, setting: dict[str, Any], backend: str, *more: Any) -> tuple[Run, list[str], list[bool]]:
-    """``run_on_rank``, what it did not free or close, and ``cpu_sync_on_runtime`` of references beside a fast layer.
-
-    Not freed: baselines when the second batch of cases begins, and in the end.
-    """
-    made: list[ExpertParallel] = []
-    alive: list[str] = []
-    watched: list[weakref.ref[Any]] = []
-    honest = ExpertParallel.__init__
-
-    def look() -> None:
-        alive.extend(type(found).__name__ for found in (each() for each in watched) if found is not None)
-
-    def watch(name: str, *, at_once: bool = False) -> None:
-        function: Callable[..., Any] = getattr(LayerUnderTest, name)
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            if at_once:
-                look()
-            found = function(*arguments, **options)
-            watched.append(weakref.ref(found))
-            return found
-
-        patched.setattr(LayerUnderTest, name, call)
-
-    def start(self: ExpertParallel, *arguments: Any, **options: Any) -> None:
-        made.append(self)
-        honest(self, *arguments, **options)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ExpertParallel, "__init__", start)
-        watch("prove_routed")
-        watch("products")
-        watch("prove_one_gpu", at_once=True)
-        run = run_on_rank(rank, setting, backend, *more)
-    seen = len(watched)
-    look()
-    assert seen == (4 if rank.world_size > 1 else 2), "the benchmark makes other things than those that are watched"
-    # The context's own is closed when the benchmark has ended.
-    still_open = [ep.backend for ep in made[1:] if not ep._call_guard.closed]
-    exact = [ep.config.cpu_sync_on_runtime for ep in made[1:] if ep.backend == "reference" and backend == "fast"]
-    return run, alive + still_open, exact
+        return module.run_end_to_end(setup_of(setting, rank.world_size, backend, shape), context, said.append), said

@@ -1,23 +1,27 @@
 """The end-to-end benchmark: complete where the layer is right, red and without a time where it is not."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any
+from unittest.mock import patch
 
 import msgspec
 import pytest
 import torch
-from end_to_end import MANY, SHAPE, SMALLEST, context_on, few_rounds, run_on_rank, setup_of, watched_on_rank
-from harness.end_to_end import DERIVED, run_end_to_end
-from harness.layer import Pass
+from end_to_end import MANY, SHAPE, SMALLEST, context_on, few_rounds, run_on_rank, setup_of
+from harness.end_to_end import run_end_to_end
+from harness.layer import LayerUnderTest, Pass
+from on_ranks import on_ranks
 from schema import Layer
 
 from sonic_ep import CombineMode, DispatchMode, ExpertParallel
 from sonic_ep.config import ScoreOrder
 from sonic_ep.cost import LinkBandwidth
-from sonic_ep.profiler import WrongResultError
+from sonic_ep.distributed.group import resolve_group
+from sonic_ep.profiler.agreement import WrongResultError, gathered
 from sonic_ep.profiler.problem import Shape
 from sonic_ep.profiler.report import EVERY_MODE, EVERY_PAIR
 from sonic_ep.testing import Rank, RankPool
@@ -27,10 +31,7 @@ from sonic_ep.testing.oracle import LayerCall
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "dispatch": ("auto", *DispatchMode),
     "combine": ("auto", *CombineMode),
-    "redispatch_x_in_backward": (False, True),
-    "cpu_sync_on_runtime": (False, True),
-    "biased": (False, True),
-    "norm_topk_probs": (False, True),
+    **dict.fromkeys(("redispatch_x_in_backward", "cpu_sync_on_runtime", "biased", "norm_topk_probs"), (False, True)),
     "score_order": tuple(ScoreOrder),
     "gate_layout": ("interleaved", "concat"),
     "activation": ("swiglu", "gelu", "relu_sq"),
@@ -47,7 +48,8 @@ def trials() -> Iterator[Any]:
     for place, setting in enumerate(SETTINGS):
         for world_size in (1, 2):
             everyday = place % 2 == 0 and place < 12 and world_size == 1 + place // 2 % 2
-            yield pytest.param(setting, world_size, marks=() if everyday else pytest.mark.thorough)
+            yield pytest.param(setting, world_size, "reference", marks=() if everyday else pytest.mark.thorough)
+        yield pytest.param(setting, 2, "fast", marks=pytest.mark.thorough)
 
 
 def check(found: list[tuple[Layer, list[str]]], setting: dict[str, Any], backend: str, device_type: str) -> Layer:
@@ -55,23 +57,17 @@ def check(found: list[tuple[Layer, list[str]]], setting: dict[str, Any], backend
     said, world_size = found[0][1], len(found)
     written = msgspec.json.encode(found[0][0])
     assert all((msgspec.json.encode(other), lines) == (written, said) for other, lines in found)
-    document = msgspec.json.decode(written, type=Layer)
+    document, backward = msgspec.json.decode(written, type=Layer), setting.get("backward", True)
     assert (document.setup.world_size, document.setup.backend) == (world_size, backend)
     check_accuracy(document, setting.get("biased", False))
     check_modes(document, setting)
-    check_times(document, setting.get("backward", True))
-    check_memory(document, device_type == "cuda", setting.get("backward", True))
+    check_times(document, backward)
+    check_memory(document, device_type == "cuda", backward)
     # Every figure has its line, and the accuracies stand before the first of them.
     text = "\n".join(said)
     assert sum(line.endswith("PASS") for line in said) == len(document.accuracy) * text.count("verifying ")
     assert "FAIL" not in text
     assert text.index("PASS") < text.index("picked: ") < text.index("memory, MiB") < text.index("TFLOP/s a rank")
-    times = [f"{each.pass_name:<22} {each.what} " for each in document.times]
-    for start in [*times, *(f"{each.what} " for each in document.memory)]:
-        assert sum(line.startswith(start) for line in said) == 1
-    for name, figure in DERIVED.items():
-        lines = [line for line in said if line.strip().startswith(f"{figure} ")]
-        assert len(lines) == sum(getattr(each, name) is not None for each in document.derived)
     return document
 
 
@@ -81,10 +77,9 @@ def check_accuracy(document: Layer, biased: bool) -> None:
     of_reference = [f"reference's {name}" for name in names] if document.setup.backend == "fast" else []
     assert [each.name for each in document.accuracy] == [*of_reference, *names]
     for each in document.accuracy:
-        assert each.ok
         # The one score of a token does not depend on the router.
         constant = each.name.endswith("drouter_w") and document.setup.thiek[-1] == 1
-        assert (each.error == 0) == constant
+        assert (each.ok, each.error == 0) == (True, constant)
 
 
 def check_modes(document: Layer, setting: dict[str, Any]) -> None:
@@ -103,26 +98,20 @@ def check_modes(document: Layer, setting: dict[str, Any]) -> None:
 
 
 def check_times(document: Layer, backward: bool) -> None:
-    passes, alone = (
-        [which.value for which in Pass if backward or which is not Pass.STEP],
-        document.setup.world_size == 1,
-    )
-    with_reference = document.setup.backend == "fast"
+    passes = [which.value for which in Pass if backward or which is not Pass.STEP]
+    alone, with_reference = document.setup.world_size == 1, document.setup.backend == "fast"
     slow = [] if alone else ["one GPU"]
     slow += [f"reference over {document.environment.process_group or 'one rank'}"] if with_reference else []
     names = ["grouped GEMMs", "layer", "given routing", *([] if alone else ["same rows locally"])]
     names += ["layer, beside these", *slow] if slow else []
     assert [(each.pass_name, each.what) for each in document.times] == [(p, n) for p in passes for n in names]
     assert [each.pass_name for each in document.derived] == [each.pass_name for each in document.breakdown] == passes
+    expected = {"pass_name", "over_gemms"} | ({"over_reference"} if with_reference else set())
+    expected |= set() if alone else {"exposed_communication_us", "scaling_efficiency"}
+    expected |= {"link_us", "over_gemms_and_link"} if alone or document.rates_gb_per_s.read is not None else set()
     for each in document.derived:
-        there = {name for name, value in msgspec.structs.asdict(each).items() if value is not None}
-        assert there == {
-            *("pass_name", "over_gemms"),
-            *(() if alone else ("exposed_communication_us", "scaling_efficiency")),
-            *(("link_us", "over_gemms_and_link") if alone or document.rates_gb_per_s.read is not None else ()),
-            *(("over_reference",) if with_reference else ()),
-        }
-        assert all(getattr(each, name) > 0 for name in there & {"over_gemms", "scaling_efficiency"})
+        assert {name for name, value in msgspec.structs.asdict(each).items() if value is not None} == expected
+        assert all(getattr(each, name) > 0 for name in expected & {"over_gemms", "scaling_efficiency"})
         assert not alone or each.link_us == 0
     for each in document.breakdown:
         assert list(each.parts) == ["plan", "dispatch", "grouped GEMMs", "combine", "rest"]
@@ -137,18 +126,10 @@ def check_memory(document: Layer, on_gpu: bool, backward: bool) -> None:
         assert (each.measured_bytes is not None) == (on_gpu and each.what != "shared memory")
 
 
-@pytest.mark.parametrize(("setting", "world_size"), list(trials()))
-def test_a_report_is_complete(pool: RankPool, setting: dict[str, Any], world_size: int) -> None:
-    found = pool.run(run_on_rank, setting, world_size=world_size)
-    check(found, setting, "reference", pool._device_type)
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("backend", ["fast"])
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_a_report_of_the_fast_backend_is_complete(pool: RankPool, setting: dict[str, Any], backend: str) -> None:
-    shape = MANY if pool._device_type == "cuda" else SHAPE
-    found = pool.run(run_on_rank, setting, backend, shape, world_size=2)
+@pytest.mark.parametrize(("setting", "world_size", "backend"), list(trials()))
+def test_a_report_is_complete(pool: RankPool, setting: dict[str, Any], world_size: int, backend: str) -> None:
+    shape = MANY if (backend, pool._device_type) == ("fast", "cuda") else SHAPE
+    found = pool.run(run_on_rank, setting, backend, shape, world_size=world_size)
     check(found, setting, backend, pool._device_type)
 
 
@@ -156,22 +137,44 @@ MODES = {"dispatch": DispatchMode.ALL_TO_ALL, "combine": CombineMode.RANK_DEDUP}
 RANK_DEDUP = {"dispatch": DispatchMode.RANK_DEDUP, "combine": CombineMode.RANK_DEDUP, "backward": False}
 
 
-@pytest.mark.parametrize(
-    ("backend", "setting", "shape", "world_size"),
-    [
-        ("fast", RANK_DEDUP, SMALLEST, 2),
-        ("reference", {}, SHAPE, 1),
-        # A rank has fewer experts than a token chooses.
-        ("reference", {}, replace(SHAPE, num_experts=4, top_k=4), 2),
-    ],
-)
+ON_RANKS = [
+    # With two tokens a right gradient of the scores has more than twice the error of plain PyTorch, by chance.
+    ("fast", RANK_DEDUP, replace(SMALLEST, tokens=4), 2),
+    ("reference", {}, SHAPE, 1),
+    # A rank has fewer experts than a token chooses.
+    ("reference", {}, replace(SHAPE, num_experts=4, top_k=4), 2),
+]
+
+
+@on_ranks(pool="cpu_pool")
+@pytest.mark.parametrize(("backend", "setting", "shape", "world_size"), ON_RANKS)
 def test_baselines_are_freed_and_with_ceilings_the_link_is_counted(
-    cpu_pool: RankPool, backend: str, setting: dict[str, Any], shape: Shape, world_size: int
+    rank: Rank, backend: str, setting: dict[str, Any], shape: Shape, world_size: int
 ) -> None:
-    found = cpu_pool.run(watched_on_rank, setting, backend, shape, FAST_LINK, world_size=world_size)
-    document = check([run for run, _, _ in found], setting, backend, "cpu")
-    # Every layer of the reference beside a fast one has exact sizes.
-    assert [(kept, all(exact), bool(exact)) for _, kept, exact in found] == [([], True, backend == "fast")] * world_size
+    """Baselines are freed when the second batch of cases begins, and in the end."""
+    made: list[weakref.ref[Any]] = []
+
+    def watch(name: str) -> Any:
+        honest = getattr(LayerUnderTest, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            assert name != "prove_one_gpu" or {each() for each in made} == {None}
+            found = honest(*arguments, **options)
+            made.append(weakref.ref(found))
+            return found
+
+        return patch.object(LayerUnderTest, name, call)
+
+    started = patch.object(ExpertParallel, "__init__", autospec=True, side_effect=ExpertParallel.__init__)
+    with started as starts, watch("prove_routed"), watch("products"), watch("prove_one_gpu"):
+        run = run_on_rank(rank, setting, backend, shape, FAST_LINK)
+    assert [each() for each in made] == [None] * (4 if world_size > 1 else 2)
+    # All but the context's own.
+    opened = [call.args[0] for call in starts.call_args_list[1:]]
+    assert all(ep._call_guard.closed for ep in opened)
+    if backend == "fast":
+        assert {ep.config.cpu_sync_on_runtime for ep in opened if ep.backend == "reference"} == {True}
+    document = check(gathered(resolve_group(None), run), setting, backend, "cpu")
     assert all((each.over_gemms_and_link or 0) <= (each.over_gemms or 0) for each in document.derived)
     assert document.rates_gb_per_s.read == 1e6
     assert document.profile is not None
@@ -186,15 +189,13 @@ def times_of(part: str, factor: float, calls: int, backward: bool, patched: pyte
         found = honest(self, ep, **which)
         # Of the layer, not of its baselines, in inference or where there are gradients.
         passed = {"training": True, "backward": True, **which} == {"training": backward, "backward": backward}
-        if "router_logits" not in found or not passed:
-            return found
-        wrong = next(counted) == calls and rank.rank == 1
+        wrong = "router_logits" in found and passed and next(counted) == calls and rank.rank == 1
         return {**found, part: found[part] * factor} if wrong else found
 
     patched.setattr(LayerCall, "run", corrupted)
 
 
-def said_before(rank: Rank, poison: Callable[[Any, Rank], None]) -> tuple[str, list[str], int]:
+def refused(rank: Rank, poison: Callable[[Any, Rank], None]) -> tuple[str, list[str], int]:
     """What a benchmark raises after ``poison`` has patched something, what it has said, and entries of results."""
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patched, context_on(rank) as context:
@@ -202,25 +203,19 @@ def said_before(rank: Rank, poison: Callable[[Any, Rank], None]) -> tuple[str, l
         poison(patched, rank)
         with pytest.raises(WrongResultError) as raised:
             run_end_to_end(setup_of(MODES, rank.world_size, "reference", SHAPE), context, said.append)
-        return str(raised.value), said, len(context.results.entries)
-
-
-def refused(cpu_pool: RankPool, poison: Any) -> tuple[str, list[str], int]:
-    """``said_before`` of both ranks, which agree."""
-    found, other = cpu_pool.run(said_before, poison, world_size=2)
-    assert found == other
+        found = str(raised.value), said, len(context.results.entries)
+        assert gathered(context.group, found) == [found] * rank.world_size
     return found
 
 
+@on_ranks(2, pool="cpu_pool")
 @pytest.mark.parametrize(("part", "name"), [("dw1", "dw1"), ("y", "o"), ("drouter_w", "drouter_w"), ("dx", "dx")])
-def test_a_wrong_layer_fails_and_has_no_times(cpu_pool: RankPool, part: str, name: str) -> None:
-    message, said, entries = refused(cpu_pool, partial(times_of, part, 1.1, 0, True))
+def test_a_wrong_layer_fails_and_has_no_times(rank: Rank, part: str, name: str) -> None:
+    message, said, entries = refused(rank, partial(times_of, part, 1.1, 0, True))
     assert message.startswith(f"rank 0 of 2: {name}: relative error ")
     assert f"; rank 1 of 2: {name}: relative error " in message
     assert entries == 0
-    assert said[0].startswith("verifying ")
-    assert said[1].startswith("against a wider dtype ")
-    assert [line.split()[0] for line in said[2:]] == ["o", "dx", "drouter_w", "dw1", "dw2"]
+    assert [line.partition(" ")[0] for line in said] == ["verifying", "against", "o", "dx", "drouter_w", "dw1", "dw2"]
     assert [line.split()[0] for line in said if line.endswith("FAIL")] == [name]
 
 
@@ -235,22 +230,23 @@ def corrupt_dispatch(patched: pytest.MonkeyPatch, rank: Rank) -> None:
     patched.setattr(ExpertParallel, "dispatch", dispatch)
 
 
-def only_the_accuracies(said: list[str]) -> bool:
-    """Nothing but one table of accuracies was said."""
-    return said[0].startswith("verifying ") and len(said) == 7 and all(line.endswith("PASS") for line in said[2:])
-
-
 # Two calls prove a pass, one round is timed, two calls prove it again; with gradients the layer was verified before.
-@pytest.mark.parametrize(("part", "calls"), [("y", 1), ("y", 2), ("y", 4), ("dw1", 2)])
-def test_a_pass_that_is_wrong_once_is_found(cpu_pool: RankPool, part: str, calls: int) -> None:
-    message, said, _ = refused(cpu_pool, partial(times_of, part, -1, calls, part == "dw1"))
-    assert message.startswith(f"rank 1 of 2: layer: {part}: ")
+@on_ranks(2, pool="cpu_pool")
+@pytest.mark.parametrize(
+    ("poison", "what"),
+    [
+        (partial(times_of, "y", -1, 1, False), "layer: y"),
+        (partial(times_of, "y", -1, 2, False), "layer: y"),
+        (partial(times_of, "y", -1, 4, False), "layer: y"),
+        (partial(times_of, "dw1", -1, 2, True), "layer: dw1"),
+        (corrupt_dispatch, "dispatch by all_gather: rows"),
+    ],
+)
+def test_a_pass_that_is_wrong_once_and_a_wrong_primitive_are_found(rank: Rank, poison: Any, what: str) -> None:
+    message, said, entries = refused(rank, poison)
+    assert message.startswith(f"rank 1 of 2: {what}: ")
     assert "rank 0" not in message
-    assert only_the_accuracies(said)
-
-
-def test_a_wrong_primitive_fails_and_has_no_times(cpu_pool: RankPool) -> None:
-    message, said, entries = refused(cpu_pool, corrupt_dispatch)
-    assert message.startswith("rank 1 of 2: dispatch by all_gather: rows: ")
-    assert entries == 0
-    assert only_the_accuracies(said)
+    assert poison is not corrupt_dispatch or entries == 0
+    # Nothing but one table of accuracies was said.
+    assert said[0].startswith("verifying ")
+    assert [line.endswith("PASS") for line in said[2:]] == [True] * 5
