@@ -4,9 +4,8 @@ An object admits one thread at a time, in a call or in a backward, and recompute
 """
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,19 +15,18 @@ import torch.distributed as dist
 from backends import both_backends
 from calls import HELD, HIDDEN, INTERMEDIATE, call_of, good_call, in_another_thread, routed, with_trained_experts
 from layer_inputs import layer_inputs
+from lives import layer_of
 from new_group import own_process_group
 from on_ranks import on_ranks
 from promises import promise
 from same import assert_same_bits
 
 import sonic_ep
-from sonic_ep import ClosedError, CollectiveMismatchError, EPConfig, ExpertParallel
+from sonic_ep import ClosedError, CollectiveMismatchError, EPConfig, ExpertParallel, RoutingPlan
 from sonic_ep.errors import ConcurrentCallError
 from sonic_ep.testing import CASES, Rank
 
 ODD = 1
-
-
 BIASES = {"b1": torch.zeros(HELD, 2 * INTERMEDIATE), "b2": torch.zeros(HELD, HIDDEN)}
 TRAINED = {"w1": torch.zeros(HELD, 2 * INTERMEDIATE, HIDDEN, requires_grad=True)}
 DEFAULTS, ROUTER = "EPConfig(dispatch='auto', combine='auto'", "RouterOptions(top_k="
@@ -50,22 +48,15 @@ ODDITIES: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [
 ]
 
 
-def planned(ep: ExpertParallel, num_experts: int) -> object:
+def planned(ep: ExpertParallel, num_experts: int) -> RoutingPlan:
     return ep.plan(torch.zeros(1, 1, dtype=torch.int64), num_experts)
-
-
-@contextmanager
-def calls_of_a_group(rank: Rank, **options: Any) -> Iterator[ExpertParallel]:
-    """Collective. An object of a group of its own."""
-    with own_process_group(rank) as group, ExpertParallel(group, **options) as ep:
-        yield ep
 
 
 def refused(rank: Rank, options: dict[str, Any], changes: dict[str, Any], check: bool) -> str:
     """The error of a call that is odd on one rank."""
     odd = rank.rank == ODD
     common = {"backend": "reference", "max_tokens_per_rank": 8, "check_collective": check}
-    with calls_of_a_group(rank, **{**common, **(options if odd else {})}) as ep:
+    with own_process_group(rank) as group, ExpertParallel(group, **{**common, **(options if odd else {})}) as ep:
         call = call_of(rank.world_size, **(changes if odd else {}))
         with pytest.raises(CollectiveMismatchError) as raised:
             planned(ep, 2 * rank.world_size) if "plans" in call else ep.moe(**call)
@@ -132,17 +123,16 @@ def test_x_requires_a_gradient_on_every_rank_or_on_none(rank: Rank, backend: str
         ep.moe(**arguments).y.sum().backward()
         assert (arguments["x"].grad is not None) == (not odd)
         assert arguments["w1"].grad is not None
-    words = f"x {'does not require' if odd else 'requires'} a gradient there, unlike here .*"
+    trained = f"x {'does not require' if odd else 'requires'} a gradient there, unlike here "
+    words = rf"{trained}.*: x.requires_grad_\(\) on every rank or on none"
     for is_routed in (False, True):
         arguments = call_of(rank.world_size)
         arguments["x"].requires_grad_(odd)
-        with calls_of_a_group(rank, backend=backend) as ep:
+        with own_process_group(rank) as group, ExpertParallel(group, backend=backend) as ep:
             call, arguments = (ep.moe_routed, routed(arguments)) if is_routed else (ep.moe, arguments)
             with torch.no_grad():
                 call(**arguments)
-            with pytest.raises(
-                CollectiveMismatchError, match=rf"{words}: x.requires_grad_\(\) on every rank or on none"
-            ):
+            with pytest.raises(CollectiveMismatchError, match=words):
                 call(**arguments)
 
 
@@ -159,12 +149,11 @@ def test_a_rank_with_too_many_tokens_may_call_again(rank: Rank, backend: str) ->
             idx = idx[:3]
         assert ep.plan(idx, rank.world_size).counts.tolist() == [4, 3]
         assert ep.plan(idx[:2], rank.world_size).counts.tolist() == [2] * rank.world_size
-        arguments = call_of(rank.world_size)
-        x, router_w, w1, w2 = (arguments[name].to(rank.device) for name in ("x", "router_w", "w1", "w2"))
+        x, *weights = layer_of(rank, tokens=5)
         if rank.rank == ODD:
             with pytest.raises(ValueError, match="tokens T: got 5, expected at most C=4"):
-                ep.moe(x, router_w, w1, w2, 2)
-        assert ep.moe(x[:1], router_w, w1, w2, 2).tokens_per_expert.sum() == 2 * rank.world_size
+                ep.moe(x, *weights, 2)
+        assert ep.moe(x[:1], *weights, 2).tokens_per_expert.sum() == 2 * rank.world_size
 
 
 @promise("mismatch")
@@ -186,7 +175,7 @@ def test_a_rank_that_asks_for_fewer_gradients_is_found(rank: Rank, backend: str,
         gradients(wanted if odd else leaves)
         planned(ep, rank.world_size)
 
-    with calls_of_a_group(rank, backend=backend) as ep:
+    with own_process_group(rank) as group, ExpertParallel(group, backend=backend) as ep:
         expected = gradients(leaves)
         found = gradients([name for name in leaves if name != "router_w" or not odd])
         assert_same_bits(found, {name: expected[name] for name in found})
@@ -285,17 +274,16 @@ def test_every_fact_of_a_call_is_in_its_digest() -> None:
 @both_backends
 @on_ranks(2, pool="cpu_pool")
 def test_a_signals_handler_that_calls_is_refused_and_harms_nothing(rank: Rank, backend: str) -> None:
-    ids = torch.zeros((1, 1), dtype=torch.int64)
     store, handled = dist.distributed_c10d._get_default_store(), f"{backend}: a signal was handled"
     refused: list[str] = []
     with ExpertParallel(backend=backend, max_tokens_per_rank=1) as ep:
-        ep.plan(ids, rank.world_size)
+        planned(ep, 2)
 
         def handler(*_: object) -> None:
             if not ep._collectives.call_lock._waiting or refused:
                 return
             with pytest.raises(ConcurrentCallError) as raised:
-                ep.plan(ids, rank.world_size)
+                planned(ep, 2)
             refused.append(str(raised.value))
             store.set(handled, "1")
 
@@ -304,7 +292,7 @@ def test_a_signals_handler_that_calls_is_refused_and_harms_nothing(rank: Rank, b
             signal.setitimer(signal.ITIMER_REAL, 0.3, 0.3)
         else:
             store.wait([handled])
-        assert ep.plan(ids, rank.world_size).counts.tolist() == [2, 0]
+        assert planned(ep, 2).counts.tolist() == [2, 0]
         if rank.rank == 0:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
@@ -331,12 +319,11 @@ def test_a_backward_takes_the_lock(rank: Rank, backend: str) -> None:
 def test_the_interpreter_runs_the_kernel_of_one_thread(rank: Rank) -> None:
     from sonic_ep.fast.launch import alone_in_this_process
 
-    idx = torch.zeros((1, 1), dtype=torch.int64)
     with ExpertParallel(backend="fast") as ep:
         with alone_in_this_process():
-            (refused,) = in_another_thread(lambda: ep.plan(idx, 1))
+            (refused,) = in_another_thread(lambda: planned(ep, 1))
         assert refused.startswith("Triton's interpreter: got a kernel while another thread runs one")
-        assert in_another_thread(lambda: ep.plan(idx, 1)) == []
+        assert in_another_thread(lambda: planned(ep, 1)) == []
 
 
 class WithoutTextError(Exception):

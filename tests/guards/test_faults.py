@@ -6,7 +6,6 @@ import signal
 import time
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 from backends import BACKENDS, both_backends
@@ -86,9 +85,25 @@ AT_ONCE = {"skips backward", "another shape", "another order", "another config"}
 LEFT = {"raises": "KeyError: 'the batch has no labels'", "too many tokens": "expected at most C=5"}
 
 
-def assert_others_end(fault: str, backend: str, folder: Path, **options: Any) -> None:
-    """All ranks but the odd one end with an error that names it, though they would wait for it for ever."""
-    for rank, (code, said) in enumerate(exits(folder, train, fault, backend, odd=ODD, **options)):
+# They go the way of another fault on that backend.
+ALIKE = {("reference", "another order"), ("reference", "raises")}
+ALIKE |= {("fast", "another order"), ("fast", "hangs"), ("fast", "too many tokens")}
+FAULTS = [
+    pytest.param(*case, device_type, False, marks=pytest.mark.thorough if case in ALIKE else ())
+    for case, device_type in product(product(BACKENDS, SEEN), DEVICE_TYPES)
+]
+FAULTS += [pytest.param("reference", fault, "cpu", True) for fault in ("killed", "hangs")]
+
+
+@promise("bounded-waits", "left-by-error", "lost-rank", "mismatch")
+@pytest.mark.parametrize(("backend", "fault", "device_type", "served"), FAULTS)
+def test_the_others_end_in_time_and_name_the_rank(
+    backend: str, fault: str, device_type: str, served: bool, tmp_path: Path
+) -> None:
+    """Though they would wait for it for ever. served: by rank 0, whose end is that of the store, and is not blamed."""
+    size = 4 if served else 2 if device_type == "cuda" else 3
+    program = {"world_size": size, "device_type": device_type, "served": served}
+    for rank, (code, said) in enumerate(exits(tmp_path, train, fault, backend, odd=ODD, **program)):
         if rank == ODD:
             continue
         assert code == 1, (rank, code, said)
@@ -96,27 +111,6 @@ def assert_others_end(fault: str, backend: str, folder: Path, **options: Any) ->
         named = "\n".join(line for line in said.splitlines() if re.search(error, line))
         assert re.search(rf"rank {ODD}\b.*phase ({SEEN[fault]}) of step \d", named), (rank, said)
         assert fault not in LEFT or re.search(rf"rank {ODD} left.*{LEFT[fault]}", named), (rank, named)
-
-
-@promise("lost-rank")
-@pytest.mark.parametrize("fault", ["killed", "hangs"])
-def test_the_rank_with_the_store_is_not_blamed_for_another(fault: str, tmp_path: Path) -> None:
-    """Rank 0 ends by its error, and with it the store by which others find out which rank was missing."""
-    assert_others_end(fault, "reference", tmp_path, world_size=4, store_at_rank_0=True)
-
-
-# They go the way of another fault on that backend.
-ALIKE = {("reference", "another order"), ("reference", "raises")}
-ALIKE |= {("fast", "another order"), ("fast", "hangs"), ("fast", "too many tokens")}
-FAULTS = [pytest.param(*case, marks=pytest.mark.thorough if case in ALIKE else ()) for case in product(BACKENDS, SEEN)]
-
-
-@promise("bounded-waits", "left-by-error", "mismatch")
-@pytest.mark.parametrize("device_type", DEVICE_TYPES)
-@pytest.mark.parametrize(("backend", "fault"), FAULTS)
-def test_the_others_end_in_time_and_name_the_rank(backend: str, fault: str, device_type: str, tmp_path: Path) -> None:
-    world_size = 2 if device_type == "cuda" else 3
-    assert_others_end(fault, backend, tmp_path, world_size=world_size, device_type=device_type)
 
 
 UNCAUGHT = """

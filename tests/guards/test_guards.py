@@ -2,8 +2,7 @@
 
 import importlib
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -14,22 +13,12 @@ from on_ranks import on_ranks
 from promises import promise
 from there_and_back import Modes, by_modes
 from torch import Tensor
+from workspaces import workspace_of
 
 from sonic_ep import EPConfig, ExpertParallel, RoutingPlan, RowOverflowError
-from sonic_ep.distributed.group import resolve_group
 from sonic_ep.testing import CASES, Inputs, Rank, assert_bitwise, draw
 
 pytestmark = pytest.mark.fast
-
-
-@contextmanager
-def workspace_of(rank: Rank) -> Iterator[Any]:
-    """Collective. A workspace of the world."""
-    from sonic_ep.fast.workspace import Workspace
-
-    workspace = Workspace(resolve_group(None), rank.device)
-    yield workspace
-    workspace.close()
 
 
 def scores_with_ids(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
@@ -187,9 +176,8 @@ def test_nothing_is_sent_without_a_slot(rank: Rank) -> None:
 
 def gradients(ep: ExpertParallel, inputs: Inputs, tokens: slice, wanted: tuple[bool, bool]) -> list[Tensor | None]:
     """Those of x and scores, where wanted."""
-    x, scores = inputs.x[tokens].clone(), inputs.topk_scores[tokens].clone()
-    for tensor, want in zip((x, scores), wanted, strict=True):
-        tensor.requires_grad_(want)
+    given = zip((inputs.x, inputs.topk_scores), wanted, strict=True)
+    x, scores = (tensor[tokens].clone().requires_grad_(want) for tensor, want in given)
     plan = ep.plan(inputs.topk_idx[tokens], inputs.case.num_experts)
     y = ep.combine(ep.dispatch(x, plan), scores, plan)
     with pytest.MonkeyPatch.context() as patch:

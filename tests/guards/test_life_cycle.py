@@ -20,10 +20,11 @@ from on_ranks import on_ranks
 from programs import output_at_end, start_program
 from promises import promise
 from same import assert_same_bits
+from torch import Tensor
 from torch.distributed import _symmetric_memory as symmetric_memory
 
 import sonic_ep
-from sonic_ep import ClosedError, ExpertParallel
+from sonic_ep import ClosedError, EPConfig, ExpertParallel
 from sonic_ep.errors import CollectiveMismatchError, PeerError
 from sonic_ep.testing import Rank, assert_bitwise
 
@@ -125,6 +126,28 @@ def test_what_is_forgotten_warns_and_its_graph_lives_on(rank: Rank, backend: str
         assert_same_bits(torch.autograd.grad(graph.square().sum(), leaves), expected)
     words = f"rank {rank.rank} of 2: this ExpertParallel was not closed: call close(), or use it in a with"
     assert (functional, freed) == ([], [words] if backend == "fast" else [])
+
+
+@on_ranks(2)
+def test_two_objects_of_one_group_take_turns(rank: Rank) -> None:
+    layers = [layer_of(rank, seed) for seed in range(2)]
+    configs = (EPConfig(dispatch="all_to_all", combine="rank_dedup"), EPConfig(redispatch_x_in_backward=True))
+    first, second = made = [ExpertParallel(backend="reference", config=config) for config in configs]
+
+    def forward(number: int) -> Tensor:
+        return made[number].moe(*layers[number], TOP_K).y
+
+    def with_gradients(number: int, y: Tensor) -> list[Tensor]:
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), layers[number])]
+
+    with first, second:
+        alone = [with_gradients(number, forward(number)) for number in range(2)]
+        for order in ((0, 1), (1, 0)):
+            outs = [forward(number) for number in range(2)]
+            planned(first, rank)
+            for number in order:
+                assert_same_bits(with_gradients(number, outs[number]), alone[number])
+                planned(second, rank)
 
 
 @pytest.mark.parametrize("order", ["made", "called", "called later"])

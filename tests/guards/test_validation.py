@@ -1,13 +1,10 @@
 """A wrong call is refused with rank, got and expected, before any communication, and leaves nothing behind."""
 
 import inspect
-import re
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +12,9 @@ import torch
 from calls import EXPERTS, HIDDEN, TOKENS, call_of, good_call, good_routed_call
 from limits import HANG_SECONDS
 from on_ranks import on_ranks
-from programs import output_at_end, start_program
 from promises import promise
 from torch import nn
+from torch import randn as rand
 
 import sonic_ep
 from sonic_ep import ClosedError, ExpertParallel
@@ -25,10 +22,6 @@ from sonic_ep.distributed.group import EPGroup
 from sonic_ep.testing import Rank
 
 BF16, FP16, INT, FP64 = torch.bfloat16, torch.float16, torch.int64, torch.float64
-
-
-def rand(*shape: int, **options: Any) -> torch.Tensor:
-    return torch.randn(shape, **options)
 
 
 def ids(*shape: int) -> torch.Tensor:
@@ -142,32 +135,6 @@ def test_wrong_on_all_ranks_or_on_one_is_refused_before_any_communication(rank: 
         for _ in range(2):
             assert ep.plan(right, num_experts=EXPERTS).counts.tolist() == [1, 1, 0, 0]
         assert ep._collectives._status_store.statuses() == {}
-
-
-WRONG_PROGRAM = """
-import torch, torch.distributed as dist, sonic_ep
-dist.init_process_group("gloo")
-# A rank that waited would wait for longer than this program may take.
-ep = sonic_ep.ExpertParallel(backend="reference", timeout=1200)
-ep.plan(torch.zeros(4, 1, dtype=torch.int64), num_experts=3)
-"""
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-
-
-def test_a_wrong_program_ends_and_leaves_nothing(tmp_path: Path) -> None:
-    process = start_program(tmp_path, WRONG_PROGRAM, launcher=LAUNCHER)
-    said = output_at_end(process)
-    assert process.returncode != 0
-    assert re.search("rank . of 2: number of experts E: got 3", said)
-    assert not list(processes_in(tmp_path))
-
-
-def processes_in(folder: Path) -> Iterator[bytes]:
-    """Command lines of live processes that run a program of ``folder``."""
-    for process in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            if bytes(folder) in (line := process.read_bytes()):
-                yield line
 
 
 def test_a_process_group_that_has_ended_is_told_as_such() -> None:

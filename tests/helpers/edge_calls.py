@@ -107,20 +107,32 @@ def plain(value: Any) -> Any:
         return torch.empty(held.shape, dtype=held.dtype, device=held.device).copy_(held)
 
 
+def attempt(make: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What ``make`` returns, or None and what is wrong with its error: ``ValueError`` or ``TypeError`` at once is right."""
+    started = time.process_time()
+    try:
+        return make(), None
+    except (ValueError, TypeError):
+        took = time.process_time() - started
+        return None, None if took < MOST_SECONDS else f"refused after {took:.1f} s"
+    except Exception as error:
+        return None, f"raised {type(error).__name__}: {str(error)[:200]}"
+
+
 def complaint(call: str, ep: ExpertParallel, arguments: Arguments, changes: Arguments, base: Outcome) -> str | None:
     """What is wrong with the call with ``changes``: it has to be right, or a ``ValueError`` or ``TypeError`` at once.
 
     base: the outcome of ``leaves(arguments)``.
     """
-    started = time.process_time()
-    try:
+
+    def checked() -> Outcome:
         found = outcome(call, ep, {**leaves(arguments), **leaves(changes)})
         ep.check()
-    except (ValueError, TypeError):
-        took = time.process_time() - started
-        return None if took < MOST_SECONDS else f"refused after {took:.1f} s"
-    except Exception as error:
-        return f"raised {type(error).__name__}: {str(error)[:200]}"
+        return found
+
+    found, wrong = attempt(checked)
+    if found is None:
+        return wrong
     if not all(isinstance(value, Tensor) for value in changes.values()):
         return "was taken"
     same = {name: plain(value).requires_grad_(value.requires_grad) for name, value in changes.items()}

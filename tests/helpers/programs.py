@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from sonic_ep.testing.interpreted import install_interpreter
 from sonic_ep.testing.ranks import SETTINGS, starting_context
 
 
-def start_program(folder: Path, source: str, *arguments: str, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
+def start_program(folder: Path, source: str, *arguments: str) -> subprocess.Popen[str]:
     """A process that runs ``source`` on the CPU. Standard output and errors are one stream."""
     script = folder / "program.py"
     script.write_text(source)
     settings = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-W", "always", *launcher, str(script), *arguments]
+    command = [sys.executable, "-W", "always", str(script), *arguments]
     return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -33,19 +33,13 @@ def output_at_end(process: subprocess.Popen[str]) -> str:
 
 
 def exits(
-    folder: Path,
-    body: Callable[..., None],
-    *arguments: Any,
-    world_size: int,
-    device_type: str = "cpu",
-    odd: int | None = None,
-    store_at_rank_0: bool = False,
+    folder: Path, body: Callable[..., None], *arguments: Any, world_size: int, odd: int, device_type: str, served: bool
 ) -> list[tuple[int | None, str]]:
     """Exit code and output of each rank of ``body(rank, *arguments)``.
 
-    odd: is killed when the others have ended; all are that hang. store_at_rank_0: a server, not a file.
+    odd: is killed when the others have ended; all are that hang. served: rank 0 is the store, which is not a file.
     """
-    common = (world_size, device_type, folder, store_at_rank_0, body, arguments)
+    common = (world_size, device_type, folder, served, body, *arguments)
     ranks = [starting_context().Process(target=_run_rank, args=(rank, *common)) for rank in range(world_size)]
     for process in ranks:
         process.start()
@@ -58,13 +52,7 @@ def exits(
 
 
 def _run_rank(
-    rank: int,
-    world_size: int,
-    device_type: str,
-    folder: Path,
-    store_at_rank_0: bool,
-    body: Callable[..., None],
-    arguments: tuple[Any, ...],
+    rank: int, world_size: int, device_type: str, folder: Path, served: bool, body: Callable[..., None], *arguments: Any
 ) -> None:
     os.environ.update(SETTINGS[device_type])
     install_interpreter()
@@ -78,19 +66,18 @@ def _run_rank(
     device = device_of_rank(rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = _served(folder / "port", rank) if store_at_rank_0 else dist.FileStore(str(folder / "store"), world_size)
+    store: dist.Store = dist.FileStore(str(folder / "store"), world_size)
+    if served:
+        store = _store_of_rank_0(store, rank)
     dist.init_process_group("nccl" if own_device else "gloo", store=store, rank=rank, world_size=world_size)
     del store
     body(Rank(rank=rank, world_size=world_size, device=device), *arguments)
     dist.destroy_process_group()
 
 
-def _served(at: Path, rank: int) -> dist.Store:
+def _store_of_rank_0(common: dist.Store, rank: int) -> dist.Store:
     if rank == 0:
         server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        at.with_suffix(".new").write_text(str(server.port))
-        at.with_suffix(".new").rename(at)
+        common.set("port", str(server.port))
         return server
-    while not at.exists():
-        time.sleep(0.02)
-    return dist.TCPStore("127.0.0.1", int(at.read_text()), wait_for_workers=False)
+    return dist.TCPStore("127.0.0.1", int(common.get("port")), wait_for_workers=False)
