@@ -1,4 +1,4 @@
-"""The architecture of docs/architecture.md: parts, imports, names and sizes."""
+"""Parts, imports, names and sizes are those of docs/architecture.md, and marks of tests those of docs/guarantees.md."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import sys
 import tokenize
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -72,7 +73,6 @@ def files(*folders: Path) -> list[Path]:
 
 SOURCES = files(PACKAGE)
 ALL = files(PACKAGE, ROOT / "bench")
-every_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 
 
 def part_of(path: Path) -> str:
@@ -98,7 +98,7 @@ def test_the_parts_are_those_of_the_layers() -> None:
     assert folders == {"distributed", "reference", "fast", "profiler", "testing", "cli"}
 
 
-@every_source
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_imports_go_down_and_heavy_ones_stay_where_they_belong(path: Path) -> None:
     names, part, place = imported(path), part_of(path), path.relative_to(PACKAGE).as_posix()
     parts = {name.split(".")[1] for name in names if name.startswith("sonic_ep.")} - {part}
@@ -189,3 +189,21 @@ def test_all_but_kernels_have_types() -> None:
             assert function.returns is not None, function.name
             parameters = [*function.args.args, *function.args.kwonlyargs]
             assert all(p.annotation is not None for p in parameters if p.arg != "self"), function.name
+
+
+def test_every_promise_is_kept_by_a_test_and_every_mark_is_of_a_promise() -> None:
+    """And files that docs/guarantees.md links exist."""
+    text = (ROOT / "docs" / "guarantees.md").read_text()
+    # Rows of tables: the promise, and last the words that `promise` marks its tests with.
+    kept_by = [row.strip("| ").split(" | ")[-1] for row in re.findall(r"^\| .*$", text, re.MULTILINE)]
+    kept_by = [by for by in kept_by if by not in ("kept by", "recorded in") and "bench/results" not in by]
+    listed = [re.findall(r"`([a-z0-9-]+)`", by) for by in kept_by]
+    assert len(kept_by) > 40
+    assert all(words or by.startswith("see ") for words, by in zip(listed, kept_by, strict=True))
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    marks = re.findall(r"^(?:@|pytestmark = )promise\((.*)\)$", sources, re.MULTILINE)
+    # None is listed twice.
+    assert sorted(chain(*listed)) == sorted({word.strip('"') for found in marks for word in found.split(", ")})
+    links = re.findall(r"\]\(\.\./([\w/.]+)\)", text)
+    assert links
+    assert all((ROOT / target).exists() for target in links), links

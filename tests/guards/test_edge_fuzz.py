@@ -36,6 +36,7 @@ OF_ONES = "odd strides of one"
 @on_ranks(1)
 @every_call
 def test_values_count_and_not_how_they_are_held(rank: Rank, backend: str, name: str) -> None:
+    """Those of arguments, and of gradients that come in."""
     found = {}
     for sizes, ways in ((calls.SIZES, set(WAYS) - {OF_ONES}), (calls.ONES, {OF_ONES})):
         with ExpertParallel(backend=backend) as ep:
@@ -44,6 +45,10 @@ def test_values_count_and_not_how_they_are_held(rank: Rank, backend: str, name: 
             for way in sorted(ways):
                 changes = {tensor: WAYS[way](calls.plain(arguments[tensor])) for tensor in calls.tensors_of(arguments)}
                 found[way] = calls.complaint(name, ep, arguments, changes, base)
+            for hold in (*WAYS.values(), THINGS["zeros of no memory"]) if sizes == calls.SIZES else ():
+                kept = torch.equal(calls.plain(hold(calls.whole((3, 4)))), calls.whole((3, 4)))
+                expected = base if kept else calls.outcome(name, ep, arguments, lambda g, h=hold: calls.plain(h(g)))
+                calls.assert_same(calls.outcome(name, ep, arguments, hold), expected)
     assert_no_complaints(found)
 
 
@@ -77,18 +82,6 @@ def test_any_thing_for_a_tensor_is_right_or_refused(rank: Rank, backend: str, im
                 changes = {tensor: make(calls.plain(arguments[tensor]))}
                 found[tensor, what] = calls.complaint(name, ep, arguments, changes, base)
     assert_no_complaints(found)
-
-
-@on_ranks(1)
-@every_call
-def test_gradients_that_come_in_may_be_held_in_any_way(rank: Rank, backend: str, name: str) -> None:
-    with ExpertParallel(backend=backend) as ep:
-        arguments = calls.leaves(calls.arguments_of(name, ep, rank.device))
-        base = calls.outcome(name, ep, arguments)
-        for hold in (*WAYS.values(), THINGS["zeros of no memory"]):
-            kept = torch.equal(calls.plain(hold(calls.whole((3, 4)))), calls.whole((3, 4)))
-            expected = base if kept else calls.outcome(name, ep, arguments, lambda grad, h=hold: calls.plain(h(grad)))
-            calls.assert_same(calls.outcome(name, ep, arguments, hold), expected)
 
 
 # What of NO_TENSORS an argument may be.

@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from backends import both_backends
 from calls import HIDDEN, call_of, good_call, with_trained_experts
 from limits import HANG_SECONDS
@@ -15,7 +16,7 @@ from on_ranks import on_ranks
 from promises import promise
 
 from sonic_ep import ExpertParallel
-from sonic_ep.testing import Rank, RankPool
+from sonic_ep.testing import Rank
 
 ODD = 1
 # A rank that waited that long would raise PeerTimeoutError; the abandoned collective of a failed group lasts as long.
@@ -34,7 +35,19 @@ EXCHANGES = {
 }
 
 
-def fails_once(rank: Rank, backend: str, error: BaseException, backward: bool) -> list[str]:
+def told(work: Callable[[], object]) -> str:
+    with pytest.raises((RuntimeError, KeyboardInterrupt, ValueError)) as raised:
+        work()
+    return f"{raised.type.__name__}: {raised.value}"
+
+
+@promise("ended-object")
+@pytest.mark.parametrize(("error", "backward"), [*product((OF_MEMORY, INTERRUPT), (False, True)), (OF_A_HOOK, True)])
+@both_backends
+@on_ranks(3, pool="cpu_pool")
+def test_an_error_of_one_rank_ends_the_object_on_all(
+    rank: Rank, backend: str, error: tuple[BaseException, str], backward: bool
+) -> None:
     """What the second call, or its backward, raises on each rank, and what everything raises that follows."""
     with own_process_group(rank) as group, pytest.MonkeyPatch.context() as patch:
         # The store of a busy machine may be slow to tell why a rank has left.
@@ -46,7 +59,7 @@ def fails_once(rank: Rank, backend: str, error: BaseException, backward: bool) -
         def use() -> None:
             y = call().y.sum() if backward else None
             for exchange in EXCHANGES[backend] if rank.rank == ODD else ():
-                patch.setattr(exchange, Mock(side_effect=error))
+                patch.setattr(exchange, Mock(side_effect=error[0]))
             y.backward() if backward else call().y.sum().backward()
             call()
 
@@ -54,31 +67,16 @@ def fails_once(rank: Rank, backend: str, error: BaseException, backward: bool) -
         # What it holds is given back all the same.
         ep.close()
         assert told(call) == said[1]
-    return said
-
-
-def told(work: Callable[[], object]) -> str:
-    with pytest.raises((RuntimeError, KeyboardInterrupt, ValueError)) as raised:
-        work()
-    return f"{raised.type.__name__}: {raised.value}"
-
-
-@promise("ended-object")
-@pytest.mark.parametrize(("error", "backward"), [*product((OF_MEMORY, INTERRUPT), (False, True)), (OF_A_HOOK, True)])
-@both_backends
-def test_an_error_of_one_rank_ends_the_object_on_all(
-    cpu_pool: RankPool, backend: str, error: tuple[BaseException, str], backward: bool
-) -> None:
-    found = cpu_pool.run(fails_once, backend, error[0], backward, world_size=3)
-    why = found[ODD][0]
+    found = [said] * rank.world_size
+    dist.all_gather_object(found, said)
+    (first, *later), why = said, found[ODD][0]
     assert why.startswith(error[1])
-    for rank, (first, *later) in enumerate(found):
-        if rank != ODD:
-            # Or the third rank, which has heard of it before, has left by that.
-            assert first.startswith(f"PeerLostError: rank {rank} of 3: ")
-            assert f"rank 1 left ({why}) while it was waited for in" in first
-        ended = f"ClosedError: rank {rank} of 3: this ExpertParallel has ended: {first}; make a new one after the"
-        assert all(words.startswith(ended) for words in later), later
+    if rank.rank != ODD:
+        # Or the third rank, which has heard of it before, has left by that.
+        assert first.startswith(f"PeerLostError: rank {rank.rank} of 3: ")
+        assert f"rank 1 left ({why}) while it was waited for in" in first
+    ended = f"ClosedError: rank {rank.rank} of 3: this ExpertParallel has ended: {first}; make a new one after the"
+    assert all(words.startswith(ended) for words in later), later
 
 
 @promise("usable-after-errors", "out-of-memory")

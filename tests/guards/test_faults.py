@@ -13,7 +13,7 @@ from conftest import DEVICE_TYPES
 from limits import HANG_SECONDS
 from lives import TOP_K, layer_of
 from new_group import without_haste
-from programs import exits, output_at_end, start_program
+from programs import exits, run_program
 from promises import promise
 from torch import Tensor
 
@@ -131,8 +131,7 @@ except PeerLostError as error:
 @promise("left-by-error")
 @both_backends
 def test_an_uncaught_error_without_close_is_reported_to_peers(backend: str, tmp_path: Path) -> None:
-    started = [start_program(tmp_path, UNCAUGHT, rank, str(tmp_path / "store"), backend) for rank in "01"]
     # Long before the time of the rank that waits is up.
-    first, odd = (output_at_end(process) for process in started)
+    (_, first), (_, odd) = run_program(tmp_path, UNCAUGHT, *([rank, str(tmp_path / "store"), backend] for rank in "01"))
     assert "ValueError: rank 1 of 2: tokens T: got 5, expected at most C=4: construct ExpertParallel" in odd
     assert re.search(r"rank 1 left|lost rank 1", first), first

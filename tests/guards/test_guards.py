@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from layer_inputs import plan_of
 from on_ranks import on_ranks
 from promises import promise
 from there_and_back import Modes, by_modes
@@ -141,9 +142,9 @@ def test_combine_has_room_for_all_tokens_and_sends_nothing_without_a_slot(rank: 
     # K is no power of two, so that ids of the next token are within a block's reach.
     inputs = draw(replace(CASES["dropped_slots"], top_k=3), rank.world_size, rank.device)
     # More than a block of shared memory holds, whatever is kept for a token.
-    tokens, max_tokens = inputs.tokens_of(rank.rank), 70
+    max_tokens = 70
     with ExpertParallel(backend="reference", max_tokens_per_rank=max_tokens) as ep:
-        plan = ep.plan(inputs.topk_idx[tokens], inputs.case.num_experts)
+        plan = plan_of(ep, inputs)
     with workspace_of(rank) as workspace:
         workspace.enter()
         combine = RankDedupCombine(workspace)
@@ -164,11 +165,11 @@ def test_combine_has_room_for_all_tokens_and_sends_nothing_without_a_slot(rank: 
         assert workspace.reserve(SCORES, 1).nbytes >= max_tokens * plan.top_k * torch.float32.itemsize
 
 
-def gradients(ep: ExpertParallel, inputs: Inputs, tokens: slice, wanted: tuple[bool, bool]) -> list[Tensor | None]:
+def gradients(ep: ExpertParallel, inputs: Inputs, wanted: tuple[bool, bool]) -> list[Tensor | None]:
     """Those of x and scores, where wanted."""
-    given = zip((inputs.x, inputs.topk_scores), wanted, strict=True)
+    tokens, given = inputs.tokens_of(ep.rank), zip((inputs.x, inputs.topk_scores), wanted, strict=True)
     x, scores = (tensor[tokens].clone().requires_grad_(want) for tensor, want in given)
-    plan = ep.plan(inputs.topk_idx[tokens], inputs.case.num_experts)
+    plan = plan_of(ep, inputs)
     y = ep.combine(ep.dispatch(x, plan), scores, plan)
     with pytest.MonkeyPatch.context() as patch:
         if ep.backend == "fast":
@@ -183,14 +184,13 @@ def gradients(ep: ExpertParallel, inputs: Inputs, tokens: slice, wanted: tuple[b
 def test_ranks_may_need_different_gradients(rank: Rank, modes: Modes) -> None:
     """x, scores or both, on rank 0 alone; and backward shares no new memory."""
     inputs = draw(CASES["uneven_tokens"], rank.world_size, rank.device)
-    tokens = inputs.tokens_of(rank.rank)
     config = EPConfig(dispatch=modes[0], combine=modes[1])
     with ExpertParallel(backend="reference", config=config) as ep:
-        expected = gradients(ep, inputs, tokens, (True, True))
+        expected = gradients(ep, inputs, (True, True))
     with ExpertParallel(backend="fast", config=config) as ep:
         for wanted in product((True, False), repeat=2):
             mine = tuple(want and rank.rank == 0 for want in wanted)
-            found = gradients(ep, inputs, tokens, mine)
+            found = gradients(ep, inputs, mine)
             assert [grad is not None for grad in found] == list(mine)
             if mine[0]:
                 assert_bitwise(found[0], expected[0], "dx")

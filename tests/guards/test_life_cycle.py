@@ -1,12 +1,8 @@
-"""The life of an ExpertParallel: nothing is left of it, one that is not closed warns, and two do not mix.
-
-A forked process keeps off what its parent made, in calls, in backward and at its end.
-"""
+"""The life of an ExpertParallel: nothing is left of it, two do not mix, and a forked process keeps off."""
 
 import gc
 import os
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from unittest import mock
@@ -15,9 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from backends import both_backends
-from lives import TOKENS, TOP_K, layer_of, planned, warned
+from lives import TOKENS, TOP_K, layer_of, planned, said_in_child, warned
 from on_ranks import on_ranks
-from programs import output_at_end, start_program
+from programs import run_program
 from promises import promise
 from same import assert_same_bits
 from torch import Tensor
@@ -201,31 +197,10 @@ assert [planned(ep) for ep in made] == [[1, 1], [1, 1]]
 @pytest.mark.fast
 def test_what_is_left_open_at_exit_warns_in_the_process_that_made_it(tmp_path: Path) -> None:
     """Once: not for what holds nothing, and not in a child that was forked."""
-    process = start_program(tmp_path, AT_EXIT)
-    said = output_at_end(process)
-    assert process.returncode == 0, said
+    ((code, said),) = run_program(tmp_path, AT_EXIT, [])
+    assert code == 0, said
     assert said.count("ResourceWarning: rank 0 of 1: this ExpertParallel was not closed: call close()") == 1
     assert "child ended with 0" in said
-
-
-def said_in_child(use: Callable[[], object]) -> str:
-    """What ``use`` raises in a forked process, whose number is replaced by CHILD."""
-    read, write = os.pipe()
-    # The child cannot end what is left over of other groups.
-    gc.collect()
-    child = os.fork()
-    if child == 0:
-        words = "nothing"
-        try:
-            use()
-        except RuntimeError as error:
-            words = str(error)
-        os.write(write, words.encode())
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
-    os.close(write)
-    with open(read) as said:
-        return said.read().replace(str(child), "CHILD")
 
 
 @promise("one-call")

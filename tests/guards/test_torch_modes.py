@@ -52,6 +52,11 @@ def test_autocast_changes_no_bit_forward_and_backward(rank: Rank, backend: str, 
     """Or with backward alone under it; and it is on again for the caller's own operations."""
     x, weights, dy = layer_inputs(rank, case)
     lower = torch.float16 if case.dtype == torch.bfloat16 else torch.bfloat16
+    seen: list[bool] = []
+
+    def see(*_: object) -> None:
+        seen.append(torch.is_autocast_enabled(x.device.type))
+
     for again in (False, True):
         with ExpertParallel(backend=backend, config=EPConfig(redispatch_x_in_backward=again)) as ep:
             y = ep.moe(x, *weights, case.top_k).y
@@ -59,18 +64,13 @@ def test_autocast_changes_no_bit_forward_and_backward(rank: Rank, backend: str, 
             with torch.autocast(rank.device.type, dtype=lower):
                 late = torch.autograd.grad(y, [x, *weights], dy)
                 before = x * 1
-                seen: list[bool] = []
-
-                def see(*_: object, seen: list[bool] = seen) -> None:
-                    seen.append(torch.is_autocast_enabled(x.device.type))
-
                 before.register_hook(see)
                 before.grad_fn.register_hook(see)
                 within = ep.moe(before, *weights, case.top_k).y
                 found = [within.detach(), *torch.autograd.grad(within, [x, *weights], dy)]
-                assert seen == [True, True]
                 assert torch.mm(x.detach(), x.detach().t()).dtype == lower
             assert_same_bits((*found, *late), (*expected, *expected[1:]))
+    assert seen == [True] * 4
 
 
 @promise("second-derivatives", "forward-mode")

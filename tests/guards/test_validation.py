@@ -21,7 +21,7 @@ from sonic_ep import ClosedError, ExpertParallel
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.testing import Rank
 
-BF16, FP16, INT, FP64 = torch.bfloat16, torch.float16, torch.int64, torch.float64
+BF16, FP16, INT = torch.bfloat16, torch.float16, torch.int64
 
 
 def ids(*shape: int) -> torch.Tensor:
@@ -37,11 +37,9 @@ WRONG_MOE: list[tuple[dict[str, Any], str]] = [
     ({"x": rand(3, 0)}, r"shape of x: got \(3, 0\)"),
     ({"x": repeated(5, 2**21 + 1)}, "hidden size H: got 2097153, expected at most 2097152"),
     ({"x": torch.ones(5, 8, dtype=torch.int32)}, "dtype of x: got torch.int32, expected torch.bf"),
-    ({"x": rand(5, 8, dtype=FP64)}, "dtype of x: got torch.float64"),
     ({"x": rand(5, 8, device="meta")}, "device of x: got meta"),
     ({"x": rand(5, 8).to_sparse()}, "layout of x: got torch.sparse_coo, expected torch.strided"),
     ({"router_w": rand(4, 9)}, r"shape of router_w: got \(4, 9\), expected \(E, 8\)"),
-    ({"router_w": rand(0, 8)}, r"shape of router_w: got \(0, 8\)"),
     ({"router_w": rand(4, 8, dtype=FP16)}, "dtype of router_w: got torch.float16"),
     ({"w1": rand(4, 8, 8, device="meta")}, "device of w1: got meta, expected cpu"),
     ({"w1": rand(4, 4, 8)}, r"shape of w1: got \(4, 4, 8\), expected \(4, 8, 8\) = \(e, 2I, H\)"),
@@ -52,9 +50,7 @@ WRONG_MOE: list[tuple[dict[str, Any], str]] = [
     ({"router_w": rand(6, 8)}, r"shape of w2: got \(4, 8, 4\), expected \(6, 8, 4\)"),
     ({"top_k": 5}, "top_k: got 5, expected at most E=4"),
     ({"top_k": 0}, "top_k: got 0, expected a whole number of at least 1"),
-    ({"top_k": 1.5}, "top_k: got 1.5"),
     ({"b1": rand(4, 8)}, r"biases: got \['b1'\] alone, expected b1 and b2, or neither"),
-    ({"b2": rand(4, 8)}, r"biases: got \['b2'\] alone"),
     ({"b1": rand(4, 4), "b2": rand(4, 8)}, r"shape of b1: got \(4, 4\), expected \(4, 8\) = \(e, outputs\)"),
     ({"b1": rand(4, 8), "b2": rand(3, 8)}, r"shape of b2: got \(3, 8\), expected \(4, 8\)"),
     ({"activation": "tanh"}, "activation: got 'tanh', expected one of 'swiglu', 'geglu'"),
@@ -84,7 +80,6 @@ WRONG_ROUTED: list[tuple[dict[str, Any], str]] = [
 WRONG_OBJECTS: list[tuple[dict[str, Any], str]] = [
     ({"backend": "nccl"}, "backend: got 'nccl', expected one of 'auto', 'fast', 'reference'"),
     ({"max_tokens_per_rank": 0}, "max_tokens_per_rank: got 0, expected a whole number of at"),
-    ({"max_tokens_per_rank": True}, "max_tokens_per_rank: got True"),
     ({"group": "world"}, "group: got str, expected ProcessGroup, 1-D DeviceMesh or None"),
     ({"config": {"dispatch": "auto"}}, "config: got dict, expected an EPConfig"),
 ]
@@ -127,6 +122,7 @@ def test_wrong_on_all_ranks_or_on_one_is_refused_before_any_communication(rank: 
             lambda: ep.moe(**call_of(2, w1=rand(1, 8, 8))): "shape of w",
             lambda: ep.plan(torch.tensor([[0, 99]]), num_experts=EXPERTS): "topk_idx: got expert ids from 0 to 99",
             lambda: ep.plan(torch.tensor([[0, -7]]), num_experts=EXPERTS): "topk_idx: got expert ids from -7 to 0",
+            lambda: sonic_ep.moe(**call_of(2, top_k=0), backend="reference"): "top_k: got 0",
         }
         for call, message in (on_both | (on_one if rank.rank == 0 else {})).items():
             with pytest.raises(ValueError, match=f"rank {rank.rank} of 2: {message}"):
@@ -135,16 +131,14 @@ def test_wrong_on_all_ranks_or_on_one_is_refused_before_any_communication(rank: 
         for _ in range(2):
             assert ep.plan(right, num_experts=EXPERTS).counts.tolist() == [1, 1, 0, 0]
         assert ep._collectives._status_store.statuses() == {}
+    assert sonic_ep.moe(**call_of(2), backend="reference").tokens_per_expert.sum() == 2 * 2 * TOKENS
 
 
-def test_a_process_group_that_has_ended_is_told_as_such() -> None:
-    """Also where the caller still refers to it."""
+def test_a_plan_of_another_rank_and_calls_after_close_or_the_end_of_the_group_are_refused() -> None:
+    # The caller still refers to a group that has been destroyed.
     still_held = nn.Identity()
     with pytest.raises(ClosedError, match="rank 1 of 2: the process group has been destroyed"):
         _ = EPGroup(rank=1, world_size=2, handle=weakref.ref(still_held)).process_group
-
-
-def test_a_plan_of_another_rank_and_calls_after_close_are_refused() -> None:
     ep = ExpertParallel(backend="reference")
     x, plan, scores = rand(1, HIDDEN), ep.plan(ids(1, 1), 4), torch.ones(1, 1)
     foreign = replace(plan, rank=1)

@@ -28,7 +28,9 @@ def on_ranks(*world_sizes: Any, pool: str = "pool") -> Callable[[Test], Test]:
     def decorate(body: Test) -> Test:
         first, *others = list(inspect.signature(body).parameters) or [""]
         if first != "rank" or set(others) & set(POOLS):
-            raise TypeError(f"{body.__qualname__}: got parameters {[first, *others]}, expected 'rank' first and no pool")
+            raise TypeError(
+                f"{body.__qualname__}: got parameters {[first, *others]}, expected 'rank' first and no pool"
+            )
 
         @functools.wraps(body)
         def test(**given: Any) -> None:

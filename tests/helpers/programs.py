@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,16 @@ from sonic_ep.testing.interpreted import install_interpreter
 from sonic_ep.testing.ranks import SETTINGS, starting_context
 
 
-def start_program(folder: Path, source: str, *arguments: str) -> subprocess.Popen[str]:
-    """A process that runs ``source`` on the CPU. Standard output and errors are one stream."""
+def run_program(folder: Path, source: str, *arguments: Sequence[str]) -> list[tuple[int, str]]:
+    """Exit code and output of processes that run ``source`` on the CPU at once, one with each of ``arguments``."""
     script = folder / "program.py"
     script.write_text(source)
     settings = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-W", "always", str(script), *arguments]
-    return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def output_at_end(process: subprocess.Popen[str]) -> str:
-    return process.communicate(timeout=HANG_SECONDS)[0]
+    command = [sys.executable, "-W", "always", str(script)]
+    options: dict[str, Any] = {"env": settings, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [subprocess.Popen([*command, *one], **options) for one in arguments]
+    outputs = [process.communicate(timeout=HANG_SECONDS)[0] for process in started]
+    return [(process.returncode, said) for process, said in zip(started, outputs, strict=True)]
 
 
 def exits(
