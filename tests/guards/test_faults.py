@@ -1,11 +1,12 @@
 """One rank fails, skips or makes another call: every other rank ends in time, with an exit code, and names it."""
 
-import os
 import re
 import signal
 import time
+from functools import partial
 from itertools import product
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from backends import BACKENDS, both_backends
@@ -15,7 +16,6 @@ from lives import TOP_K, layer_of
 from new_group import without_haste
 from programs import exits, run_program
 from promises import promise
-from torch import Tensor
 
 from sonic_ep import EPConfig, ExpertParallel
 from sonic_ep.distributed import rank_status
@@ -27,19 +27,11 @@ FAULTY_STEP = 2
 TIMEOUT_SECONDS = 8.0
 
 
-def forward(ep: ExpertParallel, layer: list[Tensor]) -> Tensor:
-    return ep.moe(*layer, TOP_K).y
-
-
-def killed() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def raises() -> None:
-    raise KeyError("the batch has no labels")
-
-
-BEFORE = {"killed": killed, "raises": raises, "hangs": lambda: time.sleep(2 * HANG_SECONDS)}
+BEFORE = {
+    "killed": partial(signal.raise_signal, signal.SIGKILL),
+    "raises": Mock(side_effect=KeyError("the batch has no labels")),
+    "hangs": partial(time.sleep, 2 * HANG_SECONDS),
+}
 
 
 def train(rank: Rank, fault: str, backend: str) -> None:
@@ -51,7 +43,7 @@ def train(rank: Rank, fault: str, backend: str) -> None:
         rank_status.ANSWER_SECONDS = HANG_SECONDS
     with ExpertParallel(backend=backend) as ep:
         # Kernels are compiled, and ranks that started apart are together, before time counts.
-        (forward(ep, wide).sum() + forward(ep, narrow).sum()).backward()
+        sum(ep.moe(*layer, TOP_K).y.sum() for layer in (wide, narrow)).backward()
     config = EPConfig(dispatch="rank_dedup" if faulty and fault == "another config" else "all_to_all")
     timeout = HANG_SECONDS if fault in {*LEFT, *AT_ONCE} else TIMEOUT_SECONDS
     with ExpertParallel(backend=backend, config=config, timeout=timeout) as ep:
@@ -64,9 +56,9 @@ def train(rank: Rank, fault: str, backend: str) -> None:
                 "another shape": [wide, wide],
                 "too many tokens": [layer_of(rank, hidden=64, tokens=6)],
             }.get(now, [wide, narrow])
-            losses = [forward(ep, layer).square().sum() for layer in layers]
+            losses = [ep.moe(*layer, TOP_K).y.square().sum() for layer in layers]
             if now == "killed before backward":
-                killed()
+                BEFORE["killed"]()
             if now != "skips backward":
                 sum(losses).backward()
             print("step", number, losses[0].item(), flush=True)

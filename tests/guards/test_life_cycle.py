@@ -44,10 +44,6 @@ def held_by_process(device: torch.device) -> tuple[int, int, int, int]:
     return descriptors, threads, torch.cuda.memory_allocated(device) if gpu else 0, total - free
 
 
-def objects_by_type() -> Counter:
-    return Counter(type(thing).__name__ for thing in gc.get_objects())
-
-
 def shared_maps() -> int:
     gc.collect()
     return Path("/proc/self/maps").read_text().count("/dev/shm/")
@@ -72,7 +68,7 @@ def test_two_hundred_lives_leave_nothing(rank: Rank, backend: str) -> None:
     for _ in range(FIRST_LIVES):
         live(0)
         *first, allocated, used = held_by_process(rank.device)
-        objects = objects_by_type()
+        objects = Counter(type(thing).__name__ for thing in gc.get_objects())
     rendezvous, kept = symmetric_memory.rendezvous, 0
 
     def counted(*arguments: object, **options: object) -> object:
@@ -88,8 +84,9 @@ def test_two_hundred_lives_leave_nothing(rank: Rank, backend: str) -> None:
     assert allocated_last == allocated + kept
     if ALONE_ON_GPUS:
         assert used_last - used <= kept + PAGE_BYTES
+    new = Counter(type(thing).__name__ for thing in gc.get_objects()) - objects
     # A few objects of Python's and Triton's own caches come and go, but none for every life or plan.
-    assert {name: n for name, n in (objects_by_type() - objects).items() if n >= LIVES // PLANNING} == {}
+    assert {name: n for name, n in new.items() if n >= LIVES // PLANNING} == {}
 
 
 @promise("close")
