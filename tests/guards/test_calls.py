@@ -23,8 +23,6 @@ from sonic_ep.errors import ConcurrentCallError
 from sonic_ep.testing import CASES, Rank
 
 ODD = 1
-BIASES = {"b1": torch.zeros(HELD, 2 * INTERMEDIATE), "b2": torch.zeros(HELD, HIDDEN)}
-TRAINED = {"w1": torch.zeros(HELD, 2 * INTERMEDIATE, HIDDEN, requires_grad=True)}
 DEFAULTS, ROUTER = "EPConfig(dispatch='auto', combine='auto'", "RouterOptions(top_k="
 # What the odd rank does otherwise, in its object or its call, and how that is told: fact, its own value, the others'.
 ODDITIES: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [
@@ -34,8 +32,8 @@ ODDITIES: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [
     ({}, {"held": 4}, "w1", "(4, 8, 8)", "(2, 8, 8)"),
     ({}, {"activation": "geglu"}, "activation", "geglu", "swiglu"),
     ({}, {"gate_layout": "concat"}, "gate_layout", "concat", "interleaved"),
-    ({}, BIASES, "biases", "True", "False"),
-    ({}, TRAINED, "w1 trained", "True", "False"),
+    ({}, {"b1": torch.zeros(HELD, 2 * INTERMEDIATE), "b2": torch.zeros(HELD, HIDDEN)}, "biases", "True", "False"),
+    ({}, {"w1": torch.zeros(HELD, 2 * INTERMEDIATE, HIDDEN, requires_grad=True)}, "w1 trained", "True", "False"),
     ({}, {"norm_topk_probs": True}, "router", ROUTER, ROUTER),
     ({}, {"plans": True}, "call", "plan", "moe"),
     ({"config": EPConfig(max_rows=99)}, {}, "config", DEFAULTS, DEFAULTS),

@@ -93,10 +93,7 @@ def test_two_hundred_lives_leave_nothing(rank: Rank, backend: str) -> None:
 @both_backends
 @on_ranks(2)
 def test_what_is_forgotten_warns_and_its_graph_lives_on(rank: Rank, backend: str) -> None:
-    """An object freed without close() warns if it holds memory; the functional form does not, nor does close().
-
-    close() gives memory back at once, though a graph lives.
-    """
+    """An object freed without close() warns if it holds memory, and no other. close() frees it though a graph lives."""
     leaves, before = layer_of(rank), shared_maps()
     with ExpertParallel(backend=backend) as ep:
         out = ep.moe(*leaves, TOP_K)

@@ -203,19 +203,15 @@ def test_a_rank_that_finds_out_stays_until_the_others_know(rank: Rank) -> None:
 def test_what_fails_as_it_begins_is_told_like_what_fails_later(rank: Rank) -> None:
     """The process group raises at once: the peer is lost; but memory is this rank's own."""
     with new_group(rank, TIMEOUT_SECONDS) as collectives:
-
-        def fail(error: RuntimeError) -> dist.Work:
-            raise error
-
         if rank.rank == ODD:
             with pytest.raises(torch.OutOfMemoryError):
-                collectives._run(lambda *_: fail(torch.OutOfMemoryError("2 GiB")), torch.zeros(1))
+                collectives._run(Mock(side_effect=torch.OutOfMemoryError("2 GiB")), torch.zeros(1))
             collectives.leave("no memory")
         dist.barrier()
         if rank.rank != ODD:
             collectives._begun += 1
             with raises(PeerLostError, "rank 0 of 2: rank 1 left (no memory) while it was waited for"):
-                collectives._run(lambda *_: fail(RuntimeError("connection reset")), torch.zeros(1))
+                collectives._run(Mock(side_effect=RuntimeError("connection reset")), torch.zeros(1))
 
 
 @promise("own-clock")
