@@ -26,8 +26,7 @@ from sonic_ep import EPConfig, ExpertParallel
 from sonic_ep.distributed import rank_status
 from sonic_ep.testing import Rank
 
-ODD = 1
-FAULTY_STEP = 2
+ODD, FAULTY_STEP = 1, 2
 # Longer than a busy machine needs for a step.
 TIMEOUT_SECONDS = 8.0
 BEFORE = {

@@ -77,7 +77,7 @@ def test_autocast_changes_no_bit_forward_and_backward(rank: Rank, backend: str, 
 @both_backends
 @on_ranks(2)
 def test_second_derivatives_and_gradients_with_tangents_are_refused_not_wrong(rank: Rank, backend: str) -> None:
-    """Before any communication: where a graph of the gradient is asked for, a tangent comes in, or a graph is used up."""
+    """Before any communication: where a graph of a gradient is asked for, a tangent comes in, or a graph is used up."""
     x, weights, dy = layer_inputs(rank, CASE)
     idx, scores = routing_of(rank, CASE)
     with ExpertParallel(backend=backend) as ep:

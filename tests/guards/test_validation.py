@@ -89,10 +89,6 @@ WRONG_OBJECTS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def named(case: object) -> str | None:
-    return "+".join(case) if isinstance(case, dict) else None
-
-
 def called(changes: dict[str, Any]) -> None:
     if changes.keys() <= inspect.signature(ExpertParallel).parameters.keys():
         ExpertParallel(**changes)
@@ -101,7 +97,10 @@ def called(changes: dict[str, Any]) -> None:
         ep.moe_routed(**good_routed_call(**changes)) if routed else ep.moe(**good_call(**changes))
 
 
-@pytest.mark.parametrize(("changes", "message"), [*WRONG_MOE, *WRONG_ROUTED, *WRONG_OBJECTS], ids=named)
+WRONG = [pytest.param(*case, id="+".join(case[0])) for case in (*WRONG_MOE, *WRONG_ROUTED, *WRONG_OBJECTS)]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG)
 def test_wrong_arguments(changes: dict[str, Any], message: str) -> None:
     error = TypeError if "got list" in message or "got dict" in message else ValueError
     with pytest.raises(error, match=f"^rank 0 of 1: {message}"):

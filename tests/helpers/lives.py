@@ -12,8 +12,7 @@ from torch import Tensor
 from sonic_ep import ExpertParallel
 from sonic_ep.testing import Rank
 
-HIDDEN, HELD, TOP_K = 8, 2, 2
-TOKENS = 3
+TOKENS, HIDDEN, HELD, TOP_K = 3, 8, 2, 2
 
 
 def layer_of(rank: Rank, seed: int = 0, *, hidden: int = HIDDEN, tokens: int = TOKENS) -> list[Tensor]:

@@ -26,19 +26,17 @@ def on_ranks(*world_sizes: Any, pool: str = "pool") -> Callable[[Test], Test]:
         raise ValueError(f"pool: got {pool!r}, expected one of {', '.join(POOLS)}")
 
     def decorate(body: Test) -> Test:
-        first, *others = list(inspect.signature(body).parameters) or [""]
-        if first != "rank" or set(others) & set(POOLS):
-            raise TypeError(
-                f"{body.__qualname__}: got parameters {[first, *others]}, expected 'rank' first and no pool"
-            )
+        names = list(inspect.signature(body).parameters)
+        if names[:1] != ["rank"] or set(names) & set(POOLS):
+            raise TypeError(f"{body.__qualname__}: got parameters {names}, expected 'rank' first and no pool")
 
         @functools.wraps(body)
         def test(**given: Any) -> None:
             __tracebackhide__ = True
-            arguments = {name: given[name] for name in others}
+            arguments = {name: given[name] for name in names[1:]}
             given[pool].run(call_body, body.__module__, body.__qualname__, arguments, world_size=given[SIZE])
 
-        asked = dict.fromkeys((pool, SIZE, *others))
+        asked = dict.fromkeys((pool, SIZE, *names[1:]))
         keyword = inspect.Parameter.KEYWORD_ONLY
         test.__signature__ = inspect.Signature([inspect.Parameter(name, keyword) for name in asked])  # type: ignore[attr-defined]
         test.body = body  # type: ignore[attr-defined]

@@ -67,16 +67,10 @@ def _run_rank(
         torch.cuda.set_device(device)
     store: dist.Store = dist.FileStore(str(folder / "store"), world_size)
     if served:
-        store = _store_of_rank_0(store, rank)
+        port = int(store.get("port")) if rank else 0
+        files, store = store, dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
+        files.set("port", str(store.port))
     dist.init_process_group("nccl" if own_device else "gloo", store=store, rank=rank, world_size=world_size)
     del store
     body(Rank(rank=rank, world_size=world_size, device=device), *arguments)
     dist.destroy_process_group()
-
-
-def _store_of_rank_0(common: dist.Store, rank: int) -> dist.Store:
-    if rank == 0:
-        server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        common.set("port", str(server.port))
-        return server
-    return dist.TCPStore("127.0.0.1", int(common.get("port")), wait_for_workers=False)
