@@ -202,7 +202,6 @@ def test_every_promise_is_kept_by_a_test_and_every_mark_is_of_a_promise() -> Non
     assert all(words or by.startswith("see ") for words, by in zip(listed, kept_by, strict=True))
     sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     marks = re.findall(r"^(?:@|pytestmark = )promise\((.*)\)$", sources, re.MULTILINE)
-    # None is listed twice.
     assert sorted(chain(*listed)) == sorted({word.strip('"') for found in marks for word in found.split(", ")})
     links = re.findall(r"\]\(\.\./([\w/.]+)\)", text)
     assert links

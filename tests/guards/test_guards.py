@@ -142,7 +142,7 @@ def test_combine_has_room_for_all_tokens_and_sends_nothing_without_a_slot(rank: 
     # K is no power of two, so that ids of the next token are within a block's reach.
     inputs = draw(replace(CASES["dropped_slots"], top_k=3), rank.world_size, rank.device)
     # More than a block of shared memory holds, whatever is kept for a token.
-    max_tokens = 70
+    max_tokens = 45
     with ExpertParallel(backend="reference", max_tokens_per_rank=max_tokens) as ep:
         plan = plan_of(ep, inputs)
     with workspace_of(rank) as workspace:
