@@ -1,4 +1,4 @@
-"""The architecture of docs/architecture.md: parts, imports, names and sizes."""
+"""Parts, imports, names and sizes are those of docs/architecture.md, and marks of tests those of docs/guarantees.md."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import sys
 import tokenize
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,9 +43,7 @@ LAYERS = [
     {"__main__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
-LIBRARY = LEVEL.keys() - {"testing", "cli", "__main__"}
 TRITON = {"profiler/link_kernels.py", "testing/interpreter.py"}
-SYMMETRIC_MEMORY = {"fast/symmetric_memory.py"}
 # What `import sonic_ep` and the reference need not load.
 HEAVY = ("triton", "matplotlib", "sonic_ep.testing", "sonic_ep.cli", "schema", "harness", "report_page")
 
@@ -52,20 +51,15 @@ HEAVY = ("triton", "matplotlib", "sonic_ep.testing", "sonic_ep.cli", "schema", "
 FAST_METHODS = {"dispatch": {"reserve", "stage", "pull"}, "combine": {"reserve"}}
 
 # Words that earlier versions used; docs/architecture.md has those of the field. A name is split at _ and at capitals.
-FORMER_WORDS = {
-    *{"meeting", "meetings", "board", "notice", "notices", "waits", "fence", "fences", "publish", "verdict", "expiry"},
-    *{"unheard", "stray", "strayed", "spoil", "spoils", "movable", "arena", "arenas", "ceilings", "pieces", "beside"},
-    *{"arrival", "arrivals", "home", "homes"},
-}
-FORMER_NAMES = {
-    *{"Turn", "TurnError", "turn", "Calls", "Edge", "Kit", "Bar", "usual", "company", "GREEN", "RED"},
-    *{"let_go", "take_rows", "power_of_two"},
-}
-FORMER_MODULES = {
-    *{"calls", "group", "once", "precision", "eager", "split_backward", "fields", "words", "memory", "machine"},
-    *{"layer", "expert_layer", "device", "availability", "rows", "staging", "receiving", "grouped_gemm", "rank_sum"},
-    *{"router_kernels", "activation_kernels", "bias_kernels", "plan_kernels", "shared_files", "validation", "link"},
-}
+FORMER_WORDS = re.compile(
+    "meetings?|board|notices?|waits|fences?|publish|verdict|expiry|unheard|stray(ed)?|spoils?|movable|arenas?|ceilings"
+    "|pieces|beside|arrivals?|homes?"
+)
+FORMER_NAMES = re.compile("Turn(Error)?|turn|Calls|Edge|Kit|Bar|usual|company|GREEN|RED|let_go|take_rows|power_of_two")
+FORMER_MODULES = re.compile(
+    "calls|group|once|precision|eager|split_backward|fields|words|memory|machine|layer|expert_layer|device|availability"
+    "|rows|staging|receiving|grouped_gemm|rank_sum|(router|activation|bias|plan)_kernels|shared_files|validation|link"
+)
 # Modules whose place makes the word right, and names that other libraries give.
 GOOD_MODULES = {"distributed/group.py", "profiler/machine.py"}
 NOT_OURS = {"home", "HOME"}
@@ -79,8 +73,6 @@ def files(*folders: Path) -> list[Path]:
 
 SOURCES = files(PACKAGE)
 ALL = files(PACKAGE, ROOT / "bench")
-every_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
-every_file = pytest.mark.parametrize("path", ALL, ids=lambda path: path.relative_to(path.parents[1]).as_posix())
 
 
 def part_of(path: Path) -> str:
@@ -106,23 +98,15 @@ def test_the_parts_are_those_of_the_layers() -> None:
     assert folders == {"distributed", "reference", "fast", "profiler", "testing", "cli"}
 
 
-@every_source
-def test_arrows_go_down_only(path: Path) -> None:
-    parts = {name.split(".")[1] for name in imported(path) if name.startswith("sonic_ep.")} - {part_of(path)}
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_go_down_and_heavy_ones_stay_where_they_belong(path: Path) -> None:
+    names, part, place = imported(path), part_of(path), path.relative_to(PACKAGE).as_posix()
+    parts = {name.split(".")[1] for name in names if name.startswith("sonic_ep.")} - {part}
     # What `from sonic_ep import ...` names is a part, or comes from the top.
-    parts = {part if part in LEVEL else "__init__" for part in parts}
-    assert {part for part in parts if LEVEL[part] >= LEVEL[part_of(path)]} == set()
-
-
-@every_source
-def test_heavy_imports_stay_where_they_belong(path: Path) -> None:
-    names, place = imported(path), path.relative_to(PACKAGE).as_posix()
-    if any(name.split(".")[0] == "triton" for name in names):
-        assert place in TRITON or part_of(path) == "fast"
-    if any(name.startswith("torch.distributed._symmetric_memory") for name in names):
-        assert place in SYMMETRIC_MEMORY
-    if part_of(path) in LIBRARY:
-        assert not [name for name in names if name.startswith(("sonic_ep.testing", "sonic_ep.cli"))]
+    assert {other for other in parts if LEVEL.get(other, LEVEL["__init__"]) >= LEVEL[part]} == set()
+    assert part == "fast" or place in TRITON or "triton" not in {name.split(".")[0] for name in names}
+    symmetric = [name for name in names if name.startswith("torch.distributed._symmetric_memory")]
+    assert not symmetric or place == "fast/symmetric_memory.py"
 
 
 def test_importing_the_package_and_running_the_reference_loads_nothing_heavy() -> None:
@@ -142,9 +126,8 @@ def stems(backend: str, kind: str) -> set[str]:
 def primitives(backend: str, kind: str) -> dict[str, type]:
     """The classes of a backend that move rows, by name, one in each module of its folder ``kind``."""
     modules = [importlib.import_module(f"sonic_ep.{backend}.{kind}.{stem}") for stem in stems(backend, kind)]
-    classes = [(module, value) for module in modules for value in vars(module).values() if inspect.isclass(value)]
-    own = [value for module, value in classes if value.__module__ == module.__name__]
-    return {value.__name__: value for value in own if value.__name__.endswith(kind.capitalize())}
+    own = [c for module in modules for c in vars(module).values() if getattr(c, "__module__", "") == module.__name__]
+    return {c.__name__: c for c in own if inspect.isclass(c) and c.__name__.endswith(kind.capitalize())}
 
 
 def signatures(kind: type) -> dict[str, str]:
@@ -170,46 +153,56 @@ def test_no_class_has_the_name_of_another() -> None:
     """But where backends mirror each other."""
     places = defaultdict(list)
     for path in ALL:
-        owner = part_of(path) if path.is_relative_to(PACKAGE) else "bench"
         for node in nodes(path, ast.ClassDef):
-            places[node.name].append(owner)
-    twice = {name: owners for name, owners in places.items() if len(owners) > 1}
-    assert {name: owners for name, owners in twice.items() if sorted(owners) != ["fast", "reference"]} == {}
+            places[node.name].append(part_of(path) if path.is_relative_to(PACKAGE) else "bench")
+    twice = {name: sorted(owners) for name, owners in places.items() if len(owners) > 1}
+    assert {name: owners for name, owners in twice.items() if owners != ["fast", "reference"]} == {}
 
 
-def words_of(name: str) -> set[str]:
-    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
+def is_former(name: str) -> bool:
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
+    return bool(FORMER_NAMES.fullmatch(name) or any(FORMER_WORDS.fullmatch(word.lower()) for word in words))
 
 
-@every_file
-def test_names_are_those_of_the_field(path: Path) -> None:
-    tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
-    names = {token.string for token in tokens if token.type == tokenize.NAME} - NOT_OURS
-    assert {name for name in names | {path.stem} if name in FORMER_NAMES or words_of(name) & FORMER_WORDS} == set()
-    if path.is_relative_to(PACKAGE) and path.relative_to(PACKAGE).as_posix() not in GOOD_MODULES:
-        assert path.stem not in FORMER_MODULES
+def test_names_are_those_of_the_field() -> None:
+    for path in ALL:
+        tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
+        names = {token.string for token in tokens if token.type == tokenize.NAME} - NOT_OURS
+        assert [name for name in names | {path.stem} if is_former(name)] == [], path
+    modules = {path.relative_to(PACKAGE).as_posix(): path.stem for path in SOURCES}
+    assert {place for place, stem in modules.items() if FORMER_MODULES.fullmatch(stem)} <= GOOD_MODULES
 
 
-def function_lengths(path: Path) -> dict[str, int]:
-    return {f"{node.name}:{node.lineno}": node.end_lineno - node.lineno + 1 for node in nodes(path, ast.FunctionDef)}
+def test_files_and_functions_are_short() -> None:
+    """And nine functions of ten are read at a glance."""
+    assert {path for path in ALL if len(path.read_text().splitlines()) > MOST_LINES} == set()
+    functions = [(path, node) for path in ALL for node in nodes(path, ast.FunctionDef)]
+    lengths = {f"{path}:{node.lineno}": node.end_lineno - node.lineno + 1 for path, node in functions}
+    assert {place: n for place, n in lengths.items() if n > MOST_LINES_OF_FUNCTION} == {}
+    assert statistics.quantiles(lengths.values(), n=10)[-1] <= USUAL_LINES
 
 
-@every_file
-def test_files_and_functions_are_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= MOST_LINES
-    assert {name: n for name, n in function_lengths(path).items() if n > MOST_LINES_OF_FUNCTION} == {}
-
-
-def test_nine_functions_of_ten_are_read_at_a_glance() -> None:
-    lengths = [length for path in ALL for length in function_lengths(path).values()]
-    assert statistics.quantiles(lengths, n=10)[-1] <= USUAL_LINES
-
-
-@pytest.mark.parametrize("path", files(PACKAGE / "fast"), ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_all_but_kernels_have_types(path: Path) -> None:
+def test_all_but_kernels_have_types() -> None:
     """Linter and type checker ignore this folder because of its kernels."""
-    for function in nodes(path, ast.FunctionDef):
+    for function in (node for path in files(PACKAGE / "fast") for node in nodes(path, ast.FunctionDef)):
         if not any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list):
             assert function.returns is not None, function.name
             parameters = [*function.args.args, *function.args.kwonlyargs]
             assert all(p.annotation is not None for p in parameters if p.arg != "self"), function.name
+
+
+def test_every_promise_is_kept_by_a_test_and_every_mark_is_of_a_promise() -> None:
+    """And files that docs/guarantees.md links exist."""
+    text = (ROOT / "docs" / "guarantees.md").read_text()
+    # Rows of tables: the promise, and last the words that `promise` marks its tests with.
+    kept_by = [row.strip("| ").split(" | ")[-1] for row in re.findall(r"^\| .*$", text, re.MULTILINE)]
+    kept_by = [by for by in kept_by if by not in ("kept by", "recorded in") and "bench/results" not in by]
+    listed = [re.findall(r"`([a-z0-9-]+)`", by) for by in kept_by]
+    assert len(kept_by) > 40
+    assert all(words or by.startswith("see ") for words, by in zip(listed, kept_by, strict=True))
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    marks = re.findall(r"^(?:@|pytestmark = )promise\((.*)\)$", sources, re.MULTILINE)
+    assert sorted(chain(*listed)) == sorted({word.strip('"') for found in marks for word in found.split(", ")})
+    links = re.findall(r"\]\(\.\./([\w/.]+)\)", text)
+    assert links
+    assert all((ROOT / target).exists() for target in links), links

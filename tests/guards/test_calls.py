@@ -1,12 +1,8 @@
-"""Calls are the same on every rank, or the odd rank and what it differs in are named.
-
-An object admits one thread at a time, in a call or in a backward, and recompute from within.
-"""
+"""Calls are the same on every rank, or the odd one is named. An object admits one thread at a time, backward too."""
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,21 +12,17 @@ import torch.distributed as dist
 from backends import both_backends
 from calls import HELD, HIDDEN, INTERMEDIATE, call_of, good_call, in_another_thread, routed, with_trained_experts
 from layer_inputs import layer_inputs
+from lives import layer_of
 from new_group import own_process_group
 from on_ranks import on_ranks
 from promises import promise
 from same import assert_same_bits
 
-import sonic_ep
-from sonic_ep import ClosedError, CollectiveMismatchError, EPConfig, ExpertParallel
+from sonic_ep import ClosedError, CollectiveMismatchError, EPConfig, ExpertParallel, RoutingPlan
 from sonic_ep.errors import ConcurrentCallError
 from sonic_ep.testing import CASES, Rank
 
 ODD = 1
-
-
-BIASES = {"b1": torch.zeros(HELD, 2 * INTERMEDIATE), "b2": torch.zeros(HELD, HIDDEN)}
-TRAINED = {"w1": torch.zeros(HELD, 2 * INTERMEDIATE, HIDDEN, requires_grad=True)}
 DEFAULTS, ROUTER = "EPConfig(dispatch='auto', combine='auto'", "RouterOptions(top_k="
 # What the odd rank does otherwise, in its object or its call, and how that is told: fact, its own value, the others'.
 ODDITIES: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [
@@ -40,8 +32,8 @@ ODDITIES: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [
     ({}, {"held": 4}, "w1", "(4, 8, 8)", "(2, 8, 8)"),
     ({}, {"activation": "geglu"}, "activation", "geglu", "swiglu"),
     ({}, {"gate_layout": "concat"}, "gate_layout", "concat", "interleaved"),
-    ({}, BIASES, "biases", "True", "False"),
-    ({}, TRAINED, "w1 trained", "True", "False"),
+    ({}, {"b1": torch.zeros(HELD, 2 * INTERMEDIATE), "b2": torch.zeros(HELD, HIDDEN)}, "biases", "True", "False"),
+    ({}, {"w1": torch.zeros(HELD, 2 * INTERMEDIATE, HIDDEN, requires_grad=True)}, "w1 trained", "True", "False"),
     ({}, {"norm_topk_probs": True}, "router", ROUTER, ROUTER),
     ({}, {"plans": True}, "call", "plan", "moe"),
     ({"config": EPConfig(max_rows=99)}, {}, "config", DEFAULTS, DEFAULTS),
@@ -50,32 +42,28 @@ ODDITIES: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [
 ]
 
 
-def planned(ep: ExpertParallel, num_experts: int) -> object:
+def planned(ep: ExpertParallel, num_experts: int) -> RoutingPlan:
     return ep.plan(torch.zeros(1, 1, dtype=torch.int64), num_experts)
 
 
-@contextmanager
-def calls_of_a_group(rank: Rank, **options: Any) -> Iterator[ExpertParallel]:
-    """Collective. An object of a group of its own."""
-    with own_process_group(rank) as group, ExpertParallel(group, **options) as ep:
-        yield ep
-
-
 def refused(rank: Rank, options: dict[str, Any], changes: dict[str, Any], check: bool) -> str:
-    """The error of a call that is odd on one rank."""
+    """The error of a call that is odd on one rank. Where calls are compared, the next is right again."""
     odd = rank.rank == ODD
     common = {"backend": "reference", "max_tokens_per_rank": 8, "check_collective": check}
-    with calls_of_a_group(rank, **{**common, **(options if odd else {})}) as ep:
+    with own_process_group(rank) as group, ExpertParallel(group, **{**common, **(options if odd else {})}) as ep:
         call = call_of(rank.world_size, **(changes if odd else {}))
         with pytest.raises(CollectiveMismatchError) as raised:
             planned(ep, 2 * rank.world_size) if "plans" in call else ep.moe(**call)
         if not check:
             with pytest.raises(ClosedError, match="has ended: CollectiveMismatchError"):
                 planned(ep, 2 * rank.world_size)
+        elif not options:
+            assert planned(ep, 2 * rank.world_size).counts.tolist()[:2] == [rank.world_size, 0]
+            assert ep.moe(**call_of(rank.world_size)).tokens_per_expert.sum() == 2 * 5 * rank.world_size
     return str(raised.value)
 
 
-@promise("compared-calls")
+@promise("compared-calls", "usable-after-errors")
 @pytest.mark.fast
 @on_ranks(2, 3, pool="cpu_pool")
 def test_compared_calls_are_told_apart_by_their_facts(rank: Rank, world_size: int) -> None:
@@ -101,23 +89,6 @@ def test_calls_that_are_not_compared_are_told_apart_all_the_same(rank: Rank) -> 
         assert "check_collective=True tells which" in said or "did it skip a call" in said, (options, changes, said)
 
 
-@promise("usable-after-errors")
-@on_ranks(3, pool="cpu_pool")
-def test_calls_that_were_told_apart_leave_all_usable(rank: Rank) -> None:
-    """As does a functional call that is refused on one rank."""
-    with ExpertParallel(backend="reference", check_collective=True) as ep:
-        arguments = call_of(rank.world_size, x=torch.randn(rank.rank, HIDDEN))
-        with pytest.raises(CollectiveMismatchError, match="differ in router"):
-            ep.moe(**{**arguments, "top_k": 1 if rank.rank == ODD else 2})
-        out = ep.moe(**arguments)
-        assert out.y.shape == (rank.rank, HIDDEN)
-        assert int(out.tokens_per_expert.sum()) == 2 * sum(range(rank.world_size))
-    if rank.rank == ODD:
-        with pytest.raises(ValueError, match="top_k"):
-            sonic_ep.moe(**{**arguments, "top_k": 0}, backend="reference")
-    assert torch.equal(sonic_ep.moe(**arguments, backend="reference").tokens_per_expert, out.tokens_per_expert)
-
-
 @promise("x-gradient")
 @both_backends
 @on_ranks(2, pool="cpu_pool")
@@ -132,17 +103,16 @@ def test_x_requires_a_gradient_on_every_rank_or_on_none(rank: Rank, backend: str
         ep.moe(**arguments).y.sum().backward()
         assert (arguments["x"].grad is not None) == (not odd)
         assert arguments["w1"].grad is not None
-    words = f"x {'does not require' if odd else 'requires'} a gradient there, unlike here .*"
+    trained = f"x {'does not require' if odd else 'requires'} a gradient there, unlike here "
+    words = rf"{trained}.*: x.requires_grad_\(\) on every rank or on none"
     for is_routed in (False, True):
         arguments = call_of(rank.world_size)
         arguments["x"].requires_grad_(odd)
-        with calls_of_a_group(rank, backend=backend) as ep:
+        with own_process_group(rank) as group, ExpertParallel(group, backend=backend) as ep:
             call, arguments = (ep.moe_routed, routed(arguments)) if is_routed else (ep.moe, arguments)
             with torch.no_grad():
                 call(**arguments)
-            with pytest.raises(
-                CollectiveMismatchError, match=rf"{words}: x.requires_grad_\(\) on every rank or on none"
-            ):
+            with pytest.raises(CollectiveMismatchError, match=words):
                 call(**arguments)
 
 
@@ -159,12 +129,11 @@ def test_a_rank_with_too_many_tokens_may_call_again(rank: Rank, backend: str) ->
             idx = idx[:3]
         assert ep.plan(idx, rank.world_size).counts.tolist() == [4, 3]
         assert ep.plan(idx[:2], rank.world_size).counts.tolist() == [2] * rank.world_size
-        arguments = call_of(rank.world_size)
-        x, router_w, w1, w2 = (arguments[name].to(rank.device) for name in ("x", "router_w", "w1", "w2"))
+        x, *weights = layer_of(rank, tokens=5)
         if rank.rank == ODD:
             with pytest.raises(ValueError, match="tokens T: got 5, expected at most C=4"):
-                ep.moe(x, router_w, w1, w2, 2)
-        assert ep.moe(x[:1], router_w, w1, w2, 2).tokens_per_expert.sum() == 2 * rank.world_size
+                ep.moe(x, *weights, 2)
+        assert ep.moe(x[:1], *weights, 2).tokens_per_expert.sum() == 2 * rank.world_size
 
 
 @promise("mismatch")
@@ -186,7 +155,7 @@ def test_a_rank_that_asks_for_fewer_gradients_is_found(rank: Rank, backend: str,
         gradients(wanted if odd else leaves)
         planned(ep, rank.world_size)
 
-    with calls_of_a_group(rank, backend=backend) as ep:
+    with own_process_group(rank) as group, ExpertParallel(group, backend=backend) as ep:
         expected = gradients(leaves)
         found = gradients([name for name in leaves if name != "router_w" or not odd])
         assert_same_bits(found, {name: expected[name] for name in found})
@@ -222,7 +191,6 @@ def test_a_second_thread_is_refused_and_the_first_unharmed(rank: Rank, backend: 
 
 @on_ranks(2, pool="cpu_pool")
 def test_threads_with_objects_of_their_own(rank: Rank) -> None:
-    """And one object in one thread after another."""
     groups = [dist.new_group() for _ in range(2)]
     found: dict[int, list[int]] = {}
 
@@ -235,9 +203,6 @@ def test_threads_with_objects_of_their_own(rank: Rank) -> None:
     with ThreadPoolExecutor(max_workers=2) as threads:
         list(threads.map(run, range(2)))
     assert found == {0: [1, 1], 1: [2, 2]}
-    with ExpertParallel(backend="reference") as ep:
-        for _ in range(2):
-            assert in_another_thread(lambda: ep.plan(torch.full((1, 1), rank.rank), rank.world_size)) == []
 
 
 @promise("mismatch")
@@ -262,40 +227,39 @@ def test_every_fact_of_a_call_is_in_its_digest() -> None:
     ids = torch.tensor([[0, 1]])
     with ExpertParallel(backend="reference") as ep:
         x, rows = torch.zeros(1, HIDDEN), torch.zeros(2, HIDDEN)
-        plans = [ep.plan(ids, 4), ep.plan(ids, 4), ep.plan(ids, 8), ep.plan(ids[:, :1], 4)]
+        plans = [ep.plan(ids, num_experts) for num_experts in (4, 4, 8)]
         trained, of_x = good_call()["router_w"].requires_grad_(), torch.zeros(5, HIDDEN, requires_grad=True)
         calls = [
             *(partial(ep.plan, *arguments) for arguments in ((ids, 4), (ids, 8), (ids[:, :1], 4))),
-            *(partial(ep.dispatch, x, plan) for plan in plans[:3]),
+            *(partial(ep.dispatch, x, plan) for plan in plans),
             *(partial(ep.dispatch, other, plans[0]) for other in (x[:, :4], x.bfloat16())),
             *(partial(ep.combine, rows, torch.ones(1, 2), plan) for plan in plans[:2]),
             *(partial(ep.moe, **good_call(**one)) for one in ({}, {"router_w": trained}, {"x": of_x}, {"top_k": 1})),
             *(partial(ep.moe_routed, **routed(good_call(x=x), k)) for k in (1, 2)),
         ]
-        digests = []
-        for call in calls:
+
+        def digest(call: Callable[[], object]) -> int:
             call()
-            digests.append(ep._collectives.sync_tag.step.call)
-        assert len(set(digests)) == len(calls)
-        calls[0]()
-        assert ep._collectives.sync_tag.step.call == digests[0]
+            return ep._collectives.sync_tag.step.call
+
+        assert len({digest(call) for call in calls}) == len(calls)
+        assert digest(calls[0]) == digest(calls[0])
 
 
 @promise("one-call")
 @both_backends
 @on_ranks(2, pool="cpu_pool")
 def test_a_signals_handler_that_calls_is_refused_and_harms_nothing(rank: Rank, backend: str) -> None:
-    ids = torch.zeros((1, 1), dtype=torch.int64)
     store, handled = dist.distributed_c10d._get_default_store(), f"{backend}: a signal was handled"
     refused: list[str] = []
     with ExpertParallel(backend=backend, max_tokens_per_rank=1) as ep:
-        ep.plan(ids, rank.world_size)
+        planned(ep, 2)
 
         def handler(*_: object) -> None:
             if not ep._collectives.call_lock._waiting or refused:
                 return
             with pytest.raises(ConcurrentCallError) as raised:
-                ep.plan(ids, rank.world_size)
+                planned(ep, 2)
             refused.append(str(raised.value))
             store.set(handled, "1")
 
@@ -304,7 +268,7 @@ def test_a_signals_handler_that_calls_is_refused_and_harms_nothing(rank: Rank, b
             signal.setitimer(signal.ITIMER_REAL, 0.3, 0.3)
         else:
             store.wait([handled])
-        assert ep.plan(ids, rank.world_size).counts.tolist() == [2, 0]
+        assert planned(ep, 2).counts.tolist() == [2, 0]
         if rank.rank == 0:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
@@ -312,18 +276,32 @@ def test_a_signals_handler_that_calls_is_refused_and_harms_nothing(rank: Rank, b
             assert "got a call in the middle of a call" in refused[0]
 
 
+class WithoutTextError(Exception):
+    def __str__(self) -> str:
+        raise KeyError("no text")
+
+
 @promise("one-call")
 @both_backends
 @on_ranks(1)
 def test_a_backward_takes_the_lock(rank: Rank, backend: str) -> None:
-    """A backward in another thread, while this one is in a call and after."""
+    """A backward in another thread, while this one is in a call and after. No error is hidden by that of a call."""
     x, weights, dy = layer_inputs(rank, CASES["uneven_tokens"])
-    with ExpertParallel(backend=backend) as ep:
-        y = ep.moe(x, *weights, CASES["uneven_tokens"].top_k).y
-        with ep._call_guard.one():
-            (refused,) = in_another_thread(lambda: y.backward(dy, retain_graph=True))
-        assert "got a call while another thread is in one" in refused
-        assert in_another_thread(lambda: y.backward(dy)) == []
+    ep = ExpertParallel(backend=backend)
+    y = ep.moe(x, *weights, CASES["uneven_tokens"].top_k).y
+
+    def fail() -> None:
+        with ep:
+            raise KeyError("labels")
+
+    with ep._call_guard.one():
+        (refused,) = in_another_thread(lambda: y.backward(dy, retain_graph=True))
+    assert "got a call while another thread is in one" in refused
+    assert in_another_thread(lambda: y.backward(dy)) == []
+    with ep._call_guard.one():
+        assert in_another_thread(fail) == ["'labels'"]
+    with pytest.raises(WithoutTextError), ExpertParallel(backend=backend):
+        raise WithoutTextError
 
 
 @pytest.mark.fast
@@ -331,27 +309,8 @@ def test_a_backward_takes_the_lock(rank: Rank, backend: str) -> None:
 def test_the_interpreter_runs_the_kernel_of_one_thread(rank: Rank) -> None:
     from sonic_ep.fast.launch import alone_in_this_process
 
-    idx = torch.zeros((1, 1), dtype=torch.int64)
     with ExpertParallel(backend="fast") as ep:
         with alone_in_this_process():
-            (refused,) = in_another_thread(lambda: ep.plan(idx, 1))
+            (refused,) = in_another_thread(lambda: planned(ep, 1))
         assert refused.startswith("Triton's interpreter: got a kernel while another thread runs one")
-        assert in_another_thread(lambda: ep.plan(idx, 1)) == []
-
-
-class WithoutTextError(Exception):
-    def __str__(self) -> str:
-        raise KeyError("no text")
-
-
-def test_an_error_is_hidden_neither_by_its_want_of_text_nor_by_another_threads_call() -> None:
-    with pytest.raises(WithoutTextError), ExpertParallel(backend="reference"):
-        raise WithoutTextError
-    ep = ExpertParallel(backend="reference")
-
-    def fail() -> None:
-        with ep:
-            raise KeyError("labels")
-
-    with ep._call_guard.one():
-        assert in_another_thread(fail) == ["'labels'"]
+        assert in_another_thread(lambda: planned(ep, 1)) == []

@@ -1,6 +1,7 @@
 """Memory that was freed between forward and backward, as sharding does: the error of forward, and no wrong number."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -33,17 +34,15 @@ def leaves_of(rank: Rank) -> dict[str, Tensor]:
     }
 
 
-def free(tensor: Tensor) -> Callable[[], None]:
-    """Free the memory of ``tensor``. Returns what restores it and its values."""
+@contextmanager
+def freed_memory(tensor: Tensor) -> Iterator[None]:
+    """That of ``tensor`` is freed while this lasts; then its values are back."""
     values, nbytes = tensor.detach().clone(), tensor.untyped_storage().nbytes()
     tensor.untyped_storage().resize_(0)
-
-    def restore() -> None:
-        tensor.untyped_storage().resize_(nbytes)
-        with torch.no_grad():
-            tensor.copy_(values)
-
-    return restore
+    yield
+    tensor.untyped_storage().resize_(nbytes)
+    with torch.no_grad():
+        tensor.copy_(values)
 
 
 def call_of(ep: ExpertParallel, rank: Rank, call: str) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
@@ -88,11 +87,9 @@ def test_freed_tensors_are_refused(rank: Rank, call: str, backend: str, config: 
         for name in freed:
             message = rf"{ep.group}: memory of {name}: got 0 bytes, expected at least \d+: was it freed\?"
             loss = forward().square().sum()
-            restore = free(leaves[name])
             for refused in (partial(gradients, loss), forward):
-                with pytest.raises(ValueError, match=message):
+                with freed_memory(leaves[name]), pytest.raises(ValueError, match=message):
                     refused()
-            restore()
             assert_same_bits(gradients(), expected, name)
 
 
@@ -104,10 +101,9 @@ def test_what_backward_does_not_read_may_be_freed(rank: Rank, backend: str) -> N
     with ExpertParallel(backend=backend) as ep:
         out = ep.moe(**leaves, top_k=CASE.top_k)
         expected = torch.autograd.grad(out.y.square().sum(), list(leaves.values()), retain_graph=True)
-        restore = free(leaves["b1"])
         out.tokens_per_expert.untyped_storage().resize_(0)
-        found = torch.autograd.grad(out.y.square().sum(), list(leaves.values()))
-        restore()
+        with freed_memory(leaves["b1"]):
+            found = torch.autograd.grad(out.y.square().sum(), list(leaves.values()))
     assert_same_bits(found, expected)
 
 
@@ -123,7 +119,7 @@ def test_a_freed_plan_is_refused_in_backward(rank: Rank, backend: str) -> None:
             rows = ep.dispatch(x, plan)
             there = torch.arange(len(rows), device=rank.device) < plan.rows()
             y = ep.combine(rows.detach().where(there[:, None], 0).requires_grad_(), scores, plan)
-            free(getattr(plan, field))
+            getattr(plan, field).untyped_storage().resize_(0)
             refused = rf"(memory of )?{field} of plan: got .* (was it freed\?|has run)$"
             for result in (rows[:1].sum(), y.sum()):
                 with pytest.raises(ValueError, match=refused):

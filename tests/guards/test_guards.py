@@ -2,34 +2,24 @@
 
 import importlib
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from layer_inputs import plan_of
 from on_ranks import on_ranks
 from promises import promise
 from there_and_back import Modes, by_modes
 from torch import Tensor
+from workspaces import workspace_of
 
 from sonic_ep import EPConfig, ExpertParallel, RoutingPlan, RowOverflowError
-from sonic_ep.distributed.group import resolve_group
 from sonic_ep.testing import CASES, Inputs, Rank, assert_bitwise, draw
 
 pytestmark = pytest.mark.fast
-
-
-@contextmanager
-def workspace_of(rank: Rank) -> Iterator[Any]:
-    """Collective. A workspace of the world."""
-    from sonic_ep.fast.workspace import Workspace
-
-    workspace = Workspace(resolve_group(None), rank.device)
-    yield workspace
-    workspace.close()
 
 
 def scores_with_ids(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
@@ -142,55 +132,44 @@ def test_nothing_behind_the_rows_is_read(rank: Rank) -> None:
         assert not bool((return_to_origin(values[:room], plan, workspace) == CANARY).any())
 
 
-@on_ranks(3, pool="cpu_pool")
-def test_shared_memory_is_sized_for_all_tokens(rank: Rank) -> None:
-    """Room for every token of every rank, also of those that this rank does not have."""
+@on_ranks(2, 3)
+def test_combine_has_room_for_all_tokens_and_sends_nothing_without_a_slot(rank: Rank) -> None:
+    """Room for C tokens, few of which are there. A partial sum arrives from each rank that has a slot of the token."""
     from sonic_ep.fast.collectives import SCORES
     from sonic_ep.fast.combine.rank_dedup import RankDedupCombine
     from sonic_ep.fast.workspace import TAG_BYTES
 
-    max_tokens = 600
-    with ExpertParallel(backend="reference", max_tokens_per_rank=max_tokens) as ep:
-        plan = ep.plan(torch.zeros(2, 1, dtype=torch.int64, device=rank.device), num_experts=rank.world_size)
-    with workspace_of(rank) as workspace:
-        shared = RankDedupCombine(workspace).reserve(plan, row_bytes=8)
-        assert shared.flags.nbytes >= (rank.world_size - 1) * max_tokens * TAG_BYTES
-        assert shared.received.nbytes >= max_tokens * 2 * 8
-        scores_with_ids(1.0, plan, workspace)
-        assert workspace.reserve(SCORES, 1).nbytes >= max_tokens * torch.float32.itemsize
-
-
-@on_ranks(2, 3)
-def test_nothing_is_sent_without_a_slot(rank: Rank) -> None:
-    """A partial sum arrives from each rank that has a slot of the token, and from no other."""
-    from sonic_ep.fast.combine.base import RECEIVED
-    from sonic_ep.fast.combine.rank_dedup import RankDedupCombine
-
     # K is no power of two, so that ids of the next token are within a block's reach.
     inputs = draw(replace(CASES["dropped_slots"], top_k=3), rank.world_size, rank.device)
-    tokens = inputs.tokens_of(rank.rank)
-    with ExpertParallel(backend="reference") as ep:
-        plan = ep.plan(inputs.topk_idx[tokens], inputs.case.num_experts)
+    # More than a block of shared memory holds, whatever is kept for a token.
+    max_tokens = 45
+    with ExpertParallel(backend="reference", max_tokens_per_rank=max_tokens) as ep:
+        plan = plan_of(ep, inputs)
     with workspace_of(rank) as workspace:
         workspace.enter()
-        RankDedupCombine(workspace).combine(torch.ones(plan.row_capacity, 8, device=rank.device), None, plan)
+        combine = RankDedupCombine(workspace)
+        combine.combine(torch.ones(plan.row_capacity, 8, device=rank.device), None, plan)
         workspace.barrier_after_write()
-        shape = (rank.world_size - 1, plan.max_tokens, 8)
-        arrived = workspace.reserve(RECEIVED, 1).rows(rank.rank, shape, torch.float32)
+        shared, others = combine.reserve(plan, row_bytes=4 * 8), rank.world_size - 1
+        assert shared.flags.nbytes >= others * max_tokens * TAG_BYTES
+        assert shared.received.nbytes >= others * max_tokens * 4 * 8
+        arrived = shared.received.rows(rank.rank, (others, max_tokens, 8), torch.float32)
         owners = plan.expert_ids[rank.rank].div(plan.experts_per_rank, rounding_mode="floor")
         for step in range(1, rank.world_size):
             sender = (rank.rank + step) % rank.world_size
             has_slot = (owners == sender).any(dim=1)
             assert_bitwise(arrived[step - 1].isnan().all(dim=1), ~has_slot, f"from rank {sender}")
         workspace.barrier_after_write()
+        workspace.enter()
+        scores_with_ids(1.0, plan, workspace)
+        assert workspace.reserve(SCORES, 1).nbytes >= max_tokens * plan.top_k * torch.float32.itemsize
 
 
-def gradients(ep: ExpertParallel, inputs: Inputs, tokens: slice, wanted: tuple[bool, bool]) -> list[Tensor | None]:
+def gradients(ep: ExpertParallel, inputs: Inputs, wanted: tuple[bool, bool]) -> list[Tensor | None]:
     """Those of x and scores, where wanted."""
-    x, scores = inputs.x[tokens].clone(), inputs.topk_scores[tokens].clone()
-    for tensor, want in zip((x, scores), wanted, strict=True):
-        tensor.requires_grad_(want)
-    plan = ep.plan(inputs.topk_idx[tokens], inputs.case.num_experts)
+    tokens, given = inputs.tokens_of(ep.rank), zip((inputs.x, inputs.topk_scores), wanted, strict=True)
+    x, scores = (tensor[tokens].clone().requires_grad_(want) for tensor, want in given)
+    plan = plan_of(ep, inputs)
     y = ep.combine(ep.dispatch(x, plan), scores, plan)
     with pytest.MonkeyPatch.context() as patch:
         if ep.backend == "fast":
@@ -205,14 +184,13 @@ def gradients(ep: ExpertParallel, inputs: Inputs, tokens: slice, wanted: tuple[b
 def test_ranks_may_need_different_gradients(rank: Rank, modes: Modes) -> None:
     """x, scores or both, on rank 0 alone; and backward shares no new memory."""
     inputs = draw(CASES["uneven_tokens"], rank.world_size, rank.device)
-    tokens = inputs.tokens_of(rank.rank)
     config = EPConfig(dispatch=modes[0], combine=modes[1])
     with ExpertParallel(backend="reference", config=config) as ep:
-        expected = gradients(ep, inputs, tokens, (True, True))
+        expected = gradients(ep, inputs, (True, True))
     with ExpertParallel(backend="fast", config=config) as ep:
         for wanted in product((True, False), repeat=2):
             mine = tuple(want and rank.rank == 0 for want in wanted)
-            found = gradients(ep, inputs, tokens, mine)
+            found = gradients(ep, inputs, mine)
             assert [grad is not None for grad in found] == list(mine)
             if mine[0]:
                 assert_bitwise(found[0], expected[0], "dx")

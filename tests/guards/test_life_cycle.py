@@ -1,12 +1,8 @@
-"""The life of an ExpertParallel: nothing is left of it, one that is not closed warns, and two do not mix.
-
-A forked process keeps off what its parent made, in calls, in backward and at its end.
-"""
+"""The life of an ExpertParallel: nothing is left of it, two do not mix, and a forked process keeps off."""
 
 import gc
 import os
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from unittest import mock
@@ -15,15 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from backends import both_backends
-from lives import TOKENS, TOP_K, layer_of, planned, warned
+from lives import TOKENS, TOP_K, layer_of, planned, said_in_child, warned
 from on_ranks import on_ranks
-from programs import output_at_end, start_program
+from programs import run_program
 from promises import promise
 from same import assert_same_bits
+from torch import Tensor
 from torch.distributed import _symmetric_memory as symmetric_memory
 
 import sonic_ep
-from sonic_ep import ClosedError, ExpertParallel
+from sonic_ep import ClosedError, EPConfig, ExpertParallel
 from sonic_ep.errors import CollectiveMismatchError, PeerError
 from sonic_ep.testing import Rank, assert_bitwise
 
@@ -45,10 +42,6 @@ def held_by_process(device: torch.device) -> tuple[int, int, int, int]:
     free, total = torch.cuda.mem_get_info(device) if gpu else (0, 0)
     descriptors, threads = (len(os.listdir(f"/proc/self/{folder}")) for folder in ("fd", "task"))
     return descriptors, threads, torch.cuda.memory_allocated(device) if gpu else 0, total - free
-
-
-def objects_by_type() -> Counter:
-    return Counter(type(thing).__name__ for thing in gc.get_objects())
 
 
 def shared_maps() -> int:
@@ -75,7 +68,7 @@ def test_two_hundred_lives_leave_nothing(rank: Rank, backend: str) -> None:
     for _ in range(FIRST_LIVES):
         live(0)
         *first, allocated, used = held_by_process(rank.device)
-        objects = objects_by_type()
+        objects = Counter(type(thing).__name__ for thing in gc.get_objects())
     rendezvous, kept = symmetric_memory.rendezvous, 0
 
     def counted(*arguments: object, **options: object) -> object:
@@ -91,18 +84,16 @@ def test_two_hundred_lives_leave_nothing(rank: Rank, backend: str) -> None:
     assert allocated_last == allocated + kept
     if ALONE_ON_GPUS:
         assert used_last - used <= kept + PAGE_BYTES
+    new = Counter(type(thing).__name__ for thing in gc.get_objects()) - objects
     # A few objects of Python's and Triton's own caches come and go, but none for every life or plan.
-    assert {name: n for name, n in (objects_by_type() - objects).items() if n >= LIVES // PLANNING} == {}
+    assert {name: n for name, n in new.items() if n >= LIVES // PLANNING} == {}
 
 
 @promise("close")
 @both_backends
 @on_ranks(2)
 def test_what_is_forgotten_warns_and_its_graph_lives_on(rank: Rank, backend: str) -> None:
-    """An object freed without close() warns if it holds memory; the functional form does not, nor does close().
-
-    close() gives memory back at once, though a graph lives.
-    """
+    """An object freed without close() warns if it holds memory, and no other. close() frees it though a graph lives."""
     leaves, before = layer_of(rank), shared_maps()
     with ExpertParallel(backend=backend) as ep:
         out = ep.moe(*leaves, TOP_K)
@@ -125,6 +116,28 @@ def test_what_is_forgotten_warns_and_its_graph_lives_on(rank: Rank, backend: str
         assert_same_bits(torch.autograd.grad(graph.square().sum(), leaves), expected)
     words = f"rank {rank.rank} of 2: this ExpertParallel was not closed: call close(), or use it in a with"
     assert (functional, freed) == ([], [words] if backend == "fast" else [])
+
+
+@on_ranks(2)
+def test_two_objects_of_one_group_take_turns(rank: Rank) -> None:
+    layers = [layer_of(rank, seed) for seed in range(2)]
+    configs = (EPConfig(dispatch="all_to_all", combine="rank_dedup"), EPConfig(redispatch_x_in_backward=True))
+    first, second = made = [ExpertParallel(backend="reference", config=config) for config in configs]
+
+    def forward(number: int) -> Tensor:
+        return made[number].moe(*layers[number], TOP_K).y
+
+    def with_gradients(number: int, y: Tensor) -> list[Tensor]:
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), layers[number])]
+
+    with first, second:
+        alone = [with_gradients(number, forward(number)) for number in range(2)]
+        for order in ((0, 1), (1, 0)):
+            outs = [forward(number) for number in range(2)]
+            planned(first, rank)
+            for number in order:
+                assert_same_bits(with_gradients(number, outs[number]), alone[number])
+                planned(second, rank)
 
 
 @pytest.mark.parametrize("order", ["made", "called", "called later"])
@@ -178,31 +191,10 @@ assert [planned(ep) for ep in made] == [[1, 1], [1, 1]]
 @pytest.mark.fast
 def test_what_is_left_open_at_exit_warns_in_the_process_that_made_it(tmp_path: Path) -> None:
     """Once: not for what holds nothing, and not in a child that was forked."""
-    process = start_program(tmp_path, AT_EXIT)
-    said = output_at_end(process)
-    assert process.returncode == 0, said
+    ((code, said),) = run_program(tmp_path, AT_EXIT, [])
+    assert code == 0, said
     assert said.count("ResourceWarning: rank 0 of 1: this ExpertParallel was not closed: call close()") == 1
     assert "child ended with 0" in said
-
-
-def said_in_child(use: Callable[[], object]) -> str:
-    """What ``use`` raises in a forked process, whose number is replaced by CHILD."""
-    read, write = os.pipe()
-    # The child cannot end what is left over of other groups.
-    gc.collect()
-    child = os.fork()
-    if child == 0:
-        words = "nothing"
-        try:
-            use()
-        except RuntimeError as error:
-            words = str(error)
-        os.write(write, words.encode())
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
-    os.close(write)
-    with open(read) as said:
-        return said.read().replace(str(child), "CHILD")
 
 
 @promise("one-call")

@@ -1,59 +1,47 @@
 """Under PyTorch's modes calls are the same or refused: autocast, compilation, other kinds of derivatives."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from backends import both_backends
 from edge_calls import ARGUMENTS, arguments_of, outcome, run, tensors_of
 from layer_inputs import layer_inputs, routing_of
 from on_ranks import on_ranks
-from programs import output_at_end, start_program
 from promises import promise
 from same import assert_same_bits
+from torch import Tensor
 from torch.autograd import forward_ad
 
-from sonic_ep import EPConfig, ExpertParallel
+from sonic_ep import EPConfig, ExpertParallel, MoE
 from sonic_ep.testing import CASES, Case, Rank
 
 CASE = CASES["uniform"]
 
-COMPILED = """
-import sys, torch, sonic_ep.testing
-from sonic_ep import ExpertParallel, MoE
-
-def layer(ep, x, *weights):
-    return (ep.moe(x * 2, *weights, 2).y * 3).sum()
-
-def in_parts(ep, x, *weights):
-    plan = ep.plan(torch.tensor([[0, 1]] * 5), 4)
-    return ep.combine(ep.dispatch(x * 2, plan) * 1.5, torch.ones(5, 2), plan).sum()
-
-shapes = ((5, 8), (4, 8), (4, 8, 8), (4, 8, 4))
-leaves = [torch.randn(shape).requires_grad_() for shape in shapes]
-with ExpertParallel(backend=sys.argv[1]) as ep:
-    for function in (layer, in_parts):
-        expected = function(ep, *leaves)
-        grads = torch.autograd.grad(expected, leaves, allow_unused=True)
-        compiled = torch.compile(function, backend="aot_eager")
-        for _ in range(2):
-            found = compiled(ep, *leaves)
-            assert torch.equal(found, expected)
-            for got, want in zip(torch.autograd.grad(found, leaves, allow_unused=True), grads):
-                assert (got is None and want is None) or torch.equal(got, want)
-    module = MoE(8, 4, num_experts=4, top_k=2, ep=ep)
-    assert torch.equal(torch.compile(module, backend="aot_eager")(leaves[0]).y, module(leaves[0]).y)
-print("as they were")
-"""
-
 
 @promise("compile")
-@pytest.mark.parametrize("backend", ["reference", pytest.param("fast", marks=pytest.mark.fast)])
-def test_calls_in_what_is_compiled_run_as_they_are(backend: str, tmp_path: Path) -> None:
-    process = start_program(tmp_path, COMPILED, backend)
-    said = output_at_end(process)
-    assert process.returncode == 0, said
-    assert "as they were" in said
+@both_backends
+@on_ranks(1, pool="cpu_pool")
+def test_calls_in_what_is_compiled_run_as_they_are(rank: Rank, backend: str) -> None:
+    x, weights, _ = layer_inputs(rank, CASE)
+    leaves, (idx, scores) = [x, *weights], routing_of(rank, CASE)
+
+    def layer(x: Tensor, *weights: Tensor) -> Tensor:
+        return (ep.moe(x * 2, *weights, CASE.top_k).y * 3).sum()
+
+    def in_parts(x: Tensor, *_: Tensor) -> Tensor:
+        plan = ep.plan(idx, CASE.num_experts)
+        return ep.combine(ep.dispatch(x * 2, plan) * 1.5, scores, plan).sum()
+
+    with ExpertParallel(backend=backend) as ep:
+        for function in (layer, in_parts):
+            expected = function(*leaves)
+            grads = torch.autograd.grad(expected, leaves, allow_unused=True)
+            compiled = torch.compile(function, backend="aot_eager")
+            for _ in range(2):
+                found = compiled(*leaves)
+                assert torch.equal(found, expected)
+                assert_same_bits(torch.autograd.grad(found, leaves, allow_unused=True), grads)
+        module = MoE(CASE.hidden, 4, num_experts=4, top_k=2, ep=ep)
+        assert torch.equal(torch.compile(module, backend="aot_eager")(x).y, module(x).y)
 
 
 @promise("autocast")
@@ -64,6 +52,11 @@ def test_autocast_changes_no_bit_forward_and_backward(rank: Rank, backend: str, 
     """Or with backward alone under it; and it is on again for the caller's own operations."""
     x, weights, dy = layer_inputs(rank, case)
     lower = torch.float16 if case.dtype == torch.bfloat16 else torch.bfloat16
+    seen: list[bool] = []
+
+    def see(*_: object) -> None:
+        seen.append(torch.is_autocast_enabled(x.device.type))
+
     for again in (False, True):
         with ExpertParallel(backend=backend, config=EPConfig(redispatch_x_in_backward=again)) as ep:
             y = ep.moe(x, *weights, case.top_k).y
@@ -71,34 +64,32 @@ def test_autocast_changes_no_bit_forward_and_backward(rank: Rank, backend: str, 
             with torch.autocast(rank.device.type, dtype=lower):
                 late = torch.autograd.grad(y, [x, *weights], dy)
                 before = x * 1
-                seen: list[bool] = []
-
-                def see(*_: object, seen: list[bool] = seen) -> None:
-                    seen.append(torch.is_autocast_enabled(x.device.type))
-
                 before.register_hook(see)
                 before.grad_fn.register_hook(see)
                 within = ep.moe(before, *weights, case.top_k).y
                 found = [within.detach(), *torch.autograd.grad(within, [x, *weights], dy)]
-                assert seen == [True, True]
                 assert torch.mm(x.detach(), x.detach().t()).dtype == lower
             assert_same_bits((*found, *late), (*expected, *expected[1:]))
+    assert seen == [True] * 4
 
 
 @promise("second-derivatives", "forward-mode")
 @both_backends
 @on_ranks(2)
 def test_second_derivatives_and_gradients_with_tangents_are_refused_not_wrong(rank: Rank, backend: str) -> None:
-    """Before any communication: as soon as a graph of the gradient is asked for, or a tangent comes in."""
+    """Before any communication: where a graph of a gradient is asked for, a tangent comes in, or a graph is used up."""
     x, weights, dy = layer_inputs(rank, CASE)
     idx, scores = routing_of(rank, CASE)
     with ExpertParallel(backend=backend) as ep:
 
-        def loss() -> torch.Tensor:
+        def loss() -> Tensor:
             # Without the residual there might be no second derivative.
             return x.square().sum() + (ep.moe(x, *weights, CASE.top_k).y * dy).sum()
 
-        expected = torch.autograd.grad(loss(), x)
+        first = loss()
+        expected = torch.autograd.grad(first, x)
+        with pytest.raises(RuntimeError, match="through the graph a second time"):
+            torch.autograd.grad(first, x)
         plan = ep.plan(idx, CASE.num_experts)
         rows = torch.zeros(plan.row_capacity, CASE.hidden, device=rank.device, requires_grad=True)
         of_dispatch = ep.dispatch(x, plan)[: plan.rows()].sum()
@@ -129,7 +120,7 @@ def test_tangents_are_refused_not_lost(rank: Rank, backend: str) -> None:
                     continue
                 refused = pytest.raises(NotImplementedError, match=f"rank 0 of 1: {name}: got .* tangent")
 
-                def of(tensor: torch.Tensor, name: str = name) -> object:
+                def of(tensor: Tensor, name: str = name) -> object:
                     return run(call, ep, {**arguments, name: tensor})  # noqa: B023
 
                 with refused:

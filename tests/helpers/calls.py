@@ -1,7 +1,7 @@
 """Arguments of a right call, small, for tests that change one of them."""
 
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -41,16 +41,6 @@ def with_trained_experts(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def in_another_thread(*calls: Callable[[], object]) -> list[str]:
     """The errors of ``calls``, one after the other."""
-    errors: list[str] = []
-
-    def run() -> None:
-        for call in calls:
-            try:
-                call()
-            except Exception as error:
-                errors.append(str(error))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return errors
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        errors = [thread.submit(call).exception() for call in calls]
+    return [str(error) for error in errors if error is not None]

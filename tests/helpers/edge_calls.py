@@ -107,34 +107,42 @@ def plain(value: Any) -> Any:
         return torch.empty(held.shape, dtype=held.dtype, device=held.device).copy_(held)
 
 
+def attempt(make: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What ``make`` returns, or None and what is wrong with its error: nothing if it is the right one, at once."""
+    started = time.process_time()
+    try:
+        return make(), None
+    except (ValueError, TypeError):
+        took = time.process_time() - started
+        return None, None if took < MOST_SECONDS else f"refused after {took:.1f} s"
+    except Exception as error:
+        return None, f"raised {type(error).__name__}: {str(error)[:200]}"
+
+
 def complaint(call: str, ep: ExpertParallel, arguments: Arguments, changes: Arguments, base: Outcome) -> str | None:
     """What is wrong with the call with ``changes``: it has to be right, or a ``ValueError`` or ``TypeError`` at once.
 
     base: the outcome of ``leaves(arguments)``.
     """
-    started = time.process_time()
-    try:
+
+    def checked() -> Outcome:
         found = outcome(call, ep, {**leaves(arguments), **leaves(changes)})
         ep.check()
-    except (ValueError, TypeError):
-        took = time.process_time() - started
-        return None if took < MOST_SECONDS else f"refused after {took:.1f} s"
-    except Exception as error:
-        return f"raised {type(error).__name__}: {str(error)[:200]}"
+        return found
+
+    found, wrong = attempt(checked)
+    if found is None:
+        return wrong
     if not all(isinstance(value, Tensor) for value in changes.values()):
         return "was taken"
     same = {name: plain(value).requires_grad_(value.requires_grad) for name, value in changes.items()}
     try:
-        alike = all(_alike(value, arguments[name]) for name, value in same.items())
+        pairs = [(value, arguments[name]) for name, value in same.items()]
+        alike = all((v.dtype, v.requires_grad) == (o.dtype, o.requires_grad) and torch.equal(v, o) for v, o in pairs)
         assert_same(found, base if alike else outcome(call, ep, {**arguments, **same}))
     except AssertionError as error:
         return f"wrong: {error}"
     return None
-
-
-def _alike(value: Tensor, other: Tensor) -> bool:
-    as_trained = value.dtype == other.dtype and value.requires_grad == other.requires_grad
-    return as_trained and torch.equal(value, other)
 
 
 def assert_same(found: Outcome, expected: Outcome) -> None:

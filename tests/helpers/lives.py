@@ -1,8 +1,9 @@
-"""A small layer, a plan, and the warnings for objects that were not closed."""
+"""A small layer, a plan, the warnings for objects that were not closed, and forked processes."""
 
 import gc
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,8 +12,7 @@ from torch import Tensor
 from sonic_ep import ExpertParallel
 from sonic_ep.testing import Rank
 
-HIDDEN, HELD, TOP_K = 8, 2, 2
-TOKENS = 3
+TOKENS, HIDDEN, HELD, TOP_K = 3, 8, 2, 2
 
 
 def layer_of(rank: Rank, seed: int = 0, *, hidden: int = HIDDEN, tokens: int = TOKENS) -> list[Tensor]:
@@ -35,3 +35,22 @@ def warned() -> Iterator[list[str]]:
         yield said
         gc.collect()
     said += [str(one.message) for one in caught if issubclass(one.category, ResourceWarning)]
+
+
+def said_in_child(use: Callable[[], object]) -> str:
+    """What ``use`` returns or raises in a forked process, whose number is replaced by CHILD."""
+    read, write = os.pipe()
+    # The child cannot end what is left over of other groups.
+    gc.collect()
+    child = os.fork()
+    if child == 0:
+        try:
+            words = str(use())
+        except RuntimeError as error:
+            words = str(error)
+        os.write(write, words.encode())
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    os.close(write)
+    with open(read) as said:
+        return said.read().replace(str(child), "CHILD")

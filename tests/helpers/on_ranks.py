@@ -26,33 +26,23 @@ def on_ranks(*world_sizes: Any, pool: str = "pool") -> Callable[[Test], Test]:
         raise ValueError(f"pool: got {pool!r}, expected one of {', '.join(POOLS)}")
 
     def decorate(body: Test) -> Test:
-        others = parameters_of(body)[1:]
-        named = {parameter.name for parameter in others}
+        names = list(inspect.signature(body).parameters)
+        if names[:1] != ["rank"] or set(names) & set(POOLS):
+            raise TypeError(f"{body.__qualname__}: got parameters {names}, expected 'rank' first and no pool")
 
         @functools.wraps(body)
         def test(**given: Any) -> None:
             __tracebackhide__ = True
-            size = given[SIZE]
-            arguments = {name: given[name] for name in named}
-            given[pool].run(call_body, body.__module__, body.__qualname__, arguments, world_size=size)
+            arguments = {name: given[name] for name in names[1:]}
+            given[pool].run(call_body, body.__module__, body.__qualname__, arguments, world_size=given[SIZE])
 
-        behind = [name for name in (pool, SIZE) if name not in named]
+        asked = dict.fromkeys((pool, SIZE, *names[1:]))
         keyword = inspect.Parameter.KEYWORD_ONLY
-        asked = [*behind, *(parameter.name for parameter in others)]
         test.__signature__ = inspect.Signature([inspect.Parameter(name, keyword) for name in asked])  # type: ignore[attr-defined]
         test.body = body  # type: ignore[attr-defined]
         return pytest.mark.parametrize(SIZE, world_sizes)(test) if world_sizes else test
 
     return decorate
-
-
-def parameters_of(body: Test) -> list[inspect.Parameter]:
-    """The parameters of a body. Raises ``TypeError`` unless the first is ``rank`` and none is a pool."""
-    found = list(inspect.signature(body).parameters.values())
-    names = [parameter.name for parameter in found]
-    if names[:1] != ["rank"] or set(names) & set(POOLS):
-        raise TypeError(f"{body.__qualname__}: got parameters {names}, expected 'rank' first and no pool")
-    return found
 
 
 def call_body(rank: Rank, module: str, name: str, arguments: Mapping[str, Any]) -> None:

@@ -19,33 +19,26 @@ from sonic_ep.testing.interpreted import install_interpreter
 from sonic_ep.testing.ranks import SETTINGS, starting_context
 
 
-def start_program(folder: Path, source: str, *arguments: str, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
-    """A process that runs ``source`` on the CPU. Standard output and errors are one stream."""
+def run_program(folder: Path, source: str, *arguments: Sequence[str]) -> list[tuple[int, str]]:
+    """Exit code and output of processes that run ``source`` on the CPU at once, one with each of ``arguments``."""
     script = folder / "program.py"
     script.write_text(source)
     settings = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-W", "always", *launcher, str(script), *arguments]
-    return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def output_at_end(process: subprocess.Popen[str]) -> str:
-    return process.communicate(timeout=HANG_SECONDS)[0]
+    command = [sys.executable, "-W", "always", str(script)]
+    options: dict[str, Any] = {"env": settings, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [subprocess.Popen([*command, *one], **options) for one in arguments]
+    outputs = [process.communicate(timeout=HANG_SECONDS)[0] for process in started]
+    return [(process.returncode, said) for process, said in zip(started, outputs, strict=True)]
 
 
 def exits(
-    folder: Path,
-    body: Callable[..., None],
-    *arguments: Any,
-    world_size: int,
-    device_type: str = "cpu",
-    odd: int | None = None,
-    store_at_rank_0: bool = False,
+    folder: Path, body: Callable[..., None], *arguments: Any, world_size: int, odd: int, device_type: str, served: bool
 ) -> list[tuple[int | None, str]]:
     """Exit code and output of each rank of ``body(rank, *arguments)``.
 
-    odd: is killed when the others have ended; all are that hang. store_at_rank_0: a server, not a file.
+    odd: is killed when the others have ended; all are that hang. served: rank 0 is the store, which is not a file.
     """
-    common = (world_size, device_type, folder, store_at_rank_0, body, arguments)
+    common = (world_size, device_type, folder, served, body, *arguments)
     ranks = [starting_context().Process(target=_run_rank, args=(rank, *common)) for rank in range(world_size)]
     for process in ranks:
         process.start()
@@ -58,13 +51,7 @@ def exits(
 
 
 def _run_rank(
-    rank: int,
-    world_size: int,
-    device_type: str,
-    folder: Path,
-    store_at_rank_0: bool,
-    body: Callable[..., None],
-    arguments: tuple[Any, ...],
+    rank: int, world_size: int, device_type: str, folder: Path, served: bool, body: Callable[..., None], *arguments: Any
 ) -> None:
     os.environ.update(SETTINGS[device_type])
     install_interpreter()
@@ -78,19 +65,12 @@ def _run_rank(
     device = device_of_rank(rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = _served(folder / "port", rank) if store_at_rank_0 else dist.FileStore(str(folder / "store"), world_size)
+    store: dist.Store = dist.FileStore(str(folder / "store"), world_size)
+    if served:
+        port = int(store.get("port")) if rank else 0
+        files, store = store, dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
+        files.set("port", str(store.port))
     dist.init_process_group("nccl" if own_device else "gloo", store=store, rank=rank, world_size=world_size)
     del store
     body(Rank(rank=rank, world_size=world_size, device=device), *arguments)
     dist.destroy_process_group()
-
-
-def _served(at: Path, rank: int) -> dist.Store:
-    if rank == 0:
-        server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        at.with_suffix(".new").write_text(str(server.port))
-        at.with_suffix(".new").rename(at)
-        return server
-    while not at.exists():
-        time.sleep(0.02)
-    return dist.TCPStore("127.0.0.1", int(at.read_text()), wait_for_workers=False)
