@@ -1,13 +1,44 @@
-"""What a private API behind ``sonic_ep.compat`` needs of the installed PyTorch, where no test of a feature tells."""
+"""What each private API behind ``sonic_ep.compat`` needs of the installed PyTorch; each fails by its name."""
 
 import weakref
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.utils.checkpoint as checkpointing
-from torch.utils.flop_counter import FlopCounterMode
+from on_ranks import on_ranks
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sonic_ep import compat
+from sonic_ep.testing import Rank
+
+CPU, SOON = torch.device("cpu"), timedelta(seconds=60)
+
+
+@on_ranks(2, pool="cpu_pool")
+def test_collectives_take_a_timeout(rank: Rank) -> None:
+    """``_allgather_base``, ``alltoall_base`` and their options; the work that they return can be waited for."""
+    group, gathered = dist.group.WORLD, torch.empty(2)
+    compat.all_gather(group, gathered, torch.full((1,), float(rank.rank)), SOON).wait(SOON)
+    assert gathered.tolist() == [0, 1]
+    compat.all_to_all(group, gathered, torch.tensor([1.0, 2.0]) + rank.rank, [1, 1], [1, 1], SOON).wait(SOON)
+    assert gathered.tolist() == [1 + rank.rank, 2 + rank.rank]
+
+
+@on_ranks(2, pool="cpu_pool")
+def test_the_wrapper_of_debug_mode_comes_off(rank: Rank) -> None:
+    """``_get_backend`` and ``wrapped_pg``."""
+    level = dist.get_debug_level()
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    try:
+        group = dist.new_group([0, 1])
+    finally:
+        dist.set_debug_level(level)
+    assert "Wrapper" in type(group._get_backend(CPU)).__name__
+    assert "Wrapper" not in type(compat.unwrapped(group, CPU)).__name__
+    assert "Wrapper" not in type(compat.unwrapped(dist.group.WORLD, CPU)).__name__
 
 
 @pytest.mark.parametrize("kept_under", [compat.RENDEZVOUS_KEY, "another/{}"])
@@ -32,15 +63,66 @@ def test_what_is_kept_forever_is_not_freed() -> None:
     assert held() is not None
 
 
+def test_tangents_inside_of_a_level_and_zeros_without_memory_are_known() -> None:
+    """``forward_ad._current_level`` is below 0 outside of any level; ``Tensor._is_zerotensor``."""
+    x = torch.ones(2)
+    assert forward_ad._current_level < 0
+    with forward_ad.dual_level():
+        assert forward_ad._current_level >= 0
+        assert compat.has_tangent(forward_ad.make_dual(x, x))
+        assert not compat.has_tangent(x)
+    assert not compat.has_tangent(x)
+    assert compat.is_zero_without_memory(torch._efficientzerotensor((2,)))
+    assert not compat.is_zero_without_memory(x)
+
+
+def test_a_recompute_that_stops_early_raises_the_known_error() -> None:
+    """``_StopRecomputationError`` leaves the function, once the last saved tensor has been computed."""
+    left: list[type[BaseException]] = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        try:
+            return x.exp().sum() * 1
+        except BaseException as error:
+            left.append(type(error))
+            raise
+
+    checkpointing.checkpoint(function, torch.ones(2, requires_grad=True), use_reentrant=False).backward()
+    assert left == [compat.STOP_RECOMPUTATION]
+
+
+class Counting(TorchDispatchMode):
+    calls_of_exp = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.calls_of_exp += function is torch.ops.aten.exp.default
+        return function(*arguments, **(keywords or {}))
+
+
 def test_modes_of_selective_checkpointing_are_off_and_others_on() -> None:
     """``_push_mode``, ``_pop_mode``, ``_len_torch_dispatch_stack``; the types that checkpointing uses."""
     must_save = checkpointing.CheckpointPolicy.MUST_SAVE
     caching, cached = checkpointing.create_selective_checkpoint_contexts(lambda *_, **__: must_save)
     assert (type(caching), type(cached)) == compat.CHECKPOINT_MODES
     assert not compat.dispatch_modes_active()
-    with FlopCounterMode(display=False) as outer, caching, FlopCounterMode(display=False) as inner:
+    with Counting() as outer, caching, Counting() as inner:
         with compat.without_dispatch_modes(compat.CHECKPOINT_MODES):
             assert torch._C._len_torch_dispatch_stack() == 2
-            torch.mm(torch.ones(1, 1), torch.ones(1, 1))
+            torch.ones(1).exp()
         assert torch._C._len_torch_dispatch_stack() == 3
-    assert outer.get_total_flops() == inner.get_total_flops() == 2
+    assert outer.calls_of_exp == inner.calls_of_exp == 1
+
+
+def test_python_objects_keep_their_nodes_where_the_gate_says_so() -> None:
+    """What ``torch.distributed.pipelining`` reads of a node between the halves of a backward, the result being gone."""
+
+    class Twice(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: 2 * x)
+        backward = staticmethod(lambda ctx, grad: 2 * grad)
+
+    node = Twice.apply(torch.ones(2, requires_grad=True)).grad_fn
+    try:
+        kept = len(node._input_metadata) == 1
+    except RuntimeError:
+        kept = False
+    assert kept == compat.KEEPS_NODES
