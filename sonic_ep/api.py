@@ -38,9 +38,9 @@ logger = logging.getLogger("sonic_ep")
 
 
 class MoEOutput(NamedTuple):
-    """A tuple, so that module hooks, FSDP and reentrant checkpointing find the tensors. y: shape and dtype of x.
+    """What ``moe`` returns. A tuple, so that module hooks, FSDP and reentrant checkpointing find its tensors.
 
-    router_logits: (T, E) fp32, differentiable. tokens_per_expert: (E,) int32, slots of each expert over the group.
+    y: as x. router_logits: (T, E) fp32, differentiable. tokens_per_expert: (E,) int32, slots routed to each expert.
     """
 
     y: Tensor
@@ -57,8 +57,8 @@ class ExpertParallel:
     max_tokens_per_rank: C, the most tokens of any rank in any call, the same on every rank. None: the largest T of the
         first call, agreed on there; on one rank, no limit.
     timeout: seconds to wait for another rank before raising ``PeerTimeoutError``, which names it.
-    check_collective: before each call compare its arguments across ranks and report what differs, for two exchanges on
-        the host. Without it a difference is still found, but not named.
+    check_collective: before each call compare its arguments across ranks and name those that differ, at the price of
+        two exchanges on the host. Without it a difference still raises, but is not named.
 
     Ranks create the same objects in the same order, and call them one call at a time, in the process that created
     them. An error on one rank, once a call has begun, ends the object: later calls raise ``ClosedError``. A context
@@ -102,7 +102,7 @@ class ExpertParallel:
 
     @property
     def world_size(self) -> int:
-        """W."""
+        """W, the number of ranks in the group."""
         return self.group.world_size
 
     @runs_eagerly
@@ -130,9 +130,9 @@ class ExpertParallel:
         score_order, norm_topk_probs: see ``RouterOptions``. Scores and the returned logits are fp32.
 
         Gradients of expert weights and biases are sums over all tokens of the group, undivided; so is that of router_w
-        unless ``reduce_router_grad`` is False. x, w1, w2 and router_w: each requires a gradient on every rank or on
-        none. Compared are x, which without tokens counts as requiring one if a weight does, w1, and router_w where its
-        gradient is summed. Raises ``ValueError`` before any communication.
+        unless ``reduce_router_grad`` is False. Each of x, w1, w2 and router_w requires a gradient on every rank or on
+        none. Ranks compare x (without tokens it counts as requiring one if a weight does), w1, and router_w where its
+        gradient is summed. Wrong arguments raise ``ValueError`` or ``TypeError`` before any communication.
         """
         with self._call_guard.one():
             x_any = check_tokens(self._checker, x)
@@ -196,7 +196,7 @@ class ExpertParallel:
 
     @runs_eagerly
     def plan(self, topk_idx: Tensor, num_experts: int) -> RoutingPlan:
-        """The plan for ``topk_idx`` (T, K) as in ``moe_routed``, for any number of uses. Collective."""
+        """The plan of ``topk_idx`` (T, K), as in ``moe_routed``, over E experts; may be used often. Collective."""
         with self._call_guard.one():
             idx_TK = check_routing(self._checker, topk_idx, num_experts)
             self._check_tokens_fit(idx_TK.shape[0])
@@ -210,9 +210,9 @@ class ExpertParallel:
 
     @runs_eagerly
     def dispatch(self, x: Tensor, plan: RoutingPlan) -> Tensor:
-        """Rows (R, H) in canonical order: expert, source rank, token, k. Collective, differentiable in x.
+        """Rows (R, H) of x (T, H) or (..., H), by expert, source rank, token, k. Collective, differentiable in x.
 
-        ``plan.group_ends`` is where each expert's rows end. Rows past its last entry are unspecified: do not read them.
+        Expert i's rows end at ``plan.group_ends[i]``. Rows past the last end are unspecified: do not read them.
         """
         with self._call_guard.one():
             checked = check_plan(self._checker, plan)
@@ -222,9 +222,9 @@ class ExpertParallel:
 
     @runs_eagerly
     def combine(self, rows: Tensor, topk_scores: Tensor, plan: RoutingPlan) -> Tensor:
-        """(T, H): each token's sum over k of score * row. Collective, differentiable in rows and scores.
+        """(T, H), dtype of rows: each token's sum over k of score * row. Collective, differentiable in rows and scores.
 
-        rows (R, H) in canonical order; rows past the valid ones are not read. topk_scores (T, K), any float.
+        rows (R, H) in canonical order; rows past the valid ones are not read. topk_scores (T, K): as in ``moe_routed``.
         """
         with self._call_guard.one():
             checked = check_plan(self._checker, plan)
@@ -264,7 +264,7 @@ class ExpertParallel:
 
     @runs_eagerly
     def close(self) -> None:
-        """Release what is held, then raise what ``check`` would. Later calls raise; closing again does nothing.
+        """Free shared memory, then raise what ``check`` would. Later calls raise ``ClosedError``; again: a no-op.
 
         Not collective: waits for this rank's kernels and for no other rank. Each rank closes after its last backward.
         """
@@ -300,7 +300,7 @@ class ExpertParallel:
         raise TypeError("an ExpertParallel belongs to its process and cannot be pickled; save a module's state_dict()")
 
     def _joined_without_tokens(self, x_TH: Tensor, experts: Experts, router_w_EH: Tensor | None = None) -> Tensor:
-        """x, requiring a gradient if it has no tokens while a weight is trained: as other ranks' x usually does."""
+        """x; without tokens it requires a gradient if a weight does, as x of other ranks usually does."""
         weights = (experts.w1, experts.w2, experts.b1, experts.b2, router_w_EH)
         trained = any(weight is not None and weight.requires_grad for weight in weights)
         return joined(x_TH, self.world_size) if trained and x_TH.shape[0] == 0 else x_TH
@@ -350,7 +350,7 @@ def moe(
     config: EPConfig | None = None,
     **options: object,
 ) -> MoEOutput:
-    """``ep.moe``, or that of an object made for ``group``, ``backend``, ``config``. options: its further keywords."""
+    """``ep.moe``; without ``ep``, of a new ``ExpertParallel(group, backend, config)``. options: of ``ep.moe``."""
     if ep is not None:
         if group is not None or config is not None or backend != AUTO:
             raise ValueError("moe: got ep together with group, backend or config, expected one or the other")

@@ -100,7 +100,7 @@ class Backend(Protocol):
     def layer(self, x_TH: Tensor, slots: Slots, experts: Experts, shape: torch.Size) -> LayerOutput:
         """Plan, dispatch, experts, combine. ``shape``: of y, (..., H)."""
 
-    # A backend whose waits are the host's, and that holds no memory, needs none of these.
+    # A backend that waits on the host only and holds no memory needs none of these.
 
     def check(self) -> None:
         """Raise what the device has flagged since the last host sync."""
@@ -115,11 +115,11 @@ class Backend(Protocol):
         return
 
     def holds_memory(self) -> bool:
-        """Whether there is something that ``close`` gives back."""
+        """Whether ``close`` has memory to free."""
         return False
 
     def raise_in_backward(self) -> None:
-        """No call will follow: what a backward finds, it has to raise itself."""
+        """No later call can raise the error of a backward: from now on the backward raises it."""
         return
 
     def detach(self) -> None:
@@ -127,7 +127,7 @@ class Backend(Protocol):
         return
 
     def close(self) -> None:
-        """Give back what the backend holds. A backward that is still to come is refused."""
+        """Free what the backend holds. A later backward raises."""
         return
 
 
@@ -163,7 +163,7 @@ def unavailable_reasons(name: str, group: EPGroup) -> tuple[str, ...]:
 
 
 def choose_backend(name: str, group: EPGroup) -> BackendChoice:
-    """Backend ``name``, or the first that can run for ``"auto"``. ``BackendUnavailableError`` has every reason."""
+    """Backend ``name``; for ``"auto"``, the first that can run. Else ``BackendUnavailableError`` with every reason."""
     if name not in (AUTO, *BACKEND_PACKAGES):
         expected = ", ".join(repr(word) for word in (AUTO, *BACKEND_PACKAGES))
         raise ValueError(f"{group}: backend: got {name!r}, expected one of {expected}")

@@ -61,7 +61,7 @@ class CallGuard:
             yield
 
     def begin(self, name: str, facts: Mapping[str, object] | None = None, x: Tensor | None = None) -> None:
-        """The arguments are right: from here on the call is collective.
+        """Begin the collective part of a call, whose arguments have been checked.
 
         facts, and whether backward may ask for the gradient of x, have to be equal on every rank. Where calls are
         compared, raises ``CollectiveMismatchError`` naming the rank and facts.
@@ -163,7 +163,7 @@ def _raise_clearer(error: BaseException, backend: Backend | None, collectives: B
 
 
 def _end_if_out_of_step(error: BaseException, backend: Backend | None, collectives: BoundedCollectives) -> None:
-    # Those of this library begin with the group. Others are of a hook, or of a model in recompute: of this rank alone.
+    # This library's errors begin with the group. Others come from a hook or a recomputed model, on this rank alone.
     own = f"{type(error).__name__}: {collectives.group}"
     refused = isinstance(error, ValueError) and _text_of(error).startswith(own)
     alike = refused or isinstance(error, ALIKE) or is_second_backward(error)

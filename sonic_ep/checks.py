@@ -24,7 +24,7 @@ SCORE_DTYPES = (*ROW_DTYPES, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
 # Every rank counts the slots of every expert.
 MOST_EXPERTS = 2**16
-# Of H, and of an expert's rows of w1: int32 offsets in a tile of 256 rows, grids of at most 65535 blocks of 64 columns.
+# Of H, and of rows of w1 an expert: int32 offsets in a tile of 256 rows, grids of at most 65535 blocks of 64 columns.
 MOST_WIDTH = 2**21
 MOST_SECONDS = 30 * 24 * 3600
 

@@ -21,7 +21,7 @@ RENDEZVOUS_KEY = "CUDASymmetricMemory/{}/0"
 MOST_RENDEZVOUS = 100_000
 # The modes of selective activation checkpointing, in forward and in recompute.
 CHECKPOINT_MODES = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
-# Ends a recompute early, on all ranks alike: no error. Absent before it was introduced.
+# Ends a recompute early, on all ranks alike: no error. Older PyTorch has none.
 STOP_RECOMPUTATION: Any = getattr(torch.utils.checkpoint, "_StopRecomputationError", ())
 
 
@@ -87,7 +87,7 @@ def keep_forever(kept: object) -> None:
 
 
 def has_tangent(tensor: Tensor) -> bool:
-    """Whether forward-mode differentiation would go through it. Outside of its levels the answer costs nothing."""
+    """Whether ``tensor`` has a forward-mode tangent. Costs nothing outside of forward-mode differentiation."""
     # PyTorch sets the level as it begins and ends; ``unpack_dual`` takes ten times as long.
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
@@ -98,13 +98,13 @@ def is_zero_without_memory(tensor: Tensor) -> bool:
 
 
 def dispatch_modes_active() -> bool:
-    """Whether any ``TorchDispatchMode`` is."""
+    """Whether any ``TorchDispatchMode`` is active."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 @contextmanager
 def without_dispatch_modes(kinds: tuple[type, ...]) -> Iterator[None]:
-    """Modes of these ``kinds`` are off. The public ``__exit__`` removes only the innermost mode."""
+    """Turn modes of these ``kinds`` off. The public ``__exit__`` removes only the innermost mode."""
     before = [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
     for mode in reversed(before):
         if not isinstance(mode, kinds):

@@ -32,7 +32,7 @@ class ScoreOrder(str, Enum):
 
 
 def parse_choice(name: str, value: object, choices: type[ChoiceT], *, also: tuple[str, ...] = ()) -> ChoiceT:
-    """The member of ``choices`` that ``value`` is or names; else ``ValueError``. also: what the caller accepts, too."""
+    """The member of ``choices`` that ``value`` is or names; else ``ValueError``. also: other accepted words."""
     try:
         return choices(value)
     except ValueError:

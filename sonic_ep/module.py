@@ -13,7 +13,7 @@ from sonic_ep.config import ScoreOrder, parse_choice
 
 SEEDS = 2**62
 EXPERT_WEIGHTS = ("w1", "w2", "b1", "b2")
-# Of ``ExpertParallel.moe``, as attributes of the layer.
+# Arguments of ``ExpertParallel.moe`` that are attributes of the layer.
 OPTIONS = ("activation", "gate_layout", "score_order", "norm_topk_probs", "reduce_router_grad")
 
 

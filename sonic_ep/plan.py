@@ -58,8 +58,8 @@ INDEX_BYTES = INDEX_DTYPE.itemsize
 class RoutingPlan:
     """Where every slot of the group goes. Tensors are int32 and contiguous, on the device of the routing.
 
-    rank: r. num_tokens: T. object_number and step: the ``ExpertParallel`` of the group, and its call, that made the
-        plan: compared across ranks to detect different plans. 0 if made in any other way.
+    rank: r. num_tokens: T. object_number, step: which ``ExpertParallel`` of the group made the plan, and in which call;
+        ranks compare both before they use it. 0 if it was made otherwise.
 
     expert_ids (W, C, K): the expert of each slot; -1 where it is dropped or the token does not exist.
     counts (E,): ``counts[j] = #{f : expert_ids[f] == j}``, over the group.
@@ -135,7 +135,7 @@ class RoutingPlan:
                 raise PlanError(f"routing plan: {field} contradicts its definition")
 
 
-# All but what made the plan.
+# All but step and object_number.
 ROUTING_FIELDS = tuple(field.name for field in fields(RoutingPlan) if field.name not in ("step", "object_number"))
 TENSOR_FIELDS = tuple(field.name for field in fields(RoutingPlan) if field.type == "Tensor")
 
@@ -197,9 +197,9 @@ def recompute_error(where: object, step: int) -> RecomputeError:
 
 
 def room_for_rows(where: object, config: EPConfig, *, rank: int, ceiling: int, rows_W: Sequence[int] | None) -> int:
-    """R: the exact rows with ``cpu_sync_on_runtime``, else the ceiling or ``max_rows``, whichever is less.
+    """R: the exact rows with ``cpu_sync_on_runtime``, else the lesser of ``ceiling`` and ``config.max_rows``.
 
-    rows_W: the rows of every rank, if the host has read them. Then all ranks raise ``RowOverflowError`` alike.
+    rows_W: the rows of every rank, if the host has read them; more than ``max_rows`` then raise on all ranks alike.
     """
     if rows_W is not None and config.max_rows is not None and max(rows_W) > config.max_rows:
         most, more = max(rows_W), f" (all ranks: {list(rows_W)})"

@@ -34,7 +34,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def checked_ranks(options: argparse.Namespace) -> int:
-    """The number of ranks. Raises ``ValueError`` before any is started for what would fail alike on all of them.
+    """The number of ranks. Raises here, before any is started, the ``ValueError`` that each of them would raise.
 
     Makes the folders of ``--json``.
     """

@@ -106,9 +106,9 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     for name, modes in (("dispatch_mode", DispatchMode), ("combine_mode", CombineMode)):
         choices = (AUTO, *(mode.value for mode in modes))
         parser.add_argument(*spellings(name), choices=choices, default=AUTO, help="auto: the fastest here")
-    text = "keep only x for backward, and gather it again there"
+    text = "save x instead of the received rows, and dispatch it again in backward"
     parser.add_argument(*spellings("redispatch_x_in_backward"), action="store_true", help=text)
-    text = "exact sizes, for one read on the host a forward"
+    text = "size row buffers exactly, at the price of one host read a forward"
     parser.add_argument(*spellings("cpu_sync_on_runtime", "CPU_sync_on_runtime"), action="store_true", help=text)
 
 

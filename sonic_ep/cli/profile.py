@@ -38,7 +38,7 @@ def default_shape(device: torch.device, world_size: int) -> Thiek:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise once, before any rank is started, what would fail alike on all of them."""
+    """Raise once, before any rank is started, the errors that each of them would raise."""
     ranks = checked_ranks(options)
     if options.thiek is not None:
         options.thiek.require_experts_divide(ranks)

@@ -36,7 +36,7 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise once, before any rank is started, what would fail alike on all of them."""
+    """Raise once, before any rank is started, the errors that each of them would raise."""
     ranks = ranks_of(options.nproc)
     choose_backend(options.backend, EPGroup(rank=0, world_size=ranks))
     chosen_cases(options, ranks)

@@ -1,1 +1,1 @@
-"""What the ranks of a group tell each other on the host, in bounded time."""
+"""Exchanges of a group's ranks on the host, in bounded time."""

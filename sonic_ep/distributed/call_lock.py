@@ -1,4 +1,4 @@
-"""One thread at a time, in one process, until the object is closed or has ended by an error."""
+"""Admits one thread at a time, in one process, until the object is closed or has ended by an error."""
 
 import os
 import threading
@@ -40,7 +40,7 @@ class CallLock:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Within a call, the host waits for other ranks: a signal handler may not call."""
+        """The host waits for other ranks inside a call: meanwhile a signal handler may not begin another."""
         before, self._waiting = self._waiting, True
         try:
             yield

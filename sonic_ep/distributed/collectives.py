@@ -58,14 +58,14 @@ class BoundedCollectives:
         return self.sync_tag.step
 
     def begin(self, step: Step) -> None:
-        """What follows is part of ``step``, which other ranks make too."""
+        """Make ``step``, which every rank begins, the current call."""
         self.sync_tag = SyncTag(step=step, phase=Phase.SYNC)
         self.call_lock.begun = True
 
     def sync(
         self, phase: Phase, device: torch.device, own: int = 0, step: Step | None = None, *, backward: bool = False
     ) -> list[int]:
-        """Collective. ``own`` of every rank, once all are in this phase of ``step``, or of this call: it begins."""
+        """Collective. Begin a phase of ``step`` (None: the current call). ``own`` of every rank, once all are in it."""
         self.sync_tag = SyncTag(step=step or self.step, phase=phase, backward=backward)
         return self.numbers(own, device)
 
@@ -83,7 +83,7 @@ class BoundedCollectives:
 
     @outside_selective_checkpoint
     def objects(self, own: Any, phase: Phase) -> list[Any]:
-        """Collective. ``own`` of every rank, pickled, in rank order. ``phase``: what for."""
+        """Collective. ``own`` of every rank, pickled, in rank order. ``phase``: of the tag meanwhile."""
         if self.group.world_size == 1:
             return [own]
         before, self.sync_tag = self.sync_tag, replace(self.sync_tag, phase=phase)
@@ -95,7 +95,7 @@ class BoundedCollectives:
         return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(gathered, sizes, strict=True)]
 
     def all_gather(self, local: Tensor) -> Tensor:
-        """Collective. ``local`` of every rank, equal shapes, (W, *local.shape)."""
+        """Collective. (W, *local.shape): ``local`` of every rank, of one shape and dtype, in rank order."""
         if self.group.world_size == 1:
             return local.unsqueeze(0).clone()
         gathered = local.new_empty((self.group.world_size, *local.shape))

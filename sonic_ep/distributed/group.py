@@ -18,7 +18,7 @@ Group = dist.ProcessGroup | DeviceMesh | int | None
 class EPGroup:
     """This rank's place in the group. rank: r within the group. world_size: W.
 
-    handle: the process group, if there is one, weakly: PyTorch aborts a process that exits with a gloo group.
+    handle: a weak reference to the process group, or None: PyTorch aborts a process that exits with a gloo group.
     world_ranks: the group's ranks as numbered in the world; empty where the numbers are the same.
     """
 

@@ -30,7 +30,7 @@ class RankStatus:
 class StatusStore:
     """Statuses of the ranks of one group for one object. Nothing here raises, or waits longer than ``ANSWER_SECONDS``.
 
-    store: None in a group of one. number: of objects before. others: the other ranks. broken: it does not answer.
+    store: None in a group of one. number: of earlier objects of the group. others: the other ranks. broken: no answer.
     """
 
     def __init__(self, group: EPGroup, store: Any) -> None:
@@ -62,7 +62,7 @@ class StatusStore:
         )
 
     def silent(self, collectives: int) -> list[int]:
-        """The other ranks that have not reported to have begun ``collectives``."""
+        """The other ranks that have not reported beginning ``collectives`` collectives."""
         reported = {rank for rank, status in self.statuses().items() if status.collectives >= collectives}
         return [rank for rank in self.others if rank not in reported]
 

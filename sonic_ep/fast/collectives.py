@@ -19,9 +19,9 @@ TOKENS, SCORES, VALUES, SUMMANDS = "tokens", "scores", "values_of_slots", "summa
 
 @triton.jit(do_not_specialize=["numbers"])
 def gather_kernel(staged_ptr, gathered_ptr, numbers, BLOCK: tl.constexpr):
-    """The ``numbers`` that each rank has staged, by rank. Grid (ceil(numbers / BLOCK), W).
+    """Gather the ``numbers`` that each rank has staged, by rank. Grid (ceil(numbers / BLOCK), W).
 
-    staged_ptr (W,) int64: addresses of each rank's numbers, of 4 bytes. gathered_ptr (W, numbers).
+    staged_ptr (W,) int64: addresses of each rank's numbers, of 4 bytes each. gathered_ptr (W, numbers).
     """
     source = tl.program_id(1)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -65,7 +65,7 @@ def return_to_origin_kernel(
     rows,
     BLOCK: tl.constexpr,
 ):
-    """Write the value of each row to its slot, on the slot's origin rank, if another. Grid (ceil(C*K / BLOCK), W).
+    """Write the value of each row of a remote slot to that slot on its origin rank. Grid (ceil(C*K / BLOCK), W).
 
     values_ptr (R,) fp32; origins_ptr (W,) int64: addresses of C*K fp32 on each rank.
     """
@@ -97,7 +97,7 @@ def collect_kernel(
 ):
     """The value of each of this rank's slots, from its own row or as received; 0 if dropped. Grid (ceil(T*K / BLOCK),).
 
-    received_ptr (C*K,), out_ptr (T*K,) fp32. expert_ids_ptr, row_of_slot_ptr (W, C, K): own ones from ``first_slot``.
+    received_ptr (C*K,), out_ptr (T*K,) fp32. expert_ids_ptr, row_of_slot_ptr (W, C, K): own slots from ``first_slot``.
     """
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = slot < slots

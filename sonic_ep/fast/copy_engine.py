@@ -69,8 +69,8 @@ class CopyEngineGather:
 
     def stage(self, x_TH: Tensor, max_tokens: int) -> SharedBuffer:
         """Collective. The first half of ``start``."""
-        # The last gather's copies have to end before the barrier, after which peers overwrite their source. Unless it
-        # cannot wait, or need not: in a graph copies follow on the same streams.
+        # The last gather's copies have to end before the barrier: after it peers overwrite what they read. No wait from
+        # eager code for a graph or the other way round, nor a second one in a graph, whose copies share their streams.
         last, device = self._last, self._workspace.device
         if last.events and last.captured == capturing(device) and not (last.captured and last.awaited):
             last.wait(device)

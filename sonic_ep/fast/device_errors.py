@@ -111,7 +111,7 @@ class PlanErrors:
         self.written: torch.cuda.Event | None = None
 
     def wait(self) -> None:
-        """Until all that writes it has run. Raises ``RuntimeError`` if it fails."""
+        """Wait until every kernel that writes the codes has run. Raises ``RuntimeError`` if one failed."""
         if self.written is not None:
             self.written.synchronize()
 

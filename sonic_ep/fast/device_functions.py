@@ -17,8 +17,8 @@ from sonic_ep.fast.launch import INTERPRETED
 @triton.jit
 def peer_pointer(addresses_ptr, rank, like_ptr):
     """Entry ``rank`` of the address table, as a pointer of the type of ``like_ptr``."""
-    # Shared buffers are aligned to 16 bytes. Gathered tokens may not be where rows are no multiple of 16 bytes: no
-    # access is that wide then.
+    # Shared buffers are aligned to 16 bytes. Gathered tokens may not be, if a row is no multiple of 16 bytes; but then
+    # no access is 16 bytes wide.
     return tl.multiple_of(tl.load(addresses_ptr + rank).to(like_ptr.dtype), 16)
 
 

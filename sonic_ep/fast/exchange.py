@@ -44,7 +44,7 @@ class Exchange:
 
     @property
     def group_ends(self) -> Tensor:
-        """``plan.group_ends``, none of them past R, also where the plan has overflowed."""
+        """``plan.group_ends`` (e,), clamped to R where the plan may have overflowed."""
         ends_e = self.plan.group_ends
         return ends_e if self.planner.max_rows is None else ends_e.clamp(max=self.plan.row_capacity)
 
@@ -76,7 +76,7 @@ class Exchange:
         return self._poisoned(return_to_origin(value_of_row_R, self.plan, self.workspace))
 
     def checked(self, grad_NH: Tensor, expert_ids_WCK: Tensor) -> Tensor:
-        """The gradient, all NaN if forward ran again since these ids were saved, and found others than the plan's."""
+        """The gradient (N, H); all NaN if these ids, saved in a recompute, differ from those of the forward's plan."""
         if expert_ids_WCK.data_ptr() == self.plan.expert_ids.data_ptr():
             return grad_NH
         differs = self.planner.device_errors.compare(self.plan.expert_ids, expert_ids_WCK, self.step.number)

@@ -115,7 +115,7 @@ def activate_kernel(
 ):
     """Store round(act(h)). Any grid: of P programs, p takes tiles p, p + P, ... of ROWS rows.
 
-    hidden_ptr (R, F), out_ptr (R, I).
+    hidden_ptr (R, F), F = 2I if GATED, else I; out_ptr (R, I).
     """
     WIDE: tl.constexpr = tl.float64 if hidden_ptr.dtype.element_ty == tl.float32 else tl.float32
     rows = valid_rows(group_ends_ptr, experts_per_rank, row_capacity)
@@ -310,7 +310,7 @@ def activate_backward(
 
 
 def add_bias_dots(out_grad_RH: Tensor, bias_eH: Tensor, dots_R: Tensor, plan: RoutingPlan) -> None:
-    """Add the share of its expert's bias, ``<d(out), bias>``, to each row's score gradient, in place."""
+    """Add ``<d(out), bias>``, bias of the row's expert, to each row's score gradient ``dots_R``, in place."""
     held, width = bias_eH.shape
     constants = column_constants(width) | {"EXPERTS_PADDED": triton.next_power_of_2(held)}
     constants["ROWS"] = _rows_at_once(constants["COLUMNS"], bias_eH.device)

@@ -194,7 +194,7 @@ class GroupedGemm(Protocol):
 class LibraryGemm:
     """PyTorch's grouped products, for operands that ``library_serves`` and ``group_ends_e[-1] <= R``.
 
-    With a bias our kernel is faster than PyTorch's and a pass over the rows. rows_per_group: see ``TritonGemm``.
+    With a bias ``TritonGemm``, which is faster than PyTorch's and a pass over the rows. rows_per_group: for that.
     """
 
     rows_per_group: int | None = None
@@ -266,7 +266,7 @@ LARGEST = {
 }
 # For tiles smaller than the largest height and width.
 FEWER_WARPS = 4
-# Interpreted, time goes by programs, not by elements.
+# Interpreted, the number of programs decides the time, not that of elements.
 LARGEST_INTERPRETED = TileShape(height=256, width=256, depth=256, warps=4, stages=1)
 
 
@@ -284,8 +284,8 @@ def tile_shape(dtype: torch.dtype, height: int, width: int, depth: int) -> TileS
 class TritonGemm:
     """Our kernels: any sizes, strides of ``b`` and addresses. Group ends past R count as R.
 
-    tiles: of both products; None: by ``tile_shape``. rows_per_group: to choose tiles for; None: the mean of R. Tiles
-    decide the last bits of a sum, so this must not depend on what may not change them.
+    tiles: of both products; None: by ``tile_shape``. rows_per_group: the rows that tiles are chosen for; None: R over
+    the groups. Tiles decide the last bits of a sum, so no flag that may not change these may change rows_per_group.
     """
 
     tiles: TileShape | None = None

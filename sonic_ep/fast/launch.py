@@ -67,7 +67,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def programs_over(rows: int, device: torch.device) -> int:
-    """Programs that share ``rows`` rows: as many as the GPU runs at a time, at most one a row; most may be invalid."""
+    """Programs that share R = ``rows``: as many as run at a time, at most one a row. Most rows may be invalid."""
     return min(rows, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device))
 
 
@@ -85,7 +85,7 @@ def aligned_contiguous(rows_NH: Tensor) -> Tensor:
 
 
 def copy_constants(rows_NH: Tensor) -> dict[str, int]:
-    """Constants of a kernel that copies rows, given ``as_int_view``: integers of a row, and at a time."""
+    """Constants of a kernel that copies rows, from ``as_int_view``: INTS of a row, BLOCK at a time."""
     width = rows_NH.shape[1]
     at_once = min(triton.next_power_of_2(width), BLOCK_BYTES // rows_NH.element_size())
     return {"INTS": width, "BLOCK": at_once, "num_warps": ROW_WARPS}

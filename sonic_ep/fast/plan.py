@@ -191,7 +191,7 @@ def totals_kernel(
     """The small fields of the plan. Grid (W,): program p writes row p of pair_tokens, program 0 also the others.
 
     errors_ptr: see ``DeviceErrors``; the rank with most rows, plus one, and its rows, where they pass ``max_rows``.
-    Ranks whose first tiles have 0 and 3 tokens before them hold, of a total of 5, 3 and 2.
+    With 5 tokens on rank q in all, 0 and 3 of them before the first tiles of ranks 0 and 1, row q has 3 and 2.
     """
     source = tl.program_id(0)
     bins = num_experts + world_size
@@ -285,7 +285,7 @@ class TileCounts:
 def gathered_counts(
     topk_idx_TK: Tensor, shape: PlanShape, workspace: Workspace, device_errors: Tensor, scores_TK: Tensor | None = None
 ) -> TileCounts:
-    """Collective. Exchange the ids, and scores if there are any, and count: all up to the totals."""
+    """Collective. Exchange the ids, and scores if given, and run the kernels up to the totals."""
     room, device = shape.max_tokens * shape.top_k, topk_idx_TK.device
     staged = workspace.reserve("ids", room * INDEX_BYTES)
     staged_scores = None if scores_TK is None else workspace.reserve(SCORES, room * FP32_BYTES)

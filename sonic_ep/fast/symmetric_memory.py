@@ -77,7 +77,7 @@ host_transport: Callable[[BoundedCollectives], Transport] | None = None
 
 
 class OneRank:
-    """A group of one shares with nobody."""
+    """The transport of a group of one: plain memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -92,7 +92,7 @@ class OneRank:
 def keep_in_step(collectives: BoundedCollectives, next_number: Callable[[], int]) -> None:
     """Collective. Take numbers until all ranks have reached the same; ``RuntimeError`` if they cannot.
 
-    next_number: a counter of this process. Ranks that take 4 8 6 first go on to 8: the first by 6, the third at once.
+    next_number: a counter of this process. Ranks that first take 4, 8 and 6 go on to 8, each by its own numbers.
     """
     taken = next_number()
     numbers = collectives.objects(taken, Phase.MEMORY)

@@ -78,8 +78,8 @@ def _swap_in_time(flag_ptr, old, new, SEM: tl.constexpr, wait_errors_ptr, peer, 
 def barrier_kernel(flags_ptr, world_size, wait_errors_ptr, rank, tag, limit):
     """A barrier of all ranks at ``tag``: what each wrote before is visible to all after. Grid (W,), one program a peer.
 
-    flags_ptr (W,) int64: addresses of each rank's W flags, int64, all 0 before and after; flag p of a rank is raised by
-    rank p, to its tag, and lowered by its owner, which traps if it is another tag than its own.
+    flags_ptr (W,) int64: addresses of each rank's W flags, int64, all 0 before and after. Rank p raises flag p
+    of every rank to its tag; the flag's owner lowers it, and traps if that is not its own tag.
 
     Interpreted, programs run one after the other, and the grid is (2 * W,): the first W raise a flag each before the
     others wait, so that no rank is held up by one that waits for a third.

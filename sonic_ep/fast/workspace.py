@@ -164,7 +164,7 @@ class Workspace:
 
 
 def _keep_after_trap(wait_errors: WaitErrors, *buffers: object) -> None:
-    """Never free ``buffers`` after a trap: PyTorch would end the process before it could say what has happened."""
+    """Never free ``buffers`` after a trap: PyTorch would end the process before it could report the error."""
     if wait_errors.found():
         for kept in buffers:
             keep_forever(kept)

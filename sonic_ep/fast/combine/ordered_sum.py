@@ -1,4 +1,4 @@
-"""The exchange of partial sums: each in a fixed order, in fp32, rounded once; +0 for an absent term changes no bit."""
+"""The exchange of partial sums: fp32, in a fixed order, each rounded once. +0 for an absent term changes no bit."""
 
 import triton
 import triton.language as tl

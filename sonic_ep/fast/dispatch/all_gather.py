@@ -19,7 +19,7 @@ class AllGatherDispatch(PulledDispatch):
         self._gather = CopyEngineGather(workspace, TOKENS)
 
     def stage(self, x_TH: Tensor, max_tokens: int) -> SharedBuffer:
-        """Collective. As every dispatch, after the copies of the last gather."""
+        """Collective. x (T, H) to shared memory, once the copies of the last gather have ended."""
         return self._gather.stage(x_TH, max_tokens)
 
     def pull(self, x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan, rows: int) -> Tensor:

@@ -72,7 +72,7 @@ class AllToAllDispatch(PulledDispatch):
 def pull_to_rows(x_TH: Tensor, addresses_W: Tensor, plan: RoutingPlan, rows: int) -> Tensor:
     """(R, H) in canonical row order, R = ``rows``: this rank's tokens from x, the others' from ``addresses_W``.
 
-    addresses_W (W,) int64: of (C, H) tokens of each rank, in memory of any rank; this rank's own is not read.
+    addresses_W (W,) int64: of the (C, H) tokens of each rank, in local or peer memory; this rank's entry is not read.
     """
     rows_RH = x_TH.new_empty((rows, x_TH.shape[1]))
     own, out = as_int_view(x_TH), as_int_view(rows_RH)

@@ -33,7 +33,7 @@ class PulledDispatch(ABC):
 
     @abstractmethod
     def pull(self, x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan, rows: int) -> Tensor:
-        """The second half of ``receive``, own tokens from x. rows: R, from the valid ones to ``plan.row_capacity``."""
+        """The second half of ``receive``; own tokens come from x. rows: R, from the valid rows up to row_capacity."""
 
     @abstractmethod
     def source_of_row(self, plan: RoutingPlan) -> Tensor | None:
