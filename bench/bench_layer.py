@@ -24,9 +24,9 @@ Found = Mapping[str, Finding | WrongResultError]
 
 ROUNDS = Rounds(rounds=20, warmup=3)
 ROUNDS_OF_REFERENCE = Rounds(rounds=10, warmup=2)
-# At most so many times the GEMMs and the bytes.
+# Thresholds: times over those of the GEMMs and the link,
 MOST = {Pass.INFERENCE: 1.15, Pass.STEP: 1.20}
-# At most so many times the reference's time, and the time without flags.
+# over the reference's time, and over the time without the flag.
 MOST_OF_REFERENCE = 0.5
 MOST_WITH_X_AGAIN = 1.03
 
@@ -64,7 +64,7 @@ class LayerBatches:
 
     @cached_property
     def products(self) -> Products:
-        """The layer's."""
+        """The GEMMs of the layer, with operands of their own."""
         return self.layer.products()
 
     @staticmethod
@@ -134,7 +134,7 @@ def skip_if_interpreted(context: SuiteContext) -> None:
 
 @pytest.fixture(scope="session")
 def batches(context: SuiteContext) -> LayerBatches:
-    """The layer."""
+    """What is measured of the layer, for all benches of this file."""
     return LayerBatches.of(context, LayerOptions())
 
 

@@ -208,7 +208,7 @@ def bench_small(
 
 
 def skip_alone(context: SuiteContext) -> None:
-    """Skip what is about communication."""
+    """Skip a bench of communication on one rank."""
     if context.group.world_size == 1:
         pytest.skip("one rank has nobody to communicate with")
 

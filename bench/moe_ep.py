@@ -26,7 +26,7 @@ from sonic_ep.testing.layer_problem import LayerOptions
 
 # Operations of a forward and backward that a CPU does in some seconds.
 MOST_FLOPS_OF_CPU = 2e10
-# What a CPU does while Python goes once around a loop over experts, in all that loops here.
+# An expert costs the CPU so much time in Python loops, here as operations.
 FLOPS_OF_A_LOOP = 1e7
 FLAGS = (
     ("add_bias", "experts have biases"),
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(options: argparse.Namespace) -> None:
-    """What would fail alike on every rank fails here, once, before any is started."""
+    """Raise once, before any rank is started, the errors that each of them would raise."""
     ranks = checked_ranks(options)
     shape = chosen_shape(options.thiek, ranks)[0]
     shape.require_experts_divide(ranks)
@@ -91,7 +91,7 @@ def chosen_shape(asked: Thiek | None, world_size: int) -> tuple[Thiek, str | Non
 
 
 def operations(shape: Thiek) -> float:
-    """Of a gated layer's forward and backward over the group, as many for each weight, of its router and loops."""
+    """Operations of a gated layer over the group, forward and backward: experts, router, and loops over experts."""
     rows = shape.tokens * shape.top_k + shape.num_experts
     router = 6.0 * shape.tokens * shape.num_experts * shape.hidden
     return 18.0 * rows * shape.hidden * shape.intermediate + router + shape.num_experts * FLOPS_OF_A_LOOP

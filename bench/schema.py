@@ -247,7 +247,7 @@ class Settings(JsonStruct, frozen=True, kw_only=True):
     max_rows: Count | None = None
 
     def __post_init__(self) -> None:
-        # Raises where a mode is none.
+        # Raises ``ValueError`` for an unknown mode.
         EPConfig(dispatch=self.dispatch, combine=self.combine)
 
     @staticmethod

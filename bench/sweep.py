@@ -183,7 +183,7 @@ def over_best(times: Sequence[PairTimes], pair: ModePair) -> dict[str, float | N
 
 
 def point_line(point: Point) -> str:
-    """For people."""
+    """The point as a line of text."""
     shape, best = point.shape, point.fastest(point.pairs[-1].pass_name)[0]
     words = [f"T={shape.tokens:<6} K={shape.top_k:<2} {point.routing:<8}"]
     picks = ("picked", point.picked, point.over_best), ("predicted", point.predicted, point.predicted_over_best)

@@ -1,4 +1,4 @@
-"""How the steps of ``train_lm.py`` go: all alike, or in a soak each another, with a look at memory now and then."""
+"""The steps of ``train_lm.py``: all of one shape, or in a soak each of its own, with samples of memory."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from lm_batches import BATCH, Layout, changing_layouts, even_layouts
 from lm_training import Recipe
 
 SAMPLES = 40
-# Of one there is nothing to compare it with.
+# A single sample has no other to be compared with.
 LEAST_SAMPLES = 2
-# Of a soak, a part of this goes by before memory is judged: code that a rare T needs is loaded when it first comes.
+# 1 / WARM_UP_PART of a soak passes before memory is judged: a rare T loads code when it first comes.
 WARM_UP_PART = 4
 # A tenth of what 200 steps take. At the whole rate the batches of one byte drive runs that differ by rounding apart, to
 # 0.1 nats after some hundreds of steps, and then the bound says nothing; at this one the bound of the losses was below
@@ -22,8 +22,8 @@ LEARNING_RATE = 0.01
 class Course:
     """The layouts of all steps, and what follows from them.
 
-    capacity: C for the layer, None where it is to find out by itself. samples_at: the numbers of steps, done, after
-    which each rank looks at what it holds. warm_up: how many have to be done before that may no longer change.
+    max_tokens: C; None: the layer finds it in its first call. samples_at: numbers of done steps after which each rank
+    samples its memory. warm_up: the steps after which memory may no longer grow.
     """
 
     layouts: tuple[Layout, ...]
@@ -33,7 +33,7 @@ class Course:
 
     @property
     def is_soak(self) -> bool:
-        """Whether anybody looks."""
+        """Whether memory is sampled."""
         return len(self.samples_at) > 0
 
 
@@ -43,7 +43,7 @@ def even_course(recipe: Recipe, context: int, ranks: int) -> Course:
 
 
 def soak_recipe(steps: int, seed: int) -> Recipe:
-    """How a soak trains: slowly."""
+    """The recipe of a soak, with a low learning rate."""
     return Recipe(steps=steps, seed=seed, learning_rate=LEARNING_RATE)
 
 

@@ -42,7 +42,7 @@ class Sample:
     used: int | None = None
 
 
-# Between two steps there is what there was between the two before, to the byte and to the piece.
+# These have to be exactly equal between any two steps.
 EQUAL: dict[str, Callable[[Sample], int | None]] = {
     "descriptors": lambda sample: sample.descriptors,
     "threads": lambda sample: sample.threads,
@@ -60,7 +60,7 @@ class Taken:
     at_a_time: Callable[[Sample], int]
 
 
-# These count in pages, and load code when it first runs.
+# These are counted in pages, and grow when code is first loaded.
 BOUNDED = {
     "anonymous": Taken(
         of=lambda sample: sample.anonymous,
@@ -78,7 +78,7 @@ class Watch:
         self.samples: list[Sample] = []
 
     def look(self, done: int) -> None:
-        """To be called after each step, with the number of steps that are done."""
+        """Call this after each step. done: the number of steps that are done."""
         if done in self.at:
             self.samples.append(sample_of(done, self.device))
 
@@ -142,7 +142,7 @@ class Level:
 
     @property
     def flat(self) -> bool:
-        """Whether it stays where it is allowed to."""
+        """Whether all values are within what ``most`` allows."""
         return len(set(self.values)) == 1 if self.most is None else self.rise <= self.most
 
     def __str__(self) -> str:
@@ -173,8 +173,8 @@ class Held:
 def held(rank: int, samples: Sequence[Sample], tokens: Sequence[int], warm_up: int) -> Held:
     """The samples of a rank, judged. tokens: T of each step. warm_up: the steps that are not.
 
-    What is counted in pages may grow by as much as if one number of each token had stayed, and by what is taken at a
-    time where that is more: in a short run it is.
+    What is counted in pages may grow by one number for each token, or by as much as is taken at a time if that is more,
+    as in a short run.
     """
     settled = [sample for sample in samples if sample.step >= warm_up]
     if len(settled) < 2:

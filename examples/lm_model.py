@@ -35,7 +35,7 @@ class Sizes:
 
 
 class FeedForward(nn.Module):
-    """A Mixture-of-Experts feed-forward, (B, S, H) to (B, S, H), that remembers what its router said last.
+    """A Mixture-of-Experts feed-forward, (B, S, H) to (B, S, H), that keeps the last logits of its router.
 
     logits_TE: the router's logits of the last call, for the T = B*S tokens, without a gradient, until they are taken.
     """
@@ -43,7 +43,7 @@ class FeedForward(nn.Module):
     logits_TE: Tensor
 
     def take_logits(self) -> Tensor:
-        """What the router said last, (T, E), which is then no longer kept here."""
+        """The router's last logits, (T, E), which are then no longer kept here."""
         logits_TE = self.logits_TE
         del self.logits_TE
         return logits_TE
@@ -155,11 +155,11 @@ class LanguageModel(nn.Module):
         return logits_BSV
 
     def take_router_logits(self) -> Tensor:
-        """What the routers said in the last call, (layers, T, E). To be asked once a call."""
+        """The routers' logits of the last call, (layers, T, E). Call this once after each forward."""
         return torch.stack([part.take_logits() for part in self.modules() if isinstance(part, FeedForward)])
 
     def replicated_parameters(self) -> list[nn.Parameter]:
-        """The parameters outside of the MoE layers: the ones whose gradients nobody has summed over the ranks yet."""
+        """The parameters outside of the MoE layers, whose gradients the layers do not sum over the ranks."""
         layers = [part for part in self.modules() if isinstance(part, MoE)]
         settled = {id(parameter) for layer in layers for parameter in layer.parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in settled]

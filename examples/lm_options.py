@@ -35,7 +35,7 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True, kw_only=True)
 class Tested:
-    """The runs on ranks: their backends in order. left_out: why "auto" does without the fast one, if it does."""
+    """The runs on ranks: their backends in order. left_out: why "auto" leaves out the fast one, or None."""
 
     backends: tuple[str, ...]
     left_out: str | None = None
@@ -138,11 +138,11 @@ def _add_layer(parser: argparse.ArgumentParser) -> None:
         parser,
         "backend",
         list(BACKEND_PACKAGES),
-        "of the runs on ranks: reference is that one alone, fast is both, auto is both where the fast one is at home",
+        "of the runs on ranks: reference is that one alone, fast is both, auto is both where the fast one can run",
     )
     _add_choice(parser, "dispatch", [mode.value for mode in DispatchMode], "how tokens travel to their experts")
     _add_choice(parser, "combine", [mode.value for mode in CombineMode], "how results travel back")
-    _add_flag(parser, "redispatch-x-in-backward", "gather x again in backward instead of keeping its rows")
+    _add_flag(parser, "redispatch-x-in-backward", "dispatch x again in backward instead of saving its rows")
     _add_flag(parser, "cpu-sync-on-runtime", "size the buffers of rows exactly, for one read on the host")
 
 
@@ -182,7 +182,7 @@ def _whole(least: int, most: int) -> Callable[[str], int]:
 
 
 def _writable(text: str) -> Path:
-    """A path that a file can be written to, found out before the training and not after it."""
+    """A path that a file can be written to, checked before the training."""
     path = Path(text)
     if not text or path.is_dir():
         raise argparse.ArgumentTypeError(f"got {text!r}, expected the path of a file")

@@ -56,12 +56,12 @@ class Outcome:
 
     @property
     def flat(self) -> bool:
-        """Whether no rank came to hold more, as far as that was watched."""
+        """Whether no rank's memory grew; True where it was not sampled."""
         return all(rank.flat for rank in self.held)
 
     @property
     def ok(self) -> bool:
-        """Whether all is well."""
+        """Whether losses and logits agree and memory is flat."""
         return self.agree and self.flat
 
 

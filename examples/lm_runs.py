@@ -33,7 +33,7 @@ import sonic_ep.testing  # noqa: F401
 from sonic_ep import ExpertParallel, MoE
 
 LINES_OF_PROGRESS = 8
-# A rank that fails ends all of them, so there is nothing to be impatient for.
+# No shorter timeout is needed: the launcher ends all ranks when one fails.
 MOST_PATIENCE = timedelta(days=7)
 
 
@@ -41,7 +41,7 @@ MOST_PATIENCE = timedelta(days=7)
 class Recorded:
     """A run on ranks: losses (steps,) fp64, and for each step the router logits (layers, T, E) of the whole batch.
 
-    held: what each rank held meanwhile, where that was watched. seconds: of all steps, on rank 0. process_group: how
+    held: what each rank held meanwhile, if it was sampled. seconds: of all steps, on rank 0. process_group: how
     torch.distributed moved tensors.
     """
 
@@ -54,7 +54,7 @@ class Recorded:
 
 
 class Journal:
-    """What the steps of a run showed on one rank, in memory that is all there before the first of them.
+    """The results of a run's steps on one rank, in memory that is allocated before the first step.
 
     losses (steps,) fp64, and for each step logits (layers, T, E) fp32 in ``pieces``. NaN where nothing was kept.
     """
@@ -68,7 +68,7 @@ class Journal:
         self.pieces = [piece.view(shape) for piece, shape in zip(self.logits.split(counts), shapes, strict=True)]
 
     def keep(self, number: int, step: Step) -> None:
-        """What step ``number`` (from 0) showed."""
+        """Store the results of step ``number`` (from 0)."""
         self.losses[number] = step.loss
         self.pieces[number].copy_(step.logits)
 
@@ -86,7 +86,7 @@ class Runs:
     recorded: Mapping[int, Recorded]
 
     def own(self, place: int) -> bool:
-        """Whether this rank trains densely for the run in that place: the ranks take turns, and work side by side."""
+        """Whether this rank trains densely for run number ``place``; the runs are dealt to the ranks in turn."""
         return place % self.world_size == self.rank
 
 
@@ -172,7 +172,7 @@ def whole_logits(by_rank: Sequence[Tensor], settings: Settings) -> list[Tensor]:
 
 
 def held_by_ranks(by_rank: Sequence[Sequence[Sample]], course: Course) -> tuple[Held, ...]:
-    """What each rank held, judged; nothing where nobody watched."""
+    """What each rank held, judged; empty where memory was not sampled."""
     if not course.samples_at:
         return ()
     return tuple(
@@ -271,7 +271,7 @@ class Progress:
     shown: bool = True
 
     def show(self, done: int, loss: Tensor) -> None:
-        """To be called after each step, with the number of steps that are done."""
+        """Call this after each step. done: the number of steps that are done."""
         every = max(1, self.steps // LINES_OF_PROGRESS)
         if self.shown and (done in (1, self.steps) or done % every == 0):
             print(f"{self.run:>17}  step {done:>4}/{self.steps}  loss {loss.item():.4f}", flush=True)

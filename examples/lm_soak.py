@@ -1,4 +1,4 @@
-"""What ``train_lm.py --soak`` has to say: how T and routing changed, what the ranks held, and how the runs agree."""
+"""The results of ``train_lm.py --soak``: how T and routing changed, what the ranks held, and how the runs agree."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Skew:
 
 @dataclass(frozen=True, kw_only=True)
 class Soak:
-    """A soak that is over. skews: of the runs on ranks. apart: two such runs beside each other."""
+    """The results of a soak. skews: of the runs on ranks. apart: two such runs beside each other."""
 
     settings: Settings
     outcomes: tuple[Outcome, ...]
@@ -66,7 +66,7 @@ class Soak:
         return tuple(map(spread, by_rank))
 
     def lines(self) -> Iterator[str]:
-        """For the reader at the terminal."""
+        """The results as lines of text."""
         for rank, tokens in enumerate(self.tokens):
             yield f"rank {rank}: T {tokens}"
         for outcome, skew in zip(self.outcomes, self.skews, strict=True):
@@ -110,7 +110,7 @@ class Soak:
 
 
 def soaked(outcomes: Sequence[Outcome], runs: Sequence[Recorded], settings: Settings, device: torch.device) -> Soak:
-    """What there is to say of these runs, each with its outcome."""
+    """The results of these runs, each with its outcome."""
     chosen = [list(choices(run.logits, settings.sizes.top_k)) for run in runs]
     return Soak(
         settings=settings,
@@ -122,7 +122,7 @@ def soaked(outcomes: Sequence[Outcome], runs: Sequence[Recorded], settings: Sett
         ),
         environment={
             **environment(device, settings.ranks, None, settings.command),
-            # By now it is gone.
+            # The process group has ended: ``environment`` does not see it.
             "process_group": runs[0].process_group,
         },
     )
@@ -138,11 +138,11 @@ def skew_of(choices_of_run: Sequence[Tensor], settings: Settings) -> Skew:
 
 
 def _apart(outcomes: tuple[Outcome, Outcome], chosen: tuple[list[Tensor], list[Tensor]]) -> dict[str, Any]:
-    """Two runs beside each other.
+    """Two runs compared.
 
-    Tokens whose experts are as good as equal may choose otherwise, and then losses differ by more than rounding. By how
-    much, their fp64 runs say, which take over the choices: less that, two runs may be as far apart as both bounds add
-    up to. most_of_bound: the part of this that they are.
+    Tokens with near ties may choose other experts, and then losses differ by more than rounding. The fp64 runs take
+    the same choices, so they differ by what the choices cause; beyond that two runs may differ by the sum of their
+    bounds. most_of_bound: the largest share of that sum.
     """
     one, other = outcomes
     differing = [int((a.sort(dim=1)[0] != b.sort(dim=1)[0]).any(dim=1).sum()) for a, b in zip(*chosen, strict=True)]
@@ -164,7 +164,7 @@ def _parts_of_bounds(one: Outcome, other: Outcome) -> Iterator[float]:
 
 
 def _part(distance: float, bound: float) -> float:
-    """The part of ``bound`` that a distance is, which is without end if it is not a number."""
+    """``distance`` as a share of ``bound``; infinite for NaN."""
     return math.inf if math.isnan(distance) else distance / bound
 
 

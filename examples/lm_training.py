@@ -46,7 +46,7 @@ class Step:
 
 
 class Ranks(Protocol):
-    """Who trains together."""
+    """The processes that train together."""
 
     def share(self, batch: Batch) -> Tensor:
         """This rank's windows of the global batch, (b, S + 1)."""
@@ -61,7 +61,7 @@ class OneProcess:
     """A process that trains alone, on the whole batch."""
 
     def share(self, batch: Batch) -> Tensor:
-        """All of them."""
+        """All windows."""
         return batch.windows
 
     def sum(self, tensor: Tensor) -> None:
@@ -72,7 +72,7 @@ class WorldOfRanks:
     """The ranks of the world's process group."""
 
     def share(self, batch: Batch) -> Tensor:
-        """Those that the batch has for this rank."""
+        """The windows of this rank."""
         return batch.of_rank(dist.get_rank())
 
     def sum(self, tensor: Tensor) -> None:

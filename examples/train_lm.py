@@ -3,7 +3,7 @@
     python examples/train_lm.py
 
 The model reads the bytes of the standard library's own source. Its experts are spread over the ranks, and so is every
-batch. The ranks train it with the reference backend and, where the fast backend is at home, once more with that: from
+batch. The ranks train it with the reference backend and, where the fast backend can run, once more with that: from
 the same weights, on the same batches. For each of these runs one process then trains the model densely, in fp32 and in
 fp64. How far those two are apart is what float arithmetic alone does to the losses; a run on ranks may be a small
 multiple of that away from fp64. The exit code is 0 if none is further away, 1 if one is, 2 for wrong arguments.
@@ -87,7 +87,7 @@ def judge(outcomes: Sequence[Outcome], runs: Sequence[Recorded], settings: Setti
 
 
 def report(outcomes: Sequence[Outcome], settings: Settings, soak: Soak | None) -> None:
-    """Write the files asked for, and print the summary. soak: what there is to say of one, if it was one."""
+    """Write the files asked for, and print the summary. soak: its results, if there was one."""
     for run in outcomes:
         print(run.losses)
         print(run.logits)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ItemT = TypeVar("ItemT")
 
-# A forward and backward are launched in less.
+# Longer than the host takes to launch a forward and backward.
 BUSY_SECONDS = 5e-3
 # What the thresholds are stated for. An H100, for one, has the same link and slower memory.
 RANKS_OF_THRESHOLDS = 2
@@ -66,7 +66,7 @@ ROUNDS_OF_SMOKE = Rounds(rounds=2, warmup=0)
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Another case that takes turns, by its name, and seconds of link beside it. most: the threshold, times both."""
+    """A case timed in turn, by its name, plus ``link`` seconds. most: the threshold, as a multiple of their sum."""
 
     name: str
     text: str

@@ -44,7 +44,7 @@ DERIVED = {
     "scaling_efficiency": "scaling efficiency against one GPU",
     "over_reference": "over the reference",
 }
-# With fewer tokens than that, one right result in a hundred and more has twice the error of another, by chance.
+# With fewer tokens, more than 1 % of the right results have twice the error of another by chance.
 FEW_TOKENS = 128
 
 ROUNDS, ROUNDS_OF_SLOW = Rounds(rounds=12, warmup=2), Rounds(rounds=6, warmup=1)
@@ -89,7 +89,7 @@ class Setup:
         )
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The setup as lines of text."""
         words = msgspec.to_builtins(self.record)
         thiek = ",".join(map(str, words.pop("thiek")))
         lines = [f"T,H,I,E,K = {thiek} (T of the whole group)", ", ".join(f"{name} {words[name]}" for name in words)]
@@ -125,7 +125,7 @@ class Setup:
 
 
 def run_end_to_end(setup: Setup, context: BenchContext, say: Say) -> Layer:
-    """Collective: everything, told to ``say`` as it comes. Raises ``WrongResultError`` if it is wrong."""
+    """Collective: run the benchmark, reporting to ``say``. Raises ``WrongResultError`` if a result is wrong."""
     layer = verified(setup.layer(context), say)
     profile = setup.profiled(layer)
     if profile.config != layer.config:
@@ -139,7 +139,7 @@ def run_end_to_end(setup: Setup, context: BenchContext, say: Say) -> Layer:
 
 
 def verified(layer: LayerUnderTest, say: Say) -> LayerUnderTest:
-    """Collective: the layer, its errors told, found right. Raises ``WrongResultError`` on every rank if it is not."""
+    """Collective: ``layer``, its errors printed. Raises ``WrongResultError`` on every rank if one is above its bound."""
     modes = modes_of(layer.config)
     flags = [name for name in ("redispatch_x_in_backward", "cpu_sync_on_runtime") if getattr(layer.config, name)]
     words = ", ".join([f"{modes.dispatch.value} dispatch", f"{modes.combine.value} combine", *flags])
@@ -220,7 +220,7 @@ class EndToEnd:
                 whole = layer.prove_one_gpu(self.alone)
                 cases.append(partial(whole.case, ONE_GPU, opened.enter_context(self.over_alone(self.alone))))
             if layer.backend != "reference":
-                # It has exact sizes, in its favour.
+                # Exact sizes favour the reference.
                 exact = replace(layer.config, cpu_sync_on_runtime=True)
                 reference = opened.enter_context(layer.over(exact, "reference"))
                 cases.append(partial(layer.case, self.reference_name, reference))
@@ -247,7 +247,7 @@ class EndToEnd:
         return f"reference over {self.layer.context.results.environment.process_group or 'one rank'}"
 
     def timed(self, which: Pass, found: Finding) -> PassTimes:
-        """For the report."""
+        """The record of one time."""
         name, rate = found.entry.name, None if found.flops is None else found.flops / found.timing.median / 1e12
         ranks = 1 if name in (LOCAL, ONE_GPU) else self.layer.context.group.world_size
         return PassTimes(
@@ -259,7 +259,7 @@ class EndToEnd:
         )
 
     def derived(self, which: Pass, found: Found) -> Derived:
-        """What follows from what took turns."""
+        """Ratios of times that were measured in turn."""
         median = {name: finding.timing.median for name, finding in found.items()}
         link = self.layer.link_seconds(modes_of(self.layer.config), which)
 
@@ -286,7 +286,7 @@ class EndToEnd:
             GEMMS: found[GEMMS].timing.median * 1e6,
             "combine": which.trips * alone["combine", modes.combine.value],
         }
-        # Less than nothing is left where they overlap.
+        # The parts add up to more than the layer where they overlap in it.
         parts["rest"] = max(0.0, found[LAYER].timing.median * 1e6 - sum(parts.values()))
         return Breakdown(pass_name=which.value, parts={name: round(part, 2) for name, part in parts.items()})
 

@@ -29,7 +29,7 @@ from sonic_ep.testing.oracle import LOGITS, LayerCall, Oracle, Outcome, RoutedCa
 
 
 def modes_of(config: EPConfig) -> ModePair:
-    """The modes of a configuration that has them."""
+    """The modes of a configuration without ``"auto"``."""
     return ModePair(dispatch=DispatchMode(config.dispatch), combine=CombineMode(config.combine))
 
 
@@ -121,7 +121,7 @@ class LayerUnderTest:
         with self.over() as ep:
             outcome = self.problem.call.run(ep)
         if self.backend != "reference":
-            # Exact sizes are for what is large.
+            # Exact sizes, so that the reference fits at large shapes.
             exact = replace(self.config, redispatch_x_in_backward=False, cpu_sync_on_runtime=True)
             with self.over(exact, "reference") as ep:
                 reference = self.problem.call.run(ep)
@@ -147,7 +147,7 @@ class LayerUnderTest:
         return RoutingProblem(shape=problem.shape, group=problem.group, device=problem.device, routing=self.choices)
 
     def products(self) -> Products:
-        """Of the rows that come here: as large as what passes through the layer, so the caller's to keep."""
+        """The GEMMs over this rank's rows. Operands are as large as those of the layer: the caller frees them."""
         return Products(self.problem, self.routing.plan.group_ends, self.routing.valid_rows)
 
     @cached_property
@@ -159,7 +159,7 @@ class LayerUnderTest:
         return {which: (6.0 if which is Pass.STEP else 2.0) * per_row * rows for which in Pass}
 
     def link_seconds(self, modes: ModePair, which: Pass) -> float | None:
-        """What the busiest rank's rows take at the ceilings, there and back, in backward once more; None without any.
+        """Seconds of the busiest rank's rows at the ceilings, both ways in each trip of a pass; None without ceilings.
 
         Ids, scores and their gradients, and x where it is gathered again, are not counted.
         """
@@ -177,7 +177,7 @@ class LayerUnderTest:
         return seconds
 
     def case(self, name: str, ep: ExpertParallel, which: Pass, compared_with: tuple[Comparison, ...] = ()) -> BenchCase:
-        """A pass over ``ep``: the answer's very bits, or if it is another backend's, an answer as accurate."""
+        """A pass over ``ep``, checked for the bits of the answer, or on another backend for its accuracy."""
         answer = self.answer
         proven = ProvenCall(shape=self.shape, call=self.problem.call, outcome=answer.outcome, flops=self.flops)
         case = replace(proven.case(name, ep, which), compared_with=compared_with if self.context.on_gpu else ())

@@ -21,9 +21,9 @@ FORWARD, BACKWARD, SHARED = "peak of forward, training", "peak of backward", "sh
 
 
 def memory_use(call: RoutedCall, shape: Shape, ep: ExpertParallel, *, backward: bool) -> tuple[MemoryUse, ...]:
-    """Collective: bytes that one call allocates beyond what there was, and what it should, of the rank with most.
+    """Collective: bytes that one call allocates, by formula and as measured, on the rank with most.
 
-    None where there is no formula, which are those of the fast backend, or no allocator to ask.
+    None where there is no formula (only the fast backend has them) or no allocator (on the CPU).
     """
     formula = formulas(call, shape, ep) if ep.backend == "fast" else {}
     found = measured(call, ep, backward=backward) if call.x.device.type == "cuda" else {}
@@ -80,7 +80,7 @@ def measured(call: RoutedCall, ep: ExpertParallel, *, backward: bool) -> dict[st
 
 
 def allocated(action: Callable[[], Any], device: torch.device) -> tuple[Any, int, int]:
-    """What the action returns, and by how many bytes what is allocated rose: at the most, and in the end."""
+    """What the action returns, and by how many bytes allocated memory rose: at its peak, and in the end."""
     gc.collect()
     torch.cuda.synchronize(device)
     # Large blocks that are left over would be used whole where less than 1 MiB of them stayed.

@@ -121,7 +121,7 @@ def measured_results(
 
 
 def time_fields(timing: Timing) -> dict[str, Any]:
-    """Those of ``Times``."""
+    """The fields of ``Times``."""
     return {**timing.as_json()}
 
 
@@ -131,7 +131,7 @@ def micros(seconds: float) -> float:
 
 
 def shape_record(shape: Shape) -> ShapeRecord:
-    """For a document, whose dtypes have no module."""
+    """``shape`` for a document, in which a dtype is spelt without ``torch.``."""
     return ShapeRecord(**{**asdict(shape), "dtype": str(shape.dtype).removeprefix("torch.")})
 
 

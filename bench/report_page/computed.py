@@ -27,12 +27,12 @@ class RatedMachine:
 
     @property
     def world_size(self) -> int:
-        """Of the files."""
+        """W of the files."""
         return self.document.environment.world_size
 
     @property
     def points(self) -> list[tuple[Sweep, Point]]:
-        """Those that may stand beside computed cells: the cost rule is of the fast backend and uniform routing."""
+        """Points comparable with computed cells: the cost rule is for the fast backend and uniform routing."""
         found = [(sweep, point) for sweep in self.files if isinstance(sweep, Sweep) for point in sweep.points]
         return [(sweep, point) for sweep, point in found if (point.routing, point.profile.backend) == (UNIFORM, "fast")]
 

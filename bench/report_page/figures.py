@@ -32,7 +32,7 @@ LEAST_PERCENT = 0.01
 LABEL_LETTERS = 42
 # Height of a mode in a cell; the rest is for how it is known.
 BAND = 0.34
-# No dollar starts a formula.
+# A dollar sign starts no formula.
 SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9, "text.parse_math": False, "text.color": INK,
     "axes.labelcolor": INK, "axes.edgecolor": GREY, "xtick.color": QUIET, "ytick.color": QUIET,
@@ -212,7 +212,7 @@ def _legend(axes: Axes) -> None:
 
 
 def _name_bars(axes: Axes, labels: Sequence[str]) -> None:
-    """The first is on top."""
+    """Label the bars, the first on top."""
     axes.set_yticks(range(len(labels)), [fill(label, LABEL_LETTERS) for label in labels])
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.spines["left"].set_visible(False)

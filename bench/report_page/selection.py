@@ -36,7 +36,7 @@ class Bandwidth:
 
     @property
     def sizes(self) -> list[int]:
-        """Of all points, ascending."""
+        """Bytes of x at all points, ascending."""
         return sorted({size for line in self.lines.values() for size in line})
 
 
@@ -130,12 +130,12 @@ def limit_us(layer: Layer, pass_name: str) -> float | None:
 
 
 def total_us(layer: Layer, pass_name: str, parts: Mapping[str, float]) -> float:
-    """What the layer took; the sum of its parts where that is unknown."""
+    """Microseconds of the layer; the sum of its parts where that is unknown."""
     return median_us(layer, pass_name, LAYER) or sum(parts.values())
 
 
 def median_us(layer: Layer, pass_name: str, what: str) -> float | None:
-    """The first time of this in a pass; None where there is none."""
+    """The first median of ``what`` in a pass; None where there is none."""
     return next((t.median_us for t in layer.times if (t.pass_name, t.what) == (pass_name, what)), None)
 
 

@@ -14,7 +14,7 @@ from sonic_ep.profiler.timing import Ceiling, Timing
 BALANCED = 1.1
 # Two pairs closer than this count as equally fast.
 TIE = 0.01
-# The ceiling of each mode, in the order of a report; none of the plan.
+# The ceiling of each mode, in the order of a report; None for the plan.
 WAYS = (None, *(cost.WAY_OF_DISPATCH[mode] for mode in DispatchMode), *(cost.WAY_OF_COMBINE for _ in CombineMode))
 
 

@@ -37,7 +37,7 @@ class KernelCopy(NamedTuple):
     programs: int | None
 
 
-# By copy engine over so many streams, each of which the driver may give an engine of its own; or by kernel.
+# An int: copy engines, over so many streams, to each of which the driver may give an engine; else a kernel.
 Way = int | KernelCopy
 ENGINE_COPIES = (1, 2, 4)
 KERNEL_COPIES = (

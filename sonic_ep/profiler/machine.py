@@ -105,7 +105,7 @@ def package_version(package: str) -> str | None:
 
 
 def code_digest(folder: Path = PACKAGE) -> str:
-    """The same for the same source below ``folder``, wherever that lies."""
+    """A digest of the source below ``folder``, wherever the folder lies."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode())

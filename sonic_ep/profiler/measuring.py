@@ -1,4 +1,4 @@
-"""The engine that times work: correct first, then timed, then correct still."""
+"""Times work, whose result is checked before the first round and after the last."""
 
 from __future__ import annotations
 

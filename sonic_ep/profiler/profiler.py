@@ -31,10 +31,10 @@ from sonic_ep.profiler.report import EVERY_PAIR, REFERENCE, Origin, PairTime, Pr
 from sonic_ep.profiler.request import GroupRequest, ProfileRequest, RequestSummary
 from sonic_ep.profiler.timing import AboveCeilingError, RoundTimer, Timing
 
-# Together the timed rounds take so long, so that the start of a training run does not wait for them.
+# Of all timed rounds together. Few, because the start of a training run waits for them.
 SECONDS_OF_ROUNDS = 1.5
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 50
-# Rows up to so many bytes make works that are timed in graphs.
+# Works on rows of at most so many bytes are timed in CUDA graphs.
 MOST_BYTES_OF_GRAPHS = 2**28
 
 

@@ -8,7 +8,7 @@ from reprlib import repr as shortened
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
-# Metadata of a field: its name in JSON, where that is another; none for fields that are part of the object around them.
+# Metadata of a field: its name in JSON, where that is another; IN_LINE: its own fields go into the object around it.
 NAME = "name"
 IN_LINE = {NAME: ""}
 # A larger number is no measurement.

@@ -56,7 +56,7 @@ class ProfileShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Microseconds over the rounds, those of the slowest rank in each of them."""
+    """Quantiles over the rounds, in microseconds; a round takes as long as its slowest rank."""
 
     rounds: int
     median_us: float
@@ -67,7 +67,7 @@ class Spread:
 
     @staticmethod
     def of(timing: Timing) -> Spread:
-        """Rounded to nanoseconds."""
+        """Those of ``timing``, rounded to nanoseconds."""
         return Spread(**timing.as_json(digits=3))
 
 

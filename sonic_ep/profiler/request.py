@@ -22,7 +22,7 @@ from sonic_ep.profiler.report import ProfileShape
 from sonic_ep.profiler.routings import ROUTINGS
 
 GIVEN = "given"
-# Of files in the cache; incremented whenever one changes its meaning.
+# Of files in the cache; incremented whenever their contents change in meaning.
 FORMAT = 1
 
 
@@ -132,6 +132,6 @@ class GroupRequest:
         return max(Counter(each.gpu for each in self.summaries if each.gpu is not None).values(), default=None)
 
     def key(self, process_group: str | None) -> dict[str, Any]:
-        """All that a profile depends on, as JSON. Whichever GPUs the ranks have, only sharing them counts."""
+        """All that a profile depends on, as JSON. Of the GPUs only how many ranks share one."""
         ranks = [asdict(replace(summary, gpu=None)) for summary in self.summaries]
         return {"format": FORMAT, "ranks_per_gpu": self.ranks_per_gpu, "process_group": process_group, "ranks": ranks}

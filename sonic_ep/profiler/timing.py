@@ -15,7 +15,7 @@ from sonic_ep.distributed.group import EPGroup
 
 # Two measurements of one link differ by about a percent.
 MOST_ABOVE_CEILING = 1.02
-# A plan, a dispatch and a combine are launched in less.
+# Longer than the host takes to launch a plan, a dispatch and a combine.
 BUSY_SECONDS = 3e-3
 # An upper bound of a GPU's clock: a spin that is too long does no harm.
 CYCLES_PER_SECOND = 2e9

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# No id, no row and no count.
+# Fills integers: no valid id, row or count.
 POISON = -7
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

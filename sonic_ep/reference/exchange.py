@@ -121,13 +121,13 @@ class Combine(torch.autograd.Function):
         out_grad_RH = exchange.rows(grad.reshape(exchange.plan.num_tokens, grad.shape[-1]))
         valid = slice(exchange.plan.rows())
         grad_RH = grad_scores_TK = None
-        # In place: rows in fp32 are the largest that there is where most of them come to one rank.
+        # In place: where one rank gets most rows, its rows in fp32 are the largest tensor of the call.
         if rows_RH is not None:
             product_NH = out_grad_RH[valid].to(torch.float32, copy=True).mul_(rows_RH[valid])
             grad_scores_TK = exchange.return_to_origin(product_NH.sum(dim=1))
             del product_NH
         if score_of_row_N is not None:
-            # The product is fp32's, as the score is, and rounded once.
+            # The product is fp32, as the score is, and rounded once.
             out_grad_RH[valid].mul_(score_of_row_N[:, None])
             grad_RH = out_grad_RH
         return grad_RH, grad_scores_TK, None, None, None

@@ -1,4 +1,4 @@
-"""Tools for tests of this layer, ours and yours: named cases, derived tolerances, live ranks, the harness.
+"""Tools for tests of this layer, ours and yours: named cases, derived tolerances, the oracle, live ranks.
 
 The library itself never imports this package.
 """

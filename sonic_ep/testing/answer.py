@@ -1,4 +1,4 @@
-"""The answer of a layer, judged: how far it is from the truth on all ranks, and how far it may be."""
+"""The outputs and gradients of a layer against the oracle: errors over all ranks, and their bounds."""
 
 from __future__ import annotations
 

@@ -78,12 +78,12 @@ class LayerCall(ABC):
 
     @property
     def tokens(self) -> Leaves:
-        """X, and scores that are given."""
+        """Leaves of the tokens: x, and the scores of ``moe_routed``."""
         return {"x": self.x}
 
     @property
     def weights(self) -> Leaves:
-        """The experts, and the router of ``moe``."""
+        """Leaves of the weights: the experts, and the router of ``moe``."""
         return weights_of(self.experts)
 
     @property
@@ -110,7 +110,7 @@ class LayerCall(ABC):
         return {"y": self.dy[place]}
 
     def run(self, ep: ExpertParallel, *, training: bool = True, backward: bool = True) -> Outcome:
-        """The outputs, and behind a backward the gradients of all leaves."""
+        """The outputs and, if ``backward``, the gradients of all leaves."""
         with torch.set_grad_enabled(training):
             outputs = self.forward(ep)
             found = gradients(outputs, self.leaves, self.output_gradients()) if backward else {}
@@ -131,7 +131,7 @@ class RoutedCall(LayerCall):
 
     @property
     def tokens(self) -> Leaves:
-        """Rows and scores."""
+        """Leaves of the tokens: x and the scores."""
         return {"x": self.x, "scores": self.topk_scores}
 
     def forward(self, ep: ExpertParallel) -> Outcome:

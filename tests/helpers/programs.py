@@ -36,7 +36,7 @@ def exits(
 ) -> list[tuple[int | None, str]]:
     """Exit code and output of each rank of ``body(rank, *arguments)``.
 
-    odd: is killed when the others have ended; all are that hang. served: rank 0 is the store, which is not a file.
+    odd: the rank to kill once the others have ended; ranks that hang are killed, too. served: rank 0 serves the store.
     """
     common = (world_size, device_type, folder, served, body, *arguments)
     ranks = [starting_context().Process(target=_run_rank, args=(rank, *common)) for rank in range(world_size)]
