@@ -26,7 +26,7 @@ from sonic_ep.testing.layer_problem import LayerOptions
 
 # Operations of a forward and backward that a CPU does in some seconds.
 MOST_FLOPS_OF_CPU = 2e10
-# An expert costs the CPU so much time in Python loops, here as operations.
+# Time of the Python loops over experts, as operations of the CPU for each expert.
 FLOPS_OF_A_LOOP = 1e7
 FLAGS = (
     ("add_bias", "experts have biases"),

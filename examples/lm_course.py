@@ -22,8 +22,8 @@ LEARNING_RATE = 0.01
 class Course:
     """The layouts of all steps, and what follows from them.
 
-    max_tokens: C; None: the layer finds it in its first call. samples_at: numbers of done steps after which each rank
-    samples its memory. warm_up: the steps after which memory may no longer grow.
+    max_tokens: C; None: the layer finds it in its first call. samples_at: step counts at which each rank samples its
+    memory. warm_up: the steps after which memory may no longer grow.
     """
 
     layouts: tuple[Layout, ...]

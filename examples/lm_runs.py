@@ -33,7 +33,7 @@ import sonic_ep.testing  # noqa: F401
 from sonic_ep import ExpertParallel, MoE
 
 LINES_OF_PROGRESS = 8
-# No shorter timeout is needed: the launcher ends all ranks when one fails.
+# No shorter timeout is needed: a rank that fails ends all of them.
 MOST_PATIENCE = timedelta(days=7)
 
 

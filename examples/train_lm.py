@@ -12,7 +12,7 @@ multiple of that away from fp64. The exit code is 0 if none is further away, 1 i
 
 --soak trains for 2000 steps, slowly, each with a context length of its own and with its sequences cut anew between the
 ranks, so that T goes from nothing to the whole batch; every eighth batch is one byte again and again, which sends all
-tokens to the same few experts. The losses are held against dense runs as ever. And each rank looks, 40 times, at what
+tokens to the same few experts. The losses are compared with dense runs as above. And each rank samples, 40 times, what
 it holds between two steps: after a quarter of the steps, open files, threads, tensors and what PyTorch's allocator has
 may not change any more, by not one byte, and process and device may not take more than if one number of each token had
 stayed, or than is taken at a time. The exit code is 1 if something grows. A process that has done a few steps has not
@@ -102,7 +102,7 @@ def report(outcomes: Sequence[Outcome], settings: Settings, soak: Soak | None) -
         write_picture(outcomes, settings, settings.output)
         print(f"picture: {settings.output}")
     except ImportError:
-        print("no picture, for want of matplotlib: pip install 'sonic-ep[viz]'")
+        print("no picture: matplotlib is not installed: pip install 'sonic-ep[viz]'")
     print(f"{time.time() - settings.started:.0f} s in all", flush=True)
 
 

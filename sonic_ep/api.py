@@ -264,7 +264,7 @@ class ExpertParallel:
 
     @runs_eagerly
     def close(self) -> None:
-        """Free shared memory, then raise what ``check`` would. Later calls raise ``ClosedError``; again: a no-op.
+        """Free shared memory, then raise what ``check`` would. Later calls raise ``ClosedError``; may be called twice.
 
         Not collective: waits for this rank's kernels and for no other rank. Each rank closes after its last backward.
         """

@@ -241,7 +241,7 @@ def check_plan(checker: ArgumentChecker, plan: object) -> RoutingPlan:
     plan = checker.instance("plan", plan, RoutingPlan, "a RoutingPlan")
     malformed = malformed_field(plan)
     if malformed is not None:
-        checker.require(False, f"{malformed} of plan", _described(getattr(plan, malformed)), "it as the plan was made")
+        checker.require(False, f"{malformed} of plan", _described(getattr(plan, malformed)), "it as ep.plan made it")
     if (plan.rank, plan.world_size) != (checker.group.rank, checker.group.world_size):
         checker.require(False, "plan", f"a plan for rank {plan.rank} of {plan.world_size}", f"one for {checker.group}")
     return plan

@@ -139,7 +139,7 @@ def run_end_to_end(setup: Setup, context: BenchContext, say: Say) -> Layer:
 
 
 def verified(layer: LayerUnderTest, say: Say) -> LayerUnderTest:
-    """Collective: ``layer``, its errors printed. Raises ``WrongResultError`` on every rank if one is above its bound."""
+    """Collective: ``layer``, its errors printed. Raises ``WrongResultError`` on every rank if one exceeds its bound."""
     modes = modes_of(layer.config)
     flags = [name for name in ("redispatch_x_in_backward", "cpu_sync_on_runtime") if getattr(layer.config, name)]
     words = ", ".join([f"{modes.dispatch.value} dispatch", f"{modes.combine.value} combine", *flags])

@@ -182,7 +182,7 @@ class BoundedCollectives:
                 raise PeerLostError(f"{self.group}: {lost}: rank {rank} {status.text}")
 
     def _failure(self, error: RuntimeError | None, *, late: bool) -> PeerError:
-        """The error for a collective that has failed with ``error``, or (late) has timed out."""
+        """The error for a collective that failed with ``error``, or, if ``late``, timed out."""
         self._report()
         if not late:
             self._raise_if_any_left()

@@ -194,7 +194,7 @@ class GroupedGemm(Protocol):
 class LibraryGemm:
     """PyTorch's grouped products, for operands that ``library_serves`` and ``group_ends_e[-1] <= R``.
 
-    With a bias ``TritonGemm``, which is faster than PyTorch's and a pass over the rows. rows_per_group: for that.
+    Uses ``TritonGemm`` for a bias: faster than PyTorch's product and a pass over the rows. rows_per_group: for that.
     """
 
     rows_per_group: int | None = None
@@ -285,7 +285,7 @@ class TritonGemm:
     """Our kernels: any sizes, strides of ``b`` and addresses. Group ends past R count as R.
 
     tiles: of both products; None: by ``tile_shape``. rows_per_group: the rows that tiles are chosen for; None: R over
-    the groups. Tiles decide the last bits of a sum, so no flag that may not change these may change rows_per_group.
+    the groups. Tiles decide the last bits of a sum, and flags may change no bit: so flags may not change this.
     """
 
     tiles: TileShape | None = None
