@@ -56,7 +56,7 @@ def _fewer_where_interpreted(context: SuiteContext, request: pytest.FixtureReque
 def bench_dispatch_of_case(
     context: SuiteContext, problem_of: ProblemOf, run: RunCase, case: Case, mode: DispatchMode
 ) -> None:
-    """Up to what a dispatch receives: barriers, staging, the way over the link."""
+    """A dispatch up to what it receives: staging, barriers, link."""
     problem = problem_of(case, context.sizes.large)
     run(receive_case(context, problem, mode, f"{case.name}: dispatch {mode.value}"), context.behind_work)
 

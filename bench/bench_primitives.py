@@ -222,7 +222,7 @@ def dispatch_case(
     traffic: LinkTraffic | None,
     threshold: Threshold | None = None,
 ) -> BenchCase:
-    """Tokens in, and out the bits that a mode of the reference receives."""
+    """A dispatch, compared bit for bit with what the reference receives in this mode."""
     expected = problem.received[mode]
     return BenchCase(
         name=name,

@@ -33,8 +33,8 @@ class MoE(nn.Module):
     hidden_size H, intermediate_size I, num_experts E (a multiple of W), top_k K; ``bias`` adds b1 and b2; the other
     options are those of ``ExpertParallel.moe``.
 
-    Parameters: router_w (E, H), the same on every rank; w1, w2, b1, b2 of this rank's e experts. Initial values depend
-    on rank 0's seed and on the expert's number, not on W: one seed gives one layer, on any number of ranks. Gradients
+    Parameters: router_w (E, H), the same on every rank; w1, w2, b1, b2 of this rank's e experts, shaped as in ``moe``.
+    Initial values depend on rank 0's seed and on the expert's number: one seed gives one layer, whatever W. Gradients
     are summed over the group, that of router_w unless ``reduce_router_grad`` is False: do not reduce them again.
     """
 

@@ -8,7 +8,7 @@ T     tokens on this rank; differs from rank to rank and from call to call, may 
 C     the most tokens any rank may bring: one number for the group, ``max_tokens`` in code
 K     experts per token
 E, e  experts, and experts per rank (E // W); expert j lives on rank j // e
-H, I  hidden size, and intermediate size of an expert
+H, I  hidden size, and intermediate size of an expert; F rows of its w1: 2I if gated, else I
 f     slot (r*C + t)*K + k: choice k of token t of rank r
 R     rows that a rank has room for; the first group_ends[-1] of them are valid
 P     tokens of the group with at least one slot on this rank: the rows of a packed buffer

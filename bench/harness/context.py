@@ -272,9 +272,9 @@ def run_script(options: argparse.Namespace, path: str, documents: Callable[[Run]
 
 @contextmanager
 def other_inputs(*inputs: Tensor) -> Iterator[None]:
-    """The rows of each tensor one further down while this lasts, the last on top, floats with the other sign.
+    """While this lasts the rows of each tensor are rotated by one, and floats negated.
 
-    It is undone, the last first, and not copied back: that would take as much memory again.
+    Undone by the inverse, the last tensor first: a copy would take as much memory again.
     """
 
     def turn_rows(tensor: Tensor, by: int) -> None:

@@ -35,7 +35,7 @@ class Products:
         self.hidden_grad, self.activated = normal(w1.shape[1]), normal(intermediate)
 
     def case(self, name: str, shape: Shape, *, backward: bool) -> BenchCase:
-        """The two of a forward, or all six."""
+        """The two products of a forward, or all six."""
         operands = self.operands(backward=backward)
 
         def check(got: list[Tensor]) -> None:

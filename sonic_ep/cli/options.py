@@ -33,15 +33,15 @@ class Thiek:
         return tuple(share + (rank < rest) for rank in range(world_size))
 
     def require_experts_divide(self, world_size: int) -> None:
-        """Every rank has as many experts."""
+        """Raise unless W divides E."""
         _require_multiple("E", self.num_experts, world_size)
 
     def require_tokens_divide(self, world_size: int) -> None:
-        """Every rank has as many tokens."""
+        """Raise unless W divides T."""
         _require_multiple("T", self.tokens, world_size)
 
     def require_fits_one_rank(self, world_size: int, routing: str) -> None:
-        """A rank has enough experts, if ``routing`` is "one_rank"."""
+        """Raise if ``routing`` is "one_rank" and a rank has fewer than K experts."""
         held = self.num_experts // world_size
         if routing == "one_rank" and self.top_k > held:
             expected = f"at most the {held} experts of a rank for one_rank"

@@ -42,7 +42,7 @@ class HostCopy:
         """Queue the copy of int32 ``counts``, none below zero, on the current stream. Raises in graph capture."""
         if capturing(self._device):
             raise RuntimeError(
-                "cpu_sync_on_runtime: got True in graph capture, where the host cannot read; expected False"
+                "cpu_sync_on_runtime: got a call in graph capture, where the host cannot read; expected it to be False"
             )
         if self._queued is not None:
             # Only a call that failed can have left a copy in flight.

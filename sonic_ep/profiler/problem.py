@@ -31,7 +31,7 @@ KeyT = TypeVar("KeyT")
 
 
 def generator_of(device: torch.device | str, stream: int, rank: int) -> torch.Generator:
-    """Random numbers of one rank, apart for each stream."""
+    """A generator seeded by ``stream`` and ``rank``."""
     return torch.Generator(device).manual_seed(100_000 * stream + rank)
 
 
@@ -185,7 +185,7 @@ class RoutingProblem:
         return [rank_counts(rank, max_tokens=self.plan.max_tokens, tokens=n, **pairs) for rank, n in of_ranks]
 
     def mean(self, count: Callable[[RankCounts], int]) -> float:
-        """The mean over the ranks of what ``count`` makes of each one's counts."""
+        """The mean of ``count`` over the ranks' counts."""
         return fmean(map(count, self.counts))
 
     @cached_property
@@ -217,7 +217,7 @@ class RoutingProblem:
 
 @contextmanager
 def open_lanes(ep: ExpertParallel, max_tokens: int) -> Iterator[list[ExpertParallel]]:
-    """Collective. Three lanes with the group, backend and flags of ``ep``, lane i for mode i of both kinds.
+    """Collective. Three objects like ``ep``, with its group, backend and flags; lane i has mode i of both kinds.
 
     ``max_rows`` is left out: a profile must not fail where a layer would not.
     """

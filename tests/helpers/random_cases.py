@@ -39,9 +39,9 @@ APART = 128
 MOST_TIED = 4
 # Candidates drawn for each token of a router.
 CANDIDATES = 24
-# Of inputs: the less there is room for, the smaller.
+# Largest input by dtype: the fewer bits in its significand, the smaller.
 LARGEST = MappingProxyType({torch.float32: 3, torch.float16: 2, torch.bfloat16: 1})
-# A share of entries that are not zero is tried after the other, until the certificate holds.
+# Shares of entries that are not zero, tried in this order until the certificate holds.
 SHARES = tuple(0.75**step for step in range(24))
 
 
