@@ -49,11 +49,11 @@ NO_FLAGS = EPConfig(dispatch="all_to_all", combine="reduce_scatter")
 SETTINGS = [
     ("reference", 2, run_routed, NO_FLAGS, REPETITIONS),
     ("reference", 3, run_routed, BOTH_FLAGS, REPETITIONS),
-    ("reference", 3, run_moe, NO_FLAGS, REPETITIONS),
     ("fast", 2, run_routed, NO_FLAGS, FEW),
     ("fast", 2, run_moe, NO_FLAGS, FEW),
 ]
 THOROUGH = [
+    ("reference", 3, run_moe, NO_FLAGS, REPETITIONS),
     ("fast", 1, run_routed, NO_FLAGS, REPETITIONS),
     ("fast", 2, run_routed, NO_FLAGS, REPETITIONS),
     ("fast", 2, run_routed, BOTH_FLAGS, REPETITIONS),

@@ -202,9 +202,13 @@ def test_exact_sizes_are_refused_in_a_graph_by_name(rank: Rank) -> None:
         assert_same_bits(step(), expected)
 
 
+OVERFLOWS = [(CASES["uniform"], True), (CASES["uniform"], False)]
+OVERFLOWS += [pytest.param(GRAPHED, False, marks=pytest.mark.thorough)]
+
+
 @promise("overflow")
 @on_ranks(2)
-@pytest.mark.parametrize(("case", "sync"), [(CASES["uniform"], True), (CASES["uniform"], False), (GRAPHED, False)])
+@pytest.mark.parametrize(("case", "sync"), OVERFLOWS)
 def test_overflow_is_loud_and_leaves_the_group_usable(rank: Rank, case: Case, sync: bool) -> None:
     """More rows than the bound: NaN and an error, or the error at once; and the next call is right again."""
     from sonic_ep.fast.device_errors import PLANS_AHEAD

@@ -86,6 +86,7 @@ def test_losses_of_all_runs_fall_and_agree(tmp_path: Path) -> None:
     assert (tmp_path / "picture.png").read_bytes().startswith(PNG_SIGNATURE)
 
 
+@pytest.mark.thorough
 @pytest.mark.fast
 def test_the_fast_backend_trains_as_the_reference_does(tmp_path: Path) -> None:
     """On the CPU, where its kernels are interpreted, at the smallest sizes."""
@@ -159,6 +160,7 @@ def test_wrong_arguments_start_no_ranks(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="the ranks are found in /proc")
 def test_ctrl_c_ends_every_rank(tmp_path: Path) -> None:
     options = {"cwd": tmp_path, "env": environment(), "stderr": subprocess.DEVNULL, "text": True}

@@ -47,6 +47,7 @@ def test_smoke_on_one_rank(tmp_path: Path) -> None:
     assert "no CUDA device, a smoke size on the CPU: the times mean nothing" in done.stdout
 
 
+@pytest.mark.thorough
 @pytest.mark.fast
 def test_smoke_on_two_ranks(tmp_path: Path) -> None:
     path, theirs = tmp_path / "two.json", tmp_path / "pytest_benchmark.json"
@@ -80,6 +81,7 @@ module.stage_tokens = stage_once
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.fast
 def test_what_is_right_in_its_first_call_only_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens that were staged once, for inputs that never change, would look right for ever."""

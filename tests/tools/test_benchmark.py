@@ -139,7 +139,7 @@ RANK_DEDUP = {"dispatch": DispatchMode.RANK_DEDUP, "combine": CombineMode.RANK_D
 
 ON_RANKS = [
     # With two tokens a right gradient of the scores has more than twice the error of plain PyTorch, by chance.
-    ("fast", RANK_DEDUP, replace(SMALLEST, tokens=4), 2),
+    pytest.param("fast", RANK_DEDUP, replace(SMALLEST, tokens=4), 2, marks=pytest.mark.thorough),
     ("reference", {}, SHAPE, 1),
     # A rank has fewer experts than a token chooses.
     ("reference", {}, replace(SHAPE, num_experts=4, top_k=4), 2),
