@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -59,14 +60,18 @@ class Shape:
 
 
 class _Computed(dict[KeyT, Tensor]):
-    """Tensors that are computed when they are first asked for."""
+    """Tensors of a problem, computed when they are first asked for."""
 
-    def __init__(self, compute: Callable[[KeyT], Tensor]) -> None:
+    def __init__(self, problem: RoutingProblem, compute: Callable[[RoutingProblem, KeyT], Tensor]) -> None:
         super().__init__()
+        # The problem holds this: a strong reference would keep its tensors until the garbage collector runs.
+        self._problem = weakref.ref(problem)
         self._compute = compute
 
     def __missing__(self, key: KeyT) -> Tensor:
-        self[key] = self._compute(key)
+        problem = self._problem()
+        assert problem is not None
+        self[key] = self._compute(problem, key)
         return self[key]
 
 
@@ -149,7 +154,7 @@ class RoutingProblem:
     def received(self) -> dict[DispatchMode, Tensor]:
         """What each dispatch mode of the reference receives; by all_to_all the valid rows of x in canonical order."""
         modes = dispatch_primitives(self._collectives)
-        return _Computed(lambda mode: modes[mode].receive(self.x_TH, self._exact_plan))
+        return _Computed(self, lambda problem, mode: modes[mode].receive(problem.x_TH, problem._exact_plan))
 
     @cached_property
     def scores_WCK(self) -> Tensor:
@@ -159,12 +164,12 @@ class RoutingProblem:
     @cached_property
     def sums(self) -> dict[tuple[CombineMode, bool], Tensor]:
         """What each combine mode of the reference gives for ``rows_RH``, with scores or without."""
-        return _Computed(lambda key: self._combined(key[0], self.rows_RH, self.scores_WCK if key[1] else None))
+        return _Computed(self, lambda problem, key: problem._combined(key[0], problem.rows_RH, weighted=key[1]))
 
     @cached_property
     def round_trips(self) -> dict[CombineMode, Tensor]:
         """What each combine mode of the reference gives for the rows of x, with scores."""
-        return _Computed(lambda mode: self._combined(mode, self.received[DispatchMode.ALL_TO_ALL], self.scores_WCK))
+        return _Computed(self, lambda problem, mode: problem._combined(mode, problem.received[DispatchMode.ALL_TO_ALL]))
 
     def check_plan(self, got: RoutingPlan) -> None:
         """Raise ``AssertionError`` unless every field is the reference's."""
@@ -201,7 +206,8 @@ class RoutingProblem:
         """With room for the valid rows alone: the rest of what the reference makes of a plan is large."""
         return replace(self.plan, slot_of_row=self.plan.slot_of_row[: self.valid_rows])
 
-    def _combined(self, mode: CombineMode, rows_RH: Tensor, scores_WCK: Tensor | None) -> Tensor:
+    def _combined(self, mode: CombineMode, rows_RH: Tensor, *, weighted: bool = True) -> Tensor:
+        scores_WCK = self.scores_WCK if weighted else None
         return combine_primitives(self._collectives)[mode].combine(rows_RH, scores_WCK, self.plan)
 
     def _drawn(self, draw: Callable[..., Tensor], width: int, stream: int) -> Tensor:

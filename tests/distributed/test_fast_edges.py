@@ -2,6 +2,9 @@
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from sonic_ep import ClosedError, EPConfig, ExpertParallel, RowOverflowError
 from sonic_ep.distributed.group import resolve_group
 from sonic_ep.profiler.routings import uniform
 from sonic_ep.testing import CASES, Case, Rank, assert_bitwise, draw
-from sonic_ep.testing.oracle import leaf, run_routed
+from sonic_ep.testing.oracle import leaf, leaf_experts, run_routed
 
 pytestmark = pytest.mark.fast
 AGAIN = EPConfig(redispatch_x_in_backward=True)
@@ -107,11 +110,11 @@ def there_and_back(ep: ExpertParallel, x: Tensor, idx: Tensor, scores: Tensor) -
     return ep.combine(ep.dispatch(x, plan), scores, plan)
 
 
-def on_both(call: Callable[[ExpertParallel], Tensor]) -> None:
+def on_both(call: Callable[[ExpertParallel], Tensor], **flags: Any) -> None:
     """``call`` gives the same bits on both backends."""
     found = []
     for backend in ("fast", "reference"):
-        with ExpertParallel(backend=backend, max_tokens_per_rank=TOKENS) as ep:
+        with ExpertParallel(backend=backend, config=EPConfig(**flags), max_tokens_per_rank=TOKENS) as ep:
             found.append(call(ep).detach())
     assert_bitwise(*found)
 
@@ -209,6 +212,45 @@ def test_a_default_device_changes_nothing(rank: Rank) -> None:
         found.append(outcome_of(ep, inputs))
         ep.close()
     assert_same(*found, "with another default device")
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_read_no_row_past_the_bound(rank: Rank, dtype: torch.dtype) -> None:
+    """PyTorch's products would read past the end."""
+    from sonic_ep.fast import gemm
+
+    case = replace(CASES["uniform"], hidden=64, intermediate=32, bias=False, dtype=dtype)
+    inputs = draw(case, rank.world_size, rank.device)
+    tokens, experts = inputs.tokens_of(rank.rank), leaf_experts(inputs.experts, inputs.experts_of(rank.rank))
+    told = []
+
+    def noting(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def noted(self: object, a: Tensor, b: Tensor, ends: Tensor, *more: Tensor) -> Tensor:
+            told.append((int(ends[-1]), a.shape[0]))
+            return method(self, a, b, ends, *more)
+
+        return noted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind, name in product((gemm.LibraryGemm, gemm.LoopGemm, gemm.TritonGemm), ("rows", "weights")):
+            patch.setattr(kind, name, noting(getattr(kind, name)))
+        with ExpertParallel(backend="fast", config=EPConfig(max_rows=9)) as ep:
+            x = leaf(inputs.x[tokens])
+            y = ep.moe_routed(x, inputs.topk_idx[tokens], inputs.topk_scores[tokens], experts.w1, experts.w2)
+            assert y.isnan().all()
+            y.backward(inputs.dy[tokens])
+            with pytest.raises(RuntimeError, match="max_rows: got 9"):
+                ep.check()
+    assert len(told) == 6
+    assert all(ends <= rows == 9 for ends, rows in told)
+
+
+@on_ranks(2)
+def test_a_huge_bound_is_none(rank: Rank) -> None:
+    inputs = drawn(rank)
+    for exact in (False, True):
+        on_both(lambda ep: there_and_back(ep, *inputs), max_rows=2**70, cpu_sync_on_runtime=exact)
 
 
 @on_ranks(2)

@@ -18,6 +18,7 @@ from on_ranks import on_ranks
 from promises import promise
 from same import assert_same_bits
 
+import sonic_ep
 from sonic_ep import ClosedError, CollectiveMismatchError, EPConfig, ExpertParallel, RoutingPlan
 from sonic_ep.errors import ConcurrentCallError
 from sonic_ep.testing import CASES, Rank
@@ -221,6 +222,16 @@ def test_ranks_that_use_different_plans_are_found(rank: Rank, backend: str, obje
         first.dispatch(x, plans[rank.rank == ODD])
     for ep in made:
         ep.close()
+
+
+@on_ranks(2, pool="cpu_pool")
+def test_a_functional_call_that_is_refused_counts_for_nothing(rank: Rank) -> None:
+    arguments = call_of(rank.world_size)
+    if rank.rank == ODD:
+        with pytest.raises(ValueError, match="top_k"):
+            sonic_ep.moe(**{**arguments, "top_k": 0}, backend="reference")
+    counts = sonic_ep.moe(**arguments, backend="reference").tokens_per_expert
+    assert int(counts.sum()) == rank.world_size * len(arguments["x"]) * arguments["top_k"]
 
 
 def test_every_fact_of_a_call_is_in_its_digest() -> None:

@@ -240,3 +240,16 @@ def test_gpu_memory_that_runs_out_is_told_with_rank_and_place(rank: Rank, backen
                 ep.moe(x, **weights, top_k=2)
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, rank.device)
+
+
+@promise("usable-after-errors")
+@both_backends
+@on_ranks(2, pool="cpu_pool")
+def test_a_second_backward_is_refused_and_leaves_the_object_usable(rank: Rank, backend: str) -> None:
+    with ExpertParallel(backend=backend, timeout=PATIENT_SECONDS) as ep:
+        call = partial(ep.moe, **with_trained_experts(call_of(rank.world_size)))
+        loss = call().y.sum()
+        loss.backward()
+        with pytest.raises(RuntimeError, match="through the graph a second time"):
+            loss.backward()
+        call().y.sum().backward()

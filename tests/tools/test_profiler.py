@@ -1,6 +1,8 @@
 """The profiler: right before it is timed, agreed by all ranks, never faster than the link, and picked jointly."""
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 from itertools import count
 from math import inf
@@ -15,7 +17,7 @@ from on_ranks import on_ranks
 from profiles import SIZES, Asked, profile, profile_of_all, said_by_all
 
 import sonic_ep.profiler.profiler as profiler_module
-from sonic_ep import CombineMode, EPConfig, ExpertParallel, ProfileReport
+from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel, ProfileReport
 from sonic_ep.cost import LinkBandwidth
 from sonic_ep.profiler import WrongResultError, default_device
 from sonic_ep.profiler.problem import RoutingProblem, Shape
@@ -225,7 +227,8 @@ def test_rank_0_decides_and_its_errors_reach_all(rank: Rank) -> None:
 def test_inputs() -> None:
     """Rows after the valid ones are NaN, and changed inputs differ until they are restored exactly."""
     shape = Shape(tokens=3, hidden=16, top_k=2, num_experts=6)
-    inputs = RoutingProblem(shape=shape, group=ALONE, device=CPU, routing=GIVEN[0]["routing"])
+    given = GIVEN[0]["routing"].clone()
+    inputs = RoutingProblem(shape=shape, group=ALONE, device=CPU, routing=given)
     inputs.draw()
     # A slot is dropped, so there is a place more than the five rows.
     assert inputs.rows_RH.isnan().sum(dim=1).tolist() == [0] * 5 + [16]
@@ -235,4 +238,17 @@ def test_inputs() -> None:
         assert inputs.topk_idx_TK.tolist() == [[1, 0], [-1, 3], [4, 4]]
         assert torch.equal(inputs.x_TH, -before[1])
         assert (held[2] != before[2]).all()
+        assert torch.equal(given, GIVEN[0]["routing"]), "the caller's ids are not written"
     assert all(map(torch.equal, held, before))
+
+
+def test_what_a_problem_holds_is_freed_with_it() -> None:
+    """At once: a profile comes before training, which needs the memory."""
+    problem = RoutingProblem(shape=Shape(tokens=3, hidden=16, top_k=2, num_experts=6), group=ALONE, device=CPU)
+    used = [problem.rows_RH, problem.received[DispatchMode.ALL_TO_ALL]]
+    used += [problem.sums[CombineMode.RANK_DEDUP, True], problem.round_trips[CombineMode.ALL_TO_ALL]]
+    held = [weakref.ref(tensor) for tensor in used]
+    gc.disable()
+    del problem, used
+    gc.enable()
+    assert [tensor() for tensor in held] == [None] * len(held)
