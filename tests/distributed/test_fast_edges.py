@@ -215,7 +215,7 @@ def test_a_default_device_changes_nothing(rank: Rank) -> None:
 
 
 @on_ranks(2)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.thorough)], ids=str)
 def test_products_read_no_row_past_the_bound(rank: Rank, dtype: torch.dtype) -> None:
     """PyTorch's products would read past the end."""
     from sonic_ep.fast import gemm
