@@ -11,16 +11,15 @@ from harness.context import BenchCase, Method, RunCase, SuiteContext, other_inpu
 from harness.results import LinkTraffic, Threshold
 from torch import Tensor
 
-from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel, RoutingPlan, cost
+from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel, cost
 from sonic_ep.fast.collectives import TOKENS, gather_scores, stage_tokens
 from sonic_ep.fast.combine import combine_primitives
 from sonic_ep.fast.copy_engine import CopyEngineGather
 from sonic_ep.fast.dispatch import dispatch_primitives
 from sonic_ep.fast.dispatch.all_to_all import pull_to_rows
 from sonic_ep.fast.dispatch.rank_dedup import pull_packed
-from sonic_ep.plan import ROUTING_FIELDS
 from sonic_ep.profiler.problem import RoutingProblem
-from sonic_ep.profiler.verification import assert_bitwise, expect
+from sonic_ep.profiler.verification import assert_bitwise
 from sonic_ep.testing import assert_as_accurate
 
 # Thresholds. The share of its ceiling that each dispatch mode has to reach over the link.
@@ -53,15 +52,6 @@ def bench_plan(context: SuiteContext, run: RunCase, method: Method, size: int) -
     large, world_size = context.sizes.large, context.group.world_size
     shape = replace(large, tokens=context.sizes.plans[size] // (world_size * large.top_k))
     problem = RoutingProblem(shape=shape, group=context.group, device=context.device)
-
-    def check(got: RoutingPlan) -> None:
-        for name in ROUTING_FIELDS:
-            value, right = getattr(got, name), getattr(problem.plan, name)
-            if isinstance(right, Tensor):
-                assert_bitwise(value, right, name)
-            else:
-                expect(value == right, f"{name}: got {value}, expected {right}")
-
     slots = world_size * shape.tokens * shape.top_k
     micros = MOST_MICROS_OF_PLAN.get(slots)
     most = micros and Threshold(text=f"at most {micros} us at {slots} slots", seconds=micros / 1e6)
@@ -70,7 +60,7 @@ def bench_plan(context: SuiteContext, run: RunCase, method: Method, size: int) -
             name="plan",
             shape=shape,
             run=lambda: ep.plan(problem.topk_idx_TK, shape.num_experts),
-            check=check,
+            check=problem.check_plan,
             other_inputs=lambda: other_inputs(problem.topk_idx_TK),
             threshold=most or None,
         )
