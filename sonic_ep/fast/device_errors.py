@@ -134,11 +134,11 @@ class PlanErrors:
 
 def first_error(records: Iterable[PlanErrors]) -> Exception | None:
     """The first error in ``records``, or None. Waits for their kernels, except in graph capture."""
-    in_capture = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     for record in records:
         on_device = record.gathered is not None and record.gathered.is_cuda
         # A lost GPU raises here. In graph capture the host must not synchronize.
         with suppress(RuntimeError):
+            in_capture = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
             if not in_capture:
                 record.wait()
             if not (in_capture and on_device) and (found := record.error()) is not None:

@@ -141,8 +141,23 @@ def keep_busy(device: torch.device, seconds: float = BUSY_SECONDS) -> None:
         torch.cuda._sleep(int(seconds * CYCLES_PER_SECOND))
 
 
-def captured(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """``function`` in a CUDA graph: a call replays it and returns its result, which every replay overwrites."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CapturedCall:
+    """A CUDA graph of a function; a call replays it and returns the result, which every replay overwrites."""
+
+    graph: torch.cuda.CUDAGraph
+    result: Any
+    # Held because the graph reads the memory of the tensors that the function holds.
+    function: Callable[[], Any]
+
+    def __call__(self) -> Any:
+        """Replay on the current stream."""
+        self.graph.replay()
+        return self.result
+
+
+def captured(function: Callable[[], Any], device: torch.device) -> CapturedCall:
+    """``function`` in a CUDA graph, after ``WARMUP_OF_CAPTURE`` calls."""
     current = torch.cuda.current_stream(device)
     side = torch.cuda.Stream(device)
     side.wait_stream(current)
@@ -154,9 +169,4 @@ def captured(function: Callable[[], Any], device: torch.device) -> Callable[[], 
     # Other threads, NCCL's watchdog for one, may query the driver meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = function()
-
-    def replay() -> Any:
-        graph.replay()
-        return result
-
-    return replay
+    return CapturedCall(graph=graph, result=result, function=function)

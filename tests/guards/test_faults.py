@@ -61,6 +61,8 @@ def train(rank: Rank, fault: str, backend: str) -> None:
             }.get(now, [wide, narrow])
             losses = [ep.moe(*layer, TOP_K).y.square().sum() for layer in layers]
             if now == "killed before backward":
+                # On a GPU kernels of forward that have not run die with the process.
+                losses[-1].item()
                 BEFORE["killed"]()
             if now != "skips backward":
                 sum(losses).backward()

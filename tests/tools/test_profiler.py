@@ -20,6 +20,7 @@ import sonic_ep.profiler.profiler as profiler_module
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel, ProfileReport
 from sonic_ep.cost import LinkBandwidth
 from sonic_ep.profiler import WrongResultError, default_device
+from sonic_ep.profiler.measuring import Stage
 from sonic_ep.profiler.problem import RoutingProblem, Shape
 from sonic_ep.profiler.profiler import FEWEST_ROUNDS, MOST_ROUNDS
 from sonic_ep.profiler.report import EVERY_MODE, EVERY_PAIR
@@ -158,7 +159,7 @@ def test_a_wrong_result_is_refused_on_every_rank(rank: Rank) -> None:
                 wrong_in_calls(patched, name, begin, end)
             if begin == 0:
                 timed = Mock(side_effect=NotImplementedError("timed, although a result is wrong"))
-                patched.setattr(RoundTimer, "time", timed)
+                patched.setattr(Stage, "time", timed)
             assert said_by_all(rank, asked, WrongResultError).startswith(f"rank 1 of 2: {message}")
 
 

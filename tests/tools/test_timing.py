@@ -109,6 +109,15 @@ def test_graphs_are_timed_by_events(rank: Rank) -> None:
     workspace.close()
 
 
+@on_ranks(1, pool="cuda_pool")
+def test_a_graph_keeps_the_memory_that_it_reads(rank: Rank) -> None:
+    replayed = captured(partial(torch.add, torch.ones(1000, device=rank.device), 1), rank.device)
+    # Freed memory of the same size would be taken again.
+    other = torch.full((1000,), float("nan"), device=rank.device)
+    assert replayed().eq(2).all()
+    assert other.isnan().all()
+
+
 def work_of(results: list[float], **changes: Any) -> TimedWork:
     """A work whose calls return ``results`` one by one, of which 1.0 is correct."""
 

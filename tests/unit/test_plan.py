@@ -99,7 +99,7 @@ def ids_of(rank: Rank, case: Case) -> Tensor:
 
 MANY_TILES = [
     Case(name="several tiles", tokens=(130, 1, 70), top_k=5, num_experts=24, hidden=1),
-    Case(name="more choices than slots in a tile", tokens=(3,), top_k=600, num_experts=606, hidden=1),
+    Case(name="more choices than slots in a tile", tokens=(3,), top_k=600, num_experts=624, hidden=1),
     Case(name="many experts", tokens=(65,), top_k=8, num_experts=1200, hidden=1),
     Case(name="repeated in a tile", tokens=(150,), top_k=6, choose=repeating, hidden=1),
     Case(name="int32 ids", tokens=(40,), hidden=1),
