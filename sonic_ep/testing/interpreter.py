@@ -28,28 +28,21 @@ OPERATIONS = (
 )
 
 
-class OncePerLaunch:
-    """In place of the interpreter's function that patches the language as the function to run sees it."""
+def patch_once(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """In place of the interpreter's function that patches the language as a function sees it, at each of its calls.
 
-    def __init__(self, patch: Any) -> None:
-        self._patch = patch
-        self._patched: frozenset[int] | None = None
+    The language stays patched, which only interpreted functions use.
+    """
+    patched: set[int] = set()
 
-    def __call__(self, function: Any) -> Any:
-        """A scope to ``restore()`` at the end; does nothing if this launch has patched all that ``function`` sees."""
-        seen = language_of(function)
-        if self._patched is not None and seen <= self._patched:
-            return SimpleNamespace(restore=lambda: None)
-        outermost, scope = self._patched is None, self._patch(function)
-        self._patched, restore = seen | (self._patched or frozenset()), scope.restore
+    @wraps(patch)
+    def patched_for_good(function: Any) -> Any:
+        if not language_of(function) <= patched:
+            patch(function)
+            patched.update(language_of(function))
+        return SimpleNamespace(restore=lambda: None)
 
-        def restore_and_forget() -> None:
-            self._patched = None
-            restore()
-
-        if outermost:
-            scope.restore = restore_and_forget
-        return scope
+    return patched_for_good
 
 
 @cache
@@ -64,6 +57,9 @@ def interpreted_functions(package: Any) -> list[tuple[str, Callable[..., Any]]]:
     """The functions of a module or class of Triton's language, as the interpreter runs them."""
 
     def direct(function: Callable[..., Any]) -> Callable[..., Any]:
+        # Triton's decorator only looks whether there is a _semantic.
+        function = getattr(function, "__wrapped__", function)
+
         def called(*arguments: Any, **named: Any) -> Any:
             named["_semantic"] = interpreter.interpreter_semantic
             return function(*arguments, **named)
@@ -155,12 +151,32 @@ def on_numpy(operation: Callable[..., Any], numpy_operation: Any, types: dict[st
     return computed
 
 
+def on_addresses(add: Callable[..., Any]) -> Any:
+    """Triton's addition, done by NumPy where an integer, or a block of them, is added to one address."""
+
+    @wraps(add)
+    def computed(semantic: Any, one: Any, other: Any, *how: Any, **named: Any) -> Any:
+        if type(one) is not tl.tensor or not one.type.is_ptr():
+            return add(semantic, one, other, *how, **named)
+        if type(other) is tl.tensor and other.type.scalar.name in ("int32", "int64"):
+            offsets, shape = other.handle.data, other.type.get_block_shapes() if other.type.is_block() else None
+        elif type(other) is int and 0 <= other < 2**31:
+            offsets, shape = constant(other, np.int64), None
+        else:
+            return add(semantic, one, other, *how, **named)
+        element_bytes = np.uint64(max(one.type.element_ty.primitive_bitwidth, 8) // 8)
+        handle = interpreter.TensorHandle(one.handle.data + element_bytes * offsets.astype(np.uint64), one.type)
+        return tl.tensor(handle, one.type if shape is None else tl.core.block_type(one.type, shape))
+
+    return computed
+
+
 def hasten() -> None:
     """Make the interpreter of this process faster without changing a result; no effect where its internals differ."""
     patch = getattr(interpreter, "_patch_lang", None)
-    if patch is None or isinstance(patch, OncePerLaunch):
+    if patch is None or hasattr(patch, "__wrapped__"):
         return
-    interpreter._patch_lang = OncePerLaunch(patch)
+    interpreter._patch_lang = patch_once(patch)
     interpreter._patch_builtin = patch_functions
     interpreter._get_np_dtype = once_per_name(interpreter._get_np_dtype)
     block, tensor = tl.core.block_type, tl.core.tensor
@@ -177,3 +193,4 @@ def hasten() -> None:
     for operations, types, result in OPERATIONS:
         for name, numpy_operation in operations.items():
             setattr(semantic, name, on_numpy(getattr(semantic, name), numpy_operation, types, result))
+    semantic.add = on_addresses(semantic.add)

@@ -15,7 +15,7 @@ from layer_inputs import plan_of
 from matrix import DIAGONAL, matrix
 from on_ranks import on_ranks
 from promises import promise
-from there_and_back import Modes, assert_same, both, by_modes, changing, delay, outcome_of, there_and_back
+from there_and_back import Modes, assert_same, both, by_any_modes, by_modes, changing, delay, outcome_of, there_and_back
 from torch import Tensor
 
 from sonic_ep import CombineMode, EPConfig, ExpertParallel
@@ -89,7 +89,7 @@ def test_receive_flags_of_an_earlier_step_are_not_taken(rank: Rank, modes: Modes
 
 
 @on_ranks(for_gpus(1), 2, for_gpus(3))
-@by_modes
+@by_any_modes
 def test_two_workspaces_interleaved(rank: Rank, modes: Modes) -> None:
     """Two objects over one group alternate, with different shapes and dtypes."""
     cases = [changing(0), replace(changing(1, torch.float32), hidden=40, top_k=2)]
@@ -120,7 +120,7 @@ def test_nothing_that_backward_needs_is_in_shared_memory(rank: Rank, modes: Mode
 
 
 @on_ranks()
-@by_modes
+@by_any_modes
 @pytest.mark.parametrize(("world_size", "members"), [(4, 2), for_gpus(8, 4)])
 def test_subgroups_side_by_side(rank: Rank, members: int, modes: Modes) -> None:
     for first in range(0, rank.world_size, members):

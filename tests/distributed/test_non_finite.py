@@ -154,7 +154,7 @@ def assert_written(tensors: dict[str, Tensor | None], what: str) -> None:
 @pytest.mark.parametrize(
     ("backend", "case"),
     [
-        pytest.param(backend, case, marks=pytest.mark.thorough if backend == "fast" and place % 2 else ())
+        pytest.param(backend, case, marks=pytest.mark.thorough if backend == "fast" and place != 2 else ())
         for backend in BACKENDS
         for place, case in enumerate(["dropped_slots_bf16", "empty_experts", "zero_token_ranks", "no_tokens_at_all"])
     ],

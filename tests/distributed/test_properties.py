@@ -22,7 +22,7 @@ from sonic_ep.testing.oracle import moe_oracle, routed_oracle
 # Examples in a call of live ranks, and calls. Interpreted, an example takes some ten times as long.
 BATCH = 20
 BATCHES = {"reference": 24, "fast": 8}
-EVERYDAY = {"reference": 6, "fast": 2}
+EVERYDAY = {"reference": 3, "fast": 1}
 MOST_SEEDS = 2**31
 
 

@@ -20,14 +20,15 @@ FLAGS = [
     for again, exact in product((False, True), repeat=2)
 ]
 NO_FLAGS, BOTH_FLAGS = FLAGS[0], FLAGS[-1]
-# No flag changes a bit (test_matrix); interpreted, the setting with both runs every day.
+# No flag changes a bit (test_matrix): every day both flags run, and on the reference no flag.
+EVERYDAY = {"reference": (NO_FLAGS, BOTH_FLAGS), "fast": (BOTH_FLAGS,)}
 by_backend_and_flags = pytest.mark.parametrize(
     ("backend", "flags"),
     [
         pytest.param(
             backend,
             flags,
-            marks=pytest.mark.thorough if backend == "fast" and flags != BOTH_FLAGS else (),
+            marks=() if flags in EVERYDAY[backend] else pytest.mark.thorough,
             id="-".join([backend, *(name for name, on in flags.items() if on)]),
         )
         for backend, flags in product(BACKENDS, FLAGS)

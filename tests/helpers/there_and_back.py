@@ -17,7 +17,11 @@ from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.testing import CASES, Case, Inputs, Rank, assert_bitwise
 
 MODES = DIAGONAL
-by_modes = pytest.mark.parametrize("modes", MODES, ids=lambda pair: "+".join(mode.value for mode in pair))
+IDS = ["+".join(mode.value for mode in pair) for pair in MODES]
+by_modes = pytest.mark.parametrize("modes", MODES, ids=IDS)
+# Every day the first alone, where modes differ in nothing that the test is about.
+LATER = [pytest.param(modes, marks=pytest.mark.thorough) for modes in MODES[1:]]
+by_any_modes = pytest.mark.parametrize("modes", [MODES[0], *LATER], ids=IDS)
 Modes = tuple[DispatchMode, CombineMode]
 Outcome = dict[str, Tensor]
 

@@ -60,6 +60,7 @@ def test_verify_on_one_rank(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[5].startswith("144 runs, 0 failures")
 
 
+@pytest.mark.thorough
 def test_verify_on_several_ranks_and_a_given_shape() -> None:
     arguments = [*COMMAND, "verify", "--nproc", "3", "--thiek", "25,32,16,12,4", "--dtype", "bfloat16"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=HANG_SECONDS)

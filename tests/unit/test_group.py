@@ -79,6 +79,7 @@ except sonic_ep.ClosedError as error:
 """
 
 
+@pytest.mark.thorough
 def test_objects_that_outlive_the_process_group_neither_abort_nor_hang(tmp_path: Path) -> None:
     """PyTorch aborts processes that still hold a gloo group at exit."""
     script = tmp_path / "left_open.py"
