@@ -1,16 +1,20 @@
 """Fixtures: one pool of ranks for the run of this process, on the CPU and, where there are GPUs, on them."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
+from multiprocessing import forkserver
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from sonic_ep.fast.capabilities import interpreter_reasons
-from sonic_ep.testing import RankPool
+from sonic_ep.testing import RankPool, ranks
 
 GPUS_NEEDED = 2
+PRELOADED = [*ranks.IMPORTED_ONCE, "pytest", "sonic_ep.testing", "sonic_ep.fast.backend"]
 DEVICE_TYPES = ["cpu", "cuda"] if torch.cuda.device_count() >= GPUS_NEEDED else ["cpu"]
 
 
@@ -49,6 +53,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     reasons = interpreter_reasons() if fast and not on_gpus(item) else ()
     if reasons:
         pytest.skip("; ".join(reasons))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreter_imported_once() -> None:
+    """Without GPUs all ranks interpret kernels: the server that they are forked from imports what that takes, too."""
+    if "cuda" not in DEVICE_TYPES and ranks.START_METHOD == "forkserver":
+        with patch.dict(os.environ, ranks.SETTINGS["cpu"]), patch.object(ranks, "IMPORTED_ONCE", PRELOADED):
+            ranks.starting_context()
+            forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")

@@ -83,9 +83,8 @@ LEFT = {"raises": "KeyError: 'the batch has no labels'", "too many tokens": "exp
 
 
 # They go the way of another fault on that backend.
-ALIKE = {("reference", "another order"), ("reference", "raises")}
-ALIKE |= {("fast", "another order"), ("fast", "another config"), ("fast", "hangs"), ("fast", "too many tokens")}
-ALIKE |= {("reference", "hangs"), ("fast", "raises"), ("fast", "killed before backward")}
+ALIKE = {*product(["reference"], ["another order", "raises", "hangs"])}
+ALIKE |= {*product(["fast"], ["another order", "another config", "hangs", "too many tokens", "killed before backward"])}
 FAULTS = [
     pytest.param(*case, device_type, False, marks=pytest.mark.thorough if case in ALIKE else ())
     for case, device_type in product(product(BACKENDS, SEEN), DEVICE_TYPES)

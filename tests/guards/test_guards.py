@@ -12,7 +12,7 @@ import torch
 from layer_inputs import plan_of
 from on_ranks import on_ranks
 from promises import promise
-from there_and_back import Modes, by_modes
+from there_and_back import Modes, by_any_modes
 from torch import Tensor
 from workspaces import workspace_of
 
@@ -179,7 +179,7 @@ def gradients(ep: ExpertParallel, inputs: Inputs, wanted: tuple[bool, bool]) -> 
 
 
 @promise("x-gradient")
-@by_modes
+@by_any_modes
 @on_ranks(2)
 def test_ranks_may_need_different_gradients(rank: Rank, modes: Modes) -> None:
     """x, scores or both, on rank 0 alone; and backward shares no new memory."""

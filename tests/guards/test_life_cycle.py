@@ -54,7 +54,7 @@ KEPT_BYTES = 2 * 512
 
 
 @promise("close")
-@both_backends
+@pytest.mark.parametrize("backend", ["fast", pytest.param("reference", marks=pytest.mark.thorough)])
 @on_ranks(2)
 def test_two_hundred_lives_leave_nothing(rank: Rank, backend: str) -> None:
     def live(number: int) -> None:

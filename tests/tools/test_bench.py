@@ -92,6 +92,7 @@ def test_what_is_right_in_its_first_call_only_is_not_timed(tmp_path: Path, monke
     assert "received by all_to_all" in done.stdout
 
 
+@pytest.mark.thorough
 def test_without_an_interpreter_or_with_wrong_arguments_it_says_so() -> None:
     done = python_in_root(*PYTEST, "-k", "bench_plan")
     assert done.returncode == 0, done.stdout + done.stderr

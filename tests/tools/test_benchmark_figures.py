@@ -120,6 +120,7 @@ def test_a_point_by_hand() -> None:
     assert (made_up.shape.tokens, made_up.routing, len(made_up.pairs)) == (7, "skewed", 18)
 
 
+@pytest.mark.thorough
 @on_ranks(2, pool="cpu_pool")
 def test_a_sweep_and_one_with_a_wrong_pair_that_says_nothing_of_the_point(rank: Rank) -> None:
     """Rank 1 gets every output of one dispatch mode wrong."""
