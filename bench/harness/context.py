@@ -298,6 +298,7 @@ def _passing(
             check(item)
             passed[name] = item
         except WrongResultError as error:
-            # Its frames would keep graphs and their memory alive.
+            # The frames of its tracebacks would keep graphs and their memory alive.
+            error.__cause__ = error.__context__ = None
             wrong[name] = error.with_traceback(None)
     return passed

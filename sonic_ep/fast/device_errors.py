@@ -117,8 +117,10 @@ class PlanErrors:
 
     def error(self) -> Exception | None:
         """``ValueError``, ``RowOverflowError`` or ``RecomputeError``, if there is one."""
-        gathered = None if self.gathered is None else self._error_of(self.gathered, self.gathered_limits)
-        return self._error_of(self.own, self.limits) or gathered
+        found = self._error_of(self.own, self.limits)
+        if found is None and self.gathered is not None:
+            found = self._error_of(self.gathered, self.gathered_limits)
+        return found
 
     def _error_of(self, codes: Tensor, limits: Limits) -> Exception | None:
         bad_rank, full_rank, rows, rerouted = codes.tolist()
@@ -134,13 +136,17 @@ class PlanErrors:
 
 def first_error(records: Iterable[PlanErrors]) -> Exception | None:
     """The first error in ``records``, or None. Waits for their kernels, except in graph capture."""
+    in_capture = False
+    # A lost GPU raises, here and below. What its kernels have written on the host is read all the same.
+    with suppress(RuntimeError):
+        in_capture = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     for record in records:
         on_device = record.gathered is not None and record.gathered.is_cuda
-        # A lost GPU raises here. In graph capture the host must not synchronize.
         with suppress(RuntimeError):
-            in_capture = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+            # In graph capture the host must not synchronize.
             if not in_capture:
                 record.wait()
+        with suppress(RuntimeError):
             if not (in_capture and on_device) and (found := record.error()) is not None:
                 return found
     return None

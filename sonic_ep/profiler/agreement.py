@@ -46,7 +46,11 @@ def in_step(
     if not failures:
         return result
     kind = (raised or expected) if all(as_expected for _, as_expected in failures) else RuntimeError
-    raise kind("; ".join(text for text, _ in failures)) from failure
+    try:
+        raise kind("; ".join(text for text, _ in failures)) from failure
+    finally:
+        # Its traceback holds this frame, which would hold it for good.
+        del failure
 
 
 def require_alike(group: EPGroup, described: Sequence[Mapping[str, object]]) -> None:

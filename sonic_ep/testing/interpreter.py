@@ -31,7 +31,7 @@ OPERATIONS = (
 def patch_once(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """In place of the interpreter's function that patches the language as a function sees it, at each of its calls.
 
-    The language stays patched, which only interpreted functions use.
+    The language stays patched: from then on nothing can be compiled in this process.
     """
     patched: set[int] = set()
 
@@ -156,7 +156,7 @@ def on_addresses(add: Callable[..., Any]) -> Any:
 
     @wraps(add)
     def computed(semantic: Any, one: Any, other: Any, *how: Any, **named: Any) -> Any:
-        if type(one) is not tl.tensor or not one.type.is_ptr():
+        if type(one) is not tl.tensor or not one.type.is_ptr() or one.type.element_ty.is_ptr():
             return add(semantic, one, other, *how, **named)
         if type(other) is tl.tensor and other.type.scalar.name in ("int32", "int64"):
             offsets, shape = other.handle.data, other.type.get_block_shapes() if other.type.is_block() else None

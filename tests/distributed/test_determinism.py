@@ -46,10 +46,7 @@ BOTH_FLAGS = EPConfig(
 )
 NO_FLAGS = EPConfig(dispatch="all_to_all", combine="reduce_scatter")
 # Interpreted, two ranks take half a second for a call there and back. A sum of two is the same in either order.
-SETTINGS = [
-    ("reference", 2, run_routed, NO_FLAGS, REPETITIONS),
-    ("fast", 2, run_moe, NO_FLAGS, FEW),
-]
+SETTINGS = [("reference", 2, run_routed, NO_FLAGS, REPETITIONS), ("fast", 2, run_moe, NO_FLAGS, FEW)]
 THOROUGH = [
     ("reference", 3, run_routed, BOTH_FLAGS, REPETITIONS),
     ("reference", 3, run_moe, NO_FLAGS, REPETITIONS),

@@ -88,6 +88,26 @@ def test_receive_flags_of_an_earlier_step_are_not_taken(rank: Rank, modes: Modes
             assert_same(outcome_of(fast, other), expected, "with flags left up")
 
 
+@on_ranks(2)
+@by_modes
+def test_memory_is_written_again_after_a_late_reader(rank: Rank, modes: Modes) -> None:
+    """Two dispatches in a row, and two sums over ranks, of which rank 0 reads late."""
+    from sonic_ep.fast.collectives import sum_over_ranks
+
+    inputs = draw(changing(0), rank.world_size, rank.device)
+    x = inputs.x[inputs.tokens_of(rank.rank)]
+    with both(modes) as (fast, reference), pytest.MonkeyPatch.context() as patch:
+        plan, expected = plan_of(fast, inputs), plan_of(reference, inputs)
+        rows = [reference.dispatch(tokens, expected)[: expected.rows()] for tokens in (x, -x)]
+        workspace = fast._backend._context(rank.device).workspace
+        barrier = workspace.barrier_after_write
+        if rank.rank == 0:
+            patch.setattr(workspace, "barrier_after_write", lambda: [barrier(), delay(rank)])
+        for found, wanted in zip([fast.dispatch(tokens, plan) for tokens in (x, -x)], rows, strict=True):
+            assert_bitwise(found[: len(wanted)], wanted)
+        assert [float(sum_over_ranks(x.new_full((1,), n, dtype=torch.float32), workspace)) for n in (1, 10)] == [2, 20]
+
+
 @on_ranks(for_gpus(1), 2, for_gpus(3))
 @by_any_modes
 def test_two_workspaces_interleaved(rank: Rank, modes: Modes) -> None:

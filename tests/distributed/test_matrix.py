@@ -102,11 +102,7 @@ def test_flags_change_no_bit(rank: Rank, backend: str, case: str, dispatch: Disp
 
 @promise("modes")
 @on_ranks()
-@matrix(
-    lambda cell: cell["world_size"] == 3 and cell["backend"] == "reference",
-    world_size=(1, 3, 4),
-    case=CASES,
-)
+@matrix(lambda cell: cell["world_size"] == 3 and cell["backend"] == "reference", world_size=(1, 3, 4), case=CASES)
 def test_modes_agree_bit_for_bit(rank: Rank, backend: str, case: str) -> None:
     inputs = draw(CASES[case], rank.world_size, rank.device)
     outcomes = {}

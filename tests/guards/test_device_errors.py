@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, suppress
 from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from promises import promise
 
 import sonic_ep
 from sonic_ep import EPConfig, ExpertParallel, RowOverflowError
+from sonic_ep.distributed.group import EPGroup
 from sonic_ep.errors import PeerError
 from sonic_ep.testing import CASES, Rank
 
@@ -241,3 +243,14 @@ def test_the_functional_form_raises_what_its_call_has_found(rank: Rank, backend:
     with pytest.raises(RowOverflowError, match=SAID):
         sonic_ep.moe(x, *weights, CASE.top_k, backend=backend, config=TIGHT)
     assert sonic_ep.moe(x, *weights, CASE.top_k, backend=backend).y.isfinite().all()
+
+
+@promise("device-errors-told")
+def test_what_is_on_the_host_is_found_after_the_gpu_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sonic_ep.fast.device_errors import PlanErrors, first_error
+
+    record, lost = PlanErrors(EPGroup(rank=0, world_size=1), torch.device("cpu")), Mock(side_effect=RuntimeError)
+    record.own[0], record.written = 1, Mock(synchronize=lost)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lost)
+    assert "out of range on rank 0" in str(first_error([record]))

@@ -178,13 +178,8 @@ def fails_once(rank: Rank, group: dist.ProcessGroup, backend: str, error: BaseEx
 
 
 @promise("ended-object")
-@pytest.mark.parametrize(
-    ("backend", "error", "backward"),
-    [
-        pytest.param(backend, *case, marks=pytest.mark.thorough if backend == "fast" and case[0] is INTERRUPT else ())
-        for backend, case in product(BACKENDS, [*product((OF_MEMORY, INTERRUPT), (False, True)), (OF_A_HOOK, True)])
-    ],
-)
+@pytest.mark.parametrize(("error", "backward"), [*product((OF_MEMORY, INTERRUPT), (False, True)), (OF_A_HOOK, True)])
+@both_backends
 @on_ranks(3, pool="cpu_pool")
 def test_an_error_of_one_rank_ends_the_object_on_all(
     rank: Rank, backend: str, error: tuple[BaseException, str], backward: bool

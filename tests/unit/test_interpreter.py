@@ -39,7 +39,8 @@ def operands() -> list[Any]:
         made.append(tl.tensor(TensorHandle(data, scalar), tl.block_type(scalar, [4])))
         made.append(tl.tensor(TensorHandle(data.reshape(2, 2), scalar), tl.block_type(scalar, [2, 2])))
     addresses = np.array([4096, 8192, 2**63, 16], dtype=np.uint64)
-    made.append(tl.tensor(TensorHandle(addresses[:1], pointer), pointer))
+    for kind in (pointer, *map(tl.pointer_type, (tl.int1, tl.int64, pointer))):
+        made.append(tl.tensor(TensorHandle(addresses[:1], kind), kind))
     made.append(tl.tensor(TensorHandle(addresses, pointer), tl.block_type(pointer, [4])))
     return made
 

@@ -107,8 +107,8 @@ BOUNDED = {"max_rows": 10_000}
 # Another number of rows in each call and on each rank.
 EXACT = {"cpu_sync_on_runtime": True, "redispatch_x_in_backward": True}
 KINDS = [(MODES[0], BOUNDED), (MODES[1], BOUNDED), (MODES[2], BOUNDED), (MODES[0], EXACT)]
-# Every day two kinds, one on each number of ranks.
-STEPS = [(1, *KINDS[1]), (2, *KINDS[3])]
+# Every day every mode once, and each number of ranks.
+STEPS = [(1, *KINDS[1]), (1, *KINDS[2]), (2, *KINDS[3])]
 MORE_STEPS = [(size, *kind) for size, kind in product((1, 2), KINDS) if (size, *kind) not in STEPS]
 STEPS += [pytest.param(*step, marks=pytest.mark.thorough) for step in MORE_STEPS]
 
