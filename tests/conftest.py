@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
 from multiprocessing import forkserver
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -14,8 +15,9 @@ from sonic_ep.fast.capabilities import interpreter_reasons
 from sonic_ep.testing import RankPool, ranks
 
 GPUS_NEEDED = 2
-# Not what is tested: the server would find it elsewhere than this process.
-PRELOADED = [*ranks.IMPORTED_ONCE, "pytest", "triton.language", "triton.runtime.interpreter"]
+# For a server that finds the same package in its folder, where it looks first.
+PRELOADED = [*ranks.IMPORTED_ONCE, "pytest", "sonic_ep.testing", "sonic_ep.fast.backend"]
+SAME_PACKAGE = Path("sonic_ep").resolve() in Path(ranks.__file__).parents
 DEVICE_TYPES = ["cpu", "cuda"] if torch.cuda.device_count() >= GPUS_NEEDED else ["cpu"]
 
 
@@ -59,7 +61,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _interpreter_imported_once() -> None:
     """Without GPUs all ranks interpret kernels: the server that they are forked from imports what that takes, too."""
-    if "cuda" not in DEVICE_TYPES and ranks.START_METHOD == "forkserver" and not interpreter_reasons():
+    if "cuda" not in DEVICE_TYPES and ranks.START_METHOD == "forkserver" and SAME_PACKAGE and not interpreter_reasons():
         with patch.dict(os.environ, ranks.SETTINGS["cpu"]), patch.object(ranks, "IMPORTED_ONCE", PRELOADED):
             ranks.starting_context()
             forkserver.ensure_running()

@@ -89,7 +89,7 @@ def test_receive_flags_of_an_earlier_step_are_not_taken(rank: Rank, modes: Modes
 
 
 @on_ranks(2)
-@by_modes
+@by_any_modes
 def test_memory_is_written_again_after_a_late_reader(rank: Rank, modes: Modes) -> None:
     """Two dispatches in a row, and two sums over ranks, of which rank 0 reads late."""
     from sonic_ep.fast.collectives import sum_over_ranks

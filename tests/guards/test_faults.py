@@ -141,6 +141,7 @@ SHORT = "tried to allocate 2.00 GiB"
 OF_MEMORY = (torch.OutOfMemoryError(SHORT), "OutOfMemoryError: rank 1 of 3: out of")
 INTERRUPT = (KeyboardInterrupt(), "KeyboardInterrupt")
 OF_A_HOOK = (ValueError("a hook of one rank"), "ValueError: a hook of one rank")
+LATER = [pytest.param(*case, marks=pytest.mark.thorough) for case in ((OF_MEMORY, False), (INTERRUPT, True))]
 # What exchanges rows: in a call, and in a backward.
 EXCHANGES = {
     "fast": ("sonic_ep.fast.moe_function._pulled", "sonic_ep.fast.exchange.Exchange.rows"),
@@ -178,7 +179,7 @@ def fails_once(rank: Rank, group: dist.ProcessGroup, backend: str, error: BaseEx
 
 
 @promise("ended-object")
-@pytest.mark.parametrize(("error", "backward"), [*product((OF_MEMORY, INTERRUPT), (False, True)), (OF_A_HOOK, True)])
+@pytest.mark.parametrize(("error", "backward"), [(OF_MEMORY, True), (INTERRUPT, False), (OF_A_HOOK, True), *LATER])
 @both_backends
 @on_ranks(3, pool="cpu_pool")
 def test_an_error_of_one_rank_ends_the_object_on_all(

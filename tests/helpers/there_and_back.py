@@ -9,14 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from layer_inputs import plan_of
-from matrix import DIAGONAL
+from matrix import DIAGONAL as MODES
 from near import assert_near
 from torch import Tensor
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.testing import CASES, Case, Inputs, Rank, assert_bitwise
 
-MODES = DIAGONAL
 IDS = ["+".join(mode.value for mode in pair) for pair in MODES]
 by_modes = pytest.mark.parametrize("modes", MODES, ids=IDS)
 # Every day the first alone, where modes differ in nothing that the test is about.

@@ -43,6 +43,7 @@ def run(monkeypatch: pytest.MonkeyPatch, script: Any, *argv: str) -> int:
     return run_command(script.parser(), argv, [script.__file__])
 
 
+@pytest.mark.thorough
 def test_the_line_of_the_readme_on_a_machine_without_gpus(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "layer.json"
     command = f"bench/moe_ep.py --thiek {README_SHAPE} --skip_bench_bwd"

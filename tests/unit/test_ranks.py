@@ -140,10 +140,8 @@ if __name__ == "__main__":
 """
 
 
-ENDS = [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.thorough)]
-
-
-@pytest.mark.parametrize("how", ENDS, ids=lambda how: how.name)
+@pytest.mark.thorough
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=lambda how: how.name)
 def test_ranks_end_with_their_parent(how: signal.Signals, tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(PARENT.format(path=[str(Path(__file__).parent), *sys.path]))

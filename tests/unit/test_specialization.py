@@ -1,7 +1,6 @@
 """Triton compiles a kernel again for an integer that is 1, or a multiple of 16, for the first time.
 
-The other ranks wait for a rank that compiles, for seconds. So integers that change from call to call are not
-specialized.
+The other ranks wait seconds for one that compiles. So integers that change from call to call are not specialized.
 """
 
 import inspect
