@@ -31,6 +31,7 @@ from sonic_ep.errors import (
     RowOverflowError,
     SharedMemoryError,
 )
+from sonic_ep.experts import Experts
 from sonic_ep.module import MoE
 from sonic_ep.plan import RoutingPlan
 
@@ -47,6 +48,7 @@ __all__ = [
     "DispatchMode",
     "EPConfig",
     "ExpertParallel",
+    "Experts",
     "MoE",
     "MoEOutput",
     "NetworkProfiler",

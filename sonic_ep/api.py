@@ -10,6 +10,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from sonic_ep.autograd_utils import for_kernels, joined, runs_eagerly
 from sonic_ep.backend import Experts, Slots, choose_backend
@@ -31,7 +32,7 @@ from sonic_ep.checks import (
 )
 from sonic_ep.config import AUTO, EPConfig, RouterOptions, ScoreOrder, parse_choice
 from sonic_ep.distributed.collectives import TIMEOUT_SECONDS, BoundedCollectives
-from sonic_ep.distributed.group import Group, resolve_group
+from sonic_ep.distributed.group import EPGroup, Group, resolve_group
 from sonic_ep.plan import RoutingPlan
 
 logger = logging.getLogger("sonic_ep")
@@ -70,7 +71,7 @@ class ExpertParallel:
 
     def __init__(
         self,
-        group: Group = None,
+        group: Group | EPGroup = None,
         backend: str = AUTO,
         config: EPConfig | None = None,
         max_tokens_per_rank: int | None = None,
@@ -78,6 +79,7 @@ class ExpertParallel:
         check_collective: bool = False,
     ) -> None:
         self.group = resolve_group(group)
+        self.mesh = group if isinstance(group, DeviceMesh) else None
         self._checker = ArgumentChecker(group=self.group)
         config = EPConfig() if config is None else config
         self.config = self._checker.instance("config", config, EPConfig, "an EPConfig")

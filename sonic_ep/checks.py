@@ -18,6 +18,7 @@ from sonic_ep.compat import has_tangent
 from sonic_ep.config import RouterOptions, is_count
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.plan import RoutingPlan, malformed_field
+from sonic_ep.sharding import local_of
 
 ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SCORE_DTYPES = (*ROW_DTYPES, torch.float64)
@@ -172,6 +173,7 @@ def check_top_k(checker: ArgumentChecker, top_k: int, num_experts: int) -> None:
 def check_router(checker: ArgumentChecker, x: Tensor, router_w: object, options: RouterOptions) -> Tensor:
     """``router_w`` (E, H) in fp32 or in the dtype of x."""
     dtypes = tuple(dict.fromkeys((x.dtype, torch.float32)))
+    router_w = local_of(checker.group, "router_w", router_w, replicated=options.reduce_router_grad)
     weight_EH = checker.tensor("router_w", router_w, dtypes, x)
     shape, hidden = tuple(weight_EH.shape), x.shape[-1]
     fits = weight_EH.ndim == 2 and shape[0] >= 1 and shape[1] == hidden
@@ -203,6 +205,7 @@ def check_scores(checker: ArgumentChecker, topk_scores: object, shape: tuple[int
 
 def check_experts(checker: ArgumentChecker, x: Tensor, given: ExpertArguments, num_experts: int | None) -> Experts:
     """This rank's experts, with shapes that fit x, each other, and the router's E if there is a router."""
+    given = local_shares(checker.group, given)
     activation = checker.named("activation", given.activation, ACTIVATIONS)
     layout = checker.named("gate_layout", given.gate_layout, GATE_LAYOUTS)
     w1 = checker.tensor("w1", given.w1, (x.dtype,), x)
@@ -220,6 +223,12 @@ def check_experts(checker: ArgumentChecker, x: Tensor, given: ExpertArguments, n
     b1 = _check_bias(checker, x, "b1", given.b1, (held, width))
     b2 = _check_bias(checker, x, "b2", given.b2, (held, hidden))
     return Experts(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, layout=layout)
+
+
+def local_shares(group: EPGroup, given: ExpertArguments) -> ExpertArguments:
+    """This rank's tensors of expert weights that are DTensors."""
+    weights = {name: local_of(group, name, getattr(given, name)) for name in ("w1", "w2", "b1", "b2")}
+    return replace(given, **weights)
 
 
 def _check_bias(checker: ArgumentChecker, x: Tensor, name: str, bias: object, shape: tuple[int, int]) -> Tensor | None:

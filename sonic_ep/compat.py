@@ -2,7 +2,7 @@
 
 import ctypes
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -116,6 +116,25 @@ def without_dispatch_modes(kinds: tuple[type, ...]) -> Iterator[None]:
             _pop_mode()
         for mode in reversed(before):
             _push_mode(mode)
+
+
+def first_of_share(weight: Any) -> tuple[int, ...]:
+    """The global index of the first element that this rank has of a DTensor, also of one sharded twice by FSDP2."""
+    # Not at the top: it takes half as long to import as PyTorch.
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, first = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    return tuple(first)
+
+
+def ranks_reduced_by_ddp(parameters: Iterable[Tensor]) -> list[int]:
+    """The ranks of the world over which ``DistributedDataParallel``, if this is in its forward, averages any of these."""
+    ddp = torch.nn.parallel.DistributedDataParallel._active_ddp_module
+    if ddp is None:
+        return []
+    reduced = {id(parameter) for parameter in ddp._module_parameters}
+    found = any(id(parameter) in reduced for parameter in parameters)
+    return dist.get_process_group_ranks(ddp.process_group) if found else []
 
 
 def is_second_backward(error: BaseException) -> bool:

@@ -94,3 +94,11 @@ class RouterOptions:
     score_order: ScoreOrder = ScoreOrder.TOPK_THEN_SOFTMAX
     norm_topk_probs: bool = False
     reduce_router_grad: bool = True
+
+
+# STUB-BEGIN
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    score_order: ScoreOrder = ScoreOrder.TOPK_THEN_SOFTMAX
+    norm_topk_probs: bool = False
+# STUB-END

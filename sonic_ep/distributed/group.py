@@ -31,6 +31,10 @@ class EPGroup:
         place = f"rank {self.rank} of {self.world_size}"
         return f"{place} (ranks {_in_ranges(self.world_ranks)} of the world)" if self.world_ranks else place
 
+    def of_world(self) -> tuple[int, ...]:
+        """The group's ranks, in its order, as numbered in the world."""
+        return self.world_ranks or tuple(range(self.world_size))
+
     @property
     def process_group(self) -> dist.ProcessGroup | None:
         """The process group, or None if there never was one. Raises ``ClosedError`` if it has been destroyed."""
@@ -53,11 +57,13 @@ class EPGroup:
         return frozenset(entry.split(":")[0] for entry in dist.get_backend_config(self.process_group).split(","))
 
 
-def resolve_group(group: Group) -> EPGroup:
+def resolve_group(group: Group | EPGroup) -> EPGroup:
     """The EP group of a process group or a 1-D device mesh; None is the world, or one rank without a process group.
 
     Raises ``ValueError`` for anything else, and for a group that this process is no member of.
     """
+    if isinstance(group, EPGroup):
+        return group
     if group is None:
         return _world()
     if isinstance(group, DeviceMesh):

@@ -1,0 +1,206 @@
+"""The experts of a layer as an ``nn.Module``: DTensors of all experts, of which each rank holds its own."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sonic_ep import compat
+from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS, Activation
+from sonic_ep.api import ExpertParallel, MoEOutput
+from sonic_ep.checks import ROW_DTYPES, ArgumentChecker, check_experts_divide
+from sonic_ep.distributed.group import EPGroup
+from sonic_ep.router import SEEDS, Router, normal
+from sonic_ep.sharding import Share, mesh_of, originals, sharded
+
+WEIGHTS = ("w1", "w2", "b1", "b2")
+ONE_PROCESS = EPGroup(rank=0, world_size=1)
+
+
+class Experts(nn.Module):
+    """E experts, spread over the ranks of ``ep``; without ``ep``, all of them in this process.
+
+    hidden_size H, intermediate_size I, num_experts E (a multiple of W); activation, gate_layout: of
+    ``ExpertParallel.moe``; ``bias`` adds b1 and b2. Construction is collective where there is an ``ep``.
+
+    Parameters: w1 (E, 2I, H) for gated activations, else (E, I, H); w2 (E, H, I); b1 (E, 2I or I); b2 (E, H): DTensors,
+    ``Shard(0)`` on ``ep.mesh``, or on a mesh made of its group. So checkpoints, FSDP2, gradient clipping and optimizers
+    see one tensor of all experts. Gradients are sums over all tokens of the group, undivided.
+
+    distribute=False: plain tensors of this rank's experts, (E/W, ...), for tools that refuse DTensors. The names under
+    which modules, optimizers and checkpoints know them carry the rank, ``w1@0/2``, since those of other ranks are no
+    replicas; as attributes they are ``w1`` and so on.
+
+    The order of gate and up is part of a checkpoint: loading one of another ``gate_layout`` raises ``ValueError``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        ep: ExpertParallel | None = None,
+        *,
+        activation: str | Activation = "swiglu",
+        gate_layout: str = "interleaved",
+        bias: bool = False,
+        distribute: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(ep, ExpertParallel | None):
+            raise TypeError(f"Experts: ep: got {type(ep).__name__}, expected an ExpertParallel or None")
+        self.ep, self.num_experts = ep, num_experts
+        self.activation, self.gate_layout = activation, gate_layout
+        self._alone: ExpertParallel | None = None
+        self._names = {name: name for name in WEIGHTS}
+        checker = ArgumentChecker(group=self.group)
+        checker.count("hidden_size", hidden_size)
+        checker.count("intermediate_size", intermediate_size)
+        checker.count("num_experts", num_experts)
+        check_experts_divide(checker, num_experts)
+        self.distribute = checker.flag("distribute", distribute)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        known = isinstance(dtype, torch.dtype) and dtype in ROW_DTYPES
+        checker.require(known, "dtype", repr(dtype), " or ".join(map(str, ROW_DTYPES)))
+        device = torch.get_default_device() if device is None else checker.device("device", device)
+        checker.named("gate_layout", gate_layout, GATE_LAYOUTS)
+        width = checker.named("activation", activation, ACTIVATIONS).up_width(intermediate_size)
+        shapes = {"w1": (width, hidden_size), "w2": (hidden_size, intermediate_size)}
+        if checker.flag("bias", bias):
+            shapes |= {"b1": (width,), "b2": (hidden_size,)}
+        held = num_experts // self.group.world_size
+        mesh = mesh_of(ep.group, ep.mesh, device) if ep is not None and distribute else None
+        if not distribute and self.group.world_size > 1:
+            self._names = {name: f"{name}@{self.group.rank}/{self.group.world_size}" for name in WEIGHTS}
+        for name, registered in self._names.items():
+            local = torch.empty(held, *shapes[name], device=device, dtype=dtype) if name in shapes else None
+            weight = local if local is None or mesh is None else sharded(local, mesh)
+            self.register_parameter(registered, None if weight is None else nn.Parameter(weight))
+            if weight is not None and registered != name:
+                # For ``sonic_ep.parallel.clip_grad_norm_``: its norm would differ over ranks.
+                getattr(self, name).is_share_of_experts = True
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Collective. Weights normal with variance 1/fan_in, biases zero, from a seed that rank 0 draws.
+
+        Each expert is filled by its number: one seed gives one layer, whatever W, ``distribute``, and whatever
+        ``fully_shard`` has cut; ranks that share a layer need the same seed. Does nothing on the meta device: call it
+        again after ``to_empty``. Fills the original of a parametrized or pruned weight. Raises ``TypeError`` for a
+        weight computed from several tensors, and for a DTensor with placements other than Shard and Replicate.
+        """
+        first = next(self.parameters())
+        if not first.is_meta:
+            # Refused before anything is sent.
+            held = originals(self.group, self, self._names.values())
+            self._fill(held, self.drawn_seed(first.device))
+
+    def shard(self, ep: ExpertParallel) -> None:
+        """Spread experts that are all in this process over ``ep``. Every rank has to hold the same values.
+
+        Each rank keeps a copy of its share, so the memory of the others is freed with their last other user.
+        """
+        if self.ep is not None:
+            raise ValueError(f"{self.group}: Experts.shard: these experts are spread over an ExpertParallel already")
+        check_experts_divide(ArgumentChecker(group=ep.group), self.num_experts)
+        held = self.num_experts // ep.world_size
+        for name, whole in originals(ep.group, self, WEIGHTS).items():
+            mesh = mesh_of(ep.group, ep.mesh, whole.device)
+            local = whole.detach()[ep.rank * held :][:held].clone()
+            weight = local if mesh is None else sharded(local, mesh)
+            self.register_parameter(name, nn.Parameter(weight, requires_grad=whole.requires_grad))
+        self.ep, self._alone = ep, None
+
+    def forward(
+        self,
+        x: Tensor,
+        topk_idx: Tensor | None = None,
+        topk_scores: Tensor | None = None,
+        *,
+        router: Router | None = None,
+    ) -> Tensor | MoEOutput:
+        """x (T, H) or (..., H) to the weighted sums of the chosen experts' outputs, shaped as x. Collective.
+
+        With topk_idx and topk_scores (T, K): y, as ``ExpertParallel.moe_routed``. With ``router``: ``MoEOutput``, as
+        ``ExpertParallel.moe``.
+        """
+        self._refuse_averages()
+        weights = {name: getattr(self, name) for name in WEIGHTS}
+        options = {"activation": self.activation, "gate_layout": self.gate_layout}
+        if router is not None:
+            return self._runner(x).moe(x, **router.arguments(), **weights, **options)
+        return self._runner(x).moe_routed(x, topk_idx, topk_scores, **weights, **options)  # type: ignore[arg-type]
+
+    def registered_name(self, name: str) -> str:
+        """The name of a weight among the parameters: ``name``, or with the rank if ``distribute=False``."""
+        return self._names[name]
+
+    def get_extra_state(self) -> Tensor:
+        """The gate layout's name in ASCII, (letters,) uint8: a tensor, which every format of checkpoints holds."""
+        return torch.tensor(list(self.gate_layout.encode()), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raises ``ValueError`` for a checkpoint of the other gate layout."""
+        saved = bytes(state.tolist()).decode()
+        if saved != self.gate_layout:
+            got = f"gate_layout: got a checkpoint of {saved!r}, expected {self.gate_layout!r}"
+            raise ValueError(f"{self.group}: {got}: build the layer with gate_layout={saved!r}, or reorder w1 and b1")
+
+    def extra_repr(self) -> str:
+        """The sizes, for ``print(layer)``."""
+        here = self.num_experts // self.group.world_size
+        sizes = f"hidden_size={self.w2.shape[1]}, intermediate_size={self.w2.shape[2]}"
+        return f"{sizes}, num_experts={self.num_experts} ({here} here), activation={self.activation}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An ExpertParallel cannot be pickled; this one is made again when it is needed.
+        return {**self.__dict__, "_alone": None}
+
+    @property
+    def group(self) -> EPGroup:
+        return ONE_PROCESS if self.ep is None else self.ep.group
+
+    def __getattr__(self, name: str) -> Any:
+        """Parameters by their plain names, too."""
+        return super().__getattr__(self.__dict__.get("_names", {}).get(name, name))
+
+    def _refuse_averages(self) -> None:
+        """Raise ``ValueError`` if ``DistributedDataParallel`` takes other experts for replicas of these."""
+        averaged = compat.ranks_reduced_by_ddp(self.parameters())
+        if len(set(averaged) & set(self.group.of_world())) > 1:
+            got = "DistributedDataParallel: got experts of several ranks, which it has overwritten by those of one"
+            remedy = "name them in its list of ignored parameters (docs/training.md)"
+            raise ValueError(f"{self.group}: {got}: {remedy}")
+
+    def _runner(self, x: object) -> ExpertParallel:
+        if self.ep is not None:
+            return self.ep
+        if self._alone is None:
+            on_gpu = isinstance(x, Tensor) and x.is_cuda
+            self._alone = ExpertParallel(ONE_PROCESS, backend="auto" if on_gpu else "reference")
+        return self._alone
+
+    @torch.no_grad()
+    def _fill(self, held: dict[str, Tensor], seed: int) -> None:
+        for place, (name, weight) in enumerate(held.items()):
+            # A plain weight has all experts, or is this rank's share.
+            share = Share.of(weight, first=0 if len(weight) == self.num_experts else self.group.rank * len(weight))
+            if name.startswith("b"):
+                share.local.zero_()
+            else:
+                share.fill_rows(partial(_fill_expert, seed=seed + 1 + place))
+
+    def drawn_seed(self, device: torch.device) -> int:
+        """Collective. A new seed, the same on every rank: rank 0's."""
+        seed = int(torch.randint(SEEDS, (), device="cpu"))
+        return seed if self.ep is None else self.ep.agree(seed, device)
+
+
+def _fill_expert(row: Tensor, expert: int, seed: int) -> None:
+    # w1 and w2 of an expert take two consecutive seeds.
+    normal(row, seed + 2 * expert)

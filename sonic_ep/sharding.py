@@ -1,0 +1,141 @@
+"""Weights as DTensors: made of the ranks' shares, filled by global index, and given to a call as local tensors.
+
+``torch.distributed.tensor`` is imported where a DTensor is made: it takes half as long to import as PyTorch.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from sonic_ep import compat
+from sonic_ep.distributed.group import EPGroup
+
+# Before anything has imported it there are no DTensors.
+DTENSOR_MODULE = "torch.distributed.tensor"
+# ``fully_shard`` splits what is sharded already by the last of these.
+BLOCKS = ("Shard", "Replicate", "_StridedShard")
+
+
+def is_dtensor(value: object) -> bool:
+    """Whether ``value`` is a DTensor."""
+    module = sys.modules.get(DTENSOR_MODULE)
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def mesh_of(group: EPGroup, mesh: DeviceMesh | None, device: torch.device) -> DeviceMesh | None:
+    """The mesh of the group's ranks: ``mesh`` if given, else a new one for ``device``; None without a process group.
+
+    FSDP2 combines with ``mesh`` only, and only if its own mesh is of the same parent.
+    """
+    process_group = group.process_group
+    if mesh is not None or process_group is None:
+        return mesh
+    kinds = group.device_types() or frozenset()
+    # A weight on the meta device moves to a GPU later, if the group has any.
+    kind = device.type if device.type in kinds else "cuda" if "cuda" in kinds else min(kinds)
+    return DeviceMesh.from_group(process_group, kind)
+
+
+def sharded(local: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The DTensor, ``Shard(0)`` on ``mesh``, of which every rank has an equal share: ``local`` of this rank."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+
+
+def local_of(group: EPGroup, name: str, value: Any, *, replicated: bool = False) -> Any:
+    """This rank's tensor of a DTensor, differentiable; anything else as it is.
+
+    Raises ``ValueError`` unless the DTensor is ``Shard(0)`` in equal shares, or ``Replicate()`` if ``replicated``, on a
+    one-dimensional mesh of the group's ranks.
+    """
+    if not is_dtensor(value):
+        return value
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh, expected = value.device_mesh, Replicate() if replicated else Shard(0)
+    if value.placements == (expected,) and _is_of(mesh, group):
+        local = value.to_local()
+        if replicated or local.shape[0] * group.world_size == value.shape[0]:
+            return local
+    got = f"{name}: got a DTensor {tuple(value.shape)}, {value.placements} on {mesh}"
+    wanted = f"expected ({expected},) on the {group.world_size} ranks of this ExpertParallel, in equal shares"
+    raise ValueError(f"{group}: {got}, {wanted} (FSDP gathers a weight only while the forward of its module runs)")
+
+
+def _is_of(mesh: DeviceMesh, group: EPGroup) -> bool:
+    """Whether the ranks of ``mesh``, of one dimension, are those of the group."""
+    of_mesh, of_group = mesh.get_group(), group.process_group
+    if of_mesh is of_group:
+        return True
+    return of_group is not None and dist.get_process_group_ranks(of_mesh) == dist.get_process_group_ranks(of_group)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What this process holds of a weight. local: a block of the whole, which has ``shape``, from ``first`` on.
+
+    A weight (6, 4) in equal shares on three ranks: rank 1 has shape (6, 4), first (2, 0), and local is (2, 4).
+    """
+
+    local: Tensor
+    shape: tuple[int, ...]
+    first: tuple[int, ...]
+
+    @staticmethod
+    def of(weight: Any, first: int = 0, count: int | None = None) -> "Share":
+        """The share of a DTensor; a plain weight is rows ``first``, first + 1, ... of ``count`` (None: its own)."""
+        if is_dtensor(weight):
+            local = weight.to_local()
+            return Share(local=local, shape=tuple(weight.shape), first=compat.first_of_share(weight))
+        rows, *others = weight.shape
+        return Share(local=weight, shape=(count or rows, *others), first=(first, *(0 for _ in others)))
+
+    def fill(self, whole: Callable[[Tensor], None]) -> None:
+        """Fill with this share of what ``whole`` writes into a tensor of the whole shape."""
+        self._fill(self.local, self.shape, self.first, whole)
+
+    def fill_rows(self, row: Callable[[Tensor, int], None]) -> None:
+        """Fill each row j of the whole that is here, shape[1:], with this share of what ``row(tensor, j)`` writes."""
+        for place, local in enumerate(self.local):
+            index = self.first[0] + place
+            self._fill(local, self.shape[1:], self.first[1:], lambda whole, index=index: row(whole, index))
+
+    @staticmethod
+    def _fill(local: Tensor, shape: tuple[int, ...], first: tuple[int, ...], fill: Callable[[Tensor], None]) -> None:
+        if tuple(local.shape) == shape:
+            fill(local)
+            return
+        whole = local.new_empty(shape)
+        fill(whole)
+        block = (slice(start, start + extent) for start, extent in zip(first, local.shape, strict=True))
+        local.copy_(whole[tuple(block)])
+
+
+def originals(where: object, module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """By name, the weights of ``module`` that are not None, or the originals that ``torch.nn.utils`` computes them from.
+
+    Raises ``TypeError`` for a weight computed from several tensors, and for a DTensor that is not sharded or
+    replicated.
+    """
+    held, found = dict(module.named_parameters(recurse=True)), {}
+    for name in names:
+        if getattr(module, name) is None:
+            continue
+        paths = (path for path in (name, f"parametrizations.{name}.original", f"{name}_orig") if path in held)
+        path = next(paths, None)
+        if path is None:
+            got = "got a weight computed from several tensors, expected one original"
+            raise TypeError(f"{where}: {name}: {got}")
+        found[name] = held[path]
+        placements = getattr(held[path], "placements", ())
+        if any(type(placement).__name__ not in BLOCKS for placement in placements):
+            got = f"placements of {name}: got {placements}"
+            raise TypeError(f"{where}: {got}, expected Shard and Replicate only")
+    return found

@@ -1,0 +1,3 @@
+from sonic_ep.api import ExpertParallel
+def shared(group=None, **o):
+    return ExpertParallel(group, **o)
