@@ -78,22 +78,22 @@ class DenseFeedForward(FeedForward):
     def forward(self, x_BSH: Tensor) -> Tensor:
         """(B, S, H) to (B, S, H)."""
         x_TH = x_BSH.flatten(0, 1)
-        logits_TE = F.linear(x_TH, self.layer.router_w)
+        logits_TE = F.linear(x_TH, self.layer.router.weight)
         self.logits_TE = logits_TE.detach()
         choices_TK = next(self.choices).to(x_TH.device)
-        scores_TK = dense_scores(logits_TE, choices_TK, RouterOptions(top_k=self.layer.top_k))
+        scores_TK = dense_scores(logits_TE, choices_TK, RouterOptions(top_k=self.layer.router.top_k))
         return dense_moe(x_TH, choices_TK, scores_TK, experts_of(self.layer)).view_as(x_BSH)
 
 
 def experts_of(layer: MoE) -> Experts:
     """The weights of ``layer``, as the oracle takes them."""
     return Experts(
-        w1=layer.w1,
-        w2=layer.w2,
-        b1=layer.b1,
-        b2=layer.b2,
-        activation=ACTIVATIONS[layer.activation],
-        layout=GATE_LAYOUTS[layer.gate_layout],
+        w1=layer.experts.w1,
+        w2=layer.experts.w2,
+        b1=layer.experts.b1,
+        b2=layer.experts.b2,
+        activation=ACTIVATIONS[layer.experts.activation],
+        layout=GATE_LAYOUTS[layer.experts.gate_layout],
     )
 
 

@@ -101,4 +101,6 @@ class RouterOptions:
 class RouterConfig:
     score_order: ScoreOrder = ScoreOrder.TOPK_THEN_SOFTMAX
     norm_topk_probs: bool = False
+
+
 # STUB-END

@@ -26,9 +26,10 @@ class Experts(nn.Module):
     hidden_size H, intermediate_size I, num_experts E (a multiple of W); activation, gate_layout: of
     ``ExpertParallel.moe``; ``bias`` adds b1 and b2. Construction is collective where there is an ``ep``.
 
-    Parameters: w1 (E, 2I, H) for gated activations, else (E, I, H); w2 (E, H, I); b1 (E, 2I or I); b2 (E, H): DTensors,
-    ``Shard(0)`` on ``ep.mesh``, or on a mesh made of its group. So checkpoints, FSDP2, gradient clipping and optimizers
-    see one tensor of all experts. Gradients are sums over all tokens of the group, undivided.
+    Parameters: w1 (E, 2I, H) for gated activations, else (E, I, H); w2 (E, H, I); b1 (E, 2I or I); b2 (E, H). On several
+    ranks they are DTensors, ``Shard(0)`` on ``ep.mesh``, or on a mesh made of its group, so that checkpoints, FSDP2,
+    gradient clipping and optimizers see one tensor of all experts. Gradients are sums over all tokens of the group,
+    undivided.
 
     distribute=False: plain tensors of this rank's experts, (E/W, ...), for tools that refuse DTensors. The names under
     which modules, optimizers and checkpoints know them carry the rank, ``w1@0/2``, since those of other ranks are no
@@ -70,7 +71,7 @@ class Experts(nn.Module):
         device = torch.get_default_device() if device is None else checker.device("device", device)
         checker.named("gate_layout", gate_layout, GATE_LAYOUTS)
         width = checker.named("activation", activation, ACTIVATIONS).up_width(intermediate_size)
-        shapes = {"w1": (width, hidden_size), "w2": (hidden_size, intermediate_size)}
+        shapes: dict[str, tuple[int, ...]] = {"w1": (width, hidden_size), "w2": (hidden_size, intermediate_size)}
         if checker.flag("bias", bias):
             shapes |= {"b1": (width,), "b2": (hidden_size,)}
         held = num_experts // self.group.world_size
@@ -130,11 +131,11 @@ class Experts(nn.Module):
         ``ExpertParallel.moe``.
         """
         self._refuse_averages()
-        weights = {name: getattr(self, name) for name in WEIGHTS}
-        options = {"activation": self.activation, "gate_layout": self.gate_layout}
+        given: dict[str, Any] = {name: getattr(self, name) for name in WEIGHTS}
+        given |= {"activation": self.activation, "gate_layout": self.gate_layout}
         if router is not None:
-            return self._runner(x).moe(x, **router.arguments(), **weights, **options)
-        return self._runner(x).moe_routed(x, topk_idx, topk_scores, **weights, **options)  # type: ignore[arg-type]
+            return self._runner(x).moe(x, **router.arguments(), **given)
+        return self._runner(x).moe_routed(x, topk_idx, topk_scores, **given)  # type: ignore[arg-type]
 
     def registered_name(self, name: str) -> str:
         """The name of a weight among the parameters: ``name``, or with the rank if ``distribute=False``."""
@@ -201,6 +202,6 @@ class Experts(nn.Module):
         return seed if self.ep is None else self.ep.agree(seed, device)
 
 
-def _fill_expert(row: Tensor, expert: int, seed: int) -> None:
+def _fill_expert(expert: int, row: Tensor, *, seed: int) -> None:
     # w1 and w2 of an expert take two consecutive seeds.
     normal(row, seed + 2 * expert)

@@ -1,6 +1,7 @@
 """The layer as an ``nn.Module``: a router and experts."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,12 +55,20 @@ class MoE(nn.Module):
             raise TypeError(f"MoE: ep: got {type(ep).__name__}, expected an ExpertParallel or None")
         # First among the modules, as in the layer's forward.
         self.register_module("router", None)
-        of_experts = {"activation": activation, "gate_layout": gate_layout, "bias": bias, "distribute": distribute}
+        of_experts: dict[str, Any] = {
+            "activation": activation,
+            "gate_layout": gate_layout,
+            "bias": bias,
+            "distribute": distribute,
+        }
         sizes = (hidden_size, intermediate_size, num_experts)
         self.experts = Experts(*sizes, ep, **of_experts, device=device, dtype=dtype)
         checker = ArgumentChecker(group=self.experts.group)
         checker.flag("reduce_router_grad", reduce_router_grad)
-        config = RouterConfig(score_order=parse_choice(f"{checker.group}: score_order", score_order, ScoreOrder), norm_topk_probs=checker.flag("norm_topk_probs", norm_topk_probs))
+        config = RouterConfig(
+            score_order=parse_choice(f"{checker.group}: score_order", score_order, ScoreOrder),
+            norm_topk_probs=checker.flag("norm_topk_probs", norm_topk_probs),
+        )
         check_top_k(checker, top_k, num_experts)
         router_dtype = self.experts.w2.dtype if router_dtype is None else router_dtype
         self.router = Router(

@@ -44,7 +44,13 @@ class Router(nn.Module):
     def arguments(self) -> dict[str, Any]:
         """The arguments of ``ExpertParallel.moe`` that are the router's."""
         weights = {"router_w": self.weight}
-        return {**weights, "top_k": self.top_k, "score_order": self.config.score_order, "norm_topk_probs": self.config.norm_topk_probs, "reduce_router_grad": self.reduce_grad}
+        return {
+            **weights,
+            "top_k": self.top_k,
+            "score_order": self.config.score_order,
+            "norm_topk_probs": self.config.norm_topk_probs,
+            "reduce_router_grad": self.reduce_grad,
+        }
 
     @torch.no_grad()
     def fill(self, where: EPGroup | str, seed: int) -> None:

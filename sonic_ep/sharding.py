@@ -6,6 +6,7 @@
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,12 +30,14 @@ def is_dtensor(value: object) -> bool:
 
 
 def mesh_of(group: EPGroup, mesh: DeviceMesh | None, device: torch.device) -> DeviceMesh | None:
-    """The mesh of the group's ranks: ``mesh`` if given, else a new one for ``device``; None without a process group.
+    """The mesh of the group's ranks: ``mesh`` if given, else a new one for ``device``; None for one rank.
 
     FSDP2 combines with ``mesh`` only, and only if its own mesh is of the same parent.
     """
     process_group = group.process_group
-    if mesh is not None or process_group is None:
+    if group.world_size == 1 or process_group is None:
+        return None
+    if mesh is not None:
         return mesh
     kinds = group.device_types() or frozenset()
     # A weight on the meta device moves to a GPU later, if the group has any.
@@ -89,23 +92,22 @@ class Share:
     first: tuple[int, ...]
 
     @staticmethod
-    def of(weight: Any, first: int = 0, count: int | None = None) -> "Share":
-        """The share of a DTensor; a plain weight is rows ``first``, first + 1, ... of ``count`` (None: its own)."""
+    def of(weight: Any, first: int = 0) -> "Share":
+        """The share of a DTensor, or a plain weight, whose first row is row ``first`` of the whole."""
         if is_dtensor(weight):
             local = weight.to_local()
             return Share(local=local, shape=tuple(weight.shape), first=compat.first_of_share(weight))
         rows, *others = weight.shape
-        return Share(local=weight, shape=(count or rows, *others), first=(first, *(0 for _ in others)))
+        return Share(local=weight, shape=(first + rows, *others), first=(first, *(0 for _ in others)))
 
     def fill(self, whole: Callable[[Tensor], None]) -> None:
         """Fill with this share of what ``whole`` writes into a tensor of the whole shape."""
         self._fill(self.local, self.shape, self.first, whole)
 
-    def fill_rows(self, row: Callable[[Tensor, int], None]) -> None:
-        """Fill each row j of the whole that is here, shape[1:], with this share of what ``row(tensor, j)`` writes."""
-        for place, local in enumerate(self.local):
-            index = self.first[0] + place
-            self._fill(local, self.shape[1:], self.first[1:], lambda whole, index=index: row(whole, index))
+    def fill_rows(self, row: Callable[[int, Tensor], None]) -> None:
+        """Fill each row j of the whole that is here, shape[1:], with this share of what ``row(j, tensor)`` writes."""
+        for index, local in enumerate(self.local, start=self.first[0]):
+            self._fill(local, self.shape[1:], self.first[1:], partial(row, index))
 
     @staticmethod
     def _fill(local: Tensor, shape: tuple[int, ...], first: tuple[int, ...], fill: Callable[[Tensor], None]) -> None:
@@ -124,7 +126,8 @@ def originals(where: object, module: nn.Module, names: Iterable[str]) -> dict[st
     Raises ``TypeError`` for a weight computed from several tensors, and for a DTensor that is not sharded or
     replicated.
     """
-    held, found = dict(module.named_parameters(recurse=True)), {}
+    held: dict[str, Tensor] = dict(module.named_parameters())
+    found: dict[str, Tensor] = {}
     for name in names:
         if getattr(module, name) is None:
             continue

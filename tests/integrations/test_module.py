@@ -6,18 +6,18 @@ import pickle
 import pytest
 import torch
 from backends import both_backends
+from near import assert_near
 from on_ranks import on_ranks
 from promises import promise
-from same import assert_same_bits
+from shards import full, local
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import sonic_ep
-from sonic_ep import ExpertParallel, MoE
+from sonic_ep import ExpertParallel, Experts, MoE
 from sonic_ep.testing import Rank, RankPool, assert_bitwise
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 16, 8, 8, 2
@@ -28,7 +28,7 @@ def parameters(rank: Rank, seed_by_rank: bool) -> dict[str, torch.Tensor]:
     torch.manual_seed(7 + (rank.rank if seed_by_rank else 0))
     with ExpertParallel(backend="reference") as ep:
         layer = MoE(*SIZES, ep, bias=True, device=rank.device)
-    return {name: value.detach().cpu() for name, value in layer.named_parameters()}
+    return {name: local(value).cpu() for name, value in layer.named_parameters()}
 
 
 def test_the_seed_decides_and_not_the_number_of_ranks(pool: RankPool) -> None:
@@ -36,29 +36,29 @@ def test_the_seed_decides_and_not_the_number_of_ranks(pool: RankPool) -> None:
     (whole,) = pool.run(parameters, False, world_size=1)
     for seed_by_rank in (False, True):
         shares = pool.run(parameters, seed_by_rank, world_size=2)
-        for name in ("w1", "w2", "b1", "b2"):
+        for name in ("experts.w1", "experts.w2", "experts.b1", "experts.b2"):
             assert_bitwise(torch.cat([share[name] for share in shares]), whole[name], name)
         for share in shares:
-            assert_bitwise(share["router_w"], whole["router_w"])
+            assert_bitwise(share["router.weight"], whole["router.weight"])
 
 
 def test_initial_values_are_spread_as_they_should_be() -> None:
     torch.manual_seed(0)
     layer = MoE(256, 128, 8, 2, ExpertParallel(), bias=True)
-    for weight, fan_in in ((layer.w1, 256), (layer.w2, 128), (layer.router_w, 256)):
+    for weight, fan_in in ((layer.experts.w1, 256), (layer.experts.w2, 128), (layer.router.weight, 256)):
         assert weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.05)
     # No two experts, and no two weights of one expert, start from the same numbers.
-    assert len(layer.w1[:, 0, 0].unique()) == 8
-    assert not torch.equal(layer.w1[0].flatten()[:100], layer.w2[0].flatten()[:100])
-    assert layer.b1.eq(0).all()
+    assert len(layer.experts.w1[:, 0, 0].unique()) == 8
+    assert not torch.equal(layer.experts.w1[0].flatten()[:100], layer.experts.w2[0].flatten()[:100])
+    assert layer.experts.b1.eq(0).all()
 
 
 def test_forward_and_state() -> None:
     torch.manual_seed(0)
     options = {"activation": "relu_sq", "score_order": "softmax_then_topk", "norm_topk_probs": True}
     layer = MoE(*SIZES, ExpertParallel(), **options)
-    assert {name for name, _ in layer.named_parameters()} == {"router_w", "w1", "w2"}
-    assert set(layer.expert_parameters()) == {layer.w1, layer.w2}
+    assert {name for name, _ in layer.named_parameters()} == {"router.weight", "experts.w1", "experts.w2"}
+    assert set(layer.expert_parameters()) == {layer.experts.w1, layer.experts.w2}
     x = torch.randn(2, 5, HIDDEN, requires_grad=True)
     out = layer(x)
     assert out.y.shape == x.shape
@@ -68,7 +68,8 @@ def test_forward_and_state() -> None:
     again = MoE(*SIZES, ExpertParallel(), **options)
     again.load_state_dict(layer.state_dict())
     assert_bitwise(again(x).y, out.y)
-    assert "num_experts=8 (8 here), top_k=2" in repr(layer)
+    assert "num_experts=8 (8 here), activation=relu_sq" in repr(layer)
+    assert "num_experts=8, top_k=2" in repr(layer)
 
 
 @promise("reset-parameters")
@@ -89,8 +90,8 @@ def test_sharded_on_the_meta_device_and_filled_later(rank: Rank) -> None:
             torch.manual_seed(3)
             layer.reset_parameters()
             for name, value in expected.named_parameters():
-                assert_bitwise(layer.get_parameter(name).full_tensor().detach(), value.detach(), name)
-        expected.w2 = nn.Parameter(DTensor.from_local(expected.w2.detach(), mesh["data"], [Partial()]))
+                assert_bitwise(full(layer.get_parameter(name)), full(value), name)
+        expected.experts.w2 = nn.Parameter(DTensor.from_local(local(expected.experts.w2), mesh["data"], [Partial()]))
         with pytest.raises(TypeError, match=r"placements of w2: got \(Partial\(sum\),\), expected Shard and Replicate"):
             expected.reset_parameters()
 
@@ -99,13 +100,13 @@ def test_copies_share_the_group_and_pickles_say_why_not() -> None:
     layer = MoE(*SIZES, ExpertParallel())
     twin = copy.deepcopy(layer)
     assert twin.ep is layer.ep
-    assert twin.w1 is not layer.w1
+    assert twin.experts.w1 is not layer.experts.w1
     x = torch.randn(3, HIDDEN)
     assert_bitwise(twin(x).y, layer(x).y)
     with pytest.raises(TypeError, match="belongs to its process and cannot be pickled; save a module's state_dict"):
         pickle.dumps(layer)
-    with pytest.raises(TypeError, match="MoE: ep: got NoneType, expected an ExpertParallel"):
-        MoE(*SIZES, None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="MoE: ep: got str, expected an ExpertParallel or None"):
+        MoE(*SIZES, "ep")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="moe: ep: got str, expected an ExpertParallel"):
         sonic_ep.moe(*[torch.zeros(1)] * 4, 1, ep="x")  # type: ignore[arg-type]
     assert all(hasattr(sonic_ep, name) for name in sonic_ep.__all__)
@@ -133,13 +134,12 @@ def test_wrong_sizes_and_options(changes: dict[str, object], message: str) -> No
 
 
 class Lora(nn.Module):
-    """An adapter of rank one for each expert."""
+    """An adapter of rank one for each expert: a row of the weight, and a column of zeros."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
-        experts, out, into = weight.shape
-        self.down = nn.Parameter(torch.randn(experts, 1, into, device=weight.device))
-        self.up = nn.Parameter(torch.randn(experts, out, 1, device=weight.device))
+        self.down = nn.Parameter(weight.detach()[:, :1].clone())
+        self.up = nn.Parameter(torch.zeros_like(weight.detach()[:, :, :1]))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight + self.up @ self.down
@@ -147,49 +147,86 @@ class Lora(nn.Module):
 
 @on_ranks(2)
 @both_backends
-def test_adapters_of_experts_are_held_by_this_rank_alone(rank: Rank, backend: str) -> None:
-    """Adapters of experts train, and DDP ignores them and the originals."""
-    torch.manual_seed(rank.rank)
+def test_adapters_of_experts_train_on_their_ranks(rank: Rank, backend: str) -> None:
+    """Adapters are DTensors as the weights are, and train as on one process."""
+    x = torch.randn(20, HIDDEN, generator=torch.Generator().manual_seed(1)).to(rank.device)
+    found = {}
     with ExpertParallel(backend=backend) as ep:
-        layer = MoE(*SIZES, ep, bias=True, device=rank.device)
-        adapter = Lora(layer.w1)
-        parametrize.register_parametrization(layer, "w1", adapter)
-        own = [layer.parametrizations.w1.original, adapter.down, adapter.up, layer.w2, layer.b1, layer.b2]
-        assert set(layer.expert_parameters()) == set(own)
-        assert all(isinstance(parameter, nn.Parameter) for parameter in layer.expert_parameters())
-        before = [parameter.detach().clone() for parameter in own]
-        ignored = [name for name, parameter in layer.named_parameters() if parameter in set(own)]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(layer, ignored)
-        DistributedDataParallel(layer)
-        assert_same_bits([parameter.detach() for parameter in own], before)
-        optimizer = torch.optim.AdamW(layer.expert_parameters())
-        layer(torch.randn(20, HIDDEN, device=rank.device)).y.square().sum().backward()
-        optimizer.step()
-        for parameter, was in zip(own, before, strict=True):
-            assert not torch.equal(parameter.detach(), was)
+        for spread in (None, ep):
+            torch.manual_seed(0)
+            experts = MoE(*SIZES, spread, bias=True, device=rank.device).experts
+            parametrize.register_parametrization(experts, "w1", Lora(experts.w1))
+            adapter = experts.parametrizations.w1[0]
+            adapted = [experts.parametrizations.w1.original, adapter.down, adapter.up]
+            assert set(experts.parameters()) == {*adapted, experts.w2, experts.b1, experts.b2}
+            idx = torch.arange(20, device=rank.device).remainder(EXPERTS).unsqueeze(1)
+            y = experts(x, idx, torch.ones_like(idx, dtype=torch.float32))
+            y.square().sum().backward()
+            # Both ranks have brought the same tokens.
+            found[spread] = [full(parameter.grad) / (1 if spread is None else 2) for parameter in adapted]
+    for alone, of_both in zip(found[None], found[ep], strict=True):
+        assert_near(of_both, alone, units=20)
+
+
+@on_ranks(2)
+def test_plain_shares_are_named_by_their_rank(rank: Rank) -> None:
+    """``distribute=False``: the values of the DTensors, under names that no tool takes for those of replicas."""
+    with ExpertParallel(backend="reference") as ep:
+        torch.manual_seed(3)
+        expected = MoE(*SIZES, ep, bias=True, device=rank.device)
+        torch.manual_seed(3)
+        layer = MoE(*SIZES, ep, bias=True, device=rank.device, distribute=False)
+        mine, other = (f"experts.w1@{one}/2" for one in (rank.rank, 1 - rank.rank))
+        state = layer.state_dict()
+        assert mine in state
+        assert other not in state
+        x = torch.randn(5, HIDDEN, device=rank.device)
+        assert_bitwise(layer(x).y, expected(x).y)
+        assert_bitwise(layer.experts.w1, local(expected.experts.w1))
+        layer.load_state_dict(state)
+        state[other] = state.pop(mine)
+        with pytest.raises(RuntimeError, match=f'(?s)Missing key.*"{mine}".*Unexpected key.*"{other}"'):
+            layer.load_state_dict(state)
 
 
 def test_reset_fills_the_original_of_a_parametrized_weight() -> None:
     """And the original of one that a hook computes, which is of the experts too."""
-    pruned = MoE(*SIZES, ExpertParallel(), bias=True)
-    prune.random_unstructured(pruned, "w1", amount=0.5)
-    prune.random_unstructured(pruned, "router_w", amount=0.5)
-    assert set(pruned.expert_parameters()) == {pruned.w1_orig, pruned.w2, pruned.b1, pruned.b2}
+    pruned = MoE(*SIZES, bias=True)
+    prune.random_unstructured(pruned.experts, "w1", amount=0.5)
+    experts = pruned.experts
+    assert set(pruned.expert_parameters()) == {experts.w1_orig, experts.w2, experts.b1, experts.b2}
     torch.manual_seed(3)
-    expected = MoE(*SIZES, ExpertParallel())
+    expected = MoE(*SIZES)
     torch.manual_seed(4)
-    layer = MoE(*SIZES, ExpertParallel())
-    parametrize.register_parametrization(layer, "w1", Lora(layer.w1))
-    torch.manual_seed(3)
-    layer.reset_parameters()
-    assert_bitwise(layer.parametrizations.w1.original.detach(), expected.w1.detach())
-    assert_bitwise(layer.w2.detach(), expected.w2.detach())
-    prune.random_unstructured(layer, "router_w", amount=0.5)
+    layer = MoE(*SIZES)
+    parametrize.register_parametrization(layer.experts, "w1", Lora(layer.experts.w1))
+    prune.random_unstructured(layer.router, "weight", amount=0.5)
     with torch.no_grad():
-        layer.router_w_orig.zero_()
+        layer.router.weight_orig.zero_()
     torch.manual_seed(3)
     layer.reset_parameters()
-    assert_bitwise(layer.router_w_orig.detach(), expected.router_w.detach())
-    parametrizations.weight_norm(layer, "w2")
+    assert_bitwise(layer.experts.parametrizations.w1.original.detach(), expected.experts.w1.detach())
+    assert_bitwise(layer.experts.w2.detach(), expected.experts.w2.detach())
+    assert_bitwise(layer.router.weight_orig.detach(), expected.router.weight.detach())
+    parametrizations.weight_norm(layer.experts, "w2")
     with pytest.raises(TypeError, match="w2: got a weight computed from several tensors, expected one original"):
         layer.reset_parameters()
+
+
+def test_a_gate_layout_is_part_of_a_checkpoint() -> None:
+    layer = MoE(*SIZES, gate_layout="concat")
+    with pytest.raises(ValueError, match="gate_layout: got a checkpoint of 'interleaved', expected 'concat'"):
+        layer.load_state_dict(MoE(*SIZES).state_dict())
+
+
+def test_without_a_group_all_experts_are_here() -> None:
+    """And such a layer can be pickled."""
+    torch.manual_seed(0)
+    alone = MoE(*SIZES)
+    torch.manual_seed(0)
+    expected = MoE(*SIZES, ExpertParallel(backend="reference"))
+    x = torch.randn(3, HIDDEN)
+    assert_bitwise(alone(x).y, expected(x).y)
+    assert_bitwise(pickle.loads(pickle.dumps(alone))(x).y, expected(x).y)
+    with pytest.raises(TypeError, match="Experts: ep: got str, expected an ExpertParallel or None"):
+        Experts(*SIZES[:3], "ep")  # type: ignore[arg-type]
