@@ -17,8 +17,9 @@ Backward::
 import importlib
 from typing import TYPE_CHECKING
 
-from sonic_ep.api import ExpertParallel, MoEOutput, moe
-from sonic_ep.config import CombineMode, DispatchMode, EPConfig, ScoreOrder
+from sonic_ep.api import ExpertParallel, moe
+from sonic_ep.backend import MoEOutput, RoutedOutput
+from sonic_ep.config import CombineMode, DispatchMode, EPConfig, RouterConfig, ScoreFunction, ScoreOrder
 from sonic_ep.errors import (
     BackendUnavailableError,
     ClosedError,
@@ -58,8 +59,11 @@ __all__ = [
     "PlanError",
     "ProfileReport",
     "RecomputeError",
+    "RoutedOutput",
+    "RouterConfig",
     "RoutingPlan",
     "RowOverflowError",
+    "ScoreFunction",
     "ScoreOrder",
     "SharedMemoryError",
     "moe",

@@ -6,47 +6,40 @@ import logging
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
-from typing import NamedTuple, NoReturn
+from typing import Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from sonic_ep.autograd_utils import for_kernels, joined, runs_eagerly
-from sonic_ep.backend import Experts, Slots, choose_backend
+from sonic_ep.backend import Experts, RoutedOutput, RouterWeights, Slots, choose_backend
+from sonic_ep.backend import MoEOutput as MoEOutput
 from sonic_ep.call_guard import CallGuard
 from sonic_ep.checks import (
     ArgumentChecker,
     ExpertArguments,
+    RouterArguments,
     check_experts,
     check_plan,
     check_router,
+    check_router_config,
     check_routing,
     check_rows_of_plan,
     check_scores,
     check_tokens,
     check_tokens_of_plan,
     experts_as_read,
+    router_as_read,
     rows_of_tokens,
     tokens_of,
 )
-from sonic_ep.config import AUTO, EPConfig, RouterOptions, ScoreOrder, parse_choice
+from sonic_ep.config import AUTO, EPConfig, RouterConfig, RouterOptions, ScoreOrder, settings_of
 from sonic_ep.distributed.collectives import TIMEOUT_SECONDS, BoundedCollectives
 from sonic_ep.distributed.group import EPGroup, Group, resolve_group
 from sonic_ep.plan import RoutingPlan
 
 logger = logging.getLogger("sonic_ep")
-
-
-class MoEOutput(NamedTuple):
-    """What ``moe`` returns. A tuple, so that module hooks, FSDP and reentrant checkpointing find its tensors.
-
-    y: as x. router_logits: (T, E) fp32, differentiable. tokens_per_expert: (E,) int32, slots routed to each expert.
-    """
-
-    y: Tensor
-    router_logits: Tensor
-    tokens_per_expert: Tensor
 
 
 class ExpertParallel:
@@ -122,6 +115,9 @@ class ExpertParallel:
         score_order: ScoreOrder | str = ScoreOrder.TOPK_THEN_SOFTMAX,
         norm_topk_probs: bool = False,
         reduce_router_grad: bool = True,
+        router: RouterConfig | None = None,
+        router_b: Tensor | None = None,
+        correction_bias: Tensor | None = None,
     ) -> MoEOutput:
         """Route each token to ``top_k`` of E experts, apply them, and return the weighted sums. Collective.
 
@@ -129,36 +125,74 @@ class ExpertParallel:
         router_w (E, H), as x or fp32, the same on every rank. w1 (e, 2I, H) for gated activations, else (e, I, H);
         w2 (e, H, I); b1 (e, 2I or I) and b2 (e, H), both or neither: this rank's experts, in the dtype of x.
         gate_layout: rows of w1 alternate gate and up ("interleaved"), or all gates come first ("concat").
-        score_order, norm_topk_probs: see ``RouterOptions``. Scores and the returned logits are fp32.
+        router: how experts are chosen and scored, see ``RouterConfig``; score_order and norm_topk_probs abbreviate one
+        with these two fields, and come without it. Scores and the returned logits are fp32.
+        router_b (E,), as x or fp32: added to the logits. correction_bias (E,) fp32, requiring no gradient: added to
+        what experts are chosen by, not to scores. Both the same on every rank.
 
-        Gradients of expert weights and biases are sums over all tokens of the group, undivided; so is that of router_w
-        unless ``reduce_router_grad`` is False. Each of x, w1, w2 and router_w requires a gradient on every rank or on
-        none. Ranks compare x (without tokens it counts as requiring one if a weight does), w1, and router_w where its
-        gradient is summed. Wrong arguments raise ``ValueError`` or ``TypeError`` before any communication.
+        Gradients of expert weights and biases are sums over all tokens of the group, undivided; so are those of
+        router_w and router_b unless ``reduce_router_grad`` is False. Each of x, w1, w2, router_w and router_b requires
+        a gradient on every rank or on none. Ranks compare x (without tokens it counts as requiring one if a weight
+        does), w1, and router_w and router_b where their gradients are summed. Wrong arguments raise ``ValueError`` or
+        ``TypeError`` before any communication.
         """
         with self._call_guard.one():
             x_any = check_tokens(self._checker, x)
-            options = RouterOptions(
-                top_k=top_k,
-                score_order=parse_choice(f"{self.group}: score_order", score_order, ScoreOrder),
-                norm_topk_probs=self._checker.flag("norm_topk_probs", norm_topk_probs),
-                reduce_router_grad=self._checker.flag("reduce_router_grad", reduce_router_grad),
-            )
-            router_w_EH = check_router(self._checker, x_any, router_w, options)
+            chosen = check_router_config(self._checker, router, score_order, norm_topk_probs)
+            reduced = self._checker.flag("reduce_router_grad", reduce_router_grad)
+            options = RouterOptions(**settings_of(chosen), top_k=top_k, reduce_router_grad=reduced)
+            of_router = RouterArguments(router_w=router_w, router_b=router_b, correction_bias=correction_bias)
+            weights = check_router(self._checker, x_any, of_router, options)
             given = ExpertArguments(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, gate_layout=gate_layout)
-            experts = check_experts(self._checker, x_any, given, router_w_EH.shape[0])
+            experts = check_experts(self._checker, x_any, given, weights.weight.shape[0])
             self._check_tokens_fit(tokens_of(x_any))
-            x_TH, router_w_EH, experts = rows_of_tokens(x_any), for_kernels(router_w_EH), experts_as_read(experts)
-            x_TH = self._joined_without_tokens(x_TH, experts, router_w_EH)
-            trained = router_w_EH.requires_grad and options.reduce_router_grad
-            facts = {**facts_of(x_TH, experts), "router": options, "router_w trained": trained}
+            x_TH, weights, experts = rows_of_tokens(x_any), router_as_read(weights), experts_as_read(experts)
+            x_TH = self._joined_without_tokens(x_TH, experts, weights)
+            facts = {**facts_of(x_TH, experts), **facts_of_router(weights, options)}
             self._call_guard.begin("moe", facts, x_TH)
             max_tokens = self._agreed_max_tokens(x_TH)
-            routing = self._backend.route(x_TH, router_w_EH, options)
+            routing = self._backend.route(x_TH, weights, options)
             idx_TK, scores_TK = routing.topk_idx, routing.topk_scores
             slots = Slots(topk_idx=idx_TK, topk_scores=scores_TK, max_tokens=max_tokens, distinct=True)
             out = self._backend.layer(x_TH, slots, experts, x.shape)
-            return MoEOutput(y=out.y, router_logits=routing.logits, tokens_per_expert=out.counts)
+            return MoEOutput(
+                y=out.y,
+                router_logits=routing.logits,
+                tokens_per_expert=out.counts,
+                topk_idx=idx_TK,
+                topk_scores=scores_TK,
+            )
+
+    @overload
+    def moe_routed(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_scores: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        b1: Tensor | None = None,
+        b2: Tensor | None = None,
+        activation: str = "swiglu",
+        gate_layout: str = "interleaved",
+        return_routing: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def moe_routed(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_scores: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        b1: Tensor | None = None,
+        b2: Tensor | None = None,
+        activation: str = "swiglu",
+        gate_layout: str = "interleaved",
+        *,
+        return_routing: Literal[True],
+    ) -> RoutedOutput: ...
 
     @runs_eagerly
     def moe_routed(
@@ -172,14 +206,18 @@ class ExpertParallel:
         b2: Tensor | None = None,
         activation: str = "swiglu",
         gate_layout: str = "interleaved",
-    ) -> Tensor:
+        return_routing: bool = False,
+    ) -> Tensor | RoutedOutput:
         """``moe`` with the caller's routing: the weighted sums, shape and dtype of x. Collective.
+
+        return_routing: return them in a ``RoutedOutput``, with the routing.
 
         topk_idx (T, K), int32 or int64: experts 0..E-1 with E = W*e; -1 drops the slot; an expert may appear twice.
         topk_scores (T, K), any float, used in fp32, differentiable. Scores of dropped slots are not read.
         """
         with self._call_guard.one():
             x_any = check_tokens(self._checker, x)
+            self._checker.flag("return_routing", return_routing)
             given = ExpertArguments(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, gate_layout=gate_layout)
             experts = check_experts(self._checker, x_any, given, None)
             num_experts = experts.w1.shape[0] * self.group.world_size
@@ -188,13 +226,17 @@ class ExpertParallel:
             self._check_tokens_fit(idx_TK.shape[0])
             x_TH, experts = rows_of_tokens(x_any), experts_as_read(experts)
             idx_TK, scores_TK = for_kernels(idx_TK), for_kernels(scores_TK)
+            scores_TK = scores_TK.float() if return_routing else scores_TK
             self._backend.check_expert_ids(idx_TK, num_experts)
             x_TH = self._joined_without_tokens(x_TH, experts)
             facts = {**facts_of(x_TH, experts), "K": idx_TK.shape[1]}
             self._call_guard.begin("moe_routed", facts, x_TH)
             max_tokens = self._agreed_max_tokens(idx_TK)
             slots = Slots(topk_idx=idx_TK, topk_scores=scores_TK, max_tokens=max_tokens, distinct=False)
-            return self._backend.layer(x_TH, slots, experts, x.shape).y
+            out = self._backend.layer(x_TH, slots, experts, x.shape)
+            if not return_routing:
+                return out.y
+            return RoutedOutput(y=out.y, tokens_per_expert=out.counts, topk_idx=idx_TK, topk_scores=scores_TK)
 
     @runs_eagerly
     def plan(self, topk_idx: Tensor, num_experts: int) -> RoutingPlan:
@@ -301,9 +343,10 @@ class ExpertParallel:
     def __reduce__(self) -> NoReturn:
         raise TypeError("an ExpertParallel belongs to its process and cannot be pickled; save a module's state_dict()")
 
-    def _joined_without_tokens(self, x_TH: Tensor, experts: Experts, router_w_EH: Tensor | None = None) -> Tensor:
+    def _joined_without_tokens(self, x_TH: Tensor, experts: Experts, router: RouterWeights | None = None) -> Tensor:
         """x; without tokens it requires a gradient if a weight does, as x of other ranks usually does."""
-        weights = (experts.w1, experts.w2, experts.b1, experts.b2, router_w_EH)
+        of_router = () if router is None else (router.weight, router.bias)
+        weights = (experts.w1, experts.w2, experts.b1, experts.b2, *of_router)
         trained = any(weight is not None and weight.requires_grad for weight in weights)
         return joined(x_TH, self.world_size) if trained and x_TH.shape[0] == 0 else x_TH
 
@@ -331,6 +374,15 @@ def facts_of(x_NH: Tensor, experts: Experts | None = None) -> dict[str, object]:
         facts |= {"biases": experts.b1 is not None, "activation": experts.activation.name}
         facts |= {"gate_layout": experts.layout.name}
     return facts
+
+
+def facts_of_router(weights: RouterWeights, options: RouterOptions) -> dict[str, object]:
+    """What of its router has to be the same on every rank of a call."""
+    trained = {"router_w trained": weights.weight, "router_b trained": weights.bias}
+    summed = options.reduce_router_grad
+    facts: dict[str, object] = {name: summed and w is not None and w.requires_grad for name, w in trained.items()}
+    given = {"router_b": weights.bias is not None, "correction_bias": weights.correction is not None}
+    return {"router": options, **facts, **given}
 
 
 def identity_of(plan: RoutingPlan) -> tuple[int, ...]:

@@ -117,6 +117,16 @@ def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gra
     return guarded
 
 
+def summed_together(gradients: Sequence[Tensor | None], add: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
+    """``add`` of the gradients (fp32), which are laid end to end for it and cut up again; None stays None."""
+    parts = [gradient.flatten() for gradient in gradients if gradient is not None]
+    if not parts:
+        return list(gradients)
+    total = add(parts[0] if len(parts) == 1 else torch.cat(parts))
+    sums = iter(total.split([part.numel() for part in parts]))
+    return [None if gradient is None else next(sums).view_as(gradient) for gradient in gradients]
+
+
 def runs_eagerly(function: Callable[GivenP, ResultT]) -> Callable[GivenP, ResultT]:
     """``function``, hidden from ``torch.compile`` with all that it calls."""
 

@@ -1,10 +1,10 @@
-"""The protocols that both backends implement, and the registry that imports a backend on demand."""
+"""The protocols that both backends implement, what calls return, and the registry that imports a backend on demand."""
 
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,15 @@ class Experts:
     b2: Tensor | None
     activation: Activation
     layout: GateLayout
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RouterWeights:
+    """The router: weight (E, H), as x or fp32; bias (E,), as x or fp32, or None; correction (E,) fp32, or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    correction: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,6 +68,33 @@ class LayerOutput:
     counts: Tensor
 
 
+class MoEOutput(NamedTuple):
+    """What ``moe`` returns. A tuple, so that module hooks, FSDP and reentrant checkpointing find its tensors.
+
+    y: as x. router_logits: (T, E) fp32, differentiable. tokens_per_expert: (E,) int32, slots routed to each expert.
+    topk_idx: (T, K) int64, best first. topk_scores: (T, K) fp32, differentiable, the factors in y.
+    Until backward, write none of router_logits, topk_idx and topk_scores in place: it may need them.
+    """
+
+    y: Tensor
+    router_logits: Tensor
+    tokens_per_expert: Tensor
+    topk_idx: Tensor
+    topk_scores: Tensor
+
+
+class RoutedOutput(NamedTuple):
+    """What ``moe_routed`` returns with ``return_routing``: y as x, and the fields that ``MoEOutput`` has, too.
+
+    topk_idx: the caller's. topk_scores: the caller's, in fp32.
+    """
+
+    y: Tensor
+    tokens_per_expert: Tensor
+    topk_idx: Tensor
+    topk_scores: Tensor
+
+
 class DispatchPrimitive(Protocol):
     """Moves rows of tokens to the ranks of their experts, with the same bits in both backends."""
 
@@ -82,7 +118,7 @@ class Backend(Protocol):
     def meet(self, device: torch.device) -> None:
         """Collective. A barrier: on the current stream of ``device``, or on the host if that is the CPU."""
 
-    def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
+    def route(self, x_TH: Tensor, weights: RouterWeights, options: RouterOptions) -> Routing:
         """Logits, choices and scores of this rank's tokens. Collective in backward, and in forward on ``fast``."""
 
     def check_expert_ids(self, topk_idx_TK: Tensor, num_experts: int) -> None:

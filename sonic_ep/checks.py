@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
 from sonic_ep.autograd_utils import for_kernels, raise_if_freed
-from sonic_ep.backend import Experts
+from sonic_ep.backend import Experts, RouterWeights
 from sonic_ep.compat import has_tangent
-from sonic_ep.config import RouterOptions, is_count
+from sonic_ep.config import RouterConfig, RouterOptions, ScoreOrder, is_count, parse_choice
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.plan import RoutingPlan, malformed_field
-from sonic_ep.sharding import local_of
+from sonic_ep.sharding import is_dtensor, local_of
 
 ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SCORE_DTYPES = (*ROW_DTYPES, torch.float64)
@@ -42,6 +42,15 @@ class ExpertArguments:
     b2: object
     activation: object
     gate_layout: object
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterArguments:
+    """The router of a call as the caller passed it."""
+
+    router_w: object
+    router_b: object
+    correction_bias: object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,17 +179,79 @@ def check_top_k(checker: ArgumentChecker, top_k: int, num_experts: int) -> None:
     checker.require(top_k <= num_experts, "top_k", top_k, f"at most E={num_experts}")
 
 
-def check_router(checker: ArgumentChecker, x: Tensor, router_w: object, options: RouterOptions) -> Tensor:
-    """``router_w`` (E, H) in fp32 or in the dtype of x."""
+def check_router_config(
+    checker: ArgumentChecker, router: object, score_order: object, norm_topk_probs: object
+) -> RouterConfig:
+    """``router``, or the configuration that the two options abbreviate where there is none."""
+    order = parse_choice(f"{checker.group}: score_order", score_order, ScoreOrder)
+    short = RouterConfig(score_order=order, norm_topk_probs=checker.flag("norm_topk_probs", norm_topk_probs))
+    if router is None:
+        return short
+    given = checker.instance("router", router, RouterConfig, "a RouterConfig or None")
+    remedy = "one or the other: put score_order and norm_topk_probs into the RouterConfig"
+    checker.require(short == RouterConfig(), "router", "a RouterConfig together with options of its own", remedy)
+    return given
+
+
+def check_router(checker: ArgumentChecker, x: Tensor, given: RouterArguments, options: RouterOptions) -> RouterWeights:
+    """router_w (E, H) and router_b (E,), as x or fp32; correction_bias (E,) fp32; and that groups fit E and K."""
     dtypes = tuple(dict.fromkeys((x.dtype, torch.float32)))
-    router_w = local_of(checker.group, "router_w", router_w, replicated=options.reduce_router_grad)
-    weight_EH = checker.tensor("router_w", router_w, dtypes, x)
+    given = _local_router(checker, given, options)
+    weight_EH = checker.tensor("router_w", given.router_w, dtypes, x)
     shape, hidden = tuple(weight_EH.shape), x.shape[-1]
     fits = weight_EH.ndim == 2 and shape[0] >= 1 and shape[1] == hidden
     checker.require(fits, "shape of router_w", shape, f"(E, {hidden}) = (E, H), E at least 1")
     check_experts_divide(checker, shape[0])
     check_top_k(checker, options.top_k, shape[0])
-    return weight_EH
+    check_groups(checker, options, options.top_k, shape[0])
+    bias_E = _check_of_experts(checker, x, "router_b", given.router_b, (shape[0], dtypes))
+    correction_E = _check_of_experts(checker, x, "correction_bias", given.correction_bias, (shape[0], (torch.float32,)))
+    trained = correction_E is not None and correction_E.requires_grad
+    remedy = "one that does not: it has none, since it is for the choice only (a buffer, or correction_bias.detach())"
+    checker.require(not trained, "correction_bias", "one that requires a gradient", remedy)
+    return RouterWeights(weight=weight_EH, bias=bias_E, correction=correction_E)
+
+
+def _local_router(checker: ArgumentChecker, given: RouterArguments, options: RouterOptions) -> RouterArguments:
+    """This rank's tensors of a router that is replicated as DTensors."""
+    weights = {name: getattr(given, name) for name in ("router_w", "router_b", "correction_bias")}
+    found = any(is_dtensor(weight) for weight in weights.values())
+    # A DTensor says that its gradient is the same on all ranks.
+    remedy = "plain tensors, or reduce_router_grad=True, without which gradients differ over the ranks"
+    checker.require(options.reduce_router_grad or not found, "router", "a DTensor", remedy)
+    local = {name: local_of(checker.group, name, weight, replicated=True) for name, weight in weights.items()}
+    return RouterArguments(**local)
+
+
+def check_groups(checker: ArgumentChecker, config: RouterConfig, top_k: int, num_experts: int) -> None:
+    """Groups of equal size, of which those that stay hold K experts."""
+    groups, stay = config.num_groups, config.top_groups
+    if groups == 1:
+        return
+    of_groups = f"E={num_experts} experts in num_groups={groups}"
+    checker.require(num_experts % groups == 0, "num_groups", groups, f"a divisor of E={num_experts}")
+    size = num_experts // groups
+    checker.require(config.group_top <= size, "group_top", config.group_top, f"at most {size}: {of_groups}")
+    fits = f"at most {stay * size}: {of_groups}, of which top_groups={stay} stay"
+    checker.require(top_k <= stay * size, "top_k", top_k, fits)
+
+
+def _check_of_experts(
+    checker: ArgumentChecker, x: Tensor, name: str, value: object, form: tuple[int, tuple[torch.dtype, ...]]
+) -> Tensor | None:
+    """A number of each expert, or None. form: E, and the dtypes."""
+    if value is None:
+        return None
+    num_experts, dtypes = form
+    tensor_E = checker.tensor(name, value, dtypes, x)
+    checker.shape(name, tensor_E, (num_experts,), "(E,), as router_w")
+    return tensor_E
+
+
+def router_as_read(weights: RouterWeights) -> RouterWeights:
+    """``weights`` with tensors that kernels can read."""
+    bias_E, correction_E = (None if w is None else for_kernels(w) for w in (weights.bias, weights.correction))
+    return RouterWeights(weight=for_kernels(weights.weight), bias=bias_E, correction=correction_E)
 
 
 def check_routing(checker: ArgumentChecker, topk_idx: object, num_experts: int, x: Tensor | None = None) -> Tensor:

@@ -1,8 +1,8 @@
 """What a caller chooses: parsed once into enums and frozen dataclasses, so nothing inside compares strings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 AUTO = "auto"
 ChoiceT = TypeVar("ChoiceT", bound=Enum)
@@ -29,6 +29,13 @@ class ScoreOrder(str, Enum):
 
     TOPK_THEN_SOFTMAX = "topk_then_softmax"
     SOFTMAX_THEN_TOPK = "softmax_then_topk"
+
+
+class ScoreFunction(str, Enum):
+    """What makes scores of logits."""
+
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
 
 
 def parse_choice(name: str, value: object, choices: type[ChoiceT], *, also: tuple[str, ...] = ()) -> ChoiceT:
@@ -82,25 +89,77 @@ class ModePair:
     combine: CombineMode
 
 
-@dataclass(frozen=True, kw_only=True)
-class RouterOptions:
-    """How logits become choices and scores.
+# Scores and their gradients, times a factor between these, stay within fp32.
+LEAST_SCALE, MOST_SCALE = 1e-30, 1e30
 
-    norm_topk_probs: divide the K scores of a token by their sum (``TOPK_THEN_SOFTMAX`` scores sum to 1 already).
-    reduce_router_grad: sum the gradient of the router's weight over the group.
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How a token's logits become its K experts and their scores. The same on every rank; all of it in fp32.
+
+    score_function, score_order: what the base of an expert is. "softmax" and "topk_then_softmax": its logit; "softmax"
+        and "softmax_then_topk": its share of the softmax over all E logits; "sigmoid": the sigmoid of its logit
+        (score_order plays no part). Logits are ``x . router_w``, plus ``router_b`` where it is given.
+    num_groups, top_groups, group_top: experts are in ``num_groups`` consecutive groups of equal size. A group's value
+        is the sum of its ``group_top`` largest values, largest first. Experts outside of the ``top_groups`` groups with
+        the largest values cannot be chosen. If each rank (or node) is a group, tokens go to ``top_groups`` at most.
+    norm_topk_probs: divide the K scores of a token by their sum (softmax over the K logits sums to 1 already).
+    scale: a factor of the scores, from 1e-30 to 1e30.
+
+    The value of an expert is its base, plus its ``correction_bias`` where it is given. The K experts with the largest
+    values are chosen, best first; NaN is above infinity, and of equal values the lower expert (or group) comes first.
+    Without correction, and where all groups stay, the choice goes by the logits: bases ascend with them.
+
+    Scores are the bases of those chosen, without correction; for "topk_then_softmax" the softmax over their K logits.
+    ``norm_topk_probs`` divides them by their sum, sigmoids by their sum + 1e-20, since all of them may underflow.
+    ``scale`` comes last.
+
+    Four experts, bases 4 3 2 1, corrections 0 0 0 5, K=2: values 4 3 2 6, experts 3 0, of bases 1 4. In two groups, of
+    which one stays, with group_top=1: the groups' values are 4 and 6, so experts 3 2, of bases 1 2.
+    """
+
+    score_function: ScoreFunction | str = ScoreFunction.SOFTMAX
+    score_order: ScoreOrder | str = ScoreOrder.TOPK_THEN_SOFTMAX
+    norm_topk_probs: bool = False
+    scale: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+    group_top: int = 2
+
+    def __post_init__(self) -> None:
+        choices: dict[str, type[Enum]] = {"score_function": ScoreFunction, "score_order": ScoreOrder}
+        for name, kind in choices.items():
+            object.__setattr__(self, name, parse_choice(name, getattr(self, name), kind))
+        if not isinstance(self.norm_topk_probs, bool):
+            raise ValueError(f"norm_topk_probs: got {self.norm_topk_probs!r}, expected True or False")
+        is_number = isinstance(self.scale, int | float) and not isinstance(self.scale, bool)
+        if not is_number or not LEAST_SCALE <= self.scale <= MOST_SCALE:
+            raise ValueError(f"scale: got {self.scale!r}, expected a number from {LEAST_SCALE} to {MOST_SCALE}")
+        # One spelling for ranks to compare.
+        object.__setattr__(self, "scale", float(self.scale))
+        for name in ("num_groups", "top_groups", "group_top"):
+            if not is_count(getattr(self, name), least=1):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a whole number of at least 1")
+        if self.top_groups > self.num_groups:
+            raise ValueError(f"top_groups: got {self.top_groups}, expected at most num_groups={self.num_groups}")
+
+    @property
+    def limits_groups(self) -> bool:
+        """Whether groups of experts are left out."""
+        return self.top_groups < self.num_groups
+
+
+def settings_of(config: RouterConfig) -> dict[str, Any]:
+    """The fields of a ``RouterConfig`` by name, without those of a subclass."""
+    return {field.name: getattr(config, field.name) for field in fields(RouterConfig)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterOptions(RouterConfig):
+    """The router of a call: its ``RouterConfig``, and K.
+
+    reduce_router_grad: sum the gradients of the router's weight and bias over the group.
     """
 
     top_k: int
-    score_order: ScoreOrder = ScoreOrder.TOPK_THEN_SOFTMAX
-    norm_topk_probs: bool = False
     reduce_router_grad: bool = True
-
-
-# STUB-BEGIN
-@dataclass(frozen=True, kw_only=True)
-class RouterConfig:
-    score_order: ScoreOrder = ScoreOrder.TOPK_THEN_SOFTMAX
-    norm_topk_probs: bool = False
-
-
-# STUB-END

@@ -26,8 +26,8 @@ class Experts(nn.Module):
     hidden_size H, intermediate_size I, num_experts E (a multiple of W); activation, gate_layout: of
     ``ExpertParallel.moe``; ``bias`` adds b1 and b2. Construction is collective where there is an ``ep``.
 
-    Parameters: w1 (E, 2I, H) for gated activations, else (E, I, H); w2 (E, H, I); b1 (E, 2I or I); b2 (E, H). On several
-    ranks they are DTensors, ``Shard(0)`` on ``ep.mesh``, or on a mesh made of its group, so that checkpoints, FSDP2,
+    Parameters: w1 (E, 2I, H) for gated activations, else (E, I, H); w2 (E, H, I); b1 (E, 2I or I); b2 (E, H). On
+    several ranks they are DTensors, ``Shard(0)`` on ``ep.mesh``, or on a mesh made of its group, so that checkpoints, FSDP2,
     gradient clipping and optimizers see one tensor of all experts. Gradients are sums over all tokens of the group,
     undivided.
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from sonic_ep.activation import Activation
 from sonic_ep.api import ExpertParallel, MoEOutput
-from sonic_ep.checks import ROW_DTYPES, ArgumentChecker, check_top_k
-from sonic_ep.config import RouterConfig, RouterOptions, ScoreOrder, parse_choice
-from sonic_ep.experts import Experts
+from sonic_ep.checks import ArgumentChecker, check_groups, check_router_config, check_top_k
+from sonic_ep.config import RouterConfig, ScoreOrder
+from sonic_ep.experts import ONE_PROCESS, Experts
 from sonic_ep.router import Router
 
 
@@ -53,34 +53,25 @@ class MoE(nn.Module):
         super().__init__()
         if not isinstance(ep, ExpertParallel | None):
             raise TypeError(f"MoE: ep: got {type(ep).__name__}, expected an ExpertParallel or None")
+        checker = ArgumentChecker(group=ONE_PROCESS if ep is None else ep.group)
+        checker.count("num_experts", num_experts)
+        check_top_k(checker, top_k, num_experts)
+        config = check_router_config(checker, router, score_order, norm_topk_probs)
+        check_groups(checker, config, top_k, num_experts)
         # First among the modules, as in the layer's forward.
         self.register_module("router", None)
-        of_experts: dict[str, Any] = {
-            "activation": activation,
-            "gate_layout": gate_layout,
-            "bias": bias,
-            "distribute": distribute,
-        }
-        sizes = (hidden_size, intermediate_size, num_experts)
-        self.experts = Experts(*sizes, ep, **of_experts, device=device, dtype=dtype)
-        checker = ArgumentChecker(group=self.experts.group)
-        checker.flag("reduce_router_grad", reduce_router_grad)
-        config = RouterConfig(
-            score_order=parse_choice(f"{checker.group}: score_order", score_order, ScoreOrder),
-            norm_topk_probs=checker.flag("norm_topk_probs", norm_topk_probs),
-        )
-        check_top_k(checker, top_k, num_experts)
-        router_dtype = self.experts.w2.dtype if router_dtype is None else router_dtype
+        of_experts: dict[str, Any] = {"activation": activation, "gate_layout": gate_layout, "device": device}
+        of_experts |= {"bias": bias, "distribute": distribute, "dtype": dtype}
+        self.experts = Experts(hidden_size, intermediate_size, num_experts, ep, **of_experts)
+        of_router = {"bias": router_bias, "correction_bias": correction_bias, "reduce_grad": reduce_router_grad}
         self.router = Router(
             hidden_size,
             num_experts,
             top_k,
             config,
-            bias=checker.flag("router_bias", router_bias),
-            correction_bias=checker.flag("correction_bias", correction_bias),
-            reduce_grad=reduce_router_grad,
+            **{name: checker.flag(name, value) for name, value in of_router.items()},
             device=self.experts.w2.device,
-            dtype=router_dtype,
+            dtype=self.experts.w2.dtype if router_dtype is None else router_dtype,
         )
         self._fill_router()
 

@@ -13,10 +13,11 @@ SEEDS = 2**62
 
 
 class Router(nn.Module):
-    """weight (E, H), the same on every rank; bias (E,) fp32 or None; the buffer correction_bias (E,) fp32 or None.
+    """weight (E, H), the same on every rank; bias (E,) or None; the buffer correction_bias (E,) fp32 or None.
 
     ``correction_bias`` takes part in the choice only, and no gradient reaches it: a training loop moves it. The bias
-    and it begin at zero. config, top_k, reduce_grad: of ``ExpertParallel.moe``. It has no forward: the layer computes logits and choices together.
+    and it begin at zero. config, top_k, reduce_grad: of ``ExpertParallel.moe``. It has no forward of its own: the layer
+    computes logits, choices and scores in one call with the experts.
     """
 
     correction_bias: Tensor | None
@@ -37,20 +38,14 @@ class Router(nn.Module):
         super().__init__()
         self.top_k, self.config, self.reduce_grad = top_k, config, reduce_grad
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=torch.float32)) if bias else None
+        self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
         zeros = torch.zeros(num_experts, device=device, dtype=torch.float32) if correction_bias else None
         self.register_buffer("correction_bias", zeros)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of ``ExpertParallel.moe`` that are the router's."""
-        weights = {"router_w": self.weight}
-        return {
-            **weights,
-            "top_k": self.top_k,
-            "score_order": self.config.score_order,
-            "norm_topk_probs": self.config.norm_topk_probs,
-            "reduce_router_grad": self.reduce_grad,
-        }
+        weights = {"router_w": self.weight, "router_b": self.bias, "correction_bias": self.correction_bias}
+        return {**weights, "top_k": self.top_k, "router": self.config, "reduce_router_grad": self.reduce_grad}
 
     @torch.no_grad()
     def fill(self, where: EPGroup | str, seed: int) -> None:

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from sonic_ep.autograd_utils import apply_function, joined, outside_selective_checkpoint
-from sonic_ep.backend import Experts, LayerOutput, Routing, Slots
+from sonic_ep.backend import Experts, LayerOutput, RouterWeights, Routing, Slots
 from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.distributed.collectives import BoundedCollectives
@@ -40,9 +40,9 @@ class FastBackend:
         workspace.barrier_before_write()
 
     @outside_selective_checkpoint
-    def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
+    def route(self, x_TH: Tensor, weights: RouterWeights, options: RouterOptions) -> Routing:
         """See ``sonic_ep.fast.router``."""
-        return route(x_TH, router_w_EH, options, self._context(x_TH.device).workspace)
+        return route(x_TH, weights, options, self._context(x_TH.device).workspace)
 
     def check_expert_ids(self, topk_idx_TK: Tensor, num_experts: int) -> None:
         """The plan's kernels flag ids out of range on the device: checking them here would take a host read."""

@@ -1,10 +1,14 @@
 """The router: one GEMM and one kernel forward, at most two kernels and two GEMMs backward, nothing read on the host.
 
-Logits and scores are those of the reference to fp32 rounding; choices follow exactly from the logits. Instead of a slow
-fp32 GEMM in backward, the logits' gradient is cut into three bf16 parts, whose 3 x 8 bits hold the 24 of an fp32
-number, and tensor cores sum their exact products in fp32.
+Logits and scores are those of the reference to fp32 rounding; choices follow exactly from the logits or, with a
+correction or groups, from values that are the reference's to fp32 rounding. Instead of a slow fp32 GEMM in backward,
+the logits' gradient is cut into three bf16 parts, whose 3 x 8 bits hold the 24 of an fp32 number, and tensor cores sum
+their exact products in fp32.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.autograd_utils import apply_function, once_differentiable, savable, unpack_saved
-from sonic_ep.backend import Routing
-from sonic_ep.config import RouterOptions, ScoreOrder
+from sonic_ep.autograd_utils import apply_function, once_differentiable, savable, summed_together, unpack_saved
+from sonic_ep.backend import RouterWeights, Routing
+from sonic_ep.config import RouterOptions, ScoreFunction, ScoreOrder
 from sonic_ep.distributed.sync_tag import Phase
 from sonic_ep.fast.collectives import reserve_sum, sum_over_ranks
 from sonic_ep.fast.device_functions import exact_exp, rounded
@@ -25,74 +29,159 @@ from sonic_ep.fast.workspace import Workspace
 NO_CHOICE: tl.constexpr = tl.constexpr(-(2**63))
 # The bits of a NaN, above those of infinity; as a mask, all bits of an fp32 number but the sign's.
 ALL_BUT_SIGN: tl.constexpr = tl.constexpr(0x7FFFFFFF)
+# Added to the sum of a token's sigmoids before they are divided by it.
+LEAST_SUM: tl.constexpr = tl.constexpr(1e-20)
 
 
 @triton.jit
-def key_of(logit, expert, E: tl.constexpr):
-    """An int64 key that orders the experts of a token: the larger logit first, then the lower expert.
+def key_of(value, expert, E: tl.constexpr):
+    """An int64 key that orders the experts of a token: the larger value first, then the lower expert.
 
-    The high half holds the logit (fp32): its bits ascend with it where the sign is clear and descend where it is set.
-    The low half holds E-1-expert. All NaNs are one, above infinity; -0 is 0. Logits 1 2 1 NaN give experts 3 1 0 2.
+    The high half holds the value (fp32): its bits ascend with it where the sign is clear and descend where it is set.
+    The low half holds E-1-expert. All NaNs are one, above infinity; -0 is 0. Values 1 2 1 NaN give experts 3 1 0 2.
     """
-    bits = tl.where(logit == 0, 0.0, logit).to(tl.int32, bitcast=True)
+    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ ALL_BUT_SIGN, bits)
-    ordered = tl.where(logit != logit, ALL_BUT_SIGN, ordered)
+    ordered = tl.where(value != value, ALL_BUT_SIGN, ordered)
     return (ordered.to(tl.int64) << 32) | (E - 1 - expert).to(tl.int64)
 
 
 @triton.jit
-def logit_of(key):
-    """The logit of a key of ``key_of``, where every NaN is the same and -0 is 0."""
+def value_of(key):
+    """The value of a key of ``key_of``, where every NaN is the same and -0 is 0."""
     ordered = (key >> 32).to(tl.int32)
     return tl.where(ordered < 0, ordered ^ ALL_BUT_SIGN, ordered).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit
+def sigmoid(logit):
+    """1 / (1 + exp(-logit)) in fp32."""
+    return tl.div_rn(tl.full(logit.shape, 1.0, tl.float32), 1.0 + exact_exp(-logit))
+
+
+@triton.jit
+def in_best_groups(
+    key,
+    expert,
+    SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    GROUP_TOP: tl.constexpr,
+    GROUPS_PADDED: tl.constexpr,
+):
+    """Which experts are in the TOP_GROUPS best of GROUPS groups of SIZE. key: of each expert, (TOKENS, EXPERTS_PADDED).
+
+    A group's value is the sum of its GROUP_TOP largest, added in descending order; of equal ones the lower group comes
+    first. Values 4 3 | 2 6 in two groups, the best one, GROUP_TOP=1: the second. With GROUP_TOP=2: 7 and 8, the second.
+    """
+    tokens: tl.constexpr = key.shape[0]
+    group_of = (expert // SIZE)[None, :]
+    group = tl.arange(0, GROUPS_PADDED)[None, :]
+    totals = tl.zeros((tokens, GROUPS_PADDED), dtype=tl.float32)
+    for g in range(GROUPS):
+        left = tl.where(group_of == g, key, NO_CHOICE)
+        for _ in range(GROUP_TOP):
+            best = tl.max(left, axis=1)[:, None]
+            totals += tl.where(group == g, value_of(best), 0.0)
+            left = tl.where(left == best, NO_CHOICE, left)
+    group_key = tl.where(group < GROUPS, key_of(totals, group, GROUPS), NO_CHOICE)
+    stays = tl.zeros(key.shape, dtype=tl.int1)
+    for _ in range(TOP_GROUPS):
+        best = tl.max(group_key, axis=1)[:, None]
+        stays = stays | (group_of == GROUPS - 1 - best.to(tl.int32))
+        group_key = tl.where(group_key == best, NO_CHOICE, group_key)
+    return stays
+
+
+@triton.jit(do_not_specialize=["tokens", "scale"])
 def choose_kernel(
     logits_ptr,
     topk_idx_ptr,
     scores_ptr,
+    correction_ptr,
     tokens,
+    scale,
     E: tl.constexpr,
     K: tl.constexpr,
     OVER_ALL: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    NORM: tl.constexpr,
+    BY_LOGIT: tl.constexpr,
+    BY_SHARE: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    GROUP_TOP: tl.constexpr,
     TOKENS: tl.constexpr,
     EXPERTS_PADDED: tl.constexpr,
     K_PADDED: tl.constexpr,
+    GROUPS_PADDED: tl.constexpr,
 ):
-    """The K best experts of each token, best first, and their softmax. Grid (ceil(T / TOKENS),).
+    """The K best experts of each token, best first, and their scores, by ``RouterConfig``. Grid (ceil(T / TOKENS),).
 
-    logits_ptr (T, E) fp32; topk_idx_ptr (T, K) int64; scores_ptr (T, K) fp32: exp(logit - best), over its sum over all
-    E experts if OVER_ALL, else over the K chosen. The K experts are distinct whatever the logits are.
+    logits_ptr (T, E) fp32; topk_idx_ptr (T, K) int64; scores_ptr (T, K) fp32; correction_ptr (E,) fp32 if CORRECTED.
+    Scores are ``scale`` times: if SIGMOID, sigmoids, if NORM over their sum + 1e-20; else exp(logit - the largest),
+    over its sum over all E experts if OVER_ALL, else over the K chosen. BY_LOGIT: the choice goes by the logits; else
+    by values: sigmoids if SIGMOID, shares of the softmax over all if BY_SHARE, else logits, plus the correction.
+    GROUPS: 1 if all stay. The K experts are distinct whatever the logits are.
 
-    Logits 0 ln2 0 of one token, K=2: experts 1 0, scores 2/4 1/4 over all and 2/3 1/3 over the chosen.
+    Logits 0 ln2 0 of one token, K=2: experts 1 0, scores 2/4 1/4 over all and 2/3 1/3 over the chosen; sigmoids 2/3
+    1/2, over their sum 4/7 3/7. With a correction of 0 0 1, by logits, shares or sigmoids: experts 2 1.
     """
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, EXPERTS_PADDED)
     k_of = tl.arange(0, K_PADDED)
     inside = (token < tokens)[:, None] & (expert < E)[None, :]
     logit = tl.load(logits_ptr + token[:, None] * E + expert[None, :], mask=inside, other=0.0)
-    key = tl.where((expert < E)[None, :], key_of(logit, expert[None, :], E), NO_CHOICE)
+    value = logit
+    if not BY_LOGIT:
+        largest = tl.max(tl.where((expert < E)[None, :], logit, float("-inf")), axis=1)[:, None]
+        if SIGMOID:
+            value = sigmoid(logit)
+        elif BY_SHARE:
+            share_of_all = tl.where((expert < E)[None, :], exact_exp(logit - largest), 0.0)
+            value = tl.div_rn(share_of_all, tl.sum(share_of_all, axis=1)[:, None])
+        if CORRECTED:
+            value += tl.load(correction_ptr + expert, mask=expert < E, other=0.0)[None, :]
+    key = tl.where((expert < E)[None, :], key_of(value, expert[None, :], E), NO_CHOICE)
+    if GROUPS > 1:
+        stays = in_best_groups(key, expert, E // GROUPS, GROUPS, TOP_GROUPS, GROUP_TOP, GROUPS_PADDED)
+        key = tl.where(stays, key, NO_CHOICE)
     chosen = tl.full((TOKENS, K_PADDED), NO_CHOICE, tl.int64)
     for k in range(K):
         best = tl.max(key, axis=1)[:, None]
         chosen = tl.where(k_of[None, :] == k, best, chosen)
         key = tl.where(key == best, NO_CHOICE, key)
     real = (k_of < K)[None, :]
-    chosen_logit = logit_of(chosen)
-    top = tl.sum(tl.where(k_of[None, :] == 0, chosen_logit, 0.0), axis=1)[:, None]
-    share = tl.where(real, exact_exp(chosen_logit - top), 0.0)
-    if OVER_ALL:
-        whole = tl.sum(tl.where((expert < E)[None, :], exact_exp(logit - top), 0.0), axis=1)[:, None]
-    else:
-        whole = tl.sum(share, axis=1)[:, None]
     place = token[:, None] * K + k_of[None, :]
     stored = (token < tokens)[:, None] & real
-    tl.store(topk_idx_ptr + place, (E - 1 - chosen.to(tl.int32)).to(tl.int64), mask=stored)
-    tl.store(scores_ptr + place, tl.div_rn(share, whole), mask=stored)
+    chosen_expert = (E - 1 - chosen.to(tl.int32)).to(tl.int64)
+    if BY_LOGIT:
+        chosen_logit = value_of(chosen)
+    else:
+        chosen_logit = tl.load(logits_ptr + token[:, None] * E + chosen_expert, mask=stored, other=0.0)
+    if SIGMOID:
+        score = tl.where(real, sigmoid(chosen_logit), 0.0)
+        if NORM:
+            score = tl.div_rn(score, tl.sum(score, axis=1)[:, None] + LEAST_SUM)
+    else:
+        if BY_LOGIT:
+            top = tl.sum(tl.where(k_of[None, :] == 0, chosen_logit, 0.0), axis=1)[:, None]
+        elif OVER_ALL:
+            top = largest
+        else:
+            top = tl.max(tl.where(real, chosen_logit, float("-inf")), axis=1)[:, None]
+        share = tl.where(real, exact_exp(chosen_logit - top), 0.0)
+        if OVER_ALL:
+            whole = tl.sum(tl.where((expert < E)[None, :], exact_exp(logit - top), 0.0), axis=1)[:, None]
+        else:
+            whole = tl.sum(share, axis=1)[:, None]
+        score = tl.div_rn(share, whole)
+    tl.store(topk_idx_ptr + place, chosen_expert, mask=stored)
+    tl.store(scores_ptr + place, score * scale, mask=stored)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "scale"])
 def logits_gradient_kernel(
     logits_ptr,
     topk_idx_ptr,
@@ -100,19 +189,28 @@ def logits_gradient_kernel(
     scores_grad_ptr,
     out_ptr,
     tokens,
+    scale,
     E: tl.constexpr,
     K: tl.constexpr,
     OVER_ALL: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    NORM: tl.constexpr,
+    BY_LOGIT: tl.constexpr,
     TOKENS: tl.constexpr,
     EXPERTS_PADDED: tl.constexpr,
     K_PADDED: tl.constexpr,
 ):
-    """d(logits) from d(scores), through the softmax. Grid (ceil(T / TOKENS),).
+    """d(logits) from d(scores). Grid (ceil(T / TOKENS),). The constants are those of ``choose_kernel``.
 
     logits_ptr (T, E), scores_ptr and scores_grad_ptr (T, K), out_ptr (T, E): fp32; topk_idx_ptr (T, K) int64.
-    With scores s, their gradient g and G = sum over k of g * s, a chosen logit gets s * (g - G); if OVER_ALL, others
-    get -p * G, p being their share of the softmax. Scores 2/4 1/4 of three experts, OVER_ALL, g = 1 0: the chosen get
-    1/4 -1/8, the other -1/8.
+    With scores s, their gradient g and G = sum over k of g * s / scale, a chosen logit gets
+
+        softmax                     s * (g - G); if OVER_ALL, others get -p * G, p being ``scale`` times their share
+        SIGMOID                     s * g * sigmoid(-logit)
+        SIGMOID and NORM            s * (g - G) * sigmoid(-logit)
+
+    and others get 0. Scores 2/4 1/4 of three experts, OVER_ALL, g = 1 0: the chosen get 1/4 -1/8, the other -1/8.
+    Sigmoids 2/3 1/2, g = 1 0: 2/9 0; over their sum, scores 4/7 3/7: 4/49 -6/49.
     """
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     there = token < tokens
@@ -125,18 +223,29 @@ def logits_gradient_kernel(
     real = there[:, None] & (k_of < K)[None, :]
     score = tl.load(scores_ptr + slot, mask=real, other=0.0)
     total = tl.sum(score * tl.load(scores_grad_ptr + slot, mask=real, other=0.0), axis=1)
+    total = tl.div_rn(total, tl.full((TOKENS,), scale, tl.float32))
     for k in range(K):
         chosen = tl.load(topk_idx_ptr + token * K + k, mask=there, other=-1)
         own = tl.load(scores_grad_ptr + token * K + k, mask=there, other=0.0)
-        if not OVER_ALL:
+        if SIGMOID:
+            if NORM:
+                own -= total
+            logit_of_chosen = tl.load(logits_ptr + token * E + chosen, mask=there, other=0.0)
+            own = tl.load(scores_ptr + token * K + k, mask=there, other=0.0) * own * sigmoid(-logit_of_chosen)
+        elif not OVER_ALL:
             own = tl.load(scores_ptr + token * K + k, mask=there, other=0.0) * (own - total)
         grad = tl.where(expert[None, :] == chosen[:, None], own[:, None], grad)
     if OVER_ALL:
-        # The best logit's share is 1 over the sum that divides every share.
-        best = tl.load(topk_idx_ptr + token * K, mask=there, other=0)
-        top = tl.load(logits_ptr + token * E + best, mask=there, other=0.0)
-        unit = tl.load(scores_ptr + token * K, mask=there, other=0.0)
         logit = tl.load(logits_ptr + place, mask=inside, other=0.0)
+        if BY_LOGIT:
+            # The best logit's share is 1 over the sum that divides every share.
+            best = tl.load(topk_idx_ptr + token * K, mask=there, other=0)
+            top = tl.load(logits_ptr + token * E + best, mask=there, other=0.0)
+            unit = tl.load(scores_ptr + token * K, mask=there, other=0.0)
+        else:
+            top = tl.max(tl.where((expert < E)[None, :], logit, float("-inf")), axis=1)
+            whole = tl.sum(tl.where((expert < E)[None, :], exact_exp(logit - top[:, None]), 0.0), axis=1)
+            unit = tl.div_rn(tl.full((TOKENS,), scale, tl.float32), whole)
         grad = exact_exp(logit - top[:, None]) * unit[:, None] * (grad - total[:, None])
     tl.store(out_ptr + place, grad, mask=inside)
 
@@ -168,112 +277,146 @@ PARTS_BLOCK = 1024
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
 
-def route(x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions, workspace: Workspace) -> Routing:
-    """Logits ``x . router_w`` (T, E) fp32, the K largest of each token, and their scores.
+def route(x_TH: Tensor, weights: RouterWeights, options: RouterOptions, workspace: Workspace) -> Routing:
+    """Logits ``x . weight + bias`` (T, E) fp32, the experts of each token and their scores: see ``RouterConfig``.
 
-    Collective in backward, which sums the weight's gradient, and where shared memory for that sum has to grow.
+    Collective in backward, which sums the gradients of weight and bias, and where memory for that sum has to grow.
     """
-    if options.reduce_router_grad and router_w_EH.requires_grad:
+    trained = sum(w.numel() for w in (weights.weight, weights.bias) if w is not None and w.requires_grad)
+    if options.reduce_router_grad and trained > 0:
         # Also where gradients are off: under reentrant checkpointing a backward follows all the same.
-        reserve_sum(workspace, router_w_EH.numel())
+        reserve_sum(workspace, trained)
     if torch.is_grad_enabled():
         x_TH = savable(x_TH)
-    logits_TE = apply_function(RouterLogits, x_TH, router_w_EH, options, workspace)
-    topk_idx_TK, scores_TK = Choose.apply(logits_TE, options, workspace)
+    logits_TE = apply_function(RouterLogits, x_TH, weights.weight, weights.bias, options, workspace)
+    topk_idx_TK, scores_TK = Choose.apply(logits_TE, weights.correction, options, workspace)
     return Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK)
 
 
 class RouterLogits(torch.autograd.Function):
-    """x (T, H) and router_w (E, H) to logits (T, E) fp32. The options say whether router_w's gradient is summed.
+    """x (T, H), router_w (E, H) and router_b (E,) or None to logits (T, E) fp32.
 
-    Separate from ``Choose`` because a split backward, up to PyTorch 2.12, mixes up the gradients of a function with a
-    weight and several results.
+    The options say whether the gradients of router_w and router_b are summed over the group. Separate from ``Choose``
+    because a split backward, up to PyTorch 2.12, mixes up the gradients of a function with a weight and several
+    results.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions, workspace: Workspace) -> Tensor:
-        """``x . router_w``."""
+    def forward(
+        ctx: Any,
+        x_TH: Tensor,
+        router_w_EH: Tensor,
+        router_b_E: Tensor | None,
+        options: RouterOptions,
+        workspace: Workspace,
+    ) -> Tensor:
+        """``x . router_w``, rounded to fp32, plus router_b."""
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         ctx.reduced, ctx.workspace = options.reduce_router_grad, workspace
         ctx.step, ctx.call_lock = workspace.step, workspace.call_lock
         ctx.x_dtype, ctx.weight_dtype = x_TH.dtype, router_w_EH.dtype
+        ctx.bias_dtype = None if router_b_E is None else router_b_E.dtype
         ctx.save_for_backward(x_TH if needs_weight else None, router_w_EH if needs_x else None)
         with torch.autocast(x_TH.device.type, enabled=False):
-            return product(x_TH, router_w_EH.t(), torch.float32)
+            logits_TE = product(x_TH, router_w_EH.t(), torch.float32)
+        return logits_TE if router_b_E is None else logits_TE.add_(router_b_E)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        """Gradients of x and of the weight, each if it is required."""
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, of the weight and of the bias, each if it is required."""
         x_TH, router_w_EH = unpack_saved(ctx, ctx.workspace.group, ("x", "router_w"))
-        in_bf16_parts = ctx.x_dtype == ctx.weight_dtype == torch.bfloat16
-        grad_TPE = bf16_parts(grad_TE) if in_bf16_parts else grad_TE.unsqueeze(1)
-        _, parts, num_experts = grad_TPE.shape
-        x_grad = None
+        x_grad = weight_grad = None
+        if x_TH is not None or router_w_EH is not None:
+            in_bf16_parts = ctx.x_dtype == ctx.weight_dtype == torch.bfloat16
+            grad_TPE = bf16_parts(grad_TE) if in_bf16_parts else grad_TE.unsqueeze(1)
+            _, parts, num_experts = grad_TPE.shape
         if router_w_EH is not None:
             # One product over all P * E numbers.
             x_grad = product(grad_TPE.flatten(1), router_w_EH.repeat(parts, 1), ctx.x_dtype)
-        if x_TH is None:
-            return x_grad, None, None, None
-        by_part = product(grad_TPE.flatten(1).t(), x_TH, torch.float32)
-        weight_grad = by_part.view(parts, num_experts, -1).sum(dim=0)
-        if ctx.reduced:
+        if x_TH is not None:
+            by_part = product(grad_TPE.flatten(1).t(), x_TH, torch.float32)
+            weight_grad = by_part.view(parts, num_experts, -1).sum(dim=0)
+        bias_grad = grad_TE.sum(dim=0) if ctx.needs_input_grad[2] else None
+        if ctx.reduced and any(ctx.needs_input_grad[1:3]):
             ctx.workspace.enter(Phase.ROUTER, ctx.step, backward=True)
-            weight_grad = sum_over_ranks(weight_grad, ctx.workspace)
-        return x_grad, weight_grad.to(ctx.weight_dtype), None, None
+            add = partial(sum_over_ranks, workspace=ctx.workspace)
+            weight_grad, bias_grad = summed_together((weight_grad, bias_grad), add)
+        weight_grad = None if weight_grad is None else weight_grad.to(ctx.weight_dtype)
+        return x_grad, weight_grad, None if bias_grad is None else bias_grad.to(ctx.bias_dtype), None, None
 
 
 class Choose(torch.autograd.Function):
     """Logits (T, E) fp32 to choices (T, K) int64 and their scores (T, K) fp32. Not collective."""
 
     @staticmethod
-    def forward(ctx: Any, logits_TE: Tensor, options: RouterOptions, workspace: Workspace) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits_TE: Tensor, correction_E: Tensor | None, options: RouterOptions, workspace: Workspace
+    ) -> tuple[Tensor, Tensor]:
         """Choices, scores."""
-        chosen = choose_experts(logits_TE, options)
+        chosen = choose_experts(logits_TE, options, correction_E)
         ctx.mark_non_differentiable(chosen.topk_idx)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.group, ctx.call_lock = options, workspace.group, workspace.call_lock
+        ctx.corrected = correction_E is not None
         ctx.save_for_backward(logits_TE, chosen.topk_idx, chosen.topk_scores)
         return chosen.topk_idx, chosen.topk_scores
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: None, scores_grad_TK: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, _: None, scores_grad_TK: Tensor) -> tuple[Tensor, None, None, None]:
         """Gradient of the logits, (T, E)."""
         logits_TE, topk_idx_TK, scores_TK = unpack_saved(ctx, ctx.group, ("router_logits", "topk_idx", "scores"))
         routing = Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK)
-        return logits_gradient(routing, scores_grad_TK, ctx.options), None, None
+        return logits_gradient(routing, scores_grad_TK, ctx.options, corrected=ctx.corrected), None, None, None
 
 
-def choose_experts(logits_TE: Tensor, options: RouterOptions) -> Routing:
-    """The K largest logits (fp32, contiguous) of each row, descending, equal ones by ascending expert; their scores."""
+def choose_experts(logits_TE: Tensor, options: RouterOptions, correction_E: Tensor | None = None) -> Routing:
+    """The experts and scores of each token from its logits (fp32, contiguous), by the rules of ``RouterConfig``."""
     num_tokens, top_k = logits_TE.shape[0], options.top_k
     topk_idx_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits_TE.device)
     scores_TK = logits_TE.new_empty(num_tokens, top_k)
-    _over_tokens(choose_kernel, (logits_TE, topk_idx_TK, scores_TK), options)
+    given = options if options.limits_groups else replace(options, num_groups=1, top_groups=1, group_top=1)
+    groups = {"GROUPS": given.num_groups, "TOP_GROUPS": given.top_groups, "GROUP_TOP": given.group_top}
+    constants = _score_constants(options, corrected=correction_E is not None) | groups
+    constants["BY_SHARE"] = not constants["BY_LOGIT"] and options.score_order is ScoreOrder.SOFTMAX_THEN_TOPK
+    padded = {"CORRECTED": correction_E is not None, "GROUPS_PADDED": triton.next_power_of_2(given.num_groups)}
+    # Without a correction nothing is read there.
+    correction_E = logits_TE if correction_E is None else correction_E
+    _over_tokens(choose_kernel, (logits_TE, topk_idx_TK, scores_TK, correction_E), options, constants | padded)
     return Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK)
 
 
-def logits_gradient(routing: Routing, scores_grad_TK: Tensor, options: RouterOptions) -> Tensor:
-    """d(logits) from the gradient of the scores, (T, E) fp32."""
+def logits_gradient(
+    routing: Routing, scores_grad_TK: Tensor, options: RouterOptions, *, corrected: bool = False
+) -> Tensor:
+    """d(logits) from the gradient of the scores, (T, E) fp32. corrected: the choice went by a correction, too."""
     grad_TE = torch.empty_like(routing.logits)
     given = (routing.logits, routing.topk_idx, routing.topk_scores, scores_grad_TK.contiguous())
-    _over_tokens(logits_gradient_kernel, (*given, grad_TE), options)
+    _over_tokens(logits_gradient_kernel, (*given, grad_TE), options, _score_constants(options, corrected=corrected))
     return grad_TE
 
 
-def _over_tokens(kernel: Any, pointers: tuple[Tensor, ...], options: RouterOptions) -> None:
+def _score_constants(options: RouterOptions, *, corrected: bool) -> dict[str, Any]:
+    """Constants of both kernels."""
+    is_sigmoid, norm = options.score_function is ScoreFunction.SIGMOID, options.norm_topk_probs
+    # Shares of all experts, divided by the sum of those of the chosen, are shares of the chosen.
+    over_all = not is_sigmoid and options.score_order is ScoreOrder.SOFTMAX_THEN_TOPK and not norm
+    by_logit = not (corrected or options.limits_groups)
+    return {"OVER_ALL": over_all, "SIGMOID": is_sigmoid, "NORM": is_sigmoid and norm, "BY_LOGIT": by_logit}
+
+
+def _over_tokens(
+    kernel: Any, pointers: tuple[Tensor, ...], options: RouterOptions, constants: Mapping[str, Any]
+) -> None:
     """Launch ``kernel`` over tiles of tokens; its first argument is the logits (T, E)."""
     (num_tokens, num_experts), device = pointers[0].shape, pointers[0].device
     experts, k = triton.next_power_of_2(num_experts), triton.next_power_of_2(options.top_k)
     tokens = max(1, TILE_LOGITS // experts)
-    # Shares of all experts, divided by the sum of those of the chosen, are shares of the chosen.
-    over_all = options.score_order is ScoreOrder.SOFTMAX_THEN_TOPK and not options.norm_topk_probs
-    constants = {"E": num_experts, "K": options.top_k, "OVER_ALL": over_all}
-    padded = {"TOKENS": tokens, "EXPERTS_PADDED": experts, "K_PADDED": k}
+    sizes = {"E": num_experts, "K": options.top_k, "TOKENS": tokens, "EXPERTS_PADDED": experts, "K_PADDED": k}
     warps = min(max(4, tokens * experts // TILE_LOGITS), MOST_WARPS)
-    grid = (triton.cdiv(num_tokens, tokens),)
-    launch(kernel, grid, *pointers, num_tokens, device=device, num_warps=warps, **constants, **padded)
+    grid, numbers = (triton.cdiv(num_tokens, tokens),), (num_tokens, options.scale)
+    launch(kernel, grid, *pointers, *numbers, device=device, num_warps=warps, **sizes, **constants)
 
 
 def bf16_parts(grad_TE: Tensor) -> Tensor:

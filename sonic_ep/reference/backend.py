@@ -8,7 +8,7 @@ from sonic_ep.autograd_utils import (
     disable_autocast_in_backward,
     outside_selective_checkpoint,
 )
-from sonic_ep.backend import Backend, Experts, LayerOutput, Routing, Slots
+from sonic_ep.backend import Backend, Experts, LayerOutput, RouterWeights, Routing, Slots
 from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.distributed.collectives import BoundedCollectives
@@ -35,11 +35,12 @@ class ReferenceBackend(Backend):
         """An exchange of tags."""
         self._collectives.sync(Phase.SYNC, device)
 
-    def route(self, x_TH: Tensor, router_w_EH: Tensor, options: RouterOptions) -> Routing:
+    def route(self, x_TH: Tensor, weights: RouterWeights, options: RouterOptions) -> Routing:
         """See ``sonic_ep.reference.router``."""
         with torch.autocast(x_TH.device.type, enabled=False):
-            routing = route(x_TH, router_w_EH, options, self._collectives)
-        disable_autocast_in_backward((routing.topk_scores, routing.logits), (x_TH, router_w_EH))
+            routing = route(x_TH, weights, options, self._collectives)
+        given = (x_TH, weights.weight, weights.bias)
+        disable_autocast_in_backward((routing.topk_scores, routing.logits), given)
         return routing
 
     def check_expert_ids(self, topk_idx_TK: Tensor, num_experts: int) -> None:

@@ -8,16 +8,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sonic_ep.backend import Experts
-from sonic_ep.config import RouterOptions, ScoreOrder
+from sonic_ep.config import RouterConfig, ScoreFunction, ScoreOrder
+
+# Added to the sum of a token's sigmoids before they are divided by it.
+LEAST_SUM = 1e-20
 
 
-def dense_scores(logits_TE: Tensor, topk_idx_TK: Tensor, options: RouterOptions) -> Tensor:
-    """Scores (T, K) of the chosen experts, in the dtype of the logits."""
-    if options.score_order is ScoreOrder.SOFTMAX_THEN_TOPK:
-        scores_TK = F.softmax(logits_TE, dim=1).gather(1, topk_idx_TK)
-    else:
-        scores_TK = F.softmax(logits_TE.gather(1, topk_idx_TK), dim=1)
-    return scores_TK / scores_TK.sum(dim=1, keepdim=True) if options.norm_topk_probs else scores_TK
+def dense_base(logits_TE: Tensor, config: RouterConfig) -> Tensor:
+    """The base of every expert (T, E) as ``RouterConfig`` has it: logits, shares of their softmax, or sigmoids."""
+    if config.score_function is ScoreFunction.SIGMOID:
+        return logits_TE.sigmoid()
+    return F.softmax(logits_TE, dim=1) if config.score_order is ScoreOrder.SOFTMAX_THEN_TOPK else logits_TE
+
+
+def dense_scores(logits_TE: Tensor, topk_idx_TK: Tensor, config: RouterConfig) -> Tensor:
+    """Scores (T, K) of the chosen experts as ``RouterConfig`` has them, in the dtype of the logits."""
+    scores_TK = dense_base(logits_TE, config).gather(1, topk_idx_TK)
+    is_sigmoid = config.score_function is ScoreFunction.SIGMOID
+    if not is_sigmoid and config.score_order is ScoreOrder.TOPK_THEN_SOFTMAX:
+        scores_TK = F.softmax(scores_TK, dim=1)
+    if config.norm_topk_probs:
+        total_T1 = scores_TK.sum(dim=1, keepdim=True)
+        scores_TK = scores_TK / (total_T1 + LEAST_SUM if is_sigmoid else total_T1)
+    return scores_TK if config.scale == 1 else scores_TK * config.scale
 
 
 def dense_moe(x_TH: Tensor, topk_idx_TK: Tensor, topk_scores_TK: Tensor, experts: Experts) -> Tensor:

@@ -174,7 +174,8 @@ class RouterCall(LayerCall):
 
     def forward(self, ep: ExpertParallel) -> Outcome:
         """``ep.moe``."""
-        out = ep.moe(**self.arguments, **vars(self.options))
+        top_k, reduced = self.options.top_k, self.options.reduce_router_grad
+        out = ep.moe(**self.arguments, top_k=top_k, router=self.options, reduce_router_grad=reduced)
         return {"y": out.y, LOGITS: out.router_logits, "tokens_per_expert": out.tokens_per_expert}
 
     def dense(self, tokens: Leaves, weights: Leaves, place: slice) -> Outcome:

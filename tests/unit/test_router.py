@@ -13,7 +13,7 @@ from routers import randn
 from torch import Tensor
 from workspaces import new_workspace, workspace_of
 
-from sonic_ep.backend import Routing
+from sonic_ep.backend import RouterWeights, Routing
 from sonic_ep.config import RouterOptions, ScoreOrder
 from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.distributed.group import resolve_group
@@ -34,11 +34,12 @@ def inputs(rank: Rank, dtype: torch.dtype = torch.float32, tokens: int = 6) -> t
 def routed(rank: Rank, backend: str, x_TH: Tensor, weight_EH: Tensor, options: RouterOptions = TOP_2) -> Routing:
     """Collective, over the world."""
     group = resolve_group(None)
+    weights = RouterWeights(weight=weight_EH)
     if backend == "reference":
-        return route(x_TH, weight_EH, options, BoundedCollectives(group))
+        return route(x_TH, weights, options, BoundedCollectives(group))
     from sonic_ep.fast.router import route as fast_route
 
-    return fast_route(x_TH, weight_EH, options, new_workspace(rank))
+    return fast_route(x_TH, weights, options, new_workspace(rank))
 
 
 def chosen(backend: str, logits_TE: Tensor, top_k: int) -> Tensor:
@@ -251,13 +252,13 @@ def test_memory_of_a_frozen_router_and_of_one_that_a_backward_may_follow(rank: R
     with workspace_of(rank) as workspace:
         buffers = set(workspace._buffers)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logits = fast_route(x, weight, TOP_2, workspace).logits
+            logits = fast_route(x, RouterWeights(weight=weight), TOP_2, workspace).logits
         logits.sum().backward()
         assert (weight.data_ptr() in saved, x.data_ptr() in saved) == (True, False)
         assert workspace._buffers.keys() == buffers, "a frozen router"
         # Under reentrant checkpointing forward runs without gradients, and a backward follows.
         with torch.no_grad():
-            fast_route(x, weight.clone().requires_grad_(), TOP_2, workspace)
+            fast_route(x, RouterWeights(weight=weight.clone().requires_grad_()), TOP_2, workspace)
         assert len(workspace._buffers) == len(buffers) + 1
-        fast_route(x, weight.requires_grad_(), TOP_2, workspace).logits.sum().backward()
+        fast_route(x, RouterWeights(weight=weight.requires_grad_()), TOP_2, workspace).logits.sum().backward()
         assert len(workspace._buffers) == len(buffers) + 1
