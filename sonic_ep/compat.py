@@ -128,7 +128,7 @@ def first_of_share(weight: Any) -> tuple[int, ...]:
 
 
 def ranks_reduced_by_ddp(parameters: Iterable[Tensor]) -> list[int]:
-    """The ranks of the world over which ``DistributedDataParallel``, in whose forward this is, averages any of these."""
+    """The ranks over which the ``DistributedDataParallel`` whose forward is running averages any of ``parameters``."""
     ddp = torch.nn.parallel.DistributedDataParallel._active_ddp_module
     if ddp is None:
         return []

@@ -14,7 +14,7 @@ from sonic_ep.api import ExpertParallel, MoEOutput
 from sonic_ep.checks import ROW_DTYPES, ArgumentChecker, check_experts_divide
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.router import SEEDS, Router, normal
-from sonic_ep.sharding import Share, mesh_of, originals, sharded
+from sonic_ep.sharding import Share, is_dtensor, mesh_of, originals, sharded
 
 WEIGHTS = ("w1", "w2", "b1", "b2")
 ONE_PROCESS = EPGroup(rank=0, world_size=1)
@@ -26,10 +26,10 @@ class Experts(nn.Module):
     hidden_size H, intermediate_size I, num_experts E (a multiple of W); activation, gate_layout: of
     ``ExpertParallel.moe``; ``bias`` adds b1 and b2. Construction is collective where there is an ``ep``.
 
-    Parameters: w1 (E, 2I, H) for gated activations, else (E, I, H); w2 (E, H, I); b1 (E, 2I or I); b2 (E, H). On
-    several ranks they are DTensors, ``Shard(0)`` on ``ep.mesh``, or on a mesh made of its group, so that checkpoints, FSDP2,
-    gradient clipping and optimizers see one tensor of all experts. Gradients are sums over all tokens of the group,
-    undivided.
+    Parameters: w1 (E, 2I, H) for gated activations, else (E, I, H); w2 (E, H, I); b1 (E, 2I or I); b2 (E, H). Over
+    several ranks they are DTensors, ``Shard(0)`` on ``ep.mesh``, or on a mesh made of its group, so that checkpoints,
+    FSDP2, gradient clipping and optimizers see one tensor of all experts. Gradients are sums over all tokens of the
+    group, undivided.
 
     distribute=False: plain tensors of this rank's experts, (E/W, ...), for tools that refuse DTensors. The names under
     which modules, optimizers and checkpoints know them carry the rank, ``w1@0/2``, since those of other ranks are no
@@ -76,13 +76,14 @@ class Experts(nn.Module):
             shapes |= {"b1": (width,), "b2": (hidden_size,)}
         held = num_experts // self.group.world_size
         mesh = mesh_of(ep.group, ep.mesh, device) if ep is not None and distribute else None
-        if not distribute and self.group.world_size > 1:
+        self._marked = not distribute and self.group.world_size > 1
+        if self._marked:
             self._names = {name: f"{name}@{self.group.rank}/{self.group.world_size}" for name in WEIGHTS}
         for name, registered in self._names.items():
             local = torch.empty(held, *shapes[name], device=device, dtype=dtype) if name in shapes else None
             weight = local if local is None or mesh is None else sharded(local, mesh)
             self.register_parameter(registered, None if weight is None else nn.Parameter(weight))
-            if weight is not None and registered != name:
+            if weight is not None and self._marked:
                 # For ``sonic_ep.parallel.clip_grad_norm_``: its norm would differ over ranks.
                 getattr(self, name).is_share_of_experts = True
         self.reset_parameters()
@@ -110,7 +111,12 @@ class Experts(nn.Module):
             raise ValueError(f"{self.group}: Experts.shard: these experts are spread over an ExpertParallel already")
         check_experts_divide(ArgumentChecker(group=ep.group), self.num_experts)
         held = self.num_experts // ep.world_size
-        for name, whole in originals(ep.group, self, WEIGHTS).items():
+        whole_weights = originals(ep.group, self, WEIGHTS)
+        if any(is_dtensor(whole) for whole in whole_weights.values()):
+            raise ValueError(
+                f"{ep.group}: Experts.shard: got weights that are DTensors, expected it before fully_shard"
+            )
+        for name, whole in whole_weights.items():
             mesh = mesh_of(ep.group, ep.mesh, whole.device)
             local = whole.detach()[ep.rank * held :][:held].clone()
             weight = local if mesh is None else sharded(local, mesh)
@@ -125,7 +131,7 @@ class Experts(nn.Module):
         *,
         router: Router | None = None,
     ) -> Tensor | MoEOutput:
-        """x (T, H) or (..., H) to the weighted sums of the chosen experts' outputs, shaped as x. Collective.
+        """The weighted sums of the outputs of each token's experts, for x (T, H) or (..., H). Collective.
 
         With topk_idx and topk_scores (T, K): y, as ``ExpertParallel.moe_routed``. With ``router``: ``MoEOutput``, as
         ``ExpertParallel.moe``.
@@ -164,6 +170,7 @@ class Experts(nn.Module):
 
     @property
     def group(self) -> EPGroup:
+        """The ranks that the experts are spread over."""
         return ONE_PROCESS if self.ep is None else self.ep.group
 
     def __getattr__(self, name: str) -> Any:
@@ -188,13 +195,14 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def _fill(self, held: dict[str, Tensor], seed: int) -> None:
-        for place, (name, weight) in enumerate(held.items()):
-            # A plain weight has all experts, or is this rank's share.
-            share = Share.of(weight, first=0 if len(weight) == self.num_experts else self.group.rank * len(weight))
+        # A plain share begins at this rank's first expert, whose number its rows do not know.
+        before = self.group.rank * self.num_experts // self.group.world_size if self._marked else 0
+        for place, (name, weight) in enumerate(held.items(), start=1):
+            share = Share.of(weight)
             if name.startswith("b"):
                 share.local.zero_()
             else:
-                share.fill_rows(partial(_fill_expert, seed=seed + 1 + place))
+                share.fill_rows(partial(_fill_expert, seed=seed + place + 2 * before))
 
     def drawn_seed(self, device: torch.device) -> int:
         """Collective. A new seed, the same on every rank: rank 0's."""

@@ -63,13 +63,14 @@ class MoE(nn.Module):
         of_experts: dict[str, Any] = {"activation": activation, "gate_layout": gate_layout, "device": device}
         of_experts |= {"bias": bias, "distribute": distribute, "dtype": dtype}
         self.experts = Experts(hidden_size, intermediate_size, num_experts, ep, **of_experts)
-        of_router = {"bias": router_bias, "correction_bias": correction_bias, "reduce_grad": reduce_router_grad}
         self.router = Router(
             hidden_size,
             num_experts,
             top_k,
             config,
-            **{name: checker.flag(name, value) for name, value in of_router.items()},
+            bias=checker.flag("router_bias", router_bias),
+            correction_bias=checker.flag("correction_bias", correction_bias),
+            reduce_grad=checker.flag("reduce_router_grad", reduce_router_grad),
             device=self.experts.w2.device,
             dtype=self.experts.w2.dtype if router_dtype is None else router_dtype,
         )

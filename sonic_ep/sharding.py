@@ -92,13 +92,12 @@ class Share:
     first: tuple[int, ...]
 
     @staticmethod
-    def of(weight: Any, first: int = 0) -> "Share":
-        """The share of a DTensor, or a plain weight, whose first row is row ``first`` of the whole."""
+    def of(weight: Any) -> "Share":
+        """The share of a DTensor; a plain weight is whole."""
         if is_dtensor(weight):
             local = weight.to_local()
             return Share(local=local, shape=tuple(weight.shape), first=compat.first_of_share(weight))
-        rows, *others = weight.shape
-        return Share(local=weight, shape=(first + rows, *others), first=(first, *(0 for _ in others)))
+        return Share(local=weight, shape=tuple(weight.shape), first=(0,) * weight.ndim)
 
     def fill(self, whole: Callable[[Tensor], None]) -> None:
         """Fill with this share of what ``whole`` writes into a tensor of the whole shape."""
@@ -121,7 +120,7 @@ class Share:
 
 
 def originals(where: object, module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """By name, the weights of ``module`` that are not None, or the originals that ``torch.nn.utils`` computes them from.
+    """The weights of ``module`` that are not None, or the originals that ``torch.nn.utils`` computes them from, by name.
 
     Raises ``TypeError`` for a weight computed from several tensors, and for a DTensor that is not sharded or
     replicated.
