@@ -17,6 +17,7 @@ Backward::
 import importlib
 from typing import TYPE_CHECKING
 
+from sonic_ep.activation import Activation, Swiglu
 from sonic_ep.api import ExpertParallel, MoEOutput, moe
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig, ScoreOrder
 from sonic_ep.errors import (
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Activation",
     "BackendUnavailableError",
     "ClosedError",
     "CollectiveMismatchError",
@@ -60,6 +62,7 @@ __all__ = [
     "RowOverflowError",
     "ScoreOrder",
     "SharedMemoryError",
+    "Swiglu",
     "moe",
 ]
 

@@ -56,18 +56,18 @@ def between(rank: Rank, name: str, layout: str, dtype: torch.dtype) -> SimpleNam
     group_ends = torch.tensor(GROUP_ENDS, dtype=torch.int32, device=rank.device)
     slot_of_row = torch.cat([slots, slots.new_full((BEHIND,), -1)]).int()
     sizes = {"experts_per_rank": len(GROUP_ENDS), "row_capacity": ROWS + BEHIND}
-    unused = torch.empty(len(GROUP_ENDS), 5, WIDTH, device=rank.device, dtype=dtype)
     plan = SimpleNamespace(group_ends=group_ends, slot_of_row=slot_of_row, **sizes)
-    experts = Experts(w1=unused, w2=unused, b1=None, b2=None, activation=activation, layout=GATE_LAYOUTS[layout])
     expert_of_row = torch.searchsorted(group_ends, torch.arange(ROWS, device=rank.device), right=True)
     of_rows = {"score_of_row": scores[slots].double()[:, None], "expert_of_row": expert_of_row}
-    return SimpleNamespace(hidden=hidden, grad=grad, scores=scores, plan=plan, experts=experts, **of_rows)
+    form = (activation, GATE_LAYOUTS[layout])
+    return SimpleNamespace(hidden=hidden, grad=grad, scores=scores, plan=plan, form=form, **of_rows)
 
 
 def by_autograd(given: SimpleNamespace, dtype: torch.dtype) -> dict[str, Tensor]:
     """Activation and gradients in ``dtype``, by PyTorch."""
     hidden = given.hidden[:ROWS].to(dtype).requires_grad_()
-    activated = given.experts.activation(hidden, given.experts.layout)
+    activation, layout = given.form
+    activated = activation(hidden, layout)
     (hidden_grad,) = torch.autograd.grad(activated, hidden, (given.grad[:ROWS].double() * given.score_of_row).to(dtype))
     weighted = (activated.detach().double() * given.score_of_row).to(dtype)
     return {"activated": activated.detach(), "hidden": hidden_grad, "weighted": weighted}
@@ -78,19 +78,19 @@ def by_autograd(given: SimpleNamespace, dtype: torch.dtype) -> dict[str, Tensor]
 @pytest.mark.parametrize("layout", GATE_LAYOUTS)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_and_their_gradients_by_kernels(rank: Rank, name: str, layout: str) -> None:
-    from sonic_ep.fast.experts import activate, activate_backward
+    from sonic_ep.fast.activation import activate, activate_backward
 
     for dtype in (*FLOATS, torch.float16):
         given = between(rank, name, layout, dtype)
         truth, plain = by_autograd(given, torch.float64), by_autograd(given, dtype)
-        activated = activate(given.hidden, given.experts, given.plan)
-        found = activate_backward(given.hidden, given.grad.clone(), given.scores, given.experts, given.plan)
-        got = {"activated": activated, "hidden": found.hidden, "weighted": found.weighted}
+        activated = activate([given.hidden], *given.form, given.plan)
+        found = activate_backward([given.hidden], given.grad.clone(), given.scores, *given.form, given.plan)
+        got = {"activated": activated, "hidden": found.hidden[0], "weighted": found.weighted}
         for what, rows in got.items():
             assert_as_accurate(rows[:ROWS], truth[what], plain[what], f"{what} of {name}, {dtype}")
         # Rows past the valid ones are not written, even where their values are finite.
-        sevens = (torch.full_like(given.hidden, 7.0), torch.full_like(given.grad, 7.0))
-        weighted = activate_backward(*sevens, given.scores, given.experts, given.plan).weighted
+        sevens = ([torch.full_like(given.hidden, 7.0)], torch.full_like(given.grad, 7.0))
+        weighted = activate_backward(*sevens, given.scores, *given.form, given.plan).weighted
         assert weighted[ROWS:].eq(7).all()
         assert_near(found.dots[:ROWS], (given.grad[:ROWS].double() * truth["activated"]).sum(dim=1), 100)
 
@@ -101,17 +101,17 @@ def test_activations_and_their_gradients_by_kernels(rank: Rank, name: str, layou
 @pytest.mark.parametrize("name", ["silu", "gelu", "relu", "relu_sq"])
 def test_nan_and_the_ends_of_the_range(rank: Rank, name: str, dtype: torch.dtype) -> None:
     """NaN stays NaN and reaches no other number; the ends of the range have the limits of the activation."""
-    from sonic_ep.fast.experts import activate, activate_backward
+    from sonic_ep.fast.activation import activate, activate_backward
 
     given = between(rank, name, "concat", dtype)
     given.hidden[:ROWS, :5] = torch.tensor([NAN, -1e30, 1e4, -0.0, -1e4], device=rank.device).to(dtype)
-    activated = activate(given.hidden, given.experts, given.plan)[:ROWS]
+    activated = activate([given.hidden], *given.form, given.plan)[:ROWS]
     assert activated[:, 0].isnan().all()
     assert activated[:, [1, 3, 4]].eq(0).all()
     assert_bitwise(activated[:, 2], given.hidden[:ROWS, 2] ** (2 if name == "relu_sq" else 1))
     assert activated[:, 1:].isfinite().all()
-    found = activate_backward(given.hidden, given.grad.clone(), given.scores, given.experts, given.plan)
-    assert found.hidden[:ROWS, 1:].isfinite().all()
+    found = activate_backward([given.hidden], given.grad.clone(), given.scores, *given.form, given.plan)
+    assert found.hidden[0][:ROWS, 1:].isfinite().all()
 
 
 @promise("fp32")
