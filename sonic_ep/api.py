@@ -334,7 +334,7 @@ def facts_of(x_NH: Tensor, experts: Experts | None = None) -> dict[str, object]:
     """What has to be the same on every rank of a call with these rows and experts."""
     facts: dict[str, object] = {"H": x_NH.shape[1], "dtype": x_NH.dtype, "device": x_NH.device.type}
     if experts is not None:
-        shapes = [tuple(weight.shape) for weight in experts.up_weights]
+        shapes = tuple(tuple(weight.shape) for weight in experts.up_weights)
         facts |= {"w1": shapes[0] if len(shapes) == 1 else shapes}
         facts |= {"w1 trained": any(weight.requires_grad for weight in experts.up_weights)}
         facts |= {"biases": experts.b1 is not None, "activation": experts.activation.identity}
