@@ -52,8 +52,15 @@ class Activation:
                 raise TypeError(f"Activation: {name}: got {getattr(self, name)!r}, expected {expected}")
 
     @property
+    def is_own(self) -> bool:
+        """Whether this is one of ``ACTIVATIONS``."""
+        return self == ACTIVATIONS.get(self.name)
+
+    @property
     def identity(self) -> str:
-        """What has to be the same on every rank, the same text in every process."""
+        """What has to be the same on every rank, the same text in every process: of this library's own, the name."""
+        if self.is_own:
+            return self.name
         function = getattr(self.pointwise, "__qualname__", type(self.pointwise).__name__)
         return f"{self.name} ({'gated' if self.gated else 'not gated'}, {function})"
 
@@ -106,21 +113,15 @@ class Swiglu(Activation):
     @property
     def identity(self) -> str:
         """The numbers, or "swiglu" where they are its."""
-        return self.name if self.is_plain else repr(self)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether this is "swiglu"."""
-        return (self.alpha, self.limit, self.up_offset) == (1.0, math.inf, 0.0)
+        return self.name if self.is_own else repr(self)
 
     def of_gate_and_up(self, gate: Tensor, up: Tensor) -> Tensor:
         """The formula, differentiable."""
-        if self.is_plain:
+        if self.is_own:
             return super().of_gate_and_up(gate, up)
-        if self.limit < math.inf:
-            # Not ``clamp``, so that NaN stays NaN in the gradient too.
-            gate = torch.where(gate.detach() > self.limit, self.limit, gate)
-            up = torch.where(up.detach().abs() > self.limit, up.detach().clamp(-self.limit, self.limit), up)
+        # Not ``clamp``, so that NaN stays NaN in the gradient too.
+        gate = torch.where(gate.detach() > self.limit, self.limit, gate)
+        up = torch.where(up.detach().abs() > self.limit, up.detach().clamp(-self.limit, self.limit), up)
         if self.up_offset != 0:
             up = up + self.up_offset
         return up * (gate * torch.sigmoid(self.alpha * gate))

@@ -266,7 +266,7 @@ class HiddenGradient:
 
 def raise_without_kernel(where: object, activation: Activation) -> None:
     """Raise ``ValueError`` for an activation other than this library's own."""
-    if isinstance(activation, Swiglu) or activation == ACTIVATIONS.get(activation.name):
+    if isinstance(activation, Swiglu) or activation.is_own:
         return
     names = ", ".join(map(repr, ACTIVATIONS))
     expected = f"one that backend 'fast' has kernels for: {names}, or a sonic_ep.Swiglu (backend='reference' takes any)"
