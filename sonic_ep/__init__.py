@@ -17,6 +17,7 @@ Backward::
 import importlib
 from typing import TYPE_CHECKING
 
+from sonic_ep.activation import Activation, Swiglu
 from sonic_ep.api import ExpertParallel, moe
 from sonic_ep.backend import MoEOutput, RoutedOutput
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig, RouterConfig, ScoreFunction, ScoreOrder
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Activation",
     "BackendUnavailableError",
     "ClosedError",
     "CollectiveMismatchError",
@@ -66,6 +68,7 @@ __all__ = [
     "ScoreFunction",
     "ScoreOrder",
     "SharedMemoryError",
+    "Swiglu",
     "moe",
 ]
 

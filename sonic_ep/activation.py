@@ -1,14 +1,16 @@
 """Activations, and the layouts of gate and up. Computed in fp32 (fp64 for fp64), rounded once to the input's dtype."""
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+NUMBERS = torch.finfo(torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +34,35 @@ class GateLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class Activation:
-    """``pointwise(hidden)`` or, if gated, ``up * pointwise(gate)``."""
+    """``pointwise(hidden)`` or, if gated, ``up * pointwise(gate)``. The caller's own run on backend "reference".
+
+    pointwise: element by element and differentiable; takes and returns fp32, or fp64. Raises ``TypeError`` for fields
+    of another type.
+    """
 
     name: str
     gated: bool
     pointwise: Callable[[Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        kinds = {"name": isinstance(self.name, str), "gated": isinstance(self.gated, bool)}
+        for name, right in (kinds | {"pointwise": callable(self.pointwise)}).items():
+            if not right:
+                expected = "a name, True or False, and a function of a tensor"
+                raise TypeError(f"Activation: {name}: got {getattr(self, name)!r}, expected {expected}")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this is one of ``ACTIVATIONS``."""
+        return self == ACTIVATIONS.get(self.name)
+
+    @property
+    def identity(self) -> str:
+        """What has to be the same on every rank, the same text in every process: of this library's own, the name."""
+        if self.is_own:
+            return self.name
+        function = getattr(self.pointwise, "__qualname__", type(self.pointwise).__name__)
+        return f"{self.name} ({'gated' if self.gated else 'not gated'}, {function})"
 
     def up_width(self, intermediate_size: int) -> int:
         """Outputs of the up-projection: 2I if gated, else I."""
@@ -48,16 +74,70 @@ class Activation:
         if not self.gated:
             return self.pointwise(wide).to(hidden.dtype)
         gate, up = layout.split(wide)
-        return (up * self.pointwise(gate)).to(hidden.dtype)
+        return self.of_gate_and_up(gate, up).to(hidden.dtype)
+
+    def of_gate_and_up(self, gate: Tensor, up: Tensor) -> Tensor:
+        """``up * pointwise(gate)``."""
+        return up * self.pointwise(gate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swiglu(Activation):
+    """``(clamp(up, -limit, limit) + up_offset) * g * sigmoid(alpha * g)`` with ``g = min(gate, limit)``.
+
+    ``Swiglu()`` is "swiglu"; GPT-OSS has ``Swiglu(alpha=1.702, limit=7.0, up_offset=1.0)``. The gradient is 0 beyond
+    the limit and passes at it, as that of ``torch.clamp``; NaN stays NaN.
+
+    Raises ``ValueError`` unless alpha > 0, limit > 0 (infinite: none), and all but limit are finite, in fp32.
+    """
+
+    name: str = field(default="swiglu", init=False, repr=False)
+    gated: bool = field(default=True, init=False, repr=False)
+    pointwise: Callable[[Tensor], Tensor] = field(default_factory=lambda: F.silu, init=False, repr=False)
+    alpha: float = 1.0
+    limit: float = math.inf
+    up_offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("alpha", "limit", "up_offset"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            fits = number and (abs(value) <= NUMBERS.max or (name == "limit" and value == math.inf))
+            if not (fits and (name == "up_offset" or value >= NUMBERS.tiny)):
+                expected = {"up_offset": "a finite number", "limit": "a number above 0, or math.inf"}
+                expected_one = expected.get(name, "a finite number above 0")
+                raise ValueError(f"Swiglu: {name}: got {value!r}, expected {expected_one}, that fp32 holds")
+            object.__setattr__(self, name, float(value))
+
+    @property
+    def identity(self) -> str:
+        """The numbers, or "swiglu" where they are its."""
+        return self.name if self.is_own else repr(self)
+
+    def of_gate_and_up(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The formula, differentiable."""
+        if self.is_own:
+            return super().of_gate_and_up(gate, up)
+        # Not ``clamp``, so that NaN stays NaN in the gradient too.
+        gate = torch.where(gate.detach() > self.limit, self.limit, gate)
+        up = torch.where(up.detach().abs() > self.limit, up.detach().clamp(-self.limit, self.limit), up)
+        if self.up_offset != 0:
+            up = up + self.up_offset
+        return up * (gate * torch.sigmoid(self.alpha * gate))
 
 
 def _relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-_gelu_tanh = partial(F.gelu, approximate="tanh")
+# A function, which copies and pickles as itself: backends compare it.
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
 _ALL = (
-    Activation(name="swiglu", gated=True, pointwise=F.silu),
+    Swiglu(),
     Activation(name="geglu", gated=True, pointwise=_gelu_tanh),
     Activation(name="reglu", gated=True, pointwise=F.relu),
     Activation(name="silu", gated=False, pointwise=F.silu),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from sonic_ep.activation import Activation
 from sonic_ep.autograd_utils import for_kernels, joined, runs_eagerly
 from sonic_ep.backend import Experts, RoutedOutput, RouterWeights, Slots, choose_backend
 from sonic_ep.backend import MoEOutput as MoEOutput
@@ -105,12 +106,12 @@ class ExpertParallel:
         self,
         x: Tensor,
         router_w: Tensor,
-        w1: Tensor,
+        w1: Tensor | tuple[Tensor, Tensor],
         w2: Tensor,
         top_k: int,
-        b1: Tensor | None = None,
+        b1: Tensor | tuple[Tensor, Tensor] | None = None,
         b2: Tensor | None = None,
-        activation: str = "swiglu",
+        activation: str | Activation = "swiglu",
         gate_layout: str = "interleaved",
         score_order: ScoreOrder | str = ScoreOrder.TOPK_THEN_SOFTMAX,
         norm_topk_probs: bool = False,
@@ -123,8 +124,13 @@ class ExpertParallel:
 
         x (T, H) or (..., H), bf16, fp16 or fp32; T differs from rank to rank and may be 0.
         router_w (E, H), as x or fp32, the same on every rank. w1 (e, 2I, H) for gated activations, else (e, I, H);
-        w2 (e, H, I); b1 (e, 2I or I) and b2 (e, H), both or neither: this rank's experts, in the dtype of x.
-        gate_layout: rows of w1 alternate gate and up ("interleaved"), or all gates come first ("concat").
+        w2 (e, H, I); b1 (e, 2I or I) and b2 (e, H), both or neither: this rank's experts, in the dtype of x. Under
+        autocast they may be fp32 and are cast to the dtype of x. Weights of any strides are read as they lie: pass
+        those stored as (e, H, 2I) and (e, I, H) as ``w.transpose(1, 2)``. DTensors are ``Shard(0)`` on this group.
+        gate_layout: rows of w1 alternate gate and up ("interleaved"), or all gates come first ("concat"). Or w1 is
+        split: ``w1=(gate, up)``, each (e, I, H), and ``b1=(gate, up)``, each (e, I).
+        activation: "swiglu", "geglu", "reglu", "silu", "gelu", "relu", "relu_sq", a ``Swiglu`` with numbers of its own,
+        or, on backend "reference", any ``Activation``.
         router: how experts are chosen and scored, see ``RouterConfig``; score_order and norm_topk_probs abbreviate one
         with these two fields, and come without it. Scores and the returned logits are fp32.
         router_b (E,), as x or fp32: added to the logits. correction_bias (E,) fp32, requiring no gradient: added to
@@ -145,8 +151,10 @@ class ExpertParallel:
             weights = check_router(self._checker, x_any, of_router, options)
             given = ExpertArguments(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, gate_layout=gate_layout)
             experts = check_experts(self._checker, x_any, given, weights.weight.shape[0])
+            self._backend.check_activation(experts.activation)
             self._check_tokens_fit(tokens_of(x_any))
-            x_TH, weights, experts = rows_of_tokens(x_any), router_as_read(weights), experts_as_read(experts)
+            x_TH, weights = rows_of_tokens(x_any), router_as_read(weights)
+            experts = experts_as_read(experts, x_TH.dtype)
             x_TH = self._joined_without_tokens(x_TH, experts, weights)
             facts = {**facts_of(x_TH, experts), **facts_of_router(weights, options)}
             self._call_guard.begin("moe", facts, x_TH)
@@ -200,11 +208,11 @@ class ExpertParallel:
         x: Tensor,
         topk_idx: Tensor,
         topk_scores: Tensor,
-        w1: Tensor,
+        w1: Tensor | tuple[Tensor, Tensor],
         w2: Tensor,
-        b1: Tensor | None = None,
+        b1: Tensor | tuple[Tensor, Tensor] | None = None,
         b2: Tensor | None = None,
-        activation: str = "swiglu",
+        activation: str | Activation = "swiglu",
         gate_layout: str = "interleaved",
         return_routing: bool = False,
     ) -> Tensor | RoutedOutput:
@@ -220,11 +228,12 @@ class ExpertParallel:
             self._checker.flag("return_routing", return_routing)
             given = ExpertArguments(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, gate_layout=gate_layout)
             experts = check_experts(self._checker, x_any, given, None)
-            num_experts = experts.w1.shape[0] * self.group.world_size
+            self._backend.check_activation(experts.activation)
+            num_experts = experts.w2.shape[0] * self.group.world_size
             idx_TK = check_routing(self._checker, topk_idx, num_experts, x_any)
             scores_TK = check_scores(self._checker, topk_scores, (idx_TK.shape[0], idx_TK.shape[1]), x_any)
             self._check_tokens_fit(idx_TK.shape[0])
-            x_TH, experts = rows_of_tokens(x_any), experts_as_read(experts)
+            x_TH, experts = rows_of_tokens(x_any), experts_as_read(experts, x_any.dtype)
             idx_TK, scores_TK = for_kernels(idx_TK), for_kernels(scores_TK)
             scores_TK = scores_TK.float() if return_routing else scores_TK
             self._backend.check_expert_ids(idx_TK, num_experts)
@@ -346,7 +355,7 @@ class ExpertParallel:
     def _joined_without_tokens(self, x_TH: Tensor, experts: Experts, router: RouterWeights | None = None) -> Tensor:
         """x; without tokens it requires a gradient if a weight does, as x of other ranks usually does."""
         of_router = () if router is None else (router.weight, router.bias)
-        weights = (experts.w1, experts.w2, experts.b1, experts.b2, *of_router)
+        weights = (*experts.tensors.values(), *of_router)
         trained = any(weight is not None and weight.requires_grad for weight in weights)
         return joined(x_TH, self.world_size) if trained and x_TH.shape[0] == 0 else x_TH
 
@@ -370,8 +379,10 @@ def facts_of(x_NH: Tensor, experts: Experts | None = None) -> dict[str, object]:
     """What has to be the same on every rank of a call with these rows and experts."""
     facts: dict[str, object] = {"H": x_NH.shape[1], "dtype": x_NH.dtype, "device": x_NH.device.type}
     if experts is not None:
-        facts |= {"w1": tuple(experts.w1.shape), "w1 trained": experts.w1.requires_grad}
-        facts |= {"biases": experts.b1 is not None, "activation": experts.activation.name}
+        shapes = tuple(tuple(weight.shape) for weight in experts.up_weights)
+        facts |= {"w1": shapes[0] if len(shapes) == 1 else shapes}
+        facts |= {"w1 trained": any(weight.requires_grad for weight in experts.up_weights)}
+        facts |= {"biases": experts.b1 is not None, "activation": experts.activation.identity}
         facts |= {"gate_layout": experts.layout.name}
     return facts
 
@@ -394,7 +405,7 @@ def identity_of(plan: RoutingPlan) -> tuple[int, ...]:
 def moe(
     x: Tensor,
     router_w: Tensor,
-    w1: Tensor,
+    w1: Tensor | tuple[Tensor, Tensor],
     w2: Tensor,
     top_k: int,
     *,

@@ -1,8 +1,9 @@
 """Helpers of autograd functions: backward once, autocast off, outside compilers and selective checkpointing."""
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, wraps
+from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -16,6 +17,8 @@ ResultT = TypeVar("ResultT")
 Gradients = tuple[Tensor | None, ...]
 # Importing the compiler takes seconds. Nothing is compiled before it has been imported.
 COMPILER = "torch._dynamo"
+
+NO_STRIDES: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
 _disabled: Callable[[Any], Any] = cache(torch.compiler.disable)
 
@@ -74,6 +77,33 @@ def for_kernels(tensor: Tensor) -> Tensor:
     return savable(held) if torch.is_grad_enabled() else held
 
 
+def as_it_lies(tensor: Tensor) -> Tensor:
+    """As ``for_kernels``, but of any strides with which no two elements share memory."""
+    held = materialized(tensor)
+    held = held.contiguous() if overlaps(held) else held
+    return savable(held) if torch.is_grad_enabled() else held
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether elements may share memory, as those of an expanded tensor do.
+
+    >>> overlaps(torch.zeros(3, 4)[:, ::2].t()), overlaps(torch.zeros(3, 1).expand(3, 4))
+    (False, True)
+    """
+    reach = 1
+    for stride, extent in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if extent > 1:
+            if stride < reach:
+                return True
+            reach += (extent - 1) * stride
+    return False
+
+
+def is_transposed(weight_eFH: Tensor) -> bool:
+    """Whether the columns of matrices, and not their rows, are contiguous: (e, H, F) was transposed to (e, F, H)."""
+    return weight_eFH.stride(1) == 1 and weight_eFH.stride(2) != 1 and not weight_eFH.is_contiguous()
+
+
 def raise_if_freed(where: object, name: str, tensor: Tensor) -> None:
     """Raise ``ValueError`` if the storage of ``tensor`` was freed, as FSDP does between uses of a parameter."""
     if tensor.numel() == 0:
@@ -85,16 +115,32 @@ def raise_if_freed(where: object, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{where}: memory of {name}: got {held} bytes, expected at least {needed}: was it freed?")
 
 
-def unpack_saved(ctx: Any, where: object, names: Sequence[str | None]) -> list[Any]:
+def unpack_saved(
+    ctx: Any, where: object, names: Sequence[str], strides: Mapping[str, tuple[int, ...]] = NO_STRIDES
+) -> list[Any]:
     """``ctx.saved_tensors``, materialized and contiguous: hooks may unpack them in another layout.
 
-    names: in order; None for a tensor that backward does not read. Raises ``ValueError`` if a named one was freed.
+    names: in order. strides: of those that backward reads as they were saved, by name; they become contiguous only if
+    they come back with others. Raises ``ValueError`` if one was freed.
     """
     saved = ctx.saved_tensors
     for name, held in zip(names, saved, strict=True):
-        if held is not None and name is not None:
+        if held is not None:
             raise_if_freed(where, name, held)
-    return [None if held is None else materialized(held).contiguous() for held in saved]
+    found = [None if held is None else materialized(held) for held in saved]
+    return [
+        held if held is None or held.stride() == strides.get(name) else held.contiguous()
+        for name, held in zip(names, found, strict=True)
+    ]
+
+
+def in_halves(given: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The first and the second half: weights of up-projections, and their biases.
+
+    >>> in_halves(["w_gate", "w_up", None, None])
+    (['w_gate', 'w_up'], [None, None])
+    """
+    return given[: len(given) // 2], given[len(given) // 2 :]
 
 
 def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:

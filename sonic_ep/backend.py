@@ -2,9 +2,9 @@
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -19,14 +19,44 @@ from sonic_ep.plan import RoutingPlan
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Experts:
-    """This rank's experts: w1 (e, 2I or I, H), w2 (e, H, I), and b1 (e, 2I or I), b2 (e, H) or both None."""
+    """This rank's experts: w1 (e, 2I or I, H), w2 (e, H, I), and b1 (e, 2I or I), b2 (e, H) or both None.
 
-    w1: Tensor
+    Or w1 is split in gate and up, each (e, I, H), and so is b1, each (e, I): the layout is then "concat". Weights may
+    have any strides.
+    """
+
+    w1: Tensor | tuple[Tensor, Tensor]
     w2: Tensor
-    b1: Tensor | None
+    b1: Tensor | tuple[Tensor, Tensor] | None
     b2: Tensor | None
     activation: Activation
     layout: GateLayout
+
+    @property
+    def up_weights(self) -> tuple[Tensor, ...]:
+        """The weight of each up-projection: one, or two if gate and up are split."""
+        return self.w1 if isinstance(self.w1, tuple) else (self.w1,)
+
+    @property
+    def up_biases(self) -> tuple[Tensor | None, ...]:
+        """The bias of each up-projection, or None."""
+        return self.b1 if isinstance(self.b1, tuple) else (self.b1,) * len(self.up_weights)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights and biases by name: w1, w2, b1, b2; "w1[0]", "w1[1]", w2, "b1[0]", "b1[1]", b2 if split."""
+        found: dict[str, Tensor] = {}
+        for name in ("w1", "w2", "b1", "b2"):
+            held = getattr(self, name)
+            parts = {f"{name}[{place}]": part for place, part in enumerate(held)} if isinstance(held, tuple) else {}
+            found |= parts or ({} if held is None else {name: held})
+        return found
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Experts":
+        """These experts with other ``tensors``, named as those are."""
+        whole: dict[str, Any] = {name: tensors.get(name) for name in ("w1", "w2", "b1", "b2")}
+        split = {name: (tensors[f"{name}[0]"], tensors[f"{name}[1]"]) for name in whole if f"{name}[0]" in tensors}
+        return replace(self, **{**whole, **split})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -136,7 +166,11 @@ class Backend(Protocol):
     def layer(self, x_TH: Tensor, slots: Slots, experts: Experts, shape: torch.Size) -> LayerOutput:
         """Plan, dispatch, experts, combine. ``shape``: of y, (..., H)."""
 
-    # A backend that waits on the host only and holds no memory needs none of these.
+    # A backend that runs any activation, waits on the host only and holds no memory needs none of these.
+
+    def check_activation(self, activation: Activation) -> None:
+        """Raise ``ValueError`` for an activation that the backend cannot run. Not collective."""
+        return
 
     def check(self) -> None:
         """Raise what the device has flagged since the last host sync."""

@@ -11,8 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
-from sonic_ep.autograd_utils import for_kernels, raise_if_freed
+from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS, Activation
+from sonic_ep.autograd_utils import as_it_lies, for_kernels, raise_if_freed
 from sonic_ep.backend import Experts, RouterWeights
 from sonic_ep.compat import has_tangent
 from sonic_ep.config import RouterConfig, RouterOptions, ScoreOrder, is_count, parse_choice
@@ -117,15 +117,18 @@ class ArgumentChecker:
         got = tuple(tensor.shape)
         self.require(got == expected, f"shape of {name}", got, f"{expected} = {letters}")
 
-    def tensor(self, name: str, value: object, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> Tensor:
+    def tensor(
+        self, name: str, value: object, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None, hint: str = ""
+    ) -> Tensor:
         """A dense tensor of one of ``dtypes``, on the device of ``like`` or else on one that the group moves.
 
+        hint: what an error about the dtype says besides.
         Returned uncopied, as a plain ``torch.Tensor``. Raises ``NotImplementedError`` for a forward-mode tangent.
         """
         tensor = self._plain_tensor(name, value)
         self.require(not tensor.is_nested, f"layout of {name}", "a nested tensor", torch.strided)
         self.require(tensor.layout == torch.strided, f"layout of {name}", tensor.layout, torch.strided)
-        self.require(tensor.dtype in dtypes, f"dtype of {name}", tensor.dtype, " or ".join(map(str, dtypes)))
+        self.require(tensor.dtype in dtypes, f"dtype of {name}", tensor.dtype, " or ".join(map(str, dtypes)) + hint)
         if like is None:
             self.transportable(f"device of {name}", tensor.device)
         else:
@@ -274,46 +277,90 @@ def check_scores(checker: ArgumentChecker, topk_scores: object, shape: tuple[int
     return scores_TK
 
 
+def check_activation(checker: ArgumentChecker, value: object) -> Activation:
+    """The activation called ``value``, or ``value`` itself."""
+    if isinstance(value, Activation):
+        return value
+    found = ACTIVATIONS.get(value) if isinstance(value, str) else None
+    expected = f"one of {', '.join(map(repr, ACTIVATIONS))}, a sonic_ep.Swiglu or a sonic_ep.Activation"
+    checker.require(found is not None, "activation", repr(value), expected)
+    assert found is not None
+    return found
+
+
 def check_experts(checker: ArgumentChecker, x: Tensor, given: ExpertArguments, num_experts: int | None) -> Experts:
     """This rank's experts, with shapes that fit x, each other, and the router's E if there is a router."""
-    given = local_shares(checker.group, given)
-    activation = checker.named("activation", given.activation, ACTIVATIONS)
+    given = _local_experts(checker.group, given)
+    activation = check_activation(checker, given.activation)
     layout = checker.named("gate_layout", given.gate_layout, GATE_LAYOUTS)
-    w1 = checker.tensor("w1", given.w1, (x.dtype,), x)
-    w2 = checker.tensor("w2", given.w2, (x.dtype,), x)
+    split = isinstance(given.w1, tuple)
+    if split:
+        checker.require(activation.gated, "w1", f"gate and up with activation {activation.name!r}", "one tensor")
+    w1 = _checked_parts(checker, "w1", given.w1, x, split=split)
+    w2 = _check_weight(checker, "w2", given.w2, x)
     hidden = x.shape[-1]
     checker.require(w2.ndim == 3, "shape of w2", tuple(w2.shape), f"(e, {hidden}, I) = (e, H, I)")
     held = w2.shape[0] if num_experts is None else num_experts // checker.group.world_size
-    width = activation.up_width(w2.shape[2])
+    width = w2.shape[2] if split else activation.up_width(w2.shape[2])
     checker.require(held >= 1, "shape of w2", tuple(w2.shape), "at least one expert on this rank")
     checker.shape("w2", w2, (held, hidden, w2.shape[2]), "(e, H, I)")
-    checker.shape("w1", w1, (held, width, hidden), "(e, 2I, H)" if activation.gated else "(e, I, H)")
-    checker.require(width <= MOST_WIDTH, "2I of w1" if activation.gated else "I of w1", width, f"at most {MOST_WIDTH}")
+    whole_of_two = activation.gated and not split
+    for name, part in w1.items():
+        checker.shape(name, part, (held, width, hidden), "(e, 2I, H)" if whole_of_two else "(e, I, H)")
+    checker.require(width <= MOST_WIDTH, "2I of w1" if whole_of_two else "I of w1", width, f"at most {MOST_WIDTH}")
     biases = [name for name in ("b1", "b2") if getattr(given, name) is not None]
     checker.require(len(biases) != 1, "biases", f"{biases} alone", "b1 and b2, or neither")
-    b1 = _check_bias(checker, x, "b1", given.b1, (held, width))
-    b2 = _check_bias(checker, x, "b2", given.b2, (held, hidden))
-    return Experts(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, layout=layout)
+    b1 = {} if given.b1 is None else _checked_parts(checker, "b1", given.b1, x, split=split)
+    b2 = {} if given.b2 is None else {"b2": _check_weight(checker, "b2", given.b2, x)}
+    for name, bias in (b1 | b2).items():
+        checker.shape(name, bias, (held, hidden if name == "b2" else width), "(e, outputs)")
+    # Split gates and ups lie as those of this layout do, in two tensors.
+    layout = GATE_LAYOUTS["concat"] if split else layout
+    experts = Experts(w1=w2, w2=w2, b1=None, b2=None, activation=activation, layout=layout)
+    return experts.with_tensors({**w1, "w2": w2, **b1, **b2})
 
 
-def local_shares(group: EPGroup, given: ExpertArguments) -> ExpertArguments:
+def _local_experts(group: EPGroup, given: ExpertArguments) -> ExpertArguments:
     """This rank's tensors of expert weights that are DTensors."""
-    weights = {name: local_of(group, name, getattr(given, name)) for name in ("w1", "w2", "b1", "b2")}
-    return replace(given, **weights)
+
+    def local(name: str, value: object) -> object:
+        parts = enumerate(value) if isinstance(value, tuple) else ()
+        split = tuple(local_of(group, f"{name}[{place}]", part) for place, part in parts)
+        return split or local_of(group, name, value)
+
+    return replace(given, **{name: local(name, getattr(given, name)) for name in ("w1", "w2", "b1", "b2")})
 
 
-def _check_bias(checker: ArgumentChecker, x: Tensor, name: str, bias: object, shape: tuple[int, int]) -> Tensor | None:
-    if bias is None:
-        return None
-    tensor = checker.tensor(name, bias, (x.dtype,), x)
-    checker.shape(name, tensor, shape, "(e, outputs)")
-    return tensor
+def _check_weight(checker: ArgumentChecker, name: str, value: object, x: Tensor) -> Tensor:
+    """In the dtype of x; fp32 where x is of half precision and autocast is on: see ``experts_as_read``."""
+    hint, dtypes = "", [x.dtype]
+    if x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
+        dtypes.append(torch.float32)
+    elif isinstance(value, Tensor) and value.dtype == torch.float32:
+        hint = f", the dtype of x: fp32 weights are cast to it under torch.autocast({x.device.type!r}) only"
+    return checker.tensor(name, value, tuple(dtypes), x, hint)
 
 
-def experts_as_read(experts: Experts) -> Experts:
-    """``experts`` with tensors that kernels can read."""
-    b1, b2 = (None if bias is None else for_kernels(bias) for bias in (experts.b1, experts.b2))
-    return replace(experts, w1=for_kernels(experts.w1), w2=for_kernels(experts.w2), b1=b1, b2=b2)
+def _checked_parts(checker: ArgumentChecker, name: str, value: object, x: Tensor, *, split: bool) -> dict[str, Tensor]:
+    """By name, the tensor, or gate and up if ``split``."""
+    if not split:
+        checker.require(not isinstance(value, tuple), name, "a tuple", "one tensor, as w1")
+        return {name: _check_weight(checker, name, value, x)}
+    parts = value if isinstance(value, tuple) else ()
+    got = f"{len(parts)} tensors" if isinstance(value, tuple) else f"a {type(value).__name__}"
+    checker.require(len(parts) == 2, name, got, "a tuple of two tensors, gate and up")
+    return {f"{name}[{place}]": _check_weight(checker, f"{name}[{place}]", part, x) for place, part in enumerate(parts)}
+
+
+def experts_as_read(experts: Experts, dtype: torch.dtype) -> Experts:
+    """``experts`` in ``dtype`` with tensors that kernels can read: weights of any strides, contiguous biases."""
+    read = {}
+    for name, tensor in experts.tensors.items():
+        cast = tensor if tensor.dtype == dtype else tensor.to(dtype)
+        held = as_it_lies(cast) if name[0] == "w" else for_kernels(cast)
+        # Reentrant checkpointing runs the first forward without gradients, which a copy would not require.
+        read[name] = held.requires_grad_() if tensor.requires_grad and not held.requires_grad else held
+    return experts.with_tensors(read)
 
 
 def check_plan(checker: ArgumentChecker, plan: object) -> RoutingPlan:

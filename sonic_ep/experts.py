@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sonic_ep import compat
-from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS, Activation
+from sonic_ep.activation import GATE_LAYOUTS, Activation
 from sonic_ep.api import ExpertParallel, MoEOutput
-from sonic_ep.checks import ROW_DTYPES, ArgumentChecker, check_experts_divide
+from sonic_ep.checks import ROW_DTYPES, ArgumentChecker, check_activation, check_experts_divide
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.router import SEEDS, Router, normal
 from sonic_ep.sharding import Share, is_dtensor, mesh_of, originals, sharded
@@ -70,7 +70,7 @@ class Experts(nn.Module):
         checker.require(known, "dtype", repr(dtype), " or ".join(map(str, ROW_DTYPES)))
         device = torch.get_default_device() if device is None else checker.device("device", device)
         checker.named("gate_layout", gate_layout, GATE_LAYOUTS)
-        width = checker.named("activation", activation, ACTIVATIONS).up_width(intermediate_size)
+        width = check_activation(checker, activation).up_width(intermediate_size)
         shapes: dict[str, tuple[int, ...]] = {"w1": (width, hidden_size), "w2": (hidden_size, intermediate_size)}
         if checker.flag("bias", bias):
             shapes |= {"b1": (width,), "b2": (hidden_size,)}

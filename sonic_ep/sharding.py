@@ -120,7 +120,7 @@ class Share:
 
 
 def originals(where: object, module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """The weights of ``module`` that are not None, or the originals that ``torch.nn.utils`` computes them from, by name.
+    """By name, the weights of ``module`` that it has, or the originals that ``torch.nn.utils`` computes them from.
 
     Raises ``TypeError`` for a weight computed from several tensors, and for a DTensor that is not sharded or
     replicated.

@@ -154,7 +154,7 @@ class LayerUnderTest:
     def flops(self) -> Mapping[Pass, float]:
         """Operations of a rank's GEMMs, the mean over the ranks: 2 for each number of a weight and row, 3 passes."""
         experts = self.problem.call.experts
-        per_row = experts.w1[0].numel() + experts.w2[0].numel()
+        per_row = sum(weight[0].numel() for weight in (*experts.up_weights, experts.w2))
         rows = self.routing.mean(lambda counts: counts.rows)
         return {which: (6.0 if which is Pass.STEP else 2.0) * per_row * rows for which in Pass}
 

@@ -50,6 +50,7 @@ def formulas(call: RoutedCall, shape: Shape, ep: ExpertParallel) -> dict[str, in
         rows=plan.row_capacity,
         gated=call.experts.activation.gated,
         biases=call.experts.b1 is not None,
+        split=len(call.experts.up_weights) == 2,
     )
     again = {"redispatch_x_in_backward": ep.config.redispatch_x_in_backward}
     return {

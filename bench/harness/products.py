@@ -23,7 +23,7 @@ class Products:
     """Random operands: ends (e,) int32; rows, out_grad (R, H); hidden_grad (R, 2I or I); activated (R, I)."""
 
     def __init__(self, problem: LayerProblem, ends_e: Tensor, rows: int) -> None:
-        w1, w2 = problem.call.experts.w1.detach(), problem.call.experts.w2.detach()
+        w1, w2 = problem.call.experts.up_weights[0].detach(), problem.call.experts.w2.detach()
         generator = torch.Generator(w1.device).manual_seed(problem.group.rank)
 
         def normal(width: int) -> Tensor:

@@ -8,12 +8,14 @@ import torch
 import triton
 from torch import Tensor
 
+from sonic_ep.activation import Activation
 from sonic_ep.autograd_utils import apply_function, joined, outside_selective_checkpoint
 from sonic_ep.backend import Experts, LayerOutput, RouterWeights, Routing, Slots
 from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.distributed.sync_tag import Phase
+from sonic_ep.fast.activation import raise_without_kernel
 from sonic_ep.fast.capabilities import interpreted
 from sonic_ep.fast.context import DeviceContext
 from sonic_ep.fast.exchange import Combine, Dispatch, Exchange
@@ -43,6 +45,10 @@ class FastBackend:
     def route(self, x_TH: Tensor, weights: RouterWeights, options: RouterOptions) -> Routing:
         """See ``sonic_ep.fast.router``."""
         return route(x_TH, weights, options, self._context(x_TH.device).workspace)
+
+    def check_activation(self, activation: Activation) -> None:
+        """Raise ``ValueError`` for an activation without a kernel."""
+        raise_without_kernel(self._group, activation)
 
     def check_expert_ids(self, topk_idx_TK: Tensor, num_experts: int) -> None:
         """The plan's kernels flag ids out of range on the device: checking them here would take a host read."""
@@ -75,15 +81,15 @@ class FastBackend:
         with torch.autocast(x_TH.device.type, enabled=False):
             context = self._context(x_TH.device)
             x_TH, scores_TK = aligned_contiguous(x_TH), self._joined(slots.topk_scores.float())
-            given = (x_TH, scores_TK, experts.w1, experts.w2, experts.b1, experts.b2)
-            training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-            num_experts = experts.w1.shape[0] * self._group.world_size
+            given = (x_TH, scores_TK, *experts.tensors.values())
+            training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+            num_experts = experts.w2.shape[0] * self._group.world_size
             sizes = {"num_experts": num_experts, "max_tokens": slots.max_tokens}
             held = scores_TK.detach()
             pending = context.planner.begin(slots.topk_idx, **sizes, distinct=slots.distinct, scores_TK=held)
             exchange = self._exchange(pending.plan, x_TH)
             gather = None
-            if self._config.redispatch_x_in_backward and experts.w1.requires_grad:
+            if self._config.redispatch_x_in_backward and any(w1.requires_grad for w1 in experts.up_weights):
                 gather = context.gather
                 # Also where gradients are off: reentrant checkpointing runs the first forward so.
                 gather.reserve(slots.max_tokens, x_TH.shape[1] * x_TH.element_size())
@@ -92,7 +98,7 @@ class FastBackend:
             call = Call(
                 shape=shape,
                 exchange=exchange,
-                gemm=grouped_gemm((x_TH, experts.w1, experts.w2), rows_per_group),
+                gemm=grouped_gemm((x_TH, *experts.up_weights, experts.w2), rows_per_group),
                 activation=experts.activation,
                 layout=experts.layout,
                 gather=gather,
@@ -100,7 +106,8 @@ class FastBackend:
                 staged=exchange.stage(x_TH.detach()),
                 pending=pending,
             )
-            y = apply_function(MoEFunction, x_TH, scores_TK, experts.w1, experts.w2, experts.b1, experts.b2, call)
+            ups = (*experts.up_weights, *experts.up_biases)
+            y = apply_function(MoEFunction, x_TH, scores_TK, experts.w2, experts.b2, call, *ups)
             # A copy to write to: backward rereads the plan's.
             return LayerOutput(y=y, counts=pending.plan.counts.clone())
 

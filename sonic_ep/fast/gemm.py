@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sonic_ep.autograd_utils import is_transposed
 from sonic_ep.fast.device_functions import rounded
 from sonic_ep.fast.launch import INTERPRETED, launch
 
@@ -325,8 +326,15 @@ class TritonGemm:
         return self.rows_per_group or triton.cdiv(rows, experts)
 
 
+def weight_gradient(gemm: GroupedGemm, a_RM: Tensor, b_RN: Tensor, group_ends_e: Tensor, weight: Tensor) -> Tensor:
+    """``gemm.weights(a, b)``, (e, M, N), transposed in memory if ``weight`` is: so autograd accumulates it uncopied."""
+    if is_transposed(weight):
+        return gemm.weights(b_RN, a_RM, group_ends_e).transpose(1, 2)
+    return gemm.weights(a_RM, b_RN, group_ends_e)
+
+
 def grouped_gemm(operands: Sequence[Tensor], rows_per_group: int | None = None) -> GroupedGemm:
-    """The products for a layer of operands rows (R, H), contiguous, and weights (e, F, H), (e, H, I)."""
+    """The products for a layer of operands rows (R, H), contiguous, and weights (e, F, H), (e, H, I) of any strides."""
     if not library_serves(operands):
         return TritonGemm(rows_per_group=rows_per_group)
     return LibraryGemm(rows_per_group=rows_per_group) if operands[0].device.type == "cuda" else LoopGemm()

@@ -72,14 +72,14 @@ class ReferenceBackend(Backend):
 
     def layer(self, x_TH: Tensor, slots: Slots, experts: Experts, shape: torch.Size) -> LayerOutput:
         """Plan, dispatch, experts, combine."""
-        num_experts = experts.w1.shape[0] * self._collectives.group.world_size
+        num_experts = experts.w2.shape[0] * self._collectives.group.world_size
         sizes = {"num_experts": num_experts, "max_tokens": slots.max_tokens}
         plan = self.plan(slots.topk_idx, **sizes, distinct=slots.distinct)
         with torch.autocast(x_TH.device.type, enabled=False):
             rows_RH = self.dispatch(x_TH, plan)
             y_RH = self._apply_experts(rows_RH, x_TH, plan, experts)
             y = self._combined(y_RH, slots.topk_scores, plan, shape, self._read_later(x_TH, experts))
-        disable_autocast_in_backward((y,), (x_TH, slots.topk_scores, experts.w1, experts.w2, experts.b1, experts.b2))
+        disable_autocast_in_backward((y,), (x_TH, slots.topk_scores, *experts.tensors.values()))
         # The caller's own: backward looks at the plan's again.
         return LayerOutput(y=y, counts=plan.counts.clone())
 
@@ -92,20 +92,21 @@ class ReferenceBackend(Backend):
 
     def _gathers_again(self, experts: Experts) -> bool:
         """Whether x is dispatched again in backward, where only the gradient of w1 reads the rows."""
-        return self._config.redispatch_x_in_backward and torch.is_grad_enabled() and experts.w1.requires_grad
+        trained = any(weight.requires_grad for weight in experts.up_weights)
+        return self._config.redispatch_x_in_backward and torch.is_grad_enabled() and trained
 
     def _read_later(self, x_TH: Tensor, experts: Experts) -> dict[str, Tensor]:
         """What the experts' backward reads of the caller's tensors, by name."""
-        read = {"w1": experts.w1, "w2": experts.w2}
-        if self._gathers_again(experts):
-            read |= {"x": x_TH} if experts.b1 is None else {"x": x_TH, "b1": experts.b1}
-        return read
+        again = self._gathers_again(experts)
+        read = {name: held for name, held in experts.tensors.items() if name[0] == "w" or (again and name != "b2")}
+        return read | ({"x": x_TH} if again else {})
 
     def _apply_experts(self, rows_RH: Tensor, x_TH: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
         if not self._gathers_again(experts):
             return apply_experts(rows_RH, plan.group_ends, experts)
-        up = UpProjectionOfRowsGatheredAgain
-        hidden_RF = apply_function(up, x_TH.detach(), rows_RH, experts.w1, experts.b1, self._exchange(plan))
+        up, ups = UpProjectionOfRowsGatheredAgain, (*experts.up_weights, *experts.up_biases)
+        names = [f"{letter}1{place}" for letter in "wb" for place in (("[0]", "[1]") if len(ups) == 4 else ("",))]
+        hidden_RF = apply_function(up, x_TH.detach(), rows_RH, self._exchange(plan), names, *ups)
         return apply_second_half(hidden_RF, plan.group_ends, experts)
 
     def _exchange(self, plan: RoutingPlan) -> Exchange:

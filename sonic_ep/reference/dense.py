@@ -3,6 +3,8 @@
 In fp64 it is the truth; in the dtype of a test it is the "plain PyTorch" whose error bounds that of the backends.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,12 +41,18 @@ def dense_moe(x_TH: Tensor, topk_idx_TK: Tensor, topk_scores_TK: Tensor, experts
     ``experts``: all E of them. The sum is in fp32, or fp64 for fp64 scores. An id of -1 drops the slot.
     """
     total_TH = x_TH.new_zeros(x_TH.shape, dtype=torch.promote_types(topk_scores_TK.dtype, torch.float32))
+    count = len(experts.w2)
+
     # Unbound once: indexing would make a gradient of the size of all experts for each of them.
-    w1, w2 = experts.w1.unbind(), experts.w2.unbind()
-    b1, b2 = ([None] * len(w1) if bias is None else bias.unbind() for bias in (experts.b1, experts.b2))
-    for expert in range(len(w1)):
+    def of_each(tensor: Tensor | None) -> Sequence[Tensor | None]:
+        return [None] * count if tensor is None else tensor.unbind()
+
+    ups = [(w.unbind(), of_each(b)) for w, b in zip(experts.up_weights, experts.up_biases, strict=True)]
+    w2, b2 = experts.w2.unbind(), of_each(experts.b2)
+    for expert in range(count):
         token_N, choice_N = (topk_idx_TK == expert).nonzero(as_tuple=True)
-        hidden = F.linear(x_TH[token_N], w1[expert], b1[expert])
+        x_NH = x_TH[token_N]
+        hidden = torch.cat([F.linear(x_NH, weights[expert], biases[expert]) for weights, biases in ups], dim=1)
         y_NH = F.linear(experts.activation(hidden, experts.layout), w2[expert], b2[expert])
         weighted_NH = y_NH.to(total_TH.dtype) * topk_scores_TK[token_N, choice_N, None]
         total_TH = total_TH.index_add(0, token_N, weighted_NH)

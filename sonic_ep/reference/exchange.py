@@ -4,18 +4,25 @@ The gradient of dispatch is a combine without scores in the configured combine m
 d(out) in the configured dispatch mode.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sonic_ep.autograd_utils import once_differentiable, outside_selective_checkpoint, savable, unpack_saved
+from sonic_ep.autograd_utils import (
+    in_halves,
+    once_differentiable,
+    outside_selective_checkpoint,
+    savable,
+    unpack_saved,
+)
 from sonic_ep.backend import CombinePrimitive, DispatchPrimitive
 from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.distributed.sync_tag import Phase, Step
 from sonic_ep.plan import RoutingPlan, raise_if_malformed, recompute_error
-from sonic_ep.reference.experts import grouped_linear
+from sonic_ep.reference.experts import up_projection
 from sonic_ep.reference.plan import pad_tokens, slot_exchange
 
 
@@ -101,6 +108,7 @@ class Combine(torch.autograd.Function):
         valid_slots_N = exchange.plan.slot_of_row[: exchange.plan.rows()].long()
         ctx.exchange, ctx.call_lock = exchange, exchange.collectives.call_lock
         ctx.names = ("scores", "rows", "expert_ids of plan", *later)
+        ctx.strides = {name: tensor.stride() for name, tensor in later.items()}
         ctx.save_for_backward(
             scores_WCK.flatten()[valid_slots_N] if ctx.needs_input_grad[0] else None,
             rows_RH if ctx.needs_input_grad[1] else None,
@@ -115,7 +123,9 @@ class Combine(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """Gradients of the rows (R, H) and of the scores (T, K)."""
         exchange: Exchange = replace(ctx.exchange, backward=True)
-        score_of_row_N, rows_RH, expert_ids_WCK, *_ = unpack_saved(ctx, exchange.collectives.group, ctx.names)
+        saved = unpack_saved(ctx, exchange.collectives.group, ctx.names, ctx.strides)
+        score_of_row_N, rows_RH, expert_ids_WCK, *_ = saved
+        del saved
         exchange.raise_if_changed(expert_ids_WCK)
         exchange.sync(Phase.DISPATCH, grad.device)
         out_grad_RH = exchange.rows(grad.reshape(exchange.plan.num_tokens, grad.shape[-1]))
@@ -140,29 +150,34 @@ class UpProjectionOfRowsGatheredAgain(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, rows_RH: Tensor, w1: Tensor, b1: Tensor | None, exchange: Exchange) -> Tensor:
-        """``grouped_linear`` of the rows."""
+    def forward(ctx: Any, x_TH: Tensor, rows_RH: Tensor, exchange: Exchange, names: Sequence[str], *ups: Any) -> Tensor:
+        """``up_projection`` of the rows. ups: the weights, then the biases or None for each; names: theirs."""
         ctx.exchange, ctx.call_lock = exchange, exchange.collectives.call_lock
-        ctx.save_for_backward(x_TH, w1, b1)
-        return grouped_linear(rows_RH, exchange.plan.group_ends, w1, b1)
+        ctx.names, ctx.strides = (
+            ("x", *names),
+            {n: w.stride() for n, w in zip(names, ups, strict=True) if w is not None},
+        )
+        ctx.save_for_backward(x_TH, *ups)
+        return up_projection(rows_RH, exchange.plan.group_ends, *in_halves(ups))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RF: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, None]:
-        """Gradients of the rows, w1 and b1, those that are required."""
+    def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the rows, weights and biases, those that are required."""
         exchange: Exchange = replace(ctx.exchange, backward=True)
-        x_TH, w1, b1 = unpack_saved(ctx, exchange.collectives.group, ("x", "w1", "b1"))
+        x_TH, *ups = unpack_saved(ctx, exchange.collectives.group, ctx.names, ctx.strides)
         exchange.sync(Phase.DISPATCH, x_TH.device)
-        needed = ctx.needs_input_grad[1:4]
-        rows_RH = exchange.rows(x_TH).requires_grad_(needed[0])
-        w1 = w1.detach().requires_grad_(needed[1])
-        b1 = None if b1 is None else b1.detach().requires_grad_(needed[2])
+        _, needs_rows, _, _, *needs_ups = ctx.needs_input_grad
+        rows_RH = exchange.rows(x_TH).requires_grad_(needs_rows)
+        pairs = zip(ups, needs_ups, strict=True)
+        leaves = [None if held is None else held.detach().requires_grad_(need) for held, need in pairs]
         with torch.enable_grad():
-            hidden_RF = grouped_linear(rows_RH, exchange.plan.group_ends, w1, b1)
-        wanted = [leaf for leaf, need in zip((rows_RH, w1, b1), needed, strict=True) if need]
+            hidden_RF = up_projection(rows_RH, exchange.plan.group_ends, *in_halves(leaves))
+        needed = [needs_rows, *needs_ups]
+        wanted: list[Any] = [leaf for leaf, need in zip((rows_RH, *leaves), needed, strict=True) if need]
         found = iter(torch.autograd.grad(hidden_RF, wanted, grad_RF))
-        rows_grad, w1_grad, b1_grad = (next(found) if need else None for need in needed)
-        return None, rows_grad, w1_grad, b1_grad, None
+        rows_grad, *up_grads = (next(found) if need else None for need in needed)
+        return None, rows_grad, None, None, *up_grads
 
 
 def joined_in_backward(exchange: Exchange, phase: Phase, *tensors: Tensor) -> tuple[Tensor, ...]:

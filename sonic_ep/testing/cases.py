@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
+from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS, Activation, Swiglu
 from sonic_ep.backend import Experts
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig, RouterOptions, ScoreOrder
 from sonic_ep.profiler.routings import Chooser, one_rank, skewed, uniform
@@ -50,7 +50,8 @@ def repeating(generator: torch.Generator, tokens: int, case: Case, world_size: i
 class Case:
     """One point of the test space. ``tokens``: T of rank r is ``tokens[r % len(tokens)]``.
 
-    bench: whether its routing and K are benched as well, at the sizes of the benches.
+    bench: whether its routing and K are benched as well, at the sizes of the benches. form: how weights lie, one of
+    ``WEIGHT_FORMS``.
     """
 
     name: str
@@ -61,8 +62,9 @@ class Case:
     top_k: int = 3
     choose: Chooser = uniform
     dtype: torch.dtype = torch.float32
-    activation: str = "swiglu"
+    activation: str | Activation = "swiglu"
     gate_layout: str = "interleaved"
+    form: str = "whole"
     bias: bool = True
     score_order: ScoreOrder = ScoreOrder.TOPK_THEN_SOFTMAX
     norm_topk_probs: bool = False
@@ -77,6 +79,10 @@ class Case:
         """The options of the case's router."""
         return RouterOptions(top_k=self.top_k, score_order=self.score_order, norm_topk_probs=self.norm_topk_probs)
 
+
+# Of GPT-OSS, where few values are beyond the limit, and one where many are.
+GPT_OSS = Swiglu(alpha=1.702, limit=7.0, up_offset=1.0)
+TIGHT = Swiglu(alpha=1.702, limit=0.5, up_offset=1.0)
 
 # E = 24 is a multiple of every W from 1 to 8 but 5 and 7.
 _TABLE = (
@@ -97,6 +103,10 @@ _TABLE = (
     Case(name="top_all", top_k=24, tokens=(5, 6), choose=uniform, seed=10),
     Case(name="odd_hidden", hidden=33, intermediate=7, seed=11),
     Case(name="prime_tokens", tokens=(37,), top_k=7, dtype=torch.bfloat16, seed=12),
+    Case(name="transposed", activation=TIGHT, form="transposed", gate_layout="concat", hidden=30, seed=13),
+    Case(name="transposed_bf16", activation=GPT_OSS, form="transposed", dtype=torch.bfloat16, hidden=64, seed=14),
+    Case(name="split", activation=TIGHT, form="split", tokens=(9, 14), seed=15),
+    Case(name="split_bf16", activation=GPT_OSS, form="split", dtype=torch.bfloat16, hidden=64, bias=False, seed=16),
 )
 CASES: Mapping[str, Case] = MappingProxyType({case.name: case for case in _TABLE})
 
@@ -147,23 +157,59 @@ def draw(case: Case, world_size: int, device: torch.device | str = "cpu") -> Inp
         topk_scores=torch.rand(tokens, case.top_k, generator=generator).add(0.05).to(device),
         router_w=normal(case.num_experts, case.hidden, scale=case.hidden**-0.5),
         dlogits=normal(tokens, case.num_experts, scale=0.1, dtype=torch.float32),
-        experts=random_experts(normal, *sizes, case.activation, case.gate_layout, bias=case.bias),
+        experts=random_experts(normal, *sizes, case.activation, case.gate_layout, bias=case.bias, form=case.form),
     )
 
 
 def random_experts(
-    normal: Callable[..., Tensor], count: int, hidden: int, inner: int, activation: str, layout: str, *, bias: bool
+    normal: Callable[..., Tensor],
+    count: int,
+    hidden: int,
+    inner: int,
+    activation: str | Activation,
+    layout: str,
+    *,
+    bias: bool,
+    form: str = "whole",
 ) -> Experts:
     """Experts by ``normal(*shape, scale=)``, scaled to keep the size of what they multiply. inner: I."""
-    width = ACTIVATIONS[activation].up_width(inner)
-    return Experts(
+    kind = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+    width = kind.up_width(inner)
+    whole = Experts(
         w1=normal(count, width, hidden, scale=hidden**-0.5),
         w2=normal(count, hidden, inner, scale=inner**-0.5),
         b1=normal(count, width, scale=0.1) if bias else None,
         b2=normal(count, hidden, scale=0.1) if bias else None,
-        activation=ACTIVATIONS[activation],
+        activation=kind,
         layout=GATE_LAYOUTS[layout],
     )
+    return WEIGHT_FORMS[form](whole)
+
+
+def transposed(weight: Tensor) -> Tensor:
+    """The same values, with columns contiguous in memory."""
+    return weight.mT.contiguous().mT
+
+
+def with_transposed_weights(experts: Experts) -> Experts:
+    """Stored as (e, H, 2I) and (e, I, H), seen as (e, 2I, H) and (e, H, I)."""
+    weights = {name: transposed(held) for name, held in experts.tensors.items() if name[0] == "w"}
+    return experts.with_tensors({**experts.tensors, **weights})
+
+
+def with_split_weights(experts: Experts) -> Experts:
+    """Gate and up in tensors of their own, ups transposed."""
+    given, split = experts.tensors, experts.layout.split
+    gate, up = (part.mT for part in split(given.pop("w1").mT))
+    parts = {"w1[0]": gate.contiguous(), "w1[1]": transposed(up)}
+    if "b1" in given:
+        parts["b1[0]"], parts["b1[1]"] = (part.contiguous() for part in split(given.pop("b1")))
+    return replace(experts.with_tensors({**given, **parts}), layout=GATE_LAYOUTS["concat"])
+
+
+WEIGHT_FORMS: Mapping[str, Callable[[Experts], Experts]] = MappingProxyType(
+    {"whole": lambda experts: experts, "transposed": with_transposed_weights, "split": with_split_weights}
+)
 
 
 BOOLEANS = (False, True)

@@ -39,7 +39,8 @@ class LayerShape:
 
     tokens: T. itemsize: bytes of an element of x and of the weights. rows: R, for which rows are allocated: the exact
     rows with ``cpu_sync_on_runtime``, else the ceiling, or ``max_rows`` if that is less; see ``plan.room_for_rows``.
-    gated: whether w1 has 2I rows. biases: whether there are b1 and b2.
+    gated: whether w1 has 2I rows. biases: whether there are b1 and b2. split: whether gate and up have weights of their
+    own. How weights lie in memory changes nothing.
     """
 
     world_size: int
@@ -53,6 +54,7 @@ class LayerShape:
     rows: int
     gated: bool = True
     biases: bool = False
+    split: bool = False
 
     def values(self, letters: str) -> int:
         """Bytes of a tensor of these extents in the dtype of x: "RF" is the pre-activation, F = 2I or I."""
@@ -85,10 +87,31 @@ def saved_bytes(
 ) -> Mapping[str, int]:
     """What forward keeps for backward: rows of dispatch, the pre-activation, scores of the group, the plan.
 
-    Neither x, which may be dispatched again and is the caller's own, nor y, nor weights.
+    Neither x, which may be dispatched again and is the caller's own, nor y, nor weights; but for those that are fp32
+    under autocast, of which casts are kept.
     """
     received = 0 if redispatch_x_in_backward else received_bytes(shape, dispatch)
     return {"received": received, "hidden": shape.values("RF"), "scores": shape.numbers("WCK"), "plan": shape.plan}
+
+
+def saved_bytes_of_reference(
+    shape: LayerShape, *, valid_rows: int, limited: bool, redispatch_x_in_backward: bool = False
+) -> Mapping[str, int]:
+    """What the reference's autograd keeps, scores trained: no weight, and nothing of the caller's.
+
+    For gated activations: "swiglu", "geglu", "reglu", or limited: a ``Swiglu`` with numbers of its own. These compute
+    in fp32 and keep h and the gate's factor, or four factors and a byte for each gate and up, whether it was limited.
+    valid_rows: rows that arrive.
+    """
+    factors = 4 * shape.numbers("RI") + 2 * shape.numbers("RI") // INDEX_BYTES
+    return {
+        "rows": 0 if redispatch_x_in_backward else shape.values("RH"),
+        "factors": factors if limited else shape.numbers("RF") + shape.numbers("RI"),
+        "activated": shape.values("RI"),
+        "outputs": shape.values("RH"),
+        "scores": valid_rows * INDEX_BYTES,
+        "expert_ids": shape.numbers("WCK"),
+    }
 
 
 def forward_steps(
@@ -130,11 +153,14 @@ def backward_steps(
     w2_grads = shape.values("eHI") + b2
     # By then the rows of d(out) and A' are freed, and there are the gradients of w2, biases and scores.
     later = again + shape.values("RF") + shape.numbers("R") + w2_grads + b1 + shape.numbers("TK")
+    # Of split weights the second product is added to the first.
+    products = 2 * rows if shape.split else rows
     x_rows = 0 if to_all_rows and not redispatch_x_in_backward else rows
     return {
         "dispatch": before_order + rows,
         "activate": between,
         "w2": between + w2_grads,
+        "x rows": later + products,
         "combine": later + rows + shape.values("TH"),
         "w1": later + shape.values("TH") + x_rows + shape.values("eFH"),
     }

@@ -52,12 +52,12 @@ def leaf_experts(experts: Experts, share: slice = ALL, dtype: torch.dtype | None
 
 def with_weights(experts: Experts, weights: Leaves) -> Experts:
     """``experts`` with other weights, given by name."""
-    return replace(experts, w1=weights["w1"], w2=weights["w2"], b1=weights.get("b1"), b2=weights.get("b2"))
+    return experts.with_tensors(weights)
 
 
 def weights_of(experts: Experts) -> dict[str, Tensor]:
-    """w1, w2 and the biases if there are any, by name."""
-    return {name: getattr(experts, name) for name in ("w1", "w2", "b1", "b2") if getattr(experts, name) is not None}
+    """Weights and the biases if there are any, by name: see ``Experts.tensors``."""
+    return experts.tensors
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,8 +94,9 @@ class LayerCall(ABC):
     @property
     def arguments(self) -> dict[str, Any]:
         """What ``moe`` and ``moe_routed`` both take."""
-        activation, layout = self.experts.activation.name, self.experts.layout.name
-        return {"x": self.x, **self.weights, "activation": activation, "gate_layout": layout}
+        experts = self.experts
+        options = {"activation": experts.activation, "gate_layout": experts.layout.name}
+        return {"x": self.x, **{name: getattr(experts, name) for name in ("w1", "w2", "b1", "b2")}, **options}
 
     @abstractmethod
     def forward(self, ep: ExpertParallel) -> Outcome:
@@ -257,8 +258,9 @@ def gathered_experts(share: Tensor, group: EPGroup) -> Tensor:
     """Collective: the experts of all ranks, (E, ...), from those of each."""
     if group.world_size == 1:
         return share.detach()
-    shares = [torch.empty_like(share.detach()) for _ in range(group.world_size)]
-    dist.all_gather(shares, share.detach().contiguous(), group=group.process_group)
+    share = share.detach().contiguous()
+    shares = [torch.empty_like(share) for _ in range(group.world_size)]
+    dist.all_gather(shares, share, group=group.process_group)
     return torch.cat(shares)
 
 

@@ -37,7 +37,9 @@ def test_leading_dimensions_strides_and_dtypes() -> None:
         assert_bitwise(deep, flat.view(2, 3, HIDDEN))
         strided = {name: v.mT.contiguous().mT if isinstance(v, Tensor) else v for name, v in arguments.items()}
         assert not strided["x"].is_contiguous()
-        assert_bitwise(ep.moe(**strided).y, flat)
+        # Products of transposed weights, which are not copied, may sum in another order.
+        assert_near(ep.moe(**strided).y, flat, 100)
+        assert_bitwise(ep.moe(**{**strided, "w1": arguments["w1"], "w2": arguments["w2"]}).y, flat)
         routed = good_routed_call()
         assert_bitwise(ep.moe_routed(**{**routed, "topk_idx": routed["topk_idx"].int()}), ep.moe_routed(**routed))
         # The router's weight may be wider than x.

@@ -19,7 +19,7 @@ from promises import promise
 from same import assert_same_bits
 
 import sonic_ep
-from sonic_ep import ClosedError, CollectiveMismatchError, EPConfig, ExpertParallel, RoutingPlan
+from sonic_ep import ClosedError, CollectiveMismatchError, EPConfig, ExpertParallel, RoutingPlan, Swiglu
 from sonic_ep.errors import ConcurrentCallError
 from sonic_ep.testing import CASES, Rank
 
@@ -32,6 +32,7 @@ ODDITIES: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [
     ({}, {"top_k": 1}, "router", f"{ROUTER}1,", f"{ROUTER}2,"),
     ({}, {"held": 4}, "w1", "(4, 8, 8)", "(2, 8, 8)"),
     ({}, {"activation": "geglu"}, "activation", "geglu", "swiglu"),
+    ({}, {"activation": Swiglu(alpha=2.0)}, "activation", "Swiglu(alpha=2.0, limit=inf, up_offset=0.0)", "swiglu"),
     ({}, {"gate_layout": "concat"}, "gate_layout", "concat", "interleaved"),
     ({}, {"b1": torch.zeros(HELD, 2 * INTERMEDIATE), "b2": torch.zeros(HELD, HIDDEN)}, "biases", "True", "False"),
     ({}, {"w1": torch.zeros(HELD, 2 * INTERMEDIATE, HIDDEN, requires_grad=True)}, "w1 trained", "True", "False"),

@@ -70,6 +70,21 @@ WRONG_MOE += [
     ({"b2": rand(EXPERTS, HIDDEN), "b1": rand(EXPERTS, 8), name: [1.0]}, f"{name}: got list, expected a torch")
     for name in ("x", "router_w", "w1", "w2", "b1")
 ]
+GATE_AND_UP = (rand(4, 4, 8), rand(4, 4, 8))
+WRONG_MOE += [
+    ({"w1": GATE_AND_UP, "activation": "relu"}, "w1: got gate and up with activation 'relu', expected one tensor"),
+    ({"w1": GATE_AND_UP[:1]}, "w1: got 1 tensors, expected a tuple of two tensors, gate and up"),
+    ({"w1": (rand(4, 4, 8), rand(4, 8, 8))}, r"shape of w1\[1\]: got \(4, 8, 8\), expected \(4, 4, 8\) = \(e, I, H\)"),
+    ({"w1": ([1.0], rand(4, 4, 8))}, r"w1\[0\]: got list, expected a torch"),
+    ({"w1": GATE_AND_UP, "b1": rand(4, 8), "b2": rand(4, 8)}, "b1: got a Tensor, expected a tuple of two tensors"),
+    ({"w1": GATE_AND_UP, "b1": (rand(4, 4), rand(4, 4))}, r"biases: got \['b1'\] alone"),
+    ({"b1": (rand(4, 4), rand(4, 4)), "b2": rand(4, 8)}, "b1: got a tuple, expected one tensor, as w1"),
+    (
+        {"x": rand(5, 8, dtype=BF16)},
+        "dtype of w1: got torch.float32, expected torch.bfloat16, the dtype of x: fp32",
+    ),
+    ({"activation": torch.relu}, "activation: got <built-in method relu"),
+]
 WRONG_ROUTED: list[tuple[dict[str, Any], str]] = [
     ({"topk_idx": torch.zeros(5, 2)}, "dtype of topk_idx: got torch.float32, expected torch.int32 or"),
     ({"topk_idx": ids(5)}, r"shape of topk_idx: got \(5,\)"),

@@ -1,5 +1,6 @@
 """Experts: each row by its own expert, exact zeros for empty ones, rows past the valid ones unread; their kernels."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +11,11 @@ from promises import promise
 from same import assert_same_bits
 from torch import Tensor
 
-from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
+from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS, Swiglu
 from sonic_ep.backend import Experts
 from sonic_ep.reference.experts import apply_experts
 from sonic_ep.testing import Rank, assert_as_accurate, assert_bitwise
+from sonic_ep.testing.cases import GPT_OSS, TIGHT
 
 NAN, LAYOUT = float("nan"), GATE_LAYOUTS["concat"]
 
@@ -42,9 +44,22 @@ GROUP_ENDS = [3, 3, 40, 50, ROWS]
 FLOATS = (torch.float32, torch.bfloat16)
 
 
+KINDS = {
+    **ACTIVATIONS,
+    "gpt_oss": GPT_OSS,
+    "tight": TIGHT,
+    "alpha": Swiglu(alpha=0.5),
+    "limit": Swiglu(limit=1.0),
+    "offset": Swiglu(up_offset=-1.5),
+}
+
+
 def between(rank: Rank, name: str, layout: str, dtype: torch.dtype) -> SimpleNamespace:
-    """Rows between the two products, NaN behind the valid ones: h, dA, and scores by slot."""
-    generator, activation = torch.Generator().manual_seed(0), ACTIVATIONS[name]
+    """Rows between the two products, NaN behind the valid ones: h, dA, and scores by slot.
+
+    parts: h as kernels get it, one tensor, or two where the layout is "split".
+    """
+    generator, activation = torch.Generator().manual_seed(0), KINDS[name]
 
     def rows(width: int) -> Tensor:
         valid = torch.randn(ROWS, width, generator=generator, dtype=torch.float64)
@@ -56,18 +71,19 @@ def between(rank: Rank, name: str, layout: str, dtype: torch.dtype) -> SimpleNam
     group_ends = torch.tensor(GROUP_ENDS, dtype=torch.int32, device=rank.device)
     slot_of_row = torch.cat([slots, slots.new_full((BEHIND,), -1)]).int()
     sizes = {"experts_per_rank": len(GROUP_ENDS), "row_capacity": ROWS + BEHIND}
-    unused = torch.empty(len(GROUP_ENDS), 5, WIDTH, device=rank.device, dtype=dtype)
     plan = SimpleNamespace(group_ends=group_ends, slot_of_row=slot_of_row, **sizes)
-    experts = Experts(w1=unused, w2=unused, b1=None, b2=None, activation=activation, layout=GATE_LAYOUTS[layout])
     expert_of_row = torch.searchsorted(group_ends, torch.arange(ROWS, device=rank.device), right=True)
     of_rows = {"score_of_row": scores[slots].double()[:, None], "expert_of_row": expert_of_row}
-    return SimpleNamespace(hidden=hidden, grad=grad, scores=scores, plan=plan, experts=experts, **of_rows)
+    split, form = layout == "split", (activation, GATE_LAYOUTS["concat" if layout == "split" else layout])
+    parts = [part.contiguous() for part in hidden.chunk(2, dim=1)] if split else [hidden]
+    return SimpleNamespace(hidden=hidden, parts=parts, grad=grad, scores=scores, plan=plan, form=form, **of_rows)
 
 
 def by_autograd(given: SimpleNamespace, dtype: torch.dtype) -> dict[str, Tensor]:
     """Activation and gradients in ``dtype``, by PyTorch."""
     hidden = given.hidden[:ROWS].to(dtype).requires_grad_()
-    activated = given.experts.activation(hidden, given.experts.layout)
+    activation, layout = given.form
+    activated = activation(hidden, layout)
     (hidden_grad,) = torch.autograd.grad(activated, hidden, (given.grad[:ROWS].double() * given.score_of_row).to(dtype))
     weighted = (activated.detach().double() * given.score_of_row).to(dtype)
     return {"activated": activated.detach(), "hidden": hidden_grad, "weighted": weighted}
@@ -75,22 +91,24 @@ def by_autograd(given: SimpleNamespace, dtype: torch.dtype) -> dict[str, Tensor]
 
 @pytest.mark.fast
 @on_ranks(1)
-@pytest.mark.parametrize("layout", GATE_LAYOUTS)
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [(name, way) for name in KINDS for way in (*GATE_LAYOUTS, "split") if KINDS[name].gated or way != "split"],
+)
 def test_activations_and_their_gradients_by_kernels(rank: Rank, name: str, layout: str) -> None:
-    from sonic_ep.fast.experts import activate, activate_backward
+    from sonic_ep.fast.activation import activate, activate_backward
 
     for dtype in (*FLOATS, torch.float16):
         given = between(rank, name, layout, dtype)
         truth, plain = by_autograd(given, torch.float64), by_autograd(given, dtype)
-        activated = activate(given.hidden, given.experts, given.plan)
-        found = activate_backward(given.hidden, given.grad.clone(), given.scores, given.experts, given.plan)
-        got = {"activated": activated, "hidden": found.hidden, "weighted": found.weighted}
+        activated = activate(given.parts, *given.form, given.plan)
+        found = activate_backward(given.parts, given.grad.clone(), given.scores, *given.form, given.plan)
+        got = {"activated": activated, "hidden": torch.cat(found.hidden, dim=1), "weighted": found.weighted}
         for what, rows in got.items():
             assert_as_accurate(rows[:ROWS], truth[what], plain[what], f"{what} of {name}, {dtype}")
         # Rows past the valid ones are not written, even where their values are finite.
-        sevens = (torch.full_like(given.hidden, 7.0), torch.full_like(given.grad, 7.0))
-        weighted = activate_backward(*sevens, given.scores, given.experts, given.plan).weighted
+        sevens = ([torch.full_like(part, 7.0) for part in given.parts], torch.full_like(given.grad, 7.0))
+        weighted = activate_backward(*sevens, given.scores, *given.form, given.plan).weighted
         assert weighted[ROWS:].eq(7).all()
         assert_near(found.dots[:ROWS], (given.grad[:ROWS].double() * truth["activated"]).sum(dim=1), 100)
 
@@ -101,17 +119,56 @@ def test_activations_and_their_gradients_by_kernels(rank: Rank, name: str, layou
 @pytest.mark.parametrize("name", ["silu", "gelu", "relu", "relu_sq"])
 def test_nan_and_the_ends_of_the_range(rank: Rank, name: str, dtype: torch.dtype) -> None:
     """NaN stays NaN and reaches no other number; the ends of the range have the limits of the activation."""
-    from sonic_ep.fast.experts import activate, activate_backward
+    from sonic_ep.fast.activation import activate, activate_backward
 
     given = between(rank, name, "concat", dtype)
     given.hidden[:ROWS, :5] = torch.tensor([NAN, -1e30, 1e4, -0.0, -1e4], device=rank.device).to(dtype)
-    activated = activate(given.hidden, given.experts, given.plan)[:ROWS]
+    activated = activate([given.hidden], *given.form, given.plan)[:ROWS]
     assert activated[:, 0].isnan().all()
     assert activated[:, [1, 3, 4]].eq(0).all()
     assert_bitwise(activated[:, 2], given.hidden[:ROWS, 2] ** (2 if name == "relu_sq" else 1))
     assert activated[:, 1:].isfinite().all()
-    found = activate_backward(given.hidden, given.grad.clone(), given.scores, given.experts, given.plan)
-    assert found.hidden[:ROWS, 1:].isfinite().all()
+    found = activate_backward([given.hidden], given.grad.clone(), given.scores, *given.form, given.plan)
+    assert found.hidden[0][:ROWS, 1:].isfinite().all()
+
+
+@pytest.mark.fast
+@on_ranks(1)
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float16], ids=str)
+def test_limits_of_swiglu_are_those_of_the_reference(rank: Rank, dtype: torch.dtype) -> None:
+    """At the limit, one step beyond and before, and at NaN and infinity, for every pair of gate and up."""
+    from sonic_ep.fast.activation import activate, activate_backward
+
+    # One limit that every dtype holds, and one that none does.
+    for limit in (7.0, 0.1):
+        at = torch.tensor(limit, dtype=dtype)
+        steps = [at, at.nextafter(at * 2), at.nextafter(at * 0), at * 0, at / 8]
+        ends = [torch.tensor(value, dtype=dtype) for value in (math.inf, NAN, torch.finfo(dtype).max / 64)]
+        values = torch.stack([sign * value for value in (*steps, *ends) for sign in (1, -1)])
+        # Each of the values, and the last again, for as many gates as there are columns.
+        values = values[[*range(len(values)), *[-1] * (ROWS - len(values))]].to(rank.device)
+        given = between(rank, "gpt_oss", "split", dtype)
+        kind = Swiglu(alpha=1.702, limit=limit, up_offset=1.0)
+        given.form = (kind, LAYOUT)
+        gate, up = values[:, None].expand(ROWS, WIDTH), values[None, :WIDTH].expand(ROWS, WIDTH)
+        for part, half in zip(given.parts, (gate, up), strict=True):
+            part[:ROWS] = half
+        given.grad[:ROWS] = 1
+        given.scores[:] = 1
+        leaf = torch.cat([gate, up], dim=1).clone().requires_grad_()
+        expected = kind(leaf, LAYOUT)
+        (expected_grad,) = torch.autograd.grad(expected, leaf, torch.ones_like(expected))
+        found = activate(given.parts, *given.form, given.plan)[:ROWS]
+        grads = activate_backward(given.parts, given.grad, given.scores, *given.form, given.plan).hidden
+        got = torch.cat(grads, dim=1)[:ROWS]
+        for one, other in ((found, expected.detach()), (got, expected_grad)):
+            # Both are NaN, or zero, or infinite in the same places, and near elsewhere.
+            assert_bitwise(one.isnan(), other.isnan())
+            assert_bitwise(one.eq(0), other.eq(0))
+            assert_bitwise(one.isinf(), other.isinf())
+            finite = one.isfinite() & (one.abs() < 1e4)
+            assert_near(one[finite], other[finite], 4)
+        assert got[:, WIDTH:][2].ne(0).any()
 
 
 @promise("fp32")

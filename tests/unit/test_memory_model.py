@@ -1,6 +1,7 @@
 """Memory formulas against allocations: tensor by tensor under the interpreter, by PyTorch's allocator on GPUs."""
 
 import gc
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,14 @@ from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
 from sonic_ep.config import ModePair
 from sonic_ep.plan import row_ceiling
 from sonic_ep.testing import CASES, Case, Rank, draw, memory_model
-from sonic_ep.testing.memory_model import LayerShape, backward_peak_bytes, forward_peak_bytes, saved_bytes
+from sonic_ep.testing.cases import GPT_OSS
+from sonic_ep.testing.memory_model import (
+    LayerShape,
+    backward_peak_bytes,
+    forward_peak_bytes,
+    saved_bytes,
+    saved_bytes_of_reference,
+)
 from sonic_ep.testing.oracle import Outcome, RoutedCall, gradients, routed_call
 
 pytest.importorskip("triton")
@@ -83,6 +91,7 @@ def measured_call(rank: Rank, case: Case, ep: ExpertParallel) -> tuple[RoutedCal
         rows=exact if ep.config.cpu_sync_on_runtime else min(ceiling, ep.config.max_rows or ceiling),
         gated=call.experts.activation.gated,
         biases=case.bias,
+        split=case.form == "split",
     )
     return call, shape
 
@@ -150,11 +159,14 @@ PEAKS = {
     **{f"{mode.value}, both flags": (WIDE, config_of(mode, again=True, exact=True)) for mode in DispatchMode},
     "at the activation": (NARROW, config_of()),
     "at the activation, exact rows": (replace(NARROW, bias=True), config_of(exact=True)),
+    "transposed": (replace(NARROW, form="transposed", activation=GPT_OSS, bias=True), config_of()),
+    "split": (replace(NARROW, form="split", activation=GPT_OSS, bias=True), config_of(exact=True)),
+    "split, wide rows": (replace(WIDE, form="split", activation=GPT_OSS), config_of(again=True)),
     # 9 tokens in all, so 18 rows at the most, where the ceiling is 28.
     "at the activation, max_rows": (NARROW, replace(config_of(again=True), max_rows=18)),
 }
 # Every day no flag and all of them, and the activation as the peak.
-EVERYDAY = ("rank_dedup, no flag", "all_gather, both flags", "at the activation, max_rows")
+EVERYDAY = ("rank_dedup, no flag", "all_gather, both flags", "at the activation, max_rows", "transposed", "split")
 MARKED = [pytest.param(*PEAKS[name], id=name, marks=[pytest.mark.thorough] * (name not in EVERYDAY)) for name in PEAKS]
 
 
@@ -179,6 +191,41 @@ def test_peaks(rank: Rank, case: Case, config: EPConfig) -> None:
         of_forward = UNCOUNTED_BYTES + (shape.numbers("WCK") if config.cpu_sync_on_runtime else 0)
         found, slack = [inference.most, forward.most, kept, behind.most], [of_forward, of_forward, 0, UNCOUNTED_BYTES]
         assert_peaks(shape, config, found, slack)
+
+
+# Of the plan, autograd keeps the ids, and each backend refers to the rest.
+def ids_alone(shape: LayerShape, parts: Mapping[str, int]) -> int:
+    return sum(parts.values()) - shape.plan + shape.numbers("WCK")
+
+
+@promise("memory-formulas")
+@on_ranks(2, pool="cpu_pool")
+@by_again
+@pytest.mark.parametrize("form", ["whole", "transposed", "split"])
+def test_nothing_is_saved_twice_and_no_weight_copied(rank: Rank, form: str, again: bool) -> None:
+    """Storages that autograd saves, but for those of the caller, are those of the formula, by either backend."""
+    case = replace(SMALL, form=form, activation=GPT_OSS, dtype=torch.bfloat16, hidden=32)
+    for backend in ("fast", "reference"):
+        config, kept = config_of(again=again, exact=True), dict[int, int]()
+        with ExpertParallel(backend=backend, config=config) as ep:
+            call, shape = measured_call(rank, case, ep)
+            given = {address(leaf) for leaf in call.leaves.values()}
+
+            def pack(tensor: Tensor, kept: dict[int, int] = kept, given: set[int] = given) -> Tensor:
+                if tensor.numel() and address(tensor) not in given:
+                    kept[address(tensor)] = tensor.untyped_storage().nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                outputs = call.forward(ep)
+            options = {"redispatch_x_in_backward": again}
+            if backend == "fast":
+                formula = ids_alone(shape, saved_bytes(shape, DispatchMode.ALL_TO_ALL, **options))
+            else:
+                formula = saved_bytes_of_reference(shape, valid_rows=shape.rows, limited=True, **options)
+                formula = sum(formula.values())
+            assert sum(kept.values()) == formula, (backend, list(kept.values()))
+            backward(call, outputs)
 
 
 @promise("memory-formulas")
