@@ -33,6 +33,7 @@ from sonic_ep.errors import (
 )
 from sonic_ep.module import MoE
 from sonic_ep.plan import RoutingPlan
+from sonic_ep.sharing import shared
 
 if TYPE_CHECKING:
     from sonic_ep.profiler import NetworkProfiler, ProfileReport
@@ -61,6 +62,7 @@ __all__ = [
     "ScoreOrder",
     "SharedMemoryError",
     "moe",
+    "shared",
 ]
 
 

@@ -36,6 +36,7 @@ LAYERS = [
     {"backend"},
     {"checks", "call_guard", "reference", "fast"},
     {"api"},
+    {"sharing"},
     {"module"},
     {"profiler"},
     {"__init__", "testing"},
