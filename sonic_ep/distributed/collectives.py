@@ -160,7 +160,7 @@ class BoundedCollectives:
         self._begun += 1
         if absent():
             before, self.sync_tag = self.sync_tag, replace(self.sync_tag, phase=phase)
-            self._finish(lambda: None, lambda _, seconds: _polled(lambda: not absent(), seconds), absent)
+            self._finish(lambda: None, lambda _, seconds: _polled(lambda: not absent(), seconds), absent=absent)
             self.sync_tag = before
 
     def _run(
@@ -175,21 +175,25 @@ class BoundedCollectives:
         # NCCL's own watchdog would end the process before the missing rank is named.
         limit = timedelta(seconds=self.timeout if on_host else 2 * self.timeout + 60)
         self._begun += 1
-        self._finish(lambda: start(group, limit), _done_on_host if on_host else _done_on_device, lambda: needed)
+        self._finish(lambda: start(group, limit), _done_on_host if on_host else _done_on_device, needed)
 
     def _finish(
-        self, start: Callable[[], WorkT], done: Callable[[WorkT, float], bool], needed: Callable[[], Sequence[int]]
+        self,
+        start: Callable[[], WorkT],
+        done: Callable[[WorkT, float], bool],
+        needed: Sequence[int] = (),
+        absent: Callable[[], Sequence[int]] = tuple,
     ) -> None:
-        """Start and wait. done: whether it ends within so many seconds. needed: see ``_run``."""
+        """Start and wait. done: whether it ends within so many seconds. needed: see ``_run``. absent: have not come."""
         began = time.monotonic()
         with self.call_lock.waiting():
             try:
                 work = start()
                 while not done(work, ANNOUNCE_SECONDS):
                     self._report()
-                    self._raise_if_any_left()
-                    self._raise_if_elsewhere(needed)
-                    self._raise_if_any_died(needed())
+                    self._raise_if_any_left(absent)
+                    self._raise_if_elsewhere(absent)
+                    self._raise_if_any_died((*needed, *absent()))
                     if time.monotonic() - began > self.timeout:
                         raise self._failure(None, late=True)
             except (PeerError, ConcurrentCallError, torch.OutOfMemoryError):
@@ -220,20 +224,21 @@ class BoundedCollectives:
         status = RankStatus(collectives=self._begun, left=False, text=text or str(here), lost=tuple(lost), tag=here.tag)
         self._status_store.report(status)
 
-    def _raise_if_any_left(self) -> None:
+    def _raise_if_any_left(self, absent: Callable[[], Sequence[int]] = tuple) -> None:
         for rank, status in self._status_store.statuses().items():
-            if status.left and status.collectives < self._begun:
+            # Those with as many collectives may have left after their part.
+            if status.left and (status.collectives < self._begun or rank in absent()):
                 raise PeerLostError(f"{self.group}: {left(rank, status.text, self.sync_tag)}")
             if status.lost and self.group.rank not in status.lost:
                 lost = f"lost {_named(status.lost)}, waited for in {self.sync_tag}"
                 raise PeerLostError(f"{self.group}: {lost}: rank {rank} {status.text}")
 
-    def _raise_if_elsewhere(self, needed: Callable[[], Sequence[int]]) -> None:
-        """Raise if a rank waits at another tag: on the host in the same collective, counted, or in a kernel."""
+    def _raise_if_elsewhere(self, absent: Callable[[], Sequence[int]]) -> None:
+        """Raise if a rank waits at another tag: on the host, in as many collectives, or, if absent, in a kernel."""
         statuses = self._status_store.statuses()
         shown = {rank: one.tag for rank, one in statuses.items() if one.tag and one.collectives == self._begun}
-        if self.sync_tag.phase is Phase.TOKENS:
-            shown |= {rank: tag for rank, tag in self.tags_shown().items() if rank in needed()}
+        if absent():
+            shown |= {rank: tag for rank, tag in self.tags_shown().items() if rank in absent()}
         for rank, tag in shown.items():
             there = SyncTag.decode(tag)
             if there.phase is Phase.LEFT:

@@ -41,7 +41,7 @@ def batch(rank: Rank, number: int) -> list[Tensor]:
 
 
 def trained(ep: ExpertParallel, rank: Rank, *, again: bool | None = None) -> list[Tensor]:
-    """y and gradients of all batches: all forwards, then all backwards. again: checkpointed, reentrant or not."""
+    """Results and gradients of all batches: all forwards, then all backwards. again: checkpointed, reentrant or not."""
     leaves = [batch(rank, number) for number in range(len(BATCHES))]
 
     def layer(*given: Tensor) -> Tensor:
@@ -145,9 +145,7 @@ def test_a_captured_graph_takes_what_eager_calls_have_brought(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(agreed, "_numbers", Mock(side_effect=AssertionError))
     assert agreed.agree(tokens[3]) == agreed.agree(tokens[5]) == 5
-    with pytest.raises(
-        ValueError, match="rank 0 of 2: tokens T: got 6, expected at most C=5 in graph capture: run the"
-    ):
+    with pytest.raises(ValueError, match="rank 0 of 2: tokens T: got 6, expected at most C=5 in graph capture: run"):
         agreed.agree(tokens[6])
 
 
@@ -182,9 +180,7 @@ def test_more_tokens_in_backward_than_in_forward_are_refused_on_every_rank(rank:
             return ep.moe(torch.cat([x, x]) if longer else x, *weights, TOP_K).y[: len(x)]
 
         y = checkpoint(layer, x, use_reentrant=True)
-        with pytest.raises(
-            ValueError, match="tokens T: got 6, expected at most C=3 in backward: activation checkpoint"
-        ):
+        with pytest.raises(ValueError, match="tokens T: got 6, expected at most C=3 in backward: activation"):
             y.sum().backward()
         assert ep.moe(torch.cat([x, x, x]), *weights, TOP_K).y.isfinite().all()
 
@@ -193,7 +189,7 @@ def test_more_tokens_in_backward_than_in_forward_are_refused_on_every_rank(rank:
 @both_backends
 @on_ranks(2, pool="cpu_pool")
 def test_another_call_while_a_rank_waits_for_tokens_is_found(rank: Rank, backend: str) -> None:
-    """A rank that makes a plan, one that dispatches, and a third call that never comes."""
+    """A rank that makes a plan, and one that dispatches."""
     x = torch.ones(3, HIDDEN)
     with own_process_group(rank) as group, pytest.MonkeyPatch.context() as patch:
         patch.setattr(rank_status, "ANSWER_SECONDS", 60.0)
@@ -201,12 +197,15 @@ def test_another_call_while_a_rank_waits_for_tokens_is_found(rank: Rank, backend
         without_haste(ep._collectives)
         for _ in range(3):
             plan = ep.plan(torch.full((3, 1), rank.rank), rank.world_size)
+        # From now on it waits in kernels, on the fast backend.
+        ep.dispatch(x, plan)
         began = time.monotonic()
-        with pytest.raises(PeerError, match=rf"rank {rank.rank} of 2: rank {1 - rank.rank} (came to|left)") as raised:
+        # One of them may hear first that the other has found it.
+        words = rf"rank {rank.rank} of 2: rank {1 - rank.rank} (came to|left \(CollectiveMismatchError.* came to) phase"
+        with pytest.raises(PeerError, match=words) as raised:
             ep.dispatch(x, plan) if rank.rank == ODD else ep.plan(torch.full((3, 1), 0), rank.world_size)
         assert time.monotonic() - began < 50
-        if rank.rank != ODD:
-            assert "rank 1 came to phase dispatch of step 4, expected phase tokens of step 4" in str(raised.value)
+        assert all(f"phase {phase} of step 5" in str(raised.value) for phase in ("dispatch", "tokens"))
         ep.close()
 
 

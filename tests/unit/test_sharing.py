@@ -21,17 +21,17 @@ pytestmark = promise("shared")
 
 
 def test_options_are_those_of_the_first_or_refused() -> None:
-    assert (first := shared()) is shared() is shared(None, config=EPConfig(), backend="auto", timeout=None)
+    first = shared()
+    assert first is shared() is shared(None, config=EPConfig(), backend="auto", timeout=None)
     for name, other in (("config", EPConfig(max_rows=9)), ("max_tokens_per_rank", 4), ("check_collective", True)):
-        with pytest.raises(
-            ValueError, match=rf"rank 0 of 1: {name} of shared: got .*, expected .*, as the object that"
-        ):
+        with pytest.raises(ValueError, match=f"rank 0 of 1: {name} of shared: got .*, expected .*, as the object"):
             shared(**{name: other})
     with pytest.raises(TypeError, match="shared: got options capacity, expected some of backend, config, max_tokens"):
         shared(capacity=4)
     del first
     gc.collect()
-    assert (tight := shared(max_tokens_per_rank=4)) is shared() is shared(max_tokens_per_rank=4)
+    tight = shared(max_tokens_per_rank=4)
+    assert tight is shared() is shared(max_tokens_per_rank=4)
     with pytest.raises(ValueError, match="max_tokens_per_rank of shared: got 5, expected 4"):
         shared(max_tokens_per_rank=5)
     assert tight.plan(torch.zeros(4, 1, dtype=torch.int64), 1).max_tokens == 4
