@@ -36,6 +36,7 @@ from sonic_ep.errors import (
 from sonic_ep.experts import Experts
 from sonic_ep.module import MoE
 from sonic_ep.plan import RoutingPlan
+from sonic_ep.sharing import shared
 
 if TYPE_CHECKING:
     from sonic_ep.profiler import NetworkProfiler, ProfileReport
@@ -70,6 +71,7 @@ __all__ = [
     "SharedMemoryError",
     "Swiglu",
     "moe",
+    "shared",
 ]
 
 

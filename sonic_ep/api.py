@@ -36,8 +36,9 @@ from sonic_ep.checks import (
     tokens_of,
 )
 from sonic_ep.config import AUTO, EPConfig, RouterConfig, RouterOptions, ScoreOrder, settings_of
-from sonic_ep.distributed.collectives import TIMEOUT_SECONDS, BoundedCollectives
+from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.distributed.group import EPGroup, Group, resolve_group
+from sonic_ep.distributed.max_tokens import max_tokens_of
 from sonic_ep.plan import RoutingPlan
 
 logger = logging.getLogger("sonic_ep")
@@ -47,11 +48,15 @@ class ExpertParallel:
     """The experts of a group of ranks. Every method that moves data is collective and may raise ``PeerError``.
 
     group: a ``ProcessGroup``, a 1-D ``DeviceMesh``, or None for the world (one rank if there is no process group).
+        ``.mesh`` is that mesh, else None.
     backend: "reference", "fast", or "auto" for the fastest that runs here. ``.backend`` and ``.why`` report the choice.
     config: modes and flags, the same on every rank.
-    max_tokens_per_rank: C, the most tokens of any rank in any call, the same on every rank. None: the largest T of the
-        first call, agreed on there; on one rank, no limit.
-    timeout: seconds to wait for another rank before raising ``PeerTimeoutError``, which names it.
+    max_tokens_per_rank: C, the most tokens of any rank in any call, the same on every rank. None: no limit; ranks agree
+        in each call on the largest T of that call, on the host, before anything is sent, and shared memory grows with
+        it. In a captured graph C is the largest of the eager calls alike before, and more tokens raise ``ValueError``.
+    timeout: seconds to wait for another rank before raising ``PeerTimeoutError``, which names it and says whether its
+        process is alive, where that can be known. None: the timeout of the process group. A process of the same machine
+        that has died is found within seconds where the host waits, and raises ``PeerLostError``.
     check_collective: before each call compare its arguments across ranks and name those that differ, at the price of
         two exchanges on the host. Without it a difference still raises, but is not named.
 
@@ -69,7 +74,7 @@ class ExpertParallel:
         backend: str = AUTO,
         config: EPConfig | None = None,
         max_tokens_per_rank: int | None = None,
-        timeout: float = TIMEOUT_SECONDS,
+        timeout: float | None = None,
         check_collective: bool = False,
     ) -> None:
         self.group = resolve_group(group)
@@ -79,12 +84,13 @@ class ExpertParallel:
         self.config = self._checker.instance("config", config, EPConfig, "an EPConfig")
         if max_tokens_per_rank is not None:
             self._checker.count("max_tokens_per_rank", max_tokens_per_rank)
-        self._checker.seconds("timeout", timeout)
+        if timeout is not None:
+            self._checker.seconds("timeout", timeout)
         self._checker.flag("check_collective", check_collective)
         choice = choose_backend(backend, self.group)
         self.backend, self.why = choice.name, choice.why
-        self._max_tokens = max_tokens_per_rank
-        self._collectives = BoundedCollectives(self.group, float(timeout))
+        self._collectives = BoundedCollectives(self.group, None if timeout is None else float(timeout))
+        self._max_tokens = max_tokens_of(self._collectives, max_tokens_per_rank)
         self._backend = choice.module.create(self._collectives, self.config)
         common = {"backend": self.backend, "config": self.config, "max_tokens_per_rank": max_tokens_per_rank}
         self._call_guard = CallGuard(self._collectives, self._backend, common, check=check_collective)
@@ -100,6 +106,15 @@ class ExpertParallel:
     def world_size(self) -> int:
         """W, the number of ranks in the group."""
         return self.group.world_size
+
+    @property
+    def usable(self) -> bool:
+        """Whether calls may follow: neither ``close`` nor an error has ended it, and it is of this process."""
+        return self._call_guard.admits
+
+    def release_with_last_user(self) -> None:
+        """From now on it may be freed without ``close()``: it warns of nothing, and graphs keep what backward needs."""
+        self._call_guard.release_with_owner()
 
     @runs_eagerly
     def moe(
@@ -152,13 +167,13 @@ class ExpertParallel:
             given = ExpertArguments(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, gate_layout=gate_layout)
             experts = check_experts(self._checker, x_any, given, weights.weight.shape[0])
             self._backend.check_activation(experts.activation)
-            self._check_tokens_fit(tokens_of(x_any))
+            self._max_tokens.check(tokens_of(x_any))
             x_TH, weights = rows_of_tokens(x_any), router_as_read(weights)
             experts = experts_as_read(experts, x_TH.dtype)
             x_TH = self._joined_without_tokens(x_TH, experts, weights)
             facts = {**facts_of(x_TH, experts), **facts_of_router(weights, options)}
             self._call_guard.begin("moe", facts, x_TH)
-            max_tokens = self._agreed_max_tokens(x_TH)
+            max_tokens = self._max_tokens.agree(x_TH)
             routing = self._backend.route(x_TH, weights, options)
             idx_TK, scores_TK = routing.topk_idx, routing.topk_scores
             slots = Slots(topk_idx=idx_TK, topk_scores=scores_TK, max_tokens=max_tokens, distinct=True)
@@ -232,7 +247,7 @@ class ExpertParallel:
             num_experts = experts.w2.shape[0] * self.group.world_size
             idx_TK = check_routing(self._checker, topk_idx, num_experts, x_any)
             scores_TK = check_scores(self._checker, topk_scores, (idx_TK.shape[0], idx_TK.shape[1]), x_any)
-            self._check_tokens_fit(idx_TK.shape[0])
+            self._max_tokens.check(idx_TK.shape[0])
             x_TH, experts = rows_of_tokens(x_any), experts_as_read(experts, x_any.dtype)
             idx_TK, scores_TK = for_kernels(idx_TK), for_kernels(scores_TK)
             scores_TK = scores_TK.float() if return_routing else scores_TK
@@ -240,7 +255,7 @@ class ExpertParallel:
             x_TH = self._joined_without_tokens(x_TH, experts)
             facts = {**facts_of(x_TH, experts), "K": idx_TK.shape[1]}
             self._call_guard.begin("moe_routed", facts, x_TH)
-            max_tokens = self._agreed_max_tokens(idx_TK)
+            max_tokens = self._max_tokens.agree(idx_TK)
             slots = Slots(topk_idx=idx_TK, topk_scores=scores_TK, max_tokens=max_tokens, distinct=False)
             out = self._backend.layer(x_TH, slots, experts, x.shape)
             if not return_routing:
@@ -252,11 +267,11 @@ class ExpertParallel:
         """The plan of ``topk_idx`` (T, K), as in ``moe_routed``, over E experts; may be used often. Collective."""
         with self._call_guard.one():
             idx_TK = check_routing(self._checker, topk_idx, num_experts)
-            self._check_tokens_fit(idx_TK.shape[0])
+            self._max_tokens.check(idx_TK.shape[0])
             idx_TK = for_kernels(idx_TK)
             self._backend.check_expert_ids(idx_TK, num_experts)
             self._call_guard.begin("plan", {"E": num_experts, "K": idx_TK.shape[1], "device": idx_TK.device.type})
-            max_tokens = self._agreed_max_tokens(idx_TK)
+            max_tokens = self._max_tokens.agree(idx_TK)
             plan = self._backend.plan(idx_TK, num_experts=num_experts, max_tokens=max_tokens, distinct=False)
             object_number, step = self._collectives.object_number, self._collectives.step.number
             return replace(plan, step=step, object_number=object_number)
@@ -332,6 +347,7 @@ class ExpertParallel:
                 self._call_guard.close()
             raise
         self._call_guard.close()
+        self._max_tokens.close()
 
     def __enter__(self) -> ExpertParallel:
         return self
@@ -358,21 +374,6 @@ class ExpertParallel:
         weights = (*experts.tensors.values(), *of_router)
         trained = any(weight is not None and weight.requires_grad for weight in weights)
         return joined(x_TH, self.world_size) if trained and x_TH.shape[0] == 0 else x_TH
-
-    def _check_tokens_fit(self, tokens: int) -> None:
-        if self._max_tokens is not None and tokens > self._max_tokens:
-            remedy = f"construct ExpertParallel with max_tokens_per_rank of at least {tokens}, the same on every rank"
-            self._checker.require(False, "tokens T", tokens, f"at most C={self._max_tokens}: {remedy}")
-
-    def _agreed_max_tokens(self, tokens: Tensor) -> int:
-        """C; if the caller has not set it, agreed on by all ranks in the first call in which any rank has a token."""
-        if self._max_tokens is not None:
-            return self._max_tokens
-        if self.world_size == 1:
-            return tokens.shape[0]
-        most = max(self._collectives.numbers(tokens.shape[0], tokens.device))
-        self._max_tokens = most or None
-        return most
 
 
 def facts_of(x_NH: Tensor, experts: Experts | None = None) -> dict[str, object]:

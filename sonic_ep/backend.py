@@ -184,6 +184,10 @@ class Backend(Protocol):
         """This rank makes no further call: stop other ranks' kernels waiting for it."""
         return
 
+    def tags_shown(self) -> Mapping[int, int]:
+        """The tags that kernels of other ranks show while they wait for this rank, which has queued none, by rank."""
+        return {}
+
     def holds_memory(self) -> bool:
         """Whether ``close`` has memory to free."""
         return False

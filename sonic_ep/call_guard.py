@@ -40,7 +40,8 @@ class CallGuard:
         # Calls repeat, and formatting their facts again would be slow.
         self._digest = lru_cache(DIGESTS_KEPT)(lambda own, x: call_digest(repr((*own, *facts)), x_trained=x))
         self._backend = backend
-        self._release = weakref.finalize(self, _forgotten, backend, collectives, weakref.ref(self))
+        collectives.tags_shown = partial(_tags_shown, weakref.ref(backend))
+        self._release = weakref.finalize(self, _forgotten, backend, collectives, weakref.ref(self), warns=True)
         # By weak references: graphs hold the lock, and may outlive both.
         collectives.call_lock.after_error(partial(_after_error, weakref.ref(backend), weakref.ref(collectives)))
 
@@ -53,6 +54,11 @@ class CallGuard:
     def ended(self) -> bool:
         """Whether an error has ended the object, or ``close``."""
         return self._collectives.call_lock.ended is not None
+
+    @property
+    def admits(self) -> bool:
+        """Whether calls may follow in this process."""
+        return not (self.closed or self.ended) and self._collectives.call_lock.is_of_this_process
 
     @contextmanager
     def one(self, *, begun: bool = False) -> Iterator[None]:
@@ -92,6 +98,12 @@ class CallGuard:
                 self._collectives.withdraw()
             self._backend.raise_in_backward()
 
+    def release_with_owner(self) -> None:
+        """Freeing the object without ``close()`` is as good: ``detach``, without a warning."""
+        if self._release.detach() is not None:
+            held = (self._backend, self._collectives, weakref.ref(self))
+            self._release = weakref.finalize(self, _forgotten, *held, warns=False)
+
     def leave(self, error: BaseException) -> None:
         """Close because of ``error``, and report it to ranks that wait for this one."""
         if not self.closed and self._collectives.call_lock.is_of_this_process:
@@ -114,6 +126,11 @@ class CallGuard:
             raise CollectiveMismatchError(f"{where}: calls have to be the same on every rank, and differ in {odd}")
 
 
+def _tags_shown(backend: weakref.ref[Backend]) -> Mapping[int, int]:
+    held = backend()
+    return {} if held is None else held.tags_shown()
+
+
 def _text_of(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"
@@ -128,8 +145,10 @@ def _report(error: BaseException, backend: Backend | None, collectives: BoundedC
     text = _text_of(error)
     collectives.call_lock.end(f"has ended: {text}; make a new one after the process group is rebuilt")
     collectives.leave(text)
-    # Kernels of other ranks find a mismatch themselves: by this rank's tag. On a lost GPU no kernel can run.
-    if backend is not None and not isinstance(error, CollectiveMismatchError):
+    # Kernels of other ranks find a mismatch themselves: by this rank's tag, which it shows in all phases but TOKENS. On
+    # a lost GPU no kernel can run.
+    shown = isinstance(error, CollectiveMismatchError) and collectives.sync_tag.phase is not Phase.TOKENS
+    if backend is not None and not shown:
         with suppress(Exception):
             backend.leave()
 
@@ -179,15 +198,20 @@ def _capturing() -> bool:
     return False
 
 
-def _forgotten(backend: Backend, collectives: BoundedCollectives, guard: weakref.ref[CallGuard]) -> None:
-    """Warn if ``close()`` was not called, and keep shared memory while graphs need it; report an uncaught error."""
+def _forgotten(
+    backend: Backend, collectives: BoundedCollectives, guard: weakref.ref[CallGuard], *, warns: bool
+) -> None:
+    """Keep shared memory while graphs need it; report an uncaught error. warns: that ``close()`` was not called."""
     if not collectives.call_lock.is_of_this_process:
         return
     uncaught = getattr(sys, "last_value", None)
     # ``guard`` is alive only if this runs at exit, not where the object is garbage collected.
     if guard() is not None and isinstance(uncaught, BaseException):
         _report(uncaught, backend, collectives)
-    if backend.holds_memory():
+    if not warns:
+        backend.raise_in_backward()
+        backend.detach()
+    elif backend.holds_memory():
         message = f"{collectives.group}: this ExpertParallel was not closed: call close(), or use it in a with"
         warnings.warn(message, ResourceWarning, stacklevel=2)
         backend.detach()

@@ -64,6 +64,22 @@ def unwrapped(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGro
     return getattr(group._get_backend(device), "wrapped_pg", group)
 
 
+def timeout_of(group: dist.ProcessGroup, device: torch.device) -> float | None:
+    """Seconds that a collective of ``group`` on ``device`` may take; None if its backend does not tell."""
+    try:
+        backend = group._get_backend(device)
+        timeout = getattr(getattr(backend, "wrapped_pg", backend).options, "_timeout", None)
+    # No backend for this device, or one without options.
+    except (RuntimeError, AttributeError):
+        return None
+    return timeout.total_seconds() if isinstance(timeout, timedelta) else None
+
+
+def backward_is_running() -> bool:
+    """Whether this thread is in a backward: activation checkpointing runs forward again in it."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def rendezvous_number(rendezvous: Callable[[Any], object]) -> int:
     """The number that PyTorch gives to ``rendezvous(name of a group of this rank)``; -1 if it is not found.
 

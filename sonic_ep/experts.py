@@ -191,6 +191,7 @@ class Experts(nn.Module):
         if self._alone is None:
             on_gpu = isinstance(x, Tensor) and x.is_cuda
             self._alone = ExpertParallel(ONE_PROCESS, backend="auto" if on_gpu else "reference")
+            self._alone.release_with_last_user()
         return self._alone
 
     @torch.no_grad()

@@ -7,10 +7,10 @@ the missing one. The first GPU collective reports, too.
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,10 +20,12 @@ from sonic_ep import compat
 from sonic_ep.autograd_utils import outside_selective_checkpoint
 from sonic_ep.distributed.call_lock import CallLock
 from sonic_ep.distributed.group import EPGroup
+from sonic_ep.distributed.process_identity import ProcessIdentity
 from sonic_ep.distributed.rank_status import RankStatus, StatusStore
 from sonic_ep.distributed.sync_tag import Phase, Step, SyncTag, mismatch
 from sonic_ep.errors import CollectiveMismatchError, ConcurrentCallError, PeerError, PeerLostError, PeerTimeoutError
 
+# Where the process group does not tell its own.
 TIMEOUT_SECONDS = 60.0
 # Between two reports of a rank that waits.
 ANNOUNCE_SECONDS = 1.0
@@ -33,17 +35,31 @@ GRACE_SECONDS = 2.5
 SPIN_SECONDS, REST_SECONDS = 0.005, 0.0002
 HOST = torch.device("cpu")
 
+WorkT = TypeVar("WorkT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fate:
+    """died: whether a rank's process is known to be gone. text: what is known, for messages."""
+
+    died: bool
+    text: str
+
 
 class BoundedCollectives:
     """Collectives of one group. sync_tag: the current tag, compared across ranks. call_lock: the object's.
+
+    timeout: seconds to wait for another rank; None: those of the process group. tags_shown: the tags that other ranks'
+    kernels show to this rank while they wait for it and it has queued none, by rank.
 
     Every collective raises ``PeerTimeoutError`` after ``timeout`` seconds, ``PeerLostError`` when a rank has gone and
     ``CollectiveMismatchError`` when one is at another tag. The process group is unusable after that.
     """
 
-    def __init__(self, group: EPGroup, timeout: float = TIMEOUT_SECONDS) -> None:
+    def __init__(self, group: EPGroup, timeout: float | None = None) -> None:
         self.group = group
-        self.timeout = timeout
+        self.timeout = group.timeout() or TIMEOUT_SECONDS if timeout is None else timeout
+        self.tags_shown: Callable[[], Mapping[int, int]] = dict
         self.sync_tag = SyncTag(step=Step(), phase=Phase.SYNC)
         self.call_lock = CallLock(str(group))
         self._begun = 0
@@ -102,7 +118,8 @@ class BoundedCollectives:
         # The shape is the same on all ranks, so all of them skip an empty exchange together.
         if gathered.numel() > 0:
             flat, own = gathered.view(-1), local.contiguous().view(-1)
-            self._run(lambda group, timeout: compat.all_gather(group, flat, own, timeout), local)
+            others = self._status_store.others
+            self._run(lambda group, timeout: compat.all_gather(group, flat, own, timeout), local, others)
         return gathered
 
     def all_to_all_rows(self, rows: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
@@ -127,24 +144,56 @@ class BoundedCollectives:
         """Stop counting this object: it was never used."""
         self._status_store.withdraw()
 
-    def _run(self, start: Callable[[dist.ProcessGroup, timedelta], dist.Work], tensor: Tensor) -> None:
-        """Start a collective of this rank's ``tensor``, and wait for it."""
+    def know(self, processes: Mapping[int, ProcessIdentity]) -> None:
+        """The processes of all ranks: as the store would tell, which may end with one of them."""
+        self._status_store.know(processes)
+
+    def late(self, ranks: Sequence[int], here: SyncTag, names: str = "") -> PeerError:
+        """The error for ``ranks`` that have not come to ``here`` in time. names: what to call them."""
+        fates = [self._fate(rank) for rank in ranks]
+        said = "; ".join(fate.text for fate in fates) or "did it fail, or make another call?"
+        error = PeerLostError if any(fate.died for fate in fates) else PeerTimeoutError
+        return error(f"{self.group}: waited {self.timeout:g} s for {names or _named(ranks)} in {here}: {said}")
+
+    def wait_for(self, absent: Callable[[], Sequence[int]], phase: Phase) -> None:
+        """Collective. Wait on the host until no rank is ``absent``, which tells those that have not come."""
+        self._begun += 1
+        if absent():
+            before, self.sync_tag = self.sync_tag, replace(self.sync_tag, phase=phase)
+            self._finish(lambda: None, lambda _, seconds: _polled(lambda: not absent(), seconds), absent=absent)
+            self.sync_tag = before
+
+    def _run(
+        self, start: Callable[[dist.ProcessGroup, timedelta], dist.Work], tensor: Tensor, needed: Sequence[int] = ()
+    ) -> None:
+        """Start a collective of this rank's ``tensor``, and wait for it. needed: ranks without which it cannot end."""
         group = self.group.process_group
         assert group is not None
         group, on_host = compat.unwrapped(group, tensor.device), tensor.device.type == "cpu"
-        done = _done_on_host if on_host else _done_on_device
         if not (on_host or self._connected):
             self._connect()
         # NCCL's own watchdog would end the process before the missing rank is named.
         limit = timedelta(seconds=self.timeout if on_host else 2 * self.timeout + 60)
         self._begun += 1
+        self._finish(lambda: start(group, limit), _done_on_host if on_host else _done_on_device, needed)
+
+    def _finish(
+        self,
+        start: Callable[[], WorkT],
+        done: Callable[[WorkT, float], bool],
+        needed: Sequence[int] = (),
+        absent: Callable[[], Sequence[int]] = tuple,
+    ) -> None:
+        """Start and wait. done: whether it ends within so many seconds. needed: see ``_run``. absent: have not come."""
         began = time.monotonic()
         with self.call_lock.waiting():
             try:
-                work = start(group, limit)
+                work = start()
                 while not done(work, ANNOUNCE_SECONDS):
                     self._report()
-                    self._raise_if_any_left()
+                    self._raise_if_any_left(absent)
+                    self._raise_if_elsewhere(absent)
+                    self._raise_if_any_died((*needed, *absent()))
                     if time.monotonic() - began > self.timeout:
                         raise self._failure(None, late=True)
             except (PeerError, ConcurrentCallError, torch.OutOfMemoryError):
@@ -159,27 +208,50 @@ class BoundedCollectives:
         with self.call_lock.waiting():
             self._until(self._all_arrived, self.timeout)
         if absent := self._status_store.absent():
-            raise PeerTimeoutError(f"{self.group}: {timed_out(self.timeout, _named(absent), self.sync_tag)}")
+            raise self.late(absent, self.sync_tag)
 
     def _all_arrived(self) -> bool:
-        """Whether all ranks have come to connect. Raises ``PeerLostError`` if one has left instead."""
+        """Whether all ranks have come to connect. Raises ``PeerLostError`` if one has left or died instead."""
         absent = self._status_store.absent()
+        self._raise_if_any_died(absent)
         for rank, status in self._status_store.statuses().items() if absent else ():
             if rank in absent and status.left:
                 raise PeerLostError(f"{self.group}: {left(rank, status.text, self.sync_tag)}")
         return not absent
 
     def _report(self, text: str = "", lost: Sequence[int] = ()) -> None:
-        text = text or str(self.sync_tag)
-        self._status_store.report(RankStatus(collectives=self._begun, left=False, text=text, lost=tuple(lost)))
+        here = self.sync_tag
+        status = RankStatus(collectives=self._begun, left=False, text=text or str(here), lost=tuple(lost), tag=here.tag)
+        self._status_store.report(status)
 
-    def _raise_if_any_left(self) -> None:
+    def _raise_if_any_left(self, absent: Callable[[], Sequence[int]] = tuple) -> None:
         for rank, status in self._status_store.statuses().items():
-            if status.left and status.collectives < self._begun:
+            # Those with as many collectives may have left after their part.
+            if status.left and (status.collectives < self._begun or rank in absent()):
                 raise PeerLostError(f"{self.group}: {left(rank, status.text, self.sync_tag)}")
             if status.lost and self.group.rank not in status.lost:
                 lost = f"lost {_named(status.lost)}, waited for in {self.sync_tag}"
                 raise PeerLostError(f"{self.group}: {lost}: rank {rank} {status.text}")
+
+    def _raise_if_elsewhere(self, absent: Callable[[], Sequence[int]]) -> None:
+        """Raise if a rank waits at another tag: on the host, in as many collectives, or, if absent, in a kernel."""
+        statuses = self._status_store.statuses()
+        shown = {rank: one.tag for rank, one in statuses.items() if one.tag and one.collectives == self._begun}
+        if absent():
+            shown |= {rank: tag for rank, tag in self.tags_shown().items() if rank in absent()}
+        for rank, tag in shown.items():
+            there = SyncTag.decode(tag)
+            if there.phase is Phase.LEFT:
+                raise PeerLostError(f"{self.group}: {left(rank, 'see its own output for the error', self.sync_tag)}")
+            if tag != self.sync_tag.tag:
+                raise CollectiveMismatchError(f"{self.group}: {mismatch(self.sync_tag, rank, there)}")
+
+    def _raise_if_any_died(self, ranks: Sequence[int]) -> None:
+        died = [rank for rank in ranks if self._fate(rank).died]
+        if died:
+            self._tell("has seen that it died", died)
+            said = "; ".join(self._fate(rank).text for rank in died)
+            raise PeerLostError(f"{self.group}: {said} while it was waited for in {self.sync_tag}")
 
     def _failure(self, error: RuntimeError | None, *, late: bool) -> PeerError:
         """The error for a collective that failed with ``error``, or, if ``late``, timed out."""
@@ -187,27 +259,46 @@ class BoundedCollectives:
         if not late:
             self._raise_if_any_left()
         missing = self._missing("timed out waiting for it" if late else "lost it, too")
+        names = self._names_of(missing)
         if late:
-            return PeerTimeoutError(f"{self.group}: {timed_out(self.timeout, missing, self.sync_tag)}")
+            return self.late(missing, self.sync_tag, names)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return PeerLostError(f"{self.group}: lost {missing}, waited for in {self.sync_tag}: {reason}")
+        died = "".join(f"; {fate.text}" for fate in map(self._fate, missing) if fate.died)
+        return PeerLostError(f"{self.group}: lost {names}, waited for in {self.sync_tag}: {reason}{died}")
 
-    def _missing(self, text: str) -> str:
-        """Names the ranks that, within ``GRACE_SECONDS``, have not reported reaching this collective.
-
-        Reports them to the others first: this rank may end next, and with it the store.
-        """
+    def _missing(self, text: str) -> list[int]:
+        """The ranks that, within ``GRACE_SECONDS``, have not reported reaching this collective; told to the others."""
         store = self._status_store
         self._until(lambda: len(store.silent(self._begun)) <= 1)
         missing = store.silent(self._begun)
         if store.broken and not store.statuses():
+            return []
+        if missing:
+            self._tell(text, missing)
+        return missing
+
+    def _names_of(self, missing: Sequence[int]) -> str:
+        store = self._status_store
+        if store.broken and not store.statuses():
             return "rank 0 of the world (which holds the store of the process group, and does not answer)"
-        if not missing:
-            gone = (f"rank {rank} (which left: {s.text})" for rank, s in store.statuses().items() if s.left)
-            return next(gone, "a rank that is not known")
+        gone = (f"rank {rank} (which left: {s.text})" for rank, s in store.statuses().items() if s.left)
+        return _named(missing) if missing else next(gone, "a rank that is not known")
+
+    def _tell(self, text: str, missing: Sequence[int]) -> None:
+        """Report ``missing`` to the others, and wait until they know: this rank may end next, and with it the store."""
         self._report(text, missing)
+        store = self._status_store
         self._until(lambda: all(s.lost or s.left for rank, s in store.statuses().items() if rank not in missing))
-        return _named(missing)
+
+    def _fate(self, rank: int) -> Fate:
+        """What has become of the process of ``rank``."""
+        process = self._status_store.processes().get(rank)
+        died = process.has_died() if process is not None else None
+        if process is None or died is None:
+            return Fate(died=False, text=f"whether rank {rank} is alive is not known, as on another machine")
+        who = f"rank {rank} (process {process.pid})"
+        busy = f"{who} is alive, so busy (saving, compiling) or in another call: a larger timeout waits for it longer"
+        return Fate(died=died, text=f"{who} has died" if died else busy)
 
     def _until(self, reached: Callable[[], bool], seconds: float = GRACE_SECONDS) -> None:
         """Wait until ``reached``, ``seconds`` at most, while the store answers."""
@@ -219,11 +310,6 @@ class BoundedCollectives:
 def left(rank: int, why: str, here: SyncTag) -> str:
     """The message for a rank that left."""
     return f"rank {rank} left ({why}) while it was waited for in {here}"
-
-
-def timed_out(seconds: float, ranks: str, here: SyncTag) -> str:
-    """The message for ranks that did not come."""
-    return f"waited {seconds:g} s for {ranks} in {here}; did it fail, or make another call?"
 
 
 def differing(values: Sequence[object]) -> str:
@@ -257,11 +343,18 @@ def _done_on_host(work: dist.Work, seconds: float) -> bool:
 
 def _done_on_device(work: dist.Work, seconds: float) -> bool:
     """The same for a collective of GPUs: the current stream waits for it, and the host polls."""
+    if not _polled(work.is_completed, seconds):
+        return False
+    work.wait()
+    return True
+
+
+def _polled(reached: Callable[[], bool], seconds: float) -> bool:
+    """Whether ``reached`` within ``seconds``."""
     began = time.monotonic()
-    while not work.is_completed():
+    while not reached():
         waited = time.monotonic() - began
         if waited > seconds:
             return False
         time.sleep(0 if waited < SPIN_SECONDS else REST_SECONDS)
-    work.wait()
     return True

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from sonic_ep import compat
 from sonic_ep.errors import ClosedError
 
 # An int is what torch.distributed.new_group gives to ranks that are not in the new group.
@@ -49,6 +50,12 @@ class EPGroup:
         """``preferred`` if the group moves tensors of that type, else a device that it does move."""
         moved = self.device_types()
         return preferred if moved is None or preferred.type in moved else torch.device(min(moved))
+
+    def timeout(self) -> float | None:
+        """Seconds that collectives of the process group may take, the least of its devices; None if it has none."""
+        group, kinds = self.process_group, self.device_types() or ()
+        found = [compat.timeout_of(group, torch.device(kind)) for kind in kinds] if group is not None else []
+        return min((seconds for seconds in found if seconds), default=None)
 
     def device_types(self) -> frozenset[str] | None:
         """Device types whose tensors the group can move; None if any will do (no process group)."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sonic_ep.distributed.group import EPGroup
+from sonic_ep.distributed.process_identity import ProcessIdentity
 
 # The store may be held by the rank that failed, and then it never answers.
 ANSWER_SECONDS = 2.0
@@ -19,18 +20,23 @@ AnswerT = TypeVar("AnswerT")
 
 @dataclass(frozen=True, kw_only=True)
 class RankStatus:
-    """A rank's last report: collectives begun, whether it left, phase and step (or error) as text, ranks lost to it."""
+    """A rank's last report: collectives begun, whether it left, phase and step (or error) as text, ranks lost to it.
+
+    tag: of the collective that it waits in; 0 if it has left.
+    """
 
     collectives: int
     left: bool
     text: str
     lost: tuple[int, ...] = ()
+    tag: int = 0
 
 
 class StatusStore:
     """Statuses of the ranks of one group for one object. Nothing here raises, or waits longer than ``ANSWER_SECONDS``.
 
     store: None in a group of one. number: of earlier objects of the group. others: the other ranks. broken: no answer.
+    Each rank reports its process when it makes the object: one that is dead or busy does not answer later.
     """
 
     def __init__(self, group: EPGroup, store: Any) -> None:
@@ -38,8 +44,10 @@ class StatusStore:
         self._store = store
         self.others = [rank for rank in range(group.world_size) if rank != group.rank]
         self._found: dict[int, RankStatus] = {}
+        self._processes: dict[int, ProcessIdentity] = {}
         self.broken = False
-        self.number: int = (self._count(1) or 1) - 1
+        self.number = 0
+        self._answer(self._register)
 
     @staticmethod
     def of(group: EPGroup) -> StatusStore:
@@ -49,7 +57,19 @@ class StatusStore:
 
     def withdraw(self) -> None:
         """The object was never used: the next one takes its number."""
-        self._count(-1)
+        self._answer(lambda: self._store.add(f"sonic_ep/objects/{self._group.rank}", -1))
+
+    def know(self, processes: Mapping[int, ProcessIdentity]) -> None:
+        """The processes of ranks, as they have told themselves."""
+        self._processes |= processes
+
+    def processes(self) -> Mapping[int, ProcessIdentity]:
+        """The processes of the other ranks that have reported theirs, by rank."""
+        keys = {rank: f"{self._key(rank)}/process" for rank in self.others if rank not in self._processes}
+        if keys:
+            found = self._answer(lambda: {r: self._store.get(k) for r, k in keys.items() if self._store.check([k])})
+            self._processes |= {rank: pickle.loads(pickled) for rank, pickled in (found or {}).items()}
+        return self._processes
 
     def arrive(self) -> None:
         """Report that this rank is about to connect its GPU."""
@@ -81,8 +101,9 @@ class StatusStore:
     def _key(self, rank: int) -> str:
         return f"sonic_ep/statuses/{self.number}/{rank}"
 
-    def _count(self, amount: int) -> Any:
-        return self._answer(lambda: self._store.add(f"sonic_ep/objects/{self._group.rank}", amount))
+    def _register(self) -> None:
+        self.number = self._store.add(f"sonic_ep/objects/{self._group.rank}", 1) - 1
+        self._store.set(f"{self._key(self._group.rank)}/process", pickle.dumps(ProcessIdentity.own()))
 
     def _answer(self, ask: Callable[[], AnswerT]) -> AnswerT | None:
         """The answer of the store; None if it does not come in time."""

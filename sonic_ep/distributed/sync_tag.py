@@ -24,6 +24,7 @@ class Phase(IntEnum):
     """What ranks synchronize for. UNKNOWN: no phase of this package. LEFT: the rank has left and comes no more."""
 
     UNKNOWN = 0
+    TOKENS = 1
     CHECK = 2
     MEMORY = 3
     ROUTER = 4
@@ -47,6 +48,11 @@ class Step:
 
     number: int = 0
     call: int = 0
+
+    @property
+    def kind(self) -> int:
+        """The call without whether x requires a gradient."""
+        return self.call & ~_X_TRAINED
 
 
 @dataclass(frozen=True, kw_only=True)

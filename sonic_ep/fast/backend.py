@@ -4,6 +4,8 @@ With gradients on, every rank takes part in every backward, even if its own tens
 ranks would cost a read on the host.
 """
 
+from collections.abc import Mapping
+
 import torch
 import triton
 from torch import Tensor
@@ -127,6 +129,10 @@ class FastBackend:
         """End the waits of other ranks' kernels for this rank, on every device."""
         for context in self._contexts.values():
             context.workspace.leave()
+
+    def tags_shown(self) -> Mapping[int, int]:
+        """Of every device's barrier."""
+        return {rank: tag for held in self._contexts.values() for rank, tag in held.workspace.tags_shown().items()}
 
     def holds_memory(self) -> bool:
         """Whether memory is shared on any device."""

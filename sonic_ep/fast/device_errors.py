@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sonic_ep.distributed.collectives import BoundedCollectives, left, timed_out
+from sonic_ep.distributed.collectives import BoundedCollectives, left
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.distributed.sync_tag import Phase, SyncTag, mismatch
-from sonic_ep.errors import CollectiveMismatchError, PeerError, PeerLostError, PeerTimeoutError
+from sonic_ep.errors import CollectiveMismatchError, PeerError, PeerLostError
 from sonic_ep.fast.launch import capturing, host_ints
 from sonic_ep.fast.sync import ELSEWHERE
 from sonic_ep.plan import overflow_error, recompute_error
@@ -85,7 +85,7 @@ def wait_error(codes: Tensor, collectives: BoundedCollectives) -> PeerError | No
     reason = collectives.why_left(peer)
     if reason or why == ELSEWHERE:
         return PeerLostError(f"{group}: {left(peer, reason or 'see its own output for the error', sync_tag)}")
-    return PeerTimeoutError(f"{group}: {timed_out(collectives.timeout, f'rank {peer}', sync_tag)}")
+    return collectives.late([peer], sync_tag)
 
 
 @dataclass(frozen=True, kw_only=True)

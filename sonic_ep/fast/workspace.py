@@ -93,6 +93,15 @@ class Workspace:
             while not done.query() and time.monotonic() < deadline:
                 time.sleep(LEAVE_SECONDS / 1000)
 
+    def tags_shown(self) -> dict[int, int]:
+        """Tags of barriers at which other ranks wait for this one, by rank, once all that it has queued has run."""
+        if self.device.type == "cuda":
+            streams = (torch.cuda.current_stream(self.device), self._last_stream)
+            if not all(stream is None or stream.query() for stream in streams):
+                return {}
+        flags = self._buffers[BARRIER].rows(self.group.rank, (self.group.world_size,), torch.int64).tolist()
+        return {rank: tag for rank, tag in enumerate(flags) if tag}
+
     def reserve(self, name: str, nbytes: int, byte: int = POISON_BYTE) -> SharedBuffer:
         """The buffer ``name`` of at least ``nbytes``. Collective if it has to grow; new bytes are all ``byte``.
 

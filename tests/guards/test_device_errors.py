@@ -143,7 +143,7 @@ def timed_out(rank: Rank) -> ExpertParallel:
     """An object with what a kernel that has timed out, waiting for the other rank, leaves for the host."""
     from sonic_ep.fast.sync import TIME_UP
 
-    ep = ExpertParallel(backend="fast")
+    ep = ExpertParallel(backend="fast", timeout=60.0)
     ep.meet(rank.device)
     (context,) = ep._backend._contexts.values()
     other = 1 - rank.rank

@@ -28,7 +28,7 @@ TIMEOUT_SECONDS = 0.5
 # Long enough for the others to look who is missing.
 LATE_SECONDS = 1.2 * ANNOUNCE_SECONDS
 PLENTY_SECONDS = 60.0
-TIMED_OUT = "rank {} of {}: waited 0.5 s for {} in phase exchange of step 7; did it fail, or make another call?"
+TIMED_OUT = "rank {} of {}: waited 0.5 s for {} in phase exchange of step 7: "
 
 
 @contextmanager

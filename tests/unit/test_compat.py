@@ -41,6 +41,34 @@ def test_the_wrapper_of_debug_mode_comes_off(rank: Rank) -> None:
     assert "Wrapper" not in type(compat.unwrapped(dist.group.WORLD, CPU)).__name__
 
 
+@on_ranks(2, pool="cpu_pool")
+def test_the_timeout_of_a_group_is_known(rank: Rank) -> None:
+    """``_get_backend``, its ``options`` and their ``_timeout``, also below the wrapper of debug mode."""
+    level = dist.get_debug_level()
+    for debug in (level, dist.DebugLevel.DETAIL):
+        dist.set_debug_level(debug)
+        try:
+            group = dist.new_group([0, 1], timeout=timedelta(seconds=41))
+        finally:
+            dist.set_debug_level(level)
+        assert compat.timeout_of(group, CPU) == 41
+    assert compat.timeout_of(group, torch.device("meta")) is None
+
+
+def test_a_backward_is_known_from_inside() -> None:
+    """``torch._C._current_graph_task_id``: in a recompute, of both kinds of checkpointing, and not in forward."""
+    found: list[bool] = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        found.append(compat.backward_is_running())
+        return x.exp()
+
+    for reentrant in (False, True):
+        checkpointing.checkpoint(function, torch.ones(2, requires_grad=True), use_reentrant=reentrant).sum().backward()
+    assert found == [False, True] * 2
+    assert not compat.backward_is_running()
+
+
 @pytest.mark.parametrize("kept_under", [compat.RENDEZVOUS_KEY, "another/{}"])
 def test_the_number_of_a_rendezvous_is_read_from_its_store(kept_under: str) -> None:
     """``_register_process_group`` gives a group a name, under which the rendezvous finds its store."""
