@@ -154,7 +154,7 @@ def settings_of(config: RouterConfig) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in fields(RouterConfig)}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RouterOptions(RouterConfig):
     """The router of a call: its ``RouterConfig``, and K.
 
@@ -163,3 +163,8 @@ class RouterOptions(RouterConfig):
 
     top_k: int
     reduce_router_grad: bool = True
+
+    def __repr__(self) -> str:
+        own = {"top_k": self.top_k, "reduce_router_grad": self.reduce_router_grad, **settings_of(self)}
+        settings = (f"{name}={getattr(value, 'value', value)}" for name, value in own.items())
+        return f"RouterOptions({', '.join(settings)})"

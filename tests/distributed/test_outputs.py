@@ -69,31 +69,31 @@ def test_pytree_checkpointing_and_module_hooks_find_the_tensors_of_an_output(ran
         x = torch.randn(5, 8, device=rank.device, requires_grad=True)
         leaves = [x, *layer.parameters()]
         out = layer(x)
-        y, router_logits, tokens_per_expert = out
+        y, router_logits, tokens_per_expert, topk_idx, topk_scores = out
         assert y is out.y
-        assert [leaf is field for leaf, field in zip(tree_leaves(out), out, strict=True)] == [True] * 3
+        assert [leaf is field for leaf, field in zip(tree_leaves(out), out, strict=True)] == [True] * 5
         assert isinstance(tree_map(torch.clone, out), MoEOutput)
         assert router_logits.shape == (5, 4)
         assert int(tokens_per_expert.sum()) == 5 * 2 * rank.world_size
 
-        def gradients(y: Tensor, router_logits: Tensor) -> tuple[Tensor, ...]:
+        def gradients(y: Tensor, router_logits: Tensor, topk_scores: Tensor) -> tuple[Tensor, ...]:
             for leaf in leaves:
                 leaf.grad = None
-            (y.square().sum() + router_logits.square().sum()).backward()
+            (y.square().sum() + router_logits.square().sum() + topk_scores.square().sum()).backward()
             return tuple(leaf.grad for leaf in leaves)
 
-        expected = gradients(y, router_logits)
+        expected = gradients(y, router_logits, topk_scores)
         for reentrant in (True, False):
             # Reentrant, it returns the fields without their names.
-            y, router_logits, again = checkpoint(layer, x, use_reentrant=reentrant)
-            assert torch.equal(again, tokens_per_expert)
-            assert_same_bits(gradients(y, router_logits), expected)
+            y, router_logits, *again, topk_scores = checkpoint(layer, x, use_reentrant=reentrant)
+            assert_same_bits(again, [tokens_per_expert, topk_idx])
+            assert_same_bits(gradients(y, router_logits, topk_scores), expected)
         seen: list[tuple[Tensor, Tensor]] = []
         before: list[Tensor] = []
         layer.register_full_backward_hook(lambda module, into, out: seen.append((into[0], out[0])))
         layer.register_full_backward_pre_hook(lambda module, out: before.append(out[0]))
         out = layer(x)
-        assert_same_bits(gradients(out.y, out.router_logits), expected)
+        assert_same_bits(gradients(out.y, out.router_logits, out.topk_scores), expected)
         ((into, of_y),), (before_y,) = seen, before
         assert_bitwise(of_y, 2 * out.y.detach())
         assert_bitwise(before_y, of_y)

@@ -19,7 +19,15 @@ from promises import promise
 from same import assert_same_bits
 
 import sonic_ep
-from sonic_ep import ClosedError, CollectiveMismatchError, EPConfig, ExpertParallel, RoutingPlan, Swiglu
+from sonic_ep import (
+    ClosedError,
+    CollectiveMismatchError,
+    EPConfig,
+    ExpertParallel,
+    RouterConfig,
+    RoutingPlan,
+    Swiglu,
+)
 from sonic_ep.errors import ConcurrentCallError
 from sonic_ep.testing import CASES, Rank
 
@@ -37,6 +45,7 @@ ODDITIES: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [
     ({}, {"b1": torch.zeros(HELD, 2 * INTERMEDIATE), "b2": torch.zeros(HELD, HIDDEN)}, "biases", "True", "False"),
     ({}, {"w1": torch.zeros(HELD, 2 * INTERMEDIATE, HIDDEN, requires_grad=True)}, "w1 trained", "True", "False"),
     ({}, {"norm_topk_probs": True}, "router", ROUTER, ROUTER),
+    ({}, {"router": RouterConfig(scale=2)}, "router", ROUTER, ROUTER),
     ({}, {"plans": True}, "call", "plan", "moe"),
     ({"config": EPConfig(max_rows=99)}, {}, "config", DEFAULTS, DEFAULTS),
     ({"max_tokens_per_rank": 9}, {}, "max_tokens_per_rank", "9", "8"),

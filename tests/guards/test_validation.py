@@ -21,7 +21,7 @@ from torch import nn
 from torch import randn as rand
 
 import sonic_ep
-from sonic_ep import ClosedError, EPConfig, ExpertParallel, MoE
+from sonic_ep import ClosedError, EPConfig, ExpertParallel, MoE, RouterConfig
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.testing import Rank
 
@@ -65,6 +65,26 @@ WRONG_MOE: list[tuple[dict[str, Any], str]] = [
     ({"gate_layout": "split"}, "gate_layout: got 'split', expected one of 'interleaved', 'concat'"),
     ({"norm_topk_probs": "no"}, "norm_topk_probs: got 'no', expected True or False"),
     ({"score_order": "none"}, "score_order: got 'none', expected one of 'topk_then_softmax'"),
+    (
+        {"router": RouterConfig(), "norm_topk_probs": True},
+        "router: got a RouterConfig together with options of its own",
+    ),
+    ({"router": RouterConfig(), "score_order": "softmax_then_topk"}, "router: got a RouterConfig together with"),
+    ({"router": {"scale": 2}}, "router: got dict, expected a RouterConfig or None"),
+    ({"router": RouterConfig(num_groups=3)}, "num_groups: got 3, expected a divisor of E=4"),
+    ({"router": RouterConfig(num_groups=4)}, "group_top: got 2, expected at most 1: E=4 experts in num_groups=4"),
+    ({"router": RouterConfig(num_groups=2), "top_k": 3}, "top_k: got 3, expected at most 2: E=4 .* top_groups=1 stay"),
+    ({"router_b": rand(5)}, r"shape of router_b: got \(5,\), expected \(4,\) = \(E,\), as router_w"),
+    ({"router_b": rand(4, 1)}, r"shape of router_b: got \(4, 1\)"),
+    ({"router_b": rand(4, dtype=FP16)}, "dtype of router_b: got torch.float16"),
+    ({"router_b": [1.0]}, "router_b: got list, expected a torch"),
+    ({"correction_bias": rand(3)}, r"shape of correction_bias: got \(3,\)"),
+    ({"correction_bias": rand(4, dtype=BF16)}, "dtype of correction_bias: got torch.bfloat16, expected torch.float32"),
+    ({"correction_bias": rand(4, device="meta")}, "device of correction_bias: got meta, expected cpu"),
+    (
+        {"correction_bias": rand(4, requires_grad=True)},
+        "correction_bias: got one that requires a gradient, expected one",
+    ),
 ]
 WRONG_MOE += [
     ({"b2": rand(EXPERTS, HIDDEN), "b1": rand(EXPERTS, 8), name: [1.0]}, f"{name}: got list, expected a torch")
@@ -245,11 +265,14 @@ def test_any_thing_for_a_tensor_is_right_or_refused(rank: Rank, backend: str, im
 
 
 # What of NO_TENSORS an argument may be.
-FLAG, NONE, COUNT = {"True", "False"}, {"None"}, {"None", "a huge number"}
+FLAG, NONE, COUNT, HUGE = {"True", "False"}, {"None"}, {"None", "a huge number"}, {"a huge number"}
 FLAGS = ("redispatch_x_in_backward", "cpu_sync_on_runtime", "check_collective", "bias", "norm_topk_probs")
+OF_ROUTERS = ("router", "router_b", "correction_bias")
 MAY_BE: dict[str, set[str]] = {
-    **dict.fromkeys((*FLAGS, "reduce_router_grad"), FLAG),
-    **dict.fromkeys(("group", "config", "device"), NONE),
+    **dict.fromkeys((*FLAGS, "reduce_router_grad", "return_routing"), FLAG),
+    **dict.fromkeys(("group", "config", "device", *OF_ROUTERS), NONE),
+    "scale": {"a half", "two, a float", "a huge number"},
+    **dict.fromkeys(("num_groups", "group_top"), HUGE),
     **dict.fromkeys(("max_tokens_per_rank", "max_rows"), COUNT),
     "timeout": {"a half", "two, a float", "a huge number"},
     "dtype": {"None", "a dtype"},
@@ -281,5 +304,5 @@ def test_numbers_and_names_are_right_or_refused(rank: Rank, backend: str) -> Non
             assert_no_complaints(complaints_of(lambda c=call, **given: calls.run(c, ep, given), arguments, names))
         layer = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 2, "top_k": 1, "ep": ep}
         assert_no_complaints(complaints_of(MoE, layer, inspect.signature(MoE).parameters))
-    for make in (EPConfig, ExpertParallel):
+    for make in (EPConfig, ExpertParallel, RouterConfig):
         assert_no_complaints(complaints_of(make, {}, inspect.signature(make).parameters))

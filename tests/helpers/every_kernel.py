@@ -6,7 +6,7 @@ As a program it runs on the ranks of torchrun, on GPUs, or with TRITON_INTERPRET
 import torch
 from torch import Tensor
 
-from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
+from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel, RouterConfig
 from sonic_ep.activation import ACTIVATIONS
 from sonic_ep.cli.launch import joined_group
 from sonic_ep.distributed.group import resolve_group
@@ -16,7 +16,14 @@ WIDEST_PRODUCT, LINK_BYTES = 256, 2**15
 # Of the modes in turn. Without a bound rows have room for the most, as in the layer.
 FLAGS = ({"max_rows": 10_000}, {"cpu_sync_on_runtime": True}, {"cpu_sync_on_runtime": True})
 ACTIVATIONS_AND_LAYOUTS = {"swiglu": "interleaved", "relu_sq": "concat", "geglu": "interleaved", "relu": "concat"}
-SCORE_ORDERS = {"interleaved": "topk_then_softmax", "concat": "softmax_then_topk"}
+OVER_ALL, GROUPS = {"score_order": "softmax_then_topk"}, {"num_groups": 4, "top_groups": 2}
+# Of each activation, and whether it has a correction.
+ROUTERS = {
+    "swiglu": (RouterConfig(), False),
+    "relu_sq": (RouterConfig(**OVER_ALL), False),
+    "geglu": (RouterConfig(score_function="sigmoid", norm_topk_probs=True, scale=2.5, **GROUPS, group_top=1), True),
+    "relu": (RouterConfig(**OVER_ALL), True),
+}
 
 
 def run_every_kernel(device: torch.device, dtype: torch.dtype, hidden: int, top_k: int) -> None:
@@ -37,8 +44,11 @@ def run_every_kernel(device: torch.device, dtype: torch.dtype, hidden: int, top_
     for name, layout in ACTIVATIONS_AND_LAYOUTS.items():
         with ExpertParallel(backend="fast", config=EPConfig(redispatch_x_in_backward=True)) as ep:
             width = ACTIVATIONS[name].up_width(INTERMEDIATE)
-            weights = drawn(HELD * ep.world_size, hidden), drawn(HELD, width, hidden), drawn(HELD, hidden, INTERMEDIATE)
-            options = {"activation": name, "gate_layout": layout, "score_order": SCORE_ORDERS[layout]}
+            experts = HELD * ep.world_size
+            weights = drawn(experts, hidden), drawn(HELD, width, hidden), drawn(HELD, hidden, INTERMEDIATE)
+            options = {"activation": name, "gate_layout": layout, "router": ROUTERS[name][0]}
+            if ROUTERS[name][1]:
+                options |= {"router_b": drawn(experts), "correction_bias": torch.rand(experts, device=device)}
             ep.moe(x, *weights, 2, b1=drawn(HELD, width), b2=drawn(HELD, hidden), **options).y.sum().backward()
             ep.check()
     by_own_products(drawn(TOKENS, min(hidden, WIDEST_PRODUCT)), drawn(HELD, INTERMEDIATE, min(hidden, WIDEST_PRODUCT)))

@@ -250,7 +250,7 @@ def launches(rank: Rank, dtype: torch.dtype, hidden: int, top_k: int) -> list[di
 
     def type_of(argument: object) -> str:
         if not isinstance(argument, Tensor):
-            return "i32"
+            return "fp32" if isinstance(argument, float) else "i32"
         return POINTERS.get(argument.dtype, f"*i{8 * argument.element_size()}")
 
     def record(kernel: Any, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> None:
