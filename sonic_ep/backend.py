@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -52,11 +52,16 @@ class Experts:
             found |= parts or ({} if held is None else {name: held})
         return found
 
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], activation: Activation, layout: GateLayout) -> "Experts":
+        """From weights and biases named as in ``tensors``."""
+        given: dict[str, Any] = {name: tensors.get(name) for name in ("w1", "w2", "b1", "b2")}
+        split = {name: (tensors[f"{name}[0]"], tensors[f"{name}[1]"]) for name in given if f"{name}[0]" in tensors}
+        return cls(**{**given, **split}, activation=activation, layout=layout)
+
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Experts":
-        """These experts with other ``tensors``, named as those are."""
-        whole: dict[str, Any] = {name: tensors.get(name) for name in ("w1", "w2", "b1", "b2")}
-        split = {name: (tensors[f"{name}[0]"], tensors[f"{name}[1]"]) for name in whole if f"{name}[0]" in tensors}
-        return replace(self, **{**whole, **split})
+        """These experts with other weights and biases."""
+        return self.of(tensors, self.activation, self.layout)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

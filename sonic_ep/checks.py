@@ -316,8 +316,7 @@ def check_experts(checker: ArgumentChecker, x: Tensor, given: ExpertArguments, n
         checker.shape(name, bias, (held, hidden if name == "b2" else width), "(e, outputs)")
     # Split gates and ups lie as those of this layout do, in two tensors.
     layout = GATE_LAYOUTS["concat"] if split else layout
-    experts = Experts(w1=w2, w2=w2, b1=None, b2=None, activation=activation, layout=layout)
-    return experts.with_tensors({**w1, "w2": w2, **b1, **b2})
+    return Experts.of({**w1, "w2": w2, **b1, **b2}, activation, layout)
 
 
 def _local_experts(group: EPGroup, given: ExpertArguments) -> ExpertArguments:

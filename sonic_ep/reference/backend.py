@@ -105,7 +105,8 @@ class ReferenceBackend(Backend):
         if not self._gathers_again(experts):
             return apply_experts(rows_RH, plan.group_ends, experts)
         up, ups = UpProjectionOfRowsGatheredAgain, (*experts.up_weights, *experts.up_biases)
-        names = [f"{letter}1{place}" for letter in "wb" for place in (("[0]", "[1]") if len(ups) == 4 else ("",))]
+        weights = [name for name in experts.tensors if name[:2] == "w1"]
+        names = (*weights, *(name.replace("w", "b") for name in weights))
         hidden_RF = apply_function(up, x_TH.detach(), rows_RH, self._exchange(plan), names, *ups)
         return apply_second_half(hidden_RF, plan.group_ends, experts)
 

@@ -47,6 +47,7 @@ class Copies(TorchDispatchMode):
         return out
 
 
+@promise("uncopied-weights")
 @on_ranks(1)
 @by_again
 @by_form

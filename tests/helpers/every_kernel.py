@@ -10,6 +10,7 @@ from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel, Router
 from sonic_ep.activation import ACTIVATIONS
 from sonic_ep.cli.launch import joined_group
 from sonic_ep.distributed.group import resolve_group
+from sonic_ep.testing.cases import GPT_OSS
 
 TOKENS, INTERMEDIATE, HELD = 5, 64, 2
 WIDEST_PRODUCT, LINK_BYTES = 256, 2**15
@@ -51,6 +52,12 @@ def run_every_kernel(device: torch.device, dtype: torch.dtype, hidden: int, top_
                 options |= {"router_b": drawn(experts), "correction_bias": torch.rand(experts, device=device)}
             ep.moe(x, *weights, 2, b1=drawn(HELD, width), b2=drawn(HELD, hidden), **options).y.sum().backward()
             ep.check()
+    # Gate and up in two tensors, one of them transposed, and an activation with numbers of its own.
+    with ExpertParallel(backend="fast") as ep:
+        up = drawn(HELD, hidden, INTERMEDIATE)
+        split, w2 = (drawn(HELD, INTERMEDIATE, hidden), up.mT), drawn(HELD, hidden, INTERMEDIATE)
+        ep.moe(x, drawn(HELD * ep.world_size, hidden), split, w2, 2, activation=GPT_OSS).y.sum().backward()
+        ep.check()
     by_own_products(drawn(TOKENS, min(hidden, WIDEST_PRODUCT)), drawn(HELD, INTERMEDIATE, min(hidden, WIDEST_PRODUCT)))
     over_the_link(device)
 

@@ -52,6 +52,7 @@ KINDS = {
     "limit": Swiglu(limit=1.0),
     "offset": Swiglu(up_offset=-1.5),
 }
+EVERYDAY = [("gpt_oss", "interleaved"), ("tight", "concat"), ("tight", "split")]
 
 
 def between(rank: Rank, name: str, layout: str, dtype: torch.dtype) -> SimpleNamespace:
@@ -93,7 +94,12 @@ def by_autograd(given: SimpleNamespace, dtype: torch.dtype) -> dict[str, Tensor]
 @on_ranks(1)
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [(name, way) for name in KINDS for way in (*GATE_LAYOUTS, "split") if KINDS[name].gated or way != "split"],
+    [
+        pytest.param(name, way, marks=() if name in ACTIVATIONS or (name, way) in EVERYDAY else pytest.mark.thorough)
+        for name in KINDS
+        for way in (*GATE_LAYOUTS, "split")
+        if KINDS[name].gated or way != "split"
+    ],
 )
 def test_activations_and_their_gradients_by_kernels(rank: Rank, name: str, layout: str) -> None:
     from sonic_ep.fast.activation import activate, activate_backward

@@ -198,7 +198,7 @@ def ids_alone(shape: LayerShape, parts: Mapping[str, int]) -> int:
     return sum(parts.values()) - shape.plan + shape.numbers("WCK")
 
 
-@promise("memory-formulas")
+@promise("memory-formulas", "uncopied-weights")
 @on_ranks(2, pool="cpu_pool")
 @by_again
 @pytest.mark.parametrize("form", ["whole", "transposed", "split"])
