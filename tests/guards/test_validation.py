@@ -236,7 +236,7 @@ MAY_BE: dict[str, set[str]] = {
     **dict.fromkeys((*FLAGS, "reduce_router_grad"), FLAG),
     **dict.fromkeys(("group", "config", "device"), NONE),
     **dict.fromkeys(("max_tokens_per_rank", "max_rows"), COUNT),
-    "timeout": {"a half", "two, a float", "a huge number"},
+    "timeout": {"None", "a half", "two, a float", "a huge number"},
     "dtype": {"None", "a dtype"},
 }
 
