@@ -185,8 +185,8 @@ class Backend(Protocol):
         """Raise, from ``error``, the error of a kernel's wait that caused it; nothing if there is none."""
         return
 
-    def leave(self) -> None:
-        """This rank makes no further call: stop other ranks' kernels waiting for it."""
+    def leave(self, tag: int = 0) -> None:
+        """This rank makes no further call: stop other ranks' kernels waiting for it. tag: to show them, if not LEFT."""
         return
 
     def tags_shown(self) -> Mapping[int, int]:

@@ -144,13 +144,13 @@ def _report(error: BaseException, backend: Backend | None, collectives: BoundedC
         return
     text = _text_of(error)
     collectives.call_lock.end(f"has ended: {text}; make a new one after the process group is rebuilt")
-    collectives.leave(text)
-    # Kernels of other ranks find a mismatch themselves: by this rank's tag, which it shows in all phases but TOKENS. On
-    # a lost GPU no kernel can run.
-    shown = isinstance(error, CollectiveMismatchError) and collectives.sync_tag.phase is not Phase.TOKENS
-    if backend is not None and not shown:
+    tag = collectives.sync_tag.tag if isinstance(error, CollectiveMismatchError) else 0
+    collectives.leave(text, tag)
+    # Kernels of other ranks find a mismatch themselves: by this rank's tag, which its own show in all phases but one.
+    # On a lost GPU no kernel can run.
+    if backend is not None and (not tag or collectives.sync_tag.phase is Phase.TOKENS):
         with suppress(Exception):
-            backend.leave()
+            backend.leave(tag)
 
 
 def _after_error(

@@ -131,9 +131,9 @@ class BoundedCollectives:
         self._run(lambda group, timeout: compat.all_to_all(group, received, own, *splits, timeout), rows)
         return received
 
-    def leave(self, why: str) -> None:
-        """Report that this rank has left, and why."""
-        self._status_store.report(RankStatus(collectives=self._begun, left=True, text=why))
+    def leave(self, why: str, tag: int = 0) -> None:
+        """Report that this rank has left, and why. tag: where others were not, if it left for that."""
+        self._status_store.report(RankStatus(collectives=self._begun, left=True, text=why, tag=tag))
 
     def why_left(self, rank: int) -> str | None:
         """The error with which ``rank`` left, from the store; None if it has not left, or reported none."""
@@ -191,8 +191,8 @@ class BoundedCollectives:
                 work = start()
                 while not done(work, ANNOUNCE_SECONDS):
                     self._report()
-                    self._raise_if_any_left(absent)
                     self._raise_if_elsewhere(absent)
+                    self._raise_if_any_left(absent)
                     self._raise_if_any_died((*needed, *absent()))
                     if time.monotonic() - began > self.timeout:
                         raise self._failure(None, late=True)

@@ -22,7 +22,7 @@ AnswerT = TypeVar("AnswerT")
 class RankStatus:
     """A rank's last report: collectives begun, whether it left, phase and step (or error) as text, ranks lost to it.
 
-    tag: of the collective that it waits in; 0 if it has left.
+    tag: of the collective that it waits in, or left because others were elsewhere; else 0.
     """
 
     collectives: int

@@ -125,10 +125,10 @@ class FastBackend:
         for context in self._contexts.values():
             context.workspace.wait_errors.raise_if_any(error)
 
-    def leave(self) -> None:
+    def leave(self, tag: int = 0) -> None:
         """End the waits of other ranks' kernels for this rank, on every device."""
         for context in self._contexts.values():
-            context.workspace.leave()
+            context.workspace.leave(tag)
 
     def tags_shown(self) -> Mapping[int, int]:
         """Of every device's barrier."""

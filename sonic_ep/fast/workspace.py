@@ -79,11 +79,11 @@ class Workspace:
             stream.wait_stream(self._last_stream)
         self._last_stream = stream
 
-    def leave(self) -> None:
-        """Set this rank's flag on every peer to ``Phase.LEFT``, which ends their waits; ``LEAVE_SECONDS`` at most."""
+    def leave(self, tag: int = 0) -> None:
+        """Show ``tag``, or ``Phase.LEFT``, to every peer, which ends their waits; ``LEAVE_SECONDS`` at most."""
         if self._closed or self.group.world_size == 1:
             return
-        tag = SyncTag(step=self.step, phase=Phase.LEFT).tag
+        tag = tag or SyncTag(step=self.step, phase=Phase.LEFT).tag
         limit = int(LEAVE_SECONDS * NANOSECONDS_PER_SECOND)
         sizes = (self.group.world_size, self.group.rank, tag, limit)
         launch(leave_kernel, sizes[:1], self._buffers[BARRIER].addresses, *sizes, device=self.device, num_warps=1)

@@ -274,7 +274,7 @@ MAY_BE: dict[str, set[str]] = {
     "scale": {"a half", "two, a float", "a huge number"},
     **dict.fromkeys(("num_groups", "group_top"), HUGE),
     **dict.fromkeys(("max_tokens_per_rank", "max_rows"), COUNT),
-    "timeout": {"a half", "two, a float", "a huge number"},
+    "timeout": {"None", "a half", "two, a float", "a huge number"},
     "dtype": {"None", "a dtype"},
 }
 
