@@ -76,7 +76,7 @@ def _differences(found: Sequence[float], expected: Sequence[float]) -> list[floa
 
 
 def report(parts: Mapping[str, Curve], alone: Curve, tokens: int, folder: Path) -> bool:
-    """Print whether all agree, draw ``folder``/curves.png, and return it. parts: the curves on ranks by their labels."""
+    """Whether all agree: printed, and drawn as curves.png in ``folder``. parts: the curves on ranks, by label."""
     comparison = compare(list(parts.values()), alone, tokens)
     print(comparison)
     try:
