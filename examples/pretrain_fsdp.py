@@ -28,6 +28,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from lm_batches import BATCH, batches, even_layouts, standard_library_text
+from pretrain_model import HIDDEN, Block, LanguageModel
 from pretrain_report import Curve, report
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -43,8 +44,6 @@ from sonic_ep.parallel import ExpertParallelStyle, clip_grad_norm_
 
 RANKS = {"train": 4, "resume": 2}
 EP = 2
-BYTES, HIDDEN, HEADS, LAYERS = 256, 64, 4, 2
-EXPERTS, TOP_K, INTERMEDIATE = 8, 2, 128
 LEARNING_RATE, MAX_NORM = 1e-3, 1.0
 
 
@@ -68,47 +67,6 @@ class Settings:
         return BATCH * self.context
 
 
-class Block(nn.Module):
-    """Causal self-attention and a MoE layer, each on a normalised input and added to it: (B, S, H) to (B, S, H)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(HIDDEN)
-        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
-        self.out = nn.Linear(HIDDEN, HIDDEN, bias=False)
-        self.moe_norm = nn.RMSNorm(HIDDEN)
-        # FSDP reduces the router's gradient over all ranks.
-        self.moe = MoE(HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, reduce_router_grad=False)
-
-    def forward(self, x_BSH: Tensor) -> Tensor:
-        """(B, S, H) to (B, S, H)."""
-        query, key, value = self.qkv(self.attention_norm(x_BSH)).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x_BSH = x_BSH + self.out(mixed.transpose(1, 2).flatten(2))
-        y_BSH: Tensor = x_BSH + self.moe(self.moe_norm(x_BSH)).y
-        return y_BSH
-
-
-class LanguageModel(nn.Module):
-    """Bytes (B, S) int64 to the logits (B, S, 256) of the byte that follows each."""
-
-    def __init__(self, context: int) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(BYTES, HIDDEN)
-        self.positions = nn.Embedding(context, HIDDEN)
-        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
-        self.norm = nn.RMSNorm(HIDDEN)
-        self.head = nn.Linear(HIDDEN, BYTES, bias=False)
-
-    def forward(self, bytes_BS: Tensor) -> Tensor:
-        """(B, S) to (B, S, 256)."""
-        x_BSH = self.embed(bytes_BS) + self.positions.weight
-        for block in self.blocks:
-            x_BSH = block(x_BSH)
-        logits_BSV: Tensor = self.head(self.norm(x_BSH))
-        return logits_BSV
-
-
 def build(settings: Settings, device: torch.device) -> LanguageModel:
     """Collective. The model, spread over all ranks if there is a process group, with weights that W does not change."""
     with torch.device("meta"):
@@ -125,6 +83,7 @@ def spread(model: LanguageModel, device: torch.device) -> None:
     world_size = dist.get_world_size()
     ep = min(EP, world_size)
     mesh = init_device_mesh(device.type, (world_size // ep, ep), mesh_dim_names=("efsdp", "ep"))
+    # All ranks in one dimension. PyTorch has no public name for it yet.
     dense = mesh._flatten("fsdp")
     style = ExpertParallelStyle(backend="auto" if device.type == "cuda" else "reference")
     parallelize_module(model, mesh["ep"], {"blocks.*.moe": style})
@@ -135,14 +94,14 @@ def spread(model: LanguageModel, device: torch.device) -> None:
     fully_shard(model, mesh=dense)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # The loss is divided by the tokens of all ranks already. Forced, since gloo has sums alone.
+            # Sums, since the loss is divided by the tokens of all ranks. Gloo knows no other reduction.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
 @torch.no_grad()
 def fill(model: LanguageModel, seed: int) -> None:
-    """Collective. Weights from ``seed``, the same for any W: drawn by a DTensor they would be others on each mesh."""
+    """Collective. Weights from ``seed``, the same for any W: a DTensor itself draws other numbers on each mesh."""
     torch.manual_seed(seed)
     for module in model.modules():
         if isinstance(module, MoE | nn.RMSNorm):
@@ -217,14 +176,16 @@ def run_rank(part: str, settings: Settings) -> int:
 
 def run_all(settings: Settings) -> int:
     """Start the ranks of both parts, train in this process, and compare; the exit code."""
-    if torch.cuda.device_count() < max(RANKS.values()):
+    device = device_of_rank(0) if torch.cuda.device_count() >= max(RANKS.values()) else torch.device("cpu")
+    if device.type == "cpu":
+        # FSDP's collectives need NCCL for tensors on GPUs, and NCCL a GPU for each rank.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     for part, ranks in RANKS.items():
         failed = launch(ranks, ["--", __file__, *sys.argv[1:], f"--part={part}"])
         if failed:
             return failed
     parts = {f"W={ranks}": Curve.read(settings.folder / f"{part}.json") for part, ranks in RANKS.items()}
-    alone = pretrain("alone", settings, device_of_rank(0))
+    alone = pretrain("alone", settings, device)
     return 0 if report(parts, alone, settings.tokens, settings.folder) else 1
 
 
