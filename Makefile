@@ -65,4 +65,4 @@ sanitize: $(INSTALLED)
 		$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=2 tests/helpers/every_kernel.py
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache build *.egg-info train_lm.png report.html report_png bench/results/latest.json
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache build *.egg-info train_lm.png pretrain_fsdp report.html report_png bench/results/latest.json
