@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import Literal, NoReturn, overload
 
@@ -24,7 +25,7 @@ from sonic_ep.checks import (
     check_experts,
     check_plan,
     check_router,
-    check_router_config,
+    check_router_options,
     check_routing,
     check_rows_of_plan,
     check_scores,
@@ -35,13 +36,14 @@ from sonic_ep.checks import (
     rows_of_tokens,
     tokens_of,
 )
-from sonic_ep.config import AUTO, EPConfig, RouterConfig, RouterOptions, ScoreOrder, settings_of
+from sonic_ep.config import AUTO, EPConfig, RouterConfig, RouterOptions, ScoreOrder
 from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.distributed.group import EPGroup, Group, resolve_group
 from sonic_ep.distributed.max_tokens import max_tokens_of
 from sonic_ep.plan import RoutingPlan
 
 logger = logging.getLogger("sonic_ep")
+OPTIONS_KEPT = 64
 
 
 class ExpertParallel:
@@ -87,6 +89,7 @@ class ExpertParallel:
         if timeout is not None:
             self._checker.seconds("timeout", timeout)
         self._checker.flag("check_collective", check_collective)
+        self._options_of = lru_cache(OPTIONS_KEPT, typed=True)(partial(check_router_options, self._checker))
         choice = choose_backend(backend, self.group)
         self.backend, self.why = choice.name, choice.why
         self._collectives = BoundedCollectives(self.group, None if timeout is None else float(timeout))
@@ -159,9 +162,7 @@ class ExpertParallel:
         """
         with self._call_guard.one():
             x_any = check_tokens(self._checker, x)
-            chosen = check_router_config(self._checker, router, score_order, norm_topk_probs)
-            reduced = self._checker.flag("reduce_router_grad", reduce_router_grad)
-            options = RouterOptions(**settings_of(chosen), top_k=top_k, reduce_router_grad=reduced)
+            options = self._router_options(router, score_order, norm_topk_probs, top_k, reduce_router_grad)
             of_router = RouterArguments(router_w=router_w, router_b=router_b, correction_bias=correction_bias)
             weights = check_router(self._checker, x_any, of_router, options)
             given = ExpertArguments(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, gate_layout=gate_layout)
@@ -368,6 +369,14 @@ class ExpertParallel:
     def __reduce__(self) -> NoReturn:
         raise TypeError("an ExpertParallel belongs to its process and cannot be pickled; save a module's state_dict()")
 
+    def _router_options(self, *given: object) -> RouterOptions:
+        """``check_router_options``, remembered: calls repeat."""
+        try:
+            return self._options_of(*given)
+        # One that cannot be hashed is wrong, or an error said why it is.
+        except TypeError:
+            return check_router_options(self._checker, *given)  # type: ignore[arg-type]
+
     def _joined_without_tokens(self, x_TH: Tensor, experts: Experts, router: RouterWeights | None = None) -> Tensor:
         """x; without tokens it requires a gradient if a weight does, as x of other ranks usually does."""
         of_router = () if router is None else (router.weight, router.bias)
@@ -380,21 +389,21 @@ def facts_of(x_NH: Tensor, experts: Experts | None = None) -> dict[str, object]:
     """What has to be the same on every rank of a call with these rows and experts."""
     facts: dict[str, object] = {"H": x_NH.shape[1], "dtype": x_NH.dtype, "device": x_NH.device.type}
     if experts is not None:
-        shapes = tuple(tuple(weight.shape) for weight in experts.up_weights)
-        facts |= {"w1": shapes[0] if len(shapes) == 1 else shapes}
-        facts |= {"w1 trained": any(weight.requires_grad for weight in experts.up_weights)}
-        facts |= {"biases": experts.b1 is not None, "activation": experts.activation.identity}
-        facts |= {"gate_layout": experts.layout.name}
+        ups = experts.up_weights
+        facts["w1"] = tuple(ups[0].shape) if len(ups) == 1 else tuple(tuple(up.shape) for up in ups)
+        facts["w1 trained"] = any(up.requires_grad for up in ups)
+        facts["biases"], facts["gate_layout"] = experts.b1 is not None, experts.layout.name
+        facts["activation"] = experts.activation.identity
     return facts
 
 
 def facts_of_router(weights: RouterWeights, options: RouterOptions) -> dict[str, object]:
     """What of its router has to be the same on every rank of a call."""
-    trained = {"router_w trained": weights.weight, "router_b trained": weights.bias}
-    summed = options.reduce_router_grad
-    facts: dict[str, object] = {name: summed and w is not None and w.requires_grad for name, w in trained.items()}
-    given = {"router_b": weights.bias is not None, "correction_bias": weights.correction is not None}
-    return {"router": options, **facts, **given}
+    bias, summed = weights.bias, options.reduce_router_grad
+    trained = {"router_w trained": summed and weights.weight.requires_grad}
+    trained["router_b trained"] = summed and bias is not None and bias.requires_grad
+    given = {"router_b": bias is not None, "correction_bias": weights.correction is not None}
+    return {"router": options, **trained, **given}
 
 
 def identity_of(plan: RoutingPlan) -> tuple[int, ...]:

@@ -90,6 +90,8 @@ def overlaps(tensor: Tensor) -> bool:
     >>> overlaps(torch.zeros(3, 4)[:, ::2].t()), overlaps(torch.zeros(3, 1).expand(3, 4))
     (False, True)
     """
+    if tensor.is_contiguous():
+        return False
     reach = 1
     for stride, extent in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if extent > 1:
@@ -106,10 +108,12 @@ def is_transposed(weight_eFH: Tensor) -> bool:
 
 def raise_if_freed(where: object, name: str, tensor: Tensor) -> None:
     """Raise ``ValueError`` if the storage of ``tensor`` was freed, as FSDP does between uses of a parameter."""
-    if tensor.numel() == 0:
+    reach = tensor.numel()
+    if reach == 0:
         return
-    last = sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    if not tensor.is_contiguous():
+        reach = 1 + sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + reach) * tensor.element_size()
     held = tensor.untyped_storage().nbytes()
     if held < needed:
         raise ValueError(f"{where}: memory of {name}: got {held} bytes, expected at least {needed}: was it freed?")

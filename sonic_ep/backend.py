@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -42,14 +43,16 @@ class Experts:
         """The bias of each up-projection, or None."""
         return self.b1 if isinstance(self.b1, tuple) else (self.b1,) * len(self.up_weights)
 
-    @property
-    def tensors(self) -> dict[str, Tensor]:
+    @cached_property
+    def tensors(self) -> Mapping[str, Tensor]:
         """Weights and biases by name: w1, w2, b1, b2; "w1[0]", "w1[1]", w2, "b1[0]", "b1[1]", b2 if split."""
+        given = {"w1": self.w1, "w2": self.w2, "b1": self.b1, "b2": self.b2}
         found: dict[str, Tensor] = {}
-        for name in ("w1", "w2", "b1", "b2"):
-            held = getattr(self, name)
-            parts = {f"{name}[{place}]": part for place, part in enumerate(held)} if isinstance(held, tuple) else {}
-            found |= parts or ({} if held is None else {name: held})
+        for name, held in given.items():
+            if isinstance(held, tuple):
+                found |= {f"{name}[{place}]": part for place, part in enumerate(held)}
+            elif held is not None:
+                found[name] = held
         return found
 
     @classmethod

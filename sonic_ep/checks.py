@@ -5,7 +5,7 @@ returned uncopied: once all shapes are right, ``for_kernels`` copies what kernel
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS, Activation
 from sonic_ep.autograd_utils import as_it_lies, for_kernels, raise_if_freed
 from sonic_ep.backend import Experts, RouterWeights
 from sonic_ep.compat import has_tangent
-from sonic_ep.config import RouterConfig, RouterOptions, ScoreOrder, is_count, parse_choice
+from sonic_ep.config import RouterConfig, RouterOptions, ScoreOrder, is_count, parse_choice, settings_of
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.plan import RoutingPlan, malformed_field
 from sonic_ep.sharding import is_dtensor, local_of
@@ -114,8 +114,8 @@ class ArgumentChecker:
 
     def shape(self, name: str, tensor: Tensor, expected: tuple[int, ...], letters: str) -> None:
         """Exactly the shape ``expected``, which ``letters`` explains."""
-        got = tuple(tensor.shape)
-        self.require(got == expected, f"shape of {name}", got, f"{expected} = {letters}")
+        if tensor.shape != expected:
+            self.require(False, f"shape of {name}", tuple(tensor.shape), f"{expected} = {letters}")
 
     def tensor(
         self, name: str, value: object, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None, hint: str = ""
@@ -126,13 +126,16 @@ class ArgumentChecker:
         Returned uncopied, as a plain ``torch.Tensor``. Raises ``NotImplementedError`` for a forward-mode tangent.
         """
         tensor = self._plain_tensor(name, value)
-        self.require(not tensor.is_nested, f"layout of {name}", "a nested tensor", torch.strided)
-        self.require(tensor.layout == torch.strided, f"layout of {name}", tensor.layout, torch.strided)
-        self.require(tensor.dtype in dtypes, f"dtype of {name}", tensor.dtype, " or ".join(map(str, dtypes)) + hint)
+        # Nothing is formatted for what is right: every call of the layer comes through here some five times.
+        if tensor.is_nested or tensor.layout != torch.strided:
+            got = "a nested tensor" if tensor.is_nested else tensor.layout
+            self.require(False, f"layout of {name}", got, torch.strided)
+        if tensor.dtype not in dtypes:
+            self.require(False, f"dtype of {name}", tensor.dtype, " or ".join(map(str, dtypes)) + hint)
         if like is None:
             self.transportable(f"device of {name}", tensor.device)
-        else:
-            self.require(tensor.device == like.device, f"device of {name}", tensor.device, like.device)
+        elif tensor.device != like.device:
+            self.require(False, f"device of {name}", tensor.device, like.device)
         if has_tangent(tensor):
             got = "got a tensor with a tangent of forward-mode differentiation, expected none"
             raise NotImplementedError(f"{self.group}: {name}: {got}: only backward is differentiated")
@@ -196,6 +199,20 @@ def check_router_config(
     return given
 
 
+def check_router_options(
+    checker: ArgumentChecker,
+    router: object,
+    score_order: object,
+    norm_topk_probs: object,
+    top_k: int,
+    reduce_router_grad: object,
+) -> RouterOptions:
+    """The router of a call, whose weights are not known yet."""
+    config = check_router_config(checker, router, score_order, norm_topk_probs)
+    reduced = checker.flag("reduce_router_grad", reduce_router_grad)
+    return RouterOptions(**settings_of(config), top_k=top_k, reduce_router_grad=reduced)
+
+
 def check_router(checker: ArgumentChecker, x: Tensor, given: RouterArguments, options: RouterOptions) -> RouterWeights:
     """router_w (E, H) and router_b (E,), as x or fp32; correction_bias (E,) fp32; and that groups fit E and K."""
     dtypes = tuple(dict.fromkeys((x.dtype, torch.float32)))
@@ -217,11 +234,12 @@ def check_router(checker: ArgumentChecker, x: Tensor, given: RouterArguments, op
 
 def _local_router(checker: ArgumentChecker, given: RouterArguments, options: RouterOptions) -> RouterArguments:
     """This rank's tensors of a router that is replicated as DTensors."""
-    weights = {name: getattr(given, name) for name in ("router_w", "router_b", "correction_bias")}
-    found = any(is_dtensor(weight) for weight in weights.values())
+    weights = {"router_w": given.router_w, "router_b": given.router_b, "correction_bias": given.correction_bias}
+    if not any(map(is_dtensor, weights.values())):
+        return given
     # A DTensor says that its gradient is the same on all ranks.
     remedy = "plain tensors, or reduce_router_grad=True, without which gradients differ over the ranks"
-    checker.require(options.reduce_router_grad or not found, "router", "a DTensor", remedy)
+    checker.require(options.reduce_router_grad, "router", "a DTensor", remedy)
     local = {name: local_of(checker.group, name, weight, replicated=True) for name, weight in weights.items()}
     return RouterArguments(**local)
 
@@ -290,12 +308,10 @@ def check_activation(checker: ArgumentChecker, value: object) -> Activation:
 
 def check_experts(checker: ArgumentChecker, x: Tensor, given: ExpertArguments, num_experts: int | None) -> Experts:
     """This rank's experts, with shapes that fit x, each other, and the router's E if there is a router."""
-    given = _local_experts(checker.group, given)
     activation = check_activation(checker, given.activation)
     layout = checker.named("gate_layout", given.gate_layout, GATE_LAYOUTS)
     split = isinstance(given.w1, tuple)
-    if split:
-        checker.require(activation.gated, "w1", f"gate and up with activation {activation.name!r}", "one tensor")
+    checker.require(activation.gated or not split, "w1", f"gate and up with {activation.name!r}", "one tensor")
     w1 = _checked_parts(checker, "w1", given.w1, x, split=split)
     w2 = _check_weight(checker, "w2", given.w2, x)
     hidden = x.shape[-1]
@@ -305,34 +321,41 @@ def check_experts(checker: ArgumentChecker, x: Tensor, given: ExpertArguments, n
     checker.require(held >= 1, "shape of w2", tuple(w2.shape), "at least one expert on this rank")
     checker.shape("w2", w2, (held, hidden, w2.shape[2]), "(e, H, I)")
     whole_of_two = activation.gated and not split
-    for name, part in w1.items():
-        checker.shape(name, part, (held, width, hidden), "(e, 2I, H)" if whole_of_two else "(e, I, H)")
+    for part in w1:
+        checker.shape("w1", part, (held, width, hidden), "(e, 2I, H)" if whole_of_two else "(e, I, H)")
     checker.require(width <= MOST_WIDTH, "2I of w1" if whole_of_two else "I of w1", width, f"at most {MOST_WIDTH}")
+    b1, b2 = _check_biases(checker, x, given, (held, width), split=split)
+    return Experts(
+        w1=(w1[0], w1[1]) if split else w1[0],
+        w2=w2,
+        b1=b1,
+        b2=b2,
+        activation=activation,
+        # Split gates and ups lie as those of this layout do, in two tensors.
+        layout=GATE_LAYOUTS["concat"] if split else layout,
+    )
+
+
+def _check_biases(
+    checker: ArgumentChecker, x: Tensor, given: ExpertArguments, shape: tuple[int, int], *, split: bool
+) -> tuple[Tensor | tuple[Tensor, Tensor] | None, Tensor | None]:
+    """b1 of ``shape``, gate and up if ``split``, and b2 (e, H); or None and None."""
     biases = [name for name in ("b1", "b2") if getattr(given, name) is not None]
     checker.require(len(biases) != 1, "biases", f"{biases} alone", "b1 and b2, or neither")
-    b1 = {} if given.b1 is None else _checked_parts(checker, "b1", given.b1, x, split=split)
-    b2 = {} if given.b2 is None else {"b2": _check_weight(checker, "b2", given.b2, x)}
-    for name, bias in (b1 | b2).items():
-        checker.shape(name, bias, (held, hidden if name == "b2" else width), "(e, outputs)")
-    # Split gates and ups lie as those of this layout do, in two tensors.
-    layout = GATE_LAYOUTS["concat"] if split else layout
-    return Experts.of({**w1, "w2": w2, **b1, **b2}, activation, layout)
-
-
-def _local_experts(group: EPGroup, given: ExpertArguments) -> ExpertArguments:
-    """This rank's tensors of expert weights that are DTensors."""
-
-    def local(name: str, value: object) -> object:
-        parts = enumerate(value) if isinstance(value, tuple) else ()
-        split = tuple(local_of(group, f"{name}[{place}]", part) for place, part in parts)
-        return split or local_of(group, name, value)
-
-    return replace(given, **{name: local(name, getattr(given, name)) for name in ("w1", "w2", "b1", "b2")})
+    if not biases:
+        return None, None
+    b1 = _checked_parts(checker, "b1", given.b1, x, split=split)
+    b2 = _check_weight(checker, "b2", given.b2, x)
+    for part in b1:
+        checker.shape("b1", part, shape, "(e, outputs)")
+    checker.shape("b2", b2, (shape[0], x.shape[-1]), "(e, outputs)")
+    return (b1[0], b1[1]) if split else b1[0], b2
 
 
 def _check_weight(checker: ArgumentChecker, name: str, value: object, x: Tensor) -> Tensor:
     """In the dtype of x; fp32 where x is of half precision and autocast is on: see ``experts_as_read``."""
     hint, dtypes = "", [x.dtype]
+    value = local_of(checker.group, name, value)
     if x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
         dtypes.append(torch.float32)
     elif isinstance(value, Tensor) and value.dtype == torch.float32:
@@ -340,26 +363,29 @@ def _check_weight(checker: ArgumentChecker, name: str, value: object, x: Tensor)
     return checker.tensor(name, value, tuple(dtypes), x, hint)
 
 
-def _checked_parts(checker: ArgumentChecker, name: str, value: object, x: Tensor, *, split: bool) -> dict[str, Tensor]:
-    """By name, the tensor, or gate and up if ``split``."""
+def _checked_parts(checker: ArgumentChecker, name: str, value: object, x: Tensor, *, split: bool) -> tuple[Tensor, ...]:
+    """The tensor, or gate and up if ``split``."""
     if not split:
         checker.require(not isinstance(value, tuple), name, "a tuple", "one tensor, as w1")
-        return {name: _check_weight(checker, name, value, x)}
+        return (_check_weight(checker, name, value, x),)
     parts = value if isinstance(value, tuple) else ()
     got = f"{len(parts)} tensors" if isinstance(value, tuple) else f"a {type(value).__name__}"
     checker.require(len(parts) == 2, name, got, "a tuple of two tensors, gate and up")
-    return {f"{name}[{place}]": _check_weight(checker, f"{name}[{place}]", part, x) for place, part in enumerate(parts)}
+    return tuple(_check_weight(checker, f"{name}[{place}]", part, x) for place, part in enumerate(parts))
 
 
 def experts_as_read(experts: Experts, dtype: torch.dtype) -> Experts:
     """``experts`` in ``dtype`` with tensors that kernels can read: weights of any strides, contiguous biases."""
-    read = {}
-    for name, tensor in experts.tensors.items():
-        cast = tensor if tensor.dtype == dtype else tensor.to(dtype)
-        held = as_it_lies(cast) if name[0] == "w" else for_kernels(cast)
-        # Reentrant checkpointing runs the first forward without gradients, which a copy would not require.
-        read[name] = held.requires_grad_() if tensor.requires_grad and not held.requires_grad else held
-    return experts.with_tensors(read)
+    read = {name: _weight_as_read(name, tensor, dtype) for name, tensor in experts.tensors.items()}
+    copied = any(read[name] is not tensor for name, tensor in experts.tensors.items())
+    return experts.with_tensors(read) if copied else experts
+
+
+def _weight_as_read(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor if tensor.dtype == dtype else tensor.to(dtype)
+    held = as_it_lies(cast) if name.startswith("w") else for_kernels(cast)
+    # Reentrant checkpointing runs the first forward without gradients, which a copy would not require.
+    return held.requires_grad_() if tensor.requires_grad and not held.requires_grad else held
 
 
 def check_plan(checker: ArgumentChecker, plan: object) -> RoutingPlan:

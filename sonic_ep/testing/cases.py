@@ -199,7 +199,7 @@ def with_transposed_weights(experts: Experts) -> Experts:
 
 def with_split_weights(experts: Experts) -> Experts:
     """Gate and up in tensors of their own, ups transposed."""
-    given, split = experts.tensors, experts.layout.split
+    given, split = dict(experts.tensors), experts.layout.split
     gate, up = (part.mT for part in split(given.pop("w1").mT))
     parts = {"w1[0]": gate.contiguous(), "w1[1]": transposed(up)}
     if "b1" in given:

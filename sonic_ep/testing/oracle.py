@@ -57,7 +57,7 @@ def with_weights(experts: Experts, weights: Leaves) -> Experts:
 
 def weights_of(experts: Experts) -> dict[str, Tensor]:
     """Weights and the biases if there are any, by name: see ``Experts.tensors``."""
-    return experts.tensors
+    return dict(experts.tensors)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
