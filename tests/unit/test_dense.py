@@ -1,6 +1,7 @@
 """The oracle itself, against loops over tokens that share nothing with it, and by finite differences."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -55,11 +56,16 @@ def test_scores() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0]], dtype=WIDE).log1p()
     idx = torch.tensor([[2, 1]])
 
-    def scores(order: ScoreOrder, norm: bool) -> list[float]:
-        options = RouterOptions(top_k=2, score_order=order, norm_topk_probs=norm)
+    def scores(order: ScoreOrder, norm: bool, **settings: Any) -> list[float]:
+        options = RouterOptions(top_k=2, score_order=order, norm_topk_probs=norm, **settings)
         return dense_scores(logits, idx, options)[0].tolist()
 
     # exp(log1p(j)) is j + 1, so the weights are 1, 2 and 3.
     assert scores(ScoreOrder.TOPK_THEN_SOFTMAX, False) == pytest.approx([3 / 5, 2 / 5])
     assert scores(ScoreOrder.SOFTMAX_THEN_TOPK, False) == pytest.approx([3 / 6, 2 / 6])
     assert scores(ScoreOrder.SOFTMAX_THEN_TOPK, True) == pytest.approx([3 / 5, 2 / 5])
+    assert scores(ScoreOrder.SOFTMAX_THEN_TOPK, False, scale=12) == pytest.approx([6, 4])
+    # Sigmoids of log(j + 1) are (j + 1) / (j + 2).
+    for order in ScoreOrder:
+        assert scores(order, False, score_function="sigmoid") == pytest.approx([3 / 4, 2 / 3])
+        assert scores(order, True, score_function="sigmoid", scale=17) == pytest.approx([9, 8])
