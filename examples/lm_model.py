@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sonic_ep import MoE
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
-from sonic_ep.backend import Experts
+from sonic_ep.backend import ExpertWeights
 from sonic_ep.config import RouterOptions
 from sonic_ep.reference.dense import dense_moe, dense_scores
 
@@ -85,9 +85,9 @@ class DenseFeedForward(FeedForward):
         return dense_moe(x_TH, choices_TK, scores_TK, experts_of(self.layer)).view_as(x_BSH)
 
 
-def experts_of(layer: MoE) -> Experts:
+def experts_of(layer: MoE) -> ExpertWeights:
     """The weights of ``layer``, as the oracle takes them."""
-    return Experts(
+    return ExpertWeights(
         w1=layer.experts.w1,
         w2=layer.experts.w2,
         b1=layer.experts.b1,

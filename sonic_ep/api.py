@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from sonic_ep.activation import Activation
 from sonic_ep.autograd_utils import for_kernels, joined, runs_eagerly
-from sonic_ep.backend import Experts, RoutedOutput, RouterWeights, Slots, choose_backend
+from sonic_ep.backend import ExpertWeights, RoutedOutput, RouterWeights, Slots, choose_backend
 from sonic_ep.backend import MoEOutput as MoEOutput
 from sonic_ep.call_guard import CallGuard
 from sonic_ep.checks import (
@@ -377,7 +377,9 @@ class ExpertParallel:
         except TypeError:
             return check_router_options(self._checker, *given)  # type: ignore[arg-type]
 
-    def _joined_without_tokens(self, x_TH: Tensor, experts: Experts, router: RouterWeights | None = None) -> Tensor:
+    def _joined_without_tokens(
+        self, x_TH: Tensor, experts: ExpertWeights, router: RouterWeights | None = None
+    ) -> Tensor:
         """x; without tokens it requires a gradient if a weight does, as x of other ranks usually does."""
         of_router = () if router is None else (router.weight, router.bias)
         weights = (*experts.tensors.values(), *of_router)
@@ -385,7 +387,7 @@ class ExpertParallel:
         return joined(x_TH, self.world_size) if trained and x_TH.shape[0] == 0 else x_TH
 
 
-def facts_of(x_NH: Tensor, experts: Experts | None = None) -> dict[str, object]:
+def facts_of(x_NH: Tensor, experts: ExpertWeights | None = None) -> dict[str, object]:
     """What has to be the same on every rank of a call with these rows and experts."""
     facts: dict[str, object] = {"H": x_NH.shape[1], "dtype": x_NH.dtype, "device": x_NH.device.type}
     if experts is not None:

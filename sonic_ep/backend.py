@@ -19,7 +19,7 @@ from sonic_ep.plan import RoutingPlan
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Experts:
+class ExpertWeights:
     """This rank's experts: w1 (e, 2I or I, H), w2 (e, H, I), and b1 (e, 2I or I), b2 (e, H) or both None.
 
     Or w1 is split in gate and up, each (e, I, H), and so is b1, each (e, I): the layout is then "concat". Weights may
@@ -56,13 +56,13 @@ class Experts:
         return found
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], activation: Activation, layout: GateLayout) -> "Experts":
+    def of(cls, tensors: Mapping[str, Tensor], activation: Activation, layout: GateLayout) -> "ExpertWeights":
         """From weights and biases named as in ``tensors``."""
         given: dict[str, Any] = {name: tensors.get(name) for name in ("w1", "w2", "b1", "b2")}
         split = {name: (tensors[f"{name}[0]"], tensors[f"{name}[1]"]) for name in given if f"{name}[0]" in tensors}
         return cls(**{**given, **split}, activation=activation, layout=layout)
 
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Experts":
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "ExpertWeights":
         """These experts with other weights and biases."""
         return self.of(tensors, self.activation, self.layout)
 
@@ -171,7 +171,7 @@ class Backend(Protocol):
     def combine(self, rows_RH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan) -> Tensor:
         """(T, H). Differentiable in rows and scores. Does not read rows past the valid ones."""
 
-    def layer(self, x_TH: Tensor, slots: Slots, experts: Experts, shape: torch.Size) -> LayerOutput:
+    def layer(self, x_TH: Tensor, slots: Slots, experts: ExpertWeights, shape: torch.Size) -> LayerOutput:
         """Plan, dispatch, experts, combine. ``shape``: of y, (..., H)."""
 
     # A backend that runs any activation, waits on the host only and holds no memory needs none of these.

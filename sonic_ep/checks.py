@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS, Activation
 from sonic_ep.autograd_utils import as_it_lies, for_kernels, raise_if_freed
-from sonic_ep.backend import Experts, RouterWeights
+from sonic_ep.backend import ExpertWeights, RouterWeights
 from sonic_ep.compat import has_tangent
 from sonic_ep.config import RouterConfig, RouterOptions, ScoreOrder, is_count, parse_choice, settings_of
 from sonic_ep.distributed.group import EPGroup
@@ -306,7 +306,9 @@ def check_activation(checker: ArgumentChecker, value: object) -> Activation:
     return found
 
 
-def check_experts(checker: ArgumentChecker, x: Tensor, given: ExpertArguments, num_experts: int | None) -> Experts:
+def check_experts(
+    checker: ArgumentChecker, x: Tensor, given: ExpertArguments, num_experts: int | None
+) -> ExpertWeights:
     """This rank's experts, with shapes that fit x, each other, and the router's E if there is a router."""
     activation = check_activation(checker, given.activation)
     layout = checker.named("gate_layout", given.gate_layout, GATE_LAYOUTS)
@@ -325,7 +327,7 @@ def check_experts(checker: ArgumentChecker, x: Tensor, given: ExpertArguments, n
         checker.shape("w1", part, (held, width, hidden), "(e, 2I, H)" if whole_of_two else "(e, I, H)")
     checker.require(width <= MOST_WIDTH, "2I of w1" if whole_of_two else "I of w1", width, f"at most {MOST_WIDTH}")
     b1, b2 = _check_biases(checker, x, given, (held, width), split=split)
-    return Experts(
+    return ExpertWeights(
         w1=(w1[0], w1[1]) if split else w1[0],
         w2=w2,
         b1=b1,
@@ -374,7 +376,7 @@ def _checked_parts(checker: ArgumentChecker, name: str, value: object, x: Tensor
     return tuple(_check_weight(checker, f"{name}[{place}]", part, x) for place, part in enumerate(parts))
 
 
-def experts_as_read(experts: Experts, dtype: torch.dtype) -> Experts:
+def experts_as_read(experts: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
     """``experts`` in ``dtype`` with tensors that kernels can read: weights of any strides, contiguous biases."""
     read = {name: _weight_as_read(name, tensor, dtype) for name, tensor in experts.tensors.items()}
     copied = any(read[name] is not tensor for name, tensor in experts.tensors.items())

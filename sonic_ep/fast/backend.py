@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sonic_ep.activation import Activation
 from sonic_ep.autograd_utils import apply_function, joined, outside_selective_checkpoint
-from sonic_ep.backend import Experts, LayerOutput, RouterWeights, Routing, Slots
+from sonic_ep.backend import ExpertWeights, LayerOutput, RouterWeights, Routing, Slots
 from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.distributed.collectives import BoundedCollectives
@@ -75,7 +75,7 @@ class FastBackend:
         return apply_function(Combine, self._joined(rows_RH), self._joined(topk_scores_TK.float()), exchange)
 
     @outside_selective_checkpoint
-    def layer(self, x_TH: Tensor, slots: Slots, experts: Experts, shape: torch.Size) -> LayerOutput:
+    def layer(self, x_TH: Tensor, slots: Slots, experts: ExpertWeights, shape: torch.Size) -> LayerOutput:
         """Plan, dispatch, experts, combine. x is staged while the plan runs, and while the host waits for R.
 
         x has to require a gradient on every rank or on none, and so has w1: ``facts_of`` compares it.

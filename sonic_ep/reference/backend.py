@@ -8,7 +8,7 @@ from sonic_ep.autograd_utils import (
     disable_autocast_in_backward,
     outside_selective_checkpoint,
 )
-from sonic_ep.backend import Backend, Experts, LayerOutput, RouterWeights, Routing, Slots
+from sonic_ep.backend import Backend, ExpertWeights, LayerOutput, RouterWeights, Routing, Slots
 from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.distributed.collectives import BoundedCollectives
@@ -70,7 +70,7 @@ class ReferenceBackend(Backend):
         """The weighted sums of a token's rows, (T, H)."""
         return self._combined(rows_RH, topk_scores_TK, plan, torch.Size((plan.num_tokens, rows_RH.shape[1])), {})
 
-    def layer(self, x_TH: Tensor, slots: Slots, experts: Experts, shape: torch.Size) -> LayerOutput:
+    def layer(self, x_TH: Tensor, slots: Slots, experts: ExpertWeights, shape: torch.Size) -> LayerOutput:
         """Plan, dispatch, experts, combine."""
         num_experts = experts.w2.shape[0] * self._collectives.group.world_size
         sizes = {"num_experts": num_experts, "max_tokens": slots.max_tokens}
@@ -90,18 +90,18 @@ class ReferenceBackend(Backend):
         rows_RH, scores_TK = joined_in_backward(exchange, Phase.COMBINE, rows_RH, scores_TK.float())
         return apply_function(Combine, rows_RH, scores_TK, exchange, shape, later)
 
-    def _gathers_again(self, experts: Experts) -> bool:
+    def _gathers_again(self, experts: ExpertWeights) -> bool:
         """Whether x is dispatched again in backward, where only the gradient of w1 reads the rows."""
         trained = any(weight.requires_grad for weight in experts.up_weights)
         return self._config.redispatch_x_in_backward and torch.is_grad_enabled() and trained
 
-    def _read_later(self, x_TH: Tensor, experts: Experts) -> dict[str, Tensor]:
+    def _read_later(self, x_TH: Tensor, experts: ExpertWeights) -> dict[str, Tensor]:
         """What the experts' backward reads of the caller's tensors, by name."""
         again = self._gathers_again(experts)
         read = {name: held for name, held in experts.tensors.items() if name[0] == "w" or (again and name != "b2")}
         return read | ({"x": x_TH} if again else {})
 
-    def _apply_experts(self, rows_RH: Tensor, x_TH: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
+    def _apply_experts(self, rows_RH: Tensor, x_TH: Tensor, plan: RoutingPlan, experts: ExpertWeights) -> Tensor:
         if not self._gathers_again(experts):
             return apply_experts(rows_RH, plan.group_ends, experts)
         up, ups = UpProjectionOfRowsGatheredAgain, (*experts.up_weights, *experts.up_biases)

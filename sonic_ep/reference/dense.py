@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sonic_ep.backend import Experts
+from sonic_ep.backend import ExpertWeights
 from sonic_ep.config import RouterConfig, ScoreFunction, ScoreOrder
 
 # Added to the sum of a token's sigmoids before they are divided by it.
@@ -35,7 +35,7 @@ def dense_scores(logits_TE: Tensor, topk_idx_TK: Tensor, config: RouterConfig) -
     return scores_TK if config.scale == 1 else scores_TK * config.scale
 
 
-def dense_moe(x_TH: Tensor, topk_idx_TK: Tensor, topk_scores_TK: Tensor, experts: Experts) -> Tensor:
+def dense_moe(x_TH: Tensor, topk_idx_TK: Tensor, topk_scores_TK: Tensor, experts: ExpertWeights) -> Tensor:
     """``y[t] = sum over k of score[t, k] * expert(idx[t, k])(x[t])``, (T, H) in the dtype of x.
 
     ``experts``: all E of them. The sum is in fp32, or fp64 for fp64 scores. An id of -1 drops the slot.

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sonic_ep.autograd_utils import is_transposed, outside_selective_checkpoint
-from sonic_ep.backend import Experts
+from sonic_ep.backend import ExpertWeights
 
 
-def apply_experts(rows_RH: Tensor, group_ends_e: Tensor, experts: Experts) -> Tensor:
+def apply_experts(rows_RH: Tensor, group_ends_e: Tensor, experts: ExpertWeights) -> Tensor:
     """``act(rows . w1 + b1) . w2 + b2`` of each row by its own expert, (R, H); zeros past the valid rows.
 
     Rows are in canonical order; those past ``group_ends_e[-1]`` are not read. Reads the host.
@@ -27,7 +27,7 @@ def up_projection(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def apply_second_half(hidden_RF: Tensor, group_ends_e: Tensor, experts: Experts) -> Tensor:
+def apply_second_half(hidden_RF: Tensor, group_ends_e: Tensor, experts: ExpertWeights) -> Tensor:
     """Activation and down-projection, (R, 2I or I) to (R, H)."""
     return grouped_linear(experts.activation(hidden_RF, experts.layout), group_ends_e, experts.w2, experts.b2)
 

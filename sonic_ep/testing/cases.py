@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS, Activation, Swiglu
-from sonic_ep.backend import Experts
+from sonic_ep.backend import ExpertWeights
 from sonic_ep.config import CombineMode, DispatchMode, EPConfig, RouterOptions, ScoreOrder
 from sonic_ep.profiler.routings import Chooser, one_rank, skewed, uniform
 
@@ -126,7 +126,7 @@ class Inputs:
     topk_scores: Tensor
     router_w: Tensor
     dlogits: Tensor
-    experts: Experts
+    experts: ExpertWeights
 
     def tokens_of(self, rank: int) -> slice:
         """Where the tokens of ``rank`` stand among the N."""
@@ -171,11 +171,11 @@ def random_experts(
     *,
     bias: bool,
     form: str = "whole",
-) -> Experts:
+) -> ExpertWeights:
     """Experts by ``normal(*shape, scale=)``, scaled to keep the size of what they multiply. inner: I."""
     kind = ACTIVATIONS[activation] if isinstance(activation, str) else activation
     width = kind.up_width(inner)
-    whole = Experts(
+    whole = ExpertWeights(
         w1=normal(count, width, hidden, scale=hidden**-0.5),
         w2=normal(count, hidden, inner, scale=inner**-0.5),
         b1=normal(count, width, scale=0.1) if bias else None,
@@ -191,13 +191,13 @@ def transposed(weight: Tensor) -> Tensor:
     return weight.mT.contiguous().mT
 
 
-def with_transposed_weights(experts: Experts) -> Experts:
+def with_transposed_weights(experts: ExpertWeights) -> ExpertWeights:
     """Stored as (e, H, 2I) and (e, I, H), seen as (e, 2I, H) and (e, H, I)."""
     weights = {name: transposed(held) for name, held in experts.tensors.items() if name[0] == "w"}
     return experts.with_tensors({**experts.tensors, **weights})
 
 
-def with_split_weights(experts: Experts) -> Experts:
+def with_split_weights(experts: ExpertWeights) -> ExpertWeights:
     """Gate and up in tensors of their own, ups transposed."""
     given, split = dict(experts.tensors), experts.layout.split
     gate, up = (part.mT for part in split(given.pop("w1").mT))
@@ -207,7 +207,7 @@ def with_split_weights(experts: Experts) -> Experts:
     return replace(experts.with_tensors({**given, **parts}), layout=GATE_LAYOUTS["concat"])
 
 
-WEIGHT_FORMS: Mapping[str, Callable[[Experts], Experts]] = MappingProxyType(
+WEIGHT_FORMS: Mapping[str, Callable[[ExpertWeights], ExpertWeights]] = MappingProxyType(
     {"whole": lambda experts: experts, "transposed": with_transposed_weights, "split": with_split_weights}
 )
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sonic_ep.api import ExpertParallel
-from sonic_ep.backend import Experts
+from sonic_ep.backend import ExpertWeights
 from sonic_ep.config import RouterOptions
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.reference.dense import dense_moe, dense_scores
@@ -44,19 +44,19 @@ def leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_()
 
 
-def leaf_experts(experts: Experts, share: slice = ALL, dtype: torch.dtype | None = None) -> Experts:
+def leaf_experts(experts: ExpertWeights, share: slice = ALL, dtype: torch.dtype | None = None) -> ExpertWeights:
     """Copies of the experts in ``share`` that require gradients, in ``dtype`` if one is given."""
     copies = {name: leaf(weight[share].to(dtype or weight.dtype)) for name, weight in weights_of(experts).items()}
     return with_weights(experts, copies)
 
 
-def with_weights(experts: Experts, weights: Leaves) -> Experts:
+def with_weights(experts: ExpertWeights, weights: Leaves) -> ExpertWeights:
     """``experts`` with other weights, given by name."""
     return experts.with_tensors(weights)
 
 
-def weights_of(experts: Experts) -> dict[str, Tensor]:
-    """Weights and the biases if there are any, by name: see ``Experts.tensors``."""
+def weights_of(experts: ExpertWeights) -> dict[str, Tensor]:
+    """Weights and the biases if there are any, by name: see ``ExpertWeights.tensors``."""
     return dict(experts.tensors)
 
 
@@ -69,7 +69,7 @@ class LayerCall(ABC):
 
     x: Tensor
     dy: Tensor
-    experts: Experts
+    experts: ExpertWeights
 
     @property
     @abstractmethod

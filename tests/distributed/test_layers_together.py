@@ -18,7 +18,7 @@ from there_and_back import MODES, Modes, assert_same, both, by_modes, changing, 
 from torch import Tensor
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
-from sonic_ep.backend import Experts
+from sonic_ep.backend import ExpertWeights
 from sonic_ep.plan import RoutingPlan
 from sonic_ep.reference.dense import dense_moe
 from sonic_ep.testing import CASES, Case, Inputs, Rank, assert_bitwise, draw
@@ -27,12 +27,12 @@ from sonic_ep.testing.oracle import gather_parts, leaf, leaf_experts
 
 pytestmark = pytest.mark.fast
 LAYERS = 4
-Layer = Callable[[Tensor, Inputs, Experts], Tensor]
+Layer = Callable[[Tensor, Inputs, ExpertWeights], Tensor]
 # bf16 in sizes of whole 16 bytes: what captures in a graph by PyTorch's own products, and here by ours.
 GRAPHED = replace(CASES["uniform_bf16"], hidden=64, intermediate=32, bias=False)
 
 
-def trained(drawn: list[Inputs], x: Tensor, experts: list[Experts], dy: Tensor, layer: Layer) -> list[Tensor]:
+def trained(drawn: list[Inputs], x: Tensor, experts: list[ExpertWeights], dy: Tensor, layer: Layer) -> list[Tensor]:
     """y, dx and the gradients of w1 and w2 of residual layers of one shape."""
     y = x
     for inputs, own in zip(drawn, experts, strict=True):
@@ -45,7 +45,7 @@ def dense_stack(drawn: list[Inputs], dtype: torch.dtype) -> list[Tensor]:
     """The truth, without ranks, of all tokens and experts."""
     experts = [leaf_experts(inputs.experts, dtype=dtype) for inputs in drawn]
 
-    def layer(y: Tensor, inputs: Inputs, own: Experts) -> Tensor:
+    def layer(y: Tensor, inputs: Inputs, own: ExpertWeights) -> Tensor:
         return dense_moe(y, inputs.topk_idx, inputs.topk_scores.to(dtype), own)
 
     return trained(drawn, leaf(drawn[0].x.to(dtype)), experts, drawn[0].dy.to(dtype), layer)
@@ -60,7 +60,7 @@ def test_four_layers_of_one_shape_share_memory(rank: Rank, flags: dict[str, bool
     with ExpertParallel(backend="fast", config=EPConfig(**flags)) as ep:
         tokens, held = drawn[0].tokens_of(ep.rank), drawn[0].experts_of(ep.rank)
 
-        def layer(y: Tensor, inputs: Inputs, own: Experts) -> Tensor:
+        def layer(y: Tensor, inputs: Inputs, own: ExpertWeights) -> Tensor:
             routing = (inputs.topk_idx[tokens], inputs.topk_scores[tokens])
             return ep.moe_routed(y, *routing, own.w1, own.w2, b1=own.b1, b2=own.b2)
 

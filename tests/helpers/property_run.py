@@ -23,7 +23,7 @@ from random_cases import Example, exact_inputs, example_of
 from torch import Tensor
 
 from sonic_ep import ExpertParallel
-from sonic_ep.backend import Experts
+from sonic_ep.backend import ExpertWeights
 from sonic_ep.distributed.group import device_of_rank
 from sonic_ep.plan import row_ceiling
 from sonic_ep.profiler.machine import environment
@@ -98,7 +98,7 @@ def _rows(inputs: Inputs, example: Example) -> int:
 
 
 def _moved(inputs: Inputs, device: torch.device) -> Inputs:
-    def moved(of: Inputs | Experts) -> dict[str, Tensor]:
+    def moved(of: Inputs | ExpertWeights) -> dict[str, Tensor]:
         return {name: value.to(device) for name, value in vars(of).items() if isinstance(value, Tensor)}
 
     return replace(inputs, **moved(inputs), experts=replace(inputs.experts, **moved(inputs.experts)))

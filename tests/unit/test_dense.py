@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
-from sonic_ep.backend import Experts
+from sonic_ep.backend import ExpertWeights
 from sonic_ep.config import RouterOptions, ScoreOrder
 from sonic_ep.reference.dense import dense_moe, dense_scores
 from sonic_ep.testing import CASES, Inputs, draw
@@ -16,7 +16,7 @@ from sonic_ep.testing.oracle import leaf_experts
 WIDE = torch.float64
 
 
-def token_by_token(inputs: Inputs, experts: Experts) -> torch.Tensor:
+def token_by_token(inputs: Inputs, experts: ExpertWeights) -> torch.Tensor:
     """SwiGLU experts, written out, interleaved gates."""
     y = torch.zeros(inputs.x.shape, dtype=WIDE)
     for token, chosen in enumerate(inputs.topk_idx.tolist()):
@@ -44,7 +44,9 @@ def test_gradients_by_finite_differences() -> None:
 
     def layer(x: torch.Tensor, scores: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         w1, w2, b1, b2 = weights
-        experts = Experts(w1=w1, w2=w2, b1=b1, b2=b2, activation=ACTIVATIONS["geglu"], layout=GATE_LAYOUTS["concat"])
+        experts = ExpertWeights(
+            w1=w1, w2=w2, b1=b1, b2=b2, activation=ACTIVATIONS["geglu"], layout=GATE_LAYOUTS["concat"]
+        )
         return dense_moe(x, inputs.topk_idx, scores, experts)
 
     held = leaf_experts(inputs.experts, dtype=WIDE)

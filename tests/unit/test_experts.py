@@ -12,7 +12,7 @@ from same import assert_same_bits
 from torch import Tensor
 
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS, Swiglu
-from sonic_ep.backend import Experts
+from sonic_ep.backend import ExpertWeights
 from sonic_ep.reference.experts import apply_experts
 from sonic_ep.testing import Rank, assert_as_accurate, assert_bitwise
 from sonic_ep.testing.cases import GPT_OSS, TIGHT
@@ -28,7 +28,7 @@ def test_rows_past_the_valid_ones_are_never_read_and_an_empty_expert_has_zero_gr
         rows = torch.cat([torch.randn(5, 6, generator=generator), torch.full((4, 6), behind)])
         weights = {name: torch.randn(3, *shape, generator=generator) for name, shape in shapes.items()}
         leaves = [tensor.requires_grad_() for tensor in (rows, *weights.values())]
-        y = apply_experts(rows, group_ends, Experts(**weights, **options))
+        y = apply_experts(rows, group_ends, ExpertWeights(**weights, **options))
         dy = torch.ones_like(y)
         dy[5:] = behind
         of_rows, *of_weights = torch.autograd.grad(y, leaves, dy)
