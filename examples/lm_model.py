@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sonic_ep import MoE
-from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS
+from sonic_ep.activation import GATE_LAYOUTS
 from sonic_ep.backend import ExpertWeights
 from sonic_ep.config import RouterOptions
 from sonic_ep.reference.dense import dense_moe, dense_scores
@@ -92,7 +92,7 @@ def experts_of(layer: MoE) -> ExpertWeights:
         w2=layer.experts.w2,
         b1=layer.experts.b1,
         b2=layer.experts.b2,
-        activation=ACTIVATIONS[layer.experts.activation],
+        activation=layer.experts.activation,
         layout=GATE_LAYOUTS[layer.experts.gate_layout],
     )
 

@@ -56,7 +56,7 @@ class Experts(nn.Module):
         if not isinstance(ep, ExpertParallel | None):
             raise TypeError(f"Experts: ep: got {type(ep).__name__}, expected an ExpertParallel or None")
         self.ep, self.num_experts = ep, num_experts
-        self.activation, self.gate_layout = activation, gate_layout
+        self.gate_layout = gate_layout
         self._alone: ExpertParallel | None = None
         self._names = {name: name for name in WEIGHTS}
         checker = ArgumentChecker(group=self.group)
@@ -70,7 +70,8 @@ class Experts(nn.Module):
         checker.require(known, "dtype", repr(dtype), " or ".join(map(str, ROW_DTYPES)))
         device = torch.get_default_device() if device is None else checker.device("device", device)
         checker.named("gate_layout", gate_layout, GATE_LAYOUTS)
-        width = check_activation(checker, activation).up_width(intermediate_size)
+        self.activation = check_activation(checker, activation)
+        width = self.activation.up_width(intermediate_size)
         shapes: dict[str, tuple[int, ...]] = {"w1": (width, hidden_size), "w2": (hidden_size, intermediate_size)}
         if checker.flag("bias", bias):
             shapes |= {"b1": (width,), "b2": (hidden_size,)}
@@ -162,7 +163,7 @@ class Experts(nn.Module):
         """The sizes, for ``print(layer)``."""
         here = self.num_experts // self.group.world_size
         sizes = f"hidden_size={self.w2.shape[1]}, intermediate_size={self.w2.shape[2]}"
-        return f"{sizes}, num_experts={self.num_experts} ({here} here), activation={self.activation}"
+        return f"{sizes}, num_experts={self.num_experts} ({here} here), activation={self.activation.name}"
 
     def __getstate__(self) -> dict[str, Any]:
         # An ExpertParallel cannot be pickled; this one is made again when it is needed.
