@@ -213,6 +213,7 @@ def test_reset_fills_the_original_of_a_parametrized_weight() -> None:
         layer.reset_parameters()
 
 
+@promise("checkpoints")
 def test_a_gate_layout_is_part_of_a_checkpoint() -> None:
     layer = MoE(*SIZES, gate_layout="concat")
     with pytest.raises(ValueError, match="gate_layout: got a checkpoint of 'interleaved', expected 'concat'"):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from limits import HANG_SECONDS
 from near import assert_near
+from promises import promise
 from same import assert_same_bits
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -73,6 +74,7 @@ def load_save_and_resume(_rank: Rank, folder: Path) -> Any:
     return module_of_example("pretrain_fsdp").pretrain("resume", settings, CPU), found
 
 
+@promise("checkpoints")
 def test_a_restart_with_fewer_ranks_goes_on_where_one_process_would_be(cpu_pool: RankPool, tmp_path: Path) -> None:
     """Its checkpoint of four ranks is bit-equal on two, and saved by them on one: weights, moments and step counts."""
     first, at_four = cpu_pool.run(train_and_save, tmp_path, world_size=4)[0]

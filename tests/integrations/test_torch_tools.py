@@ -16,7 +16,7 @@ from promises import promise
 from shards import full, local
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -110,18 +110,6 @@ def test_fsdp_over_efsdp_and_ep_is_one_process(rank: Rank, backend: str, reshard
             clip_grad_norm_(net.parameters(), MAX_NORM, error_if_nonfinite=True)
 
 
-@promise("fsdp")
-@on_ranks(4, pool="cpu_pool")
-def test_a_mixed_precision_policy_casts_the_weights(rank: Rank) -> None:
-    """fp32 weights in FSDP, bf16 in the call."""
-    mesh, dense = meshes(rank)
-    with ExpertParallel(mesh["ep"], backend="reference") as ep:
-        net = Net(ep, rank.device)
-        shard(net, mesh, dense, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
-        loss_of(net, rank.rank, device=rank.device).backward()
-        assert {found.dtype for found in gradients(net).values()} == {torch.float32}
-
-
 @on_ranks(2)
 @both_backends
 def test_a_style_of_parallelize_module(rank: Rank, backend: str) -> None:
@@ -153,6 +141,7 @@ def raises(error: type[BaseException], text: str, call: Callable[[], object]) ->
         call()
 
 
+@promise("torch-tools")
 @on_ranks(4, pool="cpu_pool")
 def test_wrong_uses_are_errors(rank: Rank) -> None:
     """Every one of these trained on other numbers, with plain tensors and without a word."""
