@@ -1,6 +1,7 @@
 """Every router of ``RouterConfig`` on both backends, against one of plain PyTorch, gradients included."""
 
 from dataclasses import dataclass, field, replace
+from math import log
 from typing import Any
 
 import pytest
@@ -208,6 +209,25 @@ def test_scores_of_sigmoids_that_underflow_are_no_nan(rank: Rank, backend: str) 
     assert found.topk_scores.tolist() == [[0.0, 0.0]]
     found.topk_scores.sum().backward()
     assert router.x.grad.tolist() == [[0.0]]
+
+
+@on_ranks(1)
+@both_backends
+def test_experts_far_below_the_best_may_be_chosen(rank: Rank, backend: str) -> None:
+    """The largest logit is not among the chosen: differences to another would overflow."""
+    for settings, expected in ((OVER_ALL, [0.0, 0.0]), ({}, [2 / 3, 1 / 3])):
+        router = Router(
+            x=torch.tensor([[200.0, 0.0, log(2)]], device=rank.device).requires_grad_(),
+            weight=torch.eye(3, device=rank.device).requires_grad_(),
+            bias=None,
+            correction=torch.tensor([-1000.0, 0.0, 0.5], device=rank.device),
+        )
+        found = routed(rank, backend, router, replace(TOP_2, **settings))
+        assert found.topk_idx.tolist() == [[2, 1]]
+        assert_near(found.topk_scores, torch.tensor([expected], device=rank.device), 8)
+        found.topk_scores[0, 0].backward()
+        one, other = expected
+        assert_near(router.x.grad, torch.tensor([[0.0, -one * other, one * other]], device=rank.device), 8)
 
 
 @on_ranks(1)
