@@ -119,7 +119,7 @@ def cast_call(call: RoutedCall, dtype: torch.dtype) -> tuple[dict[str, Any], lis
 
 @promise("autocast")
 @on_ranks(1)
-@by_again
+@pytest.mark.parametrize("again", [pytest.param(False, marks=pytest.mark.thorough), True])
 @pytest.mark.parametrize("form", FORMS[1:])
 @both_backends
 def test_fp32_weights_under_autocast_are_those_cast_by_the_caller(
