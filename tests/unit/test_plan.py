@@ -265,14 +265,15 @@ def test_more_slots_than_int32_counts_are_refused_and_malformed() -> None:
 
 @on_ranks(2)
 @both_backends
-def test_max_tokens_is_agreed_on_in_the_first_call_with_tokens(rank: Rank, backend: str) -> None:
-    calls = ((0, 0), (3, 5), (5, 0), (0, 0))
+def test_max_tokens_is_agreed_on_in_every_call(rank: Rank, backend: str) -> None:
+    """The largest T of the call, on ranks that bring more and on those that do not."""
+    calls = ((0, 0), (3, 5), (9, 0), (0, 0), (1, 2))
     with ExpertParallel(backend=backend) as ep:
         ids = [torch.zeros(tokens[rank.rank], 1, dtype=torch.int64, device=rank.device) for tokens in calls]
         plans = [ep.plan(idx, 4) for idx in ids]
     for plan in plans:
         plan.check()
-    assert [plan.max_tokens for plan in plans] == [0, 5, 5, 5]
+    assert [plan.max_tokens for plan in plans] == [0, 5, 9, 0, 2]
 
 
 @pytest.mark.fast
