@@ -52,14 +52,14 @@ class Activation:
                 raise TypeError(f"Activation: {name}: got {getattr(self, name)!r}, expected {expected}")
 
     @property
-    def is_own(self) -> bool:
+    def is_builtin(self) -> bool:
         """Whether this is one of ``ACTIVATIONS``."""
         return self == ACTIVATIONS.get(self.name)
 
     @property
     def identity(self) -> str:
         """What has to be the same on every rank, the same text in every process: of this library's own, the name."""
-        if self.is_own:
+        if self.is_builtin:
             return self.name
         function = getattr(self.pointwise, "__qualname__", type(self.pointwise).__name__)
         return f"{self.name} ({'gated' if self.gated else 'not gated'}, {function})"
@@ -113,11 +113,11 @@ class Swiglu(Activation):
     @property
     def identity(self) -> str:
         """The numbers, or "swiglu" where they are its."""
-        return self.name if self.is_own else repr(self)
+        return self.name if self.is_builtin else repr(self)
 
     def of_gate_and_up(self, gate: Tensor, up: Tensor) -> Tensor:
         """The formula, differentiable."""
-        if self.is_own:
+        if self.is_builtin:
             return super().of_gate_and_up(gate, up)
         # Not ``clamp``, so that NaN stays NaN in the gradient too.
         gate = torch.where(gate.detach() > self.limit, self.limit, gate)

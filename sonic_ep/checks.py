@@ -148,7 +148,9 @@ class ArgumentChecker:
         kind = type(tensor)
         # A FakeTensor, MaskedTensor or DTensor: its values are elsewhere, or there are none.
         if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            raise TypeError(f"{self.group}: {name}: got {kind.__name__}, expected a torch.Tensor that holds its values")
+            remedy = ": pass its to_local()" if is_dtensor(tensor) else ""
+            expected = f"expected a torch.Tensor that holds its values{remedy}"
+            raise TypeError(f"{self.group}: {name}: got {kind.__name__}, {expected}")
         return tensor if kind in (Tensor, nn.Parameter) else tensor.as_subclass(Tensor)
 
 
@@ -194,8 +196,8 @@ def check_router_config(
     if router is None:
         return short
     given = checker.instance("router", router, RouterConfig, "a RouterConfig or None")
-    remedy = "one or the other: put score_order and norm_topk_probs into the RouterConfig"
-    checker.require(short == RouterConfig(), "router", "a RouterConfig together with options of its own", remedy)
+    remedy = "one or the other: set them in the RouterConfig"
+    checker.require(short == RouterConfig(), "router", "a RouterConfig with score_order or norm_topk_probs", remedy)
     return given
 
 
@@ -237,10 +239,10 @@ def _local_router(checker: ArgumentChecker, given: RouterArguments, options: Rou
     weights = {"router_w": given.router_w, "router_b": given.router_b, "correction_bias": given.correction_bias}
     if not any(map(is_dtensor, weights.values())):
         return given
-    # A DTensor says that its gradient is the same on all ranks.
-    remedy = "plain tensors, or reduce_router_grad=True, without which gradients differ over the ranks"
-    checker.require(options.reduce_router_grad, "router", "a DTensor", remedy)
     local = {name: local_of(checker.group, name, weight, replicated=True) for name, weight in weights.items()}
+    # A replicated DTensor says that its gradient is the same on all ranks.
+    remedy = "reduce_router_grad=True, or plain tensors: else the gradient of a replicated DTensor differs over ranks"
+    checker.require(options.reduce_router_grad, "router", "a DTensor", remedy)
     return RouterArguments(**local)
 
 
@@ -321,7 +323,7 @@ def check_experts(
     held = w2.shape[0] if num_experts is None else num_experts // checker.group.world_size
     width = w2.shape[2] if split else activation.up_width(w2.shape[2])
     checker.require(held >= 1, "shape of w2", tuple(w2.shape), "at least one expert on this rank")
-    checker.shape("w2", w2, (held, hidden, w2.shape[2]), "(e, H, I)")
+    checker.shape("w2", w2, (held, hidden, w2.shape[2]), "(e, H, I); stored as (e, I, H), pass w2.transpose(1, 2)")
     whole_of_two = activation.gated and not split
     for part in w1:
         checker.shape("w1", part, (held, width, hidden), "(e, 2I, H)" if whole_of_two else "(e, I, H)")
@@ -349,8 +351,8 @@ def _check_biases(
     b1 = _checked_parts(checker, "b1", given.b1, x, split=split)
     b2 = _check_weight(checker, "b2", given.b2, x)
     for part in b1:
-        checker.shape("b1", part, shape, "(e, outputs)")
-    checker.shape("b2", b2, (shape[0], x.shape[-1]), "(e, outputs)")
+        checker.shape("b1", part, shape, "(e, rows of w1)")
+    checker.shape("b2", b2, (shape[0], x.shape[-1]), "(e, H)")
     return (b1[0], b1[1]) if split else b1[0], b2
 
 

@@ -134,13 +134,13 @@ def without_dispatch_modes(kinds: tuple[type, ...]) -> Iterator[None]:
             _push_mode(mode)
 
 
-def first_of_share(weight: Any) -> tuple[int, ...]:
+def global_offset(weight: Any) -> tuple[int, ...]:
     """The global index of the first element that this rank has of a DTensor, also of one sharded twice by FSDP2."""
     # Not at the top: it takes half as long to import as PyTorch.
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    _, first = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-    return tuple(first)
+    _, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    return tuple(offset)
 
 
 def ranks_reduced_by_ddp(parameters: Iterable[Tensor]) -> list[int]:

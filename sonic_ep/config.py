@@ -89,6 +89,8 @@ class ModePair:
     combine: CombineMode
 
 
+# Added to the sum of a token's sigmoids before they are divided by it.
+LEAST_SIGMOID_SUM = 1e-20
 # Scores and their gradients, times a factor between these, stay within fp32.
 LEAST_SCALE, MOST_SCALE = 1e-30, 1e30
 

@@ -76,17 +76,7 @@ class Experts(nn.Module):
         if checker.flag("bias", bias):
             shapes |= {"b1": (width,), "b2": (hidden_size,)}
         held = num_experts // self.group.world_size
-        mesh = mesh_of(ep.group, ep.mesh, device) if ep is not None and distribute else None
-        self._marked = not distribute and self.group.world_size > 1
-        if self._marked:
-            self._names = {name: f"{name}@{self.group.rank}/{self.group.world_size}" for name in WEIGHTS}
-        for name, registered in self._names.items():
-            local = torch.empty(held, *shapes[name], device=device, dtype=dtype) if name in shapes else None
-            weight = local if local is None or mesh is None else sharded(local, mesh)
-            self.register_parameter(registered, None if weight is None else nn.Parameter(weight))
-            if weight is not None and self._marked:
-                # For ``sonic_ep.parallel.clip_grad_norm_``: its norm would differ over ranks.
-                getattr(self, name).is_share_of_experts = True
+        self._register({name: torch.empty(held, *shape, device=device, dtype=dtype) for name, shape in shapes.items()})
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -106,23 +96,25 @@ class Experts(nn.Module):
     def shard(self, ep: ExpertParallel) -> None:
         """Spread experts that are all in this process over ``ep``. Every rank has to hold the same values.
 
-        Each rank keeps a copy of its share, so the memory of the others is freed with their last other user.
+        Each rank clones its slice; the whole weights are freed once nothing else refers to them. Raises ``ValueError``
+        if they are spread already, or sharded by ``fully_shard``.
         """
         if self.ep is not None:
             raise ValueError(f"{self.group}: Experts.shard: these experts are spread over an ExpertParallel already")
         check_experts_divide(ArgumentChecker(group=ep.group), self.num_experts)
-        held = self.num_experts // ep.world_size
-        whole_weights = originals(ep.group, self, WEIGHTS)
-        if any(is_dtensor(whole) for whole in whole_weights.values()):
+        whole = originals(ep.group, self, WEIGHTS)
+        if any(map(is_dtensor, whole.values())):
             raise ValueError(
                 f"{ep.group}: Experts.shard: got weights that are DTensors, expected it before fully_shard"
             )
-        for name, whole in whole_weights.items():
-            mesh = mesh_of(ep.group, ep.mesh, whole.device)
-            local = whole.detach()[ep.rank * held :][:held].clone()
-            weight = local if mesh is None else sharded(local, mesh)
-            self.register_parameter(name, nn.Parameter(weight, requires_grad=whole.requires_grad))
+        held = self.num_experts // ep.world_size
+        mine = {name: weight.detach()[ep.rank * held :][:held].clone() for name, weight in whole.items()}
+        for name in WEIGHTS:
+            delattr(self, name)
         self.ep, self._alone = ep, None
+        self._register(mine)
+        for name, weight in whole.items():
+            getattr(self, name).requires_grad_(weight.requires_grad)
 
     def forward(
         self,
@@ -135,7 +127,7 @@ class Experts(nn.Module):
         """The weighted sums of the outputs of each token's experts, for x (T, H) or (..., H). Collective.
 
         With topk_idx and topk_scores (T, K): y, as ``ExpertParallel.moe_routed``. With ``router``: ``MoEOutput``, as
-        ``ExpertParallel.moe``.
+        ``ExpertParallel.moe``. Either way it is one call of this module, before which FSDP gathers its weights.
         """
         self._refuse_averages()
         given: dict[str, Any] = {name: getattr(self, name) for name in WEIGHTS}
@@ -177,6 +169,21 @@ class Experts(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """Parameters by their plain names, too."""
         return super().__getattr__(self.__dict__.get("_names", {}).get(name, name))
+
+    def _register(self, shares: dict[str, Tensor]) -> None:
+        """Make parameters of this rank's share of each weight."""
+        group, device = self.group, shares["w1"].device
+        mesh = mesh_of(group, self.ep.mesh, device) if self.ep is not None and self.distribute else None
+        self._marked = not self.distribute and group.world_size > 1
+        if self._marked:
+            self._names = {name: f"{name}@{group.rank}/{group.world_size}" for name in WEIGHTS}
+        for name, registered in self._names.items():
+            local = shares.get(name)
+            weight = local if local is None or mesh is None else sharded(local, mesh)
+            self.register_parameter(registered, None if weight is None else nn.Parameter(weight))
+            if weight is not None and self._marked:
+                # For ``sonic_ep.parallel.clip_grad_norm_``: its norm would differ over ranks.
+                getattr(self, name).is_share_of_experts = True
 
     def _refuse_averages(self) -> None:
         """Raise ``ValueError`` if ``DistributedDataParallel`` takes other experts for replicas of these."""

@@ -78,7 +78,7 @@ class MoE(nn.Module):
 
     @property
     def ep(self) -> ExpertParallel | None:
-        """The ranks that the experts are spread over."""
+        """The ``ExpertParallel`` of the experts; None if all of them are in this process."""
         return self.experts.ep
 
     def reset_parameters(self) -> None:

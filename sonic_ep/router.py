@@ -1,5 +1,6 @@
 """The router of a layer: its weights and options. ``ExpertParallel.moe`` computes with them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,10 +57,18 @@ class Router(nn.Module):
             if zeros is not None:
                 zeros.zero_()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        """As of every module, but ``to(torch.bfloat16)`` leaves correction_bias in fp32: its updates are small."""
+        exact = self.correction_bias
+        super()._apply(fn, recurse)
+        if exact is not None and self.correction_bias is not None and self.correction_bias.dtype != exact.dtype:
+            self.correction_bias = exact.to(self.correction_bias.device)
+        return self
+
     def extra_repr(self) -> str:
         """The sizes, for ``print(layer)``."""
         experts, hidden = self.weight.shape
-        return f"hidden_size={hidden}, num_experts={experts}, top_k={self.top_k}"
+        return f"hidden_size={hidden}, num_experts={experts}, top_k={self.top_k}, {self.config}"
 
 
 def normal(weight: Tensor, seed: int) -> None:

@@ -82,40 +82,40 @@ def _is_of(mesh: DeviceMesh, group: EPGroup) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What this process holds of a weight. local: a block of the whole, which has ``shape``, from ``first`` on.
+    """What this process holds of a weight. local: a block of the whole, which has ``shape``, from ``offset`` on.
 
-    A weight (6, 4) in equal shares on three ranks: rank 1 has shape (6, 4), first (2, 0), and local is (2, 4).
+    A weight (6, 4) in equal shares on three ranks: rank 1 has shape (6, 4), offset (2, 0), and local is (2, 4).
     """
 
     local: Tensor
     shape: tuple[int, ...]
-    first: tuple[int, ...]
+    offset: tuple[int, ...]
 
     @staticmethod
     def of(weight: Any) -> "Share":
         """The share of a DTensor; a plain weight is whole."""
         if is_dtensor(weight):
             local = weight.to_local()
-            return Share(local=local, shape=tuple(weight.shape), first=compat.first_of_share(weight))
-        return Share(local=weight, shape=tuple(weight.shape), first=(0,) * weight.ndim)
+            return Share(local=local, shape=tuple(weight.shape), offset=compat.global_offset(weight))
+        return Share(local=weight, shape=tuple(weight.shape), offset=(0,) * weight.ndim)
 
     def fill(self, whole: Callable[[Tensor], None]) -> None:
         """Fill with this share of what ``whole`` writes into a tensor of the whole shape."""
-        self._fill(self.local, self.shape, self.first, whole)
+        self._fill(self.local, self.shape, self.offset, whole)
 
     def fill_rows(self, row: Callable[[int, Tensor], None]) -> None:
         """Fill each row j of the whole that is here, shape[1:], with this share of what ``row(j, tensor)`` writes."""
-        for index, local in enumerate(self.local, start=self.first[0]):
-            self._fill(local, self.shape[1:], self.first[1:], partial(row, index))
+        for index, local in enumerate(self.local, start=self.offset[0]):
+            self._fill(local, self.shape[1:], self.offset[1:], partial(row, index))
 
     @staticmethod
-    def _fill(local: Tensor, shape: tuple[int, ...], first: tuple[int, ...], fill: Callable[[Tensor], None]) -> None:
+    def _fill(local: Tensor, shape: tuple[int, ...], offset: tuple[int, ...], fill: Callable[[Tensor], None]) -> None:
         if tuple(local.shape) == shape:
             fill(local)
             return
         whole = local.new_empty(shape)
         fill(whole)
-        block = (slice(start, start + extent) for start, extent in zip(first, local.shape, strict=True))
+        block = (slice(start, start + extent) for start, extent in zip(offset, local.shape, strict=True))
         local.copy_(whole[tuple(block)])
 
 

@@ -266,11 +266,11 @@ class HiddenGradient:
 
 def raise_without_kernel(where: object, activation: Activation) -> None:
     """Raise ``ValueError`` for an activation other than this library's own."""
-    if isinstance(activation, Swiglu) or activation.is_own:
+    if isinstance(activation, Swiglu) or activation.is_builtin:
         return
     names = ", ".join(map(repr, ACTIVATIONS))
     expected = f"one that backend 'fast' has kernels for: {names}, or a sonic_ep.Swiglu (backend='reference' takes any)"
-    raise ValueError(f"{where}: activation: got {activation.name!r}, an Activation of your own, expected {expected}")
+    raise ValueError(f"{where}: activation: got {activation.name!r}, a custom Activation, expected {expected}")
 
 
 def activate(hidden: Sequence[Tensor], activation: Activation, layout: GateLayout, plan: RoutingPlan) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sonic_ep.autograd_utils import apply_function, once_differentiable, savable, summed_together, unpack_saved
 from sonic_ep.backend import RouterWeights, Routing
-from sonic_ep.config import RouterOptions, ScoreFunction, ScoreOrder
+from sonic_ep.config import LEAST_SIGMOID_SUM, RouterOptions, ScoreFunction, ScoreOrder
 from sonic_ep.distributed.sync_tag import Phase
 from sonic_ep.fast.collectives import reserve_sum, sum_over_ranks
 from sonic_ep.fast.device_functions import exact_exp, rounded
@@ -29,8 +29,7 @@ from sonic_ep.fast.workspace import Workspace
 NO_CHOICE: tl.constexpr = tl.constexpr(-(2**63))
 # The bits of a NaN, above those of infinity; as a mask, all bits of an fp32 number but the sign's.
 ALL_BUT_SIGN: tl.constexpr = tl.constexpr(0x7FFFFFFF)
-# Added to the sum of a token's sigmoids before they are divided by it.
-LEAST_SUM: tl.constexpr = tl.constexpr(1e-20)
+LEAST_SUM: tl.constexpr = tl.constexpr(LEAST_SIGMOID_SUM)
 
 
 @triton.jit

@@ -10,10 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sonic_ep.backend import ExpertWeights
-from sonic_ep.config import RouterConfig, ScoreFunction, ScoreOrder
-
-# Added to the sum of a token's sigmoids before they are divided by it.
-LEAST_SUM = 1e-20
+from sonic_ep.config import LEAST_SIGMOID_SUM, RouterConfig, ScoreFunction, ScoreOrder
 
 
 def dense_base(logits_TE: Tensor, config: RouterConfig) -> Tensor:
@@ -31,7 +28,7 @@ def dense_scores(logits_TE: Tensor, topk_idx_TK: Tensor, config: RouterConfig) -
         scores_TK = F.softmax(scores_TK, dim=1)
     if config.norm_topk_probs:
         total_T1 = scores_TK.sum(dim=1, keepdim=True)
-        scores_TK = scores_TK / (total_T1 + LEAST_SUM if is_sigmoid else total_T1)
+        scores_TK = scores_TK / (total_T1 + LEAST_SIGMOID_SUM if is_sigmoid else total_T1)
     return scores_TK if config.scale == 1 else scores_TK * config.scale
 
 

@@ -16,3 +16,8 @@ def full(tensor: Any) -> Tensor:
     """The whole; collective for a DTensor."""
     whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.detach()
+
+
+def share_of(whole: Tensor, got: Any) -> Tensor:
+    """The part of ``whole`` that this rank has if ``got`` is a DTensor of its first extent; all of it if plain."""
+    return whole.chunk(got.device_mesh.size())[got.device_mesh.get_local_rank()] if isinstance(got, DTensor) else whole

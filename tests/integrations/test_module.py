@@ -9,7 +9,7 @@ from backends import both_backends
 from near import assert_near
 from on_ranks import on_ranks
 from promises import promise
-from shards import full, local
+from shards import full, local, share_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -163,9 +163,9 @@ def test_adapters_of_experts_train_on_their_ranks(rank: Rank, backend: str) -> N
             y = experts(x, idx, torch.ones_like(idx, dtype=torch.float32))
             y.square().sum().backward()
             # Both ranks have brought the same tokens.
-            found[spread] = [full(parameter.grad) / (1 if spread is None else 2) for parameter in adapted]
+            found[spread] = [parameter.grad for parameter in adapted]
     for alone, of_both in zip(found[None], found[ep], strict=True):
-        assert_near(of_both, alone, units=20)
+        assert_near(local(of_both) / 2, share_of(alone, of_both), units=20)
 
 
 @on_ranks(2)
@@ -218,6 +218,15 @@ def test_a_gate_layout_is_part_of_a_checkpoint() -> None:
     layer = MoE(*SIZES, gate_layout="concat")
     with pytest.raises(ValueError, match="gate_layout: got a checkpoint of 'interleaved', expected 'concat'"):
         layer.load_state_dict(MoE(*SIZES).state_dict())
+
+
+def test_a_cast_of_the_module_leaves_the_correction_in_fp32() -> None:
+    layer = MoE(*SIZES, correction_bias=True, router_bias=True)
+    layer.router.correction_bias += 1e-4
+    layer.to(torch.bfloat16)
+    assert_bitwise(layer.router.correction_bias, torch.full((EXPERTS,), 1e-4))
+    assert layer(torch.randn(3, HIDDEN, dtype=torch.bfloat16)).y.dtype == torch.bfloat16
+    assert layer.to("meta").router.correction_bias.is_meta
 
 
 def test_without_a_group_all_experts_are_here() -> None:

@@ -13,7 +13,7 @@ from backends import both_backends
 from near import assert_near
 from on_ranks import on_ranks
 from promises import promise
-from shards import full, local
+from shards import full, local, share_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -123,6 +123,10 @@ def test_a_style_of_parallelize_module(rank: Rank, backend: str) -> None:
         assert_near(net(x), alone(x), units=2 * HIDDEN)
         with pytest.raises(ValueError, match="these experts are spread over an ExpertParallel already"):
             parallelize_module(net, mesh, {path: ExpertParallelStyle(backend=backend)})
+    plain = MoE(*SIZES, device=rank.device, distribute=False)
+    parallelize_module(plain, mesh, {"": ExpertParallelStyle(backend=backend)})
+    assert not isinstance(plain.experts.w1, DTensor)
+    assert f"experts.w1@{rank.rank}/2" in plain.state_dict()
     torch.manual_seed(3)
     filled = MoE(*SIZES, device=rank.device)
     later = MoE(*SIZES, device="meta")
@@ -131,7 +135,8 @@ def test_a_style_of_parallelize_module(rank: Rank, backend: str) -> None:
     torch.manual_seed(3)
     later.reset_parameters()
     for name, value in filled.named_parameters():
-        assert_bitwise(full(later.get_parameter(name)), value.detach(), name)
+        got = later.get_parameter(name)
+        assert_bitwise(local(got), share_of(value.detach(), got), name)
     with pytest.raises(TypeError, match="ExpertParallelStyle: got Linear, expected a MoE or Experts of sonic_ep"):
         parallelize_module(net, mesh, {"front": ExpertParallelStyle()})
 

@@ -91,10 +91,10 @@ def test_swiglu_without_numbers_is_swiglu_in_bits() -> None:
 @pytest.mark.parametrize("kind", [*ACTIVATIONS.values(), Swiglu(limit=7)], ids=lambda kind: kind.identity)
 def test_copies_of_an_activation_are_equal_and_say_the_same_to_other_ranks(kind: Activation) -> None:
     for twin in (copy.deepcopy(kind), pickle.loads(pickle.dumps(kind))):
-        assert (twin, hash(twin), twin.identity, twin.is_own) == (kind, hash(kind), kind.identity, kind.is_own)
+        assert (twin, hash(twin), twin.identity, twin.is_builtin) == (kind, hash(kind), kind.identity, kind.is_builtin)
     # Of one's own, the function counts as well.
     other = Activation(name=kind.name, gated=kind.gated, pointwise=F.mish)
-    assert not other.is_own
+    assert not other.is_builtin
     assert other.identity not in (kind.identity, Activation(name=kind.name, gated=True, pointwise=F.elu).identity)
 
 
