@@ -74,11 +74,12 @@ def run_block(names: Names, name: str, document: Path = TRAINING) -> None:
     exec(compile(code, f"{document.name}: {name}", "exec"), names)
 
 
-def given(rank: Rank, ep_size: int, **options: Any) -> Names:
+def given(rank: Rank, ep_size: int, replicas: int = 1, **options: Any) -> Names:
     """On a rank: the names that the recipes expect, with the model."""
-    names: Names = {"device": rank.device, "ep_size": ep_size, "lr": LR, "max_norm": torch.inf, "Momentum": Momentum}
-    run_block(names, "Imports")
-    run_block(names, "Meshes")
+    names: Names = {"device": rank.device, "ep_size": ep_size, "replicas": replicas, "rank": rank.rank}
+    names |= {"lr": LR, "max_norm": torch.inf, "Momentum": Momentum}
+    for block in ("Imports", "Meshes", "Replicas")[: 3 if replicas > 1 else 2]:
+        run_block(names, block)
     names["group"] = names["mesh"]["ep"].get_group()
     names["model"] = Model(names["ep"], **{"reduce_router_grad": False, **options})
     names["layer"] = names["model"].layers[0].moe
