@@ -20,6 +20,10 @@ FSDP2, ZERO = "FSDP2", "ZeroRedundancyOptimizer"
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 16, 8, 4, 2
 SIZES = (HIDDEN, INTERMEDIATE, EXPERTS, TOP_K)
 LR = 0.25
+# For each step, the tokens of each rank. Some ranks, and once an EP group, have none.
+TOKENS = 24
+SHARES = {2: [[9, 15], [24, 0], [12, 12]], 4: [[9, 0, 11, 4], [20, 4, 0, 0], [6, 6, 6, 6]]}
+STEPS = len(SHARES[2])
 
 Names = dict[str, Any]
 
@@ -103,3 +107,26 @@ def wrap(names: Names, wrapper: str) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """All of a DTensor; another tensor as it is."""
     return getattr(tensor, "full_tensor", lambda: tensor)().detach().clone()
+
+
+def tokens_of(step: int, shares: list[int], rank: int) -> tuple[Tensor, Tensor]:
+    """X and target of the tokens of a rank."""
+    x, target = torch.randn(2, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(step))
+    return x.split(shares)[rank], target.split(shares)[rank]
+
+
+def losses_of(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    """One for each token."""
+    return (model(x) - target).square().mean(dim=1)
+
+
+def loss_on_ranks(names: Names, step: int) -> None:
+    """The block's loss of this rank's tokens."""
+    shares = SHARES[names["world"]][step]
+    names["losses"] = losses_of(names["model"], *tokens_of(step, shares, names["rank"]))
+    run_block(names, "Loss")
+
+
+def run_step(names: Names) -> None:
+    loss_on_ranks(names, 0)
+    names["loss"].backward()
