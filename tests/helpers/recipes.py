@@ -20,6 +20,10 @@ FSDP2, ZERO = "FSDP2", "ZeroRedundancyOptimizer"
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 16, 8, 4, 2
 SIZES = (HIDDEN, INTERMEDIATE, EXPERTS, TOP_K)
 LR = 0.25
+# For each step, the tokens of each rank. Some ranks, and once an EP group, have none.
+TOKENS = 24
+SHARES = {2: [[9, 15], [24, 0], [12, 12]], 4: [[9, 0, 11, 4], [20, 4, 0, 0], [6, 6, 6, 6]]}
+STEPS = len(SHARES[2])
 
 Names = dict[str, Any]
 
@@ -74,11 +78,12 @@ def run_block(names: Names, name: str, document: Path = TRAINING) -> None:
     exec(compile(code, f"{document.name}: {name}", "exec"), names)
 
 
-def given(rank: Rank, ep_size: int, **options: Any) -> Names:
+def given(rank: Rank, ep_size: int, replicas: int = 1, **options: Any) -> Names:
     """On a rank: the names that the recipes expect, with the model."""
-    names: Names = {"device": rank.device, "ep_size": ep_size, "lr": LR, "max_norm": torch.inf, "Momentum": Momentum}
-    run_block(names, "Imports")
-    run_block(names, "Meshes")
+    names: Names = {"device": rank.device, "ep_size": ep_size, "replicas": replicas, "rank": rank.rank}
+    names |= {"lr": LR, "max_norm": torch.inf, "Momentum": Momentum}
+    for block in ("Imports", "Meshes", "Replicas")[: 3 if replicas > 1 else 2]:
+        run_block(names, block)
     names["group"] = names["mesh"]["ep"].get_group()
     names["model"] = Model(names["ep"], **{"reduce_router_grad": False, **options})
     names["layer"] = names["model"].layers[0].moe
@@ -102,3 +107,26 @@ def wrap(names: Names, wrapper: str) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """All of a DTensor; another tensor as it is."""
     return getattr(tensor, "full_tensor", lambda: tensor)().detach().clone()
+
+
+def tokens_of(step: int, shares: list[int], rank: int) -> tuple[Tensor, Tensor]:
+    """X and target of the tokens of a rank."""
+    x, target = torch.randn(2, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(step))
+    return x.split(shares)[rank], target.split(shares)[rank]
+
+
+def losses_of(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    """One for each token."""
+    return (model(x) - target).square().mean(dim=1)
+
+
+def loss_on_ranks(names: Names, step: int) -> None:
+    """The block's loss of this rank's tokens."""
+    shares = SHARES[names["world"]][step]
+    names["losses"] = losses_of(names["model"], *tokens_of(step, shares, names["rank"]))
+    run_block(names, "Loss")
+
+
+def run_step(names: Names) -> None:
+    loss_on_ranks(names, 0)
+    names["loss"].backward()

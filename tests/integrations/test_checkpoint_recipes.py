@@ -114,10 +114,14 @@ def test_a_run_goes_on_with_other_ranks_and_another_wrapper(cpu_pool: RankPool, 
             # Gradients are sums over all tokens, in another order.
             assert_near(found[name], later[name], units=TOKENS)
     cpu_pool.run(refused, tmp_path, world_size=2)
-    names = {"model": Model(None), "folder": str(tmp_path), "torch": torch}
-    run(names, "One process")
-    for name, parameter in names["model"].named_parameters():
-        assert_bitwise(parameter.detach(), saved[name], name)
+    for way in (["One process"], ["State", "Load"]):
+        model = Model(None)
+        names = {"model": model, "optimizer": Momentum(model.parameters()), "folder": str(tmp_path), "torch": torch}
+        for parameter in model.parameters():
+            parameter.detach().zero_()
+        run(names, *way)
+        for name, parameter in model.named_parameters():
+            assert_bitwise(parameter.detach(), saved[name], name)
 
 
 def test_the_other_layout_is_refused_and_can_be_converted() -> None:
