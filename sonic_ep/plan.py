@@ -5,7 +5,7 @@ Letters, used as suffixes of host tensors throughout this project:
 ====  ==============================================================================================
 W, r  ranks in the expert-parallel (EP) group, and one of them; the group may be any part of the world
 T     tokens on this rank; differs from rank to rank and from call to call, may be 0
-C     the most tokens any rank may bring: one number for the group, ``max_tokens`` in code
+C     the most tokens any rank may bring, equal on all: given, or the largest T of the call; ``max_tokens`` in code
 K     experts per token
 E, e  experts, and experts per rank (E // W); expert j lives on rank j // e
 H, I  hidden size, and intermediate size of an expert; F rows of its w1: 2I if gated, else I

@@ -3,7 +3,6 @@
 With plain tensors of each rank's experts these gave wrong numbers and no error.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -141,41 +140,29 @@ def test_a_style_of_parallelize_module(rank: Rank, backend: str) -> None:
         parallelize_module(net, mesh, {"front": ExpertParallelStyle()})
 
 
-def raises(error: type[BaseException], text: str, call: Callable[[], object]) -> None:
-    with pytest.raises(error, match=text):
-        call()
-
-
 @promise("torch-tools")
 @on_ranks(4, pool="cpu_pool")
-def test_wrong_uses_are_errors(rank: Rank) -> None:
-    """Every one of these trained on other numbers, with plain tensors and without a word."""
-    mesh, dense = meshes(rank)
+def test_dtensors_of_other_ranks_are_refused(rank: Rank) -> None:
+    """Of another mesh, of another dimension, of x; and DDP over experts alone, but not over ranks with the same ones."""
+    mesh, _ = meshes(rank)
     device, x = rank.device, tokens_of(rank.rank, rank.device)
     with ExpertParallel(mesh["ep"], backend="reference") as ep:
-        # By PyTorch: the whole model in DDP, and in FSDP2 over a mesh that is not beside that of the experts.
-        raises(RuntimeError, "mixed torch.Tensor and DTensor", lambda: DistributedDataParallel(Net(ep, device)))
-        raises(NotImplementedError, "broadcast", lambda: DistributedDataParallel(Experts(*SIZES[:3], ep)))
-        raises(RuntimeError, "overlapping meshes", lambda: fully_shard(Net(ep, device), mesh=dense))
-        raises(TypeError, "value was None", lambda: fully_shard(Net(ep, device)))
-        # Plain shares are known by DDP only.
+        with pytest.raises(NotImplementedError, match="broadcast"):
+            DistributedDataParallel(Experts(*SIZES[:3], ep))
         plain = Net(ep, device, distribute=False)
-        raises(ValueError, "DistributedDataParallel: got experts of several", lambda: DistributedDataParallel(plain)(x))
         DistributedDataParallel(plain, process_group=mesh["efsdp"].get_group())(x).sum().backward()
-        raises(ValueError, "expert weights of this rank alone", lambda: clip_grad_norm_(plain.parameters(), 1.0))
-        # Of another mesh, of another dimension, in unequal shares, and gathered by nothing.
         net = Net(ep, device)
         idx, scores = torch.zeros(TOKENS, 1, dtype=torch.int64), torch.ones(TOKENS, 1)
         w1, w2 = net.moe.experts.w1, net.moe.experts.w2
-        other = DTensor.from_local(local(w1), mesh["efsdp"], net.moe.experts.w1.placements, run_check=False)
+        other = DTensor.from_local(local(w1), mesh["efsdp"], w1.placements, run_check=False)
         for wrong in (other, w1.redistribute(placements=[Shard(1)])):
-            raises(ValueError, "w1: got a DTensor", lambda w=wrong: ep.moe_routed(x, idx, scores, w, w2))
-        shard(net, mesh, dense)
-        raises(ValueError, "FSDP gathers a weight only while", lambda: ep.moe_routed(x, idx, scores, *weights(net)))
-
-
-def weights(net: Net) -> tuple[Tensor, Tensor]:
-    return net.moe.experts.w1, net.moe.experts.w2
+            with pytest.raises(ValueError, match="w1: got a DTensor"):
+                ep.moe_routed(x, idx, scores, wrong, w2)
+        with pytest.raises(TypeError, match=r"x: got DTensor, expected a torch.Tensor .*: pass its to_local\(\)"):
+            ep.moe_routed(DTensor.from_local(x, mesh["ep"], [Shard(0)]), idx, scores, w1, w2)
+        router = DTensor.from_local(net.moe.router.weight.detach(), mesh["ep"], [Replicate()])
+        with pytest.raises(ValueError, match="router: got a DTensor, expected reduce_router_grad=True, or plain"):
+            ep.moe(x, router, w1, w2, TOP_K, reduce_router_grad=False)
 
 
 @on_ranks(2)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from near import assert_near
 from on_ranks import on_ranks
+from promises import promise
 from recipes import (
     EXPERTS,
     FSDP2,
@@ -181,6 +182,7 @@ def test_every_message_of_the_table_is_seen_here() -> None:
     assert re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE) == list(FAILURES)
 
 
+@promise("torch-tools")
 @on_ranks(4, pool="cpu_pool")
 def test_what_raises(rank: Rank) -> None:
     for message, failures in FAILURES.items():
