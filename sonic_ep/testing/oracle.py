@@ -176,7 +176,8 @@ class RouterCall(LayerCall):
     def forward(self, ep: ExpertParallel) -> Outcome:
         """``ep.moe``."""
         top_k, reduced = self.options.top_k, self.options.reduce_router_grad
-        out = ep.moe(**self.arguments, top_k=top_k, router=self.options, reduce_router_grad=reduced)
+        given = {"router_w": self.router_w, **self.arguments, "router": self.options}
+        out = ep.moe(**given, top_k=top_k, reduce_router_grad=reduced)
         return {"y": out.y, LOGITS: out.router_logits, "tokens_per_expert": out.tokens_per_expert}
 
     def dense(self, tokens: Leaves, weights: Leaves, place: slice) -> Outcome:

@@ -143,7 +143,7 @@ def test_a_style_of_parallelize_module(rank: Rank, backend: str) -> None:
 @promise("torch-tools")
 @on_ranks(4, pool="cpu_pool")
 def test_dtensors_of_other_ranks_are_refused(rank: Rank) -> None:
-    """Of another mesh, of another dimension, of x; and DDP over experts alone, but not over ranks with the same ones."""
+    """Of another mesh, of another dimension, of x; and DDP over experts alone, but not over ranks with equal ones."""
     mesh, _ = meshes(rank)
     device, x = rank.device, tokens_of(rank.rank, rank.device)
     with ExpertParallel(mesh["ep"], backend="reference") as ep:
