@@ -7,7 +7,6 @@ their exact products in fp32.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -375,11 +374,12 @@ def choose_experts(logits_TE: Tensor, options: RouterOptions, correction_E: Tens
     num_tokens, top_k = logits_TE.shape[0], options.top_k
     topk_idx_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits_TE.device)
     scores_TK = logits_TE.new_empty(num_tokens, top_k)
-    given = options if options.limits_groups else replace(options, num_groups=1, top_groups=1, group_top=1)
-    groups = {"GROUPS": given.num_groups, "TOP_GROUPS": given.top_groups, "GROUP_TOP": given.group_top}
+    groups = {"GROUPS": 1, "TOP_GROUPS": 1, "GROUP_TOP": 1}
+    if options.limits_groups:
+        groups = {"GROUPS": options.num_groups, "TOP_GROUPS": options.top_groups, "GROUP_TOP": options.group_top}
     constants = _score_constants(options, corrected=correction_E is not None) | groups
     constants["BY_SHARE"] = not constants["BY_LOGIT"] and options.score_order is ScoreOrder.SOFTMAX_THEN_TOPK
-    padded = {"CORRECTED": correction_E is not None, "GROUPS_PADDED": triton.next_power_of_2(given.num_groups)}
+    padded = {"CORRECTED": correction_E is not None, "GROUPS_PADDED": triton.next_power_of_2(groups["GROUPS"])}
     # Without a correction nothing is read there.
     correction_E = logits_TE if correction_E is None else correction_E
     _over_tokens(choose_kernel, (logits_TE, topk_idx_TK, scores_TK, correction_E), options, constants | padded)
