@@ -96,6 +96,13 @@ class ArgumentChecker:
         assert found is not None
         return found
 
+    def dtype(self, name: str, value: object) -> torch.dtype:
+        """A dtype of rows; None is PyTorch's default."""
+        found = torch.get_default_dtype() if value is None else value
+        self.require(found in ROW_DTYPES, name, repr(found), " or ".join(map(str, ROW_DTYPES)))
+        assert isinstance(found, torch.dtype)
+        return found
+
     def device(self, name: str, value: object) -> torch.device:
         """A device or its name."""
         if not isinstance(value, str):
@@ -315,7 +322,9 @@ def check_experts(
     activation = check_activation(checker, given.activation)
     layout = checker.named("gate_layout", given.gate_layout, GATE_LAYOUTS)
     split = isinstance(given.w1, tuple)
-    checker.require(activation.gated or not split, "w1", f"gate and up with {activation.name!r}", "one tensor")
+    checker.require(
+        activation.gated or not split, "w1", f"gate and up with activation {activation.name!r}", "one tensor"
+    )
     w1 = _checked_parts(checker, "w1", given.w1, x, split=split)
     w2 = _check_weight(checker, "w2", given.w2, x)
     hidden = x.shape[-1]
@@ -325,8 +334,9 @@ def check_experts(
     checker.require(held >= 1, "shape of w2", tuple(w2.shape), "at least one expert on this rank")
     checker.shape("w2", w2, (held, hidden, w2.shape[2]), "(e, H, I); stored as (e, I, H), pass w2.transpose(1, 2)")
     whole_of_two = activation.gated and not split
-    for part in w1:
-        checker.shape("w1", part, (held, width, hidden), "(e, 2I, H)" if whole_of_two else "(e, I, H)")
+    for place, part in enumerate(w1):
+        name = f"w1[{place}]" if split else "w1"
+        checker.shape(name, part, (held, width, hidden), "(e, 2I, H)" if whole_of_two else "(e, I, H)")
     checker.require(width <= MOST_WIDTH, "2I of w1" if whole_of_two else "I of w1", width, f"at most {MOST_WIDTH}")
     b1, b2 = _check_biases(checker, x, given, (held, width), split=split)
     return ExpertWeights(
@@ -350,8 +360,8 @@ def _check_biases(
         return None, None
     b1 = _checked_parts(checker, "b1", given.b1, x, split=split)
     b2 = _check_weight(checker, "b2", given.b2, x)
-    for part in b1:
-        checker.shape("b1", part, shape, "(e, rows of w1)")
+    for place, part in enumerate(b1):
+        checker.shape(f"b1[{place}]" if split else "b1", part, shape, "(e, rows of w1)")
     checker.shape("b2", b2, (shape[0], x.shape[-1]), "(e, H)")
     return (b1[0], b1[1]) if split else b1[0], b2
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sonic_ep import compat
 from sonic_ep.activation import GATE_LAYOUTS, Activation
 from sonic_ep.api import ExpertParallel, MoEOutput
-from sonic_ep.checks import ROW_DTYPES, ArgumentChecker, check_activation, check_experts_divide
+from sonic_ep.checks import ArgumentChecker, check_activation, check_experts_divide
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.router import SEEDS, Router, normal
 from sonic_ep.sharding import Share, is_dtensor, mesh_of, originals, sharded
@@ -65,9 +65,7 @@ class Experts(nn.Module):
         checker.count("num_experts", num_experts)
         check_experts_divide(checker, num_experts)
         self.distribute = checker.flag("distribute", distribute)
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        known = isinstance(dtype, torch.dtype) and dtype in ROW_DTYPES
-        checker.require(known, "dtype", repr(dtype), " or ".join(map(str, ROW_DTYPES)))
+        dtype = checker.dtype("dtype", dtype)
         device = torch.get_default_device() if device is None else checker.device("device", device)
         checker.named("gate_layout", gate_layout, GATE_LAYOUTS)
         self.activation = check_activation(checker, activation)

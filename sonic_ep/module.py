@@ -58,6 +58,7 @@ class MoE(nn.Module):
         check_top_k(checker, top_k, num_experts)
         config = check_router_config(checker, router, score_order, norm_topk_probs)
         check_groups(checker, config, top_k, num_experts)
+        router_dtype = dtype if router_dtype is None else checker.dtype("router_dtype", router_dtype)
         # First among the modules, as in the layer's forward.
         self.register_module("router", None)
         of_experts: dict[str, Any] = {"activation": activation, "gate_layout": gate_layout, "device": device}
@@ -72,7 +73,7 @@ class MoE(nn.Module):
             correction_bias=checker.flag("correction_bias", correction_bias),
             reduce_grad=checker.flag("reduce_router_grad", reduce_router_grad),
             device=self.experts.w2.device,
-            dtype=self.experts.w2.dtype if router_dtype is None else router_dtype,
+            dtype=router_dtype,
         )
         self._fill_router()
 

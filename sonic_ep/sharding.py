@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -74,10 +73,8 @@ def local_of(group: EPGroup, name: str, value: Any, *, replicated: bool = False)
 
 def _is_of(mesh: DeviceMesh, group: EPGroup) -> bool:
     """Whether the ranks of ``mesh``, of one dimension, are those of the group."""
-    of_mesh, of_group = mesh.get_group(), group.process_group
-    if of_mesh is of_group:
-        return True
-    return of_group is not None and dist.get_process_group_ranks(of_mesh) == dist.get_process_group_ranks(of_group)
+    # By numbers: a DTensor may have an equal mesh of earlier process groups from a cache, whose names are unknown now.
+    return mesh.ndim == 1 and tuple(mesh.mesh.tolist()) == group.of_world()
 
 
 @dataclass(frozen=True, kw_only=True)

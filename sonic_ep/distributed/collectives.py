@@ -242,7 +242,9 @@ class BoundedCollectives:
         for rank, tag in shown.items():
             there = SyncTag.decode(tag)
             if there.phase is Phase.LEFT:
-                raise PeerLostError(f"{self.group}: {left(rank, 'see its own output for the error', self.sync_tag)}")
+                # It reports why before it shows this phase, perhaps after ``statuses`` was asked.
+                why = self.why_left(rank) or "see its own output for the error"
+                raise PeerLostError(f"{self.group}: {left(rank, why, self.sync_tag)}")
             if tag != self.sync_tag.tag:
                 raise CollectiveMismatchError(f"{self.group}: {mismatch(self.sync_tag, rank, there)}")
 
