@@ -2,6 +2,7 @@
 
 import ctypes
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -141,6 +142,14 @@ def global_offset(weight: Any) -> tuple[int, ...]:
 
     _, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
     return tuple(offset)
+
+
+def forget_destroyed_meshes() -> None:
+    """After process groups were destroyed: clear DTensor's caches, which hold meshes of theirs and take equal ones."""
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
 
 
 def ranks_reduced_by_ddp(parameters: Iterable[Tensor]) -> list[int]:

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
+from sonic_ep import compat
 from sonic_ep.distributed.group import device_of_rank
 from sonic_ep.testing.interpreted import install_interpreter
 
@@ -262,6 +263,7 @@ def _join_group(rank: Rank, store: str | None) -> None:
     """Leave the last process group and enter the one of this store."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        compat.forget_destroyed_meshes()
     if store is not None:
         own_device = rank.device.type == "cuda" and rank.world_size <= torch.cuda.device_count()
         files = FileStore(store, rank.world_size)

@@ -179,7 +179,7 @@ def test_an_activation_without_a_kernel_is_refused_before_any_communication(rank
     with ExpertParallel(backend="fast") as ep:
         # One that has but the name of one with a kernel is no better.
         for kind in (MISH, replace(MISH, name="swiglu")):
-            expected = rf"activation: got '{kind.name}', an Activation of your own, expected .*'geglu'.*Swiglu"
+            expected = rf"activation: got '{kind.name}', a custom Activation, expected .*'geglu'.*Swiglu"
             for refused in (
                 lambda: ep.moe_routed(x, idx, scores, *weights, activation=kind),  # noqa: B023
                 lambda: ep.moe(x, inputs.router_w, *weights, 2, activation=kind),  # noqa: B023

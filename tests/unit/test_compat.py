@@ -9,6 +9,8 @@ import torch.distributed as dist
 import torch.utils.checkpoint as checkpointing
 from on_ranks import on_ranks
 from torch.autograd import forward_ad
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sonic_ep import compat
@@ -154,3 +156,16 @@ def test_python_objects_keep_their_nodes_where_the_gate_says_so() -> None:
     except RuntimeError:
         kept = False
     assert kept == compat.KEEPS_NODES
+
+
+@on_ranks(1, pool="cpu_pool")
+def test_meshes_of_destroyed_groups_are_forgotten(rank: Rank) -> None:
+    """``_clear_sharding_prop_cache``: results of DTensors have the mesh of their operands, not an equal one of before."""
+    for _ in range(2):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            mesh = init_device_mesh("cpu", (1,))
+            assert (distribute_tensor(torch.ones(2), mesh, [Shard(0)]) + 1).device_mesh is mesh
+        finally:
+            dist.destroy_process_group()
+            compat.forget_destroyed_meshes()
