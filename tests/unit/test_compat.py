@@ -160,7 +160,7 @@ def test_python_objects_keep_their_nodes_where_the_gate_says_so() -> None:
 
 @on_ranks(1, pool="cpu_pool")
 def test_meshes_of_destroyed_groups_are_forgotten(rank: Rank) -> None:
-    """``_clear_sharding_prop_cache``: results of DTensors have the mesh of their operands, not an equal one of before."""
+    """``_clear_sharding_prop_cache``: results of DTensors have the mesh of their operands, no equal one of before."""
     for _ in range(2):
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         try:
