@@ -253,7 +253,7 @@ except PeerLostError as error:
 
 
 @promise("lost-rank")
-@both_backends
+@pytest.mark.parametrize("backend", ["reference", pytest.param("fast", marks=pytest.mark.thorough)])
 def test_a_process_that_died_is_named_within_seconds(backend: str, tmp_path: Path) -> None:
     (_, first), (_, odd) = run_program(tmp_path, KILLED, *([rank, str(tmp_path / "store"), backend] for rank in "01"))
     (number,) = re.findall(r"process (\d+)", odd)
