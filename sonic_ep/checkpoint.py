@@ -15,7 +15,8 @@ def state_dict_of_0_1(model: nn.Module, saved: Mapping[str, Any]) -> dict[str, A
 
     Version 0.1 kept plain tensors of each rank's experts, so each rank has to have saved its own and W has to be the
     same now. Call it before ``fully_shard``. ``model`` has its layers under the same names as then, and their
-    ``gate_layout``, which 0.1 did not save. Raises ``ValueError`` where a weight of experts has the shape of another W.
+    ``gate_layout``, which 0.1 did not save. Raises ``ValueError`` where a weight of experts has the shape of another W,
+    or is on the meta device.
     """
     state = dict(saved)
     for path, layer in model.named_modules():
@@ -38,6 +39,8 @@ def _rename(layer: MoE, state: dict[str, Any], prefix: str) -> None:
 
 def _as_held(name: str, local: Tensor, now: Any) -> Tensor:
     """The share ``local`` as the layer holds the weight ``now``."""
+    if now.is_meta or (is_dtensor(now) and now.device_mesh.ndim > 1):
+        raise ValueError(f"{name}: got a model on the meta device or after fully_shard, expected one that is neither")
     expected = tuple(now.to_local().shape if is_dtensor(now) else now.shape)
     if tuple(local.shape) != expected:
         raise ValueError(f"{name}: got {tuple(local.shape)}, expected {expected}: load on as many ranks as saved it")

@@ -380,7 +380,8 @@ def _check_weight(checker: ArgumentChecker, name: str, value: object, x: Tensor)
 def _checked_parts(checker: ArgumentChecker, name: str, value: object, x: Tensor, *, split: bool) -> tuple[Tensor, ...]:
     """The tensor, or gate and up if ``split``."""
     if not split:
-        checker.require(not isinstance(value, tuple), name, "a tuple", "one tensor, as w1")
+        if isinstance(value, tuple | list):
+            checker.require(False, name, f"a {type(value).__name__}", "one tensor, as w1, or w1=(gate, up), two tuples")
         return (_check_weight(checker, name, value, x),)
     parts = value if isinstance(value, tuple) else ()
     got = f"{len(parts)} tensors" if isinstance(value, tuple) else f"a {type(value).__name__}"
@@ -397,7 +398,9 @@ def experts_as_read(experts: ExpertWeights, dtype: torch.dtype) -> ExpertWeights
 
 def _weight_as_read(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     cast = tensor if tensor.dtype == dtype else tensor.to(dtype)
-    held = as_it_lies(cast) if name.startswith("w") else for_kernels(cast)
+    # Kernels reckon within a tile in int32.
+    as_stored = name.startswith("w") and max(cast.stride()[1:]) <= MOST_WIDTH
+    held = as_it_lies(cast) if as_stored else for_kernels(cast)
     # Reentrant checkpointing runs the first forward without gradients, which a copy would not require.
     return held.requires_grad_() if tensor.requires_grad and not held.requires_grad else held
 

@@ -58,7 +58,7 @@ class Experts(nn.Module):
         self.ep, self.num_experts = ep, num_experts
         self.gate_layout = gate_layout
         self._alone: ExpertParallel | None = None
-        self._names = {name: name for name in WEIGHTS}
+        self._names, self._marked = {name: name for name in WEIGHTS}, False
         checker = ArgumentChecker(group=self.group)
         checker.count("hidden_size", hidden_size)
         checker.count("intermediate_size", intermediate_size)
@@ -97,6 +97,9 @@ class Experts(nn.Module):
         Each rank clones its slice; the whole weights are freed once nothing else refers to them. Raises ``ValueError``
         if they are spread already, or sharded by ``fully_shard``.
         """
+        if self.ep is ep:
+            # A layer under two names.
+            return
         if self.ep is not None:
             raise ValueError(f"{self.group}: Experts.shard: these experts are spread over an ExpertParallel already")
         check_experts_divide(ArgumentChecker(group=ep.group), self.num_experts)
@@ -127,7 +130,9 @@ class Experts(nn.Module):
         With topk_idx and topk_scores (T, K): y, as ``ExpertParallel.moe_routed``. With ``router``: ``MoEOutput``, as
         ``ExpertParallel.moe``. Either way it is one call of this module, before which FSDP gathers its weights.
         """
-        self._refuse_averages()
+        self._check_weights()
+        if router is not None and (topk_idx is not None or topk_scores is not None):
+            raise ValueError(f"{self.group}: Experts: got a router and a routing, expected one or the other")
         given: dict[str, Any] = {name: getattr(self, name) for name in WEIGHTS}
         given |= {"activation": self.activation, "gate_layout": self.gate_layout}
         if router is not None:
@@ -140,13 +145,13 @@ class Experts(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The gate layout's name in ASCII, (letters,) uint8: a tensor, which every format of checkpoints holds."""
-        return torch.tensor(list(self.gate_layout.encode()), dtype=torch.uint8, device="cpu")
+        return torch.tensor(list(self._order.encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Raises ``ValueError`` for a checkpoint of the other gate layout."""
         saved = bytes(state.tolist()).decode()
-        if saved != self.gate_layout:
-            got = f"gate_layout: got a checkpoint of {saved!r}, expected {self.gate_layout!r}"
+        if saved != self._order:
+            got = f"gate_layout: got a checkpoint of {saved!r}, expected {self._order!r}"
             raise ValueError(f"{self.group}: {got}: build the layer with gate_layout={saved!r}, or reorder w1 and b1")
 
     def extra_repr(self) -> str:
@@ -164,9 +169,22 @@ class Experts(nn.Module):
         """The ranks that the experts are spread over."""
         return ONE_PROCESS if self.ep is None else self.ep.group
 
+    @property
+    def _order(self) -> str:
+        """The gate layout where it counts."""
+        return self.gate_layout if self.activation.gated else "no gate"
+
     def __getattr__(self, name: str) -> Any:
         """Parameters by their plain names, too."""
         return super().__getattr__(self.__dict__.get("_names", {}).get(name, name))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """The same. Refuses a DTensor for a plain share: ``fully_shard`` would mix experts of several ranks."""
+        name = self.__dict__.get("_names", {}).get(name, name)
+        if is_dtensor(value) and self._marked:
+            got = f"{name}: got a DTensor for the share of this rank alone (distribute=False)"
+            raise ValueError(f"{self.group}: {got}, expected distribute=True for FSDP2")
+        super().__setattr__(name, value)
 
     def _register(self, shares: dict[str, Tensor]) -> None:
         """Make parameters of this rank's share of each weight."""
@@ -175,16 +193,20 @@ class Experts(nn.Module):
         self._marked = not self.distribute and group.world_size > 1
         if self._marked:
             self._names = {name: f"{name}@{group.rank}/{group.world_size}" for name in WEIGHTS}
-        for name, registered in self._names.items():
-            local = shares.get(name)
+        for registered, local in ((self._names[name], shares.get(name)) for name in WEIGHTS):
             weight = local if local is None or mesh is None else sharded(local, mesh)
             self.register_parameter(registered, None if weight is None else nn.Parameter(weight))
-            if weight is not None and self._marked:
-                # For ``sonic_ep.parallel.clip_grad_norm_``: its norm would differ over ranks.
-                getattr(self, name).is_share_of_experts = True
 
-    def _refuse_averages(self) -> None:
-        """Raise ``ValueError`` if ``DistributedDataParallel`` takes other experts for replicas of these."""
+    def _check_weights(self) -> None:
+        """Raise ``ValueError`` for weights of all experts on several ranks, and for shares that DDP averages."""
+        if self._marked:
+            for parameter in self.parameters():
+                # For ``sonic_ep.parallel.clip_grad_norm_``. A copied or loaded parameter has lost the mark.
+                parameter.is_share_of_experts = True  # type: ignore[attr-defined]
+        if not is_dtensor(self.w2) and len(self.w2) * self.group.world_size != self.num_experts:
+            got = f"experts: got plain weights of {len(self.w2)} experts on {self.group.world_size} ranks"
+            remedy = f"expected a share of E={self.num_experts}: load a whole state by set_model_state_dict"
+            raise ValueError(f"{self.group}: {got}, {remedy} (docs/checkpoints.md)")
         averaged = compat.ranks_reduced_by_ddp(self.parameters())
         if len(set(averaged) & set(self.group.of_world())) > 1:
             got = "DistributedDataParallel: got experts of several ranks, which it has overwritten by those of one"

@@ -1,10 +1,12 @@
 """For ``torch.distributed``'s own tools: a style of ``parallelize_module``, and clipping over several meshes."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -19,7 +21,7 @@ class ExpertParallelStyle(ParallelStyle):
     """Spreads an ``Experts`` or a ``MoE`` that was built without ``ep`` over the mesh of ``parallelize_module``.
 
     options: those of ``sonic_ep.shared``, which gives one ``ExpertParallel`` to all layers of a mesh. Use it before
-    ``fully_shard``. Weights on the meta device stay there; others have to be the same on every rank.
+    ``fully_shard``. Rank 0's weights count, as in PyTorch's own styles; those on the meta device stay there.
 
     Example::
 
@@ -34,6 +36,9 @@ class ExpertParallelStyle(ParallelStyle):
         experts = module.experts if isinstance(module, MoE) else module
         if not isinstance(experts, Experts):
             raise TypeError(f"ExpertParallelStyle: got {type(module).__name__}, expected a MoE or Experts of sonic_ep")
+        for held in (*module.parameters(), *module.buffers()):
+            if not (held.is_meta or isinstance(held, DTensor)):
+                dist.broadcast(held.detach(), group=device_mesh.get_group(), group_src=0)
         experts.shard(shared(device_mesh, **self._options))
         return module
 
@@ -51,9 +56,11 @@ def clip_grad_norm_(
     The norm is that of all gradients as one vector: a DTensor counts whole, however it is sharded; a plain tensor
     counts once, as it does where every rank has the same. Returns the norm before clipping, the same on every rank.
     Gradients are scaled in place to a norm of at most ``max_norm``. Raises ``ValueError`` for plain expert weights
-    (``distribute=False``), which are others on every rank, and ``RuntimeError`` for a norm of NaN or infinity if
-    ``error_if_nonfinite``.
+    (``distribute=False``), which are others on every rank, and for a ``norm_type`` of 0; ``RuntimeError`` for a norm of
+    NaN or infinity if ``error_if_nonfinite``.
     """
+    if not norm_type > 0:
+        raise ValueError(f"clip_grad_norm_: norm_type: got {norm_type!r}, expected a number above 0")
     given = [parameters] if isinstance(parameters, Tensor) else parameters
     alike: dict[Any, list[Tensor]] = defaultdict(list)
     for parameter in given:
@@ -65,9 +72,22 @@ def clip_grad_norm_(
         return torch.tensor(0.0)
     norms = []
     for of_mesh in alike.values():
-        norm = nn.utils.get_total_norm([p.grad for p in of_mesh if p.grad is not None], norm_type, foreach=foreach)
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norms.append(_norm([p.grad for p in of_mesh if p.grad is not None], norm_type, foreach))
     total = nn.utils.get_total_norm([norm.to(norms[0].device) for norm in norms], norm_type, error_if_nonfinite)
     for of_mesh in alike.values():
         nn.utils.clip_grads_with_norm_(of_mesh, max_norm, total, foreach)
     return total
+
+
+def _norm(grads: list[Tensor], norm_type: float, foreach: bool | None) -> Tensor:
+    """The norm of gradients that are alike, on every rank."""
+    if math.isinf(norm_type) and isinstance(grads[0], DTensor):
+        # PyTorch refuses the largest number of an empty shard.
+        local = [grad.to_local() for grad in grads if isinstance(grad, DTensor)]
+        norm = nn.utils.get_total_norm([grad for grad in local if grad.numel() > 0], norm_type, foreach=foreach)
+        norm = norm.to(local[0].device)
+        for dimension in range(grads[0].device_mesh.ndim):
+            dist.all_reduce(norm, dist.ReduceOp.MAX, group=grads[0].device_mesh.get_group(dimension))
+        return norm
+    norm = nn.utils.get_total_norm(grads, norm_type, foreach=foreach)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

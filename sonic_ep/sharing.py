@@ -28,7 +28,9 @@ def shared(group: Group = None, **options: Any) -> ExpertParallel:
     has ended, is replaced by a new one; so is that of a process group which has been destroyed.
 
     It is freed with its last user, without ``close()``: only those who asked hold it, and graphs keep what backward
-    needs. Ranks make it at the same place in their order of objects, and so drop it alike.
+    needs. All ranks have to make the first call, and to drop the last reference, at the same place of their programs.
+    Models in FSDP2 are freed by the garbage collector, which runs at any time: before a second model on the same group
+    is built, call ``close()``.
 
     Raises ``ValueError`` for an option other than the shared object's, ``TypeError`` for one that does not exist.
     """

@@ -34,6 +34,8 @@ GRACE_SECONDS = 2.5
 # The host polls a collective of GPUs for SPIN_SECONDS without a pause, then every REST_SECONDS.
 SPIN_SECONDS, REST_SECONDS = 0.005, 0.0002
 HOST = torch.device("cpu")
+# What a rank reports of those that it has given up waiting for.
+LATE = "timed out waiting for it"
 
 WorkT = TypeVar("WorkT")
 
@@ -230,8 +232,16 @@ class BoundedCollectives:
             if status.left and (status.collectives < self._begun or rank in absent()):
                 raise PeerLostError(f"{self.group}: {left(rank, status.text, self.sync_tag)}")
             if status.lost and self.group.rank not in status.lost:
-                lost = f"lost {_named(status.lost)}, waited for in {self.sync_tag}"
-                raise PeerLostError(f"{self.group}: {lost}: rank {rank} {status.text}")
+                raise self._lost_to(rank, status)
+
+    def _lost_to(self, rank: int, status: RankStatus) -> PeerError:
+        """The error for ranks that another one, ``rank``, has reported: late, as that one raises, or lost."""
+        fates = [self._fate(lost) for lost in status.lost]
+        lost = f"{_named(status.lost)}, waited for in {self.sync_tag}: rank {rank} {status.text}"
+        said = "; ".join(fate.text for fate in fates)
+        if status.text == LATE and not any(fate.died for fate in fates):
+            return PeerTimeoutError(f"{self.group}: {lost}; {said}")
+        return PeerLostError(f"{self.group}: lost {lost}; {said}")
 
     def _raise_if_elsewhere(self, absent: Callable[[], Sequence[int]]) -> None:
         """Raise if a rank waits at another tag: on the host, in as many collectives, or, if absent, in a kernel."""
@@ -260,7 +270,7 @@ class BoundedCollectives:
         self._report()
         if not late:
             self._raise_if_any_left()
-        missing = self._missing("timed out waiting for it" if late else "lost it, too")
+        missing = self._missing(LATE if late else "lost it, too")
         names = self._names_of(missing)
         if late:
             return self.late(missing, self.sync_tag, names)

@@ -65,7 +65,7 @@ class StatusStore:
 
     def processes(self) -> Mapping[int, ProcessIdentity]:
         """The processes of the other ranks that have reported theirs, by rank."""
-        keys = {rank: f"{self._key(rank)}/process" for rank in self.others if rank not in self._processes}
+        keys = {rank: _process_key(rank) for rank in self.others if rank not in self._processes}
         if keys:
             found = self._answer(lambda: {r: self._store.get(k) for r, k in keys.items() if self._store.check([k])})
             self._processes |= {rank: pickle.loads(pickled) for rank, pickled in (found or {}).items()}
@@ -103,7 +103,7 @@ class StatusStore:
 
     def _register(self) -> None:
         self.number = self._store.add(f"sonic_ep/objects/{self._group.rank}", 1) - 1
-        self._store.set(f"{self._key(self._group.rank)}/process", pickle.dumps(ProcessIdentity.own()))
+        self._store.set(_process_key(self._group.rank), pickle.dumps(ProcessIdentity.own()))
 
     def _answer(self, ask: Callable[[], AnswerT]) -> AnswerT | None:
         """The answer of the store; None if it does not come in time."""
@@ -124,3 +124,8 @@ class StatusStore:
         thread.join(ANSWER_SECONDS)
         self.broken = not answers
         return answers[0] if answers else None
+
+
+def _process_key(rank: int) -> str:
+    """One for all objects of a group: there may be many of them, and the store outlives them."""
+    return f"sonic_ep/processes/{rank}"

@@ -203,7 +203,8 @@ def logits_gradient_kernel(
     logits_ptr (T, E), scores_ptr and scores_grad_ptr (T, K), out_ptr (T, E): fp32; topk_idx_ptr (T, K) int64.
     With scores s, their gradient g and G = sum over k of g * s / scale, a chosen logit gets
 
-        softmax                     s * (g - G); if OVER_ALL, others get -p * G, p being ``scale`` times their share
+        softmax                     s * (g - G); if OVER_ALL, others get -p * G, p being ``scale`` times their share;
+                                    else as s times the sum over j of s_j / scale * (g - g_j), where nothing cancels
         SIGMOID                     s * g * sigmoid(-logit)
         SIGMOID and NORM            s * (g - G) * sigmoid(-logit)
 
@@ -220,8 +221,8 @@ def logits_gradient_kernel(
     slot = token[:, None] * K + k_of[None, :]
     real = there[:, None] & (k_of < K)[None, :]
     score = tl.load(scores_ptr + slot, mask=real, other=0.0)
-    total = tl.sum(score * tl.load(scores_grad_ptr + slot, mask=real, other=0.0), axis=1)
-    total = tl.div_rn(total, tl.full((TOKENS,), scale, tl.float32))
+    given = tl.load(scores_grad_ptr + slot, mask=real, other=0.0)
+    total = tl.div_rn(tl.sum(score * given, axis=1), tl.full((TOKENS,), scale, tl.float32))
     for k in range(K):
         chosen = tl.load(topk_idx_ptr + token * K + k, mask=there, other=-1)
         own = tl.load(scores_grad_ptr + token * K + k, mask=there, other=0.0)
@@ -231,7 +232,9 @@ def logits_gradient_kernel(
             logit_of_chosen = tl.load(logits_ptr + token * E + chosen, mask=there, other=0.0)
             own = tl.load(scores_ptr + token * K + k, mask=there, other=0.0) * own * sigmoid(-logit_of_chosen)
         elif not OVER_ALL:
-            own = tl.load(scores_ptr + token * K + k, mask=there, other=0.0) * (own - total)
+            centred = tl.sum(score * (own[:, None] - given), axis=1)
+            centred = tl.div_rn(centred, tl.full((TOKENS,), scale, tl.float32))
+            own = tl.load(scores_ptr + token * K + k, mask=there, other=0.0) * centred
         grad = tl.where(expert[None, :] == chosen[:, None], own[:, None], grad)
     if OVER_ALL:
         logit = tl.load(logits_ptr + place, mask=inside, other=0.0)

@@ -22,13 +22,14 @@ def dense_base(logits_TE: Tensor, config: RouterConfig) -> Tensor:
 
 def dense_scores(logits_TE: Tensor, topk_idx_TK: Tensor, config: RouterConfig) -> Tensor:
     """Scores (T, K) of the chosen experts as ``RouterConfig`` has them, in the dtype of the logits."""
-    scores_TK = dense_base(logits_TE, config).gather(1, topk_idx_TK)
     is_sigmoid = config.score_function is ScoreFunction.SIGMOID
-    if not is_sigmoid and config.score_order is ScoreOrder.TOPK_THEN_SOFTMAX:
-        scores_TK = F.softmax(scores_TK, dim=1)
-    if config.norm_topk_probs:
-        total_T1 = scores_TK.sum(dim=1, keepdim=True)
-        scores_TK = scores_TK / (total_T1 + LEAST_SIGMOID_SUM if is_sigmoid else total_T1)
+    if not is_sigmoid and (config.norm_topk_probs or config.score_order is ScoreOrder.TOPK_THEN_SOFTMAX):
+        # Shares of all experts, divided by the sum of those of the chosen, are these; but all of them may underflow.
+        scores_TK = F.softmax(logits_TE.gather(1, topk_idx_TK), dim=1)
+    else:
+        scores_TK = dense_base(logits_TE, config).gather(1, topk_idx_TK)
+    if is_sigmoid and config.norm_topk_probs:
+        scores_TK = scores_TK / (scores_TK.sum(dim=1, keepdim=True) + LEAST_SIGMOID_SUM)
     return scores_TK if config.scale == 1 else scores_TK * config.scale
 
 

@@ -19,9 +19,9 @@ from same import assert_same_bits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sonic_ep import Activation, EPConfig, ExpertParallel
+from sonic_ep import Activation, EPConfig, ExpertParallel, checks
 from sonic_ep.autograd_utils import as_it_lies, is_transposed
-from sonic_ep.testing import CASES, Case, Rank, verify_routed
+from sonic_ep.testing import CASES, Case, Rank, assert_bitwise, verify_routed
 from sonic_ep.testing.cases import GPT_OSS, draw, transposed
 from sonic_ep.testing.oracle import RoutedCall, routed_call
 
@@ -67,6 +67,31 @@ def test_no_weight_is_copied_and_its_gradient_lies_as_it_does(rank: Rank, backen
     for name, weight in weights.items():
         assert weight.grad is not None
         assert weight.grad.stride() == weight.stride(), name
+
+
+@on_ranks(1)
+@by_again
+@both_backends
+def test_one_half_of_a_split_weight_may_be_frozen(rank: Rank, backend: str, again: bool) -> None:
+    """The other has the gradient that it has beside it."""
+    call = routed_call(draw(replace(CASE, form="split"), 1, rank.device), 0)
+    halves = [call.weights[name] for name in ("w1[0]", "w1[1]")]
+    with ExpertParallel(backend=backend, config=EPConfig(redispatch_x_in_backward=again)) as ep:
+        expected = torch.autograd.grad(call.forward(ep)["y"], halves, call.dy)
+        for place, half in enumerate(halves):
+            halves[1 - place].requires_grad_(False)
+            assert_bitwise(*torch.autograd.grad(call.forward(ep)["y"], half, call.dy), expected[place])
+            halves[1 - place].requires_grad_()
+
+
+@on_ranks(1)
+def test_a_stride_that_int32_cannot_count_in_a_tile_is_copied(rank: Rank) -> None:
+    """256 rows of a tile times the stride: an offset of 2^31 and more."""
+    far = 2**23 + 2**17
+    weight = torch.empty_strided((1, 2, 4), (2 * far, far, 1), device="meta")
+    near = torch.empty_strided((1, 2, 4), (64, 32, 1), device="meta")
+    kept = [checks._weight_as_read("w1", one, torch.float32) is one for one in (weight, near)]
+    assert kept == [False, True]
 
 
 @on_ranks(1)

@@ -4,7 +4,8 @@ import re
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -278,6 +279,17 @@ def test_a_word_of_an_earlier_round_is_not_taken_for_this_one() -> None:
     first.numbers(1)
     assert second.numbers(0) == [1, 0]
     assert absent == [[1], [], [0], [], [1], []]
+
+
+def test_a_page_of_another_machine_or_of_another_owner_is_not_read() -> None:
+    """Else a number of a process that has taken its place might be taken for a rank's."""
+    with ExitStack() as stack:
+        page, offer = mailbox._own_page(stack)
+        assert page is not None
+        assert mailbox._page_of(offer) is not None
+        elsewhere = replace(offer.process, machine="another")
+        for other in (replace(offer, key=bytes(mailbox.KEY_BYTES)), replace(offer, process=elsewhere)):
+            assert mailbox._page_of(other) is None
 
 
 @on_ranks(2, pool="cpu_pool")

@@ -3,6 +3,7 @@
 With plain tensors of each rank's experts these gave wrong numbers and no error.
 """
 
+import copy
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from shards import full, local, share_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -103,6 +104,13 @@ def test_fsdp_over_efsdp_and_ep_is_one_process(rank: Rank, backend: str, reshard
         for name, got in gradients(net).items():
             assert (got - clipped[name]).norm() <= BOUND * clipped[name].norm(), name
         assert clip_grad_norm_([], 1.0) == 0
+        with pytest.raises(ValueError, match="norm_type: got 0, expected a number above 0"):
+            clip_grad_norm_(net.parameters(), MAX_NORM, norm_type=0)
+        # Of a router of 2 rows over 4 ranks, two shards are empty.
+        few = distribute_tensor(torch.tensor([[1.0], [-3.0]], device=device), dense, [Shard(0)]).requires_grad_()
+        few.grad = few.detach().clone()
+        largest = clip_grad_norm_([few, *net.parameters()], 1e9, norm_type=torch.inf)
+        assert_near(largest, max(torch.tensor(3.0), *(grad.abs().max() for grad in gradients(net).values())), units=1)
         for one in net.parameters(), alone.parameters():
             next(one).grad.fill_(torch.inf)  # type: ignore[union-attr]
         with pytest.raises(RuntimeError, match="non-finite"):
@@ -117,11 +125,19 @@ def test_a_style_of_parallelize_module(rank: Rank, backend: str) -> None:
     alone, x = Net(None, rank.device), tokens_of(rank.rank, rank.device)
     for path in ("moe", "moe.experts"):
         net = Net(None, rank.device)
+        if rank.rank > 0:
+            # Rank 0's weights count.
+            net.get_submodule(path).reset_parameters()
         parallelize_module(net, mesh, {path: ExpertParallelStyle(backend=backend)})
         assert local(net.moe.experts.w1).shape[0] == EXPERTS // rank.world_size
         assert_near(net(x), alone(x), units=2 * HIDDEN)
-        with pytest.raises(ValueError, match="these experts are spread over an ExpertParallel already"):
-            parallelize_module(net, mesh, {path: ExpertParallelStyle(backend=backend)})
+        # The same mesh again changes nothing.
+        parallelize_module(net, mesh, {path: ExpertParallelStyle()})
+        with (
+            ExpertParallel(backend=backend) as another,
+            pytest.raises(ValueError, match="these experts are spread over an ExpertParallel already"),
+        ):
+            net.moe.experts.shard(another)
     plain = MoE(*SIZES, device=rank.device, distribute=False)
     parallelize_module(plain, mesh, {"": ExpertParallelStyle(backend=backend)})
     assert not isinstance(plain.experts.w1, DTensor)
@@ -143,19 +159,28 @@ def test_a_style_of_parallelize_module(rank: Rank, backend: str) -> None:
 @promise("torch-tools")
 @on_ranks(4, pool="cpu_pool")
 def test_dtensors_of_other_ranks_are_refused(rank: Rank) -> None:
-    """Of another mesh, of another dimension, of x; and DDP over experts alone, but not over ranks with equal ones."""
-    mesh, _ = meshes(rank)
+    """Of another mesh or dimension, in unequal shares, of x. DDP over ranks with the same experts is right."""
+    mesh, dense = meshes(rank)
     device, x = rank.device, tokens_of(rank.rank, rank.device)
     with ExpertParallel(mesh["ep"], backend="reference") as ep:
         with pytest.raises(NotImplementedError, match="broadcast"):
             DistributedDataParallel(Experts(*SIZES[:3], ep))
         plain = Net(ep, device, distribute=False)
         DistributedDataParallel(plain, process_group=mesh["efsdp"].get_group())(x).sum().backward()
+        with pytest.raises(ValueError, match="got a DTensor for the share of this rank alone"):
+            fully_shard(plain, mesh=dense)
+        # Copies and loaded parameters are marked when they are used.
+        twin = copy.deepcopy(Net(ep, device, distribute=False))
+        twin.load_state_dict(twin.state_dict(), assign=True)
+        twin(x).sum().backward()
+        with pytest.raises(ValueError, match="expert weights of this rank alone"):
+            clip_grad_norm_(twin.parameters(), MAX_NORM)
         net = Net(ep, device)
         idx, scores = torch.zeros(TOKENS, 1, dtype=torch.int64), torch.ones(TOKENS, 1)
         w1, w2 = net.moe.experts.w1, net.moe.experts.w2
         other = DTensor.from_local(local(w1), mesh["efsdp"], w1.placements, run_check=False)
-        for wrong in (other, w1.redistribute(placements=[Shard(1)])):
+        unequal = distribute_tensor(torch.zeros(3, 2 * INTERMEDIATE, HIDDEN), mesh["ep"], [Shard(0)])
+        for wrong in (other, w1.redistribute(placements=[Shard(1)]), unequal):
             with pytest.raises(ValueError, match="w1: got a DTensor"):
                 ep.moe_routed(x, idx, scores, wrong, w2)
         with pytest.raises(TypeError, match=r"x: got DTensor, expected a torch.Tensor .*: pass its to_local\(\)"):
@@ -163,6 +188,16 @@ def test_dtensors_of_other_ranks_are_refused(rank: Rank) -> None:
         router = DTensor.from_local(net.moe.router.weight.detach(), mesh["ep"], [Replicate()])
         with pytest.raises(ValueError, match="router: got a DTensor, expected reduce_router_grad=True, or plain"):
             ep.moe(x, router, w1, w2, TOP_K, reduce_router_grad=False)
+        with pytest.raises(ValueError, match="got a router and a routing"):
+            net.moe.experts(x, idx, scores, router=net.moe.router)
+        whole = {name: full(value) for name, value in net.moe.experts.state_dict().items()}
+        net.moe.experts.load_state_dict(whole, assign=True)
+        with pytest.raises(ValueError, match="got plain weights of 8 experts on 2 ranks, expected a share of E=8"):
+            net.moe.experts(x, idx, scores)
+        net = Net(None, device)
+        fully_shard(net, mesh=dense)
+        with pytest.raises(ValueError, match="got weights that are DTensors, expected it before fully_shard"):
+            net.moe.experts.shard(ep)
 
 
 @on_ranks(2)

@@ -111,6 +111,10 @@ def ddp_over_plain_experts(names: Names) -> None:
     run_step(names)
 
 
+def fully_shard_plain_experts(names: Names) -> None:
+    fully_shard(Model(names["ep"], distribute=False), mesh=names["dense"])
+
+
 def foreach_over_all(names: Names) -> None:
     run_step(names)
     torch.optim.AdamW(names["model"].parameters(), foreach=True).step()
@@ -172,6 +176,7 @@ FAILURES: dict[str, list[Callable[[Names], None]]] = {
     "must have the same mesh": [norm_of_torch],
     "FSDP gathers a weight only while the forward of its module runs": [experts_outside_of_their_forward],
     "Cannot use ReduceOp.PREMUL_SUM with Gloo": [divided_over_gloo],
+    "got a DTensor for the share of this rank alone": [fully_shard_plain_experts],
     "FSDP expects uniform original parameter dtype": [another_dtype],
     "Attempting to unscale FP16 gradients": [plain_scaler],
 }
