@@ -380,8 +380,10 @@ def _check_weight(checker: ArgumentChecker, name: str, value: object, x: Tensor)
 def _checked_parts(checker: ArgumentChecker, name: str, value: object, x: Tensor, *, split: bool) -> tuple[Tensor, ...]:
     """The tensor, or gate and up if ``split``."""
     if not split:
-        if isinstance(value, tuple | list):
-            checker.require(False, name, f"a {type(value).__name__}", "one tensor, as w1, or w1=(gate, up), two tuples")
+        checker.require(not isinstance(value, tuple), name, "a tuple", "one tensor, as w1")
+        if isinstance(value, list):
+            expected = "expected a torch.Tensor, or the tuple (gate, up) for w1 and for b1"
+            raise TypeError(f"{checker.group}: {name}: got list, {expected}")
         return (_check_weight(checker, name, value, x),)
     parts = value if isinstance(value, tuple) else ()
     got = f"{len(parts)} tensors" if isinstance(value, tuple) else f"a {type(value).__name__}"

@@ -12,12 +12,12 @@ from sonic_ep.cli.launch import joined_group
 from sonic_ep.distributed.group import resolve_group
 from sonic_ep.testing.cases import GPT_OSS
 
-TOKENS, INTERMEDIATE, HELD = 5, 64, 2
+TOKENS, INTERMEDIATE, HELD = 5, 64, 4
 WIDEST_PRODUCT, LINK_BYTES = 256, 2**15
 # Of the modes in turn. Without a bound rows have room for the most, as in the layer.
 FLAGS = ({"max_rows": 10_000}, {"cpu_sync_on_runtime": True}, {"cpu_sync_on_runtime": True})
 ACTIVATIONS_AND_LAYOUTS = {"swiglu": "interleaved", "relu_sq": "concat", "geglu": "interleaved", "relu": "concat"}
-OVER_ALL, GROUPS = {"score_order": "softmax_then_topk"}, {"num_groups": 4, "top_groups": 2}
+OVER_ALL, GROUPS = {"score_order": "softmax_then_topk"}, {"num_groups": 2, "top_groups": 1}
 # Of each activation, and whether it has a correction.
 ROUTERS = {
     "swiglu": (RouterConfig(), False),
