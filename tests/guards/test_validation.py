@@ -23,6 +23,7 @@ from torch import randn as rand
 
 import sonic_ep
 from sonic_ep import ClosedError, EPConfig, ExpertParallel, MoE, RouterConfig
+from sonic_ep.distributed import collectives
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.testing import Rank
 
@@ -152,7 +153,9 @@ def test_wrong_arguments(changes: dict[str, Any], message: str) -> None:
 @on_ranks(2, pool="cpu_pool")
 def test_wrong_on_all_ranks_or_on_one_is_refused_before_any_communication(rank: Rank) -> None:
     right = torch.tensor([[rank.rank]])
-    with ExpertParallel(backend="reference", timeout=2 * HANG_SECONDS) as ep:
+    with ExpertParallel(backend="reference", timeout=2 * HANG_SECONDS) as ep, pytest.MonkeyPatch.context() as patch:
+        # A rank reports errors, and that it waits, which on a busy machine it may.
+        patch.setattr(collectives, "ANNOUNCE_SECONDS", HANG_SECONDS)
         far = ids(TOKENS, 2) + torch.tensor([0, 8])
         on_both: dict[Callable[[], object], str] = {
             lambda: ep.moe(**good_call(router_w=rand(3, HIDDEN))): "number of experts E: got 3, expected a multiple of",
