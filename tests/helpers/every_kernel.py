@@ -69,7 +69,7 @@ def by_own_products(rows: Tensor, weight: Tensor) -> None:
     from sonic_ep.fast.gemm import LARGEST, TritonGemm
 
     gemm = TritonGemm(tiles=LARGEST[rows.dtype.itemsize])
-    ends = torch.tensor([2, TOKENS], dtype=torch.int32, device=rows.device)
+    ends = torch.tensor([2, *[TOKENS] * (HELD - 1)], dtype=torch.int32, device=rows.device)
     product = gemm.rows(rows, weight.transpose(1, 2), ends, weight[:, :, 0].contiguous())
     gemm.rows(product, weight, ends)
     gemm.weights(product, rows, ends)
