@@ -64,6 +64,9 @@ def without_a_mailbox(rank: Rank) -> Iterator[None]:
         yield
 
 
+OTHER_RECOMPUTES = [("reference", False), ("fast", True)]
+
+
 @promise("growth")
 @pytest.mark.parametrize("config", CONFIGS)
 @both_backends
@@ -78,8 +81,10 @@ def test_longer_batches_are_agreed_on_and_change_no_bit(rank: Rank, backend: str
 
 
 @promise("growth")
-@pytest.mark.parametrize("reentrant", [False, True])
-@both_backends
+@pytest.mark.parametrize(
+    ("backend", "reentrant"),
+    [("reference", True), ("fast", False), *(pytest.param(*o, marks=pytest.mark.thorough) for o in OTHER_RECOMPUTES)],
+)
 @on_ranks(2)
 def test_recompute_makes_the_plan_of_its_forward_again(rank: Rank, backend: str, reentrant: bool) -> None:
     """Though longer batches came between, and shorter ones."""

@@ -154,7 +154,10 @@ def trained(rank: Rank, wrapper: str, ep_size: int, replicas: int, way: str) -> 
     return parameters(names), names["scaler"].get_scale()
 
 
-@pytest.mark.parametrize("way", [PLAIN, CLIPPED, SCALED, ADAPTED])
+# Scalers and adapters have everyday tests of their own.
+@pytest.mark.parametrize(
+    "way", [PLAIN, CLIPPED, *(pytest.param(w, marks=pytest.mark.thorough) for w in (SCALED, ADAPTED))]
+)
 def test_a_wrapped_model_trains_like_one_process_with_all_tokens(cpu_pool: RankPool, way: str) -> None:
     for wrapper, world_size, ep_size, replicas in WRAPPED + (MORE_MESHES if way == PLAIN else []):
         alone, scale = trained_alone(way, split=wrapper != FSDP2)
