@@ -158,7 +158,7 @@ class Experts(nn.Module):
         """The sizes, for ``print(layer)``."""
         here = self.num_experts // self.group.world_size
         sizes = f"hidden_size={self.w2.shape[1]}, intermediate_size={self.w2.shape[2]}"
-        return f"{sizes}, num_experts={self.num_experts} ({here} here), activation={self.activation.name}"
+        return f"{sizes}, num_experts={self.num_experts} ({here} here), activation={self.activation.identity}"
 
     def __getstate__(self) -> dict[str, Any]:
         # An ExpertParallel cannot be pickled; this one is made again when it is needed.
