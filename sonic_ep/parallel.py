@@ -1,6 +1,7 @@
 """For ``torch.distributed``'s own tools: a style of ``parallelize_module``, and clipping over several meshes."""
 
 import math
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -12,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from sonic_ep.api import ExpertParallel
 from sonic_ep.experts import Experts
 from sonic_ep.module import MoE
 from sonic_ep.sharing import shared
@@ -31,6 +33,7 @@ class ExpertParallelStyle(ParallelStyle):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self._options = options
+        self._last: weakref.ref[ExpertParallel] | None = None
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         experts = module.experts if isinstance(module, MoE) else module
@@ -39,7 +42,12 @@ class ExpertParallelStyle(ParallelStyle):
         for held in (*module.parameters(), *module.buffers()):
             if not (held.is_meta or isinstance(held, DTensor)):
                 dist.broadcast(held.detach(), group=device_mesh.get_group(), group_src=0)
-        experts.shard(shared(device_mesh, **self._options))
+        ep = None if self._last is None else self._last()
+        if ep is None or not ep.usable or ep.mesh != device_mesh:
+            ep = shared(device_mesh, **self._options)
+        experts.shard(ep)
+        # For the next layer: ``shared`` would collect garbage again.
+        self._last = weakref.ref(ep)
         return module
 
 

@@ -1,5 +1,6 @@
 """One ``ExpertParallel`` for each process group, for layers that are made in different places."""
 
+import gc
 import inspect
 import weakref
 from collections.abc import Mapping
@@ -29,14 +30,16 @@ def shared(group: Group = None, **options: Any) -> ExpertParallel:
 
     It is freed with its last user, without ``close()``: only those who asked hold it, and graphs keep what backward
     needs. All ranks have to make the first call, and to drop the last reference, at the same place of their programs.
-    Models in FSDP2 are freed by the garbage collector, which runs at any time: before a second model on the same group
-    is built, call ``close()``.
+    Models in FSDP2 are cycles of references, which the garbage collector frees at other times on other ranks: so a call
+    that finds an object collects garbage first.
 
     Raises ``ValueError`` for an option other than the shared object's, ``TypeError`` for one that does not exist.
     """
     place = resolve_group(group)
     if unknown := sorted(options.keys() - OPTIONS.keys()):
         raise TypeError(f"{place}: shared: got options {', '.join(unknown)}, expected some of {', '.join(OPTIONS)}")
+    if any(held.group == place for held in _made):
+        gc.collect()
     for held, made_with in list(_made.items()):
         if held.group == place and held.usable:
             for name, value in options.items():

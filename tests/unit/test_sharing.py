@@ -45,6 +45,21 @@ def test_one_that_is_closed_or_of_another_process_is_replaced() -> None:
     assert isinstance(first, ExpertParallel)
 
 
+def test_one_whose_users_are_garbage_is_replaced() -> None:
+    """On every rank, also where the garbage collector has not come by yet: FSDP2's modules are cycles."""
+    cycle: list[object] = [shared()]
+    before = weakref.ref(cycle[0])
+    cycle.append(cycle)
+    gc.disable()
+    try:
+        del cycle
+        assert before() is not None
+        shared()
+        assert before() is None
+    finally:
+        gc.enable()
+
+
 @on_ranks(2, pool="cpu_pool")
 def test_a_mesh_and_its_group_are_the_same(rank: Rank) -> None:
     """Other groups of the same ranks are not; and one that was destroyed is not found again."""
