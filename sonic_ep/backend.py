@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, cast
@@ -55,16 +55,11 @@ class ExpertWeights:
                 found[name] = held
         return found
 
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], activation: Activation, layout: GateLayout) -> "ExpertWeights":
-        """From weights and biases named as in ``tensors``."""
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "ExpertWeights":
+        """These experts with other weights and biases, named as in ``tensors``."""
         given: dict[str, Any] = {name: tensors.get(name) for name in ("w1", "w2", "b1", "b2")}
         split = {name: (tensors[f"{name}[0]"], tensors[f"{name}[1]"]) for name in given if f"{name}[0]" in tensors}
-        return cls(**{**given, **split}, activation=activation, layout=layout)
-
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "ExpertWeights":
-        """These experts with other weights and biases."""
-        return self.of(tensors, self.activation, self.layout)
+        return replace(self, **{**given, **split})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
