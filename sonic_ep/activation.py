@@ -1,6 +1,8 @@
 """Activations, and the layouts of gate and up. Computed in fp32 (fp64 for fp64), rounded once to the input's dtype."""
 
 import math
+import re
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -32,6 +34,10 @@ class GateLayout:
         return gate, up
 
 
+# The caller's own activations that are alive, by their text.
+_custom: weakref.WeakValueDictionary[str, "Activation"] = weakref.WeakValueDictionary()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Activation:
     """``pointwise(hidden)`` or, if gated, ``up * pointwise(gate)``. The caller's own run on backend "reference".
@@ -43,6 +49,8 @@ class Activation:
     name: str
     gated: bool
     pointwise: Callable[[Tensor], Tensor]
+    # What ``activation_of`` finds it by: operators take no Python objects.
+    text: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         kinds = {"name": isinstance(self.name, str), "gated": isinstance(self.gated, bool)}
@@ -50,6 +58,16 @@ class Activation:
             if not right:
                 expected = "a name, True or False, and a function of a tensor"
                 raise TypeError(f"Activation: {name}: got {getattr(self, name)!r}, expected {expected}")
+        self._register()
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """A copy is found by a text of its own."""
+        self.__dict__.update(state)
+        self._register()
+
+    def _register(self) -> None:
+        object.__setattr__(self, "text", f"{self.name} #{id(self)}")
+        _custom[self.text] = self
 
     @property
     def is_builtin(self) -> bool:
@@ -109,6 +127,14 @@ class Swiglu(Activation):
                 expected_one = expected.get(name, "a finite number above 0")
                 raise ValueError(f"Swiglu: {name}: got {value!r}, expected {expected_one}, that fp32 holds")
             object.__setattr__(self, name, float(value))
+        self._register()
+
+    def _register(self) -> None:
+        if type(self) is Swiglu:
+            text = f"Swiglu(alpha={self.alpha!r}, limit={self.limit!r}, up_offset={self.up_offset!r})"
+            object.__setattr__(self, "text", text)
+        else:
+            super()._register()
 
     @property
     def identity(self) -> str:
@@ -146,6 +172,24 @@ _ALL = (
     Activation(name="relu_sq", gated=False, pointwise=_relu_squared),
 )
 ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({activation.name: activation for activation in _ALL})
+for _activation in _ALL:
+    object.__setattr__(_activation, "text", _activation.name)
+
+
+def activation_of(text: str) -> Activation:
+    """The activation with this ``text``. Raises ``ValueError`` if there is none in this process.
+
+    >>> activation_of(Swiglu(limit=7.0).text)
+    Swiglu(alpha=1.0, limit=7.0, up_offset=0.0)
+    """
+    found = ACTIVATIONS.get(text) or _custom.get(text)
+    if found is None and text.startswith("Swiglu("):
+        numbers = dict(re.findall(r"(\w+)=([^,)]+)", text))
+        found = Swiglu(**{name: float(number) for name, number in numbers.items()})
+    if found is None:
+        raise ValueError(f"activation: got {text!r}, expected one that is alive in this process: keep the object")
+    return found
+
 
 _INTERLEAVED = GateLayout(name="interleaved", pattern="... (i two) -> two ... i")
 _CONCAT = GateLayout(name="concat", pattern="... (two i) -> two ... i")

@@ -7,17 +7,18 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from types import TracebackType
-from typing import Literal, NoReturn, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from sonic_ep import ops
 from sonic_ep.activation import Activation
 from sonic_ep.autograd_utils import for_kernels, joined, runs_eagerly
 from sonic_ep.backend import ExpertWeights, RoutedOutput, RouterWeights, Slots, choose_backend
 from sonic_ep.backend import MoEOutput as MoEOutput
-from sonic_ep.call_guard import CallGuard
+from sonic_ep.call_guard import CallGuard, facts_of, facts_of_router, identity_of
 from sonic_ep.checks import (
     ArgumentChecker,
     ExpertArguments,
@@ -93,10 +94,12 @@ class ExpertParallel:
         choice = choose_backend(backend, self.group)
         self.backend, self.why = choice.name, choice.why
         self._collectives = BoundedCollectives(self.group, None if timeout is None else float(timeout))
+        self.max_tokens_per_rank = max_tokens_per_rank
         self._max_tokens = max_tokens_of(self._collectives, max_tokens_per_rank)
         self._backend = choice.module.create(self._collectives, self.config)
         common = {"backend": self.backend, "config": self.config, "max_tokens_per_rank": max_tokens_per_rank}
         self._call_guard = CallGuard(self._collectives, self._backend, common, check=check_collective)
+        self.operator_name = ops.register(self)
         if self.group.rank == 0:
             logger.info("backend=%s, %d ranks (%s)", self.backend, self.group.world_size, self.why)
 
@@ -115,11 +118,16 @@ class ExpertParallel:
         """Whether calls may follow: neither ``close`` nor an error has ended it, and it is of this process."""
         return self._call_guard.admits
 
+    @property
+    def steps(self) -> int:
+        """How many collective calls have begun on this rank: the number of the last step, which errors name."""
+        return self._collectives.step.number
+
     def release_with_last_user(self) -> None:
         """From now on it may be freed without ``close()``: it warns of nothing, and graphs keep what backward needs."""
         self._call_guard.release_with_owner()
 
-    @runs_eagerly
+    @ops.by_operator(ops.moe)
     def moe(
         self,
         x: Tensor,
@@ -137,7 +145,7 @@ class ExpertParallel:
         router: RouterConfig | None = None,
         router_b: Tensor | None = None,
         correction_bias: Tensor | None = None,
-    ) -> MoEOutput:
+    ) -> tuple[MoEOutput, Tensor]:
         """Route each token to ``top_k`` of E experts, apply them, and return the weighted sums. Collective.
 
         x (T, H) or (..., H), bf16, fp16 or fp32; T differs from rank to rank and may be 0.
@@ -185,7 +193,7 @@ class ExpertParallel:
                 tokens_per_expert=out.counts,
                 topk_idx=idx_TK,
                 topk_scores=scores_TK,
-            )
+            ), out.expert_ids
 
     @overload
     def moe_routed(
@@ -218,7 +226,7 @@ class ExpertParallel:
         return_routing: Literal[True],
     ) -> RoutedOutput: ...
 
-    @runs_eagerly
+    @ops.by_operator(ops.moe_routed)
     def moe_routed(
         self,
         x: Tensor,
@@ -231,7 +239,7 @@ class ExpertParallel:
         activation: str | Activation = "swiglu",
         gate_layout: str = "interleaved",
         return_routing: bool = False,
-    ) -> Tensor | RoutedOutput:
+    ) -> tuple[Tensor | RoutedOutput, Tensor]:
         """``moe`` with the caller's routing: the weighted sums, shape and dtype of x. Collective.
 
         return_routing: return them in a ``RoutedOutput``, with the routing.
@@ -260,11 +268,12 @@ class ExpertParallel:
             slots = Slots(topk_idx=idx_TK, topk_scores=scores_TK, max_tokens=max_tokens, distinct=False)
             out = self._backend.layer(x_TH, slots, experts, x.shape)
             if not return_routing:
-                return out.y
-            return RoutedOutput(y=out.y, tokens_per_expert=out.counts, topk_idx=idx_TK, topk_scores=scores_TK)
+                return out.y, out.expert_ids
+            routed = RoutedOutput(y=out.y, tokens_per_expert=out.counts, topk_idx=idx_TK, topk_scores=scores_TK)
+            return routed, out.expert_ids
 
-    @runs_eagerly
-    def plan(self, topk_idx: Tensor, num_experts: int) -> RoutingPlan:
+    @ops.by_operator(ops.plan)
+    def plan(self, topk_idx: Tensor, num_experts: int) -> tuple[RoutingPlan, Tensor]:
         """The plan of ``topk_idx`` (T, K), as in ``moe_routed``, over E experts; may be used often. Collective."""
         with self._call_guard.one():
             idx_TK = check_routing(self._checker, topk_idx, num_experts)
@@ -275,10 +284,10 @@ class ExpertParallel:
             max_tokens = self._max_tokens.agree(idx_TK)
             plan = self._backend.plan(idx_TK, num_experts=num_experts, max_tokens=max_tokens, distinct=False)
             object_number, step = self._collectives.object_number, self._collectives.step.number
-            return replace(plan, step=step, object_number=object_number)
+            return replace(plan, step=step, object_number=object_number), plan.expert_ids
 
-    @runs_eagerly
-    def dispatch(self, x: Tensor, plan: RoutingPlan) -> Tensor:
+    @ops.by_operator(ops.dispatch)
+    def dispatch(self, x: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
         """Rows (R, H) of x (T, H) or (..., H), by expert, source rank, token, k. Collective, differentiable in x.
 
         Expert i's rows end at ``plan.group_ends[i]``. Rows past the last end are unspecified: do not read them.
@@ -287,10 +296,10 @@ class ExpertParallel:
             checked = check_plan(self._checker, plan)
             x_TH = rows_of_tokens(check_tokens_of_plan(self._checker, x, checked))
             self._call_guard.begin("dispatch", {**facts_of(x_TH), "plan": identity_of(checked)})
-            return self._backend.dispatch(x_TH, checked)
+            return self._backend.dispatch(x_TH, checked), checked.expert_ids
 
-    @runs_eagerly
-    def combine(self, rows: Tensor, topk_scores: Tensor, plan: RoutingPlan) -> Tensor:
+    @ops.by_operator(ops.combine)
+    def combine(self, rows: Tensor, topk_scores: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
         """(T, H), dtype of rows: each token's sum over k of score * row. Collective, differentiable in rows and scores.
 
         rows (R, H) in canonical order; rows past the valid ones are not read. topk_scores (T, K): as in ``moe_routed``.
@@ -301,7 +310,7 @@ class ExpertParallel:
             scores_TK = check_scores(self._checker, topk_scores, (checked.num_tokens, checked.top_k), rows_RH)
             rows_RH, scores_TK = for_kernels(rows_RH), for_kernels(scores_TK)
             self._call_guard.begin("combine", {**facts_of(rows_RH), "plan": identity_of(checked)})
-            return self._backend.combine(rows_RH, scores_TK, checked)
+            return self._backend.combine(rows_RH, scores_TK, checked), checked.expert_ids
 
     @runs_eagerly
     def agree(self, number: int, device: torch.device) -> int:
@@ -387,33 +396,6 @@ class ExpertParallel:
         return joined(x_TH, self.world_size) if trained and x_TH.shape[0] == 0 else x_TH
 
 
-def facts_of(x_NH: Tensor, experts: ExpertWeights | None = None) -> dict[str, object]:
-    """What has to be the same on every rank of a call with these rows and experts."""
-    facts: dict[str, object] = {"H": x_NH.shape[1], "dtype": x_NH.dtype, "device": x_NH.device.type}
-    if experts is not None:
-        ups = experts.up_weights
-        facts["w1"] = tuple(ups[0].shape) if len(ups) == 1 else tuple(tuple(up.shape) for up in ups)
-        facts["w1 trained"] = any(up.requires_grad for up in ups)
-        facts["biases"], facts["gate_layout"] = experts.b1 is not None, experts.layout.name
-        facts["activation"] = experts.activation.identity
-    return facts
-
-
-def facts_of_router(weights: RouterWeights, options: RouterOptions) -> dict[str, object]:
-    """What of its router has to be the same on every rank of a call."""
-    bias, summed = weights.bias, options.reduce_router_grad
-    trained = {"router_w trained": summed and weights.weight.requires_grad}
-    trained["router_b trained"] = summed and bias is not None and bias.requires_grad
-    given = {"router_b": bias is not None, "correction_bias": weights.correction is not None}
-    return {"router": options, **trained, **given}
-
-
-def identity_of(plan: RoutingPlan) -> tuple[int, ...]:
-    """What has to be the same on every rank that uses a plan: the object and call that made it, and (W, C, K)."""
-    return (plan.object_number, plan.step, *plan.expert_ids.shape)
-
-
-@runs_eagerly
 def moe(
     x: Tensor,
     router_w: Tensor,
@@ -434,9 +416,14 @@ def moe(
         if not isinstance(ep, ExpertParallel):
             raise TypeError(f"moe: ep: got {type(ep).__name__}, expected an ExpertParallel")
         return ep.moe(x, router_w, w1, w2, top_k, **options)  # type: ignore[arg-type]
-    for_once = ExpertParallel(group, backend, config)
+    return _moe_once((group, backend, config), x, router_w, w1, w2, top_k, **options)
+
+
+@runs_eagerly
+def _moe_once(of_ep: tuple[Any, ...], *given: object, **options: object) -> MoEOutput:
+    for_once = ExpertParallel(*of_ep)
     try:
-        out = for_once.moe(x, router_w, w1, w2, top_k, **options)  # type: ignore[arg-type]
+        out = for_once.moe(*given, **options)  # type: ignore[arg-type]
         if for_once.config.max_rows is not None:
             # An overflow would otherwise be raised by a later call, and there is none.
             for_once.check()

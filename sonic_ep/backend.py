@@ -95,10 +95,11 @@ class Slots:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerOutput:
-    """y (..., H) of this rank's tokens, and the plan's counts (E,) int32."""
+    """y (..., H) of this rank's tokens; counts (E,) int32, a copy; expert_ids (W, C, K) int32, the plan's own."""
 
     y: Tensor
     counts: Tensor
+    expert_ids: Tensor
 
 
 class MoEOutput(NamedTuple):

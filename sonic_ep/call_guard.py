@@ -10,11 +10,13 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from sonic_ep.backend import Backend
+from sonic_ep.backend import Backend, ExpertWeights, RouterWeights
 from sonic_ep.compat import STOP_RECOMPUTATION, is_second_backward
+from sonic_ep.config import RouterOptions
 from sonic_ep.distributed.collectives import BoundedCollectives, differing
 from sonic_ep.distributed.sync_tag import Phase, Step, call_digest
 from sonic_ep.errors import CollectiveMismatchError, PeerError, RecomputeError, RowOverflowError, SharedMemoryError
+from sonic_ep.plan import RoutingPlan
 
 Facts = tuple[tuple[str, object], ...]
 DIGESTS_KEPT = 64
@@ -124,6 +126,32 @@ class CallGuard:
             odd = "; ".join(f"{name}: {values}" for name, values in found.items() if values)
             where = f"{self._collectives.group}: step {step.number}"
             raise CollectiveMismatchError(f"{where}: calls have to be the same on every rank, and differ in {odd}")
+
+
+def facts_of(x_NH: Tensor, experts: ExpertWeights | None = None) -> dict[str, object]:
+    """What has to be the same on every rank of a call with these rows and experts."""
+    facts: dict[str, object] = {"H": x_NH.shape[1], "dtype": x_NH.dtype, "device": x_NH.device.type}
+    if experts is not None:
+        ups = experts.up_weights
+        facts["w1"] = tuple(ups[0].shape) if len(ups) == 1 else tuple(tuple(up.shape) for up in ups)
+        facts["w1 trained"] = any(up.requires_grad for up in ups)
+        facts["biases"], facts["gate_layout"] = experts.b1 is not None, experts.layout.name
+        facts["activation"] = experts.activation.identity
+    return facts
+
+
+def facts_of_router(weights: RouterWeights, options: RouterOptions) -> dict[str, object]:
+    """What of its router has to be the same on every rank of a call."""
+    bias, summed = weights.bias, options.reduce_router_grad
+    trained = {"router_w trained": summed and weights.weight.requires_grad}
+    trained["router_b trained"] = summed and bias is not None and bias.requires_grad
+    given = {"router_b": bias is not None, "correction_bias": weights.correction is not None}
+    return {"router": options, **trained, **given}
+
+
+def identity_of(plan: RoutingPlan) -> tuple[int, ...]:
+    """What has to be the same on every rank that uses a plan: the object and call that made it, and (W, C, K)."""
+    return (plan.object_number, plan.step, *plan.expert_ids.shape)
 
 
 def _tags_shown(backend: weakref.ref[Backend]) -> Mapping[int, int]:

@@ -13,8 +13,11 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor
 from torch._C import _distributed_c10d as c10d
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _pop_mode, _push_mode
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 LONE_GROUP: Any = "sonic_ep_lone_rank"
@@ -165,3 +168,57 @@ def ranks_reduced_by_ddp(parameters: Iterable[Tensor]) -> list[int]:
 def is_second_backward(error: BaseException) -> bool:
     """Whether autograd has refused a second backward, by an error without a type, on all ranks before they exchange."""
     return isinstance(error, RuntimeError) and "through the graph a second time" in str(error)
+
+
+def constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compiler.assume_constant_result``, which would import the compiler: that takes seconds."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# Below autograd, where operators run, PyTorch leaves these out; a compiled graph also the last three.
+_AUTOGRAD_KEYS = (
+    "AutogradCPU",
+    "AutogradCUDA",
+    "AutogradOther",
+    "ADInplaceOrView",
+    "Conjugate",
+    "Negative",
+    "ZeroTensor",
+)
+
+
+@contextmanager
+def autograd_in_operator() -> Iterator[None]:
+    """Let autograd record what an operator runs, which PyTorch runs below autograd, and save it without hooks."""
+    hooks = []
+    # Those of activation checkpointing would count what is saved here.
+    while top := torch._C._autograd._top_saved_tensors_default_hooks(True):
+        hooks.append(top)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    left_out = torch._C._dispatch_tls_local_exclude_set()
+    for key in _AUTOGRAD_KEYS:
+        left_out = left_out - torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    try:
+        with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), left_out):
+            yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+_MODES_WITHOUT_VALUES = (FakeTensorMode, ProxyTorchDispatchMode, FunctionalTensorMode)
+
+
+def selective_checkpoint_active() -> bool:
+    """Whether selective activation checkpointing runs forward, or runs it again, with tensors that have values."""
+    kinds = {type(mode) for mode in _get_current_dispatch_mode_stack()} if dispatch_modes_active() else set()
+    return not kinds.isdisjoint(CHECKPOINT_MODES) and kinds.isdisjoint(_MODES_WITHOUT_VALUES)
+
+
+def sees_operators(x: object, others: Iterable[object]) -> bool:
+    """Whether a call with these arguments has no values, or is under selective checkpointing."""
+    if dispatch_modes_active():
+        kinds = (*CHECKPOINT_MODES, *_MODES_WITHOUT_VALUES)
+        return any(isinstance(mode, kinds) for mode in _get_current_dispatch_mode_stack())
+    return type(x) is FakeTensor and all(type(other) is FakeTensor for other in others if isinstance(other, Tensor))

@@ -1,6 +1,6 @@
 """What a caller chooses: parsed once into enums and frozen dataclasses, so nothing inside compares strings."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -127,6 +127,7 @@ class RouterConfig:
     num_groups: int = 1
     top_groups: int = 1
     group_top: int = 2
+    text: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         choices: dict[str, type[Enum]] = {"score_function": ScoreFunction, "score_order": ScoreOrder}
@@ -144,6 +145,10 @@ class RouterConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a whole number of at least 1")
         if self.top_groups > self.num_groups:
             raise ValueError(f"top_groups: got {self.top_groups}, expected at most num_groups={self.num_groups}")
+        # What ``router_config_of`` reads: operators take no Python objects.
+        choice = f"{ScoreFunction(self.score_function).value} {ScoreOrder(self.score_order).value}"
+        groups = f"{self.num_groups} {self.top_groups} {self.group_top}"
+        object.__setattr__(self, "text", f"{choice} {self.norm_topk_probs} {self.scale!r} {groups}")
 
     @property
     def limits_groups(self) -> bool:
@@ -151,9 +156,21 @@ class RouterConfig:
         return self.top_groups < self.num_groups
 
 
+def router_config_of(text: str) -> RouterConfig:
+    """The configuration with this ``text``.
+
+    >>> router_config_of(RouterConfig(scale=2.5).text) == RouterConfig(scale=2.5)
+    True
+    """
+    function, order, norm, scale, *groups = text.split()
+    given: dict[str, Any] = dict(zip(("num_groups", "top_groups", "group_top"), map(int, groups), strict=True))
+    given |= {"score_function": function, "score_order": order, "norm_topk_probs": norm == "True"}
+    return RouterConfig(**given, scale=float(scale))
+
+
 def settings_of(config: RouterConfig) -> dict[str, Any]:
     """The fields of a ``RouterConfig`` by name, without those of a subclass."""
-    return {field.name: getattr(config, field.name) for field in fields(RouterConfig)}
+    return {each.name: getattr(config, each.name) for each in fields(RouterConfig) if each.init}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -59,7 +59,8 @@ class RoutingPlan:
     """Where every slot of the group goes. Tensors are int32 and contiguous, on the device of the routing.
 
     rank: r. num_tokens: T. object_number, step: which ``ExpertParallel`` of the group made the plan, and in which call;
-        ranks compare both before they use it. 0 if it was made otherwise.
+        ranks compare both before they use it. 0 if it was made otherwise. made: of a plan made by the operator
+        ``sonic_ep::plan``, whose step is not known while it is traced: the tensor that owns the plan.
 
     expert_ids (W, C, K): the expert of each slot; -1 where it is dropped or the token does not exist.
     counts (E,): ``counts[j] = #{f : expert_ids[f] == j}``, over the group.
@@ -84,6 +85,7 @@ class RoutingPlan:
     packed_of_token: Tensor
     step: int = 0
     object_number: int = 0
+    made: Tensor | None = None
 
     @property
     def world_size(self) -> int:
@@ -135,8 +137,9 @@ class RoutingPlan:
                 raise PlanError(f"routing plan: {field} contradicts its definition")
 
 
-# All but step and object_number.
-ROUTING_FIELDS = tuple(field.name for field in fields(RoutingPlan) if field.name not in ("step", "object_number"))
+# All that the routing determines.
+ORIGIN = ("step", "object_number", "made")
+ROUTING_FIELDS = tuple(field.name for field in fields(RoutingPlan) if field.name not in ORIGIN)
 TENSOR_FIELDS = tuple(field.name for field in fields(RoutingPlan) if field.type == "Tensor")
 
 

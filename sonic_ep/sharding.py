@@ -62,7 +62,7 @@ def local_of(group: EPGroup, name: str, value: Any, *, replicated: bool = False)
     from torch.distributed.tensor import Replicate, Shard
 
     mesh, expected = value.device_mesh, Replicate() if replicated else Shard(0)
-    if value.placements == (expected,) and _is_of(mesh, group):
+    if value.placements == (expected,) and _ranks_of(mesh) == group.of_world():
         local = value.to_local()
         if replicated or local.shape[0] * group.world_size == value.shape[0]:
             return local
@@ -71,10 +71,11 @@ def local_of(group: EPGroup, name: str, value: Any, *, replicated: bool = False)
     raise ValueError(f"{group}: {got}, {wanted} (FSDP gathers a weight only while the forward of its module runs)")
 
 
-def _is_of(mesh: DeviceMesh, group: EPGroup) -> bool:
-    """Whether the ranks of ``mesh``, of one dimension, are those of the group."""
+@compat.constant_when_traced
+def _ranks_of(mesh: DeviceMesh) -> tuple[int, ...]:
+    """The ranks of a mesh of one dimension; none for others."""
     # By numbers: a DTensor may have an equal mesh of earlier process groups from a cache, whose names are unknown now.
-    return mesh.ndim == 1 and tuple(mesh.mesh.tolist()) == group.of_world()
+    return tuple(mesh.mesh.tolist()) if mesh.ndim == 1 else ()
 
 
 @dataclass(frozen=True, kw_only=True)

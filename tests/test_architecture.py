@@ -34,7 +34,7 @@ LAYERS = [
     {"activation", "cost", "plan"},
     {"distributed"},
     {"backend", "sharding"},
-    {"checks", "call_guard", "reference", "fast"},
+    {"checks", "call_guard", "reference", "fast", "ops"},
     {"api"},
     {"sharing", "router"},
     {"experts"},
@@ -97,7 +97,7 @@ def imported(path: Path) -> set[str]:
 def test_the_parts_are_those_of_the_layers() -> None:
     assert {part_of(path) for path in SOURCES} == LEVEL.keys()
     folders = {path.parent.name for path in PACKAGE.glob("*/*.py")}
-    assert folders == {"distributed", "reference", "fast", "profiler", "integrations", "testing", "cli"}
+    assert folders == {"distributed", "reference", "fast", "profiler", "integrations", "ops", "testing", "cli"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())

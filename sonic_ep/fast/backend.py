@@ -111,7 +111,7 @@ class FastBackend:
             ups = (*experts.up_weights, *experts.up_biases)
             y = apply_function(MoEFunction, x_TH, scores_TK, experts.w2, experts.b2, call, *ups)
             # A copy to write to: backward rereads the plan's.
-            return LayerOutput(y=y, counts=pending.plan.counts.clone())
+            return LayerOutput(y=y, counts=pending.plan.counts.clone(), expert_ids=pending.plan.expert_ids)
 
     def check(self) -> None:
         """Wait for the devices, then raise what they have flagged."""

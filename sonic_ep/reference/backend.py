@@ -81,7 +81,7 @@ class ReferenceBackend(Backend):
             y = self._combined(y_RH, slots.topk_scores, plan, shape, self._read_later(x_TH, experts))
         disable_autocast_in_backward((y,), (x_TH, slots.topk_scores, *experts.tensors.values()))
         # The caller's own: backward looks at the plan's again.
-        return LayerOutput(y=y, counts=plan.counts.clone())
+        return LayerOutput(y=y, counts=plan.counts.clone(), expert_ids=plan.expert_ids)
 
     def _combined(
         self, rows_RH: Tensor, scores_TK: Tensor, plan: RoutingPlan, shape: torch.Size, later: dict[str, Tensor]
