@@ -225,7 +225,7 @@ def check_router_options(
 def check_router(checker: ArgumentChecker, x: Tensor, given: RouterArguments, options: RouterOptions) -> RouterWeights:
     """router_w (E, H) and router_b (E,), as x or fp32; correction_bias (E,) fp32; and that groups fit E and K."""
     dtypes = tuple(dict.fromkeys((x.dtype, torch.float32)))
-    given = _local_router(checker, given, options)
+    given = local_router(checker, given, reduce_grad=options.reduce_router_grad)
     weight_EH = checker.tensor("router_w", given.router_w, dtypes, x)
     shape, hidden = tuple(weight_EH.shape), x.shape[-1]
     fits = weight_EH.ndim == 2 and shape[0] >= 1 and shape[1] == hidden
@@ -241,7 +241,7 @@ def check_router(checker: ArgumentChecker, x: Tensor, given: RouterArguments, op
     return RouterWeights(weight=weight_EH, bias=bias_E, correction=correction_E)
 
 
-def _local_router(checker: ArgumentChecker, given: RouterArguments, options: RouterOptions) -> RouterArguments:
+def local_router(checker: ArgumentChecker, given: RouterArguments, *, reduce_grad: bool) -> RouterArguments:
     """This rank's tensors of a router that is replicated as DTensors."""
     weights = {"router_w": given.router_w, "router_b": given.router_b, "correction_bias": given.correction_bias}
     if not any(map(is_dtensor, weights.values())):
@@ -249,7 +249,7 @@ def _local_router(checker: ArgumentChecker, given: RouterArguments, options: Rou
     local = {name: local_of(checker.group, name, weight, replicated=True) for name, weight in weights.items()}
     # A replicated DTensor says that its gradient is the same on all ranks.
     remedy = "reduce_router_grad=True, or plain tensors: else the gradient of a replicated DTensor differs over ranks"
-    checker.require(options.reduce_router_grad, "router", "a DTensor", remedy)
+    checker.require(reduce_grad, "router", "a DTensor", remedy)
     return RouterArguments(**local)
 
 

@@ -3,7 +3,7 @@
 import ctypes
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -216,9 +216,11 @@ def selective_checkpoint_active() -> bool:
     return not kinds.isdisjoint(CHECKPOINT_MODES) and kinds.isdisjoint(_MODES_WITHOUT_VALUES)
 
 
-def sees_operators(x: object, others: Iterable[object]) -> bool:
-    """Whether a call with these arguments has no values, or is under selective checkpointing."""
+def sees_operators(x: object, given: Iterable[object], options: Mapping[str, object]) -> bool:
+    """Whether a call whose first tensor is ``x`` has no values, or is under selective checkpointing."""
     if dispatch_modes_active():
         kinds = (*CHECKPOINT_MODES, *_MODES_WITHOUT_VALUES)
         return any(isinstance(mode, kinds) for mode in _get_current_dispatch_mode_stack())
-    return type(x) is FakeTensor and all(type(other) is FakeTensor for other in others if isinstance(other, Tensor))
+    if type(x) is not FakeTensor:
+        return False
+    return all(type(value) is FakeTensor for value in (*given, *options.values()) if isinstance(value, Tensor))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sonic_ep import compat
+from sonic_ep import compat, ops
 from sonic_ep.activation import GATE_LAYOUTS, Activation
 from sonic_ep.api import ExpertParallel, MoEOutput
 from sonic_ep.checks import ArgumentChecker, check_activation, check_experts_divide
@@ -137,7 +137,7 @@ class Experts(nn.Module):
         given |= {"activation": self.activation, "gate_layout": self.gate_layout}
         if router is not None:
             return self._runner(x).moe(x, **router.arguments(), **given)
-        return self._runner(x).moe_routed(x, topk_idx, topk_scores, **given)  # type: ignore[arg-type]
+        return self._runner(x).moe_routed(x, topk_idx, topk_scores, **given)  # type: ignore[arg-type, return-value]
 
     def registered_name(self, name: str) -> str:
         """The name of a weight among the parameters: ``name``, or with the rank if ``distribute=False``."""
@@ -213,14 +213,23 @@ class Experts(nn.Module):
             remedy = "name them in its list of ignored parameters (docs/training.md)"
             raise ValueError(f"{self.group}: {got}: {remedy}")
 
-    def _runner(self, x: object) -> ExpertParallel:
+    def _runner(self, x: object) -> ExpertParallel | ops.ByName:
         if self.ep is not None:
             return self.ep
+        backend = "auto" if isinstance(x, Tensor) and x.is_cuda else "reference"
+        if torch.compiler.is_compiling():
+            return ops.ByName(operator_name=self._name_alone(backend), group=ONE_PROCESS)
+        return self._run_alone(backend)
+
+    def _run_alone(self, backend: str) -> ExpertParallel:
         if self._alone is None:
-            on_gpu = isinstance(x, Tensor) and x.is_cuda
-            self._alone = ExpertParallel(ONE_PROCESS, backend="auto" if on_gpu else "reference")
+            self._alone = ExpertParallel(ONE_PROCESS, backend=backend)
             self._alone.release_with_last_user()
         return self._alone
+
+    @compat.constant_when_traced
+    def _name_alone(self, backend: str) -> str:
+        return self._run_alone(backend).operator_name
 
     @torch.no_grad()
     def _fill(self, held: dict[str, Tensor], seed: int) -> None:

@@ -1,6 +1,7 @@
 """The layer's operators, ``sonic_ep::moe`` and ``sonic_ep::moe_routed``."""
 
 import math
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor
 
 from sonic_ep.activation import Activation, activation_of
 from sonic_ep.backend import MoEOutput, RoutedOutput
+from sonic_ep.checks import ArgumentChecker, RouterArguments, local_router
 from sonic_ep.config import RouterConfig, ScoreOrder, router_config_of
+from sonic_ep.distributed.group import EPGroup
 from sonic_ep.ops.operator import Given, Operator, flags_of, registered
 from sonic_ep.sharding import local_of
 
@@ -95,10 +98,20 @@ def moe(
     correction_bias: Tensor | None = None,
 ) -> MoEOutput:
     """``ExpertParallel.moe`` by its operator."""
-    of_router = [_local(ep, "router_w", router_w), _local(ep, "router_b", router_b), correction_bias]
+    of_router = RouterArguments(router_w=router_w, router_b=router_b, correction_bias=correction_bias)
+    local = local_router(ArgumentChecker(group=ep.group), of_router, reduce_grad=reduce_router_grad)
     options = [top_k, None if router is None else router.text, getattr(score_order, "value", score_order)]
     experts = _experts_given(ep, w1, w2, b1, b2)
-    arguments = [x, *of_router, *options, norm_topk_probs, reduce_router_grad, *experts]
+    arguments = [
+        x,
+        local.router_w,
+        local.router_b,
+        local.correction_bias,
+        *options,
+        norm_topk_probs,
+        reduce_router_grad,
+        *experts,
+    ]
     of_call = _of_call(ep, activation, gate_layout, arguments)
     y, logits, counts, idx, scores, _ = torch.ops.sonic_ep.moe(*arguments, *of_call)
     return MoEOutput(y=y, router_logits=logits, tokens_per_expert=counts, topk_idx=idx, topk_scores=scores)
@@ -126,6 +139,16 @@ def moe_routed(
     return RoutedOutput(y=y, tokens_per_expert=counts, topk_idx=topk_idx, topk_scores=scores)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ByName:
+    """An ``ExpertParallel`` that has been made while its first call is traced, when there is nothing but its name."""
+
+    operator_name: str
+    group: EPGroup
+    moe = moe
+    moe_routed = moe_routed
+
+
 def _experts_given(ep: Any, w1: Parts, w2: Tensor, b1: Parts, b2: Tensor | None) -> list[Any]:
     return [_list_of(ep, "w1", w1), _local(ep, "w2", w2), _list_of(ep, "b1", b1), _local(ep, "b2", b2)]
 
@@ -137,7 +160,7 @@ def _list_of(ep: Any, name: str, parts: Parts) -> list[Tensor]:
 
 
 def _local(ep: Any, name: str, value: Any) -> Any:
-    return local_of(ep.group, name, value, replicated=name.startswith("router"))
+    return local_of(ep.group, name, value)
 
 
 def _of_call(ep: Any, activation: str | Activation, gate_layout: str, arguments: list[Any]) -> list[Any]:

@@ -144,7 +144,7 @@ class Operator:
             edges = [get_gradient_edge(result) if result.requires_grad else None for result in results]
         of_call = {"expert_ids": expert_ids, "group": ep.group, "step": ep.steps}
         graph = _Graph(leaves=[leaf for leaf in leaves if leaf.requires_grad], edges=edges, **of_call)
-        return (*(result.detach() for result in results), Owner.tensor_of(graph))
+        return (*(result.detach().contiguous() for result in results), Owner.tensor_of(graph))
 
     def _fake(self, *arguments: Any) -> tuple[Tensor, ...]:
         return (*self.fake(self._given(arguments)), Owner.fake())
@@ -244,7 +244,7 @@ def by_operator(
         @wraps(method)
         def called(*given: GivenP.args, **options: GivenP.kwargs) -> ResultT:
             x = given[1] if len(given) > 1 else next(iter(options.values()), None)
-            if torch.compiler.is_compiling() or compat.sees_operators(x, (*given, *options.values())):
+            if torch.compiler.is_compiling() or compat.sees_operators(x, given, options):
                 return cast(ResultT, operator(*given, **options))
             return eagerly(*given, **options)[0]
 
