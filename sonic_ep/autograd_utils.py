@@ -216,7 +216,6 @@ def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> 
     return result if compat.KEEPS_NODES or not result.requires_grad else _kept_by_its_gradient(result)
 
 
-@outside_selective_checkpoint
 def _kept_by_its_gradient(result: Tensor) -> Tensor:
     """``result`` behind one more node, whose hook attaches the edge of ``result`` to the gradient. Not a view.
 

@@ -176,8 +176,9 @@ def tokens_of(x: Tensor) -> int:
 
 
 def rows_of_tokens(x: Tensor) -> Tensor:
-    """``x`` as kernels read it: (T, H), contiguous."""
-    return for_kernels(x).flatten(0, -2)
+    """``x`` as kernels read it: (T, H), contiguous. Always a view, in which the gradients of one call are summed."""
+    held = for_kernels(x)
+    return held.view(-1, held.shape[-1])
 
 
 def check_experts_divide(checker: ArgumentChecker, num_experts: int) -> None:

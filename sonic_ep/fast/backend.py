@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from sonic_ep.activation import Activation
-from sonic_ep.autograd_utils import apply_function, joined, outside_selective_checkpoint
+from sonic_ep.autograd_utils import apply_function, joined
 from sonic_ep.backend import ExpertWeights, LayerOutput, RouterWeights, Routing, Slots
 from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
@@ -43,7 +43,6 @@ class FastBackend:
         workspace.enter(Phase.SYNC)
         workspace.barrier_before_write()
 
-    @outside_selective_checkpoint
     def route(self, x_TH: Tensor, weights: RouterWeights, options: RouterOptions) -> Routing:
         """See ``sonic_ep.fast.router``."""
         return route(x_TH, weights, options, self._context(x_TH.device).workspace)
@@ -55,26 +54,22 @@ class FastBackend:
     def check_expert_ids(self, topk_idx_TK: Tensor, num_experts: int) -> None:
         """The plan's kernels flag ids out of range on the device: checking them here would take a host read."""
 
-    @outside_selective_checkpoint
     def plan(self, topk_idx_TK: Tensor, *, num_experts: int, max_tokens: int, distinct: bool) -> RoutingPlan:
         """See ``sonic_ep.fast.plan``. Raises the error of an earlier plan, on all ranks alike: see ``DeviceErrors``."""
         planner = self._context(topk_idx_TK.device).planner
         pending = planner.begin(topk_idx_TK, num_experts=num_experts, max_tokens=max_tokens, distinct=distinct)
         return planner.sized(pending, planner.rows(pending))
 
-    @outside_selective_checkpoint
     def dispatch(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
         """Rows in canonical order, (R, H)."""
         exchange = self._exchange(plan, x_TH)
         return apply_function(Dispatch, self._joined(x_TH), exchange)
 
-    @outside_selective_checkpoint
     def combine(self, rows_RH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan) -> Tensor:
         """The weighted sums of a token's rows, (T, H)."""
         exchange = self._exchange(plan, rows_RH)
         return apply_function(Combine, self._joined(rows_RH), self._joined(topk_scores_TK.float()), exchange)
 
-    @outside_selective_checkpoint
     def layer(self, x_TH: Tensor, slots: Slots, experts: ExpertWeights, shape: torch.Size) -> LayerOutput:
         """Plan, dispatch, experts, combine. x is staged while the plan runs, and while the host waits for R.
 

@@ -27,14 +27,14 @@ ResultT = TypeVar("ResultT")
 # The arguments of an operator by name.
 Given = Mapping[str, Any]
 
-_names, _numbers = itertools.count(), itertools.count()
+_numbers = itertools.count()
 _callables: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _owners: weakref.WeakValueDictionary[int, "Owner"] = weakref.WeakValueDictionary()
 
 
 def register(ep: object) -> str:
     """The name by which operators find ``ep`` while it lives: "ep0", "ep1", ... in the order of construction."""
-    name = f"ep{next(_names)}"
+    name = f"ep{next(_numbers)}"
     _callables[name] = ep
     return name
 
@@ -49,26 +49,26 @@ def registered(name: str) -> Any:
 
 
 class Owner(bytearray):
-    """An object as the memory of a tensor: eight bytes, a number by which it is found. owned: the object."""
+    """An object as the memory of a tensor, whose address leads back to it. owned: the object."""
 
     owned: Any
 
     @staticmethod
     def tensor_of(owned: object) -> Tensor:
-        """(1,) int64 on the CPU, whose memory owns the object."""
-        owner, number = Owner(8), next(_numbers)
-        owner[:] = number.to_bytes(8, "little")
+        """(1,) int64 on the CPU, zero, whose memory owns the object."""
+        owner = Owner(8)
         owner.owned = owned
-        _owners[number] = owner
-        return torch.frombuffer(owner, dtype=torch.int64)
+        tensor = torch.frombuffer(owner, dtype=torch.int64)
+        _owners[tensor.data_ptr()] = owner
+        return tensor
 
     @staticmethod
     def owned_by(tensor: Tensor) -> Any:
         """The object of a tensor that ``tensor_of`` made."""
-        owner = _owners.get(int(tensor))
+        owner = _owners.get(tensor.data_ptr())
         if owner is None:
-            got = "got a copy of a tensor that has been freed, expected the tensor"
-            raise RuntimeError(f"torch.ops.sonic_ep: graph: {got}: hooks on saved tensors must not copy it")
+            got = "got a copy, expected the tensor that a call returned: hooks on saved tensors must not copy it"
+            raise RuntimeError(f"torch.ops.sonic_ep: graph: {got}")
         return owner.owned
 
     @staticmethod

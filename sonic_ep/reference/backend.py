@@ -6,7 +6,6 @@ from torch import Tensor
 from sonic_ep.autograd_utils import (
     apply_function,
     disable_autocast_in_backward,
-    outside_selective_checkpoint,
 )
 from sonic_ep.backend import Backend, ExpertWeights, LayerOutput, RouterWeights, Routing, Slots
 from sonic_ep.config import EPConfig, RouterOptions
@@ -51,7 +50,6 @@ class ReferenceBackend(Backend):
             got = f"topk_idx: got expert ids from {least} to {most}"
             raise ValueError(f"{self._collectives.group}: {got}, {expected}")
 
-    @outside_selective_checkpoint
     def plan(self, topk_idx_TK: Tensor, *, num_experts: int, max_tokens: int, distinct: bool) -> RoutingPlan:
         """See ``sonic_ep.reference.plan``."""
         self._collectives.sync(Phase.EXCHANGE, topk_idx_TK.device)

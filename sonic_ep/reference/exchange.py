@@ -14,7 +14,6 @@ from torch import Tensor
 from sonic_ep.autograd_utils import (
     in_halves,
     once_differentiable,
-    outside_selective_checkpoint,
     savable,
     unpack_saved,
 )
@@ -72,7 +71,6 @@ class Dispatch(torch.autograd.Function):
     """x (T, H) to rows (R, H). Backward: a combine without scores."""
 
     @staticmethod
-    @outside_selective_checkpoint
     def forward(ctx: Any, x_TH: Tensor, exchange: Exchange) -> Tensor:
         """Rows in canonical order."""
         ctx.exchange, ctx.call_lock = exchange, exchange.collectives.call_lock
@@ -99,7 +97,6 @@ class Combine(torch.autograd.Function):
     """
 
     @staticmethod
-    @outside_selective_checkpoint
     def forward(
         ctx: Any, rows_RH: Tensor, scores_TK: Tensor, exchange: Exchange, shape: torch.Size, later: dict[str, Tensor]
     ) -> Tensor:

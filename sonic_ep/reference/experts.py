@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sonic_ep.autograd_utils import is_transposed, outside_selective_checkpoint
+from sonic_ep.autograd_utils import is_transposed
 from sonic_ep.backend import ExpertWeights
 
 
@@ -54,7 +54,6 @@ def matrices_of(weight_eFH: Tensor) -> list[Tensor]:
     return list(weight_eFH.unbind())
 
 
-@outside_selective_checkpoint
 def sizes_of_groups(group_ends_e: Tensor) -> list[int]:
     """Rows of each expert: ends [2, 2, 5] mean 2, 0 and 3 rows. Reads the host."""
     sizes: list[int] = torch.diff(group_ends_e, prepend=group_ends_e.new_zeros(1)).tolist()

@@ -65,7 +65,9 @@ def calls_of(ep: ExpertParallel, rank: Rank, case: Case) -> dict[str, Callable[.
     router = RouterConfig(score_function="sigmoid", norm_topk_probs=True, scale=2.5)
 
     def moe(x: Tensor, router_w: Tensor, w1: Tensor, w2: Tensor, scores: Tensor) -> Any:
-        return ep.moe(x * 2, router_w, w1, w2, case.top_k, activation=Swiglu(limit=1.0), router=router)
+        # Other uses of x: sums of gradients depend on their order.
+        out = ep.moe(x, router_w, w1, w2, case.top_k, activation=Swiglu(limit=1.0), router=router)
+        return out._replace(y=out.y + x * 3)
 
     def routed(x: Tensor, router_w: Tensor, w1: Tensor, w2: Tensor, scores: Tensor) -> Any:
         split = (w1[:, ::2], w1[:, 1::2])
@@ -125,7 +127,7 @@ def test_a_module_is_compiled_once_for_any_number_of_tokens(rank: Rank, backend:
         assert compiled.compilations == 1
         with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
             y = compiled.call(x).y
-        with pytest.raises(RuntimeError, match="got a copy of a tensor that has been freed"):
+        with pytest.raises(RuntimeError, match="graph: got a copy, expected the tensor that a call returned"):
             y.sum().backward()
     assert freed()
 
@@ -191,7 +193,7 @@ def test_fake_tensors_have_the_form_of_results_and_take_no_step(rank: Rank, back
         assert ep.steps == before
 
 
-@promise("compile")
+@promise("selective-checkpoint")
 @both_backends
 @pytest.mark.parametrize("saved", [True, False])
 @on_ranks(2)
