@@ -31,6 +31,7 @@ from sonic_ep.sharing import OPTIONS, shared
 try:
     import spmd_types as spmd
     from torchtitan.config import derive, override
+    from torchtitan.distributed.spmd_types import current_spmd_mesh, maybe_set_sparse_mesh
     from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
     from torchtitan.models.common.token_dispatcher import BaseEPTokenDispatcher
     from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
@@ -168,6 +169,8 @@ class SonicEPTokenDispatcher(BaseEPTokenDispatcher):
             expert_rows = ExpertRows.of(plan, exact=self._exact, multiple=self._pad_multiple)
             rows_ND = expert_rows.spread(ep.dispatch(x_TD, plan))
             counts_e = expert_rows.counts_e.to(num_local_tokens_per_expert_E.dtype)
+        with maybe_set_sparse_mesh():
+            declare_varying(rows_ND, counts_e)
         return rows_ND, counts_e, DispatchMetadata(plan=plan, topk_scores_TK=topk_scores_TK, expert_rows=expert_rows)
 
     def combine(self, routed_output_RD: Tensor, metadata: DispatchMetadata, x_TD: Tensor) -> Tensor:
@@ -175,7 +178,17 @@ class SonicEPTokenDispatcher(BaseEPTokenDispatcher):
         ep, plan = self.expert_parallel(x_TD), metadata.plan
         with spmd.no_typecheck():
             rows_RD = metadata.expert_rows.gather(routed_output_RD, plan.row_capacity)
-            return ep.combine(rows_RD, metadata.topk_scores_TK, plan).to(x_TD.dtype)
+            out_TD: Tensor = ep.combine(rows_RD, metadata.topk_scores_TK, plan).to(x_TD.dtype)
+        declare_varying(out_TD)
+        return out_TD
+
+
+def declare_varying(*tensors: Tensor) -> None:
+    """Tell torchtitan's type checker, where it runs (debug.spmd_typechecking), that every rank has values of its own."""
+    if spmd.is_type_checking():
+        names = current_spmd_mesh().mesh_dim_names
+        for tensor in tensors:
+            spmd.assert_type(tensor, dict.fromkeys(names, spmd.V))
 
 
 def local(weight: Tensor) -> Tensor:
