@@ -1,7 +1,7 @@
-"""torchtitan's MoE layers on ranks of tests: configs, overrides, meshes, and gradients of whole tensors."""
+"""torchtitan's routed experts on ranks of tests: configs, overrides, meshes, and what one process has."""
 
-from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
@@ -14,39 +14,54 @@ from torch import Tensor, nn
 from sonic_ep.testing import Rank
 
 needs_torchtitan = pytest.mark.skipif(
-    find_spec("torchtitan") is None, reason="torchtitan is not installed: it needs Python 3.11 and a recent PyTorch"
+    find_spec("torchtitan") is None, reason="torchtitan is not installed: it needs Python 3.11 or later"
 )
 MODULE = "sonic_ep.integrations.torchtitan"
 DISPATCHER, REGION = f"{MODULE}.token_dispatcher", f"{MODULE}.routed_experts"
 DIM, INTERMEDIATE, EXPERTS, TOP_K = 16, 16, 8, 2
+SWIGLU = ("w1_EFD", "w2_EDF", "w3_EFD")
+GPT_OSS = ("mlp1_weight_EGD", "mlp1_bias_EG", "mlp2_weight_EDF", "mlp2_bias_ED")
 
 
 def normal(weight: Tensor) -> None:
     nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
 
 
-def moe_config(kind: str = "swiglu", **of_router: Any) -> Any:
-    """A ``MoE.Config`` of torchtitan: "swiglu" has the experts of Qwen3, "gpt_oss" those with biases."""
+def moe_config(names: tuple[str, ...] = SWIGLU, *, pad_multiple: int | None = None) -> Any:
+    """A ``MoE.Config`` of torchtitan, with the experts of Qwen3 or, by the names of their weights, of GPT-OSS."""
     from torchtitan.models.common.config_utils import make_moe_config, make_routed_experts_config, make_router_config
+    from torchtitan.models.common.token_dispatcher import TorchAOTokenDispatcher
     from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 
     gate = {"weight": normal, "bias": normal}
-    router = make_router_config(
-        dim=DIM, num_experts=EXPERTS, gate_param_init=gate, top_k=TOP_K, score_func="softmax", route_norm=True
-    )
-    names = ("w1_EFD", "w2_EDF", "w3_EFD")
+    of_router = {"gate_param_init": gate, "top_k": TOP_K, "score_func": "softmax", "route_norm": True}
+    router = make_router_config(dim=DIM, num_experts=EXPERTS, **of_router)
     sizes = {"dim": DIM, "hidden_dim": INTERMEDIATE, "num_experts": EXPERTS}
-    routed = make_routed_experts_config(
-        **sizes, top_k=TOP_K, param_init=dict.fromkeys(names, normal), comm_backend="standard"
-    )
-    if kind == "gpt_oss":
-        names = ("mlp1_weight_EGD", "mlp1_bias_EG", "mlp2_weight_EDF", "mlp2_bias_ED")
-        routed.inner_experts = GptOssGroupedExperts.Config(**sizes, param_init=dict.fromkeys(names, normal))
+    given = {**sizes, "param_init": dict.fromkeys(names, normal)}
+    routed = make_routed_experts_config(**given, top_k=TOP_K, comm_backend="standard")
+    if names == GPT_OSS:
+        routed.inner_experts = GptOssGroupedExperts.Config(**given)
+    if pad_multiple is not None:
+        of_dispatcher = {"num_experts": EXPERTS, "top_k": TOP_K, "pad_multiple": pad_multiple}
+        routed.token_dispatcher = TorchAOTokenDispatcher.Config(**of_dispatcher)
     return make_moe_config(num_experts=EXPERTS, router=router, routed_experts=routed)
 
 
-def overridden(config: Any, *imports: Any) -> Any:
-    """The config after torchtitan has applied ``--override.imports``."""
+def place(config: Any, *, enable_ep: bool = True) -> None:
+    """Set the placements of a ``MoE.Config`` as models of torchtitan do."""
+    import spmd_types
+    from torchtitan.models.common.moe_sharding import set_moe_sharding_config
+
+    columns, rows, whole = spmd_types.S(1), spmd_types.S(2), spmd_types.R
+    layout = {"w1_EFD": columns, "w3_EFD": columns, "w2_EDF": rows}
+    layout |= {"mlp1_weight_EGD": columns, "mlp1_bias_EG": columns, "mlp2_weight_EDF": rows, "mlp2_bias_ED": whole}
+    names = config.routed_experts.inner_experts.param_init
+    of_experts = {name: layout[name] for name in names}
+    set_moe_sharding_config(config, enable_ep=enable_ep, enable_sp=False, expert_param_layout=of_experts)
+
+
+def overridden(config: Any, *imports: str) -> Any:
+    """A copy of the config in which torchtitan has applied ``--override.imports``."""
     from torchtitan.config.override import OverrideConfig, apply_overrides, parse_cli_imports
 
     config = deepcopy(config)
@@ -55,7 +70,7 @@ def overridden(config: Any, *imports: Any) -> Any:
 
 
 def meshes(rank: Rank, backend: str = "partial_dtensor", **degrees: int) -> Any:
-    """torchtitan's ``ParallelDims`` of these ranks, for whose SPMD backend it is set."""
+    """torchtitan's ``ParallelDims`` of these ranks. backend: the SPMD backend, which is set for this process."""
     # Registers "fake", the backend that torchtitan gives to dimensions of one rank.
     from torch.testing._internal.distributed import fake_pg  # noqa: F401
     from torchtitan.distributed import parallel_dims, utils
@@ -69,20 +84,6 @@ def meshes(rank: Rank, backend: str = "partial_dtensor", **degrees: int) -> Any:
     return dims
 
 
-def shard(config: Any, *, tp: bool = False) -> None:
-    """Placements of a ``MoE.Config``, as models of torchtitan set them."""
-    import spmd_types
-    from torchtitan.models.common.moe_sharding import set_moe_sharding_config
-
-    columns, rows, whole = spmd_types.S(1), spmd_types.S(2), spmd_types.R
-    layout = {"w1_EFD": columns, "w3_EFD": columns, "w2_EDF": rows}
-    layout |= {"mlp1_weight_EGD": columns, "mlp1_bias_EG": columns, "mlp2_weight_EDF": rows, "mlp2_bias_ED": whole}
-    names = config.routed_experts.inner_experts.param_init
-    set_moe_sharding_config(
-        config, enable_ep=not tp, enable_sp=False, expert_param_layout={name: layout[name] for name in names}
-    )
-
-
 def built(config: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
     """The module, with the same weights wherever and with whatever dispatcher it is built."""
     torch.manual_seed(0)
@@ -92,16 +93,85 @@ def built(config: Any, device: torch.device, dtype: torch.dtype = torch.float32)
     return module.to(dtype)
 
 
-def whole_gradients(module: nn.Module, experts: Callable[[str], bool] = lambda name: "inner_experts" in name) -> Any:
-    """By name. Of experts the shares of all ranks, of anything else the sum over ranks. Collective."""
-    found = {}
-    for name, parameter in module.named_parameters():
-        grad = getattr(parameter.grad, "to_local", lambda g=parameter.grad: g)().detach().clone()
-        if experts(name):
-            shares = [torch.empty_like(grad) for _ in range(dist.get_world_size())]
-            dist.all_gather(shares, grad)
-            found[name] = torch.cat(shares)
-        else:
-            dist.all_reduce(grad)
-            found[name] = grad
-    return found
+@dataclass(frozen=True, kw_only=True)
+class Routed:
+    """Tokens of the whole group with their routing, and how many each rank has of them."""
+
+    tokens: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    # Experts that are chosen: all, or the first ones, so that other ranks get no rows.
+    chosen: int = EXPERTS
+    seed: int = 1
+    x: Tensor = field(init=False)
+    scores: Tensor = field(init=False)
+    ids: Tensor = field(init=False)
+    grad: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        generator, total = torch.Generator().manual_seed(self.seed), sum(self.tokens)
+        x, grad = torch.randn(2, 1, total, DIM, generator=generator).to(self.dtype)
+        scores = torch.rand(1, total, TOP_K, generator=generator)
+        ids = torch.rand(1, total, self.chosen, generator=generator).topk(TOP_K).indices
+        for name, value in {"x": x, "grad": grad, "scores": scores, "ids": ids}.items():
+            object.__setattr__(self, name, value)
+
+    def run(self, experts: nn.Module, rank: int | None = None) -> dict[str, Tensor]:
+        """Output and gradients of ``RoutedExperts`` for the tokens of a rank, None for those of all."""
+        device = next(experts.parameters()).device
+        x, grad, scores, ids = (
+            (t if rank is None else t.split(self.tokens, 1)[rank]).to(device)
+            for t in (self.x, self.grad, self.scores, self.ids)
+        )
+        x, scores = x.clone().requires_grad_(), scores.clone().requires_grad_()
+        counts_E = torch.bincount(ids.flatten(), minlength=EXPERTS)
+        experts.zero_grad()
+        out = experts(x, scores, ids, counts_E)
+        out.backward(grad)
+        found = {"out": out.detach(), "x": x.grad, "scores": scores.grad}
+        return found | {name: local(parameter.grad) for name, parameter in experts.named_parameters()}
+
+
+def local(grad: Any) -> Tensor:
+    return grad.to_local() if hasattr(grad, "to_local") else grad
+
+
+def of_group(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Collective. What each rank has found, put together: tokens, and experts."""
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, {name: value.cpu() for name, value in found.items()})
+    along = {"out": 1, "x": 1, "scores": 1}
+    return {name: torch.cat([each[name] for each in ranks], dim=along.get(name, 0)) for name in found}
+
+
+def in_one_process(config: Any, routed: Routed) -> dict[str, Tensor]:
+    """What torchtitan's own ``LocalTokenDispatcher`` finds for all tokens."""
+    from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
+
+    config = deepcopy(config.routed_experts)
+    config.token_dispatcher = LocalTokenDispatcher.Config(num_experts=EXPERTS, top_k=TOP_K)
+    return routed.run(built(config, torch.device("cpu"), routed.dtype))
+
+
+def product_of_groups(_: object, *, A: Tensor, B_t: Tensor, offs: Tensor) -> Tensor:
+    """``GroupedExperts._grouped_mm`` in any dtype."""
+    ends = offs.tolist()
+    return torch.cat([A[a:b] @ B_t[g] for g, (a, b) in enumerate(zip([0, *ends[:-1]], ends, strict=True))])
+
+
+def truth(config: Any, routed: Routed) -> dict[str, Tensor]:
+    """The same in double precision: torchtitan's modules without their casts to bf16."""
+    from torchtitan.models.common.moe import GroupedExperts
+
+    exact = Routed(tokens=routed.tokens, dtype=routed.dtype, chosen=routed.chosen, seed=routed.seed)
+    for name in ("x", "grad"):
+        object.__setattr__(exact, name, getattr(exact, name).double())
+    with (
+        patch.object(Tensor, "bfloat16", Tensor.double),
+        patch.object(GroupedExperts, "_grouped_mm", product_of_groups),
+    ):
+        from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
+
+        config = deepcopy(config.routed_experts)
+        config.token_dispatcher = LocalTokenDispatcher.Config(num_experts=EXPERTS, top_k=TOP_K)
+        module = built(config, torch.device("cpu"), routed.dtype).double()
+        return exact.run(module)
