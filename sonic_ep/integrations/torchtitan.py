@@ -13,7 +13,7 @@ this rank, K experts a token, T = B*L tokens of this rank, R rows of this rank's
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -32,9 +32,8 @@ try:
     import spmd_types as spmd
     from torchtitan.config import derive, override
     from torchtitan.distributed.spmd_types import current_spmd_mesh, maybe_set_sparse_mesh
-    from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
+    from torchtitan.models.common.moe import RoutedExperts
     from torchtitan.models.common.token_dispatcher import BaseEPTokenDispatcher
-    from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 except ImportError as error:
     raise ImportError(
         f"sonic_ep.integrations.torchtitan needs torchtitan 0.3 or later on Python 3.11 or later ({error}): "
@@ -84,11 +83,14 @@ class ExpertRows:
             # Where a bound is exceeded there are fewer rows than were routed, until the error is raised.
             ends_e = ends_e.clamp(max=rows)
             counts_e = ends_e.diff(prepend=ends_e.new_zeros(1))
-        row_R = None if exact and multiple is None else torch.arange(rows, device=ends_e.device)
+        # At least one: products of no rows at all are an error of some kernels.
+        plain = ExpertRows(counts_e=counts_e, num_rows=max(rows, 1), unused_R1=None, place_R=None)
+        if exact and multiple is None:
+            return plain
+        row_R = torch.arange(rows, device=ends_e.device)
         unused_R1 = None if exact else (row_R >= ends_e[-1])[:, None]
         if multiple is None:
-            # Products of no rows at all are an error of some kernels.
-            return ExpertRows(counts_e=counts_e, num_rows=max(rows, 1), unused_R1=unused_R1, place_R=None)
+            return replace(plain, unused_R1=unused_R1)
         padded_e = -(-counts_e.clamp(min=1) // multiple) * multiple
         # Rows of expert i move by what was added to those before it, unused ones by all of it.
         shift = F.pad((padded_e - counts_e).cumsum(0), (1, 0))
@@ -105,7 +107,7 @@ class ExpertRows:
         return F.pad(rows_RD, (0, 0, 0, self.num_rows - len(rows_RD))) if self.num_rows > len(rows_RD) else rows_RD
 
     def gather(self, rows_ND: Tensor, num_rows: int) -> Tensor:
-        """(R, D) = (num_rows, D) of what experts return for the rows of ``spread``; their gradient is zero elsewhere."""
+        """(R, D) of what experts return for the rows of ``spread``, (num_rows, D); their gradient is zero elsewhere."""
         rows_RD = rows_ND[:num_rows] if self.place_R is None else rows_ND.index_select(0, self.place_R)
         return rows_RD if self.unused_R1 is None else rows_RD.masked_fill(self.unused_R1, 0)
 
@@ -128,7 +130,7 @@ class TokenDispatcherConfig(BaseEPTokenDispatcher.Config):
 
 
 class SonicEPTokenDispatcher(BaseEPTokenDispatcher):
-    """torchtitan's token dispatcher over ``ExpertParallel``; without an EP mesh, over this process alone."""
+    """A token dispatcher of torchtitan over ``ExpertParallel``; without an EP mesh, over this process alone."""
 
     Config = TokenDispatcherConfig
 
@@ -146,9 +148,10 @@ class SonicEPTokenDispatcher(BaseEPTokenDispatcher):
     def expert_parallel(self, x: Tensor) -> ExpertParallel:
         """The one that all layers of this EP group share."""
         if self._ep is None or not self._ep.usable:
-            alone = {"backend": "auto" if x.is_cuda else "reference"}
-            of_group = (ONE_PROCESS, alone) if self.ep_mesh is None else (self.ep_mesh, {})
-            self._ep = shared(of_group[0], **{**of_group[1], **self._options})
+            group: Any = ONE_PROCESS if self.ep_mesh is None else self.ep_mesh
+            # As for ``Experts`` of one process.
+            backend = {"backend": "reference"} if self.ep_mesh is None and not x.is_cuda else {}
+            self._ep = shared(group, **{**backend, **self._options})
         return self._ep
 
     def dispatch(
@@ -174,7 +177,7 @@ class SonicEPTokenDispatcher(BaseEPTokenDispatcher):
         return rows_ND, counts_e, DispatchMetadata(plan=plan, topk_scores_TK=topk_scores_TK, expert_rows=expert_rows)
 
     def combine(self, routed_output_RD: Tensor, metadata: DispatchMetadata, x_TD: Tensor) -> Tensor:
-        """Collective. (T, D), dtype of x: each token's sum over k of score * row, in fp32, rounded once to the row's."""
+        """Collective. (T, D), dtype of x: each token's sum over k of score * row, in fp32, rounded once."""
         ep, plan = self.expert_parallel(x_TD), metadata.plan
         with spmd.no_typecheck():
             rows_RD = metadata.expert_rows.gather(routed_output_RD, plan.row_capacity)
@@ -184,7 +187,7 @@ class SonicEPTokenDispatcher(BaseEPTokenDispatcher):
 
 
 def declare_varying(*tensors: Tensor) -> None:
-    """Tell torchtitan's type checker, where it runs (debug.spmd_typechecking), that every rank has values of its own."""
+    """Tell torchtitan's type checker, where it runs (debug.spmd_typechecking), that ranks have values of their own."""
     if spmd.is_type_checking():
         names = current_spmd_mesh().mesh_dim_names
         for tensor in tensors:
@@ -211,11 +214,17 @@ def gpt_oss_experts(experts: nn.Module) -> dict[str, Any]:
     return {**weights, "activation": Swiglu(alpha=1.702, limit=limit, up_offset=1.0), "gate_layout": "interleaved"}
 
 
-# Not their subclasses, which are there to compute something else.
-ARGUMENTS_OF: Mapping[type, Callable[[nn.Module], dict[str, Any]]] = {
-    GroupedExperts: swiglu_experts,
-    GptOssGroupedExperts: gpt_oss_experts,
+# By full names: importing torchtitan's GPT-OSS needs a later PyTorch than its other experts do. No subclasses: they are
+# there to compute something else.
+ARGUMENTS_OF: Mapping[str, Callable[[nn.Module], dict[str, Any]]] = {
+    "torchtitan.models.common.moe.GroupedExperts": swiglu_experts,
+    "torchtitan.models.gpt_oss.moe.GptOssGroupedExperts": gpt_oss_experts,
 }
+
+
+def name_of(experts: type) -> str:
+    """The full name of a class."""
+    return f"{experts.__module__}.{experts.__qualname__}"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -224,13 +233,13 @@ class FusedRoutedExpertsConfig(RoutedExperts.Config):
 
 
 class FusedRoutedExperts(RoutedExperts):
-    """torchtitan's ``RoutedExperts`` as one ``ExpertParallel.moe_routed``, on the parameters of its experts."""
+    """The ``RoutedExperts`` of torchtitan as one ``ExpertParallel.moe_routed``, on the parameters of its experts."""
 
     Config = FusedRoutedExpertsConfig
 
     def __init__(self, config: FusedRoutedExpertsConfig) -> None:
         super().__init__(config)
-        self._arguments_of = ARGUMENTS_OF[type(self.inner_experts)]
+        self._arguments_of = ARGUMENTS_OF[name_of(type(self.inner_experts))]
 
     def parallelize(self, parallel_dims: Any) -> None:
         """As torchtitan's. Raises ``ValueError`` for biases under tensor parallelism of experts."""
@@ -259,7 +268,10 @@ class FusedRoutedExperts(RoutedExperts):
             return out.to(x_BLD.dtype)
 
 
-@override(target=BaseEPTokenDispatcher.Config, description="sonic_ep: dispatch and combine around torchtitan's experts.")
+@override(  # type: ignore[untyped-decorator]
+    target=BaseEPTokenDispatcher.Config,
+    description="sonic_ep: dispatch and combine around torchtitan's experts.",
+)
 def token_dispatcher(cfg: Any, **options: Any) -> TokenDispatcherConfig:
     """In place of any EP token dispatcher. Unless ``cpu_sync_on_runtime`` says otherwise the host reads R in each call.
 
@@ -268,17 +280,21 @@ def token_dispatcher(cfg: Any, **options: Any) -> TokenDispatcherConfig:
     """
     options = {"cpu_sync_on_runtime": True, **options}
     shared_options(options)
-    return derive(cfg, TokenDispatcherConfig, options=options)
+    made: TokenDispatcherConfig = derive(cfg, TokenDispatcherConfig, options=options)
+    return made
 
 
-@override(target=RoutedExperts.Config, description="sonic_ep: dispatch, experts and combine as one region.")
+@override(  # type: ignore[untyped-decorator]
+    target=RoutedExperts.Config,
+    description="sonic_ep: dispatch, experts and combine as one region.",
+)
 def routed_experts(cfg: Any, **options: Any) -> FusedRoutedExpertsConfig:
     """In place of the whole region. Raises ``TypeError`` for experts of another class than torchtitan's own two."""
     shared_options(options)
-    experts = type(cfg.inner_experts)._owner
+    experts = name_of(type(cfg.inner_experts)._owner)
     if experts not in ARGUMENTS_OF:
-        known = ", ".join(each.__name__ for each in ARGUMENTS_OF)
-        got = f"inner_experts: got {experts.__name__}, expected {known}"
+        got = f"inner_experts: got {experts}, expected {' or '.join(ARGUMENTS_OF)}"
         raise TypeError(f"{__name__}.routed_experts: {got}: override by {DISPATCHER}, which runs any experts")
     dispatcher = derive(cfg.token_dispatcher, TokenDispatcherConfig, options=options, pad_multiple=None)
-    return derive(cfg, FusedRoutedExpertsConfig, token_dispatcher=dispatcher)
+    made: FusedRoutedExpertsConfig = derive(cfg, FusedRoutedExpertsConfig, token_dispatcher=dispatcher)
+    return made

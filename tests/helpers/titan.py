@@ -1,4 +1,4 @@
-"""torchtitan's routed experts on ranks of tests: configs, overrides, meshes, and what one process has."""
+"""Routed experts of torchtitan on ranks of tests: configs, overrides, meshes, and what one process has."""
 
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -10,11 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import fsdp
 
 from sonic_ep.testing import Rank
 
+# Its models import this name, which PyTorch 2.11 does not have.
+RUNS = find_spec("torchtitan") is not None and hasattr(fsdp, "DataParallelMeshDims")
 needs_torchtitan = pytest.mark.skipif(
-    find_spec("torchtitan") is None, reason="torchtitan is not installed: it needs Python 3.11 or later"
+    not RUNS, reason="needs torchtitan, which takes Python 3.11 or later, and a PyTorch that its models import with"
 )
 MODULE = "sonic_ep.integrations.torchtitan"
 DISPATCHER, REGION = f"{MODULE}.token_dispatcher", f"{MODULE}.routed_experts"
@@ -70,7 +73,7 @@ def overridden(config: Any, *imports: str) -> Any:
 
 
 def meshes(rank: Rank, backend: str = "partial_dtensor", **degrees: int) -> Any:
-    """torchtitan's ``ParallelDims`` of these ranks. backend: the SPMD backend, which is set for this process."""
+    """The ``ParallelDims`` of these ranks. backend: torchtitan's SPMD backend, which is set for this process."""
     # Registers "fake", the backend that torchtitan gives to dimensions of one rank.
     from torch.testing._internal.distributed import fake_pg  # noqa: F401
     from torchtitan.distributed import parallel_dims, utils
