@@ -3,12 +3,14 @@
 from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from shards import full
 from torch import Tensor, nn
 from torch.distributed import fsdp
 
@@ -22,6 +24,7 @@ needs_torchtitan = pytest.mark.skipif(
 MODULE = "sonic_ep.integrations.torchtitan"
 DISPATCHER, REGION = f"{MODULE}.token_dispatcher", f"{MODULE}.routed_experts"
 DIM, INTERMEDIATE, EXPERTS, TOP_K = 16, 16, 8, 2
+VOCABULARY = 32
 SWIGLU = ("w1_EFD", "w2_EDF", "w3_EFD")
 GPT_OSS = ("mlp1_weight_EGD", "mlp1_bias_EG", "mlp2_weight_EDF", "mlp2_bias_ED")
 
@@ -178,3 +181,68 @@ def truth(config: Any, routed: Routed) -> dict[str, Tensor]:
         config.token_dispatcher = LocalTokenDispatcher.Config(num_experts=EXPERTS, top_k=TOP_K)
         module = built(config, torch.device("cpu"), routed.dtype).double()
         return exact.run(module)
+
+
+def qwen3_config() -> Any:
+    """A Qwen3 of two MoE layers, small."""
+    from torchtitan.models.common import Embedding, Linear
+    from torchtitan.models.common.attention import ScaledDotProductAttention
+    from torchtitan.models.common.rope import CosSinRoPE
+    from torchtitan.models.qwen3 import Qwen3Model, _build_qwen3_moe_layers, _qwen3_norm
+
+    heads = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "rope": CosSinRoPE.Config(dim=8, max_seq_len=32, theta=1e4)}
+    of_moe = {"moe_hidden_dim": INTERMEDIATE, "num_experts": EXPERTS, "top_k": TOP_K, "moe_comm_backend": "standard"}
+    weight = {"param_init": {"weight": normal}}
+    layers = _build_qwen3_moe_layers(n_layers=2, dim=DIM, attn_backend="flex", **heads, **of_moe)
+    for layer in layers:
+        # One that the CPU runs without a compiler.
+        layer.attention.inner_attention = ScaledDotProductAttention.Config()
+    return Qwen3Model.Config(
+        vocab_size=VOCABULARY,
+        dim=DIM,
+        norm=_qwen3_norm(DIM),
+        tok_embeddings=Embedding.Config(num_embeddings=VOCABULARY, embedding_dim=DIM, **weight),
+        lm_head=Linear.Config(in_features=DIM, out_features=VOCABULARY, **weight),
+        layers=layers,
+    )
+
+
+def qwen3_gradients(
+    rank: Rank, *imports: str, checkpointing: str = "none", tp: int = 1, ep: int = 2
+) -> dict[str, Tensor]:
+    """Loss and whole gradients of that model, overridden and parallelized by torchtitan itself. Collective.
+
+    Each data-parallel rank has a batch of its own.
+    """
+    # FSDP2 of PyTorch 2.13 takes no plain tensors, which torchtitan's default, spmd_types, gives it.
+    spmd = "partial_dtensor"
+    from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
+    from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+    from torchtitan.distributed.utils import get_spmd_context
+    from torchtitan.models.qwen3 import parallelize_qwen3
+
+    parallelism = ParallelismConfig(expert_parallel_degree=ep, tensor_parallel_degree=tp, spmd_backend=spmd)
+    training = TrainingConfig(mixed_precision_param="float32", mixed_precision_reduce="float32")
+    config = qwen3_config()
+    config.update_from_config(config=SimpleNamespace(parallelism=parallelism, training=training))
+    model = built(overridden(config, *imports) if imports else config, rank.device)
+    dims = meshes(rank, spmd, ep=ep, tp=tp)
+    policies = {"none": None, "full": FullAC.Config(), "selective": SelectiveAC.Config()}
+    given = {"training": training, "parallelism": parallelism, "compile_config": CompileConfig(), "dump_folder": ""}
+    tokens = torch.randint(VOCABULARY, (rank.world_size, 2, 8), generator=torch.Generator().manual_seed(3))
+    mine = tokens[rank.rank // tp].to(rank.device)
+    with get_spmd_context(parallel_dims=dims)():
+        model = parallelize_qwen3(model, parallel_dims=dims, ac_config=policies[checkpointing], **given)
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                # Gloo cannot scale within a reduction.
+                module.set_force_sum_reduction_for_comms(True)
+        logits = model(mine)
+        logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), mine.flatten(), reduction="sum")
+        loss.backward()
+    found = {name: full(parameter.grad) for name, parameter in model.named_parameters()}
+    return {
+        "loss": loss.detach()[None],
+        **{name.replace("_checkpoint_wrapped_module.", ""): g for name, g in found.items()},
+    }

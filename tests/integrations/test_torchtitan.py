@@ -31,6 +31,7 @@ from titan import (
     of_group,
     overridden,
     place,
+    qwen3_gradients,
     truth,
 )
 from torch import Tensor
@@ -95,6 +96,10 @@ def test_routed_experts_over_the_reference(rank: Rank) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             routed = Routed(tokens=tokens, dtype=dtype)
             assert_all_accurate(found_on_ranks(rank, dims, fused, routed), config, routed)
+    # As checkpoints have them.
+    states = [parallelized(each, dims, rank, torch.float32).state_dict() for each in (config, dispatching, fused)]
+    assert len({tuple((name, t.shape, t.placements) for name, t in state.items()) for state in states}) == 1
+    del states
     # A rank whose experts get no rows.
     routed = Routed(tokens=EVEN, chosen=EXPERTS // 2)
     assert_all_near(found_on_ranks(rank, dims, dispatching, routed), in_one_process(config, routed))
@@ -180,6 +185,25 @@ def test_rows_of_each_expert_are_padded_for_quantized_products(
     assert rows % 4 == 0
     assert all(count % 4 == 0 and count > 0 for count in counts_e.tolist())
     assert sum(counts_e) <= rows
+
+
+# In units of bf16, in which experts compute: what reaches their last bits differs in its last bits of fp32, or by the
+# roundings of both layers.
+UNITS = {DISPATCHER: 1, REGION: 4}
+
+
+@pytest.mark.thorough
+@needs_torchtitan
+@on_ranks(2, pool="cpu_pool")
+@pytest.mark.parametrize("override", [DISPATCHER, REGION], ids=["dispatcher", "region"])
+@pytest.mark.parametrize(("checkpointing", "tp"), [("none", 1), ("full", 1), ("selective", 1), ("none", 2)])
+def test_a_model_of_torchtitan(rank: Rank, override: str, checkpointing: str, tp: int) -> None:
+    """Qwen3 under FSDP2, activation checkpointing and sequence parallelism, like its standard dispatcher."""
+    expected = qwen3_gradients(rank, tp=tp)
+    got = qwen3_gradients(rank, with_options(override, backend="reference"), checkpointing=checkpointing, tp=tp)
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        assert_near(value.bfloat16(), expected[name], units=UNITS[override])
 
 
 @needs_torchtitan
