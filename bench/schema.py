@@ -168,10 +168,26 @@ class Entry(Times, frozen=True, kw_only=True, omit_defaults=True):
     met: bool | None = None
 
 
+class AccuracyRecord(JsonStruct, frozen=True, kw_only=True):
+    """Error of one result and its bound, relative Frobenius norms; the same of the worst row."""
+
+    name: str
+    error: Number
+    bound: Number
+    worst_row: Number
+    worst_row_bound: Number
+    ok: bool
+
+    def __post_init__(self) -> None:
+        within = self.error <= self.bound and self.worst_row <= self.worst_row_bound
+        _require(self.ok == within, f"Expected `ok` {within}, as errors and bounds say, got {self.ok}")
+
+
 class Suite(Document, frozen=True, kw_only=True, tag="suite", eq=False):
-    """Written by the suites."""
+    """Written by the suites. accuracy: of other libraries' layers beside ours, which need not be right."""
 
     entries: tuple[Entry, ...]
+    accuracy: tuple[AccuracyRecord, ...] = ()
 
 
 class ProfileShapeRecord(JsonStruct, frozen=True, kw_only=True):
@@ -313,21 +329,6 @@ class SetupRecord(JsonStruct, frozen=True, kw_only=True):
         t, h, i, e, k = self.thiek
         tokens = -(-t // self.world_size)
         return ShapeRecord(tokens=tokens, hidden=h, intermediate=i, num_experts=e, top_k=k, dtype=self.dtype)
-
-
-class AccuracyRecord(JsonStruct, frozen=True, kw_only=True):
-    """Error of one result and its bound, relative Frobenius norms; the same of the worst row."""
-
-    name: str
-    error: Number
-    bound: Number
-    worst_row: Number
-    worst_row_bound: Number
-    ok: bool
-
-    def __post_init__(self) -> None:
-        within = self.error <= self.bound and self.worst_row <= self.worst_row_bound
-        _require(self.ok == within, f"Expected `ok` {within}, as errors and bounds say, got {self.ok}")
 
 
 class MemoryUse(JsonStruct, frozen=True, kw_only=True):
