@@ -142,8 +142,9 @@ class Problem:
             options["distributed_config"] = DistributedConfig(**sizes, ep_implementation=variant.ep)
         model: nn.Module = AutoModelForCausalLM.from_pretrained(self.folder, **options)
         if variant.identity:
-            for layer in model.get_submodule("model.layers").children():
-                layer.mlp.experts.forward = unchanged
+            for name, module in model.named_modules():
+                if name.endswith(".experts"):
+                    vars(module)["forward"] = unchanged
         return model.to(self.device).train()
 
     def step(self, model: nn.Module) -> Any:
@@ -172,6 +173,7 @@ def outcome_of(model: nn.Module, problem: Problem) -> Outcome:
     tensors = {"logits": out.logits.detach().flatten(0, 1)}
     for name in EXPERT_WEIGHTS:
         grad = model.get_parameter(f"model.layers.0.mlp.experts.{name}").grad
+        assert grad is not None
         tensors[name] = (grad.to_local() if isinstance(grad, DTensor) else of_this_rank(grad, problem.group)).flatten(
             0, 1
         )
