@@ -12,7 +12,8 @@ from sonic_ep import ExpertParallel, MoE
 from sonic_ep.testing import Rank
 
 DOCS = Path(__file__).parents[2] / "docs"
-TRAINING, CHECKPOINTS, INFERENCE = DOCS / "training.md", DOCS / "checkpoints.md", DOCS / "inference.md"
+TRAINING, CHECKPOINTS = DOCS / "training.md", DOCS / "checkpoints.md"
+INFERENCE, TRANSFORMERS = DOCS / "inference.md", DOCS / "transformers.md"
 
 DDP, FSDP1 = "DistributedDataParallel", "FullyShardedDataParallel"
 FSDP2, ZERO = "FSDP2", "ZeroRedundancyOptimizer"
