@@ -69,7 +69,7 @@ def swapped_gate(toy: "Toy", h: Tensor) -> Tensor:
 class Toy(nn.Module):
     """Experts as other libraries write them."""
 
-    def __init__(self, gate: Gate, *, split: bool = False, **flags: bool) -> None:
+    def __init__(self, gate: Gate, *, split: bool = False, device: str = "meta", **flags: bool) -> None:
         super().__init__()
         self.gate, self.split = gate, split
         self.num_experts = EXPERTS
@@ -83,9 +83,9 @@ class Toy(nn.Module):
             "down_proj": (HIDDEN, INTERMEDIATE),
         }.items():
             shape = (columns, rows) if self.is_transposed else (rows, columns)
-            setattr(self, name, nn.Parameter(torch.empty(EXPERTS, *shape, device="meta")))
+            setattr(self, name, nn.Parameter(torch.empty(EXPERTS, *shape, device=device)))
             if self.has_bias:
-                setattr(self, f"{name}_bias", nn.Parameter(torch.empty(EXPERTS, rows, device="meta")))
+                setattr(self, f"{name}_bias", nn.Parameter(torch.empty(EXPERTS, rows, device=device)))
 
     def linear(self, name: str, expert: int, x: Tensor) -> Tensor:
         weight = getattr(self, name)[expert]
@@ -161,7 +161,7 @@ def test_a_module_that_cannot_be_tried_is_refused() -> None:
 
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_arguments_are_views_of_the_parameters(is_transposed: bool) -> None:
-    toy = Toy(silu_gate, has_bias=True, is_transposed=is_transposed).to_empty(device="cpu")
+    toy = Toy(silu_gate, has_bias=True, is_transposed=is_transposed, device="cpu")
     given = StoredExperts.of(toy, REFUSAL).arguments(dict(toy.named_parameters()))
     assert given.pop("gate_layout") == "concat"
     shapes = {"w1": (EXPERTS, 2 * INTERMEDIATE, HIDDEN), "w2": (EXPERTS, HIDDEN, INTERMEDIATE)}
