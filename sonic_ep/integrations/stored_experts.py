@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from math import inf
@@ -24,6 +24,7 @@ UP_NAMES: Mapping[bool, list[tuple[str, ...]]] = {
 }
 # Of an experts class, with the values that count where it has none.
 FLAGS = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+FP32 = torch.finfo(torch.float32)
 # The number of the activation "quick_gelu".
 QUICK_GELU_ALPHA = 1.702
 
@@ -99,9 +100,9 @@ def proven_activation(
 ) -> Activation:
     """The activation with which ``moe_routed`` gives what the module's own forward does. ``ValueError`` if none.
 
-    A copy of the module runs in fp64, on the CPU, with two experts of random weights, on tokens of norms from 1e-2 to
-    1e6, so that numbers beyond any limit occur: once for each of ``implementations``, which ``_experts_implementation``
-    of its config names. Rows have to agree to the rounding of fp32, in which some gates are computed.
+    A copy of the module runs in fp64, on the CPU, with two experts of small weights, on tokens of norms from 1e-2 to
+    1e5, so that numbers beyond any limit occur: once for each of ``implementations``, which ``_experts_implementation``
+    of its config names. Rows have to agree to the rounding of fp32, in which some experts are computed.
     """
     if "forward" in vars(experts):
         raise refusal.of("a forward that was replaced in this object", "the forward of its class")
@@ -123,8 +124,9 @@ def proven_activation(
 def candidates(experts: nn.Module, gated: bool) -> Iterator[Activation]:
     """Activations that the module may have; numbers of Swiglu are attributes whose names end as those of Swiglu do."""
     yield from (activation for activation in ACTIVATIONS.values() if activation.gated == gated)
-    numbers = {name: value for name, value in vars(experts).items() if isinstance(value, int | float) and value > 0}
-    alphas, limits = ({v for name, v in numbers.items() if name.endswith(end)} for end in ("alpha", "limit"))
+    numbers = {name: value for name, value in vars(experts).items() if isinstance(value, int | float)}
+    fit = {name: value for name, value in numbers.items() if FP32.tiny <= value <= FP32.max}
+    alphas, limits = ({float(value) for name, value in fit.items() if name.endswith(end)} for end in ("alpha", "limit"))
     if gated:
         for alpha, limit, up_offset in product({1.0, QUICK_GELU_ALPHA} | alphas, {inf} | limits, (0.0, 1.0)):
             yield Swiglu(alpha=alpha, limit=limit, up_offset=up_offset)
@@ -134,7 +136,7 @@ def candidates(experts: nn.Module, gated: bool) -> Iterator[Activation]:
 class SmallProblem:
     """Two experts and T tokens in fp64: x (T, H), ids and scores (T, 2), parameters by name.
 
-    Norms of tokens take turns: token t has about ``NORMS[t % len(NORMS)]``.
+    Numbers are whole, those of token t times ``SCALES[t % len(SCALES)]``, so that up-projections are exact in fp32 too.
     """
 
     x_TH: Tensor
@@ -145,27 +147,31 @@ class SmallProblem:
     EXPERTS: ClassVar[int] = 2
     HIDDEN: ClassVar[int] = 4
     INTERMEDIATE: ClassVar[int] = 3
-    NORMS: ClassVar[tuple[float, ...]] = (1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 1e2, 1e3, 1e6)
+    LARGEST: ClassVar[int] = 8
+    SCALES: ClassVar[tuple[float, ...]] = tuple(2.0**power for power in (-10, -7, -5, -4, -3, -2, -1, 0, 3, 14))
     ROUNDS: ClassVar[int] = 16
 
     @classmethod
     def of(cls, stored: StoredExperts) -> SmallProblem:
         """With parameters as the module stores them."""
-        normal = _normal_numbers()
+        generator = torch.Generator("cpu").manual_seed(0)
+
+        def whole(*shape: int) -> Tensor:
+            drawn = torch.randint(-cls.LARGEST, cls.LARGEST + 1, shape, generator=generator, device="cpu")
+            return drawn.double()
+
         width = cls.INTERMEDIATE * (2 if stored.gated and len(stored.up) == 1 else 1)
         sizes = dict.fromkeys(stored.up, (width, cls.HIDDEN)) | {DOWN: (cls.HIDDEN, cls.INTERMEDIATE)}
         parameters = {}
         for name, (rows, columns) in sizes.items():
-            shape = (columns, rows) if stored.transposed else (rows, columns)
-            parameters[name] = normal(cls.EXPERTS, *shape)
-            parameters[f"{name}_bias"] = normal(cls.EXPERTS, rows)
-        norms_T = torch.tensor(cls.NORMS, dtype=torch.float64, device="cpu").repeat(cls.ROUNDS)
-        x_TH, scores_TK = normal(len(norms_T), cls.HIDDEN), normal(len(norms_T), 2).abs()
-        ids_TK = torch.tensor([[0, 1], [1, 0], [0, 0], [1, 1]], device="cpu").repeat(len(norms_T) // 4, 1)
+            parameters[name] = whole(cls.EXPERTS, *((columns, rows) if stored.transposed else (rows, columns)))
+            parameters[f"{name}_bias"] = whole(cls.EXPERTS, rows)
+        scales_T1 = torch.tensor(cls.SCALES, dtype=torch.float64, device="cpu").repeat(cls.ROUNDS).unsqueeze(1)
+        ids_TK = torch.tensor([[0, 1], [1, 0], [0, 0], [1, 1]], device="cpu").repeat(len(scales_T1) // 4, 1)
         return cls(
-            x_TH=x_TH * norms_T.unsqueeze(1),
+            x_TH=whole(len(scales_T1), cls.HIDDEN) * scales_T1,
             ids_TK=ids_TK,
-            scores_TK=scores_TK,
+            scores_TK=whole(len(scales_T1), 2),
             parameters={name: parameters[name] for name in stored.names},
         )
 
@@ -193,24 +199,14 @@ class SmallProblem:
         return (y_TKH * self.scores_TK.unsqueeze(2)).sum(dim=1)
 
     def agrees(self, got_TH: Tensor, expected_TH: Tensor) -> bool:
-        """Whether every row is within the rounding of fp32: of its norm, or that usual of tokens of its size."""
+        """Whether each row is within the rounding of fp32, of its norm or of that usual of its scale, if larger."""
         if got_TH.shape != expected_TH.shape:
             return False
         units = 2 * (self.HIDDEN + self.INTERMEDIATE + self.EXPERTS)
-        size_RN = expected_TH.norm(dim=1).view(self.ROUNDS, len(self.NORMS))
+        size_RN = expected_TH.norm(dim=1).view(self.ROUNDS, len(self.SCALES))
         distance_RN = (got_TH - expected_TH).norm(dim=1).view_as(size_RN)
         size_RN = size_RN.maximum(size_RN.square().mean(dim=0).sqrt())
-        return bool((distance_RN <= units * torch.finfo(torch.float32).eps * size_RN).all())
+        return bool((distance_RN <= units * FP32.eps * size_RN).all())
 
     def _of_slots(self, bias: Tensor) -> Tensor:
         return bias[self.ids_TK] if bias.ndim else bias
-
-
-def _normal_numbers() -> Callable[..., Tensor]:
-    """A function that makes fp64 tensors, the same in every process."""
-    generator = torch.Generator("cpu").manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
-
-    return normal

@@ -128,11 +128,12 @@ class SonicEPImplementation(EPImplementation):
     @classmethod
     def _shared(cls, ep_mesh: DeviceMesh) -> ExpertParallel:
         """``shared``, asked once for a model, all of whose modules get the same mesh object: it collects garbage."""
-        mesh, made = (reference() for reference in SonicEPImplementation._last)
-        if mesh is ep_mesh and isinstance(made, ExpertParallel) and made.usable:
-            return made
-        ep = shared(ep_mesh, **cls.options)
-        SonicEPImplementation._last = (weakref.ref(ep_mesh), weakref.ref(ep))
+        mesh, last = SonicEPImplementation._last
+        # Of another mesh it may be garbage, which ``shared`` cannot collect while it is held here.
+        ep = last() if mesh() is ep_mesh else None
+        if not isinstance(ep, ExpertParallel) or not ep.usable:
+            ep = shared(ep_mesh, **cls.options)
+            SonicEPImplementation._last = (weakref.ref(ep_mesh), weakref.ref(ep))
         return ep
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
