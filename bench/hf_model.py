@@ -53,7 +53,7 @@ EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
+class ModelSizes:
     """The model and a rank's batch. heads: of queries, of keys and values, and their dimension."""
 
     hidden: int
@@ -89,7 +89,7 @@ class Sizes:
         return Shape(tokens=self.batch * self.context, hidden=self.hidden, dtype=DTYPE, **experts)
 
 
-QWEN3_30B = Sizes(
+QWEN3_30B = ModelSizes(
     hidden=2048,
     intermediate=768,
     num_experts=128,
@@ -99,7 +99,9 @@ QWEN3_30B = Sizes(
     batch=4,
     context=2048,
 )
-SMOKE = Sizes(hidden=32, intermediate=16, num_experts=8, top_k=2, heads=(4, 2, 8), vocabulary=64, batch=2, context=16)
+SMOKE = ModelSizes(
+    hidden=32, intermediate=16, num_experts=8, top_k=2, heads=(4, 2, 8), vocabulary=64, batch=2, context=16
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +278,7 @@ def timings(models: Mapping[str, nn.Module], problem: Problem, rounds: int) -> d
 
 
 @contextmanager
-def saved_model(sizes: Sizes, run: Run) -> Iterator[Path]:
+def saved_model(sizes: ModelSizes, run: Run) -> Iterator[Path]:
     """Collective. The folder, on this machine, of the model with weights of a seed, while the context lasts."""
     paths: list[Any] = [None]
     with tempfile.TemporaryDirectory() as mine:
