@@ -52,7 +52,8 @@ def test_a_restart_with_other_ranks_goes_on_where_one_process_would_be(
     uninterrupted = example.finetune("alone", settings, CPU)
     found = example.compare([first, second], uninterrupted, settings.tokens)
     assert found.ok, found
-    assert found.bound < 1e-4
+    # Rounding alone: so few steps have no near tie.
+    assert found.bound < 1e-4 < settings.bound
     assert uninterrupted.losses[-1] < uninterrupted.losses[0]
     assert len(example.written(settings, CPU)) > len(example.PROMPT)
 
