@@ -142,6 +142,12 @@ def trained_on_ranks(model: nn.Module, ids: Tensor, tp_size: int = 1) -> dict[st
     return {**mine, "loss": torch.stack(losses[::tp_size]).mean(), "logits": torch.cat(logits[::tp_size])}
 
 
+def farthest(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """The largest distance of a tensor, relative, in the Frobenius norm."""
+    assert got.keys() == expected.keys()
+    return max(float((got[name] - tensor).norm() / tensor.norm()) for name, tensor in expected.items())
+
+
 def assert_all_near(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], units: float = UNITS) -> None:
     """Every tensor of both."""
     assert got.keys() == expected.keys()
