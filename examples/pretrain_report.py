@@ -1,4 +1,4 @@
-"""What ``pretrain_fsdp.py`` says about its runs: whether their curves are the same up to rounding, and a picture."""
+"""What ``pretrain_fsdp.py`` and ``finetune_hf.py`` say: whether curves are the same up to rounding, and a picture."""
 
 from __future__ import annotations
 
@@ -54,12 +54,13 @@ class Comparison:
         return f"ranks and one process {'agree' if self.ok else 'DIFFER'}: largest relative difference: {found}"
 
 
-def compare(parts: Sequence[Curve], alone: Curve, tokens: int) -> Comparison:
+def compare(parts: Sequence[Curve], alone: Curve, tokens: int, bound: float | None = None) -> Comparison:
     """The curves of the ranks, one after the other, with the one process's.
 
     tokens: N, of a batch. A loss and a gradient are sums over N tokens, and the ranks add them in another order: that
     moves a sum by N machine epsilons at most, and far less on average, which leaves room for what the weights' own
-    rounding adds in a short run. Raises ``ValueError`` unless the parts have the same steps as the one process.
+    rounding adds in a short run; ``bound`` replaces it, for a longer one. Raises ``ValueError`` unless the parts have
+    the same steps as the one process.
     """
     steps = [step for part in parts for step in part.steps]
     if steps != list(alone.steps):
@@ -67,7 +68,7 @@ def compare(parts: Sequence[Curve], alone: Curve, tokens: int) -> Comparison:
     return Comparison(
         losses=_differences([loss for part in parts for loss in part.losses], alone.losses),
         norms=_differences([norm for part in parts for norm in part.norms], alone.norms),
-        bound=tokens * torch.finfo(torch.float32).eps,
+        bound=tokens * torch.finfo(torch.float32).eps if bound is None else bound,
     )
 
 
@@ -75,9 +76,9 @@ def _differences(found: Sequence[float], expected: Sequence[float]) -> list[floa
     return [abs(got - want) / abs(want) for got, want in zip(found, expected, strict=True)]
 
 
-def report(parts: Mapping[str, Curve], alone: Curve, tokens: int, folder: Path) -> bool:
+def report(parts: Mapping[str, Curve], alone: Curve, tokens: int, folder: Path, bound: float | None = None) -> bool:
     """Whether all agree: printed, and drawn as curves.png in ``folder``. parts: the curves on ranks, by label."""
-    comparison = compare(list(parts.values()), alone, tokens)
+    comparison = compare(list(parts.values()), alone, tokens, bound)
     print(comparison)
     try:
         write_picture(parts, alone, comparison, folder / "curves.png")
@@ -101,7 +102,7 @@ def write_picture(parts: Mapping[str, Curve], alone: Curve, comparison: Comparis
     for axes in (curves, distances):
         axes.axvline(list(parts.values())[-1].first - 0.5, color=GREY, ls=":", label="restart")
         axes.grid(alpha=0.3)
-    curves.set_title("Pretraining with FSDP2 over efsdp x ep, and its restart with other ranks, fp32")
+    curves.set_title("FSDP2 over efsdp x ep, and a restart with other ranks, fp32")
     curves.set_ylabel("loss [nats per byte]")
     curves.legend()
     distances.set_yscale("symlog", linthresh=torch.finfo(torch.float32).eps / 2)

@@ -290,7 +290,8 @@ class ExpertParallel:
     def dispatch(self, x: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
         """Rows (R, H) of x (T, H) or (..., H), by expert, source rank, token, k. Collective, differentiable in x.
 
-        Expert i's rows end at ``plan.group_ends[i]``. Rows past the last end are unspecified: do not read them.
+        Expert i has ``plan.tokens_per_expert[i]`` rows, which end at ``plan.group_ends[i]``. Rows past the last end are
+        unspecified: do not read them.
         """
         with self._call_guard.one():
             checked = check_plan(self._checker, plan)
@@ -302,15 +303,18 @@ class ExpertParallel:
     def combine(self, rows: Tensor, topk_scores: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
         """(T, H), dtype of rows: each token's sum over k of score * row. Collective, differentiable in rows and scores.
 
-        rows (R, H) in canonical order; rows past the valid ones are not read. topk_scores (T, K): as in ``moe_routed``.
+        rows (N, H) in canonical order, N from ``plan.rows()``, the valid ones, to R; those past them are not read.
+        Fewer raise ``ValueError``; on "fast" without ``cpu_sync_on_runtime`` a later call of this rank does, as for ids
+        out of range, and their tokens are NaN. topk_scores (T, K): as in ``moe_routed``.
         """
         with self._call_guard.one():
             checked = check_plan(self._checker, plan)
-            rows_RH = check_rows_of_plan(self._checker, rows, checked)
-            scores_TK = check_scores(self._checker, topk_scores, (checked.num_tokens, checked.top_k), rows_RH)
-            rows_RH, scores_TK = for_kernels(rows_RH), for_kernels(scores_TK)
-            self._call_guard.begin("combine", {**facts_of(rows_RH), "plan": identity_of(checked)})
-            return self._backend.combine(rows_RH, scores_TK, checked), checked.expert_ids
+            rows_NH = check_rows_of_plan(self._checker, rows, checked)
+            scores_TK = check_scores(self._checker, topk_scores, (checked.num_tokens, checked.top_k), rows_NH)
+            self._backend.check_rows(rows_NH, checked)
+            rows_NH, scores_TK = for_kernels(rows_NH), for_kernels(scores_TK)
+            self._call_guard.begin("combine", {**facts_of(rows_NH), "plan": identity_of(checked)})
+            return self._backend.combine(rows_NH, scores_TK, checked), checked.expert_ids
 
     @runs_eagerly
     def agree(self, number: int, device: torch.device) -> int:

@@ -142,7 +142,7 @@ class DispatchPrimitive(Protocol):
 class CombinePrimitive(Protocol):
     """Returns rows of experts to their tokens and sums them, in the order and with the rounding of its mode."""
 
-    def combine(self, rows_RH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
+    def combine(self, rows_NH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
         """Collective. Each token's sum over k of score * row, (T, H). Without scores each is 1."""
 
 
@@ -158,14 +158,17 @@ class Backend(Protocol):
     def check_expert_ids(self, topk_idx_TK: Tensor, num_experts: int) -> None:
         """Raise ``ValueError`` for ids outside -1..E-1, or flag them on the device. Not collective."""
 
+    def check_rows(self, rows_NH: Tensor, plan: RoutingPlan) -> None:
+        """Raise ``ValueError`` for fewer rows than the plan has valid, if the host knows. Not collective."""
+
     def plan(self, topk_idx_TK: Tensor, *, num_experts: int, max_tokens: int, distinct: bool) -> RoutingPlan:
         """The plan of this routing; ``distinct`` as in ``Slots``."""
 
     def dispatch(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
         """(R, H) in canonical row order; rows past the valid ones are unspecified. Differentiable."""
 
-    def combine(self, rows_RH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan) -> Tensor:
-        """(T, H). Differentiable in rows and scores. Does not read rows past the valid ones."""
+    def combine(self, rows_NH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan) -> Tensor:
+        """(T, H) of N rows, at most R. Differentiable in rows and scores. Does not read rows past the valid ones."""
 
     def layer(self, x_TH: Tensor, slots: Slots, experts: ExpertWeights, shape: torch.Size) -> LayerOutput:
         """Plan, dispatch, experts, combine. ``shape``: of y, (..., H)."""

@@ -437,12 +437,12 @@ def check_tokens_of_plan(checker: ArgumentChecker, x: object, plan: RoutingPlan)
 
 
 def check_rows_of_plan(checker: ArgumentChecker, rows: object, plan: RoutingPlan) -> Tensor:
-    """``rows`` (R, H) of the plan."""
+    """``rows`` (N, H) of the plan, N at most R. That no valid row is missing is checked by the backend."""
     rows_RH = checker.tensor("rows", rows, ROW_DTYPES)
     device = plan.slot_of_row.device
     checker.require(rows_RH.device == device, "device of rows", rows_RH.device, device)
     shape = tuple(rows_RH.shape)
-    fits = rows_RH.ndim == 2 and shape[0] == plan.row_capacity and shape[1] >= 1
-    checker.require(fits, "shape of rows", shape, f"({plan.row_capacity}, H) = (R, H)")
+    fits = rows_RH.ndim == 2 and shape[0] <= plan.row_capacity and shape[1] >= 1
+    checker.require(fits, "shape of rows", shape, f"(N, H), N from plan.rows() to R={plan.row_capacity}")
     checker.require(shape[1] <= MOST_WIDTH, "hidden size H", shape[1], f"at most {MOST_WIDTH}")
     return rows_RH

@@ -29,9 +29,9 @@ are 0 3 10 11 | 2 7 | 1 5 6 | 4 9; the first six become rows of rank 0, the last
     row_of_slot     rank 0: [[ 0, 0], [ 4, 1], [ 3, 1]]     rank 1: [[ 2, 5], [-1, 4], [ 2, 3]]
     pair_tokens     [[2, 2], [2, 2]]
 
-    on rank 0:      group_ends [4, 6]   slot_of_row [0, 3, 10, 11, 2, 7]
+    on rank 0:      group_ends [4, 6]   tokens_per_expert [4, 2]   slot_of_row [0, 3, 10, 11, 2, 7]
                     packed_of_token [[0, 1, -1], [2, -1, 3]]
-    on rank 1:      group_ends [3, 5]   slot_of_row [1, 5, 6, 4, 9]
+    on rank 1:      group_ends [3, 5]   tokens_per_expert [3, 2]   slot_of_row [1, 5, 6, 4, 9]
                     packed_of_token [[0, -1, 1], [2, 3, -1]]
 """
 
@@ -117,6 +117,14 @@ class RoutingPlan:
         """R."""
         return self.slot_of_row.shape[0]
 
+    @property
+    def tokens_per_expert(self) -> Tensor:
+        """Rows of each expert of this rank, (e,) int32: ``counts[r*e : (r+1)*e]``, the steps of ``group_ends``.
+
+        A view of ``counts``: do not write it. Reads nothing on the host.
+        """
+        return self.counts.narrow(0, self.rank * self.experts_per_rank, self.experts_per_rank)
+
     def rows(self) -> int:
         """Valid rows on this rank. A host read: on a GPU it waits for the plan."""
         return int(self.group_ends[-1])
@@ -191,6 +199,12 @@ def overflow_error(where: object, *, max_rows: int, rank: int, rows: int, more: 
     """The error for ``rank`` being routed more than ``max_rows`` rows."""
     got = f"max_rows: got {max_rows}, expected at least {rows}"
     return RowOverflowError(f"{where}: {got}: rank {rank} is routed {rows} rows{more}")
+
+
+def missing_rows_error(where: object, *, missing: int) -> ValueError:
+    """The error for a combine of ``missing`` fewer rows than the plan has valid ones."""
+    got = f"rows of combine: got {missing} fewer than the plan's valid rows on this rank"
+    return ValueError(f"{where}: {got}, expected at least plan.rows(): pass one row for each row of dispatch")
 
 
 def recompute_error(where: object, step: int) -> RecomputeError:

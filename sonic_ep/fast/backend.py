@@ -25,7 +25,7 @@ from sonic_ep.fast.gemm import grouped_gemm
 from sonic_ep.fast.launch import aligned_contiguous
 from sonic_ep.fast.moe_function import Call, MoEFunction
 from sonic_ep.fast.router import route
-from sonic_ep.plan import RoutingPlan
+from sonic_ep.plan import RoutingPlan, missing_rows_error
 
 
 class FastBackend:
@@ -54,6 +54,11 @@ class FastBackend:
     def check_expert_ids(self, topk_idx_TK: Tensor, num_experts: int) -> None:
         """The plan's kernels flag ids out of range on the device: checking them here would take a host read."""
 
+    def check_rows(self, rows_NH: Tensor, plan: RoutingPlan) -> None:
+        """Raise ``ValueError`` where R is exact. Elsewhere ``combine`` flags missing rows on the device."""
+        if self._config.cpu_sync_on_runtime and rows_NH.shape[0] < plan.row_capacity:
+            raise missing_rows_error(self._group, missing=plan.row_capacity - rows_NH.shape[0])
+
     def plan(self, topk_idx_TK: Tensor, *, num_experts: int, max_tokens: int, distinct: bool) -> RoutingPlan:
         """See ``sonic_ep.fast.plan``. Raises the error of an earlier plan, on all ranks alike: see ``DeviceErrors``."""
         planner = self._context(topk_idx_TK.device).planner
@@ -65,10 +70,12 @@ class FastBackend:
         exchange = self._exchange(plan, x_TH)
         return apply_function(Dispatch, self._joined(x_TH), exchange)
 
-    def combine(self, rows_RH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan) -> Tensor:
+    def combine(self, rows_NH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan) -> Tensor:
         """The weighted sums of a token's rows, (T, H)."""
-        exchange = self._exchange(plan, rows_RH)
-        return apply_function(Combine, self._joined(rows_RH), self._joined(topk_scores_TK.float()), exchange)
+        exchange = self._exchange(plan, rows_NH)
+        if rows_NH.shape[0] < plan.row_capacity:
+            exchange.planner.device_errors.flag_missing_rows(rows_NH.shape[0], plan)
+        return apply_function(Combine, self._joined(rows_NH), self._joined(topk_scores_TK.float()), exchange)
 
     def layer(self, x_TH: Tensor, slots: Slots, experts: ExpertWeights, shape: torch.Size) -> LayerOutput:
         """Plan, dispatch, experts, combine. x is staged while the plan runs, and while the host waits for R.

@@ -18,11 +18,13 @@ from sonic_ep.distributed.sync_tag import Phase, SyncTag, mismatch
 from sonic_ep.errors import CollectiveMismatchError, PeerError, PeerLostError
 from sonic_ep.fast.launch import capturing, host_ints
 from sonic_ep.fast.sync import ELSEWHERE
-from sonic_ep.plan import overflow_error, recompute_error
+from sonic_ep.plan import RoutingPlan, missing_rows_error, overflow_error, recompute_error
 
 # Of a failed wait, int64: why (0: none failed; see ``sonic_ep.fast.sync``), peer + 1, this rank's tag, the peer's flag.
-# Of a plan, int32: rank with an id out of range + 1; rank with too many rows + 1; its rows; last step rerouted.
-CODES = 4
+WAIT_CODES = 4
+# Of a plan, int32: rank with an id out of range + 1; rank with too many rows + 1; its rows; last step rerouted; rows
+# that a combine of this rank lacked, the most.
+PLAN_CODES, REROUTED, MISSING = 5, 3, 4
 # Plans that the host may queue ahead of the device: the error of plan n is raised by plan n + PLANS_AHEAD.
 PLANS_AHEAD = 8
 MOST_STEP = 2**31 - 1
@@ -52,14 +54,14 @@ def raise_found(found: Exception | None, cause: RuntimeError | None = None) -> N
 
 
 class WaitErrors:
-    """Failed waits of the kernels of one workspace. codes (CODES,) int64: pinned, read while kernels run.
+    """Failed waits of the kernels of one workspace. codes (WAIT_CODES,) int64: pinned, read while kernels run.
 
     On a GPU the kernel traps, too, and the program may see only PyTorch's error, which names no rank: so an error that
     was not raised is printed at the end.
     """
 
     def __init__(self, collectives: BoundedCollectives, device: torch.device) -> None:
-        self.codes = host_ints(CODES, device, torch.int64)
+        self.codes = host_ints(WAIT_CODES, device, torch.int64)
         self._find = partial(wait_error, self.codes, collectives)
         self._unraised = report_at_exit(self, self._find)
 
@@ -98,14 +100,14 @@ class Limits:
 
 
 class PlanErrors:
-    """Error codes of one plan, (CODES,) int32, the same on every rank, since every rank reads the ids of all.
+    """Error codes of one plan, (PLAN_CODES,) int32. All but the last are the same on every rank, which reads all ids.
 
     own: pinned, written by the plan's kernels. gathered: a copy of what graphs and backwards had written by then.
     """
 
     def __init__(self, group: EPGroup, device: torch.device) -> None:
         self._group = group
-        self.own = host_ints(CODES, device)
+        self.own = host_ints(PLAN_CODES, device)
         self.gathered: Tensor | None = None
         self.limits = self.gathered_limits = Limits()
         self.written: torch.cuda.Event | None = None
@@ -123,7 +125,7 @@ class PlanErrors:
         return found
 
     def _error_of(self, codes: Tensor, limits: Limits) -> Exception | None:
-        bad_rank, full_rank, rows, rerouted = codes.tolist()
+        bad_rank, full_rank, rows, rerouted, missing = codes.tolist()
         more = f" (in step {limits.step})"
         if bad_rank:
             expected = f"expected 0 to {limits.num_experts - 1}, or -1 for a dropped slot{more}"
@@ -131,7 +133,9 @@ class PlanErrors:
             return ValueError(f"{self._group}: {got}, {expected}")
         if full_rank:
             return overflow_error(self._group, max_rows=limits.max_rows, rank=full_rank - 1, rows=rows, more=more)
-        return recompute_error(self._group, rerouted) if rerouted else None
+        if rerouted:
+            return recompute_error(self._group, rerouted)
+        return missing_rows_error(self._group, missing=missing) if missing else None
 
 
 def first_error(records: Iterable[PlanErrors]) -> Exception | None:
@@ -166,14 +170,14 @@ class DeviceErrors:
         self._records = [PlanErrors(group, device) for _ in range(PLANS_AHEAD)]
         # Written by graphs and backwards at any time. From then on each plan copies them, in stream order.
         with torch.inference_mode(False):
-            self._gathered = torch.zeros(CODES, dtype=torch.int32, device=device)
+            self._gathered = torch.zeros(PLAN_CODES, dtype=torch.int32, device=device)
         self._latest = PlanErrors(group, device)
         report_at_exit(self, partial(first_error, (*self._records, self._latest)))
         self._plans = 0
 
     @property
     def codes(self) -> Tensor:
-        """Where the kernels of the plan being queued write errors, (CODES,) int32."""
+        """Where the kernels of the plan being queued write errors, (PLAN_CODES,) int32."""
         return self._gathered if capturing(self._device) else self._current.own
 
     def begin(self) -> None:
@@ -199,7 +203,7 @@ class DeviceErrors:
         current = self._current
         if self._latest.gathered is not None:
             if current.gathered is None:
-                current.gathered = host_ints(CODES, self._device)
+                current.gathered = host_ints(PLAN_CODES, self._device)
             current.gathered_limits = self._latest.gathered_limits
             current.gathered.copy_(self._gathered, non_blocking=True)
         if self._on_gpu and (flags or current.gathered is not None):
@@ -210,10 +214,17 @@ class DeviceErrors:
         differs = (expert_ids_WCK != again_WCK).any()
         if self.host_reads and bool(differs):
             raise recompute_error(self._group, step)
-        rerouted = self._gathered[CODES - 1 :]
+        rerouted = self._gathered[REROUTED:MISSING]
         torch.maximum(rerouted, differs.int() * min(step, MOST_STEP), out=rerouted)
         self._latest.gathered = self._gathered
         return differs
+
+    def flag_missing_rows(self, rows: int, plan: RoutingPlan) -> None:
+        """Flag, on this rank, a combine of ``rows`` rows if the plan has more that are valid."""
+        lacking = plan.group_ends[-1:].clamp(max=plan.row_capacity) - rows
+        missing = self._gathered[MISSING:]
+        torch.maximum(missing, lacking, out=missing)
+        self._latest.gathered = self._gathered
 
     def raise_current(self) -> None:
         """Wait for the plan queued last, and raise its error."""

@@ -64,10 +64,10 @@ class Exchange:
         source_R = self.dispatch.source_of_row(self.plan)
         return received if source_R is None else gather_rows(received, source_R, self.plan.group_ends)
 
-    def sums(self, rows_RH: Tensor, scores_WCK: Tensor | None) -> Tensor:
+    def sums(self, rows_NH: Tensor, scores_WCK: Tensor | None) -> Tensor:
         """Collective. The weighted sums of a token's rows, (T, H); every score is 1 if there are none."""
         self.enter(Phase.COMBINE)
-        y_TH = self.combine.combine(rows_RH.contiguous(), scores_WCK, self.plan)
+        y_TH = self.combine.combine(rows_NH.contiguous(), scores_WCK, self.plan)
         return self._poisoned(y_TH)
 
     def to_origin(self, value_of_row_R: Tensor) -> Tensor:
@@ -109,28 +109,28 @@ class Dispatch(torch.autograd.Function):
 
 
 class Combine(torch.autograd.Function):
-    """rows (R, H) and scores (T, K) fp32 to (T, H). Backward: d(out) is dispatched to the rows.
+    """rows (N, H), N at most R, and scores (T, K) fp32 to (T, H). Backward: d(out) is dispatched to the rows.
 
     There d(row) = round(score * d(out)), d(score) = the sum over H of d(out) * row in fp32, which returns to the token.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows_RH: Tensor, scores_TK: Tensor, exchange: Exchange) -> Tensor:
+    def forward(ctx: Any, rows_NH: Tensor, scores_TK: Tensor, exchange: Exchange) -> Tensor:
         """The weighted sums, (T, H)."""
         exchange.enter(Phase.EXCHANGE)
         scores_WCK = gather_scores(scores_TK, exchange.plan, exchange.workspace)
         ctx.exchange, ctx.call_lock = exchange, exchange.workspace.call_lock
-        ctx.save_for_backward(scores_WCK, rows_RH, savable(exchange.plan.expert_ids))
-        return exchange.sums(rows_RH, scores_WCK)
+        ctx.save_for_backward(scores_WCK, rows_NH, savable(exchange.plan.expert_ids))
+        return exchange.sums(rows_NH, scores_WCK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Gradients of the rows (R, H) and of the scores (T, K)."""
+        """Gradients of the rows (N, H) and of the scores (T, K)."""
         exchange: Exchange = replace(ctx.exchange, backward=True)
         names = ("scores", "rows", "expert_ids of plan")
-        scores_WCK, rows_RH, expert_ids_WCK = unpack_saved(ctx, exchange.workspace.group, names)
+        scores_WCK, rows_NH, expert_ids_WCK = unpack_saved(ctx, exchange.workspace.group, names)
         raise_if_malformed(exchange.workspace.group, exchange.plan)
         out_grad_RH = exchange.rows(exchange.checked(grad_TH, expert_ids_WCK))
-        grad_RH, dots_R = weigh_rows(out_grad_RH, rows_RH, scores_WCK, exchange.plan)
-        return grad_RH, exchange.to_origin(dots_R), None
+        grad_NH, dots_R = weigh_rows(out_grad_RH, rows_NH, scores_WCK, exchange.plan)
+        return grad_NH, exchange.to_origin(dots_R), None

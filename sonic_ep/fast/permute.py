@@ -47,7 +47,7 @@ def token_of_row(plan: RoutingPlan) -> Tensor:
     return torch.div(plan.slot_of_row, plan.top_k, rounding_mode="floor")
 
 
-@triton.jit(do_not_specialize=["row_capacity"])
+@triton.jit(do_not_specialize=["row_capacity", "given_rows"])
 def weigh_rows_kernel(
     out_grad_ptr,
     rows_ptr,
@@ -58,14 +58,15 @@ def weigh_rows_kernel(
     group_ends_ptr,
     experts_per_rank,
     row_capacity,
+    given_rows,
     H: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Gradient of a weighted row, and of its weight. Any grid: of P programs, p takes rows p, p + P, ...
 
-    out_grad_ptr (R, H): d(out) of each row's token; rows_ptr (R, H): the rows that were weighted; scores_ptr (W*C*K,)
-    fp32. grad_ptr (R, H) = round(score * d(out)), zeros past the valid rows, since autograd passes on all R.
-    dots_ptr (R,) fp32 = sum over H of d(out) * row, not written past the valid rows.
+    out_grad_ptr (R, H): d(out) of each row's token; rows_ptr (N, H), N = ``given_rows``: the rows that were weighted;
+    scores_ptr (W*C*K,) fp32. grad_ptr (N, H) = round(score * d(out)), zeros past the valid rows, since autograd passes
+    on all N. dots_ptr (R,) fp32 = sum over H of d(out) * row, NaN for valid rows from N on, not written past the valid.
     """
     rows = valid_rows(group_ends_ptr, experts_per_rank, row_capacity)
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
@@ -75,26 +76,28 @@ def weigh_rows_kernel(
         for first in range(0, H, COLUMNS):
             column = first + tl.arange(0, COLUMNS)
             inside = column < H
+            given = column < tl.where(index < given_rows, H, 0)
             out_grad = tl.load(out_grad_ptr + row * H + column, mask=inside, other=0.0).to(tl.float32)
-            value = tl.load(rows_ptr + row * H + column, mask=inside, other=0.0).to(tl.float32)
-            tl.store(grad_ptr + row * H + column, rounded(out_grad * score, grad_ptr), mask=inside)
+            value = tl.load(rows_ptr + row * H + column, mask=given, other=0.0).to(tl.float32)
+            tl.store(grad_ptr + row * H + column, rounded(out_grad * score, grad_ptr), mask=given)
             dot += out_grad * value
-        tl.store(dots_ptr + row, tl.sum(dot, axis=0))
-    for index in range(rows + tl.program_id(0), row_capacity, tl.num_programs(0)):
+        tl.store(dots_ptr + row, tl.where(index < given_rows, tl.sum(dot, axis=0), float("nan")))
+    for index in range(rows + tl.program_id(0), given_rows, tl.num_programs(0)):
         row = tl.cast(index, tl.int64)
         for first in range(0, H, COLUMNS):
             column = first + tl.arange(0, COLUMNS)
             tl.store(grad_ptr + row * H + column, tl.zeros((COLUMNS,), grad_ptr.dtype.element_ty), mask=column < H)
 
 
-def weigh_rows(out_grad_RH: Tensor, rows_RH: Tensor, scores_WCK: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
-    """Gradients of the rows (R, H), zeros past the valid ones, and of each row's score (R,) fp32, unspecified there."""
-    grad_RH = torch.empty_like(out_grad_RH)
+def weigh_rows(out_grad_RH: Tensor, rows_NH: Tensor, scores_WCK: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
+    """Gradients of the rows (N, H), zeros past the valid ones, and of each row's score (R,) fp32, unspecified there."""
+    grad_NH = out_grad_RH.new_empty(rows_NH.shape)
     dots_R = out_grad_RH.new_empty(out_grad_RH.shape[0], dtype=torch.float32)
-    pointers = (out_grad_RH, rows_RH, scores_WCK, plan.slot_of_row, grad_RH, dots_R, plan.group_ends)
-    grid, sizes = (programs_over(plan.row_capacity, grad_RH.device),), (plan.experts_per_rank, plan.row_capacity)
-    launch(weigh_rows_kernel, grid, *pointers, *sizes, device=grad_RH.device, **column_constants(grad_RH.shape[1]))
-    return grad_RH, dots_R
+    pointers = (out_grad_RH, rows_NH, scores_WCK, plan.slot_of_row, grad_NH, dots_R, plan.group_ends)
+    sizes = (plan.experts_per_rank, plan.row_capacity, rows_NH.shape[0])
+    grid, constants = (programs_over(plan.row_capacity, grad_NH.device),), column_constants(grad_NH.shape[1])
+    launch(weigh_rows_kernel, grid, *pointers, *sizes, device=grad_NH.device, **constants)
+    return grad_NH, dots_R
 
 
 @triton.jit(do_not_specialize=["rows", "bound"])

@@ -12,7 +12,7 @@ from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.distributed.sync_tag import Phase
-from sonic_ep.plan import NO_ROW, RoutingPlan
+from sonic_ep.plan import NO_ROW, RoutingPlan, missing_rows_error
 from sonic_ep.reference.combine import combine_primitives
 from sonic_ep.reference.dispatch import dispatch_primitives
 from sonic_ep.reference.exchange import Combine, Dispatch, Exchange, UpProjectionOfRowsGatheredAgain, joined_in_backward
@@ -50,6 +50,12 @@ class ReferenceBackend(Backend):
             got = f"topk_idx: got expert ids from {least} to {most}"
             raise ValueError(f"{self._collectives.group}: {got}, {expected}")
 
+    def check_rows(self, rows_NH: Tensor, plan: RoutingPlan) -> None:
+        """Raises ``ValueError`` at once, by a read on the host."""
+        rows = rows_NH.shape[0]
+        if rows < plan.row_capacity and rows < plan.rows():
+            raise missing_rows_error(self._collectives.group, missing=plan.rows() - rows)
+
     def plan(self, topk_idx_TK: Tensor, *, num_experts: int, max_tokens: int, distinct: bool) -> RoutingPlan:
         """See ``sonic_ep.reference.plan``."""
         self._collectives.sync(Phase.EXCHANGE, topk_idx_TK.device)
@@ -64,9 +70,9 @@ class ReferenceBackend(Backend):
         (x_TH,) = joined_in_backward(exchange, Phase.DISPATCH, x_TH)
         return apply_function(Dispatch, x_TH, exchange)
 
-    def combine(self, rows_RH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan) -> Tensor:
+    def combine(self, rows_NH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan) -> Tensor:
         """The weighted sums of a token's rows, (T, H)."""
-        return self._combined(rows_RH, topk_scores_TK, plan, torch.Size((plan.num_tokens, rows_RH.shape[1])), {})
+        return self._combined(rows_NH, topk_scores_TK, plan, torch.Size((plan.num_tokens, rows_NH.shape[1])), {})
 
     def layer(self, x_TH: Tensor, slots: Slots, experts: ExpertWeights, shape: torch.Size) -> LayerOutput:
         """Plan, dispatch, experts, combine."""
@@ -82,11 +88,11 @@ class ReferenceBackend(Backend):
         return LayerOutput(y=y, counts=plan.counts.clone(), expert_ids=plan.expert_ids)
 
     def _combined(
-        self, rows_RH: Tensor, scores_TK: Tensor, plan: RoutingPlan, shape: torch.Size, later: dict[str, Tensor]
+        self, rows_NH: Tensor, scores_TK: Tensor, plan: RoutingPlan, shape: torch.Size, later: dict[str, Tensor]
     ) -> Tensor:
         exchange = self._exchange(plan)
-        rows_RH, scores_TK = joined_in_backward(exchange, Phase.COMBINE, rows_RH, scores_TK.float())
-        return apply_function(Combine, rows_RH, scores_TK, exchange, shape, later)
+        rows_NH, scores_TK = joined_in_backward(exchange, Phase.COMBINE, rows_NH, scores_TK.float())
+        return apply_function(Combine, rows_NH, scores_TK, exchange, shape, later)
 
     def _gathers_again(self, experts: ExpertWeights) -> bool:
         """Whether x is dispatched again in backward, where only the gradient of w1 reads the rows."""

@@ -89,7 +89,7 @@ class Dispatch(torch.autograd.Function):
 
 
 class Combine(torch.autograd.Function):
-    """rows (R, H) and scores (T, K) fp32 to (T, H). Backward: d(out) is dispatched to the rows.
+    """rows (N, H), N at most R, and scores (T, K) fp32 to (T, H). Backward: d(out) is dispatched to the rows.
 
     There d(row) = round(score * d(out)), d(score) = the sum over H of d(out) * row in fp32, which returns to the token.
     later: tensors of the caller, by name, that autograd's own functions read later in backward, without a check
@@ -98,46 +98,46 @@ class Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows_RH: Tensor, scores_TK: Tensor, exchange: Exchange, shape: torch.Size, later: dict[str, Tensor]
+        ctx: Any, rows_NH: Tensor, scores_TK: Tensor, exchange: Exchange, shape: torch.Size, later: dict[str, Tensor]
     ) -> Tensor:
         """The weighted sums, (..., H) as ``shape`` says."""
         scores_WCK = exchange.collectives.all_gather(pad_tokens(scores_TK, exchange.plan.max_tokens, 0))
         valid_slots_N = exchange.plan.slot_of_row[: exchange.plan.rows()].long()
         ctx.exchange, ctx.call_lock = exchange, exchange.collectives.call_lock
-        ctx.names = ("scores", "rows", "expert_ids of plan", *later)
+        ctx.rows, ctx.names = rows_NH.shape[0], ("scores", "rows", "expert_ids of plan", *later)
         ctx.strides = {name: tensor.stride() for name, tensor in later.items()}
         ctx.save_for_backward(
             scores_WCK.flatten()[valid_slots_N] if ctx.needs_input_grad[0] else None,
-            rows_RH if ctx.needs_input_grad[1] else None,
+            rows_NH if ctx.needs_input_grad[1] else None,
             savable(exchange.plan.expert_ids),
             *(tensor.detach() for tensor in later.values()),
         )
         # Not a view: an in-place write by the caller replaces the node of a view, and FSDP's hooks with it.
-        return exchange.combine.combine(rows_RH, scores_WCK, exchange.plan).resize_(shape)
+        return exchange.combine.combine(rows_NH, scores_WCK, exchange.plan).resize_(shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        """Gradients of the rows (R, H) and of the scores (T, K)."""
+        """Gradients of the rows (N, H) and of the scores (T, K)."""
         exchange: Exchange = replace(ctx.exchange, backward=True)
         saved = unpack_saved(ctx, exchange.collectives.group, ctx.names, ctx.strides)
-        score_of_row_N, rows_RH, expert_ids_WCK, *_ = saved
+        score_of_row_N, rows_NH, expert_ids_WCK, *_ = saved
         del saved
         exchange.raise_if_changed(expert_ids_WCK)
         exchange.sync(Phase.DISPATCH, grad.device)
         out_grad_RH = exchange.rows(grad.reshape(exchange.plan.num_tokens, grad.shape[-1]))
         valid = slice(exchange.plan.rows())
-        grad_RH = grad_scores_TK = None
+        grad_NH = grad_scores_TK = None
         # In place: where one rank gets most rows, its rows in fp32 are the largest tensor of the call.
-        if rows_RH is not None:
-            product_NH = out_grad_RH[valid].to(torch.float32, copy=True).mul_(rows_RH[valid])
+        if rows_NH is not None:
+            product_NH = out_grad_RH[valid].to(torch.float32, copy=True).mul_(rows_NH[valid])
             grad_scores_TK = exchange.return_to_origin(product_NH.sum(dim=1))
             del product_NH
         if score_of_row_N is not None:
             # The product is fp32, as the score is, and rounded once.
             out_grad_RH[valid].mul_(score_of_row_N[:, None])
-            grad_RH = out_grad_RH
-        return grad_RH, grad_scores_TK, None, None, None
+            grad_NH = out_grad_RH[: ctx.rows]
+        return grad_NH, grad_scores_TK, None, None, None
 
 
 class UpProjectionOfRowsGatheredAgain(torch.autograd.Function):

@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 import torch
-from backends import dispatch_primitives_of
+from backends import both_backends, dispatch_primitives_of
 from layer_inputs import plan_of
 from matrix import DIAGONAL, FLAGS, SIZES, Cell, matrix
 from near import assert_near
@@ -17,7 +17,7 @@ from promises import promise
 from same import assert_same_bits
 from torch import Tensor
 
-from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel
+from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel, RowOverflowError
 from sonic_ep.plan import RoutingPlan
 from sonic_ep.testing import CASES, Accuracy, Inputs, Rank, assert_bitwise, draw, verify_moe, verify_routed
 from sonic_ep.testing.cases import OptionTrial, option_trials
@@ -260,6 +260,115 @@ def test_gradients_of_rows_and_scores(
     expected_scores = (slots[tokens].float() * dy[:, None].float()).sum(dim=-1)
     expected_scores[inputs.topk_idx[tokens] < 0] = 0
     assert_near(scores.grad, expected_scores, HIDDEN)
+
+
+@promise("rows")
+@on_ranks()
+@matrix(
+    lambda cell: cell["case"] == "uneven_tokens" and (not cell["exact"] or cell["combine"] is CombineMode.RANK_DEDUP),
+    world_size=(2,),
+    case=("dropped_slots", "uneven_tokens", "zero_token_ranks", "repeated_experts"),
+    combine=CombineMode,
+    exact=(False, True),
+)
+def test_combine_takes_rows_without_the_unspecified_tail(
+    rank: Rank, backend: str, case: str, combine: CombineMode, exact: bool
+) -> None:
+    """Any number of rows from the valid ones to R: the same bits as with all R, of which the tail is NaN."""
+    inputs = draw(CASES[case], rank.world_size, rank.device)
+    tokens, slots = inputs.tokens_of(rank.rank), expert_rows(inputs)
+    dy = inputs.dy[tokens, :HIDDEN].contiguous()
+    outcomes = []
+    with ExpertParallel(backend=backend, config=EPConfig(combine=combine, cpu_sync_on_runtime=exact)) as ep:
+        plan = plan_of(ep, inputs)
+        valid, room = plan.rows(), plan.row_capacity
+        assert (valid == room) is exact
+        for count in sorted({room, valid, (valid + room) // 2}, reverse=True):
+            rows = row_buffer(plan, inputs, slots)[:count].requires_grad_()
+            scores = inputs.topk_scores[tokens].clone().requires_grad_()
+            y = ep.combine(rows, scores, plan)
+            y.backward(dy)
+            assert rows.grad is not None
+            assert rows.grad.shape == (count, HIDDEN)
+            assert not rows.grad[valid:].any()
+            outcomes.append({"y": y.detach(), "rows": rows.grad[:valid], "scores": scores.grad})
+    for outcome in outcomes[1:]:
+        assert_same_bits(outcome, outcomes[0])
+
+
+def without_last_row(ep: ExpertParallel, inputs: Inputs, slots: Tensor) -> tuple[RoutingPlan, dict[str, Tensor]]:
+    """The plan; y and the gradients of a combine that lacks the last valid row of the last rank."""
+    tokens = inputs.tokens_of(ep.rank)
+    plan = plan_of(ep, inputs)
+    count = plan.rows() - (ep.rank == ep.world_size - 1)
+    rows = row_buffer(plan, inputs, slots)[:count].requires_grad_()
+    scores = inputs.topk_scores[tokens].clone().requires_grad_()
+    y = ep.combine(rows, scores, plan)
+    y.backward(inputs.dy[tokens, :HIDDEN].contiguous())
+    return plan, {"y": y.detach(), "rows": rows.grad, "scores": scores.grad}
+
+
+@promise("rows")
+@pytest.mark.fast
+@on_ranks(2)
+@pytest.mark.parametrize("combine", [CombineMode.ALL_TO_ALL, CombineMode.RANK_DEDUP])
+def test_a_missing_row_is_nan_for_its_token_and_flagged_on_its_rank(rank: Rank, combine: CombineMode) -> None:
+    """Where the host does not know how many rows are valid. All else keeps its bits, and the group goes on."""
+    inputs = draw(CASES["dropped_slots"], rank.world_size, rank.device)
+    slots, tokens = expert_rows(inputs), inputs.tokens_of(rank.rank)
+    scores = inputs.topk_scores[tokens].clone().requires_grad_()
+    with ExpertParallel(backend="fast", config=EPConfig(combine=combine)) as ep:
+        plan, found = without_last_row(ep, inputs, slots)
+        if rank.rank == 1:
+            with pytest.raises(ValueError, match=r"^rank 1 of 2: rows of combine: got 1 fewer than"):
+                ep.check()
+        else:
+            ep.check()
+        ep.check()
+        y = ep.combine(row_buffer(plan, inputs, slots), scores, plan)
+        y.backward(inputs.dy[tokens, :HIDDEN].contiguous())
+        assert scores.grad is not None
+    last = torch.zeros(rank.world_size, 1, 1, dtype=torch.int32, device=rank.device) + rank.world_size - 1
+    lacks_WCK = (plan.owner_of_slot() == last) & (plan.row_of_slot == plan.counts.view(2, -1)[1].sum() - 1)
+    lacks_TK = lacks_WCK[rank.rank, : plan.num_tokens]
+    assert_bitwise(found["scores"], scores.grad.masked_fill(lacks_TK, float("nan")), "scores")
+    assert_bitwise(found["y"], y.detach().masked_fill(lacks_TK.any(dim=1, keepdim=True), float("nan")), "y")
+    assert not found["rows"].isnan().any()
+
+
+@promise("rows")
+@on_ranks(2)
+@both_backends
+def test_fewer_rows_than_the_valid_ones_are_refused_where_the_host_knows(rank: Rank, backend: str) -> None:
+    """Before communication, on this rank alone; the call may then be repeated."""
+    inputs = draw(CASES["uniform"], rank.world_size, rank.device)
+    scores = inputs.topk_scores[inputs.tokens_of(rank.rank)]
+    for exact in (False, True) if backend == "reference" else (True,):
+        with ExpertParallel(backend=backend, config=EPConfig(cpu_sync_on_runtime=exact)) as ep:
+            plan = plan_of(ep, inputs)
+            rows = row_buffer(plan, inputs, expert_rows(inputs))
+            if rank.rank == 0:
+                with pytest.raises(ValueError, match=r"^rank 0 of 2: rows of combine: got 2 fewer than"):
+                    ep.combine(rows[: plan.rows() - 2], scores, plan)
+            ep.combine(rows, scores, plan)
+
+
+@promise("overflow")
+@pytest.mark.fast
+@on_ranks(2)
+def test_an_overflow_is_nan_with_fewer_rows_too(rank: Rank) -> None:
+    inputs = draw(CASES["one_rank"], rank.world_size, rank.device)
+    tokens = inputs.tokens_of(rank.rank)
+    with ExpertParallel(backend="fast", config=EPConfig(max_rows=20)) as ep:
+        plan = plan_of(ep, inputs)
+        rows = ep.dispatch(inputs.x[tokens], plan)[: plan.rows()].detach().requires_grad_()
+        y = ep.combine(rows, inputs.topk_scores[tokens], plan)
+        y.sum().backward()
+        assert rows.grad is not None
+        assert rows.grad.shape == rows.shape == (20 * rank.rank, inputs.case.hidden)
+        assert bool(y.isnan().all())
+        with pytest.raises(RowOverflowError):
+            ep.check()
 
 
 @on_ranks()

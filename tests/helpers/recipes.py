@@ -1,4 +1,4 @@
-"""The blocks of code in docs/training.md and docs/checkpoints.md, and the model and the names that they expect."""
+"""The blocks of code in docs/training.md and other pages, and the model and the names that they expect."""
 
 import re
 from collections.abc import Iterable
@@ -13,6 +13,7 @@ from sonic_ep.testing import Rank
 
 DOCS = Path(__file__).parents[2] / "docs"
 TRAINING, CHECKPOINTS = DOCS / "training.md", DOCS / "checkpoints.md"
+INFERENCE, TRANSFORMERS = DOCS / "inference.md", DOCS / "transformers.md"
 
 DDP, FSDP1 = "DistributedDataParallel", "FullyShardedDataParallel"
 FSDP2, ZERO = "FSDP2", "ZeroRedundancyOptimizer"

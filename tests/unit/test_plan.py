@@ -44,6 +44,7 @@ def test_worked_example() -> None:
         assert plan.row_of_slot.tolist() == [[[0, 0], [4, 1], [3, 1]], [[2, 5], [-1, 4], [2, 3]]]
         assert plan.pair_tokens.tolist() == [[2, 2], [2, 2]]
         assert plan.group_ends.tolist() == group_ends
+        assert plan.tokens_per_expert.tolist() == [[4, 2], [3, 2]][plan.rank]
         assert plan.slot_of_row.tolist() == slot_of_row
         assert plan.packed_of_token.tolist() == packed_of_token
         assert (plan.rows(), plan.packed_rows()) == (group_ends[-1], 4)

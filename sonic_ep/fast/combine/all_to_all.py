@@ -46,8 +46,8 @@ def exchange_rows_kernel(
 ):
     """Send the rows of other ranks' tokens, sum this rank's tokens. Grid ((tokens + lag) * W,): ``combine.base``.
 
-    rows_ptr (R, H), canonical order; scores_ptr (W, C, K) fp32; out_ptr (T, H). received_ptr, flags_ptr (W,) int64:
-    addresses of (chunk, K, H) rows and (W - 1, chunk) flags of each rank.
+    rows_ptr (N, H), canonical order, N = ``row_capacity``; scores_ptr (W, C, K) fp32; out_ptr (T, H). received_ptr,
+    flags_ptr (W,) int64: addresses of (chunk, K, H) rows and (W - 1, chunk) flags of each rank. Rows from N on are NaN.
 
     Rounding point: out = round(sum over k, ascending, of score * row), products and sum in fp32.
     With K=2, the row of choice 1 of the chunk's token 5 is received in row 11.
@@ -81,17 +81,21 @@ def exchange_rows_kernel(
                         pushed = tl.load(place, mask=there, other=0.0, cache_modifier=".cg")
                         term = tl.where(there, pushed, term).to(tl.float32)
                         if HAS_SCORES:
-                            term = term * tl.load(scores_ptr + first_slot + choice, mask=expert >= 0, other=0.0)
+                            weight = tl.load(scores_ptr + first_slot + choice, mask=expert >= 0, other=0.0)
+                            # A row that the caller has not passed.
+                            missing = (row >= row_capacity) & (expert >= first_expert) & (expert < next_expert)
+                            term = term * tl.where(missing, float("nan"), weight)
                         total += term
                     tl.store(out_ptr + token.to(tl.int64) * H + column, rounded(total, out_ptr), mask=column < H)
         elif has_slot(experts, first_expert, experts_per_rank):
             for choice in range(K):
                 expert = tl.load(expert_ids_ptr + first_slot + choice)
                 row = tl.load(row_of_slot_ptr + first_slot + choice).to(tl.int64)
-                if (expert >= first_expert) & (expert < next_expert) & (row < row_capacity):
+                if (expert >= first_expert) & (expert < next_expert):
                     for first in range(0, H, COLUMNS):
                         column = first + tl.arange(0, COLUMNS)
-                        value = tl.load(rows_ptr + row * H + column, mask=column < H)
+                        there = column < tl.where(row < row_capacity, H, 0)
+                        value = tl.load(rows_ptr + row * H + column, mask=there, other=float("nan"))
                         tl.store(received + tl.cast(choice, tl.int64) * H + column, value, mask=column < H)
             signal_receive_slot(flags_ptr, origin, receive_slot_of(rank, origin, group, world_size, chunk), tag)
 

@@ -72,16 +72,19 @@ class PushedCombine(ABC):
         flags = self._workspace.reserve(FLAGS, max(1, plan.world_size - 1) * chunk * TAG_BYTES, byte=0)
         return Receiver(received=received, flags=flags, chunk=chunk)
 
-    def combine(self, rows_RH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
-        """Collective. (T, H) from rows in canonical order. Rows past the valid ones are not read."""
-        hidden = rows_RH.shape[1]
-        shared = self.reserve(plan, hidden * rows_RH.element_size())
-        out_TH = rows_RH.new_empty((plan.num_tokens, hidden))
+    def combine(self, rows_NH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
+        """Collective. (T, H) from rows in canonical order. Rows past the valid ones are not read; missing ones are NaN.
+
+        Without scores N has to be R.
+        """
+        rows, hidden = rows_NH.shape
+        shared = self.reserve(plan, hidden * rows_NH.element_size())
+        out_TH = rows_NH.new_empty((plan.num_tokens, hidden))
         # Without scores their pointer is not read.
-        scores = rows_RH if scores_WCK is None else scores_WCK
-        pointers = (rows_RH, scores, out_TH, plan.expert_ids, plan.row_of_slot)
+        scores = rows_NH if scores_WCK is None else scores_WCK
+        pointers = (rows_NH, scores, out_TH, plan.expert_ids, plan.row_of_slot)
         addresses = (shared.received.addresses, shared.flags.addresses)
-        sizes = (plan.world_size, plan.max_tokens, plan.num_tokens, plan.experts_per_rank, plan.row_capacity)
+        sizes = (plan.world_size, plan.max_tokens, plan.num_tokens, plan.experts_per_rank, rows)
         constants = {"K": plan.top_k, "K_PADDED": triton.next_power_of_2(plan.top_k), **self._constants}
         constants |= {"H": hidden, "COLUMNS": min(triton.next_power_of_2(hidden), COLUMNS), "num_warps": SUM_WARPS}
         constants["HAS_SCORES"] = scores_WCK is not None

@@ -47,9 +47,9 @@ def exchange_partial_sums_kernel(
 ):
     """Send partial sums of other ranks' tokens, sum this rank's tokens. Grid ((tokens + lag) * W,): ``combine.base``.
 
-    rows_ptr (R, H), canonical order; scores_ptr (W, C, K) fp32; out_ptr (T, H). received_ptr, flags_ptr (W,) int64:
-    addresses of (W - 1, chunk, H) partial sums and (W - 1, chunk) flags of each rank. DENSE: send a partial sum also
-    where this rank has no slot of the token.
+    rows_ptr (N, H), canonical order, N = ``row_capacity``; scores_ptr (W, C, K) fp32; out_ptr (T, H). received_ptr,
+    flags_ptr (W,) int64: addresses of (W - 1, chunk, H) partial sums and (W - 1, chunk) flags of each rank. DENSE: send
+    a partial sum also where this rank has no slot of the token. With scores, rows from N on count as NaN.
 
     Rounding points: p_q = round(sum over k on q), out = round(sum over q of p_q), both sums in fp32 and ascending.
     With W=3, rank 0 receives the partial sum of token t from rank 1 at (0, t), from rank 2 at (1, t).
@@ -76,12 +76,14 @@ def exchange_partial_sums_kernel(
                 for choice in tl.static_range(0, K):
                     expert = tl.load(expert_ids_ptr + first_slot + choice)
                     row = tl.load(row_of_slot_ptr + first_slot + choice).to(tl.int64)
-                    here = (expert >= first_expert) & (expert < first_expert + experts_per_rank) & (row < row_capacity)
-                    inside = column < tl.where(here, H, 0)
+                    here = (expert >= first_expert) & (expert < first_expert + experts_per_rank)
+                    inside = column < tl.where(here & (row < row_capacity), H, 0)
                     place = rows_ptr + row * H + column
                     term = tl.load(place, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
                     if HAS_SCORES:
-                        term = term * tl.load(scores_ptr + first_slot + choice, mask=here, other=0.0)
+                        weight = tl.load(scores_ptr + first_slot + choice, mask=here, other=0.0)
+                        # A row that the caller has not passed.
+                        term = term * tl.where(here & (row >= row_capacity), float("nan"), weight)
                     partial += term
                 # Rounded where it was summed, also on the origin rank.
                 own = rounded(partial, out_ptr)

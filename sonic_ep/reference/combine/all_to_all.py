@@ -15,10 +15,10 @@ class AllToAllCombine:
     def __init__(self, collectives: BoundedCollectives) -> None:
         self._collectives = collectives
 
-    def combine(self, rows_RH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
+    def combine(self, rows_NH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
         """(T, H) from rows in canonical order. Rows past the valid ones are not read."""
         exchange = slot_exchange(plan)
-        sent_NH = rows_RH[exchange.rows]
+        sent_NH = rows_NH[exchange.rows]
         received_NH = self._collectives.all_to_all_rows(sent_NH, exchange.receive_splits, exchange.send_splits)
         place_TK = exchange.slots.new_full((plan.num_tokens, plan.top_k), NO_ROW)
         place_TK.view(-1)[exchange.slots] = torch.arange(len(exchange.slots), device=place_TK.device)

@@ -15,12 +15,12 @@ class RankDedupCombine:
     def __init__(self, collectives: BoundedCollectives) -> None:
         self._collectives = collectives
 
-    def combine(self, rows_RH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
+    def combine(self, rows_NH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
         """(T, H) from rows in canonical order. Rows past the valid ones are not read."""
         here_WCK = plan.row_of_slot.where(plan.owner_of_slot() == plan.rank, NO_ROW)
         packed_M = (plan.packed_of_token.flatten() >= 0).nonzero().squeeze(1)
         weights_MK = None if scores_WCK is None else scores_WCK.flatten(0, 1)[packed_M]
-        partial_PH = ordered_sum(rows_RH, here_WCK.flatten(0, 1)[packed_M], weights_MK)
+        partial_PH = ordered_sum(rows_NH, here_WCK.flatten(0, 1)[packed_M], weights_MK)
         exchange = pair_exchange(plan)
         received_NH = self._collectives.all_to_all_rows(partial_PH, exchange.receive_splits, exchange.send_splits)
         place_TW = exchange.tokens.new_full((plan.num_tokens, plan.world_size), NO_ROW)

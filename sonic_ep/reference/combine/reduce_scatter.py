@@ -17,13 +17,13 @@ class ReduceScatterCombine:
     def __init__(self, collectives: BoundedCollectives) -> None:
         self._collectives = collectives
 
-    def combine(self, rows_RH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
+    def combine(self, rows_NH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
         """(T, H) from rows in canonical order. Rows past the valid ones are not read."""
         here_WCK = plan.row_of_slot.where(plan.owner_of_slot() == plan.rank, NO_ROW)
         weights_MK = None if scores_WCK is None else scores_WCK.flatten(0, 1)
-        partial_MH = ordered_sum(rows_RH, here_WCK.flatten(0, 1), weights_MK)
+        partial_MH = ordered_sum(rows_NH, here_WCK.flatten(0, 1), weights_MK)
         even = [plan.max_tokens] * plan.world_size
         received_MH = self._collectives.all_to_all_rows(partial_MH, even, even)
-        first_of_rank_W = torch.arange(plan.world_size, device=rows_RH.device) * plan.max_tokens
-        tokens_T = torch.arange(plan.num_tokens, device=rows_RH.device)
+        first_of_rank_W = torch.arange(plan.world_size, device=rows_NH.device) * plan.max_tokens
+        tokens_T = torch.arange(plan.num_tokens, device=rows_NH.device)
         return ordered_sum(received_MH, tokens_T[:, None] + first_of_rank_W)
