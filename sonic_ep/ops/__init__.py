@@ -1,7 +1,7 @@
 """The calls as operators ``torch.ops.sonic_ep``, for compilers, export, FakeTensor and selective checkpointing."""
 
 from sonic_ep.ops.exchange import combine, dispatch, plan
-from sonic_ep.ops.layer import ByName, moe, moe_routed
+from sonic_ep.ops.moe import ByName, moe, moe_routed
 from sonic_ep.ops.operator import by_operator, register
 
 __all__ = ["ByName", "by_operator", "combine", "dispatch", "moe", "moe_routed", "plan", "register"]
