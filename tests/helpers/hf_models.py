@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -65,8 +67,10 @@ def imported() -> ModuleType:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # ``sonic_ep.shared`` collects garbage: what a large library has made at import takes half a second each time.
-    gc.freeze()
+    # ``sonic_ep.shared`` collects garbage: what a large library has made at import takes half a second each time. Only
+    # on ranks, which end without looking for leaks.
+    if dist.is_initialized():
+        gc.freeze()
     return transformers
 
 
@@ -116,6 +120,24 @@ def implementations(model: nn.Module) -> list[Any]:
     forwards = [vars(module).get("forward") for module in model.modules()]
     found = [inspect.getclosurevars(forward).nonlocals.get("implementation") for forward in forwards if forward]
     return [implementation for implementation in found if implementation is not None]
+
+
+def experts_of_all_families() -> Iterator[nn.Module]:
+    """An experts module on the meta device for each family with a rule for expert parallelism, as it is by default."""
+    folder = Path(imported().__file__).parent / "models"
+    for path in sorted(folder.glob("*/configuration_*.py")):
+        rule, family = "ep_dispatch_experts", path.parent.name
+        if rule not in path.read_text() or not (path.parent / f"modeling_{family}.py").exists():
+            continue
+        names = (f"transformers.models.{family}.{kind}_{family}" for kind in ("configuration", "modeling"))
+        configurations, models = (vars(importlib.import_module(name)) for name in names)
+        plans = {name: getattr(found, "base_model_ep_plan", None) for name, found in configurations.items()}
+        of_experts = [name for name, plan in plans.items() if isinstance(plan, dict) and rule in plan.values()]
+        classes = [found for name, found in models.items() if name.endswith("Experts") and "Shared" not in name]
+        for experts, configuration in product(classes, of_experts):
+            # Some have no experts by default, or sizes that differ from layer to layer.
+            with suppress(TypeError, ValueError, AttributeError), torch.device("meta"):
+                yield experts(configurations[configuration]())
 
 
 def tokens(batches: int, length: int = 8) -> Tensor:

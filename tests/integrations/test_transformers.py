@@ -18,6 +18,7 @@ from hf_models import (
     UNITS,
     assert_all_near,
     configured,
+    experts_of_all_families,
     farthest,
     implementations,
     imported,
@@ -34,6 +35,8 @@ from torch.nn.utils import parametrize
 
 import sonic_ep
 from sonic_ep import EPConfig
+from sonic_ep.distributed.group import resolve_group
+from sonic_ep.integrations.stored_experts import Refusal, StoredExperts, proven_activation
 from sonic_ep.testing import Rank
 
 # transformers builds its meshes on the accelerator that it finds.
@@ -365,6 +368,25 @@ def test_wrong_uses(rank: Rank, tmp_path: Path) -> None:
     for number, (message, use) in enumerate(WRONG.items()):
         with configured(), pytest.raises(ValueError, match=message):
             use(tmp_path / str(number))
+
+
+# A norm after each expert, and gates that end in a tanh.
+NOT_FUSED = {"MuseSparkExperts", "Inkling2Experts", "Inkling2LoopExperts"}
+
+
+@pytest.mark.thorough
+def test_experts_of_all_families() -> None:
+    """Some 60 families are fused, and others refused."""
+    implementations, found = ("eager", "batched_mm"), {True: set(), False: set()}
+    for experts in experts_of_all_families():
+        refusal = Refusal(group=resolve_group(None), module=type(experts).__name__, remedy="")
+        try:
+            proven_activation(experts, StoredExperts.of(experts, refusal), implementations, refusal)
+            found[True].add(refusal.module)
+        except ValueError:
+            found[False].add(refusal.module)
+    assert len(found[True]) >= 60
+    assert found[False] == NOT_FUSED
 
 
 @pytest.mark.thorough
