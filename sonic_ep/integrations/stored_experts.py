@@ -95,6 +95,7 @@ def _one_or_two(parts: list[Tensor]) -> Any:
     return parts[0] if len(parts) == 1 else tuple(parts)
 
 
+@torch.no_grad()
 def proven_activation(
     experts: nn.Module, stored: StoredExperts, implementations: tuple[str, ...], refusal: Refusal
 ) -> Activation:
@@ -108,7 +109,9 @@ def proven_activation(
         raise refusal.of("a forward that was replaced in this object", "the forward of its class")
     problem = SmallProblem.of(stored)
     try:
-        theirs = [problem.by_module(experts, implementation) for implementation in implementations]
+        # A model may be built with another default device.
+        with torch.device("cpu"):
+            theirs = [problem.by_module(experts, implementation) for implementation in implementations]
     except Exception as error:
         failed = f"a forward that fails with other weights ({type(error).__name__}: {error})"
         raise refusal.of(failed, "one whose sizes follow from its weights") from error
@@ -175,7 +178,6 @@ class SmallProblem:
             parameters={name: parameters[name] for name in stored.names},
         )
 
-    @torch.no_grad()
     def by_module(self, experts: nn.Module, implementation: str) -> Tensor:
         """(T, H), by the forward of the module's class, of the implementation that the config names."""
         small = copy.copy(experts)
@@ -188,11 +190,11 @@ class SmallProblem:
     def by_formula(self, stored: StoredExperts, activation: Activation) -> Tensor:
         """(T, H), by what ``moe_routed`` computes."""
         given, layout = stored.arguments(self.parameters), GATE_LAYOUTS[stored.gate_layout]
-        w1, b1 = given["w1"], given.get("b1", torch.zeros(()))
+        nothing = self.x_TH.new_zeros(())
+        w1, b1, b2 = given["w1"], given.get("b1", nothing), given.get("b2", nothing)
         if len(stored.up) == 2:
             layout, w1 = GATE_LAYOUTS["concat"], torch.cat(w1, dim=1)
             b1 = torch.cat(b1, dim=1) if stored.biased else b1
-        b2 = given.get("b2", torch.zeros(()))
         h_TKF = torch.einsum("th,tkfh->tkf", self.x_TH, w1[self.ids_TK]) + self._of_slots(b1)
         a_TKI = activation(h_TKF, layout)
         y_TKH = torch.einsum("tki,tkhi->tkh", a_TKI, given["w2"][self.ids_TK]) + self._of_slots(b2)

@@ -201,9 +201,9 @@ class DispatchedExpertsEP(SonicEPImplementation):
         experts_R = torch.searchsorted(plan.group_ends, numbers_R, right=True)
         if self.ep.config.cpu_sync_on_runtime:
             return self._run(rows_RH, experts_R)
-        # Neither these rows nor their gradients are specified: both may be NaN.
+        # They may be NaN. Their gradients are zeros, as combine's backward leaves them.
         unspecified_R1 = (experts_R == self.num_local_experts).unsqueeze(1)
-        return self._run(rows_RH.masked_fill(unspecified_R1, 0), experts_R).masked_fill(unspecified_R1, 0)
+        return self._run(rows_RH.masked_fill(unspecified_R1, 0), experts_R)
 
     def _run(self, rows_RH: Tensor, experts_R: Tensor) -> Tensor:
         """The module's forward. Of its implementations, grouped_mm leaves out rows past the last expert."""

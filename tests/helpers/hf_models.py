@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,8 +53,8 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "Glm4Moe": {**GROUPED, "use_qk_norm": True},
     "Olmoe": {"num_experts": EXPERTS},
 }
-# The bound of 1e-6, relative, in units of the last place of fp32. One process and several differ in where sums of fp32
-# are cut, by one unit in most tensors and four in the worst.
+# 1e-6, relative, in units of the last place of fp32. Sums over the batch are cut in two: that is one unit. Kernels that
+# sum in fp64 round otherwise than PyTorch: that is five, as far as PyTorch in fp32 is from itself in fp64.
 UNITS = 8
 
 
@@ -65,8 +67,10 @@ def imported() -> ModuleType:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # ``sonic_ep.shared`` collects garbage: what a large library has made at import takes half a second each time.
-    gc.freeze()
+    # ``sonic_ep.shared`` collects garbage: what a large library has made at import takes half a second each time. Only
+    # on ranks, which end without looking for leaks.
+    if dist.is_initialized():
+        gc.freeze()
     return transformers
 
 
@@ -80,8 +84,8 @@ def save(folder: Path, family: str, **settings: Any) -> Path:
         model = transformers.AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for parameter in model.parameters():
-                # Weights as they are initialised hide the experts behind the residual, and biases of zero themselves.
-                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+                # Biases and sinks are zeros at first. Larger weights make more of what fp32 rounds.
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
         model.save_pretrained(path)
     dist.barrier()
     return path
@@ -116,6 +120,28 @@ def implementations(model: nn.Module) -> list[Any]:
     forwards = [vars(module).get("forward") for module in model.modules()]
     found = [inspect.getclosurevars(forward).nonlocals.get("implementation") for forward in forwards if forward]
     return [implementation for implementation in found if implementation is not None]
+
+
+def experts_of_all_families() -> Iterator[nn.Module]:
+    """An experts module on the meta device for each family with a rule for expert parallelism, as it is by default."""
+    folder = Path(imported().__file__).parent / "models"
+    for path in sorted(folder.glob("*/configuration_*.py")):
+        rule, family = "ep_dispatch_experts", path.parent.name
+        if rule not in path.read_text() or not (path.parent / f"modeling_{family}.py").exists():
+            continue
+        names = (f"transformers.models.{family}.{kind}_{family}" for kind in ("configuration", "modeling"))
+        configurations, models = (vars(importlib.import_module(name)) for name in names)
+        plans = {name: getattr(found, "base_model_ep_plan", None) for name, found in configurations.items()}
+        of_experts = [name for name, plan in plans.items() if isinstance(plan, dict) and rule in plan.values()]
+        classes = [found for name, found in models.items() if name.endswith("Experts") and "Shared" not in name]
+        for experts, configuration in product(classes, of_experts):
+            try:
+                with torch.device("meta"):
+                    made = experts(configurations[configuration]())
+            except (TypeError, ValueError, AttributeError, RuntimeError):
+                # Some have no experts by default, or sizes that differ from layer to layer.
+                continue
+            yield made
 
 
 def tokens(batches: int, length: int = 8) -> Tensor:

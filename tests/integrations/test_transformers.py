@@ -18,6 +18,7 @@ from hf_models import (
     UNITS,
     assert_all_near,
     configured,
+    experts_of_all_families,
     farthest,
     implementations,
     imported,
@@ -34,6 +35,8 @@ from torch.nn.utils import parametrize
 
 import sonic_ep
 from sonic_ep import EPConfig
+from sonic_ep.distributed.group import resolve_group
+from sonic_ep.integrations.stored_experts import Refusal, StoredExperts, proven_activation
 from sonic_ep.testing import Rank
 
 # transformers builds its meshes on the accelerator that it finds.
@@ -367,6 +370,25 @@ def test_wrong_uses(rank: Rank, tmp_path: Path) -> None:
             use(tmp_path / str(number))
 
 
+# A norm after each expert, and gates that end in a tanh.
+NOT_FUSED = {"MuseSparkExperts", "Inkling2Experts", "Inkling2LoopExperts"}
+
+
+@pytest.mark.thorough
+def test_experts_of_all_families() -> None:
+    """Some 60 families are fused, and few refused."""
+    implementations, found = ("eager", "batched_mm"), {True: set(), False: set()}
+    for experts in experts_of_all_families():
+        refusal = Refusal(group=resolve_group(None), module=type(experts).__name__, remedy="")
+        try:
+            proven_activation(experts, StoredExperts.of(experts, refusal), implementations, refusal)
+            found[True].add(refusal.module)
+        except ValueError:
+            found[False].add(refusal.module)
+    assert len(found[True]) >= 50
+    assert found[False] <= NOT_FUSED
+
+
 @pytest.mark.thorough
 @on_ranks(2, pool="cpu_pool")
 def test_what_the_fused_layer_refuses_is_dispatched(rank: Rank, tmp_path: Path) -> None:
@@ -407,4 +429,4 @@ def test_an_older_transformers_is_named(
     monkeypatch.setattr(importlib.metadata, "version", version)
     expected = rf"{message}, expected transformers 5.23 or later.*sonic-ep\[transformers\]"
     with pytest.raises(ImportError, match=expected):
-        runpy.run_module("sonic_ep.integrations.transformers")
+        runpy.run_path(str(Path(sonic_ep.__file__).parent / "integrations" / "transformers.py"))
