@@ -157,8 +157,7 @@ class Problem:
     def apply_to_one_rank(self, model: Any, ep: str) -> None:
         """Expert parallelism over one rank, which ``DistributedConfig`` leaves out: what it costs besides the link."""
         mesh = init_device_mesh(self.device.type, (1,), mesh_dim_names=("ep",))
-        _, plan, _ = model._resolve_parallel_plans(DistributedConfig(ep_implementation=ep))
-        apply_expert_parallelism(model, mesh, mesh, plan, ep_implementation=ep)
+        apply_expert_parallelism(model, mesh, mesh, model._expand_parallel_plan(model.ep_plan), ep_implementation=ep)
 
     def step(self, model: nn.Module) -> Any:
         """Collective. A forward with its loss, and a backward; what the model returns."""
