@@ -4,7 +4,7 @@ import ctypes
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 LONE_GROUP: Any = "sonic_ep_lone_rank"
@@ -208,6 +208,11 @@ def autograd_in_operator() -> Iterator[None]:
 
 
 _MODES_WITHOUT_VALUES = (FakeTensorMode, ProxyTorchDispatchMode, FunctionalTensorMode)
+
+
+def without_modes() -> AbstractContextManager[object]:
+    """Reads a tensor that has values, as the mesh of a traced DTensor has, outside of all dispatch modes."""
+    return _disable_current_modes() if dispatch_modes_active() else nullcontext()
 
 
 def selective_checkpoint_active() -> bool:

@@ -75,7 +75,10 @@ def local_of(group: EPGroup, name: str, value: Any, *, replicated: bool = False)
 def _ranks_of(mesh: DeviceMesh) -> tuple[int, ...]:
     """The ranks of a mesh of one dimension; none for others."""
     # By numbers: a DTensor may have an equal mesh of earlier process groups from a cache, whose names are unknown now.
-    return tuple(mesh.mesh.tolist()) if mesh.ndim == 1 else ()
+    if mesh.ndim != 1:
+        return ()
+    with compat.without_modes():
+        return tuple(mesh.mesh.tolist())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ TOKENS = 12
 
 
 def test_every_block_is_run_here() -> None:
-    on_ranks = {"Evaluate", "Until all are done", "Bound", "Graph", "Replay", "Load"}
+    on_ranks = {"Evaluate", "Until all are done", "Bound", "Graph", "Replay", "Export", "Load"}
     assert set(blocks(INFERENCE)) == {"Imports", *on_ranks, ALONE, CUT}
 
 

@@ -13,6 +13,7 @@ from backends import both_backends
 from layer_inputs import layer_inputs, routing_of
 from on_ranks import on_ranks
 from promises import promise
+from recipes import INFERENCE, run_block
 from same import assert_same_bits
 from shards import local
 from torch import Tensor
@@ -156,6 +157,25 @@ def test_autocast_and_no_grad_are_those_of_the_caller(rank: Rank, backend: str) 
     with pytest.raises(ValueError, match="dtype of w1"):
         compiled.call(x)
     layer.ep.close()
+
+
+@on_ranks(2, pool="cpu_pool")
+def test_recipes_of_the_documents(rank: Rank) -> None:
+    with ExpertParallel(backend="reference") as ep:
+        layer = MoE(**SIZES, ep=ep)
+        x = torch.randn(8 + rank.rank, 16, requires_grad=True)
+        names = {"layer": layer, "x": x, "torch": torch}
+        leaves = [x, *layer.parameters()]
+        expected = results_of(layer, x, leaves=leaves)
+        torch._dynamo.reset()
+        run_block(names, "Compile")
+        assert_same_bits(results_of(names["compiled"], x, leaves=leaves), expected)
+        before = ep.steps
+        run_block(names, "Selective checkpointing")
+        assert_same_bits(torch.autograd.grad(names["out"].y.sum(), x), torch.autograd.grad(layer(x).y.sum(), x))
+        assert ep.steps == before + 2
+        run_block(names, "Export", INFERENCE)
+        assert torch.equal(names["y"], expected[0])
 
 
 @promise("compile")

@@ -48,12 +48,19 @@ MAX_NORM = 0.1
 
 
 def test_every_block_is_run() -> None:
-    """The last two in test_training_recipes.py."""
+    """Some in test_training_recipes.py and test_operators.py."""
     small = (
         "Imports Meshes Replicas parallelize_module Prefetch Loss Step Split Optimizers Means Norm GradScaler Adapter"
     )
     wrappers = {DDP, FSDP1, FSDP2, ZERO}
-    assert set(blocks(TRAINING)) == {*small.split(), *wrappers, "Load balancing", "Bias update"}
+    assert set(blocks(TRAINING)) == {
+        *small.split(),
+        *wrappers,
+        "Load balancing",
+        "Bias update",
+        "Compile",
+        "Selective checkpointing",
+    }
 
 
 def test_the_readme_shows_the_same_lines() -> None:
