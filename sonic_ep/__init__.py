@@ -41,7 +41,7 @@ from sonic_ep.sharing import shared
 if TYPE_CHECKING:
     from sonic_ep.profiler import NetworkProfiler, ProfileReport
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "Activation",
