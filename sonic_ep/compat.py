@@ -3,7 +3,7 @@
 import ctypes
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor
 from torch._C import _distributed_c10d as c10d
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
@@ -221,11 +221,7 @@ def selective_checkpoint_active() -> bool:
     return not kinds.isdisjoint(CHECKPOINT_MODES) and kinds.isdisjoint(_MODES_WITHOUT_VALUES)
 
 
-def sees_operators(x: object, given: Iterable[object], options: Mapping[str, object]) -> bool:
-    """Whether a call whose first tensor is ``x`` has no values, or is under selective checkpointing."""
-    if dispatch_modes_active():
-        kinds = (*CHECKPOINT_MODES, *_MODES_WITHOUT_VALUES)
-        return any(isinstance(mode, kinds) for mode in _get_current_dispatch_mode_stack())
-    if type(x) is not FakeTensor:
-        return False
-    return all(type(value) is FakeTensor for value in (*given, *options.values()) if isinstance(value, Tensor))
+def sees_operators() -> bool:
+    """Whether a dispatch mode is active in which tensors have no values, or which selects what to save."""
+    kinds = (*CHECKPOINT_MODES, *_MODES_WITHOUT_VALUES)
+    return dispatch_modes_active() and any(isinstance(mode, kinds) for mode in _get_current_dispatch_mode_stack())

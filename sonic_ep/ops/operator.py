@@ -243,8 +243,7 @@ def by_operator(
 
         @wraps(method)
         def called(*given: GivenP.args, **options: GivenP.kwargs) -> ResultT:
-            x = given[1] if len(given) > 1 else next(iter(options.values()), None)
-            if torch.compiler.is_compiling() or compat.sees_operators(x, given, options):
+            if torch.compiler.is_compiling() or compat.sees_operators():
                 return cast(ResultT, operator(*given, **options))
             return eagerly(*given, **options)[0]
 

@@ -283,7 +283,8 @@ def test_dtensors_of_other_placements_are_refused_while_compiling(rank: Rank) ->
         replicated = distribute_tensor(router_w.detach(), mesh, [Replicate()])
         for given, options, said in (
             ((router_w, whole, w2), {}, "w1: got a DTensor"),
-            ((replicated, w1, w2), {"reduce_router_grad": False}, "expected reduce_router_grad=True"),
+            # PyTorch 2.11 shows the text in parts.
+            ((replicated, w1, w2), {"reduce_router_grad": False}, "reduce_router_grad=True, or plain tensors"),
         ):
             with pytest.raises(Exception, match=said):
                 Compiled(lambda x, g=given, o=options: ep.moe(x, *g, 2, **o).y).call(x)
