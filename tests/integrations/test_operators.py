@@ -255,7 +255,7 @@ def test_backward_reads_nothing_that_a_compiler_may_overwrite(rank: Rank, backen
         rows, factors = note(ops.dispatch(ep, x, plan) * 2, scores * 3)
         return y, routed, ops.combine(ep, rows, factors, plan)
 
-    with ExpertParallel(backend=backend) as ep:
+    with ExpertParallel(backend=backend, config=EPConfig(redispatch_x_in_backward=True)) as ep:
         found = []
         for overwritten in (False, True):
             seen.clear()
