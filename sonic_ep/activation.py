@@ -117,7 +117,6 @@ class Swiglu(Activation):
     up_offset: float = 0.0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in ("alpha", "limit", "up_offset"):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -127,7 +126,8 @@ class Swiglu(Activation):
                 expected_one = expected.get(name, "a finite number above 0")
                 raise ValueError(f"Swiglu: {name}: got {value!r}, expected {expected_one}, that fp32 holds")
             object.__setattr__(self, name, float(value))
-        self._register()
+        # Last: the text has the numbers as floats.
+        super().__post_init__()
 
     def _register(self) -> None:
         if type(self) is Swiglu:

@@ -121,7 +121,7 @@ class ExpertParallel:
     @property
     def steps(self) -> int:
         """How many collective calls have begun on this rank: the number of the last step, which errors name."""
-        return self._collectives.step.number
+        return self._call_guard.calls
 
     def release_with_last_user(self) -> None:
         """From now on it may be freed without ``close()``: it warns of nothing, and graphs keep what backward needs."""

@@ -58,6 +58,11 @@ class CallGuard:
         return self._collectives.call_lock.ended is not None
 
     @property
+    def calls(self) -> int:
+        """How many calls have begun. The step of the collectives goes back in a backward."""
+        return self._number
+
+    @property
     def admits(self) -> bool:
         """Whether calls may follow in this process."""
         return not (self.closed or self.ended) and self._collectives.call_lock.is_of_this_process

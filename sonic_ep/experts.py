@@ -229,7 +229,10 @@ class Experts(nn.Module):
 
     @compat.constant_when_traced
     def _name_alone(self, backend: str) -> str:
-        return self._run_alone(backend).operator_name
+        # The compiled code has its name, serves other layers too, and may outlive this one.
+        alone = self._run_alone(backend)
+        compat.keep_forever(alone)
+        return alone.operator_name
 
     @torch.no_grad()
     def _fill(self, held: dict[str, Tensor], seed: int) -> None:

@@ -72,8 +72,9 @@ def _moe_fake(given: Given) -> tuple[Tensor, ...]:
     return y, logits, counts, idx, scores
 
 
-Operator(name="moe", schema=MOE, run=_moe, fake=_moe_fake).define()
-Operator(name="moe_routed", schema=MOE_ROUTED, run=_moe_routed, fake=_fake_results).define()
+Operator(name="moe", schema=MOE, saved=("x",), run=_moe, fake=_moe_fake).define()
+_SAVED = ("x", "topk_idx", "topk_scores")
+Operator(name="moe_routed", schema=MOE_ROUTED, saved=_SAVED, run=_moe_routed, fake=_fake_results).define()
 
 
 # The calls below are traced: Dynamo inlines them, so they hold no more than the operator and what it takes.

@@ -9,7 +9,7 @@ tensors whose shapes follow from those of the inputs, and nothing of a backend.
 import itertools
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast
@@ -115,10 +115,15 @@ def _in_place_of_tensors(arguments: Sequence[Any], values: Iterator[Any], other:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Operator:
-    """An operator that makes a call. run: from its arguments, the results, then ``expert_ids``. fake: the results."""
+    """An operator that makes a call. run: from its arguments, the results, then ``expert_ids``. fake: the results.
+
+    saved: the arguments that backward may read, and that a compiler may overwrite before: it does not know that they
+    are saved. Weights are not copied.
+    """
 
     name: str
     schema: str
+    saved: tuple[str, ...]
     run: Callable[[Any, Given], tuple[Tensor, ...]]
     fake: Callable[[Given], tuple[Tensor, ...]]
 
@@ -133,8 +138,11 @@ class Operator:
         return dict(zip(names, arguments, strict=True))
 
     def _call(self, *arguments: Any) -> tuple[Tensor, ...]:
-        given, ep = self._given(arguments), registered(self._given(arguments)["ep"])
-        tensors, trained = tensors_of(arguments), given["trained"]
+        given = self._given(arguments)
+        ep, trained = registered(given["ep"]), given["trained"]
+        if any(trained) and not compat.selective_checkpoint_active():
+            arguments = tuple(value.clone() if name in self.saved else value for name, value in given.items())
+        tensors = tensors_of(arguments)
         autocast = torch.autocast(tensors[0].device.type, enabled=given["autocast"])
         with compat.autograd_in_operator(), torch.set_grad_enabled(any(trained)), autocast:
             pairs = zip(tensors, trained, strict=True)
@@ -144,7 +152,9 @@ class Operator:
             edges = [get_gradient_edge(result) if result.requires_grad else None for result in results]
         of_call = {"expert_ids": expert_ids, "group": ep.group, "step": ep.steps}
         graph = _Graph(leaves=[leaf for leaf in leaves if leaf.requires_grad], edges=edges, **of_call)
-        return (*(result.detach().contiguous() for result in results), Owner.tensor_of(graph))
+        # Backward reads the others again, and who has them may overwrite them.
+        y, *others = (result.detach() for result in results)
+        return (y.contiguous(), *(other.clone().contiguous() for other in others), Owner.tensor_of(graph))
 
     def _fake(self, *arguments: Any) -> tuple[Tensor, ...]:
         return (*self.fake(self._given(arguments)), Owner.fake())
@@ -179,6 +189,8 @@ def _backward(graph: Tensor, grads: Sequence[Any], like: Sequence[Tensor], exper
     held: _Graph = Owner.owned_by(graph)
     _raise_if_rerouted(held, expert_ids)
     entering = [(edge, grad) for edge, grad in zip(held.edges, grads, strict=True) if edge and grad is not None]
+    if not entering:
+        return [_with_form(None, form) for form in like]
     edges, given = zip(*entering, strict=True)
     # The graph is freed with its tensor, so that a caller may keep his for a second backward.
     with compat.autograd_in_operator():
@@ -205,11 +217,6 @@ def flags_of(arguments: Sequence[Any]) -> list[Any]:
     tensors = tensors_of(arguments)
     trained = [torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors]
     return [torch.is_autocast_enabled(tensors[0].device.type), trained]
-
-
-def in_own_memory(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The tensors, copied where they share memory with others, which an operator must not return."""
-    return [tensor if _owns_memory(tensor) else tensor.clone() for tensor in tensors]
 
 
 def _owns_memory(tensor: Tensor) -> bool:

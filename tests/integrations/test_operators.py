@@ -24,8 +24,9 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import sonic_ep
-from sonic_ep import Activation, EPConfig, ExpertParallel, MoE, RecomputeError, RouterConfig, Swiglu
+from sonic_ep import Activation, EPConfig, ExpertParallel, MoE, RecomputeError, RouterConfig, Swiglu, ops
 from sonic_ep.ops.operator import _owners
+from sonic_ep.plan import TENSOR_FIELDS
 from sonic_ep.testing import CASES, Case, Rank
 
 CASE = CASES["uniform"]
@@ -252,6 +253,89 @@ def test_another_routing_in_selective_checkpointing_is_an_error(rank: Rank, back
         y = checkpoint(layer, x, use_reentrant=False, context_fn=context)
         with pytest.raises(RecomputeError, match=f"rank {rank.rank} of 2: step 2: got another routing"):
             y.backward(dy)
+
+
+@promise("compile")
+@both_backends
+@on_ranks(1)
+def test_backward_reads_nothing_that_a_compiler_may_overwrite(rank: Rank, backend: str) -> None:
+    """Inductor reuses the memory of what operators took and returned, which no version counter shows."""
+    x, (router_w, w1, w2), _ = layer_inputs(rank, CASE)
+    idx, scores = routing_of(rank, CASE)
+    leaves = [x, router_w, w1, w2, scores.requires_grad_()]
+    seen: list[Tensor] = []
+
+    def note(*tensors: Any) -> Any:
+        seen.extend(tensors)
+        return tensors
+
+    def calls(ep: ExpertParallel) -> tuple[Tensor, ...]:
+        y, *others = ops.moe(ep, *note(x * 2), router_w, w1, w2, CASE.top_k)
+        note(*others)
+        routed = ops.moe_routed(ep, *note(x * 2, idx.clone(), scores * 2), w1, w2)
+        plan = ops.plan(ep, idx, CASE.num_experts)
+        note(*(getattr(plan, name) for name in TENSOR_FIELDS))
+        rows, factors = note(ops.dispatch(ep, x, plan) * 2, scores * 3)
+        return y, routed, ops.combine(ep, rows, factors, plan)
+
+    with ExpertParallel(backend=backend, config=EPConfig(redispatch_x_in_backward=True)) as ep:
+        found = []
+        for overwritten in (False, True):
+            seen.clear()
+            loss = sum(y.float().square().sum() for y in calls(ep))
+            for tensor in seen if overwritten else []:
+                tensor.data.fill_(0)
+            found.append(torch.autograd.grad(loss, leaves))
+        assert_same_bits(found[1], found[0])
+
+
+@on_ranks(1, pool="cpu_pool")
+def test_a_loss_of_results_without_a_gradient_is_no_error(rank: Rank) -> None:
+    """The router is frozen, and an operator's floats all seem differentiable."""
+    layer = MoE(**SIZES, ep=ExpertParallel(backend="reference"))
+    layer.router.requires_grad_(False)
+    factor = torch.ones((), requires_grad=True)
+    compiled = Compiled(lambda x, factor: layer(x).router_logits.sum() * factor)
+    compiled.call(torch.randn(3, 16), factor).backward()
+    assert factor.grad is not None
+    assert all(weight.grad is None or not weight.grad.any() for weight in layer.experts.parameters())
+    layer.experts.ep.close()
+
+
+@on_ranks(1, pool="cpu_pool")
+def test_compiled_code_of_a_layer_without_ep_serves_others_when_it_is_gone(rank: Rank) -> None:
+    layers, x = [MoE(**SIZES), MoE(**SIZES)], torch.randn(3, 16)
+    compiled = Compiled(lambda layer, x: layer(x).y)
+    for layer in layers:
+        compiled.call(layer, x)
+    del layers[0], layer
+    gc.collect()
+    assert torch.equal(compiled.call(layers[0], x), layers[0](x).y)
+
+
+@on_ranks(1, pool="cpu_pool")
+def test_numbers_of_an_activation_may_come_from_the_compiled_code(rank: Rank) -> None:
+    with ExpertParallel(backend="reference") as ep:
+        experts, x = MoE(**SIZES, ep=ep).experts, torch.randn(3, 16)
+        idx, scores = torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
+
+        def call(x: Tensor, alpha: float) -> Tensor:
+            return ep.moe_routed(x, idx, scores, experts.w1, experts.w2, activation=Swiglu(alpha=alpha))
+
+        compiled = Compiled(call)
+        for alpha in (1.5, 2.5, 2, 3.5):
+            assert torch.equal(compiled.call(x, alpha), call(x, alpha))
+
+
+@on_ranks(1, pool="cpu_pool")
+def test_steps_are_the_calls_that_have_begun(rank: Rank) -> None:
+    """A backward does not count them back to its own."""
+    with ExpertParallel(backend="reference") as ep:
+        layer, x = MoE(**SIZES, ep=ep), torch.randn(3, 16)
+        before = ep.steps
+        first, _ = layer(x).y, layer(x).y
+        first.sum().backward()
+        assert ep.steps == before + 2
 
 
 @promise("compile", "second-derivatives")
