@@ -181,6 +181,33 @@ def test_gradient_checkpointing(rank: Rank, implementation: str, use_reentrant: 
     assert_same_bits(trained(model, mine), expected)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("config", [EPConfig(), EXACT_ROWS], ids=["room", "exact"])
+@every_implementation
+@on_ranks(2, pool="cpu_pool")
+def test_experts_compile_without_a_graph_break(
+    rank: Rank, implementation: str, config: EPConfig, tmp_path: Path
+) -> None:
+    path, mine = save(tmp_path, "Mixtral"), tokens(4).chunk(2)[rank.rank]
+    with configured(config=config):
+        model = loaded(path, ep_implementation=implementation, experts_implementation="batched_mm", **TWO)
+    expected = trained(model, mine)
+    for layer in model.model.layers:
+        layer.mlp.experts.compile(backend="aot_eager", fullgraph=True)
+    assert_same_bits(trained(model, mine), expected)
+
+
+@pytest.mark.thorough
+@on_ranks(2, pool="cpu_pool")
+def test_a_model_without_fsdp_compiles_without_a_graph_break(rank: Rank, tmp_path: Path) -> None:
+    path, ids = save(tmp_path, "Mixtral"), tokens(1)
+    with configured():
+        model = loaded(path, ep_implementation="sonic_ep", tp_size=2, ep_size=2)
+    expected = trained(model, ids)
+    model.compile(backend="aot_eager", fullgraph=True)
+    assert_all_near(trained(model, ids), expected)
+
+
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: getattr(tensor, "full_tensor", lambda t=tensor: t)() for name, tensor in model.state_dict().items()}
 
