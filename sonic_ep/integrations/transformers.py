@@ -162,10 +162,13 @@ class FusedExpertsEP(SonicEPImplementation):
         check_shares(experts, self.stored, ep_mesh, self.refusal)
         # The forward of the class, and that which uses the module's gate: the model may run either.
         self.activation = proven_activation(experts, self.stored, ("eager", "batched_mm"), self.refusal)
+        self.proven_gate = getattr(experts, "act_fn", None)
         super().__init__(experts, ep_mesh, tp_mesh)
 
     def weighted_sums(self, x_TH: Tensor, idx_TK: Tensor, scores_TK: Tensor) -> Tensor:
         """As ``moe_routed``."""
+        if getattr(self.experts, "act_fn", None) is not self.proven_gate:
+            raise self.refusal.of("an act_fn that was replaced after the model was built", "that of its class")
         if torch.is_autocast_enabled(x_TH.device.type):
             x_TH = x_TH.to(torch.get_autocast_dtype(x_TH.device.type))
         weights = self.stored.arguments({name: self._parameter(name) for name in self.stored.names})

@@ -363,6 +363,12 @@ def parametrized(folder: Path) -> None:
     trained(model, tokens(1))
 
 
+def another_gate(folder: Path) -> None:
+    model = loaded(save(folder, "Mixtral"), ep_implementation="sonic_ep", **TWO)
+    model.model.layers[0].mlp.experts.act_fn = nn.ReLU()
+    trained(model, tokens(1))
+
+
 def another_option(folder: Path) -> None:
     path = save(folder, "Mixtral")
     model = loaded(path, ep_implementation="sonic_ep", **TWO)
@@ -385,6 +391,7 @@ WRONG: dict[str, Callable[[Path], None]] = {
     rf"MixtralExperts: got experts_implementation='mine', which others registered.*{REMEDY}": own_implementation,
     "GptOssExperts: got gate_up_proj_bias that is not sharded by expert, expected .*grouped_gemm": rule_left_out,
     "MixtralExperts: got down_proj computed from other tensors": parametrized,
+    rf"MixtralExperts: got an act_fn that was replaced .*{REMEDY}": another_gate,
     "backend of shared: got 'fast'": another_option,
     "backend: got 'faster'": no_backend,
 }
