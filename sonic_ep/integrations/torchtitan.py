@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sonic_ep import compat
 from sonic_ep.activation import Swiglu
 from sonic_ep.api import ExpertParallel
 from sonic_ep.config import EPConfig
@@ -83,8 +84,9 @@ class ExpertRows:
             # Where a bound is exceeded there are fewer rows than were routed, until the error is raised.
             ends_e = ends_e.clamp(max=rows)
             counts_e = ends_e.diff(prepend=ends_e.new_zeros(1))
-        # At least one: products of no rows at all are an error of some kernels.
-        plain = ExpertRows(counts_e=counts_e, num_rows=max(rows, 1), unused_R1=None, place_R=None)
+        # At least one: products of no rows at all are an error of some kernels. Graphs are traced for any R.
+        num_rows = rows + 1 if torch.compiler.is_compiling() else max(rows, 1)
+        plain = ExpertRows(counts_e=counts_e, num_rows=num_rows, unused_R1=None, place_R=None)
         if exact and multiple is None:
             return plain
         row_R = torch.arange(rows, device=ends_e.device)
@@ -147,12 +149,17 @@ class SonicEPTokenDispatcher(BaseEPTokenDispatcher):
 
     def expert_parallel(self, x: Tensor) -> ExpertParallel:
         """The one that all layers of this EP group share."""
+        self._make_usable(x.is_cuda)
+        assert self._ep is not None
+        return self._ep
+
+    @compat.constant_when_traced
+    def _make_usable(self, on_gpu: bool) -> None:
         if self._ep is None or not self._ep.usable:
             group: Any = ONE_PROCESS if self.ep_mesh is None else self.ep_mesh
             # As for ``Experts`` of one process.
-            backend = {"backend": "reference"} if self.ep_mesh is None and not x.is_cuda else {}
+            backend = {"backend": "reference"} if self.ep_mesh is None and not on_gpu else {}
             self._ep = shared(group, **{**backend, **self._options})
-        return self._ep
 
     def dispatch(
         self,

@@ -27,6 +27,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -161,10 +162,13 @@ class FusedExpertsEP(SonicEPImplementation):
         check_shares(experts, self.stored, ep_mesh, self.refusal)
         # The forward of the class, and that which uses the module's gate: the model may run either.
         self.activation = proven_activation(experts, self.stored, ("eager", "batched_mm"), self.refusal)
+        self.proven_gate = getattr(experts, "act_fn", None)
         super().__init__(experts, ep_mesh, tp_mesh)
 
     def weighted_sums(self, x_TH: Tensor, idx_TK: Tensor, scores_TK: Tensor) -> Tensor:
         """As ``moe_routed``."""
+        if getattr(self.experts, "act_fn", None) is not self.proven_gate:
+            raise self.refusal.of("an act_fn that was replaced after the model was built", "that of its class")
         if torch.is_autocast_enabled(x_TH.device.type):
             x_TH = x_TH.to(torch.get_autocast_dtype(x_TH.device.type))
         weights = self.stored.arguments({name: self._parameter(name) for name in self.stored.names})
@@ -192,21 +196,21 @@ class DispatchedExpertsEP(SonicEPImplementation):
 
     def _outputs(self, rows_RH: Tensor, plan: RoutingPlan) -> Tensor:
         """The experts' outputs, (R, H)."""
-        if len(rows_RH) == 0:
-            # Backward, and FSDP in it, runs through the experts on every rank: here with a row of zeros.
-            zeros_1H = rows_RH.sum(dim=0, keepdim=True)
-            return self._run(zeros_1H, plan.group_ends.new_zeros(1))[:0]
+        if not torch.compiler.is_compiling() and len(rows_RH) > 0:
+            return self._run(rows_RH, plan)
+        # Backward, and FSDP in it, runs through the experts on every rank: here with one more row, of zeros. Graphs are
+        # traced for any R.
+        return self._run(F.pad(rows_RH, (0, 0, 0, 1)), plan)[:-1]
+
+    def _run(self, rows_RH: Tensor, plan: RoutingPlan) -> Tensor:
+        """The module's forward. Of its implementations, grouped_mm leaves out rows past the last expert."""
         numbers_R = torch.arange(len(rows_RH), dtype=plan.group_ends.dtype, device=rows_RH.device)
         # With group_ends 4 6: 0 0 0 0 1 1 2 2, where 2 is past the last expert.
         experts_R = torch.searchsorted(plan.group_ends, numbers_R, right=True)
-        if self.ep.config.cpu_sync_on_runtime:
-            return self._run(rows_RH, experts_R)
-        # They may be NaN. Their gradients are zeros, as combine's backward leaves them.
-        unspecified_R1 = (experts_R == self.num_local_experts).unsqueeze(1)
-        return self._run(rows_RH.masked_fill(unspecified_R1, 0), experts_R)
-
-    def _run(self, rows_RH: Tensor, experts_R: Tensor) -> Tensor:
-        """The module's forward. Of its implementations, grouped_mm leaves out rows past the last expert."""
+        if not self.ep.config.cpu_sync_on_runtime:
+            # They may be NaN. Their gradients are zeros, as combine's backward leaves them.
+            unspecified_R1 = (experts_R == self.num_local_experts).unsqueeze(1)
+            rows_RH = rows_RH.masked_fill(unspecified_R1, 0)
         skips = _implementation_name(self.experts) == "grouped_mm"
         last = self.num_local_experts - (0 if skips else 1)
         ids_R1 = experts_R.long().clamp(max=last).unsqueeze(1)

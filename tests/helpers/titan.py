@@ -1,5 +1,6 @@
 """Routed experts of torchtitan on ranks of tests: configs, overrides, meshes, and what one process has."""
 
+import re
 from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -208,11 +209,11 @@ def qwen3_config() -> Any:
 
 
 def qwen3_gradients(
-    rank: Rank, *imports: str, checkpointing: str = "none", tp: int = 1, ep: int = 2
+    rank: Rank, *imports: str, checkpointing: str = "none", tp: int = 1, ep: int = 2, compiled: bool = False
 ) -> dict[str, Tensor]:
     """Loss and whole gradients of that model, overridden and parallelized by torchtitan itself. Collective.
 
-    Each data-parallel rank has a batch of its own.
+    Each data-parallel rank has a batch of its own. compiled: by torchtitan, each block without a graph break.
     """
     # FSDP2 of PyTorch 2.13 takes no plain tensors, which torchtitan's default, spmd_types, gives it.
     spmd = "partial_dtensor"
@@ -228,7 +229,8 @@ def qwen3_gradients(
     model = built(overridden(config, *imports) if imports else config, rank.device)
     dims = meshes(rank, spmd, ep=ep, tp=tp)
     policies = {"none": None, "full": FullAC.Config(), "selective": SelectiveAC.Config()}
-    given = {"training": training, "parallelism": parallelism, "compile_config": CompileConfig(), "dump_folder": ""}
+    compiling = CompileConfig(enable=compiled, components=["model"], backend="aot_eager")
+    given = {"training": training, "parallelism": parallelism, "compile_config": compiling, "dump_folder": ""}
     tokens = torch.randint(VOCABULARY, (rank.world_size, 2, 8), generator=torch.Generator().manual_seed(3))
     mine = tokens[rank.rank // tp].to(rank.device)
     with get_spmd_context(parallel_dims=dims)():
@@ -244,5 +246,5 @@ def qwen3_gradients(
     found = {name: full(parameter.grad) for name, parameter in model.named_parameters()}
     return {
         "loss": loss.detach()[None],
-        **{name.replace("_checkpoint_wrapped_module.", ""): g for name, g in found.items()},
+        **{re.sub("_checkpoint_wrapped_module.|_orig_mod.", "", name): g for name, g in found.items()},
     }

@@ -36,7 +36,7 @@ from titan import (
 )
 from torch import Tensor
 
-from sonic_ep.testing import Rank, assert_as_accurate
+from sonic_ep.testing import Rank, assert_as_accurate, assert_bitwise
 
 TORCHTITAN = DOCS / "torchtitan.md"
 EVEN, UNEVEN, ONE_SIDED = (12, 12), (9, 15), (24, 0)
@@ -204,6 +204,21 @@ def test_a_model_of_torchtitan(rank: Rank, override: str, checkpointing: str, tp
     assert got.keys() == expected.keys()
     for name, value in got.items():
         assert_near(value.bfloat16(), expected[name], units=UNITS[override])
+
+
+@pytest.mark.thorough
+@needs_torchtitan
+@on_ranks(2, pool="cpu_pool")
+@pytest.mark.parametrize(
+    "options", [{"cpu_sync_on_runtime": False}, {"cpu_sync_on_runtime": True}], ids=["room", "exact"]
+)
+@pytest.mark.parametrize("override", [DISPATCHER, REGION], ids=["dispatcher", "region"])
+def test_a_model_that_torchtitan_compiles(rank: Rank, override: str, options: dict[str, Any]) -> None:
+    """Each block without a graph break, with the bits of an eager run."""
+    given = with_options(override, backend="reference", **options)
+    expected = qwen3_gradients(rank, given)
+    for name, value in qwen3_gradients(rank, given, compiled=True).items():
+        assert_bitwise(value, expected[name], name)
 
 
 @needs_torchtitan

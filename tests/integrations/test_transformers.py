@@ -181,6 +181,33 @@ def test_gradient_checkpointing(rank: Rank, implementation: str, use_reentrant: 
     assert_same_bits(trained(model, mine), expected)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("config", [EPConfig(), EXACT_ROWS], ids=["room", "exact"])
+@every_implementation
+@on_ranks(2, pool="cpu_pool")
+def test_experts_compile_without_a_graph_break(
+    rank: Rank, implementation: str, config: EPConfig, tmp_path: Path
+) -> None:
+    path, mine = save(tmp_path, "Mixtral"), tokens(4).chunk(2)[rank.rank]
+    with configured(config=config):
+        model = loaded(path, ep_implementation=implementation, experts_implementation="batched_mm", **TWO)
+    expected = trained(model, mine)
+    for layer in model.model.layers:
+        layer.mlp.experts.compile(backend="aot_eager", fullgraph=True)
+    assert_same_bits(trained(model, mine), expected)
+
+
+@pytest.mark.thorough
+@on_ranks(2, pool="cpu_pool")
+def test_a_model_without_fsdp_compiles_without_a_graph_break(rank: Rank, tmp_path: Path) -> None:
+    path, ids = save(tmp_path, "Mixtral"), tokens(1)
+    with configured():
+        model = loaded(path, ep_implementation="sonic_ep", tp_size=2, ep_size=2)
+    expected = trained(model, ids)
+    model.compile(backend="aot_eager", fullgraph=True)
+    assert_all_near(trained(model, ids), expected)
+
+
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: getattr(tensor, "full_tensor", lambda t=tensor: t)() for name, tensor in model.state_dict().items()}
 
@@ -336,6 +363,12 @@ def parametrized(folder: Path) -> None:
     trained(model, tokens(1))
 
 
+def another_gate(folder: Path) -> None:
+    model = loaded(save(folder, "Mixtral"), ep_implementation="sonic_ep", **TWO)
+    model.model.layers[0].mlp.experts.act_fn = nn.ReLU()
+    trained(model, tokens(1))
+
+
 def another_option(folder: Path) -> None:
     path = save(folder, "Mixtral")
     model = loaded(path, ep_implementation="sonic_ep", **TWO)
@@ -358,6 +391,7 @@ WRONG: dict[str, Callable[[Path], None]] = {
     rf"MixtralExperts: got experts_implementation='mine', which others registered.*{REMEDY}": own_implementation,
     "GptOssExperts: got gate_up_proj_bias that is not sharded by expert, expected .*grouped_gemm": rule_left_out,
     "MixtralExperts: got down_proj computed from other tensors": parametrized,
+    rf"MixtralExperts: got an act_fn that was replaced .*{REMEDY}": another_gate,
     "backend of shared: got 'fast'": another_option,
     "backend: got 'faster'": no_backend,
 }

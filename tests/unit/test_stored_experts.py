@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sonic_ep import Activation, Swiglu
 from sonic_ep.activation import ACTIVATIONS
 from sonic_ep.distributed.group import EPGroup
-from sonic_ep.integrations.stored_experts import Refusal, StoredExperts, proven_activation
+from sonic_ep.integrations.stored_experts import Refusal, StoredExperts, candidates, proven_activation
 
 EXPERTS, HIDDEN, INTERMEDIATE = 8, 64, 32
 REFUSAL = Refusal(group=EPGroup(rank=1, world_size=2), module="Toy", remedy="do otherwise")
@@ -177,3 +177,20 @@ def test_numbers_below_those_of_fp32_are_no_candidates() -> None:
     assert activation_of(toy) == ACTIVATIONS["swiglu"]
     toy.limit, toy.my_alpha = 1e300, math.inf
     assert activation_of(toy) == ACTIVATIONS["swiglu"]
+    for toy.limit in (1e300, 1e-300, math.nan, -1.0):
+        assert {one.limit for one in candidates(toy, gated=True) if isinstance(one, Swiglu)} == {math.inf}
+
+
+def test_each_implementation_has_to_compute_the_same() -> None:
+    def gate(toy: Toy, h: Tensor) -> Tensor:
+        return (silu_gate if toy.config._experts_implementation == "eager" else relu_gate)(toy, h)
+
+    toy = Toy(gate)
+    assert activation_of(toy) == ACTIVATIONS["swiglu"]
+    with pytest.raises(ValueError, match="no activation"):
+        proven_activation(toy, StoredExperts.of(toy, REFUSAL), ("eager", "batched_mm"), REFUSAL)
+
+
+def test_the_forward_runs_on_the_cpu_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        assert activation_of(Toy(lambda toy, h: silu_gate(toy, h) * torch.ones(()))) == ACTIVATIONS["swiglu"]
