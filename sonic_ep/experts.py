@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -218,7 +218,7 @@ class Experts(nn.Module):
             return self.ep
         backend = "auto" if isinstance(x, Tensor) and x.is_cuda else "reference"
         if torch.compiler.is_compiling():
-            return ops.ByName(operator_name=self._name_alone(backend), group=ONE_PROCESS)
+            return ops.ByName(operator_name=_name_of_lone(backend), group=ONE_PROCESS)
         return self._run_alone(backend)
 
     def _run_alone(self, backend: str) -> ExpertParallel:
@@ -226,13 +226,6 @@ class Experts(nn.Module):
             self._alone = ExpertParallel(ONE_PROCESS, backend=backend)
             self._alone.release_with_last_user()
         return self._alone
-
-    @compat.constant_when_traced
-    def _name_alone(self, backend: str) -> str:
-        # The compiled code has its name, serves other layers too, and may outlive this one.
-        alone = self._run_alone(backend)
-        compat.keep_forever(alone)
-        return alone.operator_name
 
     @torch.no_grad()
     def _fill(self, held: dict[str, Tensor], seed: int) -> None:
@@ -254,3 +247,16 @@ class Experts(nn.Module):
 def _fill_expert(expert: int, row: Tensor, *, seed: int) -> None:
     # w1 and w2 of an expert take two consecutive seeds.
     normal(row, seed + 2 * expert)
+
+
+@compat.constant_when_traced
+def _name_of_lone(backend: str) -> str:
+    return _lone(backend).operator_name
+
+
+@cache
+def _lone(backend: str) -> ExpertParallel:
+    """One for the compiled code of layers without ``ep``, which has its name, serves all of them and outlives them."""
+    made = ExpertParallel(ONE_PROCESS, backend=backend)
+    made.release_with_last_user()
+    return made

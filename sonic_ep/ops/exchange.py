@@ -18,7 +18,7 @@ COMBINE = f"(Tensor rows, Tensor topk_scores, {_OF_PLAN}, {_CALL}) -> (Tensor y,
 
 
 def _plan(topk_idx: Tensor, num_experts: int, ep: str) -> tuple[Tensor, ...]:
-    plan, _ = registered(ep).plan.with_ids(registered(ep), topk_idx, num_experts)
+    plan, _ = registered(ep).plan.with_ids(registered(ep), topk_idx.clone(), num_experts)
     # Copies: who has them may overwrite them, and ``made`` owns the plan.
     return (*(getattr(plan, name).clone() for name in TENSOR_FIELDS), Owner.tensor_of(plan))
 
@@ -69,9 +69,8 @@ def _combine_fake(given: Given) -> tuple[Tensor, ...]:
     return (given["rows"].new_empty(given["topk_scores"].shape[0], given["rows"].shape[1]),)
 
 
-Operator(name="dispatch", schema=DISPATCH, saved=(), run=_dispatch, fake=_dispatch_fake).define()
-_SAVED = ("rows", "topk_scores")
-Operator(name="combine", schema=COMBINE, saved=_SAVED, run=_combine, fake=_combine_fake).define()
+Operator(name="dispatch", schema=DISPATCH, run=_dispatch, fake=_dispatch_fake).define()
+Operator(name="combine", schema=COMBINE, run=_combine, fake=_combine_fake).define()
 
 
 # The calls below are traced: Dynamo inlines them, so they hold no more than the operator and what it takes.

@@ -52,7 +52,8 @@ def _moe(ep: Any, given: Given) -> tuple[Tensor, ...]:
 
 
 def _moe_routed(ep: Any, given: Given) -> tuple[Tensor, ...]:
-    of_call = (given["x"], given["topk_idx"], given["topk_scores"])
+    # A copy: the plan, which is no saved tensor, may keep the ids as they are.
+    of_call = (given["x"], given["topk_idx"].clone(), given["topk_scores"])
     out, expert_ids = ep.moe_routed.with_ids(ep, *of_call, **_of_experts(given), return_routing=True)
     return out.y, out.tokens_per_expert, expert_ids
 
@@ -72,9 +73,8 @@ def _moe_fake(given: Given) -> tuple[Tensor, ...]:
     return y, logits, counts, idx, scores
 
 
-Operator(name="moe", schema=MOE, saved=("x",), run=_moe, fake=_moe_fake).define()
-_SAVED = ("x", "topk_idx", "topk_scores")
-Operator(name="moe_routed", schema=MOE_ROUTED, saved=_SAVED, run=_moe_routed, fake=_fake_results).define()
+Operator(name="moe", schema=MOE, run=_moe, fake=_moe_fake).define()
+Operator(name="moe_routed", schema=MOE_ROUTED, run=_moe_routed, fake=_fake_results).define()
 
 
 # The calls below are traced: Dynamo inlines them, so they hold no more than the operator and what it takes.

@@ -2,21 +2,22 @@
 
 An operator makes the eager call, with its bits, checks and errors. Besides the results it returns ``graph``, (1,) int64
 on the CPU: its memory owns what autograd saved in the call, and frees it with the last tensor that has this memory.
-``sonic_ep::backward`` turns ``graph`` and gradients of the results into gradients of the inputs. So compilers see
-tensors whose shapes follow from those of the inputs, and nothing of a backend.
+``sonic_ep::backward`` turns ``graph``, the inputs and gradients of the results into gradients of the inputs. So
+compilers see tensors whose shapes follow from those of the inputs, and nothing of a backend.
 """
 
 import itertools
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from sonic_ep import compat
 from sonic_ep.autograd_utils import runs_eagerly
@@ -77,16 +78,85 @@ class Owner(bytearray):
         return torch.empty(1, dtype=torch.int64, device="cpu")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _OfInput:
+    """A saved tensor that is part of an input. place: of the input. offset: of its first element, from the input's."""
+
+    place: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _Inputs:
+    """The inputs of a call, which its graph does not keep: backward gets them again.
+
+    The graph may not keep them: a compiler does not know that it reads them, and uses their memory for something else.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._strides = [tensor.stride() for tensor in tensors]
+        self._tensors = list(tensors)
+
+    def pack(self, saved: Tensor) -> Tensor | _OfInput:
+        """What the graph keeps in place of a tensor that it saves."""
+        memory = saved.untyped_storage().data_ptr() if saved.numel() else 0
+        for place, tensor in enumerate(self._tensors):
+            if memory and tensor.untyped_storage().data_ptr() == memory and _begins_in(tensor, saved):
+                offset = int(saved.storage_offset() - tensor.storage_offset())
+                return _OfInput(place=place, size=saved.size(), stride=saved.stride(), offset=offset)
+        return saved
+
+    def unpack(self, kept: Tensor | _OfInput) -> Tensor:
+        """The tensor again, of the inputs that backward got."""
+        if isinstance(kept, Tensor):
+            return kept
+        tensor = self._tensors[kept.place]
+        return tensor.as_strided(kept.size, kept.stride, tensor.storage_offset() + kept.offset)
+
+    @contextmanager
+    def given(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """While backward runs: the inputs again, of the strides that they had."""
+        pairs = zip(tensors, self._strides, strict=True)
+        self._tensors = [
+            tensor.detach() if tensor.stride() == stride else _laid(tensor, stride) for tensor, stride in pairs
+        ]
+        try:
+            yield
+        finally:
+            self._tensors = []
+
+    def forget(self) -> None:
+        """After forward."""
+        self._tensors = []
+
+
+def _laid(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    if tensor.stride() == stride:
+        return tensor.detach()
+    return torch.empty_strided(tensor.size(), stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _begins_in(tensor: Tensor, part: Tensor) -> bool:
+    """Whether the first element of ``part`` is one of ``tensor``: inputs may be halves of one weight."""
+    left = part.storage_offset() - tensor.storage_offset()
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True), reverse=True):
+        index = min(left // stride, size - 1) if stride else 0
+        left -= index * stride
+    return left == 0 and part.dtype == tensor.dtype
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Graph:
     """What a call saved for backward.
 
-    leaves: what backward computes gradients of. edges: where the gradient of each result enters, or None. expert_ids:
-    of the plan, (W, C, K). group, step: of the call.
+    leaves: where gradients of the inputs come out. edges: where the gradient of each result enters, or None. inputs: by
+    which the graph has them again. expert_ids: of the plan, (W, C, K). group, step: of the call.
     """
 
-    leaves: list[Tensor]
+    leaves: list[GradientEdge]
     edges: list[GradientEdge | None]
+    inputs: _Inputs
     expert_ids: Tensor
     group: object
     step: int
@@ -115,15 +185,10 @@ def _in_place_of_tensors(arguments: Sequence[Any], values: Iterator[Any], other:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Operator:
-    """An operator that makes a call. run: from its arguments, the results, then ``expert_ids``. fake: the results.
-
-    saved: the arguments that backward may read, and that a compiler may overwrite before: it does not know that they
-    are saved. Weights are not copied.
-    """
+    """An operator that makes a call. run: from its arguments, the results, then ``expert_ids``. fake: the results."""
 
     name: str
     schema: str
-    saved: tuple[str, ...]
     run: Callable[[Any, Given], tuple[Tensor, ...]]
     fake: Callable[[Given], tuple[Tensor, ...]]
 
@@ -138,20 +203,23 @@ class Operator:
         return dict(zip(names, arguments, strict=True))
 
     def _call(self, *arguments: Any) -> tuple[Tensor, ...]:
-        given = self._given(arguments)
-        ep, trained = registered(given["ep"]), given["trained"]
-        if any(trained) and not compat.selective_checkpoint_active():
-            arguments = tuple(value.clone() if name in self.saved else value for name, value in given.items())
-        tensors = tensors_of(arguments)
+        given, tensors = self._given(arguments), tensors_of(arguments)
+        ep, trained, inputs = registered(given["ep"]), given["trained"], _Inputs(tensors)
         autocast = torch.autocast(tensors[0].device.type, enabled=given["autocast"])
         with compat.autograd_in_operator(), torch.set_grad_enabled(any(trained)), autocast:
             pairs = zip(tensors, trained, strict=True)
             leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in pairs]
             of_leaves = self._given(_in_place_of_tensors(arguments, iter(leaves), lambda other: other))
-            *results, expert_ids = self.run(ep, of_leaves)
+            with saved_tensors_hooks(inputs.pack, inputs.unpack):
+                *results, expert_ids = self.run(ep, of_leaves)
             edges = [get_gradient_edge(result) if result.requires_grad else None for result in results]
+            outlets = [get_gradient_edge(leaf) for leaf in leaves if leaf.requires_grad]
+        inputs.forget()
+        for leaf in leaves:
+            # The graph has its leaves, which need no memory: only their edges are asked for.
+            leaf.data = leaf.data.new_empty(0)
         of_call = {"expert_ids": expert_ids, "group": ep.group, "step": ep.steps}
-        graph = _Graph(leaves=[leaf for leaf in leaves if leaf.requires_grad], edges=edges, **of_call)
+        graph = _Graph(leaves=outlets, edges=edges, inputs=inputs, **of_call)
         # Backward reads the others again, and who has them may overwrite them.
         y, *others = (result.detach() for result in results)
         return (y.contiguous(), *(other.clone().contiguous() for other in others), Owner.tensor_of(graph))
@@ -161,11 +229,10 @@ class Operator:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """``graph``, and the inputs whose gradients are needed, for the form of these."""
+    """``graph`` and the inputs, which it does not keep."""
     ctx.set_materialize_grads(False)
     ctx.trained, graph = inputs[-1], output[-1]
-    like = (tensor for tensor, needed in zip(tensors_of(inputs), ctx.trained, strict=True) if needed)
-    ctx.save_for_backward(graph, *like)
+    ctx.save_for_backward(graph, *tensors_of(inputs))
     ctx.places = _in_place_of_tensors(inputs, itertools.repeat(True), lambda _: None)
     # A recompute brings another graph, whose routing has to be this one's.
     ctx.expert_ids = Owner.owned_by(graph).expert_ids if compat.selective_checkpoint_active() else None
@@ -175,8 +242,8 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Of each input, as it was given: a tensor, a list of tensors, or None."""
     if torch.is_grad_enabled():
         raise RuntimeError("sonic_ep: create_graph=True is not supported: backward is once_differentiable")
-    graph, *like = ctx.saved_tensors
-    found = iter(torch.ops.sonic_ep.backward(graph, grads[:-1], like, ctx.expert_ids))
+    graph, *inputs = ctx.saved_tensors
+    found = iter(torch.ops.sonic_ep.backward(graph, grads[:-1], inputs, ctx.trained, ctx.expert_ids))
     of_tensors = iter([next(found) if needed else None for needed in ctx.trained])
     return tuple(
         [next(of_tensors) for _ in place] if isinstance(place, list) else next(of_tensors) if place else None
@@ -184,22 +251,27 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     )
 
 
-def _backward(graph: Tensor, grads: Sequence[Any], like: Sequence[Tensor], expert_ids: Tensor | None) -> list[Tensor]:
-    """Gradients with the form of ``like``; zeros where the results do not depend on an input."""
+def _backward(
+    graph: Tensor, grads: Sequence[Any], inputs: Sequence[Tensor], trained: Sequence[bool], expert_ids: Tensor | None
+) -> list[Tensor]:
+    """Gradients of the inputs that require one, with their form; zeros where no result depends on one."""
     held: _Graph = Owner.owned_by(graph)
     _raise_if_rerouted(held, expert_ids)
     entering = [(edge, grad) for edge, grad in zip(held.edges, grads, strict=True) if edge and grad is not None]
+    forms = list(itertools.compress(inputs, trained))
     if not entering:
-        return [_with_form(None, form) for form in like]
+        return [_with_form(None, form) for form in forms]
     edges, given = zip(*entering, strict=True)
     # The graph is freed with its tensor, so that a caller may keep his for a second backward.
-    with compat.autograd_in_operator():
+    with compat.autograd_in_operator(), held.inputs.given(inputs):
         found = torch.autograd.grad(edges, held.leaves, given, retain_graph=True, allow_unused=True)
-    return [_with_form(grad, form) for grad, form in zip(found, like, strict=True)]
+    return [_with_form(grad, form) for grad, form in zip(found, forms, strict=True)]
 
 
-def _backward_fake(graph: Tensor, grads: object, like: Sequence[Tensor], expert_ids: object) -> list[Tensor]:
-    return [torch.empty_like(form) for form in like]
+def _backward_fake(
+    graph: Tensor, grads: object, inputs: Sequence[Tensor], trained: Sequence[bool], expert_ids: object
+) -> list[Tensor]:
+    return [torch.empty_like(form) for form in itertools.compress(inputs, trained)]
 
 
 def _raise_if_rerouted(recomputed: _Graph, before: Tensor | None) -> None:
@@ -231,7 +303,7 @@ def _with_form(grad: Tensor | None, form: Tensor) -> Tensor:
     return grad if _owns_memory(grad) and grad.stride() == held.stride() else held.copy_(grad)
 
 
-_BACKWARD = "(Tensor graph, Tensor?[] grads, Tensor[] like, Tensor? expert_ids) -> Tensor[]"
+_BACKWARD = "(Tensor graph, Tensor?[] grads, Tensor[] inputs, bool[] trained, Tensor? expert_ids) -> Tensor[]"
 torch.library.custom_op("sonic_ep::backward", _backward, mutates_args=(), schema=_BACKWARD).register_fake(
     _backward_fake
 )
