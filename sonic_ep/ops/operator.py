@@ -216,8 +216,9 @@ class Operator:
             outlets = [get_gradient_edge(leaf) for leaf in leaves if leaf.requires_grad]
         inputs.forget()
         for leaf in leaves:
-            # The graph has its leaves, which need no memory: only their edges are asked for.
-            leaf.data = leaf.data.new_empty(0)
+            if leaf.requires_grad:
+                # The graph has this leaf, which needs no memory: only its edge is asked for.
+                leaf.data = leaf.data.new_empty(0)
         of_call = {"expert_ids": expert_ids, "group": ep.group, "step": ep.steps}
         graph = _Graph(leaves=outlets, edges=edges, inputs=inputs, **of_call)
         # Backward reads the others again, and who has them may overwrite them.
