@@ -303,9 +303,9 @@ class ExpertParallel:
     def combine(self, rows: Tensor, topk_scores: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
         """(T, H), dtype of rows: each token's sum over k of score * row. Collective, differentiable in rows and scores.
 
-        rows (N, H) in canonical order, N from ``plan.rows()``, the valid ones, to R; those past them are not read.
-        Fewer raise ``ValueError``; on "fast" without ``cpu_sync_on_runtime`` a later call of this rank does, as for ids
-        out of range, and their tokens are NaN. topk_scores (T, K): as in ``moe_routed``.
+        rows (N, H) in the order of ``dispatch``. N is from ``plan.rows()``, the number of valid rows, to R; other rows
+        are not read. Fewer raise ``ValueError``; on "fast" without ``cpu_sync_on_runtime`` a later call of
+        this rank raises it, and tokens that lack a row are NaN. topk_scores (T, K): as in ``moe_routed``.
         """
         with self._call_guard.one():
             checked = check_plan(self._checker, plan)

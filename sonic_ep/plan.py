@@ -119,7 +119,7 @@ class RoutingPlan:
 
     @property
     def tokens_per_expert(self) -> Tensor:
-        """Rows of each expert of this rank, (e,) int32: ``counts[r*e : (r+1)*e]``, the steps of ``group_ends``.
+        """Rows of each expert of this rank r, (e,) int32: ``counts[r*e : (r+1)*e]``, the differences of ``group_ends``.
 
         A view of ``counts``: do not write it. Reads nothing on the host.
         """

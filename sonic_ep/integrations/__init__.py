@@ -1,1 +1,1 @@
-"""sonic_ep inside other libraries: one module for each, which imports it. Nothing else of this package does."""
+"""sonic_ep inside other libraries: one module for each library. No other module of this package imports them."""

@@ -22,7 +22,7 @@ UP_NAMES: Mapping[bool, list[tuple[str, ...]]] = {
     True: [("gate_up_proj",), ("gate_proj", "up_proj")],
     False: [("up_proj",)],
 }
-# Of an experts class, with the values that count where it has none.
+# Attributes of an experts class, with what holds where it lacks one.
 FLAGS = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
 FP32 = torch.finfo(torch.float32)
 # The number of the activation "quick_gelu".
@@ -31,7 +31,7 @@ QUICK_GELU_ALPHA = 1.702
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """Errors about an experts module. module: its class. remedy: what to do instead."""
+    """Makes errors about an experts module. group: of EP. module: its class. remedy: what to do instead."""
 
     group: EPGroup
     module: str
@@ -46,7 +46,7 @@ class Refusal:
 class StoredExperts:
     """How an experts module stores its parameters.
 
-    up: the up-projection, of gates and ups, or one of each. biased: each has a bias, ``<name>_bias``.
+    up: names of the up-projection: one parameter, or gates and ups in two. biased: each has a bias, ``<name>_bias``.
     transposed: the parameters are (e, H, 2I or I) and (e, I, H), not (e, 2I or I, H) and (e, H, I).
     """
 
@@ -102,8 +102,8 @@ def proven_activation(
     """The activation with which ``moe_routed`` gives what the module's own forward does. ``ValueError`` if none.
 
     A copy of the module runs in fp64, on the CPU, with two experts of small weights, on tokens of norms from 1e-2 to
-    1e5, so that numbers beyond any limit occur: once for each of ``implementations``, which ``_experts_implementation``
-    of its config names. Rows have to agree to the rounding of fp32, in which some experts are computed.
+    1e5, so that some numbers exceed any limit of a Swiglu. It runs once for each of ``implementations``, values of its
+    config's ``_experts_implementation``. Rows have to agree to the rounding of fp32, in which some modules compute.
     """
     if "forward" in vars(experts):
         raise refusal.of("a forward that was replaced in this object", "the forward of its class")
@@ -125,7 +125,7 @@ def proven_activation(
 
 
 def candidates(experts: nn.Module, gated: bool) -> Iterator[Activation]:
-    """Activations that the module may have; numbers of Swiglu are attributes whose names end as those of Swiglu do."""
+    """Activations that the module may have. Swiglu's numbers are the attributes named ...alpha and ...limit."""
     yield from (activation for activation in ACTIVATIONS.values() if activation.gated == gated)
     numbers = {name: value for name, value in vars(experts).items() if isinstance(value, int | float)}
     fit = {name: value for name, value in numbers.items() if FP32.tiny <= value <= FP32.max}

@@ -61,11 +61,11 @@ def shared_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertRows:
-    """How the R rows of a plan lie among those that experts get: as they are, or each expert's in a multiple of rows.
+    """Where the R rows of a plan lie in what experts get: unchanged, or each expert's padded to a multiple of rows.
 
-    counts_e (e,): rows of each expert, which lie one expert after the other. num_rows: of all that experts get, at
-    least 1. unused_R1 (R, 1): whether a row belongs to no expert; None if all do. place_R (R,): where a row goes; None
-    if it stays where it is.
+    counts_e (e,): rows of each expert, padding included, one expert after the other. num_rows: of all that experts get,
+    at least 1. unused_R1 (R, 1): whether a row belongs to no expert; None if all do. place_R (R,): where a row goes;
+    None if it stays where it is.
 
     Two experts of 1 and 3 rows, R=4, multiple 2: counts [2, 4], places [0, 2, 3, 4].
     """
@@ -77,7 +77,7 @@ class ExpertRows:
 
     @staticmethod
     def of(plan: RoutingPlan, *, exact: bool, multiple: int | None) -> ExpertRows:
-        """exact: all R rows are valid. multiple: what each expert's number of rows is a multiple of, at least once."""
+        """exact: all R rows are valid. multiple: each expert's number of rows is padded to one or more times this."""
         rows, first = plan.row_capacity, plan.rank * plan.experts_per_rank
         counts_e, ends_e = plan.counts[first : first + plan.experts_per_rank], plan.group_ends
         if not exact:
@@ -125,7 +125,7 @@ class DispatchMetadata:
 
 @dataclass(kw_only=True, slots=True)
 class TokenDispatcherConfig(BaseEPTokenDispatcher.Config):
-    """options: see ``shared_options``. pad_multiple: what quantized products need each expert's rows to divide by."""
+    """options: see ``shared_options``. pad_multiple: each expert's rows are padded to a multiple of it."""
 
     options: dict[str, Any] = field(default_factory=dict)
     pad_multiple: int | None = None
@@ -148,7 +148,7 @@ class SonicEPTokenDispatcher(BaseEPTokenDispatcher):
             self._ep = shared(self.ep_mesh, **self._options)
 
     def expert_parallel(self, x: Tensor) -> ExpertParallel:
-        """The one that all layers of this EP group share."""
+        """The ``ExpertParallel`` that all layers of this EP group share."""
         self._make_usable(x.is_cuda)
         assert self._ep is not None
         return self._ep
@@ -170,8 +170,8 @@ class SonicEPTokenDispatcher(BaseEPTokenDispatcher):
     ) -> tuple[Tensor, Tensor, DispatchMetadata]:
         """Collective. (rows for this rank's experts, rows of each (e,), metadata for ``combine``).
 
-        Rows are in canonical order, zeros where no expert's are. num_local_tokens_per_expert_E (E,) is read for its
-        dtype only, which is that of the counts: the plan counts what arrives.
+        Rows are in the order of ``ExpertParallel.dispatch``; those of no expert are zeros. Of
+        num_local_tokens_per_expert_E (E,) only the dtype is used, for the counts: the plan counts what arrives.
         """
         ep = self.expert_parallel(x_TD)
         with spmd.no_typecheck():
@@ -262,7 +262,7 @@ class FusedRoutedExperts(RoutedExperts):
         topk_expert_ids_BLK: Tensor,
         num_local_tokens_per_expert_E: Tensor,
     ) -> Tensor:
-        """Collective. (B, L, D), dtype of x: computed in bf16 like torchtitan's experts, and summed in fp32 there.
+        """Collective. (B, L, D), dtype of x. Computed in bf16, as torchtitan's experts do; sums over k are in fp32.
 
         num_local_tokens_per_expert_E is not read.
         """
@@ -282,8 +282,8 @@ class FusedRoutedExperts(RoutedExperts):
 def token_dispatcher(cfg: Any, **options: Any) -> TokenDispatcherConfig:
     """In place of any EP token dispatcher. Unless ``cpu_sync_on_runtime`` says otherwise the host reads R in each call.
 
-    Experts of torchtitan have work for all rows of a tensor, and without that read it has room for W*T*K rows. A
-    ``pad_multiple`` of the dispatcher that it replaces, as converters to fp8 set it, is kept.
+    Experts of torchtitan compute on all rows of a tensor, and without that read it has room for W*T*K rows, W the ranks
+    of the EP group. A ``pad_multiple`` of the replaced dispatcher, which converters to fp8 set, is kept.
     """
     options = {"cpu_sync_on_runtime": True, **options}
     shared_options(options)
@@ -296,7 +296,7 @@ def token_dispatcher(cfg: Any, **options: Any) -> TokenDispatcherConfig:
     description="sonic_ep: dispatch, experts and combine as one region.",
 )
 def routed_experts(cfg: Any, **options: Any) -> FusedRoutedExpertsConfig:
-    """In place of the whole region. Raises ``TypeError`` for experts of another class than torchtitan's own two."""
+    """In place of dispatch, experts and combine. ``TypeError`` for classes other than torchtitan's own two."""
     shared_options(options)
     experts = name_of(type(cfg.inner_experts)._owner)
     if experts not in ARGUMENTS_OF:

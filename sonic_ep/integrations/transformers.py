@@ -7,14 +7,15 @@
     distributed = DistributedConfig(fsdp_size=W, ep_size=W, ep_implementation="sonic_ep")
     model = AutoModelForCausalLM.from_pretrained(path, distributed_config=distributed)
 
-"sonic_ep" computes the experts by ``ExpertParallel.moe_routed``, from the model's own parameters as they lie. While the
-model is built, the forward of each experts module runs on a few numbers: experts that are no activation of sonic_ep
-raise ``ValueError``. "sonic_ep_dispatch" moves rows by ``ExpertParallel.dispatch`` and ``combine`` and runs the model's
-own experts on them, in whichever ``experts_implementation`` it has.
+"sonic_ep" computes the experts by ``ExpertParallel.moe_routed``, from the model's own parameters without a copy. While
+the model is built, the forward of each experts module runs on a few numbers: experts that ``moe_routed`` does not
+reproduce with any of its activations raise ``ValueError``. "sonic_ep_dispatch" moves rows by
+``ExpertParallel.dispatch`` and ``combine`` and runs the model's own experts on them, in whichever
+``experts_implementation`` they have.
 
 Layers with one EP group share one ``ExpertParallel``, see ``configure``. All ranks of an EP group run forward, and all
 run backward. Gradients of experts are sums over the EP group, as those of transformers' own "all_to_all"; FSDP as
-transformers sets it up divides them by the number of batches, so nothing is left to set.
+transformers sets it up divides them by the number of batches, so nothing is left to set. See docs/transformers.md.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def configure(
     that object was made with another value of an option that is given. The same on every rank.
 
     With ``EPConfig(cpu_sync_on_runtime=True)``, "sonic_ep_dispatch" runs the experts on the rows that arrived. Without
-    it, on rows for the worst case, W * C * K of them, where those that did not arrive are zeros.
+    it, on as many rows as could arrive at worst, and those that did not are zeros: W * C * K, of W ranks, C the most
+    tokens of a rank, K experts of a token.
     """
     given: dict[str, Any] = {"backend": backend, "config": config, "max_tokens_per_rank": max_tokens_per_rank}
     given |= {"timeout": timeout, "check_collective": check_collective}
@@ -114,10 +116,10 @@ class SlicedBatch:
 
 
 class SonicEPImplementation(EPImplementation):
-    """What both have in common: one object for each experts module, one ``ExpertParallel`` for all of an EP group."""
+    """What both have in common: one object for each experts module, one ``ExpertParallel`` for an EP group."""
 
     options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    # The mesh of the module before, and what it got.
+    # Weak references to the mesh of the last module that was built, and to its ``ExpertParallel``.
     _last: ClassVar[tuple[Callable[[], Any], Callable[[], Any]]] = (lambda: None, lambda: None)
 
     def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
@@ -128,7 +130,7 @@ class SonicEPImplementation(EPImplementation):
 
     @classmethod
     def _shared(cls, ep_mesh: DeviceMesh) -> ExpertParallel:
-        """``shared``, asked once for a model, all of whose modules get the same mesh object: it collects garbage."""
+        """``shared`` collects garbage, so it is called once for a model, whose modules get the same mesh object."""
         mesh, last = SonicEPImplementation._last
         # Of another mesh it may be garbage, which ``shared`` cannot collect while it is held here.
         ep = last() if mesh() is ep_mesh else None
@@ -185,7 +187,7 @@ class FusedExpertsEP(SonicEPImplementation):
 class DispatchedExpertsEP(SonicEPImplementation):
     """Rows by ``dispatch``, the module's own experts on them, sums by ``combine``.
 
-    The experts get one expert a row, and weights of one; scores are applied where the tokens are.
+    The experts get rows, each with one expert id and the weight 1; ``combine`` applies the scores on the tokens' rank.
     """
 
     def weighted_sums(self, x_TH: Tensor, idx_TK: Tensor, scores_TK: Tensor) -> Tensor:

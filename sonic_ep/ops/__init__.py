@@ -1,4 +1,4 @@
-"""The calls as operators ``torch.ops.sonic_ep``, for compilers, export, FakeTensor and selective checkpointing."""
+"""Calls of ``ExpertParallel`` as ``torch.ops.sonic_ep``: for compilers, export, FakeTensor, selective checkpointing."""
 
 from sonic_ep.ops.exchange import combine, dispatch, plan
 from sonic_ep.ops.moe import ByName, moe, moe_routed

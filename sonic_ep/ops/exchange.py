@@ -24,7 +24,7 @@ def _plan(topk_idx: Tensor, num_experts: int, ep: str) -> tuple[Tensor, ...]:
 
 
 def _plan_fake(topk_idx: Tensor, num_experts: int, ep: str) -> tuple[Tensor, ...]:
-    """C and R depend on the tokens of other ranks, or on the routing."""
+    """Sizes that other ranks' tokens (C) or the routing (R) decide are unknown to the compiler."""
     found, sizes = registered(ep), torch.library.get_ctx()
     world_size, max_tokens = found.world_size, found.max_tokens_per_rank
     if max_tokens is None:

@@ -142,7 +142,7 @@ def moe_routed(
 
 @dataclass(frozen=True, kw_only=True)
 class ByName:
-    """An ``ExpertParallel`` that has been made while its first call is traced, when there is nothing but its name."""
+    """Stands for an ``ExpertParallel`` that is made while a call is traced: the trace has only its name and group."""
 
     operator_name: str
     group: EPGroup

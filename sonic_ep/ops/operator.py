@@ -3,7 +3,7 @@
 An operator makes the eager call, with its bits, checks and errors. Besides the results it returns ``graph``, (1,) int64
 on the CPU: its memory owns what autograd saved in the call, and frees it with the last tensor that has this memory.
 ``sonic_ep::backward`` turns ``graph``, the inputs and gradients of the results into gradients of the inputs. So
-compilers see tensors whose shapes follow from those of the inputs, and nothing of a backend.
+compilers see tensors alone, and nothing of a backend.
 """
 
 import itertools
@@ -50,7 +50,7 @@ def registered(name: str) -> Any:
 
 
 class Owner(bytearray):
-    """An object as the memory of a tensor, whose address leads back to it. owned: the object."""
+    """Memory of a tensor that keeps an object alive; the tensor's address finds it. owned: the object."""
 
     owned: Any
 
@@ -150,8 +150,8 @@ def _begins_in(tensor: Tensor, part: Tensor) -> bool:
 class _Graph:
     """What a call saved for backward.
 
-    leaves: where gradients of the inputs come out. edges: where the gradient of each result enters, or None. inputs: by
-    which the graph has them again. expert_ids: of the plan, (W, C, K). group, step: of the call.
+    leaves: where gradients of the inputs come out. edges: where the gradient of each result enters, or None. inputs:
+    what gives the graph its inputs in backward. expert_ids: of the plan, (W, C, K). group, step: of the call.
     """
 
     leaves: list[GradientEdge]
@@ -185,7 +185,11 @@ def _in_place_of_tensors(arguments: Sequence[Any], values: Iterator[Any], other:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Operator:
-    """An operator that makes a call. run: from its arguments, the results, then ``expert_ids``. fake: the results."""
+    """An operator that makes a call.
+
+    run: from the ``ExpertParallel`` and the arguments by name, the results, then ``expert_ids``. fake: from the
+    arguments, the results without values, for tracing.
+    """
 
     name: str
     schema: str
@@ -313,7 +317,7 @@ torch.library.custom_op("sonic_ep::backward", _backward, mutates_args=(), schema
 def by_operator(
     operator: Callable[..., Any],
 ) -> Callable[[Callable[GivenP, tuple[ResultT, Tensor]]], Callable[GivenP, ResultT]]:
-    """A method, of which ``operator`` takes the calls that are traced or under selective checkpointing.
+    """Decorate a method: ``operator`` takes calls that are traced or under selective checkpointing, the method others.
 
     The method returns its result and the plan's ``expert_ids``; callers get the result, operators both (``with_ids``).
     """
