@@ -19,6 +19,8 @@ from near import assert_near
 from recipes import whole
 from torch import Tensor, nn
 
+from sonic_ep.sharing import _made
+
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, VOCABULARY = 32, 16, 4, 2, 64
 IMPLEMENTATIONS = ("sonic_ep", "sonic_ep_dispatch")
 COMMON = {
@@ -100,6 +102,12 @@ def loaded(path: Path, *, experts_implementation: str | None = None, **distribut
     if experts_implementation is not None:
         options["experts_implementation"] = experts_implementation
     return auto.from_pretrained(path, dtype=torch.float32, **options)
+
+
+def close_shared() -> None:
+    """What an earlier test left alive, in an error or in hooks, has other options; ``shared`` replaces closed ones."""
+    for left in list(_made):
+        left.close()
 
 
 @contextmanager

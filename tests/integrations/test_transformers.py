@@ -17,6 +17,7 @@ from hf_models import (
     IMPLEMENTATIONS,
     UNITS,
     assert_all_near,
+    close_shared,
     configured,
     experts_of_all_families,
     farthest,
@@ -58,6 +59,7 @@ def assert_as_in_one_process(path: Path, **distributed: Any) -> nn.Module:
 @on_ranks(2, pool="cpu_pool")
 def test_six_families_are_as_in_one_process(rank: Rank, tmp_path: Path) -> None:
     """And all layers share one object."""
+    close_shared()
     for family in FAMILIES:
         path, ids = save(tmp_path, family), tokens(4)
         expected = trained(loaded(path), ids)
@@ -73,6 +75,7 @@ def test_six_families_are_as_in_one_process(rank: Rank, tmp_path: Path) -> None:
 @pytest.mark.fast
 @on_ranks(2, pool="cpu_pool")
 def test_gpt_oss_by_interpreted_kernels(rank: Rank, tmp_path: Path) -> None:
+    close_shared()
     path = save(tmp_path, "GptOss", num_hidden_layers=1, layer_types=["full_attention"])
     with configured(backend="fast"):
         model = assert_as_in_one_process(path, ep_implementation="sonic_ep", **TWO)
@@ -399,6 +402,7 @@ WRONG: dict[str, Callable[[Path], None]] = {
 
 @on_ranks(2, pool="cpu_pool")
 def test_wrong_uses(rank: Rank, tmp_path: Path) -> None:
+    close_shared()
     for number, (message, use) in enumerate(WRONG.items()):
         with configured(), pytest.raises(ValueError, match=message):
             use(tmp_path / str(number))
