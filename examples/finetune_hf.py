@@ -78,7 +78,7 @@ class Size:
 
 SIZES: Mapping[str, Size] = MappingProxyType(
     {
-        "minutes": Size(hidden=128, intermediate=192, experts=16, layers=4, context=64, steps=60),
+        "minutes": Size(hidden=128, intermediate=192, experts=16, layers=4, context=64, steps=30),
         "seconds": Size(hidden=32, intermediate=16, experts=8, layers=2, context=16, steps=4),
     }
 )
