@@ -1,7 +1,7 @@
 """Routed experts of torchtitan with its own token dispatchers and with sonic_ep's two overrides, forward and backward.
 
-One layer, one set of weights and tokens, all in turn in one run. Each answer is first held against the dense layer in a
-wider dtype; ours has to be right, and of torchtitan's own it is told where they are not.
+One layer with one set of weights and tokens; its variants take turns in one run. Each answer is first compared with the
+dense layer in a wider dtype: a wrong answer of sonic_ep is an error, a wrong one of torchtitan is printed and recorded.
 
 python bench/titan_layer.py --nproc 2 --json titan.json
 """
@@ -192,7 +192,7 @@ def check_bits(expected: Outcome, got: Outcome) -> None:
 
 
 def check_same_but_for_order(expected: Outcome, got: Outcome) -> None:
-    """The output of before, near enough. What its gradients are was told when they were held against the truth."""
+    """The same output up to the order of sums. Its gradients were compared once, before the timing."""
     before = expected["y"].float()
     distance, size = (got["y"].float() - before).norm(), before.norm()
     expect(bool(distance <= SAME_BUT_FOR_ORDER * size), f"y is {float(distance / size):.2e} from the first")

@@ -19,7 +19,7 @@ COMBINE = f"(Tensor rows, Tensor topk_scores, {_OF_PLAN}, {_CALL}) -> (Tensor y,
 
 def _plan(topk_idx: Tensor, num_experts: int, ep: str) -> tuple[Tensor, ...]:
     plan, _ = registered(ep).plan.with_ids(registered(ep), topk_idx.clone(), num_experts)
-    # Copies: who has them may overwrite them, and ``made`` owns the plan.
+    # Copies: a caller may overwrite them, and ``made`` owns the plan.
     return (*(getattr(plan, name).clone() for name in TENSOR_FIELDS), Owner.tensor_of(plan))
 
 

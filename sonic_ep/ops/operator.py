@@ -225,7 +225,7 @@ class Operator:
                 leaf.data = leaf.data.new_empty(0)
         of_call = {"expert_ids": expert_ids, "group": ep.group, "step": ep.steps}
         graph = _Graph(leaves=outlets, edges=edges, inputs=inputs, **of_call)
-        # Backward reads the others again, and who has them may overwrite them.
+        # Copies: backward reads these results again, and a caller may overwrite them.
         y, *others = (result.detach() for result in results)
         return (y.contiguous(), *(other.clone().contiguous() for other in others), Owner.tensor_of(graph))
 
