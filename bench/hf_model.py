@@ -3,7 +3,7 @@
 torchrun --nproc_per_node=2 --standalone bench/hf_model.py --json bench/results/2xH200_hf_model.json
 
 Two layers of the 30B's sizes, random weights in bf16, 4 x 2048 tokens a rank; only the vocabulary is small. Without a
-GPU a smoke size. First each variant is compared with one model in fp32. Then the variants are timed in turn, round by round.
+GPU a smoke size. First each variant is compared with one model in fp32; then they are timed in turn, round by round.
 """
 
 from __future__ import annotations
