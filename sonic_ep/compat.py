@@ -3,9 +3,10 @@
 import ctypes
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -225,3 +226,37 @@ def sees_operators() -> bool:
     """Whether a dispatch mode is active in which tensors have no values, or which selects what to save."""
     kinds = (*CHECKPOINT_MODES, *_MODES_WITHOUT_VALUES)
     return dispatch_modes_active() and any(isinstance(mode, kinds) for mode in _get_current_dispatch_mode_stack())
+
+
+def _no_gpu(*_: object) -> int:
+    raise RuntimeError("this PyTorch is built without CUDA")
+
+
+# Without the checks of ``torch.cuda``, which take microseconds; CUDA is initialized where there are tensors on a GPU.
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", _no_gpu)
+current_stream_address: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _no_gpu)
+# Releases of Triton whose compiled kernels ``direct_launch`` knows.
+TRITON_KNOWN = ((3, 6),)
+
+
+def direct_launch(compiled: Any, kernel: Any, constants: Sequence[Any]) -> Callable[..., None] | None:
+    """Launches a kernel that Triton has compiled: ``(grid, address of a stream, numbers and addresses of pointers)``.
+
+    constants: its compile-time constants in the order of its parameters, which follow the others. None where only
+    Triton can launch it: in another release, with scratch memory, or if a number that needs not have 64 bits has them.
+    """
+    known = release_of(version("triton")) in TRITON_KNOWN
+    declared = {parameter.name for parameter in kernel.params if parameter.annotation_type == "i64"}
+    wide = {name for name, kind in compiled.src.signature.items() if kind == "i64"} if known else set()
+    run = compiled.run
+    if not known or wide - declared or run.global_scratch_size or run.profile_scratch_size:
+        return None
+    launch, function, metadata, constants = run.launch, compiled.function, compiled.packed_metadata, tuple(constants)
+    # Scratch memory: none. Then what a profiler of Triton's would get.
+    options = (run.launch_cooperative_grid, run.launch_pdl, None, None, metadata, None, None, None)
+
+    def launched(grid: tuple[int, ...], stream: int, values: Sequence[Any]) -> None:
+        x, y, z = (*grid, 1, 1)[:3]
+        launch(x, y, z, stream, function, *options, *values, *constants)
+
+    return launched

@@ -14,7 +14,7 @@ from torch import Tensor
 from sonic_ep.activation import ACTIVATIONS, Activation, GateLayout, Swiglu
 from sonic_ep.fast.device_functions import rounded, valid_rows
 from sonic_ep.fast.experts import over_rows, rows_at_once
-from sonic_ep.fast.launch import ROW_WARPS
+from sonic_ep.fast.launch import ROW_WARPS, triton_kernel
 from sonic_ep.plan import RoutingPlan
 
 
@@ -140,7 +140,7 @@ def store_split(
             tl.store(up_row_ptr[:, None] + column[None, :], rounded(up.to(tl.float32), row_ptr), mask=inside)
 
 
-@triton.jit(do_not_specialize=["row_capacity"])
+@triton_kernel
 def activate_kernel(
     hidden_ptr,
     up_ptr,
@@ -183,7 +183,7 @@ def activate_kernel(
             tl.store(out_ptr + place, rounded(value.to(tl.float32), out_ptr), mask=inside)
 
 
-@triton.jit(do_not_specialize=["row_capacity"])
+@triton_kernel
 def activate_backward_kernel(
     hidden_ptr,
     up_ptr,

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sonic_ep.fast.device_functions import peer_pointer
-from sonic_ep.fast.launch import launch
+from sonic_ep.fast.launch import launch, triton_kernel
 from sonic_ep.fast.symmetric_memory import SharedBuffer
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.plan import RoutingPlan
@@ -17,7 +17,7 @@ FP32_BYTES = torch.float32.itemsize
 TOKENS, SCORES, VALUES, SUMMANDS = "tokens", "scores", "values_of_slots", "summands"
 
 
-@triton.jit(do_not_specialize=["numbers"])
+@triton_kernel
 def gather_kernel(staged_ptr, gathered_ptr, numbers, BLOCK: tl.constexpr):
     """Gather the ``numbers`` that each rank has staged, by rank. Grid (ceil(numbers / BLOCK), W).
 
@@ -53,7 +53,7 @@ def gather_staged_scores(staged: SharedBuffer, expert_ids_WCK: Tensor) -> Tensor
     return scores_WCK
 
 
-@triton.jit(do_not_specialize=["slots_per_rank", "rows"])
+@triton_kernel
 def return_to_origin_kernel(
     values_ptr,
     expert_ids_ptr,
@@ -81,7 +81,7 @@ def return_to_origin_kernel(
         tl.store(peer_pointer(origins_ptr, origin, values_ptr) + slot_of_origin, value, mask=mine)
 
 
-@triton.jit(do_not_specialize=["first_slot", "slots", "rows"])
+@triton_kernel
 def collect_kernel(
     received_ptr,
     values_ptr,
@@ -130,7 +130,7 @@ def return_to_origin(value_of_row_R: Tensor, plan: RoutingPlan, workspace: Works
     return out_TK
 
 
-@triton.jit
+@triton_kernel
 def sum_ranks_kernel(staged_ptr, sum_ptr, width, world_size, BLOCK: tl.constexpr):
     """``width`` sums over the ranks, added in ascending order of rank. Grid (ceil(width / BLOCK),).
 

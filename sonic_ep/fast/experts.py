@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sonic_ep.fast.device_functions import rounded, valid_rows
-from sonic_ep.fast.launch import ROW_WARPS, column_constants, launch, programs_over
+from sonic_ep.fast.launch import ROW_WARPS, column_constants, launch, programs_over, triton_kernel
 from sonic_ep.plan import RoutingPlan
 
 
@@ -20,7 +20,7 @@ def experts_of_rows(row, group_ends_ptr, experts_per_rank, EXPERTS_PADDED: tl.co
     return tl.sum((ends[None, :] <= row[:, None]).to(tl.int32), axis=1)
 
 
-@triton.jit(do_not_specialize=["row_capacity"])
+@triton_kernel
 def add_bias_dots_kernel(
     rows_ptr,
     bias_ptr,
@@ -57,7 +57,7 @@ def add_bias_dots_kernel(
         tl.store(dots_ptr + row, (before + tl.sum(dot, axis=1)).to(tl.float32), mask=there)
 
 
-@triton.jit(do_not_specialize=["row_capacity"])
+@triton_kernel
 def sum_groups_kernel(
     rows_ptr,
     scores_ptr,
@@ -65,14 +65,14 @@ def sum_groups_kernel(
     sums_ptr,
     group_ends_ptr,
     row_capacity,
-    width,
+    WIDTH: tl.constexpr,
     HAS_SCORES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The sum of each expert's rows, each times its score if HAS_SCORES. Grid (e, ceil(width / COLUMNS)).
+    """The sum of each expert's rows, each times its score if HAS_SCORES. Grid (e, ceil(WIDTH / COLUMNS)).
 
-    rows_ptr (R, width); scores_ptr (W*C*K,) fp32; sums_ptr (e, width): rounded once, zeros for an expert without rows.
+    rows_ptr (R, WIDTH); scores_ptr (W*C*K,) fp32; sums_ptr (e, WIDTH): rounded once, zeros for an expert without rows.
     ROWS at a time, so the order of summation is fixed.
     """
     group = tl.program_id(0)
@@ -84,15 +84,15 @@ def sum_groups_kernel(
     total = tl.zeros((ROWS, COLUMNS), dtype=ACCUMULATOR)
     for first in range(start, end, ROWS):
         row = first + tl.arange(0, ROWS)
-        inside = (row < end)[:, None] & (column < width)[None, :]
-        place = row.to(tl.int64)[:, None] * width + column[None, :]
+        inside = (row < end)[:, None] & (column < WIDTH)[None, :]
+        place = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
         value = tl.load(rows_ptr + place, mask=inside, other=0.0).to(tl.float32)
         if HAS_SCORES:
             slot = tl.load(slot_of_row_ptr + row, mask=row < end, other=0)
             value = value * tl.load(scores_ptr + slot, mask=row < end, other=0.0)[:, None]
         total += value.to(ACCUMULATOR)
     out = tl.sum(total, axis=0).to(tl.float32)
-    tl.store(sums_ptr + group.to(tl.int64) * width + column, rounded(out, sums_ptr), mask=column < width)
+    tl.store(sums_ptr + group.to(tl.int64) * WIDTH + column, rounded(out, sums_ptr), mask=column < WIDTH)
 
 
 # Elements that an interpreted program takes at a time: it pays by the operation. On a GPU a program takes one row.
@@ -115,10 +115,10 @@ def sum_groups(rows_RF: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) ->
     sums_eF = rows_RF.new_empty((plan.experts_per_rank, width))
     # Without scores their pointer is not read.
     scores = rows_RF if scores_WCK is None else scores_WCK
-    grid, sizes = (plan.experts_per_rank, triton.cdiv(width, SUMMED_COLUMNS)), (plan.row_capacity, width)
+    grid = (plan.experts_per_rank, triton.cdiv(width, SUMMED_COLUMNS))
     pointers = (rows_RF, scores, plan.slot_of_row, sums_eF, plan.group_ends)
-    tile = {"ROWS": SUMMED_ROWS, "COLUMNS": SUMMED_COLUMNS, "HAS_SCORES": scores_WCK is not None}
-    launch(sum_groups_kernel, grid, *pointers, *sizes, device=rows_RF.device, num_warps=ROW_WARPS, **tile)
+    tile = {"ROWS": SUMMED_ROWS, "COLUMNS": SUMMED_COLUMNS, "HAS_SCORES": scores_WCK is not None, "WIDTH": width}
+    launch(sum_groups_kernel, grid, *pointers, plan.row_capacity, device=rows_RF.device, num_warps=ROW_WARPS, **tile)
     return sums_eF
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sonic_ep.autograd_utils import is_transposed
 from sonic_ep.fast.device_functions import rounded
-from sonic_ep.fast.launch import INTERPRETED, launch
+from sonic_ep.fast.launch import INTERPRETED, launch, triton_kernel
 
 # Tiles of rows that are computed together: neighbours in time then share rows and weights in the second-level cache.
 BAND: tl.constexpr = tl.constexpr(8)
@@ -66,7 +66,7 @@ def add_product(a, b, total):
         return tl.dot(a, b, total, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["rows", "row_tiles"])
+@triton_kernel
 def rows_kernel(
     a_ptr,
     b_ptr,
@@ -122,7 +122,7 @@ def rows_kernel(
         tl.store(out_tile, rounded(total.to(tl.float32), out_ptr), mask=row_inside[:, None] & column_inside[None, :])
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton_kernel
 def weights_kernel(
     a_ptr,
     b_ptr,

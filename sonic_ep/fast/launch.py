@@ -1,14 +1,18 @@
 """How a kernel is launched, and how rows are cut up for it."""
 
+import inspect
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from sonic_ep.compat import current_device, current_stream_address, direct_launch
 
 # Whether kernels run under Triton's interpreter, on the CPU: Triton decides it when it is imported.
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -19,6 +23,21 @@ ROW_WARPS = 4
 # Programs of ROW_WARPS warps that fill a multiprocessor.
 PROGRAMS_PER_MULTIPROCESSOR = 16
 ONE_LAUNCH = threading.Lock()
+# Kernels with their constants that ``launch`` remembers.
+LAUNCHERS_KEPT = 1024
+NUMBERS = frozenset({int, float, bool})
+# Triton compiles for pointers to such addresses; it compiles again where one is no multiple.
+ALIGNED_BYTES = 16
+
+
+def triton_kernel(function: Callable[..., None]) -> Any:
+    """``triton.jit`` of a kernel, whose pointers end in _ptr, compiled once for all values of its numbers.
+
+    Triton would compile again when one is first 1 or a multiple of 16, on one rank, while the others wait.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    numbers = [p.name for p in parameters if "constexpr" not in str(p.annotation) and not p.name.endswith("_ptr")]
+    return triton.jit(function, do_not_specialize=numbers)
 
 
 @contextmanager
@@ -32,21 +51,70 @@ def alone_in_this_process() -> Iterator[None]:
         ONE_LAUNCH.release()
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, **constants: Any) -> None:
-    """Run ``kernel`` over ``grid`` on the current stream of ``device``; an empty grid launches nothing.
+class Launcher:
+    """A kernel with its compile-time constants on one device. ``launcher(grid, *arguments)``: on the current stream.
 
-    As in plain PyTorch, products and sums are rounded one by one: no fused multiply-add.
+    Products and sums are rounded one by one, as in plain PyTorch: no fused multiply-add. An empty grid is no launch.
+    The first launch compiles. Later ones call the compiled kernel itself, where ``sonic_ep.compat`` knows how: Triton
+    would look at every argument again.
     """
-    if min(grid) == 0:
-        return
-    if INTERPRETED.value:
-        scope: Any = alone_in_this_process()
-    elif torch.cuda.current_device() != device.index:
-        scope = torch.cuda.device(device)
-    else:
-        scope = nullcontext()
-    with scope:
-        kernel[grid](*arguments, enable_fp_fusion=False, **constants)
+
+    __slots__ = ("_compiled", "_constants", "_device", "_kernel", "_on_gpu")
+
+    def __init__(self, kernel: Any, device: torch.device, constants: Mapping[str, Any]) -> None:
+        self._kernel, self._device, self._constants = kernel, device, constants
+        self._on_gpu = not INTERPRETED.value
+        # By the element types of the pointers: all that Triton tells apart, since no number is specialized.
+        self._compiled: dict[tuple[torch.dtype, ...], Callable[..., None] | None] = {}
+
+    def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
+        """Tensors are passed as pointers."""
+        if 0 in grid:
+            return
+        if not self._on_gpu:
+            with alone_in_this_process():
+                self._ordinary(grid, arguments)
+            return
+        values, dtypes, addresses = [], [], 0
+        for argument in arguments:
+            if argument.__class__ in NUMBERS:
+                values.append(argument)
+            else:
+                address = argument.data_ptr()
+                addresses |= address
+                values.append(address)
+                dtypes.append(argument.dtype)
+        form = tuple(dtypes)
+        compiled = self._compiled.get(form)
+        if compiled is None or addresses % ALIGNED_BYTES or current_device() != self._device.index:
+            self._first(grid, arguments, form, aligned=addresses % ALIGNED_BYTES == 0)
+            return
+        try:
+            compiled(grid, current_stream_address(self._device.index), values)
+        except OverflowError:
+            # A number of more than 32 bits, for which Triton has another variant.
+            self._ordinary(grid, arguments)
+
+    def _first(self, grid: tuple[int, ...], arguments: Any, form: tuple[torch.dtype, ...], *, aligned: bool) -> None:
+        with torch.cuda.device(self._device):
+            compiled = self._ordinary(grid, arguments)
+        if aligned and form not in self._compiled:
+            constants = [self._constants[name] for name in self._kernel.arg_names[len(arguments) :]]
+            self._compiled[form] = direct_launch(compiled, self._kernel, constants)
+
+    def _ordinary(self, grid: tuple[int, ...], arguments: Any) -> Any:
+        return self._kernel[grid](*arguments, enable_fp_fusion=False, **self._constants)
+
+
+@lru_cache(LAUNCHERS_KEPT, typed=True)
+def launcher(kernel: Any, device: torch.device, constants: tuple[tuple[str, Any], ...]) -> Launcher:
+    """The ``Launcher`` of these, remembered."""
+    return Launcher(kernel, device, dict(constants))
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, **constants: Any) -> None:
+    """Run ``kernel`` over ``grid`` on the current stream of ``device``: see ``Launcher``."""
+    launcher(kernel, device, tuple(constants.items()))(grid, *arguments)
 
 
 def host_ints(count: int, device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:

@@ -6,11 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from sonic_ep.fast.device_functions import copy_row, rounded, valid_rows
-from sonic_ep.fast.launch import as_int_view, column_constants, copy_constants, launch, programs_over
+from sonic_ep.fast.launch import as_int_view, column_constants, copy_constants, launch, programs_over, triton_kernel
 from sonic_ep.plan import RoutingPlan
 
 
-@triton.jit(do_not_specialize=["row_capacity"])
+@triton_kernel
 def gather_rows_kernel(
     received_ptr,
     source_ptr,
@@ -47,7 +47,7 @@ def token_of_row(plan: RoutingPlan) -> Tensor:
     return torch.div(plan.slot_of_row, plan.top_k, rounding_mode="floor")
 
 
-@triton.jit(do_not_specialize=["row_capacity", "given_rows"])
+@triton_kernel
 def weigh_rows_kernel(
     out_grad_ptr,
     rows_ptr,
@@ -100,7 +100,7 @@ def weigh_rows(out_grad_RH: Tensor, rows_NH: Tensor, scores_WCK: Tensor, plan: R
     return grad_NH, dots_R
 
 
-@triton.jit(do_not_specialize=["rows", "bound"])
+@triton_kernel
 def poison_kernel(
     rows_ptr,
     counts_ptr,

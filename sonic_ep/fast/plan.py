@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sonic_ep.fast.collectives import FP32_BYTES, SCORES, gather_staged_scores, stage_scores
 from sonic_ep.fast.device_functions import peer_pointer
-from sonic_ep.fast.launch import launch
+from sonic_ep.fast.launch import launch, triton_kernel
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.plan import INDEX_BYTES, INDEX_DTYPE, RoutingPlan
 
@@ -23,7 +23,7 @@ from sonic_ep.plan import INDEX_BYTES, INDEX_DTYPE, RoutingPlan
 OUT_OF_RANGE: tl.constexpr = tl.constexpr(-2)
 
 
-@triton.jit(do_not_specialize=["given", "room"])
+@triton_kernel
 def stage_ids_kernel(ids_ptr, staged_ptr, given, room, num_experts, BLOCK: tl.constexpr):
     """Copy this rank's ids, int32 or int64, to shared memory as int32. Grid (ceil(room / BLOCK),).
 
@@ -37,7 +37,7 @@ def stage_ids_kernel(ids_ptr, staged_ptr, given, room, num_experts, BLOCK: tl.co
     tl.store(staged_ptr + place, staged, mask=place < room)
 
 
-@triton.jit(do_not_specialize=["max_tokens", "tiles_per_rank"])
+@triton_kernel
 def count_kernel(
     staged_ptr,
     expert_ids_ptr,
@@ -84,7 +84,7 @@ def count_kernel(
         tl.store(counts_ptr + num_experts + rank, tokens_here)
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton_kernel
 def scan_kernel(counts_ptr, totals_ptr, tiles, bins, TILES: tl.constexpr, BINS: tl.constexpr):
     """Replace the counts of every tile by the sum over the tiles before it. Grid (ceil(bins / BINS),).
 
@@ -102,7 +102,7 @@ def scan_kernel(counts_ptr, totals_ptr, tiles, bins, TILES: tl.constexpr, BINS: 
     tl.store(totals_ptr + column, before, mask=column < bins)
 
 
-@triton.jit(do_not_specialize=["max_tokens", "tiles_per_rank", "row_capacity"])
+@triton_kernel
 def place_kernel(
     expert_ids_ptr,
     before_ptr,
@@ -172,7 +172,7 @@ def place_kernel(
     tl.store(packed_of_token_ptr + source * max_tokens + token, packed, mask=token < max_tokens)
 
 
-@triton.jit(do_not_specialize=["tiles_per_rank", "max_rows"])
+@triton_kernel
 def totals_kernel(
     before_ptr,
     totals_ptr,

@@ -21,7 +21,7 @@ from sonic_ep.config import LEAST_SIGMOID_SUM, RouterOptions, ScoreFunction, Sco
 from sonic_ep.distributed.sync_tag import Phase
 from sonic_ep.fast.collectives import reserve_sum, sum_over_ranks
 from sonic_ep.fast.device_functions import exact_exp, rounded
-from sonic_ep.fast.launch import launch
+from sonic_ep.fast.launch import launch, triton_kernel
 from sonic_ep.fast.workspace import Workspace
 
 # Below the key of any logit: for experts that do not exist or are chosen already.
@@ -91,7 +91,7 @@ def in_best_groups(
     return stays
 
 
-@triton.jit(do_not_specialize=["tokens", "scale"])
+@triton_kernel
 def choose_kernel(
     logits_ptr,
     topk_idx_ptr,
@@ -179,7 +179,7 @@ def choose_kernel(
     tl.store(scores_ptr + place, score * scale, mask=stored)
 
 
-@triton.jit(do_not_specialize=["tokens", "scale"])
+@triton_kernel
 def logits_gradient_kernel(
     logits_ptr,
     topk_idx_ptr,
@@ -251,7 +251,7 @@ def logits_gradient_kernel(
     tl.store(out_ptr + place, grad, mask=inside)
 
 
-@triton.jit(do_not_specialize=["numbers"])
+@triton_kernel
 def parts_kernel(grad_ptr, out_ptr, numbers, E: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """Cut fp32 numbers into parts that sum to them. Grid (ceil(numbers / BLOCK),).
 

@@ -45,6 +45,26 @@ class SharedBuffer:
         return self.by_rank[rank][:count].view(dtype).view(shape)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Staging:
+    """A shared buffer in two halves, which steps use in turn: see ``sonic_ep.fast.sync.staged_at``.
+
+    addresses (2 * W,) int64, on the device: where each rank's first half starts, then where each second half does. Of
+    one rank, which has no peer to wait for, both halves are the same.
+    """
+
+    buffer: SharedBuffer
+    half_bytes: int
+    addresses: Tensor
+
+    @staticmethod
+    def of(buffer: SharedBuffer, half_bytes: int) -> "Staging":
+        """Two halves of ``half_bytes`` if ``buffer`` has as much, else one that serves as both."""
+        jump = half_bytes if buffer.nbytes >= 2 * half_bytes else 0
+        addresses = torch.cat((buffer.addresses, buffer.addresses + jump))
+        return Staging(buffer=buffer, half_bytes=half_bytes, addresses=addresses)
+
+
 class Transport(Protocol):
     """How ranks map each other's memory."""
 

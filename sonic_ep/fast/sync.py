@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-from sonic_ep.fast.launch import INTERPRETED
+from sonic_ep.fast.launch import INTERPRETED, triton_kernel
 
 # Interpreted, a waiting kernel sleeps this long between two looks at a flag.
 REST_SECONDS = 1e-3
@@ -27,6 +27,18 @@ def now() -> int:
 
 # Triton's compiler never calls them, but accepts only its own builtins by name.
 rest.__triton_builtin__ = now.__triton_builtin__ = True  # type: ignore[attr-defined]
+
+
+@triton.jit
+def staged_at(epoch_ptr, world_size, PASSED: tl.constexpr):
+    """Where in the table of a ``Staging`` (2 * W,) the half begins that this step stages in, or W if it is the second.
+
+    epoch_ptr () int32: how many barriers this rank has passed, the same on all ranks. PASSED: the step has staged and
+    passed its barrier, and reads. A step stages in the half of its epoch, so after barriers 0 1 2 in halves 0 1 0; what
+    the next but one overwrites has been read by then, because a reader passes the barrier between them afterwards.
+    """
+    epoch = tl.load(epoch_ptr)
+    return ((epoch + 1) % 2 if PASSED else epoch % 2) * world_size
 
 
 @triton.jit
@@ -74,18 +86,22 @@ def _swap_in_time(flag_ptr, old, new, SEM: tl.constexpr, wait_errors_ptr, peer, 
     tl.device_assert(seen == old, "sonic_ep: a wait for another rank has failed; the host names the rank")
 
 
-@triton.jit(do_not_specialize=["tag", "limit"])
-def barrier_kernel(flags_ptr, world_size, wait_errors_ptr, rank, tag, limit):
+@triton_kernel
+def barrier_kernel(flags_ptr, epoch_ptr, world_size, wait_errors_ptr, rank, tag: tl.int64, limit: tl.int64):
     """A barrier of all ranks at ``tag``: what each wrote before is visible to all after. Grid (W,), one program a peer.
 
     flags_ptr (W,) int64: addresses of each rank's W flags, int64, all 0 before and after. Rank p raises flag p
-    of every rank to its tag; the flag's owner lowers it, and traps if that is not its own tag.
+    of every rank to its tag; the flag's owner lowers it, and traps if that is not its own tag. epoch_ptr () int32: one
+    more after each barrier, see ``staged_at``.
 
     Interpreted, programs run one after the other, and the grid is (2 * W,): the first W raise a flag each before the
     others wait, so that no rank is held up by one that waits for a third.
     """
     program = tl.program_id(0)
     peer = program % world_size
+    if program == 0:
+        # No program of a barrier reads it.
+        tl.store(epoch_ptr, tl.load(epoch_ptr) + 1)
     if peer != rank:
         here = tl.full((), 0, tl.int64) + tag
         down = here - here
@@ -99,8 +115,8 @@ def barrier_kernel(flags_ptr, world_size, wait_errors_ptr, rank, tag, limit):
             tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["tag", "limit"])
-def leave_kernel(flags_ptr, world_size, rank, tag, limit):
+@triton_kernel
+def leave_kernel(flags_ptr, world_size, rank, tag: tl.int64, limit: tl.int64):
     """Set this rank's flag on every peer to ``tag``, of ``Phase.LEFT``. Grid (W,), one program a peer.
 
     flags_ptr: see ``barrier_kernel``. A raised flag is overwritten after ``limit`` nanoseconds, if its owner has not

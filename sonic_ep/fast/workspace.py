@@ -20,7 +20,7 @@ from sonic_ep.distributed.sync_tag import Phase, Step, SyncTag, after_write
 from sonic_ep.errors import ClosedError
 from sonic_ep.fast.device_errors import WaitErrors
 from sonic_ep.fast.launch import capturing, launch
-from sonic_ep.fast.symmetric_memory import ALIGNMENT_BYTES, SharedBuffer, Transport, transport_of
+from sonic_ep.fast.symmetric_memory import ALIGNMENT_BYTES, SharedBuffer, Staging, Transport, transport_of
 from sonic_ep.fast.sync import barrier_kernel, leave_kernel
 
 POISON_BYTE = 0xFF
@@ -50,11 +50,15 @@ class Workspace:
         self._closed = False
         self._transport = transport or transport_of(self._collectives, device)
         self._buffers: dict[str, SharedBuffer] = {}
-        self._replaced: list[SharedBuffer] = []
+        self._stagings: dict[str, Staging] = {}
+        self._replaced: list[object] = []
         self._captured = False
         self._last_stream: torch.cuda.Stream | None = None
         weakref.finalize(self, _keep_after_trap, self.wait_errors, self._buffers, self._replaced)
         self.reserve(BARRIER, group.world_size * TAG_BYTES, 0)
+        # Barriers passed, () int32: kernels find by it the half of a ``Staging``, also when a graph is replayed.
+        with torch.inference_mode(False):
+            self.epoch = torch.zeros((), dtype=torch.int32, device=device)
 
     @property
     def step(self) -> Step:
@@ -126,6 +130,20 @@ class Workspace:
         self._buffers[name] = self._transport.allocate(ALIGNMENT_BYTES * blocks, byte)
         return self._buffers[name]
 
+    def staging(self, name: str, nbytes: int) -> Staging:
+        """The buffer ``name`` in halves of at least ``nbytes``. Collective and raising as ``reserve``."""
+        held = self._stagings.get(name)
+        if held is not None and held.half_bytes >= nbytes:
+            self._raise_if_closed()
+            return held
+        half_bytes = ALIGNMENT_BYTES * max(1, triton.cdiv(nbytes, ALIGNMENT_BYTES))
+        halves = 2 if self.group.world_size > 1 else 1
+        if held is not None and self._captured:
+            self._replaced.append(held)
+        made = Staging.of(self.reserve(name, halves * half_bytes), half_bytes)
+        self._stagings[name] = made
+        return made
+
     def barrier_before_write(self) -> None:
         """Wait until every rank has finished reading the shared buffers."""
         self._barrier(self._collectives.sync_tag.tag)
@@ -147,6 +165,7 @@ class Workspace:
         """Free all buffers, once this rank's kernels are done with them."""
         self._closed = True
         self.synchronize()
+        self._stagings.clear()
         self._buffers.clear()
         self._replaced.clear()
 
@@ -155,7 +174,8 @@ class Workspace:
         if world_size > 1:
             # Interpreted, programs run one after the other: the first W raise flags, the others wait.
             grid = (world_size,) if self.device.type == "cuda" else (2 * world_size,)
-            self._run(barrier_kernel, grid, self._buffers[BARRIER].addresses, world_size, tag=tag, num_warps=1)
+            pointers = (self._buffers[BARRIER].addresses, self.epoch)
+            self._run(barrier_kernel, grid, *pointers, world_size, tag=tag, num_warps=1)
 
     def _run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, tag: int, **constants: Any) -> None:
         limit = int(self._collectives.timeout * NANOSECONDS_PER_SECOND)

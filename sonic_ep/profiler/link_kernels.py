@@ -14,13 +14,12 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from sonic_ep.cost import LinkBandwidth
 from sonic_ep.fast.device_functions import copy_row, peer_pointer
-from sonic_ep.fast.launch import launch, multiprocessors
+from sonic_ep.fast.launch import launch, multiprocessors, triton_kernel
 from sonic_ep.fast.symmetric_memory import SharedBuffer
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.profiler.bandwidth import Stopwatch
@@ -50,7 +49,7 @@ KERNEL_COPIES = (
 LARGEST_BLOCK = max(config.block_bytes for config in KERNEL_COPIES)
 
 
-@triton.jit
+@triton_kernel
 def copy_peer_kernel(sources_ptr, targets_ptr, source_rank, target_rank, like_ptr, blocks, BLOCK: tl.constexpr):
     """Copy the source of one rank to the target of another. Of P programs, program p copies blocks p, p + P and so on.
 

@@ -1,10 +1,8 @@
 """Combine by all-to-all: one row for each remote slot goes to its origin rank, which sums."""
 
-import triton
 import triton.language as tl
 
 from sonic_ep.fast.combine.base import (
-    UNSPECIALIZED,
     PushedCombine,
     await_receive_slots,
     has_slot,
@@ -13,10 +11,11 @@ from sonic_ep.fast.combine.base import (
     signal_receive_slot,
 )
 from sonic_ep.fast.device_functions import peer_pointer, rounded
+from sonic_ep.fast.launch import triton_kernel
 from sonic_ep.plan import RoutingPlan
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton_kernel
 def exchange_rows_kernel(
     rows_ptr,
     scores_ptr,
@@ -36,8 +35,8 @@ def exchange_rows_kernel(
     chunk,
     wait_errors_ptr,
     rank,
-    tag,
-    limit,
+    tag: tl.int64,
+    limit: tl.int64,
     HAS_SCORES: tl.constexpr,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,

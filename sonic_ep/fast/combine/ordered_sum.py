@@ -1,10 +1,8 @@
 """The exchange of partial sums: fp32, in a fixed order, each rounded once. +0 for an absent term changes no bit."""
 
-import triton
 import triton.language as tl
 
 from sonic_ep.fast.combine.base import (
-    UNSPECIALIZED,
     PushedCombine,
     await_receive_slots,
     has_slot,
@@ -13,10 +11,11 @@ from sonic_ep.fast.combine.base import (
     signal_receive_slot,
 )
 from sonic_ep.fast.device_functions import peer_pointer, rounded
+from sonic_ep.fast.launch import triton_kernel
 from sonic_ep.plan import RoutingPlan
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton_kernel
 def exchange_partial_sums_kernel(
     rows_ptr,
     scores_ptr,
@@ -36,8 +35,8 @@ def exchange_partial_sums_kernel(
     chunk,
     wait_errors_ptr,
     rank,
-    tag,
-    limit,
+    tag: tl.int64,
+    limit: tl.int64,
     DENSE: tl.constexpr,
     HAS_SCORES: tl.constexpr,
     K: tl.constexpr,

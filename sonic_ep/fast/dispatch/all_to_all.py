@@ -6,12 +6,12 @@ from torch import Tensor
 
 from sonic_ep.fast.device_functions import peer_pointer, rank_and_token
 from sonic_ep.fast.dispatch.base import PulledDispatch
-from sonic_ep.fast.launch import as_int_view, copy_constants, launch
+from sonic_ep.fast.launch import as_int_view, copy_constants, launch, triton_kernel
 from sonic_ep.fast.symmetric_memory import SharedBuffer
 from sonic_ep.plan import RoutingPlan
 
 
-@triton.jit(do_not_specialize=["max_tokens", "row_capacity"])
+@triton_kernel
 def pull_to_rows_kernel(
     own_ptr,
     staged_ptr,

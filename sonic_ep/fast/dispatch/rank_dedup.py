@@ -1,18 +1,17 @@
 """Dispatch without repetition: one row for each distinct (token, rank) pair, packed by source rank, then token."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from sonic_ep.fast.device_functions import copy_row, peer_pointer, rank_and_token
 from sonic_ep.fast.dispatch.base import PulledDispatch
-from sonic_ep.fast.launch import as_int_view, copy_constants, launch
+from sonic_ep.fast.launch import as_int_view, copy_constants, launch, triton_kernel
 from sonic_ep.fast.permute import token_of_row
 from sonic_ep.fast.symmetric_memory import SharedBuffer
 from sonic_ep.plan import RoutingPlan
 
 
-@triton.jit(do_not_specialize=["max_tokens"])
+@triton_kernel
 def pull_packed_kernel(
     own_ptr,
     staged_ptr,
