@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
-from dataclasses import replace
 from functools import lru_cache, partial
 from types import TracebackType
 from typing import Any, Literal, NoReturn, overload
@@ -19,6 +18,7 @@ from sonic_ep.autograd_utils import for_kernels, joined, runs_eagerly
 from sonic_ep.backend import ExpertWeights, RoutedOutput, RouterWeights, Slots, choose_backend
 from sonic_ep.backend import MoEOutput as MoEOutput
 from sonic_ep.call_guard import CallGuard, facts_of, facts_of_router, identity_of
+from sonic_ep.call_memory import CallRecord
 from sonic_ep.checks import (
     ArgumentChecker,
     ExpertArguments,
@@ -183,10 +183,12 @@ class ExpertParallel:
             facts = {**facts_of(x_TH, experts), **facts_of_router(weights, options)}
             self._call_guard.begin("moe", facts, x_TH)
             max_tokens = self._max_tokens.agree(x_TH)
-            routing = self._backend.route(x_TH, weights, options)
+            record = CallRecord()
+            routing = self._backend.route(x_TH, weights, options, max_tokens, record)
             idx_TK, scores_TK = routing.topk_idx, routing.topk_scores
-            slots = Slots(topk_idx=idx_TK, topk_scores=scores_TK, max_tokens=max_tokens, distinct=True)
-            out = self._backend.layer(x_TH, slots, experts, x.shape)
+            form = {"max_tokens": max_tokens, "distinct": True, "staged": routing.staged}
+            slots = Slots(topk_idx=idx_TK, topk_scores=scores_TK, **form)
+            out = self._backend.layer(x_TH, slots, experts, x.shape, record)
             return MoEOutput(
                 y=out.y,
                 router_logits=routing.logits,
@@ -266,7 +268,7 @@ class ExpertParallel:
             self._call_guard.begin("moe_routed", facts, x_TH)
             max_tokens = self._max_tokens.agree(idx_TK)
             slots = Slots(topk_idx=idx_TK, topk_scores=scores_TK, max_tokens=max_tokens, distinct=False)
-            out = self._backend.layer(x_TH, slots, experts, x.shape)
+            out = self._backend.layer(x_TH, slots, experts, x.shape, CallRecord())
             if not return_routing:
                 return out.y, out.expert_ids
             routed = RoutedOutput(y=out.y, tokens_per_expert=out.counts, topk_idx=idx_TK, topk_scores=scores_TK)
@@ -282,9 +284,10 @@ class ExpertParallel:
             self._backend.check_expert_ids(idx_TK, num_experts)
             self._call_guard.begin("plan", {"E": num_experts, "K": idx_TK.shape[1], "device": idx_TK.device.type})
             max_tokens = self._max_tokens.agree(idx_TK)
-            plan = self._backend.plan(idx_TK, num_experts=num_experts, max_tokens=max_tokens, distinct=False)
-            object_number, step = self._collectives.object_number, self._collectives.step.number
-            return replace(plan, step=step, object_number=object_number), plan.expert_ids
+            sizes = {"num_experts": num_experts, "max_tokens": max_tokens}
+            origin = {"step": self._collectives.step.number, "object_number": self._collectives.object_number}
+            plan = self._backend.plan(idx_TK, **sizes, distinct=False, record=CallRecord(), **origin)
+            return plan, plan.expert_ids
 
     @ops.by_operator(ops.dispatch)
     def dispatch(self, x: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
@@ -297,7 +300,7 @@ class ExpertParallel:
             checked = check_plan(self._checker, plan)
             x_TH = rows_of_tokens(check_tokens_of_plan(self._checker, x, checked))
             self._call_guard.begin("dispatch", {**facts_of(x_TH), "plan": identity_of(checked)})
-            return self._backend.dispatch(x_TH, checked), checked.expert_ids
+            return self._backend.dispatch(x_TH, checked, CallRecord()), checked.expert_ids
 
     @ops.by_operator(ops.combine)
     def combine(self, rows: Tensor, topk_scores: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
@@ -314,7 +317,7 @@ class ExpertParallel:
             self._backend.check_rows(rows_NH, checked)
             rows_NH, scores_TK = for_kernels(rows_NH), for_kernels(scores_TK)
             self._call_guard.begin("combine", {**facts_of(rows_NH), "plan": identity_of(checked)})
-            return self._backend.combine(rows_NH, scores_TK, checked), checked.expert_ids
+            return self._backend.combine(rows_NH, scores_TK, checked, CallRecord()), checked.expert_ids
 
     @runs_eagerly
     def agree(self, number: int, device: torch.device) -> int:

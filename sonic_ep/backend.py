@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sonic_ep.activation import Activation, GateLayout
+from sonic_ep.call_memory import CallRecord
 from sonic_ep.config import AUTO, EPConfig, RouterOptions
 from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.distributed.group import EPGroup
@@ -73,24 +74,29 @@ class RouterWeights:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Routing:
-    """What a router returns: logits (T, E) fp32, topk_idx (T, K) int64, topk_scores (T, K) fp32."""
+    """What a router returns: logits (T, E) fp32, topk_idx (T, K) int64, topk_scores (T, K) fp32.
+
+    staged: what a backend has done for the layer that follows, or None.
+    """
 
     logits: Tensor
     topk_idx: Tensor
     topk_scores: Tensor
+    staged: Any = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Slots:
     """topk_idx (T, K), int32 or int64, and topk_scores (T, K), any float, of this rank's tokens. max_tokens: C.
 
-    distinct: the router guarantees ids in range, no expert twice in a token.
+    distinct: the router guarantees ids in range, no expert twice in a token. staged: as in ``Routing``.
     """
 
     topk_idx: Tensor
     topk_scores: Tensor
     max_tokens: int
     distinct: bool
+    staged: Any = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -147,12 +153,17 @@ class CombinePrimitive(Protocol):
 
 
 class Backend(Protocol):
-    """One implementation of the layer. Arguments are checked already; methods that move data are collective."""
+    """One implementation of the layer. Arguments are checked already; methods that move data are collective.
+
+    record: of the calls with the facts of this one, for what a backend keeps for the next.
+    """
 
     def meet(self, device: torch.device) -> None:
         """Collective. A barrier: on the current stream of ``device``, or on the host if that is the CPU."""
 
-    def route(self, x_TH: Tensor, weights: RouterWeights, options: RouterOptions) -> Routing:
+    def route(
+        self, x_TH: Tensor, weights: RouterWeights, options: RouterOptions, max_tokens: int, record: CallRecord
+    ) -> Routing:
         """Logits, choices and scores of this rank's tokens. Collective in backward, and in forward on ``fast``."""
 
     def check_expert_ids(self, topk_idx_TK: Tensor, num_experts: int) -> None:
@@ -161,16 +172,28 @@ class Backend(Protocol):
     def check_rows(self, rows_NH: Tensor, plan: RoutingPlan) -> None:
         """Raise ``ValueError`` for fewer rows than the plan has valid, if the host knows. Not collective."""
 
-    def plan(self, topk_idx_TK: Tensor, *, num_experts: int, max_tokens: int, distinct: bool) -> RoutingPlan:
-        """The plan of this routing; ``distinct`` as in ``Slots``."""
+    def plan(
+        self,
+        topk_idx_TK: Tensor,
+        *,
+        num_experts: int,
+        max_tokens: int,
+        distinct: bool,
+        record: CallRecord,
+        step: int = 0,
+        object_number: int = 0,
+    ) -> RoutingPlan:
+        """The plan of this routing. distinct: as in ``Slots``. step, object_number: of the plan."""
 
-    def dispatch(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
+    def dispatch(self, x_TH: Tensor, plan: RoutingPlan, record: CallRecord) -> Tensor:
         """(R, H) in canonical row order; rows past the valid ones are unspecified. Differentiable."""
 
-    def combine(self, rows_NH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan) -> Tensor:
+    def combine(self, rows_NH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan, record: CallRecord) -> Tensor:
         """(T, H) of N rows, at most R. Differentiable in rows and scores. Does not read rows past the valid ones."""
 
-    def layer(self, x_TH: Tensor, slots: Slots, experts: ExpertWeights, shape: torch.Size) -> LayerOutput:
+    def layer(
+        self, x_TH: Tensor, slots: Slots, experts: ExpertWeights, shape: torch.Size, record: CallRecord
+    ) -> LayerOutput:
         """Plan, dispatch, experts, combine. ``shape``: of y, (..., H)."""
 
     # A backend that runs any activation, waits on the host only and holds no memory needs none of these.

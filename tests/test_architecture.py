@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors", "compat"},
     {"config", "autograd_utils"},
-    {"activation", "cost", "plan"},
+    {"activation", "call_memory", "cost", "plan"},
     {"distributed"},
     {"backend", "sharding"},
     {"checks", "call_guard", "reference", "fast"},

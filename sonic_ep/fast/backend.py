@@ -5,6 +5,7 @@ ranks would cost a read on the host.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 import triton
@@ -13,6 +14,7 @@ from torch import Tensor
 from sonic_ep.activation import Activation
 from sonic_ep.autograd_utils import apply_function, joined
 from sonic_ep.backend import ExpertWeights, LayerOutput, RouterWeights, Routing, Slots
+from sonic_ep.call_memory import CallRecord
 from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.distributed.collectives import BoundedCollectives
@@ -43,7 +45,9 @@ class FastBackend:
         workspace.enter(Phase.SYNC)
         workspace.barrier_before_write()
 
-    def route(self, x_TH: Tensor, weights: RouterWeights, options: RouterOptions) -> Routing:
+    def route(
+        self, x_TH: Tensor, weights: RouterWeights, options: RouterOptions, max_tokens: int, record: CallRecord
+    ) -> Routing:
         """See ``sonic_ep.fast.router``."""
         return route(x_TH, weights, options, self._context(x_TH.device).workspace)
 
@@ -59,25 +63,37 @@ class FastBackend:
         if self._config.cpu_sync_on_runtime and rows_NH.shape[0] < plan.row_capacity:
             raise missing_rows_error(self._group, missing=plan.row_capacity - rows_NH.shape[0])
 
-    def plan(self, topk_idx_TK: Tensor, *, num_experts: int, max_tokens: int, distinct: bool) -> RoutingPlan:
+    def plan(
+        self,
+        topk_idx_TK: Tensor,
+        *,
+        num_experts: int,
+        max_tokens: int,
+        distinct: bool,
+        record: CallRecord,
+        step: int = 0,
+        object_number: int = 0,
+    ) -> RoutingPlan:
         """See ``sonic_ep.fast.plan``. Raises the error of an earlier plan, on all ranks alike: see ``DeviceErrors``."""
         planner = self._context(topk_idx_TK.device).planner
         pending = planner.begin(topk_idx_TK, num_experts=num_experts, max_tokens=max_tokens, distinct=distinct)
-        return planner.sized(pending, planner.rows(pending))
+        return replace(planner.sized(pending, planner.rows(pending)), step=step, object_number=object_number)
 
-    def dispatch(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
+    def dispatch(self, x_TH: Tensor, plan: RoutingPlan, record: CallRecord) -> Tensor:
         """Rows in canonical order, (R, H)."""
         exchange = self._exchange(plan, x_TH)
         return apply_function(Dispatch, self._joined(x_TH), exchange)
 
-    def combine(self, rows_NH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan) -> Tensor:
+    def combine(self, rows_NH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan, record: CallRecord) -> Tensor:
         """The weighted sums of a token's rows, (T, H)."""
         exchange = self._exchange(plan, rows_NH)
         if rows_NH.shape[0] < plan.row_capacity:
             exchange.planner.device_errors.flag_missing_rows(rows_NH.shape[0], plan)
         return apply_function(Combine, self._joined(rows_NH), self._joined(topk_scores_TK.float()), exchange)
 
-    def layer(self, x_TH: Tensor, slots: Slots, experts: ExpertWeights, shape: torch.Size) -> LayerOutput:
+    def layer(
+        self, x_TH: Tensor, slots: Slots, experts: ExpertWeights, shape: torch.Size, record: CallRecord
+    ) -> LayerOutput:
         """Plan, dispatch, experts, combine. x is staged while the plan runs, and while the host waits for R.
 
         x has to require a gradient on every rank or on none, and so has w1: ``facts_of`` compares it.

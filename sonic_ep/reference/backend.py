@@ -1,5 +1,7 @@
 """The reference backend: the layer in plain PyTorch over ``torch.distributed``."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,7 @@ from sonic_ep.autograd_utils import (
     disable_autocast_in_backward,
 )
 from sonic_ep.backend import Backend, ExpertWeights, LayerOutput, RouterWeights, Routing, Slots
+from sonic_ep.call_memory import CallRecord
 from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.distributed.collectives import BoundedCollectives
@@ -34,7 +37,9 @@ class ReferenceBackend(Backend):
         """An exchange of tags."""
         self._collectives.sync(Phase.SYNC, device)
 
-    def route(self, x_TH: Tensor, weights: RouterWeights, options: RouterOptions) -> Routing:
+    def route(
+        self, x_TH: Tensor, weights: RouterWeights, options: RouterOptions, max_tokens: int, record: CallRecord
+    ) -> Routing:
         """See ``sonic_ep.reference.router``."""
         with torch.autocast(x_TH.device.type, enabled=False):
             routing = route(x_TH, weights, options, self._collectives)
@@ -56,31 +61,44 @@ class ReferenceBackend(Backend):
         if rows < plan.row_capacity and rows < plan.rows():
             raise missing_rows_error(self._collectives.group, missing=plan.rows() - rows)
 
-    def plan(self, topk_idx_TK: Tensor, *, num_experts: int, max_tokens: int, distinct: bool) -> RoutingPlan:
+    def plan(
+        self,
+        topk_idx_TK: Tensor,
+        *,
+        num_experts: int,
+        max_tokens: int,
+        distinct: bool,
+        record: CallRecord,
+        step: int = 0,
+        object_number: int = 0,
+    ) -> RoutingPlan:
         """See ``sonic_ep.reference.plan``."""
         self._collectives.sync(Phase.EXCHANGE, topk_idx_TK.device)
         sizes = {"num_experts": num_experts, "max_tokens": max_tokens}
-        return exchange_plan(
+        plan = exchange_plan(
             topk_idx_TK, **sizes, distinct=distinct, config=self._config, collectives=self._collectives
         )
+        return replace(plan, step=step, object_number=object_number)
 
-    def dispatch(self, x_TH: Tensor, plan: RoutingPlan) -> Tensor:
+    def dispatch(self, x_TH: Tensor, plan: RoutingPlan, record: CallRecord) -> Tensor:
         """Rows of x in canonical order, (R, H)."""
         exchange = self._exchange(plan)
         (x_TH,) = joined_in_backward(exchange, Phase.DISPATCH, x_TH)
         return apply_function(Dispatch, x_TH, exchange)
 
-    def combine(self, rows_NH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan) -> Tensor:
+    def combine(self, rows_NH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan, record: CallRecord) -> Tensor:
         """The weighted sums of a token's rows, (T, H)."""
         return self._combined(rows_NH, topk_scores_TK, plan, torch.Size((plan.num_tokens, rows_NH.shape[1])), {})
 
-    def layer(self, x_TH: Tensor, slots: Slots, experts: ExpertWeights, shape: torch.Size) -> LayerOutput:
+    def layer(
+        self, x_TH: Tensor, slots: Slots, experts: ExpertWeights, shape: torch.Size, record: CallRecord
+    ) -> LayerOutput:
         """Plan, dispatch, experts, combine."""
         num_experts = experts.w2.shape[0] * self._collectives.group.world_size
         sizes = {"num_experts": num_experts, "max_tokens": slots.max_tokens}
-        plan = self.plan(slots.topk_idx, **sizes, distinct=slots.distinct)
+        plan = self.plan(slots.topk_idx, **sizes, distinct=slots.distinct, record=record)
         with torch.autocast(x_TH.device.type, enabled=False):
-            rows_RH = self.dispatch(x_TH, plan)
+            rows_RH = self.dispatch(x_TH, plan, record)
             y_RH = self._apply_experts(rows_RH, x_TH, plan, experts)
             y = self._combined(y_RH, slots.topk_scores, plan, shape, self._read_later(x_TH, experts))
         disable_autocast_in_backward((y,), (x_TH, slots.topk_scores, *experts.tensors.values()))
