@@ -4,7 +4,7 @@ import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
 
 import torch
 import triton
@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sonic_ep.activation import ACTIVATIONS, Activation, GateLayout, Swiglu
-from sonic_ep.fast.device_functions import rounded, valid_rows
-from sonic_ep.fast.experts import over_rows, rows_at_once
-from sonic_ep.fast.launch import ROW_WARPS, triton_kernel
+from sonic_ep.fast.device_functions import push_value, rounded, valid_rows
+from sonic_ep.fast.experts import rows_at_once
+from sonic_ep.fast.launch import LAUNCHERS_KEPT, ROW_WARPS, Launcher, programs_over, triton_kernel
 from sonic_ep.plan import RoutingPlan
 
 
@@ -193,9 +193,13 @@ def activate_backward_kernel(
     hidden_grad_ptr,
     up_grad_ptr,
     dots_ptr,
+    origins_ptr,
+    rank,
+    slots_per_rank,
     group_ends_ptr,
     experts_per_rank,
     row_capacity,
+    PUSH: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     POINTWISE: tl.constexpr,
@@ -212,7 +216,8 @@ def activate_backward_kernel(
     hidden_ptr, up_ptr: as of ``activate_kernel``; scores_ptr (W*C*K,) fp32. The activation A is computed again, in type
     WIDE. grad_ptr (R, I): dA = d(out) . w2 of each row, not yet weighted; overwritten by A' = round(score * A), from
     which the gradient of w2 is taken. hidden_grad_ptr, up_grad_ptr, which lie as h does: dH = round(score * dA *
-    d(act)/dh). dots_ptr (R,) fp32: the sum over I of dA * A, the gradient of the row's score.
+    d(act)/dh). dots_ptr (R,) fp32: the sum over I of dA * A, the gradient of the row's score, pushed to its slot's
+    origin if PUSH, see ``push_value``.
     """
     WIDE: tl.constexpr = tl.float64 if hidden_ptr.dtype.element_ty == tl.float32 else tl.float32
     rows = valid_rows(group_ends_ptr, experts_per_rank, row_capacity)
@@ -223,7 +228,7 @@ def activate_backward_kernel(
         up_row_ptr = up_ptr + row.to(tl.int64) * STRIDE
         row_grad_ptr = hidden_grad_ptr + row.to(tl.int64) * STRIDE
         up_row_grad_ptr = up_grad_ptr + row.to(tl.int64) * STRIDE
-        slot = tl.load(slot_of_row_ptr + row, mask=there, other=0)
+        slot = tl.load(slot_of_row_ptr + row, mask=there, other=-1)
         score = tl.load(scores_ptr + slot, mask=there, other=0.0).to(WIDE)[:, None]
         dot = tl.zeros((ROWS, COLUMNS), dtype=WIDE)
         for first in range(0, I, COLUMNS):
@@ -246,7 +251,10 @@ def activate_backward_kernel(
             dot += grad * value
             tl.store(place_ptr, rounded((score * value).to(tl.float32), grad_ptr), mask=inside)
             store_split(row_grad_ptr, up_row_grad_ptr, there, first, I, gate_grad, up_grad, GATED, INTERLEAVED, COLUMNS)
-        tl.store(dots_ptr + row, tl.sum(dot, axis=1).to(tl.float32), mask=there)
+        total = tl.sum(dot, axis=1).to(tl.float32)
+        tl.store(dots_ptr + row, total, mask=there)
+        if PUSH:
+            push_value(total, slot, origins_ptr, rank, slots_per_rank)
 
 
 # Columns of an activation that a program takes at a time: 4 of each half a thread.
@@ -276,9 +284,12 @@ def raise_without_kernel(where: object, activation: Activation) -> None:
 
 def activate(hidden: Sequence[Tensor], activation: Activation, layout: GateLayout, plan: RoutingPlan) -> Tensor:
     """``act(h)``, (R, I), of the pre-activation (R, F), or of gate and up, each (R, I)."""
-    constants = _activation_constants(hidden, activation, layout)
-    out_RI = hidden[0].new_empty((hidden[0].shape[0], constants["I"]))
-    over_rows(activate_kernel, (*_gate_and_up(hidden, constants), out_RI), plan, constants)
+    first = hidden[0]
+    rows, width = first.shape
+    form = _form(first.device, width, len(hidden), activation, layout)
+    out_RI = first.new_empty((rows, form.intermediate))
+    pointers = (first, form.ups_of(hidden), out_RI, plan.group_ends)
+    form.forward((programs_over(rows, first.device),), *pointers, plan.experts_per_rank, plan.row_capacity)
     return out_RI
 
 
@@ -289,31 +300,58 @@ def activate_backward(
     activation: Activation,
     layout: GateLayout,
     plan: RoutingPlan,
+    origins_W: Tensor | None = None,
 ) -> HiddenGradient:
-    """Gradients through score and activation. ``grad_RI``, dA before its weight, is overwritten."""
-    constants = _activation_constants(hidden, activation, layout)
+    """Gradients through score and activation. ``grad_RI``, dA before its weight, is overwritten.
+
+    origins_W: where the scores' gradients are pushed to, see ``push_value``; None: nowhere.
+    """
+    first = hidden[0]
+    rows, width = first.shape
+    form = _form(first.device, width, len(hidden), activation, layout)
     hidden_grads = tuple(map(torch.empty_like, hidden))
-    dots_R = grad_RI.new_empty(grad_RI.shape[0], dtype=torch.float32)
-    of_h, of_grads = (_gate_and_up(parts, constants) for parts in (hidden, hidden_grads))
-    pointers = (*of_h, grad_RI, scores_WCK, plan.slot_of_row, *of_grads, dots_R)
-    over_rows(activate_backward_kernel, pointers, plan, constants)
+    dots_R = first.new_empty(rows, dtype=torch.float32)
+    pushes = origins_W is not None
+    pointers = (first, form.ups_of(hidden), grad_RI, scores_WCK, plan.slot_of_row)
+    grads = (hidden_grads[0], form.ups_of(hidden_grads), dots_R, origins_W if pushes else dots_R)
+    sizes = (plan.rank, plan.max_tokens * plan.top_k, plan.group_ends, plan.experts_per_rank, plan.row_capacity)
+    run = form.backward_and_push if pushes else form.backward
+    run((programs_over(rows, first.device),), *pointers, *grads, *sizes)
     return HiddenGradient(hidden=hidden_grads, weighted=grad_RI, dots=dots_R)
 
 
-def _gate_and_up(hidden: Sequence[Tensor], constants: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Where gates and ups start. Interleaved or without a gate the second is not read."""
-    in_halves = len(hidden) == 1 and constants["GATED"] and not constants["INTERLEAVED"]
-    return hidden[0], hidden[0][:, constants["I"] :] if in_halves else hidden[-1]
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Form:
+    """The kernels for one activation and layout of h. in_halves: gates and ups are the halves of a row."""
+
+    intermediate: int
+    in_halves: bool
+    forward: Launcher
+    backward: Launcher
+    backward_and_push: Launcher
+
+    def ups_of(self, hidden: Sequence[Tensor]) -> Tensor:
+        """Where ups start. Interleaved or without a gate that is not read."""
+        return hidden[0][:, self.intermediate :] if self.in_halves else hidden[-1]
 
 
-def _activation_constants(hidden: Sequence[Tensor], activation: Activation, layout: GateLayout) -> dict[str, Any]:
-    width, split = hidden[0].shape[1], len(hidden) == 2
+@lru_cache(LAUNCHERS_KEPT)
+def _form(device: torch.device, width: int, parts: int, activation: Activation, layout: GateLayout) -> _Form:
+    """For h of ``parts`` tensors, each (R, width)."""
+    split = parts == 2
     intermediate = width if split or not activation.gated else width // 2
+    interleaved = not split and layout.name == "interleaved"
     columns_at_once = min(triton.next_power_of_2(intermediate), MOST_ACTIVATED)
-    form = {"GATED": activation.gated, "INTERLEAVED": not split and layout.name == "interleaved", "STRIDE": width}
-    at_once = rows_at_once(columns_at_once, hidden[0].device)
+    at_once = rows_at_once(columns_at_once, device)
     tile = {"I": intermediate, "ROWS": at_once, "COLUMNS": columns_at_once, "num_warps": ROW_WARPS}
-    return {**form, **tile, **_numbers(activation)}
+    constants = {"GATED": activation.gated, "INTERLEAVED": interleaved, "STRIDE": width, **tile, **_numbers(activation)}
+    return _Form(
+        intermediate=intermediate,
+        in_halves=not split and activation.gated and not interleaved,
+        forward=Launcher(activate_kernel, device, constants),
+        backward=Launcher(activate_backward_kernel, device, {"PUSH": False, **constants}),
+        backward_and_push=Launcher(activate_backward_kernel, device, {"PUSH": True, **constants}),
+    )
 
 
 def _numbers(activation: Activation) -> dict[str, float | str]:

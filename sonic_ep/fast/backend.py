@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-import triton
 from torch import Tensor
 
 from sonic_ep.activation import Activation
@@ -16,17 +15,17 @@ from sonic_ep.autograd_utils import apply_function, joined
 from sonic_ep.backend import ExpertWeights, LayerOutput, RouterWeights, Routing, Slots
 from sonic_ep.call_memory import CallRecord
 from sonic_ep.config import EPConfig, RouterOptions
-from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.distributed.sync_tag import Phase
 from sonic_ep.fast.activation import raise_without_kernel
+from sonic_ep.fast.call_plan import CallPlan
 from sonic_ep.fast.capabilities import interpreted
 from sonic_ep.fast.context import DeviceContext
 from sonic_ep.fast.exchange import Combine, Dispatch, Exchange
-from sonic_ep.fast.gemm import grouped_gemm
-from sonic_ep.fast.launch import aligned_contiguous
-from sonic_ep.fast.moe_function import Call, MoEFunction
-from sonic_ep.fast.router import route
+from sonic_ep.fast.moe_function import Call, MoEFunction, run_forward
+from sonic_ep.fast.plan import PlanShape
+from sonic_ep.fast.router import StagedChoice, route
+from sonic_ep.fast.staging import stage_call
 from sonic_ep.plan import RoutingPlan, missing_rows_error
 
 
@@ -48,8 +47,11 @@ class FastBackend:
     def route(
         self, x_TH: Tensor, weights: RouterWeights, options: RouterOptions, max_tokens: int, record: CallRecord
     ) -> Routing:
-        """See ``sonic_ep.fast.router``."""
-        return route(x_TH, weights, options, self._context(x_TH.device).workspace)
+        """See ``sonic_ep.fast.router``. The layer follows: its ids, scores and tokens are staged with the choice."""
+        call_plan = self._call_plan(record, x_TH, options.top_k, weights.weight.shape[0])
+        staged = call_plan.begin(max_tokens)
+        into = StagedChoice(staged=staged, x_TH=x_TH.detach(), max_tokens=max_tokens) if max_tokens > 0 else None
+        return route(x_TH, weights, options, call_plan.workspace, into)
 
     def check_activation(self, activation: Activation) -> None:
         """Raise ``ValueError`` for an activation without a kernel."""
@@ -75,61 +77,79 @@ class FastBackend:
         object_number: int = 0,
     ) -> RoutingPlan:
         """See ``sonic_ep.fast.plan``. Raises the error of an earlier plan, on all ranks alike: see ``DeviceErrors``."""
-        planner = self._context(topk_idx_TK.device).planner
-        pending = planner.begin(topk_idx_TK, num_experts=num_experts, max_tokens=max_tokens, distinct=distinct)
+        context = self._context(topk_idx_TK.device)
+        planner, workspace, group = context.planner, context.workspace, self._group
+        tokens, top_k = topk_idx_TK.shape
+        staged = planner.begin(max_tokens, top_k, scored=False)
+        sizes = {"max_tokens": max_tokens, "num_experts": num_experts}
+        if max_tokens > 0:
+            stage_call(topk_idx_TK, None, None, staged, workspace, **sizes)
+        shape = PlanShape(rank=group.rank, world_size=group.world_size, top_k=top_k, **sizes)
+        pending = planner.plan(staged, shape, num_tokens=tokens, distinct=distinct)
         return replace(planner.sized(pending, planner.rows(pending)), step=step, object_number=object_number)
 
     def dispatch(self, x_TH: Tensor, plan: RoutingPlan, record: CallRecord) -> Tensor:
         """Rows in canonical order, (R, H)."""
-        exchange = self._exchange(plan, x_TH)
+        exchange = self._exchange(record, x_TH, plan)
+        if not torch.is_grad_enabled():
+            return exchange.rows(x_TH)[0]
         return apply_function(Dispatch, self._joined(x_TH), exchange)
 
     def combine(self, rows_NH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan, record: CallRecord) -> Tensor:
         """The weighted sums of a token's rows, (T, H)."""
-        exchange = self._exchange(plan, rows_NH)
+        exchange = self._exchange(record, rows_NH, plan)
         if rows_NH.shape[0] < plan.row_capacity:
             exchange.planner.device_errors.flag_missing_rows(rows_NH.shape[0], plan)
-        return apply_function(Combine, self._joined(rows_NH), self._joined(topk_scores_TK.float()), exchange)
+        scores_TK = topk_scores_TK.float()
+        if not torch.is_grad_enabled():
+            return exchange.weighted_sums(rows_NH, scores_TK)[1]
+        return apply_function(Combine, self._joined(rows_NH), self._joined(scores_TK), exchange)
 
     def layer(
         self, x_TH: Tensor, slots: Slots, experts: ExpertWeights, shape: torch.Size, record: CallRecord
     ) -> LayerOutput:
-        """Plan, dispatch, experts, combine. x is staged while the plan runs, and while the host waits for R.
+        """Plan, dispatch, experts, combine. With ``cpu_sync_on_runtime`` the host reads R while the plan is placed.
 
         x has to require a gradient on every rank or on none, and so has w1: ``facts_of`` compares it.
         """
+        if not torch.is_autocast_enabled(x_TH.device.type):
+            return self._layer(x_TH, slots, experts, shape, record)
         with torch.autocast(x_TH.device.type, enabled=False):
-            context = self._context(x_TH.device)
-            x_TH, scores_TK = aligned_contiguous(x_TH), self._joined(slots.topk_scores.float())
-            given = (x_TH, scores_TK, *experts.tensors.values())
-            training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-            num_experts = experts.w2.shape[0] * self._group.world_size
-            sizes = {"num_experts": num_experts, "max_tokens": slots.max_tokens}
-            held = scores_TK.detach()
-            pending = context.planner.begin(slots.topk_idx, **sizes, distinct=slots.distinct, scores_TK=held)
-            exchange = self._exchange(pending.plan, x_TH)
-            gather = None
-            if self._config.redispatch_x_in_backward and any(w1.requires_grad for w1 in experts.up_weights):
-                gather = context.gather
-                # Also where gradients are off: reentrant checkpointing runs the first forward so.
-                gather.reserve(slots.max_tokens, x_TH.shape[1] * x_TH.element_size())
-            # The mean. No flag changes it, so none changes how products are tiled.
-            rows_per_group = triton.cdiv(exchange.plan.row_of_slot.numel(), num_experts)
-            call = Call(
-                shape=shape,
-                exchange=exchange,
-                gemm=grouped_gemm((x_TH, *experts.up_weights, experts.w2), rows_per_group),
-                activation=experts.activation,
-                layout=experts.layout,
-                gather=gather,
-                training=training,
-                staged=exchange.stage(x_TH.detach()),
-                pending=pending,
-            )
-            ups = (*experts.up_weights, *experts.up_biases)
+            return self._layer(x_TH, slots, experts, shape, record)
+
+    def _layer(
+        self, x_TH: Tensor, slots: Slots, experts: ExpertWeights, shape: torch.Size, record: CallRecord
+    ) -> LayerOutput:
+        scores_TK, max_tokens = self._joined(slots.topk_scores.float()), slots.max_tokens
+        tokens, top_k = slots.topk_idx.shape
+        call_plan = self._call_plan(record, x_TH, top_k, experts.w2.shape[0] * self._group.world_size)
+        staged = slots.staged
+        if staged is None:
+            staged = call_plan.begin(max_tokens)
+            call_plan.stage(slots.topk_idx, scores_TK.detach(), x_TH.detach(), staged, max_tokens)
+        gather = call_plan.gather(experts, max_tokens)
+        pending = call_plan.planner.plan(
+            staged, call_plan.shape(max_tokens), num_tokens=tokens, distinct=slots.distinct
+        )
+        plan, grad = pending.plan, torch.is_grad_enabled()
+        ups = (*experts.up_weights, *experts.up_biases)
+        given = (x_TH, scores_TK, experts.w2, experts.b2, *ups)
+        call = Call(
+            shape=shape,
+            exchange=call_plan.exchange(plan),
+            gemm=call_plan.gemm(x_TH, experts, self._group.world_size * max_tokens * top_k),
+            activation=experts.activation,
+            layout=experts.layout,
+            gather=gather,
+            training=grad and any(tensor is not None and tensor.requires_grad for tensor in given),
+            staged=staged.rows,
+            pending=pending,
+        )
+        if grad:
             y = apply_function(MoEFunction, x_TH, scores_TK, experts.w2, experts.b2, call, *ups)
-            # A copy to write to: backward rereads the plan's.
-            return LayerOutput(y=y, counts=pending.plan.counts.clone(), expert_ids=pending.plan.expert_ids)
+        else:
+            y, _ = run_forward(x_TH, experts.w2, experts.b2, call, ups)
+        return LayerOutput(y=y, counts=pending.counts_copy, expert_ids=plan.expert_ids)
 
     def check(self) -> None:
         """Wait for the devices, then raise what they have flagged."""
@@ -184,17 +204,14 @@ class FastBackend:
     def _joined(self, tensor: Tensor) -> Tensor:
         return joined(tensor, self._group.world_size)
 
-    def _exchange(self, plan: RoutingPlan, rows: Tensor) -> Exchange:
-        context = self._context(rows.device)
-        load = Workload(world_size=plan.world_size, top_k=plan.top_k, num_experts=plan.num_experts)
-        modes = choose_modes(self._config, load)
-        exchange = Exchange(
-            plan=plan,
-            dispatch=context.dispatch[modes.dispatch],
-            combine=context.combine[modes.combine],
-            workspace=context.workspace,
-            planner=context.planner,
-            step=context.workspace.step,
-        )
-        exchange.reserve(rows.shape[1] * rows.element_size())
-        return exchange
+    def _exchange(self, record: CallRecord, rows_NH: Tensor, plan: RoutingPlan) -> Exchange:
+        call_plan = self._call_plan(record, rows_NH, plan.top_k, plan.num_experts)
+        call_plan.reserve(plan.max_tokens)
+        return call_plan.exchange(plan)
+
+    def _call_plan(self, record: CallRecord, rows_NH: Tensor, top_k: int, num_experts: int) -> CallPlan:
+        held: CallPlan | None = record.plan
+        if held is None:
+            sizes = {"top_k": top_k, "num_experts": num_experts, "row_bytes": rows_NH.shape[1] * rows_NH.element_size()}
+            record.plan = held = CallPlan(self._context(rows_NH.device), self._config, **sizes)
+        return held

@@ -1,4 +1,6 @@
-"""Collectives over shared memory: scores and tokens of every rank to all, values of slots back, sums over ranks."""
+"""Collectives over shared memory: tokens of every rank to all, and values of rows back to their slots."""
+
+from functools import lru_cache
 
 import torch
 import triton
@@ -6,84 +8,41 @@ import triton.language as tl
 from torch import Tensor
 
 from sonic_ep.fast.device_functions import peer_pointer
-from sonic_ep.fast.launch import launch, triton_kernel
-from sonic_ep.fast.symmetric_memory import SharedBuffer
+from sonic_ep.fast.launch import LAUNCHERS_KEPT, Launcher, triton_kernel
+from sonic_ep.fast.staging import stage_rows
+from sonic_ep.fast.symmetric_memory import SharedBuffer, Staging
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.plan import RoutingPlan
 
 BLOCK = 1024
 FP32_BYTES = torch.float32.itemsize
-# Names of shared buffers.
-TOKENS, SCORES, VALUES, SUMMANDS = "tokens", "scores", "values_of_slots", "summands"
+# Names of shared buffers. Copy engines read a buffer of their own, whose addresses the host has to know.
+TOKENS, SCORES, VALUES, COPIED_TOKENS = "tokens", "scores", "values_of_slots", "tokens_of_copy_engines"
 
 
-@triton_kernel
-def gather_kernel(staged_ptr, gathered_ptr, numbers, BLOCK: tl.constexpr):
-    """Gather the ``numbers`` that each rank has staged, by rank. Grid (ceil(numbers / BLOCK), W).
-
-    staged_ptr (W,) int64: addresses of each rank's numbers, of 4 bytes each. gathered_ptr (W, numbers).
-    """
-    source = tl.program_id(1)
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    # The mask covers whole groups of 4, so loads are 16 bytes wide; shared buffers are padded to 512 bytes.
-    number = tl.load(peer_pointer(staged_ptr, source, gathered_ptr) + place, mask=place // 4 * 4 < numbers)
-    tl.store(gathered_ptr + source.to(tl.int64) * numbers + place, number, mask=place < numbers)
-
-
-def gather_scores(scores_TK: Tensor, plan: RoutingPlan, workspace: Workspace) -> Tensor:
-    """Collective. The scores of the group, (W, C, K) fp32; unspecified for tokens that do not exist."""
-    staged = workspace.reserve(SCORES, plan.max_tokens * plan.top_k * FP32_BYTES)
-    workspace.barrier_before_write()
-    stage_scores(scores_TK, staged)
-    workspace.barrier_after_write()
-    return gather_staged_scores(staged, plan.expert_ids)
-
-
-def stage_scores(scores_TK: Tensor, staged: SharedBuffer) -> None:
-    """Copy this rank's scores (T, K), any float, to shared memory as fp32; needs a barrier before and after."""
-    staged.rows(staged.rank, tuple(scores_TK.shape), torch.float32).copy_(scores_TK)
-
-
-def gather_staged_scores(staged: SharedBuffer, expert_ids_WCK: Tensor) -> Tensor:
-    """The scores that every rank has staged, (W, C, K) fp32; unspecified for tokens that do not exist."""
-    scores_WCK = torch.empty_like(expert_ids_WCK, dtype=torch.float32)
-    world_size, numbers = scores_WCK.shape[0], scores_WCK[0].numel()
-    grid = (triton.cdiv(numbers, BLOCK), world_size)
-    launch(gather_kernel, grid, staged.addresses, scores_WCK, numbers, device=scores_WCK.device, BLOCK=BLOCK)
-    return scores_WCK
-
-
-@triton_kernel
-def return_to_origin_kernel(
-    values_ptr,
-    expert_ids_ptr,
-    row_of_slot_ptr,
-    origins_ptr,
-    rank,
-    slots_per_rank,
-    experts_per_rank,
-    rows,
-    BLOCK: tl.constexpr,
+@triton.jit
+def returned_values(
+    slot, own_slot, inside, origins_ptr, values_ptr, expert_ids_ptr, row_of_slot_ptr, rank, experts_per_rank, rows
 ):
-    """Write the value of each row of a remote slot to that slot on its origin rank. Grid (ceil(C*K / BLOCK), W).
+    """The value of each of this rank's slots: of its own row, as received from the rank that has the row, or 0.
 
-    values_ptr (R,) fp32; origins_ptr (W,) int64: addresses of C*K fp32 on each rank.
+    slot: of the group; own_slot: among this rank's. origins_ptr: as of ``push_value``; values_ptr (R,) fp32.
     """
-    origin = tl.program_id(1)
-    if origin != rank:
-        slot_of_origin = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = slot_of_origin < slots_per_rank
-        slot = origin.to(tl.int64) * slots_per_rank + slot_of_origin
-        expert = tl.load(expert_ids_ptr + slot, mask=inside, other=-1)
-        row = tl.load(row_of_slot_ptr + slot, mask=inside, other=-1)
-        mine = (expert >= rank * experts_per_rank) & (expert < (rank + 1) * experts_per_rank) & (row < rows)
-        value = tl.load(values_ptr + row, mask=mine)
-        tl.store(peer_pointer(origins_ptr, origin, values_ptr) + slot_of_origin, value, mask=mine)
+    first_expert = rank * experts_per_rank
+    expert = tl.load(expert_ids_ptr + slot, mask=inside, other=-1)
+    row = tl.load(row_of_slot_ptr + slot, mask=inside, other=-1)
+    is_mine = (expert >= first_expert) & (expert < first_expert + experts_per_rank)
+    own = tl.load(values_ptr + row, mask=is_mine & (row < rows), other=0.0)
+    # Past the first-level cache: it does not see what peers wrote while kernels of this rank ran.
+    received_ptr = peer_pointer(origins_ptr, rank, values_ptr)
+    remote = inside & (expert >= 0) & (is_mine == 0)
+    received = tl.load(received_ptr + own_slot, mask=remote, other=0.0, cache_modifier=".cg")
+    return tl.where(is_mine, own, received)
 
 
 @triton_kernel
 def collect_kernel(
-    received_ptr,
+    origins_ptr,
     values_ptr,
     expert_ids_ptr,
     row_of_slot_ptr,
@@ -95,88 +54,63 @@ def collect_kernel(
     rank,
     BLOCK: tl.constexpr,
 ):
-    """The value of each of this rank's slots, from its own row or as received; 0 if dropped. Grid (ceil(T*K / BLOCK),).
+    """``returned_values`` of all slots of this rank. Grid (ceil(T*K / BLOCK),).
 
-    received_ptr (C*K,), out_ptr (T*K,) fp32. expert_ids_ptr, row_of_slot_ptr (W, C, K): own slots from ``first_slot``.
+    out_ptr (T*K,) fp32. expert_ids_ptr, row_of_slot_ptr (W, C, K): own slots from ``first_slot``.
     """
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = slot < slots
-    expert = tl.load(expert_ids_ptr + first_slot + slot, mask=inside, other=-1)
-    row = tl.load(row_of_slot_ptr + first_slot + slot, mask=inside, other=-1)
-    first = rank * experts_per_rank
-    owner_is_me = (expert >= first) & (expert < first + experts_per_rank)
-    remote = ((expert >= 0) & (expert < first)) | (expert >= first + experts_per_rank)
-    own = tl.load(values_ptr + row, mask=owner_is_me & (row < rows), other=0.0)
-    # Past the first-level cache: it does not see what peers wrote while kernels of this rank ran.
-    received = tl.load(received_ptr + slot, mask=inside & remote, other=0.0, cache_modifier=".cg")
-    tl.store(out_ptr + slot, tl.where(owner_is_me, own, received), mask=inside)
+    of_group = first_slot + slot
+    value = returned_values(
+        of_group, slot, inside, origins_ptr, values_ptr, expert_ids_ptr, row_of_slot_ptr, rank, experts_per_rank, rows
+    )
+    tl.store(out_ptr + slot, value, mask=inside)
 
 
-def return_to_origin(value_of_row_R: Tensor, plan: RoutingPlan, workspace: Workspace) -> Tensor:
-    """Collective. One fp32 value of each valid row to its slot's origin rank, (T, K); 0 for dropped slots."""
-    slots_per_rank, device = plan.max_tokens * plan.top_k, value_of_row_R.device
-    origin = workspace.reserve(VALUES, slots_per_rank * FP32_BYTES)
-    out_TK = value_of_row_R.new_empty((plan.num_tokens, plan.top_k))
-    routing, of_experts = (plan.expert_ids, plan.row_of_slot), (plan.experts_per_rank, plan.row_capacity)
-    if plan.world_size > 1:
-        workspace.barrier_before_write()
-        sent = (value_of_row_R, *routing, origin.addresses, plan.rank, slots_per_rank, *of_experts)
-        grid = (triton.cdiv(slots_per_rank, BLOCK), plan.world_size)
-        launch(return_to_origin_kernel, grid, *sent, device=device, BLOCK=BLOCK)
-        workspace.barrier_after_write()
-    received = (origin.rows(plan.rank, (slots_per_rank,), torch.float32), value_of_row_R, *routing, out_TK)
-    sizes = (plan.rank * slots_per_rank, out_TK.numel(), *of_experts, plan.rank)
-    launch(collect_kernel, (triton.cdiv(out_TK.numel(), BLOCK),), *received, *sizes, device=device, BLOCK=BLOCK)
+@lru_cache(LAUNCHERS_KEPT)
+def _collect(device: torch.device) -> Launcher:
+    return Launcher(collect_kernel, device, {"BLOCK": BLOCK})
+
+
+def reserve_values(workspace: Workspace, max_tokens: int, top_k: int) -> SharedBuffer:
+    """Collective. Shared memory for a value of each of this rank's slots."""
+    return workspace.reserve(VALUES, max_tokens * top_k * FP32_BYTES)
+
+
+def collect_values(values_R: Tensor, plan: RoutingPlan, workspace: Workspace) -> Tensor:
+    """Collective. The value of each slot's row, (T, K) fp32; 0 for dropped slots.
+
+    All ranks have pushed those of other ranks' slots, see ``push_value``, since their last barrier.
+    """
+    received = reserve_values(workspace, plan.max_tokens, plan.top_k)
+    out_TK = values_R.new_empty((plan.num_tokens, plan.top_k))
+    workspace.barrier_after_write()
+    slots, first_slot = out_TK.numel(), plan.rank * plan.max_tokens * plan.top_k
+    pointers = (received.addresses, values_R, plan.expert_ids, plan.row_of_slot, out_TK)
+    sizes = (first_slot, slots, plan.experts_per_rank, plan.row_capacity, plan.rank)
+    _collect(values_R.device)((triton.cdiv(slots, BLOCK),), *pointers, *sizes)
     return out_TK
 
 
-@triton_kernel
-def sum_ranks_kernel(staged_ptr, sum_ptr, width, world_size, BLOCK: tl.constexpr):
-    """``width`` sums over the ranks, added in ascending order of rank. Grid (ceil(width / BLOCK),).
+def reserve_tokens(
+    workspace: Workspace, max_tokens: int, row_bytes: int, name: str = TOKENS, *, in_turn: bool = True
+) -> Staging:
+    """Collective. Shared memory for the C tokens of each rank; none for one rank, which has no peer to read it."""
+    nbytes = max_tokens * row_bytes if workspace.group.world_size > 1 else 0
+    return workspace.staging(name, nbytes, in_turn=in_turn)
 
-    staged_ptr (W,) int64: addresses of what each rank staged, (width,) fp32. sum_ptr (width,) fp32.
-    Three ranks that staged 1e8, 1 and -1e8 have the sum 0: 1e8 + 1 rounds to 1e8.
+
+def stage_tokens(
+    x_TH: Tensor, max_tokens: int, workspace: Workspace, name: str = TOKENS, *, in_turn: bool = True
+) -> Staging:
+    """Collective. x (T, H) of every rank in shared memory, until the second call with this ``name``.
+
+    in_turn: False for a buffer whose readers have to be done first, see ``Workspace.staging``.
     """
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < width
-    # Past the first-level cache: it does not see what peers wrote while kernels of this rank ran.
-    total = tl.load(peer_pointer(staged_ptr, 0, sum_ptr) + place, mask=inside, cache_modifier=".cg")
-    for rank in range(1, world_size):
-        total += tl.load(peer_pointer(staged_ptr, rank, sum_ptr) + place, mask=inside, cache_modifier=".cg")
-    tl.store(sum_ptr + place, total, mask=inside)
-
-
-def reserve_sum(workspace: Workspace, numel: int) -> SharedBuffer | None:
-    """Collective. Shared memory for ``sum_over_ranks`` of ``numel`` numbers; None for one rank, which needs none."""
-    return None if workspace.group.world_size == 1 else workspace.reserve(SUMMANDS, numel * FP32_BYTES)
-
-
-def sum_over_ranks(values: Tensor, workspace: Workspace) -> Tensor:
-    """Collective. The sum of all ranks' ``values`` (fp32, contiguous, of one shape), see ``sum_ranks_kernel``."""
-    group = workspace.group
-    staged = reserve_sum(workspace, values.numel())
-    if staged is None:
-        return values
-    workspace.barrier_before_write()
-    staged.rows(group.rank, tuple(values.shape), torch.float32).copy_(values)
-    workspace.barrier_after_write()
-    total = torch.empty_like(values)
-    grid, sizes = (triton.cdiv(values.numel(), BLOCK),), (values.numel(), group.world_size)
-    launch(sum_ranks_kernel, grid, staged.addresses, total, *sizes, device=values.device, BLOCK=BLOCK)
-    return total
-
-
-def reserve_tokens(workspace: Workspace, max_tokens: int, row_bytes: int, name: str = TOKENS) -> SharedBuffer:
-    """Collective. Shared memory for the C tokens of each rank; empty for one rank, which has no peer to read it."""
-    return workspace.reserve(name, max_tokens * row_bytes if workspace.group.world_size > 1 else 0)
-
-
-def stage_tokens(x_TH: Tensor, max_tokens: int, workspace: Workspace, name: str = TOKENS) -> SharedBuffer:
-    """Collective. x (T, H) of every rank in shared memory, until the next call with this ``name``."""
-    staged = reserve_tokens(workspace, max_tokens, x_TH.shape[1] * x_TH.element_size(), name)
-    group = workspace.group
-    if group.world_size > 1:
-        workspace.barrier_before_write()
-        staged.rows(group.rank, tuple(x_TH.shape), x_TH.dtype).copy_(x_TH)
+    staging = reserve_tokens(workspace, max_tokens, x_TH.shape[1] * x_TH.element_size(), name, in_turn=in_turn)
+    if workspace.group.world_size > 1:
+        if not in_turn:
+            workspace.barrier_before_write()
+        stage_rows(x_TH, staging, workspace)
         workspace.barrier_after_write()
-    return staged
+    return staging

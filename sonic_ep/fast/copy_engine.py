@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sonic_ep.fast.collectives import reserve_tokens, stage_tokens
 from sonic_ep.fast.launch import capturing
-from sonic_ep.fast.symmetric_memory import SharedBuffer
+from sonic_ep.fast.symmetric_memory import Staging
 from sonic_ep.fast.workspace import Workspace
 
 
@@ -39,10 +39,10 @@ class GatherInFlight:
         return self.gathered.flatten(0, 1)
 
     def addresses(self) -> Tensor:
-        """(W,) int64, on the device: where the tokens of each rank begin."""
+        """(2 * W,) int64, on the device: where the tokens of each rank begin, twice, as in a ``Staging``."""
         block_bytes = self.gathered[0].numel() * self.gathered.element_size()
-        ranks_W = torch.arange(self.gathered.shape[0], dtype=torch.int64, device=self.gathered.device)
-        return ranks_W * block_bytes + self.gathered.data_ptr()
+        ranks_2W = torch.arange(self.gathered.shape[0], dtype=torch.int64, device=self.gathered.device).repeat(2)
+        return ranks_2W * block_bytes + self.gathered.data_ptr()
 
 
 class CopyEngineGather:
@@ -56,9 +56,9 @@ class CopyEngineGather:
         peers = range(workspace.group.world_size) if on_gpu else ()
         self._streams = tuple(torch.cuda.Stream(workspace.device) for _ in peers)
 
-    def reserve(self, max_tokens: int, row_bytes: int) -> None:
-        """Collective. Allocate what ``start`` needs for this shape."""
-        reserve_tokens(self._workspace, max_tokens, row_bytes, self._name)
+    def reserve(self, max_tokens: int, row_bytes: int) -> Staging:
+        """Collective. Allocate what ``start`` needs for this shape: one buffer, whose address the host has to know."""
+        return reserve_tokens(self._workspace, max_tokens, row_bytes, self._name, in_turn=False)
 
     def start(self, x_TH: Tensor, max_tokens: int, *, with_own: bool = True) -> GatherInFlight:
         """Collective. Stage x (T, H), then copy (W, C, H) on side streams, after what the current stream has queued.
@@ -67,16 +67,25 @@ class CopyEngineGather:
         """
         return self.bring(x_TH, self.stage(x_TH, max_tokens), max_tokens, with_own=with_own)
 
-    def stage(self, x_TH: Tensor, max_tokens: int) -> SharedBuffer:
+    def stage(self, x_TH: Tensor, max_tokens: int) -> Staging:
         """Collective. The first half of ``start``."""
-        # The last gather's copies have to end before the barrier: after it peers overwrite what they read. No wait from
-        # eager code for a graph or the other way round, nor a second one in a graph, whose copies share their streams.
+        self.wait_for_last()
+        return stage_tokens(x_TH, max_tokens, self._workspace, self._name, in_turn=False)
+
+    def before_staging(self) -> None:
+        """Collective. What comes before the staging in ``stage``: wait until the copies of all ranks have ended."""
+        self.wait_for_last()
+        self._workspace.barrier_before_write()
+
+    def wait_for_last(self) -> None:
+        """The current stream waits for the copies of the last gather."""
+        # They have to end before the barrier: after it peers overwrite what they read. No wait from eager code for a
+        # graph or the other way round, nor a second one in a graph, whose copies share their streams.
         last, device = self._last, self._workspace.device
         if last.events and last.captured == capturing(device) and not (last.captured and last.awaited):
             last.wait(device)
-        return stage_tokens(x_TH, max_tokens, self._workspace, self._name)
 
-    def bring(self, x_TH: Tensor, staged: SharedBuffer, max_tokens: int, *, with_own: bool = True) -> GatherInFlight:
+    def bring(self, x_TH: Tensor, staged: Staging, max_tokens: int, *, with_own: bool = True) -> GatherInFlight:
         """The second half of ``start``: copy the tokens that other ranks have staged, and this rank's own from x."""
         group = self._workspace.group
         shape = (max_tokens, x_TH.shape[1])
@@ -84,7 +93,7 @@ class CopyEngineGather:
         events: list[torch.cuda.Event] = []
         # Each rank begins with its next neighbour, so that not all read from the same peer at once.
         for peer in (*range(group.rank + 1, group.world_size), *range(group.rank)):
-            events += self._copy(gathered_WCH[peer], staged.rows(peer, shape, x_TH.dtype), peer)
+            events += self._copy(gathered_WCH[peer], staged.buffer.rows(peer, shape, x_TH.dtype), peer)
         if with_own:
             # Last, because the side streams wait for the current stream, which does this copy.
             gathered_WCH[group.rank, : x_TH.shape[0]].copy_(x_TH)

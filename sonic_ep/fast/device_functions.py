@@ -3,8 +3,7 @@
 Integers that change from call to call (R, tags, chunks) are in a kernel's ``do_not_specialize``: else Triton compiles
 again when one of them is first 1 or a multiple of 16, on one rank, while the others wait.
 
-A kernel finds peers through a table of addresses, (W,) int64, so neither W nor the transport is compiled in. Rows that
-are only moved are moved as integers, so their dtype is not compiled in either.
+A kernel finds peers through a table of addresses, (W,) int64, so neither W nor the transport is compiled in.
 """
 
 import triton
@@ -38,12 +37,25 @@ def valid_rows(group_ends_ptr, experts_per_rank, row_capacity):
 
 
 @triton.jit
-def copy_row(source_ptr, target_ptr, INTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Copy ``INTS`` integers from ``source_ptr`` to ``target_ptr``, ``BLOCK`` at a time."""
-    for first in tl.static_range(0, INTS, BLOCK):
+def copy_row(source_ptr, target_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Copy ``WIDTH`` elements from ``source_ptr`` to ``target_ptr``, ``BLOCK`` at a time."""
+    for first in tl.static_range(0, WIDTH, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        inside = column < INTS
+        inside = column < WIDTH
         tl.store(target_ptr + column, tl.load(source_ptr + column, mask=inside), mask=inside)
+
+
+@triton.jit
+def push_value(value, slot, origins_ptr, rank, slots_per_rank):
+    """Store the value of a row at its slot on the rank that the slot is of, if that is another than this.
+
+    slot: of the group, -1 for none; a number, or as many as values. origins_ptr (W,) int64: addresses of C*K fp32 on
+    each rank, C*K being ``slots_per_rank``. Slots 3 and 9 with 8 slots a rank go to slots 3 of rank 0 and 1 of rank 1.
+    """
+    origin = slot // slots_per_rank
+    remote = (slot >= 0) & (origin != rank)
+    address = tl.load(origins_ptr + origin, mask=remote, other=0)
+    tl.store(address.to(tl.pointer_type(tl.float32)) + slot % slots_per_rank, value, mask=remote)
 
 
 @triton.jit

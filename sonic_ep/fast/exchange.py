@@ -9,13 +9,14 @@ from torch import Tensor
 
 from sonic_ep.autograd_utils import once_differentiable, savable, unpack_saved
 from sonic_ep.distributed.sync_tag import Phase, Step
-from sonic_ep.fast.collectives import FP32_BYTES, VALUES, gather_scores, return_to_origin
+from sonic_ep.fast.collectives import FP32_BYTES, SCORES, collect_values, reserve_values
 from sonic_ep.fast.combine.base import PushedCombine
+from sonic_ep.fast.copy_engine import CopyEngineGather, GatherInFlight
 from sonic_ep.fast.dispatch.base import PulledDispatch
-from sonic_ep.fast.launch import aligned_contiguous
 from sonic_ep.fast.permute import gather_rows, poison_if_overflowed, weigh_rows
 from sonic_ep.fast.planner import Planner
-from sonic_ep.fast.symmetric_memory import SharedBuffer
+from sonic_ep.fast.staging import stage_rows
+from sonic_ep.fast.symmetric_memory import Staging
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.plan import RoutingPlan, raise_if_malformed
 
@@ -36,44 +37,73 @@ class Exchange:
         """Begin a phase of the step, see ``Workspace.enter``."""
         self.workspace.enter(phase, self.step, backward=self.backward)
 
-    def reserve(self, row_bytes: int) -> None:
-        """Collective. Allocate what rows and backward need, so that backward never has to."""
-        self.dispatch.reserve(self.plan.max_tokens, row_bytes)
-        self.combine.reserve(self.plan, row_bytes)
-        self.workspace.reserve(VALUES, self.plan.max_tokens * self.plan.top_k * FP32_BYTES)
-
     @property
     def group_ends(self) -> Tensor:
         """``plan.group_ends`` (e,), clamped to R where the plan may have overflowed."""
         ends_e = self.plan.group_ends
         return ends_e if self.planner.max_rows is None else ends_e.clamp(max=self.plan.row_capacity)
 
-    def rows(self, x_TH: Tensor) -> Tensor:
-        """Collective. x of the group's tokens in canonical row order, (R, H); unspecified past the valid rows."""
-        x_TH = aligned_contiguous(x_TH)
-        received = self.dispatch.pull(x_TH, self.stage(x_TH), self.plan, self.plan.row_capacity)
-        return self._poisoned(self.in_order(received))
+    def of_backward(self) -> "Exchange":
+        """For the gradient of this step."""
+        return replace(self, backward=True)
 
-    def stage(self, x_TH: Tensor) -> SharedBuffer:
-        """Collective. The first half of a dispatch, which needs only the plan's C; x is ``aligned_contiguous``."""
+    def rows(self, x_TH: Tensor, again: "AgainInBackward | None" = None) -> tuple[Tensor, GatherInFlight | None]:
+        """Collective. x of the group's tokens in canonical row order, (R, H); unspecified past the valid rows.
+
+        again: tokens to gather by copy engine besides, behind the same barrier.
+        """
+        x_TH, plan = x_TH.contiguous(), self.plan
         self.enter(Phase.DISPATCH)
-        return self.dispatch.stage(x_TH, self.plan.max_tokens)
+        again_staged = None if again is None else again.stage(plan.max_tokens, self.workspace)
+        staged = self.dispatch.stage(x_TH, plan.max_tokens)
+        received = self.dispatch.pull(x_TH, staged, plan, plan.row_capacity)
+        in_flight = None
+        if again is not None and again_staged is not None:
+            in_flight = again.gather.bring(again.x_TH, again_staged, plan.max_tokens, with_own=False)
+        return self._poisoned(self.in_order(received)), in_flight
 
     def in_order(self, received: Tensor) -> Tensor:
         """What dispatch has received as rows in canonical order, (R, H); unspecified past the valid rows."""
         source_R = self.dispatch.source_of_row(self.plan)
         return received if source_R is None else gather_rows(received, source_R, self.plan.group_ends)
 
-    def sums(self, rows_NH: Tensor, scores_WCK: Tensor | None) -> Tensor:
-        """Collective. The weighted sums of a token's rows, (T, H); every score is 1 if there are none."""
-        self.enter(Phase.COMBINE)
-        y_TH = self.combine.combine(rows_NH.contiguous(), scores_WCK, self.plan)
-        return self._poisoned(y_TH)
+    def sums(
+        self,
+        rows_NH: Tensor,
+        scores_WCK: Tensor | None,
+        *,
+        staged_scores: Staging | None = None,
+        values_R: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Collective. The weighted sums of a token's rows, (T, H): ``PushedCombine.sums``. Without scores each is 1.
 
-    def to_origin(self, value_of_row_R: Tensor) -> Tensor:
-        """Collective. One fp32 value of each valid row back to its slot's token, (T, K); zero for dropped slots."""
+        values_R: fp32, of rows, pushed: returned besides, by slots of this rank, (T, K), 0 for dropped ones.
+        """
+        self.enter(Phase.COMBINE)
+        y_TH, values_TK = self.combine.sums(
+            rows_NH.contiguous(), scores_WCK, self.plan, staged_scores=staged_scores, values_R=values_R
+        )
+        return self._poisoned(y_TH), None if values_TK is None else self._poisoned(values_TK)
+
+    def weighted_sums(self, rows_NH: Tensor, scores_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """Collective. The scores of the group (W, C, K), and the sums of a token's rows weighted by them, (T, H)."""
+        plan, workspace = self.plan, self.workspace
         self.enter(Phase.EXCHANGE)
-        return self._poisoned(return_to_origin(value_of_row_R, self.plan, self.workspace))
+        staged = workspace.staging(SCORES, plan.max_tokens * plan.top_k * FP32_BYTES)
+        stage_rows(scores_TK, staged, workspace)
+        workspace.barrier_after_write()
+        scores_WCK = torch.empty_like(plan.expert_ids, dtype=torch.float32)
+        return scores_WCK, self.sums(rows_NH, scores_WCK, staged_scores=staged)[0]
+
+    def values(self, values_R: Tensor) -> Tensor:
+        """Collective. ``values_R`` as of ``sums``, where nothing is combined."""
+        self.enter(Phase.EXCHANGE)
+        return self._poisoned(collect_values(values_R, self.plan, self.workspace))
+
+    @property
+    def origins(self) -> Tensor:
+        """Where ``push_value`` pushes, (W,) int64."""
+        return reserve_values(self.workspace, self.plan.max_tokens, self.plan.top_k).addresses
 
     def checked(self, grad_NH: Tensor, expert_ids_WCK: Tensor) -> Tensor:
         """The gradient (N, H); all NaN if these ids, saved in a recompute, differ from those of the forward's plan."""
@@ -88,6 +118,22 @@ class Exchange:
         return rows_NH if max_rows is None else poison_if_overflowed(rows_NH, self.plan, max_rows)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AgainInBackward:
+    """x (T, H), contiguous, which a copy engine gathers again."""
+
+    gather: CopyEngineGather
+    x_TH: Tensor
+
+    def stage(self, max_tokens: int, workspace: Workspace) -> Staging:
+        """Collective. Copy x to shared memory; needs a barrier after it."""
+        staged = self.gather.reserve(max_tokens, self.x_TH.shape[1] * self.x_TH.element_size())
+        if workspace.group.world_size > 1:
+            self.gather.before_staging()
+            stage_rows(self.x_TH, staged, workspace)
+        return staged
+
+
 class Dispatch(torch.autograd.Function):
     """x (T, H) to rows (R, H). Backward: a combine without scores."""
 
@@ -96,16 +142,19 @@ class Dispatch(torch.autograd.Function):
         """Rows in canonical order; those past the valid ones are unspecified."""
         ctx.exchange, ctx.call_lock = exchange, exchange.workspace.call_lock
         ctx.save_for_backward(savable(exchange.plan.expert_ids))
-        return exchange.rows(x_TH)
+        return exchange.rows(x_TH)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
         """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
-        exchange: Exchange = replace(ctx.exchange, backward=True)
+        exchange: Exchange = ctx.exchange.of_backward()
         (expert_ids_WCK,) = unpack_saved(ctx, exchange.workspace.group, ("expert_ids of plan",))
         raise_if_malformed(exchange.workspace.group, exchange.plan)
-        return exchange.checked(exchange.sums(grad_RH, None), expert_ids_WCK), None
+        exchange.enter(Phase.COMBINE)
+        exchange.workspace.barrier_before_write()
+        x_grad_TH, _ = exchange.sums(grad_RH, None)
+        return exchange.checked(x_grad_TH, expert_ids_WCK), None
 
 
 class Combine(torch.autograd.Function):
@@ -117,20 +166,19 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_NH: Tensor, scores_TK: Tensor, exchange: Exchange) -> Tensor:
         """The weighted sums, (T, H)."""
-        exchange.enter(Phase.EXCHANGE)
-        scores_WCK = gather_scores(scores_TK, exchange.plan, exchange.workspace)
+        scores_WCK, y_TH = exchange.weighted_sums(rows_NH, scores_TK)
         ctx.exchange, ctx.call_lock = exchange, exchange.workspace.call_lock
         ctx.save_for_backward(scores_WCK, rows_NH, savable(exchange.plan.expert_ids))
-        return exchange.sums(rows_NH, scores_WCK)
+        return y_TH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, None]:
         """Gradients of the rows (N, H) and of the scores (T, K)."""
-        exchange: Exchange = replace(ctx.exchange, backward=True)
+        exchange: Exchange = ctx.exchange.of_backward()
         names = ("scores", "rows", "expert_ids of plan")
         scores_WCK, rows_NH, expert_ids_WCK = unpack_saved(ctx, exchange.workspace.group, names)
         raise_if_malformed(exchange.workspace.group, exchange.plan)
-        out_grad_RH = exchange.rows(exchange.checked(grad_TH, expert_ids_WCK))
-        grad_NH, dots_R = weigh_rows(out_grad_RH, rows_NH, scores_WCK, exchange.plan)
-        return grad_NH, exchange.to_origin(dots_R), None
+        out_grad_RH, _ = exchange.rows(exchange.checked(grad_TH, expert_ids_WCK))
+        grad_NH, dots_R = weigh_rows(out_grad_RH, rows_NH, scores_WCK, exchange.plan, exchange.origins)
+        return grad_NH, exchange.values(dots_R), None

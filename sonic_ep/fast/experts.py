@@ -1,13 +1,11 @@
 """Around an expert's GEMMs: sums over rows, biases. Rows past ``plan.group_ends[-1]`` are unspecified."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.fast.device_functions import rounded, valid_rows
+from sonic_ep.fast.device_functions import push_value, rounded, valid_rows
 from sonic_ep.fast.launch import ROW_WARPS, column_constants, launch, programs_over, triton_kernel
 from sonic_ep.plan import RoutingPlan
 
@@ -25,6 +23,10 @@ def add_bias_dots_kernel(
     rows_ptr,
     bias_ptr,
     dots_ptr,
+    slot_of_row_ptr,
+    origins_ptr,
+    rank,
+    slots_per_rank,
     group_ends_ptr,
     experts_per_rank,
     row_capacity,
@@ -35,8 +37,8 @@ def add_bias_dots_kernel(
 ):
     """Add to each dot the sum over H of row * bias of its expert: the bias's share of the score's gradient.
 
-    rows_ptr (R, H): d(out) of each row's token. bias_ptr (e, H). dots_ptr (R,) fp32. Any grid: of P programs, p takes
-    tiles p, p + P, ... of ROWS rows.
+    rows_ptr (R, H): d(out) of each row's token. bias_ptr (e, H). dots_ptr (R,) fp32; the sums are also pushed to their
+    slots' origins, see ``push_value``. Any grid: of P programs, p takes tiles p, p + P, ... of ROWS rows.
     """
     # The type in which ``activate_backward_kernel`` sums the rest of that gradient.
     WIDE: tl.constexpr = tl.float64 if rows_ptr.dtype.element_ty == tl.float32 else tl.float32
@@ -54,7 +56,10 @@ def add_bias_dots_kernel(
             bias_place = expert[:, None] * H + column[None, :]
             dot += value * tl.load(bias_ptr + bias_place, mask=inside, other=0.0).to(WIDE)
         before = tl.load(dots_ptr + row, mask=there, other=0.0).to(WIDE)
-        tl.store(dots_ptr + row, (before + tl.sum(dot, axis=1)).to(tl.float32), mask=there)
+        total = (before + tl.sum(dot, axis=1)).to(tl.float32)
+        tl.store(dots_ptr + row, total, mask=there)
+        slot = tl.load(slot_of_row_ptr + row, mask=there, other=-1)
+        push_value(total, slot, origins_ptr, rank, slots_per_rank)
 
 
 @triton_kernel
@@ -101,12 +106,15 @@ INTERPRETED_TILE = 4096
 SUMMED_ROWS, SUMMED_COLUMNS = 64, 64
 
 
-def add_bias_dots(out_grad_RH: Tensor, bias_eH: Tensor, dots_R: Tensor, plan: RoutingPlan) -> None:
-    """Add ``<d(out), bias>``, bias of the row's expert, to each row's score gradient ``dots_R``, in place."""
-    held, width = bias_eH.shape
+def add_bias_dots(out_grad_RH: Tensor, bias_eH: Tensor, dots_R: Tensor, plan: RoutingPlan, origins_W: Tensor) -> None:
+    """Add ``<d(out), bias>``, bias of the row's expert, to each row's score gradient ``dots_R``, and push the sums."""
+    (held, width), device = bias_eH.shape, bias_eH.device
     constants = column_constants(width) | {"EXPERTS_PADDED": triton.next_power_of_2(held)}
-    constants["ROWS"] = rows_at_once(constants["COLUMNS"], bias_eH.device)
-    over_rows(add_bias_dots_kernel, (out_grad_RH, bias_eH, dots_R), plan, constants)
+    constants["ROWS"] = rows_at_once(constants["COLUMNS"], device)
+    pointers = (out_grad_RH, bias_eH, dots_R, plan.slot_of_row, origins_W)
+    sizes = (plan.rank, plan.max_tokens * plan.top_k, plan.group_ends, plan.experts_per_rank, plan.row_capacity)
+    grid = (programs_over(out_grad_RH.shape[0], device),)
+    launch(add_bias_dots_kernel, grid, *pointers, *sizes, device=device, **constants)
 
 
 def sum_groups(rows_RF: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
@@ -120,13 +128,6 @@ def sum_groups(rows_RF: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) ->
     tile = {"ROWS": SUMMED_ROWS, "COLUMNS": SUMMED_COLUMNS, "HAS_SCORES": scores_WCK is not None, "WIDTH": width}
     launch(sum_groups_kernel, grid, *pointers, plan.row_capacity, device=rows_RF.device, num_warps=ROW_WARPS, **tile)
     return sums_eF
-
-
-def over_rows(kernel: Any, pointers: tuple[Tensor, ...], plan: RoutingPlan, constants: dict[str, Any]) -> None:
-    """Launch ``kernel`` over R rows; its last arguments are those of ``valid_rows``."""
-    (rows, *_), device = pointers[0].shape, pointers[0].device
-    bounds = (plan.group_ends, plan.experts_per_rank, plan.row_capacity)
-    launch(kernel, (programs_over(rows, device),), *pointers, *bounds, device=device, **constants)
 
 
 def rows_at_once(columns_at_once: int, device: torch.device) -> int:

@@ -335,21 +335,29 @@ def weight_gradient(gemm: GroupedGemm, a_RM: Tensor, b_RN: Tensor, group_ends_e:
 
 def grouped_gemm(operands: Sequence[Tensor], rows_per_group: int | None = None) -> GroupedGemm:
     """The products for a layer of operands rows (R, H), contiguous, and weights (e, F, H), (e, H, I) of any strides."""
-    if not library_serves(operands):
+    if not (library_serves(operands) and addresses_serve(operands)):
         return TritonGemm(rows_per_group=rows_per_group)
     return LibraryGemm(rows_per_group=rows_per_group) if operands[0].device.type == "cuda" else LoopGemm()
 
 
 def library_serves(operands: Sequence[Tensor]) -> bool:
-    """Whether PyTorch multiplies these, and contiguous rows of their widths, without a read on the host."""
+    """Whether PyTorch multiplies operands of these forms without a read on the host, where ``addresses_serve``."""
     first = operands[0]
     on_hopper = first.device.type == "cuda" and torch.cuda.get_device_capability(first.device)[0] == HOPPER
     device_serves = first.device.type == "cpu" or (first.dtype == torch.bfloat16 and on_hopper)
     return device_serves and all(_aligned(operand) for operand in operands)
 
 
+def addresses_serve(operands: Sequence[Tensor]) -> bool:
+    """Whether all addresses are multiples of 16 bytes."""
+    addresses = 0
+    for operand in operands:
+        addresses |= operand.data_ptr()
+    return addresses % ALIGNED_BYTES == 0
+
+
 def _aligned(operand: Tensor) -> bool:
-    """Whether address, strides and widths of an operand, rows or matrices, are multiples of 16 bytes."""
+    """Whether strides and widths of an operand, rows or matrices, are multiples of 16 bytes."""
     *groups, height, width = operand.shape
     *jumps, row, column = operand.stride()
     # The longer of the last two strides, and the extent that it has to span.
@@ -359,6 +367,5 @@ def _aligned(operand: Tensor) -> bool:
         1 in (row, column)
         and leading >= extent
         and all(length * operand.element_size() % ALIGNED_BYTES == 0 for length in (*widths, *jumps, leading))
-        and operand.data_ptr() % ALIGNED_BYTES == 0
         and max(groups, default=0) <= MOST_GROUPS
     )

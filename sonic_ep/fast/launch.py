@@ -139,24 +139,10 @@ def programs_over(rows: int, device: torch.device) -> int:
     return min(rows, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device))
 
 
-def as_int_view(rows_NH: Tensor) -> Tensor:
-    """The same memory as int32, or as int16 where a row (N, H) is no multiple of 4 bytes."""
-    whole = rows_NH.shape[-1] * rows_NH.element_size() % 4 == 0
-    return rows_NH.view(torch.int32 if whole else torch.int16)
-
-
-def aligned_contiguous(rows_NH: Tensor) -> Tensor:
-    """The same rows, contiguous and aligned to 4 bytes, as ``as_int_view`` needs them."""
-    # Flattened, because any strides count as contiguous for one row or none, but not for ``view``.
-    rows_NH = rows_NH.contiguous().flatten().view(rows_NH.shape)
-    return rows_NH.clone() if rows_NH.data_ptr() % 4 else rows_NH
-
-
-def copy_constants(rows_NH: Tensor) -> dict[str, int]:
-    """Constants of a kernel that copies rows, from ``as_int_view``: INTS of a row, BLOCK at a time."""
-    width = rows_NH.shape[1]
-    at_once = min(triton.next_power_of_2(width), BLOCK_BYTES // rows_NH.element_size())
-    return {"INTS": width, "BLOCK": at_once, "num_warps": ROW_WARPS}
+def copy_constants(width: int, itemsize: int) -> dict[str, int]:
+    """Constants of a kernel that copies rows of WIDTH elements of ``itemsize`` bytes, BLOCK at a time."""
+    block = min(triton.next_power_of_2(width), BLOCK_BYTES // itemsize)
+    return {"WIDTH": width, "BLOCK": block, "num_warps": ROW_WARPS}
 
 
 def column_constants(width: int) -> dict[str, int]:

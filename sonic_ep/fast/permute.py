@@ -1,12 +1,22 @@
 """Kernels over the rows of one rank: into canonical order, gradients of the weighted sum, NaN after an overflow."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.fast.device_functions import copy_row, rounded, valid_rows
-from sonic_ep.fast.launch import as_int_view, column_constants, copy_constants, launch, programs_over, triton_kernel
+from sonic_ep.fast.device_functions import copy_row, push_value, rounded, valid_rows
+from sonic_ep.fast.launch import (
+    LAUNCHERS_KEPT,
+    Launcher,
+    column_constants,
+    copy_constants,
+    launch,
+    programs_over,
+    triton_kernel,
+)
 from sonic_ep.plan import RoutingPlan
 
 
@@ -18,7 +28,7 @@ def gather_rows_kernel(
     group_ends_ptr,
     experts_per_rank,
     row_capacity,
-    INTS: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Row i of the result is row ``source[i]`` of what was received. Any grid: of P programs, p takes p, p + P, ...
@@ -29,16 +39,20 @@ def gather_rows_kernel(
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = tl.cast(index, tl.int64)
         source = tl.load(source_ptr + row).to(tl.int64)
-        copy_row(received_ptr + source * INTS, out_ptr + row * INTS, INTS, BLOCK)
+        copy_row(received_ptr + source * WIDTH, out_ptr + row * WIDTH, WIDTH, BLOCK)
+
+
+@lru_cache(LAUNCHERS_KEPT)
+def _gather_rows(device: torch.device, width: int, itemsize: int) -> Launcher:
+    return Launcher(gather_rows_kernel, device, copy_constants(width, itemsize))
 
 
 def gather_rows(received_NH: Tensor, source_R: Tensor, group_ends_e: Tensor) -> Tensor:
     """(R, H): the received row of each canonical row; unspecified past ``group_ends_e[-1]``."""
-    rows_RH = received_NH.new_empty((source_R.shape[0], received_NH.shape[1]))
-    received, out = as_int_view(received_NH), as_int_view(rows_RH)
-    grid, sizes = (programs_over(out.shape[0], out.device),), (group_ends_e.shape[0], out.shape[0])
-    pointers = (received, source_R, out, group_ends_e)
-    launch(gather_rows_kernel, grid, *pointers, *sizes, device=out.device, **copy_constants(out))
+    rows, width, device = source_R.shape[0], received_NH.shape[1], received_NH.device
+    rows_RH = received_NH.new_empty((rows, width))
+    run = _gather_rows(device, width, rows_RH.element_size())
+    run((programs_over(rows, device),), received_NH, source_R, rows_RH, group_ends_e, group_ends_e.shape[0], rows)
     return rows_RH
 
 
@@ -55,7 +69,10 @@ def weigh_rows_kernel(
     slot_of_row_ptr,
     grad_ptr,
     dots_ptr,
+    origins_ptr,
     group_ends_ptr,
+    rank,
+    slots_per_rank,
     experts_per_rank,
     row_capacity,
     given_rows,
@@ -66,12 +83,14 @@ def weigh_rows_kernel(
 
     out_grad_ptr (R, H): d(out) of each row's token; rows_ptr (N, H), N = ``given_rows``: the rows that were weighted;
     scores_ptr (W*C*K,) fp32. grad_ptr (N, H) = round(score * d(out)), zeros past the valid rows, since autograd passes
-    on all N. dots_ptr (R,) fp32 = sum over H of d(out) * row, NaN for valid rows from N on, not written past the valid.
+    on all N. dots_ptr (R,) fp32 = sum over H of d(out) * row, NaN for valid rows from N on, not written past the valid;
+    pushed to their slots' origins, see ``push_values``.
     """
     rows = valid_rows(group_ends_ptr, experts_per_rank, row_capacity)
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = tl.cast(index, tl.int64)
-        score = tl.load(scores_ptr + tl.load(slot_of_row_ptr + row))
+        slot = tl.load(slot_of_row_ptr + row)
+        score = tl.load(scores_ptr + slot)
         dot = tl.zeros((COLUMNS,), dtype=tl.float32)
         for first in range(0, H, COLUMNS):
             column = first + tl.arange(0, COLUMNS)
@@ -81,7 +100,9 @@ def weigh_rows_kernel(
             value = tl.load(rows_ptr + row * H + column, mask=given, other=0.0).to(tl.float32)
             tl.store(grad_ptr + row * H + column, rounded(out_grad * score, grad_ptr), mask=given)
             dot += out_grad * value
-        tl.store(dots_ptr + row, tl.where(index < given_rows, tl.sum(dot, axis=0), float("nan")))
+        total = tl.where(index < given_rows, tl.sum(dot, axis=0), float("nan"))
+        tl.store(dots_ptr + row, total)
+        push_value(total, slot, origins_ptr, rank, slots_per_rank)
     for index in range(rows + tl.program_id(0), given_rows, tl.num_programs(0)):
         row = tl.cast(index, tl.int64)
         for first in range(0, H, COLUMNS):
@@ -89,12 +110,18 @@ def weigh_rows_kernel(
             tl.store(grad_ptr + row * H + column, tl.zeros((COLUMNS,), grad_ptr.dtype.element_ty), mask=column < H)
 
 
-def weigh_rows(out_grad_RH: Tensor, rows_NH: Tensor, scores_WCK: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
-    """Gradients of the rows (N, H), zeros past the valid ones, and of each row's score (R,) fp32, unspecified there."""
+def weigh_rows(
+    out_grad_RH: Tensor, rows_NH: Tensor, scores_WCK: Tensor, plan: RoutingPlan, origins_W: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the rows (N, H), zeros past the valid ones, and of each row's score (R,) fp32, unspecified there.
+
+    The scores' gradients are also pushed to ``origins_W``, see ``push_value``.
+    """
     grad_NH = out_grad_RH.new_empty(rows_NH.shape)
     dots_R = out_grad_RH.new_empty(out_grad_RH.shape[0], dtype=torch.float32)
-    pointers = (out_grad_RH, rows_NH, scores_WCK, plan.slot_of_row, grad_NH, dots_R, plan.group_ends)
-    sizes = (plan.experts_per_rank, plan.row_capacity, rows_NH.shape[0])
+    pointers = (out_grad_RH, rows_NH, scores_WCK, plan.slot_of_row, grad_NH, dots_R, origins_W, plan.group_ends)
+    slots = (plan.rank, plan.max_tokens * plan.top_k)
+    sizes = (*slots, plan.experts_per_rank, plan.row_capacity, rows_NH.shape[0])
     grid, constants = (programs_over(plan.row_capacity, grad_NH.device),), column_constants(grad_NH.shape[1])
     launch(weigh_rows_kernel, grid, *pointers, *sizes, device=grad_NH.device, **constants)
     return grad_NH, dots_R

@@ -1,46 +1,33 @@
 """The routing plan in Triton: a stable counting sort over all slots of the group, with no read on the host.
 
-Every rank stages its ids (and scores) in shared memory and reads those of all. One kernel counts each tile of slots by
-expert and its tokens by rank, one sums the counts of the tiles before each, one gives every slot its row. A tile holds
-whole tokens of one rank, in slot order.
+Every rank has staged its ids (and scores) in shared memory and reads those of all. One kernel counts each tile of slots
+by expert and its tokens by rank, one sums the counts of the tiles before each, one gives every slot its row. A tile
+holds whole tokens of one rank, in slot order.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.fast.collectives import FP32_BYTES, SCORES, gather_staged_scores, stage_scores
 from sonic_ep.fast.device_functions import peer_pointer
-from sonic_ep.fast.launch import launch, triton_kernel
+from sonic_ep.fast.launch import LAUNCHERS_KEPT, Launcher, triton_kernel
+from sonic_ep.fast.staging import StagedCall
+from sonic_ep.fast.sync import staged_at
 from sonic_ep.fast.workspace import Workspace
-from sonic_ep.plan import INDEX_BYTES, INDEX_DTYPE, RoutingPlan
-
-# Staged in place of an id out of range; the plan counts it as dropped.
-OUT_OF_RANGE: tl.constexpr = tl.constexpr(-2)
-
-
-@triton_kernel
-def stage_ids_kernel(ids_ptr, staged_ptr, given, room, num_experts, BLOCK: tl.constexpr):
-    """Copy this rank's ids, int32 or int64, to shared memory as int32. Grid (ceil(room / BLOCK),).
-
-    ids_ptr (T*K,); staged_ptr (C*K,) int32: -1 past the ``given`` = T*K ids, ``OUT_OF_RANGE`` for an id that is neither
-    -1 nor an expert.
-    """
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(ids_ptr + place, mask=place < given, other=-1)
-    known = (expert >= -1) & (expert < num_experts)
-    staged = tl.where(known, expert, OUT_OF_RANGE).to(tl.int32)
-    tl.store(staged_ptr + place, staged, mask=place < room)
+from sonic_ep.plan import INDEX_DTYPE, RoutingPlan
 
 
 @triton_kernel
 def count_kernel(
-    staged_ptr,
+    ids_table_ptr,
+    scores_table_ptr,
+    epoch_ptr,
     expert_ids_ptr,
+    scores_ptr,
     counts_ptr,
     errors_ptr,
     max_tokens,
@@ -48,16 +35,18 @@ def count_kernel(
     num_experts,
     experts_per_rank,
     world_size,
+    HAS_SCORES: tl.constexpr,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,
     TOKENS: tl.constexpr,
     EXPERTS_PADDED: tl.constexpr,
 ):
-    """Gather the ids of one tile and count them. Grid (tiles,).
+    """Gather the ids of one tile, and their scores if HAS_SCORES, and count the ids. Grid (tiles,).
 
-    staged_ptr (W,) int64: addresses of the ids that each rank staged, (C, K) int32. expert_ids_ptr (W, C, K) int32.
-    counts_ptr (tiles, E + W) int32: slots of each expert, then tokens with a slot on each rank. errors_ptr: see
-    ``DeviceErrors``; its first entry becomes p + 1 where rank p has an id out of range.
+    The tables are of the ``Staging``s of ids, (C, K) int32, and scores, (C, K) fp32, of every rank. expert_ids_ptr
+    (W, C, K) int32; scores_ptr (W, C, K) fp32, unspecified for tokens that do not exist. counts_ptr (tiles, E + W)
+    int32: slots of each expert, then tokens with a slot on each rank. errors_ptr: see ``DeviceErrors``; its first entry
+    becomes p + 1 where rank p has an id out of range.
 
     Two tokens with the experts 0 2 and 1 0 of four, on two ranks, count 2 1 1 0, then 2 1.
     """
@@ -67,7 +56,11 @@ def count_kernel(
     k = tl.arange(0, K_PADDED)
     inside = (token < max_tokens)[:, None] & (k < K)[None, :]
     slot = token[:, None] * K + k[None, :]
-    expert = tl.load(peer_pointer(staged_ptr, source, expert_ids_ptr) + slot, mask=inside, other=-1)
+    half = staged_at(epoch_ptr, world_size, True)
+    expert = tl.load(peer_pointer(ids_table_ptr + half, source, expert_ids_ptr) + slot, mask=inside, other=-1)
+    if HAS_SCORES:
+        score = tl.load(peer_pointer(scores_table_ptr + half, source, scores_ptr) + slot, mask=inside)
+        tl.store(scores_ptr + source * max_tokens * K + slot, score, mask=inside)
     if tl.min(tl.min(expert, axis=1), axis=0) < -1:
         tl.store(errors_ptr, source + 1)
     expert = tl.maximum(expert, -1)
@@ -85,10 +78,10 @@ def count_kernel(
 
 
 @triton_kernel
-def scan_kernel(counts_ptr, totals_ptr, tiles, bins, TILES: tl.constexpr, BINS: tl.constexpr):
+def scan_kernel(counts_ptr, tiles, bins, TILES: tl.constexpr, BINS: tl.constexpr):
     """Replace the counts of every tile by the sum over the tiles before it. Grid (ceil(bins / BINS),).
 
-    counts_ptr (tiles, bins) int32; totals_ptr (bins,) int32. Counts 2 0 3 of one bin become 0 2 2, and its total 5.
+    counts_ptr (tiles + 1, bins) int32; the last row gets the totals. Counts 2 0 3 of one bin become 0 2 2, and 5.
     """
     column = tl.program_id(0) * BINS + tl.arange(0, BINS)
     before = tl.zeros((BINS,), dtype=tl.int32)
@@ -99,11 +92,12 @@ def scan_kernel(counts_ptr, totals_ptr, tiles, bins, TILES: tl.constexpr, BINS: 
         count = tl.load(place, mask=inside, other=0)
         tl.store(place, tl.cumsum(count, axis=0) - count + before[None, :], mask=inside)
         before += tl.sum(count, axis=0)
-    tl.store(totals_ptr + column, before, mask=column < bins)
+    tl.store(counts_ptr + tiles.to(tl.int64) * bins + column, before, mask=column < bins)
 
 
-@triton_kernel
-def place_kernel(
+@triton.jit
+def place_tile(
+    tile,
     expert_ids_ptr,
     before_ptr,
     totals_ptr,
@@ -123,14 +117,11 @@ def place_kernel(
     EXPERTS_PADDED: tl.constexpr,
     COMPARED: tl.constexpr,
 ):
-    """Row of every slot of one tile, and packed place of every token. Grid (tiles,).
-
-    before_ptr, totals_ptr: results of ``scan_kernel``. The other pointers are fields of ``RoutingPlan``.
+    """Row of every slot of one tile, and packed place of every token. The pointers are those of ``place_kernel``.
 
     The row of a slot is the owner's first row of its expert, plus the slots of that expert in tiles before, plus those
     before it in its tile. Four slots of a tile with experts 1 0 1 0 have 0 0 1 1 before them.
     """
-    tile = tl.program_id(0)
     source = tile // tiles_per_rank
     first_token = (tile % tiles_per_rank) * TOKENS
     bin_of = tl.arange(0, EXPERTS_PADDED)
@@ -172,10 +163,13 @@ def place_kernel(
     tl.store(packed_of_token_ptr + source * max_tokens + token, packed, mask=token < max_tokens)
 
 
-@triton_kernel
-def totals_kernel(
+@triton.jit
+def store_totals(
+    source,
     before_ptr,
     totals_ptr,
+    counts_ptr,
+    counts_copy_ptr,
     group_ends_ptr,
     pair_tokens_ptr,
     errors_ptr,
@@ -188,27 +182,24 @@ def totals_kernel(
     EXPERTS_PADDED: tl.constexpr,
     RANKS_PADDED: tl.constexpr,
 ):
-    """The small fields of the plan. Grid (W,): program p writes row p of pair_tokens, program 0 also the others.
+    """Row ``source`` of pair_tokens; source 0 also stores the other small fields. Pointers: of ``place_kernel``.
 
-    errors_ptr: see ``DeviceErrors``; the rank with most rows, plus one, and its rows, where they pass ``max_rows``.
     With 5 tokens on rank q in all, 0 and 3 of them before the first tiles of ranks 0 and 1, row q has 3 and 2.
     """
-    source = tl.program_id(0)
     bins = num_experts + world_size
     rank_of = tl.arange(0, RANKS_PADDED)
     exists = rank_of < world_size
-    column = num_experts + rank_of
-    tile = source.to(tl.int64) * tiles_per_rank
-    begin = tl.load(before_ptr + tile * bins + column, mask=exists, other=0)
-    total_tokens = tl.load(totals_ptr + column, mask=exists, other=0)
-    is_last = source == world_size - 1
-    next_tile = tile + tiles_per_rank
-    next_begin = tl.load(before_ptr + next_tile * bins + column, mask=exists & (not is_last), other=0)
-    tokens_ptr = pair_tokens_ptr + source * world_size + rank_of
-    tl.store(tokens_ptr, tl.where(is_last, total_tokens, next_begin) - begin, mask=exists)
+    # Past the last tile stand the totals.
+    first_ptr = before_ptr + source.to(tl.int64) * tiles_per_rank * bins + num_experts + rank_of
+    begin = tl.load(first_ptr, mask=exists, other=0)
+    end = tl.load(first_ptr + tiles_per_rank.to(tl.int64) * bins, mask=exists, other=0)
+    tl.store(pair_tokens_ptr + source * world_size + rank_of, end - begin, mask=exists)
     if source == 0:
         bin_of = tl.arange(0, EXPERTS_PADDED)
-        total = tl.load(totals_ptr + bin_of, mask=bin_of < num_experts, other=0)
+        known = bin_of < num_experts
+        total = tl.load(totals_ptr + bin_of, mask=known, other=0)
+        tl.store(counts_ptr + bin_of, total, mask=known)
+        tl.store(counts_copy_ptr + bin_of, total, mask=known)
         slots_before = tl.cumsum(total, axis=0) - total
         mine = rank * experts_per_rank
         mine_before = tl.sum(tl.where(bin_of < mine, total, 0), axis=0)
@@ -227,14 +218,93 @@ def totals_kernel(
             tl.store(errors_ptr + 2, most_rows)
 
 
+@triton_kernel
+def place_kernel(
+    expert_ids_ptr,
+    before_ptr,
+    row_of_slot_ptr,
+    slot_of_row_ptr,
+    packed_of_token_ptr,
+    counts_ptr,
+    counts_copy_ptr,
+    group_ends_ptr,
+    pair_tokens_ptr,
+    errors_ptr,
+    rank,
+    max_tokens,
+    tiles_per_rank,
+    num_experts,
+    experts_per_rank,
+    world_size,
+    row_capacity,
+    max_rows,
+    K: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    EXPERTS_PADDED: tl.constexpr,
+    COMPARED: tl.constexpr,
+    RANKS_PADDED: tl.constexpr,
+):
+    """All fields of the plan but the ids. Grid (tiles + W,): a program for each tile, then one for each rank.
+
+    before_ptr: what ``scan_kernel`` left. counts_copy_ptr (E,) int32: as counts_ptr. The other pointers are fields of
+    ``RoutingPlan``, and errors_ptr, see ``DeviceErrors``: the rank with most rows, plus one, and its rows, where they
+    pass ``max_rows``.
+    """
+    program = tl.program_id(0)
+    tiles = world_size * tiles_per_rank
+    totals_ptr = before_ptr + tiles.to(tl.int64) * (num_experts + world_size)
+    if program < tiles:
+        place_tile(
+            program,
+            expert_ids_ptr,
+            before_ptr,
+            totals_ptr,
+            row_of_slot_ptr,
+            slot_of_row_ptr,
+            packed_of_token_ptr,
+            rank,
+            max_tokens,
+            tiles_per_rank,
+            num_experts,
+            experts_per_rank,
+            world_size,
+            row_capacity,
+            K,
+            K_PADDED,
+            TOKENS,
+            EXPERTS_PADDED,
+            COMPARED,
+        )
+    else:
+        store_totals(
+            program - tiles,
+            before_ptr,
+            totals_ptr,
+            counts_ptr,
+            counts_copy_ptr,
+            group_ends_ptr,
+            pair_tokens_ptr,
+            errors_ptr,
+            rank,
+            tiles_per_rank,
+            num_experts,
+            experts_per_rank,
+            world_size,
+            max_rows,
+            EXPERTS_PADDED,
+            RANKS_PADDED,
+        )
+
+
 # Placing is a chain of short steps, one warp wide: more lanes would compare more pairs, more warps would wait.
 TILE_SLOTS, COMPARED_SLOTS, PLACE_WARPS = 512, 32, 1
-SCAN_TILES, SCAN_BINS, STAGE_BLOCK = 512, 4, 1024
+SCAN_TILES, SCAN_BINS = 512, 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanShape:
-    """The sizes that every kernel of the plan needs: W, C, K, E and this rank r, and what follows from them."""
+    """The sizes of a plan: W, C, K, E and this rank r, and what follows from them."""
 
     rank: int
     world_size: int
@@ -248,106 +318,108 @@ class PlanShape:
         return self.num_experts // self.world_size
 
     @property
-    def tile_tokens(self) -> int:
-        """Tokens of a tile, a power of two."""
-        return max(1, TILE_SLOTS // triton.next_power_of_2(self.top_k))
-
-    @property
     def tiles_per_rank(self) -> int:
         """Tiles that hold the C tokens of a rank."""
-        return triton.cdiv(self.max_tokens, self.tile_tokens)
+        return triton.cdiv(self.max_tokens, tile_tokens(self.top_k))
 
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """What the kernels take alike: tiles of a rank, E, e and W."""
-        return self.tiles_per_rank, self.num_experts, self.experts_per_rank, self.world_size
 
-    def tile_constants(self) -> dict[str, int]:
-        """Constants of the kernels that go over tiles."""
-        # Room for E bins and one for dropped slots.
-        padded_k, experts = triton.next_power_of_2(self.top_k), triton.next_power_of_2(self.num_experts + 1)
-        return {"K": self.top_k, "K_PADDED": padded_k, "TOKENS": self.tile_tokens, "EXPERTS_PADDED": experts}
+def tile_tokens(top_k: int) -> int:
+    """Tokens of a tile, a power of two."""
+    return max(1, TILE_SLOTS // triton.next_power_of_2(top_k))
+
+
+@lru_cache(LAUNCHERS_KEPT)
+def _kernels(device: torch.device, world_size: int, top_k: int, num_experts: int, scored: bool) -> tuple[Launcher, ...]:
+    """Count, scan, place."""
+    # Room for E bins and one for dropped slots.
+    experts, padded_k = triton.next_power_of_2(num_experts + 1), triton.next_power_of_2(top_k)
+    tile = {"K": top_k, "K_PADDED": padded_k, "TOKENS": tile_tokens(top_k), "EXPERTS_PADDED": experts}
+    ranks = triton.next_power_of_2(world_size)
+    of_place = {"COMPARED": COMPARED_SLOTS, "RANKS_PADDED": ranks, "num_warps": PLACE_WARPS}
+    return (
+        Launcher(count_kernel, device, {"HAS_SCORES": scored, **tile}),
+        Launcher(scan_kernel, device, {"TILES": SCAN_TILES, "BINS": SCAN_BINS}),
+        Launcher(place_kernel, device, tile | of_place),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TileCounts:
-    """Ids of the group (W, C, K), counts of the tiles before each tile (tiles, E + W) and of all (E + W,), and scores.
+    """What the kernels before the last find. A tile holds whole tokens of one rank.
 
-    scores: (W, C, K) fp32, if they came with the ids; unspecified for tokens that do not exist.
+    expert_ids (W, C, K); scores (W, C, K) fp32 if they came with the ids, unspecified for tokens that do not exist;
+    before (tiles + 1, E + W): slots of each expert, then tokens with a slot on each rank, in the tiles before each, and
+    last in all tiles.
     """
 
     expert_ids: Tensor
-    before: Tensor
-    totals: Tensor
     scores: Tensor | None
+    before: Tensor
 
 
-def gathered_counts(
-    topk_idx_TK: Tensor, shape: PlanShape, workspace: Workspace, device_errors: Tensor, scores_TK: Tensor | None = None
-) -> TileCounts:
-    """Collective. Exchange the ids, and scores if given, and run the kernels up to the totals."""
-    room, device = shape.max_tokens * shape.top_k, topk_idx_TK.device
-    staged = workspace.reserve("ids", room * INDEX_BYTES)
-    staged_scores = None if scores_TK is None else workspace.reserve(SCORES, room * FP32_BYTES)
-    workspace.barrier_before_write()
-    pointers = (topk_idx_TK.contiguous(), staged.rows(shape.rank, (room,), INDEX_DTYPE))
-    grid, sizes = (triton.cdiv(room, STAGE_BLOCK),), (topk_idx_TK.numel(), room, shape.num_experts)
-    launch(stage_ids_kernel, grid, *pointers, *sizes, device=device, BLOCK=STAGE_BLOCK)
-    if scores_TK is not None and staged_scores is not None:
-        stage_scores(scores_TK, staged_scores)
-    workspace.barrier_after_write()
-    expert_ids_WCK = torch.empty((shape.world_size, shape.max_tokens, shape.top_k), dtype=INDEX_DTYPE, device=device)
-    tiles, bins = shape.world_size * shape.tiles_per_rank, shape.num_experts + shape.world_size
-    before = torch.empty((tiles, bins), dtype=INDEX_DTYPE, device=device)
-    totals = torch.empty(bins, dtype=INDEX_DTYPE, device=device)
-    of_tiles = (staged.addresses, expert_ids_WCK, before, device_errors, shape.max_tokens, *shape.sizes)
-    launch(count_kernel, (tiles,), *of_tiles, device=device, **shape.tile_constants())
-    grid, constants = (triton.cdiv(bins, SCAN_BINS),), {"TILES": SCAN_TILES, "BINS": SCAN_BINS}
-    launch(scan_kernel, grid, before, totals, tiles, bins, device=device, **constants)
-    scores_WCK = None if staged_scores is None else gather_staged_scores(staged_scores, expert_ids_WCK)
-    return TileCounts(expert_ids=expert_ids_WCK, before=before, totals=totals, scores=scores_WCK)
+def gathered_counts(staged: StagedCall, shape: PlanShape, workspace: Workspace, device_errors: Tensor) -> TileCounts:
+    """Read what all ranks have staged, and run the kernels up to the totals."""
+    device, ids_table = workspace.device, staged.ids.addresses
+    world_size, max_tokens, experts = shape.world_size, shape.max_tokens, shape.num_experts
+    count, scan, _ = _kernels(device, world_size, shape.top_k, experts, staged.scores is not None)
+    tiles_per_rank, bins = shape.tiles_per_rank, experts + world_size
+    tiles, sizes = world_size * tiles_per_rank, (world_size, max_tokens, shape.top_k)
+    expert_ids_WCK = torch.empty(sizes, dtype=INDEX_DTYPE, device=device)
+    before = torch.empty((tiles + 1, bins), dtype=INDEX_DTYPE, device=device)
+    scores_WCK, scores_table = None, ids_table
+    if staged.scores is not None:
+        scores_WCK, scores_table = torch.empty(sizes, dtype=torch.float32, device=device), staged.scores.addresses
+    pointers = (ids_table, scores_table, workspace.epoch, expert_ids_WCK)
+    # Without scores their pointer is not read.
+    more = (expert_ids_WCK if scores_WCK is None else scores_WCK, before, device_errors)
+    numbers = (max_tokens, tiles_per_rank, experts, shape.experts_per_rank, world_size)
+    count((tiles,), *pointers, *more, *numbers)
+    scan((triton.cdiv(bins, SCAN_BINS),), before, tiles, bins)
+    return TileCounts(expert_ids=expert_ids_WCK, scores=scores_WCK, before=before)
 
 
 def new_plan(
-    counts: TileCounts, shape: PlanShape, *, num_tokens: int, row_capacity: int, new: Callable[..., Tensor]
+    expert_ids_WCK: Tensor, counts_E: Tensor, shape: PlanShape, *, num_tokens: int, row_capacity: int
 ) -> RoutingPlan:
-    """This rank's plan with the ids and counts of ``counts``, and its other fields made by ``new``."""
-
-    def field(*sizes: int) -> Tensor:
-        return new(sizes, dtype=INDEX_DTYPE, device=counts.totals.device)
-
+    """This rank's plan with these ids and counts; its other fields are to be filled."""
+    world_size, new = shape.world_size, expert_ids_WCK.new_empty
     return RoutingPlan(
         rank=shape.rank,
         num_tokens=num_tokens,
-        expert_ids=counts.expert_ids,
-        counts=counts.totals[: shape.num_experts],
-        row_of_slot=field(*counts.expert_ids.shape),
-        group_ends=field(shape.experts_per_rank),
-        slot_of_row=field(row_capacity),
-        pair_tokens=field(shape.world_size, shape.world_size),
-        packed_of_token=field(shape.world_size, shape.max_tokens),
+        expert_ids=expert_ids_WCK,
+        counts=counts_E,
+        row_of_slot=new(expert_ids_WCK.shape),
+        group_ends=new(shape.experts_per_rank),
+        slot_of_row=new(row_capacity),
+        pair_tokens=new((world_size, world_size)),
+        packed_of_token=new((world_size, shape.max_tokens)),
     )
 
 
 def placed_plan(
-    counts: TileCounts, shape: PlanShape, *, num_tokens: int, row_capacity: int, max_rows: int, device_errors: Tensor
-) -> RoutingPlan:
-    """This rank's plan with R = ``row_capacity``. max_rows: the rows of a rank above which ``device_errors`` is set."""
-    plan = new_plan(counts, shape, num_tokens=num_tokens, row_capacity=row_capacity, new=torch.empty)
-    scanned, device = (counts.before, counts.totals), counts.totals.device
-    pointers = (plan.expert_ids, *scanned, plan.row_of_slot, plan.slot_of_row, plan.packed_of_token)
-    sizes = (shape.rank, shape.max_tokens, *shape.sizes, row_capacity)
-    constants = shape.tile_constants() | {"COMPARED": COMPARED_SLOTS, "num_warps": PLACE_WARPS}
-    launch(place_kernel, (counts.before.shape[0],), *pointers, *sizes, device=device, **constants)
-    small = (*scanned, plan.group_ends, plan.pair_tokens, device_errors)
-    padded = {"RANKS_PADDED": triton.next_power_of_2(shape.world_size), "EXPERTS_PADDED": constants["EXPERTS_PADDED"]}
-    launch(totals_kernel, (shape.world_size,), *small, shape.rank, *shape.sizes, max_rows, device=device, **padded)
-    return plan
+    found: TileCounts, shape: PlanShape, *, num_tokens: int, row_capacity: int, max_rows: int, device_errors: Tensor
+) -> tuple[RoutingPlan, Tensor]:
+    """This rank's plan with R = ``row_capacity``, and a copy of its counts.
+
+    max_rows: the rows of a rank above which ``device_errors`` is set.
+    """
+    device, world_size, experts = found.before.device, shape.world_size, shape.num_experts
+    counts_E, copy_E = (torch.empty(experts, dtype=INDEX_DTYPE, device=device) for _ in range(2))
+    plan = new_plan(found.expert_ids, counts_E, shape, num_tokens=num_tokens, row_capacity=row_capacity)
+    place = _kernels(device, world_size, shape.top_k, experts, found.scores is not None)[2]
+    pointers = (found.expert_ids, found.before, plan.row_of_slot, plan.slot_of_row, plan.packed_of_token)
+    small = (counts_E, copy_E, plan.group_ends, plan.pair_tokens, device_errors)
+    tiles_per_rank = shape.tiles_per_rank
+    sizes = (shape.rank, shape.max_tokens, tiles_per_rank, experts, shape.experts_per_rank, world_size)
+    place((world_size * (tiles_per_rank + 1),), *pointers, *small, *sizes, row_capacity, max_rows)
+    return plan, copy_E
 
 
 def empty_plan(shape: PlanShape, device: torch.device) -> RoutingPlan:
     """The plan of a group in which no rank has a token."""
     none_WCK = torch.zeros((shape.world_size, 0, shape.top_k), dtype=INDEX_DTYPE, device=device)
-    totals = torch.zeros(shape.num_experts + shape.world_size, dtype=INDEX_DTYPE, device=device)
-    counts = TileCounts(expert_ids=none_WCK, before=totals.new_zeros((0, len(totals))), totals=totals, scores=None)
-    return new_plan(counts, shape, num_tokens=0, row_capacity=0, new=torch.zeros)
+    counts_E = torch.zeros(shape.num_experts, dtype=INDEX_DTYPE, device=device)
+    plan = new_plan(none_WCK, counts_E, shape, num_tokens=0, row_capacity=0)
+    plan.group_ends.zero_()
+    plan.pair_tokens.zero_()
+    return plan

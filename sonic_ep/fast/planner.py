@@ -14,14 +14,19 @@ from torch import Tensor
 from sonic_ep.config import EPConfig
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.distributed.sync_tag import Phase
+from sonic_ep.fast.collectives import FP32_BYTES, SCORES
 from sonic_ep.fast.device_errors import DeviceErrors, Limits
 from sonic_ep.fast.launch import capturing, host_ints
 from sonic_ep.fast.plan import PlanShape, empty_plan, gathered_counts, placed_plan
+from sonic_ep.fast.staging import StagedCall
+from sonic_ep.fast.symmetric_memory import Staging
 from sonic_ep.fast.workspace import Workspace
-from sonic_ep.plan import MOST_SLOTS, RoutingPlan, check_slots, room_for_rows, row_ceiling
+from sonic_ep.plan import INDEX_BYTES, MOST_SLOTS, RoutingPlan, check_slots, room_for_rows, row_ceiling
 
 # In place of a count that has not been copied yet.
 NOT_ARRIVED = -1
+# Name of a shared buffer.
+IDS = "ids"
 # Reads of host memory between two queries of the driver.
 READS_PER_QUERY = 10_000
 
@@ -71,10 +76,12 @@ class HostCopy:
 class PendingPlan:
     """A plan with room for the most rows. counted: a copy of all ranks' row counts to the host has started.
 
-    scores_WCK: the scores of the group, fp32, if they came with the ids; unspecified for tokens that do not exist.
+    counts_copy (E,): the plan's counts, for the caller. scores_WCK: the scores of the group, fp32, if they came with
+    the ids; unspecified for tokens that do not exist.
     """
 
     plan: RoutingPlan
+    counts_copy: Tensor
     scores_WCK: Tensor | None
     counted: bool
 
@@ -93,33 +100,38 @@ class Planner:
         # The bound that the device checks; None if there is none, or the host checks it.
         self.max_rows = None if config.cpu_sync_on_runtime else self._bound
 
-    def begin(
-        self, topk_idx_TK: Tensor, *, num_experts: int, max_tokens: int, distinct: bool, scores_TK: Tensor | None = None
-    ) -> PendingPlan:
-        """Collective. Exchange ids, and scores (T, K) fp32 if given, and queue the plan. Raises as ``DeviceErrors``."""
+    def begin(self, max_tokens: int, top_k: int, *, scored: bool, rows: Staging | None = None) -> StagedCall:
+        """Collective. Begin a plan: shared memory for its ids, and for scores if they go with them.
+
+        rows: where the call stages its tokens. Raises as ``DeviceErrors``.
+        """
         self.device_errors.begin()
+        check_slots(self._group, world_size=self._group.world_size, max_tokens=max_tokens, top_k=top_k)
         self._workspace.enter(Phase.EXCHANGE)
-        sizes = {"world_size": self._group.world_size, "max_tokens": max_tokens, "top_k": topk_idx_TK.shape[1]}
-        shape = PlanShape(rank=self._group.rank, num_experts=num_experts, **sizes)
-        check_slots(self._group, **sizes)
-        if max_tokens == 0:
-            plan = empty_plan(shape, topk_idx_TK.device)
-            none_WCK = None if scores_TK is None else scores_TK.new_empty(plan.expert_ids.shape)
-            return PendingPlan(plan=plan, scores_WCK=none_WCK, counted=False)
+        room = max_tokens * top_k
+        scores = self._workspace.staging(SCORES, room * FP32_BYTES) if scored else None
+        return StagedCall(ids=self._workspace.staging(IDS, room * INDEX_BYTES), scores=scores, rows=rows)
+
+    def plan(self, staged: StagedCall, shape: PlanShape, *, num_tokens: int, distinct: bool) -> PendingPlan:
+        """Collective. The barrier behind the staging, then the kernels of the plan."""
+        if shape.max_tokens == 0:
+            return self._empty(staged, shape)
         max_rows = MOST_SLOTS if self.max_rows is None else self.max_rows
-        step = self._workspace.step.number
-        self.device_errors.expect(Limits(num_experts=num_experts, max_rows=max_rows, step=step))
-        codes = self.device_errors.codes
-        counts = gathered_counts(topk_idx_TK, shape, self._workspace, codes, scores_TK)
+        errors = self.device_errors
+        errors.expect(Limits(num_experts=shape.num_experts, max_rows=max_rows, step=self._workspace.step.number))
+        self._workspace.barrier_after_write()
+        found = gathered_counts(staged, shape, self._workspace, errors.codes)
         if self._config.cpu_sync_on_runtime:
             # Summed on the device, so that little is left for the host while the GPU waits for it.
-            self._counts.start(counts.totals[:num_experts].view(shape.world_size, -1).sum(dim=1, dtype=torch.int32))
-        rows = row_ceiling(experts_per_rank=shape.experts_per_rank, distinct=distinct, **sizes)
-        room = {"row_capacity": rows if self._bound is None else min(rows, self._bound), "max_rows": max_rows}
-        plan = placed_plan(counts, shape, num_tokens=topk_idx_TK.shape[0], device_errors=codes, **room)
+            totals_WE = found.before[-1, : shape.num_experts].view(shape.world_size, -1)
+            self._counts.start(totals_WE.sum(dim=1, dtype=torch.int32))
+        ceiling = self._most_rows(shape, distinct)
+        room = {"num_tokens": num_tokens, "row_capacity": ceiling, "max_rows": max_rows}
+        plan, counts_copy = placed_plan(found, shape, device_errors=errors.codes, **room)
         # A router's own ids are in range, and without a bound there is room for all rows.
-        self.device_errors.queued(flags=not distinct or self.max_rows is not None)
-        return PendingPlan(plan=plan, scores_WCK=counts.scores, counted=self._config.cpu_sync_on_runtime)
+        errors.queued(flags=not distinct or self.max_rows is not None)
+        counted = self._config.cpu_sync_on_runtime
+        return PendingPlan(plan=plan, counts_copy=counts_copy, scores_WCK=found.scores, counted=counted)
 
     def rows(self, pending: PendingPlan) -> int:
         """The final R; with ``cpu_sync_on_runtime`` a read on the host, which raises ``RowOverflowError``."""
@@ -136,3 +148,14 @@ class Planner:
         self.device_errors.raise_current()
         # A copy, so that memory for the most rows is freed.
         return replace(pending.plan, slot_of_row=pending.plan.slot_of_row[:rows].clone())
+
+    def _most_rows(self, shape: PlanShape, distinct: bool) -> int:
+        sizes = {"world_size": shape.world_size, "max_tokens": shape.max_tokens, "top_k": shape.top_k}
+        rows = row_ceiling(experts_per_rank=shape.experts_per_rank, distinct=distinct, **sizes)
+        return rows if self._bound is None else min(rows, self._bound)
+
+    def _empty(self, staged: StagedCall, shape: PlanShape) -> PendingPlan:
+        """No rank has a token."""
+        plan = empty_plan(shape, self._workspace.device)
+        scores_WCK = None if staged.scores is None else plan.expert_ids.new_empty(plan.expert_ids.shape).float()
+        return PendingPlan(plan=plan, counts_copy=plan.counts.clone(), scores_WCK=scores_WCK, counted=False)

@@ -6,8 +6,8 @@ the logits' gradient is cut into three bf16 parts, whose 3 x 8 bits hold the 24 
 their exact products in fp32.
 """
 
-from collections.abc import Mapping
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from sonic_ep.autograd_utils import apply_function, once_differentiable, savable
 from sonic_ep.backend import RouterWeights, Routing
 from sonic_ep.config import LEAST_SIGMOID_SUM, RouterOptions, ScoreFunction, ScoreOrder
 from sonic_ep.distributed.sync_tag import Phase
-from sonic_ep.fast.collectives import reserve_sum, sum_over_ranks
 from sonic_ep.fast.device_functions import exact_exp, rounded
-from sonic_ep.fast.launch import launch, triton_kernel
+from sonic_ep.fast.launch import LAUNCHERS_KEPT, Launcher, launch, triton_kernel
+from sonic_ep.fast.rank_sum import reserve_sum, sum_over_ranks
+from sonic_ep.fast.staging import StagedCall, own_half, row_constants, row_programs, stage_numbers
 from sonic_ep.fast.workspace import Workspace
 
 # Below the key of any logit: for experts that do not exist or are chosen already.
@@ -91,14 +92,22 @@ def in_best_groups(
     return stays
 
 
-@triton_kernel
-def choose_kernel(
+@triton.jit
+def choose_tile(
+    program,
     logits_ptr,
     topk_idx_ptr,
     scores_ptr,
     correction_ptr,
+    ids_table_ptr,
+    scores_table_ptr,
+    epoch_ptr,
+    rank,
+    world_size,
     tokens,
+    max_tokens,
     scale,
+    STAGED: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
     OVER_ALL: tl.constexpr,
@@ -115,18 +124,8 @@ def choose_kernel(
     K_PADDED: tl.constexpr,
     GROUPS_PADDED: tl.constexpr,
 ):
-    """The K best experts of each token, best first, and their scores, by ``RouterConfig``. Grid (ceil(T / TOKENS),).
-
-    logits_ptr (T, E) fp32; topk_idx_ptr (T, K) int64; scores_ptr (T, K) fp32; correction_ptr (E,) fp32 if CORRECTED.
-    Scores are ``scale`` times: if SIGMOID, sigmoids, if NORM over their sum + 1e-20; else exp(logit - the largest),
-    over its sum over all E experts if OVER_ALL, else over the K chosen. BY_LOGIT: the choice goes by the logits; else
-    by values: sigmoids if SIGMOID, shares of the softmax over all if BY_SHARE, else logits, plus the correction.
-    GROUPS: 1 if all stay. The K experts are distinct whatever the logits are.
-
-    Logits 0 ln2 0 of one token, K=2: experts 1 0, scores 2/4 1/4 over all and 2/3 1/3 over the chosen; sigmoids 2/3
-    1/2, over their sum 4/7 3/7. With a correction of 0 0 1, by logits, shares or sigmoids: experts 2 1.
-    """
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    """``choose_kernel`` for the tokens from ``program`` * TOKENS on."""
+    token = program.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, EXPERTS_PADDED)
     k_of = tl.arange(0, K_PADDED)
     inside = (token < tokens)[:, None] & (expert < E)[None, :]
@@ -177,6 +176,103 @@ def choose_kernel(
         score = tl.div_rn(share, whole)
     tl.store(topk_idx_ptr + place, chosen_expert, mask=stored)
     tl.store(scores_ptr + place, score * scale, mask=stored)
+    if STAGED:
+        staged_ids_ptr = own_half(ids_table_ptr, epoch_ptr, rank, world_size, epoch_ptr)
+        id_or_none = tl.where(stored, chosen_expert, -1).to(tl.int32)
+        tl.store(staged_ids_ptr + place, id_or_none, mask=(token < max_tokens)[:, None] & real)
+        staged_scores_ptr = own_half(scores_table_ptr, epoch_ptr, rank, world_size, scores_ptr)
+        tl.store(staged_scores_ptr + place, score * scale, mask=stored)
+
+
+@triton_kernel
+def choose_kernel(
+    logits_ptr,
+    topk_idx_ptr,
+    scores_ptr,
+    correction_ptr,
+    rows_ptr,
+    ids_table_ptr,
+    scores_table_ptr,
+    rows_table_ptr,
+    epoch_ptr,
+    rank,
+    world_size,
+    tokens,
+    max_tokens,
+    numbers,
+    scale: tl.float32,
+    STAGED: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    OVER_ALL: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    NORM: tl.constexpr,
+    BY_LOGIT: tl.constexpr,
+    BY_SHARE: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    GROUP_TOP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    EXPERTS_PADDED: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    GROUPS_PADDED: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The K best experts of each token, best first, and their scores, by ``RouterConfig``. Grid (ceil(C / TOKENS),).
+
+    logits_ptr (T, E) fp32; topk_idx_ptr (T, K) int64; scores_ptr (T, K) fp32; correction_ptr (E,) fp32 if CORRECTED.
+    Scores are ``scale`` times: if SIGMOID, sigmoids, if NORM over their sum + 1e-20; else exp(logit - the largest),
+    over its sum over all E experts if OVER_ALL, else over the K chosen. BY_LOGIT: the choice goes by the logits; else
+    by values: sigmoids if SIGMOID, shares of the softmax over all if BY_SHARE, else logits, plus the correction.
+    GROUPS: 1 if all stay. The K experts are distinct whatever the logits are.
+
+    STAGED: ids and scores also go to this rank's halves, C = ``max_tokens``, with ids of -1 from T on; and so do
+    ``numbers`` elements of rows_ptr, by ceil(numbers / BLOCK) further programs. See ``stage_kernel``.
+
+    Logits 0 ln2 0 of one token, K=2: experts 1 0, scores 2/4 1/4 over all and 2/3 1/3 over the chosen; sigmoids 2/3
+    1/2, over their sum 4/7 3/7. With a correction of 0 0 1, by logits, shares or sigmoids: experts 2 1.
+    """
+    program = tl.program_id(0)
+    choosing = tl.cdiv(max_tokens, TOKENS)
+    # "and" would evaluate both sides.
+    if STAGED:  # noqa: SIM102
+        if program >= choosing:
+            target_ptr = own_half(rows_table_ptr, epoch_ptr, rank, world_size, rows_ptr)
+            stage_numbers(program - choosing, rows_ptr, target_ptr, numbers, VECTOR, BLOCK)
+    if program < choosing:
+        choose_tile(
+            program,
+            logits_ptr,
+            topk_idx_ptr,
+            scores_ptr,
+            correction_ptr,
+            ids_table_ptr,
+            scores_table_ptr,
+            epoch_ptr,
+            rank,
+            world_size,
+            tokens,
+            max_tokens,
+            scale,
+            STAGED,
+            E,
+            K,
+            OVER_ALL,
+            SIGMOID,
+            NORM,
+            BY_LOGIT,
+            BY_SHARE,
+            CORRECTED,
+            GROUPS,
+            TOP_GROUPS,
+            GROUP_TOP,
+            TOKENS,
+            EXPERTS_PADDED,
+            K_PADDED,
+            GROUPS_PADDED,
+        )
 
 
 @triton_kernel
@@ -187,7 +283,7 @@ def logits_gradient_kernel(
     scores_grad_ptr,
     out_ptr,
     tokens,
-    scale,
+    scale: tl.float32,
     E: tl.constexpr,
     K: tl.constexpr,
     OVER_ALL: tl.constexpr,
@@ -278,7 +374,18 @@ PARTS_BLOCK = 1024
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
 
-def route(x_TH: Tensor, weights: RouterWeights, options: RouterOptions, workspace: Workspace) -> Routing:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StagedChoice:
+    """What ``route`` stages for the layer that follows: its choice, and x (T, H), contiguous. max_tokens: C."""
+
+    staged: StagedCall
+    x_TH: Tensor
+    max_tokens: int
+
+
+def route(
+    x_TH: Tensor, weights: RouterWeights, options: RouterOptions, workspace: Workspace, into: StagedChoice | None = None
+) -> Routing:
     """Logits ``x . weight + bias`` (T, E) fp32, the experts of each token and their scores: see ``RouterConfig``.
 
     Collective in backward, which sums the gradients of weight and bias, and where memory for that sum has to grow.
@@ -287,11 +394,21 @@ def route(x_TH: Tensor, weights: RouterWeights, options: RouterOptions, workspac
     if options.reduce_router_grad and trained > 0:
         # Also where gradients are off: under reentrant checkpointing a backward follows all the same.
         reserve_sum(workspace, trained)
-    if torch.is_grad_enabled():
-        x_TH = savable(x_TH)
-    logits_TE = apply_function(RouterLogits, x_TH, weights.weight, weights.bias, options, workspace)
-    topk_idx_TK, scores_TK = Choose.apply(logits_TE, weights.correction, options, workspace)
-    return Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK)
+    staged = None if into is None else into.staged
+    if not torch.is_grad_enabled():
+        return choose_experts(_logits(x_TH, weights.weight, weights.bias), options, weights.correction, workspace, into)
+    logits_TE = apply_function(RouterLogits, savable(x_TH), weights.weight, weights.bias, options, workspace)
+    topk_idx_TK, scores_TK = Choose.apply(logits_TE, weights.correction, options, workspace, into)
+    return Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK, staged=staged)
+
+
+def _logits(x_TH: Tensor, router_w_EH: Tensor, router_b_E: Tensor | None) -> Tensor:
+    """``x . router_w``, rounded to fp32, plus router_b."""
+    if torch.is_autocast_enabled(x_TH.device.type):
+        with torch.autocast(x_TH.device.type, enabled=False):
+            return _logits(x_TH, router_w_EH, router_b_E)
+    logits_TE = product(x_TH, router_w_EH.t(), torch.float32)
+    return logits_TE if router_b_E is None else logits_TE.add_(router_b_E)
 
 
 class RouterLogits(torch.autograd.Function):
@@ -311,16 +428,14 @@ class RouterLogits(torch.autograd.Function):
         options: RouterOptions,
         workspace: Workspace,
     ) -> Tensor:
-        """``x . router_w``, rounded to fp32, plus router_b."""
+        """See ``_logits``."""
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         ctx.reduced, ctx.workspace = options.reduce_router_grad, workspace
         ctx.step, ctx.call_lock = workspace.step, workspace.call_lock
         ctx.x_dtype, ctx.weight_dtype = x_TH.dtype, router_w_EH.dtype
         ctx.bias_dtype = None if router_b_E is None else router_b_E.dtype
         ctx.save_for_backward(x_TH if needs_weight else None, router_w_EH if needs_x else None)
-        with torch.autocast(x_TH.device.type, enabled=False):
-            logits_TE = product(x_TH, router_w_EH.t(), torch.float32)
-        return logits_TE if router_b_E is None else logits_TE.add_(router_b_E)
+        return _logits(x_TH, router_w_EH, router_b_E)
 
     @staticmethod
     @once_differentiable
@@ -352,10 +467,15 @@ class Choose(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits_TE: Tensor, correction_E: Tensor | None, options: RouterOptions, workspace: Workspace
+        ctx: Any,
+        logits_TE: Tensor,
+        correction_E: Tensor | None,
+        options: RouterOptions,
+        workspace: Workspace,
+        into: StagedChoice | None,
     ) -> tuple[Tensor, Tensor]:
         """Choices, scores."""
-        chosen = choose_experts(logits_TE, options, correction_E)
+        chosen = choose_experts(logits_TE, options, correction_E, workspace, into)
         ctx.mark_non_differentiable(chosen.topk_idx)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.group, ctx.call_lock = options, workspace.group, workspace.call_lock
@@ -365,38 +485,79 @@ class Choose(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: None, scores_grad_TK: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, _: None, scores_grad_TK: Tensor) -> tuple[Tensor, None, None, None, None]:
         """Gradient of the logits, (T, E)."""
         logits_TE, topk_idx_TK, scores_TK = unpack_saved(ctx, ctx.group, ("router_logits", "topk_idx", "scores"))
         routing = Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK)
-        return logits_gradient(routing, scores_grad_TK, ctx.options, corrected=ctx.corrected), None, None, None
+        return logits_gradient(routing, scores_grad_TK, ctx.options, corrected=ctx.corrected), None, None, None, None
 
 
-def choose_experts(logits_TE: Tensor, options: RouterOptions, correction_E: Tensor | None = None) -> Routing:
-    """The experts and scores of each token from its logits (fp32, contiguous), by the rules of ``RouterConfig``."""
-    num_tokens, top_k = logits_TE.shape[0], options.top_k
-    topk_idx_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits_TE.device)
-    scores_TK = logits_TE.new_empty(num_tokens, top_k)
+def choose_experts(
+    logits_TE: Tensor,
+    options: RouterOptions,
+    correction_E: Tensor | None = None,
+    workspace: Workspace | None = None,
+    into: StagedChoice | None = None,
+) -> Routing:
+    """The experts and scores of each token from its logits (fp32, contiguous), by the rules of ``RouterConfig``.
+
+    into: where they, and x, are staged besides, in ``workspace``.
+    """
+    (tokens, num_experts), device, top_k = logits_TE.shape, logits_TE.device, options.top_k
+    topk_idx_TK = torch.empty(tokens, top_k, dtype=torch.int64, device=device)
+    scores_TK = logits_TE.new_empty(tokens, top_k)
+    # Pointers that are not read: of a correction, of rows and of what is staged.
+    correction = logits_TE if correction_E is None else correction_E
+    rows, numbers, max_tokens, tables, ranks = scores_TK, 0, tokens, (topk_idx_TK,) * 4, (0, 1)
+    if workspace is not None and into is not None and into.staged.scores is not None and into.staged.rows is not None:
+        ids, scores, table = (into.staged.ids.addresses, into.staged.scores.addresses, into.staged.rows.addresses)
+        ranks, max_tokens = (workspace.group.rank, workspace.group.world_size), into.max_tokens
+        tables = (ids, scores, table, workspace.epoch)
+        # Of one rank no peer reads the rows.
+        rows, numbers = into.x_TH, into.x_TH.numel() if ranks[1] > 1 else 0
+    itemsize = rows.element_size()
+    run, tile_tokens = _choose(device, num_experts, options, correction_E is not None, into is not None, itemsize)
+    grid = (triton.cdiv(max_tokens, tile_tokens) + row_programs(numbers, itemsize),)
+    pointers = (logits_TE, topk_idx_TK, scores_TK, correction, rows, *tables)
+    run(grid, *pointers, *ranks, tokens, max_tokens, numbers, float(options.scale))
+    staged = None if into is None else into.staged
+    return Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK, staged=staged)
+
+
+@lru_cache(LAUNCHERS_KEPT)
+def _choose(
+    device: torch.device, num_experts: int, options: RouterOptions, corrected: bool, staged: bool, itemsize: int
+) -> tuple[Launcher, int]:
+    """The kernel, and the tokens that one of its programs takes."""
     groups = {"GROUPS": 1, "TOP_GROUPS": 1, "GROUP_TOP": 1}
     if options.limits_groups:
         groups = {"GROUPS": options.num_groups, "TOP_GROUPS": options.top_groups, "GROUP_TOP": options.group_top}
-    constants = _score_constants(options, corrected=correction_E is not None) | groups
+    constants = _score_constants(options, corrected=corrected) | groups
     constants["BY_SHARE"] = not constants["BY_LOGIT"] and options.score_order is ScoreOrder.SOFTMAX_THEN_TOPK
-    padded = {"CORRECTED": correction_E is not None, "GROUPS_PADDED": triton.next_power_of_2(groups["GROUPS"])}
-    # Without a correction nothing is read there.
-    correction_E = logits_TE if correction_E is None else correction_E
-    _over_tokens(choose_kernel, (logits_TE, topk_idx_TK, scores_TK, correction_E), options, constants | padded)
-    return Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK)
+    constants |= {"CORRECTED": corrected, "GROUPS_PADDED": triton.next_power_of_2(groups["GROUPS"]), "STAGED": staged}
+    tile = _tile_constants(num_experts, options.top_k)
+    return Launcher(choose_kernel, device, constants | tile | row_constants(itemsize)), tile["TOKENS"]
 
 
 def logits_gradient(
     routing: Routing, scores_grad_TK: Tensor, options: RouterOptions, *, corrected: bool = False
 ) -> Tensor:
     """d(logits) from the gradient of the scores, (T, E) fp32. corrected: the choice went by a correction, too."""
-    grad_TE = torch.empty_like(routing.logits)
-    given = (routing.logits, routing.topk_idx, routing.topk_scores, scores_grad_TK.contiguous())
-    _over_tokens(logits_gradient_kernel, (*given, grad_TE), options, _score_constants(options, corrected=corrected))
+    logits_TE = routing.logits
+    grad_TE, (tokens, num_experts) = torch.empty_like(logits_TE), logits_TE.shape
+    given = (logits_TE, routing.topk_idx, routing.topk_scores, scores_grad_TK.contiguous())
+    run, tile_tokens = _logits_gradient(logits_TE.device, num_experts, options, corrected)
+    run((triton.cdiv(tokens, tile_tokens),), *given, grad_TE, tokens, float(options.scale))
     return grad_TE
+
+
+@lru_cache(LAUNCHERS_KEPT)
+def _logits_gradient(
+    device: torch.device, num_experts: int, options: RouterOptions, corrected: bool
+) -> tuple[Launcher, int]:
+    tile = _tile_constants(num_experts, options.top_k)
+    constants = _score_constants(options, corrected=corrected) | tile
+    return Launcher(logits_gradient_kernel, device, constants), tile["TOKENS"]
 
 
 def _score_constants(options: RouterOptions, *, corrected: bool) -> dict[str, Any]:
@@ -408,17 +569,12 @@ def _score_constants(options: RouterOptions, *, corrected: bool) -> dict[str, An
     return {"OVER_ALL": over_all, "SIGMOID": is_sigmoid, "NORM": is_sigmoid and norm, "BY_LOGIT": by_logit}
 
 
-def _over_tokens(
-    kernel: Any, pointers: tuple[Tensor, ...], options: RouterOptions, constants: Mapping[str, Any]
-) -> None:
-    """Launch ``kernel`` over tiles of tokens; its first argument is the logits (T, E)."""
-    (num_tokens, num_experts), device = pointers[0].shape, pointers[0].device
-    experts, k = triton.next_power_of_2(num_experts), triton.next_power_of_2(options.top_k)
+def _tile_constants(num_experts: int, top_k: int) -> dict[str, int]:
+    """Constants of kernels that take TOKENS tokens a program."""
+    experts, k = triton.next_power_of_2(num_experts), triton.next_power_of_2(top_k)
     tokens = max(1, TILE_LOGITS // experts)
-    sizes = {"E": num_experts, "K": options.top_k, "TOKENS": tokens, "EXPERTS_PADDED": experts, "K_PADDED": k}
-    warps = min(max(4, tokens * experts // TILE_LOGITS), MOST_WARPS)
-    grid, numbers = (triton.cdiv(num_tokens, tokens),), (num_tokens, options.scale)
-    launch(kernel, grid, *pointers, *numbers, device=device, num_warps=warps, **sizes, **constants)
+    sizes = {"E": num_experts, "K": top_k, "TOKENS": tokens, "EXPERTS_PADDED": experts, "K_PADDED": k}
+    return sizes | {"num_warps": min(max(4, tokens * experts // TILE_LOGITS), MOST_WARPS)}
 
 
 def bf16_parts(grad_TE: Tensor) -> Tensor:

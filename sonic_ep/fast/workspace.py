@@ -7,7 +7,8 @@
 
 import time
 import weakref
-from contextlib import nullcontext
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from sonic_ep.distributed.group import EPGroup
 from sonic_ep.distributed.sync_tag import Phase, Step, SyncTag, after_write
 from sonic_ep.errors import ClosedError
 from sonic_ep.fast.device_errors import WaitErrors
-from sonic_ep.fast.launch import capturing, launch
+from sonic_ep.fast.launch import Launcher, capturing, launch
 from sonic_ep.fast.symmetric_memory import ALIGNMENT_BYTES, SharedBuffer, Staging, Transport, transport_of
 from sonic_ep.fast.sync import barrier_kernel, leave_kernel
 
@@ -28,6 +29,8 @@ POISON_BYTE = 0xFF
 TAG_BYTES = 8
 NANOSECONDS_PER_SECOND = 1_000_000_000
 BARRIER = "barrier"
+# Of kernels that wait: they trap where a wait fails.
+WAITING: Mapping[str, bool] = MappingProxyType({"debug": True, "sanitize_overflow": False})
 # Seconds for peers to lower this rank's last flag, and for its GPU to run ``leave_kernel``.
 LEAVE_SECONDS = 2.0
 
@@ -55,10 +58,13 @@ class Workspace:
         self._captured = False
         self._last_stream: torch.cuda.Stream | None = None
         weakref.finalize(self, _keep_after_trap, self.wait_errors, self._buffers, self._replaced)
+        self._launch_barrier = Launcher(barrier_kernel, device, {"num_warps": 1, **WAITING})
         self.reserve(BARRIER, group.world_size * TAG_BYTES, 0)
         # Barriers passed, () int32: kernels find by it the half of a ``Staging``, also when a graph is replayed.
         with torch.inference_mode(False):
             self.epoch = torch.zeros((), dtype=torch.int32, device=device)
+            # See ``combine.base.take_ticket``.
+            self.ticket = torch.zeros((), dtype=torch.int32, device=device)
 
     @property
     def step(self) -> Step:
@@ -130,14 +136,17 @@ class Workspace:
         self._buffers[name] = self._transport.allocate(ALIGNMENT_BYTES * blocks, byte)
         return self._buffers[name]
 
-    def staging(self, name: str, nbytes: int) -> Staging:
-        """The buffer ``name`` in halves of at least ``nbytes``. Collective and raising as ``reserve``."""
+    def staging(self, name: str, nbytes: int, *, in_turn: bool = True) -> Staging:
+        """The buffer ``name`` in halves of at least ``nbytes``. Collective and raising as ``reserve``.
+
+        in_turn: False for one buffer that serves as both, so that a barrier has to come before it is written, too.
+        """
         held = self._stagings.get(name)
         if held is not None and held.half_bytes >= nbytes:
             self._raise_if_closed()
             return held
         half_bytes = ALIGNMENT_BYTES * max(1, triton.cdiv(nbytes, ALIGNMENT_BYTES))
-        halves = 2 if self.group.world_size > 1 else 1
+        halves = 2 if in_turn and self.group.world_size > 1 else 1
         if held is not None and self._captured:
             self._replaced.append(held)
         made = Staging.of(self.reserve(name, halves * half_bytes), half_bytes)
@@ -152,9 +161,12 @@ class Workspace:
         """Wait until every rank has finished writing the shared buffers."""
         self._barrier(after_write(self._collectives.sync_tag.tag))
 
-    def run_waiting(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        """Launch a kernel that waits for peers; its last parameters are wait_errors_ptr, rank, tag and limit."""
-        self._run(kernel, grid, *arguments, tag=self._collectives.sync_tag.tag, **constants)
+    def run_waiting(self, run: Launcher, grid: tuple[int, ...], *arguments: Any) -> None:
+        """Launch a kernel that waits for peers, with ``WAITING`` among its constants.
+
+        Its last parameters are wait_errors_ptr, rank, tag and limit.
+        """
+        self._run(run, grid, *arguments, tag=self._collectives.sync_tag.tag)
 
     def synchronize(self) -> None:
         """Wait for this rank's kernels."""
@@ -174,18 +186,18 @@ class Workspace:
         if world_size > 1:
             # Interpreted, programs run one after the other: the first W raise flags, the others wait.
             grid = (world_size,) if self.device.type == "cuda" else (2 * world_size,)
-            pointers = (self._buffers[BARRIER].addresses, self.epoch)
-            self._run(barrier_kernel, grid, *pointers, world_size, tag=tag, num_warps=1)
+            self._run(self._launch_barrier, grid, self._buffers[BARRIER].addresses, self.epoch, world_size, tag=tag)
 
-    def _run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, tag: int, **constants: Any) -> None:
+    def _run(self, run: Launcher, grid: tuple[int, ...], *arguments: Any, tag: int) -> None:
         limit = int(self._collectives.timeout * NANOSECONDS_PER_SECOND)
         waiting = (self.wait_errors.codes, self.group.rank, tag, limit)
-        options = {"device": self.device, "debug": True, "sanitize_overflow": False, **constants}
+        if self.device.type == "cuda":
+            run(grid, *arguments, *waiting)
+            return
         # Interpreted, it is this thread that waits, and a kernel that times out cannot trap.
-        with self.call_lock.waiting() if self.device.type == "cpu" else nullcontext():
-            launch(kernel, grid, *arguments, *waiting, **options)
-        if self.device.type == "cpu":
-            self.wait_errors.raise_if_any()
+        with self.call_lock.waiting():
+            run(grid, *arguments, *waiting)
+        self.wait_errors.raise_if_any()
 
     def _raise_if_closed(self) -> None:
         if self._closed:

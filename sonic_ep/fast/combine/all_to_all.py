@@ -2,28 +2,36 @@
 
 import triton.language as tl
 
+from sonic_ep.fast.collectives import returned_values
 from sonic_ep.fast.combine.base import (
     PushedCombine,
     await_receive_slots,
+    bring_scores,
     has_slot,
     origin_and_group,
     receive_slot_of,
     signal_receive_slot,
+    take_ticket,
 )
 from sonic_ep.fast.device_functions import peer_pointer, rounded
 from sonic_ep.fast.launch import triton_kernel
-from sonic_ep.plan import RoutingPlan
 
 
 @triton_kernel
 def exchange_rows_kernel(
     rows_ptr,
     scores_ptr,
+    scores_table_ptr,
+    epoch_ptr,
     out_ptr,
     expert_ids_ptr,
     row_of_slot_ptr,
+    values_ptr,
+    origins_ptr,
+    values_out_ptr,
     received_ptr,
     flags_ptr,
+    ticket_ptr,
     world_size,
     max_tokens,
     own_tokens,
@@ -38,6 +46,8 @@ def exchange_rows_kernel(
     tag: tl.int64,
     limit: tl.int64,
     HAS_SCORES: tl.constexpr,
+    STAGED_SCORES: tl.constexpr,
+    HAS_VALUES: tl.constexpr,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,
     H: tl.constexpr,
@@ -45,18 +55,21 @@ def exchange_rows_kernel(
 ):
     """Send the rows of other ranks' tokens, sum this rank's tokens. Grid ((tokens + lag) * W,): ``combine.base``.
 
-    rows_ptr (N, H), canonical order, N = ``row_capacity``; scores_ptr (W, C, K) fp32; out_ptr (T, H). received_ptr,
-    flags_ptr (W,) int64: addresses of (chunk, K, H) rows and (W - 1, chunk) flags of each rank. Rows from N on are NaN.
+    rows_ptr (N, H), canonical order, N = ``row_capacity``; out_ptr (T, H). received_ptr, flags_ptr (W,) int64:
+    addresses of (chunk, K, H) rows and (W - 1, chunk) flags of each rank. Rows from N on are NaN. For the other
+    pointers see ``combine.base``.
 
     Rounding point: out = round(sum over k, ascending, of score * row), products and sum in fp32.
     With K=2, the row of choice 1 of the chunk's token 5 is received in row 11.
     """
-    origin, group = origin_and_group(tl.program_id(0), rank, world_size, lag)
+    origin, group = origin_and_group(take_ticket(ticket_ptr), rank, world_size, lag)
     if (group >= 0) & (group < tokens):
         token = first_token + group
         first_slot = (origin.to(tl.int64) * max_tokens + token) * K
         k = tl.arange(0, K_PADDED)
         experts = tl.load(expert_ids_ptr + first_slot + k, mask=k < K, other=-1)
+        if STAGED_SCORES:
+            bring_scores(scores_ptr, scores_table_ptr, epoch_ptr, origin, token, first_slot, world_size, K, K_PADDED)
         first_expert = rank * experts_per_rank
         next_expert = first_expert + experts_per_rank
         received = peer_pointer(received_ptr, origin, out_ptr) + group.to(tl.int64) * K * H
@@ -65,6 +78,21 @@ def exchange_rows_kernel(
                 flags_ptr, experts, group, chunk, world_size, experts_per_rank, wait_errors_ptr, rank, tag, limit, False
             )
             if token < own_tokens:
+                if HAS_VALUES:
+                    own_slot = token * K + k
+                    value = returned_values(
+                        first_slot + k,
+                        own_slot,
+                        k < K,
+                        origins_ptr,
+                        values_ptr,
+                        expert_ids_ptr,
+                        row_of_slot_ptr,
+                        rank,
+                        experts_per_rank,
+                        row_capacity,
+                    )
+                    tl.store(values_out_ptr + own_slot, value, mask=k < K)
                 for first in range(0, H, COLUMNS):
                     column = first + tl.arange(0, COLUMNS)
                     total = tl.zeros((COLUMNS,), dtype=tl.float32)
@@ -105,5 +133,5 @@ class AllToAllCombine(PushedCombine):
     _kernel = exchange_rows_kernel
 
     @staticmethod
-    def _rows_per_token(plan: RoutingPlan) -> int:
-        return plan.top_k if plan.world_size > 1 else 0
+    def _rows_per_token(world_size: int, top_k: int) -> int:
+        return top_k if world_size > 1 else 0

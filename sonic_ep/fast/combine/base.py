@@ -2,23 +2,33 @@
 
 A combine is one kernel. Its programs come in groups of W, one group a token: W - 1 send this rank's rows of that token
 of each other rank, and one sums the own token ``LAG_TOKENS`` groups earlier, once its senders have raised their flags.
-Senders never wait, and a sum waits only for senders before its group on every rank; so programs that start in order
-all finish. Tokens are sent in chunks that fit the receive buffer, with a barrier before each.
+Senders never wait, and a sum waits only for senders before its group on every rank; so programs that are numbered as
+they start (``take_ticket``) all finish. Tokens are sent in chunks that fit the receive buffer, with a barrier between
+them. Every operation that combines has a barrier of its own before it, which also orders the first chunk.
+
+Pointers of both kernels: scores_ptr (W, C, K) fp32, filled from scores_table_ptr (see ``Staging``) if STAGED_SCORES;
+epoch_ptr: see ``staged_at``; expert_ids_ptr, row_of_slot_ptr (W, C, K); if HAS_VALUES, values_ptr (R,) fp32 of rows,
+origins_ptr (W,) int64 as of ``push_value``, values_out_ptr (T, K) fp32; ticket_ptr: see ``take_ticket``.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.fast.symmetric_memory import SharedBuffer
-from sonic_ep.fast.sync import signal, take_signal
-from sonic_ep.fast.workspace import TAG_BYTES, Workspace
+from sonic_ep.fast.collectives import reserve_values
+from sonic_ep.fast.device_functions import peer_pointer
+from sonic_ep.fast.launch import LAUNCHERS_KEPT, Launcher
+from sonic_ep.fast.symmetric_memory import SharedBuffer, Staging
+from sonic_ep.fast.sync import signal, staged_at, take_signal
+from sonic_ep.fast.workspace import TAG_BYTES, WAITING, Workspace
 from sonic_ep.plan import RoutingPlan
 
 RECEIVED = "received"
@@ -29,11 +39,6 @@ LAG_TOKENS = 1024
 # Columns that a program sums at a time. Few, so that many programs fit on a multiprocessor: while one waits for its
 # stores to reach the peer, before it raises its flag, others keep the memory busy.
 COLUMNS, SUM_WARPS = 1024, 4
-# Parameters of the combine kernels that differ from call to call, or from rank to rank.
-UNSPECIALIZED = [
-    *("max_tokens", "own_tokens", "row_capacity", "first_token", "tokens", "lag", "chunk"),
-    *("rank", "tag", "limit"),
-]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,15 +66,16 @@ class PushedCombine(ABC):
 
     @staticmethod
     @abstractmethod
-    def _rows_per_token(plan: RoutingPlan) -> int:
+    def _rows_per_token(world_size: int, top_k: int) -> int:
         """The most rows received for one token."""
 
-    def reserve(self, plan: RoutingPlan, row_bytes: int) -> Receiver:
+    def reserve(self, max_tokens: int, top_k: int, row_bytes: int) -> Receiver:
         """Collective. Shared memory for as many of the C tokens as ``most_bytes`` allow, at least one."""
-        token_bytes = max(1, self._rows_per_token(plan) * row_bytes)
-        chunk = max(1, min(plan.max_tokens, self._most_bytes // token_bytes))
+        world_size = self._workspace.group.world_size
+        token_bytes = max(1, self._rows_per_token(world_size, top_k) * row_bytes)
+        chunk = max(1, min(max_tokens, self._most_bytes // token_bytes))
         received = self._workspace.reserve(RECEIVED, chunk * token_bytes)
-        flags = self._workspace.reserve(FLAGS, max(1, plan.world_size - 1) * chunk * TAG_BYTES, byte=0)
+        flags = self._workspace.reserve(FLAGS, max(1, world_size - 1) * chunk * TAG_BYTES, byte=0)
         return Receiver(received=received, flags=flags, chunk=chunk)
 
     def combine(self, rows_NH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
@@ -77,24 +83,87 @@ class PushedCombine(ABC):
 
         Without scores N has to be R.
         """
-        rows, hidden = rows_NH.shape
-        shared = self.reserve(plan, hidden * rows_NH.element_size())
+        self._workspace.barrier_before_write()
+        return self.sums(rows_NH, scores_WCK, plan)[0]
+
+    def sums(
+        self,
+        rows_NH: Tensor,
+        scores_WCK: Tensor | None,
+        plan: RoutingPlan,
+        *,
+        staged_scores: Staging | None = None,
+        values_R: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``combine`` after a barrier, which must have passed since the last one, whose receive slots are used again.
+
+        staged_scores: what every rank staged before that barrier; it is copied to ``scores_WCK``. values_R: a number
+        of each row, fp32, that ``push_value`` has pushed since then: returned besides, (T, K).
+        """
+        (rows, hidden), (world_size, max_tokens, top_k) = rows_NH.shape, plan.expert_ids.shape
+        workspace, itemsize = self._workspace, rows_NH.element_size()
+        shared = self.reserve(max_tokens, top_k, hidden * itemsize)
         out_TH = rows_NH.new_empty((plan.num_tokens, hidden))
-        # Without scores their pointer is not read.
+        form = (scores_WCK is not None, staged_scores is not None, values_R is not None)
+        run = self._launcher(hidden, top_k, *form)
+        # Pointers that are not read: of scores and of values.
         scores = rows_NH if scores_WCK is None else scores_WCK
-        pointers = (rows_NH, scores, out_TH, plan.expert_ids, plan.row_of_slot)
-        addresses = (shared.received.addresses, shared.flags.addresses)
-        sizes = (plan.world_size, plan.max_tokens, plan.num_tokens, plan.experts_per_rank, rows)
-        constants = {"K": plan.top_k, "K_PADDED": triton.next_power_of_2(plan.top_k), **self._constants}
-        constants |= {"H": hidden, "COLUMNS": min(triton.next_power_of_2(hidden), COLUMNS), "num_warps": SUM_WARPS}
-        constants["HAS_SCORES"] = scores_WCK is not None
-        for first_token in range(0, plan.max_tokens, shared.chunk):
-            tokens = min(shared.chunk, plan.max_tokens - first_token)
-            lag = min(tokens, LAG_TOKENS) if plan.world_size > 1 else 0
-            grid, of_chunk = ((tokens + lag) * plan.world_size,), (first_token, tokens, lag, shared.chunk)
-            self._workspace.barrier_before_write()
-            self._workspace.run_waiting(self._kernel, grid, *pointers, *addresses, *sizes, *of_chunk, **constants)
-        return out_TH
+        table, epoch = shared.flags.addresses, workspace.epoch
+        staged = table if staged_scores is None else staged_scores.addresses
+        values, origins, values_out = scores, table, scores
+        if values_R is not None:
+            origins = reserve_values(workspace, max_tokens, top_k).addresses
+            values, values_out = values_R, values_R.new_empty((plan.num_tokens, top_k))
+        pointers = (rows_NH, scores, staged, epoch, out_TH, plan.expert_ids, plan.row_of_slot)
+        more = (values, origins, values_out, shared.received.addresses, table, workspace.ticket)
+        sizes = (world_size, max_tokens, plan.num_tokens, plan.experts_per_rank, rows)
+        for first_token in range(0, max_tokens, shared.chunk):
+            tokens = min(shared.chunk, max_tokens - first_token)
+            lag = min(tokens, LAG_TOKENS) if world_size > 1 else 0
+            grid = ((tokens + lag) * world_size,)
+            if first_token > 0:
+                workspace.barrier_before_write()
+            workspace.run_waiting(run, grid, *pointers, *more, *sizes, first_token, tokens, lag, shared.chunk)
+        return out_TH, None if values_R is None else values_out
+
+    def _launcher(self, hidden: int, top_k: int, scored: bool, staged: bool, valued: bool) -> Launcher:
+        form = (("HAS_SCORES", scored), ("STAGED_SCORES", staged), ("HAS_VALUES", valued), *self._constants.items())
+        return _launcher(self._kernel, self._workspace.device, hidden, top_k, form)
+
+
+@lru_cache(LAUNCHERS_KEPT)
+def _launcher(
+    kernel: Any, device: torch.device, hidden: int, top_k: int, form: tuple[tuple[str, bool], ...]
+) -> Launcher:
+    constants = {"K": top_k, "K_PADDED": triton.next_power_of_2(top_k), "H": hidden, **dict(form), **WAITING}
+    constants |= {"COLUMNS": min(triton.next_power_of_2(hidden), COLUMNS), "num_warps": SUM_WARPS}
+    return Launcher(kernel, device, constants)
+
+
+@triton.jit
+def take_ticket(ticket_ptr):
+    """This program's number in the order in which programs start, which a GPU does not promise to be that of ids.
+
+    ticket_ptr () int32: 0 before and after a launch.
+    """
+    ticket = tl.atomic_add(ticket_ptr, 1)
+    if ticket == tl.num_programs(0) - 1:
+        # All have been taken.
+        tl.atomic_xchg(ticket_ptr, 0)
+    return ticket
+
+
+@triton.jit
+def bring_scores(
+    scores_ptr, table_ptr, epoch_ptr, origin, token, first_slot, world_size, K: tl.constexpr, K_PADDED: tl.constexpr
+):
+    """Copy the scores of a token from where its rank has staged them to ``scores_ptr`` (W, C, K), of this rank."""
+    k = tl.arange(0, K_PADDED)
+    staged_ptr = peer_pointer(table_ptr + staged_at(epoch_ptr, world_size, True), origin, scores_ptr)
+    score = tl.load(staged_ptr + token.to(tl.int64) * K + k, mask=k < K)
+    tl.store(scores_ptr + first_slot + k, score, mask=k < K)
+    # Other threads of the program read them.
+    tl.debug_barrier()
 
 
 @triton.jit

@@ -2,28 +2,36 @@
 
 import triton.language as tl
 
+from sonic_ep.fast.collectives import returned_values
 from sonic_ep.fast.combine.base import (
     PushedCombine,
     await_receive_slots,
+    bring_scores,
     has_slot,
     origin_and_group,
     receive_slot_of,
     signal_receive_slot,
+    take_ticket,
 )
 from sonic_ep.fast.device_functions import peer_pointer, rounded
 from sonic_ep.fast.launch import triton_kernel
-from sonic_ep.plan import RoutingPlan
 
 
 @triton_kernel
 def exchange_partial_sums_kernel(
     rows_ptr,
     scores_ptr,
+    scores_table_ptr,
+    epoch_ptr,
     out_ptr,
     expert_ids_ptr,
     row_of_slot_ptr,
+    values_ptr,
+    origins_ptr,
+    values_out_ptr,
     received_ptr,
     flags_ptr,
+    ticket_ptr,
     world_size,
     max_tokens,
     own_tokens,
@@ -39,6 +47,8 @@ def exchange_partial_sums_kernel(
     limit: tl.int64,
     DENSE: tl.constexpr,
     HAS_SCORES: tl.constexpr,
+    STAGED_SCORES: tl.constexpr,
+    HAS_VALUES: tl.constexpr,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,
     H: tl.constexpr,
@@ -46,25 +56,43 @@ def exchange_partial_sums_kernel(
 ):
     """Send partial sums of other ranks' tokens, sum this rank's tokens. Grid ((tokens + lag) * W,): ``combine.base``.
 
-    rows_ptr (N, H), canonical order, N = ``row_capacity``; scores_ptr (W, C, K) fp32; out_ptr (T, H). received_ptr,
-    flags_ptr (W,) int64: addresses of (W - 1, chunk, H) partial sums and (W - 1, chunk) flags of each rank. DENSE: send
-    a partial sum also where this rank has no slot of the token. With scores, rows from N on count as NaN.
+    rows_ptr (N, H), canonical order, N = ``row_capacity``; out_ptr (T, H). received_ptr, flags_ptr (W,) int64:
+    addresses of (W - 1, chunk, H) partial sums and (W - 1, chunk) flags of each rank. DENSE: send a partial sum also
+    where this rank has no slot of the token. With scores, rows from N on count as NaN. For the other pointers see
+    ``combine.base``.
 
     Rounding points: p_q = round(sum over k on q), out = round(sum over q of p_q), both sums in fp32 and ascending.
     With W=3, rank 0 receives the partial sum of token t from rank 1 at (0, t), from rank 2 at (1, t).
     """
-    origin, group = origin_and_group(tl.program_id(0), rank, world_size, lag)
+    origin, group = origin_and_group(take_ticket(ticket_ptr), rank, world_size, lag)
     if (group >= 0) & (group < tokens):
         token = first_token + group
         first_slot = (origin.to(tl.int64) * max_tokens + token) * K
         k = tl.arange(0, K_PADDED)
         experts = tl.load(expert_ids_ptr + first_slot + k, mask=k < K, other=-1)
+        if STAGED_SCORES:
+            bring_scores(scores_ptr, scores_table_ptr, epoch_ptr, origin, token, first_slot, world_size, K, K_PADDED)
         first_expert = rank * experts_per_rank
         if origin == rank:
             await_receive_slots(
                 flags_ptr, experts, group, chunk, world_size, experts_per_rank, wait_errors_ptr, rank, tag, limit, DENSE
             )
             takes_part = token < own_tokens
+            if HAS_VALUES & takes_part:
+                own_slot = token * K + k
+                value = returned_values(
+                    first_slot + k,
+                    own_slot,
+                    k < K,
+                    origins_ptr,
+                    values_ptr,
+                    expert_ids_ptr,
+                    row_of_slot_ptr,
+                    rank,
+                    experts_per_rank,
+                    row_capacity,
+                )
+                tl.store(values_out_ptr + own_slot, value, mask=k < K)
         else:
             takes_part = has_slot(experts, first_expert, experts_per_rank) | DENSE
         if takes_part:
@@ -114,5 +142,5 @@ class PartialSums(PushedCombine):
     _kernel = exchange_partial_sums_kernel
 
     @staticmethod
-    def _rows_per_token(plan: RoutingPlan) -> int:
-        return plan.world_size - 1
+    def _rows_per_token(world_size: int, top_k: int) -> int:
+        return world_size - 1

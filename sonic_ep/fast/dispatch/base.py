@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from sonic_ep.fast.collectives import reserve_tokens, stage_tokens
-from sonic_ep.fast.symmetric_memory import SharedBuffer
+from sonic_ep.fast.symmetric_memory import Staging
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.plan import RoutingPlan
 
@@ -14,7 +14,7 @@ from sonic_ep.plan import RoutingPlan
 class PulledDispatch(ABC):
     """A dispatch mode: every rank stages its tokens, then pulls those that it needs.
 
-    ``stage`` needs no plan, so it can be queued before the plan's size is known.
+    Staging needs no plan, so it can be queued before the plan's size is known.
     sized_by_rows: whether ``pull`` returns R rows, so that R has to be known first.
     """
 
@@ -23,16 +23,20 @@ class PulledDispatch(ABC):
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
 
-    def reserve(self, max_tokens: int, row_bytes: int) -> None:
-        """Collective. Allocate what ``receive`` needs for C tokens of ``row_bytes`` on each rank."""
-        reserve_tokens(self._workspace, max_tokens, row_bytes)
+    def reserve(self, max_tokens: int, row_bytes: int) -> Staging:
+        """Collective. Shared memory for C tokens of ``row_bytes`` on each rank."""
+        return reserve_tokens(self._workspace, max_tokens, row_bytes)
 
-    def stage(self, x_TH: Tensor, max_tokens: int) -> SharedBuffer:
-        """Collective. The first half of ``receive``: x (T, H) of every rank to shared memory."""
+    def before_staging(self) -> None:
+        """Collective. Wait for the readers of what will be overwritten: none, where halves take turns."""
+        return
+
+    def stage(self, x_TH: Tensor, max_tokens: int) -> Staging:
+        """Collective. The first half of ``receive``: x (T, H), contiguous, of every rank to shared memory."""
         return stage_tokens(x_TH, max_tokens, self._workspace)
 
     @abstractmethod
-    def pull(self, x_TH: Tensor, staged: SharedBuffer, plan: RoutingPlan, rows: int) -> Tensor:
+    def pull(self, x_TH: Tensor, staged: Staging, plan: RoutingPlan, rows: int) -> Tensor:
         """The second half of ``receive``; own tokens come from x. rows: R, from the valid rows up to row_capacity."""
 
     @abstractmethod

@@ -1,0 +1,93 @@
+"""The plan of a call: all that follows from its shapes, dtypes, flags and modes, found once for calls alike.
+
+An ``ExpertParallel`` keeps one for each kind of call, in the call's record, until it is closed. What differs from call
+to call, T, C, addresses and values, is in none. Kernels and their constants are kept where they are launched.
+"""
+
+from torch import Tensor
+
+from sonic_ep.backend import ExpertWeights
+from sonic_ep.config import EPConfig
+from sonic_ep.cost import Workload, choose_modes
+from sonic_ep.fast.collectives import reserve_values
+from sonic_ep.fast.context import DeviceContext
+from sonic_ep.fast.copy_engine import CopyEngineGather
+from sonic_ep.fast.exchange import Exchange
+from sonic_ep.fast.gemm import GroupedGemm, LibraryGemm, addresses_serve, grouped_gemm, library_serves
+from sonic_ep.fast.plan import PlanShape
+from sonic_ep.fast.staging import StagedCall, stage_call
+from sonic_ep.plan import RoutingPlan
+
+
+class CallPlan:
+    """Of calls with K, E and rows of ``row_bytes``: the primitives that move rows, and what they share."""
+
+    def __init__(
+        self, context: DeviceContext, config: EPConfig, *, top_k: int, num_experts: int, row_bytes: int
+    ) -> None:
+        world_size = context.workspace.group.world_size
+        load = Workload(world_size=world_size, top_k=top_k, num_experts=num_experts)
+        modes = choose_modes(config, load)
+        self.top_k, self.num_experts, self.row_bytes = top_k, num_experts, row_bytes
+        self.workspace, self.planner = context.workspace, context.planner
+        self.dispatch, self.combine = context.dispatch[modes.dispatch], context.combine[modes.combine]
+        self._gather = context.gather if config.redispatch_x_in_backward else None
+        self._serves: bool | None = None
+
+    def shape(self, max_tokens: int) -> PlanShape:
+        """The sizes of a plan with this C."""
+        rank, world_size = self.workspace.group.rank, self.workspace.group.world_size
+        sizes = {"rank": rank, "world_size": world_size, "max_tokens": max_tokens}
+        return PlanShape(top_k=self.top_k, num_experts=self.num_experts, **sizes)
+
+    def reserve(self, max_tokens: int) -> None:
+        """Collective. Allocate what moving rows, and its backward, needs with this C, so that backward never has to."""
+        self.dispatch.reserve(max_tokens, self.row_bytes)
+        self.combine.reserve(max_tokens, self.top_k, self.row_bytes)
+        reserve_values(self.workspace, max_tokens, self.top_k)
+
+    def begin(self, max_tokens: int) -> StagedCall:
+        """Collective. Begin a layer: shared memory for its ids, scores and tokens, which may be overwritten now."""
+        rows = self.dispatch.reserve(max_tokens, self.row_bytes)
+        staged = self.planner.begin(max_tokens, self.top_k, scored=True, rows=rows)
+        self.reserve(max_tokens)
+        if max_tokens > 0 and self.workspace.group.world_size > 1:
+            self.dispatch.before_staging()
+        return staged
+
+    def stage(self, topk_idx_TK: Tensor, scores_TK: Tensor, x_TH: Tensor, staged: StagedCall, max_tokens: int) -> None:
+        """Copy what a layer stages to this rank's halves; the barrier behind it is that of the plan."""
+        if max_tokens > 0:
+            sizes = {"max_tokens": max_tokens, "num_experts": self.num_experts}
+            stage_call(topk_idx_TK, scores_TK, x_TH, staged, self.workspace, **sizes)
+
+    def gather(self, experts: ExpertWeights, max_tokens: int) -> CopyEngineGather | None:
+        """Collective. What gathers x again in backward; None where the rows received are saved."""
+        gather = self._gather
+        if gather is None or not any(w1.requires_grad for w1 in experts.up_weights):
+            return None
+        # Also where gradients are off: reentrant checkpointing runs the first forward so.
+        gather.reserve(max_tokens, self.row_bytes)
+        return gather
+
+    def exchange(self, plan: RoutingPlan) -> Exchange:
+        """What moves rows by ``plan``, for the step that has begun."""
+        return Exchange(
+            plan=plan,
+            dispatch=self.dispatch,
+            combine=self.combine,
+            workspace=self.workspace,
+            planner=self.planner,
+            step=self.workspace.step,
+        )
+
+    def gemm(self, x_TH: Tensor, experts: ExpertWeights, slots: int) -> GroupedGemm:
+        """The products for these weights. slots: of the group, W*C*K."""
+        weights = (*experts.up_weights, experts.w2)
+        # The mean. No flag changes it, so none changes how products are tiled.
+        rows_per_group = -(-slots // self.num_experts)
+        if self._serves is None:
+            self._serves = library_serves((x_TH, *weights))
+        if self._serves and x_TH.is_cuda and addresses_serve(weights):
+            return LibraryGemm(rows_per_group=rows_per_group)
+        return grouped_gemm((x_TH, *weights), rows_per_group)
