@@ -102,7 +102,7 @@ class FastBackend:
             exchange.planner.device_errors.flag_missing_rows(rows_NH.shape[0], plan)
         scores_TK = topk_scores_TK.float()
         if not torch.is_grad_enabled():
-            return exchange.weighted_sums(rows_NH, scores_TK)[1]
+            return exchange.weighted_sums(rows_NH, scores_TK)[0]
         return apply_function(Combine, self._joined(rows_NH), self._joined(scores_TK), exchange)
 
     def layer(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sonic_ep.autograd_utils import once_differentiable, savable, unpack_saved
 from sonic_ep.distributed.sync_tag import Phase, Step
-from sonic_ep.fast.collectives import FP32_BYTES, SCORES, collect_values, reserve_values
+from sonic_ep.fast.collectives import collect_values, reserve_values
 from sonic_ep.fast.combine.base import PushedCombine
 from sonic_ep.fast.copy_engine import CopyEngineGather, GatherInFlight
 from sonic_ep.fast.dispatch.base import PulledDispatch
@@ -68,32 +68,21 @@ class Exchange:
         return received if source_R is None else gather_rows(received, source_R, self.plan.group_ends)
 
     def sums(
-        self,
-        rows_NH: Tensor,
-        scores_WCK: Tensor | None,
-        *,
-        staged_scores: Staging | None = None,
-        values_R: Tensor | None = None,
+        self, rows_NH: Tensor, scores_WCK: Tensor | None, *, values_R: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Collective. The weighted sums of a token's rows, (T, H): ``PushedCombine.sums``. Without scores each is 1.
 
         values_R: fp32, of rows, pushed: returned besides, by slots of this rank, (T, K), 0 for dropped ones.
         """
         self.enter(Phase.COMBINE)
-        y_TH, values_TK = self.combine.sums(
-            rows_NH.contiguous(), scores_WCK, self.plan, staged_scores=staged_scores, values_R=values_R
-        )
+        y_TH, values_TK = self.combine.sums(rows_NH.contiguous(), scores_WCK, self.plan, values_R=values_R)
         return self._poisoned(y_TH), None if values_TK is None else self._poisoned(values_TK)
 
     def weighted_sums(self, rows_NH: Tensor, scores_TK: Tensor) -> tuple[Tensor, Tensor]:
-        """Collective. The scores of the group (W, C, K), and the sums of a token's rows weighted by them, (T, H)."""
-        plan, workspace = self.plan, self.workspace
-        self.enter(Phase.EXCHANGE)
-        staged = workspace.staging(SCORES, plan.max_tokens * plan.top_k * FP32_BYTES)
-        stage_rows(scores_TK, staged, workspace)
-        workspace.barrier_after_write()
-        scores_WCK = torch.empty_like(plan.expert_ids, dtype=torch.float32)
-        return scores_WCK, self.sums(rows_NH, scores_WCK, staged_scores=staged)[0]
+        """Collective. The sums of a token's rows weighted by scores, (T, H), and the group's scores, (W, C, K)."""
+        self.enter(Phase.COMBINE)
+        y_TH, scores_WCK = self.combine.weighted(rows_NH, scores_TK, self.plan)
+        return self._poisoned(y_TH), scores_WCK
 
     def values(self, values_R: Tensor) -> Tensor:
         """Collective. ``values_R`` as of ``sums``, where nothing is combined."""
@@ -166,7 +155,7 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_NH: Tensor, scores_TK: Tensor, exchange: Exchange) -> Tensor:
         """The weighted sums, (T, H)."""
-        scores_WCK, y_TH = exchange.weighted_sums(rows_NH, scores_TK)
+        y_TH, scores_WCK = exchange.weighted_sums(rows_NH, scores_TK)
         ctx.exchange, ctx.call_lock = exchange, exchange.workspace.call_lock
         ctx.save_for_backward(scores_WCK, rows_NH, savable(exchange.plan.expert_ids))
         return y_TH

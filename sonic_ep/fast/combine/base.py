@@ -23,9 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.fast.collectives import reserve_values
+from sonic_ep.fast.collectives import FP32_BYTES, SCORES, reserve_values
 from sonic_ep.fast.device_functions import peer_pointer
 from sonic_ep.fast.launch import LAUNCHERS_KEPT, Launcher
+from sonic_ep.fast.staging import stage_rows
 from sonic_ep.fast.symmetric_memory import SharedBuffer, Staging
 from sonic_ep.fast.sync import signal, staged_at, take_signal
 from sonic_ep.fast.workspace import TAG_BYTES, WAITING, Workspace
@@ -85,6 +86,14 @@ class PushedCombine(ABC):
         """
         self._workspace.barrier_before_write()
         return self.sums(rows_NH, scores_WCK, plan)[0]
+
+    def weighted(self, rows_NH: Tensor, scores_TK: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
+        """Collective. ``combine`` with this rank's scores, fp32, and the scores of the group, (W, C, K)."""
+        workspace, scores_WCK = self._workspace, torch.empty_like(plan.expert_ids, dtype=torch.float32)
+        staged = workspace.staging(SCORES, scores_WCK[0].numel() * FP32_BYTES)
+        stage_rows(scores_TK, staged, workspace)
+        workspace.barrier_after_write()
+        return self.sums(rows_NH, scores_WCK, plan, staged_scores=staged)[0], scores_WCK
 
     def sums(
         self,
