@@ -3,8 +3,8 @@
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache, partial
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from sonic_ep.backend import Backend, ExpertWeights, RouterWeights
 from sonic_ep.compat import STOP_RECOMPUTATION, is_second_backward
 from sonic_ep.config import RouterOptions
+from sonic_ep.distributed.call_lock import Admission
 from sonic_ep.distributed.collectives import BoundedCollectives, differing
 from sonic_ep.distributed.sync_tag import Phase, Step, call_digest
 from sonic_ep.errors import CollectiveMismatchError, PeerError, RecomputeError, RowOverflowError, SharedMemoryError
@@ -67,11 +68,10 @@ class CallGuard:
         """Whether calls may follow in this process."""
         return not (self.closed or self.ended) and self._collectives.call_lock.is_of_this_process
 
-    @contextmanager
-    def one(self, *, begun: bool = False) -> Iterator[None]:
-        """A call, from its checks to its end. begun: without checks. Raises as ``CallLock.taken``, ``_after_error``."""
-        with self._collectives.call_lock.taken(begun=begun):
-            yield
+    def one(self, *, begun: bool = False) -> Admission:
+        """Holds the lock in a call, from its checks to its end. begun: without checks. See ``_after_error``, too."""
+        lock = self._collectives.call_lock
+        return lock.begun_call if begun else lock.call
 
     def begin(self, name: str, facts: Mapping[str, object] | None = None, x: Tensor | None = None) -> None:
         """Begin the collective part of a call, whose arguments have been checked.
@@ -93,7 +93,7 @@ class CallGuard:
         if not lock.is_of_this_process:
             self._release.detach()
             return
-        with lock.taken(last=True):
+        with lock.last_call:
             if self._release.detach() is not None:
                 lock.end("is closed: make a new one")
                 self._backend.close()
