@@ -109,14 +109,23 @@ def is_transposed(weight_eFH: Tensor) -> bool:
     return weight_eFH.stride(1) == 1 and weight_eFH.stride(2) != 1 and not weight_eFH.is_contiguous()
 
 
+def bytes_reached(tensor: Tensor) -> int:
+    """Bytes of memory from its first element to its last.
+
+    >>> bytes_reached(torch.zeros(3, 4)), bytes_reached(torch.zeros(3, 4)[:, :1])
+    (48, 36)
+    """
+    if tensor.is_contiguous():
+        return tensor.nbytes
+    reach = 1 + sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return reach * tensor.itemsize
+
+
 def raise_if_freed(where: object, name: str, tensor: Tensor) -> None:
     """Raise ``ValueError`` if the storage of ``tensor`` was freed, as FSDP does between uses of a parameter."""
-    reach = tensor.numel()
-    if reach == 0:
+    if tensor.numel() == 0:
         return
-    if not tensor.is_contiguous():
-        reach = 1 + sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    needed = (tensor.storage_offset() + reach) * tensor.element_size()
+    needed = tensor.storage_offset() * tensor.itemsize + bytes_reached(tensor)
     held = tensor.untyped_storage().nbytes()
     if held < needed:
         raise ValueError(f"{where}: memory of {name}: got {held} bytes, expected at least {needed}: was it freed?")

@@ -1,12 +1,138 @@
-"""What calls have in common that differ in no more than values, addresses and numbers of tokens."""
+"""What calls have in common that differ in no more than values, addresses and numbers of tokens.
 
+A call's key holds every fact that its checks look at, apart from those that are looked at in every call: how many
+tokens there are, and whether memory was freed. So a call whose key is known need not be checked again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from sonic_ep import compat
+from sonic_ep.activation import Activation, GateLayout
+from sonic_ep.autograd_utils import bytes_reached
+from sonic_ep.config import RouterOptions
+
+RECORDS_KEPT = 64
+Facts = tuple[tuple[str, object], ...]
 
 
 class CallRecord:
-    """What is known of all calls with the same facts. plan: what a backend keeps here for the next of them, or None."""
+    """What is known of all calls with one key. Holds no tensor of theirs.
 
-    __slots__ = ("plan",)
+    key: None where calls like this one are checked every time. known: whether the checks were passed, on tensors that
+    are read as they lie. facts: what ranks compare; digest: of the facts, once it was needed. x_trained: whether
+    backward may ask for the gradient of x. joins: x has no tokens, and requires one to join other ranks' backward.
+    options, activation, layout: what the checks found. plan: what a backend keeps for the next call, or None.
+    """
+
+    __slots__ = ("activation", "digest", "facts", "joins", "key", "known", "layout", "options", "plan", "x_trained")
+
+    def __init__(self, key: tuple[object, ...] | None = None, facts: Facts = ()) -> None:
+        self.key = key
+        self.known = False
+        self.facts = facts
+        self.digest: int | None = None
+        self.x_trained = False
+        self.joins = False
+        self.options: RouterOptions | None = None
+        self.activation: Activation | None = None
+        self.layout: GateLayout | None = None
+        self.plan: Any = None
+
+
+class CallMemory:
+    """The records of one object's calls, ``RECORDS_KEPT`` at most, until ``close``."""
 
     def __init__(self) -> None:
-        self.plan: Any = None
+        self._records: dict[tuple[object, ...], CallRecord] = {}
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def recall(
+        self, name: str, rows: Sequence[Any], weights: Sequence[Any], options: tuple[object, ...]
+    ) -> tuple[CallRecord, list[int]]:
+        """The record of calls like this one, a new one if there is none, and the number of rows of each of ``rows``.
+
+        rows: tensors (..., H), whose number of rows may differ from call to call. weights: tensors, None, or tuples of
+        tensors. options: all else that the checks look at.
+        """
+        counts: list[int] = []
+        try:
+            key = (name, torch.is_grad_enabled(), *options, *map(type, options))
+            of_rows, of_weights = _facts_of_rows(rows, counts), _facts_of_weights(weights)
+            if of_rows is None or of_weights is None or compat.in_forward_mode():
+                return CallRecord(), counts
+            key += (*of_rows, *of_weights)
+            record = self._records.get(key)
+        # What has no strides, no memory or no hash; what it is, the checks find out.
+        except (RuntimeError, TypeError, IndexError, ZeroDivisionError):
+            return CallRecord(), counts
+        return record or CallRecord(key), counts
+
+    def keep(self, record: CallRecord) -> None:
+        """From now on calls like this one need no checks: it has passed them, and nothing was copied."""
+        if record.key is None or self._closed:
+            return
+        if len(self._records) >= RECORDS_KEPT:
+            self._records.clear()
+        record.known = True
+        self._records[record.key] = record
+
+    def close(self) -> None:
+        """Forget all, and keep nothing from now on."""
+        self._closed = True
+        self._records.clear()
+
+
+def _facts_of_rows(tensors: Sequence[Any], counts: list[int]) -> list[object] | None:
+    """Of contiguous tensors (..., H), apart from how many rows they have, which ``counts`` gets. None for others."""
+    facts: list[object] = [compat.any_autocast_enabled()]
+    for tensor in tensors:
+        kind = type(tensor)
+        if (kind is not Tensor and kind is not Parameter) or not tensor.is_contiguous():
+            return None
+        shape, numel = tensor.shape, tensor.numel()
+        if tensor.untyped_storage().nbytes() < (tensor.storage_offset() + numel) * tensor.itemsize:
+            return None
+        if tensor.is_neg() or compat.is_zero_without_memory(tensor):
+            return None
+        counts.append(numel // shape[-1])
+        device, trained = tensor.device, tensor.requires_grad
+        facts += (kind, tensor.dtype, device, len(shape), shape[-1], numel == 0, trained, tensor.is_inference())
+    if facts[0]:
+        facts.append(torch.is_autocast_enabled(tensors[0].device.type))
+    return facts
+
+
+def _facts_of_weights(tensors: Sequence[Any]) -> list[object] | None:
+    """Of tensors of any strides, None, and tuples of them. None for others, and where memory was freed."""
+    facts: list[object] = []
+    for tensor in tensors:
+        kind = type(tensor)
+        if tensor is None:
+            facts.append(None)
+        elif kind is tuple:
+            parts = _facts_of_weights(tensor)
+            if parts is None:
+                return None
+            facts += (len(tensor), *parts)
+        else:
+            if kind is not Tensor and kind is not Parameter:
+                return None
+            reached = tensor.numel() * tensor.itemsize if tensor.is_contiguous() else bytes_reached(tensor)
+            offset = tensor.storage_offset()
+            if tensor.untyped_storage().nbytes() < reached + (offset and offset * tensor.itemsize):
+                return None
+            if tensor.is_neg() or compat.is_zero_without_memory(tensor):
+                return None
+            lies, trained = (tensor.shape, tensor.stride(), tensor.device), tensor.requires_grad
+            facts += (kind, tensor.dtype, *lies, trained, tensor.is_inference())
+    return facts
