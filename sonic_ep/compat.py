@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor
 from torch._C import _distributed_c10d as c10d
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
@@ -107,20 +108,31 @@ def keep_forever(kept: object) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
 
 
+def in_forward_mode() -> bool:
+    """Whether a forward-mode differentiation has begun, so that tensors may have tangents."""
+    return forward_ad._current_level >= 0
+
+
 def has_tangent(tensor: Tensor) -> bool:
     """Whether ``tensor`` has a forward-mode tangent. Costs nothing outside of forward-mode differentiation."""
     # PyTorch sets the level as it begins and ends; ``unpack_dual`` takes ten times as long.
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    return in_forward_mode() and forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def is_zero_without_memory(tensor: Tensor) -> bool:
-    """Whether it is one of autograd's zeros, which have no memory. No public API tells."""
-    return tensor._is_zerotensor()
+# The next four are PyTorch's own functions, not wrapped: every call of the layer asks them.
+# Whether a tensor is one of autograd's zeros, which have no memory. No public API tells.
+is_zero_without_memory: Callable[[Tensor], bool] = Tensor._is_zerotensor
+# Whether autocast is on for any kind of device. The public function takes one, as text, which takes longer to read.
+any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+# What ``torch.compile`` has set to look at frames as they begin; None where nothing is being compiled.
+compiles_frames: Callable[[], object] = get_eval_frame_callback
+# How many of ``TorchDispatchMode`` are active.
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
 def dispatch_modes_active() -> bool:
     """Whether any ``TorchDispatchMode`` is active."""
-    return torch._C._len_torch_dispatch_stack() > 0
+    return dispatch_modes() > 0
 
 
 @contextmanager

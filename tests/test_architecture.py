@@ -35,6 +35,7 @@ LAYERS = [
     {"distributed"},
     {"backend", "sharding"},
     {"checks", "call_guard", "reference", "fast"},
+    {"call_checks"},
     {"ops"},
     {"api"},
     {"sharing", "router"},
