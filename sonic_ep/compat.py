@@ -247,12 +247,13 @@ def _no_gpu(*_: object) -> int:
 # Without the checks of ``torch.cuda``, which take microseconds; CUDA is initialized where there are tensors on a GPU.
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", _no_gpu)
 current_stream_address: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _no_gpu)
+stream_is_captured: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
 # Releases of Triton whose compiled kernels ``direct_launch`` knows.
 TRITON_KNOWN = ((3, 6),)
 
 
 def direct_launch(compiled: Any, kernel: Any, constants: Sequence[Any]) -> Callable[..., None] | None:
-    """Launches a kernel that Triton has compiled: ``(grid, address of a stream, numbers and addresses of pointers)``.
+    """Launches a kernel that Triton has compiled: ``(grid, address of a stream, addresses of pointers, numbers)``.
 
     constants: its compile-time constants in the order of its parameters, which follow the others. None where only
     Triton can launch it: in another release, with scratch memory, or if a number that needs not have 64 bits has them.
@@ -267,8 +268,8 @@ def direct_launch(compiled: Any, kernel: Any, constants: Sequence[Any]) -> Calla
     # Scratch memory: none. Then what a profiler of Triton's would get.
     options = (run.launch_cooperative_grid, run.launch_pdl, None, None, metadata, None, None, None)
 
-    def launched(grid: tuple[int, ...], stream: int, values: Sequence[Any]) -> None:
-        x, y, z = (*grid, 1, 1)[:3]
-        launch(x, y, z, stream, function, *options, *values, *constants)
+    def launched(grid: tuple[int, ...], stream: int, addresses: Sequence[int], numbers: Sequence[Any]) -> None:
+        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+        launch(x, y, z, stream, function, *options, *addresses, *numbers, *constants)
 
     return launched
