@@ -151,10 +151,10 @@ class HostClock:
     @staticmethod
     def of(context: BenchContext, own_gpus: bool, rounds: int | None = None) -> HostClock:
         """Fewer calls where ranks share a GPU and a barrier takes a slice of time; one on the CPU."""
-        calls, usual = (8 if own_gpus else 3, Rounds(rounds=21, warmup=3))
+        calls, default = (8 if own_gpus else 3, Rounds(rounds=21, warmup=3))
         if not context.on_gpu:
-            calls, usual = 1, Rounds(rounds=1, warmup=0)
-        return HostClock(context=context, calls=calls, rounds=replace(usual, rounds=rounds or usual.rounds))
+            calls, default = 1, Rounds(rounds=1, warmup=0)
+        return HostClock(context=context, calls=calls, rounds=replace(default, rounds=rounds or default.rounds))
 
     @cached_property
     def stage(self) -> Stage:
