@@ -43,6 +43,9 @@ def release_of(version: str) -> tuple[int, ...]:
 # Since 2.13 PyTorch keeps the node of a Python autograd function alive between the halves of a split backward.
 KEEPS_NODES = release_of(torch.__version__) >= (2, 13)
 
+# Whether a profiler records this thread, also in the backward of what that thread has called. No public API tells.
+profiler_is_on: Callable[[], bool] = torch._C._autograd._profiler_enabled
+
 
 def all_gather(group: dist.ProcessGroup, gathered: Tensor, own: Tensor, timeout: timedelta) -> dist.Work:
     """Start an all-gather into flat ``gathered``. The public function takes no timeout."""
