@@ -20,8 +20,8 @@ from sonic_ep.backend import RouterWeights, Routing
 from sonic_ep.config import LEAST_SIGMOID_SUM, RouterOptions, ScoreFunction, ScoreOrder
 from sonic_ep.distributed.sync_tag import Phase
 from sonic_ep.fast.device_functions import exact_exp, rounded
-from sonic_ep.fast.launch import LAUNCHERS_KEPT, Launcher, launch, triton_kernel
-from sonic_ep.fast.rank_sum import reserve_sum, sum_over_ranks
+from sonic_ep.fast.launch import LAUNCHERS_KEPT, Launcher, launch, launcher, triton_kernel
+from sonic_ep.fast.rank_sum import FP32_BYTES, reserve_sum, sum_over_ranks
 from sonic_ep.fast.staging import StagedCall, own_half, row_constants, row_programs, stage_numbers
 from sonic_ep.fast.workspace import Workspace
 
@@ -375,9 +375,20 @@ HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Choice:
+    """The kernel that chooses: one program takes ``tile_tokens`` tokens. itemsize: of what it stages besides."""
+
+    run: Launcher
+    tile_tokens: int
+    scale: float
+    itemsize: int
+
+
+@dataclass(kw_only=True, eq=False)
 class StagedChoice:
     """What ``route`` stages for the layer that follows: its choice, and x (T, H), contiguous. max_tokens: C."""
 
+    choice: Choice
     staged: StagedCall
     x_TH: Tensor
     max_tokens: int
@@ -390,15 +401,18 @@ def route(
 
     Collective in backward, which sums the gradients of weight and bias, and where memory for that sum has to grow.
     """
-    trained = sum(w.numel() for w in (weights.weight, weights.bias) if w is not None and w.requires_grad)
-    if options.reduce_router_grad and trained > 0:
-        # Also where gradients are off: under reentrant checkpointing a backward follows all the same.
-        reserve_sum(workspace, trained)
-    staged = None if into is None else into.staged
+    weight, bias = weights.weight, weights.bias
+    if options.reduce_router_grad:
+        trained = weight.numel() if weight.requires_grad else 0
+        trained += bias.numel() if bias is not None and bias.requires_grad else 0
+        if trained > 0:
+            # Also where gradients are off: under reentrant checkpointing a backward follows all the same.
+            reserve_sum(workspace, trained)
     if not torch.is_grad_enabled():
-        return choose_experts(_logits(x_TH, weights.weight, weights.bias), options, weights.correction, workspace, into)
-    logits_TE = apply_function(RouterLogits, savable(x_TH), weights.weight, weights.bias, options, workspace)
+        return choose_experts(_logits(x_TH, weight, bias), options, weights.correction, workspace, into)
+    logits_TE = apply_function(RouterLogits, savable(x_TH), weight, bias, options, workspace)
     topk_idx_TK, scores_TK = Choose.apply(logits_TE, weights.correction, options, workspace, into)
+    staged = None if into is None else into.staged
     return Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK, staged=staged)
 
 
@@ -503,40 +517,42 @@ def choose_experts(
 
     into: where they, and x, are staged besides, in ``workspace``.
     """
-    (tokens, num_experts), device, top_k = logits_TE.shape, logits_TE.device, options.top_k
-    topk_idx_TK = torch.empty(tokens, top_k, dtype=torch.int64, device=device)
-    scores_TK = logits_TE.new_empty(tokens, top_k)
-    # Pointers that are not read: of a correction, of rows and of what is staged.
+    (tokens, num_experts), top_k = logits_TE.shape, options.top_k
+    topk_idx_TK = logits_TE.new_empty((tokens, top_k), dtype=torch.int64)
+    scores_TK = logits_TE.new_empty((tokens, top_k))
+    # Without a correction its pointer is not read.
     correction = logits_TE if correction_E is None else correction_E
-    rows, numbers, max_tokens, tables, ranks = scores_TK, 0, tokens, (topk_idx_TK,) * 4, (0, 1)
-    if workspace is not None and into is not None and into.staged.scores is not None:
-        ids, scores, table = (into.staged.ids.addresses, into.staged.scores.addresses, into.staged.rows.addresses)
-        ranks, max_tokens = (workspace.group.rank, workspace.group.world_size), into.max_tokens
-        tables = (ids, scores, table, workspace.epoch)
-        # Of one rank no peer reads the rows.
-        rows, numbers = into.x_TH, into.x_TH.numel() if ranks[1] > 1 else 0
-    itemsize = rows.element_size()
-    run, tile_tokens = _choose(device, num_experts, options, correction_E is not None, into is not None, itemsize)
-    grid = (-(-max_tokens // tile_tokens) + row_programs(numbers, itemsize),)
-    pointers = (logits_TE, topk_idx_TK, scores_TK, correction, rows, *tables)
-    run(grid, *pointers, *ranks, tokens, max_tokens, numbers, float(options.scale))
-    staged = None if into is None else into.staged
+    chosen = (logits_TE, topk_idx_TK, scores_TK, correction)
+    if into is None or workspace is None:
+        choice = choice_of(logits_TE.device, num_experts, options, corrected=correction_E is not None)
+        grid, alone = (-(-tokens // choice.tile_tokens),), (0, 1, tokens, tokens, 0, choice.scale)
+        choice.run(grid, *chosen, *chosen, topk_idx_TK, *alone)
+        return Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK)
+    choice, staged, x_TH, max_tokens, group = into.choice, into.staged, into.x_TH, into.max_tokens, workspace.group
+    scores = staged.ids if staged.scores is None else staged.scores
+    # Of one rank no peer reads the rows.
+    numbers = x_TH.numel() if group.world_size > 1 else 0
+    grid = (-(-max_tokens // choice.tile_tokens) + row_programs(numbers, choice.itemsize),)
+    tables = (staged.ids.addresses, scores.addresses, staged.rows.addresses, workspace.epoch)
+    sizes = (group.rank, group.world_size, tokens, max_tokens, numbers, choice.scale)
+    choice.run(grid, *chosen, x_TH, *tables, *sizes)
     return Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK, staged=staged)
 
 
-@lru_cache(LAUNCHERS_KEPT)
-def _choose(
-    device: torch.device, num_experts: int, options: RouterOptions, corrected: bool, staged: bool, itemsize: int
-) -> tuple[Launcher, int]:
-    """The kernel, and the tokens that one of its programs takes."""
+def choice_of(
+    device: torch.device, num_experts: int, options: RouterOptions, *, corrected: bool, itemsize: int | None = None
+) -> Choice:
+    """For these options. itemsize: of what it stages besides; None: it stages nothing."""
     groups = {"GROUPS": 1, "TOP_GROUPS": 1, "GROUP_TOP": 1}
     if options.limits_groups:
         groups = {"GROUPS": options.num_groups, "TOP_GROUPS": options.top_groups, "GROUP_TOP": options.group_top}
     constants = _score_constants(options, corrected=corrected) | groups
     constants["BY_SHARE"] = not constants["BY_LOGIT"] and options.score_order is ScoreOrder.SOFTMAX_THEN_TOPK
-    constants |= {"CORRECTED": corrected, "GROUPS_PADDED": triton.next_power_of_2(groups["GROUPS"]), "STAGED": staged}
-    tile = _tile_constants(num_experts, options.top_k)
-    return Launcher(choose_kernel, device, constants | tile | row_constants(itemsize)), tile["TOKENS"]
+    constants |= {"CORRECTED": corrected, "GROUPS_PADDED": triton.next_power_of_2(groups["GROUPS"])}
+    tile, staged_bytes = _tile_constants(num_experts, options.top_k), itemsize or FP32_BYTES
+    constants |= {"STAGED": itemsize is not None, **tile, **row_constants(staged_bytes)}
+    run = launcher(choose_kernel, device, tuple(constants.items()))
+    return Choice(run=run, tile_tokens=tile["TOKENS"], scale=float(options.scale), itemsize=staged_bytes)
 
 
 def logits_gradient(
