@@ -31,8 +31,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors", "compat"},
     {"config", "autograd_utils", "profiler_names"},
-    {"activation", "call_memory", "cost", "plan"},
-    {"distributed"},
+    {"activation", "cost", "plan"},
+    {"call_memory", "distributed"},
     {"backend", "sharding"},
     {"checks", "call_guard", "reference", "fast"},
     {"call_checks"},
