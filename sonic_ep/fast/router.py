@@ -306,8 +306,7 @@ class RouterLogits(torch.autograd.Function):
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, of the weight and of the bias, each if it is required."""
         x_TH, router_w_EH = unpack_saved(ctx, ctx.workspace.group, ("x", "router_w"))
-        left_TE: Tensor = grad_TE
-        right_EH: Tensor | None = router_w_EH
+        left_TE, right_EH = grad_TE, router_w_EH
         if ctx.x_dtype == ctx.weight_dtype == torch.bfloat16 and any(ctx.needs_input_grad[:2]):
             left_TE, right_EH = bf16_parts(grad_TE.contiguous(), router_w_EH)
         # One product over all P * E numbers.
@@ -317,8 +316,7 @@ class RouterLogits(torch.autograd.Function):
             by_part, shape = product(left_TE.t(), x_TH, torch.float32), torch.Size((grad_TE.shape[1], x_TH.shape[1]))
             summands.append(Summand(parts=by_part, shape=shape, dtype=ctx.weight_dtype))
         if ctx.needs_input_grad[2]:
-            bias_grad = grad_TE.sum(dim=0)
-            summands.append(Summand(parts=bias_grad, shape=bias_grad.shape, dtype=ctx.bias_dtype))
+            summands.append(Summand(parts=grad_TE.sum(dim=0), shape=grad_TE.shape[1:], dtype=ctx.bias_dtype))
         if ctx.reduced and summands:
             ctx.workspace.enter(Phase.ROUTER, ctx.step, backward=True)
             sums = iter(sum_over_ranks(summands, ctx.workspace))
