@@ -33,8 +33,8 @@ PLAN_CODES, MISSING = 5, 4
 REROUTED: tl.constexpr = tl.constexpr(3)
 # From one plan's codes to the next's: kernels are compiled for pointers to multiples of 16 bytes.
 CODES_STRIDE = 8
-# Plans that the host may queue ahead of the device: the error of plan n is raised by plan n + PLANS_AHEAD. A GPU's queue
-# takes about as many layers, so the host never waits for an error.
+# Plans that the host may queue ahead of the device: the error of plan n is raised by plan n + PLANS_AHEAD. The queue of a
+# GPU takes about as many layers, so the host never waits for an error.
 PLANS_AHEAD = 64
 # Events among so many plans, which tell that those before are done.
 EVENTS = 8
