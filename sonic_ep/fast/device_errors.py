@@ -1,6 +1,5 @@
 """Errors that kernels find and the host raises: a wait that failed, bad ids, too many rows, another recompute."""
 
-import ctypes
 import os
 import sys
 import weakref
@@ -9,7 +8,6 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -33,11 +31,11 @@ PLAN_CODES, MISSING = 5, 4
 REROUTED: tl.constexpr = tl.constexpr(3)
 # From one plan's codes to the next's: kernels are compiled for pointers to multiples of 16 bytes.
 CODES_STRIDE = 8
-# Plans that the host may queue ahead of the device: the error of plan n is raised by plan n + PLANS_AHEAD. The queue of a
-# GPU takes about as many layers, so the host never waits for an error.
+# Plans that the host may queue ahead of the device: the error of plan n is raised by plan n + PLANS_AHEAD. As many
+# layers fill the queue of a GPU, so the host never waits for an error.
 PLANS_AHEAD = 64
-# Events among so many plans, which tell that those before are done.
-EVENTS = 8
+# Windows of plans among so many, with an event each.
+WINDOWS = 8
 MOST_STEP = 2**31 - 1
 COMPARED_IDS = 1024
 
@@ -75,13 +73,13 @@ class WaitErrors:
     def __init__(self, collectives: BoundedCollectives, device: torch.device) -> None:
         self.codes = host_ints(WAIT_CODES, device, torch.int64)
         # Reading a tensor would take microseconds, and every phase looks here.
-        self._why = ctypes.c_int64.from_address(self.codes.data_ptr())
+        self._seen = self.codes.numpy().data
         self._find = partial(wait_error, self.codes, collectives)
         self._unraised = report_at_exit(self, self._find)
 
     def found(self) -> bool:
         """Whether a wait has failed. Does not wait for the GPU."""
-        return self._why.value != 0
+        return self._seen[0] != 0
 
     def raise_if_any(self, cause: RuntimeError | None = None) -> None:
         """Raise the ``PeerError`` of a failed wait, from ``cause``. Does not wait for the GPU."""
@@ -125,12 +123,12 @@ class PlanErrors:
         self.codes = codes
         self.limits = Limits()
         self.used = False
-        on_host = codes.device.type == "cpu"
-        self._ints = (ctypes.c_int32 * PLAN_CODES).from_address(codes.data_ptr()) if on_host else None
+        # Reading a tensor would take microseconds, and every plan looks here.
+        self._seen = None if codes.is_cuda else codes.numpy().data
 
     def error(self) -> Exception | None:
         """``ValueError``, ``RowOverflowError`` or ``RecomputeError``, if there is one."""
-        found = self.codes.tolist() if self._ints is None else self._ints
+        found = self.codes.tolist() if self._seen is None else self._seen
         if not any(found):
             return None
         bad_rank, full_rank, rows, rerouted, missing = found
@@ -153,8 +151,8 @@ class PlanErrors:
 class Mark:
     """A place in the queue of the device, which it has passed once ``wait`` returns.
 
-    first: the first of the plans before it that may have errors, and come after the mark before. gathered: a copy of
-    what graphs and backwards have written by then.
+    first: the first plan of the window of plans that it ends. gathered: a copy of what graphs and backwards have
+    written by then. With windows of 8, the mark that ends the plans 8 to 15 is looked at by plan 8 + ``PLANS_AHEAD``.
     """
 
     def __init__(self, gathered: PlanErrors, event: torch.cuda.Event | None) -> None:
@@ -210,7 +208,7 @@ class DeviceErrors:
         self.host_reads = host_reads
         self._device = device
         self._on_gpu = device.type == "cuda"
-        self._ahead, self._window = PLANS_AHEAD, max(1, PLANS_AHEAD // EVENTS)
+        self._ahead, self._window = PLANS_AHEAD, max(1, PLANS_AHEAD // WINDOWS)
         marks = self._ahead // self._window
         pinned = host_ints((self._ahead + marks) * CODES_STRIDE, device)
         places = range(0, len(pinned), CODES_STRIDE)
@@ -221,11 +219,12 @@ class DeviceErrors:
             self._gathered = PlanErrors(group, torch.zeros(PLAN_CODES, dtype=torch.int32, device=device))
         self._records = found[: self._ahead]
         self._unused = [Mark(copied, torch.cuda.Event() if self._on_gpu else None) for copied in found[self._ahead :]]
-        # In the order of the queue: those that the host has not looked at.
+        # In the order of the queue: those that the device may not have passed; and those whose copies are to be read.
         self._marks: deque[Mark] = deque()
+        self._passed: list[Mark] = []
         report_at_exit(self, partial(first_error, found, self._gathered))
         self._plans = 0
-        # The first plan since the last mark that may have an error.
+        # The first plan of the window, if any has an error that no mark comes after yet.
         self._unmarked: int | None = None
         self._current = self._records[0]
 
@@ -239,7 +238,7 @@ class DeviceErrors:
 
         Waits for the device only if it is behind by most of them.
         """
-        if capturing(self._device):
+        if self._on_gpu and torch.cuda.is_current_stream_capturing():
             self._current = self._gathered
             return
         self._plans += 1
@@ -248,13 +247,13 @@ class DeviceErrors:
         if self._unmarked is not None and self._unmarked <= past:
             # Almost no plan since has had any token.
             self._synchronize()
-        due = list(takewhile(lambda mark: mark.first <= past, self._marks))
-        for mark in due:
-            mark.wait()
+        while self._marks and self._marks[0].first <= past:
+            self._marks[0].wait()
+            self._passed.append(self._marks.popleft())
         self._raise(self._current)
-        for mark in due:
-            self._unused.append(self._marks.popleft())
-            self._raise(mark.gathered)
+        while self._passed:
+            self._unused.append(self._passed.pop())
+            self._raise(self._unused[-1].gathered)
 
     def expect(self, limits: Limits) -> None:
         """Set the bounds of the plan being queued."""
@@ -266,8 +265,9 @@ class DeviceErrors:
             self._gathered.used |= flags
             return
         if self._unmarked is None and (flags or self._gathered.used):
-            self._unmarked = self._plans
-        if self._unmarked is not None and self._plans - self._unmarked >= self._window - 1:
+            self._unmarked = self._plans // self._window * self._window
+        # By the last plan of a window, so by the same on every rank, whatever one of them alone has flagged.
+        if self._unmarked is not None and self._plans + 1 >= self._unmarked + self._window:
             self._mark(self._unmarked)
 
     def compare(self, expert_ids_WCK: Tensor, again_WCK: Tensor, step: int) -> Tensor:
@@ -296,8 +296,9 @@ class DeviceErrors:
     def raise_all(self) -> None:
         """Collective. Wait for all that is queued, and raise the first error; later calls raise further ones."""
         self._synchronize()
-        self._unused += self._marks
+        self._unused += [*self._marks, *self._passed]
         self._marks.clear()
+        self._passed.clear()
         for place in range(1, self._ahead + 1):
             self._raise(self._records[(self._plans + place) % self._ahead])
         if self._gathered.used:
@@ -328,7 +329,7 @@ class DeviceErrors:
             found.clear()
         else:
             self._synchronize()
-            for copied in (*(mark.gathered for mark in (*self._marks, *self._unused)), self._gathered):
+            for copied in (*(mark.gathered for mark in (*self._marks, *self._passed, *self._unused)), self._gathered):
                 copied.clear()
         try:
             raise error

@@ -17,11 +17,11 @@ from backends import both_backends
 from layer_inputs import layer_inputs
 from lives import said_in_child
 from on_ranks import on_ranks
-from plans_ahead import FEW_PLANS, plans_ahead, plans_ahead_of_a_gpu
+from plans_ahead import FEW_PLANS, of_the_library, plans_ahead
 from promises import promise
 
 import sonic_ep
-from sonic_ep import EPConfig, ExpertParallel, RowOverflowError
+from sonic_ep import EPConfig, ExpertParallel, RecomputeError, RowOverflowError
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.errors import PeerError
 from sonic_ep.testing import CASES, Rank, draw
@@ -93,7 +93,8 @@ def test_the_host_is_plans_ahead_of_the_gpu(rank: Rank, graphed: bool) -> None:
         torch.cuda._sleep(BUSY_CYCLES)
         busy.record()
         began = time.monotonic()
-        for _ in range(plans_ahead_of_a_gpu()):
+        ahead, window = of_the_library()
+        for _ in range(ahead - window):
             ep.plan(given, experts)
         assert not busy.query(), f"the host waited for the GPU: {time.monotonic() - began:.3f} s"
         torch.cuda.synchronize()
@@ -151,6 +152,51 @@ def test_the_host_is_layers_ahead_of_the_gpu(rank: Rank, graphed: bool) -> None:
 
 
 @promise("device-flags")
+@pytest.mark.parametrize("flags", [False, True])
+def test_a_window_of_plans_has_one_event_and_one_copy(monkeypatch: pytest.MonkeyPatch, flags: bool) -> None:
+    """The host waits for it when it looks at the first of these plans, and for nothing where no plan may flag."""
+    from sonic_ep.fast.device_errors import DeviceErrors
+
+    ahead, window = of_the_library()
+    errors, waited, recorded = DeviceErrors(EPGroup(rank=0, world_size=1), torch.device("cpu")), [], []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    for mark in errors._unused:
+        mark.event = Mock(query=lambda: False, synchronize=lambda: waited.append(errors._plans))
+        mark.event.record = lambda _: recorded.append(errors._plans)
+    for _ in range(1, 3 * ahead):
+        errors.begin()
+        errors.queued(flags=flags)
+    assert recorded == ([] if not flags else list(range(window - 1, 3 * ahead, window)))
+    assert waited == ([] if not flags else list(range(ahead, 3 * ahead, window)))
+
+
+@promise("device-flags")
+@pytest.mark.parametrize("before", [0, 2, 7])
+def test_what_backwards_flagged_is_raised_with_the_first_plan_of_its_window(before: int) -> None:
+    """That is ``PLANS_AHEAD`` plans after its first, whichever of its plans came before."""
+    from sonic_ep.fast.device_errors import REROUTED, DeviceErrors
+
+    ahead, window = of_the_library()
+    errors = DeviceErrors(EPGroup(rank=0, world_size=1), torch.device("cpu"))
+
+    def plan() -> None:
+        errors.begin()
+        errors.queued(flags=False)
+
+    # The first plan has number 1.
+    for _ in range(window - 1 + before):
+        plan()
+    errors._gathered.codes[REROUTED.value], errors._gathered.used = 5, True
+    for _ in range(ahead - before):
+        plan()
+    with pytest.raises(RecomputeError, match="step 5"):
+        plan()
+    for _ in range(2 * ahead):
+        plan()
+    errors.raise_all()
+
+
+@promise("device-flags")
 @on_ranks(1, 2, pool="cuda_pool")
 def test_what_a_replay_flagged_is_raised_by_one_call_on_every_rank(rank: Rank) -> None:
     """However far a rank's host is ahead; and by ``check`` where no later plan comes."""
@@ -162,8 +208,9 @@ def test_what_a_replay_flagged_is_raised_by_one_call_on_every_rank(rank: Rank) -
         with torch.cuda.graph(graph):
             ep.plan(static, experts)
         graph.replay()
-        ahead = plans_ahead_of_a_gpu()
-        for calls, raises in (([partial(ep.plan, given, experts)] * 2 * ahead, ahead), ([ep.check] * 2, 0)):
+        ahead, _ = of_the_library()
+        # The next plan is the second: in the window of the first plans, which plan ``ahead`` looks at.
+        for calls, raises in (([partial(ep.plan, given, experts)] * 2 * ahead, ahead - 2), ([ep.check] * 2, 0)):
             static.copy_(ids(rank, bad=True))
             if rank.rank == 0:
                 torch.cuda._sleep(BUSY_CYCLES)

@@ -19,8 +19,8 @@ def plans_ahead(count: int) -> Iterator[int]:
         yield count
 
 
-def plans_ahead_of_a_gpu() -> int:
-    """The number of the library. Only ranks may import where it is."""
-    from sonic_ep.fast.device_errors import PLANS_AHEAD
+def of_the_library() -> tuple[int, int]:
+    """Its number of plans, and how many of them share an event."""
+    from sonic_ep.fast.device_errors import PLANS_AHEAD, WINDOWS
 
-    return PLANS_AHEAD
+    return PLANS_AHEAD, PLANS_AHEAD // WINDOWS
