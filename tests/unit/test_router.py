@@ -351,4 +351,4 @@ def test_what_a_backward_launches(rank: Rank) -> None:
         assert counted.launched == ["logits_gradient_kernel", *LAUNCHED[dtype, rank.world_size]], dtype
         assert counted.operations.count("product") == 2
         assert set(counted.operations) <= {"product", "t", "empty_like", "new_empty", "detach"}, counted.operations
-        assert len(counted.operations) <= 7, counted.operations
+        assert len(counted.operations) <= (8 if dtype == torch.bfloat16 else 6), counted.operations
