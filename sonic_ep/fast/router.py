@@ -1,4 +1,4 @@
-"""The router: one GEMM and one kernel forward, at most two kernels and two GEMMs backward, nothing read on the host.
+"""The router: one GEMM and one kernel forward; two GEMMs and at most four kernels and a barrier backward.
 
 Logits and scores are those of the reference to fp32 rounding; choices follow exactly from the logits or, with a
 correction or groups, from values that are the reference's to fp32 rounding. Instead of a slow fp32 GEMM in backward,
@@ -7,7 +7,7 @@ their exact products in fp32.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,13 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.autograd_utils import apply_function, once_differentiable, savable, summed_together, unpack_saved
+from sonic_ep.autograd_utils import apply_function, once_differentiable, savable, unpack_saved
 from sonic_ep.backend import RouterWeights, Routing
 from sonic_ep.config import LEAST_SIGMOID_SUM, RouterOptions, ScoreFunction, ScoreOrder
 from sonic_ep.distributed.sync_tag import Phase
-from sonic_ep.fast.device_functions import exact_exp, rounded
-from sonic_ep.fast.launch import LAUNCHERS_KEPT, Launcher, launch, launcher, triton_kernel
-from sonic_ep.fast.rank_sum import FP32_BYTES, reserve_sum, sum_over_ranks
+from sonic_ep.fast.all_reduce import Summand, reserve_sum, sum_over_ranks, sum_parts
+from sonic_ep.fast.bf16_parts import bf16_parts
+from sonic_ep.fast.device_functions import exact_exp
+from sonic_ep.fast.launch import LAUNCHERS_KEPT, Launcher, launcher, triton_kernel
 from sonic_ep.fast.staging import StagedCall, own_half, row_constants, row_programs, stage_numbers
 from sonic_ep.fast.workspace import Workspace
 
@@ -347,30 +348,9 @@ def logits_gradient_kernel(
     tl.store(out_ptr + place, grad, mask=inside)
 
 
-@triton_kernel
-def parts_kernel(grad_ptr, out_ptr, numbers, E: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Cut fp32 numbers into parts that sum to them. Grid (ceil(numbers / BLOCK),).
-
-    grad_ptr (T, E) fp32, ``numbers`` = T*E; out_ptr (T, PARTS, E): each part is the rounded remainder after those
-    before. In bf16 the parts of 1 + 2^-9 + 2^-20 are 1, 2^-9 and 2^-20.
-    """
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < numbers
-    grad = tl.load(grad_ptr + place, mask=inside, other=0.0)
-    out_ptr += place // E * (PARTS * E) + place % E
-    for part in tl.static_range(PARTS):
-        rounding = rounded(grad, out_ptr)
-        tl.store(out_ptr + part * E, rounding, mask=inside)
-        taken = rounding.to(tl.float32)
-        # Infinity has no remainder; minus itself it would be NaN.
-        grad = tl.where(tl.abs(taken) == float("inf"), 0.0, grad - taken)
-
-
 # Logits that one program holds, unless one token has more: more for each warp take more registers.
 TILE_LOGITS = 1024
 MOST_WARPS = 16
-BF16_PARTS = 3
-PARTS_BLOCK = 1024
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
 
@@ -456,24 +436,24 @@ class RouterLogits(torch.autograd.Function):
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, of the weight and of the bias, each if it is required."""
         x_TH, router_w_EH = unpack_saved(ctx, ctx.workspace.group, ("x", "router_w"))
-        x_grad = weight_grad = None
-        if x_TH is not None or router_w_EH is not None:
-            in_bf16_parts = ctx.x_dtype == ctx.weight_dtype == torch.bfloat16
-            grad_TPE = bf16_parts(grad_TE) if in_bf16_parts else grad_TE.unsqueeze(1)
-            _, parts, num_experts = grad_TPE.shape
-        if router_w_EH is not None:
-            # One product over all P * E numbers.
-            x_grad = product(grad_TPE.flatten(1), router_w_EH.repeat(parts, 1), ctx.x_dtype)
+        left_TE, right_EH = grad_TE, router_w_EH
+        if ctx.x_dtype == ctx.weight_dtype == torch.bfloat16 and any(ctx.needs_input_grad[:2]):
+            left_TE, right_EH = bf16_parts(grad_TE.contiguous(), router_w_EH)
+        # One product over all P * E numbers.
+        x_grad = None if right_EH is None else product(left_TE, right_EH, ctx.x_dtype)
+        summands = []
         if x_TH is not None:
-            by_part = product(grad_TPE.flatten(1).t(), x_TH, torch.float32)
-            weight_grad = by_part.view(parts, num_experts, -1).sum(dim=0)
-        bias_grad = grad_TE.sum(dim=0) if ctx.needs_input_grad[2] else None
-        if ctx.reduced and any(ctx.needs_input_grad[1:3]):
+            by_part, shape = product(left_TE.t(), x_TH, torch.float32), torch.Size((grad_TE.shape[1], x_TH.shape[1]))
+            summands.append(Summand(parts=by_part, shape=shape, dtype=ctx.weight_dtype))
+        if ctx.needs_input_grad[2]:
+            summands.append(Summand(parts=grad_TE.sum(dim=0), shape=grad_TE.shape[1:], dtype=ctx.bias_dtype))
+        if ctx.reduced and summands:
             ctx.workspace.enter(Phase.ROUTER, ctx.tag, backward=True)
-            add = partial(sum_over_ranks, workspace=ctx.workspace)
-            weight_grad, bias_grad = summed_together((weight_grad, bias_grad), add)
-        weight_grad = None if weight_grad is None else weight_grad.to(ctx.weight_dtype)
-        return x_grad, weight_grad, None if bias_grad is None else bias_grad.to(ctx.bias_dtype), None, None
+            sums = iter(sum_over_ranks(summands, ctx.workspace))
+        else:
+            sums = iter([sum_parts(summand) for summand in summands])
+        weight_grad, bias_grad = (next(sums) if needed else None for needed in ctx.needs_input_grad[1:3])
+        return x_grad, weight_grad, bias_grad, None, None
 
 
 class Choose(torch.autograd.Function):
@@ -549,7 +529,7 @@ def choice_of(
     constants = _score_constants(options, corrected=corrected) | groups
     constants["BY_SHARE"] = not constants["BY_LOGIT"] and options.score_order is ScoreOrder.SOFTMAX_THEN_TOPK
     constants |= {"CORRECTED": corrected, "GROUPS_PADDED": triton.next_power_of_2(groups["GROUPS"])}
-    tile, staged_bytes = _tile_constants(num_experts, options.top_k), itemsize or FP32_BYTES
+    tile, staged_bytes = _tile_constants(num_experts, options.top_k), itemsize or torch.float32.itemsize
     constants |= {"STAGED": itemsize is not None, **tile, **row_constants(staged_bytes)}
     run = launcher(choose_kernel, device, tuple(constants.items()))
     return Choice(run=run, tile_tokens=tile["TOKENS"], scale=float(options.scale), itemsize=staged_bytes)
@@ -591,16 +571,6 @@ def _tile_constants(num_experts: int, top_k: int) -> dict[str, int]:
     tokens = max(1, TILE_LOGITS // experts)
     sizes = {"E": num_experts, "K": top_k, "TOKENS": tokens, "EXPERTS_PADDED": experts, "K_PADDED": k}
     return sizes | {"num_warps": min(max(4, tokens * experts // TILE_LOGITS), MOST_WARPS)}
-
-
-def bf16_parts(grad_TE: Tensor) -> Tensor:
-    """Three bf16 numbers that sum to each of ``grad_TE`` (T, E) fp32, (T, 3, E)."""
-    grad_TE = grad_TE.contiguous()
-    (num_tokens, num_experts), numbers, device = grad_TE.shape, grad_TE.numel(), grad_TE.device
-    out_TPE = grad_TE.new_empty((num_tokens, BF16_PARTS, num_experts), dtype=torch.bfloat16)
-    constants = {"E": num_experts, "PARTS": BF16_PARTS, "BLOCK": PARTS_BLOCK}
-    launch(parts_kernel, (triton.cdiv(numbers, PARTS_BLOCK),), grad_TE, out_TPE, numbers, device=device, **constants)
-    return out_TPE
 
 
 def product(left_MK: Tensor, right_KN: Tensor, dtype: torch.dtype) -> Tensor:

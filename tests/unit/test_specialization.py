@@ -25,7 +25,7 @@ pytestmark = pytest.mark.fast
 # Constant as long as an ``ExpertParallel`` and the layers that use it, or a measurement of the link.
 CONSTANTS_OF_AN_OBJECT = {
     *{"rank", "world_size", "source_rank", "target_rank", "blocks"},
-    *{"num_experts", "experts", "experts_per_rank", "bins", "width"},
+    *{"num_experts", "experts", "experts_per_rank", "bins"},
 }
 
 HIDDEN, INTERMEDIATE, TOP_K, HELD = 64, 32, 2, 2
