@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
-from functools import lru_cache, partial
 from types import TracebackType
 from typing import Any, Literal, NoReturn, overload
 
@@ -14,37 +13,20 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from sonic_ep import ops
 from sonic_ep.activation import Activation
-from sonic_ep.autograd_utils import for_kernels, joined, runs_eagerly
-from sonic_ep.backend import ExpertWeights, RoutedOutput, RouterWeights, Slots, choose_backend
+from sonic_ep.autograd_utils import runs_eagerly
 from sonic_ep.backend import MoEOutput as MoEOutput
-from sonic_ep.call_guard import CallGuard, facts_of, facts_of_router, identity_of
+from sonic_ep.backend import RoutedOutput, Slots, choose_backend
+from sonic_ep.call_checks import CallChecks
+from sonic_ep.call_guard import CallGuard
 from sonic_ep.call_memory import CallRecord
-from sonic_ep.checks import (
-    ArgumentChecker,
-    ExpertArguments,
-    RouterArguments,
-    check_experts,
-    check_plan,
-    check_router,
-    check_router_options,
-    check_routing,
-    check_rows_of_plan,
-    check_scores,
-    check_tokens,
-    check_tokens_of_plan,
-    experts_as_read,
-    router_as_read,
-    rows_of_tokens,
-    tokens_of,
-)
-from sonic_ep.config import AUTO, EPConfig, RouterConfig, RouterOptions, ScoreOrder
+from sonic_ep.checks import ArgumentChecker
+from sonic_ep.config import AUTO, EPConfig, RouterConfig, ScoreOrder
 from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.distributed.group import EPGroup, Group, resolve_group
 from sonic_ep.distributed.max_tokens import max_tokens_of
 from sonic_ep.plan import RoutingPlan
 
 logger = logging.getLogger("sonic_ep")
-OPTIONS_KEPT = 64
 
 
 class ExpertParallel:
@@ -90,7 +72,6 @@ class ExpertParallel:
         if timeout is not None:
             self._checker.seconds("timeout", timeout)
         self._checker.flag("check_collective", check_collective)
-        self._options_of = lru_cache(OPTIONS_KEPT, typed=True)(partial(check_router_options, self._checker))
         choice = choose_backend(backend, self.group)
         self.backend, self.why = choice.name, choice.why
         self._collectives = BoundedCollectives(self.group, None if timeout is None else float(timeout))
@@ -99,6 +80,7 @@ class ExpertParallel:
         self._backend = choice.module.create(self._collectives, self.config)
         common = {"backend": self.backend, "config": self.config, "max_tokens_per_rank": max_tokens_per_rank}
         self._call_guard = CallGuard(self._collectives, self._backend, common, check=check_collective)
+        self._checks = CallChecks(self._checker, self._backend, self._max_tokens, self._call_guard.memory)
         self.operator_name = ops.register(self)
         if self.group.rank == 0:
             logger.info("backend=%s, %d ranks (%s)", self.backend, self.group.world_size, self.why)
@@ -169,33 +151,18 @@ class ExpertParallel:
         ``TypeError`` before any communication.
         """
         with self._call_guard.one():
-            x_any = check_tokens(self._checker, x)
-            options = self._router_options(router, score_order, norm_topk_probs, top_k, reduce_router_grad)
-            of_router = RouterArguments(router_w=router_w, router_b=router_b, correction_bias=correction_bias)
-            weights = check_router(self._checker, x_any, of_router, options)
-            given = ExpertArguments(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, gate_layout=gate_layout)
-            experts = check_experts(self._checker, x_any, given, weights.weight.shape[0])
-            self._backend.check_activation(experts.activation)
-            self._max_tokens.check(tokens_of(x_any))
-            x_TH, weights = rows_of_tokens(x_any), router_as_read(weights)
-            experts = experts_as_read(experts, x_TH.dtype)
-            x_TH = self._joined_without_tokens(x_TH, experts, weights)
-            facts = {**facts_of(x_TH, experts), **facts_of_router(weights, options)}
-            self._call_guard.begin("moe", facts, x_TH)
+            of_router, of_experts = (router_w, router_b, correction_bias), (w1, w2, b1, b2)
+            options = (router, score_order, norm_topk_probs, top_k, reduce_router_grad)
+            call = self._checks.moe(x, of_router, of_experts, (activation, gate_layout, *options))
+            record, x_TH = call.record, call.x_TH
+            self._call_guard.begin(record)
             max_tokens = self._max_tokens.agree(x_TH)
-            record = CallRecord()
-            routing = self._backend.route(x_TH, weights, options, max_tokens, record)
-            idx_TK, scores_TK = routing.topk_idx, routing.topk_scores
-            form = {"max_tokens": max_tokens, "distinct": True, "staged": routing.staged}
-            slots = Slots(topk_idx=idx_TK, topk_scores=scores_TK, **form)
-            out = self._backend.layer(x_TH, slots, experts, x.shape, record)
-            return MoEOutput(
-                y=out.y,
-                router_logits=routing.logits,
-                tokens_per_expert=out.counts,
-                topk_idx=idx_TK,
-                topk_scores=scores_TK,
-            ), out.expert_ids
+            assert record.options is not None
+            routing = self._backend.route(x_TH, call.router, record.options, max_tokens, record)
+            idx_TK, scores_TK, staged = routing.topk_idx, routing.topk_scores, routing.staged
+            slots = Slots(topk_idx=idx_TK, topk_scores=scores_TK, max_tokens=max_tokens, distinct=True, staged=staged)
+            out = self._backend.layer(x_TH, slots, call.experts, x.shape, record)
+            return MoEOutput(out.y, routing.logits, out.counts, idx_TK, scores_TK), out.expert_ids
 
     @overload
     def moe_routed(
@@ -250,43 +217,32 @@ class ExpertParallel:
         topk_scores (T, K), any float, used in fp32, differentiable. Scores of dropped slots are not read.
         """
         with self._call_guard.one():
-            x_any = check_tokens(self._checker, x)
-            self._checker.flag("return_routing", return_routing)
-            given = ExpertArguments(w1=w1, w2=w2, b1=b1, b2=b2, activation=activation, gate_layout=gate_layout)
-            experts = check_experts(self._checker, x_any, given, None)
-            self._backend.check_activation(experts.activation)
-            num_experts = experts.w2.shape[0] * self.group.world_size
-            idx_TK = check_routing(self._checker, topk_idx, num_experts, x_any)
-            scores_TK = check_scores(self._checker, topk_scores, (idx_TK.shape[0], idx_TK.shape[1]), x_any)
-            self._max_tokens.check(idx_TK.shape[0])
-            x_TH, experts = rows_of_tokens(x_any), experts_as_read(experts, x_any.dtype)
-            idx_TK, scores_TK = for_kernels(idx_TK), for_kernels(scores_TK)
-            scores_TK = scores_TK.float() if return_routing else scores_TK
-            self._backend.check_expert_ids(idx_TK, num_experts)
-            x_TH = self._joined_without_tokens(x_TH, experts)
-            facts = {**facts_of(x_TH, experts), "K": idx_TK.shape[1]}
-            self._call_guard.begin("moe_routed", facts, x_TH)
+            of_experts, options = (w1, w2, b1, b2), (activation, gate_layout, return_routing)
+            call = self._checks.moe_routed(x, (topk_idx, topk_scores), of_experts, options)
+            record, idx_TK, scores_TK = call.record, call.topk_idx, call.topk_scores
+            self._call_guard.begin(record)
             max_tokens = self._max_tokens.agree(idx_TK)
             slots = Slots(topk_idx=idx_TK, topk_scores=scores_TK, max_tokens=max_tokens, distinct=False)
-            out = self._backend.layer(x_TH, slots, experts, x.shape, CallRecord())
+            out = self._backend.layer(call.x_TH, slots, call.experts, x.shape, record)
             if not return_routing:
                 return out.y, out.expert_ids
-            routed = RoutedOutput(y=out.y, tokens_per_expert=out.counts, topk_idx=idx_TK, topk_scores=scores_TK)
-            return routed, out.expert_ids
+            return RoutedOutput(out.y, out.counts, idx_TK, scores_TK), out.expert_ids
 
     @ops.by_operator(ops.plan)
     def plan(self, topk_idx: Tensor, num_experts: int) -> tuple[RoutingPlan, Tensor]:
         """The plan of ``topk_idx`` (T, K), as in ``moe_routed``, over E experts; may be used often. Collective."""
         with self._call_guard.one():
-            idx_TK = check_routing(self._checker, topk_idx, num_experts)
-            self._max_tokens.check(idx_TK.shape[0])
-            idx_TK = for_kernels(idx_TK)
-            self._backend.check_expert_ids(idx_TK, num_experts)
-            self._call_guard.begin("plan", {"E": num_experts, "K": idx_TK.shape[1], "device": idx_TK.device.type})
-            max_tokens = self._max_tokens.agree(idx_TK)
-            sizes = {"num_experts": num_experts, "max_tokens": max_tokens}
-            origin = {"step": self._collectives.step.number, "object_number": self._collectives.object_number}
-            plan = self._backend.plan(idx_TK, **sizes, distinct=False, record=CallRecord(), **origin)
+            record, idx_TK = self._checks.plan(topk_idx, num_experts)
+            step = self._call_guard.begin(record)
+            plan = self._backend.plan(
+                idx_TK,
+                num_experts=num_experts,
+                max_tokens=self._max_tokens.agree(idx_TK),
+                distinct=False,
+                record=record,
+                step=step.number,
+                object_number=self._collectives.object_number,
+            )
             return plan, plan.expert_ids
 
     @ops.by_operator(ops.dispatch)
@@ -297,10 +253,9 @@ class ExpertParallel:
         unspecified: do not read them.
         """
         with self._call_guard.one():
-            checked = check_plan(self._checker, plan)
-            x_TH = rows_of_tokens(check_tokens_of_plan(self._checker, x, checked))
-            self._call_guard.begin("dispatch", {**facts_of(x_TH), "plan": identity_of(checked)})
-            return self._backend.dispatch(x_TH, checked, CallRecord()), checked.expert_ids
+            record, form, x_TH = self._checks.dispatch(x, plan)
+            self._call_guard.begin(record, form.identity)
+            return self._backend.dispatch(x_TH, plan, record), plan.expert_ids
 
     @ops.by_operator(ops.combine)
     def combine(self, rows: Tensor, topk_scores: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
@@ -311,13 +266,9 @@ class ExpertParallel:
         this rank raises it, and tokens that lack a row are NaN. topk_scores (T, K): as in ``moe_routed``.
         """
         with self._call_guard.one():
-            checked = check_plan(self._checker, plan)
-            rows_NH = check_rows_of_plan(self._checker, rows, checked)
-            scores_TK = check_scores(self._checker, topk_scores, (checked.num_tokens, checked.top_k), rows_NH)
-            self._backend.check_rows(rows_NH, checked)
-            rows_NH, scores_TK = for_kernels(rows_NH), for_kernels(scores_TK)
-            self._call_guard.begin("combine", {**facts_of(rows_NH), "plan": identity_of(checked)})
-            return self._backend.combine(rows_NH, scores_TK, checked, CallRecord()), checked.expert_ids
+            record, form, rows_NH, scores_TK = self._checks.combine(rows, topk_scores, plan)
+            self._call_guard.begin(record, form.identity)
+            return self._backend.combine(rows_NH, scores_TK, plan, record), plan.expert_ids
 
     @runs_eagerly
     def agree(self, number: int, device: torch.device) -> int:
@@ -325,7 +276,7 @@ class ExpertParallel:
         with self._call_guard.one():
             self._checker.whole("number", number)
             device = self._checker.device("device", device)
-            self._call_guard.begin("agree")
+            self._call_guard.begin(CallRecord(facts=(("call", "agree"),)))
             return self._collectives.numbers(number, device)[0]
 
     @runs_eagerly
@@ -334,7 +285,7 @@ class ExpertParallel:
         with self._call_guard.one():
             device = self._checker.device("device", device)
             self._checker.transportable("device", device)
-            self._call_guard.begin("meet")
+            self._call_guard.begin(CallRecord(facts=(("call", "meet"),)))
             self._backend.meet(device)
 
     @runs_eagerly
@@ -384,23 +335,6 @@ class ExpertParallel:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an ExpertParallel belongs to its process and cannot be pickled; save a module's state_dict()")
-
-    def _router_options(self, *given: object) -> RouterOptions:
-        """``check_router_options``, remembered: calls repeat."""
-        try:
-            return self._options_of(*given)
-        # One that cannot be hashed is wrong, or an error said why it is.
-        except TypeError:
-            return check_router_options(self._checker, *given)  # type: ignore[arg-type]
-
-    def _joined_without_tokens(
-        self, x_TH: Tensor, experts: ExpertWeights, router: RouterWeights | None = None
-    ) -> Tensor:
-        """x; without tokens it requires a gradient if a weight does, as x of other ranks usually does."""
-        of_router = () if router is None else (router.weight, router.bias)
-        weights = (*experts.tensors.values(), *of_router)
-        trained = any(weight is not None and weight.requires_grad for weight in weights)
-        return joined(x_TH, self.world_size) if trained and x_TH.shape[0] == 0 else x_TH
 
 
 def moe(

@@ -68,7 +68,10 @@ def joined(tensor: Tensor, world_size: int) -> Tensor:
 
 def materialized(tensor: Tensor) -> Tensor:
     """Its values in memory, as kernels read them: no negation by flag, no zeros without memory."""
-    return tensor.clone() if compat.is_zero_without_memory(tensor) else tensor.resolve_neg()
+    if compat.is_zero_without_memory(tensor):
+        return tensor.clone()
+    # PyTorch's dispatcher would take longer to find that there is nothing to do.
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
 
 
 def for_kernels(tensor: Tensor) -> Tensor:
@@ -106,14 +109,23 @@ def is_transposed(weight_eFH: Tensor) -> bool:
     return weight_eFH.stride(1) == 1 and weight_eFH.stride(2) != 1 and not weight_eFH.is_contiguous()
 
 
+def bytes_reached(tensor: Tensor) -> int:
+    """Bytes of memory from its first element to its last.
+
+    >>> bytes_reached(torch.zeros(3, 4)), bytes_reached(torch.zeros(3, 4)[:, :1])
+    (48, 36)
+    """
+    if tensor.is_contiguous():
+        return tensor.nbytes
+    reach = 1 + sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return reach * tensor.itemsize
+
+
 def raise_if_freed(where: object, name: str, tensor: Tensor) -> None:
     """Raise ``ValueError`` if the storage of ``tensor`` was freed, as FSDP does between uses of a parameter."""
-    reach = tensor.numel()
-    if reach == 0:
+    if tensor.numel() == 0:
         return
-    if not tensor.is_contiguous():
-        reach = 1 + sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    needed = (tensor.storage_offset() + reach) * tensor.element_size()
+    needed = tensor.storage_offset() * tensor.itemsize + bytes_reached(tensor)
     held = tensor.untyped_storage().nbytes()
     if held < needed:
         raise ValueError(f"{where}: memory of {name}: got {held} bytes, expected at least {needed}: was it freed?")
@@ -127,15 +139,13 @@ def unpack_saved(
     names: in order. strides: of those that backward reads as they were saved, by name; they become contiguous only if
     they come back with others. Raises ``ValueError`` if one was freed.
     """
-    saved = ctx.saved_tensors
-    for name, held in zip(names, saved, strict=True):
+    found: list[Any] = list(ctx.saved_tensors)
+    for place, (name, held) in enumerate(zip(names, found, strict=True)):
         if held is not None:
             raise_if_freed(where, name, held)
-    found = [None if held is None else materialized(held) for held in saved]
-    return [
-        held if held is None or held.stride() == strides.get(name) else held.contiguous()
-        for name, held in zip(names, found, strict=True)
-    ]
+            held = materialized(held)
+            found[place] = held if held.stride() == strides.get(name) else held.contiguous()
+    return found
 
 
 def in_halves(given: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -158,11 +168,15 @@ def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gra
     def guarded(ctx: Any, *gradients: Tensor | None) -> Gradients:
         if torch.is_grad_enabled():
             raise RuntimeError("sonic_ep: create_graph=True is not supported: backward is once_differentiable")
-        if any(found is not None and compat.has_tangent(found) for found in gradients):
+        if compat.in_forward_mode() and any(found is not None and compat.has_tangent(found) for found in gradients):
             raise NotImplementedError("sonic_ep: forward-mode differentiation: got a gradient with a tangent")
-        device = next((found.device for found in gradients if found is not None), torch.device("cpu"))
-        with ctx.call_lock.taken(begun=True), torch.autocast(device.type, enabled=False):
-            return backward(ctx, *(None if found is None else materialized(found) for found in gradients))
+        with ctx.call_lock.begun_call:
+            held = [None if found is None else materialized(found) for found in gradients]
+            if not compat.any_autocast_enabled():
+                return backward(ctx, *held)
+            device = next((found.device for found in gradients if found is not None), torch.device("cpu"))
+            with torch.autocast(device.type, enabled=False):
+                return backward(ctx, *held)
 
     return guarded
 
@@ -182,7 +196,8 @@ def runs_eagerly(function: Callable[GivenP, ResultT]) -> Callable[GivenP, Result
 
     @wraps(function)
     def called(*arguments: GivenP.args, **options: GivenP.kwargs) -> ResultT:
-        if COMPILER in sys.modules:
+        # Where the compiler reads this, or compiles frames as they begin.
+        if COMPILER in sys.modules and (torch.compiler.is_compiling() or compat.compiles_frames() is not None):
             return cast(ResultT, _disabled(function)(*arguments, **options))
         return function(*arguments, **options)
 

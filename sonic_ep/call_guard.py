@@ -3,22 +3,22 @@
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from sonic_ep.backend import Backend, ExpertWeights, RouterWeights
+from sonic_ep.call_memory import CallMemory, CallRecord, Facts
 from sonic_ep.compat import STOP_RECOMPUTATION, is_second_backward
 from sonic_ep.config import RouterOptions
+from sonic_ep.distributed.call_lock import Admission
 from sonic_ep.distributed.collectives import BoundedCollectives, differing
 from sonic_ep.distributed.sync_tag import Phase, Step, call_digest
 from sonic_ep.errors import CollectiveMismatchError, PeerError, RecomputeError, RowOverflowError, SharedMemoryError
-from sonic_ep.plan import RoutingPlan
 
-Facts = tuple[tuple[str, object], ...]
 DIGESTS_KEPT = 64
 # PyTorch has no error type of its own for the memory of a CPU.
 CPU_ALLOCATOR = "DefaultCPUAllocator"
@@ -27,7 +27,7 @@ ALIKE = (RowOverflowError, RecomputeError, SharedMemoryError)
 
 
 class CallGuard:
-    """Admits the calls of one object, numbers them, and releases what it holds.
+    """Admits the calls of one object, numbers them, and releases what it holds. memory: of its calls, until ``close``.
 
     common: facts that are the same on every rank in all calls. check: whether ranks compare the facts of each call.
     """
@@ -42,6 +42,7 @@ class CallGuard:
         # Calls repeat, and formatting their facts again would be slow.
         self._digest = lru_cache(DIGESTS_KEPT)(lambda own, x: call_digest(repr((*own, *facts)), x_trained=x))
         self._backend = backend
+        self.memory = CallMemory()
         collectives.tags_shown = partial(_tags_shown, weakref.ref(backend))
         self._release = weakref.finalize(self, _forgotten, backend, collectives, weakref.ref(self), warns=True)
         # By weak references: graphs hold the lock, and may outlive both.
@@ -67,25 +68,30 @@ class CallGuard:
         """Whether calls may follow in this process."""
         return not (self.closed or self.ended) and self._collectives.call_lock.is_of_this_process
 
-    @contextmanager
-    def one(self, *, begun: bool = False) -> Iterator[None]:
-        """A call, from its checks to its end. begun: without checks. Raises as ``CallLock.taken``, ``_after_error``."""
-        with self._collectives.call_lock.taken(begun=begun):
-            yield
+    def one(self, *, begun: bool = False) -> Admission:
+        """Holds the lock in a call, from its checks to its end. begun: without checks. See ``_after_error``, too."""
+        lock = self._collectives.call_lock
+        return lock.begun_call if begun else lock.call
 
-    def begin(self, name: str, facts: Mapping[str, object] | None = None, x: Tensor | None = None) -> None:
+    def begin(self, record: CallRecord, plan: tuple[int, ...] = ()) -> Step:
         """Begin the collective part of a call, whose arguments have been checked.
 
-        facts, and whether backward may ask for the gradient of x, have to be equal on every rank. Where calls are
-        compared, raises ``CollectiveMismatchError`` naming the rank and facts.
+        Its facts, whether backward may ask for the gradient of x, and the identity of the plan that it uses have to be
+        equal on every rank. Where calls are compared, raises ``CollectiveMismatchError`` naming the rank and facts.
         """
         self._number += 1
-        own: Facts = (("call", name), *(facts or {}).items())
-        x_trained = x is not None and torch.is_grad_enabled() and x.requires_grad
-        step = Step(number=self._number, call=self._digest(own, x_trained))
+        call = record.digest
+        if call is None:
+            call = record.digest = self._digest(record.facts, record.x_trained)
+        if plan:
+            call = call_digest(repr(plan), x_trained=record.x_trained, before=call)
+        step = Step(self._number, call)
         if self._check:
-            self._compare(step, (*own, ("x requires a gradient", x_trained), *self._common))
+            of_plan: Facts = (("plan", plan),) if plan else ()
+            of_x = ("x requires a gradient", record.x_trained)
+            self._compare(step, (*record.facts, *of_plan, of_x, *self._common))
         self._collectives.begin(step)
+        return step
 
     def close(self) -> None:
         """Give back what is held. Later calls raise. ``ConcurrentCallError`` while a thread is in a call."""
@@ -93,14 +99,16 @@ class CallGuard:
         if not lock.is_of_this_process:
             self._release.detach()
             return
-        with lock.taken(last=True):
+        with lock.last_call:
             if self._release.detach() is not None:
                 lock.end("is closed: make a new one")
+                self.memory.close()
                 self._backend.close()
 
     def detach(self) -> None:
         """No call will follow; backward keeps what it needs."""
         if self._release.detach() is not None:
+            self.memory.close()
             if self._number == 0:
                 self._collectives.withdraw()
             self._backend.raise_in_backward()
@@ -152,11 +160,6 @@ def facts_of_router(weights: RouterWeights, options: RouterOptions) -> dict[str,
     trained["router_b trained"] = summed and bias is not None and bias.requires_grad
     given = {"router_b": bias is not None, "correction_bias": weights.correction is not None}
     return {"router": options, **trained, **given}
-
-
-def identity_of(plan: RoutingPlan) -> tuple[int, ...]:
-    """What has to be the same on every rank that uses a plan: the object and call that made it, and (W, C, K)."""
-    return (plan.object_number, plan.step, *plan.expert_ids.shape)
 
 
 def _tags_shown(backend: weakref.ref[Backend]) -> Mapping[int, int]:

@@ -17,7 +17,7 @@ from sonic_ep.backend import ExpertWeights, RouterWeights
 from sonic_ep.compat import has_tangent
 from sonic_ep.config import RouterConfig, RouterOptions, ScoreOrder, is_count, parse_choice, settings_of
 from sonic_ep.distributed.group import EPGroup
-from sonic_ep.plan import RoutingPlan, malformed_field
+from sonic_ep.plan import PlanForm, RoutingPlan, form_of, malformed_field
 from sonic_ep.sharding import is_dtensor, local_of
 
 ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -173,12 +173,6 @@ def check_tokens(checker: ArgumentChecker, x: object) -> Tensor:
 def tokens_of(x: Tensor) -> int:
     """T of ``x`` (T, H) or (..., H)."""
     return x.shape[:-1].numel()
-
-
-def rows_of_tokens(x: Tensor) -> Tensor:
-    """``x`` as kernels read it: (T, H), contiguous. Always a view, in which the gradients of one call are summed."""
-    held = for_kernels(x)
-    return held.view(-1, held.shape[-1])
 
 
 def check_experts_divide(checker: ArgumentChecker, num_experts: int) -> None:
@@ -408,15 +402,17 @@ def _weight_as_read(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return held.requires_grad_() if tensor.requires_grad and not held.requires_grad else held
 
 
-def check_plan(checker: ArgumentChecker, plan: object) -> RoutingPlan:
-    """A plan of this rank and group whose tensors have kept dtype, layout, device and shape. Values are not read."""
-    plan = checker.instance("plan", plan, RoutingPlan, "a RoutingPlan")
-    malformed = malformed_field(plan)
-    if malformed is not None:
+def check_plan(checker: ArgumentChecker, plan: object) -> PlanForm:
+    """The form of a plan of this rank and group whose tensors have kept theirs. Values are not read."""
+    plan, group = checker.instance("plan", plan, RoutingPlan, "a RoutingPlan"), checker.group
+    form = form_of(plan)
+    if form is None:
+        malformed = str(malformed_field(plan))
         checker.require(False, f"{malformed} of plan", _described(getattr(plan, malformed)), "it as ep.plan made it")
-    if (plan.rank, plan.world_size) != (checker.group.rank, checker.group.world_size):
-        checker.require(False, "plan", f"a plan for rank {plan.rank} of {plan.world_size}", f"one for {checker.group}")
-    return plan
+    assert form is not None
+    if plan.rank != group.rank or form.world_size != group.world_size:
+        checker.require(False, "plan", f"a plan for rank {plan.rank} of {form.world_size}", f"one for {group}")
+    return form
 
 
 def _described(value: object) -> str:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor
 from torch._C import _distributed_c10d as c10d
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
@@ -41,6 +42,9 @@ def release_of(version: str) -> tuple[int, ...]:
 
 # Since 2.13 PyTorch keeps the node of a Python autograd function alive between the halves of a split backward.
 KEEPS_NODES = release_of(torch.__version__) >= (2, 13)
+
+# Whether a profiler records this thread, also in the backward of what that thread has called. No public API tells.
+profiler_is_on: Callable[[], bool] = torch._C._autograd._profiler_enabled
 
 
 def all_gather(group: dist.ProcessGroup, gathered: Tensor, own: Tensor, timeout: timedelta) -> dist.Work:
@@ -107,20 +111,31 @@ def keep_forever(kept: object) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
 
 
+def in_forward_mode() -> bool:
+    """Whether a forward-mode differentiation has begun, so that tensors may have tangents."""
+    return forward_ad._current_level >= 0
+
+
 def has_tangent(tensor: Tensor) -> bool:
     """Whether ``tensor`` has a forward-mode tangent. Costs nothing outside of forward-mode differentiation."""
     # PyTorch sets the level as it begins and ends; ``unpack_dual`` takes ten times as long.
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    return in_forward_mode() and forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def is_zero_without_memory(tensor: Tensor) -> bool:
-    """Whether it is one of autograd's zeros, which have no memory. No public API tells."""
-    return tensor._is_zerotensor()
+# The next four are PyTorch's own functions, not wrapped: every call of the layer asks them.
+# Whether a tensor is one of autograd's zeros, which have no memory. No public API tells.
+is_zero_without_memory: Callable[[Tensor], bool] = Tensor._is_zerotensor
+# Whether autocast is on for any kind of device. The public function takes one, as text, which takes longer to read.
+any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+# What ``torch.compile`` has set to look at frames as they begin; None where nothing is being compiled.
+compiles_frames: Callable[[], object] = get_eval_frame_callback
+# How many of ``TorchDispatchMode`` are active.
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
 def dispatch_modes_active() -> bool:
     """Whether any ``TorchDispatchMode`` is active."""
-    return torch._C._len_torch_dispatch_stack() > 0
+    return dispatch_modes() > 0
 
 
 @contextmanager
@@ -235,12 +250,13 @@ def _no_gpu(*_: object) -> int:
 # Without the checks of ``torch.cuda``, which take microseconds; CUDA is initialized where there are tensors on a GPU.
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", _no_gpu)
 current_stream_address: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _no_gpu)
+stream_is_captured: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
 # Releases of Triton whose compiled kernels ``direct_launch`` knows.
 TRITON_KNOWN = ((3, 6),)
 
 
 def direct_launch(compiled: Any, kernel: Any, constants: Sequence[Any]) -> Callable[..., None] | None:
-    """Launches a kernel that Triton has compiled: ``(grid, address of a stream, numbers and addresses of pointers)``.
+    """Launches a kernel that Triton has compiled: ``(grid, address of a stream, addresses of pointers, numbers)``.
 
     constants: its compile-time constants in the order of its parameters, which follow the others. None where only
     Triton can launch it: in another release, with scratch memory, or if a number that needs not have 64 bits has them.
@@ -255,8 +271,8 @@ def direct_launch(compiled: Any, kernel: Any, constants: Sequence[Any]) -> Calla
     # Scratch memory: none. Then what a profiler of Triton's would get.
     options = (run.launch_cooperative_grid, run.launch_pdl, None, None, metadata, None, None, None)
 
-    def launched(grid: tuple[int, ...], stream: int, values: Sequence[Any]) -> None:
-        x, y, z = (*grid, 1, 1)[:3]
-        launch(x, y, z, stream, function, *options, *values, *constants)
+    def launched(grid: tuple[int, ...], stream: int, addresses: Sequence[int], numbers: Sequence[Any]) -> None:
+        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+        launch(x, y, z, stream, function, *options, *addresses, *numbers, *constants)
 
     return launched

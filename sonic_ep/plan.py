@@ -148,7 +148,55 @@ class RoutingPlan:
 # All that the routing determines.
 ORIGIN = ("step", "object_number", "made")
 ROUTING_FIELDS = tuple(field.name for field in fields(RoutingPlan) if field.name not in ORIGIN)
+# Where a plan keeps its form.
+FORM = "_form"
 TENSOR_FIELDS = tuple(field.name for field in fields(RoutingPlan) if field.type == "Tensor")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlanForm:
+    """What a well-formed plan is apart from its values. Kept with the plan: asking its tensors takes longer.
+
+    identity: what has to be the same on every rank that uses the plan: the object and call that made it, and (W, C, K).
+    addresses, shapes: of the tensors, in the order of ``TENSOR_FIELDS``.
+    """
+
+    device: torch.device
+    world_size: int
+    top_k: int
+    num_experts: int
+    row_capacity: int
+    identity: tuple[int, ...]
+    addresses: list[int]
+    shapes: list[torch.Size]
+
+
+def form_of(plan: RoutingPlan) -> PlanForm | None:
+    """The form of a plan; None where a field is malformed, see ``malformed_field``."""
+    fields_of = plan.__dict__
+    kept: PlanForm | None = fields_of.get(FORM)
+    if kept is not None:
+        for name, address, shape in zip(TENSOR_FIELDS, kept.addresses, kept.shapes, strict=True):
+            tensor = fields_of[name]
+            # Freed or resized storage is at another address, or at none.
+            if tensor.data_ptr() != address or tensor.shape != shape:
+                break
+        else:
+            return kept
+    if malformed_field(plan) is not None:
+        return None
+    tensors = [fields_of[name] for name in TENSOR_FIELDS]
+    fields_of[FORM] = found = PlanForm(
+        device=plan.expert_ids.device,
+        world_size=plan.world_size,
+        top_k=plan.top_k,
+        num_experts=plan.num_experts,
+        row_capacity=plan.row_capacity,
+        identity=(plan.object_number, plan.step, *plan.expert_ids.shape),
+        addresses=[tensor.data_ptr() for tensor in tensors],
+        shapes=[tensor.shape for tensor in tensors],
+    )
+    return found
 
 
 def malformed_field(plan: RoutingPlan) -> str | None:
@@ -177,8 +225,8 @@ def malformed_field(plan: RoutingPlan) -> str | None:
 
 def raise_if_malformed(where: object, plan: RoutingPlan) -> None:
     """Raise ``ValueError`` if a field of ``plan`` was freed or resized between forward and this backward."""
-    malformed = malformed_field(plan)
-    if malformed is not None:
+    if form_of(plan) is None:
+        malformed = malformed_field(plan)
         got = f"{malformed} of plan: got a tensor that was freed or resized after forward, expected it unchanged"
         raise ValueError(f"{where}: {got}: keep the plan until its backward has run")
 

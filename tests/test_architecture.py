@@ -30,11 +30,12 @@ ROOT = Path(__file__).parents[1]
 # A part is a module or a folder right below sonic_ep. It imports parts of the rows above its own, and no other.
 LAYERS = [
     {"errors", "compat"},
-    {"config", "autograd_utils"},
+    {"config", "autograd_utils", "profiler_names"},
     {"activation", "call_memory", "cost", "plan"},
     {"distributed"},
     {"backend", "sharding"},
     {"checks", "call_guard", "reference", "fast"},
+    {"call_checks"},
     {"ops"},
     {"api"},
     {"sharing", "router"},

@@ -22,7 +22,7 @@ from sonic_ep.distributed.call_lock import CallLock
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.distributed.process_identity import ProcessIdentity
 from sonic_ep.distributed.rank_status import RankStatus, StatusStore
-from sonic_ep.distributed.sync_tag import Phase, Step, SyncTag, mismatch
+from sonic_ep.distributed.sync_tag import Phase, Step, SyncTag, at_phase, mismatch, step_of
 from sonic_ep.errors import CollectiveMismatchError, ConcurrentCallError, PeerError, PeerLostError, PeerTimeoutError
 
 # Where the process group does not tell its own.
@@ -49,8 +49,9 @@ class Fate:
 
 
 class BoundedCollectives:
-    """Collectives of one group. sync_tag: the current tag, compared across ranks. call_lock: the object's.
+    """Collectives of one group. tag: where this rank is, compared across ranks; ``sync_tag`` is the same as an object.
 
+    call_lock: the object's.
     timeout: seconds to wait for another rank; None: those of the process group. tags_shown: the tags that other ranks'
     kernels show to this rank while they wait for it and it has queued none, by rank.
 
@@ -62,7 +63,8 @@ class BoundedCollectives:
         self.group = group
         self.timeout = group.timeout() or TIMEOUT_SECONDS if timeout is None else timeout
         self.tags_shown: Callable[[], Mapping[int, int]] = dict
-        self.sync_tag = SyncTag(step=Step(), phase=Phase.SYNC)
+        # A number, since every phase of every call sets it. Messages decode it.
+        self.tag = at_phase(0, Phase.SYNC)
         self.call_lock = CallLock(str(group))
         self._begun = 0
         self._connected = False
@@ -71,13 +73,26 @@ class BoundedCollectives:
         self.object_number = self._status_store.number
 
     @property
+    def sync_tag(self) -> SyncTag:
+        """Where this rank is."""
+        return SyncTag.decode(self.tag)
+
+    @sync_tag.setter
+    def sync_tag(self, here: SyncTag) -> None:
+        self.tag = here.tag
+
+    @property
     def step(self) -> Step:
         """The call in progress."""
-        return self.sync_tag.step
+        return step_of(self.tag)
+
+    def tag_of(self, phase: Phase, backward: bool = False) -> int:
+        """The tag of a phase of the call in progress."""
+        return at_phase(self.tag, phase, backward)
 
     def begin(self, step: Step) -> None:
         """Make ``step``, which every rank begins, the current call."""
-        self.sync_tag = SyncTag(step=step, phase=Phase.SYNC)
+        self.tag = at_phase(step.bits, Phase.SYNC)
         self.call_lock.begun = True
 
     def sync(
@@ -92,10 +107,10 @@ class BoundedCollectives:
         """Collective. ``own`` (63 bits) of every rank, in rank order, once all are seen to be at the same tag."""
         if self.group.world_size == 1:
             return [own]
-        mine = torch.tensor([self.sync_tag.tag, own], dtype=torch.int64, device=self.group.device_for(device))
+        mine = torch.tensor([self.tag, own], dtype=torch.int64, device=self.group.device_for(device))
         tags, numbers = self.all_gather(mine).t().tolist()
         for rank, tag in enumerate(tags):
-            if tag != self.sync_tag.tag:
+            if tag != self.tag:
                 raise CollectiveMismatchError(f"{self.group}: {mismatch(self.sync_tag, rank, SyncTag.decode(tag))}")
         return [int(number) for number in numbers]
 
@@ -104,12 +119,12 @@ class BoundedCollectives:
         """Collective. ``own`` of every rank, pickled, in rank order. ``phase``: of the tag meanwhile."""
         if self.group.world_size == 1:
             return [own]
-        before, self.sync_tag = self.sync_tag, replace(self.sync_tag, phase=phase)
+        before, self.tag = self.tag, self._in_phase(phase)
         pickled = pickle.dumps(own)
         sizes = self.numbers(len(pickled), HOST)
         padded = torch.frombuffer(bytearray(pickled.ljust(max(sizes), b"\0")), dtype=torch.uint8)
         gathered = self.all_gather(padded.to(self.group.device_for(HOST))).cpu()
-        self.sync_tag = before
+        self.tag = before
         return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(gathered, sizes, strict=True)]
 
     def all_gather(self, local: Tensor) -> Tensor:
@@ -161,9 +176,12 @@ class BoundedCollectives:
         """Collective. Wait on the host until no rank is ``absent``, which tells those that have not come."""
         self._begun += 1
         if absent():
-            before, self.sync_tag = self.sync_tag, replace(self.sync_tag, phase=phase)
+            before, self.tag = self.tag, self._in_phase(phase)
             self._finish(lambda: None, lambda _, seconds: _polled(lambda: not absent(), seconds), absent=absent)
-            self.sync_tag = before
+            self.tag = before
+
+    def _in_phase(self, phase: Phase) -> int:
+        return replace(self.sync_tag, phase=phase).tag
 
     def _run(
         self, start: Callable[[dist.ProcessGroup, timedelta], dist.Work], tensor: Tensor, needed: Sequence[int] = ()
@@ -223,7 +241,7 @@ class BoundedCollectives:
 
     def _report(self, text: str = "", lost: Sequence[int] = ()) -> None:
         here = self.sync_tag
-        status = RankStatus(collectives=self._begun, left=False, text=text or str(here), lost=tuple(lost), tag=here.tag)
+        status = RankStatus(collectives=self._begun, left=False, text=text or str(here), lost=tuple(lost), tag=self.tag)
         self._status_store.report(status)
 
     def _raise_if_any_left(self, absent: Callable[[], Sequence[int]] = tuple) -> None:
@@ -255,7 +273,7 @@ class BoundedCollectives:
                 # It reports why before it shows this phase, perhaps after ``statuses`` was asked.
                 why = self.why_left(rank) or "see its own output for the error"
                 raise PeerLostError(f"{self.group}: {left(rank, why, self.sync_tag)}")
-            if tag != self.sync_tag.tag:
+            if tag != self.tag:
                 raise CollectiveMismatchError(f"{self.group}: {mismatch(self.sync_tag, rank, there)}")
 
     def _raise_if_any_died(self, ranks: Sequence[int]) -> None:

@@ -17,6 +17,8 @@ from sonic_ep.distributed.sync_tag import Phase
 
 NUMBER_BITS = 32
 MOST_NUMBER, ROUNDS = 2**NUMBER_BITS - 1, 2**31
+# Before a wait: some 20 microseconds.
+LOOKS = 50
 # Bytes of a page: two words, then a key that says whose page it is.
 KEY_AT, KEY_BYTES = 16, 16
 
@@ -44,9 +46,16 @@ class Mailbox:
 
         Raises as the collectives do. Tags are not compared, but by the next collective, or after a second of waiting.
         """
-        self._round = (self._round + 1) % ROUNDS
-        here = self._round % 2
-        self._own[here] = self._round << NUMBER_BITS | min(own, MOST_NUMBER)
+        self._round = now = (self._round + 1) % ROUNDS
+        here = now % 2
+        self._own[here] = now << NUMBER_BITS | min(own, MOST_NUMBER)
+        # Ranks come some microseconds apart, in which a wait that may last would only have begun.
+        for _ in range(LOOKS):
+            for words in self._words:
+                if words[here] >> NUMBER_BITS != now:
+                    break
+            else:
+                break
         self._collectives.wait_for(self._absent, Phase.TOKENS)
         return [words[here] & MOST_NUMBER for words in self._words]
 

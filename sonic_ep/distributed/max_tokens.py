@@ -13,7 +13,7 @@ from sonic_ep import compat
 from sonic_ep.distributed.collectives import HOST, BoundedCollectives
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.distributed.mailbox import Mailbox, open_mailbox
-from sonic_ep.distributed.sync_tag import Phase
+from sonic_ep.distributed.sync_tag import Phase, kind_of
 
 
 class MaxTokens(Protocol):
@@ -86,7 +86,7 @@ class AgreedMaxTokens:
         Raises ``ValueError`` for more tokens than these had: in capture, and on all ranks in backward, where memory
         cannot be shared any more.
         """
-        tokens, kind = tokens_TN.shape[0], self._collectives.step.kind
+        tokens, kind = tokens_TN.shape[0], kind_of(self._collectives.tag)
         most = self._most.get(kind, 0)
         if tokens_TN.is_cuda and torch.cuda.is_current_stream_capturing():
             if tokens > most:

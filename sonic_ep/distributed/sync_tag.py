@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import NamedTuple
 
 # The bits of a tag, from the lowest: step, phase, backward, after_write, call.
 STEP_BITS = 32
@@ -18,6 +19,8 @@ _AFTER_WRITE = _BACKWARD << 1
 _CALL_SHIFT = STEP_BITS + PHASE_BITS + 2
 # The lowest bit of a call's number: whether x requires a gradient.
 _X_TRAINED = 1
+# The bits of a tag that its step has: its number and its call.
+_OF_STEP = (1 << STEP_BITS) - 1 | (1 << CALL_BITS) - 1 << _CALL_SHIFT
 
 
 class Phase(IntEnum):
@@ -42,17 +45,16 @@ class Phase(IntEnum):
         return self.name.lower()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Step:
+class Step(NamedTuple):
     """One collective call of an object. number: counted from 1 on every rank. call: its ``call_digest``."""
 
     number: int = 0
     call: int = 0
 
     @property
-    def kind(self) -> int:
-        """The call without whether x requires a gradient."""
-        return self.call & ~_X_TRAINED
+    def bits(self) -> int:
+        """Its part of every tag, see ``at_phase``."""
+        return self.call << _CALL_SHIFT | self.number % (1 << STEP_BITS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +72,7 @@ class SyncTag:
     @property
     def tag(self) -> int:
         """The tag as a number above 2^32 and below 2^63, see ``decode``."""
-        place = self.step.number % (1 << STEP_BITS) | self.phase << STEP_BITS | self.step.call << _CALL_SHIFT
-        return place | _BACKWARD if self.backward else place
+        return at_phase(self.step.bits, self.phase, self.backward)
 
     @staticmethod
     def decode(tag: int) -> SyncTag:
@@ -81,8 +82,28 @@ class SyncTag:
         >>> here.tag == 3 + 6 * 2**32 + 1 * 2**39, SyncTag.decode(after_write(here.tag)) == here
         (True, True)
         """
-        step = Step(number=tag % (1 << STEP_BITS), call=tag >> _CALL_SHIFT)
-        return SyncTag(step=step, phase=Phase(tag >> STEP_BITS & (1 << PHASE_BITS) - 1), backward=bool(tag & _BACKWARD))
+        phase = Phase(tag >> STEP_BITS & (1 << PHASE_BITS) - 1)
+        return SyncTag(step=step_of(tag), phase=phase, backward=bool(tag & _BACKWARD))
+
+
+def step_of(tag: int) -> Step:
+    """The step of a tag, whatever its phase."""
+    return Step(tag % (1 << STEP_BITS), tag >> _CALL_SHIFT)
+
+
+def kind_of(tag: int) -> int:
+    """The call of a tag, without whether x requires a gradient."""
+    return tag >> _CALL_SHIFT & ~_X_TRAINED
+
+
+def at_phase(tag: int, phase: Phase, backward: bool = False) -> int:
+    """The tag of a phase of the step that ``tag`` is of.
+
+    >>> at_phase(3 + 6 * 2**32 + 1 * 2**39, Phase.COMBINE) == 3 + 7 * 2**32 + 1 * 2**39
+    True
+    """
+    place = tag & _OF_STEP | phase << STEP_BITS
+    return place | _BACKWARD if backward else place
 
 
 def after_write(tag: int) -> int:
@@ -90,9 +111,12 @@ def after_write(tag: int) -> int:
     return tag | _AFTER_WRITE
 
 
-def call_digest(facts: str, *, x_trained: bool = False) -> int:
-    """A hash of 23 bits that ranks with equal ``facts`` share, and one bit for whether x requires a gradient."""
-    hashed = zlib.crc32(facts.encode()) << 1 & (1 << CALL_BITS) - 1
+def call_digest(facts: str, *, x_trained: bool = False, before: int = 0) -> int:
+    """A hash of 23 bits that ranks with equal ``facts`` share, and one bit for whether x requires a gradient.
+
+    before: the digest of facts that precede these.
+    """
+    hashed = zlib.crc32(facts.encode(), before & ~_X_TRAINED) << 1 & (1 << CALL_BITS) - 1
     return hashed | _X_TRAINED if x_trained else hashed
 
 

@@ -194,9 +194,9 @@ def activate_backward_kernel(
     up_grad_ptr,
     dots_ptr,
     origins_ptr,
+    group_ends_ptr,
     rank,
     slots_per_rank,
-    group_ends_ptr,
     experts_per_rank,
     row_capacity,
     PUSH: tl.constexpr,
@@ -313,8 +313,8 @@ def activate_backward(
     dots_R = first.new_empty(rows, dtype=torch.float32)
     pushes = origins_W is not None
     pointers = (first, form.ups_of(hidden), grad_RI, scores_WCK, plan.slot_of_row)
-    grads = (hidden_grads[0], form.ups_of(hidden_grads), dots_R, origins_W if pushes else dots_R)
-    sizes = (plan.rank, plan.max_tokens * plan.top_k, plan.group_ends, plan.experts_per_rank, plan.row_capacity)
+    grads = (hidden_grads[0], form.ups_of(hidden_grads), dots_R, origins_W if pushes else dots_R, plan.group_ends)
+    sizes = (plan.rank, plan.max_tokens * plan.top_k, plan.experts_per_rank, plan.row_capacity)
     run = form.backward_and_push if pushes else form.backward
     run((programs_over(rows, first.device),), *pointers, *grads, *sizes)
     return HiddenGradient(hidden=hidden_grads, weighted=grad_RI, dots=dots_R)

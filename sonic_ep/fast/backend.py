@@ -49,8 +49,8 @@ class FastBackend:
     ) -> Routing:
         """See ``sonic_ep.fast.router``. The layer follows: its ids, scores and tokens are staged with the choice."""
         call_plan = self._call_plan(record, x_TH, options.top_k, weights.weight.shape[0])
-        staged = call_plan.begin(max_tokens)
-        into = StagedChoice(staged=staged, x_TH=x_TH.detach(), max_tokens=max_tokens) if max_tokens > 0 else None
+        sized = call_plan.begin(max_tokens)
+        into = StagedChoice(staged=sized.staged, x_TH=x_TH, max_tokens=max_tokens) if max_tokens > 0 else None
         return route(x_TH, weights, options, call_plan.workspace, into)
 
     def check_activation(self, activation: Activation) -> None:
@@ -80,7 +80,8 @@ class FastBackend:
         context = self._context(topk_idx_TK.device)
         planner, workspace, group = context.planner, context.workspace, self._group
         tokens, top_k = topk_idx_TK.shape
-        staged = planner.begin(max_tokens, top_k, scored=False)
+        planner.begin()
+        staged = planner.reserve(max_tokens, top_k, scored=False)
         sizes = {"max_tokens": max_tokens, "num_experts": num_experts}
         if max_tokens > 0:
             stage_call(topk_idx_TK, None, None, staged, workspace, **sizes)
@@ -123,14 +124,14 @@ class FastBackend:
         scores_TK, max_tokens = self._joined(slots.topk_scores.float()), slots.max_tokens
         tokens, top_k = slots.topk_idx.shape
         call_plan = self._call_plan(record, x_TH, top_k, experts.w2.shape[0] * self._group.world_size)
-        staged = slots.staged
-        if staged is None:
-            staged = call_plan.begin(max_tokens)
-            call_plan.stage(slots.topk_idx, scores_TK.detach(), x_TH.detach(), staged, max_tokens)
+        if slots.staged is None:
+            sized = call_plan.begin(max_tokens)
+            call_plan.stage(slots.topk_idx, scores_TK, x_TH, sized)
+        else:
+            sized = call_plan.at(max_tokens)
+        staged = sized.staged
         gather = call_plan.gather(experts, max_tokens)
-        pending = call_plan.planner.plan(
-            staged, call_plan.shape(max_tokens), num_tokens=tokens, distinct=slots.distinct
-        )
+        pending = call_plan.planner.plan(staged, sized.shape, num_tokens=tokens, distinct=slots.distinct)
         plan, grad = pending.plan, torch.is_grad_enabled()
         ups = (*experts.up_weights, *experts.up_biases)
         given = (x_TH, scores_TK, experts.w2, experts.b2, *ups)
@@ -206,7 +207,7 @@ class FastBackend:
 
     def _exchange(self, record: CallRecord, rows_NH: Tensor, plan: RoutingPlan) -> Exchange:
         call_plan = self._call_plan(record, rows_NH, plan.top_k, plan.num_experts)
-        call_plan.reserve(plan.max_tokens)
+        call_plan.at(plan.max_tokens)
         return call_plan.exchange(plan)
 
     def _call_plan(self, record: CallRecord, rows_NH: Tensor, top_k: int, num_experts: int) -> CallPlan:

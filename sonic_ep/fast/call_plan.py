@@ -4,6 +4,8 @@ An ``ExpertParallel`` keeps one for each kind of call, in the call's record, unt
 to call, T, C, addresses and values, is in none. Kernels and their constants are kept where they are launched.
 """
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from sonic_ep.backend import ExpertWeights
@@ -17,6 +19,16 @@ from sonic_ep.fast.gemm import GroupedGemm, LibraryGemm, addresses_serve, groupe
 from sonic_ep.fast.plan import PlanShape
 from sonic_ep.fast.staging import StagedCall, stage_call
 from sonic_ep.plan import RoutingPlan
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SizedPlan:
+    """A ``CallPlan`` at one C. generation: of the shared buffers."""
+
+    max_tokens: int
+    shape: PlanShape
+    staged: StagedCall
+    generation: int
 
 
 class CallPlan:
@@ -33,33 +45,36 @@ class CallPlan:
         self.dispatch, self.combine = context.dispatch[modes.dispatch], context.combine[modes.combine]
         self._gather = context.gather if config.redispatch_x_in_backward else None
         self._serves: bool | None = None
+        self._sized: SizedPlan | None = None
 
-    def shape(self, max_tokens: int) -> PlanShape:
-        """The sizes of a plan with this C."""
-        rank, world_size = self.workspace.group.rank, self.workspace.group.world_size
-        sizes = {"rank": rank, "world_size": world_size, "max_tokens": max_tokens}
-        return PlanShape(top_k=self.top_k, num_experts=self.num_experts, **sizes)
-
-    def reserve(self, max_tokens: int) -> None:
-        """Collective. Allocate what moving rows, and its backward, needs with this C, so that backward never has to."""
-        self.dispatch.reserve(max_tokens, self.row_bytes)
-        self.combine.reserve(max_tokens, self.top_k, self.row_bytes)
-        reserve_values(self.workspace, max_tokens, self.top_k)
-
-    def begin(self, max_tokens: int) -> StagedCall:
-        """Collective. Begin a layer: shared memory for its ids, scores and tokens, which may be overwritten now."""
+    def at(self, max_tokens: int) -> "SizedPlan":
+        """Collective. Sizes at this C, and memory for moving rows and for its backward, which never allocates any."""
+        held, workspace = self._sized, self.workspace
+        if held is not None and held.max_tokens == max_tokens and held.generation == workspace.generation:
+            return held
+        group = workspace.group
+        sizes = {"rank": group.rank, "world_size": group.world_size, "max_tokens": max_tokens}
+        shape = PlanShape(top_k=self.top_k, num_experts=self.num_experts, **sizes)
         rows = self.dispatch.reserve(max_tokens, self.row_bytes)
-        staged = self.planner.begin(max_tokens, self.top_k, scored=True, rows=rows)
-        self.reserve(max_tokens)
+        staged = self.planner.reserve(max_tokens, self.top_k, scored=True, rows=rows)
+        self.combine.reserve(max_tokens, self.top_k, self.row_bytes)
+        reserve_values(workspace, max_tokens, self.top_k)
+        self._sized = SizedPlan(max_tokens=max_tokens, shape=shape, staged=staged, generation=workspace.generation)
+        return self._sized
+
+    def begin(self, max_tokens: int) -> "SizedPlan":
+        """Collective. Begin a layer, whose ids, scores and tokens may be staged then. Raises as ``DeviceErrors``."""
+        self.planner.begin()
+        sized = self.at(max_tokens)
         if max_tokens > 0 and self.workspace.group.world_size > 1:
             self.dispatch.before_staging()
-        return staged
+        return sized
 
-    def stage(self, topk_idx_TK: Tensor, scores_TK: Tensor, x_TH: Tensor, staged: StagedCall, max_tokens: int) -> None:
+    def stage(self, topk_idx_TK: Tensor, scores_TK: Tensor, x_TH: Tensor, sized: SizedPlan) -> None:
         """Copy what a layer stages to this rank's halves; the barrier behind it is that of the plan."""
-        if max_tokens > 0:
-            sizes = {"max_tokens": max_tokens, "num_experts": self.num_experts}
-            stage_call(topk_idx_TK, scores_TK, x_TH, staged, self.workspace, **sizes)
+        if sized.max_tokens > 0:
+            sizes = {"max_tokens": sized.max_tokens, "num_experts": self.num_experts}
+            stage_call(topk_idx_TK, scores_TK, x_TH, sized.staged, self.workspace, **sizes)
 
     def gather(self, experts: ExpertWeights, max_tokens: int) -> CopyEngineGather | None:
         """Collective. What gathers x again in backward; None where the rows received are saved."""
@@ -78,7 +93,7 @@ class CallPlan:
             combine=self.combine,
             workspace=self.workspace,
             planner=self.planner,
-            step=self.workspace.step,
+            tag=self.workspace.tag,
         )
 
     def gemm(self, x_TH: Tensor, experts: ExpertWeights, slots: int) -> GroupedGemm:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sonic_ep.autograd_utils import once_differentiable, savable, unpack_saved
-from sonic_ep.distributed.sync_tag import Phase, Step
+from sonic_ep.distributed.sync_tag import Phase, step_of
 from sonic_ep.fast.collectives import collect_values, reserve_values
 from sonic_ep.fast.combine.base import PushedCombine
 from sonic_ep.fast.copy_engine import CopyEngineGather, GatherInFlight
@@ -23,19 +23,19 @@ from sonic_ep.plan import RoutingPlan, raise_if_malformed
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Exchange:
-    """One plan with the primitives that move rows by it, for a call (step) or its gradient (backward)."""
+    """One plan and what moves rows by it. tag: of the call. backward: for its gradient."""
 
     plan: RoutingPlan
     dispatch: PulledDispatch
     combine: PushedCombine
     workspace: Workspace
     planner: Planner
-    step: Step
+    tag: int
     backward: bool = False
 
     def enter(self, phase: Phase) -> None:
-        """Begin a phase of the step, see ``Workspace.enter``."""
-        self.workspace.enter(phase, self.step, backward=self.backward)
+        """Begin a phase of the call, see ``Workspace.enter``."""
+        self.workspace.enter(phase, self.tag, backward=self.backward)
 
     @property
     def group_ends(self) -> Tensor:
@@ -98,7 +98,7 @@ class Exchange:
         """The gradient (N, H); all NaN if these ids, saved in a recompute, differ from those of the forward's plan."""
         if expert_ids_WCK.data_ptr() == self.plan.expert_ids.data_ptr():
             return grad_NH
-        differs = self.planner.device_errors.compare(self.plan.expert_ids, expert_ids_WCK, self.step.number)
+        differs = self.planner.device_errors.compare(self.plan.expert_ids, expert_ids_WCK, step_of(self.tag).number)
         return grad_NH.masked_fill(differs, math.nan)
 
     def _poisoned(self, rows_NH: Tensor) -> Tensor:

@@ -25,9 +25,9 @@ def add_bias_dots_kernel(
     dots_ptr,
     slot_of_row_ptr,
     origins_ptr,
+    group_ends_ptr,
     rank,
     slots_per_rank,
-    group_ends_ptr,
     experts_per_rank,
     row_capacity,
     H: tl.constexpr,
@@ -111,8 +111,8 @@ def add_bias_dots(out_grad_RH: Tensor, bias_eH: Tensor, dots_R: Tensor, plan: Ro
     (held, width), device = bias_eH.shape, bias_eH.device
     constants = column_constants(width) | {"EXPERTS_PADDED": triton.next_power_of_2(held)}
     constants["ROWS"] = rows_at_once(constants["COLUMNS"], device)
-    pointers = (out_grad_RH, bias_eH, dots_R, plan.slot_of_row, origins_W)
-    sizes = (plan.rank, plan.max_tokens * plan.top_k, plan.group_ends, plan.experts_per_rank, plan.row_capacity)
+    pointers = (out_grad_RH, bias_eH, dots_R, plan.slot_of_row, origins_W, plan.group_ends)
+    sizes = (plan.rank, plan.max_tokens * plan.top_k, plan.experts_per_rank, plan.row_capacity)
     grid = (programs_over(out_grad_RH.shape[0], device),)
     launch(add_bias_dots_kernel, grid, *pointers, *sizes, device=device, **constants)
 

@@ -4,7 +4,8 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.compat import current_device, current_stream_address, direct_launch
+from sonic_ep.compat import current_device, current_stream_address, direct_launch, stream_is_captured
 
 # Whether kernels run under Triton's interpreter, on the CPU: Triton decides it when it is imported.
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
+ON_CPU: bool = INTERPRETED.value
 # A row is copied in blocks of this many bytes: 16 bytes for each thread of 4 warps, four times over.
 BLOCK_BYTES = 8192
 MOST_COLUMNS = 4096
@@ -25,13 +27,12 @@ PROGRAMS_PER_MULTIPROCESSOR = 16
 ONE_LAUNCH = threading.Lock()
 # Kernels with their constants that ``launch`` remembers.
 LAUNCHERS_KEPT = 1024
-NUMBERS = frozenset({int, float, bool})
 # Triton compiles for pointers to such addresses; it compiles again where one is no multiple.
 ALIGNED_BYTES = 16
 
 
 def triton_kernel(function: Callable[..., None]) -> Any:
-    """``triton.jit`` of a kernel, whose pointers end in _ptr, compiled once for all values of its numbers.
+    """``triton.jit`` of a kernel, compiled once for all values of its numbers. Pointers end in _ptr and come first.
 
     Triton would compile again when one is first 1 or a multiple of 16, on one rank, while the others wait.
     """
@@ -59,38 +60,33 @@ class Launcher:
     would look at every argument again.
     """
 
-    __slots__ = ("_compiled", "_constants", "_device", "_kernel", "_on_gpu")
+    __slots__ = ("_compiled", "_constants", "_device", "_index", "_kernel", "_pointers")
 
     def __init__(self, kernel: Any, device: torch.device, constants: Mapping[str, Any]) -> None:
         self._kernel, self._device, self._constants = kernel, device, constants
-        self._on_gpu = not INTERPRETED.value
+        self._index = device.index
+        self._pointers = sum(name.endswith("_ptr") for name in kernel.arg_names)
         # By the element types of the pointers: all that Triton tells apart, since no number is specialized.
         self._compiled: dict[tuple[torch.dtype, ...], Callable[..., None] | None] = {}
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
-        """Tensors are passed as pointers."""
+        """arguments: tensors, which are passed as pointers, then numbers."""
         if 0 in grid:
             return
-        if not self._on_gpu:
+        if ON_CPU:
             with alone_in_this_process():
                 self._ordinary(grid, arguments)
             return
-        values, dtypes, addresses = [], [], 0
-        for argument in arguments:
-            if argument.__class__ in NUMBERS:
-                values.append(argument)
-            else:
-                address = argument.data_ptr()
-                addresses |= address
-                values.append(address)
-                dtypes.append(argument.dtype)
-        form = tuple(dtypes)
+        tensors, numbers = arguments[: self._pointers], arguments[self._pointers :]
+        form = tuple([tensor.dtype for tensor in tensors])
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        aligned = reduce(or_, addresses) % ALIGNED_BYTES == 0
         compiled = self._compiled.get(form)
-        if compiled is None or addresses % ALIGNED_BYTES or current_device() != self._device.index:
-            self._first(grid, arguments, form, aligned=addresses % ALIGNED_BYTES == 0)
+        if compiled is None or not aligned or current_device() != self._index:
+            self._first(grid, arguments, form, aligned=aligned)
             return
         try:
-            compiled(grid, current_stream_address(self._device.index), values)
+            compiled(grid, current_stream_address(self._index), addresses, numbers)
         except OverflowError:
             # A number of more than 32 bits, for which Triton has another variant.
             self._ordinary(grid, arguments)
@@ -126,9 +122,10 @@ def host_ints(count: int, device: torch.device, dtype: torch.dtype = torch.int32
 
 def capturing(device: torch.device) -> bool:
     """Whether the current stream of a GPU is captured in a graph: then the host cannot wait for it."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and stream_is_captured()
 
 
+@lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 on the CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

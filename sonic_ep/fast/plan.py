@@ -6,7 +6,7 @@ holds whole tokens of one rank, in slot order.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 import triton
@@ -312,12 +312,12 @@ class PlanShape:
     top_k: int
     num_experts: int
 
-    @property
+    @cached_property
     def experts_per_rank(self) -> int:
         """Experts of one rank, e."""
         return self.num_experts // self.world_size
 
-    @property
+    @cached_property
     def tiles_per_rank(self) -> int:
         """Tiles that hold the C tokens of a rank."""
         return triton.cdiv(self.max_tokens, tile_tokens(self.top_k))
@@ -374,7 +374,7 @@ def gathered_counts(staged: StagedCall, shape: PlanShape, workspace: Workspace, 
     more = (expert_ids_WCK if scores_WCK is None else scores_WCK, before, device_errors)
     numbers = (max_tokens, tiles_per_rank, experts, shape.experts_per_rank, world_size)
     count((tiles,), *pointers, *more, *numbers)
-    scan((triton.cdiv(bins, SCAN_BINS),), before, tiles, bins)
+    scan((-(-bins // SCAN_BINS),), before, tiles, bins)
     return TileCounts(expert_ids=expert_ids_WCK, scores=scores_WCK, before=before)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sonic_ep.config import EPConfig
 from sonic_ep.distributed.group import EPGroup
-from sonic_ep.distributed.sync_tag import Phase
+from sonic_ep.distributed.sync_tag import Phase, step_of
 from sonic_ep.fast.collectives import FP32_BYTES, SCORES
 from sonic_ep.fast.device_errors import DeviceErrors, Limits
 from sonic_ep.fast.launch import capturing, host_ints
@@ -100,17 +100,18 @@ class Planner:
         # The bound that the device checks; None if there is none, or the host checks it.
         self.max_rows = None if config.cpu_sync_on_runtime else self._bound
 
-    def begin(self, max_tokens: int, top_k: int, *, scored: bool, rows: Staging | None = None) -> StagedCall:
-        """Collective. Begin a plan: shared memory for its ids, and for scores if they go with them.
-
-        rows: where the call stages its tokens. Raises as ``DeviceErrors``.
-        """
+    def begin(self) -> None:
+        """Collective. Begin a plan. Raises as ``DeviceErrors``."""
         self.device_errors.begin()
-        check_slots(self._group, world_size=self._group.world_size, max_tokens=max_tokens, top_k=top_k)
         self._workspace.enter(Phase.EXCHANGE)
+
+    def reserve(self, max_tokens: int, top_k: int, *, scored: bool, rows: Staging | None = None) -> StagedCall:
+        """Collective. Shared memory for ids, and scores if they go with them. rows: where the call stages tokens."""
+        check_slots(self._group, world_size=self._group.world_size, max_tokens=max_tokens, top_k=top_k)
         room = max_tokens * top_k
         scores = self._workspace.staging(SCORES, room * FP32_BYTES) if scored else None
-        return StagedCall(ids=self._workspace.staging(IDS, room * INDEX_BYTES), scores=scores, rows=rows)
+        ids = self._workspace.staging(IDS, room * INDEX_BYTES)
+        return StagedCall(ids=ids, scores=scores, rows=ids if rows is None else rows)
 
     def plan(self, staged: StagedCall, shape: PlanShape, *, num_tokens: int, distinct: bool) -> PendingPlan:
         """Collective. The barrier behind the staging, then the kernels of the plan."""
@@ -118,7 +119,9 @@ class Planner:
             return self._empty(staged, shape)
         max_rows = MOST_SLOTS if self.max_rows is None else self.max_rows
         errors = self.device_errors
-        errors.expect(Limits(num_experts=shape.num_experts, max_rows=max_rows, step=self._workspace.step.number))
+        errors.expect(
+            Limits(num_experts=shape.num_experts, max_rows=max_rows, step=step_of(self._workspace.tag).number)
+        )
         self._workspace.barrier_after_write()
         found = gathered_counts(staged, shape, self._workspace, errors.codes)
         if self._config.cpu_sync_on_runtime:

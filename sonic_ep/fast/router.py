@@ -431,7 +431,7 @@ class RouterLogits(torch.autograd.Function):
         """See ``_logits``."""
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         ctx.reduced, ctx.workspace = options.reduce_router_grad, workspace
-        ctx.step, ctx.call_lock = workspace.step, workspace.call_lock
+        ctx.tag, ctx.call_lock = workspace.tag, workspace.call_lock
         ctx.x_dtype, ctx.weight_dtype = x_TH.dtype, router_w_EH.dtype
         ctx.bias_dtype = None if router_b_E is None else router_b_E.dtype
         ctx.save_for_backward(x_TH if needs_weight else None, router_w_EH if needs_x else None)
@@ -455,7 +455,7 @@ class RouterLogits(torch.autograd.Function):
             weight_grad = by_part.view(parts, num_experts, -1).sum(dim=0)
         bias_grad = grad_TE.sum(dim=0) if ctx.needs_input_grad[2] else None
         if ctx.reduced and any(ctx.needs_input_grad[1:3]):
-            ctx.workspace.enter(Phase.ROUTER, ctx.step, backward=True)
+            ctx.workspace.enter(Phase.ROUTER, ctx.tag, backward=True)
             add = partial(sum_over_ranks, workspace=ctx.workspace)
             weight_grad, bias_grad = summed_together((weight_grad, bias_grad), add)
         weight_grad = None if weight_grad is None else weight_grad.to(ctx.weight_dtype)
@@ -509,7 +509,7 @@ def choose_experts(
     # Pointers that are not read: of a correction, of rows and of what is staged.
     correction = logits_TE if correction_E is None else correction_E
     rows, numbers, max_tokens, tables, ranks = scores_TK, 0, tokens, (topk_idx_TK,) * 4, (0, 1)
-    if workspace is not None and into is not None and into.staged.scores is not None and into.staged.rows is not None:
+    if workspace is not None and into is not None and into.staged.scores is not None:
         ids, scores, table = (into.staged.ids.addresses, into.staged.scores.addresses, into.staged.rows.addresses)
         ranks, max_tokens = (workspace.group.rank, workspace.group.world_size), into.max_tokens
         tables = (ids, scores, table, workspace.epoch)
@@ -517,7 +517,7 @@ def choose_experts(
         rows, numbers = into.x_TH, into.x_TH.numel() if ranks[1] > 1 else 0
     itemsize = rows.element_size()
     run, tile_tokens = _choose(device, num_experts, options, correction_E is not None, into is not None, itemsize)
-    grid = (triton.cdiv(max_tokens, tile_tokens) + row_programs(numbers, itemsize),)
+    grid = (-(-max_tokens // tile_tokens) + row_programs(numbers, itemsize),)
     pointers = (logits_TE, topk_idx_TK, scores_TK, correction, rows, *tables)
     run(grid, *pointers, *ranks, tokens, max_tokens, numbers, float(options.scale))
     staged = None if into is None else into.staged
@@ -547,7 +547,7 @@ def logits_gradient(
     grad_TE, (tokens, num_experts) = torch.empty_like(logits_TE), logits_TE.shape
     given = (logits_TE, routing.topk_idx, routing.topk_scores, scores_grad_TK.contiguous())
     run, tile_tokens = _logits_gradient(logits_TE.device, num_experts, options, corrected)
-    run((triton.cdiv(tokens, tile_tokens),), *given, grad_TE, tokens, float(options.scale))
+    run((-(-tokens // tile_tokens),), *given, grad_TE, tokens, float(options.scale))
     return grad_TE
 
 

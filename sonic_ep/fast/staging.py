@@ -24,11 +24,14 @@ VECTOR_BYTES = 16
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StagedCall:
-    """Where a call stages what its plan and its dispatch read. scores, rows: None where they do not go with the ids."""
+    """Where a call stages what its plan and its dispatch read. scores: None where they do not go with the ids.
+
+    rows: that of the ids, where no rows are staged.
+    """
 
     ids: Staging
     scores: Staging | None
-    rows: Staging | None
+    rows: Staging
 
 
 @triton.jit
@@ -108,7 +111,7 @@ def _stage(device: torch.device, itemsize: int, has_ids: bool, has_scores: bool)
 
 def row_programs(numbers: int, itemsize: int) -> int:
     """Programs that stage ``numbers`` elements."""
-    return triton.cdiv(numbers * itemsize, ROW_BYTES)
+    return -(-numbers * itemsize // ROW_BYTES)
 
 
 def stage_rows(rows_NH: Tensor, staging: Staging, workspace: Workspace) -> None:
@@ -138,14 +141,14 @@ def stage_call(
     group, epoch, ids = workspace.group, workspace.epoch, staged.ids.addresses
     rows, numbers, rows_table = epoch, 0, ids
     # Of one rank no peer reads the rows.
-    if x_TH is not None and staged.rows is not None and group.world_size > 1:
+    if x_TH is not None and group.world_size > 1:
         rows, numbers, rows_table = x_TH, x_TH.numel(), staged.rows.addresses
     itemsize, room = rows.element_size(), max_tokens * topk_idx_TK.shape[1]
     # Pointers that are not read without scores.
     scores, scores_table, scored = topk_idx_TK, ids, False
     if scores_TK is not None and staged.scores is not None:
         scores, scores_table, scored = scores_TK, staged.scores.addresses, True
-    grid = (triton.cdiv(room, SLOTS) + row_programs(numbers, itemsize),)
+    grid = (-(-room // SLOTS) + row_programs(numbers, itemsize),)
     sizes = (group.rank, group.world_size, topk_idx_TK.numel(), room, num_experts, numbers)
     run = _stage(topk_idx_TK.device, itemsize, True, scored)
     run(grid, topk_idx_TK, scores, rows, ids, scores_table, rows_table, epoch, *sizes)

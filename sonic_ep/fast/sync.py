@@ -89,7 +89,7 @@ def _swap_in_time(flag_ptr, old, new, SEM: tl.constexpr, wait_errors_ptr, peer, 
 
 
 @triton_kernel
-def barrier_kernel(flags_ptr, epoch_ptr, world_size, wait_errors_ptr, rank, tag: tl.int64, limit: tl.int64):
+def barrier_kernel(flags_ptr, epoch_ptr, wait_errors_ptr, world_size, rank, tag: tl.int64, limit: tl.int64):
     """A barrier of all ranks at ``tag``: what each wrote before is visible to all after. Grid (W,), one program a peer.
 
     flags_ptr (W,) int64: addresses of each rank's W flags, int64, all 0 before and after. Rank p raises flag p

@@ -9,15 +9,14 @@ import time
 import weakref
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
 import torch
-import triton
+from torch import Tensor
 
-from sonic_ep.compat import keep_forever
+from sonic_ep.compat import current_stream_address, keep_forever, stream_is_captured
 from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.distributed.group import EPGroup
-from sonic_ep.distributed.sync_tag import Phase, Step, SyncTag, after_write
+from sonic_ep.distributed.sync_tag import Phase, after_write, at_phase
 from sonic_ep.errors import ClosedError
 from sonic_ep.fast.device_errors import WaitErrors
 from sonic_ep.fast.launch import Launcher, capturing, launch
@@ -57,9 +56,13 @@ class Workspace:
         self._replaced: list[object] = []
         self._captured = False
         self._last_stream: torch.cuda.Stream | None = None
+        self._last_address = -1
+        self._on_gpu = device.type == "cuda"
+        # Changes whenever a buffer does: what was reserved at the same one is still there.
+        self.generation = 0
         weakref.finalize(self, _keep_after_trap, self.wait_errors, self._buffers, self._replaced)
         self._launch_barrier = Launcher(barrier_kernel, device, {"num_warps": 1, **WAITING})
-        self.reserve(BARRIER, group.world_size * TAG_BYTES, 0)
+        self._barrier_flags = self.reserve(BARRIER, group.world_size * TAG_BYTES, 0).addresses
         # Barriers passed, () int32: kernels find by it the half of a ``Staging``, also when a graph is replayed.
         with torch.inference_mode(False):
             self.epoch = torch.zeros((), dtype=torch.int32, device=device)
@@ -67,33 +70,38 @@ class Workspace:
             self.ticket = torch.zeros((), dtype=torch.int32, device=device)
 
     @property
-    def step(self) -> Step:
-        """The call that is being made."""
-        return self._collectives.sync_tag.step
+    def tag(self) -> int:
+        """A tag of the call that is being made, see ``sync_tag``."""
+        return self._collectives.tag
 
-    def enter(self, phase: Phase = Phase.SYNC, step: Step | None = None, *, backward: bool = False) -> None:
-        """Begin a phase of ``step``, or of this call, after what the last phase has queued, on any stream.
+    def enter(self, phase: Phase = Phase.SYNC, tag: int | None = None, *, backward: bool = False) -> None:
+        """Begin a phase of the call that ``tag`` is of, or of this one, after what the last phase queued on any stream.
 
         Raises ``PeerError`` if a kernel of this rank has timed out since, ``ClosedError`` after ``close``.
         """
-        self._raise_if_closed()
-        self.wait_errors.raise_if_any()
-        self._collectives.sync_tag = SyncTag(step=step or self.step, phase=phase, backward=backward)
-        if self.device.type != "cuda":
+        if self._closed or self.wait_errors.found():
+            self._raise_if_closed()
+            self.wait_errors.raise_if_any()
+        held = self._collectives
+        held.tag = at_phase(held.tag if tag is None else tag, phase, backward)
+        if not self._on_gpu:
             return
-        stream = torch.cuda.current_stream(self.device)
-        if capturing(self.device):
+        if stream_is_captured():
             self._captured = True
-            return
-        if self._last_stream is not None and self._last_stream != stream:
+        elif current_stream_address(self.device.index) != self._last_address:
+            self._change_stream()
+
+    def _change_stream(self) -> None:
+        stream = torch.cuda.current_stream(self.device)
+        if self._last_stream is not None:
             stream.wait_stream(self._last_stream)
-        self._last_stream = stream
+        self._last_stream, self._last_address = stream, stream.cuda_stream
 
     def leave(self, tag: int = 0) -> None:
         """Show ``tag``, or ``Phase.LEFT``, to every peer, which ends their waits; ``LEAVE_SECONDS`` at most."""
         if self._closed or self.group.world_size == 1:
             return
-        tag = tag or SyncTag(step=self.step, phase=Phase.LEFT).tag
+        tag = tag or at_phase(self.tag, Phase.LEFT)
         limit = int(LEAVE_SECONDS * NANOSECONDS_PER_SECOND)
         sizes = (self.group.world_size, self.group.rank, tag, limit)
         launch(leave_kernel, sizes[:1], self._buffers[BARRIER].addresses, *sizes, device=self.device, num_warps=1)
@@ -132,8 +140,9 @@ class Workspace:
         elif held is not None:
             # As peers do, to allocate.
             self.synchronize()
-        blocks = max(1, triton.cdiv(nbytes, ALIGNMENT_BYTES))
+        blocks = max(1, -(-nbytes // ALIGNMENT_BYTES))
         self._buffers[name] = self._transport.allocate(ALIGNMENT_BYTES * blocks, byte)
+        self.generation += 1
         return self._buffers[name]
 
     def staging(self, name: str, nbytes: int, *, in_turn: bool = True) -> Staging:
@@ -145,7 +154,7 @@ class Workspace:
         if held is not None and held.half_bytes >= nbytes:
             self._raise_if_closed()
             return held
-        half_bytes = ALIGNMENT_BYTES * max(1, triton.cdiv(nbytes, ALIGNMENT_BYTES))
+        half_bytes = ALIGNMENT_BYTES * max(1, -(-nbytes // ALIGNMENT_BYTES))
         halves = 2 if in_turn and self.group.world_size > 1 else 1
         if held is not None and self._captured:
             self._replaced.append(held)
@@ -155,18 +164,20 @@ class Workspace:
 
     def barrier_before_write(self) -> None:
         """Wait until every rank has finished reading the shared buffers."""
-        self._barrier(self._collectives.sync_tag.tag)
+        self._barrier(self._collectives.tag)
 
     def barrier_after_write(self) -> None:
         """Wait until every rank has finished writing the shared buffers."""
-        self._barrier(after_write(self._collectives.sync_tag.tag))
+        self._barrier(after_write(self._collectives.tag))
 
-    def run_waiting(self, run: Launcher, grid: tuple[int, ...], *arguments: Any) -> None:
+    def run_waiting(
+        self, run: Launcher, grid: tuple[int, ...], pointers: tuple[Tensor, ...], numbers: tuple[int, ...]
+    ) -> None:
         """Launch a kernel that waits for peers, with ``WAITING`` among its constants.
 
-        Its last parameters are wait_errors_ptr, rank, tag and limit.
+        Its last pointer is wait_errors_ptr, its last numbers are rank, tag and limit.
         """
-        self._run(run, grid, *arguments, tag=self._collectives.sync_tag.tag)
+        self._run(run, grid, (*pointers, self.wait_errors.codes), numbers, self._collectives.tag)
 
     def synchronize(self) -> None:
         """Wait for this rank's kernels."""
@@ -185,18 +196,20 @@ class Workspace:
         world_size = self.group.world_size
         if world_size > 1:
             # Interpreted, programs run one after the other: the first W raise flags, the others wait.
-            grid = (world_size,) if self.device.type == "cuda" else (2 * world_size,)
-            self._run(self._launch_barrier, grid, self._buffers[BARRIER].addresses, self.epoch, world_size, tag=tag)
+            grid = (world_size,) if self._on_gpu else (2 * world_size,)
+            pointers = (self._barrier_flags, self.epoch, self.wait_errors.codes)
+            self._run(self._launch_barrier, grid, pointers, (world_size,), tag)
 
-    def _run(self, run: Launcher, grid: tuple[int, ...], *arguments: Any, tag: int) -> None:
+    def _run(
+        self, run: Launcher, grid: tuple[int, ...], pointers: tuple[Tensor, ...], numbers: tuple[int, ...], tag: int
+    ) -> None:
         limit = int(self._collectives.timeout * NANOSECONDS_PER_SECOND)
-        waiting = (self.wait_errors.codes, self.group.rank, tag, limit)
-        if self.device.type == "cuda":
-            run(grid, *arguments, *waiting)
+        if self._on_gpu:
+            run(grid, *pointers, *numbers, self.group.rank, tag, limit)
             return
         # Interpreted, it is this thread that waits, and a kernel that times out cannot trap.
         with self.call_lock.waiting():
-            run(grid, *arguments, *waiting)
+            run(grid, *pointers, *numbers, self.group.rank, tag, limit)
         self.wait_errors.raise_if_any()
 
     def _raise_if_closed(self) -> None:

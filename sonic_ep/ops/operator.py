@@ -327,9 +327,10 @@ def by_operator(
 
         @wraps(method)
         def called(*given: GivenP.args, **options: GivenP.kwargs) -> ResultT:
-            if torch.compiler.is_compiling() or compat.sees_operators():
+            if torch.compiler.is_compiling() or (compat.dispatch_modes() and compat.sees_operators()):
                 return cast(ResultT, operator(*given, **options))
-            return eagerly(*given, **options)[0]
+            # ``eagerly`` would look once more whether this is being compiled.
+            return (method if compat.compiles_frames() is None else eagerly)(*given, **options)[0]
 
         called.with_ids = eagerly  # type: ignore[attr-defined]
         return called

@@ -50,7 +50,7 @@ LARGEST_BLOCK = max(config.block_bytes for config in KERNEL_COPIES)
 
 
 @triton_kernel
-def copy_peer_kernel(sources_ptr, targets_ptr, source_rank, target_rank, like_ptr, blocks, BLOCK: tl.constexpr):
+def copy_peer_kernel(sources_ptr, targets_ptr, like_ptr, source_rank, target_rank, blocks, BLOCK: tl.constexpr):
     """Copy the source of one rank to the target of another. Of P programs, program p copies blocks p, p + P and so on.
 
     sources_ptr, targets_ptr (W,) int64: addresses of every rank's buffer (blocks, BLOCK), of the type of ``like_ptr``.
@@ -86,7 +86,7 @@ class Link:
         programs = blocks if way.programs is None else min(blocks, way.programs * multiprocessors(device))
         addresses = (self._source.addresses, self._target.addresses)
         constants = {"BLOCK": way.block_bytes // ELEMENT.itemsize, "num_warps": way.warps}
-        launch(copy_peer_kernel, (programs,), *addresses, source, target, source_N, blocks, device=device, **constants)
+        launch(copy_peer_kernel, (programs,), *addresses, source_N, source, target, blocks, device=device, **constants)
 
     def check(self, sender: int, what: str) -> None:
         """Clear this rank's target. Raises ``AssertionError`` unless it held the source of rank ``sender``."""

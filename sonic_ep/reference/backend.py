@@ -16,6 +16,7 @@ from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.distributed.sync_tag import Phase
 from sonic_ep.plan import NO_ROW, RoutingPlan, missing_rows_error
+from sonic_ep.profiler_names import COMBINE, DISPATCH, EXPERTS, PLAN, ROUTE, named
 from sonic_ep.reference.combine import combine_primitives
 from sonic_ep.reference.dispatch import dispatch_primitives
 from sonic_ep.reference.exchange import Combine, Dispatch, Exchange, UpProjectionOfRowsGatheredAgain, joined_in_backward
@@ -37,6 +38,7 @@ class ReferenceBackend(Backend):
         """An exchange of tags."""
         self._collectives.sync(Phase.SYNC, device)
 
+    @named(ROUTE)
     def route(
         self, x_TH: Tensor, weights: RouterWeights, options: RouterOptions, max_tokens: int, record: CallRecord
     ) -> Routing:
@@ -61,6 +63,7 @@ class ReferenceBackend(Backend):
         if rows < plan.row_capacity and rows < plan.rows():
             raise missing_rows_error(self._collectives.group, missing=plan.rows() - rows)
 
+    @named(PLAN)
     def plan(
         self,
         topk_idx_TK: Tensor,
@@ -80,6 +83,7 @@ class ReferenceBackend(Backend):
         )
         return replace(plan, step=step, object_number=object_number)
 
+    @named(DISPATCH)
     def dispatch(self, x_TH: Tensor, plan: RoutingPlan, record: CallRecord) -> Tensor:
         """Rows of x in canonical order, (R, H)."""
         exchange = self._exchange(plan)
@@ -105,6 +109,7 @@ class ReferenceBackend(Backend):
         # The caller's own: backward looks at the plan's again.
         return LayerOutput(y=y, counts=plan.counts.clone(), expert_ids=plan.expert_ids)
 
+    @named(COMBINE)
     def _combined(
         self, rows_NH: Tensor, scores_TK: Tensor, plan: RoutingPlan, shape: torch.Size, later: dict[str, Tensor]
     ) -> Tensor:
@@ -123,6 +128,7 @@ class ReferenceBackend(Backend):
         read = {name: held for name, held in experts.tensors.items() if name[0] == "w" or (again and name != "b2")}
         return read | ({"x": x_TH} if again else {})
 
+    @named(EXPERTS)
     def _apply_experts(self, rows_RH: Tensor, x_TH: Tensor, plan: RoutingPlan, experts: ExpertWeights) -> Tensor:
         if not self._gathers_again(experts):
             return apply_experts(rows_RH, plan.group_ends, experts)

@@ -21,6 +21,7 @@ from sonic_ep.backend import CombinePrimitive, DispatchPrimitive
 from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.distributed.sync_tag import Phase, Step
 from sonic_ep.plan import RoutingPlan, raise_if_malformed, recompute_error
+from sonic_ep.profiler_names import BACKWARD, COMBINE, DISPATCH, EXPERTS, named
 from sonic_ep.reference.experts import up_projection
 from sonic_ep.reference.plan import pad_tokens, slot_exchange
 
@@ -78,6 +79,7 @@ class Dispatch(torch.autograd.Function):
         return exchange.rows(x_TH)
 
     @staticmethod
+    @named(DISPATCH + BACKWARD)
     @once_differentiable
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
         """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
@@ -116,6 +118,7 @@ class Combine(torch.autograd.Function):
         return exchange.combine.combine(rows_NH, scores_WCK, exchange.plan).resize_(shape)
 
     @staticmethod
+    @named(COMBINE + BACKWARD)
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """Gradients of the rows (N, H) and of the scores (T, K)."""
@@ -158,6 +161,7 @@ class UpProjectionOfRowsGatheredAgain(torch.autograd.Function):
         return up_projection(rows_RH, exchange.plan.group_ends, *in_halves(ups))
 
     @staticmethod
+    @named(EXPERTS + BACKWARD)
     @once_differentiable
     def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the rows, weights and biases, those that are required."""

@@ -12,6 +12,7 @@ from sonic_ep.backend import RouterWeights, Routing
 from sonic_ep.config import RouterOptions
 from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.distributed.sync_tag import Phase
+from sonic_ep.profiler_names import BACKWARD, ROUTE, named
 from sonic_ep.reference.dense import dense_base, dense_scores
 
 
@@ -47,6 +48,7 @@ class RouterLogits(torch.autograd.Function):
         return logits_TE if router_b_E is None else logits_TE + router_b_E.float()
 
     @staticmethod
+    @named(ROUTE + BACKWARD)
     @once_differentiable
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, router_w and router_b in their dtypes, None where not required."""

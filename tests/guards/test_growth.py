@@ -144,7 +144,7 @@ def test_a_captured_graph_takes_what_eager_calls_have_brought(monkeypatch: pytes
     agreed = max_tokens.AgreedMaxTokens(held)
     tokens = {number: Mock(shape=(number, 8), is_cuda=True) for number in (3, 5, 6)}
     for call, number in ((6, 3), (7, 5), (8, 6), (6, 3)):
-        held.step = Step(call=call)
+        held.tag = Step(call=call).bits
         monkeypatch.setattr(agreed, "_numbers", lambda own: [0, own])
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         assert agreed.agree(tokens[number]) == number

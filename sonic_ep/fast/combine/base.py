@@ -12,10 +12,8 @@ origins_ptr (W,) int64 as of ``push_value``, values_out_ptr (T, K) fp32; ticket_
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -59,11 +57,15 @@ class PushedCombine(ABC):
     """A combine mode: one kernel that sends and sums. most_bytes: of shared memory for received rows."""
 
     _kernel: ClassVar[Any]
-    _constants: ClassVar[Mapping[str, bool]] = MappingProxyType({})
+    # Of kernels that have the constant DENSE, else None.
+    _dense: ClassVar[bool | None] = None
 
     def __init__(self, workspace: Workspace, most_bytes: int = MOST_RECEIVED_BYTES) -> None:
         self._workspace = workspace
         self._most_bytes = most_bytes
+        # The last, and for which sizes and buffers.
+        self._reserved: Receiver | None = None
+        self._reserved_for: object = None
 
     @staticmethod
     @abstractmethod
@@ -72,12 +74,17 @@ class PushedCombine(ABC):
 
     def reserve(self, max_tokens: int, top_k: int, row_bytes: int) -> Receiver:
         """Collective. Shared memory for as many of the C tokens as ``most_bytes`` allow, at least one."""
+        form, generation = (max_tokens, top_k, row_bytes), self._workspace.generation
+        if self._reserved is not None and self._reserved_for == (form, generation):
+            return self._reserved
         world_size = self._workspace.group.world_size
         token_bytes = max(1, self._rows_per_token(world_size, top_k) * row_bytes)
         chunk = max(1, min(max_tokens, self._most_bytes // token_bytes))
         received = self._workspace.reserve(RECEIVED, chunk * token_bytes)
         flags = self._workspace.reserve(FLAGS, max(1, world_size - 1) * chunk * TAG_BYTES, byte=0)
-        return Receiver(received=received, flags=flags, chunk=chunk)
+        self._reserved = Receiver(received=received, flags=flags, chunk=chunk)
+        self._reserved_for = (form, self._workspace.generation)
+        return self._reserved
 
     def combine(self, rows_NH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
         """Collective. (T, H) from rows in canonical order. Rows past the valid ones are not read; missing ones are NaN.
@@ -114,7 +121,7 @@ class PushedCombine(ABC):
         shared = self.reserve(max_tokens, top_k, hidden * itemsize)
         out_TH = rows_NH.new_empty((plan.num_tokens, hidden))
         form = (scores_WCK is not None, staged_scores is not None, values_R is not None)
-        run = self._launcher(hidden, top_k, *form)
+        run = _launcher(self._kernel, workspace.device, hidden, top_k, (*form, self._dense))
         # Pointers that are not read: of scores and of values.
         scores = rows_NH if scores_WCK is None else scores_WCK
         table, epoch = shared.flags.addresses, workspace.epoch
@@ -123,8 +130,9 @@ class PushedCombine(ABC):
         if values_R is not None:
             origins = reserve_values(workspace, max_tokens, top_k).addresses
             values, values_out = values_R, values_R.new_empty((plan.num_tokens, top_k))
-        pointers = (rows_NH, scores, staged, epoch, out_TH, plan.expert_ids, plan.row_of_slot)
-        more = (values, origins, values_out, shared.received.addresses, table, workspace.ticket)
+        routed = (rows_NH, scores, staged, epoch, out_TH, plan.expert_ids, plan.row_of_slot)
+        received = (shared.received.addresses, table, workspace.ticket)
+        pointers = (*routed, values, origins, values_out, *received)
         sizes = (world_size, max_tokens, plan.num_tokens, plan.experts_per_rank, rows)
         for first_token in range(0, max_tokens, shared.chunk):
             tokens = min(shared.chunk, max_tokens - first_token)
@@ -134,21 +142,19 @@ class PushedCombine(ABC):
                 # Two, so that every chunk finds scores in the half in which they were staged: see ``staged_at``.
                 workspace.barrier_before_write()
                 workspace.barrier_before_write()
-            workspace.run_waiting(run, grid, *pointers, *more, *sizes, first_token, tokens, lag, shared.chunk)
+            workspace.run_waiting(run, grid, pointers, (*sizes, first_token, tokens, lag, shared.chunk))
         return out_TH, None if values_R is None else values_out
-
-    def _launcher(self, hidden: int, top_k: int, scored: bool, staged: bool, valued: bool) -> Launcher:
-        form = (("HAS_SCORES", scored), ("STAGED_SCORES", staged), ("HAS_VALUES", valued), *self._constants.items())
-        return _launcher(self._kernel, self._workspace.device, hidden, top_k, form)
 
 
 @lru_cache(LAUNCHERS_KEPT)
 def _launcher(
-    kernel: Any, device: torch.device, hidden: int, top_k: int, form: tuple[tuple[str, bool], ...]
+    kernel: Any, device: torch.device, hidden: int, top_k: int, form: tuple[bool, bool, bool, bool | None]
 ) -> Launcher:
-    constants = {"K": top_k, "K_PADDED": triton.next_power_of_2(top_k), "H": hidden, **dict(form), **WAITING}
+    scored, staged, valued, dense = form
+    constants = {"K": top_k, "K_PADDED": triton.next_power_of_2(top_k), "H": hidden, **WAITING}
+    constants |= {"HAS_SCORES": scored, "STAGED_SCORES": staged, "HAS_VALUES": valued}
     constants |= {"COLUMNS": min(triton.next_power_of_2(hidden), COLUMNS), "num_warps": SUM_WARPS}
-    return Launcher(kernel, device, constants)
+    return Launcher(kernel, device, constants if dense is None else {**constants, "DENSE": dense})
 
 
 @triton.jit

@@ -1,11 +1,9 @@
 """Combine without repetition: one partial sum for each distinct (token, rank) pair goes to the token's origin rank."""
 
-from types import MappingProxyType
-
 from sonic_ep.fast.combine.ordered_sum import PartialSums
 
 
 class RankDedupCombine(PartialSums):
     """The sums of ``ReduceScatterCombine`` with absent ranks skipped: equal to it bit for bit."""
 
-    _constants = MappingProxyType({"DENSE": False})
+    _dense = False

@@ -1,7 +1,5 @@
 """Combine by reduce-scatter: every rank sends a partial sum of every token to its origin rank."""
 
-from types import MappingProxyType
-
 from sonic_ep.fast.combine.ordered_sum import PartialSums
 
 
@@ -11,4 +9,4 @@ class ReduceScatterCombine(PartialSums):
     Both sums are fp32; k ascends in the first, q in the second. A rank without a slot of the token sends +0.
     """
 
-    _constants = MappingProxyType({"DENSE": True})
+    _dense = True
