@@ -294,7 +294,7 @@ def bias_of_an_expert(rank: Rank) -> None:
     ends[-1] = 2
     dots = torch.tensor([0.0, 0.5], device=rank.device)
     tile = {"H": hidden, "ROWS": 1, "COLUMNS": 4096, "EXPERTS_PADDED": 2**16, "num_warps": 4}
-    arguments = (rows, bias, dots, index(rank, 0, 0), table_of(dots), 0, 2, ends, experts, 2)
+    arguments = (rows, bias, dots, index(rank, 0, 0), table_of(dots), ends, 0, 2, experts, 2)
     launch(add_bias_dots_kernel, (2,), *arguments, device=rank.device, **tile)
     assert dots.tolist() == [3.0, 80.5]
 
@@ -318,9 +318,9 @@ def row_of_the_last_choice(rank: Rank) -> None:
     ticket = index(rank, 0)
 
     def run(as_rank: int, programs: int, out: Tensor) -> None:
-        sizes, wait = (2, 1, 1, 1, 1, 0, 1, 0, 1), (wait_errors, as_rank, tag, 10**11)
+        sizes, wait = (2, 1, 1, 1, 1, 0, 1, 0, 1), (as_rank, tag, 10**11)
         # The pointers of scores and of values are not read.
-        pointers = (sent, sent, ids, ticket, out, ids, rows, sent, ids, sent, *addresses, ticket)
+        pointers = (sent, sent, ids, ticket, out, ids, rows, sent, ids, sent, *addresses, ticket, wait_errors)
         launch(exchange_rows_kernel, (programs,), *pointers, *sizes, *wait, device=rank.device, **tile)
 
     out = torch.zeros_like(sent)
