@@ -12,7 +12,7 @@ from harness.results import LinkTraffic, Threshold
 from torch import Tensor
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel, cost
-from sonic_ep.fast.collectives import TOKENS, gather_scores, stage_tokens
+from sonic_ep.fast.collectives import COPIED_TOKENS, stage_tokens
 from sonic_ep.fast.combine import combine_primitives
 from sonic_ep.fast.copy_engine import CopyEngineGather
 from sonic_ep.fast.dispatch import dispatch_primitives
@@ -71,12 +71,13 @@ def bench_plan(context: SuiteContext, run: RunCase, method: Method, size: int) -
 def bench_link(context: SuiteContext, large: RoutingProblem, run: RunCase, method: Method, mode: DispatchMode) -> None:
     """The tokens stand in shared memory already: the barrier behind that, and the way over the link."""
     workspace, plan, x_TH = context.workspace, large.plan, large.x_TH
-    staged = stage_tokens(x_TH, plan.max_tokens, workspace)
-    gather = CopyEngineGather(workspace, TOKENS)
+    # In one buffer instead of halves, of which each barrier would point the kernels to the other.
+    staged = stage_tokens(x_TH, plan.max_tokens, workspace, COPIED_TOKENS, in_turn=False)
+    gather, epoch = CopyEngineGather(workspace, COPIED_TOKENS), workspace.epoch
     pull = {
         DispatchMode.ALL_GATHER: lambda: gather.bring(x_TH, staged, plan.max_tokens).wait(),
-        DispatchMode.ALL_TO_ALL: lambda: pull_to_rows(x_TH, staged.addresses, plan, plan.row_capacity),
-        DispatchMode.RANK_DEDUP: lambda: pull_packed(x_TH, staged, plan),
+        DispatchMode.ALL_TO_ALL: lambda: pull_to_rows(x_TH, staged.addresses, epoch, plan, plan.row_capacity),
+        DispatchMode.RANK_DEDUP: lambda: pull_packed(x_TH, staged, epoch, plan),
     }[mode]
 
     def wait_and_pull() -> Tensor:
@@ -94,7 +95,7 @@ def bench_link(context: SuiteContext, large: RoutingProblem, run: RunCase, metho
 def bench_receive(
     context: SuiteContext, large: RoutingProblem, run: RunCase, method: Method, mode: DispatchMode
 ) -> None:
-    """All of a dispatch up to what it receives: barriers, staging, the way over the link."""
+    """All of a dispatch up to what it receives: staging, the barrier behind it, the way over the link."""
     run(receive_case(context, large, mode, f"dispatch {mode.value}: staging, barriers and link"), method)
 
 
@@ -244,8 +245,9 @@ def combine_case(
 
     def combine() -> Tensor:
         workspace.enter()
-        scores_WCK = gather_scores(problem.scores_TK, problem.plan, workspace) if weighted else None
-        return primitive.combine(problem.rows_RH, scores_WCK, problem.plan)
+        if weighted:
+            return primitive.weighted(problem.rows_RH, problem.scores_TK, problem.plan)[0]
+        return primitive.combine(problem.rows_RH, None, problem.plan)
 
     scores = (context.group.world_size - 1) * problem.shape.tokens * problem.shape.top_k * SCORE_BYTES
     return BenchCase(

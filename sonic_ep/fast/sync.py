@@ -33,12 +33,14 @@ rest.__triton_builtin__ = now.__triton_builtin__ = True  # type: ignore[attr-def
 def staged_at(epoch_ptr, world_size, PASSED: tl.constexpr):
     """Where in the table of a ``Staging`` (2 * W,) the half begins that this step stages in, or W if it is the second.
 
-    epoch_ptr () int32: how many barriers this rank has passed, the same on all ranks. PASSED: the step has staged and
-    passed its barrier, and reads. A step stages in the half of its epoch, so after barriers 0 1 2 in halves 0 1 0; what
-    the next but one overwrites has been read by then, because a reader passes the barrier between them afterwards.
+    epoch_ptr () int32: how many barriers this rank has passed, the same on all ranks; it may wrap. PASSED: the step has
+    staged and passed its barrier, and reads. A step stages in the half of its epoch, so after barriers 0 1 2 in halves
+    0 1 0; what the next but one overwrites has been read by then, because a reader passes the barrier between them
+    afterwards.
     """
     epoch = tl.load(epoch_ptr)
-    return ((epoch + 1) % 2 if PASSED else epoch % 2) * world_size
+    # Not the remainder, which of a negative number is negative.
+    return ((epoch + 1) & 1 if PASSED else epoch & 1) * world_size
 
 
 @triton.jit

@@ -222,7 +222,6 @@ def test_exact_sizes_and_bounds_on_every_rank(rank: Rank, case: str) -> None:
 @pytest.mark.parametrize("most_bytes", [1, 400, 6 * 5 * 8 * 4])
 def test_chunks_of_the_receive_buffer(rank: Rank, most_bytes: int) -> None:
     """A receive buffer for few tokens takes them in chunks, of which the last may not be full."""
-    from sonic_ep.fast.collectives import gather_scores
     from sonic_ep.fast.combine import AllToAllCombine, RankDedupCombine, ReduceScatterCombine
     from sonic_ep.fast.workspace import Workspace
 
@@ -236,9 +235,15 @@ def test_chunks_of_the_receive_buffer(rank: Rank, most_bytes: int) -> None:
             rows = reference.dispatch(inputs.x[tokens], plan)
             expected = reference.combine(rows, inputs.topk_scores[tokens], plan)
         workspace.enter()
-        scores = gather_scores(inputs.topk_scores[tokens], plan, workspace)
-        for _ in range(2):
-            assert_bitwise(kind(workspace, most_bytes).combine(rows, scores, plan), expected, mode.value)
+        primitive = kind(workspace, most_bytes)
+        found, scores = primitive.weighted(rows, inputs.topk_scores[tokens], plan)
+        assert_bitwise(found, expected, mode.value)
+        for source in range(rank.world_size):
+            theirs = inputs.tokens_of(source)
+            here = slice(theirs.stop - theirs.start)
+            assert_bitwise(scores[source, here], inputs.topk_scores[theirs], "scores")
+        assert_bitwise(primitive.combine(rows, scores, plan), expected, mode.value)
+        assert int(workspace.ticket) == 0
     workspace.close()
 
 
@@ -282,7 +287,8 @@ def test_offsets_past_32_bits(rank: Rank) -> None:
         )
         workspace = Workspace(resolve_group(None), rank.device)
         x_TH = torch.randn(2, WIDE, device=rank.device).bfloat16()
-        rows_RH = pull_to_rows(x_TH, workspace.reserve("tokens", 1).addresses, plan, plan.row_capacity)
+        table = workspace.staging("tokens", 1).addresses
+        rows_RH = pull_to_rows(x_TH, table, workspace.epoch, plan, plan.row_capacity)
         assert rows_RH.numel() > 2**31
         assert_bitwise(rows_RH[list(far)], x_TH)
         assert_bitwise(gather_rows(rows_RH, index(*far, -1), plan.group_ends)[:2], x_TH)

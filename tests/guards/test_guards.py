@@ -1,6 +1,5 @@
 """Guards of the fast backend one by one: each fault is provoked alone, as another guard might hide it."""
 
-import importlib
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fast_kernels import before_each_launch
 from layer_inputs import plan_of
 from on_ranks import on_ranks
 from promises import promise
@@ -25,54 +25,70 @@ pytestmark = pytest.mark.fast
 def scores_with_ids(number: float, plan: RoutingPlan, workspace: Any) -> Tensor:
     """The group's scores, each of them ``number``, as they come with the ids of ``plan``."""
     from sonic_ep.fast.plan import PlanShape, gathered_counts
+    from sonic_ep.fast.planner import Planner
+    from sonic_ep.fast.staging import stage_call
 
     sizes = ("rank", "world_size", "max_tokens", "top_k", "num_experts")
     shape = PlanShape(**{name: getattr(plan, name) for name in sizes})
     errors, ids = plan.counts.new_zeros(3), plan.expert_ids[plan.rank, : plan.num_tokens]
     scores = torch.full((plan.num_tokens, plan.top_k), number, device=plan.counts.device)
-    return gathered_counts(ids, shape, workspace, errors, scores).scores
+    staged = Planner(workspace.group, EPConfig(), workspace).reserve(plan.max_tokens, plan.top_k, scored=True)
+    room = {"max_tokens": plan.max_tokens, "num_experts": plan.num_experts}
+    stage_call(ids.contiguous(), scores, None, staged, workspace, **room)
+    workspace.barrier_after_write()
+    return gathered_counts(staged, shape, workspace, errors).scores
 
 
-# What one rank does late, and its module: it launches a kernel that reads shared memory, or it writes.
+def score_gradients(number: float, plan: RoutingPlan, ep: ExpertParallel) -> Tensor:
+    """Of scores that weigh rows of ``number``, as they come back from the ranks that hold the rows: ``number`` each."""
+    rows = torch.full((plan.row_capacity, 4), number / 4, device=plan.counts.device)
+    scores = torch.ones(plan.num_tokens, plan.top_k, device=rows.device, requires_grad=True)
+    ep.combine(rows, scores, plan).sum().backward()
+    return scores.grad
+
+
+# What one rank launches late, by what is called: a kernel that reads what others have staged or pushed, or the one that
+# stages. Where halves take turns, the other rank overwrites the other half meanwhile.
 LATE = {
-    "gather_scores": ("collectives", "gather_kernel"),
-    "scores_with_ids": ("collectives", "gather_kernel"),
-    "staged scores_with_ids": ("plan", "stage_scores"),
-    "return_to_origin": ("collectives", "collect_kernel"),
-    "plan": ("plan", "count_kernel"),
-    "all_to_all": ("dispatch.all_to_all", "pull_to_rows_kernel"),
-    "rank_dedup": ("dispatch.rank_dedup", "pull_packed_kernel"),
+    "staged scores_with_ids": "stage_kernel",
+    "scores_with_ids": "count_kernel",
+    "plan": "count_kernel",
+    "all_to_all": "pull_to_rows_kernel",
+    "rank_dedup": "pull_packed_kernel",
+    "combine": "exchange_partial_sums_kernel",
+    "staged combine": "stage_kernel",
+    "score_gradients": "collect_kernel",
+    "pushed score_gradients": "weigh_rows_kernel",
 }
 
 
 @pytest.mark.parametrize("call", LATE)
-@on_ranks(2)
+@on_ranks(2, pytest.param(3, marks=pytest.mark.thorough))
 def test_a_late_rank_finds_what_was_written_for_it_and_is_waited_for(rank: Rank, call: str) -> None:
-    name, late = LATE[call]
-    module = importlib.import_module(f"sonic_ep.fast.{name}")
-    slowed = "launch" if late.endswith("_kernel") else late
-    function, kernel = getattr(module, slowed), getattr(module, late)
+    size = rank.world_size
 
-    def slow(*arguments: object, **constants: object) -> None:
-        if rank.rank == 1 and (slowed == late or arguments[0] is kernel):
+    def slow(kernel: str) -> None:
+        if rank.rank == 1 and kernel == LATE[call]:
             time.sleep(0.2)
-        function(*arguments, **constants)
 
     def read(number: float) -> Tensor:
         if "scores_with_ids" in call:
             return scores_with_ids(number, plan, workspace)
         if call == "plan":
-            return ep.plan(torch.full((2, 1), int(number), device=rank.device), num_experts=4).expert_ids
-        shapes = {"gather_scores": (2, 1), "return_to_origin": (plan.row_capacity,)}
-        given = torch.full(shapes.get(call, (2, 4)), number, device=rank.device)
-        return getattr(module, call)(given, plan, workspace) if call in shapes else ep.dispatch(given, plan)[:2]
+            return ep.plan(torch.full((size, 1), int(number), device=rank.device), num_experts=4 * size).expert_ids
+        if "score_gradients" in call:
+            return score_gradients(number, plan, ep)
+        given = torch.full((size, 4), number, device=rank.device)
+        if "combine" in call:
+            # The scores are staged, and each token has one row of ones.
+            return ep.combine(torch.ones(size, 4, device=rank.device), given[:, :1], plan)
+        return ep.dispatch(given, plan)[:size]
 
-    config = EPConfig(dispatch=call if "dispatch" in name else "auto")
-    with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=2) as ep, workspace_of(rank) as workspace:
-        # Of two tokens of a rank one goes to each of two ranks.
-        plan = ep.plan(torch.tensor([[0], [1]], device=rank.device), num_experts=2)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, slowed, slow)
+    config = EPConfig(dispatch=call if call in ("all_to_all", "rank_dedup") else "auto", combine="rank_dedup")
+    with ExpertParallel(backend="fast", config=config, max_tokens_per_rank=size) as ep, workspace_of(rank) as workspace:
+        # Of the tokens of a rank one goes to each rank.
+        plan = ep.plan(torch.arange(size, device=rank.device)[:, None], num_experts=size)
+        with before_each_launch(slow):
             for number in range(4):
                 workspace.enter()
                 assert bool((read(float(number)) == number).all())
@@ -109,7 +125,7 @@ CANARY = 7.0
 @on_ranks(1, 2)
 def test_nothing_behind_the_rows_is_read(rank: Rank) -> None:
     """More rows are routed here than there are."""
-    from sonic_ep.fast.collectives import return_to_origin
+    from sonic_ep.fast.collectives import collect_values, reserve_values
     from sonic_ep.fast.combine import combine_primitives
 
     room = 3
@@ -124,12 +140,19 @@ def test_nothing_behind_the_rows_is_read(rank: Rank) -> None:
     rows[:room], values[:room] = 1, 1
     scores = torch.ones(rank.world_size, 8, 1, device=rank.device)
     with workspace_of(rank) as workspace:
+        # What other ranks would have pushed.
+        reserve_values(workspace, 8, 1).rows(rank.rank, (8,), torch.float32).fill_(1)
         for primitive in combine_primitives(workspace).values():
             for given in (None, scores):
                 workspace.enter()
                 assert not bool((primitive.combine(rows[:room], given, plan) == CANARY).any())
+            workspace.enter()
+            workspace.barrier_before_write()
+            sums, found = primitive.sums(rows[:room], None, plan, values_R=values[:room])
+            assert not bool((sums == CANARY).any() | (found == CANARY).any())
+            assert int(workspace.ticket) == 0
         workspace.enter()
-        assert not bool((return_to_origin(values[:room], plan, workspace) == CANARY).any())
+        assert not bool((collect_values(values[:room], plan, workspace) == CANARY).any())
 
 
 @on_ranks(2, 3)
@@ -150,7 +173,7 @@ def test_combine_has_room_for_all_tokens_and_sends_nothing_without_a_slot(rank: 
         combine = RankDedupCombine(workspace)
         combine.combine(torch.ones(plan.row_capacity, 8, device=rank.device), None, plan)
         workspace.barrier_after_write()
-        shared, others = combine.reserve(plan, row_bytes=4 * 8), rank.world_size - 1
+        shared, others = combine.reserve(max_tokens, plan.top_k, row_bytes=4 * 8), rank.world_size - 1
         assert shared.flags.nbytes >= others * max_tokens * TAG_BYTES
         assert shared.received.nbytes >= others * max_tokens * 4 * 8
         arrived = shared.received.rows(rank.rank, (others, max_tokens, 8), torch.float32)
@@ -162,7 +185,9 @@ def test_combine_has_room_for_all_tokens_and_sends_nothing_without_a_slot(rank: 
         workspace.barrier_after_write()
         workspace.enter()
         scores_with_ids(1.0, plan, workspace)
-        assert workspace.reserve(SCORES, 1).nbytes >= max_tokens * plan.top_k * torch.float32.itemsize
+        held = workspace.staging(SCORES, 1)
+        assert held.half_bytes >= max_tokens * plan.top_k * torch.float32.itemsize
+        assert held.buffer.nbytes >= 2 * held.half_bytes
 
 
 def gradients(ep: ExpertParallel, inputs: Inputs, wanted: tuple[bool, bool]) -> list[Tensor | None]:

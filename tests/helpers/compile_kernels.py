@@ -22,6 +22,19 @@ NARROW = {"poison_kernel", "activate_kernel", "activate_backward_kernel", "add_b
 OPTIONS = ("num_warps", "enable_fp_fusion", "debug", "sanitize_overflow")
 
 
+VECTOR_BYTES = 16
+
+
+def moves_rows(constants: dict[str, Any]) -> bool:
+    """Whether a kernel copies rows or computes over them. Products of matrices have tiles of a HEIGHT."""
+    return "COLUMNS" in constants or {"WIDTH", "BLOCK"} <= constants.keys()
+
+
+def stages(launch: dict[str, Any]) -> bool:
+    """Whether a launch copies rows to shared memory. The router's kernel also runs without."""
+    return "VECTOR" in launch["constants"] and launch["constants"].get("STAGED", True)
+
+
 def compiled(launch: dict[str, Any]) -> dict[str, Any]:
     """Facts about the machine code of one launch."""
     kernel = getattr(importlib.import_module(launch["module"]), launch["name"])
@@ -36,7 +49,8 @@ def compiled(launch: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": launch["name"],
         "constants": launch["constants"],
-        "moves_rows": bool({"INTS", "COLUMNS"} & constants.keys()) and launch["name"] not in NARROW,
+        "moves_rows": moves_rows(constants) and launch["name"] not in NARROW,
+        "stages_bytes": VECTOR_BYTES // constants["VECTOR"] * constants["BLOCK"] if stages(launch) else 0,
         "wide_loads": len(re.findall(r"ld\.global[.:\w]*\.v4\.b32", ptx)),
         "wide_stores": len(re.findall(r"st\.global[.:\w]*\.v4\.b32", ptx)),
         "single_elements": len(re.findall(r"(?:ld|st)\.global[.:\w]*(?<!\.v[24])\.b16", ptx)),

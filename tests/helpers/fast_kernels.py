@@ -26,6 +26,23 @@ def kernels() -> dict[str, Any]:
 
 
 @contextmanager
+def before_each_launch(note: Callable[[str], object]) -> Iterator[None]:
+    """``note(name of the kernel)`` before every launch in this process, on any device. An empty grid is no launch."""
+    from sonic_ep.fast.launch import Launcher
+
+    run = Launcher.__call__
+
+    def noted(launcher: Any, grid: tuple[int, ...], *arguments: Any) -> None:
+        if 0 not in grid:
+            note(launcher._kernel.fn.__name__)
+        run(launcher, grid, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Launcher, "__call__", noted)
+        yield
+
+
+@contextmanager
 def each_launch(record: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], None]) -> Iterator[None]:
     """Under the interpreter: ``record(kernel, arguments, constants and options)`` before every launch."""
     from triton.runtime.interpreter import InterpretedFunction

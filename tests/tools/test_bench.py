@@ -72,10 +72,11 @@ import sonic_ep.fast.dispatch.base as module
 
 staging = iter([module.stage_tokens])
 
-def stage_once(x_TH, capacity, workspace, name="tokens"):
+def stage_once(x_TH, max_tokens, workspace):
     for stage in staging:
-        return stage(x_TH, capacity, workspace, name)
-    return module.reserve_tokens(workspace, capacity, x_TH.shape[1] * x_TH.element_size(), name)
+        return stage(x_TH, max_tokens, workspace)
+    # Without the barrier the half that is read stays the one that was staged.
+    return module.reserve_tokens(workspace, max_tokens, x_TH.shape[1] * x_TH.element_size())
 
 module.stage_tokens = stage_once
 """

@@ -102,7 +102,7 @@ def test_copies_need_no_multiprocessor(rank: Rank) -> None:
         x = torch.full((max_tokens, 4096), float(rank.rank + 1), device=rank.device, dtype=torch.bfloat16)
         workspace.enter()
         gather.start(x, max_tokens).wait()
-        staged = stage_tokens(x, max_tokens, workspace, "gathered")
+        staged = stage_tokens(x, max_tokens, workspace, "gathered", in_turn=False)
         # The result's memory comes from the allocator's cache and is not filled: neither needs a kernel.
         patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
         side, copied = torch.cuda.Stream(), torch.cuda.Event()

@@ -71,7 +71,13 @@ def between(rank: Rank, name: str, layout: str, dtype: torch.dtype) -> SimpleNam
     scores = torch.rand(100, generator=generator).to(rank.device)
     group_ends = torch.tensor(GROUP_ENDS, dtype=torch.int32, device=rank.device)
     slot_of_row = torch.cat([slots, slots.new_full((BEHIND,), -1)]).int()
-    sizes = {"experts_per_rank": len(GROUP_ENDS), "row_capacity": ROWS + BEHIND}
+    sizes = {
+        "experts_per_rank": len(GROUP_ENDS),
+        "row_capacity": ROWS + BEHIND,
+        "rank": 0,
+        "max_tokens": 100,
+        "top_k": 1,
+    }
     plan = SimpleNamespace(group_ends=group_ends, slot_of_row=slot_of_row, **sizes)
     expert_of_row = torch.searchsorted(group_ends, torch.arange(ROWS, device=rank.device), right=True)
     of_rows = {"score_of_row": scores[slots].double()[:, None], "expert_of_row": expert_of_row}
@@ -117,6 +123,13 @@ def test_activations_and_their_gradients_by_kernels(rank: Rank, name: str, layou
         weighted = activate_backward(*sevens, given.scores, *given.form, given.plan).weighted
         assert weighted[ROWS:].eq(7).all()
         assert_near(found.dots[:ROWS], (given.grad[:ROWS].double() * truth["activated"]).sum(dim=1), 100)
+        # The same numbers are pushed to other ranks' slots, if they are asked for.
+        given.plan.max_tokens = 50
+        received = torch.full((2, 50), 7.0, device=rank.device)
+        origins = torch.tensor([of_rank.data_ptr() for of_rank in received], device=rank.device)
+        pushed = activate_backward(given.parts, given.grad.clone(), given.scores, *given.form, given.plan, origins)
+        assert_bitwise(pushed.dots[:ROWS], found.dots[:ROWS])
+        assert_pushed(received, found.dots, given.plan)
 
 
 @pytest.mark.fast
@@ -193,9 +206,24 @@ def test_sums_over_the_rows_of_experts(rank: Rank, dtype: torch.dtype) -> None:
         assert sums[1].eq(0).all()
     bias = rows[: len(GROUP_ENDS)].clone()
     dots = torch.ones(ROWS + BEHIND, device=rank.device)
-    add_bias_dots(rows, bias, dots, given.plan)
+    # All but the last five slots are of this rank, the first of two.
+    given.plan.max_tokens = 95
+    received = torch.full((2, 95), 7.0, device=rank.device)
+    origins = torch.tensor([of_rank.data_ptr() for of_rank in received], device=rank.device)
+    add_bias_dots(rows, bias, dots, given.plan, origins)
     expected = (rows[:ROWS].double() * bias.double()[expert]).sum(dim=1) + 1
     assert_near(dots[:ROWS], expected, 100)
     assert dots[ROWS:].eq(1).all()
     if dtype == torch.float32:
         assert_bitwise(dots[:ROWS], expected.float())
+    assert_pushed(received, dots, given.plan)
+
+
+def assert_pushed(received: Tensor, values_R: Tensor, plan: SimpleNamespace) -> None:
+    """To rank 1 came the values of its slots, and nothing else was written, where 7 stood before."""
+    expected = torch.full_like(received, 7.0)
+    slots = plan.slot_of_row[:ROWS].long()
+    theirs = slots >= plan.max_tokens
+    assert 0 < int(theirs.sum()) < ROWS
+    expected[1, slots[theirs] - plan.max_tokens] = values_R[:ROWS][theirs]
+    assert_bitwise(received, expected)

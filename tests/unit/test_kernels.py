@@ -1,10 +1,12 @@
 """Kernels one by one: the examples of their docstrings, order, rounding, range, and machine code."""
 
+import inspect
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from sonic_ep.config import RouterOptions
 from sonic_ep.plan import MOST_SLOTS
+from sonic_ep.reference.plan import build_plan
 from sonic_ep.testing import Rank, RankPool, assert_bitwise
 
 # Only ranks launch anything: this process need not interpret.
@@ -27,16 +30,17 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from sonic_ep.fast import plan
+from sonic_ep.fast import plan, sync
 from sonic_ep.fast.collectives import BLOCK
 from sonic_ep.fast.combine import base
 from sonic_ep.fast.combine.all_to_all import exchange_rows_kernel
-from sonic_ep.fast.device_functions import rank_and_token, rounded
+from sonic_ep.fast.device_functions import push_value, rank_and_token, rounded
 from sonic_ep.fast.dispatch.rank_dedup import pull_packed_kernel
 from sonic_ep.fast.experts import INTERPRETED_TILE, SUMMED_ROWS, add_bias_dots_kernel
 from sonic_ep.fast.launch import PROGRAMS_PER_MULTIPROCESSOR, launch
 from sonic_ep.fast.permute import gather_rows
 from sonic_ep.fast.router import choose_experts
+from sonic_ep.fast.staging import SLOTS, VECTOR_BYTES, stage_kernel
 
 PROGRAM = Path(__file__).parents[1] / "helpers" / "compile_kernels.py"
 pytestmark = pytest.mark.fast
@@ -46,41 +50,171 @@ def index(rank: Rank, *numbers: int) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int32, device=rank.device)
 
 
+def table_of(*halves: Tensor) -> Tensor:
+    """Addresses, (2 * W,): the first halves of all ranks, then the second."""
+    return torch.tensor([half.data_ptr() for half in halves], device=halves[0].device)
+
+
 @on_ranks(1)
 def test_examples_of_the_plan(rank: Rank) -> None:
     run, device_errors = partial(launch, device=rank.device), index(rank, 0, 0, 0)
-    # Three ids given and room for four: one dropped, one out of range.
-    staged = index(rank, 9, 9, 9, 9)
-    run(plan.stage_ids_kernel, (1,), torch.tensor([1, -1, 2], device=rank.device), staged, 3, 4, 2, BLOCK=8)
-    assert staged.tolist() == [1, -1, -2, -1]
-    # Two tokens with the experts 0 2 and 1 0 of four, on two ranks.
-    staged = index(rank, 0, 2, 1, 0)
-    addresses = torch.tensor([staged.data_ptr()] * 2, device=rank.device)
+    epoch = torch.tensor(1, dtype=torch.int32, device=rank.device)
+    # Two tokens with the experts 0 2 and 1 0 of four, on two ranks: staged before the barrier, in the first halves.
+    staged, other = index(rank, 0, 2, 1, 0), index(rank, *[7] * 4)
+    table = table_of(staged, staged, other, other)
     ids, counts = index(rank, *[9] * 8), index(rank, *[9] * 12)
     tile = {"K": 2, "K_PADDED": 2, "TOKENS": 2, "EXPERTS_PADDED": 8}
-    run(plan.count_kernel, (2,), addresses, ids, counts, device_errors, 2, 1, 4, 2, 2, **tile)
+    arguments = (table, table, epoch, ids, ids, counts, device_errors, 2, 1, 4, 2, 2)
+    run(plan.count_kernel, (2,), *arguments, HAS_SCORES=False, **tile)
     assert ids.tolist() == [0, 2, 1, 0] * 2
     assert counts.tolist() == [2, 1, 1, 0, 2, 1] * 2
     assert device_errors.tolist() == [0, 0, 0]
-    counts, total = index(rank, 2, 0, 3), index(rank, 9)
-    run(plan.scan_kernel, (1,), counts, total, 3, 1, TILES=2, BINS=4)
-    assert (counts.tolist(), total.tolist()) == ([0, 2, 2], [5])
+    # With scores, which stand in halves of their own; rank 1 has an id out of range.
+    wrong, own = index(rank, 0, -2, 1, 0), torch.tensor([0.5, 0.25, 1.0, 2.0], device=rank.device)
+    theirs, none = -own, own * 0
+    tables = (table_of(other, other, staged, wrong), table_of(none, none, own, theirs))
+    scores = torch.zeros(8, device=rank.device)
+    arguments = (*tables, epoch - 1, ids, scores, counts, device_errors, 2, 1, 4, 2, 2)
+    run(plan.count_kernel, (2,), *arguments, HAS_SCORES=True, **tile)
+    assert ids.tolist() == [0, 2, 1, 0, 0, -1, 1, 0]
+    assert scores.tolist() == [0.5, 0.25, 1, 2, -0.5, -0.25, -1, -2]
+    assert counts.tolist() == [2, 1, 1, 0, 2, 1, 2, 1, 0, 0, 2, 0]
+    assert device_errors.tolist() == [2, 0, 0]
+    counts = index(rank, 2, 0, 3, 9)
+    run(plan.scan_kernel, (1,), counts, 3, 1, TILES=2, BINS=4)
+    assert counts.tolist() == [0, 2, 2, 5]
+
+
+@on_ranks(1)
+def test_examples_of_placing(rank: Rank) -> None:
+    run, fields = partial(launch, device=rank.device), (4, 4, 4, 2, 2, 2, 1)
+    tile = {"K": 1, "K_PADDED": 1, "TOKENS": 4, "EXPERTS_PADDED": 4, "COMPARED": 4, "RANKS_PADDED": 2}
     # Four slots of one tile with experts 1 0 1 0: 0 0 1 1 of each expert before them, and expert 1 begins at row 2.
-    ids, before, totals = index(rank, 1, 0, 1, 0), index(rank, 0, 0, 0), index(rank, 2, 2, 4)
-    row_of_slot, slot_of_row, packed = (index(rank, *[9] * 4) for _ in range(3))
-    tile = {"K": 1, "K_PADDED": 1, "TOKENS": 4, "EXPERTS_PADDED": 4, "COMPARED": 4}
-    run(plan.place_kernel, (1,), ids, before, totals, row_of_slot, slot_of_row, packed, 0, 4, 1, 2, 2, 1, 4, **tile)
+    ids, before, device_errors = index(rank, 1, 0, 1, 0), index(rank, 0, 0, 0, 2, 2, 4), index(rank, 0, 0, 0)
+    row_of_slot, slot_of_row, packed, counts, copy, ends, pairs = (index(rank, *[9] * size) for size in fields)
+    pointers = (ids, before, row_of_slot, slot_of_row, packed, counts, copy, ends, pairs, device_errors)
+    run(plan.place_kernel, (2,), *pointers, 0, 4, 1, 2, 2, 1, 4, 4, **tile)
     assert row_of_slot.tolist() == [2, 0, 3, 1]
     assert slot_of_row.tolist() == [1, 3, 0, 2]
     assert packed.tolist() == [0, 1, 2, 3]
-    # Tiles of two ranks that begin with 0 and 3 tokens before them, and a total of 5; three rows where two have room.
-    before, totals = index(rank, 0, 0, 0, 0, 2, 1, 3, 3), index(rank, 3, 3, 5, 5)
-    ends, pairs = index(rank, 9), index(rank, 9, 9, 9, 9)
-    padded = {"EXPERTS_PADDED": 4, "RANKS_PADDED": 2}
-    run(plan.totals_kernel, (2,), before, totals, ends, pairs, device_errors, 1, 1, 2, 1, 2, 2, **padded)
+    assert (counts.tolist(), copy.tolist(), ends.tolist(), pairs.tolist()) == ([2, 2], [2, 2], [2, 4], [4])
+    assert device_errors.tolist() == [0, 0, 0]
+    # On rank 1 of two, with one expert each: tiles that begin with 0 and 3 tokens there before them, and 5 in all;
+    # three rows on rank 0 where two have room.
+    before = index(rank, 0, 0, 0, 0, 2, 1, 3, 3, 3, 3, 5, 5)
+    ids, ends, pairs = index(rank, *[-1] * 8), index(rank, 9), index(rank, *[9] * 4)
+    row_of_slot, packed = index(rank, *[9] * 8), index(rank, *[9] * 8)
+    pointers = (ids, before, row_of_slot, slot_of_row, packed, counts, copy, ends, pairs, device_errors)
+    run(plan.place_kernel, (4,), *pointers, 1, 4, 1, 2, 1, 2, 2, 2, **tile)
     assert pairs.tolist() == [3, 3, 2, 2]
     assert ends.tolist() == [3]
+    assert counts.tolist() == [3, 3]
+    assert (row_of_slot.tolist(), packed.tolist()) == ([-1] * 8, [-1] * 8)
     assert device_errors.tolist() == [0, 1, 3]
+
+
+STAGE = {"SLOTS": 8, "VECTOR": 8, "BLOCK": 64}
+HALF_BYTES = 512
+
+
+@on_ranks(1)
+@pytest.mark.parametrize("epoch", [0, 1, 2**31 - 1, -(2**31)])
+def test_staging_writes_its_own_half_and_nothing_else(rank: Rank, epoch: int) -> None:
+    """As rank 1 of two. Three ids given and room for ten: one dropped, one out of range; two programs, two of rows."""
+    kinds = (torch.int32, torch.float32, torch.bfloat16)
+    # Of each kind four halves, of two ranks, one behind the other, with a margin at both ends.
+    buffers = [torch.full((6 * HALF_BYTES,), 77, dtype=torch.uint8, device=rank.device) for _ in kinds]
+    tables = [table_of(*(buffer[HALF_BYTES * (1 + half) :] for half in (0, 2, 1, 3))) for buffer in buffers]
+    mine = slice(HALF_BYTES * (3 + epoch % 2), HALF_BYTES * (4 + epoch % 2))
+    halves = [buffer[mine].view(kind) for buffer, kind in zip(buffers, kinds, strict=True)]
+    untouched = [half.clone() for half in halves]
+    ids = torch.tensor([1, -1, 2], device=rank.device)
+    scores = torch.tensor([0.5, 0.25, 2.0], device=rank.device)
+    rows = torch.randn(99, device=rank.device).bfloat16()
+    counter = torch.tensor(epoch, dtype=torch.int32, device=rank.device)
+    arguments = (ids, scores, rows, *tables, counter, 1, 2, 3, 10, 2, 99)
+    launch(stage_kernel, (4,), *arguments, device=rank.device, HAS_IDS=True, HAS_SCORES=True, **STAGE)
+    assert halves[0][:10].tolist() == [1, -1, -2, *[-1] * 7]
+    assert_bitwise(halves[1][:3], scores)
+    assert_bitwise(halves[2][:99], rows)
+    # Of rows whole groups of 16 bytes are written on GPUs; see `stage_numbers`.
+    for half, before, written in zip(halves, untouched, (10, 3, 104), strict=True):
+        assert_bitwise(half[written:].view(torch.uint8), before[written:].view(torch.uint8), "behind what is staged")
+    for buffer in buffers:
+        buffer[mine] = 77
+        assert bool((buffer == 77).all()), "outside of the half"
+
+
+@on_ranks(1)
+def test_ids_past_64_bits_are_out_of_range_and_none_past_those_given(rank: Rank) -> None:
+    """int64 ids that an int32 would cut to one in range."""
+    given = torch.tensor([2**32, 2**32 - 1, -(2**33) + 1, 3, -3, 4], device=rank.device)
+    epoch, staged = torch.zeros((), dtype=torch.int32, device=rank.device), index(rank, *[9] * 8)
+    table = table_of(staged, staged)
+    arguments = (given, given, epoch, *[table] * 3, epoch, 0, 1, 6, 8, 4, 0)
+    launch(stage_kernel, (1,), *arguments, device=rank.device, HAS_IDS=True, HAS_SCORES=False, **STAGE)
+    assert staged.tolist() == [-2, -2, -2, 3, -2, -2, -1, -1]
+
+
+@triton.jit
+def halves_kernel(epochs_ptr, out_ptr, world_size, COUNT: tl.constexpr):
+    """``staged_at`` of each epoch, before and after the barrier."""
+    for i in range(COUNT):
+        tl.store(out_ptr + 2 * i, sync.staged_at(epochs_ptr + i, world_size, False))
+        tl.store(out_ptr + 2 * i + 1, sync.staged_at(epochs_ptr + i, world_size, True))
+
+
+@on_ranks(1)
+def test_examples_of_halves(rank: Rank) -> None:
+    """After 0 1 2 barriers a step stages in halves 0 1 0, and reads there after one more; also past 2**31."""
+    epochs = index(rank, 0, 1, 2, 3, 2**31 - 2, 2**31 - 1, -(2**31), 1 - 2**31, -1)
+    out = index(rank, *[9] * 2 * len(epochs))
+    launch(halves_kernel, (1,), epochs, out, 3, device=rank.device, COUNT=len(epochs))
+    staged, read = out[::2].tolist(), out[1::2].tolist()
+    assert staged == [0, 3, 0, 3, 0, 3, 0, 3, 3]
+    assert read == [3 - half for half in staged]
+
+
+@triton.jit
+def push_kernel(values_ptr, slots_ptr, origins_ptr, rank, slots_per_rank, COUNT: tl.constexpr):
+    """``push_value`` of several at once, then of the first alone."""
+    i = tl.arange(0, COUNT)
+    push_value(tl.load(values_ptr + i), tl.load(slots_ptr + i), origins_ptr, rank, slots_per_rank)
+    push_value(tl.load(values_ptr) + 1, tl.load(slots_ptr), origins_ptr, rank, slots_per_rank)
+
+
+@on_ranks(1)
+def test_example_of_pushed_values(rank: Rank) -> None:
+    """From rank 2 of three with 8 slots each: slots 3 and 9 go to ranks 0 and 1; its own and none go nowhere."""
+    received = [torch.zeros(8, device=rank.device) for _ in range(3)]
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0], device=rank.device)
+    arguments = (values, index(rank, 3, 9, 17, -1), table_of(*received), 2, 8)
+    launch(push_kernel, (1,), *arguments, device=rank.device, COUNT=4)
+    assert [values.tolist() for values in received] == [[0, 0, 0, 2, 0, 0, 0, 0], [0, 2, *[0] * 6], [0] * 8]
+
+
+@triton.jit
+def visit_kernel(ticket_ptr, visits_ptr, order_ptr, rank, world_size, tokens, lag):
+    """Count what the programs of a combine take."""
+    ticket = base.take_ticket(ticket_ptr)
+    tl.atomic_add(order_ptr + ticket, 1)
+    origin, group = base.origin_and_group(ticket, rank, world_size, lag)
+    if (group >= 0) & (group < tokens):
+        tl.atomic_add(visits_ptr + origin * tokens + group, 1)
+
+
+@on_ranks(1)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_ticket_and_every_token_is_taken_once(rank: Rank, ranks: int) -> None:
+    """By the programs of several launches in a row, of other sizes."""
+    ticket = torch.zeros((), dtype=torch.int32, device=rank.device)
+    for as_rank, (tokens, lag) in product(range(ranks), ((5, 5), (7, 2), (1, 1), (3, 0))):
+        visits, order = index(rank, *[0] * ranks * tokens), index(rank, *[0] * ranks * (tokens + lag))
+        arguments = (ticket, visits, order, as_rank, ranks, tokens, lag)
+        launch(visit_kernel, (len(order),), *arguments, device=rank.device)
+        assert int(ticket) == 0
+        assert bool((order == 1).all())
+        assert bool((visits == 1).all())
 
 
 @on_ranks(1)
@@ -94,9 +228,9 @@ def test_examples_of_rows(rank: Rank) -> None:
     assert_bitwise(gather_rows(received, index(rank, 1), index(rank, 3)), received[[1]])
     packed = torch.full((3, 4), -1, dtype=torch.int32, device=rank.device)
     tokens = torch.arange(12, dtype=torch.int32, device=rank.device).view(3, 4)
-    addresses = torch.zeros(1, dtype=torch.int64, device=rank.device)
-    places = index(rank, 0, -1, 1)
-    launch(pull_packed_kernel, (3,), tokens, addresses, packed, places, 0, 1, 3, device=rank.device, INTS=4, BLOCK=4)
+    addresses = torch.zeros(2, dtype=torch.int64, device=rank.device)
+    arguments = (tokens, addresses, index(rank, 0), packed, index(rank, 0, -1, 1), 0, 1, 3)
+    launch(pull_packed_kernel, (3,), *arguments, device=rank.device, WIDTH=4, BLOCK=4)
     assert packed.tolist() == [tokens[0].tolist(), tokens[2].tolist(), [-1] * 4]
 
 
@@ -111,27 +245,39 @@ def test_examples_of_receive_slots_and_program_orders(monkeypatch: pytest.Monkey
     assert of_combine == [(2, 0), (0, 0), (1, -1), (2, 1), (0, 1), (1, 0)]
 
 
-# As many experts as there may be, and the least number of tiles of a rank that have more than 2**31 counts.
-MOST_EXPERTS, FAR_TILES = 2**16, 2**15
-FAR_BYTES = 2 * FAR_TILES * (MOST_EXPERTS + 2) * 4 + 2**30
+# Experts, of which four are chosen, and tokens of each of two ranks, each in a tile of its own: tiles from the 16th on
+# have their counts 2**31 elements or more behind the first's.
+FAR_EXPERTS, FAR_TOKENS = 2**27 - 2, 17
+FAR_BYTES = (2 * FAR_TOKENS + 1) * 2**27 * 4 + 2**30
 
 
 def counts_of_tiles(rank: Rank) -> None:
-    """Tiles of two ranks; the second rank's counts lie 2**31 elements behind the first's."""
-    bins = MOST_EXPERTS + 2
-    assert (FAR_TILES - 1) * bins < 2**31 <= FAR_TILES * bins
-    before = far_tensor(rank, (2 * FAR_TILES, bins), torch.int32)
-    before[0, MOST_EXPERTS:] = index(rank, 0, 0)
-    before[FAR_TILES, MOST_EXPERTS:] = index(rank, 3, 1)
-    totals = torch.zeros(bins, dtype=torch.int32, device=rank.device)
-    totals[[0, MOST_EXPERTS - 2, MOST_EXPERTS - 1]] = index(rank, 7, 1, 2)
-    totals[MOST_EXPERTS:] = index(rank, 5, 6)
-    ends, pairs, device_errors = totals[: MOST_EXPERTS // 2] * 0, index(rank, *[9] * 4), index(rank, 0, 0, 0)
-    sizes = (1, FAR_TILES, MOST_EXPERTS, MOST_EXPERTS // 2, 2, 7)
-    padded = {"EXPERTS_PADDED": 2 * MOST_EXPERTS, "RANKS_PADDED": 2}
-    launch(plan.totals_kernel, (2,), before, totals, ends, pairs, device_errors, *sizes, device=rank.device, **padded)
-    assert pairs.tolist() == [3, 1, 2, 5]
-    assert ends[-3:].tolist() == [0, 1, 3]
+    """Count, scan and place on rank 0. The kernels visit few of the counts."""
+    bins, tiles, run = FAR_EXPERTS + 2, 2 * FAR_TOKENS, partial(launch, device=rank.device)
+    before = far_tensor(rank, (tiles + 1, bins), torch.int32)
+    before[:, [0, 1, 2, 3, -2, -1]] = 0
+    staged = torch.randint(0, 4, (2, FAR_TOKENS, 1), generator=torch.Generator().manual_seed(0)).int().to(rank.device)
+    expected = build_plan(staged.cpu(), rank=0, num_tokens=FAR_TOKENS, num_experts=8, row_capacity=tiles)
+    ids, device_errors = torch.full_like(staged, 9), index(rank, 0, 0, 0)
+    epoch, experts = torch.tensor(1, dtype=torch.int32, device=rank.device), (FAR_EXPERTS, FAR_EXPERTS // 2)
+    tile = {"K": 1, "K_PADDED": 1, "TOKENS": 1, "EXPERTS_PADDED": 4}
+    table = table_of(*staged, *staged)
+    arguments = (table, table, epoch, ids, ids, before, device_errors, FAR_TOKENS, FAR_TOKENS, *experts, 2)
+    run(plan.count_kernel, (tiles,), *arguments, HAS_SCORES=False, **tile)
+    assert_bitwise(ids, staged)
+    run(plan.scan_kernel, (1,), before, tiles, bins, TILES=16, BINS=4)
+    # The scan's programs of the bins between would take hours: all tokens have their slot on rank 0.
+    before[:, -2] = torch.arange(tiles + 1, dtype=torch.int32, device=rank.device)
+    row_of_slot, slot_of_row, packed = (index(rank, *[9] * tiles) for _ in range(3))
+    counts, copy, ends, pairs = (index(rank, *[9] * 4) for _ in range(4))
+    pointers = (ids, before, row_of_slot, slot_of_row, packed, counts, copy, ends, pairs, device_errors)
+    arguments = (*pointers, 0, FAR_TOKENS, FAR_TOKENS, *experts, 2, tiles, tiles)
+    run(plan.place_kernel, (tiles + 2,), *arguments, COMPARED=4, RANKS_PADDED=2, **tile)
+    found = {"row_of_slot": row_of_slot, "slot_of_row": slot_of_row, "packed_of_token": packed, "group_ends": ends}
+    for name, values in found.items():
+        assert values.tolist() == getattr(expected, name).flatten().tolist(), name
+    assert (counts.tolist(), copy.tolist()) == (expected.counts[:4].tolist(),) * 2
+    assert pairs.tolist() == [FAR_TOKENS, 0, FAR_TOKENS, 0]
     assert device_errors.tolist() == [0, 0, 0]
 
 
@@ -148,7 +294,8 @@ def bias_of_an_expert(rank: Rank) -> None:
     ends[-1] = 2
     dots = torch.tensor([0.0, 0.5], device=rank.device)
     tile = {"H": hidden, "ROWS": 1, "COLUMNS": 4096, "EXPERTS_PADDED": 2**16, "num_warps": 4}
-    launch(add_bias_dots_kernel, (2,), rows, bias, dots, ends, experts, 2, device=rank.device, **tile)
+    arguments = (rows, bias, dots, index(rank, 0, 0), table_of(dots), ends, 0, 2, experts, 2)
+    launch(add_bias_dots_kernel, (2,), *arguments, device=rank.device, **tile)
     assert dots.tolist() == [3.0, 80.5]
 
 
@@ -166,12 +313,15 @@ def row_of_the_last_choice(rank: Rank) -> None:
     ids[0, 0, -1], rows[0, 0, -1] = 1, 0
     flags, wait_errors = (torch.zeros(4, dtype=torch.int64, device=rank.device) for _ in range(2))
     addresses = [torch.tensor([memory.data_ptr(), 0], device=rank.device) for memory in (received, flags)]
-    tile = {"HAS_SCORES": False, "K": top_k, "K_PADDED": 2**11, "H": hidden, "COLUMNS": 1024, "num_warps": 4}
+    tile = {"K": top_k, "K_PADDED": 2**11, "H": hidden, "COLUMNS": 1024, "num_warps": 4}
+    tile |= dict.fromkeys(("HAS_SCORES", "STAGED_SCORES", "HAS_VALUES"), False)
+    ticket = index(rank, 0)
 
     def run(as_rank: int, programs: int, out: Tensor) -> None:
-        sizes, wait = (2, 1, 1, 1, 1, 0, 1, 0, 1), (wait_errors, as_rank, tag, 10**11)
-        arguments = (sent, sent, out, ids, rows, *addresses, *sizes, *wait)
-        launch(exchange_rows_kernel, (programs,), *arguments, device=rank.device, **tile)
+        sizes, wait = (2, 1, 1, 1, 1, 0, 1, 0, 1), (as_rank, tag, 10**11)
+        # The pointers of scores and of values are not read.
+        pointers = (sent, sent, ids, ticket, out, ids, rows, sent, ids, sent, *addresses, ticket, wait_errors)
+        launch(exchange_rows_kernel, (programs,), *pointers, *sizes, *wait, device=rank.device, **tile)
 
     out = torch.zeros_like(sent)
     run(1, 1, out)
@@ -207,8 +357,8 @@ def test_no_index_of_a_kernel_passes_int32() -> None:
         "rows, by as many programs as the largest GPU takes": PROGRAMS_PER_MULTIPROCESSOR * 1024,
         "rows, interpreted": PROGRAMS_PER_MULTIPROCESSOR * INTERPRETED_TILE,
         "rows of a tile": max(SUMMED_ROWS, 256),
-        "slots of a tile: of K of them, padded": plan.TILE_SLOTS + plan.COMPARED_SLOTS + 2 * MOST_EXPERTS,
-        "slots of a block": max(BLOCK, plan.STAGE_BLOCK),
+        "slots of a tile: of K of them, padded": plan.TILE_SLOTS + plan.COMPARED_SLOTS + 2 * 2**16,
+        "slots of a block": max(BLOCK, SLOTS),
         "programs of a combine": base.LAG_TOKENS * 1000,
     }
     assert {what: step for what, step in steps.items() if MOST_SLOTS + step > 2**31 - 1} == {}
@@ -248,16 +398,16 @@ def launches(rank: Rank, dtype: torch.dtype, hidden: int, top_k: int) -> list[di
     """Every kernel that forward and backward run on this rank, with the types of its arguments."""
     seen: dict[str, dict[str, Any]] = {}
 
-    def type_of(argument: object) -> str:
+    def type_of(argument: object, declared: str) -> str:
         if not isinstance(argument, Tensor):
-            return "fp32" if isinstance(argument, float) else "i32"
+            return "fp32" if isinstance(argument, float) else "i64" if "int64" in declared else "i32"
         return POINTERS.get(argument.dtype, f"*i{8 * argument.element_size()}")
 
     def record(kernel: Any, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> None:
-        name = kernel.fn.__name__
+        name, parameters = kernel.fn.__name__, inspect.signature(kernel.fn).parameters.values()
         # The interpreter takes many rows of an activation at a time, a GPU one; see `sonic_ep.fast.experts`.
         one_row = {"ROWS": 1} if {"ROWS", "COLUMNS"} <= constants.keys() and name != "sum_groups_kernel" else {}
-        types = [type_of(argument) for argument in arguments]
+        types = [type_of(argument, str(p.annotation)) for argument, p in zip(arguments, parameters, strict=False)]
         entry = {"module": kernel.fn.__module__, "name": name, "types": types, "constants": {**constants, **one_row}}
         # Products in the interpreter's own tiles, which have one stage, are not for GPUs.
         if constants.get("STAGES") != 1:
@@ -292,8 +442,10 @@ def test_every_kernel_compiles_for_hopper(cpu_pool: RankPool, tmp_path: Path, dt
             assert entry["single_elements"] == 0, entry
         if hidden == 4096 and name in ("parts_kernel", "stage_sums_kernel", "sum_ranks_kernel", "sum_parts_kernel"):
             assert min(entry["wide_loads"], entry["wide_stores"]) > 0, entry
-        if name == "gather_kernel" and constants["BLOCK"] > 1:
-            assert entry["wide_loads"] > 0, entry
+        if entry["stages_bytes"] > 0:
+            # Of each thread as many accesses of 16 bytes as it takes: rows of any width are staged alike.
+            each = entry["stages_bytes"] // (32 * constants.get("num_warps", 4) * VECTOR_BYTES)
+            assert min(entry["wide_loads"], entry["wide_stores"]) >= max(1, each), entry
         if entry["waits"]:
             assert all(entry["orders"].values()), entry
         if name == "barrier_kernel":

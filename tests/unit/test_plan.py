@@ -11,13 +11,14 @@ from itertools import product
 import pytest
 import torch
 from backends import ON_GPUS, both_backends
+from fast_kernels import before_each_launch
 from on_ranks import on_ranks
 from plans_ahead import FEW_PLANS, plans_ahead
 from promises import promise
 from torch import Tensor
 from workspaces import workspace_of
 
-from sonic_ep import EPConfig, ExpertParallel, PlanError, RoutingPlan, RowOverflowError
+from sonic_ep import DispatchMode, EPConfig, ExpertParallel, PlanError, RoutingPlan, RowOverflowError
 from sonic_ep.plan import malformed_field, row_ceiling
 from sonic_ep.reference.plan import build_plan, pair_exchange, slot_exchange
 from sonic_ep.testing import CASES, Case, Rank, assert_bitwise, draw
@@ -279,25 +280,44 @@ def test_max_tokens_is_agreed_on_in_every_call(rank: Rank, backend: str) -> None
 @pytest.mark.fast
 @on_ranks(1, 3)
 @pytest.mark.parametrize("name", ["uneven_tokens", "zero_token_ranks"])
-def test_scores_and_ids_are_exchanged_together(rank: Rank, name: str) -> None:
-    from sonic_ep.fast.plan import PlanShape, gathered_counts
+def test_ids_scores_and_tokens_are_exchanged_together(rank: Rank, name: str) -> None:
+    """By one kernel before one barrier."""
+    from sonic_ep.fast.dispatch import dispatch_primitives
+    from sonic_ep.fast.plan import PlanShape
+    from sonic_ep.fast.planner import Planner
+    from sonic_ep.fast.staging import stage_call
 
     case, ranks = CASES[name], range(rank.world_size)
     inputs, barriers = draw(case, rank.world_size, rank.device), []
     own, max_tokens = inputs.tokens_of(rank.rank), max(map(case.tokens_of_rank, ranks))
-    sizes = {"max_tokens": max_tokens, "top_k": case.top_k, "num_experts": case.num_experts}
-    shape = PlanShape(rank=rank.rank, world_size=rank.world_size, **sizes)
-    errors, scores = torch.zeros(3, dtype=torch.int32, device=rank.device), inputs.topk_scores[own].double()
+    sizes = {"max_tokens": max_tokens, "num_experts": case.num_experts}
+    shape = PlanShape(rank=rank.rank, world_size=rank.world_size, top_k=case.top_k, **sizes)
+    x, launched = inputs.x[own], list[str]()
     with workspace_of(rank) as workspace, pytest.MonkeyPatch.context() as patch:
         for barrier in ("barrier_before_write", "barrier_after_write"):
             run = getattr(workspace, barrier)
             patch.setattr(workspace, barrier, lambda run=run, name=barrier: (barriers.append(name), run()))
-        counts = gathered_counts(inputs.topk_idx[own], shape, workspace, errors, scores)
-        assert barriers == ["barrier_before_write", "barrier_after_write"]
+        planner = Planner(workspace.group, EPConfig(), workspace)
+        dispatch = dispatch_primitives(workspace)[DispatchMode.ALL_TO_ALL]
+        rows = dispatch.reserve(max_tokens, x.shape[1] * x.element_size())
+        planner.begin()
+        staged = planner.reserve(max_tokens, case.top_k, scored=True, rows=rows)
+        with before_each_launch(launched.append):
+            given = (inputs.topk_idx[own], inputs.topk_scores[own], x)
+            stage_call(*(tensor.contiguous() for tensor in given), staged, workspace, **sizes)
+        assert launched == ["stage_kernel"] * (max_tokens > 0)
+        pending = planner.plan(staged, shape, num_tokens=len(x), distinct=False)
+        plan = pending.plan
+        received = dispatch.pull(x, staged.rows, plan, plan.row_capacity)
+        assert barriers == ["barrier_after_write"]
+        x_WCH = x.new_zeros(rank.world_size, max_tokens, x.shape[1])
         for source in ranks:
             theirs, here = inputs.tokens_of(source), slice(case.tokens_of_rank(source))
-            assert_bitwise(counts.expert_ids[source, here], inputs.topk_idx[theirs].int(), "ids")
-            assert_bitwise(counts.scores[source, here], inputs.topk_scores[theirs], "scores")
+            assert_bitwise(plan.expert_ids[source, here], inputs.topk_idx[theirs].int(), "ids")
+            assert_bitwise(pending.scores_WCK[source, here], inputs.topk_scores[theirs], "scores")
+            x_WCH[source, here] = inputs.x[theirs]
+        token_of_row = plan.slot_of_row[: plan.rows()] // case.top_k
+        assert_bitwise(received[: plan.rows()], x_WCH.flatten(0, 1)[token_of_row], "rows")
         workspace.barrier_after_write()
 
 

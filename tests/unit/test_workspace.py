@@ -160,7 +160,7 @@ def test_a_barrier_records_the_first_failure(rank: Rank) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_DEBUG", "0")
             epoch = torch.zeros((), dtype=torch.int32)
-            arguments = (addresses, epoch, 3, record, 0, TAG, int(limit * 1e9))
+            arguments = (addresses, epoch, record, 3, 0, TAG, int(limit * 1e9))
             launch(barrier_kernel, (6,), *arguments, device=rank.device, debug=False, num_warps=1)
             assert epoch == 1
         assert time.monotonic() - began < (2 * WAIT_SECONDS if expected[0] == 1 else HANG_SECONDS)

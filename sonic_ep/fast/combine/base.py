@@ -3,7 +3,7 @@
 A combine is one kernel. Its programs come in groups of W, one group a token: W - 1 send this rank's rows of that token
 of each other rank, and one sums the own token ``LAG_TOKENS`` groups earlier, once its senders have raised their flags.
 Senders never wait, and a sum waits only for senders before its group on every rank; so programs that are numbered as
-they start (``take_ticket``) all finish. Tokens are sent in chunks that fit the receive buffer, with a barrier between
+they start (``take_ticket``) all finish. Tokens are sent in chunks that fit the receive buffer, with barriers between
 them. Every operation that combines has a barrier of its own before it, which also orders the first chunk.
 
 Pointers of both kernels: scores_ptr (W, C, K) fp32, filled from scores_table_ptr (see ``Staging``) if STAGED_SCORES;
@@ -139,6 +139,8 @@ class PushedCombine(ABC):
             lag = min(tokens, LAG_TOKENS) if world_size > 1 else 0
             grid = ((tokens + lag) * world_size,)
             if first_token > 0:
+                # Two, so that every chunk finds scores in the half in which they were staged: see ``staged_at``.
+                workspace.barrier_before_write()
                 workspace.barrier_before_write()
             workspace.run_waiting(run, grid, pointers, (*sizes, first_token, tokens, lag, shared.chunk))
         return out_TH, None if values_R is None else values_out
