@@ -1,4 +1,5 @@
 """Probe: what torch.cuda.make_graphed_callables does with chained residual blocks, and sonic_ep.graphed beside it."""
+
 import gc, os, sys, time, torch
 from torch import nn
 import sonic_ep
@@ -39,7 +40,11 @@ def grads(x, blocks):
 
 
 def differing(a, b, blocks):
-    return [n for n, g, w in zip(names(blocks), a, b) if (g is None) != (w is None) or (g is not None and not torch.equal(g, w))]
+    return [
+        n
+        for n, g, w in zip(names(blocks), a, b)
+        if (g is None) != (w is None) or (g is not None and not torch.equal(g, w))
+    ]
 
 
 def run(fs, x, dys, order):
@@ -67,7 +72,9 @@ def build(n, how):
     elif how == "torch, each by itself":
         fs = [torch.cuda.make_graphed_callables(b, (fresh(),)) for b in blocks]
     elif how == "torch, first sample is x":
-        fs = torch.cuda.make_graphed_callables(tuple(blocks), tuple((x0,) if i == 0 else (fresh(),) for i, _ in enumerate(blocks)))
+        fs = torch.cuda.make_graphed_callables(
+            tuple(blocks), tuple((x0,) if i == 0 else (fresh(),) for i, _ in enumerate(blocks))
+        )
     else:
         fs = [sonic_ep.graphed(b, x0) for b in blocks]
     return blocks, eager, fs, x0
@@ -75,7 +82,12 @@ def build(n, how):
 
 def probe(n, how):
     blocks, eager, fs, x0 = build(n, how)
-    for what in ("one backward, x of the sample", "one backward, x new", "accumulated fbfb", "two forwards, then two backwards"):
+    for what in (
+        "one backward, x of the sample",
+        "one backward, x new",
+        "accumulated fbfb",
+        "two forwards, then two backwards",
+    ):
         x = x0 if "of the sample" in what else torch.randn(T, H, device=dev, requires_grad=True)
         values = x.detach().clone()
         dys = [torch.randn(T, H, device=dev) for _ in range(1 if "one" in what else 2)]
@@ -87,20 +99,31 @@ def probe(n, how):
             run(fs, x, dys, order)
             torch.cuda.synchronize()
             found = grads(x, blocks)
-            print(f"{n} blocks | {how} | {what} | differ: {differing(found, expected, blocks)} | x changed: {not torch.equal(x.detach(), values)}")
+            print(
+                f"{n} blocks | {how} | {what} | differ: {differing(found, expected, blocks)} | x changed: {not torch.equal(x.detach(), values)}"
+            )
         except Exception as e:
             x.grad = None
-            for b in blocks: b.zero_grad(set_to_none=True)
+            for b in blocks:
+                b.zero_grad(set_to_none=True)
             print(f"{n} blocks | {how} | {what} | {type(e).__name__}: {str(e)[:150]}")
     # outputs held over a replay
     with torch.no_grad():
-        y = chain(fs, torch.randn(T, H, device=dev)); before = y.clone(); chain(fs, torch.randn(T, H, device=dev))
+        y = chain(fs, torch.randn(T, H, device=dev))
+        before = y.clone()
+        chain(fs, torch.randn(T, H, device=dev))
         print(f"{n} blocks | {how} | an output held over the next replay stays: {torch.equal(y, before)}")
 
 
 if __name__ == "__main__":
     for n in (2, 3):
-        for how in ("torch, one sample for all", "torch, first sample is x", "torch, a sample each", "torch, each by itself", "sonic_ep"):
+        for how in (
+            "torch, one sample for all",
+            "torch, first sample is x",
+            "torch, a sample each",
+            "torch, each by itself",
+            "sonic_ep",
+        ):
             try:
                 probe(n, how)
             except Exception as e:
@@ -137,7 +160,9 @@ if __name__ == "__main__":
             host = time.perf_counter() - t
             torch.cuda.synchronize()
             wall = time.perf_counter() - t
-            print(f"{what}: a layer's forward + backward, wall {wall / 80 * 1e3:.3f} ms, host {host / 80 * 1e3:.3f} ms; allocated {torch.cuda.memory_allocated() >> 20} MiB, reserved {torch.cuda.memory_reserved() >> 20} MiB")
+            print(
+                f"{what}: a layer's forward + backward, wall {wall / 80 * 1e3:.3f} ms, host {host / 80 * 1e3:.3f} ms; allocated {torch.cuda.memory_allocated() >> 20} MiB, reserved {torch.cuda.memory_reserved() >> 20} MiB"
+            )
 
         def grads_of(fs):
             chain(fs, x).backward(dy)
@@ -154,8 +179,11 @@ if __name__ == "__main__":
             timed(fs, f"graphed, shares_memory={shares}")
             print("   differ:", differing(grads_of(fs), expected, blocks))
             del fs
-            gc.collect(); torch.cuda.empty_cache()
+            gc.collect()
+            torch.cuda.empty_cache()
             print("   after del: reserved", torch.cuda.memory_reserved() - base >> 20, "MiB more")
-        tfs = torch.cuda.make_graphed_callables(tuple(blocks), tuple((torch.randn_like(x).requires_grad_(),) for _ in blocks))
+        tfs = torch.cuda.make_graphed_callables(
+            tuple(blocks), tuple((torch.randn_like(x).requires_grad_(),) for _ in blocks)
+        )
         timed(tfs, "torch's")
         print("   differ:", differing(grads_of(tfs), expected, blocks))
