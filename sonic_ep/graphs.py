@@ -304,6 +304,8 @@ class Graphed(Generic[ResultT]):
         """Replay. Raises ``ValueError``, ``TypeError`` or ``ClosedError`` where the graph is not that of this call."""
         recording = self._recording
         recording.conditions.check(given, options)
+        if torch.cuda.is_current_stream_capturing():
+            recording.conditions.checker.require(False, "graphed", "a replay in graph capture", "the function itself")
         if recording.trained and torch.is_grad_enabled():
             outputs = ReplayFunction.apply(recording, len(given), *given, *recording.parameters)
         else:

@@ -140,6 +140,7 @@ def test_inference(rank: Rank, mode: Any) -> None:
             graphs[0](drawn(rank, 0))
 
 
+@promise("graphed-order")
 @pytest.mark.fast
 @on_ranks(1, 2, pool="cuda_pool")
 def test_no_gradient_is_wrong_where_activations_are_overwritten(rank: Rank) -> None:
@@ -374,6 +375,7 @@ def test_modes_unlike_the_captured_ones_are_refused() -> None:
         conditions.check((x,), {})
 
 
+@promise("graphed-order")
 def test_which_replays_overwrite_which_activations() -> None:
     """Blocks forward in order, and backward in reverse, overwrite nothing; each departure does."""
     order = ReplayOrder()
