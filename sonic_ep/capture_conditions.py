@@ -1,6 +1,5 @@
 """What a CUDA graph of ``sonic_ep.graphed`` was captured with, which every call is checked for."""
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +32,48 @@ class SampleForm:
         same = {name: getattr(sample, name) for name in ("dtype", "device", "requires_grad")}
         return cls(parameter=parameter, shape=tuple(sample.shape), **same)
 
+    def fits(self, value: object) -> bool:
+        """Whether it is an argument like the sample; without gradients, also one that requires none."""
+        if not isinstance(value, Tensor) or (self.parameter is not None and value is not self.parameter):
+            return False
+        same = value.shape == self.shape and value.dtype == self.dtype and value.device == self.device
+        return same and (value.requires_grad == self.requires_grad or not torch.is_grad_enabled())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterPlace:
+    """A parameter, where its module holds it, its memory, and whether it requires a gradient."""
+
+    parameter: Any
+    held_in: Mapping[str, Any]
+    name: str
+    is_distributed: bool
+    address: int
+    requires_grad: bool
+
+    @staticmethod
+    def all_of(module: nn.Module) -> "tuple[ParameterPlace, ...]":
+        """Those of a module and all modules in it."""
+        return tuple(
+            ParameterPlace(
+                parameter=parameter,
+                held_in=part._parameters,
+                name=name,
+                is_distributed=is_dtensor(parameter),
+                address=_address(parameter, is_distributed=is_dtensor(parameter)),
+                requires_grad=parameter.requires_grad,
+            )
+            for part in module.modules()
+            for name, parameter in part._parameters.items()
+            if parameter is not None
+        )
+
+    def holds(self) -> bool:
+        """Whether nothing of this has changed."""
+        found = self.held_in.get(self.name)
+        same = found is self.parameter and self.parameter.requires_grad == self.requires_grad
+        return same and _address(found, is_distributed=self.is_distributed) == self.address
+
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureConditions:
@@ -44,15 +85,13 @@ class CaptureConditions:
     training: bool | None
     grad_enabled: bool
     autocast: tuple[bool, torch.dtype]
-    parameters: tuple[nn.Parameter, ...]
-    places: tuple[tuple[int, bool], ...]
+    parameters: tuple[ParameterPlace, ...]
     eps: list[ExpertParallel] = field(default_factory=list)
 
     @classmethod
     def of(cls, checker: ArgumentChecker, function: object, samples: Sequence[Tensor]) -> "CaptureConditions":
         """Those of here and now."""
         module = function if isinstance(function, nn.Module) else None
-        parameters = () if module is None else tuple(module.parameters())
         return cls(
             checker=checker,
             module=module,
@@ -60,8 +99,7 @@ class CaptureConditions:
             training=None if module is None else module.training,
             grad_enabled=torch.is_grad_enabled(),
             autocast=autocast_state(samples[0].device),
-            parameters=parameters,
-            places=_places(parameters),
+            parameters=() if module is None else ParameterPlace.all_of(module),
         )
 
     def check(self, given: Sequence[object], options: Mapping[str, object]) -> None:
@@ -71,13 +109,16 @@ class CaptureConditions:
             raise TypeError(f"{self.checker.group}: arguments of graphed: {got}")
         self._expect("arguments of graphed", len(given), len(self.forms))
         for place, (value, form) in enumerate(zip(given, self.forms, strict=True)):
-            self._check_argument(f"argument {place} of graphed", value, form)
+            if not form.fits(value):
+                self._refuse_argument(f"argument {place} of graphed", value, form)
         if torch.is_grad_enabled() and not self.grad_enabled:
             self._expect("grad mode of graphed", True, False)
         self._expect("autocast (enabled, dtype) of graphed", autocast_state(self.forms[0].device), self.autocast)
         if self.module is not None:
             self._expect("training of graphed", self.module.training, self.training)
-            self._check_parameters(tuple(self.module.parameters()))
+        if not all(place.holds() for place in self.parameters):
+            got = "some that were replaced, moved, frozen or unfrozen since capture"
+            self.checker.require(False, "parameters of graphed", got, "those of capture: capture a new graph")
         self.check_open()
 
     def check_open(self) -> None:
@@ -90,22 +131,15 @@ class CaptureConditions:
         if got != expected:
             self.checker.require(False, name, got, f"{expected}, as captured: call the function itself")
 
-    def _check_argument(self, name: str, value: object, form: SampleForm) -> None:
+    def _refuse_argument(self, name: str, value: object, form: SampleForm) -> None:
         tensor = self.checker.instance(name, value, Tensor, "a torch.Tensor")
-        if form.parameter is not None and tensor is not form.parameter:
-            expected = "the parameter that was captured, which the graph reads in place"
-            self.checker.require(False, name, "another tensor", expected)
-        self._expect(f"shape of {name}", tuple(tensor.shape), form.shape)
-        self._expect(f"dtype of {name}", tensor.dtype, form.dtype)
-        self._expect(f"device of {name}", tensor.device, form.device)
-        if torch.is_grad_enabled():
-            self._expect(f"requires_grad of {name}", tensor.requires_grad, form.requires_grad)
-
-    def _check_parameters(self, found: Sequence[nn.Parameter]) -> None:
-        same = len(found) == len(self.parameters) and all(map(operator.is_, found, self.parameters))
-        if not (same and _places(found) == self.places):
-            got = "some that were replaced, moved, frozen or unfrozen since capture"
-            self.checker.require(False, "parameters of graphed", got, "those of capture: capture a new graph")
+        for what, expected in (("shape", form.shape), ("dtype", form.dtype), ("device", form.device)):
+            found = getattr(tensor, what)
+            self._expect(f"{what} of {name}", tuple(found) if what == "shape" else found, expected)
+        if form.parameter is not None:
+            kept = "the parameter that was captured, which the graph reads in place"
+            self.checker.require(False, name, "another tensor", kept)
+        self._expect(f"requires_grad of {name}", tensor.requires_grad, form.requires_grad)
 
 
 def autocast_state(device: torch.device) -> tuple[bool, torch.dtype]:
@@ -113,11 +147,12 @@ def autocast_state(device: torch.device) -> tuple[bool, torch.dtype]:
     return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
 
-@torch.no_grad()
-def _places(parameters: Sequence[Any]) -> tuple[tuple[int, bool], ...]:
-    """Where each is, and whether it requires a gradient."""
-    held = [parameter.to_local() if is_dtensor(parameter) else parameter for parameter in parameters]
-    return tuple((local.data_ptr(), given.requires_grad) for local, given in zip(held, parameters, strict=True))
+def _address(parameter: Any, *, is_distributed: bool) -> int:
+    if not is_distributed:
+        return int(parameter.data_ptr())
+    # Else it would be an operation for autograd.
+    with torch.no_grad():
+        return int(parameter.to_local().data_ptr())
 
 
 def check_captures(ep: ExpertParallel) -> None:
