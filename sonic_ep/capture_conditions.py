@@ -70,8 +70,8 @@ class ParameterPlace:
 
     def holds(self) -> bool:
         """Whether nothing of this has changed."""
-        found = self.held_in.get(self.name)
-        same = found is self.parameter and self.parameter.requires_grad == self.requires_grad
+        found = self.parameter
+        same = found.requires_grad == self.requires_grad and self.held_in.get(self.name) is found
         return same and _address(found, is_distributed=self.is_distributed) == self.address
 
 

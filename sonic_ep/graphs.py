@@ -81,6 +81,15 @@ class GraphMemory:
         with torch.cuda.graph(self._first, stream=self.stream, capture_error_mode="thread_local"):
             torch.zeros(1, device=device)
 
+    @contextmanager
+    def warming_up(self) -> Iterator[None]:
+        """On the stream of captures, between what is queued here."""
+        ahead = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(ahead)
+        with torch.cuda.stream(self.stream):
+            yield
+        ahead.wait_stream(self.stream)
+
     def captured(self, work: Callable[[], ResultT]) -> tuple[torch.cuda.CUDAGraph, ResultT]:
         """``work`` as a graph, and its result, whose values come with each replay."""
         graph = torch.cuda.CUDAGraph()
@@ -91,6 +100,9 @@ class GraphMemory:
 
     def begin(self, number: int) -> None:
         """Before a replay: it comes after the last one, on whatever stream, and overwrites activations."""
+        if torch.cuda.is_current_stream_capturing():
+            got = "got a replay in graph capture, expected a call of the function itself"
+            raise ValueError(f"{resolve_group(None)}: graphed: {got}")
         stream = torch.cuda.current_stream(self.device)
         if self._last_stream is not None and self._last_stream != stream:
             stream.wait_stream(self._last_stream)
@@ -196,9 +208,7 @@ class Recording:
     def _warm_up(self) -> None:
         """Calls at this shape, without gradients and then with them. Collective where the function is."""
         before = {ep: ep.steps for ep in ops.registered_now()}
-        ahead, stream = torch.cuda.current_stream(self._memory.device), self._memory.stream
-        stream.wait_stream(ahead)
-        with torch.cuda.stream(stream):
+        with self._memory.warming_up():
             with torch.no_grad(), self._autocast_uncached():
                 self._function(*self._inputs)
             self.conditions.eps.extend(ep for ep in ops.registered_now() if ep.steps != before.get(ep, 0))
@@ -210,7 +220,6 @@ class Recording:
                     self._check_leaves(outputs)
                     self._gradients_of(outputs, [torch.zeros_like(o) for o in outputs if o.requires_grad])
                 del outputs
-        ahead.wait_stream(stream)
 
     def _outputs(self) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
         """Call the function: its tensors, and what makes its result of such."""
@@ -304,8 +313,6 @@ class Graphed(Generic[ResultT]):
         """Replay. Raises ``ValueError``, ``TypeError`` or ``ClosedError`` where the graph is not that of this call."""
         recording = self._recording
         recording.conditions.check(given, options)
-        if torch.cuda.is_current_stream_capturing():
-            recording.conditions.checker.require(False, "graphed", "a replay in graph capture", "the function itself")
         if recording.trained and torch.is_grad_enabled():
             outputs = ReplayFunction.apply(recording, len(given), *given, *recording.parameters)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from on_ranks import on_ranks
 from promises import promise
 from recipes import GRAPHS, Names, blocks, run_block
+from recomputed import Recomputed, recomputed
 from same import assert_same_bits
 from torch import Tensor, nn
 
@@ -200,7 +202,7 @@ def test_what_cannot_be_captured_is_named(rank: Rank) -> None:
             layer(x).y.sum().backward()
     with fast(rank) as ep:
         module, graph = Residual(ep, rank.device), None
-        with pytest.raises(ValueError, match=r"one that reads a tensor \(64,\) that requires a gradient"):
+        with pytest.raises(ValueError, match=r"one that reads a tensor \(.*\) that requires a gradient"):
             sonic_ep.graphed(lambda x: module(x), x)
         graph = sonic_ep.graphed(module, x)
         with pytest.raises(ValueError, match=r"shape of argument 0 of graphed: got \(11, 64\), expected \(12, 64\)"):
@@ -291,6 +293,49 @@ def test_the_recipe_of_functions(rank: Rank) -> None:
         assert_same_bits(*outcomes)
         with pytest.raises(ValueError, match="argument 4 of graphed: got another tensor"):
             names["graph"](names["x"], idx, scores, w1, w2.detach())
+
+
+def test_the_autograd_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With graphs that compute again: gradients of two chained layers, accumulated, are those of eager calls."""
+    rank = Rank(rank=0, world_size=1, device=torch.device("cpu"))
+    graph_of = partial(recomputed, monkeypatch, Recomputed())
+    with ExpertParallel(backend="reference") as ep:
+        modules, outcomes = residuals(ep, rank, 2), []
+        graphs = [graph_of(module, drawn(rank, 0)) for module in modules]
+        for functions in (graphs, modules):
+            x = drawn(rank, 1)
+            held = [chained(functions, x)]
+            for factor in (2, 3):
+                held.append(functions[0](x))
+                y = chained(functions, x * factor)
+                y.square().mean().backward()
+                held.append(y)
+            outcomes.append([*(y.detach() for y in held), *taken_gradients(x, modules)])
+        assert_same_bits(*outcomes)
+        lost, y = graphs[0](x), graphs[0](2 * x)
+        y.sum().backward()
+        for result, by in ((lost, "another forward"), (y, "their own backward")):
+            with pytest.raises(RuntimeError, match=RAISES_OF_BACKWARD + by):
+                result.sum().backward()
+        out = graph_of(modules[0].moe, x)(x)
+        assert [result.requires_grad for result in out] == [True, True, False, False, True]
+        found = torch.autograd.grad(out.y.sum(), [x])
+        assert_same_bits(found, torch.autograd.grad(modules[0].moe(x).y.sum(), [x]))
+        with torch.no_grad():
+            assert not graphs[0](x).requires_grad
+        with pytest.raises(ValueError, match=r"one that reads a tensor \(.*\) that requires a gradient"):
+            graph_of(lambda x: modules[0](x), x)
+
+
+def test_a_parameter_among_the_arguments_is_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(3, 4), nn.Parameter(torch.randn(4, 4))
+    graph = recomputed(monkeypatch, Recomputed(), torch.matmul, x, weight)
+    with torch.no_grad():
+        weight.mul_(2)
+    graph(x, weight).sum().backward()
+    assert_same_bits([graph(x, weight).detach(), weight.grad], [x @ weight.detach(), x.sum(0)[:, None].expand(4, 4)])
+    with refused("argument 1 of graphed: got another tensor"):
+        graph(x, nn.Parameter(weight.detach().clone()))
 
 
 def refused(*words: str) -> Any:
