@@ -17,6 +17,8 @@ ResultT = TypeVar("ResultT")
 Gradients = tuple[Tensor | None, ...]
 # Importing the compiler takes seconds. Nothing is compiled before it has been imported.
 COMPILER = "torch._dynamo"
+# Nothing else in PyTorch splits a backward, and what that takes is a tenth of a call.
+PIPELINING = "torch.distributed.pipelining"
 
 NO_STRIDES: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
@@ -228,7 +230,9 @@ def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> 
     the node ("_input_metadata is invalid"), so the gradient has to.
     """
     result: Tensor = function.apply(*arguments)
-    return result if compat.KEEPS_NODES or not result.requires_grad else _kept_by_its_gradient(result)
+    if compat.KEEPS_NODES or PIPELINING not in sys.modules or not result.requires_grad:
+        return result
+    return _kept_by_its_gradient(result)
 
 
 def _kept_by_its_gradient(result: Tensor) -> Tensor:

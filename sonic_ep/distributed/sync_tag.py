@@ -91,6 +91,11 @@ def step_of(tag: int) -> Step:
     return Step(tag % (1 << STEP_BITS), tag >> _CALL_SHIFT)
 
 
+def number_of(tag: int) -> int:
+    """The number of a tag's step."""
+    return tag % (1 << STEP_BITS)
+
+
 def kind_of(tag: int) -> int:
     """The call of a tag, without whether x requires a gradient."""
     return tag >> _CALL_SHIFT & ~_X_TRAINED

@@ -49,6 +49,7 @@ class CallPlan:
         self.choice: Choice | None = None
         self._form: ActivationForm | None = None
         self._serves: bool | None = None
+        self._library = LibraryGemm()
         self._sized: SizedPlan | None = None
 
     def at(self, max_tokens: int) -> "SizedPlan":
@@ -116,5 +117,7 @@ class CallPlan:
         if self._serves is None:
             self._serves = library_serves((x_TH, *weights))
         if self._serves and x_TH.is_cuda and addresses_serve(weights):
-            return LibraryGemm(rows_per_group=rows_per_group)
+            if self._library.rows_per_group != rows_per_group:
+                self._library = LibraryGemm(rows_per_group=rows_per_group)
+            return self._library
         return grouped_gemm((x_TH, *weights), rows_per_group)

@@ -102,7 +102,7 @@ def wait_error(codes: Tensor, collectives: BoundedCollectives) -> PeerError | No
     return collectives.late([peer], sync_tag)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Limits:
     """Bounds of a plan and the step that made it, for error messages."""
 

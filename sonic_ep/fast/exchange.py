@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sonic_ep.autograd_utils import once_differentiable, savable, unpack_saved
-from sonic_ep.distributed.sync_tag import Phase, step_of
+from sonic_ep.distributed.sync_tag import Phase, number_of
 from sonic_ep.fast.collectives import collect_values, reserve_values
 from sonic_ep.fast.combine.base import PushedCombine
 from sonic_ep.fast.copy_engine import CopyEngineGather, GatherInFlight
@@ -98,7 +98,7 @@ class Exchange:
         """The gradient (N, H); all NaN if these ids, saved in a recompute, differ from those of the forward's plan."""
         if expert_ids_WCK.data_ptr() == self.plan.expert_ids.data_ptr():
             return grad_NH
-        differs = self.planner.device_errors.compare(self.plan.expert_ids, expert_ids_WCK, step_of(self.tag).number)
+        differs = self.planner.device_errors.compare(self.plan.expert_ids, expert_ids_WCK, number_of(self.tag))
         return grad_NH.masked_fill(differs, math.nan)
 
     def _poisoned(self, rows_NH: Tensor) -> Tensor:

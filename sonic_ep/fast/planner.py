@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sonic_ep.config import EPConfig
 from sonic_ep.distributed.group import EPGroup
-from sonic_ep.distributed.sync_tag import Phase, step_of
+from sonic_ep.distributed.sync_tag import Phase, number_of
 from sonic_ep.fast.collectives import FP32_BYTES, SCORES
 from sonic_ep.fast.device_errors import DeviceErrors, Limits
 from sonic_ep.fast.launch import capturing, host_ints
@@ -119,9 +119,7 @@ class Planner:
             return self._empty(staged, shape)
         max_rows = MOST_SLOTS if self.max_rows is None else self.max_rows
         errors = self.device_errors
-        errors.expect(
-            Limits(num_experts=shape.num_experts, max_rows=max_rows, step=step_of(self._workspace.tag).number)
-        )
+        errors.expect(Limits(num_experts=shape.num_experts, max_rows=max_rows, step=number_of(self._workspace.tag)))
         self._workspace.barrier_after_write()
         found = gathered_counts(staged, shape, self._workspace, errors.codes)
         if self._config.cpu_sync_on_runtime:
