@@ -143,11 +143,19 @@ def unpack_saved(
     """
     found: list[Any] = list(ctx.saved_tensors)
     for place, (name, held) in enumerate(zip(names, found, strict=True)):
-        if held is not None:
+        if held is not None and not _is_plain(held):
             raise_if_freed(where, name, held)
             held = materialized(held)
             found[place] = held if held.stride() == strides.get(name) else held.contiguous()
     return found
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is contiguous, in memory that is still there, with its values."""
+    if not tensor.is_contiguous() or tensor.is_neg() or compat.is_zero_without_memory(tensor):
+        return False
+    offset = tensor.storage_offset()
+    return tensor.untyped_storage().nbytes() >= tensor.nbytes + (offset and offset * tensor.itemsize)
 
 
 def in_halves(given: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:

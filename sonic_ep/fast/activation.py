@@ -331,9 +331,9 @@ class ActivationForm:
 
 @lru_cache(LAUNCHERS_KEPT)
 def activation_form(
-    device: torch.device, width: int, parts: int, activation: Activation, layout: GateLayout
+    device: torch.device, dtype: torch.dtype, width: int, parts: int, activation: Activation, layout: GateLayout
 ) -> ActivationForm:
-    """For h of ``parts`` tensors, each (R, width)."""
+    """For h of ``parts`` tensors (R, width) of ``dtype``, which tells kernels apart."""
     split = parts == 2
     intermediate = width if split or not activation.gated else width // 2
     interleaved = not split and layout.name == "interleaved"

@@ -52,8 +52,8 @@ class FastBackend:
         sized = call_plan.begin(max_tokens)
         choice = call_plan.choice
         if choice is None:
-            corrected, itemsize = weights.correction is not None, x_TH.element_size()
-            choice = choice_of(x_TH.device, call_plan.num_experts, options, corrected=corrected, itemsize=itemsize)
+            corrected = weights.correction is not None
+            choice = choice_of(x_TH.device, call_plan.num_experts, options, corrected=corrected, staged=x_TH.dtype)
             call_plan.choice = choice
         into = None
         if max_tokens > 0:
@@ -156,7 +156,7 @@ class FastBackend:
             y = apply_function(MoEFunction, x_TH, scores_TK, experts.w2, experts.b2, call, *ups)
         else:
             y, _ = run_forward(x_TH, experts.w2, experts.b2, call, ups)
-        return LayerOutput(y=y, counts=pending.counts_copy, expert_ids=plan.expert_ids)
+        return LayerOutput(y=y, counts=pending.counts, expert_ids=plan.expert_ids)
 
     def check(self) -> None:
         """Wait for the devices, then raise what they have flagged."""

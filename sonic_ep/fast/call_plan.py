@@ -105,7 +105,7 @@ class CallPlan:
         """The kernels of the activation."""
         if self._form is None:
             ups = experts.up_weights
-            of_h = (ups[0].shape[1], len(ups), experts.activation, experts.layout)
+            of_h = (ups[0].dtype, ups[0].shape[1], len(ups), experts.activation, experts.layout)
             self._form = activation_form(self.workspace.device, *of_h)
         return self._form
 

@@ -56,61 +56,66 @@ class Launcher:
     """A kernel with its compile-time constants on one device. ``launcher(grid, *arguments)``: on the current stream.
 
     Products and sums are rounded one by one, as in plain PyTorch: no fused multiply-add. An empty grid is no launch.
-    The first launch compiles. Later ones call the compiled kernel itself, where ``sonic_ep.compat`` knows how: Triton
+    Its pointers are to elements of the same types in every launch. The first launch compiles. Later ones call the compiled kernel itself, where ``sonic_ep.compat`` knows how: Triton
     would look at every argument again.
     """
 
-    __slots__ = ("_compiled", "_constants", "_device", "_index", "_kernel", "_pointers")
+    __slots__ = ("_compiled", "_constants", "_device", "_form", "_index", "_kernel", "_pointers")
 
     def __init__(self, kernel: Any, device: torch.device, constants: Mapping[str, Any]) -> None:
         self._kernel, self._device, self._constants = kernel, device, constants
         self._index = device.index
         self._pointers = sum(name.endswith("_ptr") for name in kernel.arg_names)
-        # By the element types of the pointers: all that Triton tells apart, since no number is specialized.
-        self._compiled: dict[tuple[torch.dtype, ...], Callable[..., None] | None] = {}
+        self._compiled: Callable[..., None] | None = None
+        self._form: list[torch.dtype] | None = None
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
         """arguments: tensors, which are passed as pointers, then numbers."""
         if 0 in grid:
             return
         if ON_CPU:
-            with alone_in_this_process():
-                self._ordinary(grid, arguments)
+            self._interpreted(grid, arguments)
             return
-        tensors, numbers = arguments[: self._pointers], arguments[self._pointers :]
-        form = tuple([tensor.dtype for tensor in tensors])
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        aligned = reduce(or_, addresses) % ALIGNED_BYTES == 0
-        compiled = self._compiled.get(form)
+        addresses = [tensor.data_ptr() for tensor in arguments[: self._pointers]]
+        compiled, aligned = self._compiled, reduce(or_, addresses) % ALIGNED_BYTES == 0
         if compiled is None or not aligned or current_device() != self._index:
-            self._first(grid, arguments, form, aligned=aligned)
+            self._first(grid, arguments, aligned=aligned)
             return
         try:
-            compiled(grid, current_stream_address(self._index), addresses, numbers)
+            compiled(grid, current_stream_address(self._index), addresses, arguments[self._pointers :])
         except OverflowError:
             # A number of more than 32 bits, for which Triton has another variant.
             self._ordinary(grid, arguments)
 
-    def _first(self, grid: tuple[int, ...], arguments: Any, form: tuple[torch.dtype, ...], *, aligned: bool) -> None:
+    def _interpreted(self, grid: tuple[int, ...], arguments: Any) -> None:
+        form = [tensor.dtype for tensor in arguments[: self._pointers]]
+        # On a GPU nobody looks: the kernel would read memory as what it is not.
+        self._form = self._form or form
+        assert self._form == form, f"{self._kernel.__name__}: got pointers to {form}, before to {self._form}"
+        with alone_in_this_process():
+            self._ordinary(grid, arguments)
+
+    def _first(self, grid: tuple[int, ...], arguments: Any, *, aligned: bool) -> None:
         with torch.cuda.device(self._device):
             compiled = self._ordinary(grid, arguments)
-        if aligned and form not in self._compiled:
+        if aligned and self._compiled is None:
             constants = [self._constants[name] for name in self._kernel.arg_names[len(arguments) :]]
-            self._compiled[form] = direct_launch(compiled, self._kernel, constants)
+            self._compiled = direct_launch(compiled, self._kernel, constants)
 
     def _ordinary(self, grid: tuple[int, ...], arguments: Any) -> Any:
         return self._kernel[grid](*arguments, enable_fp_fusion=False, **self._constants)
 
 
 @lru_cache(LAUNCHERS_KEPT, typed=True)
-def launcher(kernel: Any, device: torch.device, constants: tuple[tuple[str, Any], ...]) -> Launcher:
-    """The ``Launcher`` of these, remembered."""
+def launcher(kernel: Any, device: torch.device, constants: tuple[tuple[str, Any], ...], form: object) -> Launcher:
+    """The ``Launcher`` of these, remembered. form: tells apart other element types of pointers."""
     return Launcher(kernel, device, dict(constants))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, **constants: Any) -> None:
     """Run ``kernel`` over ``grid`` on the current stream of ``device``: see ``Launcher``."""
-    launcher(kernel, device, tuple(constants.items()))(grid, *arguments)
+    form = tuple([getattr(argument, "dtype", None) for argument in arguments])
+    launcher(kernel, device, tuple(constants.items()), form)(grid, *arguments)
 
 
 def host_ints(count: int, device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:

@@ -43,15 +43,15 @@ def gather_rows_kernel(
 
 
 @lru_cache(LAUNCHERS_KEPT)
-def _gather_rows(device: torch.device, width: int, itemsize: int) -> Launcher:
-    return Launcher(gather_rows_kernel, device, copy_constants(width, itemsize))
+def _gather_rows(device: torch.device, width: int, dtype: torch.dtype) -> Launcher:
+    return Launcher(gather_rows_kernel, device, copy_constants(width, dtype.itemsize))
 
 
 def gather_rows(received_NH: Tensor, source_R: Tensor, group_ends_e: Tensor) -> Tensor:
     """(R, H): the received row of each canonical row; unspecified past ``group_ends_e[-1]``."""
     rows, width, device = source_R.shape[0], received_NH.shape[1], received_NH.device
     rows_RH = received_NH.new_empty((rows, width))
-    run = _gather_rows(device, width, rows_RH.element_size())
+    run = _gather_rows(device, width, rows_RH.dtype)
     run((programs_over(rows, device),), received_NH, source_R, rows_RH, group_ends_e, group_ends_e.shape[0], rows)
     return rows_RH
 

@@ -397,15 +397,22 @@ def new_plan(
 
 
 def placed_plan(
-    found: TileCounts, shape: PlanShape, *, num_tokens: int, row_capacity: int, max_rows: int, device_errors: Tensor
+    found: TileCounts,
+    shape: PlanShape,
+    *,
+    num_tokens: int,
+    row_capacity: int,
+    max_rows: int,
+    device_errors: Tensor,
+    copied: bool = False,
 ) -> tuple[RoutingPlan, Tensor]:
-    """This rank's plan with R = ``row_capacity``, and a copy of its counts.
+    """This rank's plan with R = ``row_capacity``, and its counts, if ``copied`` in memory of their own.
 
     max_rows: the rows of a rank above which ``device_errors`` is set.
     """
     device, world_size, experts = found.before.device, shape.world_size, shape.num_experts
-    new = found.before.new_empty
-    counts_E, copy_E = new(experts), new(experts)
+    counts_E = found.before.new_empty(experts)
+    copy_E = found.before.new_empty(experts) if copied else counts_E
     plan = new_plan(found.expert_ids, counts_E, shape, num_tokens=num_tokens, row_capacity=row_capacity)
     place = _kernels(device, world_size, shape.top_k, experts, found.scores is not None)[2]
     pointers = (found.expert_ids, found.before, plan.row_of_slot, plan.slot_of_row, plan.packed_of_token)

@@ -76,12 +76,12 @@ class HostCopy:
 class PendingPlan:
     """A plan with room for the most rows. counted: a copy of all ranks' row counts to the host has started.
 
-    counts_copy (E,): the plan's counts, for the caller. scores_WCK: the scores of the group, fp32, if they came with
+    counts (E,): for the caller, whom backward survives. scores_WCK: the scores of the group, fp32, if they came with
     the ids; unspecified for tokens that do not exist.
     """
 
     plan: RoutingPlan
-    counts_copy: Tensor
+    counts: Tensor
     scores_WCK: Tensor | None
     counted: bool
 
@@ -128,11 +128,13 @@ class Planner:
             self._counts.start(totals_WE.sum(dim=1, dtype=torch.int32))
         ceiling = self._most_rows(shape, distinct)
         room = {"num_tokens": num_tokens, "row_capacity": ceiling, "max_rows": max_rows}
-        plan, counts_copy = placed_plan(found, shape, device_errors=errors.codes, **room)
+        # Only where there is a bound does backward read the counts, which the caller of a layer gets.
+        copied = self.max_rows is not None
+        plan, counts = placed_plan(found, shape, device_errors=errors.codes, copied=copied, **room)
         # A router's own ids are in range, and without a bound there is room for all rows.
         errors.queued(flags=not distinct or self.max_rows is not None)
         counted = self._config.cpu_sync_on_runtime
-        return PendingPlan(plan=plan, counts_copy=counts_copy, scores_WCK=found.scores, counted=counted)
+        return PendingPlan(plan=plan, counts=counts, scores_WCK=found.scores, counted=counted)
 
     def rows(self, pending: PendingPlan) -> int:
         """The final R; with ``cpu_sync_on_runtime`` a read on the host, which raises ``RowOverflowError``."""
@@ -159,4 +161,4 @@ class Planner:
         """No rank has a token."""
         plan = empty_plan(shape, self._workspace.device)
         scores_WCK = None if staged.scores is None else plan.expert_ids.new_empty(plan.expert_ids.shape).float()
-        return PendingPlan(plan=plan, counts_copy=plan.counts.clone(), scores_WCK=scores_WCK, counted=False)
+        return PendingPlan(plan=plan, counts=plan.counts.clone(), scores_WCK=scores_WCK, counted=False)

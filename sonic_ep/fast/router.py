@@ -520,19 +520,24 @@ def choose_experts(
 
 
 def choice_of(
-    device: torch.device, num_experts: int, options: RouterOptions, *, corrected: bool, itemsize: int | None = None
+    device: torch.device,
+    num_experts: int,
+    options: RouterOptions,
+    *,
+    corrected: bool,
+    staged: torch.dtype | None = None,
 ) -> Choice:
-    """For these options. itemsize: of what it stages besides; None: it stages nothing."""
+    """For these options. staged: dtype of the rows that it stages besides; None: it stages nothing."""
     groups = {"GROUPS": 1, "TOP_GROUPS": 1, "GROUP_TOP": 1}
     if options.limits_groups:
         groups = {"GROUPS": options.num_groups, "TOP_GROUPS": options.top_groups, "GROUP_TOP": options.group_top}
     constants = _score_constants(options, corrected=corrected) | groups
     constants["BY_SHARE"] = not constants["BY_LOGIT"] and options.score_order is ScoreOrder.SOFTMAX_THEN_TOPK
     constants |= {"CORRECTED": corrected, "GROUPS_PADDED": triton.next_power_of_2(groups["GROUPS"])}
-    tile, staged_bytes = _tile_constants(num_experts, options.top_k), itemsize or torch.float32.itemsize
-    constants |= {"STAGED": itemsize is not None, **tile, **row_constants(staged_bytes)}
-    run = launcher(choose_kernel, device, tuple(constants.items()))
-    return Choice(run=run, tile_tokens=tile["TOKENS"], scale=float(options.scale), itemsize=staged_bytes)
+    tile, itemsize = _tile_constants(num_experts, options.top_k), (staged or torch.float32).itemsize
+    constants |= {"STAGED": staged is not None, **tile, **row_constants(itemsize)}
+    run = launcher(choose_kernel, device, tuple(constants.items()), staged)
+    return Choice(run=run, tile_tokens=tile["TOKENS"], scale=float(options.scale), itemsize=itemsize)
 
 
 def logits_gradient(

@@ -104,9 +104,9 @@ def row_constants(itemsize: int) -> dict[str, int]:
 
 
 @lru_cache(LAUNCHERS_KEPT)
-def _stage(device: torch.device, itemsize: int, has_ids: bool, has_scores: bool) -> Launcher:
-    form = {"HAS_IDS": has_ids, "HAS_SCORES": has_scores, "SLOTS": SLOTS}
-    return Launcher(stage_kernel, device, form | row_constants(itemsize))
+def _stage(device: torch.device, dtype: torch.dtype, ids_dtype: torch.dtype | None, has_scores: bool) -> Launcher:
+    form = {"HAS_IDS": ids_dtype is not None, "HAS_SCORES": has_scores, "SLOTS": SLOTS}
+    return Launcher(stage_kernel, device, form | row_constants(dtype.itemsize))
 
 
 def row_programs(numbers: int, itemsize: int) -> int:
@@ -121,7 +121,7 @@ def stage_rows(rows_NH: Tensor, staging: Staging, workspace: Workspace) -> None:
     # Pointers that are not read: of ids and of scores.
     pointers = (epoch, rows_NH, rows_NH, table, table, table, epoch)
     sizes = (group.rank, group.world_size, 0, 0, 0, numbers)
-    _stage(rows_NH.device, itemsize, False, False)((row_programs(numbers, itemsize),), *pointers, *sizes)
+    _stage(rows_NH.device, rows_NH.dtype, None, False)((row_programs(numbers, itemsize),), *pointers, *sizes)
 
 
 def stage_call(
@@ -150,5 +150,5 @@ def stage_call(
         scores, scores_table, scored = scores_TK, staged.scores.addresses, True
     grid = (-(-room // SLOTS) + row_programs(numbers, itemsize),)
     sizes = (group.rank, group.world_size, topk_idx_TK.numel(), room, num_experts, numbers)
-    run = _stage(topk_idx_TK.device, itemsize, True, scored)
+    run = _stage(topk_idx_TK.device, rows.dtype, topk_idx_TK.dtype, scored)
     run(grid, topk_idx_TK, scores, rows, ids, scores_table, rows_table, epoch, *sizes)

@@ -121,7 +121,7 @@ class PushedCombine(ABC):
         shared = self.reserve(max_tokens, top_k, hidden * itemsize)
         out_TH = rows_NH.new_empty((plan.num_tokens, hidden))
         form = (scores_WCK is not None, staged_scores is not None, values_R is not None)
-        run = _launcher(self._kernel, workspace.device, hidden, top_k, (*form, self._dense))
+        run = _launcher(self._kernel, workspace.device, rows_NH.dtype, hidden, top_k, (*form, self._dense))
         # Pointers that are not read: of scores and of values.
         scores = rows_NH if scores_WCK is None else scores_WCK
         table, epoch = shared.flags.addresses, workspace.epoch
@@ -148,8 +148,14 @@ class PushedCombine(ABC):
 
 @lru_cache(LAUNCHERS_KEPT)
 def _launcher(
-    kernel: Any, device: torch.device, hidden: int, top_k: int, form: tuple[bool, bool, bool, bool | None]
+    kernel: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden: int,
+    top_k: int,
+    form: tuple[bool, bool, bool, bool | None],
 ) -> Launcher:
+    """For rows of ``dtype``, which tells launchers apart."""
     scored, staged, valued, dense = form
     constants = {"K": top_k, "K_PADDED": triton.next_power_of_2(top_k), "H": hidden, **WAITING}
     constants |= {"HAS_SCORES": scored, "STAGED_SCORES": staged, "HAS_VALUES": valued}

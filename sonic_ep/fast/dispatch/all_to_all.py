@@ -75,9 +75,9 @@ class AllToAllDispatch(PulledDispatch):
 
 
 @lru_cache(LAUNCHERS_KEPT)
-def _pull(device: torch.device, width: int, itemsize: int, top_k: int) -> Launcher:
+def _pull(device: torch.device, width: int, dtype: torch.dtype, top_k: int) -> Launcher:
     constants = {"K": top_k, "K_PADDED": triton.next_power_of_2(top_k)}
-    return Launcher(pull_to_rows_kernel, device, constants | copy_constants(width, itemsize))
+    return Launcher(pull_to_rows_kernel, device, constants | copy_constants(width, dtype.itemsize))
 
 
 def pull_to_rows(x_TH: Tensor, table_2W: Tensor, epoch: Tensor, plan: RoutingPlan, rows: int) -> Tensor:
@@ -90,5 +90,5 @@ def pull_to_rows(x_TH: Tensor, table_2W: Tensor, epoch: Tensor, plan: RoutingPla
     rows_RH = x_TH.new_empty((rows, width))
     pointers = (x_TH, table_2W, epoch, rows_RH, plan.expert_ids, plan.row_of_slot)
     sizes = (plan.rank, world_size, max_tokens, plan.experts_per_rank, rows)
-    _pull(x_TH.device, width, x_TH.element_size(), top_k)((world_size * max_tokens,), *pointers, *sizes)
+    _pull(x_TH.device, width, x_TH.dtype, top_k)((world_size * max_tokens,), *pointers, *sizes)
     return rows_RH

@@ -57,8 +57,8 @@ class RankDedupDispatch(PulledDispatch):
 
 
 @lru_cache(LAUNCHERS_KEPT)
-def _pull(device: torch.device, width: int, itemsize: int) -> Launcher:
-    return Launcher(pull_packed_kernel, device, copy_constants(width, itemsize))
+def _pull(device: torch.device, width: int, dtype: torch.dtype) -> Launcher:
+    return Launcher(pull_packed_kernel, device, copy_constants(width, dtype.itemsize))
 
 
 def pull_packed(x_TH: Tensor, staged: Staging, epoch: Tensor, plan: RoutingPlan) -> Tensor:
@@ -66,6 +66,6 @@ def pull_packed(x_TH: Tensor, staged: Staging, epoch: Tensor, plan: RoutingPlan)
     width, (world_size, max_tokens, _) = x_TH.shape[1], plan.expert_ids.shape
     packed_PH = x_TH.new_empty((world_size * max_tokens, width))
     pointers = (x_TH, staged.addresses, epoch, packed_PH, plan.packed_of_token)
-    run = _pull(x_TH.device, width, x_TH.element_size())
+    run = _pull(x_TH.device, width, x_TH.dtype)
     run((world_size * max_tokens,), *pointers, plan.rank, world_size, max_tokens)
     return packed_PH
