@@ -169,3 +169,17 @@ def test_meshes_of_destroyed_groups_are_forgotten(rank: Rank) -> None:
         finally:
             dist.destroy_process_group()
             compat.forget_destroyed_meshes()
+
+
+def test_modes_that_every_call_asks_for_are_known() -> None:
+    """``_is_any_autocast_enabled``, ``_len_torch_dispatch_stack``, ``get_eval_frame_callback``, ``_current_level``."""
+
+    def asked() -> tuple[bool, int, object, bool]:
+        modes = (compat.any_autocast_enabled(), compat.dispatch_modes(), compat.compiles_frames())
+        return (*modes, compat.in_forward_mode())
+
+    off = (False, 0, None, False)
+    assert asked() == off
+    with torch.autocast("cpu", dtype=torch.bfloat16), TorchDispatchMode(), forward_ad.dual_level():
+        assert asked() == (True, 1, None, True)
+    assert asked() == off
