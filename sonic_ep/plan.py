@@ -95,6 +95,10 @@ class RoutingPlan:
         plan.__dict__.update(fields)
         return plan
 
+    def of_origin(self, step: int, object_number: int) -> RoutingPlan:
+        """This plan as made by an ``ExpertParallel`` in a call."""
+        return RoutingPlan.of(**{**self.__dict__, "step": step, "object_number": object_number})
+
     @property
     def world_size(self) -> int:
         """W."""
@@ -191,8 +195,12 @@ def form_of(plan: RoutingPlan) -> PlanForm | None:
                 break
         else:
             return kept
-    if malformed_field(plan) is not None:
-        return None
+    return None if malformed_field(plan) is not None else noted_form(plan)
+
+
+def noted_form(plan: RoutingPlan) -> PlanForm:
+    """The form of a plan that is known to be well formed, kept for ``form_of``."""
+    fields_of = plan.__dict__
     tensors = [fields_of[name] for name in TENSOR_FIELDS]
     fields_of[FORM] = found = PlanForm(
         device=plan.expert_ids.device,

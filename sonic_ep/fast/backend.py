@@ -5,7 +5,6 @@ ranks would cost a read on the host.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from sonic_ep.fast.moe_function import Call, MoEFunction, run_forward
 from sonic_ep.fast.plan import PlanShape
 from sonic_ep.fast.router import StagedChoice, choice_of, route
 from sonic_ep.fast.staging import stage_call
-from sonic_ep.plan import RoutingPlan, missing_rows_error
+from sonic_ep.plan import RoutingPlan, missing_rows_error, noted_form
 
 
 class FastBackend:
@@ -94,7 +93,9 @@ class FastBackend:
             stage_call(topk_idx_TK, None, None, staged, workspace, **sizes)
         shape = PlanShape(rank=group.rank, world_size=group.world_size, top_k=top_k, **sizes)
         pending = planner.plan(staged, shape, num_tokens=tokens, distinct=distinct)
-        return replace(planner.sized(pending, planner.rows(pending)), step=step, object_number=object_number)
+        plan = planner.sized(pending, planner.rows(pending)).of_origin(step, object_number)
+        noted_form(plan)
+        return plan
 
     def dispatch(self, x_TH: Tensor, plan: RoutingPlan, record: CallRecord) -> Tensor:
         """Rows in canonical order, (R, H)."""

@@ -56,8 +56,8 @@ class Launcher:
     """A kernel with its compile-time constants on one device. ``launcher(grid, *arguments)``: on the current stream.
 
     Products and sums are rounded one by one, as in plain PyTorch: no fused multiply-add. An empty grid is no launch.
-    Its pointers are to elements of the same types in every launch. The first launch compiles. Later ones call the compiled kernel itself, where ``sonic_ep.compat`` knows how: Triton
-    would look at every argument again.
+    Its pointers are to elements of the same types in every launch. The first launch compiles. Later ones call the
+    compiled kernel itself, where ``sonic_ep.compat`` knows how: Triton would look at every argument again.
     """
 
     __slots__ = ("_compiled", "_constants", "_device", "_form", "_index", "_kernel", "_pointers")
@@ -68,6 +68,11 @@ class Launcher:
         self._pointers = sum(name.endswith("_ptr") for name in kernel.arg_names)
         self._compiled: Callable[..., None] | None = None
         self._form: list[torch.dtype] | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a launch compiles nothing."""
+        return ON_CPU or self._compiled is not None
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
         """arguments: tensors, which are passed as pointers, then numbers."""

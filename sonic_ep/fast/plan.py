@@ -96,11 +96,29 @@ def scan_kernel(counts_ptr, tiles, bins, TILES: tl.constexpr, BINS: tl.constexpr
 
 
 @triton.jit
+def sums_over_tiles(counts_ptr, column, inside, tile, tiles, bins, scanned):
+    """Sums of columns of the counts over the tiles before ``tile``, and over all ``tiles``.
+
+    scanned: ``scan_kernel`` has left them; else they are added up here, as for few tiles.
+    """
+    before = tl.zeros(column.shape, dtype=tl.int32)
+    total = tl.zeros(column.shape, dtype=tl.int32)
+    if scanned != 0:
+        before = tl.load(counts_ptr + tile.to(tl.int64) * bins + column, mask=inside, other=0)
+        total = tl.load(counts_ptr + tiles.to(tl.int64) * bins + column, mask=inside, other=0)
+    else:
+        for other in range(tiles):
+            count = tl.load(counts_ptr + other * bins + column, mask=inside, other=0)
+            total += count
+            before += tl.where(other < tile, count, 0)
+    return before, total
+
+
+@triton.jit
 def place_tile(
     tile,
     expert_ids_ptr,
-    before_ptr,
-    totals_ptr,
+    counts_ptr,
     row_of_slot_ptr,
     slot_of_row_ptr,
     packed_of_token_ptr,
@@ -111,11 +129,13 @@ def place_tile(
     experts_per_rank,
     world_size,
     row_capacity,
+    scanned,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,
     TOKENS: tl.constexpr,
     EXPERTS_PADDED: tl.constexpr,
     COMPARED: tl.constexpr,
+    RANKS_PADDED: tl.constexpr,
 ):
     """Row of every slot of one tile, and packed place of every token. The pointers are those of ``place_kernel``.
 
@@ -125,13 +145,11 @@ def place_tile(
     source = tile // tiles_per_rank
     first_token = (tile % tiles_per_rank) * TOKENS
     bin_of = tl.arange(0, EXPERTS_PADDED)
-    known = bin_of < num_experts
-    total = tl.load(totals_ptr + bin_of, mask=known, other=0)
+    tiles, bins = world_size * tiles_per_rank, num_experts + world_size
+    before, total = sums_over_tiles(counts_ptr, bin_of, bin_of < num_experts, tile, tiles, bins, scanned)
     slots_before = tl.cumsum(total, axis=0) - total
     first_of_owner = tl.minimum(bin_of // experts_per_rank * experts_per_rank, num_experts)
-    next_row = slots_before - tl.gather(slots_before, first_of_owner, 0)
-    before_ptr += tile.to(tl.int64) * (num_experts + world_size)
-    next_row += tl.load(before_ptr + bin_of, mask=known, other=0)
+    next_row = slots_before - tl.gather(slots_before, first_of_owner, 0) + before
     mine = rank * experts_per_rank
     rows_here = tl.sum(tl.where((bin_of >= mine) & (bin_of < mine + experts_per_rank), total, 0), axis=0)
 
@@ -158,7 +176,10 @@ def place_tile(
     slot = (source * max_tokens + token)[:, None] * K + k[None, :]
     expert = tl.load(expert_ids_ptr + slot, mask=(token < max_tokens)[:, None] & (k < K)[None, :], other=-1)
     present = tl.max(((expert >= mine) & (expert < mine + experts_per_rank)).to(tl.int32), axis=1)
-    packed = tl.load(before_ptr + num_experts + rank) + tl.cumsum(present, axis=0) - present
+    rank_of = tl.arange(0, RANKS_PADDED)
+    column, exists = num_experts + rank_of, rank_of < world_size
+    tokens_before, _ = sums_over_tiles(counts_ptr, column, exists, tile, tiles, bins, scanned)
+    packed = tl.sum(tl.where(rank_of == rank, tokens_before, 0), axis=0) + tl.cumsum(present, axis=0) - present
     packed = tl.where(present == 1, packed, -1)
     tl.store(packed_of_token_ptr + source * max_tokens + token, packed, mask=token < max_tokens)
 
@@ -166,10 +187,9 @@ def place_tile(
 @triton.jit
 def store_totals(
     source,
-    before_ptr,
-    totals_ptr,
     counts_ptr,
-    counts_copy_ptr,
+    totals_ptr,
+    totals_copy_ptr,
     group_ends_ptr,
     pair_tokens_ptr,
     errors_ptr,
@@ -179,6 +199,7 @@ def store_totals(
     experts_per_rank,
     world_size,
     max_rows,
+    scanned,
     EXPERTS_PADDED: tl.constexpr,
     RANKS_PADDED: tl.constexpr,
 ):
@@ -186,20 +207,19 @@ def store_totals(
 
     With 5 tokens on rank q in all, 0 and 3 of them before the first tiles of ranks 0 and 1, row q has 3 and 2.
     """
-    bins = num_experts + world_size
+    tiles, bins = world_size * tiles_per_rank, num_experts + world_size
     rank_of = tl.arange(0, RANKS_PADDED)
-    exists = rank_of < world_size
-    # Past the last tile stand the totals.
-    first_ptr = before_ptr + source.to(tl.int64) * tiles_per_rank * bins + num_experts + rank_of
-    begin = tl.load(first_ptr, mask=exists, other=0)
-    end = tl.load(first_ptr + tiles_per_rank.to(tl.int64) * bins, mask=exists, other=0)
+    column, exists = num_experts + rank_of, rank_of < world_size
+    tile = source * tiles_per_rank
+    begin, _ = sums_over_tiles(counts_ptr, column, exists, tile, tiles, bins, scanned)
+    end, _ = sums_over_tiles(counts_ptr, column, exists, tile + tiles_per_rank, tiles, bins, scanned)
     tl.store(pair_tokens_ptr + source * world_size + rank_of, end - begin, mask=exists)
     if source == 0:
         bin_of = tl.arange(0, EXPERTS_PADDED)
         known = bin_of < num_experts
-        total = tl.load(totals_ptr + bin_of, mask=known, other=0)
-        tl.store(counts_ptr + bin_of, total, mask=known)
-        tl.store(counts_copy_ptr + bin_of, total, mask=known)
+        _, total = sums_over_tiles(counts_ptr, bin_of, known, tile, tiles, bins, scanned)
+        tl.store(totals_ptr + bin_of, total, mask=known)
+        tl.store(totals_copy_ptr + bin_of, total, mask=known)
         slots_before = tl.cumsum(total, axis=0) - total
         mine = rank * experts_per_rank
         mine_before = tl.sum(tl.where(bin_of < mine, total, 0), axis=0)
@@ -221,12 +241,12 @@ def store_totals(
 @triton_kernel
 def place_kernel(
     expert_ids_ptr,
-    before_ptr,
+    counts_ptr,
     row_of_slot_ptr,
     slot_of_row_ptr,
     packed_of_token_ptr,
-    counts_ptr,
-    counts_copy_ptr,
+    totals_ptr,
+    totals_copy_ptr,
     group_ends_ptr,
     pair_tokens_ptr,
     errors_ptr,
@@ -238,6 +258,7 @@ def place_kernel(
     world_size,
     row_capacity,
     max_rows,
+    scanned,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -247,19 +268,17 @@ def place_kernel(
 ):
     """All fields of the plan but the ids. Grid (tiles + W,): a program for each tile, then one for each rank.
 
-    before_ptr: what ``scan_kernel`` left. counts_copy_ptr (E,) int32: as counts_ptr. The other pointers are fields of
-    ``RoutingPlan``, and errors_ptr, see ``DeviceErrors``: the rank with most rows, plus one, and its rows, where they
-    pass ``max_rows``.
+    counts_ptr: of ``count_kernel``, or what ``scan_kernel`` left if ``scanned``. totals_ptr: ``counts`` of the plan,
+    (E,) int32, and totals_copy_ptr the same again. The other pointers are fields of ``RoutingPlan``, and errors_ptr,
+    see ``DeviceErrors``: the rank with most rows, plus one, and its rows, where they pass ``max_rows``.
     """
     program = tl.program_id(0)
     tiles = world_size * tiles_per_rank
-    totals_ptr = before_ptr + tiles.to(tl.int64) * (num_experts + world_size)
     if program < tiles:
         place_tile(
             program,
             expert_ids_ptr,
-            before_ptr,
-            totals_ptr,
+            counts_ptr,
             row_of_slot_ptr,
             slot_of_row_ptr,
             packed_of_token_ptr,
@@ -270,19 +289,20 @@ def place_kernel(
             experts_per_rank,
             world_size,
             row_capacity,
+            scanned,
             K,
             K_PADDED,
             TOKENS,
             EXPERTS_PADDED,
             COMPARED,
+            RANKS_PADDED,
         )
     else:
         store_totals(
             program - tiles,
-            before_ptr,
-            totals_ptr,
             counts_ptr,
-            counts_copy_ptr,
+            totals_ptr,
+            totals_copy_ptr,
             group_ends_ptr,
             pair_tokens_ptr,
             errors_ptr,
@@ -292,6 +312,7 @@ def place_kernel(
             experts_per_rank,
             world_size,
             max_rows,
+            scanned,
             EXPERTS_PADDED,
             RANKS_PADDED,
         )
@@ -300,6 +321,8 @@ def place_kernel(
 # Placing is a chain of short steps, one warp wide: more lanes would compare more pairs, more warps would wait.
 TILE_SLOTS, COMPARED_SLOTS, PLACE_WARPS = 512, 32, 1
 SCAN_TILES, SCAN_BINS = 512, 4
+# Up to so many tiles, every program of the last kernel adds up their counts, in less time than a launch takes.
+FEW_TILES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,13 +371,14 @@ class TileCounts:
     """What the kernels before the last find. A tile holds whole tokens of one rank.
 
     expert_ids (W, C, K); scores (W, C, K) fp32 if they came with the ids, unspecified for tokens that do not exist;
-    before (tiles + 1, E + W): slots of each expert, then tokens with a slot on each rank, in the tiles before each, and
-    last in all tiles.
+    counts (tiles + 1, E + W): slots of each expert, then tokens with a slot on each rank, of each tile; if ``scanned``,
+    of the tiles before it, and in the last row of all tiles.
     """
 
     expert_ids: Tensor
     scores: Tensor | None
-    before: Tensor
+    counts: Tensor
+    scanned: bool
 
 
 def gathered_counts(staged: StagedCall, shape: PlanShape, workspace: Workspace, device_errors: Tensor) -> TileCounts:
@@ -365,17 +389,20 @@ def gathered_counts(staged: StagedCall, shape: PlanShape, workspace: Workspace, 
     tiles_per_rank, bins = shape.tiles_per_rank, experts + world_size
     tiles, sizes = world_size * tiles_per_rank, (world_size, max_tokens, shape.top_k)
     expert_ids_WCK = torch.empty(sizes, dtype=INDEX_DTYPE, device=device)
-    before = torch.empty((tiles + 1, bins), dtype=INDEX_DTYPE, device=device)
+    counts = torch.empty((tiles + 1, bins), dtype=INDEX_DTYPE, device=device)
     scores_WCK, scores_table = None, ids_table
     if staged.scores is not None:
         scores_WCK, scores_table = torch.empty(sizes, dtype=torch.float32, device=device), staged.scores.addresses
     pointers = (ids_table, scores_table, workspace.epoch, expert_ids_WCK)
     # Without scores their pointer is not read.
-    more = (expert_ids_WCK if scores_WCK is None else scores_WCK, before, device_errors)
+    more = (expert_ids_WCK if scores_WCK is None else scores_WCK, counts, device_errors)
     numbers = (max_tokens, tiles_per_rank, experts, shape.experts_per_rank, world_size)
     count((tiles,), *pointers, *more, *numbers)
-    scan((-(-bins // SCAN_BINS),), before, tiles, bins)
-    return TileCounts(expert_ids=expert_ids_WCK, scores=scores_WCK, before=before)
+    # The first call compiles it, so that no later one does, of however many tokens.
+    scanned = tiles > FEW_TILES or not scan.is_ready
+    if scanned:
+        scan((-(-bins // SCAN_BINS),), counts, tiles, bins)
+    return TileCounts(expert_ids=expert_ids_WCK, scores=scores_WCK, counts=counts, scanned=scanned)
 
 
 def new_plan(
@@ -410,16 +437,16 @@ def placed_plan(
 
     max_rows: the rows of a rank above which ``device_errors`` is set.
     """
-    device, world_size, experts = found.before.device, shape.world_size, shape.num_experts
-    counts_E = found.before.new_empty(experts)
-    copy_E = found.before.new_empty(experts) if copied else counts_E
+    device, world_size, experts = found.counts.device, shape.world_size, shape.num_experts
+    counts_E = found.counts.new_empty(experts)
+    copy_E = found.counts.new_empty(experts) if copied else counts_E
     plan = new_plan(found.expert_ids, counts_E, shape, num_tokens=num_tokens, row_capacity=row_capacity)
     place = _kernels(device, world_size, shape.top_k, experts, found.scores is not None)[2]
-    pointers = (found.expert_ids, found.before, plan.row_of_slot, plan.slot_of_row, plan.packed_of_token)
+    pointers = (found.expert_ids, found.counts, plan.row_of_slot, plan.slot_of_row, plan.packed_of_token)
     small = (counts_E, copy_E, plan.group_ends, plan.pair_tokens, device_errors)
     tiles_per_rank = shape.tiles_per_rank
     sizes = (shape.rank, shape.max_tokens, tiles_per_rank, experts, shape.experts_per_rank, world_size)
-    place((world_size * (tiles_per_rank + 1),), *pointers, *small, *sizes, row_capacity, max_rows)
+    place((world_size * (tiles_per_rank + 1),), *pointers, *small, *sizes, row_capacity, max_rows, int(found.scanned))
     return plan, copy_E
 
 

@@ -124,8 +124,9 @@ class Planner:
         found = gathered_counts(staged, shape, self._workspace, errors.codes)
         if self._config.cpu_sync_on_runtime:
             # Summed on the device, so that little is left for the host while the GPU waits for it.
-            totals_WE = found.before[-1, : shape.num_experts].view(shape.world_size, -1)
-            self._counts.start(totals_WE.sum(dim=1, dtype=torch.int32))
+            tiles_E = found.counts[-1:] if found.scanned else found.counts[:-1]
+            slots_TWe = tiles_E[:, : shape.num_experts].unflatten(1, (shape.world_size, -1))
+            self._counts.start(slots_TWe.sum(dim=(0, 2), dtype=torch.int32))
         ceiling = self._most_rows(shape, distinct)
         room = {"num_tokens": num_tokens, "row_capacity": ceiling, "max_rows": max_rows}
         # Only where there is a bound does backward read the counts, which the caller of a layer gets.

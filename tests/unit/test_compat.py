@@ -189,3 +189,17 @@ def test_leaves_of_nested_results() -> None:
     leaves, rebuilt = compat.flattened({"a": (1, [2]), "b": 3})
     assert leaves == [1, 2, 3]
     assert rebuilt([4, 5, 6]) == {"a": (4, [5]), "b": 6}
+
+
+def test_modes_that_every_call_asks_for_are_known() -> None:
+    """``_is_any_autocast_enabled``, ``_len_torch_dispatch_stack``, ``get_eval_frame_callback``, ``_current_level``."""
+
+    def asked() -> tuple[bool, int, object, bool]:
+        modes = (compat.any_autocast_enabled(), compat.dispatch_modes(), compat.compiles_frames())
+        return (*modes, compat.in_forward_mode())
+
+    off = (False, 0, None, False)
+    assert asked() == off
+    with torch.autocast("cpu", dtype=torch.bfloat16), TorchDispatchMode(), forward_ad.dual_level():
+        assert asked() == (True, 1, None, True)
+    assert asked() == off
