@@ -1,4 +1,7 @@
-"""The protocols that both backends implement, what calls return, and the registry that imports a backend on demand."""
+"""The protocols that both backends implement, what calls return, and the registry that imports a backend on demand.
+
+What every call makes anew is not frozen: that would take four times as long.
+"""
 
 import importlib
 from collections.abc import Mapping
@@ -19,7 +22,7 @@ from sonic_ep.errors import BackendUnavailableError
 from sonic_ep.plan import RoutingPlan
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class ExpertWeights:
     """This rank's experts: w1 (e, 2I or I, H), w2 (e, H, I), and b1 (e, 2I or I), b2 (e, H) or both None.
 
@@ -63,7 +66,7 @@ class ExpertWeights:
         return replace(self, **{**given, **split})
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class RouterWeights:
     """The router: weight (E, H), as x or fp32; bias (E,), as x or fp32, or None; correction (E,) fp32, or None."""
 
@@ -72,7 +75,7 @@ class RouterWeights:
     correction: Tensor | None = None
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class Routing:
     """What a router returns: logits (T, E) fp32, topk_idx (T, K) int64, topk_scores (T, K) fp32.
 
@@ -85,7 +88,7 @@ class Routing:
     staged: Any = None
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class Slots:
     """topk_idx (T, K), int32 or int64, and topk_scores (T, K), any float, of this rank's tokens. max_tokens: C.
 
@@ -99,7 +102,7 @@ class Slots:
     staged: Any = None
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class LayerOutput:
     """y (..., H) of this rank's tokens; counts (E,) int32, a copy; expert_ids (W, C, K) int32, the plan's own."""
 

@@ -42,7 +42,7 @@ Given = tuple[Any, ...]
 EXPERTS = ("w1", "w2", "b1", "b2")
 
 
-class LayerCall(NamedTuple):
+class CheckedCall(NamedTuple):
     """A call of ``moe``, with a router, or of ``moe_routed``, with topk_idx and topk_scores (T, K)."""
 
     record: CallRecord
@@ -67,7 +67,7 @@ class CallChecks:
         self._world_size = checker.group.world_size
         self._options_of = lru_cache(OPTIONS_KEPT, typed=True)(partial(check_router_options, checker))
 
-    def moe(self, x: Any, router: Given, experts: Given, options: Given) -> LayerCall:
+    def moe(self, x: Any, router: Given, experts: Given, options: Given) -> CheckedCall:
         """router: router_w, router_b and correction_bias. experts: w1, w2, b1, b2.
 
         options: activation, gate_layout, then those of ``check_router_options``.
@@ -78,9 +78,9 @@ class CallChecks:
             return self._checked_moe(record, x, router, experts, options)
         self._max_tokens.check(tokens[0])
         weights = RouterWeights(weight=router[0], bias=router[1], correction=router[2])
-        return LayerCall(record, self._rows(record, x), _experts_of(record, experts), weights)
+        return CheckedCall(record, self._rows(record, x), _experts_of(record, experts), weights)
 
-    def _checked_moe(self, record: CallRecord, x: Any, router: Given, experts: Given, options: Given) -> LayerCall:
+    def _checked_moe(self, record: CallRecord, x: Any, router: Given, experts: Given, options: Given) -> CheckedCall:
         x_any = check_tokens(self._checker, x)
         record.options = self._router_options(*options[2:])
         of_router = RouterArguments(router_w=router[0], router_b=router[1], correction_bias=router[2])
@@ -95,9 +95,9 @@ class CallChecks:
         as_given = (held, weights.weight, weights.bias, weights.correction)
         if read is checked and _are_same(as_given, (x, *router)):
             self._memory.keep(record)
-        return LayerCall(record, x_TH, read, weights)
+        return CheckedCall(record, x_TH, read, weights)
 
-    def moe_routed(self, x: Any, routing: Given, experts: Given, options: Given) -> LayerCall:
+    def moe_routed(self, x: Any, routing: Given, experts: Given, options: Given) -> CheckedCall:
         """routing: topk_idx, topk_scores. experts: w1, w2, b1, b2. options: activation, gate_layout, return_routing."""
         experts = self._local(experts)
         record, tokens = self._memory.recall("moe_routed", (x, *routing), experts, options)
@@ -106,11 +106,11 @@ class CallChecks:
         self._max_tokens.check(tokens[0])
         of_experts = _experts_of(record, experts)
         self._backend.check_expert_ids(routing[0], of_experts.w2.shape[0] * self._world_size)
-        return LayerCall(record, self._rows(record, x), of_experts, None, *routing)
+        return CheckedCall(record, self._rows(record, x), of_experts, None, *routing)
 
     def _checked_moe_routed(
         self, record: CallRecord, x: Any, routing: Given, experts: Given, options: Given
-    ) -> LayerCall:
+    ) -> CheckedCall:
         x_any = check_tokens(self._checker, x)
         return_routing = self._checker.flag("return_routing", options[2])
         checked = self._checked_experts(x_any, experts, options, None)
@@ -126,7 +126,7 @@ class CallChecks:
         _describe(record, "moe_routed", {**facts_of(x_TH, read), "K": idx_TK.shape[1]}, x_TH, read)
         if read is checked and _are_same((held, idx_TK, scores_TK), (x, *routing)):
             self._memory.keep(record)
-        return LayerCall(record, x_TH, read, None, idx_TK, scores_TK)
+        return CheckedCall(record, x_TH, read, None, idx_TK, scores_TK)
 
     def plan(self, topk_idx: Any, num_experts: int) -> tuple[CallRecord, Tensor]:
         """The record, and the ids (T, K)."""
@@ -203,7 +203,7 @@ class CallChecks:
 
     def _rows(self, record: CallRecord, x: Tensor) -> Tensor:
         """X (T, H) of a call that is known, as the first of its kind had it."""
-        x_TH = _rows_of(x) if record.x_trained or x.ndim != 2 else x
+        x_TH = _rows_of(x) if x.requires_grad or x.ndim != 2 else x
         return joined(x_TH, self._world_size) if record.joins else x_TH
 
     def _joined_without_tokens(self, x_TH: Tensor, experts: ExpertWeights, router: Given = ()) -> Tensor:

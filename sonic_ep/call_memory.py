@@ -67,7 +67,7 @@ class CallMemory:
         counts: list[int] = []
         try:
             grad_mode = torch.is_grad_enabled()
-            key = (name, grad_mode, *options, *map(type, options))
+            key = (name, grad_mode, torch.is_inference_mode_enabled(), *options, *map(type, options))
             of_rows, of_weights = _facts_of_rows(rows, counts, grad_mode), _facts_of_weights(weights, grad_mode)
             if of_rows is None or of_weights is None or compat.in_forward_mode():
                 return CallRecord(), counts

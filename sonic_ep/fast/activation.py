@@ -263,7 +263,7 @@ MOST_ACTIVATED = 512
 POINTWISE = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"} | {n: n for n in ("silu", "gelu", "relu", "relu_sq")}
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class HiddenGradient:
     """hidden: dH, as h. weighted: A' = score * A (R, I), in the memory of dA. dots: (R,) fp32, <dA, A>."""
 
@@ -282,46 +282,8 @@ def raise_without_kernel(where: object, activation: Activation) -> None:
     raise ValueError(f"{where}: activation: got {activation.name!r}, a custom Activation, expected {expected}")
 
 
-def activate(hidden: Sequence[Tensor], activation: Activation, layout: GateLayout, plan: RoutingPlan) -> Tensor:
-    """``act(h)``, (R, I), of the pre-activation (R, F), or of gate and up, each (R, I)."""
-    first = hidden[0]
-    rows, width = first.shape
-    form = _form(first.device, width, len(hidden), activation, layout)
-    out_RI = first.new_empty((rows, form.intermediate))
-    pointers = (first, form.ups_of(hidden), out_RI, plan.group_ends)
-    form.forward((programs_over(rows, first.device),), *pointers, plan.experts_per_rank, plan.row_capacity)
-    return out_RI
-
-
-def activate_backward(
-    hidden: Sequence[Tensor],
-    grad_RI: Tensor,
-    scores_WCK: Tensor,
-    activation: Activation,
-    layout: GateLayout,
-    plan: RoutingPlan,
-    origins_W: Tensor | None = None,
-) -> HiddenGradient:
-    """Gradients through score and activation. ``grad_RI``, dA before its weight, is overwritten.
-
-    origins_W: where the scores' gradients are pushed to, see ``push_value``; None: nowhere.
-    """
-    first = hidden[0]
-    rows, width = first.shape
-    form = _form(first.device, width, len(hidden), activation, layout)
-    hidden_grads = tuple(map(torch.empty_like, hidden))
-    dots_R = first.new_empty(rows, dtype=torch.float32)
-    pushes = origins_W is not None
-    pointers = (first, form.ups_of(hidden), grad_RI, scores_WCK, plan.slot_of_row)
-    grads = (hidden_grads[0], form.ups_of(hidden_grads), dots_R, origins_W if pushes else dots_R, plan.group_ends)
-    sizes = (plan.rank, plan.max_tokens * plan.top_k, plan.experts_per_rank, plan.row_capacity)
-    run = form.backward_and_push if pushes else form.backward
-    run((programs_over(rows, first.device),), *pointers, *grads, *sizes)
-    return HiddenGradient(hidden=hidden_grads, weighted=grad_RI, dots=dots_R)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Form:
+class ActivationForm:
     """The kernels for one activation and layout of h. in_halves: gates and ups are the halves of a row."""
 
     intermediate: int
@@ -330,13 +292,47 @@ class _Form:
     backward: Launcher
     backward_and_push: Launcher
 
-    def ups_of(self, hidden: Sequence[Tensor]) -> Tensor:
+    def activate(self, hidden: Sequence[Tensor], plan: RoutingPlan) -> Tensor:
+        """``act(h)``, (R, I), of the pre-activation (R, F), or of gate and up, each (R, I)."""
+        first, ends_e = hidden[0], plan.group_ends
+        rows = first.shape[0]
+        out_RI = first.new_empty((rows, self.intermediate))
+        grid = (programs_over(rows, first.device),)
+        self.forward(grid, first, self._ups_of(hidden), out_RI, ends_e, ends_e.shape[0], plan.slot_of_row.shape[0])
+        return out_RI
+
+    def gradient(
+        self,
+        hidden: Sequence[Tensor],
+        grad_RI: Tensor,
+        scores_WCK: Tensor,
+        plan: RoutingPlan,
+        origins_W: Tensor | None = None,
+    ) -> HiddenGradient:
+        """Gradients through score and activation. ``grad_RI``, dA before its weight, is overwritten.
+
+        origins_W: where the scores' gradients are pushed to, see ``push_value``; None: nowhere.
+        """
+        first, (_, max_tokens, top_k) = hidden[0], plan.expert_ids.shape
+        rows = first.shape[0]
+        hidden_grads = tuple(map(torch.empty_like, hidden))
+        dots_R = first.new_empty(rows, dtype=torch.float32)
+        run, origins = (self.backward, dots_R) if origins_W is None else (self.backward_and_push, origins_W)
+        pointers = (first, self._ups_of(hidden), grad_RI, scores_WCK, plan.slot_of_row)
+        grads = (hidden_grads[0], self._ups_of(hidden_grads), dots_R, origins, plan.group_ends)
+        sizes = (plan.rank, max_tokens * top_k, plan.experts_per_rank, plan.row_capacity)
+        run((programs_over(rows, first.device),), *pointers, *grads, *sizes)
+        return HiddenGradient(hidden=hidden_grads, weighted=grad_RI, dots=dots_R)
+
+    def _ups_of(self, hidden: Sequence[Tensor]) -> Tensor:
         """Where ups start. Interleaved or without a gate that is not read."""
         return hidden[0][:, self.intermediate :] if self.in_halves else hidden[-1]
 
 
 @lru_cache(LAUNCHERS_KEPT)
-def _form(device: torch.device, width: int, parts: int, activation: Activation, layout: GateLayout) -> _Form:
+def activation_form(
+    device: torch.device, width: int, parts: int, activation: Activation, layout: GateLayout
+) -> ActivationForm:
     """For h of ``parts`` tensors, each (R, width)."""
     split = parts == 2
     intermediate = width if split or not activation.gated else width // 2
@@ -345,7 +341,7 @@ def _form(device: torch.device, width: int, parts: int, activation: Activation, 
     at_once = rows_at_once(columns_at_once, device)
     tile = {"I": intermediate, "ROWS": at_once, "COLUMNS": columns_at_once, "num_warps": ROW_WARPS}
     constants = {"GATED": activation.gated, "INTERLEAVED": interleaved, "STRIDE": width, **tile, **_numbers(activation)}
-    return _Form(
+    return ActivationForm(
         intermediate=intermediate,
         in_halves=not split and activation.gated and not interleaved,
         forward=Launcher(activate_kernel, device, constants),

@@ -24,7 +24,7 @@ from sonic_ep.fast.context import DeviceContext
 from sonic_ep.fast.exchange import Combine, Dispatch, Exchange
 from sonic_ep.fast.moe_function import Call, MoEFunction, run_forward
 from sonic_ep.fast.plan import PlanShape
-from sonic_ep.fast.router import StagedChoice, route
+from sonic_ep.fast.router import StagedChoice, choice_of, route
 from sonic_ep.fast.staging import stage_call
 from sonic_ep.plan import RoutingPlan, missing_rows_error
 
@@ -50,7 +50,14 @@ class FastBackend:
         """See ``sonic_ep.fast.router``. The layer follows: its ids, scores and tokens are staged with the choice."""
         call_plan = self._call_plan(record, x_TH, options.top_k, weights.weight.shape[0])
         sized = call_plan.begin(max_tokens)
-        into = StagedChoice(staged=sized.staged, x_TH=x_TH, max_tokens=max_tokens) if max_tokens > 0 else None
+        choice = call_plan.choice
+        if choice is None:
+            corrected, itemsize = weights.correction is not None, x_TH.element_size()
+            choice = choice_of(x_TH.device, call_plan.num_experts, options, corrected=corrected, itemsize=itemsize)
+            call_plan.choice = choice
+        into = None
+        if max_tokens > 0:
+            into = StagedChoice(choice=choice, staged=sized.staged, x_TH=x_TH, max_tokens=max_tokens)
         return route(x_TH, weights, options, call_plan.workspace, into)
 
     def check_activation(self, activation: Activation) -> None:
@@ -139,8 +146,7 @@ class FastBackend:
             shape=shape,
             exchange=call_plan.exchange(plan),
             gemm=call_plan.gemm(x_TH, experts, self._group.world_size * max_tokens * top_k),
-            activation=experts.activation,
-            layout=experts.layout,
+            form=call_plan.form(experts),
             gather=gather,
             training=grad and any(tensor is not None and tensor.requires_grad for tensor in given),
             staged=staged.rows,

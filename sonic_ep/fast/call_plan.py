@@ -11,12 +11,14 @@ from torch import Tensor
 from sonic_ep.backend import ExpertWeights
 from sonic_ep.config import EPConfig
 from sonic_ep.cost import Workload, choose_modes
+from sonic_ep.fast.activation import ActivationForm, activation_form
 from sonic_ep.fast.collectives import reserve_values
 from sonic_ep.fast.context import DeviceContext
 from sonic_ep.fast.copy_engine import CopyEngineGather
 from sonic_ep.fast.exchange import Exchange
 from sonic_ep.fast.gemm import GroupedGemm, LibraryGemm, addresses_serve, grouped_gemm, library_serves
 from sonic_ep.fast.plan import PlanShape
+from sonic_ep.fast.router import Choice
 from sonic_ep.fast.staging import StagedCall, stage_call
 from sonic_ep.plan import RoutingPlan
 
@@ -44,6 +46,8 @@ class CallPlan:
         self.workspace, self.planner = context.workspace, context.planner
         self.dispatch, self.combine = context.dispatch[modes.dispatch], context.combine[modes.combine]
         self._gather = context.gather if config.redispatch_x_in_backward else None
+        self.choice: Choice | None = None
+        self._form: ActivationForm | None = None
         self._serves: bool | None = None
         self._sized: SizedPlan | None = None
 
@@ -95,6 +99,14 @@ class CallPlan:
             planner=self.planner,
             tag=self.workspace.tag,
         )
+
+    def form(self, experts: ExpertWeights) -> ActivationForm:
+        """The kernels of the activation."""
+        if self._form is None:
+            ups = experts.up_weights
+            of_h = (ups[0].shape[1], len(ups), experts.activation, experts.layout)
+            self._form = activation_form(self.workspace.device, *of_h)
+        return self._form
 
     def gemm(self, x_TH: Tensor, experts: ExpertWeights, slots: int) -> GroupedGemm:
         """The products for these weights. slots: of the group, W*C*K."""

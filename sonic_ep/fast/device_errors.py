@@ -3,6 +3,7 @@
 import os
 import sys
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,13 +11,15 @@ from functools import partial
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from sonic_ep.distributed.collectives import BoundedCollectives, left
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.distributed.sync_tag import Phase, SyncTag, mismatch
 from sonic_ep.errors import CollectiveMismatchError, PeerError, PeerLostError
-from sonic_ep.fast.launch import capturing, host_ints
+from sonic_ep.fast.launch import capturing, host_ints, launch, triton_kernel
 from sonic_ep.fast.sync import ELSEWHERE
 from sonic_ep.plan import RoutingPlan, missing_rows_error, overflow_error, recompute_error
 
@@ -24,10 +27,17 @@ from sonic_ep.plan import RoutingPlan, missing_rows_error, overflow_error, recom
 WAIT_CODES = 4
 # Of a plan, int32: rank with an id out of range + 1; rank with too many rows + 1; its rows; last step rerouted; rows
 # that a combine of this rank lacked, the most.
-PLAN_CODES, REROUTED, MISSING = 5, 3, 4
-# Plans that the host may queue ahead of the device: the error of plan n is raised by plan n + PLANS_AHEAD.
-PLANS_AHEAD = 8
+PLAN_CODES, MISSING = 5, 4
+REROUTED: tl.constexpr = tl.constexpr(3)
+# From one plan's codes to the next's: kernels are compiled for pointers to multiples of 16 bytes.
+CODES_STRIDE = 8
+# Plans that the host may queue ahead of the device: the error of plan n is raised by plan n + PLANS_AHEAD. As many
+# layers fill the queue of a GPU, so the host never waits for an error.
+PLANS_AHEAD = 64
+# Windows of plans among so many, with an event each.
+WINDOWS = 8
 MOST_STEP = 2**31 - 1
+COMPARED_IDS = 1024
 
 
 def report_at_exit(owner: Any, find: Callable[[], Exception | None]) -> weakref.finalize:
@@ -62,12 +72,14 @@ class WaitErrors:
 
     def __init__(self, collectives: BoundedCollectives, device: torch.device) -> None:
         self.codes = host_ints(WAIT_CODES, device, torch.int64)
+        # Reading a tensor would take microseconds, and every phase looks here.
+        self._seen = self.codes.numpy().data
         self._find = partial(wait_error, self.codes, collectives)
         self._unraised = report_at_exit(self, self._find)
 
     def found(self) -> bool:
         """Whether a wait has failed. Does not wait for the GPU."""
-        return bool(self.codes[0])
+        return self._seen[0] != 0
 
     def raise_if_any(self, cause: RuntimeError | None = None) -> None:
         """Raise the ``PeerError`` of a failed wait, from ``cause``. Does not wait for the GPU."""
@@ -100,33 +112,27 @@ class Limits:
 
 
 class PlanErrors:
-    """Error codes of one plan, (PLAN_CODES,) int32. All but the last are the same on every rank, which reads all ids.
+    """Error codes (PLAN_CODES,) int32 of one plan, or of all that graphs and backwards have written by some plan.
 
-    own: pinned, written by the plan's kernels. gathered: a copy of what graphs and backwards had written by then.
+    codes: pinned, or on a GPU, where reading them waits for its kernels. All but the last are the same on every rank,
+    which reads all ids. used: whether any kernel may have written to them.
     """
 
-    def __init__(self, group: EPGroup, device: torch.device) -> None:
+    def __init__(self, group: EPGroup, codes: Tensor) -> None:
         self._group = group
-        self.own = host_ints(PLAN_CODES, device)
-        self.gathered: Tensor | None = None
-        self.limits = self.gathered_limits = Limits()
-        self.written: torch.cuda.Event | None = None
-
-    def wait(self) -> None:
-        """Wait until every kernel that writes the codes has run. Raises ``RuntimeError`` if one failed."""
-        if self.written is not None:
-            self.written.synchronize()
+        self.codes = codes
+        self.limits = Limits()
+        self.used = False
+        # Reading a tensor would take microseconds, and every plan looks here.
+        self._seen = None if codes.is_cuda else codes.numpy().data
 
     def error(self) -> Exception | None:
         """``ValueError``, ``RowOverflowError`` or ``RecomputeError``, if there is one."""
-        found = self._error_of(self.own, self.limits)
-        if found is None and self.gathered is not None:
-            found = self._error_of(self.gathered, self.gathered_limits)
-        return found
-
-    def _error_of(self, codes: Tensor, limits: Limits) -> Exception | None:
-        bad_rank, full_rank, rows, rerouted, missing = codes.tolist()
-        more = f" (in step {limits.step})"
+        found = self.codes.tolist() if self._seen is None else self._seen
+        if not any(found):
+            return None
+        bad_rank, full_rank, rows, rerouted, missing = found
+        limits, more = self.limits, f" (in step {self.limits.step})"
         if bad_rank:
             expected = f"expected 0 to {limits.num_experts - 1}, or -1 for a dropped slot{more}"
             got = f"topk_idx: got expert ids out of range on rank {bad_rank - 1}"
@@ -135,31 +141,66 @@ class PlanErrors:
             return overflow_error(self._group, max_rows=limits.max_rows, rank=full_rank - 1, rows=rows, more=more)
         if rerouted:
             return recompute_error(self._group, rerouted)
-        return missing_rows_error(self._group, missing=missing) if missing else None
+        return missing_rows_error(self._group, missing=missing)
+
+    def clear(self) -> None:
+        """No error. Kernels that write to them have run."""
+        self.codes.zero_()
 
 
-def first_error(records: Iterable[PlanErrors]) -> Exception | None:
-    """The first error in ``records``, or None. Waits for their kernels, except in graph capture."""
-    in_capture = False
+class Mark:
+    """A place in the queue of the device, which it has passed once ``wait`` returns.
+
+    first: the first plan of the window of plans that it ends. gathered: a copy of what graphs and backwards have
+    written by then. With windows of 8, the mark that ends the plans 8 to 15 is looked at by plan 8 + ``PLANS_AHEAD``.
+    """
+
+    def __init__(self, gathered: PlanErrors, event: torch.cuda.Event | None) -> None:
+        self.first = 0
+        self.gathered = gathered
+        self.event = event
+
+    def wait(self) -> None:
+        """Wait for what was queued before. Raises ``RuntimeError`` if one of those kernels failed."""
+        if self.event is not None and not self.event.query():
+            self.event.synchronize()
+
+
+def first_error(records: Iterable[PlanErrors], gathered: PlanErrors) -> Exception | None:
+    """The first error in ``records`` or in ``gathered``, or None. Waits for the device, except in graph capture."""
+    device, in_capture = gathered.codes.device, False
     # A lost GPU raises, here and below. What its kernels have written on the host is read all the same.
     with suppress(RuntimeError):
-        in_capture = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        in_capture = capturing(device)
+        if device.type == "cuda" and not in_capture:
+            torch.cuda.synchronize(device)
     for record in records:
-        on_device = record.gathered is not None and record.gathered.is_cuda
-        with suppress(RuntimeError):
-            # In graph capture the host must not synchronize.
-            if not in_capture:
-                record.wait()
-        with suppress(RuntimeError):
-            if not (in_capture and on_device) and (found := record.error()) is not None:
-                return found
+        if (found := record.error()) is not None:
+            return found
+    with suppress(RuntimeError):
+        return gathered.error() if gathered.used and not in_capture else None
     return None
+
+
+@triton_kernel
+def compare_ids_kernel(ids_ptr, again_ptr, differs_ptr, codes_ptr, numbers, step, BLOCK: tl.constexpr):
+    """Set differs_ptr () int8 to 1, and the REROUTED code to at least ``step``, if ids differ; else leave both.
+
+    ids_ptr, again_ptr (numbers,) int32; codes_ptr (PLAN_CODES,) int32. Grid (ceil(numbers / BLOCK),).
+    """
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < numbers
+    differ = tl.load(ids_ptr + place, mask=inside, other=0) != tl.load(again_ptr + place, mask=inside, other=0)
+    if tl.max(differ.to(tl.int32), axis=0) > 0:
+        tl.store(differs_ptr, tl.full((), 1, tl.int8))
+        tl.atomic_max(codes_ptr + REROUTED, step)
 
 
 class DeviceErrors:
     """Raises the error of a plan ``PLANS_AHEAD`` plans later, or in ``raise_all``: in the same call on every rank.
 
-    Errors that no call has raised are printed when this object is freed. host_reads: whether ``compare`` raises.
+    What graphs and backwards have flagged is raised by then at the latest. Errors that no call has raised are printed
+    when this object is freed. host_reads: whether ``compare`` raises.
     """
 
     def __init__(self, group: EPGroup, device: torch.device, *, host_reads: bool = False) -> None:
@@ -167,94 +208,131 @@ class DeviceErrors:
         self.host_reads = host_reads
         self._device = device
         self._on_gpu = device.type == "cuda"
-        self._records = [PlanErrors(group, device) for _ in range(PLANS_AHEAD)]
-        # Written by graphs and backwards at any time. From then on each plan copies them, in stream order.
+        self._ahead, self._window = PLANS_AHEAD, max(1, PLANS_AHEAD // WINDOWS)
+        marks = self._ahead // self._window
+        pinned = host_ints((self._ahead + marks) * CODES_STRIDE, device)
+        places = range(0, len(pinned), CODES_STRIDE)
+        # A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
-            self._gathered = torch.zeros(PLAN_CODES, dtype=torch.int32, device=device)
-        self._latest = PlanErrors(group, device)
-        report_at_exit(self, partial(first_error, (*self._records, self._latest)))
+            found = [PlanErrors(group, pinned[place : place + PLAN_CODES]) for place in places]
+            # Written by graphs and backwards at any time. From then on each mark copies them, in stream order.
+            self._gathered = PlanErrors(group, torch.zeros(PLAN_CODES, dtype=torch.int32, device=device))
+        self._records = found[: self._ahead]
+        self._unused = [Mark(copied, torch.cuda.Event() if self._on_gpu else None) for copied in found[self._ahead :]]
+        # In the order of the queue: those that the device may not have passed; and those whose copies are to be read.
+        self._marks: deque[Mark] = deque()
+        self._passed: list[Mark] = []
+        report_at_exit(self, partial(first_error, found, self._gathered))
         self._plans = 0
+        # The first plan of the window, if any has an error that no mark comes after yet.
+        self._unmarked: int | None = None
+        self._current = self._records[0]
 
     @property
     def codes(self) -> Tensor:
         """Where the kernels of the plan being queued write errors, (PLAN_CODES,) int32."""
-        return self._gathered if capturing(self._device) else self._current.own
+        return self._current.codes
 
     def begin(self) -> None:
-        """Collective. Start a plan; wait for the plan ``PLANS_AHEAD`` before, and raise its error. No-op in capture."""
-        if not capturing(self._device):
-            self._plans += 1
-            self._raise(self._current)
-            self._current.written = None
+        """Collective. Start a plan, after raising the error of the plan ``PLANS_AHEAD`` before; no-op in capture.
+
+        Waits for the device only if it is behind by most of them.
+        """
+        if self._on_gpu and torch.cuda.is_current_stream_capturing():
+            self._current = self._gathered
+            return
+        self._plans += 1
+        self._current = self._records[self._plans % self._ahead]
+        past = self._plans - self._ahead
+        if self._unmarked is not None and self._unmarked <= past:
+            # Almost no plan since has had any token.
+            self._synchronize()
+        while self._marks and self._marks[0].first <= past:
+            self._marks[0].wait()
+            self._passed.append(self._marks.popleft())
+        self._raise(self._current)
+        while self._passed:
+            self._unused.append(self._passed.pop())
+            self._raise(self._unused[-1].gathered)
 
     def expect(self, limits: Limits) -> None:
         """Set the bounds of the plan being queued."""
-        if capturing(self._device):
-            self._latest.gathered_limits = limits
-        else:
-            self._current.limits = limits
+        self._current.limits = limits
 
     def queued(self, *, flags: bool) -> None:
         """All kernels of the plan have been queued on the current stream. flags: whether they may find an error."""
-        if capturing(self._device):
-            if flags:
-                self._latest.gathered = self._gathered
+        if self._current is self._gathered:
+            self._gathered.used |= flags
             return
-        current = self._current
-        if self._latest.gathered is not None:
-            if current.gathered is None:
-                current.gathered = host_ints(PLAN_CODES, self._device)
-            current.gathered_limits = self._latest.gathered_limits
-            current.gathered.copy_(self._gathered, non_blocking=True)
-        if self._on_gpu and (flags or current.gathered is not None):
-            current.written = torch.cuda.current_stream(self._device).record_event()
+        if self._unmarked is None and (flags or self._gathered.used):
+            self._unmarked = self._plans // self._window * self._window
+        # By the last plan of a window, so by the same on every rank, whatever one of them alone has flagged.
+        if self._unmarked is not None and self._plans + 1 >= self._unmarked + self._window:
+            self._mark(self._unmarked)
 
     def compare(self, expert_ids_WCK: Tensor, again_WCK: Tensor, step: int) -> Tensor:
         """Whether the ids of a forward and of its recompute differ, bool () on the device; ``RecomputeError`` if so."""
-        differs = (expert_ids_WCK != again_WCK).any()
+        differs = torch.zeros((), dtype=torch.int8, device=self._device)
+        pointers, numbers = (expert_ids_WCK, again_WCK, differs, self._gathered.codes), expert_ids_WCK.numel()
+        # What the host reads at once is not flagged for later.
+        grid, sizes = (triton.cdiv(numbers, COMPARED_IDS),), (numbers, 0 if self.host_reads else min(step, MOST_STEP))
+        launch(compare_ids_kernel, grid, *pointers, *sizes, device=self._device, BLOCK=COMPARED_IDS)
+        self._gathered.used = True
         if self.host_reads and bool(differs):
             raise recompute_error(self._group, step)
-        rerouted = self._gathered[REROUTED:MISSING]
-        torch.maximum(rerouted, differs.int() * min(step, MOST_STEP), out=rerouted)
-        self._latest.gathered = self._gathered
-        return differs
+        return differs.view(torch.bool)
 
     def flag_missing_rows(self, rows: int, plan: RoutingPlan) -> None:
         """Flag, on this rank, a combine of ``rows`` rows if the plan has more that are valid."""
         lacking = plan.group_ends[-1:].clamp(max=plan.row_capacity) - rows
-        missing = self._gathered[MISSING:]
+        missing = self._gathered.codes[MISSING:]
         torch.maximum(missing, lacking, out=missing)
-        self._latest.gathered = self._gathered
+        self._gathered.used = True
 
     def raise_current(self) -> None:
-        """Wait for the plan queued last, and raise its error."""
+        """Raise the error of the plan queued last. The host has waited for the kernels that flag it."""
         self._raise(self._current)
 
     def raise_all(self) -> None:
         """Collective. Wait for all that is queued, and raise the first error; later calls raise further ones."""
+        self._synchronize()
+        self._unused += [*self._marks, *self._passed]
+        self._marks.clear()
+        self._passed.clear()
+        for place in range(1, self._ahead + 1):
+            self._raise(self._records[(self._plans + place) % self._ahead])
+        if self._gathered.used:
+            self._raise(self._gathered)
+
+    def _mark(self, first: int) -> None:
+        mark = self._unused.pop()
+        mark.first, self._unmarked = first, None
+        if self._gathered.used:
+            mark.gathered.limits = self._gathered.limits
+            mark.gathered.codes.copy_(self._gathered.codes, non_blocking=True)
+        if mark.event is not None:
+            mark.event.record(torch.cuda.current_stream(self._device))
+        self._marks.append(mark)
+
+    def _synchronize(self) -> None:
+        """Wait for all that is queued: then nothing needs a mark."""
         if self._on_gpu:
             torch.cuda.synchronize(self._device)
-        for place in range(1, PLANS_AHEAD + 1):
-            self._raise(self._records[(self._plans + place) % PLANS_AHEAD])
-        self._raise(self._latest)
+        self._unmarked = None
 
-    @property
-    def _current(self) -> PlanErrors:
-        return self._records[self._plans % PLANS_AHEAD]
-
-    def _raise(self, record: PlanErrors) -> None:
-        record.wait()
-        raise_found(self._taken(record))
-
-    def _taken(self, record: PlanErrors) -> Exception | None:
-        """The error of ``record``, cleared from it, or from every copy of the gathered codes."""
-        found = record.error()
-        if found is not None and record.own.any():
-            record.own.zero_()
-        elif found is not None:
-            if self._on_gpu:
-                torch.cuda.synchronize(self._device)
-            for copied in (*self._records, self._latest):
-                if copied.gathered is not None:
-                    copied.gathered.zero_()
-        return found
+    def _raise(self, found: PlanErrors) -> None:
+        """Raise the error, if there is one, and clear it: what has been gathered, with every copy of it."""
+        error = found.error()
+        if error is None:
+            return
+        if found in self._records:
+            found.clear()
+        else:
+            self._synchronize()
+            for copied in (*(mark.gathered for mark in (*self._marks, *self._passed, *self._unused)), self._gathered):
+                copied.clear()
+        try:
+            raise error
+        finally:
+            # Its traceback holds this frame, which would hold it for good.
+            del error

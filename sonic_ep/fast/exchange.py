@@ -21,7 +21,7 @@ from sonic_ep.fast.workspace import Workspace
 from sonic_ep.plan import RoutingPlan, raise_if_malformed
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class Exchange:
     """One plan and what moves rows by it. tag: of the call. backward: for its gradient."""
 

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sonic_ep.activation import Activation, GateLayout
 from sonic_ep.autograd_utils import in_halves, once_differentiable, unpack_saved
-from sonic_ep.fast.activation import activate, activate_backward
+from sonic_ep.fast.activation import ActivationForm
 from sonic_ep.fast.copy_engine import CopyEngineGather, GatherInFlight
 from sonic_ep.fast.dispatch.all_to_all import pull_to_rows
 from sonic_ep.fast.exchange import AgainInBackward, Exchange
@@ -33,7 +32,7 @@ SAVED = ("x", "scores", "expert_ids of plan", "w2", "b2")
 NAMES_OF_UPS = {1: (*SAVED, "hidden", "w1"), 2: (*SAVED, "hidden[0]", "hidden[1]", "w1[0]", "w1[1]")}
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class Call:
     """One call of the layer, without the tensors that autograd tracks. pending, staged: for forward only.
 
@@ -44,15 +43,14 @@ class Call:
     shape: torch.Size
     exchange: Exchange
     gemm: GroupedGemm
-    activation: Activation
-    layout: GateLayout
+    form: ActivationForm
     gather: CopyEngineGather | None
     training: bool
     staged: Staging
     pending: PendingPlan
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class Kept:
     """What backward needs of a forward. exchange: by its plan, cut to R. received: by dispatch, if w1 needs it."""
 
@@ -77,7 +75,7 @@ def run_forward(
         kept = Kept(exchange=exchange, received=received if again else None, hidden=hidden)
     # Each is freed as soon as the next is there: they are the largest tensors of the layer.
     del received
-    activated_RI = activate(hidden, call.activation, call.layout, plan)
+    activated_RI = call.form.activate(hidden, plan)
     del hidden
     y_RH = call.gemm.rows(activated_RI, w2.transpose(1, 2), ends_e, b2)
     del activated_RI
@@ -96,7 +94,7 @@ class MoEFunction(torch.autograd.Function):
         if kept is not None:
             w1, _ = in_halves(ups)
             exchange = kept.exchange
-            ctx.gemm, ctx.gather, ctx.form = call.gemm, call.gather, (call.activation, call.layout)
+            ctx.gemm, ctx.gather, ctx.form = call.gemm, call.gather, call.form
             ctx.exchange, ctx.call_lock = exchange, exchange.workspace.call_lock
             source = kept.received if call.gather is None else x_TH
             rows = source if any(ctx.needs_input_grad[5 : 5 + len(w1)]) else None
@@ -126,9 +124,7 @@ class MoEFunction(torch.autograd.Function):
         # The kernel that computes the scores' gradients last also pushes them to their tokens' ranks.
         origins = exchange.origins if needs_scores else None
         after_bias = b2 is not None and needs_scores
-        activation, layout = ctx.form
-        pushed = None if after_bias else origins
-        between = activate_backward(hidden, grad_RI, scores_WCK, activation, layout, plan, pushed)
+        between = ctx.form.gradient(hidden, grad_RI, scores_WCK, plan, None if after_bias else origins)
         if b2 is not None and origins is not None:
             add_bias_dots(out_grad_RH, b2, between.dots, plan, origins)
         del grad_RI

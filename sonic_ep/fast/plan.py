@@ -343,7 +343,7 @@ def _kernels(device: torch.device, world_size: int, top_k: int, num_experts: int
     )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class TileCounts:
     """What the kernels before the last find. A tile holds whole tokens of one rank.
 
@@ -383,7 +383,7 @@ def new_plan(
 ) -> RoutingPlan:
     """This rank's plan with these ids and counts; its other fields are to be filled."""
     world_size, new = shape.world_size, expert_ids_WCK.new_empty
-    return RoutingPlan(
+    return RoutingPlan.of(
         rank=shape.rank,
         num_tokens=num_tokens,
         expert_ids=expert_ids_WCK,
@@ -404,7 +404,8 @@ def placed_plan(
     max_rows: the rows of a rank above which ``device_errors`` is set.
     """
     device, world_size, experts = found.before.device, shape.world_size, shape.num_experts
-    counts_E, copy_E = (torch.empty(experts, dtype=INDEX_DTYPE, device=device) for _ in range(2))
+    new = found.before.new_empty
+    counts_E, copy_E = new(experts), new(experts)
     plan = new_plan(found.expert_ids, counts_E, shape, num_tokens=num_tokens, row_capacity=row_capacity)
     place = _kernels(device, world_size, shape.top_k, experts, found.scores is not None)[2]
     pointers = (found.expert_ids, found.before, plan.row_of_slot, plan.slot_of_row, plan.packed_of_token)

@@ -72,7 +72,7 @@ class HostCopy:
         return list(self._ints)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class PendingPlan:
     """A plan with room for the most rows. counted: a copy of all ranks' row counts to the host has started.
 

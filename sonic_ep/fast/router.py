@@ -1,4 +1,4 @@
-"""The router: one GEMM and one kernel forward, at most two kernels and two GEMMs backward, nothing read on the host.
+"""The router: one GEMM and one kernel forward; two GEMMs and at most four kernels and a barrier backward.
 
 Logits and scores are those of the reference to fp32 rounding; choices follow exactly from the logits or, with a
 correction or groups, from values that are the reference's to fp32 rounding. Instead of a slow fp32 GEMM in backward,
@@ -7,7 +7,7 @@ their exact products in fp32.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,13 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.autograd_utils import apply_function, once_differentiable, savable, summed_together, unpack_saved
+from sonic_ep.autograd_utils import apply_function, once_differentiable, savable, unpack_saved
 from sonic_ep.backend import RouterWeights, Routing
 from sonic_ep.config import LEAST_SIGMOID_SUM, RouterOptions, ScoreFunction, ScoreOrder
 from sonic_ep.distributed.sync_tag import Phase
-from sonic_ep.fast.device_functions import exact_exp, rounded
-from sonic_ep.fast.launch import LAUNCHERS_KEPT, Launcher, launch, triton_kernel
-from sonic_ep.fast.rank_sum import reserve_sum, sum_over_ranks
+from sonic_ep.fast.all_reduce import Summand, reserve_sum, sum_over_ranks, sum_parts
+from sonic_ep.fast.bf16_parts import bf16_parts
+from sonic_ep.fast.device_functions import exact_exp
+from sonic_ep.fast.launch import LAUNCHERS_KEPT, Launcher, launcher, triton_kernel
 from sonic_ep.fast.staging import StagedCall, own_half, row_constants, row_programs, stage_numbers
 from sonic_ep.fast.workspace import Workspace
 
@@ -347,37 +348,27 @@ def logits_gradient_kernel(
     tl.store(out_ptr + place, grad, mask=inside)
 
 
-@triton_kernel
-def parts_kernel(grad_ptr, out_ptr, numbers, E: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Cut fp32 numbers into parts that sum to them. Grid (ceil(numbers / BLOCK),).
-
-    grad_ptr (T, E) fp32, ``numbers`` = T*E; out_ptr (T, PARTS, E): each part is the rounded remainder after those
-    before. In bf16 the parts of 1 + 2^-9 + 2^-20 are 1, 2^-9 and 2^-20.
-    """
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < numbers
-    grad = tl.load(grad_ptr + place, mask=inside, other=0.0)
-    out_ptr += place // E * (PARTS * E) + place % E
-    for part in tl.static_range(PARTS):
-        rounding = rounded(grad, out_ptr)
-        tl.store(out_ptr + part * E, rounding, mask=inside)
-        taken = rounding.to(tl.float32)
-        # Infinity has no remainder; minus itself it would be NaN.
-        grad = tl.where(tl.abs(taken) == float("inf"), 0.0, grad - taken)
-
-
 # Logits that one program holds, unless one token has more: more for each warp take more registers.
 TILE_LOGITS = 1024
 MOST_WARPS = 16
-BF16_PARTS = 3
-PARTS_BLOCK = 1024
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Choice:
+    """The kernel that chooses: one program takes ``tile_tokens`` tokens. itemsize: of what it stages besides."""
+
+    run: Launcher
+    tile_tokens: int
+    scale: float
+    itemsize: int
+
+
+@dataclass(kw_only=True, eq=False)
 class StagedChoice:
     """What ``route`` stages for the layer that follows: its choice, and x (T, H), contiguous. max_tokens: C."""
 
+    choice: Choice
     staged: StagedCall
     x_TH: Tensor
     max_tokens: int
@@ -390,15 +381,18 @@ def route(
 
     Collective in backward, which sums the gradients of weight and bias, and where memory for that sum has to grow.
     """
-    trained = sum(w.numel() for w in (weights.weight, weights.bias) if w is not None and w.requires_grad)
-    if options.reduce_router_grad and trained > 0:
-        # Also where gradients are off: under reentrant checkpointing a backward follows all the same.
-        reserve_sum(workspace, trained)
-    staged = None if into is None else into.staged
+    weight, bias = weights.weight, weights.bias
+    if options.reduce_router_grad:
+        trained = weight.numel() if weight.requires_grad else 0
+        trained += bias.numel() if bias is not None and bias.requires_grad else 0
+        if trained > 0:
+            # Also where gradients are off: under reentrant checkpointing a backward follows all the same.
+            reserve_sum(workspace, trained)
     if not torch.is_grad_enabled():
-        return choose_experts(_logits(x_TH, weights.weight, weights.bias), options, weights.correction, workspace, into)
-    logits_TE = apply_function(RouterLogits, savable(x_TH), weights.weight, weights.bias, options, workspace)
+        return choose_experts(_logits(x_TH, weight, bias), options, weights.correction, workspace, into)
+    logits_TE = apply_function(RouterLogits, savable(x_TH), weight, bias, options, workspace)
     topk_idx_TK, scores_TK = Choose.apply(logits_TE, weights.correction, options, workspace, into)
+    staged = None if into is None else into.staged
     return Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK, staged=staged)
 
 
@@ -442,24 +436,24 @@ class RouterLogits(torch.autograd.Function):
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, of the weight and of the bias, each if it is required."""
         x_TH, router_w_EH = unpack_saved(ctx, ctx.workspace.group, ("x", "router_w"))
-        x_grad = weight_grad = None
-        if x_TH is not None or router_w_EH is not None:
-            in_bf16_parts = ctx.x_dtype == ctx.weight_dtype == torch.bfloat16
-            grad_TPE = bf16_parts(grad_TE) if in_bf16_parts else grad_TE.unsqueeze(1)
-            _, parts, num_experts = grad_TPE.shape
-        if router_w_EH is not None:
-            # One product over all P * E numbers.
-            x_grad = product(grad_TPE.flatten(1), router_w_EH.repeat(parts, 1), ctx.x_dtype)
+        left_TE, right_EH = grad_TE, router_w_EH
+        if ctx.x_dtype == ctx.weight_dtype == torch.bfloat16 and any(ctx.needs_input_grad[:2]):
+            left_TE, right_EH = bf16_parts(grad_TE.contiguous(), router_w_EH)
+        # One product over all P * E numbers.
+        x_grad = None if right_EH is None else product(left_TE, right_EH, ctx.x_dtype)
+        summands = []
         if x_TH is not None:
-            by_part = product(grad_TPE.flatten(1).t(), x_TH, torch.float32)
-            weight_grad = by_part.view(parts, num_experts, -1).sum(dim=0)
-        bias_grad = grad_TE.sum(dim=0) if ctx.needs_input_grad[2] else None
-        if ctx.reduced and any(ctx.needs_input_grad[1:3]):
+            by_part, shape = product(left_TE.t(), x_TH, torch.float32), torch.Size((grad_TE.shape[1], x_TH.shape[1]))
+            summands.append(Summand(parts=by_part, shape=shape, dtype=ctx.weight_dtype))
+        if ctx.needs_input_grad[2]:
+            summands.append(Summand(parts=grad_TE.sum(dim=0), shape=grad_TE.shape[1:], dtype=ctx.bias_dtype))
+        if ctx.reduced and summands:
             ctx.workspace.enter(Phase.ROUTER, ctx.tag, backward=True)
-            add = partial(sum_over_ranks, workspace=ctx.workspace)
-            weight_grad, bias_grad = summed_together((weight_grad, bias_grad), add)
-        weight_grad = None if weight_grad is None else weight_grad.to(ctx.weight_dtype)
-        return x_grad, weight_grad, None if bias_grad is None else bias_grad.to(ctx.bias_dtype), None, None
+            sums = iter(sum_over_ranks(summands, ctx.workspace))
+        else:
+            sums = iter([sum_parts(summand) for summand in summands])
+        weight_grad, bias_grad = (next(sums) if needed else None for needed in ctx.needs_input_grad[1:3])
+        return x_grad, weight_grad, bias_grad, None, None
 
 
 class Choose(torch.autograd.Function):
@@ -503,40 +497,42 @@ def choose_experts(
 
     into: where they, and x, are staged besides, in ``workspace``.
     """
-    (tokens, num_experts), device, top_k = logits_TE.shape, logits_TE.device, options.top_k
-    topk_idx_TK = torch.empty(tokens, top_k, dtype=torch.int64, device=device)
-    scores_TK = logits_TE.new_empty(tokens, top_k)
-    # Pointers that are not read: of a correction, of rows and of what is staged.
+    (tokens, num_experts), top_k = logits_TE.shape, options.top_k
+    topk_idx_TK = logits_TE.new_empty((tokens, top_k), dtype=torch.int64)
+    scores_TK = logits_TE.new_empty((tokens, top_k))
+    # Without a correction its pointer is not read.
     correction = logits_TE if correction_E is None else correction_E
-    rows, numbers, max_tokens, tables, ranks = scores_TK, 0, tokens, (topk_idx_TK,) * 4, (0, 1)
-    if workspace is not None and into is not None and into.staged.scores is not None:
-        ids, scores, table = (into.staged.ids.addresses, into.staged.scores.addresses, into.staged.rows.addresses)
-        ranks, max_tokens = (workspace.group.rank, workspace.group.world_size), into.max_tokens
-        tables = (ids, scores, table, workspace.epoch)
-        # Of one rank no peer reads the rows.
-        rows, numbers = into.x_TH, into.x_TH.numel() if ranks[1] > 1 else 0
-    itemsize = rows.element_size()
-    run, tile_tokens = _choose(device, num_experts, options, correction_E is not None, into is not None, itemsize)
-    grid = (-(-max_tokens // tile_tokens) + row_programs(numbers, itemsize),)
-    pointers = (logits_TE, topk_idx_TK, scores_TK, correction, rows, *tables)
-    run(grid, *pointers, *ranks, tokens, max_tokens, numbers, float(options.scale))
-    staged = None if into is None else into.staged
+    chosen = (logits_TE, topk_idx_TK, scores_TK, correction)
+    if into is None or workspace is None:
+        choice = choice_of(logits_TE.device, num_experts, options, corrected=correction_E is not None)
+        grid, alone = (-(-tokens // choice.tile_tokens),), (0, 1, tokens, tokens, 0, choice.scale)
+        choice.run(grid, *chosen, *chosen, topk_idx_TK, *alone)
+        return Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK)
+    choice, staged, x_TH, max_tokens, group = into.choice, into.staged, into.x_TH, into.max_tokens, workspace.group
+    scores = staged.ids if staged.scores is None else staged.scores
+    # Of one rank no peer reads the rows.
+    numbers = x_TH.numel() if group.world_size > 1 else 0
+    grid = (-(-max_tokens // choice.tile_tokens) + row_programs(numbers, choice.itemsize),)
+    tables = (staged.ids.addresses, scores.addresses, staged.rows.addresses, workspace.epoch)
+    sizes = (group.rank, group.world_size, tokens, max_tokens, numbers, choice.scale)
+    choice.run(grid, *chosen, x_TH, *tables, *sizes)
     return Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK, staged=staged)
 
 
-@lru_cache(LAUNCHERS_KEPT)
-def _choose(
-    device: torch.device, num_experts: int, options: RouterOptions, corrected: bool, staged: bool, itemsize: int
-) -> tuple[Launcher, int]:
-    """The kernel, and the tokens that one of its programs takes."""
+def choice_of(
+    device: torch.device, num_experts: int, options: RouterOptions, *, corrected: bool, itemsize: int | None = None
+) -> Choice:
+    """For these options. itemsize: of what it stages besides; None: it stages nothing."""
     groups = {"GROUPS": 1, "TOP_GROUPS": 1, "GROUP_TOP": 1}
     if options.limits_groups:
         groups = {"GROUPS": options.num_groups, "TOP_GROUPS": options.top_groups, "GROUP_TOP": options.group_top}
     constants = _score_constants(options, corrected=corrected) | groups
     constants["BY_SHARE"] = not constants["BY_LOGIT"] and options.score_order is ScoreOrder.SOFTMAX_THEN_TOPK
-    constants |= {"CORRECTED": corrected, "GROUPS_PADDED": triton.next_power_of_2(groups["GROUPS"]), "STAGED": staged}
-    tile = _tile_constants(num_experts, options.top_k)
-    return Launcher(choose_kernel, device, constants | tile | row_constants(itemsize)), tile["TOKENS"]
+    constants |= {"CORRECTED": corrected, "GROUPS_PADDED": triton.next_power_of_2(groups["GROUPS"])}
+    tile, staged_bytes = _tile_constants(num_experts, options.top_k), itemsize or torch.float32.itemsize
+    constants |= {"STAGED": itemsize is not None, **tile, **row_constants(staged_bytes)}
+    run = launcher(choose_kernel, device, tuple(constants.items()))
+    return Choice(run=run, tile_tokens=tile["TOKENS"], scale=float(options.scale), itemsize=staged_bytes)
 
 
 def logits_gradient(
@@ -575,16 +571,6 @@ def _tile_constants(num_experts: int, top_k: int) -> dict[str, int]:
     tokens = max(1, TILE_LOGITS // experts)
     sizes = {"E": num_experts, "K": top_k, "TOKENS": tokens, "EXPERTS_PADDED": experts, "K_PADDED": k}
     return sizes | {"num_warps": min(max(4, tokens * experts // TILE_LOGITS), MOST_WARPS)}
-
-
-def bf16_parts(grad_TE: Tensor) -> Tensor:
-    """Three bf16 numbers that sum to each of ``grad_TE`` (T, E) fp32, (T, 3, E)."""
-    grad_TE = grad_TE.contiguous()
-    (num_tokens, num_experts), numbers, device = grad_TE.shape, grad_TE.numel(), grad_TE.device
-    out_TPE = grad_TE.new_empty((num_tokens, BF16_PARTS, num_experts), dtype=torch.bfloat16)
-    constants = {"E": num_experts, "PARTS": BF16_PARTS, "BLOCK": PARTS_BLOCK}
-    launch(parts_kernel, (triton.cdiv(numbers, PARTS_BLOCK),), grad_TE, out_TPE, numbers, device=device, **constants)
-    return out_TPE
 
 
 def product(left_MK: Tensor, right_KN: Tensor, dtype: torch.dtype) -> Tensor:

@@ -180,7 +180,7 @@ def symmetric_bytes(shape: LayerShape, modes: ModePair, *, redispatch_x_in_backw
     """What the group shares on each rank for its lifetime, by buffer, for calls of this shape, whatever R.
 
     tokens: x, where peers read it. received, received_flags: of combine, at a time. values_of_slots: gradients of
-    scores for their origin ranks. A router that sums its gradient has (E, H) fp32 more.
+    scores for their origin ranks. A router that sums its gradient has (2, E, H) fp32 more.
     """
     slots = _in_blocks(shape.numbers("CK"))
     # One rank has no peers to read its tokens or to send it rows.

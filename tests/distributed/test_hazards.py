@@ -92,7 +92,7 @@ def test_receive_flags_of_an_earlier_step_are_not_taken(rank: Rank, modes: Modes
 @by_any_modes
 def test_memory_is_written_again_after_a_late_reader(rank: Rank, modes: Modes) -> None:
     """Two dispatches in a row, and two sums over ranks, of which rank 0 reads late."""
-    from sonic_ep.fast.rank_sum import sum_over_ranks
+    from sonic_ep.fast.all_reduce import Summand, sum_over_ranks
 
     inputs = draw(changing(0), rank.world_size, rank.device)
     x = inputs.x[inputs.tokens_of(rank.rank)]
@@ -105,7 +105,10 @@ def test_memory_is_written_again_after_a_late_reader(rank: Rank, modes: Modes) -
             patch.setattr(workspace, "barrier_after_write", lambda: [barrier(), delay(rank)])
         for found, wanted in zip([fast.dispatch(tokens, plan) for tokens in (x, -x)], rows, strict=True):
             assert_bitwise(found[: len(wanted)], wanted)
-        assert [float(sum_over_ranks(x.new_full((1,), n, dtype=torch.float32), workspace)) for n in (1, 10)] == [2, 20]
+        for number in (1, 10):
+            own = x.new_full((1,), number, dtype=torch.float32)
+            summand = Summand(parts=own, shape=own.shape, dtype=own.dtype)
+            assert float(sum_over_ranks([summand], workspace)[0]) == 2 * number
 
 
 @on_ranks(for_gpus(1), 2, for_gpus(3))

@@ -12,6 +12,7 @@ import torch
 from layer_inputs import layer_inputs, plan_of
 from matrix import BOTH_FLAGS, NO_FLAGS
 from on_ranks import on_ranks
+from plans_ahead import FEW_PLANS, plans_ahead
 from promises import promise
 from same import assert_same_bits
 from there_and_back import MODES, Modes, assert_same, both, by_modes, changing, delay, outcome_of
@@ -211,15 +212,14 @@ OVERFLOWS += [pytest.param(GRAPHED, False, marks=pytest.mark.thorough)]
 @pytest.mark.parametrize(("case", "sync"), OVERFLOWS)
 def test_overflow_is_loud_and_leaves_the_group_usable(rank: Rank, case: Case, sync: bool) -> None:
     """More rows than the bound: NaN and an error, or the error at once; and the next call is right again."""
-    from sonic_ep.fast.device_errors import PLANS_AHEAD
-
     inputs = draw(case, rank.world_size, rank.device)
     tokens, experts = inputs.tokens_of(rank.rank), leaf_experts(inputs.experts, inputs.experts_of(rank.rank))
     arguments = (inputs.topk_scores[tokens], experts.w1, experts.w2, experts.b1, experts.b2)
     x, many = leaf(inputs.x[tokens]), inputs.topk_idx[tokens]
     few = many.clone()
     few[1:] = -1
-    with ExpertParallel(backend="fast", config=EPConfig(max_rows=9, cpu_sync_on_runtime=sync)) as ep:
+    config = EPConfig(max_rows=9, cpu_sync_on_runtime=sync)
+    with plans_ahead(FEW_PLANS), ExpertParallel(backend="fast", config=config) as ep:
         expected = ep.moe_routed(x, few, *arguments)
         assert expected.isfinite().all()
         if sync:
@@ -239,7 +239,7 @@ def test_overflow_is_loud_and_leaves_the_group_usable(rank: Rank, case: Case, sy
             told = [(int(given[3][-1]), len(given[1])) for name, given in seen if name != "sums"]
             assert len(told) == 6
             assert all(ends <= rows == 9 for ends, rows in told)
-            for _ in range(PLANS_AHEAD - 1):
+            for _ in range(FEW_PLANS - 1):
                 assert_bitwise(ep.moe_routed(x, few, *arguments), expected)
             with pytest.raises(RuntimeError, match="max_rows: got 9, expected at least"):
                 ep.moe_routed(x, few, *arguments)

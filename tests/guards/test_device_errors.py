@@ -17,21 +17,21 @@ from backends import both_backends
 from layer_inputs import layer_inputs
 from lives import said_in_child
 from on_ranks import on_ranks
+from plans_ahead import FEW_PLANS, of_the_library, plans_ahead
 from promises import promise
 
 import sonic_ep
-from sonic_ep import EPConfig, ExpertParallel, RowOverflowError
+from sonic_ep import EPConfig, ExpertParallel, RecomputeError, RowOverflowError
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.errors import PeerError
-from sonic_ep.testing import CASES, Rank
+from sonic_ep.testing import CASES, Rank, draw
 
 pytestmark = pytest.mark.fast
 
+CASE = CASES["uniform"]
 EXPERTS_PER_RANK = 2
 # A GPU is busy with them for a quarter of a second or longer, at any clock.
 BUSY_CYCLES = 500_000_000
-# Of sonic_ep.fast.device_errors, which only ranks may import.
-PLANS_AHEAD = 8
 
 
 def ids(rank: Rank, *, bad: bool = False) -> torch.Tensor:
@@ -57,16 +57,14 @@ def raised_by(calls: list[Callable[[], object]]) -> list[int]:
 @pytest.mark.parametrize("exact", [False, True])
 @on_ranks(1, 2, 3)
 def test_what_was_flagged_is_raised_in_turn_on_every_rank(rank: Rank, exact: bool) -> None:
-    """Two wrong plans in a row raise one after the other, each eight plans later, or at once where the host reads."""
-    from sonic_ep.fast import device_errors
-
-    assert device_errors.PLANS_AHEAD == PLANS_AHEAD
+    """Two wrong plans in a row raise one after the other, each so many plans later, or at once where the host reads."""
     experts = EXPERTS_PER_RANK * rank.world_size
-    with ExpertParallel(backend="fast", config=EPConfig(cpu_sync_on_runtime=exact)) as ep:
+    config = EPConfig(cpu_sync_on_runtime=exact)
+    with plans_ahead(FEW_PLANS) as ahead, ExpertParallel(backend="fast", config=config) as ep:
         plans = [partial(ep.plan, ids(rank, bad=bad), experts) for bad in (False, True)]
-        calls = [plans[bad] for bad in [False, True, True, *[False] * (PLANS_AHEAD + 2)]]
+        calls = [plans[bad] for bad in [False, True, True, *[False] * (ahead + 2)]]
         # A call that raises makes no plan of its own: the second of the two is raised by the very next.
-        assert raised_by(calls) == ([1, 2] if exact else [1 + PLANS_AHEAD, 2 + PLANS_AHEAD])
+        assert raised_by(calls) == ([1, 2] if exact else [1 + ahead, 2 + ahead])
         ep.check()
         if not exact:
             plans[True]()
@@ -95,10 +93,107 @@ def test_the_host_is_plans_ahead_of_the_gpu(rank: Rank, graphed: bool) -> None:
         torch.cuda._sleep(BUSY_CYCLES)
         busy.record()
         began = time.monotonic()
-        for _ in range(PLANS_AHEAD):
+        ahead, window = of_the_library()
+        for _ in range(ahead - window):
             ep.plan(given, experts)
         assert not busy.query(), f"the host waited for the GPU: {time.monotonic() - began:.3f} s"
         torch.cuda.synchronize()
+
+
+LAYERS = 8
+
+
+@promise("device-flags")
+@pytest.mark.parametrize("graphed", [False, True])
+@on_ranks(1, 2, pool="cuda_pool")
+def test_the_host_is_layers_ahead_of_the_gpu(rank: Rank, graphed: bool) -> None:
+    """Forward and backward, with ``moe``, ``moe_routed`` and ``plan``; also where a layer is in a graph."""
+    x, weights, dy = layer_inputs(rank, CASE)
+    inputs = draw(CASE, rank.world_size, rank.device)
+    tokens = inputs.tokens_of(rank.rank)
+    idx, scores = inputs.topk_idx[tokens], inputs.topk_scores[tokens]
+    with ExpertParallel(backend="fast", max_tokens_per_rank=max(CASE.tokens)) as ep:
+
+        def by_parts() -> torch.Tensor:
+            plan = ep.plan(idx, CASE.num_experts)
+            return ep.combine(ep.dispatch(x, plan), scores, plan)
+
+        calls = [
+            lambda: ep.moe(x, *weights, CASE.top_k).y,
+            lambda: ep.moe_routed(x, idx, scores, *weights[1:]),
+            by_parts,
+        ]
+
+        def queue(call: Callable[[], torch.Tensor]) -> None:
+            for _ in range(LAYERS):
+                torch.autograd.grad(call(), x, dy)
+
+        for call in calls:
+            # Memory, and kernels, which are loaded when they first run.
+            queue(call)
+        if graphed:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                kept = [call() for call in calls]
+            graph.replay()
+            for call in calls:
+                queue(call)
+            del kept
+        ep.check()
+        for call in calls:
+            busy = torch.cuda.Event()
+            torch.cuda._sleep(BUSY_CYCLES)
+            busy.record()
+            began = time.monotonic()
+            queue(call)
+            assert not busy.query(), f"the host waited for the GPU: {time.monotonic() - began:.3f} s"
+            torch.cuda.synchronize()
+        ep.check()
+
+
+@promise("device-flags")
+@pytest.mark.parametrize("flags", [False, True])
+def test_a_window_of_plans_has_one_event_and_one_copy(monkeypatch: pytest.MonkeyPatch, flags: bool) -> None:
+    """The host waits for it when it looks at the first of these plans, and for nothing where no plan may flag."""
+    from sonic_ep.fast.device_errors import DeviceErrors
+
+    ahead, window = of_the_library()
+    errors, waited, recorded = DeviceErrors(EPGroup(rank=0, world_size=1), torch.device("cpu")), [], []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    for mark in errors._unused:
+        mark.event = Mock(query=lambda: False, synchronize=lambda: waited.append(errors._plans))
+        mark.event.record = lambda _: recorded.append(errors._plans)
+    for _ in range(1, 3 * ahead):
+        errors.begin()
+        errors.queued(flags=flags)
+    assert recorded == ([] if not flags else list(range(window - 1, 3 * ahead, window)))
+    assert waited == ([] if not flags else list(range(ahead, 3 * ahead, window)))
+
+
+@promise("device-flags")
+@pytest.mark.parametrize("before", [0, 2, 7])
+def test_what_backwards_flagged_is_raised_with_the_first_plan_of_its_window(before: int) -> None:
+    """That is ``PLANS_AHEAD`` plans after its first, whichever of its plans came before."""
+    from sonic_ep.fast.device_errors import REROUTED, DeviceErrors
+
+    ahead, window = of_the_library()
+    errors = DeviceErrors(EPGroup(rank=0, world_size=1), torch.device("cpu"))
+
+    def plan() -> None:
+        errors.begin()
+        errors.queued(flags=False)
+
+    # The first plan has number 1.
+    for _ in range(window - 1 + before):
+        plan()
+    errors._gathered.codes[REROUTED.value], errors._gathered.used = 5, True
+    for _ in range(ahead - before):
+        plan()
+    with pytest.raises(RecomputeError, match="step 5"):
+        plan()
+    for _ in range(2 * ahead):
+        plan()
+    errors.raise_all()
 
 
 @promise("device-flags")
@@ -113,7 +208,9 @@ def test_what_a_replay_flagged_is_raised_by_one_call_on_every_rank(rank: Rank) -
         with torch.cuda.graph(graph):
             ep.plan(static, experts)
         graph.replay()
-        for calls, raises in (([partial(ep.plan, given, experts)] * 2 * PLANS_AHEAD, PLANS_AHEAD), ([ep.check] * 2, 0)):
+        ahead, _ = of_the_library()
+        # The next plan is the second: in the window of the first plans, which plan ``ahead`` looks at.
+        for calls, raises in (([partial(ep.plan, given, experts)] * 2 * ahead, ahead - 2), ([ep.check] * 2, 0)):
             static.copy_(ids(rank, bad=True))
             if rank.rank == 0:
                 torch.cuda._sleep(BUSY_CYCLES)
@@ -125,7 +222,6 @@ def test_what_a_replay_flagged_is_raised_by_one_call_on_every_rank(rank: Rank) -
         ep.check()
 
 
-CASE = CASES["uniform"]
 TIGHT = EPConfig(max_rows=1)
 SAID = "max_rows: got 1, expected at least"
 
@@ -246,11 +342,16 @@ def test_the_functional_form_raises_what_its_call_has_found(rank: Rank, backend:
 
 
 @promise("device-errors-told")
-def test_what_is_on_the_host_is_found_after_the_gpu_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sonic_ep.fast.device_errors import PlanErrors, first_error
+@pytest.mark.parametrize("in_capture", [True, False])
+def test_what_is_on_the_host_is_found_after_the_gpu_is_lost(monkeypatch: pytest.MonkeyPatch, in_capture: bool) -> None:
+    from sonic_ep.fast.device_errors import PLAN_CODES, PlanErrors, first_error
 
-    record, lost = PlanErrors(EPGroup(rank=0, world_size=1), torch.device("cpu")), Mock(side_effect=RuntimeError)
-    record.own[0], record.written = 1, Mock(synchronize=lost)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lost)
-    assert "out of range on rank 0" in str(first_error([record]))
+    lost = Mock(side_effect=RuntimeError)
+    records = [PlanErrors(EPGroup(rank=0, world_size=1), torch.zeros(PLAN_CODES, dtype=torch.int32)) for _ in range(2)]
+    gathered = Mock(codes=Mock(device=torch.device("cuda")), used=True, error=lost)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lost if in_capture else lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    assert first_error(records, gathered) is None
+    assert lost.call_count == 2
+    records[1].codes[0] = 1
+    assert "out of range on rank 0" in str(first_error(records, gathered))

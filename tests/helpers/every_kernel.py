@@ -3,8 +3,11 @@
 As a program it runs on the ranks of torchrun, on GPUs, or with TRITON_INTERPRET=1 on the CPU; see ``make sanitize``.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from sonic_ep import CombineMode, DispatchMode, EPConfig, ExpertParallel, RouterConfig
 from sonic_ep.activation import ACTIVATIONS
@@ -52,11 +55,14 @@ def run_every_kernel(device: torch.device, dtype: torch.dtype, hidden: int, top_
                 options |= {"router_b": drawn(experts), "correction_bias": torch.rand(experts, device=device)}
             ep.moe(x, *weights, 2, b1=drawn(HELD, width), b2=drawn(HELD, hidden), **options).y.sum().backward()
             ep.check()
-    # Gate and up in two tensors, one of them transposed, and an activation with numbers of its own.
+    # Gate and up in two tensors, one of them transposed, an activation with numbers of its own, forward twice, and a
+    # gradient of the router that is not summed over ranks.
     with ExpertParallel(backend="fast") as ep:
         up = drawn(HELD, hidden, INTERMEDIATE)
         split, w2 = (drawn(HELD, INTERMEDIATE, hidden), up.mT), drawn(HELD, hidden, INTERMEDIATE)
-        ep.moe(x, drawn(HELD * ep.world_size, hidden), split, w2, 2, activation=GPT_OSS).y.sum().backward()
+        weights = (drawn(HELD * ep.world_size, hidden), split, w2)
+        run = partial(ep.moe, top_k=2, activation=GPT_OSS, reduce_router_grad=False)
+        checkpoint(lambda x: run(x, *weights).y, x, use_reentrant=False).sum().backward()
         ep.check()
     by_own_products(drawn(TOKENS, min(hidden, WIDEST_PRODUCT)), drawn(HELD, INTERMEDIATE, min(hidden, WIDEST_PRODUCT)))
     over_the_link(device)

@@ -13,6 +13,7 @@ import torch
 from backends import ON_GPUS, both_backends
 from fast_kernels import before_each_launch
 from on_ranks import on_ranks
+from plans_ahead import FEW_PLANS, plans_ahead
 from promises import promise
 from torch import Tensor
 from workspaces import workspace_of
@@ -154,10 +155,8 @@ def test_check_refuses_a_changed_field(name: str) -> None:
 
 
 def plans_until_raised(ep: ExpertParallel, good: Callable[[], object], error: type[Exception]) -> str:
-    """What the plan ``PLANS_AHEAD`` after a wrong call raises; then all is well."""
-    from sonic_ep.fast.device_errors import PLANS_AHEAD
-
-    for _ in range(PLANS_AHEAD - 1):
+    """What the plan ``FEW_PLANS`` after a wrong call raises; then all is well."""
+    for _ in range(FEW_PLANS - 1):
         good()
     with pytest.raises(error) as raised:
         good()
@@ -173,7 +172,7 @@ def test_ids_out_of_range_are_found_on_the_device(rank: Rank) -> None:
     good = torch.tensor([[0, 3], [2, 1]], device=rank.device)
     named = rf"^rank {rank.rank} of 2: topk_idx: got expert ids out of range on rank 1, expected 0 to 3(.|\n)*step "
     wrong_ids = (-2, 4, 2**31 - 1, 2**40, -(2**33) + 1)
-    with ExpertParallel(backend="fast") as ep:
+    with plans_ahead(FEW_PLANS), ExpertParallel(backend="fast") as ep:
         for step, wrong in enumerate(wrong_ids, start=1):
             ids = good.clone()
             if rank.rank == 1:
@@ -197,7 +196,7 @@ def test_overflow_is_found_on_the_device(rank: Rank) -> None:
     tokens = inputs.tokens_of(rank.rank)
     x, scores, ids = inputs.x[tokens], inputs.topk_scores[tokens], inputs.topk_idx[tokens]
     fitting = torch.full_like(ids, -1)
-    with ExpertParallel(backend="fast", config=EPConfig(max_rows=20)) as ep:
+    with plans_ahead(FEW_PLANS), ExpertParallel(backend="fast", config=EPConfig(max_rows=20)) as ep:
 
         def overflow() -> None:
             plan = ep.plan(ids, case.num_experts)

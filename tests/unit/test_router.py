@@ -1,8 +1,10 @@
 """The router of both backends: choices, ties, scores, and their gradients against fp64 formulas and over ranks."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from math import log
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from near import assert_near
 from on_ranks import on_ranks
 from routers import randn
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from workspaces import new_workspace, workspace_of
 
 from sonic_ep.backend import RouterWeights, Routing
@@ -154,19 +157,40 @@ def test_gradients_of_logits_and_scores(rank: Rank, backend: str, order: ScoreOr
 @pytest.mark.fast
 @on_ranks(1)
 def test_bf16_parts_of_a_gradient_hold_all_its_bits(rank: Rank) -> None:
-    from sonic_ep.fast.router import bf16_parts
+    """And the weight is repeated once a part."""
+    from sonic_ep.fast.bf16_parts import bf16_parts
 
     given = randn(rank, 70, 300, seed=1) * torch.logspace(-20, 20, 300, device=rank.device)
     given[0, :4] = torch.tensor([INF, -INF, NAN, -0.0])
-    parts = bf16_parts(given)
-    assert parts.shape == (70, 3, 300)
-    high, middle, low = parts.float().unbind(dim=1)
+    weight = randn(rank, 300, 7).bfloat16()
+    parts, repeated = bf16_parts(given, weight)
+    assert parts.shape == (70, 3 * 300)
+    assert_bitwise(repeated, torch.cat([weight] * 3))
+    high, middle, low = parts.view(70, 3, 300).float().unbind(dim=1)
     sums = high + (middle + low)
     assert bool(sums[0, 2].isnan())
     assert torch.equal(sums.nan_to_num(7.0, INF, -INF), given.nan_to_num(7.0, INF, -INF))
-    assert bf16_parts(given[:0]).shape == (0, 3, 300)
-    parts = bf16_parts(torch.tensor([[1 + 2**-9 + 2**-20]], device=rank.device))
+    none, repeated = bf16_parts(given[:0], weight)
+    assert none.shape == (0, 3 * 300)
+    assert_bitwise(repeated, torch.cat([weight] * 3))
+    parts, repeated = bf16_parts(torch.tensor([[1 + 2**-9 + 2**-20]], device=rank.device), None)
+    assert repeated is None
     assert parts.flatten().tolist() == [1, 2**-9, 2**-20]
+
+
+@pytest.mark.fast
+@on_ranks(1)
+def test_parts_are_summed_as_pytorch_sums_them(rank: Rank) -> None:
+    """Of a size that no program ends with; -0 too; rounded once."""
+    from sonic_ep.fast.all_reduce import Summand, sum_parts
+
+    parts = randn(rank, 3, 11, 100, seed=1) * torch.logspace(-3, 3, 100, device=rank.device)
+    parts[:, 0, :3] = torch.tensor([INF, NAN, -0.0])
+    for count, dtype in ((3, torch.float32), (3, torch.bfloat16), (3, torch.float16), (1, torch.bfloat16)):
+        given = parts[:count]
+        found = sum_parts(Summand(parts=given.flatten(0, 1), shape=given.shape[1:], dtype=dtype))
+        assert_bitwise(found.nan_to_num(7.0), given.sum(dim=0).to(dtype).nan_to_num(7.0))
+        assert not bool(found[0, 2].signbit())
 
 
 @pytest.mark.fast
@@ -262,3 +286,69 @@ def test_memory_of_a_frozen_router_and_of_one_that_a_backward_may_follow(rank: R
         assert len(workspace._buffers) == len(buffers) + 1
         fast_route(x, RouterWeights(weight=weight.requires_grad_()), TOP_2, workspace).logits.sum().backward()
         assert len(workspace._buffers) == len(buffers) + 1
+
+
+class Counted(TorchDispatchMode):
+    """Names of the kernels that are launched, and of the operations of PyTorch, with one for a whole product."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        from sonic_ep.fast import router
+        from sonic_ep.fast.launch import Launcher
+
+        self.launched: list[str] = []
+        self.operations: list[str] = []
+        self._paused = False
+        launch, product = Launcher.__call__, router.product
+
+        def launched(launcher: Any, *arguments: Any) -> None:
+            self.launched.append(launcher._kernel.fn.__name__)
+            self._unseen(launch, launcher, *arguments)
+
+        def multiplied(*arguments: Any) -> Any:
+            self.operations.append("product")
+            return self._unseen(product, *arguments)
+
+        patch.setattr(Launcher, "__call__", launched)
+        patch.setattr(router, "product", multiplied)
+
+    def _unseen(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What the interpreter of kernels does, and casts of a product on the CPU, do not count."""
+        self._paused = True
+        result = function(*arguments)
+        self._paused = False
+        return result
+
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        if not self._paused:
+            self.operations.append(operation.overloadpacket.__name__)
+        return operation(*arguments, **named or {})
+
+
+SUMMED = ["stage_sums_kernel", "barrier_kernel", "sum_ranks_kernel"]
+LAUNCHED = {
+    (torch.bfloat16, 1): ["parts_kernel", "sum_parts_kernel"],
+    (torch.bfloat16, 2): ["parts_kernel", *SUMMED],
+    (torch.float16, 1): ["sum_parts_kernel"],
+    (torch.float16, 2): SUMMED,
+    (torch.float32, 1): [],
+    (torch.float32, 2): SUMMED,
+}
+
+
+@pytest.mark.fast
+@on_ranks(1, 2)
+def test_what_a_backward_launches(rank: Rank) -> None:
+    """No operation of PyTorch clones, fills, casts, repeats or sums; memory and views are all that it makes."""
+    from sonic_ep.fast.router import route as fast_route
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        leaves, given = inputs(rank, dtype), randn(rank, 6, 2, seed=3)
+        with workspace_of(rank) as workspace, pytest.MonkeyPatch.context() as patch:
+            scores = fast_route(leaves[0], RouterWeights(weight=leaves[1]), TOP_2, workspace).topk_scores
+            with Counted(patch) as counted:
+                torch.autograd.grad(scores, leaves, given)
+        assert counted.launched == ["logits_gradient_kernel", *LAUNCHED[dtype, rank.world_size]], dtype
+        assert counted.operations.count("product") == 2
+        assert set(counted.operations) <= {"product", "t", "empty_like", "new_empty", "detach"}, counted.operations
+        assert len(counted.operations) <= (8 if dtype == torch.bfloat16 else 6), counted.operations
