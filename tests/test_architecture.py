@@ -51,8 +51,12 @@ TRITON = {"profiler/link_kernels.py", "testing/interpreter.py"}
 # What `import sonic_ep` and the reference need not load.
 HEAVY = ("triton", "matplotlib", "sonic_ep.testing", "sonic_ep.cli", "schema", "harness", "report_page")
 
-# What a primitive of the fast backend has besides the protocol: it allocates beforehand, and dispatch has two halves.
-FAST_METHODS = {"dispatch": {"reserve", "stage", "pull"}, "combine": {"reserve"}}
+# What a primitive of the fast backend has besides the protocol: it allocates beforehand; dispatch comes in two steps,
+# and combine also behind a barrier that has passed, or with scores that have not been gathered.
+FAST_METHODS = {
+    "dispatch": {"reserve", "before_staging", "stage", "pull"},
+    "combine": {"reserve", "sums", "weighted"},
+}
 
 # Words that earlier versions used; docs/architecture.md has those of the field. A name is split at _ and at capitals.
 FORMER_WORDS = re.compile(
@@ -65,7 +69,7 @@ FORMER_MODULES = re.compile(
     "|rows|staging|receiving|grouped_gemm|rank_sum|(router|activation|bias|plan)_kernels|shared_files|validation|link"
 )
 # Modules whose place makes the word right, and names that other libraries give.
-GOOD_MODULES = {"distributed/group.py", "profiler/machine.py"}
+GOOD_MODULES = {"distributed/group.py", "profiler/machine.py", "fast/staging.py"}
 NOT_OURS = {"home", "HOME"}
 
 MOST_LINES, MOST_LINES_OF_FUNCTION, USUAL_LINES = 450, 100, 40
@@ -189,7 +193,8 @@ def test_files_and_functions_are_short() -> None:
 def test_all_but_kernels_have_types() -> None:
     """Linter and type checker ignore this folder because of its kernels."""
     for function in (node for path in files(PACKAGE / "fast") for node in nodes(path, ast.FunctionDef)):
-        if not any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list):
+        decorators = {ast.unparse(decorator) for decorator in function.decorator_list}
+        if not decorators & {"triton.jit", "triton_kernel"}:
             assert function.returns is not None, function.name
             parameters = [*function.args.args, *function.args.kwonlyargs]
             assert all(p.annotation is not None for p in parameters if p.arg != "self"), function.name

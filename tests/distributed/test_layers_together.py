@@ -325,16 +325,16 @@ def test_growth_on_changing_streams(rank: Rank, modes: Modes) -> None:
         found = []
         with pytest.MonkeyPatch.context() as patch:
             workspace = fast._backend._context(rank.device).workspace
-            barrier_before_write = workspace.barrier_before_write
+            barrier = workspace._barrier
 
-            def late_barrier() -> None:
+            def late_barrier(tag: int) -> None:
                 delay(rank)
-                barrier_before_write()
+                barrier(tag)
                 delay(rank)
 
             for iteration, x in enumerate(wide):
                 late = iteration % 2 == 0 and rank.rank == rank.world_size - 1
-                patch.setattr(workspace, "barrier_before_write", late_barrier if late else barrier_before_write)
+                patch.setattr(workspace, "_barrier", late_barrier if late else barrier)
                 with torch.cuda.stream(streams[iteration % 2]):
                     found.append(fast.dispatch(x, plan))
             torch.cuda.synchronize()

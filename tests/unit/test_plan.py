@@ -309,7 +309,7 @@ def test_ids_scores_and_tokens_are_exchanged_together(rank: Rank, name: str) -> 
         pending = planner.plan(staged, shape, num_tokens=len(x), distinct=False)
         plan = pending.plan
         received = dispatch.pull(x, staged.rows, plan, plan.row_capacity)
-        assert barriers == ["barrier_after_write"]
+        assert barriers == ["barrier_after_write"] * (max_tokens > 0)
         x_WCH = x.new_zeros(rank.world_size, max_tokens, x.shape[1])
         for source in ranks:
             theirs, here = inputs.tokens_of(source), slice(case.tokens_of_rank(source))
