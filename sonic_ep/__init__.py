@@ -34,6 +34,7 @@ from sonic_ep.errors import (
     SharedMemoryError,
 )
 from sonic_ep.experts import Experts
+from sonic_ep.graphs import graphed
 from sonic_ep.module import MoE
 from sonic_ep.plan import RoutingPlan
 from sonic_ep.sharing import shared
@@ -70,6 +71,7 @@ __all__ = [
     "ScoreOrder",
     "SharedMemoryError",
     "Swiglu",
+    "graphed",
     "moe",
     "shared",
 ]

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
@@ -225,3 +226,19 @@ def sees_operators() -> bool:
     """Whether a dispatch mode is active in which tensors have no values, or which selects what to save."""
     kinds = (*CHECKPOINT_MODES, *_MODES_WITHOUT_VALUES)
     return dispatch_modes_active() and any(isinstance(mode, kinds) for mode in _get_current_dispatch_mode_stack())
+
+
+def unowned(tensor: Tensor) -> Tensor:
+    """The same elements, whose memory it does not keep: for that of CUDA graphs, which is there as long as they are."""
+    storage = tensor.untyped_storage()
+    if tensor.numel() == 0:
+        return torch.empty_like(tensor)
+    place = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), tensor.device, storage.nbytes())
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(place, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def flattened(value: object) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
+    """The leaves of nested tuples, lists and dictionaries, and what makes the same of other leaves."""
+    leaves, form = pytree.tree_flatten(value)
+    return leaves, lambda others: pytree.tree_unflatten(others, form)

@@ -49,6 +49,11 @@ def registered(name: str) -> Any:
     return ep
 
 
+def registered_now() -> list[Any]:
+    """Every ``ExpertParallel`` of this process that is alive."""
+    return list(_callables.values())
+
+
 class Owner(bytearray):
     """Memory of a tensor that keeps an object alive; the tensor's address finds it. owned: the object."""
 

@@ -14,6 +14,7 @@ from sonic_ep.testing import Rank
 DOCS = Path(__file__).parents[2] / "docs"
 TRAINING, CHECKPOINTS = DOCS / "training.md", DOCS / "checkpoints.md"
 INFERENCE, TRANSFORMERS = DOCS / "inference.md", DOCS / "transformers.md"
+GRAPHS = DOCS / "graphs.md"
 
 DDP, FSDP1 = "DistributedDataParallel", "FullyShardedDataParallel"
 FSDP2, ZERO = "FSDP2", "ZeroRedundancyOptimizer"

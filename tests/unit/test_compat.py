@@ -169,3 +169,23 @@ def test_meshes_of_destroyed_groups_are_forgotten(rank: Rank) -> None:
         finally:
             dist.destroy_process_group()
             compat.forget_destroyed_meshes()
+
+
+def test_a_tensor_that_does_not_keep_its_memory() -> None:
+    """``_construct_storage_from_data_pointer``."""
+    kept = torch.arange(12.0).view(3, 4)[:, 1:]
+    unowned = compat.unowned(kept)
+    assert unowned.stride() == kept.stride()
+    kept.mul_(2)
+    assert torch.equal(unowned, kept)
+    assert compat.unowned(kept[:0]).shape == (0, 3)
+    storage = weakref.ref(kept.untyped_storage())
+    del kept
+    assert storage() is None
+
+
+def test_leaves_of_nested_results() -> None:
+    """``tree_flatten`` and ``tree_unflatten``."""
+    leaves, rebuilt = compat.flattened({"a": (1, [2]), "b": 3})
+    assert leaves == [1, 2, 3]
+    assert rebuilt([4, 5, 6]) == {"a": (4, [5]), "b": 6}
