@@ -19,11 +19,12 @@ from sonic_ep.distributed.sync_tag import Phase
 from sonic_ep.fast.activation import raise_without_kernel
 from sonic_ep.fast.call_plan import CallPlan
 from sonic_ep.fast.capabilities import interpreted
+from sonic_ep.fast.choice import StagedChoice, choice_of
 from sonic_ep.fast.context import DeviceContext
 from sonic_ep.fast.exchange import Combine, Dispatch, Exchange
 from sonic_ep.fast.moe_function import Call, MoEFunction, run_forward
 from sonic_ep.fast.plan import PlanShape
-from sonic_ep.fast.router import StagedChoice, choice_of, route
+from sonic_ep.fast.router import route
 from sonic_ep.fast.staging import stage_call
 from sonic_ep.plan import RoutingPlan, missing_rows_error, noted_form
 

@@ -12,13 +12,13 @@ from sonic_ep.backend import ExpertWeights
 from sonic_ep.config import EPConfig
 from sonic_ep.cost import Workload, choose_modes
 from sonic_ep.fast.activation import ActivationForm, activation_form
+from sonic_ep.fast.choice import Choice
 from sonic_ep.fast.collectives import reserve_values
 from sonic_ep.fast.context import DeviceContext
 from sonic_ep.fast.copy_engine import CopyEngineGather
 from sonic_ep.fast.exchange import Exchange
 from sonic_ep.fast.gemm import GroupedGemm, LibraryGemm, addresses_serve, grouped_gemm, library_serves
 from sonic_ep.fast.plan import PlanShape
-from sonic_ep.fast.router import Choice
 from sonic_ep.fast.staging import StagedCall, stage_call
 from sonic_ep.plan import RoutingPlan
 

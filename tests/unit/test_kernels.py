@@ -30,7 +30,9 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from sonic_ep.fast import plan, sync
+from sonic_ep.fast import counting_sort as plan
+from sonic_ep.fast import sync
+from sonic_ep.fast.choice import choose_experts
 from sonic_ep.fast.collectives import BLOCK
 from sonic_ep.fast.combine import base
 from sonic_ep.fast.combine.all_to_all import exchange_rows_kernel
@@ -39,7 +41,6 @@ from sonic_ep.fast.dispatch.rank_dedup import pull_packed_kernel
 from sonic_ep.fast.experts import INTERPRETED_TILE, SUMMED_ROWS, add_bias_dots_kernel
 from sonic_ep.fast.launch import PROGRAMS_PER_MULTIPROCESSOR, launch
 from sonic_ep.fast.permute import gather_rows
-from sonic_ep.fast.router import choose_experts
 from sonic_ep.fast.staging import SLOTS, VECTOR_BYTES, stage_kernel
 
 PROGRAM = Path(__file__).parents[1] / "helpers" / "compile_kernels.py"
@@ -65,7 +66,7 @@ def test_examples_of_the_plan(rank: Rank) -> None:
     ids, counts = index(rank, *[9] * 8), index(rank, *[9] * 12)
     tile = {"K": 2, "K_PADDED": 2, "TOKENS": 2, "EXPERTS_PADDED": 8}
     arguments = (table, table, epoch, ids, ids, counts, device_errors, 2, 1, 4, 2, 2)
-    run(plan.count_kernel, (2,), *arguments, HAS_SCORES=False, **tile)
+    run(counting_sort.count_kernel, (2,), *arguments, HAS_SCORES=False, **tile)
     assert ids.tolist() == [0, 2, 1, 0] * 2
     assert counts.tolist() == [2, 1, 1, 0, 2, 1] * 2
     assert device_errors.tolist() == [0, 0, 0]
@@ -75,25 +76,27 @@ def test_examples_of_the_plan(rank: Rank) -> None:
     tables = (table_of(other, other, staged, wrong), table_of(none, none, own, theirs))
     scores = torch.zeros(8, device=rank.device)
     arguments = (*tables, epoch - 1, ids, scores, counts, device_errors, 2, 1, 4, 2, 2)
-    run(plan.count_kernel, (2,), *arguments, HAS_SCORES=True, **tile)
+    run(counting_sort.count_kernel, (2,), *arguments, HAS_SCORES=True, **tile)
     assert ids.tolist() == [0, 2, 1, 0, 0, -1, 1, 0]
     assert scores.tolist() == [0.5, 0.25, 1, 2, -0.5, -0.25, -1, -2]
     assert counts.tolist() == [2, 1, 1, 0, 2, 1, 2, 1, 0, 0, 2, 0]
     assert device_errors.tolist() == [2, 0, 0]
     counts = index(rank, 2, 0, 3, 9)
-    run(plan.scan_kernel, (1,), counts, 3, 1, TILES=2, BINS=4)
+    run(counting_sort.scan_kernel, (1,), counts, 3, 1, TILES=2, BINS=4)
     assert counts.tolist() == [0, 2, 2, 5]
 
 
 @on_ranks(1)
-def test_examples_of_placing(rank: Rank) -> None:
+@pytest.mark.parametrize("scanned", [1, 0])
+def test_examples_of_placing(rank: Rank, scanned: int) -> None:
     run, fields = partial(launch, device=rank.device), (4, 4, 4, 2, 2, 2, 1)
     tile = {"K": 1, "K_PADDED": 1, "TOKENS": 4, "EXPERTS_PADDED": 4, "COMPARED": 4, "RANKS_PADDED": 2}
     # Four slots of one tile with experts 1 0 1 0: 0 0 1 1 of each expert before them, and expert 1 begins at row 2.
-    ids, before, device_errors = index(rank, 1, 0, 1, 0), index(rank, 0, 0, 0, 2, 2, 4), index(rank, 0, 0, 0)
+    ids, device_errors = index(rank, 1, 0, 1, 0), index(rank, 0, 0, 0)
+    before = index(rank, 0, 0, 0, 2, 2, 4) if scanned else index(rank, 2, 2, 4, 9, 9, 9)
     row_of_slot, slot_of_row, packed, counts, copy, ends, pairs = (index(rank, *[9] * size) for size in fields)
     pointers = (ids, before, row_of_slot, slot_of_row, packed, counts, copy, ends, pairs, device_errors)
-    run(plan.place_kernel, (2,), *pointers, 0, 4, 1, 2, 2, 1, 4, 4, **tile)
+    run(counting_sort.place_kernel, (2,), *pointers, 0, 4, 1, 2, 2, 1, 4, 4, scanned, **tile)
     assert row_of_slot.tolist() == [2, 0, 3, 1]
     assert slot_of_row.tolist() == [1, 3, 0, 2]
     assert packed.tolist() == [0, 1, 2, 3]
@@ -102,10 +105,12 @@ def test_examples_of_placing(rank: Rank) -> None:
     # On rank 1 of two, with one expert each: tiles that begin with 0 and 3 tokens there before them, and 5 in all;
     # three rows on rank 0 where two have room.
     before = index(rank, 0, 0, 0, 0, 2, 1, 3, 3, 3, 3, 5, 5)
+    if not scanned:
+        before = index(rank, 2, 1, 3, 3, 1, 2, 2, 2, 9, 9, 9, 9)
     ids, ends, pairs = index(rank, *[-1] * 8), index(rank, 9), index(rank, *[9] * 4)
     row_of_slot, packed = index(rank, *[9] * 8), index(rank, *[9] * 8)
     pointers = (ids, before, row_of_slot, slot_of_row, packed, counts, copy, ends, pairs, device_errors)
-    run(plan.place_kernel, (4,), *pointers, 1, 4, 1, 2, 1, 2, 2, 2, **tile)
+    run(counting_sort.place_kernel, (4,), *pointers, 1, 4, 1, 2, 1, 2, 2, 2, scanned, **tile)
     assert pairs.tolist() == [3, 3, 2, 2]
     assert ends.tolist() == [3]
     assert counts.tolist() == [3, 3]
@@ -263,16 +268,16 @@ def counts_of_tiles(rank: Rank) -> None:
     tile = {"K": 1, "K_PADDED": 1, "TOKENS": 1, "EXPERTS_PADDED": 4}
     table = table_of(*staged, *staged)
     arguments = (table, table, epoch, ids, ids, before, device_errors, FAR_TOKENS, FAR_TOKENS, *experts, 2)
-    run(plan.count_kernel, (tiles,), *arguments, HAS_SCORES=False, **tile)
+    run(counting_sort.count_kernel, (tiles,), *arguments, HAS_SCORES=False, **tile)
     assert_bitwise(ids, staged)
-    run(plan.scan_kernel, (1,), before, tiles, bins, TILES=16, BINS=4)
+    run(counting_sort.scan_kernel, (1,), before, tiles, bins, TILES=16, BINS=4)
     # The scan's programs of the bins between would take hours: all tokens have their slot on rank 0.
     before[:, -2] = torch.arange(tiles + 1, dtype=torch.int32, device=rank.device)
     row_of_slot, slot_of_row, packed = (index(rank, *[9] * tiles) for _ in range(3))
     counts, copy, ends, pairs = (index(rank, *[9] * 4) for _ in range(4))
     pointers = (ids, before, row_of_slot, slot_of_row, packed, counts, copy, ends, pairs, device_errors)
-    arguments = (*pointers, 0, FAR_TOKENS, FAR_TOKENS, *experts, 2, tiles, tiles)
-    run(plan.place_kernel, (tiles + 2,), *arguments, COMPARED=4, RANKS_PADDED=2, **tile)
+    arguments = (*pointers, 0, FAR_TOKENS, FAR_TOKENS, *experts, 2, tiles, tiles, 1)
+    run(counting_sort.place_kernel, (tiles + 2,), *arguments, COMPARED=4, RANKS_PADDED=2, **tile)
     found = {"row_of_slot": row_of_slot, "slot_of_row": slot_of_row, "packed_of_token": packed, "group_ends": ends}
     for name, values in found.items():
         assert values.tolist() == getattr(expected, name).flatten().tolist(), name

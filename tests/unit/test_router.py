@@ -48,7 +48,7 @@ def routed(rank: Rank, backend: str, x_TH: Tensor, weight_EH: Tensor, options: R
 def chosen(backend: str, logits_TE: Tensor, top_k: int) -> Tensor:
     if backend == "reference":
         return choose_experts(logits_TE, top_k)
-    from sonic_ep.fast.router import choose_experts as fast_choices
+    from sonic_ep.fast.choice import choose_experts as fast_choices
 
     return fast_choices(logits_TE, RouterOptions(top_k=top_k)).topk_idx
 
@@ -110,7 +110,7 @@ def test_scores_are_fp32_softmax(rank: Rank, backend: str, dtype: torch.dtype) -
 @pytest.mark.fast
 @on_ranks(1)
 def test_scores_at_the_ends_of_the_range(rank: Rank) -> None:
-    from sonic_ep.fast.router import choose_experts as fast_choices
+    from sonic_ep.fast.choice import choose_experts as fast_choices
 
     rows = [[1e30, -1e30, 0.0], [200.0, 100.0, 99.0], [-INF, 1.0, -INF], [NAN, 0.0, 1.0], [INF, 0.0, 1.0], [-INF] * 3]
     logits = torch.tensor(rows, device=rank.device)
@@ -196,8 +196,8 @@ def test_parts_are_summed_as_pytorch_sums_them(rank: Rank) -> None:
 @pytest.mark.fast
 @on_ranks(1)
 def test_examples_of_the_docstrings(rank: Rank) -> None:
-    from sonic_ep.fast.router import choose_experts as fast_choices
-    from sonic_ep.fast.router import logits_gradient
+    from sonic_ep.fast.choice import choose_experts as fast_choices
+    from sonic_ep.fast.choice import logits_gradient
 
     logits = torch.tensor([[0.0, log(2.0), 0.0]], device=rank.device)
     over_all = replace(TOP_2, score_order=ScoreOrder.SOFTMAX_THEN_TOPK)

@@ -132,7 +132,7 @@ def routed(rank: Rank, backend: str, router: Router, options: RouterOptions) -> 
 def chosen(backend: str, logits: Tensor, correction: Tensor | None, options: RouterOptions) -> Tensor:
     if backend == "reference":
         return route_logits(logits, correction, options)
-    from sonic_ep.fast.router import choose_experts
+    from sonic_ep.fast.choice import choose_experts
 
     return choose_experts(logits, options, correction).topk_idx
 
@@ -287,7 +287,7 @@ def test_gradients_of_weight_and_bias_are_summed_over_ranks_each_if_required(ran
 @pytest.mark.fast
 @on_ranks(1)
 def test_examples_of_the_docstrings(rank: Rank) -> None:
-    from sonic_ep.fast.router import choose_experts, logits_gradient
+    from sonic_ep.fast.choice import choose_experts, logits_gradient
 
     def of(*numbers: float) -> Tensor:
         return torch.tensor([numbers], device=rank.device)

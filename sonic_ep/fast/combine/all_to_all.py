@@ -2,14 +2,15 @@
 
 import triton.language as tl
 
-from sonic_ep.fast.collectives import returned_values
 from sonic_ep.fast.combine.base import (
     PushedCombine,
     await_receive_slots,
     bring_scores,
+    experts_of_token,
     has_slot,
     origin_and_group,
     receive_slot_of,
+    return_values,
     signal_receive_slot,
     take_ticket,
 )
@@ -66,8 +67,7 @@ def exchange_rows_kernel(
     if (group >= 0) & (group < tokens):
         token = first_token + group
         first_slot = (origin.to(tl.int64) * max_tokens + token) * K
-        k = tl.arange(0, K_PADDED)
-        experts = tl.load(expert_ids_ptr + first_slot + k, mask=k < K, other=-1)
+        experts = experts_of_token(expert_ids_ptr, first_slot, K, K_PADDED)
         if STAGED_SCORES:
             bring_scores(scores_ptr, scores_table_ptr, epoch_ptr, origin, token, first_slot, world_size, K, K_PADDED)
         first_expert = rank * experts_per_rank
@@ -79,20 +79,19 @@ def exchange_rows_kernel(
             )
             if token < own_tokens:
                 if HAS_VALUES:
-                    own_slot = token * K + k
-                    value = returned_values(
-                        first_slot + k,
-                        own_slot,
-                        k < K,
-                        origins_ptr,
-                        values_ptr,
-                        expert_ids_ptr,
-                        row_of_slot_ptr,
+                    values, routing = (values_ptr, origins_ptr, values_out_ptr), (expert_ids_ptr, row_of_slot_ptr)
+                    return_values(
+                        token,
+                        own_tokens,
+                        first_slot,
+                        values,
+                        routing,
                         rank,
                         experts_per_rank,
                         row_capacity,
+                        K,
+                        K_PADDED,
                     )
-                    tl.store(values_out_ptr + own_slot, value, mask=k < K)
                 for first in range(0, H, COLUMNS):
                     column = first + tl.arange(0, COLUMNS)
                     total = tl.zeros((COLUMNS,), dtype=tl.float32)

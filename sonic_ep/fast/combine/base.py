@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sonic_ep.fast.collectives import FP32_BYTES, SCORES, reserve_values
+from sonic_ep.fast.collectives import FP32_BYTES, SCORES, reserve_values, returned_values
 from sonic_ep.fast.device_functions import peer_pointer
 from sonic_ep.fast.launch import LAUNCHERS_KEPT, Launcher
 from sonic_ep.fast.staging import stage_rows
@@ -177,6 +177,13 @@ def take_ticket(ticket_ptr):
 
 
 @triton.jit
+def experts_of_token(expert_ids_ptr, first_slot, K: tl.constexpr, K_PADDED: tl.constexpr):
+    """The experts of a token's slots, (K_PADDED,); -1 past K."""
+    k = tl.arange(0, K_PADDED)
+    return tl.load(expert_ids_ptr + first_slot + k, mask=k < K, other=-1)
+
+
+@triton.jit
 def bring_scores(
     scores_ptr, table_ptr, epoch_ptr, origin, token, first_slot, world_size, K: tl.constexpr, K_PADDED: tl.constexpr
 ):
@@ -187,6 +194,22 @@ def bring_scores(
     tl.store(scores_ptr + first_slot + k, score, mask=k < K)
     # Other threads of the program read them.
     tl.debug_barrier()
+
+
+@triton.jit
+def return_values(
+    token, tokens, first_slot, values, routing, rank, experts_per_rank, rows, K: tl.constexpr, K_PADDED: tl.constexpr
+):
+    """Store the values of a token of this rank, if T = ``tokens`` has it, (K,) fp32: ``returned_values`` of its slots.
+
+    values: values_ptr, origins_ptr and values_out_ptr; routing: expert_ids_ptr and row_of_slot_ptr.
+    """
+    k = tl.arange(0, K_PADDED)
+    slot, own_slot, inside = first_slot + k, token * K + k, (k < K) & (token < tokens)
+    value = returned_values(
+        slot, own_slot, inside, values[1], values[0], routing[0], routing[1], rank, experts_per_rank, rows
+    )
+    tl.store(values[2] + own_slot, value, mask=inside)
 
 
 @triton.jit

@@ -2,14 +2,15 @@
 
 import triton.language as tl
 
-from sonic_ep.fast.collectives import returned_values
 from sonic_ep.fast.combine.base import (
     PushedCombine,
     await_receive_slots,
     bring_scores,
+    experts_of_token,
     has_slot,
     origin_and_group,
     receive_slot_of,
+    return_values,
     signal_receive_slot,
     take_ticket,
 )
@@ -68,8 +69,7 @@ def exchange_partial_sums_kernel(
     if (group >= 0) & (group < tokens):
         token = first_token + group
         first_slot = (origin.to(tl.int64) * max_tokens + token) * K
-        k = tl.arange(0, K_PADDED)
-        experts = tl.load(expert_ids_ptr + first_slot + k, mask=k < K, other=-1)
+        experts = experts_of_token(expert_ids_ptr, first_slot, K, K_PADDED)
         if STAGED_SCORES:
             bring_scores(scores_ptr, scores_table_ptr, epoch_ptr, origin, token, first_slot, world_size, K, K_PADDED)
         first_expert = rank * experts_per_rank
@@ -78,21 +78,11 @@ def exchange_partial_sums_kernel(
                 flags_ptr, experts, group, chunk, world_size, experts_per_rank, wait_errors_ptr, rank, tag, limit, DENSE
             )
             takes_part = token < own_tokens
-            if HAS_VALUES & takes_part:
-                own_slot = token * K + k
-                value = returned_values(
-                    first_slot + k,
-                    own_slot,
-                    k < K,
-                    origins_ptr,
-                    values_ptr,
-                    expert_ids_ptr,
-                    row_of_slot_ptr,
-                    rank,
-                    experts_per_rank,
-                    row_capacity,
+            if HAS_VALUES:
+                values, routing = (values_ptr, origins_ptr, values_out_ptr), (expert_ids_ptr, row_of_slot_ptr)
+                return_values(
+                    token, own_tokens, first_slot, values, routing, rank, experts_per_rank, row_capacity, K, K_PADDED
                 )
-                tl.store(values_out_ptr + own_slot, value, mask=k < K)
         else:
             takes_part = has_slot(experts, first_expert, experts_per_rank) | DENSE
         if takes_part:
@@ -109,10 +99,8 @@ def exchange_partial_sums_kernel(
                     term = tl.load(place, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
                     if HAS_SCORES:
                         weight = tl.load(scores_ptr + first_slot + choice, mask=here, other=0.0)
-                        # A row that the caller has not passed.
                         term = term * tl.where(here & (row >= row_capacity), float("nan"), weight)
                     partial += term
-                # Rounded where it was summed, also on the origin rank.
                 own = rounded(partial, out_ptr)
                 if origin == rank:
                     total = tl.zeros((COLUMNS,), dtype=tl.float32)
@@ -130,8 +118,7 @@ def exchange_partial_sums_kernel(
                     tl.store(out_ptr + token.to(tl.int64) * H + column, rounded(total, out_ptr), mask=column < H)
                 else:
                     slot = receive_slot_of(rank, origin, group, world_size, chunk).to(tl.int64)
-                    target_ptr = peer_pointer(received_ptr, origin, out_ptr) + slot * H + column
-                    tl.store(target_ptr, own, mask=column < H)
+                    tl.store(peer_pointer(received_ptr, origin, out_ptr) + slot * H + column, own, mask=column < H)
             if origin != rank:
                 signal_receive_slot(flags_ptr, origin, receive_slot_of(rank, origin, group, world_size, chunk), tag)
 
