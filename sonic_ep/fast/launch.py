@@ -72,7 +72,7 @@ class Launcher:
     @property
     def is_ready(self) -> bool:
         """Whether a launch compiles nothing."""
-        return ON_CPU or self._compiled is not None
+        return self._compiled is not None or self._form is not None
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
         """arguments: tensors, which are passed as pointers, then numbers."""

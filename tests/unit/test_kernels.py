@@ -30,8 +30,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from sonic_ep.fast import counting_sort as plan
-from sonic_ep.fast import sync
+from sonic_ep.fast import counting_sort, plan, sync
 from sonic_ep.fast.choice import choose_experts
 from sonic_ep.fast.collectives import BLOCK
 from sonic_ep.fast.combine import base

@@ -80,18 +80,8 @@ def exchange_rows_kernel(
             if token < own_tokens:
                 if HAS_VALUES:
                     values, routing = (values_ptr, origins_ptr, values_out_ptr), (expert_ids_ptr, row_of_slot_ptr)
-                    return_values(
-                        token,
-                        own_tokens,
-                        first_slot,
-                        values,
-                        routing,
-                        rank,
-                        experts_per_rank,
-                        row_capacity,
-                        K,
-                        K_PADDED,
-                    )
+                    sizes = (rank, experts_per_rank, row_capacity, own_tokens)
+                    return_values(token, first_slot, values, routing, sizes, K, K_PADDED)
                 for first in range(0, H, COLUMNS):
                     column = first + tl.arange(0, COLUMNS)
                     total = tl.zeros((COLUMNS,), dtype=tl.float32)

@@ -197,17 +197,16 @@ def bring_scores(
 
 
 @triton.jit
-def return_values(
-    token, tokens, first_slot, values, routing, rank, experts_per_rank, rows, K: tl.constexpr, K_PADDED: tl.constexpr
-):
-    """Store the values of a token of this rank, if T = ``tokens`` has it, (K,) fp32: ``returned_values`` of its slots.
+def return_values(token, first_slot, values, routing, sizes, K: tl.constexpr, K_PADDED: tl.constexpr):
+    """Store the values of a token of this rank, if there is such a token, (K,) fp32: ``returned_values`` of its slots.
 
-    values: values_ptr, origins_ptr and values_out_ptr; routing: expert_ids_ptr and row_of_slot_ptr.
+    values: values_ptr, origins_ptr and values_out_ptr; routing: expert_ids_ptr and row_of_slot_ptr; sizes: rank, e, R
+    and T.
     """
     k = tl.arange(0, K_PADDED)
-    slot, own_slot, inside = first_slot + k, token * K + k, (k < K) & (token < tokens)
+    slot, own_slot, inside = first_slot + k, token * K + k, (k < K) & (token < sizes[3])
     value = returned_values(
-        slot, own_slot, inside, values[1], values[0], routing[0], routing[1], rank, experts_per_rank, rows
+        slot, own_slot, inside, values[1], values[0], routing[0], routing[1], sizes[0], sizes[1], sizes[2]
     )
     tl.store(values[2] + own_slot, value, mask=inside)
 

@@ -80,9 +80,8 @@ def exchange_partial_sums_kernel(
             takes_part = token < own_tokens
             if HAS_VALUES:
                 values, routing = (values_ptr, origins_ptr, values_out_ptr), (expert_ids_ptr, row_of_slot_ptr)
-                return_values(
-                    token, own_tokens, first_slot, values, routing, rank, experts_per_rank, row_capacity, K, K_PADDED
-                )
+                sizes = (rank, experts_per_rank, row_capacity, own_tokens)
+                return_values(token, first_slot, values, routing, sizes, K, K_PADDED)
         else:
             takes_part = has_slot(experts, first_expert, experts_per_rank) | DENSE
         if takes_part:
@@ -108,8 +107,7 @@ def exchange_partial_sums_kernel(
                         if sender == rank:
                             total += own.to(tl.float32)
                         # No elif: in a nested branch Triton 3.6 loses the alignment and loads single elements.
-                        pushed = has_slot(experts, sender * experts_per_rank, experts_per_rank) | DENSE
-                        if (sender != rank) & pushed:
+                        if (sender != rank) & (has_slot(experts, sender * experts_per_rank, experts_per_rank) | DENSE):
                             slot = receive_slot_of(sender, rank, group, world_size, chunk).to(tl.int64)
                             source_ptr = peer_pointer(received_ptr, rank, out_ptr) + slot * H + column
                             # Past the first-level cache, which does not see what peers write meanwhile.
