@@ -86,14 +86,17 @@ def test_examples_of_the_plan(rank: Rank) -> None:
 
 
 @on_ranks(1)
-def test_examples_of_placing(rank: Rank) -> None:
+@pytest.mark.parametrize("scanned", [1, 0])
+def test_examples_of_placing(rank: Rank, scanned: int) -> None:
+    """From sums over tiles, or from the counts of few tiles."""
     run, fields = partial(launch, device=rank.device), (4, 4, 4, 2, 2, 2, 1)
     tile = {"K": 1, "K_PADDED": 1, "TOKENS": 4, "EXPERTS_PADDED": 4, "COMPARED": 4, "RANKS_PADDED": 2}
     # Four slots of one tile with experts 1 0 1 0: 0 0 1 1 of each expert before them, and expert 1 begins at row 2.
-    ids, before, device_errors = index(rank, 1, 0, 1, 0), index(rank, 0, 0, 0, 2, 2, 4), index(rank, 0, 0, 0)
+    ids, device_errors = index(rank, 1, 0, 1, 0), index(rank, 0, 0, 0)
+    before = index(rank, *([0, 0, 0, 2, 2, 4] if scanned else [2, 2, 4, 9, 9, 9]))
     row_of_slot, slot_of_row, packed, counts, copy, ends, pairs = (index(rank, *[9] * size) for size in fields)
     pointers = (ids, before, row_of_slot, slot_of_row, packed, counts, copy, ends, pairs, device_errors)
-    run(plan.place_kernel, (2,), *pointers, 0, 4, 1, 2, 2, 1, 4, 4, **tile)
+    run(plan.place_kernel, (2,), *pointers, 0, 4, 1, 2, 2, 1, 4, 4, scanned, **tile)
     assert row_of_slot.tolist() == [2, 0, 3, 1]
     assert slot_of_row.tolist() == [1, 3, 0, 2]
     assert packed.tolist() == [0, 1, 2, 3]
@@ -101,11 +104,12 @@ def test_examples_of_placing(rank: Rank) -> None:
     assert device_errors.tolist() == [0, 0, 0]
     # On rank 1 of two, with one expert each: tiles that begin with 0 and 3 tokens there before them, and 5 in all;
     # three rows on rank 0 where two have room.
-    before = index(rank, 0, 0, 0, 0, 2, 1, 3, 3, 3, 3, 5, 5)
+    sums, counts_of_tiles = [0, 0, 0, 0, 2, 1, 3, 3, 3, 3, 5, 5], [2, 1, 3, 3, 1, 2, 2, 2, 9, 9, 9, 9]
+    before = index(rank, *(sums if scanned else counts_of_tiles))
     ids, ends, pairs = index(rank, *[-1] * 8), index(rank, 9), index(rank, *[9] * 4)
     row_of_slot, packed = index(rank, *[9] * 8), index(rank, *[9] * 8)
     pointers = (ids, before, row_of_slot, slot_of_row, packed, counts, copy, ends, pairs, device_errors)
-    run(plan.place_kernel, (4,), *pointers, 1, 4, 1, 2, 1, 2, 2, 2, **tile)
+    run(plan.place_kernel, (4,), *pointers, 1, 4, 1, 2, 1, 2, 2, 2, scanned, **tile)
     assert pairs.tolist() == [3, 3, 2, 2]
     assert ends.tolist() == [3]
     assert counts.tolist() == [3, 3]
@@ -271,7 +275,7 @@ def counts_of_tiles(rank: Rank) -> None:
     row_of_slot, slot_of_row, packed = (index(rank, *[9] * tiles) for _ in range(3))
     counts, copy, ends, pairs = (index(rank, *[9] * 4) for _ in range(4))
     pointers = (ids, before, row_of_slot, slot_of_row, packed, counts, copy, ends, pairs, device_errors)
-    arguments = (*pointers, 0, FAR_TOKENS, FAR_TOKENS, *experts, 2, tiles, tiles)
+    arguments = (*pointers, 0, FAR_TOKENS, FAR_TOKENS, *experts, 2, tiles, tiles, 1)
     run(plan.place_kernel, (tiles + 2,), *arguments, COMPARED=4, RANKS_PADDED=2, **tile)
     found = {"row_of_slot": row_of_slot, "slot_of_row": slot_of_row, "packed_of_token": packed, "group_ends": ends}
     for name, values in found.items():
