@@ -217,7 +217,7 @@ def store_totals(
     if source == 0:
         bin_of = tl.arange(0, EXPERTS_PADDED)
         known = bin_of < num_experts
-        _, total = sums_over_tiles(counts_ptr, bin_of, known, tile, tiles, bins, scanned)
+        _before, total = sums_over_tiles(counts_ptr, bin_of, known, tile, tiles, bins, scanned)
         tl.store(totals_ptr + bin_of, total, mask=known)
         tl.store(totals_copy_ptr + bin_of, total, mask=known)
         slots_before = tl.cumsum(total, axis=0) - total
