@@ -42,10 +42,10 @@ class Work:
 
 # The most of each. By design a forward has at most 8 launches with 2 barriers, a backward 10 with 3.
 MOST = {
-    "forward": Work(launches=8, barriers=1, aten=23, frames=166),
-    "forward, with gradients": Work(launches=8, barriers=1, aten=24, frames=218),
-    "backward": Work(launches=10, barriers=2, aten=25, frames=239),
-    "plan and dispatch": Work(launches=8, barriers=2, aten=11, frames=184),
+    "forward": Work(launches=7, barriers=1, aten=22, frames=165),
+    "forward, with gradients": Work(launches=7, barriers=1, aten=23, frames=217),
+    "backward": Work(launches=10, barriers=2, aten=25, frames=220),
+    "plan and dispatch": Work(launches=7, barriers=2, aten=10, frames=170),
     "combine": Work(launches=3, barriers=1, aten=3, frames=72),
 }
 

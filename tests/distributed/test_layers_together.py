@@ -85,7 +85,11 @@ def recorded() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
     seen: list[tuple[str, tuple[Any, ...]]] = []
 
     def noting(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *arguments: seen.append((method.__name__, arguments)) or method(*arguments)
+        def noted(*arguments: Any, **options: Any) -> Tensor:
+            seen.append((method.__name__, arguments))
+            return method(*arguments, **options)
+
+        return noted
 
     products = product((gemm.LibraryGemm, gemm.LoopGemm, gemm.TritonGemm), ("rows", "weights"))
     with pytest.MonkeyPatch.context() as patch:

@@ -32,6 +32,8 @@ ROUTERS = {
 
 def run_every_kernel(device: torch.device, dtype: torch.dtype, hidden: int, top_k: int) -> None:
     """Collective. All modes, with gradients."""
+    # Not at the top, as below.
+    from sonic_ep.fast.plan import FEW_TILES, tile_tokens
 
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).to(dtype).requires_grad_()
@@ -44,6 +46,10 @@ def run_every_kernel(device: torch.device, dtype: torch.dtype, hidden: int, top_
             scores = torch.ones(TOKENS, top_k, device=device, requires_grad=True)
             ep.combine(ep.dispatch(x, plan), scores, plan).sum().backward()
             ep.check()
+    with ExpertParallel(backend="fast") as ep:
+        # More tiles of slots than the last kernel of a plan adds up by itself.
+        tokens = (FEW_TILES + 1) * tile_tokens(top_k) // ep.world_size + 1
+        ep.plan(idx.new_full((tokens, top_k), -1), num_experts)
     # The layer with every kind of activation and both layouts, with biases, x gathered again.
     for name, layout in ACTIVATIONS_AND_LAYOUTS.items():
         with ExpertParallel(backend="fast", config=EPConfig(redispatch_x_in_backward=True)) as ep:

@@ -2,6 +2,7 @@
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +84,25 @@ def between(rank: Rank, name: str, layout: str, dtype: torch.dtype) -> SimpleNam
     of_rows = {"score_of_row": scores[slots].double()[:, None], "expert_of_row": expert_of_row}
     split, form = layout == "split", (activation, GATE_LAYOUTS["concat" if layout == "split" else layout])
     parts = [part.contiguous() for part in hidden.chunk(2, dim=1)] if split else [hidden]
-    return SimpleNamespace(hidden=hidden, parts=parts, grad=grad, scores=scores, plan=plan, form=form, **of_rows)
+    given = SimpleNamespace(hidden=hidden, parts=parts, grad=grad, scores=scores, plan=plan, form=form, **of_rows)
+    two_ranks(given, 100)
+    return given
+
+
+def kernels_of(given: SimpleNamespace) -> Any:
+    """The kernels for the form in which h is given."""
+    from sonic_ep.fast.activation import activation_form
+
+    first = given.parts[0]
+    return activation_form(first.device, first.dtype, first.shape[1], len(given.parts), *given.form)
+
+
+def two_ranks(given: SimpleNamespace, max_tokens: int) -> tuple[Tensor, Tensor]:
+    """Slots from ``max_tokens`` on are those of another rank: what both receive, 7 at first, and its addresses."""
+    plan, device = given.plan, given.scores.device
+    plan.max_tokens, plan.expert_ids = max_tokens, torch.empty(2, max_tokens, 1, device=device)
+    received = torch.full((2, max_tokens), 7.0, device=device)
+    return received, torch.tensor([of_rank.data_ptr() for of_rank in received], device=device)
 
 
 def by_autograd(given: SimpleNamespace, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -108,26 +127,23 @@ def by_autograd(given: SimpleNamespace, dtype: torch.dtype) -> dict[str, Tensor]
     ],
 )
 def test_activations_and_their_gradients_by_kernels(rank: Rank, name: str, layout: str) -> None:
-    from sonic_ep.fast.activation import activate, activate_backward
-
     for dtype in (*FLOATS, torch.float16):
         given = between(rank, name, layout, dtype)
         truth, plain = by_autograd(given, torch.float64), by_autograd(given, dtype)
-        activated = activate(given.parts, *given.form, given.plan)
-        found = activate_backward(given.parts, given.grad.clone(), given.scores, *given.form, given.plan)
+        kernels = kernels_of(given)
+        activated = kernels.activate(given.parts, given.plan)
+        found = kernels.gradient(given.parts, given.grad.clone(), given.scores, given.plan)
         got = {"activated": activated, "hidden": torch.cat(found.hidden, dim=1), "weighted": found.weighted}
         for what, rows in got.items():
             assert_as_accurate(rows[:ROWS], truth[what], plain[what], f"{what} of {name}, {dtype}")
         # Rows past the valid ones are not written, even where their values are finite.
         sevens = ([torch.full_like(part, 7.0) for part in given.parts], torch.full_like(given.grad, 7.0))
-        weighted = activate_backward(*sevens, given.scores, *given.form, given.plan).weighted
+        weighted = kernels.gradient(*sevens, given.scores, given.plan).weighted
         assert weighted[ROWS:].eq(7).all()
         assert_near(found.dots[:ROWS], (given.grad[:ROWS].double() * truth["activated"]).sum(dim=1), 100)
         # The same numbers are pushed to other ranks' slots, if they are asked for.
-        given.plan.max_tokens = 50
-        received = torch.full((2, 50), 7.0, device=rank.device)
-        origins = torch.tensor([of_rank.data_ptr() for of_rank in received], device=rank.device)
-        pushed = activate_backward(given.parts, given.grad.clone(), given.scores, *given.form, given.plan, origins)
+        received, origins = two_ranks(given, 50)
+        pushed = kernels.gradient(given.parts, given.grad.clone(), given.scores, given.plan, origins)
         assert_bitwise(pushed.dots[:ROWS], found.dots[:ROWS])
         assert_pushed(received, found.dots, given.plan)
 
@@ -138,16 +154,15 @@ def test_activations_and_their_gradients_by_kernels(rank: Rank, name: str, layou
 @pytest.mark.parametrize("name", ["silu", "gelu", "relu", "relu_sq"])
 def test_nan_and_the_ends_of_the_range(rank: Rank, name: str, dtype: torch.dtype) -> None:
     """NaN stays NaN and reaches no other number; the ends of the range have the limits of the activation."""
-    from sonic_ep.fast.activation import activate, activate_backward
-
     given = between(rank, name, "concat", dtype)
     given.hidden[:ROWS, :5] = torch.tensor([NAN, -1e30, 1e4, -0.0, -1e4], device=rank.device).to(dtype)
-    activated = activate([given.hidden], *given.form, given.plan)[:ROWS]
+    kernels = kernels_of(given)
+    activated = kernels.activate([given.hidden], given.plan)[:ROWS]
     assert activated[:, 0].isnan().all()
     assert activated[:, [1, 3, 4]].eq(0).all()
     assert_bitwise(activated[:, 2], given.hidden[:ROWS, 2] ** (2 if name == "relu_sq" else 1))
     assert activated[:, 1:].isfinite().all()
-    found = activate_backward([given.hidden], given.grad.clone(), given.scores, *given.form, given.plan)
+    found = kernels.gradient([given.hidden], given.grad.clone(), given.scores, given.plan)
     assert found.hidden[0][:ROWS, 1:].isfinite().all()
 
 
@@ -156,8 +171,6 @@ def test_nan_and_the_ends_of_the_range(rank: Rank, name: str, dtype: torch.dtype
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float16], ids=str)
 def test_limits_of_swiglu_are_those_of_the_reference(rank: Rank, dtype: torch.dtype) -> None:
     """At the limit, one step beyond and before, and at NaN and infinity, for every pair of gate and up."""
-    from sonic_ep.fast.activation import activate, activate_backward
-
     # One limit that every dtype holds, and one that none does.
     for limit in (7.0, 0.1):
         at = torch.tensor(limit, dtype=dtype)
@@ -177,8 +190,9 @@ def test_limits_of_swiglu_are_those_of_the_reference(rank: Rank, dtype: torch.dt
         leaf = torch.cat([gate, up], dim=1).clone().requires_grad_()
         expected = kind(leaf, LAYOUT)
         (expected_grad,) = torch.autograd.grad(expected, leaf, torch.ones_like(expected))
-        found = activate(given.parts, *given.form, given.plan)[:ROWS]
-        grads = activate_backward(given.parts, given.grad, given.scores, *given.form, given.plan).hidden
+        kernels = kernels_of(given)
+        found = kernels.activate(given.parts, given.plan)[:ROWS]
+        grads = kernels.gradient(given.parts, given.grad, given.scores, given.plan).hidden
         got = torch.cat(grads, dim=1)[:ROWS]
         for one, other in ((found, expected.detach()), (got, expected_grad)):
             # Both are NaN, or zero, or infinite in the same places, and near elsewhere.
@@ -206,10 +220,7 @@ def test_sums_over_the_rows_of_experts(rank: Rank, dtype: torch.dtype) -> None:
         assert sums[1].eq(0).all()
     bias = rows[: len(GROUP_ENDS)].clone()
     dots = torch.ones(ROWS + BEHIND, device=rank.device)
-    # All but the last five slots are of this rank, the first of two.
-    given.plan.max_tokens = 95
-    received = torch.full((2, 95), 7.0, device=rank.device)
-    origins = torch.tensor([of_rank.data_ptr() for of_rank in received], device=rank.device)
+    received, origins = two_ranks(given, 95)
     add_bias_dots(rows, bias, dots, given.plan, origins)
     expected = (rows[:ROWS].double() * bias.double()[expert]).sum(dim=1) + 1
     assert_near(dots[:ROWS], expected, 100)
@@ -220,7 +231,7 @@ def test_sums_over_the_rows_of_experts(rank: Rank, dtype: torch.dtype) -> None:
 
 
 def assert_pushed(received: Tensor, values_R: Tensor, plan: SimpleNamespace) -> None:
-    """To rank 1 came the values of its slots, and nothing else was written, where 7 stood before."""
+    """To rank 1 came the values of its slots; nothing else was written. See ``two_ranks``."""
     expected = torch.full_like(received, 7.0)
     slots = plan.slot_of_row[:ROWS].long()
     theirs = slots >= plan.max_tokens

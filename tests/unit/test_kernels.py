@@ -88,11 +88,12 @@ def test_examples_of_the_plan(rank: Rank) -> None:
 @on_ranks(1)
 @pytest.mark.parametrize("scanned", [1, 0])
 def test_examples_of_placing(rank: Rank, scanned: int) -> None:
+    """From sums over tiles, or from the counts of few tiles."""
     run, fields = partial(launch, device=rank.device), (4, 4, 4, 2, 2, 2, 1)
     tile = {"K": 1, "K_PADDED": 1, "TOKENS": 4, "EXPERTS_PADDED": 4, "COMPARED": 4, "RANKS_PADDED": 2}
     # Four slots of one tile with experts 1 0 1 0: 0 0 1 1 of each expert before them, and expert 1 begins at row 2.
     ids, device_errors = index(rank, 1, 0, 1, 0), index(rank, 0, 0, 0)
-    before = index(rank, 0, 0, 0, 2, 2, 4) if scanned else index(rank, 2, 2, 4, 9, 9, 9)
+    before = index(rank, *([0, 0, 0, 2, 2, 4] if scanned else [2, 2, 4, 9, 9, 9]))
     row_of_slot, slot_of_row, packed, counts, copy, ends, pairs = (index(rank, *[9] * size) for size in fields)
     pointers = (ids, before, row_of_slot, slot_of_row, packed, counts, copy, ends, pairs, device_errors)
     run(counting_sort.place_kernel, (2,), *pointers, 0, 4, 1, 2, 2, 1, 4, 4, scanned, **tile)
@@ -103,9 +104,8 @@ def test_examples_of_placing(rank: Rank, scanned: int) -> None:
     assert device_errors.tolist() == [0, 0, 0]
     # On rank 1 of two, with one expert each: tiles that begin with 0 and 3 tokens there before them, and 5 in all;
     # three rows on rank 0 where two have room.
-    before = index(rank, 0, 0, 0, 0, 2, 1, 3, 3, 3, 3, 5, 5)
-    if not scanned:
-        before = index(rank, 2, 1, 3, 3, 1, 2, 2, 2, 9, 9, 9, 9)
+    sums, counts_of_tiles = [0, 0, 0, 0, 2, 1, 3, 3, 3, 3, 5, 5], [2, 1, 3, 3, 1, 2, 2, 2, 9, 9, 9, 9]
+    before = index(rank, *(sums if scanned else counts_of_tiles))
     ids, ends, pairs = index(rank, *[-1] * 8), index(rank, 9), index(rank, *[9] * 4)
     row_of_slot, packed = index(rank, *[9] * 8), index(rank, *[9] * 8)
     pointers = (ids, before, row_of_slot, slot_of_row, packed, counts, copy, ends, pairs, device_errors)
