@@ -260,13 +260,16 @@ def direct_launch(compiled: Any, kernel: Any, constants: Sequence[Any]) -> Calla
     """Launches a kernel that Triton has compiled: ``(grid, address of a stream, addresses of pointers, numbers)``.
 
     constants: its compile-time constants in the order of its parameters, which follow the others. None where only
-    Triton can launch it: in another release, with scratch memory, or if a number that needs not have 64 bits has them.
+    Triton can launch it: in another release, with scratch memory, or where the numbers of this launch are compiled in.
     """
     known = release_of(version("triton")) in TRITON_KNOWN
     declared = {parameter.name for parameter in kernel.params if parameter.annotation_type == "i64"}
     wide = {name for name, kind in compiled.src.signature.items() if kind == "i64"} if known else set()
+    # A number that Triton specializes is compiled in, as 1 or as a multiple of 16.
+    numbers = [p for p in kernel.params if not p.is_constexpr and not compiled.src.signature[p.name].startswith("*")]
     run = compiled.run
-    if not known or wide - declared or run.global_scratch_size or run.profile_scratch_size:
+    fixed = known and wide <= declared and all(number.do_not_specialize for number in numbers)
+    if not fixed or run.global_scratch_size or run.profile_scratch_size:
         return None
     launch, function, metadata, constants = run.launch, compiled.function, compiled.packed_metadata, tuple(constants)
     # Scratch memory: none. Then what a profiler of Triton's would get.

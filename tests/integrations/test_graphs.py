@@ -239,7 +239,7 @@ def names_of_recipes(rank: Rank, ep: ExpertParallel) -> Names:
     modules = residuals(ep, rank)
     names: Names = {"ep": ep, "blocks": modules, "model": nn.Sequential(*modules), "block": modules[0]}
     names |= {"embed": nn.Identity(), "head": nn.Identity(), "x": drawn(rank, 5).detach().requires_grad_()}
-    names["optimizer"] = torch.optim.SGD(names["model"].parameters(), lr=0.0)
+    names["optimizer"] = torch.optim.SGD(names["model"].parameters(), lr=0.0, foreach=False)
     run_block(names, "Imports", GRAPHS)
     return names
 

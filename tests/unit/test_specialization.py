@@ -130,7 +130,8 @@ def test_no_number_of_tokens_or_rows_compiles_a_kernel(
         for number in reversed(fewer) if rank.rank % 2 else fewer:
             train(ep, rank, number, biases=several)
         assert sorted(so_far() - before) == []
-        of_ranks: list[Any] = [so_far()] * rank.world_size
-        if several:
+        # Those of a GPU are all that the process has compiled, in other tests too, which not all ranks had.
+        if several and rank.device.type == "cpu":
+            of_ranks: list[Any] = [None] * rank.world_size
             dist.all_gather_object(of_ranks, so_far())
-        assert [sorted(of_rank ^ so_far()) for of_rank in of_ranks] == [[]] * rank.world_size
+            assert [sorted(of_rank ^ so_far()) for of_rank in of_ranks] == [[]] * rank.world_size
