@@ -27,6 +27,7 @@ from sonic_ep.fast.plan import PlanShape
 from sonic_ep.fast.router import route
 from sonic_ep.fast.staging import stage_call
 from sonic_ep.plan import RoutingPlan, missing_rows_error, noted_form
+from sonic_ep.profiler_names import COMBINE, DISPATCH, ROUTE, named
 
 
 class FastBackend:
@@ -44,6 +45,7 @@ class FastBackend:
         workspace.enter(Phase.SYNC)
         workspace.barrier_before_write()
 
+    @named(ROUTE)
     def route(
         self, x_TH: Tensor, weights: RouterWeights, options: RouterOptions, max_tokens: int, record: CallRecord
     ) -> Routing:
@@ -98,6 +100,7 @@ class FastBackend:
         noted_form(plan)
         return plan
 
+    @named(DISPATCH)
     def dispatch(self, x_TH: Tensor, plan: RoutingPlan, record: CallRecord) -> Tensor:
         """Rows in canonical order, (R, H)."""
         exchange = self._exchange(record, x_TH, plan)
@@ -105,6 +108,7 @@ class FastBackend:
             return exchange.rows(x_TH)[0]
         return apply_function(Dispatch, self._joined(x_TH), exchange)
 
+    @named(COMBINE)
     def combine(self, rows_NH: Tensor, topk_scores_TK: Tensor, plan: RoutingPlan, record: CallRecord) -> Tensor:
         """The weighted sums of a token's rows, (T, H)."""
         exchange = self._exchange(record, rows_NH, plan)

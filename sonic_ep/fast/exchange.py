@@ -19,6 +19,7 @@ from sonic_ep.fast.staging import stage_rows
 from sonic_ep.fast.symmetric_memory import Staging
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.plan import RoutingPlan, raise_if_malformed
+from sonic_ep.profiler_names import BACKWARD, COMBINE, DISPATCH, named
 
 
 @dataclass(kw_only=True, eq=False)
@@ -134,6 +135,7 @@ class Dispatch(torch.autograd.Function):
         return exchange.rows(x_TH)[0]
 
     @staticmethod
+    @named(DISPATCH + BACKWARD)
     @once_differentiable
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
         """Gradient of x: the sum of a token's row gradients, with the rounding points of the combine mode."""
@@ -161,6 +163,7 @@ class Combine(torch.autograd.Function):
         return y_TH
 
     @staticmethod
+    @named(COMBINE + BACKWARD)
     @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, None]:
         """Gradients of the rows (N, H) and of the scores (T, K)."""

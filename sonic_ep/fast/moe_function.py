@@ -25,6 +25,7 @@ from sonic_ep.fast.experts import add_bias_dots, sum_groups
 from sonic_ep.fast.gemm import GroupedGemm, weight_gradient
 from sonic_ep.fast.planner import PendingPlan
 from sonic_ep.fast.symmetric_memory import Staging
+from sonic_ep.profiler_names import BACKWARD, COMBINE, DISPATCH, EXPERTS, named, named_block
 
 # Names of the saved tensors, in order, for errors; then those of the up-projections: hidden of each, w1 of each.
 # "x": x if backward dispatches it again, else the rows received.
@@ -67,19 +68,19 @@ def run_forward(
     ups: the weight of each up-projection, one, or gate and up; then the bias of each, or None.
     """
     exchange, received = _pulled(x_TH, call)
-    plan, ends_e = exchange.plan, exchange.group_ends
-    hidden = _up_projections(exchange.in_order(received), ups, call.gemm, ends_e)
-    kept = None
-    if call.training:
-        again = call.gather is None and any(w1.requires_grad for w1 in in_halves(ups)[0])
-        kept = Kept(exchange=exchange, received=received if again else None, hidden=hidden)
-    # Each is freed as soon as the next is there: they are the largest tensors of the layer.
-    del received
-    activated_RI = call.form.activate(hidden, plan)
-    del hidden
-    y_RH = call.gemm.rows(activated_RI, w2.transpose(1, 2), ends_e, b2)
-    del activated_RI
-    out_TH, _ = exchange.sums(y_RH, call.pending.scores_WCK)
+    plan, ends_e, kept = exchange.plan, exchange.group_ends, None
+    with named_block(EXPERTS):
+        hidden = _up_projections(exchange.in_order(received), ups, call.gemm, ends_e)
+        if call.training:
+            again = call.gather is None and any(w1.requires_grad for w1 in in_halves(ups)[0])
+            kept = Kept(exchange=exchange, received=received if again else None, hidden=hidden)
+        # Each is freed as soon as the next is there: they are the largest tensors of the layer.
+        del received
+        activated_RI = call.form.activate(hidden, plan)
+        del hidden
+        y_RH = call.gemm.rows(activated_RI, w2.transpose(1, 2), ends_e, b2)
+        del activated_RI
+    out_TH = _combined(y_RH, call.pending.scores_WCK, exchange)
     # Not a view: an in-place write by the caller replaces the node of a view, and FSDP's hooks with it.
     return out_TH.resize_(call.shape), kept
 
@@ -105,6 +106,7 @@ class MoEFunction(torch.autograd.Function):
         return out
 
     @staticmethod
+    @named(EXPERTS + BACKWARD)
     @once_differentiable
     def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x (T, H), scores (T, K), w2, b2 and each w1 and b1; None for those that are not required."""
@@ -119,7 +121,7 @@ class MoEFunction(torch.autograd.Function):
         del saved, of_ups
         again = None if ctx.gather is None or kept is None else AgainInBackward(gather=ctx.gather, x_TH=kept)
         out_grad_TH = exchange.checked(out_grad.reshape(plan.num_tokens, out_grad.shape[-1]), ids_WCK)
-        out_grad_RH, in_flight = exchange.rows(out_grad_TH, again)
+        out_grad_RH, in_flight = _dispatched_gradient(out_grad_TH, exchange, again)
         grad_RI = gemm.rows(out_grad_RH, w2, ends)
         # The kernel that computes the scores' gradients last also pushes them to their tokens' ranks.
         origins = exchange.origins if needs_scores else None
@@ -137,8 +139,8 @@ class MoEFunction(torch.autograd.Function):
         b1_grads = [sum_groups(grad, None, plan) if needed else None for grad, needed in of_b1]
         x_grad_TH = scores_grad_TK = None
         if needs_x:
-            x_grad_TH, scores_grad_TK = exchange.sums(
-                _row_gradients(hidden_grads, w1, gemm, ends), None, values_R=dots_R
+            x_grad_TH, scores_grad_TK = _returned_gradients(
+                _row_gradients(hidden_grads, w1, gemm, ends), dots_R, exchange
             )
         elif dots_R is not None:
             scores_grad_TK = exchange.values(dots_R)
@@ -164,6 +166,24 @@ def _row_gradients(grads: Sequence[Tensor], w1: Sequence[Tensor], gemm: GroupedG
     return total_RH
 
 
+@named(COMBINE)
+def _combined(y_RH: Tensor, scores_WCK: Tensor | None, exchange: Exchange) -> Tensor:
+    return exchange.sums(y_RH, scores_WCK)[0]
+
+
+@named(COMBINE + BACKWARD)
+def _dispatched_gradient(
+    out_grad_TH: Tensor, exchange: Exchange, again: AgainInBackward | None
+) -> tuple[Tensor, GatherInFlight | None]:
+    return exchange.rows(out_grad_TH, again)
+
+
+@named(DISPATCH + BACKWARD)
+def _returned_gradients(grad_RH: Tensor, dots_R: Tensor | None, exchange: Exchange) -> tuple[Tensor, Tensor | None]:
+    return exchange.sums(grad_RH, None, values_R=dots_R)
+
+
+@named(DISPATCH)
 def _pulled(x_TH: Tensor, call: Call) -> tuple[Exchange, Tensor]:
     """The exchange, its plan cut to R rows, and the rows received. A pull that needs no R precedes the read of R."""
     exchange, staged, pending = call.exchange, call.staged, call.pending

@@ -22,6 +22,7 @@ from sonic_ep.fast.staging import StagedCall
 from sonic_ep.fast.symmetric_memory import Staging
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.plan import INDEX_BYTES, MOST_SLOTS, RoutingPlan, check_slots, room_for_rows, row_ceiling
+from sonic_ep.profiler_names import PLAN, named
 
 # In place of a count that has not been copied yet.
 NOT_ARRIVED = -1
@@ -113,6 +114,7 @@ class Planner:
         ids = self._workspace.staging(IDS, room * INDEX_BYTES)
         return StagedCall(ids=ids, scores=scores, rows=ids if rows is None else rows)
 
+    @named(PLAN)
     def plan(self, staged: StagedCall, shape: PlanShape, *, num_tokens: int, distinct: bool) -> PendingPlan:
         """Collective. The barrier behind the staging, then the kernels of the plan."""
         if shape.max_tokens == 0:

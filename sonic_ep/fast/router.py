@@ -18,6 +18,7 @@ from sonic_ep.fast.all_reduce import Summand, reserve_sum, sum_over_ranks, sum_p
 from sonic_ep.fast.bf16_parts import bf16_parts
 from sonic_ep.fast.choice import StagedChoice, choose_experts, logits_gradient
 from sonic_ep.fast.workspace import Workspace
+from sonic_ep.profiler_names import BACKWARD, ROUTE, named
 
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
@@ -80,6 +81,7 @@ class RouterLogits(torch.autograd.Function):
         return _logits(x_TH, router_w_EH, router_b_E)
 
     @staticmethod
+    @named(ROUTE + BACKWARD)
     @once_differentiable
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, of the weight and of the bias, each if it is required."""
@@ -126,6 +128,7 @@ class Choose(torch.autograd.Function):
         return chosen.topk_idx, chosen.topk_scores
 
     @staticmethod
+    @named(ROUTE + BACKWARD)
     @once_differentiable
     def backward(ctx: Any, _: None, scores_grad_TK: Tensor) -> tuple[Tensor, None, None, None, None]:
         """Gradient of the logits, (T, E)."""

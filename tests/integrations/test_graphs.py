@@ -86,7 +86,7 @@ def test_steps_of_chained_blocks_equal_eager_ones_bit_for_bit(rank: Rank) -> Non
     with fast(rank) as ep:
         modules = residuals(ep, rank)
         graphs = [sonic_ep.graphed(module, drawn(rank, 0)) for module in modules]
-        optimizer = torch.optim.SGD([p for module in modules for p in module.parameters()], lr=0.1)
+        optimizer = torch.optim.SGD([p for module in modules for p in module.parameters()], lr=0.1, foreach=False)
         for step in range(3):
             x, *gradients = (drawn(rank, 10 * step + number) for number in range(1, 4))
             outcomes = []
