@@ -127,7 +127,7 @@ def sum_parts(summand: Summand) -> Tensor:
     if summand.parts.shape == summand.shape and summand.dtype == torch.float32:
         return summand.parts
     total, numel = summand.new_result(), summand.shape.numel()
-    grid, constants = (triton.cdiv(numel, BLOCK),), {"NUMEL": numel, "PARTS": summand.count, "BLOCK": BLOCK}
+    grid, constants = (-(-numel // BLOCK),), {"NUMEL": numel, "PARTS": summand.count, "BLOCK": BLOCK}
     launch(sum_parts_kernel, grid, summand.parts, total, device=total.device, **constants)
     return total
 
@@ -139,7 +139,7 @@ def sum_over_ranks(summands: Sequence[Summand], workspace: Workspace) -> list[Te
     staging = reserve_sum(workspace, numbers)
     if staging is None:
         return [sum_parts(summand) for summand in summands]
-    group, grid, halves = workspace.group, (triton.cdiv(numbers, BLOCK),), (staging.addresses, workspace.epoch)
+    group, grid, halves = workspace.group, (-(-numbers // BLOCK),), (staging.addresses, workspace.epoch)
     device, sizes = workspace.device, {"FIRST": numel, "SECOND": numbers - numel, "BLOCK": BLOCK}
     own = (first.parts, second.parts, *halves, group.rank, group.world_size)
     launch(stage_sums_kernel, grid, *own, device=device, PARTS=first.count, **sizes)

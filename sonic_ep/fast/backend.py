@@ -17,7 +17,7 @@ from sonic_ep.config import EPConfig, RouterOptions
 from sonic_ep.distributed.collectives import BoundedCollectives
 from sonic_ep.distributed.sync_tag import Phase
 from sonic_ep.fast.activation import raise_without_kernel
-from sonic_ep.fast.call_plan import CallPlan
+from sonic_ep.fast.call_plan import CallPlan, SizedPlan
 from sonic_ep.fast.capabilities import interpreted
 from sonic_ep.fast.choice import StagedChoice, choice_of
 from sonic_ep.fast.context import DeviceContext
@@ -90,12 +90,17 @@ class FastBackend:
         planner, workspace, group = context.planner, context.workspace, self._group
         tokens, top_k = topk_idx_TK.shape
         planner.begin()
-        staged = planner.reserve(max_tokens, top_k, scored=False)
         sizes = {"max_tokens": max_tokens, "num_experts": num_experts}
+        sized: SizedPlan | None = record.plan
+        if sized is None or not sized.holds(max_tokens, workspace):
+            shape = PlanShape(rank=group.rank, world_size=group.world_size, top_k=top_k, **sizes)
+            staged = planner.reserve(max_tokens, top_k, scored=False)
+            generation = workspace.generation
+            sized = SizedPlan(max_tokens=max_tokens, shape=shape, staged=staged, generation=generation)
+            record.plan = sized
         if max_tokens > 0:
-            stage_call(topk_idx_TK, None, None, staged, workspace, **sizes)
-        shape = PlanShape(rank=group.rank, world_size=group.world_size, top_k=top_k, **sizes)
-        pending = planner.plan(staged, shape, num_tokens=tokens, distinct=distinct)
+            stage_call(topk_idx_TK, None, None, sized.staged, workspace, **sizes)
+        pending = planner.plan(sized.staged, sized.shape, num_tokens=tokens, distinct=distinct)
         plan = planner.sized(pending, planner.rows(pending)).of_origin(step, object_number)
         noted_form(plan)
         return plan

@@ -71,7 +71,7 @@ def bf16_parts(grad_TE: Tensor, weight_EH: Tensor | None) -> tuple[Tensor, Tenso
     weights = 0 if weight_EH is None else weight_EH.numel()
     # Without a weight nothing is read or written there.
     pointers = (grad_TE, parts if weight_EH is None else weight_EH, parts, parts if repeated is None else repeated)
-    grid = (triton.cdiv(grad_TE.numel(), PARTS_BLOCK) + triton.cdiv(weights, PARTS_BLOCK),)
+    grid = (-(-grad_TE.numel() // PARTS_BLOCK) + -(-weights // PARTS_BLOCK),)
     constants = {"E": num_experts, "WEIGHTS": weights, "PARTS": BF16_PARTS, "BLOCK": PARTS_BLOCK}
     launch(parts_kernel, grid, *pointers, num_tokens, device=grad_TE.device, **constants)
     return parts, repeated

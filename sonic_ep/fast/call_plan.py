@@ -20,17 +20,22 @@ from sonic_ep.fast.exchange import Exchange
 from sonic_ep.fast.gemm import GroupedGemm, LibraryGemm, addresses_serve, grouped_gemm, library_serves
 from sonic_ep.fast.plan import PlanShape
 from sonic_ep.fast.staging import StagedCall, stage_call
+from sonic_ep.fast.workspace import Workspace
 from sonic_ep.plan import RoutingPlan
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SizedPlan:
-    """A ``CallPlan`` at one C. generation: of the shared buffers."""
+    """What calls with one C share. generation: of the shared buffers."""
 
     max_tokens: int
     shape: PlanShape
     staged: StagedCall
     generation: int
+
+    def holds(self, max_tokens: int, workspace: Workspace) -> bool:
+        """Whether it is of this C, and of the buffers that there are."""
+        return self.max_tokens == max_tokens and self.generation == workspace.generation
 
 
 class CallPlan:
@@ -55,7 +60,7 @@ class CallPlan:
     def at(self, max_tokens: int) -> "SizedPlan":
         """Collective. Sizes at this C, and memory for moving rows and for its backward, which never allocates any."""
         held, workspace = self._sized, self.workspace
-        if held is not None and held.max_tokens == max_tokens and held.generation == workspace.generation:
+        if held is not None and held.holds(max_tokens, workspace):
             return held
         group = workspace.group
         sizes = {"rank": group.rank, "world_size": group.world_size, "max_tokens": max_tokens}
