@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from sonic_ep.activation import Activation, Swiglu
 from sonic_ep.autograd_utils import for_kernels, joined
 from sonic_ep.backend import Backend, ExpertWeights, RouterWeights
 from sonic_ep.call_guard import facts_of, facts_of_router
@@ -93,7 +94,7 @@ class CallChecks:
         facts = {**facts_of(x_TH, read), **facts_of_router(weights, record.options)}
         _describe(record, "moe", facts, x_TH, read)
         as_given = (held, weights.weight, weights.bias, weights.correction)
-        if read is checked and _are_same(as_given, (x, *router)):
+        if read is checked and _compares_by_value(read.activation) and _are_same(as_given, (x, *router)):
             self._memory.keep(record)
         return CheckedCall(record, x_TH, read, weights)
 
@@ -124,7 +125,8 @@ class CallChecks:
         self._backend.check_expert_ids(idx_TK, num_experts)
         x_TH = self._joined_without_tokens(_rows_of(held), read)
         _describe(record, "moe_routed", {**facts_of(x_TH, read), "K": idx_TK.shape[1]}, x_TH, read)
-        if read is checked and _are_same((held, idx_TK, scores_TK), (x, *routing)):
+        same = read is checked and _are_same((held, idx_TK, scores_TK), (x, *routing))
+        if same and _compares_by_value(read.activation):
             self._memory.keep(record)
         return CheckedCall(record, x_TH, read, None, idx_TK, scores_TK)
 
@@ -223,6 +225,11 @@ def _experts_of(record: CallRecord, experts: Given) -> ExpertWeights:
     assert record.activation is not None
     assert record.layout is not None
     return ExpertWeights(w1=w1, w2=w2, b1=b1, b2=b2, activation=record.activation, layout=record.layout)
+
+
+def _compares_by_value(activation: Activation) -> bool:
+    """Whether equal ones compute the same. One of the caller's own may not, and may hold tensors: none is kept."""
+    return activation.is_builtin or type(activation) is Swiglu
 
 
 def _are_same(read: Sequence[object], given: Sequence[object]) -> bool:

@@ -190,8 +190,10 @@ def form_of(plan: RoutingPlan) -> PlanForm | None:
     if kept is not None:
         for name, address, shape in zip(TENSOR_FIELDS, kept.addresses, kept.shapes, strict=True):
             tensor = fields_of[name]
-            # Freed or resized storage is at another address, or at none.
-            if tensor.data_ptr() != address or tensor.shape != shape:
+            # Freed or resized storage is at another address, or at none. ``.data`` may have got another view of it.
+            if tensor.data_ptr() != address or tensor.shape != shape or tensor.dtype != INDEX_DTYPE:
+                break
+            if not tensor.is_contiguous():
                 break
         else:
             return kept

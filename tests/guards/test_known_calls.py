@@ -318,6 +318,49 @@ def test_a_plan_that_is_changed_in_place_is_looked_at_again() -> None:
             ep.dispatch(x, foreign)
 
 
+class Scaled(Activation):
+    """Equal to one of another scale, as a dataclass compares the fields of ``Activation`` alone."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(name="scaled", gated=True, pointwise=F.silu)
+        object.__setattr__(self, "scale", scale)
+
+    def of_gate_and_up(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.scale * super().of_gate_and_up(gate, up)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["moe", "moe_routed"])
+def test_an_activation_of_the_caller_s_own_is_asked_in_every_call(name: str) -> None:
+    call: dict[str, Any] = good_call() if name == "moe" else good_routed_call()
+    with ExpertParallel(backend="reference") as ep:
+        once, thrice = [getattr(ep, name)(**call, activation=Scaled(scale)) for scale in (1.0, 3.0)]
+        ones = (once, thrice) if name == "moe_routed" else (once.y, thrice.y)
+        assert not torch.equal(*ones)
+        # It may hold tensors.
+        assert len(ep._call_guard.memory) == 0
+
+
+@pytest.mark.parametrize("field", ["expert_ids", "counts", "packed_of_token"])
+def test_a_plan_whose_memory_is_read_as_another_dtype_is_refused(field: str) -> None:
+    with ExpertParallel(backend="reference") as ep:
+        plan, x = planned(ep), torch.randn(TOKENS, HIDDEN)
+        ep.dispatch(x, plan)
+        held = getattr(plan, field)
+        held.data = held.data.view(torch.float32)
+        with pytest.raises(ValueError, match=f"{field} of plan: got torch.float32"):
+            ep.dispatch(x, plan)
+
+
+def test_a_plan_whose_memory_is_read_in_another_order_is_refused() -> None:
+    with ExpertParallel(backend="reference") as ep:
+        # As many tokens as experts each.
+        plan, x = ep.plan(plan_ids(TOP_K), EXPERTS), torch.randn(TOP_K, HIDDEN)
+        ep.dispatch(x, plan)
+        plan.expert_ids.data = plan.expert_ids.data.mT
+        with pytest.raises(ValueError, match="expert_ids of plan: got "):
+            ep.dispatch(x, plan)
+
+
 def test_memory_of_calls_is_bounded_and_dropped_at_close(plan: RoutingPlan) -> None:
     closed, left = Seen(plan).ep, Seen(plan).ep
     for ep in (closed, left):
