@@ -164,15 +164,17 @@ def _launcher(
 
 
 @triton.jit
-def take_ticket(ticket_ptr):
+def take_ticket(ticket_ptr, world_size):
     """This program's number in the order in which programs start, which a GPU does not promise to be that of ids.
 
-    ticket_ptr () int32: 0 before and after a launch.
+    ticket_ptr () int32: 0 before and after a launch. On one rank, where no program waits, the order does not matter.
     """
-    ticket = tl.atomic_add(ticket_ptr, 1)
-    if ticket == tl.num_programs(0) - 1:
-        # All have been taken.
-        tl.atomic_xchg(ticket_ptr, 0)
+    ticket = tl.program_id(0)
+    if world_size > 1:
+        ticket = tl.atomic_add(ticket_ptr, 1)
+        if ticket == tl.num_programs(0) - 1:
+            # All have been taken.
+            tl.atomic_xchg(ticket_ptr, 0)
     return ticket
 
 
