@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,8 @@ class Workspace:
         self._transport = transport or transport_of(self._collectives, device)
         self._buffers: dict[str, SharedBuffer] = {}
         self._stagings: dict[str, Staging] = {}
+        # What users of buffers keep of them, by keys of their own, until a buffer changes.
+        self.kept: dict[object, Any] = {}
         self._replaced: list[object] = []
         self._captured = False
         self._last_stream: torch.cuda.Stream | None = None
@@ -143,6 +146,7 @@ class Workspace:
         blocks = max(1, -(-nbytes // ALIGNMENT_BYTES))
         self._buffers[name] = self._transport.allocate(ALIGNMENT_BYTES * blocks, byte)
         self.generation += 1
+        self.kept.clear()
         return self._buffers[name]
 
     def staging(self, name: str, nbytes: int, *, in_turn: bool = True) -> Staging:
@@ -188,6 +192,7 @@ class Workspace:
         """Free all buffers, once this rank's kernels are done with them."""
         self._closed = True
         self.synchronize()
+        self.kept.clear()
         self._stagings.clear()
         self._buffers.clear()
         self._replaced.clear()

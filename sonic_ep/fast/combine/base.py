@@ -63,9 +63,6 @@ class PushedCombine(ABC):
     def __init__(self, workspace: Workspace, most_bytes: int = MOST_RECEIVED_BYTES) -> None:
         self._workspace = workspace
         self._most_bytes = most_bytes
-        # The last, and for which sizes and buffers.
-        self._reserved: Receiver | None = None
-        self._reserved_for: object = None
 
     @staticmethod
     @abstractmethod
@@ -74,17 +71,19 @@ class PushedCombine(ABC):
 
     def reserve(self, max_tokens: int, top_k: int, row_bytes: int) -> Receiver:
         """Collective. Shared memory for as many of the C tokens as ``most_bytes`` allow, at least one."""
-        form, generation = (max_tokens, top_k, row_bytes), self._workspace.generation
-        if self._reserved is not None and self._reserved_for == (form, generation):
-            return self._reserved
+        form = (self, max_tokens, top_k, row_bytes)
+        held: Receiver | None = self._workspace.kept.get(form)
+        if held is not None:
+            return held
         world_size = self._workspace.group.world_size
         token_bytes = max(1, self._rows_per_token(world_size, top_k) * row_bytes)
         chunk = max(1, min(max_tokens, self._most_bytes // token_bytes))
         received = self._workspace.reserve(RECEIVED, chunk * token_bytes)
         flags = self._workspace.reserve(FLAGS, max(1, world_size - 1) * chunk * TAG_BYTES, byte=0)
-        self._reserved = Receiver(received=received, flags=flags, chunk=chunk)
-        self._reserved_for = (form, self._workspace.generation)
-        return self._reserved
+        # Only the last, whatever C was before.
+        self._workspace.kept.clear()
+        held = self._workspace.kept[form] = Receiver(received=received, flags=flags, chunk=chunk)
+        return held
 
     def combine(self, rows_NH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
         """Collective. (T, H) from rows in canonical order. Rows past the valid ones are not read; missing ones are NaN.
