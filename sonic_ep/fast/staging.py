@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sonic_ep.fast.device_functions import peer_pointer
-from sonic_ep.fast.launch import INTERPRETED, LAUNCHERS_KEPT, Launcher, triton_kernel
+from sonic_ep.fast.launch import LAUNCHERS_KEPT, Launcher, triton_kernel
 from sonic_ep.fast.symmetric_memory import Staging
 from sonic_ep.fast.sync import staged_at
 from sonic_ep.fast.workspace import Workspace
@@ -42,13 +42,18 @@ def own_half(table_ptr, epoch_ptr, rank, world_size, like_ptr):
 
 @triton.jit
 def stage_numbers(program, source_ptr, target_ptr, numbers, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
-    """Copy BLOCK of ``numbers`` elements; program p those from p * BLOCK on."""
+    """Copy BLOCK of ``numbers`` elements; program p those from p * BLOCK on. VECTOR: elements of 16 bytes."""
     place = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < numbers
-    if not INTERPRETED:
-        # Whole groups of 16 bytes, so that accesses are wide. Shared buffers are padded to 512 bytes.
+    vector_bytes: tl.constexpr = VECTOR * source_ptr.dtype.element_ty.primitive_bitwidth // 8
+    # Two copies, since Triton has to know of each mask whether accesses may be wide.
+    if source_ptr.to(tl.int64) % vector_bytes == 0:
+        # Whole groups of 16 bytes, so that they are. Shared buffers are padded to 512 bytes, and the source's last
+        # group is of memory that there is.
         inside = place // VECTOR * VECTOR < numbers
-    tl.store(target_ptr + place, tl.load(source_ptr + place, mask=inside), mask=inside)
+        tl.store(target_ptr + place, tl.load(source_ptr + place, mask=inside), mask=inside)
+    else:
+        inside = place < numbers
+        tl.store(target_ptr + place, tl.load(source_ptr + place, mask=inside), mask=inside)
 
 
 @triton_kernel

@@ -141,12 +141,27 @@ def test_staging_writes_its_own_half_and_nothing_else(rank: Rank, epoch: int) ->
     assert halves[0][:10].tolist() == [1, -1, -2, *[-1] * 7]
     assert_bitwise(halves[1][:3], scores)
     assert_bitwise(halves[2][:99], rows)
-    # Of rows whole groups of 16 bytes are written on GPUs; see `stage_numbers`.
+    # Of rows whole groups of 16 bytes are written; see `stage_numbers`.
     for half, before, written in zip(halves, untouched, (10, 3, 104), strict=True):
         assert_bitwise(half[written:].view(torch.uint8), before[written:].view(torch.uint8), "behind what is staged")
     for buffer in buffers:
         buffer[mine] = 77
         assert bool((buffer == 77).all()), "outside of the half"
+
+
+@on_ranks(1)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_staging_reads_nothing_past_rows_that_begin_between_two_accesses(rank: Rank, dtype: torch.dtype) -> None:
+    """Where rows do not begin with 16 bytes that are read at once, the last of these would reach past their memory."""
+    source = torch.arange(120, device=rank.device, dtype=dtype)
+    rows = source[1:100]
+    epoch, staged = torch.zeros((), dtype=torch.int32, device=rank.device), torch.full_like(source, -7)
+    table = table_of(staged, staged)
+    arguments = (epoch, rows, rows, *[table] * 3, epoch, 0, 1, 0, 0, 0, len(rows))
+    constants = {"SLOTS": 8, "VECTOR": VECTOR_BYTES // dtype.itemsize, "BLOCK": 64}
+    launch(stage_kernel, (2,), *arguments, device=rank.device, HAS_IDS=False, HAS_SCORES=False, **constants)
+    assert_bitwise(staged[:99], rows)
+    assert bool((staged[99:] == -7).all())
 
 
 @on_ranks(1)
