@@ -204,7 +204,8 @@ def return_values(token, first_slot, values, routing, sizes, K: tl.constexpr, K_
     and T.
     """
     k = tl.arange(0, K_PADDED)
-    slot, own_slot, inside = first_slot + k, token * K + k, (k < K) & (token < sizes[3])
+    # Not ``(k < K) & (token < sizes[3])``: for Triton's interpreter a vector and a scalar together are no mask.
+    slot, own_slot, inside = first_slot + k, token * K + k, k < tl.where(token < sizes[3], K, 0)
     value = returned_values(
         slot, own_slot, inside, values[1], values[0], routing[0], routing[1], sizes[0], sizes[1], sizes[2]
     )
