@@ -1,7 +1,7 @@
-"""What calls have in common that differ in no more than values, addresses and numbers of tokens.
+"""What is known of calls that differ only in values, addresses and numbers of tokens: they are checked once.
 
-A call's key holds every fact that its checks look at, apart from those that are looked at in every call: how many
-tokens there are, and whether memory was freed. So a call whose key is known need not be checked again.
+A call's key holds every fact that its checks look at, except two that every call looks at: how many tokens there are,
+and whether memory was freed. So a call whose key is known need not be checked again.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Facts = tuple[tuple[str, object], ...]
 class CallRecord:
     """What is known of all calls with one key. Holds no tensor of theirs.
 
-    key: None where calls like this one are checked every time. known: whether the checks were passed, on tensors that
-    are read as they lie. facts: what ranks compare; digest: of the facts, once it was needed. x_trained: whether
+    key: None where calls like this one are checked every time. known: whether a call has passed the checks, and nothing
+    of it had to be copied. facts: what ranks compare; digest: of the facts, once it was needed. x_trained: whether
     backward may ask for the gradient of x. joins: x has no tokens, and requires one to join other ranks' backward.
     options, activation, layout: what the checks found. plan: what a backend keeps for the next call, or None.
     """
@@ -73,13 +73,13 @@ class CallMemory:
                 return CallRecord(), counts
             key += (*of_rows, *of_weights)
             record = self._records.get(key)
-        # What has no strides, no memory or no hash; what it is, the checks find out.
+        # An argument without strides, memory or hash: the checks say what is wrong with it.
         except (RuntimeError, TypeError, IndexError, ZeroDivisionError):
             return CallRecord(), counts
         return record or CallRecord(key), counts
 
     def keep(self, record: CallRecord) -> None:
-        """From now on calls like this one need no checks: it has passed them, and nothing was copied."""
+        """Check no more calls like this one, which has passed the checks without a copy. Nothing after ``close``."""
         if record.key is None or self._closed:
             return
         if len(self._records) >= RECORDS_KEPT:
@@ -93,8 +93,8 @@ class CallMemory:
         self._records.clear()
 
 
-# Each question to a tensor takes a tenth of a microsecond, and every call asks all of them: no more than it needs, and
-# no function for each tensor. Tensors made in inference mode are copied in grad mode only.
+# Every call asks all of this, and each question to a tensor takes a tenth of a microsecond: so there is no function for
+# each tensor, and whether one was made in inference mode is asked in grad mode only, where it would be copied.
 
 
 def _facts_of_rows(tensors: Sequence[Any], counts: list[int], grad_mode: bool) -> list[object] | None:

@@ -1,7 +1,8 @@
 """The plan of a call: all that follows from its shapes, dtypes, flags and modes, found once for calls alike.
 
-An ``ExpertParallel`` keeps one for each kind of call, in the call's record, until it is closed. What differs from call
-to call, T, C, addresses and values, is in none. Kernels and their constants are kept where they are launched.
+An ``ExpertParallel`` keeps one for each kind of call, in the call's record, until it is closed. T, addresses and
+values, which differ from call to call, are not in it; what follows from C is found again when C changes. Kernels and
+their constants are kept where they are launched.
 """
 
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class SizedPlan:
 
 
 class CallPlan:
-    """Of calls with K, E and rows of ``row_bytes``: the primitives that move rows, and what they share."""
+    """The plan of calls with K, E and rows of ``row_bytes``: what moves their rows, and what its users share."""
 
     def __init__(
         self, context: DeviceContext, config: EPConfig, *, top_k: int, num_experts: int, row_bytes: int
@@ -73,7 +74,7 @@ class CallPlan:
         return self._sized
 
     def begin(self, max_tokens: int) -> "SizedPlan":
-        """Collective. Begin a layer, whose ids, scores and tokens may be staged then. Raises as ``DeviceErrors``."""
+        """Collective. Begin a layer; its ids, scores and tokens are staged next. Raises as ``DeviceErrors.begin``."""
         self.planner.begin()
         sized = self.at(max_tokens)
         if max_tokens > 0 and self.workspace.group.world_size > 1:
@@ -81,7 +82,7 @@ class CallPlan:
         return sized
 
     def stage(self, topk_idx_TK: Tensor, scores_TK: Tensor, x_TH: Tensor, sized: SizedPlan) -> None:
-        """Copy what a layer stages to this rank's halves; the barrier behind it is that of the plan."""
+        """Copy ids, scores and tokens to this rank's halves of shared memory. The plan's barrier follows."""
         if sized.max_tokens > 0:
             sizes = {"max_tokens": sized.max_tokens, "num_experts": self.num_experts}
             stage_call(topk_idx_TK, scores_TK, x_TH, sized.staged, self.workspace, **sizes)
@@ -117,7 +118,7 @@ class CallPlan:
     def gemm(self, x_TH: Tensor, experts: ExpertWeights, slots: int) -> GroupedGemm:
         """The products for these weights. slots: of the group, W*C*K."""
         weights = (*experts.up_weights, experts.w2)
-        # The mean. No flag changes it, so none changes how products are tiled.
+        # The mean over the group. No flag changes it, so none changes how products are tiled.
         rows_per_group = -(-slots // self.num_experts)
         if self._serves is None:
             self._serves = library_serves((x_TH, *weights))

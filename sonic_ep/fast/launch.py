@@ -53,11 +53,12 @@ def alone_in_this_process() -> Iterator[None]:
 
 
 class Launcher:
-    """A kernel with its compile-time constants on one device. ``launcher(grid, *arguments)``: on the current stream.
+    """A kernel with its compile-time constants on one device. A call launches it on that device's current stream.
 
     Products and sums are rounded one by one, as in plain PyTorch: no fused multiply-add. An empty grid is no launch.
-    Its pointers are to elements of the same types in every launch. The first launch compiles. Later ones call the
-    compiled kernel itself, where ``sonic_ep.compat`` knows how: Triton would look at every argument again.
+    Pointers have the same element types in every launch: only interpreted ones are checked for it. The first launch
+    compiles. Later ones call the compiled kernel itself, where ``sonic_ep.compat`` knows how: Triton would look at
+    every argument again.
     """
 
     __slots__ = ("_compiled", "_constants", "_device", "_form", "_index", "_kernel", "_pointers")

@@ -34,8 +34,8 @@ def staged_at(epoch_ptr, world_size, PASSED: tl.constexpr):
     """Where in the table of a ``Staging`` (2 * W,) the half begins that this step stages in, or W if it is the second.
 
     epoch_ptr () int32: how many barriers this rank has passed, the same on all ranks; it may wrap. PASSED: the step has
-    staged and passed its barrier, and reads. A step stages in the half of its epoch, so after barriers 0 1 2 in halves
-    0 1 0; what the next but one overwrites has been read by then, because a reader passes the barrier between them
+    staged and passed its barrier, and reads. A step stages in the half of its epoch: after 0, 1, 2 barriers in half 0,
+    1, 0. The step after the next overwrites a half that has been read by then: its readers come to the next barrier
     afterwards.
     """
     epoch = tl.load(epoch_ptr)

@@ -2,11 +2,13 @@
 
 import inspect
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from on_ranks import on_ranks
+from programs import run_program
 
 from sonic_ep.testing import Rank
 
@@ -73,3 +75,29 @@ def test_an_operation_has_the_outcome_of_tritons_own(rank: Rank, name: str) -> N
             arguments = (*pair, False) if name in ARITHMETIC else pair
             found, expected = outcome(faster, *arguments), outcome(original, *arguments)
             assert found == expected, (name, pair, found, expected)
+
+
+AS_A_USER_RUNS_IT = """
+import sys
+import torch
+from sonic_ep import EPConfig, ExpertParallel
+from sonic_ep.config import CombineMode, DispatchMode
+
+for dispatch, combine in list(zip(DispatchMode, CombineMode, strict=True))[: int(sys.argv[1])]:
+    found = []
+    for backend in ("fast", "reference"):
+        torch.manual_seed(0)
+        x, router_w, w1, w2 = (torch.randn(s).requires_grad_() for s in ((2, 4), (2, 4), (2, 4, 4), (2, 4, 2)))
+        with ExpertParallel(None, backend, EPConfig(dispatch, combine)) as ep:
+            y = ep.moe(x, router_w, w1, w2, 2).y
+            found.append((y, *torch.autograd.grad(y.sum(), (x, router_w, w1, w2))))
+    for fast, reference in zip(*found, strict=True):
+        torch.testing.assert_close(fast, reference)
+"""
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("pairs", ["1", pytest.param("3", marks=pytest.mark.thorough)])
+def test_kernels_run_under_tritons_own_interpreter(pairs: str, tmp_path: Path) -> None:
+    """Which is what ``TRITON_INTERPRET=1`` gives a user: the other tests run the faster one of ``sonic_ep.testing``."""
+    assert run_program(tmp_path, AS_A_USER_RUNS_IT, [pairs]) == [(0, "")]

@@ -1,14 +1,15 @@
-"""The common half of every combine: receive slots in shared memory, a flag for each, and programs that send and sum.
+"""What all combines share: receive slots in shared memory, a flag for each, and programs that send and sum.
 
-A combine is one kernel. Its programs come in groups of W, one group a token: W - 1 send this rank's rows of that token
-of each other rank, and one sums the own token ``LAG_TOKENS`` groups earlier, once its senders have raised their flags.
+A combine is one kernel. Its programs come in groups of W, one group a token t: W - 1 send this rank's rows of token t
+of one other rank each, and one sums this rank's own token t - ``LAG_TOKENS``, once its senders have raised their flags.
 Senders never wait, and a sum waits only for senders before its group on every rank; so programs that are numbered as
 they start (``take_ticket``) all finish. Tokens are sent in chunks that fit the receive buffer, with barriers between
-them. Every operation that combines has a barrier of its own before it, which also orders the first chunk.
+them. Every operation that combines passes a barrier first, which also orders the first chunk.
 
-Pointers of both kernels: scores_ptr (W, C, K) fp32, filled from scores_table_ptr (see ``Staging``) if STAGED_SCORES;
-epoch_ptr: see ``staged_at``; expert_ids_ptr, row_of_slot_ptr (W, C, K); if HAS_VALUES, values_ptr (R,) fp32 of rows,
-origins_ptr (W,) int64 as of ``push_value``, values_out_ptr (T, K) fp32; ticket_ptr: see ``take_ticket``.
+Pointers of its kernels, in ``all_to_all`` and ``ordered_sum``: scores_ptr (W, C, K) fp32, filled from scores_table_ptr
+(see ``Staging``) if STAGED_SCORES; epoch_ptr: see ``staged_at``; expert_ids_ptr, row_of_slot_ptr (W, C, K); if
+HAS_VALUES, values_ptr (R,) fp32 of rows, origins_ptr (W,) int64 as of ``push_value``, values_out_ptr (T, K) fp32;
+ticket_ptr: see ``take_ticket``.
 """
 
 from abc import ABC, abstractmethod
@@ -205,7 +206,8 @@ def return_values(token, first_slot, values, routing, sizes, K: tl.constexpr, K_
     and T.
     """
     k = tl.arange(0, K_PADDED)
-    slot, own_slot, inside = first_slot + k, token * K + k, (k < K) & (token < sizes[3])
+    # Not ``(k < K) & (token < sizes[3])``: for Triton's interpreter a vector and a scalar together are no mask.
+    slot, own_slot, inside = first_slot + k, token * K + k, k < tl.where(token < sizes[3], K, 0)
     value = returned_values(
         slot, own_slot, inside, values[1], values[0], routing[0], routing[1], sizes[0], sizes[1], sizes[2]
     )
