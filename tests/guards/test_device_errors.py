@@ -349,7 +349,7 @@ def test_what_is_on_the_host_is_found_after_the_gpu_is_lost(monkeypatch: pytest.
     lost = Mock(side_effect=RuntimeError)
     records = [PlanErrors(EPGroup(rank=0, world_size=1), torch.zeros(PLAN_CODES, dtype=torch.int32)) for _ in range(2)]
     gathered = Mock(codes=Mock(device=torch.device("cuda")), used=True, error=lost)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lost if in_capture else lambda: False)
+    monkeypatch.setattr("sonic_ep.fast.launch.stream_is_captured", lost if in_capture else lambda: False)
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     assert first_error(records, gathered) is None
     assert lost.call_count == 2
