@@ -61,7 +61,7 @@ class Launcher:
     every argument again.
     """
 
-    __slots__ = ("_compiled", "_constants", "_device", "_form", "_index", "_kernel", "_pointers")
+    __slots__ = ("_compiled", "_constants", "_device", "_form", "_has_run", "_index", "_kernel", "_pointers")
 
     def __init__(self, kernel: Any, device: torch.device, constants: Mapping[str, Any]) -> None:
         self._kernel, self._device, self._constants = kernel, device, constants
@@ -69,11 +69,12 @@ class Launcher:
         self._pointers = sum(name.endswith("_ptr") for name in kernel.arg_names)
         self._compiled: Callable[..., None] | None = None
         self._form: list[torch.dtype] | None = None
+        self._has_run = False
 
     @property
     def is_ready(self) -> bool:
         """Whether a launch compiles nothing."""
-        return self._compiled is not None or self._form is not None
+        return self._has_run
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
         """arguments: tensors, which are passed as pointers, then numbers."""
@@ -96,7 +97,7 @@ class Launcher:
     def _interpreted(self, grid: tuple[int, ...], arguments: Any) -> None:
         form = [tensor.dtype for tensor in arguments[: self._pointers]]
         # On a GPU nobody looks: the kernel would read memory as what it is not.
-        self._form = self._form or form
+        self._form, self._has_run = self._form or form, True
         assert self._form == form, f"{self._kernel.__name__}: got pointers to {form}, before to {self._form}"
         with alone_in_this_process():
             self._ordinary(grid, arguments)
@@ -104,7 +105,9 @@ class Launcher:
     def _first(self, grid: tuple[int, ...], arguments: Any, *, aligned: bool) -> None:
         with torch.cuda.device(self._device):
             compiled = self._ordinary(grid, arguments)
-        if aligned and self._compiled is None:
+        if aligned and not self._has_run:
+            # Asked once: where only Triton can launch it, that stays so.
+            self._has_run = True
             constants = [self._constants[name] for name in self._kernel.arg_names[len(arguments) :]]
             self._compiled = direct_launch(compiled, self._kernel, constants)
 

@@ -1,7 +1,10 @@
 """What each private API behind ``sonic_ep.compat`` needs of the installed PyTorch; each fails by its name."""
 
 import weakref
+from collections.abc import Callable
 from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -203,3 +206,46 @@ def test_modes_that_every_call_asks_for_are_known() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16), TorchDispatchMode(), forward_ad.dual_level():
         assert asked() == (True, 1, None, True)
     assert asked() == off
+
+
+class CompiledKernel(SimpleNamespace):
+    """What Triton 3.6 makes of a kernel (a_ptr, count, tag: tl.int64, BLOCK) on a GPU, without which it makes none."""
+
+    def __init__(self, launch: Callable[..., None], **signature: str) -> None:
+        run = {"launch": launch, "launch_cooperative_grid": False, "launch_pdl": False}
+        scratch = {"global_scratch_size": 0, "profile_scratch_size": 0}
+        kinds = {"a_ptr": "*fp32", "count": "i32", "tag": "i64", "BLOCK": "constexpr", **signature}
+        metadata = {"function": 77, "packed_metadata": "metadata"}
+        super().__init__(run=SimpleNamespace(**run, **scratch), src=SimpleNamespace(signature=kinds), **metadata)
+
+
+def parameters(*, specialized: bool) -> SimpleNamespace:
+    """Those of that kernel."""
+    kinds = {"a_ptr": "", "count": "", "tag": "i64", "BLOCK": ""}
+    params = [
+        SimpleNamespace(name=n, annotation_type=k, is_constexpr=n == "BLOCK", do_not_specialize=not specialized)
+        for n, k in kinds.items()
+    ]
+    return SimpleNamespace(params=params)
+
+
+def test_a_compiled_kernel_is_launched_directly_or_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a release that is known, if no number is compiled in or wider than declared."""
+    launched: list[tuple[Any, ...]] = []
+
+    def record(*arguments: Any) -> None:
+        launched.append(arguments)
+
+    monkeypatch.setattr(compat, "version", lambda package: {"triton": "3.6.0"}[package])
+    free = parameters(specialized=False)
+    direct = compat.direct_launch(CompiledKernel(record), free, [64])
+    assert direct is not None
+    direct((3, 2), 5, [4096], (10, 2**40))
+    assert launched == [(3, 2, 1, 5, 77, False, False, None, None, "metadata", None, None, None, 4096, 10, 2**40, 64)]
+    assert compat.direct_launch(CompiledKernel(record, count="i64"), free, [64]) is None
+    assert compat.direct_launch(CompiledKernel(record), parameters(specialized=True), [64]) is None
+    with_scratch = CompiledKernel(record)
+    with_scratch.run.global_scratch_size = 128
+    assert compat.direct_launch(with_scratch, free, [64]) is None
+    monkeypatch.setattr(compat, "version", lambda package: "3.5.1")
+    assert compat.direct_launch(CompiledKernel(record), free, [64]) is None
