@@ -248,6 +248,8 @@ class BoundedCollectives:
         for rank, status in self._status_store.statuses().items():
             # Those with as many collectives may have left after their part.
             if status.left and (status.collectives < self._begun or rank in absent()):
+                # It may have found this rank at another tag, and left since tags were compared here.
+                self._raise_if_elsewhere(absent)
                 raise PeerLostError(f"{self.group}: {left(rank, status.text, self.sync_tag)}")
             if status.lost and self.group.rank not in status.lost:
                 raise self._lost_to(rank, status)

@@ -57,11 +57,12 @@ class Exchange:
         self.enter(Phase.DISPATCH)
         again_staged = None if again is None else again.stage(plan.max_tokens, self.workspace)
         staged = self.dispatch.stage(x_TH, plan.max_tokens)
-        received = self.dispatch.pull(x_TH, staged, plan, plan.row_capacity)
+        rows_RH = self._poisoned(self.in_order(self.dispatch.pull(x_TH, staged, plan, plan.row_capacity)))
+        # After what dispatch received was freed, to make room for it.
         in_flight = None
         if again is not None and again_staged is not None:
             in_flight = again.gather.bring(again.x_TH, again_staged, plan.max_tokens, with_own=False)
-        return self._poisoned(self.in_order(received)), in_flight
+        return rows_RH, in_flight
 
     def in_order(self, received: Tensor) -> Tensor:
         """What dispatch has received as rows in canonical order, (R, H); unspecified past the valid rows."""

@@ -8,15 +8,15 @@ example of ``sonic_ep.plan`` on rank 0, H=8, I=4, bf16 with a gated activation: 
 >>> sizes = dict(world_size=2, max_tokens=3, tokens=3, top_k=2, num_experts=4, hidden=8, intermediate=4, itemsize=2)
 >>> ceiling, exact = LayerShape(rows=12, **sizes), LayerShape(rows=6, **sizes)
 >>> saved_bytes(ceiling, modes.dispatch)
-{'received': 192, 'hidden': 192, 'scores': 48, 'plan': 216}
+{'received': 192, 'hidden': 192, 'scores': 48, 'plan': 208}
 >>> saved_bytes(exact, modes.dispatch, redispatch_x_in_backward=True)
-{'received': 0, 'hidden': 96, 'scores': 48, 'plan': 192}
+{'received': 0, 'hidden': 96, 'scores': 48, 'plan': 184}
 >>> dict(forward_steps(exact, modes.dispatch, training=False))
-{'up': 432, 'activate': 384, 'down': 384, 'combine': 384}
+{'up': 424, 'activate': 376, 'down': 376, 'combine': 376}
 >>> forward_peak_bytes(exact, modes.dispatch, training=True), backward_peak_bytes(exact, modes.dispatch)
-(576, 576)
+(568, 576)
 >>> sum(symmetric_bytes(ceiling, modes).values())
-3584
+5120
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class LayerShape:
     @property
     def plan(self) -> int:
         """Bytes of the plan."""
-        # expert_ids, row_of_slot, packed_of_token, slot_of_row, group_ends, pair_tokens; counts, the start of E + W.
-        return sum(self.numbers(letters) for letters in ("WCK", "WCK", "WC", "R", "e", "WW", "E", "W"))
+        # expert_ids, row_of_slot, packed_of_token, slot_of_row, group_ends, pair_tokens, counts.
+        return sum(self.numbers(letters) for letters in ("WCK", "WCK", "WC", "R", "e", "WW", "E"))
 
     def _elements(self, letters: str) -> int:
         extents = {"W": self.world_size, "C": self.max_tokens, "T": self.tokens, "K": self.top_k, "R": self.rows}
@@ -179,21 +179,25 @@ def backward_peak_bytes(shape: LayerShape, dispatch: DispatchMode, **options: bo
 def symmetric_bytes(shape: LayerShape, modes: ModePair, *, redispatch_x_in_backward: bool = False) -> Mapping[str, int]:
     """What the group shares on each rank for its lifetime, by buffer, for calls of this shape, whatever R.
 
-    tokens: x, where peers read it. received, received_flags: of combine, at a time. values_of_slots: gradients of
-    scores for their origin ranks. A router that sums its gradient has (2, E, H) fp32 more.
+    ids, scores, tokens: in two halves on several ranks. tokens: x, where peers read it; tokens_of_copy_engines: x,
+    where copy engines do, like tokens_again one buffer. received, received_flags: of combine, at a time.
+    values_of_slots: gradients of scores for their origin ranks. A router that sums its gradient has (2, E, H) fp32 more.
     """
     slots = _in_blocks(shape.numbers("CK"))
     # One rank has no peers to read its tokens or to send it rows.
     shared = shape.world_size > 1
     tokens = _in_blocks(shape.values("CH") if shared else 0)
+    halves = 2 if shared else 1
+    copied = modes.dispatch is DispatchMode.ALL_GATHER
     rows_per_token = shape.top_k if modes.combine is CombineMode.ALL_TO_ALL else shape.world_size - 1
     token_bytes = max(1, rows_per_token * shape.values("H") if shared else 0)
     tokens_at_a_time = max(1, min(shape.max_tokens, MOST_RECEIVED_BYTES // token_bytes))
     return {
         "barrier": _in_blocks(shape.world_size * TAG_BYTES),
-        "ids": slots,
-        "scores": slots,
-        "tokens": tokens,
+        "ids": halves * slots,
+        "scores": halves * slots,
+        "tokens": 0 if copied else halves * tokens,
+        "tokens_of_copy_engines": tokens if copied else 0,
         "tokens_again": tokens if redispatch_x_in_backward else 0,
         "received": _in_blocks(tokens_at_a_time * token_bytes),
         "received_flags": _in_blocks(max(1, shape.world_size - 1) * tokens_at_a_time * TAG_BYTES),

@@ -215,7 +215,7 @@ def test_example_of_pushed_values(rank: Rank) -> None:
 @triton.jit
 def visit_kernel(ticket_ptr, visits_ptr, order_ptr, rank, world_size, tokens, lag):
     """Count what the programs of a combine take."""
-    ticket = base.take_ticket(ticket_ptr, world_size)
+    ticket = base.take_ticket(tl.program_id(0), ticket_ptr, world_size)
     tl.atomic_add(order_ptr + ticket, 1)
     origin, group = base.origin_and_group(ticket, rank, world_size, lag)
     if (group >= 0) & (group < tokens):

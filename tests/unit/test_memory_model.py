@@ -176,7 +176,7 @@ MARKED = [pytest.param(*PEAKS[name], id=name, marks=[pytest.mark.thorough] * (na
 def test_peaks(rank: Rank, case: Case, config: EPConfig) -> None:
     with pytest.MonkeyPatch.context() as patch, ExpertParallel(backend="fast", config=config) as ep:
         # The products of a GPU: on the CPU a plain loop widens its operands instead.
-        patch.setattr("sonic_ep.fast.backend.grouped_gemm", lambda operands, rows_per_group: LibraryGemm())
+        patch.setattr("sonic_ep.fast.call_plan.grouped_gemm", lambda operands, rows_per_group: LibraryGemm())
         call, shape = measured_call(rank, case, ep)
         # The first call allocates shared memory.
         call.forward(ep)

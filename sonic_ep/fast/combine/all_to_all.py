@@ -63,7 +63,7 @@ def exchange_rows_kernel(
     Rounding point: out = round(sum over k, ascending, of score * row), products and sum in fp32.
     With K=2, the row of choice 1 of the chunk's token 5 is received in row 11.
     """
-    origin, group = origin_and_group(take_ticket(ticket_ptr, world_size), rank, world_size, lag)
+    origin, group = origin_and_group(take_ticket(tl.program_id(0), ticket_ptr, world_size), rank, world_size, lag)
     if (group >= 0) & (group < tokens):
         token = first_token + group
         first_slot = (origin.to(tl.int64) * max_tokens + token) * K

@@ -164,12 +164,12 @@ def _launcher(
 
 
 @triton.jit
-def take_ticket(ticket_ptr, world_size):
-    """This program's number in the order in which programs start, which a GPU does not promise to be that of ids.
+def take_ticket(program, ticket_ptr, world_size):
+    """This ``program``'s number in the order in which programs start, which a GPU does not promise to be that of ids.
 
     ticket_ptr () int32: 0 before and after a launch. On one rank, where no program waits, the order does not matter.
     """
-    ticket = tl.program_id(0)
+    ticket = program
     if world_size > 1:
         ticket = tl.atomic_add(ticket_ptr, 1)
         if ticket == tl.num_programs(0) - 1:

@@ -65,7 +65,7 @@ def exchange_partial_sums_kernel(
     Rounding points: p_q = round(sum over k on q), out = round(sum over q of p_q), both sums in fp32 and ascending.
     With W=3, rank 0 receives the partial sum of token t from rank 1 at (0, t), from rank 2 at (1, t).
     """
-    origin, group = origin_and_group(take_ticket(ticket_ptr, world_size), rank, world_size, lag)
+    origin, group = origin_and_group(take_ticket(tl.program_id(0), ticket_ptr, world_size), rank, world_size, lag)
     if (group >= 0) & (group < tokens):
         token = first_token + group
         first_slot = (origin.to(tl.int64) * max_tokens + token) * K
