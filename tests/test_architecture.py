@@ -55,7 +55,7 @@ HEAVY = ("triton", "matplotlib", "sonic_ep.testing", "sonic_ep.cli", "schema", "
 # and combine also behind a barrier that has passed, or with scores that have not been gathered.
 FAST_METHODS = {
     "dispatch": {"reserve", "before_staging", "stage", "pull"},
-    "combine": {"reserve", "sums", "weighted"},
+    "combine": {"reserve", "expect", "sums", "weighted"},
 }
 
 # Words that earlier versions used; docs/architecture.md has those of the field. A name is split at _ and at capitals.

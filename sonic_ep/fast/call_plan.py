@@ -77,6 +77,7 @@ class CallPlan:
         """Collective. Begin a layer; its ids, scores and tokens are staged next. Raises as ``DeviceErrors.begin``."""
         self.planner.begin()
         sized = self.at(max_tokens)
+        self.combine.expect(max_tokens, self.top_k, self.row_bytes)
         if max_tokens > 0 and self.workspace.group.world_size > 1:
             self.dispatch.before_staging()
         return sized

@@ -55,6 +55,7 @@ class Exchange:
         """
         x_TH, plan = x_TH.contiguous(), self.plan
         self.enter(Phase.DISPATCH)
+        self.combine.expect(plan.max_tokens, plan.top_k, x_TH.shape[1] * x_TH.element_size())
         again_staged = None if again is None else again.stage(plan.max_tokens, self.workspace)
         staged = self.dispatch.stage(x_TH, plan.max_tokens)
         rows_RH = self._poisoned(self.in_order(self.dispatch.pull(x_TH, staged, plan, plan.row_capacity)))

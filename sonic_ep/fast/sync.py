@@ -52,9 +52,12 @@ def signal(flag_ptr, tag):
 
 @triton.jit
 def take_signal(flag_ptr, wait_errors_ptr, peer, tag, limit):
-    """Wait until the flag is at ``tag``, and lower it. What its raiser wrote before is visible after."""
+    """Wait until the flag is at ``tag``, and lower it. What its raiser wrote before is visible after.
+
+    Another tag ends the wait: that of a peer that has left.
+    """
     up = tl.full((), 0, tl.int64) + tag
-    _swap_in_time(flag_ptr, up, up - up, "acquire", wait_errors_ptr, peer, tag, limit, False)
+    _swap_in_time(flag_ptr, up, up - up, "acquire", wait_errors_ptr, peer, tag, limit, True)
     tl.debug_barrier()
 
 
@@ -138,3 +141,20 @@ def leave_kernel(flags_ptr, world_size, rank, tag: tl.int64, limit: tl.int64):
             spent = (now() if INTERPRETED else globaltimer()) - began
         if seen != 0:
             tl.atomic_xchg(theirs, left, sem="release", scope="sys")
+
+
+@triton_kernel
+def leave_slots_kernel(flags_ptr, world_size, rank, chunk, tag: tl.int64, BLOCK: tl.constexpr):
+    """Set this rank's flags of receive slots on every peer to ``tag``, of ``Phase.LEFT``, unless they are raised.
+
+    flags_ptr (W,) int64: addresses of (W - 1, chunk) flags of each rank, see ``combine.base``. Grid
+    (W, ceil(chunk / BLOCK)). For a rank that leaves between the barrier of an operation and its combine.
+    """
+    origin = tl.program_id(0)
+    if origin != rank:
+        # Past the last slot it is set once more: this operation takes no mask.
+        slot = tl.minimum(tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), chunk - 1)
+        sender = (rank - origin - 1 + world_size) % world_size
+        theirs = tl.load(flags_ptr + origin).to(tl.pointer_type(tl.int64)) + sender * chunk + slot
+        lowered = tl.zeros((BLOCK,), dtype=tl.int64)
+        tl.atomic_cas(theirs, lowered, lowered + tag, sem="release", scope="sys")

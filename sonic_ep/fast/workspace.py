@@ -22,7 +22,7 @@ from sonic_ep.errors import ClosedError
 from sonic_ep.fast.device_errors import WaitErrors
 from sonic_ep.fast.launch import Launcher, capturing, launch
 from sonic_ep.fast.symmetric_memory import ALIGNMENT_BYTES, SharedBuffer, Staging, Transport, transport_of
-from sonic_ep.fast.sync import barrier_kernel, leave_kernel
+from sonic_ep.fast.sync import barrier_kernel, leave_kernel, leave_slots_kernel
 
 POISON_BYTE = 0xFF
 # Bytes of a flag, which is set to a phase's tag.
@@ -31,6 +31,8 @@ NANOSECONDS_PER_SECOND = 1_000_000_000
 BARRIER = "barrier"
 # Of kernels that wait: they trap where a wait fails.
 WAITING: Mapping[str, bool] = MappingProxyType({"debug": True, "sanitize_overflow": False})
+# Flags that one program of ``leave_slots_kernel`` sets.
+LEFT_SLOTS = 256
 # Seconds for peers to lower this rank's last flag, and for its GPU to run ``leave_kernel``.
 LEAVE_SECONDS = 2.0
 
@@ -54,6 +56,8 @@ class Workspace:
         self._transport = transport or transport_of(self._collectives, device)
         self._buffers: dict[str, SharedBuffer] = {}
         self._stagings: dict[str, Staging] = {}
+        # Of the combine that comes next, and how many each rank has: peers may wait for this rank's.
+        self.receive_flags: tuple[SharedBuffer, int] | None = None
         # What users of buffers keep of them, by keys of their own, until a buffer changes.
         self.kept: dict[object, Any] = {}
         self._replaced: list[object] = []
@@ -108,6 +112,10 @@ class Workspace:
         limit = int(LEAVE_SECONDS * NANOSECONDS_PER_SECOND)
         sizes = (self.group.world_size, self.group.rank, tag, limit)
         launch(leave_kernel, sizes[:1], self._buffers[BARRIER].addresses, *sizes, device=self.device, num_warps=1)
+        if self.receive_flags is not None:
+            flags, chunk = self.receive_flags
+            grid, of_slots = (sizes[0], -(-chunk // LEFT_SLOTS)), (*sizes[:2], chunk, tag)
+            launch(leave_slots_kernel, grid, flags.addresses, *of_slots, device=self.device, BLOCK=LEFT_SLOTS)
         if self.device.type == "cuda":
             done = torch.cuda.current_stream(self.device).record_event()
             deadline = time.monotonic() + LEAVE_SECONDS
@@ -193,6 +201,7 @@ class Workspace:
         self._closed = True
         self.synchronize()
         self.kept.clear()
+        self.receive_flags = None
         self._stagings.clear()
         self._buffers.clear()
         self._replaced.clear()

@@ -181,7 +181,8 @@ def symmetric_bytes(shape: LayerShape, modes: ModePair, *, redispatch_x_in_backw
 
     ids, scores, tokens: in two halves on several ranks. tokens: x, where peers read it; tokens_of_copy_engines: x,
     where copy engines do, like tokens_again one buffer. received, received_flags: of combine, at a time.
-    values_of_slots: gradients of scores for their origin ranks. A router that sums its gradient has (2, E, H) fp32 more.
+    values_of_slots: gradients of scores for their origin ranks. A router that sums its gradient has (2, E, H) fp32
+    more.
     """
     slots = _in_blocks(shape.numbers("CK"))
     # One rank has no peers to read its tokens or to send it rows.

@@ -86,6 +86,11 @@ class PushedCombine(ABC):
         held = self._workspace.kept[form] = Receiver(received=received, flags=flags, chunk=chunk)
         return held
 
+    def expect(self, max_tokens: int, top_k: int, row_bytes: int) -> None:
+        """This combine comes next: where peers wait in it for this rank, should it leave before."""
+        receiver = self.reserve(max_tokens, top_k, row_bytes)
+        self._workspace.receive_flags = (receiver.flags, receiver.chunk)
+
     def combine(self, rows_NH: Tensor, scores_WCK: Tensor | None, plan: RoutingPlan) -> Tensor:
         """Collective. (T, H) from rows in canonical order. Rows past the valid ones are not read; missing ones are NaN.
 
