@@ -15,7 +15,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from statistics import median
 from time import perf_counter
@@ -94,15 +94,7 @@ def shape_of(asked: Thiek | None, world_size: int) -> Shape:
     if asked is None:
         one_rank = LAYER if torch.cuda.is_available() else SMOKE
         asked = replace(one_rank, tokens=one_rank.tokens * world_size)
-    asked.require_experts_divide(world_size)
-    asked.require_tokens_divide(world_size)
-    return Shape(
-        tokens=asked.tokens // world_size,
-        hidden=asked.hidden,
-        intermediate=asked.intermediate,
-        num_experts=asked.num_experts,
-        top_k=asked.top_k,
-    )
+    return Shape(**asdict(asked.of_rank(world_size)))
 
 
 def run(options: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -77,11 +77,7 @@ def shape_of(asked: Thiek | None, world_size: int) -> Shape:
         on_gpu = torch.cuda.is_available()
         tokens, sizes = (TOKENS_OF_RANK, QWEN3_30B) if on_gpu else (TOKENS_OF_SMALL, SMALL)
         asked = Thiek(tokens=tokens * world_size, **sizes)
-    asked.require_experts_divide(world_size)
-    asked.require_tokens_divide(world_size)
-    tokens = asked.tokens // world_size
-    sizes = {name: getattr(asked, name) for name in QWEN3_30B}
-    return Shape(tokens=tokens, dtype=torch.bfloat16, **sizes)
+    return Shape(**asdict(asked.of_rank(world_size)), dtype=torch.bfloat16)
 
 
 def run(options: argparse.Namespace) -> int:

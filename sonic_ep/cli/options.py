@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 
@@ -39,6 +39,12 @@ class Thiek:
     def require_tokens_divide(self, world_size: int) -> None:
         """Raise unless W divides T."""
         _require_multiple("T", self.tokens, world_size)
+
+    def of_rank(self, world_size: int) -> Thiek:
+        """The same with T of one rank. Raises unless W divides E and T."""
+        self.require_experts_divide(world_size)
+        self.require_tokens_divide(world_size)
+        return replace(self, tokens=self.tokens // world_size)
 
     def require_fits_one_rank(self, world_size: int, routing: str) -> None:
         """Raise if ``routing`` is "one_rank" and a rank has fewer than K experts."""

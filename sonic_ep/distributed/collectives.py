@@ -86,10 +86,6 @@ class BoundedCollectives:
         """The call in progress."""
         return step_of(self.tag)
 
-    def tag_of(self, phase: Phase, backward: bool = False) -> int:
-        """The tag of a phase of the call in progress."""
-        return at_phase(self.tag, phase, backward)
-
     def begin(self, step: Step) -> None:
         """Make ``step``, which every rank begins, the current call."""
         self.tag = at_phase(step.bits, Phase.SYNC)

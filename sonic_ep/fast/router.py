@@ -16,7 +16,8 @@ from sonic_ep.config import RouterOptions
 from sonic_ep.distributed.sync_tag import Phase
 from sonic_ep.fast.all_reduce import Summand, reserve_sum, sum_over_ranks, sum_parts
 from sonic_ep.fast.bf16_parts import bf16_parts
-from sonic_ep.fast.choice import StagedChoice, choose_experts, logits_gradient
+from sonic_ep.fast.choice import StagedChoice, choose_experts
+from sonic_ep.fast.choice_gradient import logits_gradient
 from sonic_ep.fast.workspace import Workspace
 from sonic_ep.profiler_names import BACKWARD, ROUTE, named
 

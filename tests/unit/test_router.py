@@ -197,7 +197,7 @@ def test_parts_are_summed_as_pytorch_sums_them(rank: Rank) -> None:
 @on_ranks(1)
 def test_examples_of_the_docstrings(rank: Rank) -> None:
     from sonic_ep.fast.choice import choose_experts as fast_choices
-    from sonic_ep.fast.choice import logits_gradient
+    from sonic_ep.fast.choice_gradient import logits_gradient
 
     logits = torch.tensor([[0.0, log(2.0), 0.0]], device=rank.device)
     over_all = replace(TOP_2, score_order=ScoreOrder.SOFTMAX_THEN_TOPK)

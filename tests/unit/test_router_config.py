@@ -287,7 +287,8 @@ def test_gradients_of_weight_and_bias_are_summed_over_ranks_each_if_required(ran
 @pytest.mark.fast
 @on_ranks(1)
 def test_examples_of_the_docstrings(rank: Rank) -> None:
-    from sonic_ep.fast.choice import choose_experts, logits_gradient
+    from sonic_ep.fast.choice import choose_experts
+    from sonic_ep.fast.choice_gradient import logits_gradient
 
     def of(*numbers: float) -> Tensor:
         return torch.tensor([numbers], device=rank.device)

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.fast
 HIDDEN, INTERMEDIATE, TOP_K, HELD = 64, 32, 2, 2
 # Tokens of the first step, and of later ones: of every class that Triton tells apart (1, multiples of 16, others), and
 # none at all. Fewer where they are interpreted.
-TOKENS = {"cuda": (64, (63, 48, 17, 16, 1, 0)), "cpu": (16, (5, 1, 0))}
+TOKENS = {"cuda": (4096, (2047, 63, 48, 17, 16, 1, 0)), "cpu": (16, (5, 1, 0))}
 
 
 def unspecialized(kernel: Any) -> set[str]:
