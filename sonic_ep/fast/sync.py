@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
+from sonic_ep.distributed.sync_tag import PHASE_BITS, STEP_BITS, Phase
 from sonic_ep.fast.launch import INTERPRETED, triton_kernel
 
 # Interpreted, a waiting kernel sleeps this long between two looks at a flag.
@@ -13,6 +14,10 @@ REST_SECONDS = 1e-3
 # Why a wait has failed: its time was up, or the peer showed another tag.
 TIME_UP: tl.constexpr = tl.constexpr(1)
 ELSEWHERE: tl.constexpr = tl.constexpr(2)
+# Where a tag has its phase, and the phase of a rank that has left: see ``sync_tag``.
+PHASE_SHIFT: tl.constexpr = tl.constexpr(STEP_BITS)
+PHASE_MASK: tl.constexpr = tl.constexpr((1 << PHASE_BITS) - 1)
+LEFT: tl.constexpr = tl.constexpr(int(Phase.LEFT))
 
 
 def rest() -> None:
@@ -54,11 +59,17 @@ def signal(flag_ptr, tag):
 def take_signal(flag_ptr, wait_errors_ptr, peer, tag, limit):
     """Wait until the flag is at ``tag``, and lower it. What its raiser wrote before is visible after.
 
-    Another tag ends the wait: that of a peer that has left.
+    A peer that has left ends the wait. Any other tag may be of an earlier step, which an error has ended.
     """
     up = tl.full((), 0, tl.int64) + tag
-    _swap_in_time(flag_ptr, up, up - up, "acquire", wait_errors_ptr, peer, tag, limit, True)
+    _swap_in_time(flag_ptr, up, up - up, "acquire", wait_errors_ptr, peer, tag, limit, False)
     tl.debug_barrier()
+
+
+@triton.jit
+def _is_elsewhere(flag, SHOWS_TAG: tl.constexpr):
+    """Whether a flag that is not at the tag waited for says that its peer does not come: see ``_swap_in_time``."""
+    return (flag != 0) if SHOWS_TAG else ((flag >> PHASE_SHIFT) & PHASE_MASK) == LEFT
 
 
 @triton.jit
@@ -66,7 +77,8 @@ def _swap_in_time(flag_ptr, old, new, SEM: tl.constexpr, wait_errors_ptr, peer, 
     """Set a flag to ``new`` once it is ``old``.
 
     wait_errors_ptr (4,) int64: after ``limit`` nanoseconds it gets why, peer + 1, tag and the flag, and on a GPU the
-    program traps. SHOWS_TAG: a flag that is neither 0 nor ``old`` is another tag of the peer, and ends the wait.
+    program traps. SHOWS_TAG: a flag that is neither 0 nor ``old`` is another tag of the peer, and ends the wait; else
+    only the tag of a peer that has left does.
     """
     if INTERPRETED:
         # Nothing traps there: after one wait has failed the others end at once.
@@ -75,7 +87,7 @@ def _swap_in_time(flag_ptr, old, new, SEM: tl.constexpr, wait_errors_ptr, peer, 
     if seen != old:
         spent = tl.full((), 0, tl.int64)
         began = now() if INTERPRETED else globaltimer()
-        while (seen != old) & (spent < limit) & ((seen == 0) | (not SHOWS_TAG)):
+        while (seen != old) & (spent < limit) & (_is_elsewhere(seen, SHOWS_TAG) == 0):
             if INTERPRETED:
                 rest()
             seen = tl.atomic_cas(flag_ptr, old, new, sem=SEM, scope="sys")
@@ -87,7 +99,7 @@ def _swap_in_time(flag_ptr, old, new, SEM: tl.constexpr, wait_errors_ptr, peer, 
             tl.store(wait_errors_ptr + 1, peer + 1)
             tl.store(wait_errors_ptr + 2, tag)
             tl.store(wait_errors_ptr + 3, seen.to(tl.int64))
-            tl.store(wait_errors_ptr, tl.where((seen != 0) & SHOWS_TAG, ELSEWHERE, TIME_UP))
+            tl.store(wait_errors_ptr, tl.where(_is_elsewhere(seen, SHOWS_TAG), ELSEWHERE, TIME_UP))
     tl.device_assert(seen == old, "sonic_ep: a wait for another rank has failed; the host names the rank")
 
 

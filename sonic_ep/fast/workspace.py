@@ -108,13 +108,14 @@ class Workspace:
         """Show ``tag``, or ``Phase.LEFT``, to every peer, which ends their waits; ``LEAVE_SECONDS`` at most."""
         if self._closed or self.group.world_size == 1:
             return
-        tag = tag or at_phase(self.tag, Phase.LEFT)
+        left = at_phase(self.tag, Phase.LEFT)
+        tag = tag or left
         limit = int(LEAVE_SECONDS * NANOSECONDS_PER_SECOND)
         sizes = (self.group.world_size, self.group.rank, tag, limit)
         launch(leave_kernel, sizes[:1], self._buffers[BARRIER].addresses, *sizes, device=self.device, num_warps=1)
         if self.receive_flags is not None:
             flags, chunk = self.receive_flags
-            grid, of_slots = (sizes[0], -(-chunk // LEFT_SLOTS)), (*sizes[:2], chunk, tag)
+            grid, of_slots = (sizes[0], -(-chunk // LEFT_SLOTS)), (*sizes[:2], chunk, left)
             launch(leave_slots_kernel, grid, flags.addresses, *of_slots, device=self.device, BLOCK=LEFT_SLOTS)
         if self.device.type == "cuda":
             done = torch.cuda.current_stream(self.device).record_event()

@@ -88,8 +88,8 @@ DOCUMENTED = Shape(tokens=3, hidden=8, intermediate=4, num_experts=4, top_k=2)
 @pytest.mark.fast
 @on_ranks(2, pool="cpu_pool")
 def test_formulas_of_a_layer(rank: Rank) -> None:
-    # The docstring of sonic_ep.testing.memory_model has the first and the last: 192 + 192 + 48 + 216, and 3584.
-    formulas = {False: [648, 648, 936, 696, 3584], True: [456, 648, 744, 984, 4096]}
+    # The docstring of sonic_ep.testing.memory_model has the first and the last: 192 + 192 + 48 + 208, and 5120.
+    formulas = {False: [640, 640, 928, 696, 5120], True: [448, 640, 736, 984, 5632]}
     with layer_on(rank, DOCUMENTED) as layer:
         for again, expected in formulas.items():
             config = replace(MODES, redispatch_x_in_backward=again)
