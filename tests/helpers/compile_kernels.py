@@ -55,7 +55,7 @@ def compiled(launch: dict[str, Any]) -> dict[str, Any]:
         "wide_stores": len(re.findall(r"st\.global[.:\w]*\.v4\.b32", ptx)),
         "single_elements": len(re.findall(r"(?:ld|st)\.global[.:\w]*(?<!\.v[24])\.b16", ptx)),
         "spilled_bytes": spilled(code.asm["cubin"]),
-        "waits": "limit" in kernel.arg_names,
+        "waits": "wait_errors_ptr" in kernel.arg_names,
         "orders": {
             "acquire": bool(re.search(r"atom\.global[.\w]*acquire", ptx)),
             "release": bool(re.search(r"atom\.global[.\w]*release", ptx)),

@@ -70,8 +70,17 @@ def run_every_kernel(device: torch.device, dtype: torch.dtype, hidden: int, top_
         run = partial(ep.moe, top_k=2, activation=GPT_OSS, reduce_router_grad=False)
         checkpoint(lambda x: run(x, *weights).y, x, use_reentrant=False).sum().backward()
         ep.check()
+    leaving(x, idx, num_experts)
     by_own_products(drawn(TOKENS, min(hidden, WIDEST_PRODUCT)), drawn(HELD, INTERMEDIATE, min(hidden, WIDEST_PRODUCT)))
     over_the_link(device)
+
+
+@torch.no_grad()
+def leaving(x: Tensor, idx: Tensor, num_experts: int) -> None:
+    """Collective. The kernels of ranks that leave, all of them between a dispatch and its combine."""
+    with ExpertParallel(backend="fast") as ep:
+        ep.dispatch(x, ep.plan(idx, num_experts=num_experts))
+        ep._backend.leave()
 
 
 @torch.no_grad()

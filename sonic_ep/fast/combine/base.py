@@ -100,8 +100,14 @@ class PushedCombine(ABC):
         return self.sums(rows_NH, scores_WCK, plan)[0]
 
     def weighted(self, rows_NH: Tensor, scores_TK: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
-        """Collective. ``combine`` with this rank's scores, fp32, and the scores of the group, (W, C, K)."""
-        workspace, scores_WCK = self._workspace, torch.empty_like(plan.expert_ids, dtype=torch.float32)
+        """Collective. ``combine`` with this rank's scores, fp32, and the scores of the group by slot, (W, C, K).
+
+        On one rank they are the same, (T, K): slots of tokens that do not exist are at the end, and are not read.
+        """
+        workspace = self._workspace
+        if workspace.group.world_size == 1:
+            return self.sums(rows_NH, scores_TK, plan)[0], scores_TK
+        scores_WCK = torch.empty_like(plan.expert_ids, dtype=torch.float32)
         staged = workspace.staging(SCORES, scores_WCK[0].numel() * FP32_BYTES)
         stage_rows(scores_TK, staged, workspace)
         workspace.barrier_after_write()
