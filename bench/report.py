@@ -14,7 +14,7 @@ try:
     from report_page.load import load
     from report_page.page import write_report
 except ModuleNotFoundError as error:
-    sys.exit(f"report: {error}: pip install 'sonic-ep[bench]'")
+    sys.exit(f"report: {error}: pip install msgspec jinja2 matplotlib")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

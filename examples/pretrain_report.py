@@ -84,7 +84,7 @@ def report(parts: Mapping[str, Curve], alone: Curve, tokens: int, folder: Path, 
         write_picture(parts, alone, comparison, folder / "curves.png")
         print(f"picture: {folder / 'curves.png'}")
     except ImportError:
-        print("no picture: matplotlib is not installed: pip install 'sonic-ep[viz]'")
+        print("no picture: matplotlib is not installed: pip install matplotlib")
     return comparison.ok
 
 

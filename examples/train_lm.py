@@ -102,7 +102,7 @@ def report(outcomes: Sequence[Outcome], settings: Settings, soak: Soak | None) -
         write_picture(outcomes, settings, settings.output)
         print(f"picture: {settings.output}")
     except ImportError:
-        print("no picture: matplotlib is not installed: pip install 'sonic-ep[viz]'")
+        print("no picture: matplotlib is not installed: pip install matplotlib")
     print(f"{time.time() - settings.started:.0f} s in all", flush=True)
 
 

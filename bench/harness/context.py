@@ -265,6 +265,8 @@ def run_script(options: argparse.Namespace, path: str, documents: Callable[[Run]
         for document in documents(run):
             if options.json is not None and run.place.rank == 0:
                 write(document, options.json)
+        if options.json is not None:
+            run.say(f"wrote {options.json}")
         return PASS
 
     return run_measured(options, path, measure)

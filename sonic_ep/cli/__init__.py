@@ -1,4 +1,4 @@
-"""The command line, ``python -m sonic_ep`` or ``sonic-ep``: doctor, verify, profile, demo.
+"""The command line, ``python -m sonic_ep`` or ``sonic-ep``: doctor, verify, profile, memory, demo.
 
 Exit codes: 0 if all passed, 1 if something failed or cannot run on this machine, 2 for wrong arguments, 130 after
 Ctrl-C.
@@ -10,28 +10,54 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
+import sonic_ep
 from sonic_ep.cli.demo import add_demo
 from sonic_ep.cli.doctor import add_doctor
 from sonic_ep.cli.exit_codes import FAIL, INTERRUPTED, WRONG_ARGUMENTS
 from sonic_ep.cli.launch import launch, launched_by_torchrun
+from sonic_ep.cli.memory import add_memory
 from sonic_ep.cli.profile import add_profile
 from sonic_ep.cli.verify import add_verify
 from sonic_ep.errors import BackendUnavailableError
+
+# What adds a command's options, what it does, and arguments as an example.
+COMMANDS: Mapping[str, tuple[Callable[[argparse.ArgumentParser], None], str, str]] = MappingProxyType(
+    {
+        "doctor": (add_doctor, "Versions, GPUs, links, and which backends can run here and why not.", ""),
+        "verify": (
+            add_verify,
+            "Compare every mode and flag with a plain PyTorch layer in double precision, on this machine.",
+            "--nproc 2 --thiek 64,32,16,8,2 --dtype bfloat16",
+        ),
+        "profile": (
+            add_profile,
+            "Time every mode at a shape, after checking its results, and name the fastest pair.",
+            "--nproc 2 --thiek 4096,256,128,16,2 --picture profile.png",
+        ),
+        "memory": (
+            add_memory,
+            "Bytes that a layer saves, needs at most and shares: whether it fits. Needs no GPU.",
+            "--thiek 131072,4096,1536,128,8 --ranks 8",
+        ),
+        "demo": (add_demo, "Follow a few tokens through four ranks, and verify the layer.", "--nproc 4"),
+    }
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     parser = CommandParser(prog="sonic-ep", description="Expert parallelism for Mixture-of-Experts layers.")
+    parser.add_argument("--version", action="version", version=f"sonic-ep {sonic_ep.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
-    add_doctor(commands.add_parser("doctor", help="versions, GPUs, links, and which backends can run here"))
-    add_verify(commands.add_parser("verify", help="run the differential cases on this machine"))
-    add_profile(commands.add_parser("profile", help="time every mode at a shape and name the fastest pair"))
-    add_demo(commands.add_parser("demo", help="route a handful of tokens over four ranks and show every step"))
+    for name, (add_options, text, example) in COMMANDS.items():
+        epilog = f"example: sonic-ep {name} {example}".rstrip()
+        add_options(commands.add_parser(name, help=text, description=text, epilog=epilog, formatter_class=WithDefaults))
     return run_command(parser, sys.argv[1:] if arguments is None else arguments, ("--module", "sonic_ep"))
 
 
@@ -69,3 +95,12 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **{**options, "allow_abbrev": False})
+
+
+class WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that ends with the default, where there is one and the text does not say it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False) or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)

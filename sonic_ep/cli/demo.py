@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -12,9 +13,10 @@ from sonic_ep.cli.exit_codes import FAIL, PASS
 from sonic_ep.cli.launch import Place, joined_group
 from sonic_ep.cli.options import add_nproc
 from sonic_ep.cli.verify import verify_cases
+from sonic_ep.plan import RoutingPlan
 from sonic_ep.testing.cases import CASES, Case, draw
 
-RANKS, TOKENS, EXPERTS_PER_RANK = 4, 4, 2
+RANKS, TOKENS, EXPERTS_PER_RANK, BAR = 4, 4, 2, 12
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
@@ -42,12 +44,26 @@ def _follow_rows(ep: ExpertParallel, place: Place) -> bool:
     plan = ep.plan(inputs.topk_idx[own], case.num_experts)
     rows_RH = ep.dispatch(x_TH, plan)
     place.say(f"each of the {TOKENS} tokens of a rank chooses {plan.top_k} of {plan.num_experts} experts:")
-    for rank, chosen_CK in enumerate(plan.expert_ids):
-        place.say(f"  rank {rank} chooses {chosen_CK.tolist()}")
-    place.say(f"slots of each expert: {plan.counts.tolist()}")
-    place.say(f"rank 0 holds experts 0..{plan.experts_per_rank - 1} and receives {plan.rows()} rows,")
+    for rank, chosen_CK in enumerate(plan.expert_ids.tolist()):
+        chosen = "   ".join(f"{rank}.{token} -> {chosen_K}" for token, chosen_K in enumerate(chosen_CK))
+        place.say(f"  rank {rank}: {chosen}")
+    place.say("\ntokens of each expert, as rank.token, in the order of its rows:")
+    for line in _experts(plan):
+        place.say(line)
+    place.say(f"\nrank 0 holds experts 0..{plan.experts_per_rank - 1} and receives {plan.rows()} rows,")
     received = rows_RH[: plan.rows(), 0].int().tolist()
-    place.say(f"  of tokens {received}, experts end at {plan.group_ends.tolist()}")
+    place.say(f"  of tokens {received} (numbered over all ranks), experts end at {plan.group_ends.tolist()}")
     y_TH = ep.combine(rows_RH, torch.full((TOKENS, case.top_k), 1 / case.top_k, device=place.device), plan)
     place.say(f"combine with scores of 1/{case.top_k}: tokens of rank 0 return as {y_TH[:, 0].tolist()}")
     return torch.equal(y_TH, x_TH)
+
+
+def _experts(plan: RoutingPlan) -> Iterator[str]:
+    """A line for each expert: its rank, how many slots it has, as a bar, and whose they are."""
+    most = max(1, int(plan.counts.max()))
+    yield f"  {'rank':>4} {'expert':>6}  {'slots':<{BAR + 3}} tokens"
+    for expert, count in enumerate(plan.counts.tolist()):
+        # By source rank, then token.
+        found = [f"{rank}.{token}" for rank, token, _ in (plan.expert_ids == expert).nonzero().tolist()]
+        bar = "#" * (BAR * count // most)
+        yield f"  {expert // plan.experts_per_rank:>4} {expert:>6}  {bar:<{BAR}} {count:>2} {' '.join(found)}"

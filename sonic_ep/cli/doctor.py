@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import platform
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import combinations
 
 import torch
 import torch.distributed as dist
 
-from sonic_ep.backend import BACKEND_PACKAGES, unavailable_reasons
+from sonic_ep.backend import BACKEND_PACKAGES, choose_backend, unavailable_reasons
 from sonic_ep.cli.exit_codes import FAIL, PASS
+from sonic_ep.config import AUTO
 from sonic_ep.distributed.group import EPGroup
+from sonic_ep.errors import BackendUnavailableError
 from sonic_ep.fast.capabilities import symmetric_memory_reasons
 from sonic_ep.profiler.machine import link_types, package_version, topology
 
@@ -35,6 +38,9 @@ def _doctor(options: argparse.Namespace) -> int:
         print(f"backend {name:<9} {'cannot run here:' if reasons else 'can run here'}")
         for reason in reasons:
             print(f"    - {reason}")
+    with suppress(BackendUnavailableError):
+        choice = choose_backend(AUTO, group)
+        print(f"backend auto      takes {choice.name} here: {choice.why}")
     healthy = any(not reasons for name, reasons in found.items() if options.backend in (None, name))
     return PASS if healthy else FAIL
 

@@ -38,6 +38,11 @@ class Place:
         if self.rank == 0 and sys.stdout.isatty():
             print(f"\r\x1b[K{line}", end="", flush=True)
 
+    def say_without_terminal(self, line: str) -> None:
+        """Print on rank 0 where ``show_progress`` prints nothing."""
+        if not sys.stdout.isatty():
+            self.say(line)
+
 
 def launched_by_torchrun() -> bool:
     """Whether this process is a rank already."""

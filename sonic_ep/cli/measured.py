@@ -34,22 +34,26 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def checked_ranks(options: argparse.Namespace) -> int:
-    """The number of ranks. Raises here, before any is started, the ``ValueError`` that each of them would raise.
-
-    Makes the folders of ``--json``.
-    """
-    ranks, path = ranks_of(options.nproc), options.json
-    if path is not None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            existed = path.exists()
-            path.open("a").close()
-            if not existed:
-                path.unlink()
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--json: got {str(path)!r}, expected the path of a file to write: {error}") from None
+    """The number of ranks. Raises here, before any is started, the ``ValueError`` that each of them would raise."""
+    ranks = ranks_of(options.nproc)
+    if options.json is not None:
+        check_writable("--json", options.json)
     choose_backend(options.backend, EPGroup(rank=0, world_size=ranks))
     return ranks
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Raise ``ValueError`` unless a file can be written at ``path``. Makes no folder."""
+    wrong = f"{option}: got {str(path)!r}, expected the path of a file to write"
+    if not path.parent.exists():
+        raise ValueError(f"{wrong}: there is no folder {str(path.parent)!r}, make it first")
+    try:
+        existed = path.exists()
+        path.open("a").close()
+        if not existed:
+            path.unlink()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{wrong}: {error}") from None
 
 
 def run_measured(options: argparse.Namespace, program: str, measure: Callable[[Run], int]) -> int:

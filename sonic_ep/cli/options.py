@@ -104,7 +104,7 @@ def add_call(parser: argparse.ArgumentParser, routings: tuple[str, ...]) -> None
     add_thiek(parser)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of tokens and weights")
     parser.add_argument("--routing", choices=routings, default="uniform", help="how experts are chosen")
-    parser.add_argument("--backend", choices=(AUTO, *BACKEND_PACKAGES), default=AUTO, help="which one is run")
+    parser.add_argument("--backend", choices=(AUTO, *BACKEND_PACKAGES), default=AUTO, help="which one is timed")
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

@@ -38,7 +38,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"sonic_ep.integrations.torchtitan needs torchtitan 0.3 or later on Python 3.11 or later ({error}): "
-        "pip install 'sonic-ep[torchtitan]'"
+        "pip install 'torchtitan>=0.3'"
     ) from error
 
 # What ``GroupedExperts`` casts rows and weights to, whatever they are.

@@ -50,7 +50,7 @@ except ImportError as error:
     except metadata.PackageNotFoundError:
         found = "no transformers"
     expected = "expected transformers 5.23 or later, which has a registry of EP implementations"
-    raise ImportError(f"sonic_ep: got {found}, {expected}: pip install 'sonic-ep[transformers]'") from error
+    raise ImportError(f"sonic_ep: got {found}, {expected}: pip install 'transformers>=5.23'") from error
 
 FUSED, DISPATCHED = "sonic_ep", "sonic_ep_dispatch"
 

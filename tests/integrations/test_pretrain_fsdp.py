@@ -173,5 +173,5 @@ def test_the_program_as_a_user_runs_it(tmp_path: Path) -> None:
     done = subprocess.run(command, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ranks and one process agree" in done.stdout
-    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'sonic-ep[viz]'")
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install matplotlib")
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(PNG_SIGNATURE)

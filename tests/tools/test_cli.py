@@ -54,10 +54,12 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 def test_verify_on_one_rank(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--case", "top_1", "--case", "uniform_bf16"]) == PASS
     lines = capsys.readouterr().out.splitlines()
-    cases = [[case, entry, "36"] for case in ("uniform_bf16", "top_1") for entry in ("moe_routed", "moe")]
-    assert [line.split()[:3] for line in lines[1:5]] == cases
-    assert all(line.endswith("PASS") for line in lines[1:5])
-    assert lines[5].startswith("144 runs, 0 failures")
+    assert " on cpu, 1 rank: 144 runs" in lines[0] or torch.cuda.is_available()
+    name = lines[0].split()[1]
+    cases = [[case, entry, name, "36"] for case in ("uniform_bf16", "top_1") for entry in ("moe_routed", "moe")]
+    assert [line.split()[:4] for line in lines[2:6]] == cases
+    assert all(line.endswith("PASS") for line in lines[2:6])
+    assert lines[6].startswith("144 runs, 0 failures")
 
 
 @pytest.mark.thorough
@@ -77,8 +79,9 @@ def out_of_bounds(case: Case, ep: ExpertParallel, device: torch.device) -> list[
 def test_verify_fails_if_one_finding_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(verify_module, "ENTRIES", {"moe": out_of_bounds})
     assert main(["verify", "--case", "uniform", "--backend", "reference"]) == FAIL
-    _, line, first, *_, last = capsys.readouterr().out.splitlines()
-    assert line.split() == ["uniform", "moe", "36", "2.00", "y", "FAIL"]
+    head, _, line, first, *_, last = capsys.readouterr().out.splitlines()
+    assert head.startswith("backend reference on c")
+    assert line.split() == ["uniform", "moe", "reference", "36", "2.00", "y", "FAIL"]
     assert first.startswith("    EPConfig(dispatch=")
     assert "y: relative error 1 (at most 0.5)" in first
     assert last.startswith("36 runs, 36 failures, ")
@@ -111,7 +114,7 @@ def test_cases_are_made_to_fit_any_number_of_ranks(world_size: int) -> None:
         assert case.num_experts % world_size == 0
         assert 1 <= case.top_k <= case.num_experts
     assert len(set(CONFIGS)) == 3 * 3 * 2 * 2
-    chosen = chosen_cases(argparse.Namespace(case=["top_1"], thiek=None), world_size)
+    chosen = chosen_cases(argparse.Namespace(case=["top_1"], thiek=None, dtype=None), world_size)
     assert [case.name for case in chosen] == ["top_1"]
 
 
@@ -140,6 +143,7 @@ def test_what_cannot_be_verified_is_said_once_and_no_rank_is_started(
     monkeypatch.setattr(cli_module, "launch", Mock(side_effect=NotImplementedError("ranks were started")))
     cases = [
         (["--thiek=8,8,8,4,2", "--nproc=3"], WRONG_ARGUMENTS, "got E=4, expected a multiple of the 3 ranks"),
+        (["--dtype=bfloat16"], WRONG_ARGUMENTS, "got --dtype without --thiek: named cases have dtypes of their own"),
         (["--thiek=8,8,8,4,2", "--case=top_1"], WRONG_ARGUMENTS, "got --case and --thiek, expected one or the other"),
     ]
     if unavailable_reasons("fast", ALONE):
@@ -162,12 +166,70 @@ def test_demo_shows_the_rows_and_verifies(rank: Rank) -> None:
         assert main(["demo"]) == PASS
     expected = ["2 ranks on cpu", "tokens of rank 0 return as [0.0, 1.0, 2.0, 3.0]", "24 runs, 0 failures"]
     assert [line in out.getvalue() for line in expected] == [rank.rank == 0] * 3
+    # Every token twice among the tokens of the experts, and as many bars as experts.
+    lines = [line.split() for line in out.getvalue().splitlines() if "#" in line]
+    shown = sorted(token for line in lines for token in line[4:])
+    assert shown == sorted(2 * [f"{r}.{t}" for r in range(2) for t in range(4)] if rank.rank == 0 else [])
+
+
+def test_the_version_and_an_example_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == PASS
+    assert capsys.readouterr().out == f"sonic-ep {version('sonic-ep')}\n"
+    for name, (add_options, _, example) in cli_module.COMMANDS.items():
+        parser = cli_module.CommandParser()
+        add_options(parser)
+        options = parser.parse_args(example.split())
+        if "check" in options and "picture" not in options:
+            options.check(options)
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert f"example: sonic-ep {name} {example}".strip() in shown
+        assert "default: None" not in shown
+
+
+def test_auto_is_what_doctor_and_verify_say(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_module, "ENTRIES", {"moe": out_of_bounds})
+    main(["doctor"])
+    (taken,) = [line.split()[3] for line in capsys.readouterr().out.splitlines() if line.startswith("backend auto")]
+    main(["verify", "--case", "uniform"])
+    assert capsys.readouterr().out.startswith(f"backend {taken} on ")
+
+
+def test_how_far_a_long_verify_is_and_what_takes_less(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter([0.0, 0.0, 20.0, 40.0, 90.0])
+    monkeypatch.setattr(verify_module.time, "monotonic", lambda: next(now))
+    progress = verify_module.Progress(Place(rank=0, world_size=1, device=torch.device("cpu")), runs=40, slow=True)
+    for run in range(1, 5):
+        progress.begins(f"run {run}")
+    assert capsys.readouterr().out.splitlines() == [
+        "about 13 min left; --backend reference or a smaller --thiek or one --case takes less",
+        "[4/40] run 4, 18 min left",
+    ]
+
+
+def test_memory_of_the_worked_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["memory", "--thiek", "6,8,4,4,2", "--ranks", "2"]) == PASS
+    lines = {line.split("  ")[0]: line.split()[-5:] for line in capsys.readouterr().out.splitlines()}
+    # Bytes of the docstring of sonic_ep.testing.memory_model: 12 or 6 rows, saved and shared.
+    for flags, rows, saved in (("none", "12", 192 + 192 + 48 + 208), ("cpu_sync_on_runtime", "6", 96 + 96 + 48 + 184)):
+        found = lines[flags]
+        assert (found[0], found[1]) == (rows, f"{saved / 2**30:#.3g}")
+    assert lines["none"][4] == f"{5120 / 2**30:#.3g}"
+    assert main(["memory", "--thiek", "6,8,4,4,2", "--ranks", "4"]) == WRONG_ARGUMENTS
+    assert "T=6, expected a multiple of the 4 ranks" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_every_rank() -> None:
     with subprocess.Popen([*COMMAND, "verify", "--nproc", "2"], stdout=subprocess.PIPE, text=True) as launched:
         assert launched.stdout is not None
-        assert "result" in launched.stdout.readline()
+        assert "2 ranks" in launched.stdout.readline()
         listed = Path(f"/proc/{launched.pid}/task").glob("*/children")
         ranks = [int(child) for of_thread in listed for child in of_thread.read_text().split()]
         assert len(ranks) == 2

@@ -45,7 +45,7 @@ def run(monkeypatch: pytest.MonkeyPatch, script: Any, *argv: str) -> int:
 
 @pytest.mark.thorough
 def test_the_line_of_the_readme_on_a_machine_without_gpus(tmp_path: Path) -> None:
-    path = tmp_path / "folder" / "layer.json"
+    path = tmp_path / "layer.json"
     command = f"bench/moe_ep.py --thiek {README_SHAPE} --skip_bench_bwd"
     done = python_in_root(*TORCHRUN, *command.split(), "--commit", "a name", "--json", str(path))
     assert done.returncode == PASS, done.stderr
@@ -159,7 +159,7 @@ def test_a_wrong_layer_fails(
 def test_a_sweep_of_two_points(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "folder" / "sweep.json"
+    path = tmp_path / "sweep.json"
     argv = ["--backend", "reference", *HIE, "--point", "4,2,skewed", "--point=3,1,one_rank", "--dtype", "float32"]
     assert run(monkeypatch, sweep, *argv, "--commit=a name", "--json", str(path)) == PASS
     note, *lines = capsys.readouterr().out.splitlines()

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from unittest.mock import Mock
@@ -36,7 +37,7 @@ def run(*arguments: str) -> int:
 def test_a_table_and_a_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "results" / "profile.json"
+    path = tmp_path / "profile.json"
     kept = [*SMALL, "--combine-mode", "rank_dedup"]
     # Paths of this machine mean nothing to others, and a commit is named once.
     for commit in ([], ["--commit", "abc of mine"], ["--commit=abc of mine"]):
@@ -45,7 +46,7 @@ def test_a_table_and_a_file(
         assert run(*arguments) == PASS
         document = json.loads(path.read_text())
         report = ProfileReport.from_json(document)
-        assert capsys.readouterr().out == f"{report}\n"
+        assert capsys.readouterr().out == f"{report}\nwrote {path}\n"
         assert report.config == EPConfig(dispatch=report.config.dispatch, combine="rank_dedup")
         assert report.shape.tokens == (6,)
         assert report.origin.command.endswith("python -m sonic_ep profile " + " ".join(kept))
@@ -81,6 +82,9 @@ def test_what_is_wrong_is_told_before_a_rank_is_started(tmp_path: Path) -> None:
         (["--thiek", "6,16,1,4,2", "--nproc", "3"], "--thiek: got E=4, expected a multiple of the 3 ranks"),
         (["--thiek=6,16,1,4,3", "--nproc=2", "--routing=one_rank"], "--thiek: got K=3, expected at most the 2"),
         ([f"--json={tmp_path}/file/profile.json"], r"--json: got .*, expected the path of a file to write"),
+        ([f"--json={tmp_path}/none/profile.json"], r"--json: .*there is no folder .*none', make it first"),
+        ([f"--picture={tmp_path}/none/profile.png"], r"--picture: .*there is no folder .*none', make it first"),
+        (["--picture=profile.gif"], r"--picture: got 'profile.gif', expected a path that ends in one of .png"),
     ):
         options = parsed(*arguments, "--backend", "reference")
         with pytest.raises(ValueError, match=message):
@@ -92,3 +96,16 @@ def test_a_profile_that_is_refused_fails(monkeypatch: pytest.MonkeyPatch, capsys
         monkeypatch.setattr(command.NetworkProfiler, "profile", Mock(side_effect=error))
         assert run(*SMALL) == FAIL
         assert capsys.readouterr().out == f"FAIL: {error}\n"
+
+
+def test_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "profile.svg"
+    assert run(*SMALL, "--picture", str(path)) == PASS
+    out = capsys.readouterr().out
+    assert f"wrote {path}" in out
+    picked = re.search(r"picked: dispatch (\w+), combine (\w+)", out)
+    assert picked is not None
+    # Text in an SVG is drawn, but named in comments.
+    drawn = path.read_text()
+    assert f"dispatch {picked[1]} and combine {picked[2]} are the fastest pair" in drawn
+    assert all(f"{kind} {mode} " in drawn for kind in ("dispatch", "combine") for mode in ("rank_dedup",))
