@@ -85,6 +85,12 @@ class ExpertParallel:
         if self.group.rank == 0:
             logger.info("backend=%s, %d ranks (%s)", self.backend, self.group.world_size, self.why)
 
+    def __repr__(self) -> str:
+        ranks = f"rank={self.rank}, world_size={self.world_size}"
+        sizes = f"max_tokens_per_rank={self.max_tokens_per_rank}, config={self.config}"
+        ended = "" if self.usable else " (closed, or ended by an error)"
+        return f"ExpertParallel(backend={self.backend!r}, {ranks}, {sizes}){ended}"
+
     @property
     def rank(self) -> int:
         """This rank within the group."""

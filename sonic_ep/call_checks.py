@@ -18,23 +18,21 @@ from sonic_ep.call_memory import CallMemory, CallRecord
 from sonic_ep.checks import (
     ArgumentChecker,
     ExpertArguments,
-    RouterArguments,
     check_experts,
+    check_hidden_size,
     check_plan,
-    check_router,
-    check_router_options,
     check_routing,
     check_rows_of_plan,
     check_scores,
     check_tokens,
     check_tokens_of_plan,
     experts_as_read,
-    router_as_read,
     tokens_of,
 )
 from sonic_ep.config import RouterOptions
 from sonic_ep.distributed.max_tokens import MaxTokens
 from sonic_ep.plan import PlanForm, RoutingPlan
+from sonic_ep.router_checks import RouterArguments, check_router, check_router_options, router_as_read
 from sonic_ep.sharding import is_dtensor, local_of
 
 OPTIONS_KEPT = 64
@@ -83,6 +81,7 @@ class CallChecks:
 
     def _checked_moe(self, record: CallRecord, x: Any, router: Given, experts: Given, options: Given) -> CheckedCall:
         x_any = check_tokens(self._checker, x)
+        check_hidden_size(self._checker, x_any, router[0], *experts[:2])
         record.options = self._router_options(*options[2:])
         of_router = RouterArguments(router_w=router[0], router_b=router[1], correction_bias=router[2])
         weights = check_router(self._checker, x_any, of_router, record.options)
@@ -113,6 +112,7 @@ class CallChecks:
         self, record: CallRecord, x: Any, routing: Given, experts: Given, options: Given
     ) -> CheckedCall:
         x_any = check_tokens(self._checker, x)
+        check_hidden_size(self._checker, x_any, None, *experts[:2])
         return_routing = self._checker.flag("return_routing", options[2])
         checked = self._checked_experts(x_any, experts, options, None)
         num_experts = checked.w2.shape[0] * self._world_size

@@ -6,16 +6,16 @@ returned uncopied: once all shapes are right, ``for_kernels`` copies what kernel
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS, Activation
 from sonic_ep.autograd_utils import as_it_lies, for_kernels, raise_if_freed
-from sonic_ep.backend import ExpertWeights, RouterWeights
+from sonic_ep.backend import ExpertWeights
 from sonic_ep.compat import has_tangent
-from sonic_ep.config import RouterConfig, RouterOptions, ScoreOrder, is_count, parse_choice, settings_of
+from sonic_ep.config import is_count
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.plan import PlanForm, RoutingPlan, form_of, malformed_field
 from sonic_ep.sharding import is_dtensor, local_of
@@ -42,15 +42,6 @@ class ExpertArguments:
     b2: object
     activation: object
     gate_layout: object
-
-
-@dataclass(frozen=True, kw_only=True)
-class RouterArguments:
-    """The router of a call as the caller passed it."""
-
-    router_w: object
-    router_b: object
-    correction_bias: object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +161,23 @@ def check_tokens(checker: ArgumentChecker, x: object) -> Tensor:
     return tensor
 
 
+def check_hidden_size(checker: ArgumentChecker, x: Tensor, router_w: object, w1: object, w2: object) -> None:
+    """Blame x, and no weight, where all weights have one H and x has another."""
+    ups = w1 if isinstance(w1, tuple) else (w1,)
+    given: list[tuple[str, Any, int, int]] = [
+        ("router_w", router_w, 2, 1),
+        *(("w1", up, 3, 2) for up in ups),
+        ("w2", w2, 3, 1),
+    ]
+    dense = [held for held in given if isinstance(held[1], Tensor) and not held[1].is_nested]
+    found = {name: w.shape[at] for name, w, ndim, at in dense if w.ndim == ndim}
+    hidden = set(found.values())
+    if len(found) >= 2 and len(hidden) == 1 and x.shape[-1] not in hidden:
+        shapes = ", ".join(f"{name} {tuple(w.shape)}" for name, w, *_ in dense if name in found)
+        expected = f"a last dimension of H={hidden.pop()}, as {shapes}"
+        checker.require(False, "shape of x", tuple(x.shape), expected)
+
+
 def tokens_of(x: Tensor) -> int:
     """T of ``x`` (T, H) or (..., H)."""
     return x.shape[:-1].numel()
@@ -187,96 +195,6 @@ def check_top_k(checker: ArgumentChecker, top_k: int, num_experts: int) -> None:
     """1 <= K <= E."""
     checker.count("top_k", top_k)
     checker.require(top_k <= num_experts, "top_k", top_k, f"at most E={num_experts}")
-
-
-def check_router_config(
-    checker: ArgumentChecker, router: object, score_order: object, norm_topk_probs: object
-) -> RouterConfig:
-    """``router``, or the configuration that the two options abbreviate where there is none."""
-    order = parse_choice(f"{checker.group}: score_order", score_order, ScoreOrder)
-    short = RouterConfig(score_order=order, norm_topk_probs=checker.flag("norm_topk_probs", norm_topk_probs))
-    if router is None:
-        return short
-    given = checker.instance("router", router, RouterConfig, "a RouterConfig or None")
-    remedy = "one or the other: set them in the RouterConfig"
-    checker.require(short == RouterConfig(), "router", "a RouterConfig with score_order or norm_topk_probs", remedy)
-    return given
-
-
-def check_router_options(
-    checker: ArgumentChecker,
-    router: object,
-    score_order: object,
-    norm_topk_probs: object,
-    top_k: int,
-    reduce_router_grad: object,
-) -> RouterOptions:
-    """The router of a call, whose weights are not known yet."""
-    config = check_router_config(checker, router, score_order, norm_topk_probs)
-    reduced = checker.flag("reduce_router_grad", reduce_router_grad)
-    return RouterOptions(**settings_of(config), top_k=top_k, reduce_router_grad=reduced)
-
-
-def check_router(checker: ArgumentChecker, x: Tensor, given: RouterArguments, options: RouterOptions) -> RouterWeights:
-    """router_w (E, H) and router_b (E,), as x or fp32; correction_bias (E,) fp32; and that groups fit E and K."""
-    dtypes = tuple(dict.fromkeys((x.dtype, torch.float32)))
-    given = local_router(checker, given, reduce_grad=options.reduce_router_grad)
-    weight_EH = checker.tensor("router_w", given.router_w, dtypes, x)
-    shape, hidden = tuple(weight_EH.shape), x.shape[-1]
-    fits = weight_EH.ndim == 2 and shape[0] >= 1 and shape[1] == hidden
-    checker.require(fits, "shape of router_w", shape, f"(E, {hidden}) = (E, H), E at least 1")
-    check_experts_divide(checker, shape[0])
-    check_top_k(checker, options.top_k, shape[0])
-    check_groups(checker, options, options.top_k, shape[0])
-    bias_E = _check_of_experts(checker, x, "router_b", given.router_b, (shape[0], dtypes))
-    correction_E = _check_of_experts(checker, x, "correction_bias", given.correction_bias, (shape[0], (torch.float32,)))
-    trained = correction_E is not None and correction_E.requires_grad
-    remedy = "one that does not: it has none, since it is for the choice only (a buffer, or correction_bias.detach())"
-    checker.require(not trained, "correction_bias", "one that requires a gradient", remedy)
-    return RouterWeights(weight=weight_EH, bias=bias_E, correction=correction_E)
-
-
-def local_router(checker: ArgumentChecker, given: RouterArguments, *, reduce_grad: bool) -> RouterArguments:
-    """This rank's tensors of a router that is replicated as DTensors."""
-    weights = {"router_w": given.router_w, "router_b": given.router_b, "correction_bias": given.correction_bias}
-    if not any(map(is_dtensor, weights.values())):
-        return given
-    local = {name: local_of(checker.group, name, weight, replicated=True) for name, weight in weights.items()}
-    # A replicated DTensor says that its gradient is the same on all ranks.
-    remedy = "reduce_router_grad=True, or plain tensors: else the gradient of a replicated DTensor differs over ranks"
-    checker.require(reduce_grad, "router", "a DTensor", remedy)
-    return RouterArguments(**local)
-
-
-def check_groups(checker: ArgumentChecker, config: RouterConfig, top_k: int, num_experts: int) -> None:
-    """Groups of equal size, of which those that stay hold K experts."""
-    groups, stay = config.num_groups, config.top_groups
-    if groups == 1:
-        return
-    of_groups = f"E={num_experts} experts in num_groups={groups}"
-    checker.require(num_experts % groups == 0, "num_groups", groups, f"a divisor of E={num_experts}")
-    size = num_experts // groups
-    checker.require(config.group_top <= size, "group_top", config.group_top, f"at most {size}: {of_groups}")
-    fits = f"at most {stay * size}: {of_groups}, of which top_groups={stay} stay"
-    checker.require(top_k <= stay * size, "top_k", top_k, fits)
-
-
-def _check_of_experts(
-    checker: ArgumentChecker, x: Tensor, name: str, value: object, form: tuple[int, tuple[torch.dtype, ...]]
-) -> Tensor | None:
-    """A number of each expert, or None. form: E, and the dtypes."""
-    if value is None:
-        return None
-    num_experts, dtypes = form
-    tensor_E = checker.tensor(name, value, dtypes, x)
-    checker.shape(name, tensor_E, (num_experts,), "(E,), as router_w")
-    return tensor_E
-
-
-def router_as_read(weights: RouterWeights) -> RouterWeights:
-    """``weights`` with tensors that kernels can read."""
-    bias_E, correction_E = (None if w is None else for_kernels(w) for w in (weights.bias, weights.correction))
-    return RouterWeights(weight=for_kernels(weights.weight), bias=bias_E, correction=correction_E)
 
 
 def check_routing(checker: ArgumentChecker, topk_idx: object, num_experts: int, x: Tensor | None = None) -> Tensor:
@@ -323,16 +241,20 @@ def check_experts(
     w1 = _checked_parts(checker, "w1", given.w1, x, split=split)
     w2 = _check_weight(checker, "w2", given.w2, x)
     hidden = x.shape[-1]
-    checker.require(w2.ndim == 3, "shape of w2", tuple(w2.shape), f"(e, {hidden}, I) = (e, H, I)")
+    checker.require(w2.ndim == 3, "shape of w2", tuple(w2.shape), f"(e, {hidden}, I) = (e, H, I), H as x")
     held = w2.shape[0] if num_experts is None else num_experts // checker.group.world_size
     width = w2.shape[2] if split else activation.up_width(w2.shape[2])
     checker.require(held >= 1, "shape of w2", tuple(w2.shape), "at least one expert on this rank")
-    checker.shape("w2", w2, (held, hidden, w2.shape[2]), "(e, H, I); stored as (e, I, H), pass w2.transpose(1, 2)")
+    checker.shape(
+        "w2", w2, (held, hidden, w2.shape[2]), "(e, H, I), H as x; stored as (e, I, H), pass w2.transpose(1, 2)"
+    )
     whole_of_two = activation.gated and not split
+    rows = "2I" if whole_of_two else "I"
+    letters = f"(e, {rows}, H), H as x; stored as (e, H, {rows}), pass its transpose(1, 2)"
     for place, part in enumerate(w1):
         name = f"w1[{place}]" if split else "w1"
-        checker.shape(name, part, (held, width, hidden), "(e, 2I, H)" if whole_of_two else "(e, I, H)")
-    checker.require(width <= MOST_WIDTH, "2I of w1" if whole_of_two else "I of w1", width, f"at most {MOST_WIDTH}")
+        checker.shape(name, part, (held, width, hidden), letters)
+    checker.require(width <= MOST_WIDTH, f"{rows} of w1", width, f"at most {MOST_WIDTH}")
     b1, b2 = _check_biases(checker, x, given, (held, width), split=split)
     return ExpertWeights(
         w1=(w1[0], w1[1]) if split else w1[0],
@@ -363,13 +285,21 @@ def _check_biases(
 
 def _check_weight(checker: ArgumentChecker, name: str, value: object, x: Tensor) -> Tensor:
     """In the dtype of x; fp32 where x is of half precision and autocast is on: see ``experts_as_read``."""
-    hint, dtypes = "", [x.dtype]
+    dtypes = [x.dtype]
     value = local_of(checker.group, name, value)
     if x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
         dtypes.append(torch.float32)
-    elif isinstance(value, Tensor) and value.dtype == torch.float32:
-        hint = f", the dtype of x: fp32 weights are cast to it under torch.autocast({x.device.type!r}) only"
+    hint = _dtype_hint(x, value.dtype) if isinstance(value, Tensor) and value.dtype not in dtypes else ""
     return checker.tensor(name, value, tuple(dtypes), x, hint)
+
+
+def _dtype_hint(x: Tensor, dtype: torch.dtype) -> str:
+    """What to do where a weight of ``dtype`` meets x."""
+    hint = f", the dtype of x: pass x.to({dtype}), or cast the layer to {x.dtype}"
+    if dtype == torch.float32:
+        return f"{hint}; under torch.autocast({x.device.type!r}) fp32 weights are cast to the dtype of x"
+    # What a norm or a residual returns.
+    return f"{hint}; under autocast x may be fp32 after a norm" if x.dtype == torch.float32 else hint
 
 
 def _checked_parts(checker: ArgumentChecker, name: str, value: object, x: Tensor, *, split: bool) -> tuple[Tensor, ...]:

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from sonic_ep.activation import Activation
 from sonic_ep.api import ExpertParallel, MoEOutput
-from sonic_ep.checks import ArgumentChecker, check_groups, check_router_config, check_top_k
+from sonic_ep.checks import ArgumentChecker, check_top_k
 from sonic_ep.config import RouterConfig, ScoreOrder
 from sonic_ep.experts import ONE_PROCESS, Experts
 from sonic_ep.router import Router
+from sonic_ep.router_checks import check_groups, check_router_config
 
 
 class MoE(nn.Module):

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from sonic_ep.activation import Activation, activation_of
 from sonic_ep.backend import MoEOutput, RoutedOutput
-from sonic_ep.checks import ArgumentChecker, RouterArguments, local_router
+from sonic_ep.checks import ArgumentChecker
 from sonic_ep.config import RouterConfig, ScoreOrder, router_config_of
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.ops.operator import Given, Operator, flags_of, registered
+from sonic_ep.router_checks import RouterArguments, local_router
 from sonic_ep.sharding import local_of
 
 # One weight, gate and up, or none.

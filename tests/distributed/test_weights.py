@@ -166,7 +166,7 @@ def test_fp32_weights_under_autocast_are_those_cast_by_the_caller(
         assert_same_bits(*found)
         arguments, _ = cast_call(call, torch.float32)
         name = "w1" if form == "transposed" else r"w1\[0\]"
-        said = rf"dtype of {name}: got torch.float32, expected torch.bfloat16, the dtype of x: fp32 weights are cast"
+        said = rf"dtype of {name}: got torch.float32, expected torch.bfloat16, the dtype of x: pass x.to"
         with pytest.raises(ValueError, match=said):
             ep.moe_routed(**arguments)
         arguments, _ = cast_call(call, torch.float16)

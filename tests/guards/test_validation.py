@@ -52,7 +52,17 @@ WRONG_MOE: list[tuple[dict[str, Any], str]] = [
     ({"w1": rand(4, 8, 8, device="meta")}, "device of w1: got meta, expected cpu"),
     ({"w1": rand(4, 4, 8)}, r"shape of w1: got \(4, 4, 8\), expected \(4, 8, 8\) = \(e, 2I, H\)"),
     ({"w1": repeated(4, 2**21 + 2, 8), "w2": repeated(4, 8, 2**20 + 1)}, "2I of w1: got 2097154, expected at most"),
-    ({"w1": rand(4, 8, 8, dtype=BF16)}, "dtype of w1: got torch.bfloat16, expected torch.f"),
+    (
+        {"w1": rand(4, 8, 8, dtype=BF16)},
+        r"dtype of w1: got torch.bfloat16, expected torch.float32, the dtype of x: pass x.to\(torch.bfloat16\), or "
+        "cast the layer to torch.float32; under autocast x may be fp32 after a norm",
+    ),
+    (
+        {"x": rand(5, 7)},
+        r"shape of x: got \(5, 7\), expected a last dimension of H=8, as router_w \(4, 8\), w1 \(4, 8, 8\), w2 ",
+    ),
+    ({"x": rand(5, 7), "w1": rand(4, 8, 9)}, r"shape of router_w: got \(4, 8\), expected \(E, 7\) = \(E, H\), H as x"),
+    ({"w1": rand(4, 8, 9)}, r"shape of w1: got \(4, 8, 9\), .*H as x; stored as \(e, H, 2I\), pass its transpose"),
     ({"w2": rand(4, 4, 8)}, r"shape of w2: got \(4, 4, 8\), expected \(4, 8, 8\)"),
     ({"w2": rand(8, 4)}, r"shape of w2: got \(8, 4\), expected \(e, 8, I\)"),
     ({"router_w": rand(6, 8)}, r"shape of w2: got \(4, 8, 4\), expected \(6, 8, 4\)"),
@@ -103,11 +113,13 @@ WRONG_MOE += [
     ({"b1": (rand(4, 4), rand(4, 4)), "b2": rand(4, 8)}, "b1: got a tuple, expected one tensor, as w1"),
     (
         {"x": rand(5, 8, dtype=BF16)},
-        "dtype of w1: got torch.float32, expected torch.bfloat16, the dtype of x: fp32",
+        r"dtype of w1: got torch.float32, expected torch.bfloat16, the dtype of x: pass x.to\(torch.float32\), or cast "
+        r"the layer to torch.bfloat16; under torch.autocast\('cpu'\) fp32 weights are cast",
     ),
     ({"activation": torch.relu}, "activation: got <built-in method relu"),
 ]
 WRONG_ROUTED: list[tuple[dict[str, Any], str]] = [
+    ({"x": rand(5, 7)}, r"shape of x: got \(5, 7\), expected a last dimension of H=8, as "),
     ({"topk_idx": torch.zeros(5, 2)}, "dtype of topk_idx: got torch.float32, expected torch.int32 or"),
     ({"topk_idx": ids(5)}, r"shape of topk_idx: got \(5,\)"),
     ({"topk_idx": ids(4, 2)}, "tokens of topk_idx: got 4, expected T=5"),
@@ -317,3 +329,12 @@ def test_numbers_and_names_are_right_or_refused(rank: Rank, backend: str) -> Non
         assert_no_complaints(complaints_of(MoE, layer, inspect.signature(MoE).parameters, MAY_BE_OF_LAYER))
     for make in (EPConfig, ExpertParallel, RouterConfig):
         assert_no_complaints(complaints_of(make, {}, inspect.signature(make).parameters))
+
+
+def test_what_it_is_called_when_printed() -> None:
+    ep = ExpertParallel(backend="reference", config=EPConfig(combine="rank_dedup"), max_tokens_per_rank=7)
+    known = "ExpertParallel(backend='reference', rank=0, world_size=1, max_tokens_per_rank=7, config=EPConfig("
+    assert repr(ep).startswith(known)
+    assert "closed" not in repr(ep)
+    ep.close()
+    assert repr(ep).endswith("(closed, or ended by an error)")

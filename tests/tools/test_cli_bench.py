@@ -162,8 +162,9 @@ def test_a_sweep_of_two_points(
     path = tmp_path / "sweep.json"
     argv = ["--backend", "reference", *HIE, "--point", "4,2,skewed", "--point=3,1,one_rank", "--dtype", "float32"]
     assert run(monkeypatch, sweep, *argv, "--commit=a name", "--json", str(path)) == PASS
-    note, *lines = capsys.readouterr().out.splitlines()
+    note, *lines, last = capsys.readouterr().out.splitlines()
     assert note == "note: on the CPU: the times mean nothing for GPUs"
+    assert last == f"wrote {path}"
     assert [line.split(";")[0].split() for line in lines] == [["T=4", "K=2", "skewed"], ["T=3", "K=1", "one_rank"]]
     document = json.loads(path.read_text())
     environment = document["environment"]
