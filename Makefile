@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-thorough test-oldest lint types format bench sanitize clean
+.PHONY: demo test test-thorough test-oldest lint types format docs bench sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m sonic_ep doctor
@@ -40,6 +40,10 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The pages of docs/ as a site in site/. A broken link is an error.
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,viz]'
@@ -65,4 +69,4 @@ sanitize: $(INSTALLED)
 		$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=2 tests/helpers/every_kernel.py
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache build *.egg-info train_lm.png pretrain_fsdp report.html report_png bench/results/latest.json
+	rm -rf site $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache build *.egg-info train_lm.png pretrain_fsdp report.html report_png bench/results/latest.json

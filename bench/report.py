@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--output: expected the path of a file, got the folder {output}")
         if output.resolve() in [path.resolve() for path in options.files]:
             raise ValueError(f"--output: expected the path of a page, got {output}, one of the results")
+        if not output.parent.is_dir():
+            raise ValueError(f"--output: there is no folder {output.parent}, make it first")
         folder = options.png_folder or output.with_name(f"{output.stem}_png")
         figures = write_report(documents, output, folder)
     except (ValueError, OSError) as error:
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, ValueError) else 1
     for name in passed_over:
         print(f"{name}: passed over, it records no times")
-    print(f"{output}: {len(documents)} files, {figures} figures, also as PNG in {folder}")
+    print(f"wrote {output}: {len(documents)} files, {figures} figures, also as PNG in {folder}")
     return 0
 
 

@@ -38,11 +38,10 @@ from sonic_ep.graphs import graphed
 from sonic_ep.module import MoE
 from sonic_ep.plan import RoutingPlan
 from sonic_ep.sharing import shared
+from sonic_ep.version import __version__
 
 if TYPE_CHECKING:
     from sonic_ep.profiler import NetworkProfiler, ProfileReport
-
-__version__ = "0.3.0"
 
 __all__ = [
     "Activation",
@@ -71,6 +70,7 @@ __all__ = [
     "ScoreOrder",
     "SharedMemoryError",
     "Swiglu",
+    "__version__",
     "graphed",
     "moe",
     "shared",

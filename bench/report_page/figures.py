@@ -81,6 +81,17 @@ def bandwidth(figure: Figure, found: selection.Bandwidth) -> None:
     _legend(axes)
 
 
+def headline(figure: Figure, found: selection.Headline) -> None:
+    """A bar for the layer and for each time that it is compared with."""
+    axes = _axes(figure, 1.0 + 0.36 * len(found.milliseconds))
+    for place, (name, ms) in enumerate(found.milliseconds.items()):
+        axes.barh(place, ms, 0.6, color=BLUE if name == "the layer" else PART_COLOURS[selection.GEMMS])
+        axes.text(ms, place, f"  {ms:.1f}", va="center", color=INK)
+    axes.margins(x=0.1)
+    axes.set_xlabel("ms, forward and backward")
+    _name_bars(axes, list(found.milliseconds))
+
+
 def breakdown(figure: Figure, found: tuple[selection.LayerGroup, str]) -> None:
     """One stacked bar for each layer, and marks for its time and for the GEMMs alone with the link."""
     group, pass_name = found

@@ -12,22 +12,24 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from schema import Document, pair_name
 
 from report_page import computed, figures, load, selection
+from sonic_ep.profiler.machine import TWO_GPUS_NOTE
 
+# A prediction so close to the best is as good.
+WITHIN = 0.01
 LOADER = FileSystemLoader(Path(__file__).parent)
 TEMPLATES = Environment(loader=LOADER, autoescape=True, undefined=StrictUndefined, extensions=["jinja2.ext.do"])
 TEMPLATES.trim_blocks = TEMPLATES.lstrip_blocks = True
 
 
 class Cell(NamedTuple):
-    """Text of a table's cell. kind: w for text, n for a number, good or bad for a judgement."""
+    """Text of a table's cell. kind: w for text, n for a number, good, bad or differs for a judgement."""
 
     text: str
     kind: str
 
 
 def write_report(documents: Sequence[Document], output: Path, png_folder: Path) -> int:
-    """Writes the page and the PNGs, making their folders; returns how many figures. Raises ``OSError``."""
-    output.parent.mkdir(parents=True, exist_ok=True)
+    """Writes the page and the PNGs, making the folder of PNGs; returns how many figures. Raises ``OSError``."""
     png_folder.mkdir(parents=True, exist_ok=True)
     page = render(documents, partial(figures.save, folder=png_folder))
     output.write_text(page, encoding="utf-8")
@@ -40,7 +42,8 @@ def render(documents: Sequence[Document], save: Callable[..., str]) -> str:
     of_kind = {kind: [d for d in documents if d.kind == kind] for kind in ("suite", "profile", "layer", "sweep")}
     TEMPLATES.filters |= {"places": number, "median": median, "pair": pair_name, "columns": columns}
     TEMPLATES.filters |= {"measurements": selection.measurements}
-    TEMPLATES.globals |= {"Cell": Cell, "laid_out": laid_out, "judgement": judgement}
+    TEMPLATES.globals |= {"Cell": Cell, "laid_out": laid_out, "judgement": judgement, "compared": compared}
+    TEMPLATES.globals |= {"two_gpus": TWO_GPUS_NOTE}
     template = TEMPLATES.get_template("page.html.j2")
     return template.render(**modules, **of_kind, documents=documents, save=save)
 
@@ -76,6 +79,21 @@ def _cell(value: object) -> Cell:
 def judgement(good: bool, text: str) -> Cell:
     """With the colour of good or bad; the text alone has to say which."""
     return Cell(text=text, kind="good" if good else "bad")
+
+
+def compared(name: str, over_best: float | None) -> Cell:
+    """A prediction: the best, within 1 % of it, or so many times as long. None: it was not timed.
+
+    >>> compared("a", 1.0), compared("a", 1.004), compared("a", 1.25).kind
+    (Cell(text='the same', kind='good'), Cell(text='a, within 1 %', kind='good'), 'differs')
+    """
+    if over_best is None:
+        return Cell(text=name, kind="differs")
+    if over_best == 1:
+        return Cell(text="the same", kind="good")
+    if over_best <= 1 + WITHIN:
+        return Cell(text=f"{name}, within 1 %", kind="good")
+    return Cell(text=f"{name}, {over_best:.3f} times", kind="differs")
 
 
 def number(value: float | None, places: int = 1, times: float = 1) -> Cell:

@@ -122,6 +122,40 @@ def labels(layers: Sequence[Layer]) -> list[str]:
     return [f"{name} ({file})" if names.count(name) > 1 else name for name, file in zip(names, files, strict=True)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """A layer's forward and backward, and what it is compared with. milliseconds: by what took them, in order."""
+
+    layer: Layer
+    milliseconds: dict[str, float]
+    over_gemms_and_link: float | None
+    over_reference: float | None
+    scaling_efficiency: float | None
+
+
+def headline(layers: Sequence[Layer]) -> Headline | None:
+    """Of the first layer with uniform routing whose forward and backward was timed; None without one."""
+    for layer in layers:
+        total = median_us(layer, FORWARD_AND_BACKWARD, LAYER)
+        derived = next((found for found in layer.derived if found.pass_name == FORWARD_AND_BACKWARD), None)
+        if layer.setup.routing == UNIFORM and total and derived is not None:
+            times = {
+                "GEMMs alone": median_us(layer, FORWARD_AND_BACKWARD, GEMMS),
+                "GEMMs and link": limit_us(layer, FORWARD_AND_BACKWARD),
+                "the layer": total,
+                "one GPU, as many tokens": derived.scaling_efficiency and total * derived.scaling_efficiency,
+                "reference over NCCL": derived.over_reference and total / derived.over_reference,
+            }
+            return Headline(
+                layer=layer,
+                milliseconds={name: us / 1e3 for name, us in times.items() if us},
+                over_gemms_and_link=derived.over_gemms_and_link,
+                over_reference=derived.over_reference,
+                scaling_efficiency=derived.scaling_efficiency,
+            )
+    return None
+
+
 def limit_us(layer: Layer, pass_name: str) -> float | None:
     """The GEMMs alone and what the link needs, in one pass; None where either is unknown."""
     gemms = median_us(layer, pass_name, GEMMS)

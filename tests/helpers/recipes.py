@@ -14,7 +14,8 @@ from sonic_ep.testing import Rank
 DOCS = Path(__file__).parents[2] / "docs"
 TRAINING, CHECKPOINTS = DOCS / "training.md", DOCS / "checkpoints.md"
 INFERENCE, TRANSFORMERS = DOCS / "inference.md", DOCS / "transformers.md"
-GRAPHS = DOCS / "graphs.md"
+GRAPHS, COMPILING = DOCS / "graphs.md", DOCS / "compile.md"
+PROFILING, MODES = DOCS / "profiling.md", DOCS / "modes.md"
 
 DDP, FSDP1 = "DistributedDataParallel", "FullyShardedDataParallel"
 FSDP2, ZERO = "FSDP2", "ZeroRedundancyOptimizer"
@@ -33,8 +34,8 @@ Names = dict[str, Any]
 class Momentum(torch.optim.SGD):
     """The optimizer of these tests: it has a state, and a factor of all gradients is no secret, as it is with Adam."""
 
-    def __init__(self, params: Iterable[Any], lr: float = LR) -> None:
-        super().__init__(params, lr=lr, momentum=0.5)
+    def __init__(self, params: Iterable[Any], lr: float = LR, *, foreach: bool | None = None) -> None:
+        super().__init__(params, lr=lr, momentum=0.5, foreach=foreach)
 
 
 class Block(nn.Module):

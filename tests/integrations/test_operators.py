@@ -13,7 +13,7 @@ from backends import both_backends
 from layer_inputs import layer_inputs, routing_of
 from on_ranks import on_ranks
 from promises import promise
-from recipes import INFERENCE, run_block
+from recipes import COMPILING, INFERENCE, run_block
 from same import assert_same_bits
 from shards import local
 from torch import Tensor
@@ -170,10 +170,10 @@ def test_recipes_of_the_documents(rank: Rank) -> None:
         leaves = [x, *layer.parameters()]
         expected = results_of(layer, x, leaves=leaves)
         torch._dynamo.reset()
-        run_block(names, "Compile")
+        run_block(names, "Compile", COMPILING)
         assert_same_bits(results_of(names["compiled"], x, leaves=leaves), expected)
         before = ep.steps
-        run_block(names, "Selective checkpointing")
+        run_block(names, "Selective checkpointing", COMPILING)
         assert_same_bits(torch.autograd.grad(names["out"].y.sum(), x), torch.autograd.grad(layer(x).y.sum(), x))
         assert ep.steps == before + 2
         run_block(names, "Export", INFERENCE)

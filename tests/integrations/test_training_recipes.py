@@ -13,17 +13,21 @@ from recipes import (
     EXPERTS,
     FSDP2,
     HIDDEN,
+    LR,
     SHARES,
     TOKENS,
     TOP_K,
     TRAINING,
     Model,
+    Momentum,
     Names,
     given,
     loss_on_ranks,
+    losses_of,
     run_block,
     run_step,
     tokens_of,
+    whole,
     wrap,
 )
 from torch import Tensor, nn
@@ -39,6 +43,37 @@ def switch_loss(logits: Tensor, topk_idx: Tensor) -> Tensor:
     """E times the sum over experts of (share of slots) x (mean probability)."""
     shares = torch.bincount(topk_idx.flatten(), minlength=EXPERTS) / topk_idx.numel()
     return EXPERTS * (shares * logits.softmax(-1).mean(0)).sum()
+
+
+def recipe(rank: Rank, shares: list[int]) -> Names:
+    """Of docs/training.md: a step of this rank's share of the tokens, its gradients before the optimizer."""
+    grads: dict[str, Tensor] = {}
+
+    def clip(parameters: object, max_norm: float) -> None:
+        names["norm"] = clip_grad_norm_(parameters, max_norm)
+        grads.update({name: whole(p.grad) for name, p in names["model"].named_parameters()})
+
+    names: Names = {"device": rank.device, "build_model": Model, "losses_of": losses_of}
+    names |= {"lr": LR, "max_norm": torch.inf, "Momentum": Momentum}
+    run_block(names, "Recipe")
+    names |= {"clip_grad_norm_": clip, "grads": grads}
+    names["x"], names["target"] = tokens_of(0, shares, rank.rank)
+    run_block(names, "Recipe step")
+    return names
+
+
+@pytest.mark.parametrize("share", [0, 1])
+@on_ranks(2, pool="cpu_pool")
+def test_the_recipe_has_the_gradients_of_one_process(rank: Rank, share: int) -> None:
+    """With all tokens; also where a rank has none. Means over each rank's own tokens would give others."""
+    names = recipe(rank, SHARES[2][share])
+    alone = Model(None)
+    losses_of(alone, *tokens_of(0, [TOKENS], 0)).mean().backward()
+    for name, parameter in alone.named_parameters():
+        assert_near(names["grads"][name], parameter.grad, units=TOKENS * HIDDEN)
+    assert_near(
+        names["norm"], torch.nn.utils.get_total_norm([p.grad for p in alone.parameters()]), units=TOKENS * HIDDEN
+    )
 
 
 @on_ranks(2, pool="cpu_pool")

@@ -20,7 +20,7 @@ BENCH = Path(report.__file__).parent
 REAL = BENCH / "results" / "2xH100_suite.json"
 HOSTILE = "<script>alert('x')</script>\"'&amp;$\\frac{"
 ANCHORS = {
-    *{"environment", "bandwidth", "breakdown", "memory", "winners", "extrapolation"},
+    *{"headline", "environment", "bandwidth", "breakdown", "memory", "winners", "extrapolation"},
     *{"sweep", "spread", "suites", "layers", "profiles"},
 }
 
@@ -42,6 +42,7 @@ def tree(text: str) -> ElementTree.Element:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a report of every kind of document and the real results."""
     folder = tmp_path_factory.mktemp("report")
+    (folder / "out").mkdir()
     assert report.main([*map(str, [REAL, *every_kind(folder)]), "-o", str(folder / "out" / "page.html")]) == 0
     return folder / "out"
 
@@ -80,8 +81,10 @@ def test_what_is_computed_and_what_two_gpus_flatter_is_called_so(whole: Path) ->
     assert ["computed, not measured" in title.lower() for title in titles] == [True] * max(3, len(titles))
     assert "W=2, K=8: all_gather + rank_dedup, measured." in sections["winners"]
     assert "W=8, K=8: all_to_all + rank_dedup, computed." in sections["winners"]
+    # Once, before all sections.
+    assert text.count(TWO_GPUS_NOTE) == 1
+    assert text.index(TWO_GPUS_NOTE) < text.index("<section") < text.index('id="headline"') + 1
     for name in ANCHORS - {"environment", "extrapolation"}:
-        assert TWO_GPUS_NOTE in sections[name], name
         assert "NVIDIA H100 80GB HBM3, W=2, commit abc1234, 2026-11-25" in sections[name], name
 
 
@@ -95,7 +98,7 @@ def test_sections_are_there_only_with_data(tmp_path: Path) -> None:
         (document("profile", profile()), {"environment", "spread", "profiles"}),
         ({**layer(), **bare}, ANCHORS - of_sweep - {"suites", *bare}),
         (layer(), ANCHORS - of_sweep - {"suites"}),
-        (sweep(point(1024)), ANCHORS - {"breakdown", "memory", "suites", "layers", "profiles"}),
+        (sweep(point(1024)), ANCHORS - {"headline", "breakdown", "memory", "suites", "layers", "profiles"}),
         (sweep(point(1024, routing="skewed")), {"environment", "sweep", "spread"}),
     ):
         assert anchors(shown(loaded(tmp_path, a=content))) == expected
@@ -129,7 +132,9 @@ def test_wrong_places_are_refused_before_anything_is_written(
         ("a.json -o a.json", 2, "--output: expected the path of a page, got a.json, one of the results"),
         ("a.json -o .", 2, "--output: expected the path of a file, got the folder ."),
         ("b.json", 2, "b.json: expected a readable file: No such file or directory"),
-        ("a.json -o a.json/page.html", 1, "[Errno 17] File exists: 'a.json'"),
+        ("a.json -o a.json/page.html", 2, "--output: there is no folder a.json, make it first"),
+        ("a.json -o none/page.html", 2, "--output: there is no folder none, make it first"),
+        ("a.json --png-folder a.json", 1, "[Errno 17] File exists: 'a.json'"),
     ):
         assert (report.main(words.split()), capsys.readouterr().err) == (code, f"report: {message}\n")
         assert [found.name for found in tmp_path.iterdir()] == ["a.json"]
@@ -142,7 +147,7 @@ def test_without_a_library_one_line_says_what_to_install(tmp_path: Path) -> None
     )
     done = python_in_root("-c", program, str(REAL), "-o", str(tmp_path / "page.html"))
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"report: .*matplotlib.*: pip install 'sonic-ep\[bench\]'\n", done.stderr)
+    assert re.fullmatch(r"report: .*matplotlib.*: pip install msgspec jinja2 matplotlib\n", done.stderr)
     assert not (tmp_path / "page.html").exists()
 
 

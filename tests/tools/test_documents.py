@@ -1,0 +1,171 @@
+"""What documents quote: figures are those of recorded files, messages are those that the library raises."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sonic_ep.cli import main
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "bench" / "results"
+BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text()
+TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
+SOURCES = "".join(path.read_text() for path in sorted((ROOT / "sonic_ep").rglob("*.py")))
+
+
+def section(title: str) -> str:
+    (found,) = re.findall(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", BENCHMARKS, re.MULTILINE | re.DOTALL)
+    return found
+
+
+def rows(text: str) -> list[list[str]]:
+    """Cells of the rows of the tables, without heads."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    following = [*cells[1:], [""]]
+    return [row for row, after in zip(cells, following, strict=True) if "---" not in (row[0][:3], after[0][:3])]
+
+
+def medians(name: str, how: str) -> dict[str, list[dict[str, Any]]]:
+    entries = json.loads((RESULTS / name).read_text())["entries"]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        if entry["how"] == how:
+            found.setdefault(entry["name"], []).append(entry)
+    return found
+
+
+def as_quoted(number: float, text: str) -> bool:
+    """Whether the text is the number, to as many digits as the text has."""
+    digits = len(text.partition(".")[2])
+    return f"{number:.{digits}f}" == text
+
+
+LAYERS = ("", "_redispatch", "_cpu_sync", "_both_flags")
+LIBRARIES = {
+    '`ep_implementation="sonic_ep"`': "sonic_ep",
+    '`ep_implementation="sonic_ep_dispatch"`': "sonic_ep_dispatch",
+    '`ep_implementation="all_to_all"`': "transformers' all_to_all",
+    "no expert parallelism, `grouped_mm`": "no EP, all experts on each GPU",
+    "the model without its experts": "not experts, FSDP",
+    "override `routed_experts`": "sonic_ep, routed_experts",
+    "override `token_dispatcher`": "sonic_ep, token_dispatcher",
+    "its standard dispatcher": "torchtitan, standard all-to-all",
+    "its `minimal_async_ep`, whose gradients of w1 failed the check": "torchtitan, minimal_async_ep",
+}
+SUITE_ROWS = {
+    "GEMMs alone": ("grouped_mm of a layer", "queued"),
+    "the layer": ("layer all_to_all, rank_dedup", "queued"),
+    "with `redispatch_x_in_backward`": ("layer all_to_all, rank_dedup, redispatch", "queued"),
+    "with `cpu_sync_on_runtime`": ("layer all_to_all, rank_dedup, cpu_sync", "queued"),
+    "with biases": ("layer all_to_all, rank_dedup, biases", "queued"),
+    "in a CUDA graph": ("layer all_to_all, rank_dedup", "graph"),
+    "`reference` over NCCL": ("reference layer", "queued"),
+    "the layer, timed in turn with the reference": ("layer all_to_all, rank_dedup, beside the reference", "queued"),
+}
+EXCHANGE_ROWS = {
+    "dispatch `rank_dedup`, barrier and link": "dispatch rank_dedup: barrier and link",
+    "dispatch `all_gather`, barrier and link": "dispatch all_gather: barrier and link",
+    "dispatch `all_to_all`, barrier and link": "dispatch all_to_all: barrier and link",
+    "dispatch `all_to_all`, x to expert-sorted rows": "dispatch all_to_all: staging, barriers and link",
+    "plan and dispatch `all_to_all`, ids to expert-sorted rows": "ids to rows, all_to_all: plan and dispatch",
+    "combine `rank_dedup`, scores and barriers included": "combine rank_dedup: scores, barriers, sums and link",
+}
+HOST_ROWS = {
+    "`plan` and `dispatch`": "ids to rows, max_tokens_per_rank=T",
+    "`combine`": "combine, max_tokens_per_rank=T",
+    "`moe` without gradients": "forward, inference, max_tokens_per_rank=T",
+    "`moe` and its backward": "forward and backward, max_tokens_per_rank=T",
+}
+
+
+def test_layers_are_those_recorded() -> None:
+    """Of the layer with each flag, in the order of the columns."""
+    table = {row[0]: row[1:] for row in rows(section("How far is a layer from its GEMMs and its link?"))}
+    for column, flags in enumerate(LAYERS):
+        document = json.loads((RESULTS / f"2xH200_layer{flags}.json").read_text())
+        times = {time["what"]: time for time in document["times"] if time["pass"] == "forward and backward"}
+        (derived,) = [found for found in document["derived"] if found["pass"] == "forward and backward"]
+        memory = {use["what"]: (use["measured_bytes"] or 0) / 2**30 for use in document["memory"]}
+        recorded = {
+            "ms": times["layer"]["median_us"] / 1e3,
+            "TFLOP/s of a rank": times["layer"]["tflop_per_s"],
+            "times its GEMMs": derived["over_gemms"],
+            "times its GEMMs and link": derived["over_gemms_and_link"],
+            "exposed communication, ms": derived["exposed_communication_us"] / 1e3,
+            "one GPU takes, times the layer": derived["scaling_efficiency"],
+            "`reference` over NCCL takes, times the layer": 1 / derived["over_reference"],
+            "saved activations, GiB (equal to the formula)": memory["saved activations"],
+            "peak of backward, GiB": memory["peak of backward"],
+        }
+        assert set(recorded) == set(table)
+        assert {
+            name: table[name][column] for name, number in recorded.items() if not as_quoted(number, table[name][column])
+        } == {}
+
+
+def test_times_inside_other_libraries_are_those_recorded() -> None:
+    found = {**medians("1xH200_hf_model.json", "wall"), **medians("1xH200_titan_layer.json", "queued")}
+    table = rows(section("Inside transformers and torchtitan"))
+    assert {row[0] for row in table} == set(LIBRARIES)
+    for name, text in table:
+        (entry,) = found[f"{LIBRARIES[name]}: forward and backward"]
+        assert as_quoted(entry["median_us"] / 1e3, text), name
+
+
+def test_the_parts_of_a_layer_are_those_recorded() -> None:
+    table = rows(section("What do the parts of a layer take?"))
+    assert {row[0] for row in table} == set(SUITE_ROWS)
+    for name, forward, both in table:
+        recorded, how = SUITE_ROWS[name]
+        found = medians("2xH200_suite.json", how)
+        for text, direction in ((forward, "forward, inference"), (both, "forward and backward")):
+            if text:
+                assert as_quoted(found[f"{recorded}: {direction}"][0]["median_us"] / 1e3, text), (name, text)
+
+
+def test_times_of_dispatch_and_combine_are_those_recorded() -> None:
+    table = {row[0]: row[1:] for row in rows(section("What do dispatch and combine cost against the link and NCCL?"))}
+    found = medians("2xH200_suite.json", "queued")
+    for name, recorded in EXCHANGE_ROWS.items():
+        assert as_quoted(found[recorded][0]["median_us"], table.pop(name)[0]), name
+    plans = {entry["shape"]["T"]: entry["median_us"] for entry in found["plan"]}
+    assert as_quoted(plans[16384], table.pop("plan of 262144 slots")[0])
+    assert as_quoted(plans[65536], table.pop("plan of 1048576 slots")[0])
+    small = medians("2xH200_suite.json", "graph")["small all_to_all, rank_dedup: dispatch and combine"]
+    assert int(small[0]["median_us"]) == int(table.pop("128 tokens, E=32: dispatch and combine, in a graph")[0])
+    assert table == {}
+
+
+def test_host_times_are_those_recorded() -> None:
+    table = rows(section("What does a call cost the host?"))
+    assert [row[0] for row in table] == list(HOST_ROWS)
+    for name, before, after, _ in table:
+        for file, text in (("1xH200_host_time_before.json", before), ("1xH200_host_time.json", after)):
+            (entry,) = medians(file, "host")[HOST_ROWS[name]]
+            assert as_quoted(entry["against"][0]["ratio"], text), (name, file)
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(\w+\.json)`", BENCHMARKS))))
+def test_every_file_named_is_there_with_its_commit(name: str) -> None:
+    document = json.loads((RESULTS / name).read_text())
+    for commit in re.findall(rf"`{name}`,? \(?(\w{{7}})\)?", BENCHMARKS):
+        assert document["environment"]["commit"].startswith(commit)
+
+
+def test_every_message_that_troubleshooting_quotes_is_raised() -> None:
+    """The longest piece between placeholders of each message stands in the sources."""
+    shown = re.findall(r"^\| `([^`]+)` \|", TROUBLESHOOTING.read_text(), re.MULTILINE)
+    assert len(shown) > 20
+    for message in shown:
+        piece = max(re.split(r" ?\.\.\. ?|\d+", message), key=len)
+        assert piece.strip() in SOURCES, message
+
+
+def test_what_the_memory_page_shows_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "memory.md").read_text()
+    (arguments,) = re.findall(r"^sonic-ep (memory .*)$", page, re.MULTILINE)
+    assert main(arguments.split()) == 0
+    assert f"```\n{capsys.readouterr().out}```" in page
