@@ -62,3 +62,5 @@ def test_the_site_builds_and_asks_no_other_host(tmp_path: Path) -> None:
         assert re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"?https?://", text) == [], page.name
     reference = (tmp_path / "site" / "api.html").read_text()
     assert all(f'id="sonic_ep.{name}' in reference for name in ("ExpertParallel.moe", "EPConfig", "MoE", "graphed"))
+    # Arguments of a docstring are a list.
+    assert "<strong>max_tokens_per_rank</strong>: C, the most tokens" in reference
