@@ -13,9 +13,9 @@ multiple of that away from fp64. The exit code is 0 if none is further away, 1 i
 --soak trains for 2000 steps, slowly, each with a context length of its own and with its sequences cut anew between the
 ranks, so that T goes from nothing to the whole batch; every eighth batch is one byte again and again, which sends all
 tokens to the same few experts. The losses are compared with dense runs as above. And each rank samples, 40 times, what
-it holds between two steps: after a quarter of the steps, open files, threads, tensors and what PyTorch's allocator has
-may not change any more, by not one byte, and process and device may not take more than if one number of each token had
-stayed, or than is taken at a time. The exit code is 1 if something grows. A process that has done a few steps has not
+it holds between two steps. After a quarter of the steps, open files, threads, tensors and the bytes of PyTorch's
+allocator have to stay exactly the same. The memory of process and device may grow by one number for each token, or by
+what a system hands out at a time. The exit code is 1 if something grows. A process that has done a few steps has not
 settled: a short soak may be red for the bytes of the process alone.
 
 The fast backend needs a GPU for each rank. Without one, TRITON_INTERPRET=1 and --backend fast run its kernels on the

@@ -89,8 +89,14 @@ def calls_of(ep: ExpertParallel, rank: Rank, case: Case) -> dict[str, Callable[.
 
 
 @promise("compile")
-@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.thorough)])
-@both_backends
+@pytest.mark.parametrize(
+    ("backend", "again"),
+    [
+        ("fast", False),
+        *(pytest.param(*case, marks=pytest.mark.thorough) for case in (("fast", True), ("reference", False))),
+        pytest.param("reference", True, marks=pytest.mark.thorough),
+    ],
+)
 @on_ranks(2)
 def test_compiled_calls_are_the_eager_ones_without_a_graph_break(rank: Rank, backend: str, again: bool) -> None:
     x, weights, _ = layer_inputs(rank, CASE)

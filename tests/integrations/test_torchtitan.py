@@ -262,7 +262,7 @@ def test_options_and_wrong_uses(rank: Rank) -> None:
 
 
 def test_without_torchtitan_the_error_names_the_extra() -> None:
-    message = r"needs torchtitan 0\.3 .* pip install 'sonic-ep\[torchtitan\]'"
+    message = r"needs torchtitan 0\.3 .* pip install 'torchtitan>=0.3'"
     with patch.dict(sys.modules, {"torchtitan": None, "spmd_types": None}):
         sys.modules.pop(MODULE, None)
         with pytest.raises(ImportError, match=message):

@@ -465,6 +465,6 @@ def test_an_older_transformers_is_named(
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setitem(sys.modules, "transformers.distributed.expert_parallel", None)
     monkeypatch.setattr(importlib.metadata, "version", version)
-    expected = rf"{message}, expected transformers 5.23 or later.*sonic-ep\[transformers\]"
+    expected = rf"{message}, expected transformers 5.23 or later.*pip install 'transformers>=5.23'"
     with pytest.raises(ImportError, match=expected):
         runpy.run_path(str(Path(sonic_ep.__file__).parent / "integrations" / "transformers.py"))

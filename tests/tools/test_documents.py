@@ -2,12 +2,16 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from recipes import MODES, PROFILING, blocks, run_block
 
-from sonic_ep.cli import main
+import sonic_ep
+from sonic_ep.cli import COMMANDS, CommandParser, main
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -169,3 +173,45 @@ def test_what_the_memory_page_shows_is_what_the_command_prints(capsys: pytest.Ca
     (arguments,) = re.findall(r"^sonic-ep (memory .*)$", page, re.MULTILINE)
     assert main(arguments.split()) == 0
     assert f"```\n{capsys.readouterr().out}```" in page
+
+
+@pytest.mark.parametrize("page", [MODES, PROFILING], ids=lambda page: page.name)
+def test_the_lines_about_profiles_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, page: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert set(blocks(page)) == {"Profile"}
+    with sonic_ep.ExpertParallel(backend="reference") as ep:
+        names = {"sonic_ep": sonic_ep, "torch": torch, "ep": ep, "group": None, "T": 8, "H": 16, "K": 2, "E": 4}
+        run_block(names, "Profile", page)
+    assert names["ep"].config == names["profile"].config
+    assert list((tmp_path / ".cache" / "sonic_ep" / "profiles").iterdir())
+
+
+def shell_lines() -> list[str]:
+    """Commands of the blocks of README and docs, and of README's table of commands."""
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(path.read_text() for path in documents)
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    lines += re.findall(r"`((?:\.venv/bin/)?sonic-ep [^`]*|(?:python|torchrun) [^`]*\.py[^`]*|make [a-z-]+(?: [A-Z]+=\S+)*)`", text)
+    return sorted({line.split("  #")[0].split(" # ")[0].strip() for line in lines if line.strip()})
+
+
+@pytest.mark.parametrize("line", shell_lines())
+def test_commands_that_documents_show_exist(line: str) -> None:
+    """Options are parsed, files and targets are there; nothing is run."""
+    words = shlex.split(line)
+    program = words[0].removeprefix(".venv/bin/")
+    if program == "sonic-ep":
+        name, *arguments = words[1:]
+        if name != "--version":
+            parser = CommandParser()
+            COMMANDS[name][0](parser)
+            # W stands for a number.
+            parser.parse_args([{"W": "2", "PATH": "path.png"}.get(word, word) for word in arguments])
+    elif program == "make":
+        targets = [word for word in words[1:] if "=" not in word]
+        assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in targets)
+    elif program in ("python", "torchrun"):
+        files = [word for word in words if word.endswith(".py")]
+        assert all((ROOT / file).exists() or file in ("program.py", "train.py", "infer.py") for file in files)
+    else:
+        assert program in ("git", "pip", "--override.imports", ".venv/bin/python", "py-spy", "cd"), line
