@@ -23,7 +23,7 @@ BATCH, STEPS, NEW_TOKENS = 4, 3, (3, 2)
 
 def test_every_block_is_run_here() -> None:
     training = {"Model", "Step", "Options", "Trainer", "Gradient checkpointing", "Generate"}
-    assert set(blocks(TRANSFORMERS)) == {*training, "Save", "Load"}
+    assert set(blocks(TRANSFORMERS)) == {*training, "Save", "Load", "Tiny"}
 
 
 def run(names: Names, *parts: str) -> Names:
@@ -56,6 +56,12 @@ def test_training_saving_and_generating(rank: Rank, tmp_path: Path) -> None:
     alone = run(names, "Load")["whole"]
     expected = alone.generate(names["ids"], max_new_tokens=names["new_tokens"], do_sample=False)
     assert_bitwise(names["texts"], expected)
+
+
+def test_a_tiny_model_is_written(tmp_path: Path) -> None:
+    imported()
+    run({"path": tmp_path}, "Tiny")
+    assert (tmp_path / "model.safetensors").stat().st_size < 2**22
 
 
 @pytest.mark.thorough

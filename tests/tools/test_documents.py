@@ -191,7 +191,9 @@ def shell_lines() -> list[str]:
     documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
     text = "\n".join(path.read_text() for path in documents)
     lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    lines += re.findall(r"`((?:\.venv/bin/)?sonic-ep [^`]*|(?:python|torchrun) [^`]*\.py[^`]*|make [a-z-]+(?: [A-Z]+=\S+)*)`", text)
+    lines += re.findall(
+        r"`((?:\.venv/bin/)?sonic-ep [^`]*|(?:python|torchrun) [^`]*\.py[^`]*|make [a-z-]+(?: [A-Z]+=\S+)*)`", text
+    )
     return sorted({line.split("  #")[0].split(" # ")[0].strip() for line in lines if line.strip()})
 
 
