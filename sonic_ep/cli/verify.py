@@ -23,6 +23,8 @@ from sonic_ep.testing import CASES, Accuracy, Case, verify_moe, verify_routed
 SAID_EVERY_SECONDS, LONG_SECONDS, MINUTE, HOUR = 60.0, 120.0, 60, 3600
 # Before that the first run, which starts much else, counts too much.
 KNOWN_SECONDS = 10.0
+# Of what a run does besides products; and the size of the product that is timed.
+SECONDS_OF_A_RUN, SQUARE = 0.04, 512
 CASE_HELP = f"only this case; may be repeated: {', '.join(CASES)}"
 SOONER = "a smaller --thiek or one --case takes less"
 Verifier = Callable[[Case, ExpertParallel, torch.device], list[Accuracy]]
@@ -92,8 +94,8 @@ class Progress:
     """
 
     def __init__(self, place: Place, *, runs: int, slow: bool) -> None:
-        self.runs = runs
-        self._place, self._slow = place, slow
+        self.runs, self.slow = runs, slow
+        self._place = place
         self._begun, self._said, self._warned = 0, time.monotonic(), False
         self._started = self._said
 
@@ -106,10 +108,24 @@ class Progress:
         self._place.show_progress(f"[{self._begun}/{self.runs}] {run}{left} ...")
         if not self._warned and seconds > LONG_SECONDS and now - self._started > KNOWN_SECONDS:
             self._warned = True
-            self._place.say(f"about {duration(seconds)} left; {'--backend reference or ' * self._slow}{SOONER}")
+            self._place.say(f"about {duration(seconds)} left; {'--backend reference or ' * self.slow}{SOONER}")
         if now - self._said > SAID_EVERY_SECONDS:
             self._said = now
             self._place.say_without_terminal(f"[{self._begun}/{self.runs}] {run}{left}")
+
+
+def expected_seconds(groups: Sequence[tuple[Case, str]], place: Place) -> float:
+    """Seconds that all runs may take: the products of the layer in double precision, at this device's rate, and more.
+
+    A token of K experts takes 18·K·H·I operations forward and backward with three matrices an expert.
+    """
+    square = torch.ones((SQUARE, SQUARE), dtype=torch.float64, device=place.device)
+    (square @ square).sum().item()
+    began = time.perf_counter()
+    (square @ square).sum().item()
+    rate = 2 * SQUARE**3 / (time.perf_counter() - began)
+    operations = [18 * sum(case.tokens) * case.top_k * case.hidden * case.intermediate for case, _ in groups]
+    return len(CONFIGS) * (len(groups) * SECONDS_OF_A_RUN + sum(operations) / rate)
 
 
 def duration(seconds: float) -> str:
@@ -133,7 +149,12 @@ def verify_cases(cases: Sequence[Case], backend: str, place: Place) -> bool:
     choice = choose_backend(backend, EPGroup(rank=place.rank, world_size=place.world_size))
     where = f"backend {choice.name} on {place.device.type}, {place.world_size} rank{'s' * (place.world_size > 1)}"
     progress = Progress(place, runs=len(groups) * len(CONFIGS), slow=choice.name == "fast" and interpreted())
-    place.say(f"{where}: {progress.runs} runs, each compared with a layer in double precision")
+    expected = (
+        "interpreted kernels, so minutes a case"
+        if progress.slow
+        else f"about {duration(expected_seconds(groups, place))}"
+    )
+    place.say(f"{where}: {progress.runs} runs, each compared with a layer in double precision; {expected}")
     place.say(f"{'case':<28} {'entry':<11} {'backend':<9} {'runs':>4}  {'error/bound':>11}  {'in':<13} result")
     for case, entry in groups:
         found: list[tuple[EPConfig, Accuracy]] = []

@@ -1,6 +1,7 @@
 """The command line: output, exit codes, several ranks, wrong arguments, Ctrl-C."""
 
 import argparse
+import re
 import signal
 import subprocess
 import sys
@@ -81,6 +82,7 @@ def test_verify_fails_if_one_finding_does(monkeypatch: pytest.MonkeyPatch, capsy
     assert main(["verify", "--case", "uniform", "--backend", "reference"]) == FAIL
     head, _, line, first, *_, last = capsys.readouterr().out.splitlines()
     assert head.startswith("backend reference on c")
+    assert re.search(r"36 runs, each compared with a layer in double precision; about \d+ s$", head)
     assert line.split() == ["uniform", "moe", "reference", "36", "2.00", "y", "FAIL"]
     assert first.startswith("    EPConfig(dispatch=")
     assert "y: relative error 1 (at most 0.5)" in first
