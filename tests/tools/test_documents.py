@@ -217,3 +217,19 @@ def test_commands_that_documents_show_exist(line: str) -> None:
         assert all((ROOT / file).exists() or file in ("program.py", "train.py", "infer.py") for file in files)
     else:
         assert program in ("git", "pip", "--override.imports", ".venv/bin/python", "py-spy", "cd"), line
+
+
+def test_the_figures_of_the_readme_are_those_recorded() -> None:
+    suite, models = medians("2xH200_suite.json", "queued"), medians("1xH200_hf_model.json", "wall")
+    experts, ours = medians("1xH200_titan_layer.json", "queued"), "layer all_to_all, rank_dedup, beside the reference"
+    compared = (
+        (suite[f"{ours}: forward, inference"], suite["reference layer: forward, inference"]),
+        (models["sonic_ep: forward and backward"], models["transformers' all_to_all: forward and backward"]),
+        (
+            experts["sonic_ep, routed_experts: forward and backward"],
+            experts["torchtitan, standard all-to-all: forward and backward"],
+        ),
+    )
+    readme = (ROOT / "README.md").read_text()
+    quoted = re.findall(r"(\d+\.\d) ms", readme)
+    assert quoted == [f"{entry['median_us'] / 1e3:.1f}" for pair in compared for (entry,) in pair]
