@@ -150,7 +150,7 @@ def verify_cases(cases: Sequence[Case], backend: str, place: Place) -> bool:
     where = f"backend {choice.name} on {place.device.type}, {place.world_size} rank{'s' * (place.world_size > 1)}"
     progress = Progress(place, runs=len(groups) * len(CONFIGS), slow=choice.name == "fast" and interpreted())
     expected = (
-        "interpreted kernels, so minutes a case"
+        "interpreted kernels: seconds to minutes a case"
         if progress.slow
         else f"about {duration(expected_seconds(groups, place))}"
     )
