@@ -8,6 +8,7 @@ import sys
 import tarfile
 import venv
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from limits import HANG_SECONDS
 from sonic_ep.version import __version__
 
 ROOT = Path(__file__).parents[2]
-LEFT_OUT = shutil.ignore_patterns(".*", "site", "build", "dist", "*.egg-info", "__pycache__", "latest.json")
+MADE = re.compile(r"(^|/)(__pycache__|\.[a-z]+_cache|\.venv|site|build|[^/]+\.egg-info|PKG-INFO|setup\.cfg)(/|$)")
 BUILD = "from setuptools import build_meta; print(build_meta.build_{kind}({folder!r}))"
 USE = (
     "import torch, sonic_ep\n"
@@ -28,18 +29,37 @@ USE = (
 )
 
 
+def files_of_the_project() -> set[str]:
+    """What git has and does not ignore. An unpacked sdist has no git: there, all but what was made since."""
+    if (ROOT / ".git").exists():
+        command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        names = listed.stdout.strip("\0").split("\0")
+    else:
+        found = (path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*"))
+        names = [name for name in found if not MADE.search(name)]
+    return {name for name in names if (ROOT / name).is_file()}
+
+
+def ran(command: Sequence[object], folder: Path) -> tuple[int, str, str]:
+    """Exit status, output and errors, without the settings of Python that this process has."""
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    words = [str(word) for word in command]
+    done = subprocess.run(words, cwd=folder, env=settings, capture_output=True, text=True, timeout=HANG_SECONDS)
+    return done.returncode, done.stdout, done.stderr
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with both, built from a copy, so that the checkout stays as it is."""
     pytest.importorskip("setuptools", reason="needs setuptools: pip install setuptools")
-    copy, made = tmp_path_factory.mktemp("copy") / "sonic_ep", tmp_path_factory.mktemp("built")
-    shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
-    for name in (".ci", ".github", ".gitignore", ".pre-commit-config.yaml"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, copy / name)
+    copy, made = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("built")
+    for name in files_of_the_project():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
     for kind in ("wheel", "sdist"):
-        program = BUILD.format(kind=kind, folder=str(made))
-        done = subprocess.run([sys.executable, "-c", program], cwd=copy, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        status, _, errors = ran([sys.executable, "-c", BUILD.format(kind=kind, folder=str(made))], copy)
+        assert status == 0, errors
     return made
 
 
@@ -56,32 +76,35 @@ def test_the_wheel_holds_the_package_and_its_licence(built: Path) -> None:
     assert needed == {"torch", "triton", "einops", "numpy"}
 
 
-def test_the_sdist_holds_what_its_tests_need(built: Path) -> None:
+def test_the_sdist_holds_what_its_tests_need_and_nothing_that_was_built(built: Path) -> None:
     (sdist,) = built.glob(f"sonic_ep-{__version__}.tar.gz")
     with tarfile.open(sdist) as held:
-        names = {name.partition("/")[2] for name in held.getnames()}
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    tracked = set(listed.stdout.split()) if listed.returncode == 0 else {"README.md", "tests/conftest.py"}
-    assert {name for name in tracked if (ROOT / name).exists()} - names == set()
-    assert [name for name in names if "__pycache__" in name or name.endswith("latest.json")] == []
+        names = {entry.name.partition("/")[2] for entry in held.getmembers() if entry.isfile()}
+    of_setuptools = {"PKG-INFO", "setup.cfg"} | {name for name in names if name.startswith("sonic_ep.egg-info/")}
+    assert names - of_setuptools == files_of_the_project()
 
 
 def test_the_wheel_is_used_from_an_empty_environment(built: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pip", reason="needs pip")
     (wheel,) = built.glob("*.whl")
-    venv.create(tmp_path / "empty", with_pip=False)
-    (place,) = (tmp_path / "empty" / "lib").glob("python*/site-packages")
-    with zipfile.ZipFile(wheel) as held:
-        held.extractall(place)
+    empty = tmp_path / "empty"
+    venv.create(empty, with_pip=False)
+    python, command = empty / "bin" / "python", empty / "bin" / "sonic-ep"
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--quiet", wheel]
+    assert ran(install, tmp_path)[0] == 0
+    (place,) = (empty / "lib").glob("python*/site-packages")
     # What it depends on, from here: nothing is downloaded. Behind its own files in the order of imports.
-    (place / "dependencies.pth").write_text(
-        "\n".join(path for path in sys.path if path.endswith("site-packages")) + "\n"
-    )
-    python = str(tmp_path / "empty" / "bin" / "python")
-    settings = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    for arguments, said in (
-        (("-W", "error", "-c", USE.format(place=str(place))), ""),
-        (("-m", "sonic_ep", "--version"), f"sonic-ep {__version__}\n"),
-    ):
-        command = [python, *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=HANG_SECONDS)
-        assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
+    here = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (place / "dependencies.pth").write_text("\n".join(here) + "\n")
+    assert ran([python, "-W", "error", "-c", USE.format(place=str(place))], tmp_path) == (0, "", "")
+    assert ran([command, "--version"], tmp_path) == (0, f"sonic-ep {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [("CHANGELOG.md", r"^## (\S+) \((\S+)\)$"), ("CITATION.cff", r"^version: (\S+)\ndate-released: (\S+)$")],
+)
+def test_documents_name_this_version_and_its_date(name: str, pattern: str) -> None:
+    version, date = re.findall(pattern, (ROOT / name).read_text(), re.MULTILINE)[0]
+    assert version == __version__
+    assert f"## {version} ({date})" in (ROOT / "CHANGELOG.md").read_text()
