@@ -86,10 +86,13 @@ class ExpertParallel:
             logger.info("backend=%s, %d ranks (%s)", self.backend, self.group.world_size, self.why)
 
     def __repr__(self) -> str:
-        ranks = f"rank={self.rank}, world_size={self.world_size}"
-        sizes = f"max_tokens_per_rank={self.max_tokens_per_rank}, config={self.config}"
-        ended = "" if self.usable else " (closed, or ended by an error)"
-        return f"ExpertParallel(backend={self.backend!r}, {ranks}, {sizes}){ended}"
+        settings = ", ".join(f"{name}={getattr(value, 'value', value)!r}" for name, value in vars(self.config).items())
+        known = {"backend": self.backend, "rank": self.rank, "world_size": self.world_size}
+        known["max_tokens_per_rank"] = self.max_tokens_per_rank
+        shown = ", ".join(f"{name}={value!r}" for name, value in known.items())
+        guard = self._call_guard
+        why = "closed" if guard.closed else "ended by an error" if guard.ended else "made in another process"
+        return f"ExpertParallel({shown}, config=EPConfig({settings})){'' if self.usable else f' ({why})'}"
 
     @property
     def rank(self) -> int:

@@ -17,20 +17,18 @@ from sonic_ep.call_guard import facts_of, facts_of_router
 from sonic_ep.call_memory import CallMemory, CallRecord
 from sonic_ep.checks import (
     ArgumentChecker,
-    ExpertArguments,
-    check_experts,
-    check_hidden_size,
     check_plan,
     check_routing,
     check_rows_of_plan,
     check_scores,
     check_tokens,
     check_tokens_of_plan,
-    experts_as_read,
+    refused_for,
     tokens_of,
 )
 from sonic_ep.config import RouterOptions
 from sonic_ep.distributed.max_tokens import MaxTokens
+from sonic_ep.expert_checks import ExpertArguments, check_experts, experts_as_read
 from sonic_ep.plan import PlanForm, RoutingPlan
 from sonic_ep.router_checks import RouterArguments, check_router, check_router_options, router_as_read
 from sonic_ep.sharding import is_dtensor, local_of
@@ -81,11 +79,14 @@ class CallChecks:
 
     def _checked_moe(self, record: CallRecord, x: Any, router: Given, experts: Given, options: Given) -> CheckedCall:
         x_any = check_tokens(self._checker, x)
-        check_hidden_size(self._checker, x_any, router[0], *experts[:2])
         record.options = self._router_options(*options[2:])
         of_router = RouterArguments(router_w=router[0], router_b=router[1], correction_bias=router[2])
-        weights = check_router(self._checker, x_any, of_router, record.options)
-        checked = self._checked_experts(x_any, experts, options, weights.weight.shape[0])
+        try:
+            weights = check_router(self._checker, x_any, of_router, record.options)
+            checked = self._checked_experts(x_any, experts, options, weights.weight.shape[0])
+        except ValueError as refused:
+            weights_given = {"router_w": router[0], "w1": experts[0], "w2": experts[1]}
+            raise refused_for(self._checker, x_any, weights_given, refused) from None
         self._max_tokens.check(tokens_of(x_any))
         held, weights = for_kernels(x_any), router_as_read(weights)
         read = experts_as_read(checked, x_any.dtype)
@@ -112,9 +113,12 @@ class CallChecks:
         self, record: CallRecord, x: Any, routing: Given, experts: Given, options: Given
     ) -> CheckedCall:
         x_any = check_tokens(self._checker, x)
-        check_hidden_size(self._checker, x_any, None, *experts[:2])
         return_routing = self._checker.flag("return_routing", options[2])
-        checked = self._checked_experts(x_any, experts, options, None)
+        try:
+            checked = self._checked_experts(x_any, experts, options, None)
+        except ValueError as refused:
+            weights_given = {"w1": experts[0], "w2": experts[1]}
+            raise refused_for(self._checker, x_any, weights_given, refused) from None
         num_experts = checked.w2.shape[0] * self._world_size
         idx_TK = check_routing(self._checker, routing[0], num_experts, x_any)
         scores_TK = check_scores(self._checker, routing[1], (idx_TK.shape[0], idx_TK.shape[1]), x_any)

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from sonic_ep import compat, ops
 from sonic_ep.activation import GATE_LAYOUTS, Activation
 from sonic_ep.api import ExpertParallel, MoEOutput
-from sonic_ep.checks import ArgumentChecker, check_activation, check_experts_divide
+from sonic_ep.checks import ArgumentChecker, check_experts_divide
 from sonic_ep.distributed.group import EPGroup
+from sonic_ep.expert_checks import check_activation
 from sonic_ep.router import SEEDS, Router, normal
 from sonic_ep.sharding import Share, is_dtensor, mesh_of, originals, sharded
 
 WEIGHTS = ("w1", "w2", "b1", "b2")
+NO_GATE = "no gate"
 ONE_PROCESS = EPGroup(rank=0, world_size=1)
 
 
@@ -54,7 +56,8 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(ep, ExpertParallel | None):
-            raise TypeError(f"Experts: ep: got {type(ep).__name__}, expected an ExpertParallel or None")
+            got = f"got {type(ep).__name__}, expected an ExpertParallel or None"
+            raise TypeError(f"Experts: ep: {got}: make one of a group, sonic_ep.ExpertParallel(group)")
         self.ep, self.num_experts = ep, num_experts
         self.gate_layout = gate_layout
         self._alone: ExpertParallel | None = None
@@ -105,9 +108,8 @@ class Experts(nn.Module):
         check_experts_divide(ArgumentChecker(group=ep.group), self.num_experts)
         whole = originals(ep.group, self, WEIGHTS)
         if any(map(is_dtensor, whole.values())):
-            raise ValueError(
-                f"{ep.group}: Experts.shard: got weights that are DTensors, expected it before fully_shard"
-            )
+            got = "got weights that are DTensors, expected plain ones: call it before fully_shard"
+            raise ValueError(f"{ep.group}: Experts.shard: {got}")
         held = self.num_experts // ep.world_size
         mine = {name: weight.detach()[ep.rank * held :][:held].clone() for name, weight in whole.items()}
         for name in WEIGHTS:
@@ -133,6 +135,9 @@ class Experts(nn.Module):
         self._check_weights()
         if router is not None and (topk_idx is not None or topk_scores is not None):
             raise ValueError(f"{self.group}: Experts: got a router and a routing, expected one or the other")
+        if router is None and (topk_idx is None or topk_scores is None):
+            expected = "expected topk_idx and topk_scores, or router=: sonic_ep.MoE has a router of its own"
+            raise TypeError(f"{self.group}: Experts: got x without a routing, {expected}")
         given: dict[str, Any] = {name: getattr(self, name) for name in WEIGHTS}
         given |= {"activation": self.activation, "gate_layout": self.gate_layout}
         if router is not None:
@@ -152,7 +157,10 @@ class Experts(nn.Module):
         saved = bytes(state.tolist()).decode()
         if saved != self._order:
             got = f"gate_layout: got a checkpoint of {saved!r}, expected {self._order!r}"
-            raise ValueError(f"{self.group}: {got}: build the layer with gate_layout={saved!r}, or reorder w1 and b1")
+            remedy = f"build the layer with gate_layout={saved!r}, or reorder w1 and b1"
+            if NO_GATE in (saved, self._order):
+                remedy = "build the layer with the activation of the checkpoint: one has a gate, the other has none"
+            raise ValueError(f"{self.group}: {got}: {remedy}")
 
     def extra_repr(self) -> str:
         """The sizes, for ``print(layer)``."""
@@ -172,7 +180,7 @@ class Experts(nn.Module):
     @property
     def _order(self) -> str:
         """The gate layout where it counts."""
-        return self.gate_layout if self.activation.gated else "no gate"
+        return self.gate_layout if self.activation.gated else NO_GATE
 
     def __getattr__(self, name: str) -> Any:
         """Parameters by their plain names, too."""

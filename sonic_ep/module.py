@@ -53,7 +53,8 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(ep, ExpertParallel | None):
-            raise TypeError(f"MoE: ep: got {type(ep).__name__}, expected an ExpertParallel or None")
+            got = f"got {type(ep).__name__}, expected an ExpertParallel or None"
+            raise TypeError(f"MoE: ep: {got}: make one of a group, sonic_ep.ExpertParallel(group)")
         checker = ArgumentChecker(group=ONE_PROCESS if ep is None else ep.group)
         checker.count("num_experts", num_experts)
         check_top_k(checker, top_k, num_experts)

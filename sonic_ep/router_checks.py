@@ -11,6 +11,8 @@ from sonic_ep.checks import ArgumentChecker, check_experts_divide, check_top_k
 from sonic_ep.config import RouterConfig, RouterOptions, ScoreOrder, parse_choice, settings_of
 from sonic_ep.sharding import is_dtensor, local_of
 
+DTYPE = ": cast it (router_w and router_b are as x or fp32, correction_bias is fp32)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouterArguments:
@@ -53,17 +55,19 @@ def check_router(checker: ArgumentChecker, x: Tensor, given: RouterArguments, op
     """router_w (E, H) and router_b (E,), as x or fp32; correction_bias (E,) fp32; and that groups fit E and K."""
     dtypes = tuple(dict.fromkeys((x.dtype, torch.float32)))
     given = local_router(checker, given, reduce_grad=options.reduce_router_grad)
-    weight_EH = checker.tensor("router_w", given.router_w, dtypes, x)
+    weight_EH = checker.tensor("router_w", given.router_w, dtypes, x, DTYPE)
     shape, hidden = tuple(weight_EH.shape), x.shape[-1]
-    fits = weight_EH.ndim == 2 and shape[0] >= 1 and shape[1] == hidden
-    checker.require(fits, "shape of router_w", shape, f"(E, {hidden}) = (E, H), H as x, E at least 1")
+    if len(shape) != 2 or shape[0] < 1 or shape[1] != hidden:
+        stored = ": stored as (H, E), pass router_w.T" if len(shape) == 2 and shape[0] == hidden else ""
+        sides = f"(E, {hidden}) = (E, H), H as x {tuple(x.shape)}, E at least 1"
+        checker.require(False, "shape of router_w", shape, f"{sides}{stored}")
     check_experts_divide(checker, shape[0])
     check_top_k(checker, options.top_k, shape[0])
     check_groups(checker, options, options.top_k, shape[0])
     bias_E = _check_of_experts(checker, x, "router_b", given.router_b, (shape[0], dtypes))
     correction_E = _check_of_experts(checker, x, "correction_bias", given.correction_bias, (shape[0], (torch.float32,)))
     trained = correction_E is not None and correction_E.requires_grad
-    remedy = "one that does not: it has none, since it is for the choice only (a buffer, or correction_bias.detach())"
+    remedy = "one that does not: it only helps to choose experts, and has no gradient: pass correction_bias.detach()"
     checker.require(not trained, "correction_bias", "one that requires a gradient", remedy)
     return RouterWeights(weight=weight_EH, bias=bias_E, correction=correction_E)
 
@@ -100,7 +104,7 @@ def _check_of_experts(
     if value is None:
         return None
     num_experts, dtypes = form
-    tensor_E = checker.tensor(name, value, dtypes, x)
+    tensor_E = checker.tensor(name, value, dtypes, x, DTYPE)
     checker.shape(name, tensor_E, (num_experts,), "(E,), as router_w")
     return tensor_E
 

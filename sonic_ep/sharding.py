@@ -67,8 +67,10 @@ def local_of(group: EPGroup, name: str, value: Any, *, replicated: bool = False)
         if replicated or local.shape[0] * group.world_size == value.shape[0]:
             return local
     got = f"{name}: got a DTensor {tuple(value.shape)}, {value.placements} on {mesh}"
-    wanted = f"expected ({expected},) on the {group.world_size} ranks of this ExpertParallel, in equal shares"
-    raise ValueError(f"{group}: {got}, {wanted} (FSDP gathers a weight only while the forward of its module runs)")
+    wanted = f"expected ({expected!r},) on the W={group.world_size} ranks of this ExpertParallel"
+    shares = "" if replicated else ", in equal shares"
+    remedy = "call its module: FSDP gathers a weight only while the forward of its module runs"
+    raise ValueError(f"{group}: {got}, {wanted}{shares}: {remedy}")
 
 
 @compat.constant_when_traced
@@ -134,7 +136,7 @@ def originals(where: object, module: nn.Module, names: Iterable[str]) -> dict[st
         paths = (path for path in (name, f"parametrizations.{name}.original", f"{name}_orig") if path in held)
         path = next(paths, None)
         if path is None:
-            got = "got a weight computed from several tensors, expected one original"
+            got = "got a weight computed from several tensors, expected one original: remove the parametrization first"
             raise TypeError(f"{where}: {name}: {got}")
         found[name] = held[path]
         placements = getattr(held[path], "placements", ())

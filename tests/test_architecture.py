@@ -35,7 +35,7 @@ LAYERS = [
     {"call_memory", "distributed"},
     {"backend", "sharding"},
     {"checks", "call_guard", "reference", "fast"},
-    {"router_checks"},
+    {"router_checks", "expert_checks"},
     {"call_checks"},
     {"ops"},
     {"api"},

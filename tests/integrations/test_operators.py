@@ -162,7 +162,7 @@ def test_autocast_and_no_grad_are_those_of_the_caller(rank: Rank, backend: str) 
         with torch.no_grad():
             assert torch.equal(compiled.call(x), expected[0])
         assert freed()
-    with pytest.raises(ValueError, match="dtype of w1"):
+    with pytest.raises(ValueError, match=r"dtype of x: got torch.bfloat16, expected torch.float32, as w1, w2"):
         compiled.call(x)
     layer.ep.close()
 
