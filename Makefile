@@ -17,7 +17,7 @@ demo: $(INSTALLED)
 JOBS ?= 2
 PYTEST = python -m pytest --numprocesses=$(JOBS) --dist=worksteal $(PYTEST_FLAGS)
 
-# Every push: some minutes on two cores. On two GPUs it runs everything there.
+# Every push: some minutes on two cores. With a GPU it runs everything there, too.
 test: $(INSTALLED)
 	$(BIN)/$(PYTEST)
 

@@ -36,6 +36,7 @@ from harness.context import (
     run_script,
     thresholds_hold,
 )
+from harness.host_parts import host_parts
 from harness.layer import LayerUnderTest, Pass
 from harness.results import Threshold, micros, shape_record, time_fields
 from harness.steady import freeze_garbage, own_core
@@ -108,7 +109,10 @@ def run(options: argparse.Namespace) -> int:
             host = HostClock.of(context, own_gpus, options.rounds)
             shape = shape_of(options.thiek, context.group.world_size)
             for most in (shape.tokens, None):
-                measure_host(host, shape, run.backend, most)
+                used = measure_host(host, shape, run.backend, most)
+                yield context.results.suite
+            if used != "reference":
+                measure_parts(host, shape)
                 yield context.results.suite
             if own_gpus:
                 measure_wall(host, LARGE, run.backend)
@@ -201,8 +205,11 @@ class HostClock:
         return found
 
 
-def measure_host(host: HostClock, shape: Shape, backend: str, max_tokens: int | None) -> None:
-    """Collective: record host times over ``max_tokens_per_rank=max_tokens``. Raises ``WrongResultError``."""
+def measure_host(host: HostClock, shape: Shape, backend: str, max_tokens: int | None) -> str:
+    """Collective: record host times over ``max_tokens_per_rank=max_tokens``. Raises ``WrongResultError``.
+
+    Returns the backend's name.
+    """
     context, config = host.context, config_of(shape, host.context.group.world_size)
     problem = LayerProblem(shape=shape, group=context.group, device=context.device)
     layer = LayerUnderTest.of(context, problem, backend, config)
@@ -215,7 +222,15 @@ def measure_host(host: HostClock, shape: Shape, backend: str, max_tokens: int | 
             host.stage.prove(case)
             name = f"{case.name}, max_tokens_per_rank={'T' if max_tokens else None}"
             most = MOST_UNITS.get(case.name) if context.on_gpu else None
-            context.results.entries.append(compared(replace(case, name=name), "host", timing, (UNIT, unit), most))
+            context.results.entries.append(compared(name, shape, "host", timing, (UNIT, unit), most))
+        return ep.backend
+
+
+def measure_parts(host: HostClock, shape: Shape) -> None:
+    """Collective: record host times of what a layer's calls are made of. They have no result to check."""
+    for name, call in host_parts(shape, host.context.device).items():
+        timing, unit = host.units(call)
+        host.context.results.entries.append(compared(name, shape, "host", timing, (UNIT, unit)))
 
 
 def measure_wall(host: HostClock, shape: Shape, backend: str) -> None:
@@ -231,7 +246,7 @@ def measure_wall(host: HostClock, shape: Shape, backend: str) -> None:
             found = context.alternate([case], Method.GRAPH, ROUNDS_OF_LARGE)[case.name]
             graph = context.record(found).timing.median
             most = MOST_OVER_GRAPH[case.name] if context.held else None
-            context.results.entries.append(compared(case, "wall", timing, (GRAPH_OF_SAME, graph), most))
+            context.results.entries.append(compared(case.name, shape, "wall", timing, (GRAPH_OF_SAME, graph), most))
             context.free_cached_memory()
 
 
@@ -261,7 +276,9 @@ def open_ep(context: BenchContext, backend: str, config: EPConfig, max_tokens: i
     return ExpertParallel(context.group.process_group, backend, config, max_tokens_per_rank=max_tokens)
 
 
-def compared(case: BenchCase, how: str, timing: Timing, other: tuple[str, float], most: float | None = None) -> Entry:
+def compared(
+    name: str, shape: Shape, how: str, timing: Timing, other: tuple[str, float], most: float | None = None
+) -> Entry:
     """An entry over ``other``, words and seconds; most: the threshold as a multiple of it, or None."""
     text, seconds = other
     baseline = Baseline(what=text, measured_us=micros(seconds), ratio=round(timing.median / seconds, 4))
@@ -269,8 +286,7 @@ def compared(case: BenchCase, how: str, timing: Timing, other: tuple[str, float]
     if most is not None:
         met = timing.median <= most * seconds
         limit = {"threshold": f"at most {most:g} times {text}", "threshold_us": micros(most * seconds), "met": met}
-    shape = shape_record(case.shape)
-    return Entry(name=case.name, how=how, shape=shape, baselines=(baseline,), **limit, **time_fields(timing))
+    return Entry(name=name, how=how, shape=shape_record(shape), baselines=(baseline,), **limit, **time_fields(timing))
 
 
 def calls_of_parts(problem: RoutingProblem, ep: ExpertParallel) -> dict[str, BenchCase]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -9,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sonic_ep.fast.device_functions import peer_pointer, rounded
-from sonic_ep.fast.launch import launch, triton_kernel
+from sonic_ep.fast.launch import LAUNCHERS_KEPT, Launcher, triton_kernel
 from sonic_ep.fast.symmetric_memory import Staging
 from sonic_ep.fast.sync import staged_at
 from sonic_ep.fast.workspace import Workspace
@@ -127,8 +129,8 @@ def sum_parts(summand: Summand) -> Tensor:
     if summand.parts.shape == summand.shape and summand.dtype == torch.float32:
         return summand.parts
     total, numel = summand.new_result(), summand.shape.numel()
-    grid, constants = (-(-numel // BLOCK),), {"NUMEL": numel, "PARTS": summand.count, "BLOCK": BLOCK}
-    launch(sum_parts_kernel, grid, summand.parts, total, device=total.device, **constants)
+    run = _launcher(sum_parts_kernel, total.device, (total.dtype,), NUMEL=numel, PARTS=summand.count)
+    run((-(-numel // BLOCK),), summand.parts, total)
     return total
 
 
@@ -140,11 +142,17 @@ def sum_over_ranks(summands: Sequence[Summand], workspace: Workspace) -> list[Te
     if staging is None:
         return [sum_parts(summand) for summand in summands]
     group, grid, halves = workspace.group, (-(-numbers // BLOCK),), (staging.addresses, workspace.epoch)
-    device, sizes = workspace.device, {"FIRST": numel, "SECOND": numbers - numel, "BLOCK": BLOCK}
-    own = (first.parts, second.parts, *halves, group.rank, group.world_size)
-    launch(stage_sums_kernel, grid, *own, device=device, PARTS=first.count, **sizes)
+    device, sizes = workspace.device, {"FIRST": numel, "SECOND": numbers - numel}
+    stage = _launcher(stage_sums_kernel, device, (), PARTS=first.count, **sizes)
+    stage(grid, first.parts, second.parts, *halves, group.rank, group.world_size)
     workspace.barrier_after_write()
     totals = [summand.new_result() for summand in summands]
-    given = (*halves, first.parts, totals[0], totals[-1], group.world_size)
-    launch(sum_ranks_kernel, grid, *given, device=device, **sizes)
+    add = _launcher(sum_ranks_kernel, device, (first.dtype, second.dtype), **sizes)
+    add(grid, *halves, first.parts, totals[0], totals[-1], group.world_size)
     return totals
+
+
+@lru_cache(LAUNCHERS_KEPT)
+def _launcher(kernel: Any, device: torch.device, results: tuple[torch.dtype, ...], **sizes: int) -> Launcher:
+    """For sums of these ``sizes``. results: their dtypes, which tell launchers apart."""
+    return Launcher(kernel, device, {**sizes, "BLOCK": BLOCK})

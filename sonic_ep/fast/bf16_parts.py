@@ -1,12 +1,14 @@
 """An fp32 gradient as three bf16 parts, whose 3 x 8 bits hold its 24, for products on tensor cores."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sonic_ep.fast.device_functions import rounded
-from sonic_ep.fast.launch import launch, triton_kernel
+from sonic_ep.fast.launch import LAUNCHERS_KEPT, Launcher, triton_kernel
 
 BF16_PARTS = 3
 PARTS_BLOCK = 1024
@@ -72,6 +74,11 @@ def bf16_parts(grad_TE: Tensor, weight_EH: Tensor | None) -> tuple[Tensor, Tenso
     # Without a weight nothing is read or written there.
     pointers = (grad_TE, parts if weight_EH is None else weight_EH, parts, parts if repeated is None else repeated)
     grid = (-(-grad_TE.numel() // PARTS_BLOCK) + -(-weights // PARTS_BLOCK),)
-    constants = {"E": num_experts, "WEIGHTS": weights, "PARTS": BF16_PARTS, "BLOCK": PARTS_BLOCK}
-    launch(parts_kernel, grid, *pointers, num_tokens, device=grad_TE.device, **constants)
+    _parts(grad_TE.device, num_experts, weights)(grid, *pointers, num_tokens)
     return parts, repeated
+
+
+@lru_cache(LAUNCHERS_KEPT)
+def _parts(device: torch.device, num_experts: int, weights: int) -> Launcher:
+    constants = {"E": num_experts, "WEIGHTS": weights, "PARTS": BF16_PARTS, "BLOCK": PARTS_BLOCK}
+    return Launcher(parts_kernel, device, constants)

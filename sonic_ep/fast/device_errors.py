@@ -238,7 +238,7 @@ class DeviceErrors:
 
         Waits for the device only if it is behind by most of them.
         """
-        if self._on_gpu and torch.cuda.is_current_stream_capturing():
+        if capturing(self._device):
             self._current = self._gathered
             return
         self._plans += 1

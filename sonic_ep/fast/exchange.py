@@ -1,7 +1,7 @@
 """Dispatch and combine of one plan, and their gradients: each is the other's adjoint, as in the reference."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,8 +45,9 @@ class Exchange:
         return ends_e if self.planner.max_rows is None else ends_e.clamp(max=self.plan.row_capacity)
 
     def of_backward(self) -> "Exchange":
-        """For the gradient of this step."""
-        return replace(self, backward=True)
+        """This one, from now on for the gradient of its step: its forward is over."""
+        self.backward = True
+        return self
 
     def rows(self, x_TH: Tensor, again: "AgainInBackward | None" = None) -> tuple[Tensor, GatherInFlight | None]:
         """Collective. x of the group's tokens in canonical row order, (R, H); unspecified past the valid rows.

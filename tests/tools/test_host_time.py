@@ -11,6 +11,7 @@ import pytest
 import torch
 from end_to_end import TORCHRUN, context_on, python_in_root
 from harness.context import BenchCase, BenchContext, Rounds
+from harness.host_parts import ALLOCATION, AUTOGRAD, GROUPED, LAUNCH, PRODUCT, host_parts
 from harness.layer import LayerUnderTest, Pass
 from host_time import COMBINE, DISPATCH, ROUND_TRIP, ROWS, UNIT, HostClock, compared, shape_of
 from on_ranks import on_ranks
@@ -75,9 +76,8 @@ def test_the_rank_that_takes_most_units_counts(rank: Rank) -> None:
 
 
 def test_an_entry_says_whether_its_threshold_is_met() -> None:
-    case: Any = SimpleNamespace(name=ROWS, shape=shape_of(parse_thiek(THIEK), 2))
     times = Timing(rounds=(28e-6, 28e-6, 40e-6))
-    given = (case, "host", times, (UNIT, 2e-6))
+    given = (ROWS, shape_of(parse_thiek(THIEK), 2), "host", times, (UNIT, 2e-6))
     for most, met in ((14, True), (13.9, False), (None, None)):
         entry = compared(*given, most)
         assert (entry.met, entry.median_us, entry.baselines[0].ratio) == (met, 28, 14)
@@ -121,9 +121,23 @@ def test_wrong_results_are_refused_and_right_ones_recorded(rank: Rank) -> None:
         assert noted.results.environment.note is not None
         assert host_time.NOT_MEASURED in noted.results.environment.note
         assert not own_gpus
-        host = HostClock.of(noted, own_gpus, rounds=2)
-        host_time.measure_host(host, shape_of(parse_thiek(THIEK), 2), "reference", None)
+        host, shape = HostClock.of(noted, own_gpus, rounds=2), shape_of(parse_thiek(THIEK), 2)
+        assert host_time.measure_host(host, shape, "reference", None) == "reference"
         check_host_entries(noted.results.entries, "None")
+
+
+@pytest.mark.fast
+@on_ranks(1)
+def test_parts_of_a_call_are_recorded_in_units(rank: Rank) -> None:
+    with context_on(rank) as context, torch.no_grad():
+        host, shape = HostClock.of(context, own_gpus=True, rounds=2), shape_of(parse_thiek(THIEK), 1)
+        host_time.measure_parts(host, shape)
+        entries = context.results.entries
+        assert [entry.name for entry in entries] == [ALLOCATION, LAUNCH, PRODUCT, GROUPED, AUTOGRAD]
+        assert all(entry.baselines[0].what == UNIT and entry.median_us > 0 for entry in entries)
+        for call in host_parts(shape, rank.device).values():
+            result = call()
+            assert result is None or isinstance(result, torch.Tensor)
 
 
 def check_host_entries(entries: list[Entry], most: str) -> None:
@@ -167,4 +181,5 @@ def test_the_smoke_size_runs_on_the_cpu(tmp_path: Path, backend: str) -> None:
     assert document.environment.note is not None
     assert document.environment.note.startswith("on the CPU")
     check_host_entries([*document.entries[:5]], "T")
-    check_host_entries([*document.entries[5:]], "None")
+    check_host_entries([*document.entries[5:10]], "None")
+    assert len(document.entries) == (15 if backend == "fast" else 10)
