@@ -50,7 +50,10 @@ def pytest_report_header() -> str:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """On the CPU the fast backend needs an interpreter that works, which not every machine has."""
+    """On the CPU the fast backend needs an interpreter that works, which not every machine has; see ``own_gpus``."""
+    ranks_of, gpus = parameters_of(item).get("world_size", 1), torch.cuda.device_count()
+    if item.get_closest_marker("own_gpus") and on_gpus(item) and isinstance(ranks_of, int) and 0 < gpus < ranks_of:
+        pytest.skip(f"needs a GPU for each of {ranks_of} ranks, found {gpus}")
     fast = item.get_closest_marker("fast") is not None or parameters_of(item).get("backend") == "fast"
     reasons = interpreter_reasons() if fast and not on_gpus(item) else ()
     if reasons:

@@ -200,8 +200,9 @@ class Workspace:
     def close(self) -> None:
         """Free all buffers, once this rank's kernels are done with them."""
         self._closed = True
-        self.synchronize()
         self.kept.clear()
+        # Raises where a kernel has trapped.
+        self.synchronize()
         self.receive_flags = None
         self._stagings.clear()
         self._buffers.clear()

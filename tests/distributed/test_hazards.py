@@ -238,10 +238,12 @@ def test_chunks_of_the_receive_buffer(rank: Rank, most_bytes: int) -> None:
         primitive = kind(workspace, most_bytes)
         found, scores = primitive.weighted(rows, inputs.topk_scores[tokens], plan)
         assert_bitwise(found, expected, mode.value)
+        # Of one rank (T, K).
+        by_rank = scores.view(rank.world_size, -1, case.top_k)
         for source in range(rank.world_size):
             theirs = inputs.tokens_of(source)
             here = slice(theirs.stop - theirs.start)
-            assert_bitwise(scores[source, here], inputs.topk_scores[theirs], "scores")
+            assert_bitwise(by_rank[source, here], inputs.topk_scores[theirs], "scores")
         assert_bitwise(primitive.combine(rows, scores, plan), expected, mode.value)
         assert int(workspace.ticket) == 0
     workspace.close()

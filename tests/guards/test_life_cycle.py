@@ -2,9 +2,11 @@
 
 import gc
 import os
+import weakref
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -224,3 +226,41 @@ def test_a_forked_process_keeps_off(rank: Rank, backend: str) -> None:
         # No child has reported that this rank is gone.
         assert ep._collectives._status_store.statuses() == {}
         assert_same_bits(torch.autograd.grad(y.square().sum(), leaves), expected)
+
+
+def lost_gpu(_: object) -> None:
+    raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+def ended_workspace(rank: Rank, how: str) -> tuple[weakref.ref[Any], weakref.ref[Any]]:
+    """What holds the shared memory of an object that has ended, and the errors of its kernels' waits."""
+    x, *weights = layer_of(rank)
+    ep = ExpertParallel(backend="fast")
+    if how == "freed with its graph":
+        ep.release_with_last_user()
+    y = ep.moe(x, *weights, TOP_K).y
+    (workspace,) = (context.workspace for context in ep._backend._contexts.values())  # type: ignore[attr-defined]
+    found = weakref.ref(workspace), weakref.ref(workspace.wait_errors)
+    y.sum().backward()
+    if how == "closed":
+        ep.close()
+    elif how == "lost":
+        with mock.patch.object(type(workspace), "synchronize", lost_gpu), suppress(RuntimeError), ep:
+            y.sum().item()
+            lost_gpu(ep)
+    return found
+
+
+@pytest.mark.fast
+@promise("close")
+@pytest.mark.parametrize("how", ["closed", "freed with its graph", "lost"])
+@on_ranks(1, 2)
+def test_shared_memory_needs_no_garbage_collector(rank: Rank, how: str) -> None:
+    """Else it would stay for long; and what a kernel's failed wait has left to print, where a process just ends."""
+    gc.collect()
+    gc.disable()
+    try:
+        found = ended_workspace(rank, how)
+        assert [held() for held in found] == [None, None]
+    finally:
+        gc.enable()

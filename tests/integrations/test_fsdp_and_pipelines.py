@@ -110,6 +110,8 @@ class Block(nn.Module):
         return x + self.moe(x).y
 
 
+# Over gloo PyTorch sends no tensor of a GPU from rank to rank.
+@pytest.mark.own_gpus
 @promise("split-backward")
 @on_ranks(2)
 @both_backends
@@ -194,6 +196,8 @@ def assert_sharded_layer_is_right(rank: Rank, ep: ExpertParallel, mesh: DeviceMe
     assert_sharded_is_right(rank, mesh, layer, shard, lambda layer, x: layer(x).y.add_(x))
 
 
+# FSDP2's processes die over gloo, with tensors of a GPU.
+@pytest.mark.own_gpus
 @promise("fsdp")
 @on_ranks(2)
 @both_backends

@@ -93,7 +93,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-@pytest.mark.skipif(0 < torch.cuda.device_count() < 2, reason="needs two GPUs: a kernel occupies that of each rank")
+@pytest.mark.own_gpus
 @on_ranks(2, pool="cuda_pool")
 def test_copies_need_no_multiprocessor(rank: Rank) -> None:
     """The copies complete while a kernel occupies every multiprocessor; another kernel would find no room to run."""

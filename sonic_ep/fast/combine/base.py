@@ -72,7 +72,8 @@ class PushedCombine(ABC):
 
     def reserve(self, max_tokens: int, top_k: int, row_bytes: int) -> Receiver:
         """Collective. Shared memory for as many of the C tokens as ``most_bytes`` allow, at least one."""
-        form = (self, max_tokens, top_k, row_bytes)
+        # Not this object, which holds the workspace: the two would be freed by the garbage collector only.
+        form = (type(self), self._most_bytes, max_tokens, top_k, row_bytes)
         held: Receiver | None = self._workspace.kept.get(form)
         if held is not None:
             return held
