@@ -142,20 +142,18 @@ def unpack_saved(
     they come back with others. Raises ``ValueError`` if one was freed.
     """
     found: list[Any] = list(ctx.saved_tensors)
-    for place, (name, held) in enumerate(zip(names, found, strict=True)):
-        if held is not None and not _is_plain(held):
-            raise_if_freed(where, name, held)
-            held = materialized(held)
-            found[place] = held if held.stride() == strides.get(name) else held.contiguous()
+    for place, held in enumerate(found):
+        # Contiguous, with its values, in memory that is still there. No function a tensor: every backward asks.
+        if held is None or (
+            held.is_contiguous()
+            and not (held.is_neg() or compat.is_zero_without_memory(held))
+            and held.untyped_storage().nbytes() >= held.nbytes + held.storage_offset() * held.itemsize
+        ):
+            continue
+        raise_if_freed(where, names[place], held)
+        held = materialized(held)
+        found[place] = held if held.stride() == strides.get(names[place]) else held.contiguous()
     return found
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether it is contiguous, in memory that is still there, with its values."""
-    if not tensor.is_contiguous() or tensor.is_neg() or compat.is_zero_without_memory(tensor):
-        return False
-    offset = tensor.storage_offset()
-    return tensor.untyped_storage().nbytes() >= tensor.nbytes + (offset and offset * tensor.itemsize)
 
 
 def in_halves(given: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -237,7 +235,7 @@ def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> 
     Between the halves only the gradient and the node's Python object live. Before PyTorch 2.13 that object does not own
     the node ("_input_metadata is invalid"), so the gradient has to.
     """
-    result: Tensor = function.apply(*arguments)
+    result: Tensor = compat.apply_function(function, *arguments)
     if compat.KEEPS_NODES or PIPELINING not in sys.modules or not result.requires_grad:
         return result
     return _kept_by_its_gradient(result)

@@ -85,6 +85,13 @@ def timeout_of(group: dist.ProcessGroup, device: torch.device) -> float | None:
     return timeout.total_seconds() if isinstance(timeout, timedelta) else None
 
 
+def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply``, which outside of functorch's transforms looks for what they have left in every argument."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
 def backward_is_running() -> bool:
     """Whether this thread is in a backward: activation checkpointing runs forward again in it."""
     return torch._C._current_graph_task_id() != -1

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sonic_ep.compat import stream_is_captured
 from sonic_ep.distributed.collectives import BoundedCollectives, left
 from sonic_ep.distributed.group import EPGroup
 from sonic_ep.distributed.sync_tag import Phase, SyncTag, mismatch
@@ -238,7 +239,7 @@ class DeviceErrors:
 
         Waits for the device only if it is behind by most of them.
         """
-        if capturing(self._device):
+        if self._on_gpu and stream_is_captured():
             self._current = self._gathered
             return
         self._plans += 1

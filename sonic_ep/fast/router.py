@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sonic_ep import compat
 from sonic_ep.autograd_utils import apply_function, once_differentiable, savable, unpack_saved
 from sonic_ep.backend import RouterWeights, Routing
 from sonic_ep.config import RouterOptions
@@ -41,7 +42,8 @@ def route(
     if not torch.is_grad_enabled():
         return choose_experts(_logits(x_TH, weight, bias), options, weights.correction, workspace, into)
     logits_TE = apply_function(RouterLogits, savable(x_TH), weight, bias, options, workspace)
-    topk_idx_TK, scores_TK = Choose.apply(logits_TE, weights.correction, options, workspace, into)
+    given = (logits_TE, weights.correction, options, workspace, into)
+    topk_idx_TK, scores_TK = compat.apply_function(Choose, *given)
     staged = None if into is None else into.staged
     return Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK, staged=staged)
 

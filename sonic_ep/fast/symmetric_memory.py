@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -34,7 +35,7 @@ class SharedBuffer:
         """This rank's own bytes."""
         return self.by_rank[self.rank]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes on each rank."""
         return self.local.numel()

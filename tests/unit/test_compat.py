@@ -146,19 +146,28 @@ def test_modes_of_selective_checkpointing_are_off_and_others_on() -> None:
     assert outer.calls_of_exp == inner.calls_of_exp == 1
 
 
+class Twice(torch.autograd.Function):
+    forward = staticmethod(lambda ctx, x: 2 * x)
+    backward = staticmethod(lambda ctx, grad: 2 * grad)
+
+
 def test_python_objects_keep_their_nodes_where_the_gate_says_so() -> None:
     """What ``torch.distributed.pipelining`` reads of a node between the halves of a backward, the result being gone."""
-
-    class Twice(torch.autograd.Function):
-        forward = staticmethod(lambda ctx, x: 2 * x)
-        backward = staticmethod(lambda ctx, grad: 2 * grad)
-
     node = Twice.apply(torch.ones(2, requires_grad=True)).grad_fn
     try:
         kept = len(node._input_metadata) == 1
     except RuntimeError:
         kept = False
     assert kept == compat.KEEPS_NODES
+
+
+def test_a_function_is_applied_as_autograd_does_and_refused_in_transforms() -> None:
+    x = torch.ones(2, requires_grad=True)
+    (compat.apply_function(Twice, x) * 3).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [6, 6]
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda given: compat.apply_function(Twice, given).sum())(torch.ones(2))
 
 
 @on_ranks(1, pool="cpu_pool")
