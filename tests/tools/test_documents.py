@@ -83,6 +83,15 @@ HOST_ROWS = {
     "`moe` without gradients": "forward, inference, max_tokens_per_rank=T",
     "`moe` and its backward": "forward and backward, max_tokens_per_rank=T",
 }
+# Columns of the table.
+HOST_FILES = [f"1xH200_host_time{name}.json" for name in ("_before", "", "_in_group", "_in_group_again")]
+HOST_PARTS = {
+    "memory of a tensor": "one tensor's memory",
+    "launch of a kernel": "one launch of a kernel",
+    "product of the router": "one product of the router",
+    "grouped product": "one grouped product",
+    "three autograd functions, forward and backward": "three autograd functions, forward and backward",
+}
 
 
 def test_layers_are_those_recorded() -> None:
@@ -143,13 +152,32 @@ def test_times_of_dispatch_and_combine_are_those_recorded() -> None:
     assert table == {}
 
 
+def tables(part: str) -> list[list[list[str]]]:
+    """The rows of each table of a part of the page."""
+    return [rows(block) for block in part.split("\n\n") if block.startswith("|")]
+
+
 def test_host_times_are_those_recorded() -> None:
-    table = rows(section("What does a call cost the host?"))
-    assert [row[0] for row in table] == list(HOST_ROWS)
-    for name, before, after, _ in table:
-        for file, text in (("1xH200_host_time_before.json", before), ("1xH200_host_time.json", after)):
-            (entry,) = medians(file, "host")[HOST_ROWS[name]]
-            assert as_quoted(entry["against"][0]["ratio"], text), (name, file)
+    calls, parts = tables(section("What does a call cost the host?"))
+    for known, columns, table in ((HOST_ROWS, HOST_FILES, calls), (HOST_PARTS, HOST_FILES[2:], parts)):
+        assert [row[0] for row in table] == list(known)
+        for name, *quoted in table:
+            for file, text in zip(columns, quoted, strict=False):
+                (entry,) = medians(file, "host")[known[name]]
+                assert as_quoted(entry["against"][0]["ratio"], text), (name, file)
+
+
+def test_the_parts_of_a_step_add_up_to_what_the_page_says() -> None:
+    part = section("What does a call cost the host?")
+    tensors, launches, products, grouped = map(
+        int, re.findall(r"make (\d+) tensors, (\d+) launches, (\d+) products of the router and (\d+) grouped", part)[0]
+    )
+    counts = dict(zip(HOST_PARTS.values(), (tensors, launches, products, grouped, 1), strict=True))
+    sums = [
+        sum(count * medians(file, "host")[name][0]["against"][0]["ratio"] for name, count in counts.items())
+        for file in HOST_FILES[2:]
+    ]
+    assert re.findall(r"(\d+) and (\d+)\s+of its", part) == [tuple(f"{total:.0f}" for total in sums)]
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`(\w+\.json)`", BENCHMARKS))))
