@@ -78,11 +78,13 @@ def test_an_operation_has_the_outcome_of_tritons_own(rank: Rank, name: str) -> N
 
 
 AS_A_USER_RUNS_IT = """
-import sys
+import sys, warnings
 import torch
 from sonic_ep import EPConfig, ExpertParallel
 from sonic_ep.config import CombineMode, DispatchMode
 
+# Of the interpreter of Triton 3.6 itself, with numpy 2.
+warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", DeprecationWarning)
 for dispatch, combine in list(zip(DispatchMode, CombineMode, strict=True))[: int(sys.argv[1])]:
     found = []
     for backend in ("fast", "reference"):

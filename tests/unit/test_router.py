@@ -349,6 +349,8 @@ def test_what_a_backward_launches(rank: Rank) -> None:
             with Counted(patch) as counted:
                 torch.autograd.grad(scores, leaves, given)
         assert counted.launched == ["logits_gradient_kernel", *LAUNCHED[dtype, rank.world_size]], dtype
-        assert counted.operations.count("product") == 2
-        assert set(counted.operations) <= {"product", "t", "empty_like", "new_empty", "detach"}, counted.operations
-        assert len(counted.operations) <= (8 if dtype == torch.bfloat16 else 6), counted.operations
+        # Before PyTorch 2.13 a view more, in a process that has imported pipelines: see ``apply_function``.
+        operations = [name for name in counted.operations if name != "view"]
+        assert operations.count("product") == 2
+        assert set(operations) <= {"product", "t", "empty_like", "new_empty", "detach"}, operations
+        assert len(operations) <= (8 if dtype == torch.bfloat16 else 6), operations
