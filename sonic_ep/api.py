@@ -271,8 +271,9 @@ class ExpertParallel:
         """(T, H), dtype of rows: each token's sum over k of score * row. Collective, differentiable in rows and scores.
 
         rows (N, H) in the order of ``dispatch``. N is from ``plan.rows()``, the number of valid rows, to R; other rows
-        are not read. Fewer raise ``ValueError``; on "fast" without ``cpu_sync_on_runtime`` a later call of
-        this rank raises it, and tokens that lack a row are NaN. topk_scores (T, K): as in ``moe_routed``.
+        are not read. Fewer raise ``MissingRowsError``, a ``ValueError``; on "fast" without ``cpu_sync_on_runtime``
+        ``check()`` raises it or, ending the object, a later call of this rank, and tokens that lack a row are NaN.
+        topk_scores (T, K): as in ``moe_routed``.
         """
         with self._call_guard.one():
             record, form, rows_NH, scores_TK = self._checks.combine(rows, topk_scores, plan)

@@ -82,6 +82,15 @@ def for_kernels(tensor: Tensor) -> Tensor:
     return savable(held) if torch.is_grad_enabled() else held
 
 
+def trained_as(tensor: Tensor, held: Tensor) -> Tensor:
+    """``held``, the tensor or a copy of it, requiring a gradient as the tensor does.
+
+    A copy made where gradients are off does not. Ranks compare what is trained, of which one may copy and another not;
+    and reentrant checkpointing runs the first forward so.
+    """
+    return held.requires_grad_() if tensor.requires_grad and not held.requires_grad else held
+
+
 def as_it_lies(tensor: Tensor) -> Tensor:
     """As ``for_kernels``, but of any strides with which no two elements share memory."""
     held = materialized(tensor)

@@ -17,7 +17,14 @@ from sonic_ep.config import RouterOptions
 from sonic_ep.distributed.call_lock import Admission
 from sonic_ep.distributed.collectives import BoundedCollectives, differing
 from sonic_ep.distributed.sync_tag import Phase, Step, call_digest
-from sonic_ep.errors import CollectiveMismatchError, PeerError, RecomputeError, RowOverflowError, SharedMemoryError
+from sonic_ep.errors import (
+    CollectiveMismatchError,
+    MissingRowsError,
+    PeerError,
+    RecomputeError,
+    RowOverflowError,
+    SharedMemoryError,
+)
 
 DIGESTS_KEPT = 64
 # PyTorch has no error type of its own for the memory of a CPU.
@@ -221,6 +228,8 @@ def _end_if_out_of_step(error: BaseException, backend: Backend | None, collectiv
     # This library's errors begin with the group. Others come from a hook or a recomputed model, on this rank alone.
     own = f"{type(error).__name__}: {collectives.group}"
     refused = isinstance(error, ValueError) and _text_of(error).startswith(own)
+    # A later call of this rank raises it, which the others make.
+    refused = refused and not isinstance(error, MissingRowsError)
     alike = refused or isinstance(error, ALIKE) or is_second_backward(error)
     if collectives.call_lock.begun and not (collectives.group.world_size == 1 or alike or _capturing()):
         _report(error, backend, collectives)

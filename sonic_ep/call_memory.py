@@ -139,6 +139,7 @@ def _facts_of_weights(tensors: Sequence[Any], grad_mode: bool) -> list[object] |
                 return None
             if tensor.is_neg() or compat.is_zero_without_memory(tensor):
                 return None
-            facts += (kind, tensor.dtype, tensor.device, tensor.shape, in_order or tensor.stride())
+            # Of one expert strides may be any, and the tensor is in order all the same.
+            facts += (kind, tensor.dtype, tensor.device, tensor.shape, tensor.stride())
             facts += (tensor.requires_grad, grad_mode and tensor.is_inference())
     return facts

@@ -85,9 +85,13 @@ def timeout_of(group: dist.ProcessGroup, device: torch.device) -> float | None:
     return timeout.total_seconds() if isinstance(timeout, timedelta) else None
 
 
+# Whether one of functorch's transforms is active, such as ``torch.func.functionalize``.
+transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
 def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """``function.apply``, which outside of functorch's transforms looks for what they have left in every argument."""
-    if torch._C._are_functorch_transforms_active():
+    if transforms_active():
         return function.apply(*arguments)
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 

@@ -33,6 +33,10 @@ class RecomputeError(RuntimeError):
     """Activation checkpointing ran forward again and tokens were routed differently."""
 
 
+class MissingRowsError(ValueError):
+    """``combine`` got fewer rows than the plan has valid ones on this rank. Other ranks do not raise it."""
+
+
 class ClosedError(ValueError):
     """An ``ExpertParallel`` was used after ``close()``, or after its process group was destroyed."""
 

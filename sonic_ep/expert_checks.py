@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sonic_ep.activation import ACTIVATIONS, GATE_LAYOUTS, Activation
-from sonic_ep.autograd_utils import as_it_lies, for_kernels
+from sonic_ep.autograd_utils import as_it_lies, for_kernels, trained_as
 from sonic_ep.backend import ExpertWeights
 from sonic_ep.checks import MOST_WIDTH, ArgumentChecker, described
 from sonic_ep.sharding import local_of
@@ -164,5 +164,4 @@ def _weight_as_read(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     # Kernels reckon within a tile in int32.
     as_stored = name.startswith("w") and max(cast.stride()[1:]) <= MOST_WIDTH
     held = as_it_lies(cast) if as_stored else for_kernels(cast)
-    # Reentrant checkpointing runs the first forward without gradients, which a copy would not require.
-    return held.requires_grad_() if tensor.requires_grad and not held.requires_grad else held
+    return trained_as(tensor, held)

@@ -46,7 +46,7 @@ from torch import Tensor
 
 from sonic_ep.compat import is_zero_without_memory
 from sonic_ep.config import EPConfig, is_count
-from sonic_ep.errors import PlanError, RecomputeError, RowOverflowError
+from sonic_ep.errors import MissingRowsError, PlanError, RecomputeError, RowOverflowError
 
 # Slots and rows are int32, and kernels count past the last one: by a grid's stride, the rest of a tile (at most
 # 2 * 65536 slots), or the lag of a combine (1024 tokens for each rank).
@@ -267,10 +267,10 @@ def overflow_error(where: object, *, max_rows: int, rank: int, rows: int, more: 
     return RowOverflowError(f"{where}: {got}: rank {rank} is routed {rows} rows{more}")
 
 
-def missing_rows_error(where: object, *, missing: int) -> ValueError:
+def missing_rows_error(where: object, *, missing: int) -> MissingRowsError:
     """The error for a combine of ``missing`` fewer rows than the plan has valid ones."""
     got = f"rows of combine: got {missing} fewer than the plan's valid rows on this rank"
-    return ValueError(f"{where}: {got}, expected at least plan.rows(): pass one row for each row of dispatch")
+    return MissingRowsError(f"{where}: {got}, expected at least plan.rows(): pass one row for each row of dispatch")
 
 
 def recompute_error(where: object, step: int) -> RecomputeError:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from sonic_ep import compat
 from sonic_ep.activation import Activation
 from sonic_ep.autograd_utils import apply_function, joined
 from sonic_ep.backend import ExpertWeights, LayerOutput, RouterWeights, Routing, Slots
@@ -60,7 +61,10 @@ class FastBackend:
         into = None
         if max_tokens > 0:
             into = StagedChoice(choice=choice, staged=sized.staged, x_TH=x_TH, max_tokens=max_tokens)
-        return route(x_TH, weights, options, call_plan.workspace, into)
+        routing = route(x_TH, weights, options, call_plan.workspace, into)
+        # Also where nothing had to be staged: the layer has begun.
+        routing.staged = sized.staged
+        return routing
 
     def check_activation(self, activation: Activation) -> None:
         """Raise ``ValueError`` for an activation without a kernel."""
@@ -174,6 +178,8 @@ class FastBackend:
         for context in self._contexts.values():
             context.workspace.synchronize()
             context.workspace.wait_errors.raise_if_any()
+            # No rank waits for another in this call: one that raises alone may go on.
+            self._collectives.call_lock.begun = False
             context.planner.device_errors.raise_all()
 
     def explain(self, error: RuntimeError) -> None:
@@ -216,6 +222,11 @@ class FastBackend:
                 where = "the CPU under Triton's interpreter" if interpreted() else "CUDA devices"
                 where += " for backend 'fast' (backend='reference' takes others)"
                 raise ValueError(f"{self._group}: device: got {device}, expected one of {where}")
+            if compat.transforms_active():
+                # It would make of memory that outlives it a tensor of its own.
+                raise RuntimeError(
+                    f"{self._group}: got a first call inside of a transform of torch.func: make it outside"
+                )
             self._contexts[device] = DeviceContext(self._collectives, self._config, device)
         return self._contexts[device]
 

@@ -30,6 +30,8 @@ WAIT_CODES = 4
 # that a combine of this rank lacked, the most.
 PLAN_CODES, MISSING = 5, 4
 REROUTED: tl.constexpr = tl.constexpr(3)
+# The codes of each kind of error, in the order in which they are raised.
+ALL, KINDS = slice(None), (slice(0, 1), slice(1, 3), slice(3, 4), slice(4, 5))
 # From one plan's codes to the next's: kernels are compiled for pointers to multiples of 16 bytes.
 CODES_STRIDE = 8
 # Plans that the host may queue ahead of the device: the error of plan n is raised by plan n + PLANS_AHEAD. As many
@@ -127,12 +129,14 @@ class PlanErrors:
         # Reading a tensor would take microseconds, and every plan looks here.
         self._seen = None if codes.is_cuda else codes.numpy().data
 
-    def error(self) -> Exception | None:
-        """``ValueError``, ``RowOverflowError`` or ``RecomputeError``, if there is one."""
+    def error(self, kind: slice = ALL) -> Exception | None:
+        """``ValueError``, ``RowOverflowError`` or ``RecomputeError``, if there is one of this kind: the first."""
         found = self.codes.tolist() if self._seen is None else self._seen
         if not any(found):
             return None
-        bad_rank, full_rank, rows, rerouted, missing = found
+        of_kind = [0] * PLAN_CODES
+        of_kind[kind] = found[kind]
+        bad_rank, full_rank, rows, rerouted, missing = of_kind
         limits, more = self.limits, f" (in step {self.limits.step})"
         if bad_rank:
             expected = f"expected 0 to {limits.num_experts - 1}, or -1 for a dropped slot{more}"
@@ -142,11 +146,17 @@ class PlanErrors:
             return overflow_error(self._group, max_rows=limits.max_rows, rank=full_rank - 1, rows=rows, more=more)
         if rerouted:
             return recompute_error(self._group, rerouted)
-        return missing_rows_error(self._group, missing=missing)
+        return missing_rows_error(self._group, missing=missing) if missing else None
 
-    def clear(self) -> None:
-        """No error. Kernels that write to them have run."""
-        self.codes.zero_()
+    @property
+    def kind(self) -> slice:
+        """The codes of the first error."""
+        found = self.codes.tolist()
+        return next((kind for kind in KINDS if any(found[kind])), ALL)
+
+    def clear(self, kind: slice = ALL) -> None:
+        """None of this kind. Kernels that write to them have run."""
+        self.codes[kind].zero_()
 
 
 class Mark:
@@ -322,7 +332,10 @@ class DeviceErrors:
         self._unmarked = None
 
     def _raise(self, found: PlanErrors) -> None:
-        """Raise the error, if there is one, and clear it: what has been gathered, with every copy of it."""
+        """Raise the error, if there is one, and clear it: what has been gathered, with every copy of its kind.
+
+        Errors of other kinds that were gathered are raised by later plans, or in ``raise_all``.
+        """
         error = found.error()
         if error is None:
             return
@@ -330,8 +343,11 @@ class DeviceErrors:
             found.clear()
         else:
             self._synchronize()
+            # With what was found since the copy was made, which is cleared, too.
+            kind = found.kind
+            error = self._gathered.error(kind) or error
             for copied in (*(mark.gathered for mark in (*self._marks, *self._passed, *self._unused)), self._gathered):
-                copied.clear()
+                copied.clear(kind)
         try:
             raise error
         finally:

@@ -287,12 +287,37 @@ def test_numbers_of_tokens_that_do_not_fit_are_refused_in_a_known_call() -> None
             r"shape of rows: got \(11, 8\)": lambda: ep.combine(more, scores, plan),
             "rows of combine: got 1 fewer": lambda: ep.combine(rows[: plan.rows() - 1], scores, plan),
             "topk_idx: got expert ids from 0 to 4": lambda: ep.plan(plan_ids(TOKENS) * 4, EXPERTS),
+            "topk_idx: got expert ids from 0 to 6": lambda: ep.moe_routed(
+                **routed | {"topk_idx": plan_ids(TOKENS) * 6}
+            ),
+            "tokens T: got 10, expected at most C=5": lambda: ep.moe(**good_call() | {"x": torch.cat([x, x])}),
             "tokens T: got 6, expected at most C=5": lambda: ep.plan(plan_ids(6), EXPERTS),
         }
         for message, call in refused.items():
             with pytest.raises(ValueError, match=message):
                 call()
         assert len(ep._call_guard.memory) == known
+
+
+def test_a_weight_behind_an_offset_whose_memory_ends_early_is_refused_in_a_known_call() -> None:
+    arguments = good_call()
+    flat, w1 = torch.randn(1000 + arguments["w1"].numel()), arguments["w1"]
+    arguments["w1"] = flat[1000:].view(w1.shape)
+    with ExpertParallel(backend="reference") as ep:
+        ep.moe(**arguments)
+        flat.untyped_storage().resize_(w1.nbytes)
+        with pytest.raises(ValueError, match=r"memory of w1: got .* bytes, expected at least"):
+            ep.moe(**arguments)
+
+
+def test_weights_of_one_expert_that_lie_otherwise_are_another_call() -> None:
+    """PyTorch calls them contiguous, whatever their first stride, by which grouped products are chosen."""
+    arguments = good_call(experts=1, held=1, top_k=1)
+    with ExpertParallel(backend="reference") as ep:
+        ep.moe(**arguments)
+        w1 = arguments["w1"]
+        ep.moe(**arguments | {"w1": w1.as_strided(w1.shape, (7, *w1.stride()[1:]))})
+        assert len(ep._call_guard.memory) == 2
 
 
 def plan_ids(tokens: int) -> Tensor:

@@ -44,6 +44,19 @@ def test_calls_in_what_is_compiled_run_as_they_are(rank: Rank, backend: str) -> 
         assert torch.equal(torch.compile(module, backend="aot_eager")(x).y, module(x).y)
 
 
+@pytest.mark.fast
+@on_ranks(1, pool="cpu_pool")
+def test_a_first_call_inside_of_a_transform_is_refused(rank: Rank) -> None:
+    """Memory that it would make there is not what it seems; what was made outside is right."""
+    x, weights, _ = layer_inputs(rank, CASE)
+    x, *weights = (tensor.detach() for tensor in (x, *weights))
+    with ExpertParallel(backend="fast") as ep:
+        transformed = torch.func.functionalize(lambda x: ep.moe(x, *weights, CASE.top_k).y)
+        with pytest.raises(RuntimeError, match=r"first call inside of a transform of torch\.func: make it outside"):
+            transformed(x)
+        assert ep.moe(x, *weights, CASE.top_k).y.shape == x.shape
+
+
 @promise("autocast")
 @pytest.mark.parametrize("case", [CASES["uniform_bf16"], CASES["uneven_tokens"]], ids=lambda case: case.name)
 @both_backends
