@@ -43,7 +43,7 @@ def late(rank: Rank, owner: Any, name: str) -> Iterator[None]:
 
 def on_backends(run: Callable[[ExpertParallel], Tensor], config: EPConfig) -> tuple[Tensor, Tensor]:
     """Collective. What ``run`` returns of the fast backend and of the reference, at the same C."""
-    options: dict[str, Any] = {"config": config, "max_tokens_per_rank": TOKENS}
+    options: dict[str, Any] = {"config": config, "max_tokens_per_rank": TOKENS, "timeout": HANG_SECONDS}
     with ExpertParallel(backend="fast", **options) as fast, ExpertParallel(backend="reference", **options) as reference:
         return run(fast), run(reference)
 
@@ -116,7 +116,7 @@ def test_a_rank_without_tokens_joins_where_its_x_is_not_trained(rank: Rank, back
     """In a call that it knows, too: its experts get the gradient of the other's tokens."""
     arguments = call_of(rank.world_size)
     arguments |= {name: arguments[name].requires_grad_() for name in ("w1", "w2")}
-    with ExpertParallel(backend=backend) as ep:
+    with ExpertParallel(backend=backend, timeout=HANG_SECONDS) as ep:
         for _ in range(3):
             x = arguments["x"][: 0 if rank.rank else None].detach()
             y = ep.moe(**arguments | {"x": x if rank.rank else x.requires_grad_()}).y
