@@ -66,7 +66,8 @@ bench: $(INSTALLED)
 # Needs the CUDA toolkit and two GPUs, or one, which two ranks share. What NCCL asks the driver and is refused when it
 # starts is no access to memory.
 sanitize: $(INSTALLED)
-	TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1 compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 --report-api-errors no \
+	TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1 \
+	compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 --report-api-errors no \
 		$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=2 tests/helpers/every_kernel.py
 
 clean:

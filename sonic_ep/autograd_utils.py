@@ -76,12 +76,6 @@ def materialized(tensor: Tensor) -> Tensor:
     return tensor.resolve_neg() if tensor.is_neg() else tensor
 
 
-def for_kernels(tensor: Tensor) -> Tensor:
-    """Materialized, contiguous, and savable for backward: a copy where needed."""
-    held = materialized(tensor).contiguous()
-    return savable(held) if torch.is_grad_enabled() else held
-
-
 def trained_as(tensor: Tensor, held: Tensor) -> Tensor:
     """``held``, the tensor or a copy of it, requiring a gradient as the tensor does.
 
@@ -89,6 +83,12 @@ def trained_as(tensor: Tensor, held: Tensor) -> Tensor:
     and reentrant checkpointing runs the first forward so.
     """
     return held.requires_grad_() if tensor.requires_grad and not held.requires_grad else held
+
+
+def for_kernels(tensor: Tensor) -> Tensor:
+    """Materialized, contiguous, and savable for backward: a copy where needed."""
+    held = materialized(tensor).contiguous()
+    return trained_as(tensor, savable(held) if torch.is_grad_enabled() else held)
 
 
 def as_it_lies(tensor: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> 
     Between the halves only the gradient and the node's Python object live. Before PyTorch 2.13 that object does not own
     the node ("_input_metadata is invalid"), so the gradient has to.
     """
-    result: Tensor = compat.apply_function(function, *arguments)
+    result: Tensor = compat.applied(function, *arguments)
     if compat.KEEPS_NODES or PIPELINING not in sys.modules or not result.requires_grad:
         return result
     return _kept_by_its_gradient(result)

@@ -89,7 +89,7 @@ def timeout_of(group: dist.ProcessGroup, device: torch.device) -> float | None:
 transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
-def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+def applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """``function.apply``, which outside of functorch's transforms looks for what they have left in every argument."""
     if transforms_active():
         return function.apply(*arguments)

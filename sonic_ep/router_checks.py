@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sonic_ep.autograd_utils import for_kernels, trained_as
+from sonic_ep.autograd_utils import for_kernels
 from sonic_ep.backend import RouterWeights
 from sonic_ep.checks import ArgumentChecker, check_experts_divide, check_top_k
 from sonic_ep.config import RouterConfig, RouterOptions, ScoreOrder, parse_choice, settings_of
@@ -111,8 +111,5 @@ def _check_of_experts(
 
 def router_as_read(weights: RouterWeights) -> RouterWeights:
     """``weights`` with tensors that kernels can read."""
-    bias_E, correction_E = (
-        None if w is None else trained_as(w, for_kernels(w)) for w in (weights.bias, weights.correction)
-    )
-    weight_EH = trained_as(weights.weight, for_kernels(weights.weight))
-    return RouterWeights(weight=weight_EH, bias=bias_E, correction=correction_E)
+    bias_E, correction_E = (None if w is None else for_kernels(w) for w in (weights.bias, weights.correction))
+    return RouterWeights(weight=for_kernels(weights.weight), bias=bias_E, correction=correction_E)

@@ -1,6 +1,6 @@
 """What a layer's calls are made of on the host: PyTorch's own operations and one launch, each alone.
 
-Their host times, times how many of them a call makes (``tests/distributed/test_call_counts.py``), are what a call would
+Their host times, times how many of them a call makes (held by ``tests/distributed/test_call_counts.py``), are what a call would
 take if nothing else ran on the host.
 """
 

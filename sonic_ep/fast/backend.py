@@ -62,8 +62,8 @@ class FastBackend:
         if max_tokens > 0:
             into = StagedChoice(choice=choice, staged=sized.staged, x_TH=x_TH, max_tokens=max_tokens)
         routing = route(x_TH, weights, options, call_plan.workspace, into)
-        # Also where nothing had to be staged: the layer has begun.
-        routing.staged = sized.staged
+        # Also where there was nothing to stage: the layer has begun.
+        routing.staged = sized
         return routing
 
     def check_activation(self, activation: Activation) -> None:
@@ -146,11 +146,10 @@ class FastBackend:
         scores_TK, max_tokens = self._joined(slots.topk_scores.float()), slots.max_tokens
         tokens, top_k = slots.topk_idx.shape
         call_plan = self._call_plan(record, x_TH, top_k, experts.w2.shape[0] * self._group.world_size)
-        if slots.staged is None:
+        sized: SizedPlan | None = slots.staged
+        if sized is None:
             sized = call_plan.begin(max_tokens)
             call_plan.stage(slots.topk_idx, scores_TK, x_TH, sized)
-        else:
-            sized = call_plan.at(max_tokens)
         staged = sized.staged
         gather = call_plan.gather(experts, max_tokens)
         pending = call_plan.planner.plan(staged, sized.shape, num_tokens=tokens, distinct=slots.distinct)
@@ -178,8 +177,9 @@ class FastBackend:
         for context in self._contexts.values():
             context.workspace.synchronize()
             context.workspace.wait_errors.raise_if_any()
-            # No rank waits for another in this call: one that raises alone may go on.
-            self._collectives.call_lock.begun = False
+        # No rank waits for another in this call: one that raises alone may go on.
+        self._collectives.call_lock.begun = False
+        for context in self._contexts.values():
             context.planner.device_errors.raise_all()
 
     def explain(self, error: RuntimeError) -> None:

@@ -267,7 +267,7 @@ def choose_experts(
     tables = (staged.ids.addresses, scores.addresses, staged.rows.addresses, workspace.epoch)
     sizes = (group.rank, group.world_size, tokens, max_tokens, numbers, choice.scale)
     choice.run(grid, *chosen, x_TH, *tables, *sizes)
-    return Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK, staged=staged)
+    return Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK)
 
 
 def choice_of(

@@ -43,9 +43,8 @@ def route(
         return choose_experts(_logits(x_TH, weight, bias), options, weights.correction, workspace, into)
     logits_TE = apply_function(RouterLogits, savable(x_TH), weight, bias, options, workspace)
     given = (logits_TE, weights.correction, options, workspace, into)
-    topk_idx_TK, scores_TK = compat.apply_function(Choose, *given)
-    staged = None if into is None else into.staged
-    return Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK, staged=staged)
+    topk_idx_TK, scores_TK = compat.applied(Choose, *given)
+    return Routing(logits=logits_TE, topk_idx=topk_idx_TK, topk_scores=scores_TK)
 
 
 def _logits(x_TH: Tensor, router_w_EH: Tensor, router_b_E: Tensor | None) -> Tensor:

@@ -200,9 +200,8 @@ class Workspace:
     def close(self) -> None:
         """Free all buffers, once this rank's kernels are done with them."""
         self._closed = True
-        self.kept.clear()
-        # Raises where a kernel has trapped.
         self.synchronize()
+        self.kept.clear()
         self.receive_flags = None
         self._stagings.clear()
         self._buffers.clear()

@@ -4,11 +4,13 @@ On GPUs each of them takes microseconds, at any number of tokens. Their time is 
 """
 
 import gc
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -44,7 +46,8 @@ class Work:
 MOST = {
     "forward": Work(launches=7, barriers=1, aten=22, frames=177),
     "forward, with gradients": Work(launches=7, barriers=1, aten=23, frames=204),
-    "backward": Work(launches=10, barriers=2, aten=25, frames=189),
+    # One frame compares the router's options with those of an object before, if there was one.
+    "backward": Work(launches=10, barriers=2, aten=25, frames=190),
     "plan and dispatch": Work(launches=7, barriers=2, aten=10, frames=156),
     "combine": Work(launches=3, barriers=1, aten=3, frames=74),
 }
@@ -164,6 +167,37 @@ def calls_of(ep: ExpertParallel, rank: Rank) -> dict[str, Callable[[], Callable[
         "plan and dispatch": lambda: plan_and_dispatch,
         "combine": combine,
     }
+
+
+ALLOCATIONS = ("aten.empty.memory_format", "aten.new_empty.default", "aten.empty_like.default")
+
+
+@on_ranks(1, pool="cpu_pool")
+def test_a_step_of_one_rank_is_made_of_what_the_benchmarks_say(rank: Rank) -> None:
+    """Tensors, launches and products, whose times ``bench/host_time.py`` takes alone."""
+    from sonic_ep.fast import gemm, router
+
+    page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
+    words = r"make (\d+) tensors, (\d+) launches, (\d+) products of the router and (\d+) grouped ones"
+    x, weights, dy = layer_inputs(rank, CASE)
+    called = {"step": 0, "router": 0, "grouped": 0}
+
+    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            called[name] += 1
+            return function(*given)
+
+        return call
+
+    with ExpertParallel(backend="fast", max_tokens_per_rank=8) as ep, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(router, "product", counting("router", router.product))
+        for name in ("rows", "weights"):
+            patch.setattr(gemm.LoopGemm, name, counting("grouped", getattr(gemm.LoopGemm, name)))
+        step = counting("step", lambda: ep.moe(x, *weights, CASE.top_k).y.backward(dy))
+        found = counted(lambda: step)
+    made = sum(found.aten.count(name) for name in ALLOCATIONS)
+    products = (called["router"] / called["step"], called["grouped"] / called["step"])
+    assert [tuple(map(int, quoted)) for quoted in re.findall(words, page)] == [(made, len(found.kernels), *products)]
 
 
 @on_ranks(2, pool="cpu_pool")

@@ -163,11 +163,11 @@ def test_python_objects_keep_their_nodes_where_the_gate_says_so() -> None:
 
 def test_a_function_is_applied_as_autograd_does_and_refused_in_transforms() -> None:
     x = torch.ones(2, requires_grad=True)
-    (compat.apply_function(Twice, x) * 3).sum().backward()
+    (compat.applied(Twice, x) * 3).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [6, 6]
     with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.grad(lambda given: compat.apply_function(Twice, given).sum())(torch.ones(2))
+        torch.func.grad(lambda given: compat.applied(Twice, given).sum())(torch.ones(2))
 
 
 @on_ranks(1, pool="cpu_pool")
