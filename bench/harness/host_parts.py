@@ -1,7 +1,7 @@
 """What a layer's calls are made of on the host: PyTorch's own operations and one launch, each alone.
 
-Their host times, times how many of them a call makes (held by ``tests/distributed/test_call_counts.py``), are what a call would
-take if nothing else ran on the host.
+Their host times, times how many of them a call makes (``tests/distributed/test_call_counts.py`` holds that), are what a
+call would take if nothing else ran on the host.
 """
 
 from __future__ import annotations
