@@ -270,6 +270,8 @@ TRITON_KNOWN = ((3, 6),)
 def direct_launch(compiled: Any, kernel: Any, constants: Sequence[Any]) -> Callable[..., None] | None:
     """Launches a kernel that Triton has compiled: ``(grid, address of a stream, addresses of pointers, numbers)``.
 
+    Descriptors of TMA are among the numbers.
+
     constants: its compile-time constants in the order of its parameters, which follow the others. None where only
     Triton can launch it: in another release, with scratch memory, or where the numbers of this launch are compiled in.
     """
@@ -277,7 +279,8 @@ def direct_launch(compiled: Any, kernel: Any, constants: Sequence[Any]) -> Calla
     declared = {parameter.name for parameter in kernel.params if parameter.annotation_type == "i64"}
     wide = {name for name, kind in compiled.src.signature.items() if kind == "i64"} if known else set()
     # A number that Triton specializes is compiled in, as 1 or as a multiple of 16.
-    numbers = [p for p in kernel.params if not p.is_constexpr and not compiled.src.signature[p.name].startswith("*")]
+    kinds = compiled.src.signature
+    numbers = [p for p in kernel.params if not p.is_constexpr and not kinds[p.name].startswith(("*", "tensordesc"))]
     run = compiled.run
     fixed = known and wide <= declared and all(number.do_not_specialize for number in numbers)
     if not fixed or run.global_scratch_size or run.profile_scratch_size:
@@ -291,6 +294,15 @@ def direct_launch(compiled: Any, kernel: Any, constants: Sequence[Any]) -> Calla
         launch(x, y, z, stream, function, *options, *addresses, *numbers, *constants)
 
     return launched
+
+
+# Releases of Triton whose Gluon kernels have run on a GPU. CI compiles them with others.
+GLUON_PROVEN = ((3, 6),)
+
+
+def gluon_is_proven() -> bool:
+    """Whether kernels in Gluon, which Triton calls experimental, are used."""
+    return release_of(version("triton")) in GLUON_PROVEN
 
 
 def unowned(tensor: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ FORMER_MODULES = re.compile(
 )
 # Modules whose place makes the word right, and names that other libraries give.
 GOOD_MODULES = {"distributed/group.py", "profiler/machine.py", "fast/staging.py", "cli/memory.py"}
-NOT_OURS = {"home", "HOME"}
+NOT_OURS = {"home", "HOME", "fence_async_shared"}
 
 MOST_LINES, MOST_LINES_OF_FUNCTION, USUAL_LINES = 450, 100, 40
 
@@ -195,7 +195,7 @@ def test_all_but_kernels_have_types() -> None:
     """Linter and type checker ignore this folder because of its kernels."""
     for function in (node for path in files(PACKAGE / "fast") for node in nodes(path, ast.FunctionDef)):
         decorators = {ast.unparse(decorator) for decorator in function.decorator_list}
-        if not decorators & {"triton.jit", "triton_kernel"}:
+        if not decorators & {"triton.jit", "triton_kernel", "gluon.jit", "gluon_kernel"}:
             assert function.returns is not None, function.name
             parameters = [*function.args.args, *function.args.kwonlyargs]
             assert all(p.annotation is not None for p in parameters if p.arg != "self"), function.name

@@ -18,7 +18,7 @@ from sonic_ep.fast.collectives import reserve_values
 from sonic_ep.fast.context import DeviceContext
 from sonic_ep.fast.copy_engine import CopyEngineGather
 from sonic_ep.fast.exchange import Exchange
-from sonic_ep.fast.gemm import GroupedGemm, LibraryGemm, addresses_serve, grouped_gemm, library_serves
+from sonic_ep.fast.gemm import GroupedGemm, addresses_serve, grouped_gemm, library_gemm, library_serves
 from sonic_ep.fast.plan import PlanShape
 from sonic_ep.fast.staging import StagedCall, stage_call
 from sonic_ep.fast.workspace import Workspace
@@ -55,7 +55,7 @@ class CallPlan:
         self.choice: Choice | None = None
         self._form: ActivationForm | None = None
         self._serves: bool | None = None
-        self._library = LibraryGemm()
+        self._library: tuple[int, GroupedGemm] | None = None
         self._sized: SizedPlan | None = None
 
     def at(self, max_tokens: int) -> "SizedPlan":
@@ -124,7 +124,7 @@ class CallPlan:
         if self._serves is None:
             self._serves = library_serves((x_TH, *weights))
         if self._serves and x_TH.is_cuda and addresses_serve(weights):
-            if self._library.rows_per_group != rows_per_group:
-                self._library = LibraryGemm(rows_per_group=rows_per_group)
-            return self._library
+            if self._library is None or self._library[0] != rows_per_group:
+                self._library = rows_per_group, library_gemm(x_TH.device, rows_per_group)
+            return self._library[1]
         return grouped_gemm((x_TH, *weights), rows_per_group)

@@ -1,11 +1,13 @@
-"""Grouped products over the experts of one rank, with no read on the host: PyTorch's where they serve, or two kernels.
+"""Grouped products over the experts of one rank, with no read on the host: which serve which operands, and a pair.
 
-Both sum in fp32, or in fp64 for fp32 operands (Hopper's tensor cores take fp64 at the rate of plain fp32), and round
-once.
+On Hopper those of ``hopper_gemm``, on other GPUs PyTorch's, where they take the operands; for all others two kernels of
+any strides, in this file. All sum in fp32, or in fp64 for fp32 operands (Hopper's tensor cores take fp64 at the rate of
+plain fp32), and round once.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -15,7 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sonic_ep.autograd_utils import is_transposed
+from sonic_ep.compat import gluon_is_proven
 from sonic_ep.fast.device_functions import rounded
+from sonic_ep.fast.hopper_gemm import HopperGemm
 from sonic_ep.fast.launch import INTERPRETED, launch, triton_kernel
 
 # Tiles of rows that are computed together: neighbours in time then share rows and weights in the second-level cache.
@@ -171,8 +175,10 @@ def weights_kernel(
 LEAST_EXTENT = 16
 # PyTorch's requirements on addresses and strides, and on the number of groups.
 ALIGNED_BYTES, MOST_GROUPS = 16, 1023
-# Before it PyTorch reads on the host, after it an empty group's weights are not zero: pytorch/pytorch/issues/172439.
-HOPPER = 9
+# Of compute capability: where PyTorch's products of rows read nothing on the host (9: Hopper, 10: datacenter Blackwell,
+# on which nothing of this library has run), and where an empty group's weights are zero, too, which after Hopper they
+# are not: pytorch/pytorch/issues/172439.
+HOPPER, MAJORS_OF_LIBRARY = 9, (9, 10)
 
 
 class GroupedGemm(Protocol):
@@ -196,9 +202,11 @@ class LibraryGemm:
     """PyTorch's grouped products, for operands that ``library_serves`` and ``group_ends_e[-1] <= R``.
 
     Uses ``TritonGemm`` for a bias: faster than PyTorch's product and a pass over the rows. rows_per_group: for that.
+    zeroes_weights: whether PyTorch's weights of a group without rows are zeros; else ``TritonGemm`` sums them all.
     """
 
     rows_per_group: int | None = None
+    zeroes_weights: bool = True
 
     def rows(self, a_RK: Tensor, b_eKN: Tensor, group_ends_e: Tensor, bias_eN: Tensor | None = None) -> Tensor:
         """See ``GroupedGemm``."""
@@ -210,6 +218,8 @@ class LibraryGemm:
 
     def weights(self, a_RM: Tensor, b_RN: Tensor, group_ends_e: Tensor) -> Tensor:
         """See ``GroupedGemm``."""
+        if not self.zeroes_weights:
+            return TritonGemm(rows_per_group=self.rows_per_group).weights(a_RM, b_RN, group_ends_e)
         if a_RM.shape[0] == 0:
             return a_RM.new_zeros((group_ends_e.shape[0], a_RM.shape[1], b_RN.shape[1]))
         return F.grouped_mm(a_RM.t(), b_RN, offs=group_ends_e)
@@ -337,15 +347,41 @@ def grouped_gemm(operands: Sequence[Tensor], rows_per_group: int | None = None) 
     """The products for a layer of operands rows (R, H), contiguous, and weights (e, F, H), (e, H, I) of any strides."""
     if not (library_serves(operands) and addresses_serve(operands)):
         return TritonGemm(rows_per_group=rows_per_group)
-    return LibraryGemm(rows_per_group=rows_per_group) if operands[0].device.type == "cuda" else LoopGemm()
+    return library_gemm(operands[0].device, rows_per_group)
+
+
+def library_gemm(device: torch.device, rows_per_group: int | None = None) -> GroupedGemm:
+    """The products on ``device`` for operands that ``library_serves`` and ``addresses_serve``."""
+    if device.type != "cuda":
+        return LoopGemm()
+    major = capability_of(device)
+    if major == HOPPER and gluon_is_proven():
+        return HopperGemm()
+    return LibraryGemm(rows_per_group=rows_per_group, zeroes_weights=major == HOPPER)
 
 
 def library_serves(operands: Sequence[Tensor]) -> bool:
-    """Whether PyTorch multiplies operands of these forms without a read on the host, where ``addresses_serve``."""
+    """Whether PyTorch multiplies operands of these forms without a read on the host, where ``addresses_serve``.
+
+    Of fp16, which it does not, whether ``HopperGemm`` does.
+    """
     first = operands[0]
-    on_hopper = first.device.type == "cuda" and torch.cuda.get_device_capability(first.device)[0] == HOPPER
-    device_serves = first.device.type == "cpu" or (first.dtype == torch.bfloat16 and on_hopper)
-    return device_serves and all(_aligned(operand) for operand in operands)
+    return _device_serves(first.device, first.dtype) and all(_aligned(operand) for operand in operands)
+
+
+def _device_serves(device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type != "cuda":
+        return device.type == "cpu"
+    major = capability_of(device)
+    if dtype == torch.float16:
+        return major == HOPPER and gluon_is_proven()
+    return dtype == torch.bfloat16 and major in MAJORS_OF_LIBRARY
+
+
+@lru_cache
+def capability_of(device: torch.device) -> int:
+    """The first number of a GPU's compute capability."""
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def addresses_serve(operands: Sequence[Tensor]) -> bool:

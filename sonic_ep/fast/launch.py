@@ -22,8 +22,9 @@ ON_CPU: bool = INTERPRETED.value
 BLOCK_BYTES = 8192
 MOST_COLUMNS = 4096
 ROW_WARPS = 4
-# Programs of ROW_WARPS warps that fill a multiprocessor.
-PROGRAMS_PER_MULTIPROCESSOR = 16
+# Programs that share rows: some 20 times as many as run at once, so that none is long at work when the others have
+# ended. Interpreted, they take turns.
+PROGRAMS_PER_MULTIPROCESSOR, PROGRAMS_INTERPRETED = 256, 16
 ONE_LAUNCH = threading.Lock()
 # Kernels with their constants that ``launch`` remembers.
 LAUNCHERS_KEPT = 1024
@@ -36,9 +37,14 @@ def triton_kernel(function: Callable[..., None]) -> Any:
 
     Triton would compile again when one is first 1 or a multiple of 16, on one rank, while the others wait.
     """
+    return triton.jit(function, do_not_specialize=numbers_of(function))
+
+
+def numbers_of(function: Callable[..., None]) -> list[str]:
+    """Parameters of a kernel that are neither pointers, nor descriptors (``_desc``), nor compile-time constants."""
     parameters = inspect.signature(function).parameters.values()
-    numbers = [p.name for p in parameters if "constexpr" not in str(p.annotation) and not p.name.endswith("_ptr")]
-    return triton.jit(function, do_not_specialize=numbers)
+    given = [p.name for p in parameters if "constexpr" not in str(p.annotation)]
+    return [name for name in given if not name.endswith(("_ptr", "_desc"))]
 
 
 @contextmanager
@@ -146,8 +152,9 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def programs_over(rows: int, device: torch.device) -> int:
-    """Programs that share R = ``rows``: as many as run at a time, at most one a row. Most rows may be invalid."""
-    return min(rows, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device))
+    """Programs that share R = ``rows``, at most one a row, not always as many: most rows may be invalid."""
+    most = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) if device.type == "cuda" else PROGRAMS_INTERPRETED
+    return min(rows, most)
 
 
 def copy_constants(width: int, itemsize: int) -> dict[str, int]:

@@ -110,12 +110,12 @@ class CountedCalls(TorchDispatchMode):
 @contextmanager
 def paused_inside(counter: Counter) -> Iterator[None]:
     """Launches and grouped products count as one frame each, launches also as kernels."""
-    from sonic_ep.fast import gemm
+    from sonic_ep.fast import gemm, hopper_gemm
     from sonic_ep.fast.launch import Launcher
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Launcher, "__call__", counter.uncounted(Launcher.__call__, counter.launch))
-        for kind in (gemm.LibraryGemm, gemm.LoopGemm, gemm.TritonGemm):
+        for kind in (hopper_gemm.HopperGemm, gemm.LibraryGemm, gemm.LoopGemm, gemm.TritonGemm):
             for name in ("rows", "weights"):
                 patch.setattr(kind, name, counter.uncounted(getattr(kind, name)))
         gc.disable()

@@ -218,7 +218,7 @@ def test_a_default_device_changes_nothing(rank: Rank) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.thorough)], ids=str)
 def test_products_read_no_row_past_the_bound(rank: Rank, dtype: torch.dtype) -> None:
     """PyTorch's products would read past the end."""
-    from sonic_ep.fast import gemm
+    from sonic_ep.fast import gemm, hopper_gemm
 
     case = replace(CASES["uniform"], hidden=64, intermediate=32, bias=False, dtype=dtype)
     inputs = draw(case, rank.world_size, rank.device)
@@ -233,7 +233,9 @@ def test_products_read_no_row_past_the_bound(rank: Rank, dtype: torch.dtype) -> 
         return noted
 
     with pytest.MonkeyPatch.context() as patch:
-        for kind, name in product((gemm.LibraryGemm, gemm.LoopGemm, gemm.TritonGemm), ("rows", "weights")):
+        for kind, name in product(
+            (hopper_gemm.HopperGemm, gemm.LibraryGemm, gemm.LoopGemm, gemm.TritonGemm), ("rows", "weights")
+        ):
             patch.setattr(kind, name, noting(getattr(kind, name)))
         with ExpertParallel(backend="fast", config=EPConfig(max_rows=9)) as ep:
             x = leaf(inputs.x[tokens])

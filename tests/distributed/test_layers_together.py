@@ -79,7 +79,7 @@ def test_four_layers_of_one_shape_share_memory(rank: Rank, flags: dict[str, bool
 @contextmanager
 def recorded() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
     """Names and arguments of the grouped products and combines that are queued while this lasts."""
-    from sonic_ep.fast import gemm
+    from sonic_ep.fast import gemm, hopper_gemm
     from sonic_ep.fast.exchange import Exchange
 
     seen: list[tuple[str, tuple[Any, ...]]] = []
@@ -91,7 +91,7 @@ def recorded() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
 
         return noted
 
-    products = product((gemm.LibraryGemm, gemm.LoopGemm, gemm.TritonGemm), ("rows", "weights"))
+    products = product((hopper_gemm.HopperGemm, gemm.LibraryGemm, gemm.LoopGemm, gemm.TritonGemm), ("rows", "weights"))
     with pytest.MonkeyPatch.context() as patch:
         for kind, name in [*products, (Exchange, "sums")]:
             patch.setattr(kind, name, noting(getattr(kind, name)))

@@ -17,7 +17,9 @@ from sonic_ep.testing import Rank, assert_as_accurate, assert_bitwise
 pytest.importorskip("triton")
 import triton
 
+from sonic_ep.compat import gluon_is_proven
 from sonic_ep.fast.gemm import (
+    HOPPER,
     LARGEST,
     LARGEST_INTERPRETED,
     LEAST_EXTENT,
@@ -26,11 +28,15 @@ from sonic_ep.fast.gemm import (
     LoopGemm,
     TileShape,
     TritonGemm,
+    _device_serves,
+    capability_of,
     grouped_gemm,
+    library_gemm,
     library_serves,
     rows_kernel,
     tile_shape,
 )
+from sonic_ep.fast.hopper_gemm import HopperGemm
 from sonic_ep.fast.launch import launch
 
 pytestmark = pytest.mark.fast
@@ -111,8 +117,10 @@ def test_products_match_a_loop(rank: Rank, sizes: tuple[int, ...], dtype: torch.
     assert serves or rank.device.type == "cuda"
     for behind in (3, 0):
         check_products(rank, TritonGemm(), sizes, ODD, dtype, behind)
-        if serves:
+        if serves and dtype == torch.bfloat16:
             check_products(rank, LibraryGemm(), sizes, WHOLE, dtype, behind)
+        if serves and rank.device.type == "cuda":
+            check_products(rank, HopperGemm(), sizes, WHOLE, dtype, behind)
         if rank.device.type == "cpu":
             check_products(rank, LoopGemm(), sizes, ODD, dtype, behind)
 
@@ -215,8 +223,8 @@ def odd_views(operand: Tensor) -> list[Tensor]:
 @by_dtype
 def test_choice_of_the_implementation(rank: Rank, dtype: torch.dtype) -> None:
     on_cpu = rank.device.type == "cpu"
-    hopper = not on_cpu and torch.cuda.get_device_capability(rank.device)[0] == 9
-    best = LoopGemm() if on_cpu else LibraryGemm() if hopper and dtype == torch.bfloat16 else TritonGemm()
+    halves, on_hopper = dtype != torch.float32, not on_cpu and capability_of(rank.device) == HOPPER
+    best = LoopGemm() if on_cpu else HopperGemm() if on_hopper and halves and gluon_is_proven() else TritonGemm()
     x, w1, w2 = layer_operands(rank, dtype, 32, 16, 8)
     for operands in ((x, w1, w2), (x[:0], w1, w2), (x, w1.transpose(1, 2), w2.mT)):
         assert grouped_gemm(operands) == best
@@ -239,8 +247,33 @@ def test_choice_of_the_implementation(rank: Rank, dtype: torch.dtype) -> None:
 @by_dtype
 def test_a_bias_is_added_before_the_rounding(rank: Rank, dtype: torch.dtype) -> None:
     sizes = (3, 0, 18)
+    odd, whole, small = (33, 21), (32, 24), TritonGemm(tiles=SMALL_TILES)
     library = LibraryGemm() if rank.device.type == "cuda" else LoopGemm()
-    for (depth, width), gemm in product(((33, 21), (32, 24)), (TritonGemm(tiles=SMALL_TILES), TritonGemm(), library)):
+    cases = list(product((odd, whole), (small, TritonGemm(), library)))
+    if rank.device.type == "cuda" and library_serves([random(rank, dtype, 8, 8)]):
+        cases.append((whole, HopperGemm()))
+    for (depth, width), gemm in cases:
         a, b = random(rank, dtype, sum(sizes), depth), random(rank, dtype, len(sizes), depth, width)
         bias = random(rank, dtype, len(sizes), width)
         check(gemm, "rows", a, b, sizes, bias=bias)
+
+
+@on_ranks(1)
+@pytest.mark.parametrize("major", [9, 10, 8, 12])
+def test_the_capability_decides(rank: Rank, major: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing runs: PyTorch's products read the host, or leave weights unwritten, on all but these."""
+    monkeypatch.setattr("sonic_ep.fast.gemm.capability_of", lambda device: major)
+    monkeypatch.setattr("sonic_ep.fast.gemm.gluon_is_proven", lambda: False)
+    device = torch.device("cuda", 0)
+    served = {dtype: _device_serves(device, dtype) for dtype in DTYPES}
+    assert served == {torch.bfloat16: major in (9, 10), torch.float16: False, torch.float32: False}
+    assert library_gemm(device, 7) == LibraryGemm(rows_per_group=7, zeroes_weights=major == 9)
+    monkeypatch.setattr("sonic_ep.fast.gemm.gluon_is_proven", lambda: True)
+    assert _device_serves(device, torch.float16) == (major == 9)
+    assert isinstance(library_gemm(device), HopperGemm) == (major == 9)
+
+
+@on_ranks(1)
+def test_weights_of_a_library_that_leaves_them(rank: Rank) -> None:
+    """After Hopper PyTorch does not write those of an empty group: there ours sum them."""
+    check(LibraryGemm(zeroes_weights=False), "weights", *(random(rank, torch.float32, 8, n) for n in (5, 3)), (3, 0, 5))

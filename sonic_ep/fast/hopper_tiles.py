@@ -1,0 +1,162 @@
+"""Parts of Hopper's kernels in Gluon: the order of tiles, the pipeline of copies and products, TMA descriptors.
+
+Shared memory has room for the operands of some steps. One warp copies a step's operands there by the tensor memory
+accelerator (TMA) while the others multiply those of the step before, of the same tile or of the one before.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from sonic_ep.fast.launch import numbers_of
+
+# A barrier of the warps that run the calling part of a program, and copies by TMA from and to global memory. Triton has
+# renamed them since 3.6.
+part_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+load_by_tma = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_by_tma = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+# Tiles of rows that are computed together: neighbours in time then share rows and weights in the second-level cache.
+BAND: gl.constexpr = gl.constexpr(8)
+# The most rows of a group, and a number that ``within_groups`` counts from.
+MOST_ROWS: gl.constexpr = gl.constexpr(2**30)
+# Of a TMA descriptor.
+MOST_EXTENT = 2**31 - 1
+# In shared memory: rows of 128 bytes, swizzled, as TMA writes and tensor cores read them.
+LAYOUTS = {rank: gl.NVMMASharedLayout(128, 16, rank=rank) for rank in (2, 3, 4)}
+
+
+def gluon_kernel(function: Callable[..., None]) -> Any:
+    """``gluon.jit`` of a kernel, compiled once for all values of its numbers: see ``launch.triton_kernel``."""
+    return gluon.jit(function, do_not_specialize=numbers_of(function))
+
+
+@gluon.jit
+def rows_of_group(group, groups):
+    """A group's first row, and the row where it ends. groups: group_ends_ptr, how many groups and how many rows."""
+    group_ends_ptr, experts, rows = groups
+    begin = gl.load(group_ends_ptr + group - 1, mask=(group > 0) & (group < experts), other=0)
+    end = gl.load(group_ends_ptr + group, mask=group < experts, other=0)
+    return gl.minimum(begin, rows), gl.minimum(end, rows)
+
+
+@gluon.jit
+def group_of_tile(tile, group, before, groups, HEIGHT: gl.constexpr, COLUMN_TILES: gl.constexpr):
+    """Group of a tile, how many tiles are before that group, its first row, and the row where it ends.
+
+    ``group``, ``before``: of an earlier tile, or 0. Past the last tile the group is ``experts``. Groups that end at
+    rows 20 20 25, in tiles of 16 rows and two of columns: tiles 0 to 3 are of group 0, 4 and 5 of group 2, with 4
+    before it.
+    """
+    begin, end = rows_of_group(group, groups)
+    tiles = (end - begin + HEIGHT - 1) // HEIGHT * COLUMN_TILES
+    while (group < groups[1]) & (before + tiles <= tile):
+        before += tiles
+        group += 1
+        begin, end = rows_of_group(group, groups)
+        tiles = (end - begin + HEIGHT - 1) // HEIGHT * COLUMN_TILES
+    return group, before, begin, end
+
+
+@gluon.jit
+def place_of_tile(tile, row_tiles, COLUMN_TILES: gl.constexpr):
+    """Row and column of a group's tile: down ``BAND`` tiles, then right, as in ``gemm.tile_in_bands``."""
+    first = tile // (BAND * COLUMN_TILES) * BAND
+    height = gl.minimum(row_tiles - first, BAND)
+    within = tile % (BAND * COLUMN_TILES)
+    return first + within % height, within // height
+
+
+@gluon.jit
+def begin_copy(step, full, empty, BYTES: gl.constexpr, STAGES: gl.constexpr):
+    """Wait until the stage of a step is free. Its barrier, when BYTES have come: it is full then."""
+    stage = step % STAGES
+    mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+    mbarrier.expect(full.index(stage), BYTES)
+    return stage, full.index(stage)
+
+
+@gluon.jit
+def add_product(a, b, total, step, follows, empty, STAGES: gl.constexpr):
+    """``total + a . b``, which goes on. If it ``follows`` a step of its tile, that has ended, and its stage is free."""
+    total = warpgroup_mma(a, b, total, is_async=True)
+    total = warpgroup_mma_wait(num_outstanding=1, deps=[total])
+    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=follows)
+    return total
+
+
+@gluon.jit
+def end_products(total, step, follows, empty, STAGES: gl.constexpr):
+    """The sum of a tile's products. If it ``follows`` a step of its tile, the stage of that is free."""
+    total = warpgroup_mma_wait(num_outstanding=0, deps=[total])
+    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=follows)
+    return total
+
+
+@gluon.jit
+def store_tile(total, out_desc, staged, place):
+    """Round a tile and store it by TMA, once the store of the tile before has read ``staged``."""
+    tma.store_wait(0)
+    part_barrier()
+    staged.reshape(total.shape).store(total.to(staged.dtype))
+    fence_async_shared()
+    part_barrier()
+    store_by_tma(out_desc, place, staged)
+
+
+@gluon.jit
+def shared_stages(a_desc, b_desc, A_SHAPE: gl.constexpr, B_SHAPE: gl.constexpr, STAGES: gl.constexpr):
+    """Room for the operands of each step in flight, and barriers: its stage is full, its stage is free.
+
+    A_SHAPE, B_SHAPE: (STAGES, ...), of the blocks that TMA copies.
+    """
+    a_stages = gl.allocate_shared_memory(a_desc.dtype, A_SHAPE, a_desc.layout)
+    b_stages = gl.allocate_shared_memory(b_desc.dtype, B_SHAPE, b_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=1)
+    return a_stages, b_stages, full, empty
+
+
+def descriptor(tensor: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]) -> Any:
+    """Describes the memory of ``tensor`` to TMA, in blocks. ``library_serves`` has checked what Triton would again."""
+    made: Any = object.__new__(TensorDescriptor)
+    made.base, made.shape, made.strides, made.block_shape = tensor, list(shape), list(strides), list(block)
+    made.layout, made.padding = LAYOUTS[len(block)], "zero"
+    return made
+
+
+def within_groups(rows_RM: Tensor, height: int, width: int) -> Any:
+    """Describes rows to TMA in blocks of (height, width) that end with a group.
+
+    TMA bounds each coordinate by itself, but where a group ends only the kernel knows. So a row has two coordinates,
+    which both count rows: the row where its group ends, and 2^30 less the rows from here to that end, which is out of
+    bounds, 2^30, from the end on. Their sum is 2^30 rows too many. A third, always 2^30, takes those away: its stride
+    is 2^35 bytes less one row, and 2^30 times 2^35 bytes are 0 in an address of 64 bits. Row 3 of a group that ends at
+    row 5 is (2^30, 5, 2^30 - 2); row 5 would be (2^30, 5, 2^30).
+
+    The address of the whole stays that of ``rows``: TMA touches it for blocks that are out of bounds.
+    """
+    columns, most = rows_RM.shape[1], MOST_ROWS.value
+    wrap = 2**35 // rows_RM.element_size()
+    shape, strides = (most + 1, MOST_EXTENT, most, columns), (wrap - columns, columns, columns, 1)
+    return descriptor(rows_RM, shape, strides, (1, 1, height, width))
+
+
+def check_rows(rows: int) -> None:
+    """Raise ``ValueError`` for more rows than a group may have: those would be out of bounds."""
+    if rows > MOST_ROWS.value:
+        most = MOST_ROWS.value
+        raise ValueError(f"grouped product: got {rows} rows, expected at most {most} (call with fewer tokens)")
