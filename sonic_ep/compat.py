@@ -270,7 +270,7 @@ TRITON_KNOWN = ((3, 6),)
 def direct_launch(compiled: Any, kernel: Any, constants: Sequence[Any]) -> Callable[..., None] | None:
     """Launches a kernel that Triton has compiled: ``(grid, address of a stream, addresses of pointers, numbers)``.
 
-    Descriptors of TMA are among the numbers.
+    Descriptors of TMA are the first of the numbers. Each keeps what Triton makes of it, as ``encoded``.
 
     constants: its compile-time constants in the order of its parameters, which follow the others. None where only
     Triton can launch it: in another release, with scratch memory, or where the numbers of this launch are compiled in.
@@ -286,6 +286,7 @@ def direct_launch(compiled: Any, kernel: Any, constants: Sequence[Any]) -> Calla
     if not fixed or run.global_scratch_size or run.profile_scratch_size:
         return None
     launch, function, metadata, constants = run.launch, compiled.function, compiled.packed_metadata, tuple(constants)
+    described = getattr(compiled.metadata, "tensordesc_meta", None) or ()
     # Scratch memory: none. Then what a profiler of Triton's would get.
     options = (run.launch_cooperative_grid, run.launch_pdl, None, None, metadata, None, None, None)
 
@@ -293,7 +294,24 @@ def direct_launch(compiled: Any, kernel: Any, constants: Sequence[Any]) -> Calla
         x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
         launch(x, y, z, stream, function, *options, *addresses, *numbers, *constants)
 
-    return launched
+    if not described:
+        return launched
+    # Triton wraps its launcher: in each launch it would encode every descriptor, and look at every argument.
+    parts = dict(zip(launch.__code__.co_freevars, launch.__closure__, strict=True))
+    unwrapped, encode = parts["launcher"].cell_contents, launch.__globals__["make_tensordesc_arg"]
+
+    def launched_with(grid: tuple[int, ...], stream: int, addresses: Sequence[int], numbers: Sequence[Any]) -> None:
+        encoded: list[Any] = []
+        for descriptor, form in zip(numbers, described, strict=False):
+            found = getattr(descriptor, "encoded", None)
+            if found is None:
+                descriptor.encoded = found = encode(descriptor, form)
+            encoded += found
+        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+        numbers = numbers[len(described) :]
+        unwrapped(x, y, z, stream, function, *options, *addresses, *encoded, *numbers, *constants)
+
+    return launched_with
 
 
 # Releases of Triton whose Gluon kernels have run on a GPU. CI compiles them with others.

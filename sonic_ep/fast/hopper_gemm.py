@@ -21,11 +21,12 @@ from sonic_ep.fast.hopper_tiles import (
     add_product,
     begin_copy,
     check_rows,
-    descriptor,
     end_products,
     gluon_kernel,
     group_of_tile,
     load_by_tma,
+    of_matrices,
+    of_rows,
     place_of_tile,
     rows_of_group,
     shared_stages,
@@ -312,10 +313,11 @@ class HopperGemm:
         transposed, columns = b_eKN.stride(2) != 1, tile_width(width)
         matrices = b_eKN.transpose(1, 2) if transposed else b_eKN
         block = (1, columns, DEPTH) if transposed else (1, DEPTH, columns)
-        a = descriptor(a_RK, a_RK.shape, (depth, 1), (HEIGHT, DEPTH))
-        b = descriptor(matrices, matrices.shape, matrices.stride(), block)
-        out = within_groups(out_RN, HEIGHT, columns)
-        run = _rows(device, a_RK.dtype, depth, width, transposed, bias_eN is not None)
+        dtype = a_RK.dtype
+        a = of_rows(a_RK.data_ptr(), dtype, rows, depth, (HEIGHT, DEPTH))
+        b = of_matrices(matrices.data_ptr(), dtype, matrices.shape, matrices.stride(), block)
+        out = within_groups(out_RN.data_ptr(), dtype, width, HEIGHT, columns)
+        run = _rows(device, dtype, depth, width, transposed, bias_eN is not None)
         # Without a bias its pointer is not read.
         pointers = (group_ends_e if bias_eN is None else bias_eN, group_ends_e)
         run((multiprocessors(device),), *pointers, a, b, out, experts, rows)
@@ -327,11 +329,13 @@ class HopperGemm:
         if rows == 0:
             return a_RM.new_zeros((experts, height, width))
         check_rows(rows)
-        out_eMN, device, columns = a_RM.new_empty((experts, height, width)), a_RM.device, tile_width(width)
-        a, b = within_groups(a_RM, DEPTH, HEIGHT), within_groups(b_RN, DEPTH, columns)
-        block = (1, HEIGHT, columns)
-        out = descriptor(out_eMN, out_eMN.shape, (height * width, width, 1), block)
-        run = _weights(device, a_RM.dtype, height, width)
+        out_eMN, columns = a_RM.new_empty((experts, height, width)), tile_width(width)
+        device, dtype = a_RM.device, a_RM.dtype
+        a = within_groups(a_RM.data_ptr(), dtype, height, DEPTH, HEIGHT)
+        b = within_groups(b_RN.data_ptr(), dtype, width, DEPTH, columns)
+        strides = (height * width, width, 1)
+        out = of_matrices(out_eMN.data_ptr(), dtype, out_eMN.shape, strides, (1, HEIGHT, columns))
+        run = _weights(device, dtype, height, width)
         run((multiprocessors(device),), group_ends_e, a, b, out, experts, rows)
         return out_eMN
 

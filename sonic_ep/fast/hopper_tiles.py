@@ -5,9 +5,10 @@ accelerator (TMA) while the others multiply those of the step before, of the sam
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
-from torch import Tensor
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -30,6 +31,8 @@ store_by_tma = getattr(tma, "async_store", None) or tma.async_copy_shared_to_glo
 BAND: gl.constexpr = gl.constexpr(8)
 # The most rows of a group, and a number that ``within_groups`` counts from.
 MOST_ROWS: gl.constexpr = gl.constexpr(2**30)
+# Descriptors of each kind that are remembered.
+DESCRIPTORS_KEPT = 4096
 # Of a TMA descriptor.
 MOST_EXTENT = 2**31 - 1
 # In shared memory: rows of 128 bytes, swizzled, as TMA writes and tensor cores read them.
@@ -130,16 +133,45 @@ def shared_stages(a_desc, b_desc, A_SHAPE: gl.constexpr, B_SHAPE: gl.constexpr, 
     return a_stages, b_stages, full, empty
 
 
-def descriptor(tensor: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]) -> Any:
-    """Describes the memory of ``tensor`` to TMA, in blocks. ``library_serves`` has checked what Triton would again."""
+class DescribedMemory:
+    """Memory that a TMA descriptor describes: what Triton asks a tensor for."""
+
+    __slots__ = ("address", "dtype")
+
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self.address, self.dtype = address, dtype
+
+    def data_ptr(self) -> int:
+        """The address of its first element."""
+        return self.address
+
+
+def descriptor(place: DescribedMemory, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]) -> Any:
+    """Describes memory to TMA, in blocks. ``library_serves`` has checked what Triton would again."""
     made: Any = object.__new__(TensorDescriptor)
-    made.base, made.shape, made.strides, made.block_shape = tensor, list(shape), list(strides), list(block)
+    made.base, made.shape, made.strides, made.block_shape = place, list(shape), list(strides), list(block)
     made.layout, made.padding = LAYOUTS[len(block)], "zero"
     return made
 
 
-def within_groups(rows_RM: Tensor, height: int, width: int) -> Any:
-    """Describes rows to TMA in blocks of (height, width) that end with a group.
+# Making a descriptor takes the host as long as launching a kernel, and allocators give the same addresses again.
+@lru_cache(DESCRIPTORS_KEPT)
+def of_rows(address: int, dtype: torch.dtype, rows: int, columns: int, block: tuple[int, ...]) -> Any:
+    """Describes contiguous rows (rows, columns) to TMA."""
+    return descriptor(DescribedMemory(address, dtype), (rows, columns), (columns, 1), block)
+
+
+@lru_cache(DESCRIPTORS_KEPT)
+def of_matrices(
+    address: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]
+) -> Any:
+    """Describes matrices (e, height, width) to TMA, whose last stride is 1."""
+    return descriptor(DescribedMemory(address, dtype), shape, strides, block)
+
+
+@lru_cache(DESCRIPTORS_KEPT)
+def within_groups(address: int, dtype: torch.dtype, columns: int, height: int, width: int) -> Any:
+    """Describes contiguous rows to TMA in blocks of (height, width) that end with a group.
 
     TMA bounds each coordinate by itself, but where a group ends only the kernel knows. So a row has two coordinates,
     which both count rows: the row where its group ends, and 2^30 less the rows from here to that end, which is out of
@@ -147,12 +179,11 @@ def within_groups(rows_RM: Tensor, height: int, width: int) -> Any:
     is 2^35 bytes less one row, and 2^30 times 2^35 bytes are 0 in an address of 64 bits. Row 3 of a group that ends at
     row 5 is (2^30, 5, 2^30 - 2); row 5 would be (2^30, 5, 2^30).
 
-    The address of the whole stays that of ``rows``: TMA touches it for blocks that are out of bounds.
+    TMA touches ``address`` even for blocks that are out of bounds, so it has to be that of memory.
     """
-    columns, most = rows_RM.shape[1], MOST_ROWS.value
-    wrap = 2**35 // rows_RM.element_size()
+    most, wrap = MOST_ROWS.value, 2**35 // dtype.itemsize
     shape, strides = (most + 1, MOST_EXTENT, most, columns), (wrap - columns, columns, columns, 1)
-    return descriptor(rows_RM, shape, strides, (1, 1, height, width))
+    return descriptor(DescribedMemory(address, dtype), shape, strides, (1, 1, height, width))
 
 
 def check_rows(rows: int) -> None:

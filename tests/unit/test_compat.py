@@ -1,8 +1,10 @@
 """What each private API behind ``sonic_ep.compat`` needs of the installed PyTorch; each fails by its name."""
 
+import importlib.util
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
@@ -217,6 +219,10 @@ def test_modes_that_every_call_asks_for_are_known() -> None:
     assert asked() == off
 
 
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 class CompiledKernel(SimpleNamespace):
     """What Triton 3.6 makes of a kernel (a_ptr, count, tag: tl.int64, BLOCK) on a GPU, without which it makes none."""
 
@@ -224,7 +230,7 @@ class CompiledKernel(SimpleNamespace):
         run = {"launch": launch, "launch_cooperative_grid": False, "launch_pdl": False}
         scratch = {"global_scratch_size": 0, "profile_scratch_size": 0}
         kinds = {"a_ptr": "*fp32", "count": "i32", "tag": "i64", "BLOCK": "constexpr", **signature}
-        metadata = {"function": 77, "packed_metadata": "metadata"}
+        metadata = {"function": 77, "packed_metadata": "metadata", "metadata": SimpleNamespace(tensordesc_meta=None)}
         super().__init__(run=SimpleNamespace(**run, **scratch), src=SimpleNamespace(signature=kinds), **metadata)
 
 
@@ -258,3 +264,57 @@ def test_a_compiled_kernel_is_launched_directly_or_by_triton(monkeypatch: pytest
     assert compat.direct_launch(with_scratch, free, [64]) is None
     monkeypatch.setattr(compat, "version", lambda package: "3.5.1")
     assert compat.direct_launch(CompiledKernel(record), free, [64]) is None
+
+
+@pytest.mark.skipif(
+    not _has_triton() or compat.release_of(version("triton")) not in compat.TRITON_KNOWN,
+    reason="needs a release of Triton that direct_launch knows",
+)
+def test_descriptors_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Triton's own function: its launcher gets what it would get through Triton's wrapper."""
+    from triton.backends.nvidia import driver
+
+    launched: list[tuple[Any, ...]] = []
+    forms = [
+        {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": [64, size], "fp4_padded": False}
+        for size in (8, 9)
+    ]
+    encoded: list[tuple[Any, ...]] = []
+
+    def fill(*arguments: Any) -> str:
+        encoded.append(arguments)
+        return f"map {len(encoded)}"
+
+    utils = SimpleNamespace(fill_tma_descriptor=fill)
+    runtime = SimpleNamespace(driver=SimpleNamespace(active=SimpleNamespace(utils=utils)))
+    monkeypatch.setattr(driver, "triton", SimpleNamespace(runtime=runtime))
+
+    def described(address: int) -> SimpleNamespace:
+        base = SimpleNamespace(data_ptr=lambda: address)
+        return SimpleNamespace(base=base, shape=[4, 8], strides=[8, 1], padding="zero")
+
+    kinds = {
+        "a_ptr": "*fp32",
+        "b_desc": "tensordesc<b>",
+        "c_desc": "tensordesc<c>",
+        "count": "i32",
+        "BLOCK": "constexpr",
+    }
+    wrapper = driver.wrap_handle_tensordesc(lambda *arguments: launched.append(arguments), kinds, forms)
+    compiled = CompiledKernel(wrapper)
+    compiled.src.signature, compiled.metadata.tensordesc_meta = kinds, forms
+    params = [
+        SimpleNamespace(name=n, annotation_type="", is_constexpr=n == "BLOCK", do_not_specialize=n == "count")
+        for n in kinds
+    ]
+    direct = compat.direct_launch(compiled, SimpleNamespace(params=params), [64])
+    assert direct is not None
+    first, second, other = described(4096), described(8192), described(512)
+    for pair in ((first, second), (first, second), (first, other)):
+        direct((3,), 5, [16], (*pair, 10))
+    assert [arguments[0] for arguments in encoded] == [4096, 8192, 512]
+    assert [arguments[4] for arguments in encoded] == [[64, 8], [64, 9], [64, 9]]
+    wrapper(3, 1, 1, 5, 77, False, False, None, None, "metadata", None, None, None, 16, first, second, 10, 64)
+    maps = {"map 4": "map 1", "map 5": "map 2"}
+    assert launched[0] == launched[1] == tuple(maps.get(each, each) for each in launched[3])
+    assert launched[2][19] == "map 3"

@@ -134,7 +134,8 @@ def test_no_number_of_tokens_or_rows_compiles_a_kernel(
         assert before, "nothing was compiled"
         for number in reversed(fewer) if rank.rank % 2 else fewer:
             train(ep, rank, number, biases=several)
-        assert sorted(so_far() - before) == []
+        after = sorted(so_far() - before)
+        assert after == [], after
         # Those of a GPU are all that the process has compiled, in other tests too, which not all ranks had.
         if several and rank.device.type == "cpu":
             of_ranks: list[Any] = [None] * rank.world_size
