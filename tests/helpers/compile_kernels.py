@@ -1,4 +1,6 @@
-"""Compile recorded launches for Hopper and print, as JSON, what the compiler made of each. Needs no GPU.
+"""Compile recorded launches and print, as JSON, what the compiler made of each. Needs no GPU.
+
+Arguments: the file of the launches, and the compute capability times ten: 90 is Hopper, 100 datacenter Blackwell.
 
 A program of its own: in a process that interprets kernels, none can be compiled.
 """
@@ -35,7 +37,7 @@ def stages(launch: dict[str, Any]) -> bool:
     return "VECTOR" in launch["constants"] and launch["constants"].get("STAGED", True)
 
 
-def compiled(launch: dict[str, Any]) -> dict[str, Any]:
+def compiled(launch: dict[str, Any], target: GPUTarget = HOPPER) -> dict[str, Any]:
     """Facts about the machine code of one launch."""
     kernel = getattr(importlib.import_module(launch["module"]), launch["name"])
     constants = dict(launch["constants"])
@@ -44,7 +46,7 @@ def compiled(launch: dict[str, Any]) -> dict[str, Any]:
     # As at run time: tensors start at 16 bytes.
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(launch["types"]) if kind.startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    code = triton.compile(source, target=HOPPER, options=options)
+    code = triton.compile(source, target=target, options=options)
     ptx = code.asm["ptx"]
     return {
         "name": launch["name"],
@@ -100,4 +102,5 @@ def spilled(cubin: bytes) -> int:
 
 
 if __name__ == "__main__":
-    json.dump([compiled(launch) for launch in json.loads(Path(sys.argv[1]).read_text())], sys.stdout)
+    found, target = json.loads(Path(sys.argv[1]).read_text()), GPUTarget("cuda", int(sys.argv[2]), 32)
+    json.dump([compiled(launch, target) for launch in found], sys.stdout)

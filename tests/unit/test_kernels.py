@@ -437,6 +437,24 @@ def launches(rank: Rank, dtype: torch.dtype, hidden: int, top_k: int) -> list[di
     return list(seen.values())
 
 
+def compiled_for(capability: int, recorded: Path) -> list[dict[str, Any]]:
+    command = [sys.executable, str(PROGRAM), str(recorded), str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+def test_every_kernel_compiles_for_blackwell(cpu_pool: RankPool, tmp_path: Path) -> None:
+    """For compute capability 10.0, on which none has run."""
+    recorded = tmp_path / "launches.json"
+    recorded.write_text(json.dumps(cpu_pool.run(launches, torch.bfloat16, 4096, 8, world_size=2)[0]))
+    compiled = compiled_for(100, recorded)
+    in_gluon = {"hopper_rows_kernel", "hopper_weights_kernel"}
+    assert {entry["name"] for entry in compiled} == set(kernels()) - in_gluon
+    assert [entry for entry in compiled if entry["spilled_bytes"]] == []
+
+
 @pytest.mark.parametrize(
     ("dtype", "hidden"), [(torch.bfloat16, 4096), pytest.param(torch.float32, 33, marks=pytest.mark.thorough)], ids=str
 )
@@ -444,10 +462,7 @@ def test_every_kernel_compiles_for_hopper(cpu_pool: RankPool, tmp_path: Path, dt
     """Without a GPU: Triton and its own assembler, for compute capability 9.0, with the arguments of real calls."""
     recorded = tmp_path / "launches.json"
     recorded.write_text(json.dumps(cpu_pool.run(launches, dtype, hidden, 8, world_size=2)[0]))
-    command = [sys.executable, str(PROGRAM), str(recorded)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    compiled = json.loads(done.stdout)
+    compiled = compiled_for(90, recorded)
     # They split gradients of half precision.
     not_launched = set() if dtype == torch.bfloat16 else {"parts_kernel", "sum_parts_kernel"}
     # In Gluon, which is not interpreted: see test_hopper_gemm.
