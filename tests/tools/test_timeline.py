@@ -1,13 +1,19 @@
 """``bench/timeline.py``: which bytes it counts for which kernel, and what it refuses."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import timeline
-from end_to_end import TORCHRUN, python_in_root
+from end_to_end import TORCHRUN, context_on, python_in_root
+from harness.context import Method, Rounds
+from on_ranks import on_ranks
 from schema import Entry
 from timeline import KernelTime, Shape, kernels_of
 
 from sonic_ep.cli.exit_codes import WRONG_ARGUMENTS
 from sonic_ep.profiler.timing import Timing
+from sonic_ep.testing import Rank
 
 SHAPE = Shape(tokens=10, hidden=6, intermediate=4, num_experts=3, top_k=2)
 # Of a step: products of any implementation, whose preparation is a kernel of its own.
@@ -75,6 +81,24 @@ def test_steps_that_are_not_alike_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(timeline.torch.cuda, "synchronize", lambda: None)
     with pytest.raises(RuntimeError, match="got 7 kernels in 2 steps: they are not alike"):
         kernels_of(lambda: None, 2)
+
+
+@pytest.mark.fast
+@on_ranks(1, pool="cpu_pool")
+def test_a_layer_and_its_kernels_are_recorded(rank: Rank) -> None:
+    """Where a CPU has neither graphs nor kernels to list: eager calls, and kernels that are given."""
+    with context_on(rank) as context, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timeline, "Method", SimpleNamespace(GRAPH=Method.EAGER, EAGER=Method.EAGER))
+        patch.setattr(timeline, "ROUNDS", Rounds(rounds=1, warmup=0))
+        patch.setattr(timeline, "kernels_of", lambda step, steps: (step(), (["activate_kernel"], [[1e-6]]))[1])
+        context = replace(context, results=replace(context.results, memory_rate=1e9))
+        timeline.measure(context, "qwen3-30b", replace(SHAPE, hidden=8, intermediate=8))
+        entries = {entry.name: entry for entry in context.results.entries}
+    passes = ("forward, inference", "forward and backward")
+    products, layers = (
+        [f"qwen3-30b: {what}, {which}" for which in passes] for what in ("grouped products alone", "layer")
+    )
+    assert set(entries) == {*products, *layers, "qwen3-30b: kernel 00, activate_kernel"}
 
 
 def test_it_needs_one_rank_on_a_gpu() -> None:
