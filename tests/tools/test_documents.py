@@ -157,6 +157,68 @@ def tables(part: str) -> list[list[list[str]]]:
     return [rows(block) for block in part.split("\n\n") if block.startswith("|")]
 
 
+SHAPES_OF_STEPS = {
+    "Qwen3-30B": "qwen3-30b",
+    "OLMoE": "olmoe",
+    "gpt-oss-20b": "gpt-oss-20b",
+    "Qwen3-235B": "qwen3-235b",
+    "the large one": "large",
+}
+KERNELS_OF_STEP = {
+    "pull": "pull_to_rows_kernel",
+    "activation": "activate_kernel",
+    "combine": "exchange_partial_sums_kernel",
+    "activation's gradient": "activate_backward_kernel",
+}
+
+
+def test_layers_over_their_products_are_those_recorded() -> None:
+    table = tables(section("What does each kernel of a step take?"))[0]
+    found, before = (medians(f"1xH200_timeline{name}.json", "graph") for name in ("", "_before"))
+    assert [row[0] for row in table] == list(SHAPES_OF_STEPS)
+    for name, sizes, *quoted in table:
+        which, expected = SHAPES_OF_STEPS[name], list[list[float]]()
+        passes = ("forward, inference", "forward and backward")
+        layers = [found[f"{which}: layer, {of}"][0] for of in passes]
+        products = [found[f"{which}: grouped products alone, {of}"][0] for of in passes]
+        shape = layers[0]["shape"]
+        assert sizes == ", ".join(str(shape[letter]) for letter in "THIEK")
+        expected = [[entry["median_us"] / 1e3 for entry in entries] for entries in (products, layers)]
+        expected.append([layer["against"][0]["ratio"] for layer in layers])
+        if quoted[-1]:
+            expected.append([before[f"{which}: layer, {of}"][0]["against"][0]["ratio"] for of in passes])
+        for numbers, text in zip(expected, quoted, strict=False):
+            assert all(map(as_quoted, numbers, text.split(", "))), (name, text, numbers)
+    small = medians("1xH200_timeline_128_tokens.json", "graph")
+    ratios = [small[f"qwen3-30b: layer, {of}"][0]["against"][0]["ratio"] for of in passes]
+    text = "With 128 tokens of Qwen3-30B the layer takes {:.2f} and {:.2f} times the products"
+    assert text.format(*ratios) in section("What does each kernel of a step take?")
+
+
+def test_kernels_of_a_step_are_those_recorded() -> None:
+    part = section("What does each kernel of a step take?")
+    table = tables(part)[1]
+    document = json.loads((RESULTS / "1xH200_timeline.json").read_text())
+    kernels = [
+        [entry for entry in document["entries"] if f"{which}: kernel" in entry["name"]]
+        for which in ("qwen3-30b", "large")
+    ]
+    for column, entries in enumerate(kernels):
+        known = [entry for entry in entries if "floor_us" in entry]
+        for (name, *quoted), entry in zip(table[:-1], known, strict=True):
+            assert entry["name"].split(", ", 1)[1] == KERNELS_OF_STEP.get(name, f"grouped {name}")
+            assert as_quoted(entry["median_us"], quoted[2 * column]), (name, column)
+            assert as_quoted(entry["floor_us"], quoted[2 * column + 1]), (name, column)
+        rest = [entry["median_us"] for entry in entries if "floor_us" not in entry]
+        assert table[-1][0] == f"router and plan, {len(rest)} kernels"
+        assert as_quoted(sum(rest), table[-1][1 + 2 * column])
+    passes = [
+        e["median_us"] / e["floor_us"] for of in kernels for e in of if "floor_us" in e and "product" not in e["name"]
+    ]
+    assert f"Passes over rows take {min(passes):.2f} to {max(passes):.2f} times what memory needs" in part
+    assert f"{document['rates_gb_per_s']['memory']:.0f} GB/s" in part
+
+
 def test_host_times_are_those_recorded() -> None:
     calls, parts = tables(section("What does a call cost the host?"))
     for known, columns, table in ((HOST_ROWS, HOST_FILES, calls), (HOST_PARTS, HOST_FILES[2:], parts)):
