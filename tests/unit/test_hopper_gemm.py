@@ -25,7 +25,7 @@ from sonic_ep.compat import gluon_is_proven
 from sonic_ep.fast import hopper_tiles
 from sonic_ep.fast.gemm import HOPPER, LibraryGemm
 from sonic_ep.fast.hopper_gemm import HopperGemm
-from sonic_ep.fast.hopper_tiles import MOST_ROWS, check_rows, within_groups
+from sonic_ep.fast.hopper_tiles import MOST_ROWS, within_groups
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 pytestmark = pytest.mark.fast
@@ -144,8 +144,20 @@ def test_groups_that_end_past_the_last_row(rank: Rank) -> None:
 
 
 def test_more_rows_than_a_group_may_have_are_refused() -> None:
-    with pytest.raises(ValueError, match="grouped product: got 1073741825 rows, expected at most 1073741824"):
-        check_rows(2**30 + 1)
+    """Before any memory is looked at: of these tensors there is none."""
+    many, few = (torch.empty(rows, 8, dtype=torch.bfloat16, device="meta") for rows in (2**30 + 1, 2))
+    matrices, ends = few.new_empty(2, 8, 16), few.new_empty(2, dtype=torch.int32)
+    refused = pytest.raises(ValueError, match="grouped product: got 1073741825 rows, expected at most 1073741824")
+    with refused:
+        HopperGemm().rows(many, matrices, ends)
+    with refused:
+        HopperGemm().weights(many, many, ends)
+
+
+def test_without_rows_nothing_is_launched() -> None:
+    none, ends = torch.empty(0, 8, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32)
+    assert HopperGemm().rows(none, none.new_empty(2, 8, 16), ends).shape == (0, 16)
+    assert_bitwise(HopperGemm().weights(none, none, ends), torch.zeros(2, 8, 8, dtype=torch.bfloat16))
 
 
 # Operands between memory that is not there, of which TMA must read nothing, whatever a tile covers.
