@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
 
@@ -270,7 +271,7 @@ TRITON_KNOWN = ((3, 6),)
 def direct_launch(compiled: Any, kernel: Any, constants: Sequence[Any]) -> Callable[..., None] | None:
     """Launches a kernel that Triton has compiled: ``(grid, address of a stream, addresses of pointers, numbers)``.
 
-    Descriptors of TMA are the first of the numbers. Each keeps what Triton makes of it, as ``encoded``.
+    numbers: descriptors of TMA, each of which keeps what Triton makes of it as ``encoded``, then integers.
 
     constants: its compile-time constants in the order of its parameters, which follow the others. None where only
     Triton can launch it: in another release, with scratch memory, or where the numbers of this launch are compiled in.
@@ -286,7 +287,6 @@ def direct_launch(compiled: Any, kernel: Any, constants: Sequence[Any]) -> Calla
     if not fixed or run.global_scratch_size or run.profile_scratch_size:
         return None
     launch, function, metadata, constants = run.launch, compiled.function, compiled.packed_metadata, tuple(constants)
-    described = getattr(compiled.metadata, "tensordesc_meta", None) or ()
     # Scratch memory: none. Then what a profiler of Triton's would get.
     options = (run.launch_cooperative_grid, run.launch_pdl, None, None, metadata, None, None, None)
 
@@ -294,11 +294,14 @@ def direct_launch(compiled: Any, kernel: Any, constants: Sequence[Any]) -> Calla
         x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
         launch(x, y, z, stream, function, *options, *addresses, *numbers, *constants)
 
-    if not described:
+    if not any(kind.startswith("tensordesc") for kind in kinds.values()):
         return launched
     # Triton wraps its launcher: in each launch it would encode every descriptor, and look at every argument.
     parts = dict(zip(launch.__code__.co_freevars, launch.__closure__, strict=True))
-    unwrapped, encode = parts["launcher"].cell_contents, launch.__globals__["make_tensordesc_arg"]
+    described, encode = compiled.metadata.tensordesc_meta, launch.__globals__.get("make_tensordesc_arg")
+    if "launcher" not in parts or encode is None or not described:
+        return None
+    unwrapped = parts["launcher"].cell_contents
 
     def launched_with(grid: tuple[int, ...], stream: int, addresses: Sequence[int], numbers: Sequence[Any]) -> None:
         encoded: list[Any] = []
@@ -318,6 +321,7 @@ def direct_launch(compiled: Any, kernel: Any, constants: Sequence[Any]) -> Calla
 GLUON_PROVEN = ((3, 6),)
 
 
+@lru_cache
 def gluon_is_proven() -> bool:
     """Whether kernels in Gluon, which Triton calls experimental, are used."""
     return release_of(version("triton")) in GLUON_PROVEN

@@ -119,6 +119,9 @@ class CallPlan:
     def gemm(self, x_TH: Tensor, experts: ExpertWeights, slots: int) -> GroupedGemm:
         """The products for these weights. slots: of the group, W*C*K."""
         weights = (*experts.up_weights, experts.w2)
+        if x_TH.numel() == 0:
+            # Without a token it may have any strides, and products read no x but the rows received.
+            x_TH = x_TH.new_empty(x_TH.shape)
         # The mean over the group. No flag changes it, so none changes how products are tiled.
         rows_per_group = -(-slots // self.num_experts)
         if self._serves is None:

@@ -1,8 +1,8 @@
-"""Grouped products over the experts of one rank, with no read on the host: which serve which operands, and a pair.
+"""Grouped products over the experts of one rank, with no read on the host, and the choice among them.
 
-On Hopper those of ``hopper_gemm``, on other GPUs PyTorch's, where they take the operands; for all others two kernels of
-any strides, in this file. All sum in fp32, or in fp64 for fp32 operands (Hopper's tensor cores take fp64 at the rate of
-plain fp32), and round once.
+Operands in multiples of 16 bytes go to ``hopper_gemm`` on Hopper, or to PyTorch's products where those read nothing on
+the host; all others to the two kernels of this file, for any sizes, strides and addresses. All sum in fp32, or in fp64
+for fp32 operands (Hopper's tensor cores take fp64 at the rate of plain fp32), and round once.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,6 @@ from torch import Tensor
 from sonic_ep.autograd_utils import is_transposed
 from sonic_ep.compat import gluon_is_proven
 from sonic_ep.fast.device_functions import rounded
-from sonic_ep.fast.hopper_gemm import HopperGemm
 from sonic_ep.fast.launch import INTERPRETED, launch, triton_kernel
 
 # Tiles of rows that are computed together: neighbours in time then share rows and weights in the second-level cache.
@@ -356,6 +355,9 @@ def library_gemm(device: torch.device, rows_per_group: int | None = None) -> Gro
         return LoopGemm()
     major = capability_of(device)
     if major == HOPPER and gluon_is_proven():
+        # Not at the top: an unproven release of Triton may have renamed what it imports.
+        from sonic_ep.fast.hopper_gemm import HopperGemm
+
         return HopperGemm()
     return LibraryGemm(rows_per_group=rows_per_group, zeroes_weights=major == HOPPER)
 

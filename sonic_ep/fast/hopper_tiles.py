@@ -29,7 +29,7 @@ load_by_tma = getattr(tma, "async_load", None) or tma.async_copy_global_to_share
 store_by_tma = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 # Tiles of rows that are computed together: neighbours in time then share rows and weights in the second-level cache.
 BAND: gl.constexpr = gl.constexpr(8)
-# The most rows of a group, and a number that ``within_groups`` counts from.
+# The most rows R, and a number that ``within_groups`` counts from.
 MOST_ROWS: gl.constexpr = gl.constexpr(2**30)
 # Descriptors of each kind that are remembered.
 DESCRIPTORS_KEPT = 4096
@@ -82,7 +82,7 @@ def place_of_tile(tile, row_tiles, COLUMN_TILES: gl.constexpr):
 
 @gluon.jit
 def begin_copy(step, full, empty, BYTES: gl.constexpr, STAGES: gl.constexpr):
-    """Wait until the stage of a step is free. Its barrier, when BYTES have come: it is full then."""
+    """Wait until the stage of a step is free. The stage, and its barrier, which completes when BYTES have come."""
     stage = step % STAGES
     mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
     mbarrier.expect(full.index(stage), BYTES)
@@ -123,6 +123,8 @@ def shared_stages(a_desc, b_desc, A_SHAPE: gl.constexpr, B_SHAPE: gl.constexpr, 
 
     A_SHAPE, B_SHAPE: (STAGES, ...), of the blocks that TMA copies.
     """
+    # A step's stage is freed by the step after it.
+    gl.static_assert(STAGES >= 2)
     a_stages = gl.allocate_shared_memory(a_desc.dtype, A_SHAPE, a_desc.layout)
     b_stages = gl.allocate_shared_memory(b_desc.dtype, B_SHAPE, b_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -147,7 +149,7 @@ class DescribedMemory:
 
 
 def descriptor(place: DescribedMemory, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]) -> Any:
-    """Describes memory to TMA, in blocks. ``library_serves`` has checked what Triton would again."""
+    """Describes memory to TMA, in blocks. CUDA refuses addresses and strides that are no multiples of 16 bytes."""
     made: Any = object.__new__(TensorDescriptor)
     made.base, made.shape, made.strides, made.block_shape = place, list(shape), list(strides), list(block)
     made.layout, made.padding = LAYOUTS[len(block)], "zero"
@@ -175,9 +177,9 @@ def within_groups(address: int, dtype: torch.dtype, columns: int, height: int, w
 
     TMA bounds each coordinate by itself, but where a group ends only the kernel knows. So a row has two coordinates,
     which both count rows: the row where its group ends, and 2^30 less the rows from here to that end, which is out of
-    bounds, 2^30, from the end on. Their sum is 2^30 rows too many. A third, always 2^30, takes those away: its stride
-    is 2^35 bytes less one row, and 2^30 times 2^35 bytes are 0 in an address of 64 bits. Row 3 of a group that ends at
-    row 5 is (2^30, 5, 2^30 - 2); row 5 would be (2^30, 5, 2^30).
+    bounds, 2^30, from the end on. Their sum is 2^30 rows too many. Another, first of all and always 2^30, takes those
+    away: its stride is 2^35 bytes less one row, and 2^30 times 2^35 bytes are 0 in an address of 64 bits. Row 3 of a
+    group that ends at row 5 is (2^30, 5, 2^30 - 2); row 5 would be (2^30, 5, 2^30).
 
     TMA touches ``address`` even for blocks that are out of bounds, so it has to be that of memory.
     """
@@ -187,7 +189,7 @@ def within_groups(address: int, dtype: torch.dtype, columns: int, height: int, w
 
 
 def check_rows(rows: int) -> None:
-    """Raise ``ValueError`` for more rows than a group may have: those would be out of bounds."""
+    """Raise ``ValueError`` for more rows R than ``within_groups`` describes."""
     if rows > MOST_ROWS.value:
         most = MOST_ROWS.value
         raise ValueError(f"grouped product: got {rows} rows, expected at most {most} (call with fewer tokens)")

@@ -83,7 +83,7 @@ class Launcher:
         return self._has_run
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
-        """arguments: tensors, which are passed as pointers, then numbers."""
+        """arguments: tensors, which are passed as pointers, then descriptors of TMA, if any, then numbers."""
         if 0 in grid:
             return
         if ON_CPU:

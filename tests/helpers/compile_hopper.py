@@ -4,6 +4,7 @@ A program of its own: in a process that interprets kernels, none can be compiled
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,8 +54,29 @@ def compiled(kernel: Any, dtype: str, sizes: Mapping[str, Any]) -> dict[str, Any
         "name": f"{kernel.__name__} {dtype} {constants}",
         "spilled_bytes": spilled(code.asm["cubin"]),
         "shared_bytes": code.metadata.shared,
+        "frees_in_order": stages_are_freed_by_all_warps(ptx),
+        "stores_in_order": tiles_are_stored_in_order(ptx),
         **{what: name.format(len(blocks["out_desc"])) in ptx for what, name in NAMES.items()},
     }
+
+
+def stages_are_freed_by_all_warps(ptx: str) -> bool:
+    """Whether a barrier of all that multiply stands between a product that has ended and the freeing of its stage.
+
+    One thread frees it, and Triton puts that barrier there by itself.
+    """
+    freed = [found.start() for found in re.finditer(r"mbarrier\.arrive\.shared", ptx)]
+    ended = [ptx.rfind("wgmma.wait_group", 0, at) for at in freed]
+    return len(freed) == 2 and all(
+        ptx.find("bar.sync", end, at) > end > 0 for end, at in zip(ended, freed, strict=True)
+    )
+
+
+def tiles_are_stored_in_order(ptx: str) -> bool:
+    """Whether a tile is in shared memory, for TMA to see, before it is stored, and read before it is overwritten."""
+    store = ptx.find("cp.async.bulk.tensor", ptx.find("wgmma.wait_group.sync.aligned 0"))
+    fence, read = ptx.rfind("fence.proxy.async", 0, store), ptx.rfind("cp.async.bulk.wait_group.read", 0, store)
+    return 0 < read < fence < ptx.rfind("bar.sync", 0, store) < store
 
 
 def main() -> None:

@@ -21,6 +21,8 @@ from sonic_ep.testing import Rank, assert_bitwise
 
 # Only ranks launch anything: this process need not interpret.
 pytest.importorskip("triton")
+from gluon_model import on_model
+
 from sonic_ep.compat import gluon_is_proven
 from sonic_ep.fast import hopper_tiles
 from sonic_ep.fast.gemm import HOPPER, LibraryGemm
@@ -65,6 +67,7 @@ def test_examples_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     # The same from an earlier tile on; rows past R count as none.
     assert hopper_tiles.group_of_tile.fn(5, 2, 4, (0, 3, 25), 16, 2) == found[5]
     assert hopper_tiles.group_of_tile.fn(4, 0, 0, (0, 3, 18), 16, 2) == (3, 4, 0, 0)
+    assert hopper_tiles.rows_of_group(2, (0, 3, 18)) == (18, 18)
     places = [hopper_tiles.place_of_tile.fn(tile, 9, 2) for tile in range(18)]
     assert places[:9] == [*((row, 0) for row in range(8)), (0, 1)]
     assert places[16:] == [(8, 0), (8, 1)]
@@ -85,6 +88,50 @@ def test_machine_code_for_hopper() -> None:
         # What a program may have on Hopper.
         assert kernel["shared_bytes"] <= 227 * 2**10, kernel
         assert (kernel["multiplies"], kernel["loads"], kernel["stores"]) == (True, True, True), kernel
+        assert (kernel["frees_in_order"], kernel["stores_in_order"]) == (True, True), kernel
+
+
+def whole_numbers(*shape: int) -> Tensor:
+    """Small ones, whose sums are exact in any order."""
+    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
+
+
+def by_loop(rows: Tensor, others: Tensor, ends: Sequence[int]) -> Tensor:
+    """The rows times the matrix of their group, or of each group the sum of products of its rows."""
+    parts = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+    if others.ndim == 3:
+        found = [rows[part].float() @ matrix.float() for part, matrix in zip(parts, others, strict=True)]
+        return torch.cat(found).bfloat16()
+    return torch.stack([rows[part].float().t() @ others[part].float() for part in parts]).bfloat16()
+
+
+# Ends of groups, R, K and N. Groups without rows, of one tile and of several, rows past the last group, groups that end
+# past R; fewer tiles than programs and more, a depth of one step and of more than are in flight, widths of no tile.
+OF_MODEL = [
+    ((130, 130, 137), 142, 72, 136),
+    ((0, 0, 3), 3, 8, 8),
+    ((40, 300, 1400, 1400), 1400, 328, 72),
+    ((130, 5000, 9000), 200, 64, 264),
+    ((0,), 5, 16, 16),
+]
+
+
+@pytest.mark.parametrize(("ends", "rows", "depth", "width"), OF_MODEL, ids=str)
+def test_products_on_a_model_of_the_gpu(ends: tuple[int, ...], rows: int, depth: int, width: int) -> None:
+    """On the CPU the kernels' own code, with copies, barriers and products as Hopper's: see ``gluon_model``."""
+    a, b, matrices = whole_numbers(rows, depth), whole_numbers(rows, width), whole_numbers(len(ends), depth, width)
+    valid = [min(end, rows) for end in ends]
+    for tensor in (a, b):
+        tensor[valid[-1] :] = float("nan")
+    group_ends = torch.tensor(ends, dtype=torch.int32)
+    for given in (matrices, matrices.mT.contiguous().mT):
+        with on_model(a, given.mT if given.stride(2) != 1 else given, group_ends):
+            found = HopperGemm().rows(a, given, group_ends)
+        assert_bitwise(found[: valid[-1]], by_loop(a, matrices, valid))
+        assert bool(found[valid[-1] :].isnan().all()), "rows past the last group were written"
+    with on_model(a, b, group_ends):
+        found = HopperGemm().weights(a, b, group_ends)
+    assert_bitwise(found, by_loop(a, b, valid))
 
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == HOPPER and gluon_is_proven()
