@@ -318,3 +318,15 @@ def test_descriptors_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     maps = {"map 4": "map 1", "map 5": "map 2"}
     assert launched[0] == launched[1] == tuple(maps.get(each, each) for each in launched[3])
     assert launched[2][19] == "map 3"
+
+
+def test_releases_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading them takes a hundred times as long as a small operation of PyTorch."""
+    asked: list[str] = []
+    monkeypatch.setattr(compat, "version", lambda package: asked.append(package) or "3.6.0")
+    compat.gluon_is_proven.cache_clear()
+    try:
+        assert [compat.gluon_is_proven() for _ in range(3)] == [True] * 3
+        assert asked == ["triton"]
+    finally:
+        compat.gluon_is_proven.cache_clear()

@@ -11,6 +11,7 @@ from on_ranks import on_ranks
 from promises import promise
 from torch import Tensor
 
+from sonic_ep import ExpertParallel
 from sonic_ep.testing import Rank, assert_as_accurate, assert_bitwise
 
 # Only ranks launch anything: this process need not interpret.
@@ -276,3 +277,21 @@ def test_the_capability_decides(major: int, monkeypatch: pytest.MonkeyPatch) -> 
 def test_weights_of_a_library_that_leaves_them(rank: Rank) -> None:
     """After Hopper PyTorch does not write those of an empty group: there ours sum them."""
     check(LibraryGemm(zeroes_weights=False), "weights", *(random(rank, torch.float32, 8, n) for n in (5, 3)), (3, 0, 5))
+
+
+@on_ranks(1)
+def test_an_x_without_tokens_chooses_as_others_do(rank: Rank) -> None:
+    """Whatever its strides: products read the rows received, not x."""
+    from sonic_ep.fast.call_plan import CallPlan
+
+    chosen, choose = [], CallPlan.gemm
+    w1, w2 = random(rank, torch.bfloat16, 2, 16, 32), random(rank, torch.bfloat16, 2, 32, 8)
+    odd, tokens = random(rank, torch.bfloat16, 5, 33)[:0, :32], random(rank, torch.bfloat16, 4, 32)
+    assert odd.stride() == (33, 1)
+    with pytest.MonkeyPatch.context() as patch, ExpertParallel(backend="fast", max_tokens_per_rank=8) as ep:
+        patch.setattr(CallPlan, "gemm", lambda *given: chosen.append(choose(*given)) or chosen[-1])
+        for x in (odd, tokens):
+            idx = torch.zeros((len(x), 1), dtype=torch.int64, device=rank.device)
+            ep.moe_routed(x, idx, torch.ones((len(x), 1), device=rank.device), w1, w2)
+    assert type(chosen[0]) is type(chosen[1])
+    assert type(chosen[0]) is not TritonGemm
