@@ -289,14 +289,14 @@ def hopper_weights_kernel(
     )
 
 
-# Height and depth of a tile; its greatest and its least width; steps in flight, which are 144 KiB of shared memory. A
-# tile on its way out is 64 KiB, of 227 in all. Four steps, and half a tile at a time, were slower on a hot GPU.
-HEIGHT, DEPTH, MOST_WIDTH, LEAST_WIDTH, STAGES = 128, 64, 256, 64, 3
+# Height and depth of a tile, steps in flight, and the widest and the narrowest tile. Three steps are 144 KiB of shared
+# memory, of 227, and a tile on its way out is 64. Four steps, with room for half a tile, were slower in long runs.
+HEIGHT, DEPTH, STAGES, WIDEST_TILE, NARROWEST_TILE = 128, 64, 3, 256, 64
 
 
 def tile_width(width: int) -> int:
     """Columns of a tile of a matrix with ``width``."""
-    return min(max(1 << (width - 1).bit_length(), LEAST_WIDTH), MOST_WIDTH)
+    return min(max(1 << (width - 1).bit_length(), NARROWEST_TILE), WIDEST_TILE)
 
 
 @dataclass(frozen=True, kw_only=True)
