@@ -183,7 +183,7 @@ HOPPER, MAJORS_OF_LIBRARY = 9, (9, 10)
 class GroupedGemm(Protocol):
     """Both products. group_ends_e (e,) int32: group j has rows group_ends_e[j-1] up to group_ends_e[j].
 
-    Rows past ``group_ends_e[-1]`` are never read. Results have the dtype of ``a``: bf16, fp16 or fp32.
+    Rows past ``group_ends_e[-1]``, NaN too, change no result. Results have the dtype of ``a``: bf16, fp16 or fp32.
     """
 
     def rows(self, a_RK: Tensor, b_eKN: Tensor, group_ends_e: Tensor, bias_eN: Tensor | None = None) -> Tensor:

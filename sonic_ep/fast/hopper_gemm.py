@@ -1,10 +1,14 @@
 """Grouped products by Hopper's own instructions, in Gluon: Triton's language in which memory is placed by hand.
 
 One program a multiprocessor takes tile after tile. One of its warps copies operands to shared memory by the tensor
-memory accelerator (TMA), ``STAGES`` steps ahead, also of the next tile; the others multiply. The TMA knows where a
-group ends, see ``within_groups``: past it zeros are read and nothing is written, so no tile is special.
+memory accelerator (TMA), ``STAGES`` steps ahead, also of the next tile; the others multiply.
 
-Sums ascend along the depth, whatever the tiles, as in PyTorch's grouped products on Hopper: the bits are the same.
+No tile needs a mask, since TMA itself ends a block with its group, see ``within_groups``. Sums over rows load zeros
+past the group. Products of rows may load rows past it, of the next group or unspecified ones: a row reaches only its own row
+of the result, which is not stored.
+
+Each result is summed in fp32 by one tile, along the depth in ascending order: the size of tiles changes no bit. In bf16
+without a bias the bits are those of PyTorch's grouped products.
 """
 
 from dataclasses import dataclass
@@ -150,7 +154,8 @@ def hopper_rows_kernel(
     """Rows times the matrix of their group. Any grid: of P programs, p takes tiles p, p + P, ...
 
     a_desc (R, K), R = ``rows``; b_desc (e, K, N), or (e, N, K) if TRANSPOSED; bias_ptr (e, N) if HAS_BIAS;
-    group_ends_ptr (e,) int32, clamped to R; out_desc (R, N), see ``within_groups``: not written past the last group.
+    group_ends_ptr (e,) int32, clamped to R; out_desc (R, N), see ``within_groups``: not written past the last group. A
+    group without rows has no tile.
     """
     COLUMN_TILES: gl.constexpr = (N + WIDTH - 1) // WIDTH
     B_SHAPE: gl.constexpr = [STAGES, 1, WIDTH, DEPTH] if TRANSPOSED else [STAGES, 1, DEPTH, WIDTH]
@@ -268,7 +273,7 @@ def hopper_weights_kernel(
     """Of each group the sum of products of its rows. Any grid: of P programs, p takes tiles p, p + P, ...
 
     a_desc (R, M) and b_desc (R, N), R = ``rows``: see ``within_groups``. group_ends_ptr (e,) int32, clamped to R.
-    out_desc (e, M, N): zeros for a group without rows.
+    out_desc (e, M, N). A group without rows has tiles but no step: nothing is copied, and zeros are stored.
     """
     ROW_TILES: gl.constexpr = (M + HEIGHT - 1) // HEIGHT
     COLUMN_TILES: gl.constexpr = (N + WIDTH - 1) // WIDTH
@@ -301,7 +306,7 @@ def tile_width(width: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class HopperGemm:
-    """These kernels, for operands in bf16 or fp16 that PyTorch's grouped products take, too: ``library_serves``."""
+    """These kernels, for bf16 and fp16 on Hopper, in the forms that ``library_serves`` accepts."""
 
     def rows(self, a_RK: Tensor, b_eKN: Tensor, group_ends_e: Tensor, bias_eN: Tensor | None = None) -> Tensor:
         """See ``GroupedGemm``. Group ends past R count as R."""

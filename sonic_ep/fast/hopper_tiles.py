@@ -108,7 +108,11 @@ def end_products(total, step, follows, empty, STAGES: gl.constexpr):
 
 @gluon.jit
 def store_tile(total, out_desc, staged, place):
-    """Round a tile and store it by TMA, once the store of the tile before has read ``staged``."""
+    """Round a tile to ``staged`` and begin to store it by TMA, once the store of the tile before has read ``staged``.
+
+    Only the thread that issued a store can wait for it, so a barrier follows. The fence shows TMA what all threads have
+    written, and the second barrier comes before one of them issues the store, which runs beside the next tile.
+    """
     tma.store_wait(0)
     part_barrier()
     staged.reshape(total.shape).store(total.to(staged.dtype))
@@ -119,7 +123,14 @@ def store_tile(total, out_desc, staged, place):
 
 @gluon.jit
 def shared_stages(a_desc, b_desc, A_SHAPE: gl.constexpr, B_SHAPE: gl.constexpr, STAGES: gl.constexpr):
-    """Room for the operands of each step in flight, and barriers: its stage is full, its stage is free.
+    """Room for the operands of each step in flight, and two barriers a stage: ``full`` and ``empty``.
+
+    Step s uses stage s % STAGES for the (s // STAGES)-th time; whether that number is odd is the phase to wait for.
+    Both parts of a program count the same steps across tiles, so they agree on stage and phase.
+    full: the warp that copies arrives as it announces the bytes, and TMA counts them down; the others wait.
+    empty: those arrive as one, since Triton has them meet first; the warp that copies waits, for the other phase, so
+    that its first waits pass. A stage is freed by the next step, once its own product has ended; a tile's last by
+    ``end_products``.
 
     A_SHAPE, B_SHAPE: (STAGES, ...), of the blocks that TMA copies.
     """
