@@ -4,8 +4,8 @@ One program a multiprocessor takes tile after tile. One of its warps copies oper
 memory accelerator (TMA), ``STAGES`` steps ahead, also of the next tile; the others multiply.
 
 No tile needs a mask, since TMA itself ends a block with its group, see ``within_groups``. Sums over rows load zeros
-past the group. Products of rows may load rows past it, of the next group or unspecified ones: a row reaches only its own row
-of the result, which is not stored.
+past the group. Products of rows may load rows past it, of the next group or unspecified ones: a row reaches only its
+own row of the result, which is not stored.
 
 Each result is summed in fp32 by one tile, along the depth in ascending order: the size of tiles changes no bit. In bf16
 without a bias the bits are those of PyTorch's grouped products.
