@@ -1,4 +1,4 @@
-"""Functions that kernels share: peer pointers, valid rows, copies, rounding.
+"""Functions that kernels share: peer pointers, valid rows, the order of tiles, copies, rounding.
 
 Integers that change from call to call (R, tags, chunks) are in a kernel's ``do_not_specialize``: else Triton compiles
 again when one of them is first 1 or a multiple of 16, on one rank, while the others wait.
@@ -11,6 +11,9 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from sonic_ep.fast.launch import INTERPRETED
+
+# Tiles of rows that are computed together: neighbours in time then share rows and weights in the second-level cache.
+BAND: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
@@ -34,6 +37,18 @@ def rank_and_token(program, rank, world_size):
 def valid_rows(group_ends_ptr, experts_per_rank, row_capacity):
     """Valid rows in a buffer: with ``group_ends`` 2 5 (e,) int32 they are 5, or 4 where R = ``row_capacity`` = 4."""
     return tl.minimum(tl.load(group_ends_ptr + experts_per_rank - 1), row_capacity)
+
+
+@triton.jit
+def tile_in_bands(program, row_tiles, column_tiles):
+    """Row and column of a program's tile, of ``row_tiles`` times ``column_tiles``: down ``BAND`` tiles, then right.
+
+    Of 9 times 2, programs 0 to 7 take column 0 of rows 0 to 7, 8 to 15 column 1 of those, 16 and 17 those of row 8.
+    """
+    first = program // (BAND * column_tiles) * BAND
+    height = tl.minimum(row_tiles - first, BAND)
+    within = program % (BAND * column_tiles)
+    return first + within % height, within // height
 
 
 @triton.jit

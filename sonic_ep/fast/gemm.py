@@ -18,23 +18,8 @@ from torch import Tensor
 
 from sonic_ep.autograd_utils import is_transposed
 from sonic_ep.compat import gluon_is_proven
-from sonic_ep.fast.device_functions import rounded
+from sonic_ep.fast.device_functions import rounded, tile_in_bands
 from sonic_ep.fast.launch import INTERPRETED, launch, triton_kernel
-
-# Tiles of rows that are computed together: neighbours in time then share rows and weights in the second-level cache.
-BAND: tl.constexpr = tl.constexpr(8)
-
-
-@triton.jit
-def tile_in_bands(program, row_tiles, column_tiles):
-    """Row and column of a program's tile, of ``row_tiles`` times ``column_tiles``: down ``BAND`` tiles, then right.
-
-    Of 9 times 2, programs 0 to 7 take column 0 of rows 0 to 7, 8 to 15 column 1 of those, 16 and 17 those of row 8.
-    """
-    first = program // (BAND * column_tiles) * BAND
-    height = tl.minimum(row_tiles - first, BAND)
-    within = program % (BAND * column_tiles)
-    return first + within % height, within // height
 
 
 @triton.jit

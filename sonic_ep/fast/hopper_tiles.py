@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sonic_ep.fast.device_functions import tile_in_bands
 from sonic_ep.fast.launch import numbers_of
 
 # A barrier of the warps that run the calling part of a program, and copies by TMA from and to global memory. Triton has
@@ -27,8 +28,6 @@ from sonic_ep.fast.launch import numbers_of
 part_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 load_by_tma = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_by_tma = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-# Tiles of rows that are computed together: neighbours in time then share rows and weights in the second-level cache.
-BAND: gl.constexpr = gl.constexpr(8)
 # The most rows R, and a number that ``within_groups`` counts from.
 MOST_ROWS: gl.constexpr = gl.constexpr(2**30)
 # Descriptors of each kind that are remembered.
@@ -71,13 +70,8 @@ def group_of_tile(tile, group, before, groups, HEIGHT: gl.constexpr, COLUMN_TILE
     return group, before, begin, end
 
 
-@gluon.jit
-def place_of_tile(tile, row_tiles, COLUMN_TILES: gl.constexpr):
-    """Row and column of a group's tile: down ``BAND`` tiles, then right, as in ``gemm.tile_in_bands``."""
-    first = tile // (BAND * COLUMN_TILES) * BAND
-    height = gl.minimum(row_tiles - first, BAND)
-    within = tile % (BAND * COLUMN_TILES)
-    return first + within % height, within // height
+# The same order of tiles as in Triton's kernels, compiled as Gluon.
+place_of_tile = gluon.jit(tile_in_bands.fn)
 
 
 @gluon.jit

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sonic_ep.fast import hopper_gemm, hopper_tiles
+from sonic_ep.fast import device_functions, hopper_gemm, hopper_tiles
 
 PROGRAMS, DEADLOCK_SECONDS = 3, 10.0
 
@@ -289,13 +289,16 @@ def on_model(*tensors: Tensor) -> Iterator[Memory]:
         return memory.tensors[-1]
 
     with pytest.MonkeyPatch.context() as patch:
+        # Of what Triton's kernels and these share.
+        patch.setattr(device_functions, "tl", SimpleNamespace(minimum=min))
+        patch.setattr(device_functions, "BAND", device_functions.BAND.value)
         for module in (hopper_tiles, hopper_gemm):
             for name, value in list(vars(module).items()):
                 if name in given:
                     patch.setattr(module, name, given[name])
                 elif inspect.isfunction(getattr(value, "fn", None)) and not name.endswith("_kernel"):
                     patch.setattr(module, name, value.fn)
-                elif name in ("BAND", "MOST_ROWS", "ITEM_BYTES", "COPY_REGISTERS"):
+                elif name in ("MOST_ROWS", "ITEM_BYTES", "COPY_REGISTERS"):
                     patch.setattr(module, name, Constant(value.value))
         # Those of before would launch on a GPU, and those of the model not.
         for name in ("_rows", "_weights"):

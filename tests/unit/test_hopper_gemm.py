@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 from gluon_model import on_model
 
 from sonic_ep.compat import gluon_is_proven
-from sonic_ep.fast import hopper_tiles
+from sonic_ep.fast import device_functions, hopper_tiles
 from sonic_ep.fast.gemm import HOPPER, LibraryGemm
 from sonic_ep.fast.hopper_gemm import HopperGemm
 from sonic_ep.fast.hopper_tiles import MOST_ROWS, within_groups
@@ -60,7 +60,8 @@ def test_examples_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     ends = [20, 20, 25]
     memory = SimpleNamespace(minimum=min, load=lambda place, mask, other: ends[place] if mask else other, constexpr=int)
     monkeypatch.setattr(hopper_tiles, "gl", memory)
-    monkeypatch.setattr(hopper_tiles, "BAND", 8)
+    monkeypatch.setattr(device_functions, "tl", memory)
+    monkeypatch.setattr(device_functions, "BAND", 8)
     monkeypatch.setattr(hopper_tiles, "rows_of_group", hopper_tiles.rows_of_group.fn)
     found = [hopper_tiles.group_of_tile.fn(tile, 0, 0, (0, 3, 25), 16, 2) for tile in range(7)]
     assert found == [(0, 0, 0, 20)] * 4 + [(2, 4, 20, 25)] * 2 + [(3, 6, 0, 0)]
